@@ -1,0 +1,90 @@
+"""What the training scripts of the emoji world share: a resumable loop with progress, and fp16 saving."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+WORK = Path(__file__).parent / "work"  # checkpoints and encoded samples; not committed
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Ema:
+    """Exponential moving average of parameters; early steps average over what there is."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value.detach(), 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_at: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    decay: float = 0.995,
+    every: int = 250,
+) -> dict[str, torch.Tensor]:
+    """Train `module` on `loss_at(step)` with AdamW and a cosine rate; returns the averaged weights.
+
+    A checkpoint is written to work/NAME.pt every `every` steps and picked up again by the next run.
+    """
+    WORK.mkdir(exist_ok=True)
+    path = WORK / f"{name}.pt"
+    optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
+    ema, start, seconds = Ema(module, decay), 0, 0.0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        ema.state, ema.steps, start, seconds = saved["ema"], saved["step"], saved["step"], saved["seconds"]
+    bar, average, begun = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10), None, time.time()
+    for step in bar:
+        loss = loss_at(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(module)
+        if step % 20 == 0:
+            value = loss.item()
+            average = value if average is None else 0.9 * average + 0.1 * value
+            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            spent = seconds + time.time() - begun
+            state = {"module": module.state_dict(), "ema": ema.state, "step": step + 1, "seconds": spent}
+            torch.save(state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+    note(name, steps=steps, minutes=round((seconds + time.time() - begun) / 60, 1), loss=average, device=str(device()))
+    return ema.state
+
+
+def note(name: str, **facts: object) -> None:
+    """What a run took, kept in work/took.json and printed."""
+    path = WORK / "took.json"
+    took = json.loads(path.read_text()) if path.exists() else {}
+    took[name] = facts
+    path.write_text(json.dumps(took, indent=1) + "\n")
+    print(name, facts, flush=True)

@@ -1,0 +1,118 @@
+"""How experts ride in a model: as one peft adapter whose rank space the gates scale. The only file that touches peft.
+
+peft calls a `LoraVariant` instead of its own LoRA arithmetic; that keeps `disable_lora`, the `scale` argument, other
+adapters, quantised layers and hooks of the host working. The extension point is private to peft.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.experts import Stack
+from mole_diffusers.processor import Present, Slot
+
+ADAPTER = "mole"
+
+
+class GatedLora:
+    """The arithmetic of one layer: result + up (g[segment] * (down x)) for all experts in one pass."""
+
+    def __init__(self, slot: Slot, present: Present):
+        self.slot, self.present = slot, present
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_) -> torch.Tensor:
+        """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        z = down(x)  # [B, R], [B, T, R] or [B, R, H, W]
+        channels = 1 if z.dim() == 4 else z.dim() - 1
+        z = z * mixing.over_ranks(self.slot.read(self.present, x), down.segment, z, channels)
+        return result + up(z) * module.scaling[active_adapter]
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def merge_safe(self, *_: object) -> None:
+        raise ValueError("gated experts cannot be merged into the weights as they are")
+
+    merge_unsafe = unmerge = merge_safe
+
+
+def inject(model: nn.Module, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
+    """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
+    before = _record(model, ADAPTER, undo)
+    targets = "|".join(re.escape(name) for name in stacks)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
+    inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+    model._hf_peft_config_loaded = True
+    for name, stack in stacks.items():
+        _fill(model.get_submodule(name), stack, slots[name])
+    for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
+        p.requires_grad_(flag)
+
+
+def inject_trainable(
+    model: nn.Module, adapter: str, pattern: str, rank: int, alpha: float, undo: ExitStack
+) -> None:
+    """An ordinary trainable LoRA on every layer whose name matches `pattern`; the host itself is frozen meanwhile."""
+    _record(model, adapter, undo)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights="gaussian")
+    inject_adapter_in_model(config, model, adapter)
+
+
+def _record(model: nn.Module, adapter: str, undo: ExitStack) -> dict[nn.Parameter, bool]:
+    """Note what injecting will change, so that `undo` can give it back."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    undo.callback(lambda: [p.requires_grad_(flag) for p, flag in before.items()])
+    undo.callback(_remove, model, adapter, hasattr(model, "peft_config"))
+    return before
+
+
+def _fill(layer: LoraLayer, stack: Stack, slot: Slot) -> None:
+    weight = layer.get_base_layer().weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
+        half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
+    layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
+    rank = len(stack.segment)
+    layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
+    layer.lora_variant[ADAPTER] = GatedLora(slot, stack.present)
+    # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
+    layer.set_adapter(list(dict.fromkeys([*_others(layer), ADAPTER])))
+
+
+def _others(layer: LoraLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A and name != ADAPTER]
+
+
+def _remove(model: nn.Module, adapter: str, had_config: bool) -> None:
+    carrying = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
+    for name, layer in carrying.items():
+        if len(layer.lora_A) > 1:
+            layer.delete_adapter(adapter)
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    config = getattr(model, "peft_config", {})
+    config.pop(adapter, None)
+    if not config and not had_config and hasattr(model, "peft_config"):
+        del model.peft_config
+        model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
+
+
+def stacked(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """down [R, Cin] and up [Cout, R] of an injected layer, where the host keeps them now.
+
+    The taps of a convolution are summed: applied to a mean input that gives its mean output, but for the borders.
+    """
+    layer = model.get_submodule(name)
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return (down.sum((2, 3)), up.sum((2, 3))) if down.dim() == 4 else (down, up)

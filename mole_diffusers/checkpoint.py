@@ -1,0 +1,99 @@
+"""Gates on disk: safetensors and a JSON config with named experts and named places; strict both ways."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mole_diffusers.gates import GateBank, GateConfig
+from mole_diffusers.lora_files import Expert
+
+VERSION = 1
+WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a gates folder holds."""
+
+    folder: Path
+    config: GateConfig
+    experts: dict[str, dict[str, str]]  # name -> {"sha256", "base"}, in the order of the gates' columns
+    tensors: dict[str, torch.Tensor]
+
+    def order(self, experts: Mapping[str, Expert]) -> list[str]:
+        """The experts' names in the gates' order; ValueError where the sets differ."""
+        if set(experts) != set(self.experts):
+            raise ValueError(
+                f"the gates in {self.folder} weigh {sorted(self.experts)}, but the experts given are {sorted(experts)}"
+            )
+        for name, expert in experts.items():
+            if expert.sha256 != self.experts[name]["sha256"]:
+                warnings.warn(
+                    f"expert {name!r} is not the file that the gates in {self.folder} were trained with", stacklevel=3
+                )
+        return list(self.experts)
+
+    def fill(self, banks: Mapping[str, GateBank]) -> None:
+        """Put the weights into `banks`; ValueError naming places or shapes that differ."""
+        wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
+        if missing := sorted(set(wanted) - set(self.tensors)):
+            raise ValueError(f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more")
+        if foreign := sorted(set(self.tensors) - set(wanted)):
+            raise ValueError(f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have")
+        for name, tensor in self.tensors.items():
+            if tensor.shape != wanted[name].shape:
+                shapes = f"{list(tensor.shape)}, expected {list(wanted[name].shape)}"
+                raise ValueError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
+            wanted[name].copy_(tensor)
+
+
+def save(folder: str | Path, banks: Mapping[str, GateBank], config: GateConfig, experts: Mapping[str, Expert]) -> None:
+    """Write the folder that `load` reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{part}.{k}": v.contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
+    named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
+    about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def load(source: str | Path) -> Checkpoint:
+    """Read a gates folder, or fetch it from the hub where no such folder exists.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a hub id that can be reached.
+        ValueError: broken JSON or weights, another format, a newer version.
+    """
+    folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
+    try:
+        about = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is not a gates folder: it has no {Path(error.filename or WEIGHTS).name}") from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"the gates in {folder} cannot be read: {error}") from error
+    if about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
+        found = f"{about.get('format')} version {about.get('version')}"
+        raise ValueError(f"the gates in {folder} are {found}; this release reads mole_diffusers.gates version {VERSION}")
+    return Checkpoint(folder, GateConfig.from_dict(about["gates"]), about["experts"], tensors)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no gate family, no folder here and no hub repository that can be reached"
+        ) from error

@@ -1,0 +1,111 @@
+"""Experts -> stacks: for each host layer that any expert touches, all experts side by side in one pair of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mole_diffusers.lora_files import Expert, LoraWeights, layer_key
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Every expert's share of one host layer: y = W x + up (g[segment] * (down x))."""
+
+    down: torch.Tensor  # [R, Cin] or [R, Cin, k, k], alpha / r folded in
+    up: torch.Tensor  # [Cout, R] or [Cout, R, 1, 1]
+    ranks: tuple[int, ...]  # [N], 0 where an expert lacks the layer
+
+    @property
+    def segment(self) -> torch.Tensor:
+        """[R] -> index of the expert each rank belongs to."""
+        return torch.repeat_interleave(torch.tensor(self.ranks))
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """[N]: which experts have this layer."""
+        return tuple(r > 0 for r in self.ranks)
+
+
+@dataclass(frozen=True)
+class Match:
+    """How one expert's layers meet one pipeline's."""
+
+    layers: dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: weights}
+    unmatched: tuple[str, ...]  # layer keys, part first, that the host does not have
+
+
+def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
+    """Find the host module of every layer of `expert`.
+
+    Args:
+        hosts: part name -> model, as a pipeline has them.
+
+    Raises:
+        ValueError: a layer's shape does not fit the host (the message names expert, layer and both shapes), or not
+            one layer was found.
+    """
+    found: dict[str, dict[str, LoraWeights]] = {}
+    unmatched: list[str] = []
+    for part, layers in expert.layers.items():
+        modules = _by_key(hosts[part]) if part in hosts else {}
+        for key, weights in layers.items():
+            if key not in modules:
+                unmatched.append(f"{part}.{key}")
+                continue
+            name, module = modules[key]
+            _check_shape(expert, f"{part}.{name}", weights, module)
+            found.setdefault(part, {})[name] = weights
+    if not found:
+        raise ValueError(f"expert {expert.name!r} ({expert.base}): none of its {len(unmatched)} layers is in this pipeline")
+    return Match(found, tuple(unmatched))
+
+
+def _by_key(host: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """{layer key: (module name, module)} of every layer a LoRA can sit on, seen through peft's wrappers."""
+    layers = {}
+    for name, module in host.named_modules():
+        module = getattr(module, "base_layer", module)
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".base_layer" not in name and ".lora_" not in name:
+            layers[layer_key(name)] = (name, module)
+    return layers
+
+
+def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: nn.Module) -> None:
+    host = tuple(module.weight.shape)
+    down, up = tuple(weights.down.shape), tuple(weights.up.shape)
+    # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape.
+    fits = up[0] == host[0] and down[1] == host[1] and (down[2:] or (1, 1)) == (host[2:] or (1, 1))
+    if not fits:
+        raise ValueError(
+            f"expert {expert.name!r} ({expert.base}) does not fit layer {name}: the host's weight is {list(host)}, "
+            f"the LoRA's down is {list(down)} and up is {list(up)}"
+        )
+
+
+def stack(weights: Sequence[LoraWeights | None], host: nn.Module) -> Stack:
+    """The experts' weights for one host layer side by side, fp32, shaped as the host's own weight."""
+    dims = host.weight.dim()
+    there = [w for w in weights if w is not None]
+    down = torch.cat([_as_dims(w.down.float() * w.scale, dims) for w in there])
+    up = torch.cat([_as_dims(w.up.float(), dims) for w in there], 1)
+    return Stack(down, up, tuple(w.rank if w is not None else 0 for w in weights))
+
+
+def _as_dims(matrix: torch.Tensor, dims: int) -> torch.Tensor:
+    return matrix.flatten(1) if dims == 2 else matrix.reshape(*matrix.shape, *(1,) * (dims - matrix.dim()))
+
+
+def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
+    """part -> {module name: Stack} over every layer that any expert has, in the host's order."""
+    stacks: dict[str, dict[str, Stack]] = {}
+    for part, host in hosts.items():
+        touched = {name for m in matches for name in m.layers.get(part, {})}
+        for name, module in _by_key(host).values():
+            if name in touched:
+                rows = [m.layers.get(part, {}).get(name) for m in matches]
+                stacks.setdefault(part, {})[name] = stack(rows, module)
+    return stacks

@@ -1,0 +1,88 @@
+"""The maths of a mixture: pure tensor functions. B batch, T tokens, C channels, R summed rank, N experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+TOTALS = ("1", "N", "sigmoid", "linear")
+
+
+def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.Tensor:
+    """Eq. 11 of MoLE (Wu et al., 2024) over the experts that are there; its masked mode is the same softmax.
+
+    Args:
+        logits: [..., N], already divided by the temperature.
+        mask: [N] bool, the experts that are present and active.
+        total: "1" softmax; "N" softmax times the number of experts in `mask`, so that equal logits give the plain
+            sum; "sigmoid" 2 * sigmoid, independent, in 0..2; "linear" 1 + logits, free in sign and size.
+
+    Returns:
+        [..., N], zero outside `mask`.
+    """
+    if total not in TOTALS:
+        raise ValueError(f"unknown total {total!r}; known: {list(TOTALS)}")
+    if total == "sigmoid":
+        return 2 * torch.sigmoid(logits) * mask
+    if total == "linear":
+        return (1 + logits) * mask
+    # The lowest finite number, not -inf: an empty mask gives zeros instead of NaN, without a branch on device data.
+    weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), -1) * mask
+    return weights * mask.sum() if total == "N" else weights
+
+
+def pooled(hidden: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens: [B, T, C] -> [B, C], for any number of tokens."""
+    return hidden.mean(1)
+
+
+def flattened(hidden: torch.Tensor) -> torch.Tensor:
+    """Eq. 10 of MoLE: [B, T, C] -> [B, T * C], tied to one number of tokens."""
+    return hidden.flatten(1)
+
+
+def l2_normalized(features: torch.Tensor) -> torch.Tensor:
+    """The unspecified Normalization of MoLE's eq. 9, read as the authors' code has it: L2 over the whole vector."""
+    return F.normalize(features, dim=-1)
+
+
+def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """Each expert's own output side by side, eq. 9 of MoLE: x [B, T, Cin] -> [B, T, N * Cout].
+
+    `down` [R, Cin] and `up` [Cout, R] are the stacked experts, `ranks` how R divides among the N.
+    """
+    hidden = F.linear(x, down).split(list(ranks), -1)  # N x [B, T, r]
+    return torch.cat([F.linear(h, u) for h, u in zip(hidden, up.split(list(ranks), 1), strict=True)], -1)
+
+
+def over_ranks(weights: torch.Tensor, segment: torch.Tensor, like: torch.Tensor, channels: int) -> torch.Tensor:
+    """Expert weights [N] or [B, N] -> a factor that multiplies `like`, whose rank axis is `channels`.
+
+    `segment` [R] names the expert of each rank. `like` is [B, R], [B, T, R] or [B, R, H, W].
+    """
+    factor = weights.index_select(-1, segment).to(like.dtype)  # [R] or [B, R]
+    shape = [1] * like.dim()
+    shape[channels] = segment.numel()
+    if factor.dim() == 2:
+        shape[0] = factor.shape[0]
+    return factor.reshape(shape)
+
+
+def entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Entropy of each gate in nats, 0 .. ln N: [..., N] -> [...]. Weights are brought to sum 1 first."""
+    share = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)
+    return -(share * share.clamp_min(1e-12).log()).sum(-1)
+
+
+def balance_loss(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Eq. 14-15 of MoLE with a live gradient, less its minimum N ln N: 0 when experts share equally on average.
+
+    `weights` holds one tensor [..., N] per gated block; the mean over blocks and batch is taken before the log,
+    so single blocks may specialise. (The authors' code detaches it, which leaves no gradient.)
+    """
+    shares = [w / w.sum(-1, keepdim=True).clamp_min(1e-8) for w in weights]
+    q = torch.stack([s.reshape(-1, s.shape[-1]).mean(0) for s in shares]).mean(0)  # [N]
+    count = q.numel()
+    return -(q.clamp_min(1e-8).log().sum()) - count * torch.log(torch.tensor(float(count)))

@@ -1,0 +1,109 @@
+"""Where gates sit in a host: which place each layer belongs to, and what the gate there can read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from mole_diffusers.experts import Stack
+
+NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
+TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one gate sits.
+
+    Attributes:
+        name: the host's module name of the block, layer or matrix; "" for the network.
+        entry: the module whose input the gate reads; None where each layer hands its own input.
+        width: channels C of that input.
+        tokens: T at the host's default resolution, for flattened features; 0 where it is not fixed.
+    """
+
+    name: str
+    entry: str | None
+    width: int
+    tokens: int
+
+
+def blocks(model: nn.Module) -> dict[str, str]:
+    """{name of a transformer block: name of its first attention}, for UNets and text encoders."""
+    found = {}
+    for name, module in model.named_modules():
+        for first in ("attn1", "self_attn"):
+            if hasattr(module, first):
+                found[name] = f"{name}.{first}"
+    return found
+
+
+def owner(layer: str, granularity: str, block_names: Iterable[str]) -> str:
+    """The name of the place that gates `layer`."""
+    if granularity == "matrix":
+        return layer
+    block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
+    if granularity == "model" or block == NETWORK:
+        return NETWORK
+    return block if granularity == "block" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
+
+
+def place(name: str, granularity: str, model: nn.Module) -> Place:
+    """Describe the place that `owner` named."""
+    if name == NETWORK:
+        return Place(name, None, _network_width(model), 1)
+    if granularity == "matrix":
+        return Place(name, None, _in_width(model.get_submodule(name)), 0)
+    entry = blocks(model)[name] if granularity == "block" else name
+    return Place(name, entry, _in_width(model.get_submodule(entry)), _tokens(name, model))
+
+
+def _in_width(module: nn.Module) -> int:
+    """Channels that enter a module: those of its first linear or convolution layer."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            return child.in_features
+        if isinstance(child, nn.Conv2d):
+            return child.in_channels
+    raise ValueError(f"{type(module).__name__} has no layer that an expert could gate")
+
+
+def _network_width(model: nn.Module) -> int:
+    config = model.config
+    return config.hidden_size if hasattr(config, "hidden_size") else config.cross_attention_dim + TIME_WIDTH
+
+
+def _tokens(name: str, model: nn.Module) -> int:
+    """Tokens of a block at the host's default size: halved per side at each down block, mirrored going up."""
+    config = model.config
+    if hasattr(config, "max_position_embeddings"):
+        return config.max_position_embeddings
+    depth = len(config.block_out_channels) - 1
+    numbered = re.match(r"(down|up)_blocks\.(\d+)", name)
+    level = depth if numbered is None else int(numbered[2])
+    if numbered and numbered[1] == "up":
+        level = depth - level
+    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    return (side >> level) ** 2
+
+
+def probed(place: Place, stacks: Mapping[str, Stack]) -> list[str]:
+    """The expert layers that read the gate's own input, so that their outputs are known where the gate is asked.
+
+    Raises ValueError where no expert has one: the paper's input does not exist at that place.
+    """
+    if place.entry is None:
+        return [place.name]
+    ends = ("to_q", "q_proj", "net.0.proj", "fc1")
+    if not place.entry.endswith("attn2"):  # cross-attention reads keys and values from the text
+        ends += ("to_k", "to_v", "k_proj", "v_proj")
+    names = [name for name in stacks if name.startswith(f"{place.entry}.") and name.endswith(ends)]
+    if not names:
+        raise ValueError(
+            f"inputs='experts' needs an expert layer that reads the input of {place.entry}, and no expert has one; "
+            f"use inputs='hidden'"
+        )
+    return names

@@ -1,0 +1,83 @@
+"""Pictures with captions -> latents; a folder of pictures -> pictures with captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Training pictures of one concept, encoded once."""
+
+    latents: torch.Tensor  # [S, C, H, W], scaled as the UNet expects them, on the CPU
+    captions: list[str]  # S
+
+    def __post_init__(self) -> None:
+        if len(self.latents) != len(self.captions):
+            raise ValueError(f"{len(self.latents)} latents but {len(self.captions)} captions")
+
+
+def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
+    """Pictures of a folder with their captions.
+
+    A caption comes from metadata.jsonl ({"file_name", "text"}), else from a .txt file of the same stem, else it is
+    `prompt`.
+
+    Raises:
+        ValueError: no pictures, a broken picture or one without a caption; the message names the file.
+    """
+    folder = Path(folder)
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not paths:
+        raise ValueError(f"no pictures in {folder}; looked for {', '.join(SUFFIXES)}")
+    table = folder / "metadata.jsonl"
+    texts = {}
+    if table.exists():
+        rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+        texts = {row["file_name"]: row["text"] for row in rows}
+    return [_open(p) for p in paths], [_caption(p, texts, prompt) for p in paths]
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
+    sidecar = path.with_suffix(".txt")
+    text = texts.get(path.name) or (sidecar.read_text().strip() if sidecar.exists() else prompt)
+    if not text:
+        raise ValueError(f"{path} has no caption: give {sidecar.name}, metadata.jsonl or a prompt")
+    return text
+
+
+@torch.no_grad()
+def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:
+    """Encode pictures with the pipeline's autoencoder; sizes must agree and be what the pipeline can take."""
+    size = images[0].size
+    latents = []
+    for start in range(0, len(images), batch):
+        chunk = [image if image.size == size else image.resize(size) for image in images[start : start + batch]]
+        pixels = pipe.image_processor.preprocess(chunk).to(pipe.device, pipe.vae.dtype)  # [b, 3, H, W] in -1..1
+        latents.append(pipe.vae.encode(pixels).latent_dist.mode().float().cpu())
+    return Samples(torch.cat(latents) * pipe.vae.config.scaling_factor, list(captions))
+
+
+def token_ids(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """[P, T] token ids, padded to the tokenizer's length."""
+    tokenizer = pipe.tokenizer
+    padded = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return padded.input_ids.to(pipe.device)

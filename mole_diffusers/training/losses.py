@@ -1,0 +1,46 @@
+"""The terms of gate training, one function each: pure tensor functions. B batch, C channels, N experts."""
+
+from __future__ import annotations
+
+import torch
+
+
+def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """How much of what the teacher changed is missing: ||student - teacher||^2 / E ||teacher - base||^2, mean over B.
+
+    0 is perfect, 1 is the base model; 1 minus this is a recovery that can be compared across experts and timesteps.
+
+    Args:
+        student, teacher: predictions [B, C, H, W].
+        norm: [B], the expected squared change E ||teacher - base||^2 per element for each row's source and timestep.
+    """
+    error = (student - teacher).square().flatten(1).mean(1)  # [B]
+    return (error / (norm + 1e-8)).mean()
+
+
+def composed_target(
+    base: torch.Tensor, experts: torch.Tensor, masks: torch.Tensor, strengths: torch.Tensor
+) -> torch.Tensor:
+    """e_0 + sum_k s_k M_k (e_k - e_0): what each expert changes, where it belongs.
+
+    Masked blending as in FreeFuse and CLoRA for subjects; with a mask of ones, score addition (Liu et al., 2022) for
+    a style.
+
+    Args:
+        base: [B, C, H, W] prediction without experts.
+        experts: [N, B, C, H, W] predictions with one expert each.
+        masks: [N, B, 1, H, W] in 0..1.
+        strengths: [N].
+    """
+    changes = (experts - base) * masks * strengths.reshape(-1, 1, 1, 1, 1)
+    return base + changes.sum(0)
+
+
+def territory(maps: torch.Tensor) -> torch.Tensor:
+    """Attention maps of N competing concepts [N, B, H, W] -> soft masks [N, B, 1, H, W] that sum to 1 at each pixel.
+
+    Each map is brought to mean 0 and standard deviation 1 over the picture, then the concepts compete by softmax, so
+    that a concept with faint attention still holds the ground where it is strongest.
+    """
+    mean, std = maps.mean((2, 3), keepdim=True), maps.std((2, 3), keepdim=True)
+    return torch.softmax(3 * (maps - mean) / (std + 1e-6), 0)[:, :, None]
