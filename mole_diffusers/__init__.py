@@ -6,9 +6,11 @@ from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusers.processor import MoLEAttnProcessor
 from mole_diffusers.trace import Trace
+from mole_diffusers.world import EmojiWorld, emoji_world
 
 __version__ = "0.1.0"
 __all__ = [
+    "EmojiWorld",
     "Expert",
     "GateConfig",
     "MoLEAttnProcessor",
@@ -18,5 +20,6 @@ __all__ = [
     "attach",
     "attached",
     "detach",
+    "emoji_world",
     "read_expert",
 ]

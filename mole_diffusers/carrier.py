@@ -47,6 +47,8 @@ class GatedLora:
 
 def inject(model: nn.Module, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
+    active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    undo.callback(_activate, model, active)
     before = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
@@ -54,6 +56,8 @@ def inject(model: nn.Module, stacks: Mapping[str, Stack], slots: Mapping[str, Sl
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
         _fill(model.get_submodule(name), stack, slots[name])
+    others = next(iter(active.values()), [])
+    _activate(model, {n: [*others, ADAPTER] for n, m in model.named_modules() if isinstance(m, LoraLayer)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
 
@@ -86,11 +90,13 @@ def _fill(layer: LoraLayer, stack: Stack, slot: Slot) -> None:
     layer.lora_variant[ADAPTER] = GatedLora(slot, stack.present)
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
-    layer.set_adapter(list(dict.fromkeys([*_others(layer), ADAPTER])))
 
 
-def _others(layer: LoraLayer) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A and name != ADAPTER]
+def _activate(model: nn.Module, active: Mapping[str, list[str]]) -> None:
+    """Set the active adapters of each named layer that is still there."""
+    for name, adapters in active.items():
+        if isinstance(layer := model.get_submodule(name), LoraLayer):
+            layer.set_adapter(adapters)
 
 
 def _remove(model: nn.Module, adapter: str, had_config: bool) -> None:

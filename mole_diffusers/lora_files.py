@@ -164,10 +164,9 @@ def _layer(stem: str, path: Path) -> tuple[str, str]:
     part, _, layer = stem.partition(".")
     if part not in PARTS:
         raise ValueError(f"{path}: {stem!r} begins with none of {[f'{p}.' for p in PARTS]} or {list(KOHYA_PREFIXES)}")
-    # Old diffusers files name the attention processor: attn1.processor.to_q_lora, and to_out_lora for to_out.0.
-    layer = ROLE.sub("", layer).replace(".processor.", ".")
-    layer = re.sub(r"\.to_out_lora$", ".to_out.0", layer)
-    return part, _canonical(re.sub(r"_lora$", "", layer).replace(".", "_"))
+    if ".processor." in layer:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
+        layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))
+    return part, _canonical(layer.replace(".", "_"))
 
 
 def _canonical(layer: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,33 @@ class Mixture:
             self._state.active = before
 
     @contextmanager
+    def fixed(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Stand in for every gate: these weights everywhere, 0 for experts not named; strengths do not count."""
+        values = [0.0] * len(self.experts)
+        for name, weight in weights.items():
+            values[self._index(name)] = float(weight)
+        before, self._state.fixed = self._state.fixed, values
+        try:
+            yield
+        finally:
+            self._state.fixed = before
+
+    @contextmanager
+    def listen(self, listener: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """Call `listener(place, weights)` with each gate's live weights [N] or [B, N] as they are made."""
+        self._state.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._state.listeners.remove(listener)
+
+    @contextmanager
     def trace(self) -> Iterator[Trace]:
         """Record every gate's weights while the block runs: by place, step, batch row and expert."""
         trace = Trace(list(self.experts), self._state)
         self._state.step = -1
-        self._state.listeners.append(trace.record)
-        try:
+        with self.listen(trace.record):
             yield trace
-        finally:
-            self._state.listeners.remove(trace.record)
 
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters, all that training changes."""
@@ -194,14 +212,14 @@ class Mixture:
     # ---- the only code that changes a host
 
     def _install(self) -> None:
+        denoiser = next(self._hosts[p] for p in ("unet", "transformer") if p in self._hosts)
         with ExitStack() as undo:
+            # First of all hooks: the network's own gate already needs the time of this call.
+            undo.callback(denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
             for part, stacks in self._stacks.items():
                 self._install_part(part, stacks, undo)
-            denoiser = next(self._hosts[p] for p in ("unet", "transformer") if p in self._hosts)
             undo.callback(denoiser.__dict__.pop, HANDLE, None)
             object.__setattr__(denoiser, HANDLE, self)
-            handle = denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True)
-            undo.callback(handle.remove)
             self._undo = undo.pop_all()
 
     def _uninstall(self) -> None:
@@ -216,7 +234,8 @@ class Mixture:
         for layer, spot in self._places[part].items():
             shared = spot.name == NETWORK or spot.entry is not None
             name = f"{part}.{spot.name}" if spot.name else part
-            slot = slots.setdefault(spot.name, Slot(name, bank[spot.name], self._state, shared=shared))
+            timed = part in ("unet", "transformer")
+            slot = slots.setdefault(spot.name, Slot(name, bank[spot.name], self._state, shared=shared, timed=timed))
             if (present := stacks[layer].present) not in slot.presents:
                 slot.presents.append(present)
         carrier.inject(model, stacks, {layer: slots[s.name] for layer, s in self._places[part].items()}, undo)

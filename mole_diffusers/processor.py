@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ class State:
     active: list[bool]
     strength: list[float]
     time: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], 1 is pure noise
+    fixed: list[float] | None = None  # weights that stand in for every gate's, by hand or for a teacher
     step: int = -1  # counts denoiser calls; -1 before the first
     listeners: list[Callable[[str, torch.Tensor], None]] = field(default_factory=list)
 
@@ -30,10 +31,14 @@ class State:
 
 
 class Slot:
-    """One gate at one place, and the weights it last gave for each set of present experts."""
+    """One gate at one place, and the weights it last gave for each set of present experts.
 
-    def __init__(self, name: str, gate: Callable, state: State, *, shared: bool = True):
-        self.name, self.gate, self.state, self.shared = name, gate, state, shared
+    `shared` says that the layers of the place use one decision; `timed` that the place knows the noise level (a text
+    encoder does not).
+    """
+
+    def __init__(self, name: str, gate: Callable, state: State, *, shared: bool, timed: bool):
+        self.name, self.gate, self.state, self.shared, self.timed = name, gate, state, shared, timed
         self.presents: list[Present] = []  # the first one is what a trace records
         self.probe: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.weights: dict[Present, torch.Tensor] = {}
@@ -45,15 +50,26 @@ class Slot:
 
     def refresh(self, hidden: torch.Tensor) -> None:
         """Evaluate the gate on `hidden` [B, T, C]."""
-        features = hidden if self.probe is None else self.probe(hidden)
-        time = self.state.time.to(hidden.device).expand(hidden.shape[0] if len(self.state.time) == 1 else -1)
-        strength = torch.tensor(self.state.strength, device=hidden.device)
-        for present in self.presents:
-            weights = self.gate(features, self.state.mask(present, hidden.device), time)
-            self.weights[present] = weights * strength  # [N] or [B, N]
+        for present, weights in self._evaluate(hidden):
+            self.weights[present] = weights
         self.batch = hidden.shape[0]
         for listener in self.state.listeners:
             listener(self.name, self.weights[self.presents[0]])
+
+    def _evaluate(self, hidden: torch.Tensor) -> Iterator[tuple[Present, torch.Tensor]]:
+        """(present experts, what their layers are multiplied by: [N] or [B, N])."""
+        fixed, device = self.state.fixed, hidden.device
+        if fixed is not None:
+            for present in self.presents:
+                yield present, torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
+            return
+        features = hidden if self.probe is None else self.probe(hidden)
+        time = self.state.time.to(device) if self.timed else torch.zeros(len(hidden), device=device)
+        # PAG hands single layers a part of the batch; its rows are at one noise level.
+        time = time if len(time) == len(hidden) else time[:1].expand(len(hidden))
+        strength = torch.tensor(self.state.strength, device=device)
+        for present in self.presents:
+            yield present, self.gate(features, self.state.mask(present, device), time) * strength
 
     def read(self, present: Present, x: torch.Tensor) -> torch.Tensor:
         """The weights for a layer with input `x`; evaluated from `x` itself where nobody did so for this batch.

@@ -59,7 +59,8 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         ema.state, ema.steps, start, seconds = saved["ema"], saved["step"], saved["step"], saved["seconds"]
-    bar, average, begun = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10), None, time.time()
+    begun, average = time.time(), None
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         loss = loss_at(step)
         loss.backward()
@@ -77,7 +78,8 @@ def fit(
             state = {"module": module.state_dict(), "ema": ema.state, "step": step + 1, "seconds": spent}
             torch.save(state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-    note(name, steps=steps, minutes=round((seconds + time.time() - begun) / 60, 1), loss=average, device=str(device()))
+    if start < steps:
+        note(name, steps=steps, minutes=round((seconds + time.time() - begun) / 60, 1), loss=average, device=str(device()))
     return ema.state
 
 

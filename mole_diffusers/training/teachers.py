@@ -1,0 +1,172 @@
+"""Teachers for data-free gate training: trajectories of single and blended experts, with what each predicted.
+
+The teacher's own sampling already computes every target, so a trajectory is remembered with its targets and the
+student trains on it without asking a teacher again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.training.data import token_ids
+from mole_diffusers.training.denoising import predict
+from mole_diffusers.training.losses import composed_target, territory
+
+
+@dataclass
+class Memory:
+    """Rows to learn from: the student at `x`, `timesteps`, `prompts` should predict `targets`.
+
+    `norms` [S] holds the expected squared change from base to teacher, by source and timestep; `sources` names each
+    row's objective, "single" or "composed".
+    """
+
+    x: torch.Tensor  # [S, C, H, W]
+    timesteps: torch.Tensor  # [S]
+    targets: torch.Tensor  # [S, C, H, W]
+    norms: torch.Tensor  # [S]
+    prompts: list[str]
+    sources: list[str]
+
+    @staticmethod
+    def join(parts: Sequence[Memory]) -> Memory:
+        tensors = [torch.cat([getattr(p, k) for p in parts]) for k in ("x", "timesteps", "targets", "norms")]
+        return Memory(*tensors, [t for p in parts for t in p.prompts], [s for p in parts for s in p.sources])
+
+
+Teach = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def single_teacher(pipe: Any, mixture: Mixture, expert: str) -> Teach:
+    """(x, timesteps, prompts) -> (prediction with `expert` alone at its strength, prediction of the base)."""
+
+    def teach(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with mixture.fixed({}):
+            base = predict(pipe, x, timesteps, prompts)
+        with mixture.fixed({expert: mixture.strength(expert)}):
+            return predict(pipe, x, timesteps, prompts), base
+
+    return teach
+
+
+def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teach:
+    """(x, timesteps, prompts) -> (e_0 + sum_k s_k M_k (e_k - e_0), e_0).
+
+    Experts in `styles` act everywhere. Two or more others share the picture by their own cross-attention to their
+    trigger words; a single other one has all of it.
+    """
+    names = list(mixture.experts)
+    subjects = [n for n in names if n not in styles]
+
+    def teach(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with mixture.fixed({}):
+            base = predict(pipe, x, timesteps, prompts)
+        masks = {n: torch.ones(len(x), 1, *x.shape[2:], device=x.device) for n in names}
+        predictions, maps = [], []
+        for name in names:
+            positions = trigger_tokens(pipe, mixture, name, prompts) if name in subjects and len(subjects) > 1 else None
+            with mixture.fixed({name: 1.0}), attention_maps(pipe.unet, x.shape[2:], positions) as seen:
+                predictions.append(predict(pipe, x, timesteps, prompts))
+            if positions is not None:
+                maps.append(torch.stack(seen).mean(0))
+        if maps:
+            masks |= dict(zip(subjects, territory(torch.stack(maps)), strict=True))
+        strengths = torch.tensor([mixture.strength(n) for n in names], device=x.device)
+        stacked = torch.stack([masks[n] for n in names])
+        return composed_target(base, torch.stack(predictions), stacked, strengths), base
+
+    return teach
+
+
+def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str]) -> torch.Tensor:
+    """[B, T] 1 where a prompt holds the expert's trigger words; an empty prompt has none and counts everywhere.
+
+    Raises ValueError for a prompt with words but without the trigger.
+    """
+    trigger = " ".join(mixture.experts[name].triggers) or name
+    wanted = pipe.tokenizer(trigger, add_special_tokens=False).input_ids
+    ids = token_ids(pipe, prompts)
+    found = torch.zeros_like(ids, dtype=torch.float32)
+    for row, (prompt, tokens) in enumerate(zip(prompts, ids.tolist(), strict=True)):
+        starts = [i for i in range(len(tokens)) if tokens[i : i + len(wanted)] == wanted]
+        if prompt and not starts:
+            raise ValueError(f"the prompt {prompt!r} lacks {trigger!r}, the trigger of expert {name!r}")
+        for start in starts:
+            found[row, start : start + len(wanted)] = 1
+        if not prompt:
+            found[row] = 1
+    return found
+
+
+@contextmanager
+def attention_maps(unet: Any, size: Sequence[int], positions: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """Collect cross-attention to the marked tokens: one map [B, H, W] per layer, mean over heads.
+
+    Queries and keys are read where their projections leave them, so any processor may do the attention.
+    """
+    seen: list[torch.Tensor] = []
+    handles, queries = [], {}
+    if positions is not None:
+        crosses = [m for n, m in unet.named_modules() if n.endswith("attn2") and isinstance(m, Attention)]
+        for attention in crosses:
+
+            def keep(_, __, q, attention=attention):
+                queries[attention] = q
+
+            def collect(_, __, k, attention=attention):
+                seen.append(_attention_map(attention, queries.pop(attention), k, positions, size))
+
+            handles += [attention.to_q.register_forward_hook(keep), attention.to_k.register_forward_hook(collect)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_map(
+    attention: Attention, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, size: Sequence[int]
+) -> torch.Tensor:
+    """query [B, T, C], key [B, S, C], positions [B, S] -> [B, H, W]."""
+    q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))  # [B, heads, ., c]
+    shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S]
+    flat = (shares * positions[:, None]).sum(-1)  # [B, T]
+    height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
+    return F.interpolate(flat.unflatten(1, (1, height, -1)), size=tuple(size), mode="bilinear")[:, 0]
+
+
+@torch.no_grad()
+def remember(
+    pipe: Any, teach: Teach, prompts: Sequence[str], *, source: str, seeds: int, steps: int, guidance: float, seed: int
+) -> Memory:
+    """Sample `seeds` trajectories under the teacher, cycling through `prompts`, and keep every step's rows.
+
+    Both rows of guidance are kept: an unmatched unconditional row would be amplified by it.
+    """
+    scheduler, device = pipe.scheduler, pipe.device
+    scheduler.set_timesteps(steps, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    config = pipe.unet.config
+    side = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
+    x = torch.randn(seeds, config.in_channels, *side, generator=generator).to(device) * scheduler.init_noise_sigma
+    texts = [prompts[i % len(prompts)] for i in range(seeds)]
+    both = ["" for _ in texts] + texts
+    rows = []
+    for t in scheduler.timesteps:
+        scaled = torch.cat([scheduler.scale_model_input(x, t)] * 2)
+        timesteps = t.expand(2 * seeds)
+        prediction, base = teach(scaled, timesteps, both)
+        norm = (prediction - base).square().flatten(1).mean(1)  # [2B], unconditional rows first
+        norm = norm.unflatten(0, (2, seeds)).mean(1).repeat_interleave(seeds)
+        rows.append(Memory(scaled.cpu(), timesteps.cpu(), prediction.cpu(), norm.cpu(), both, [source] * len(both)))
+        empty, full = prediction.chunk(2)
+        x = scheduler.step(empty + guidance * (full - empty), t, x, generator=generator).prev_sample
+    return Memory.join(rows)

@@ -1,0 +1,52 @@
+"""Tiny real pipelines and LoRA files, offline."""
+
+import pytest
+import torch
+
+from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora, tiny_pipeline
+
+SHAPES = {  # name: (rank, layers)
+    "fox": (4, ATTENTION),
+    "ink": (2, ATTENTION + FEED_FORWARD),
+    "hat": (8, ATTENTION + CONVOLUTION),
+}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def loras(tmp_path_factory):
+    """name -> file; three LoRAs of different ranks and layer sets."""
+    folder, host = tmp_path_factory.mktemp("loras"), tiny_pipeline()
+    return {
+        name: tiny_lora(host, folder / f"{name}.safetensors", rank=rank, seed=i, ends=ends)
+        for i, (name, (rank, ends)) in enumerate(SHAPES.items())
+    }
+
+
+@pytest.fixture
+def draw():
+    """draw(pipe) -> pictures [B, H, W, 3] of one fixed prompt and seed."""
+
+    def run(pipe, prompt="a fox in ink", **options):
+        options = {"num_inference_steps": 2, "output_type": "np"} | options
+        return torch.from_numpy(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images)
+
+    return run
+
+
+@pytest.fixture
+def awake():
+    """awake(mixture): give its gates random parameters, so that they depend on what they read."""
+
+    def wake(mixture, seed=0, size=3.0):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (p for p in mixture.parameters() if p.dim() == 2):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        return mixture
+
+    return wake

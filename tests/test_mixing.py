@@ -1,0 +1,74 @@
+"""The maths, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from mole_diffusers import mixing
+
+LOGITS = torch.tensor([0.0, math.log(2), math.log(5)])
+ALL = torch.tensor([True, True, True])
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [
+        ("1", [1 / 8, 2 / 8, 5 / 8]),
+        ("N", [3 / 8, 6 / 8, 15 / 8]),
+        ("sigmoid", [1.0, 4 / 3, 5 / 3]),
+        ("linear", [1.0, 1 + math.log(2), 1 + math.log(5)]),
+    ],
+)
+def test_totals_by_hand(total, expected):
+    torch.testing.assert_close(mixing.gate_weights(LOGITS, ALL, total), torch.tensor(expected))
+
+
+def test_masking_is_softmax_over_the_kept_logits_and_renormalised_weights():
+    mask = torch.tensor([True, False, True])
+    kept = mixing.gate_weights(LOGITS, mask, "1")
+    torch.testing.assert_close(kept, torch.tensor([1 / 6, 0.0, 5 / 6]))
+    whole = mixing.gate_weights(LOGITS, ALL, "1") * mask
+    torch.testing.assert_close(kept, whole / whole.sum())
+    torch.testing.assert_close(mixing.gate_weights(LOGITS, mask, "N"), 2 * kept)
+    assert mixing.gate_weights(LOGITS, ~ALL, "1").eq(0).all()
+    with pytest.raises(ValueError, match="unknown total 'two'"):
+        mixing.gate_weights(LOGITS, ALL, "two")
+
+
+def test_expert_outputs_are_each_expert_alone():
+    torch.manual_seed(0)
+    x, downs, ups = torch.randn(2, 5, 6), [torch.randn(r, 6) for r in (1, 3)], [torch.randn(4, r) for r in (1, 3)]
+    out = mixing.expert_outputs(x, torch.cat(downs), torch.cat(ups, 1), [1, 3])
+    alone = [x @ down.T @ up.T for down, up in zip(downs, ups, strict=True)]
+    torch.testing.assert_close(out, torch.cat(alone, -1))
+    pooled = mixing.expert_outputs(x.mean(1, keepdim=True), torch.cat(downs), torch.cat(ups, 1), [1, 3])
+    torch.testing.assert_close(pooled[:, 0], out.mean(1))
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((2, 4), 1), ((2, 5, 4), 2), ((2, 4, 3, 3), 1)])
+def test_rank_factors_gate_each_experts_ranks(shape, channels):
+    segment, weights = torch.tensor([0, 1, 1, 1]), torch.tensor([[2.0, 3.0], [5.0, 7.0]])
+    scaled = torch.ones(shape) * mixing.over_ranks(weights, segment, torch.ones(shape), channels)
+    rows = scaled.movedim(channels, 1).flatten(2) if len(shape) > 2 else scaled[..., None]
+    assert rows[0, :, 0].tolist() == [2, 3, 3, 3]
+    assert rows[1, :, -1].tolist() == [5, 7, 7, 7]
+    same = torch.ones(shape) * mixing.over_ranks(weights[0], segment, torch.ones(shape), channels)
+    assert torch.equal(same[1].flatten(), same[0].flatten())
+
+
+def test_entropy_and_balance_by_hand():
+    even = torch.tensor([0.5, 0.5])
+    assert mixing.entropy(even).item() == pytest.approx(math.log(2))
+    assert mixing.entropy(torch.tensor([2.0, 0.0])).item() == pytest.approx(0)
+    assert mixing.balance_loss([even, 2 * even]).item() == pytest.approx(0, abs=1e-6)
+    # Two blocks that specialise in opposite experts are balanced; q is averaged before the log.
+    assert mixing.balance_loss([torch.tensor([[0.9, 0.1]]), torch.tensor([[0.1, 0.9]])]).item() == pytest.approx(0, abs=1e-6)
+    skewed = mixing.balance_loss([torch.tensor([0.8, 0.2])])
+    assert skewed.item() == pytest.approx(-math.log(0.8) - math.log(0.2) - 2 * math.log(2), rel=1e-5)
+
+
+def test_balance_has_a_live_gradient_that_evens_out():
+    logits = torch.tensor([1.0, 0.0], requires_grad=True)
+    mixing.balance_loss([torch.softmax(logits, -1)]).backward()
+    assert logits.grad[0] > 0 > logits.grad[1]

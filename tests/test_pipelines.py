@@ -1,0 +1,79 @@
+"""Code written for diffusers' LoRA calls, run on the drop-in pipeline."""
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_pipeline
+
+
+@pytest.fixture
+def dropin():
+    pipe = mole.MoLEStableDiffusionPipeline(**tiny_pipeline().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_calls_of_diffusers_give_the_images_of_diffusers(dropin, pipe, loras, draw):
+    for host in (dropin, pipe):
+        host.load_lora_weights(loras["fox"], adapter_name="fox")
+        host.load_lora_weights(loras["ink"], adapter_name="ink")
+        host.set_adapters(["fox", "ink"], [1.0, 0.8])
+    torch.testing.assert_close(draw(dropin), draw(pipe), atol=1e-5, rtol=0)
+    assert dropin.get_active_adapters() == ["fox", "ink"]
+    assert dropin.get_list_adapters() == {"unet": ["fox", "ink"], "text_encoder": ["fox", "ink"]}
+    for host in (dropin, pipe):
+        host.set_adapters("ink")
+    torch.testing.assert_close(draw(dropin), draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_gates_load_and_unload(dropin, loras, draw, awake, tmp_path):
+    base = draw(dropin)
+    for name in ("fox", "ink"):
+        dropin.load_lora_weights(loras[name], adapter_name=name)
+    plain = draw(dropin)
+    dropin.load_gates("mole")
+    awake(dropin.mixture).save_pretrained(tmp_path)
+    gated = draw(dropin)
+    assert not torch.allclose(gated, plain, atol=1e-3)
+    dropin.load_gates("sum")
+    assert torch.equal(draw(dropin), plain)
+    dropin.load_gates(tmp_path)
+    assert torch.equal(draw(dropin), gated)
+    dropin.delete_adapters("ink")
+    assert dropin.get_active_adapters() == ["fox"]
+    dropin.delete_adapters(["fox"])
+    assert torch.equal(draw(dropin), base)
+    dropin.load_lora_weights(loras["fox"])
+    dropin.unload_lora_weights()
+    assert torch.equal(draw(dropin), base)
+    assert dropin.mixture is None
+
+
+def test_files_inside_a_folder_and_from_pretrained(dropin, loras, draw, tmp_path):
+    dropin.load_lora_weights(loras["fox"].parent, weight_name="fox.safetensors")
+    assert dropin.get_active_adapters() == ["fox"]
+    image = draw(dropin)
+    dropin.unload_lora_weights()
+    dropin.save_pretrained(tmp_path)
+    again = mole.MoLEStableDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    again.load_lora_weights(loras["fox"])
+    assert torch.equal(draw(again), image)
+
+
+def test_bad_calls_change_nothing(dropin, loras, draw):
+    with pytest.raises(ValueError, match="no LoRA is loaded"):
+        dropin.load_gates("mole")
+    dropin.load_lora_weights(loras["fox"], adapter_name="fox")
+    image = draw(dropin)
+    for call, message in (
+        (lambda: dropin.load_lora_weights(loras["ink"], adapter_name="fox"), "'fox' is in use"),
+        (lambda: dropin.load_lora_weights(loras["ink"], token="x"), r"unknown arguments \['token'\]"),
+        (lambda: dropin.set_adapters(["fox"], [1.0, 2.0]), "1 adapters but 2 weights"),
+        (lambda: dropin.set_adapters(["cat"]), "unknown expert 'cat'"),
+        (lambda: dropin.delete_adapters("cat"), r"unknown adapters \['cat'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert torch.equal(draw(dropin), image)

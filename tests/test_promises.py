@@ -1,0 +1,254 @@
+"""The promises of the project, each on a tiny real Stable Diffusion."""
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+
+
+def snapshot(pipe):
+    """Everything about the host models that attaching could change."""
+    return {
+        part: (
+            {k: v.clone() for k, v in model.state_dict().items()},
+            {n: type(m) for n, m in model.named_modules()},
+            {n: p.requires_grad for n, p in model.named_parameters()},
+            {k for k in model.__dict__ if k != "_modules"},
+            [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
+        )
+        for part, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder))
+    }
+
+
+def assert_same(before, after):
+    for part in before:
+        states, *rest = zip(before[part], after[part], strict=True)
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+        for old, new in rest:
+            assert old == new
+
+
+@pytest.mark.parametrize("family", ["sum", "mole"])
+def test_detach_gives_the_original_back_bit_for_bit(pipe, loras, draw, family):
+    base, before = draw(pipe), snapshot(pipe)
+    processors = dict(pipe.unet.attn_processors)
+    mole.attach(pipe, loras, family)
+    assert not torch.allclose(draw(pipe), base, atol=1e-2)
+    mole.detach(pipe)
+    assert_same(before, snapshot(pipe))
+    assert torch.equal(draw(pipe), base)
+    assert all(pipe.unet.attn_processors[k] is p for k, p in processors.items())
+    assert mole.attached(pipe) is None
+
+
+def test_attaching_twice_replaces_and_one_detach_undoes_both(pipe, loras, draw):
+    base, before = draw(pipe), snapshot(pipe)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    mole.attach(pipe, {"ink": loras["ink"]})
+    other = tiny_pipeline()
+    mole.attach(other, {"ink": loras["ink"]})
+    assert torch.equal(draw(pipe), draw(other))
+    mole.detach(pipe)
+    assert_same(before, snapshot(pipe))
+    assert torch.equal(draw(pipe), base)
+
+
+def test_detach_after_an_exception_inside_a_context(pipe, loras, draw):
+    base = draw(pipe)
+    mixture = mole.attach(pipe, loras, "mole")
+    with pytest.raises(RuntimeError, match="stop"), mixture.only("fox"), mixture.trace():
+        raise RuntimeError("stop")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, callback_on_step_end=interrupt)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
+
+
+def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
+    mole.attach(pipe, {"fox": loras["fox"]})
+    attached = draw(pipe)
+    wide = tiny_pipeline(width=32)
+    wrong = tiny_lora(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"'wide'.*does not fit layer text_encoder\..*\[16, 16\], the LoRA's down is \[4, 32\]"):
+        mole.attach(pipe, {"wide": wrong})
+    with pytest.raises(FileNotFoundError, match="no LoRA file"):
+        mole.attach(pipe, {"gone": tmp_path / "gone.safetensors"})
+    with pytest.raises(FileNotFoundError, match="no gate family"):
+        mole.attach(pipe, loras, tmp_path / "no-gates")
+    assert torch.equal(draw(pipe), attached)
+
+
+def test_a_failure_while_installing_undoes_what_was_done(pipe, loras, draw, monkeypatch):
+    from mole_diffusers import carrier
+
+    base, before = draw(pipe), snapshot(pipe)
+    fill, calls = carrier._fill, []
+
+    def fail_on_the_fifth(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        return fill(*args)
+
+    monkeypatch.setattr(carrier, "_fill", fail_on_the_fifth)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mole.attach(pipe, loras, "mole")
+    assert_same(before, snapshot(pipe))
+    assert torch.equal(draw(pipe), base)
+
+
+def test_sum_equals_set_adapters(pipe, loras, draw):
+    mole.attach(pipe, loras, "sum")
+    ours = draw(pipe)
+    mole.detach(pipe)
+    for name, path in loras.items():
+        pipe.load_lora_weights(path, adapter_name=name)
+    pipe.set_adapters(list(loras), [1.0] * len(loras))
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["sum", "mean", "static", "mole"])
+@pytest.mark.parametrize("total", ["1", "N"])
+def test_one_expert_equals_that_lora_in_diffusers(pipe, loras, draw, awake, family, total):
+    mixture = mole.attach(pipe, {"hat": loras["hat"]}, mole.GateConfig(family, total=total))
+    awake(mixture)
+    ours = draw(pipe)
+    mole.detach(pipe)
+    pipe.load_lora_weights(loras["hat"])
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_two_identical_experts_equal_one(pipe, loras, draw, awake):
+    mole.attach(pipe, {"a": loras["ink"]})
+    one = draw(pipe)
+    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, mole.GateConfig("mole", total="1")))
+    torch.testing.assert_close(draw(pipe), one, atol=1e-5, rtol=0)
+
+
+def test_strength_and_weights_are_what_is_applied(pipe, loras, draw):
+    strengths = {"fox": 0.5, "ink": -0.8, "hat": 1.7}
+    mole.attach(pipe, {n: (loras[n], s) for n, s in strengths.items()})
+    ours = draw(pipe)
+    mole.detach(pipe)
+    for name, path in loras.items():
+        pipe.load_lora_weights(path, adapter_name=name)
+    pipe.set_adapters(list(loras), list(strengths.values()))
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("total", ["1", "N"])
+def test_strength_zero_means_absent(pipe, loras, draw, awake, total):
+    config = mole.GateConfig("mole", total=total)
+    mixture = awake(mole.attach(pipe, loras, config))
+    with mixture.only("fox", "ink"):
+        masked = draw(pipe)
+    mixture.strength("hat", 0)
+    assert torch.equal(draw(pipe), masked)
+
+
+def test_only_restores_and_one_survivor_is_that_lora(pipe, loras, draw, awake):
+    mixture = awake(mole.attach(pipe, loras, mole.GateConfig("mole", total="1")))
+    before = draw(pipe)
+    with mixture.only("hat"):
+        alone = draw(pipe)
+    assert torch.equal(draw(pipe), before)
+    mole.attach(pipe, {"hat": loras["hat"]})
+    torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_fixed_weights_stand_in_for_gates(pipe, loras, draw, awake):
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    with mixture.fixed({"fox": 0.5, "ink": 2.0}):
+        fixed = draw(pipe)
+    mole.attach(pipe, {"fox": (loras["fox"], 0.5), "ink": (loras["ink"], 2.0)})
+    torch.testing.assert_close(fixed, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_only_gates_get_gradients(pipe, loras):
+    from mole_diffusers.training.denoising import predict
+
+    mixture = mole.attach(pipe, loras, "mole")
+    for model in (pipe.unet, pipe.text_encoder):
+        model.requires_grad_(False)
+    for parameter in mixture.parameters():
+        parameter.requires_grad_(True)
+    pipe.enable_lora()  # peft turns gradients of active adapters on
+    predict(pipe, torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), ["a fox", ""]).square().mean().backward()
+    gates = {id(p) for p in mixture.parameters()}
+    named = {n: p for bank in mixture.banks.values() for n, p in bank.named_parameters()}
+    shared = {n: p for n, p in named.items() if "layers" in n or "transformer_blocks" in n}  # elsewhere is one expert
+    assert all(p.grad.abs().sum() > 0 for n, p in shared.items() if n.endswith("matrix"))
+    others = [p for model in (pipe.unet, pipe.text_encoder) for p in model.parameters() if id(p) not in gates]
+    assert all(p.grad is None for p in others)
+
+
+def test_save_load_same_image_and_permuted_experts_too(pipe, loras, draw, awake, tmp_path):
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    image = draw(pipe)
+    mixture.save_pretrained(tmp_path)
+    fresh = tiny_pipeline()
+    mole.attach(fresh, loras, tmp_path)
+    assert torch.equal(draw(fresh), image)
+    turned = mole.attach(fresh, dict(reversed(loras.items())), tmp_path)
+    assert list(turned.experts) == list(loras)
+    assert torch.equal(draw(fresh), image)
+
+
+def test_a_batch_of_two_is_two_batches_of_one(pipe, loras, awake):
+    awake(mole.attach(pipe, loras, "mole"))
+
+    def images(prompts, seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return torch.from_numpy(pipe(prompts, generator=generators, num_inference_steps=2, output_type="np").images)
+
+    both = images(["a fox", "ink"], [1, 2])
+    torch.testing.assert_close(both[:1], images(["a fox"], [1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(both[1:], images(["ink"], [2]), atol=1e-4, rtol=0)
+
+
+def test_guidance_rows_have_their_own_gates(pipe, loras, draw, awake):
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    with mixture.trace() as trace:
+        draw(pipe)
+    place = next(p for p in trace.places if p.startswith("unet.mid"))
+    first = next(w for name, _, w in trace.records if name == place)
+    assert first.shape == (2, 3)
+    assert not torch.allclose(first[0], first[1], atol=1e-4)
+
+
+def test_disable_lora_and_scale_work_through_the_mixture(pipe, loras, draw, awake):
+    base = draw(pipe)
+    awake(mole.attach(pipe, loras, "mole"))
+    gated = draw(pipe)
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), base)
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), gated)
+    torch.testing.assert_close(draw(pipe, cross_attention_kwargs={"scale": 0.0}), base, atol=1e-5, rtol=0)
+
+
+def test_an_ordinary_lora_stays_beside_the_mixture(pipe, loras, draw):
+    pipe.load_lora_weights(loras["hat"], adapter_name="hat")
+    plain = draw(pipe)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    beside = draw(pipe)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), plain)
+    pipe.load_lora_weights(loras["fox"], adapter_name="fox")
+    pipe.set_adapters(["hat", "fox"], [1.0, 1.0])
+    torch.testing.assert_close(beside, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_unload_takes_the_mixture_out(pipe, loras, draw):
+    base = draw(pipe)
+    mole.attach(pipe, loras)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), base)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
