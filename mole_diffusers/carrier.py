@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -28,7 +29,9 @@ class GatedLora:
     def __init__(self, slot: Slot, present: Present):
         self.slot, self.present = slot, present
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_) -> torch.Tensor:
+    def forward(
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
         """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         z = down(x)  # [B, R], [B, T, R] or [B, R, H, W]
@@ -45,7 +48,7 @@ class GatedLora:
     merge_unsafe = unmerge = merge_safe
 
 
-def inject(model: nn.Module, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
+def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
     active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     undo.callback(_activate, model, active)
@@ -62,9 +65,7 @@ def inject(model: nn.Module, stacks: Mapping[str, Stack], slots: Mapping[str, Sl
         p.requires_grad_(flag)
 
 
-def inject_trainable(
-    model: nn.Module, adapter: str, pattern: str, rank: int, alpha: float, undo: ExitStack
-) -> None:
+def inject_trainable(model: Any, adapter: str, pattern: str, rank: int, alpha: float, undo: ExitStack) -> None:
     """An ordinary trainable LoRA on every layer whose name matches `pattern`; the host itself is frozen meanwhile."""
     _record(model, adapter, undo)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights="gaussian")
@@ -79,7 +80,7 @@ def _record(model: nn.Module, adapter: str, undo: ExitStack) -> dict[nn.Paramete
     return before
 
 
-def _fill(layer: LoraLayer, stack: Stack, slot: Slot) -> None:
+def _fill(layer: Any, stack: Stack, slot: Slot) -> None:
     weight = layer.get_base_layer().weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
@@ -99,7 +100,7 @@ def _activate(model: nn.Module, active: Mapping[str, list[str]]) -> None:
             layer.set_adapter(adapters)
 
 
-def _remove(model: nn.Module, adapter: str, had_config: bool) -> None:
+def _remove(model: Any, adapter: str, had_config: bool) -> None:
     carrying = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
     for name, layer in carrying.items():
         if len(layer.lora_A) > 1:
@@ -114,7 +115,7 @@ def _remove(model: nn.Module, adapter: str, had_config: bool) -> None:
         model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
 
 
-def stacked(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """down [R, Cin] and up [Cout, R] of an injected layer, where the host keeps them now.
 
     The taps of a convolution are summed: applied to a mean input that gives its mean output, but for the borders.

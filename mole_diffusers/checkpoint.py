@@ -78,7 +78,9 @@ def load(source: str | Path) -> Checkpoint:
         about = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} is not a gates folder: it has no {Path(error.filename or WEIGHTS).name}") from error
+        raise FileNotFoundError(
+            f"{folder} is not a gates folder: it has no {Path(error.filename or WEIGHTS).name}"
+        ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"the gates in {folder} cannot be read: {error}") from error
     if about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:

@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     _experts(train)
     train.add_argument("--out", type=Path, required=True, help="gates, checkpoints and log; a run cut off goes on")
     train.add_argument("--prompt", action="append", default=[], help="a composed prompt; repeatable")
-    train.add_argument("--single", action="append", default=[], metavar="NAME=PROMPT", help="one expert's prompt; repeatable")
+    train.add_argument(
+        "--single", action="append", default=[], metavar="NAME=PROMPT", help="one expert's prompt; repeatable"
+    )
     train.add_argument("--style", action="append", default=[], metavar="NAME", help="an expert that acts everywhere")
     train.add_argument("--data", type=Path, action="append", default=[], help="a folder of pictures with captions")
     train.add_argument("--family", choices=[f for f in FAMILIES if f not in ("sum", "mean")], default="mole")
@@ -180,7 +182,12 @@ def compose_grid(args: argparse.Namespace) -> int:
     rows = [[images[i] for images in pictures.values()] for i in range(len(seeds))]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, list(pictures), [f"seed {s}" for s in seeds]).save(args.out)
-    facts = {"out": str(args.out), "prompt": args.prompt, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
+    facts = {
+        "out": str(args.out),
+        "prompt": args.prompt,
+        "experts": list(mixture.experts),
+        "gates": mixture.config.to_dict(),
+    }
     print(json.dumps(facts | {"places": len(trace.places)}) if args.json else f"{args.prompt}: {args.out}")
     return 0
 
@@ -216,10 +223,16 @@ def train_gates(args: argparse.Namespace) -> int:
     samples = encode(pipe, *zip(*pictures, strict=True)) if pictures else None
     given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "balance", "denoise", "autocast")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    config = GateTraining(single=float(bool(singles)), composed=float(bool(args.prompt)), styles=tuple(args.style), **options)
+    config = GateTraining(
+        single=float(bool(singles)), composed=float(bool(args.prompt)), styles=tuple(args.style), **options
+    )
     log = run(pipe, mixture, Lesson(singles, args.prompt, samples), config, folder=args.out)
     mixture.save_pretrained(args.out)
-    print(json.dumps({"out": str(args.out), **log[-1]}) if args.json else f"{args.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
+    print(
+        json.dumps({"out": str(args.out), **log[-1]})
+        if args.json
+        else f"{args.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}"
+    )
     return 0
 
 

@@ -104,6 +104,21 @@ HELD_OUT_SUBJECTS = (
 )  # fmt: skip
 SUBJECTS = BASE_SUBJECTS + HELD_OUT_SUBJECTS
 
+SUBJECT_STYLE = (
+    ("fox", "ink"), ("octopus", "blueprint"), ("sunflower", "duotone"), ("doughnut", "glossy"), ("honeybee", "thermal"),
+    ("french fries", "flat"), ("cheese wedge", "ink"), ("tiger", "blueprint"), ("koala", "duotone"),
+    ("tomato", "glossy"), ("crocodile", "thermal"), ("birthday cake", "flat"),
+)  # fmt: skip
+SUBJECT_PAIRS = (
+    ("fox", "octopus"), ("sunflower", "doughnut"), ("honeybee", "french fries"), ("cheese wedge", "tiger"),
+    ("koala", "tomato"), ("crocodile", "birthday cake"),
+)  # fmt: skip
+TRIPLES = (
+    ("fox", "octopus", "blueprint"), ("sunflower", "doughnut", "ink"), ("honeybee", "french fries", "glossy"),
+    ("cheese wedge", "tiger", "duotone"), ("koala", "tomato", "flat"), ("crocodile", "birthday cake", "thermal"),
+)  # fmt: skip
+COMPOSITIONS = SUBJECT_STYLE + SUBJECT_PAIRS + TRIPLES  # of held-out concepts; no LoRA has seen two of them together
+
 
 def article(word: str) -> str:
     return f"an {word}" if word[0] in "aeio" else f"a {word}"
@@ -119,9 +134,15 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """"<style> drawing of a <subject> [and a <subject>] [on a <colour> background]"."""
+        """ "<style> drawing of a <subject> [and a <subject>] [on a <colour> background]"."""
         text = f"{self.style} drawing of {' and '.join(article(s) for s in self.subjects)}"
         return text if self.background == "white" else f"{text} on a {self.background} background"
+
+
+def composition_scene(concepts: Sequence[str]) -> Scene:
+    """What a composition asks for: its subjects in its style, or in noto's where it names none."""
+    styles = [c for c in concepts if c in STYLES]
+    return Scene(tuple(c for c in concepts if c not in STYLES), styles[0] if styles else "noto")
 
 
 class Drawings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,9 +65,9 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
     return Match(found, tuple(unmatched))
 
 
-def _by_key(host: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
     """{layer key: (module name, module)} of every layer a LoRA can sit on, seen through peft's wrappers."""
-    layers = {}
+    layers: dict[str, tuple[str, Any]] = {}
     for name, module in host.named_modules():
         module = getattr(module, "base_layer", module)
         if isinstance(module, nn.Linear | nn.Conv2d) and ".base_layer" not in name and ".lora_" not in name:
@@ -74,7 +75,7 @@ def _by_key(host: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return layers
 
 
-def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: nn.Module) -> None:
+def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
     host = tuple(module.weight.shape)
     down, up = tuple(weights.down.shape), tuple(weights.up.shape)
     # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape.
@@ -86,7 +87,7 @@ def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: nn.Mod
         )
 
 
-def stack(weights: Sequence[LoraWeights | None], host: nn.Module) -> Stack:
+def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
     """The experts' weights for one host layer side by side, fp32, shaped as the host's own weight."""
     dims = host.weight.dim()
     there = [w for w in weights if w is not None]

@@ -9,7 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 MARGIN = 6
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], labels: Sequence[str], *, cell: int = 128) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], labels: Sequence[str], *, cell: int = 128
+) -> Image.Image:
     """Pictures in a table with a label over each column and before each row.
 
     Args:

@@ -104,7 +104,6 @@ class StaticGate(nn.Module):
         return mixing.gate_weights(self.logits.float()[index], mask, self.total)  # [B, N]
 
 
-
 class MoLEGate(nn.Module):
     """Eq. 9-11 of MoLE: softmax(e . normalised features / tau), tau learned and kept positive as exp(log_tau).
 
@@ -130,7 +129,6 @@ class MoLEGate(nn.Module):
         return mixing.gate_weights(logits, mask, self.total)
 
 
-
 def build_gate(config: GateConfig, experts: int, width: int) -> nn.Module:
     """One gate of the configured family; `width` is its feature size D."""
     if config.family in ("sum", "mean"):
@@ -154,7 +152,7 @@ class GateBank(nn.Module):
     def __getitem__(self, place: str) -> nn.Module:
         return self.gates[_key(place)]
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GateBank:
         def keep_fp32(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved.to(torch.float32) if moved.is_floating_point() and not moved.is_meta else moved

@@ -99,5 +99,7 @@ class Judge(nn.Module):
     def load(cls, folder: Path) -> Judge:
         """Read what `save` wrote, as fp32, in evaluation mode."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
-        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()})
+        judge.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()}
+        )
         return judge.eval()

@@ -184,7 +184,7 @@ class Mixture:
 
     def _plan(self, part: str) -> dict[str, Place]:
         model, granularity = self._hosts[part], self.config.granularity
-        names, known = list(blocks(model)), {}
+        names, known = list(blocks(model)), dict[str, Place]()
         plan = {}
         for layer in self._stacks[part]:
             name = owner(layer, granularity, names)
@@ -230,7 +230,7 @@ class Mixture:
         parameter = next(model.parameters())
         undo.callback(lambda: model._modules.pop(BANK, None))
         model.add_module(BANK, bank.to(parameter.device))
-        slots = {}
+        slots: dict[str, Slot] = {}
         for layer, spot in self._places[part].items():
             shared = spot.name == NETWORK or spot.entry is not None
             name = f"{part}.{spot.name}" if spot.name else part
@@ -258,10 +258,10 @@ class Mixture:
             else:
                 undo.callback(entry.register_forward_pre_hook(_refresher(slot), with_kwargs=True).remove)
 
-    def _hook_network(self, model: nn.Module, slot: Slot, undo: ExitStack) -> None:
+    def _hook_network(self, model: Any, slot: Slot, undo: ExitStack) -> None:
         if hasattr(model.config, "cross_attention_dim"):
 
-            def read(_, args: tuple, kwargs: dict) -> None:
+            def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
                 text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
                 time = get_timestep_embedding(_timestep(args, kwargs, text), TIME_WIDTH)  # [B, TIME_WIDTH]
                 slot.refresh(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
@@ -272,7 +272,7 @@ class Mixture:
             hook = first.register_forward_pre_hook(_refresher(slot), with_kwargs=True)
         undo.callback(hook.remove)
 
-    def _probe(self, part: str, spot: Place):
+    def _probe(self, part: str, spot: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if self.config.family != "mole" or self.config.inputs != "experts" or spot.name == NETWORK:
             return None
         model, stacks = self._hosts[part], self._stacks[part]
@@ -298,7 +298,7 @@ def _timestep(args: tuple, kwargs: dict, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(timestep, device=like.device).reshape(-1).expand(like.shape[0])
 
 
-def _refresher(slot: Slot):
+def _refresher(slot: Slot) -> Callable[[nn.Module, tuple, dict], None]:
     def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
         slot.refresh(args[0] if args else kwargs["hidden_states"])
 

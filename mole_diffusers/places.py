@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -71,12 +72,12 @@ def _in_width(module: nn.Module) -> int:
     raise ValueError(f"{type(module).__name__} has no layer that an expert could gate")
 
 
-def _network_width(model: nn.Module) -> int:
+def _network_width(model: Any) -> int:
     config = model.config
     return config.hidden_size if hasattr(config, "hidden_size") else config.cross_attention_dim + TIME_WIDTH
 
 
-def _tokens(name: str, model: nn.Module) -> int:
+def _tokens(name: str, model: Any) -> int:
     """Tokens of a block at the host's default size: halved per side at each down block, mirrored going up."""
     config = model.config
     if hasattr(config, "max_position_embeddings"):
@@ -97,7 +98,7 @@ def probed(place: Place, stacks: Mapping[str, Stack]) -> list[str]:
     """
     if place.entry is None:
         return [place.name]
-    ends = ("to_q", "q_proj", "net.0.proj", "fc1")
+    ends: tuple[str, ...] = ("to_q", "q_proj", "net.0.proj", "fc1")
     if not place.entry.endswith("attn2"):  # cross-attention reads keys and values from the text
         ends += ("to_k", "to_v", "k_proj", "v_proj")
     names = [name for name in stacks if name.startswith(f"{place.entry}.") and name.endswith(ends)]

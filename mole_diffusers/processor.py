@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -96,13 +97,14 @@ class MoLEAttnProcessor:
     layers evaluate the gate themselves.
     """
 
-    def __init__(self, host: Callable | None = None, slot: Slot | None = None):
+    def __init__(self, host: Any = None, slot: Slot | None = None):
         self.host = host or AttnProcessor2_0()
         self.slot = slot
-        self.__call__ = functools.wraps(self.host.__call__)(functools.partial(type(self).__call__, self))
-        self.__call__.__signature__ = inspect.signature(self.host.__call__)  # type: ignore[attr-defined]
+        shown: Any = functools.wraps(self.host.__call__)(functools.partial(type(self).__call__, self))
+        shown.__signature__ = inspect.signature(self.host.__call__)
+        self.__dict__["__call__"] = shown
 
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, C] (or [B, C, H, W]) -> what the host's processor returns."""
         if self.slot is not None:
             self.slot.refresh(as_tokens(hidden_states))

@@ -53,7 +53,9 @@ def tiny_pipeline(seed: int = 0, *, width: int = 16) -> StableDiffusionPipeline:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -75,7 +77,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
 
 
-def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, nn.Module]:
+def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, Any]:
     """{"unet.<name>": module} of every linear and convolution layer whose name ends so."""
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     return {

@@ -203,7 +203,11 @@ def edit(folder, change):
         (lambda f: edit(f, lambda a: a.update(version=99)), ValueError, "reads mole_diffusers.gates version 1"),
         (lambda f: edit(f, lambda a: a["gates"].update(granularity="layer")), ValueError, "lack .* more"),
         (lambda f: edit(f, lambda a: a["gates"].update(inputs="experts")), ValueError, "has shape .*, expected"),
-        (lambda f: edit(f, lambda a: a["gates"].update(family="sum")), ValueError, "which this pipeline and experts do not have"),
+        (
+            lambda f: edit(f, lambda a: a["gates"].update(family="sum")),
+            ValueError,
+            "which this pipeline and experts do not have",
+        ),
         (lambda f: edit(f, lambda a: a["experts"].pop("hat")), ValueError, "weigh .* but the experts given are"),
     ],
 )

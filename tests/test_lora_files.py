@@ -21,7 +21,11 @@ def kohya(pipe, path, alphas, *, rank=4, seed=0, ends=ATTENTION + CONVOLUTION, m
         part, _, layer = name.partition(".")
         stem = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part] + layer.replace(".", "_")
         alpha = alphas[i % len(alphas)]
-        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(float(alpha))}
+        tensors |= {
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.alpha": torch.tensor(float(alpha)),
+        }
         deltas[name] = alpha / rank * torch.einsum("or,r...->o...", up.flatten(1), down)
     save_file(tensors, path, {"format": "pt", **(metadata or {})})
     return deltas
@@ -134,7 +138,9 @@ def test_bad_contents_are_named(tmp_path, tensors, message):
         read_expert(tmp_path / "bad.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04" + b"\0" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04" + b"\0" * 64]
+)
 def test_only_safetensors_are_read(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="is not a safetensors file"):

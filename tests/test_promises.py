@@ -75,7 +75,9 @@ def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
     attached = draw(pipe)
     wide = tiny_pipeline(width=32)
     wrong = tiny_lora(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(ValueError, match=r"'wide'.*does not fit layer text_encoder\..*\[16, 16\], the LoRA's down is \[4, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"'wide'.*does not fit layer text_encoder\..*\[16, 16\], the LoRA's down is \[4, 32\]"
+    ):
         mole.attach(pipe, {"wide": wrong})
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         mole.attach(pipe, {"gone": tmp_path / "gone.safetensors"})

@@ -72,7 +72,7 @@ def common_subjects(packages: dict[str, dict]) -> list[str]:
 
 def licences() -> str:
     rows = [f"| {s} | {p} {v} | {who} | {licence} |" for s, (p, v, licence, who) in SETS.items()]
-    head = "# Licences of the drawings in atlas.webp\n\nThe drawings were rendered at 64 x 64 pixels and are otherwise unchanged.\n\n"
+    head = "# Licences of the drawings in atlas.webp\n\nRendered at 64 x 64 pixels, otherwise unchanged.\n\n"
     return head + "| style | package | authors | licence |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 

@@ -76,7 +76,9 @@ def fit(
         if (step + 1) % every == 0 or step + 1 == steps:
             spent = seconds + time.time() - begun
             state = {"module": module.state_dict(), "ema": ema.state, "step": step + 1, "seconds": spent}
-            torch.save(state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".tmp"))
+            torch.save(
+                state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".tmp")
+            )
             path.with_suffix(".tmp").rename(path)
     if start < steps:
         note(name, steps=steps, minutes=round((seconds + time.time() - begun) / 60, 1), loss=average, device=str(device()))

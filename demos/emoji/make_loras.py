@@ -77,7 +77,13 @@ def main() -> None:
             save_kohya(tensors, path, alpha=settings.alpha, triggers=name)
         else:
             save_lora(tensors, path, alpha=settings.alpha, rank=settings.rank, triggers=name)
-        note(f"lora {name}", rank=settings.rank, layers=settings.layers, steps=settings.steps, seconds=round(time.time() - start))
+        note(
+            f"lora {name}",
+            rank=settings.rank,
+            layers=settings.layers,
+            steps=settings.steps,
+            seconds=round(time.time() - start),
+        )
 
 
 if __name__ == "__main__":

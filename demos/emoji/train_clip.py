@@ -25,7 +25,9 @@ def build_clip(tokenizer) -> CLIPModel:
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "pad_token_id": tokenizer.pad_token_id}
     vision = {"image_size": emoji.SIZE, "patch_size": 8}
     return CLIPModel(
-        CLIPConfig(text_config=size | special | text, vision_config=size | vision, projection_dim=128, logit_scale_init_value=2.6592)
+        CLIPConfig(
+            text_config=size | special | text, vision_config=size | vision, projection_dim=128, logit_scale_init_value=2.6592
+        )
     )
 
 

@@ -30,7 +30,7 @@ def degrade(x: torch.Tensor, vae: AutoencoderKL | None, rng: np.random.Generator
             x = vae.decode(latents).sample.float()
     if rng.random() < 0.6:
         sigma = rng.uniform(0.3, 1.3)
-        kernel = torch.exp(-torch.arange(-2, 3, device=x.device).float() ** 2 / (2 * sigma**2))
+        kernel = torch.exp(-(torch.arange(-2, 3, device=x.device).float() ** 2) / (2 * sigma**2))
         kernel = (kernel / kernel.sum()).expand(3, 1, 1, 5)
         x = F.conv2d(F.pad(x, (2, 2, 2, 2), "replicate"), kernel, groups=3)
         x = F.conv2d(x, kernel.transpose(2, 3), groups=3)

@@ -124,19 +124,32 @@ def _load(model: nn.Module, part: str, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def save_lora(
-    tensors: Mapping[str, torch.Tensor], path: str | Path, *, alpha: float, rank: int, triggers: str = "", dtype=torch.float16
+    tensors: Mapping[str, torch.Tensor],
+    path: str | Path,
+    *,
+    alpha: float,
+    rank: int,
+    triggers: str = "",
+    dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write a LoRA that diffusers, and `read_expert`, load: diffusers' keys, alpha in the header, trigger words."""
     parts = sorted({key.split(".")[0] for key in tensors})
     peft = {f"{p}.{k}": v for p in parts for k, v in {"r": rank, "lora_alpha": alpha, "peft_type": "LORA"}.items()}
-    targets = {p: sorted({k.removeprefix(f"{p}.").split(".lora_")[0] for k in tensors if k.startswith(f"{p}.")}) for p in parts}
+    targets = {
+        p: sorted({k.removeprefix(f"{p}.").split(".lora_")[0] for k in tensors if k.startswith(f"{p}.")}) for p in parts
+    }
     peft |= {f"{p}.target_modules": names for p, names in targets.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(peft), "modelspec.trigger_phrase": triggers}
     _save(tensors, path, metadata, dtype)
 
 
 def save_kohya(
-    tensors: Mapping[str, torch.Tensor], path: str | Path, *, alpha: float, triggers: str = "", dtype=torch.float16
+    tensors: Mapping[str, torch.Tensor],
+    path: str | Path,
+    *,
+    alpha: float,
+    triggers: str = "",
+    dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write the same LoRA with kohya/A1111 keys and an alpha for every layer."""
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}

@@ -27,7 +27,9 @@ def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps
     raise ValueError(f"prediction type {kind!r} cannot be trained; known: ['epsilon', 'v_prediction']")
 
 
-def denoising_loss(pipe: Any, samples: Samples, generator: torch.Generator, *, batch: int, drop: float = 0.1) -> torch.Tensor:
+def denoising_loss(
+    pipe: Any, samples: Samples, generator: torch.Generator, *, batch: int, drop: float = 0.1
+) -> torch.Tensor:
     """The diffusion training loss on a random batch: MSE of the prediction, uniform timesteps.
 
     `drop` is the share of captions replaced by the empty prompt, so that guidance keeps its unconditional side.

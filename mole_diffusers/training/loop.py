@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ class Lesson:
     samples: Samples | None = None
 
 
-def train_gates(pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining, *, folder: str | Path | None = None) -> list[dict]:
+def train_gates(
+    pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining, *, folder: str | Path | None = None
+) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
 
     Args:
@@ -103,7 +105,7 @@ def prepare(pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining) -
         raise ValueError("the composed term needs composed prompts")
     if config.denoise and lesson.samples is None:
         raise ValueError("the denoise term needs pictures")
-    options = {"seeds": config.seeds, "steps": config.sampler_steps, "guidance": config.guidance}
+    options: dict[str, Any] = {"seeds": config.seeds, "steps": config.sampler_steps, "guidance": config.guidance}
     parts = []
     with _autocast(pipe, config):
         if config.single:
@@ -186,12 +188,12 @@ def _recovery_terms(pipe: Any, memory: Memory, config: GateTraining, generator: 
     return terms
 
 
-def _autocast(pipe: Any, config: GateTraining):
+def _autocast(pipe: Any, config: GateTraining) -> AbstractContextManager:
     dtype = DTYPES[config.autocast]
     return nullcontext() if dtype is None else torch.autocast(pipe.device.type, dtype)
 
 
-def _save(mixture: Mixture, optimizer, schedule, config: GateTraining, folder: Path, log: list[dict]) -> None:
+def _save(mixture: Mixture, optimizer: Any, schedule: Any, config: GateTraining, folder: Path, log: list[dict]) -> None:
     mixture.save_pretrained(folder)
     state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "log": log, "config": asdict(config)}
     torch.save(state, folder / f"{STATE}.tmp")
@@ -199,7 +201,9 @@ def _save(mixture: Mixture, optimizer, schedule, config: GateTraining, folder: P
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
 
 
-def _resume(mixture: Mixture, optimizer, schedule, config: GateTraining, folder: Path | None) -> tuple[list[dict], int]:
+def _resume(
+    mixture: Mixture, optimizer: Any, schedule: Any, config: GateTraining, folder: Path | None
+) -> tuple[list[dict], int]:
     """The log so far and the next step; the gates, optimizer and schedule are set to where they stood."""
     if folder is None or not (folder / STATE).exists():
         return [], 0

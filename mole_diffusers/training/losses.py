@@ -18,9 +18,7 @@ def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Ten
     return (error / (norm + 1e-8)).mean()
 
 
-def composed_target(
-    base: torch.Tensor, experts: torch.Tensor, masks: torch.Tensor, strengths: torch.Tensor
-) -> torch.Tensor:
+def composed_target(base: torch.Tensor, experts: torch.Tensor, masks: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """e_0 + sum_k s_k M_k (e_k - e_0): what each expert changes, where it belongs.
 
     Masked blending as in FreeFuse and CLoRA for subjects; with a mask of ones, score addition (Liu et al., 2022) for

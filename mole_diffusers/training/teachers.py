@@ -38,8 +38,11 @@ class Memory:
 
     @staticmethod
     def join(parts: Sequence[Memory]) -> Memory:
-        tensors = [torch.cat([getattr(p, k) for p in parts]) for k in ("x", "timesteps", "targets", "norms")]
-        return Memory(*tensors, [t for p in parts for t in p.prompts], [s for p in parts for s in p.sources])
+        names = ("x", "timesteps", "targets", "norms")
+        tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+        return Memory(
+            **tensors, prompts=[t for p in parts for t in p.prompts], sources=[s for p in parts for s in p.sources]
+        )
 
 
 Teach = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
@@ -113,15 +116,16 @@ def attention_maps(unet: Any, size: Sequence[int], positions: torch.Tensor | Non
     Queries and keys are read where their projections leave them, so any processor may do the attention.
     """
     seen: list[torch.Tensor] = []
-    handles, queries = [], {}
+    handles: list[Any] = []
+    queries: dict[Any, torch.Tensor] = {}
     if positions is not None:
         crosses = [m for n, m in unet.named_modules() if n.endswith("attn2") and isinstance(m, Attention)]
         for attention in crosses:
 
-            def keep(_, __, q, attention=attention):
+            def keep(_: Any, __: Any, q: torch.Tensor, attention: Any = attention) -> None:
                 queries[attention] = q
 
-            def collect(_, __, k, attention=attention):
+            def collect(_: Any, __: Any, k: torch.Tensor, attention: Any = attention) -> None:
                 seen.append(_attention_map(attention, queries.pop(attention), k, positions, size))
 
             handles += [attention.to_q.register_forward_hook(keep), attention.to_k.register_forward_hook(collect)]

@@ -1,0 +1,50 @@
+"""What training and evaluation of compositions share: names, prompts, sampling, and the joint LoRA's pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from make_loras import concept_samples
+
+from mole_diffusers import emoji
+from mole_diffusers.training.data import Samples
+from mole_diffusers.training.loop import Lesson
+
+OTHERS = ("bear", "lemon", "penguin", "carrot", "turtle", "pizza", "rose", "elephant")  # base subjects in prompts
+
+
+def name_of(concepts: Sequence[str]) -> str:
+    """The file name of a composition: "fox+french_fries+ink"."""
+    return "+".join(concepts).replace(" ", "_")
+
+
+def lesson(concepts: Sequence[str]) -> Lesson:
+    """Prompts for data-free training: each concept on its own in the base's styles and subjects, and the composition."""
+    scene = emoji.composition_scene(concepts)
+    singles: dict[str, list[str]] = {}
+    for concept in concepts:
+        if concept in emoji.STYLES:
+            singles[concept] = [emoji.Scene((other,), concept).caption for other in OTHERS]
+            continue
+        slot = scene.subjects.index(concept)
+        singles[concept] = []
+        for i, style in enumerate(emoji.BASE_STYLES):
+            alone = i % 2 == 0 or len(scene.subjects) == 1
+            beside = (concept, OTHERS[i]) if slot == 0 else (OTHERS[i], concept)
+            singles[concept].append(emoji.Scene((concept,) if alone else beside, style).caption)
+    return Lesson(singles, [scene.caption])
+
+
+def joint_samples(world, concepts: Sequence[str]) -> Samples:
+    """Every concept's own pictures together; never two of the concepts in one picture."""
+    parts = [concept_samples(world, c, 384) for c in concepts]
+    return Samples(torch.cat([p.latents for p in parts]), [c for p in parts for c in p.captions])
+
+
+def true_samples(world, concepts: Sequence[str], encode, count: int = 96) -> Samples:
+    """The composition's own drawings, which no composer may see: for the oracle alone."""
+    import numpy as np
+
+    rng, scene = np.random.default_rng(7), emoji.composition_scene(concepts)
+    backgrounds = ["white", "white", *list(emoji.BACKGROUNDS)[1:]]
+    chosen = [emoji.Scene(scene.subjects, scene.style, str(rng.choice(backgrounds))) for _ in range(count)]
+    return encode(world.pipe, [world.drawings.picture(s, rng) for s in chosen], [s.caption for s in chosen])

@@ -1,0 +1,70 @@
+"""Train what the compositions are compared with: gates (data-free), and the two ceilings.
+
+    python demos/emoji/train_gates.py [gates] [joint] [oracle]
+
+`gates` writes assets/gates/NAME; the ceilings go to work/. Results that exist are kept, so a cut-off run goes on.
+"""
+
+import argparse
+import time
+
+import torch
+from compose import joint_samples, lesson, name_of, true_samples
+from loop import WORK, device, note
+
+from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
+from mole_diffusers.training.concept import ConceptConfig, save_lora, train_lora
+from mole_diffusers.training.data import encode
+from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
+
+GATES = GateConfig("mole", granularity="layer", total="linear")
+TRAINING = GateTraining(steps=120, batch=12, lr=2e-2, seeds=8, guidance=3.0, autocast="bf16")
+JOINT = ConceptConfig(
+    rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=220, lr=2e-3, text_lr=1e-3, autocast=torch.bfloat16
+)
+ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
+ORACLE_TRAINING = GateTraining(single=0, composed=0, denoise=1, steps=120, batch=12, lr=5e-2, autocast="bf16")
+
+
+def make_gates(world, concepts):
+    folder = world.folder / "gates" / name_of(concepts)
+    if not (folder / "config.json").exists():
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, GATES)
+        styles = tuple(c for c in concepts if c in emoji.STYLES)
+        train_gates(world.pipe, mixture, lesson(concepts), GateTraining(**{**vars(TRAINING), "styles": styles}))
+        mixture.save_pretrained(folder)
+
+
+def make_joint(world, concepts):
+    path = WORK / "joint" / f"{name_of(concepts)}.safetensors"
+    if not path.exists():
+        detach(world.pipe)
+        tensors = train_lora(world.pipe, joint_samples(world, concepts), JOINT, name=name_of(concepts))
+        save_lora(tensors, path, alpha=JOINT.alpha, rank=JOINT.rank)
+
+
+def make_oracle(world, concepts):
+    folder = WORK / "oracle" / name_of(concepts)
+    if not (folder / "config.json").exists():
+        detach(world.pipe)
+        samples = true_samples(world, concepts, encode)
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, ORACLE)
+        train_gates(world.pipe, mixture, Lesson(samples=samples), ORACLE_TRAINING)
+        mixture.save_pretrained(folder)
+
+
+def main() -> None:
+    makers = {"gates": make_gates, "joint": make_joint, "oracle": make_oracle}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", default=list(makers), choices=list(makers))
+    world = emoji_world(device=str(device()))
+    for what in parser.parse_args().what:
+        start = time.time()
+        for i, concepts in enumerate(emoji.COMPOSITIONS):
+            print(f"{what} {i + 1}/{len(emoji.COMPOSITIONS)} {'+'.join(concepts)}, {time.time() - start:.0f} s", flush=True)
+            makers[what](world, concepts)
+        note(what, seconds=round(time.time() - start))
+
+
+if __name__ == "__main__":
+    main()

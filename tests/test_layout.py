@@ -1,0 +1,51 @@
+"""The import order is the data flow."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
+ORDER = [
+    "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint", "mixture",
+    "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "cli",
+]  # fmt: skip
+TRAINING = ["data", "losses", "denoising", "concept", "teachers", "loop"]
+
+
+def imports(path):
+    """Modules of the project that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mole_diffusers"):
+            names = [node.module] if node.module != "mole_diffusers" else [f"mole_diffusers.{a.name}" for a in node.names]
+            yield from (n.removeprefix("mole_diffusers.") for n in names)
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert {p.stem for p in PACKAGE.iterdir() if p.stem[0] != "_" and (p.is_dir() or p.suffix == ".py")} - {
+        "emoji_assets"
+    } == set(ORDER)
+    assert {p.stem for p in (PACKAGE / "training").glob("[a-z]*.py")} == set(TRAINING)
+
+
+def test_files_import_only_from_above():
+    for i, name in enumerate(ORDER):
+        for path in [PACKAGE / f"{name}.py"] if name != "training" else (PACKAGE / name).glob("[a-z]*.py"):
+            for imported in imports(path):
+                top, _, sub = imported.partition(".")
+                if top == "training" == name:
+                    assert TRAINING.index(sub) < TRAINING.index(path.stem), f"{path.name} imports {imported}"
+                else:
+                    assert ORDER.index(top) < i, f"{path.name} imports {imported}"
+
+
+def test_maths_imports_torch_only():
+    for path in (PACKAGE / "mixing.py", PACKAGE / "training" / "losses.py"):
+        roots = {n.module.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+        roots |= {
+            a.name.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names
+        }
+        assert roots <= {"__future__", "collections", "torch"}
+
+
+def test_only_the_carrier_touches_peft():
+    users = [p.name for p in PACKAGE.rglob("*.py") if "from peft" in p.read_text() or "import peft" in p.read_text()]
+    assert users == ["carrier.py"]
