@@ -65,7 +65,7 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
         p.requires_grad_(flag)
 
 
-def inject_trainable(model: Any, adapter: str, pattern: str, rank: int, alpha: float, undo: ExitStack) -> None:
+def inject_trainable(model: Any, adapter: str, undo: ExitStack, *, pattern: str, rank: int, alpha: float) -> None:
     """An ordinary trainable LoRA on every layer whose name matches `pattern`; the host itself is frozen meanwhile."""
     _record(model, adapter, undo)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights="gaussian")

@@ -178,7 +178,9 @@ def compose_grid(args: argparse.Namespace) -> int:
     mixture = attach(pipe, experts, args.gates or _own_gates(args, experts))
     seeds = list(range(args.seed, args.seed + args.rows))
     with mixture.trace() as trace:
-        pictures = compare(pipe, mixture, args.prompt, seeds, num_inference_steps=args.steps, guidance_scale=args.guidance)
+        pictures = compare(
+            pipe, mixture, args.prompt, seeds=seeds, num_inference_steps=args.steps, guidance_scale=args.guidance
+        )
     rows = [[images[i] for images in pictures.values()] for i in range(len(seeds))]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, list(pictures), [f"seed {s}" for s in seeds]).save(args.out)
@@ -226,7 +228,7 @@ def train_gates(args: argparse.Namespace) -> int:
     config = GateTraining(
         single=float(bool(singles)), composed=float(bool(args.prompt)), styles=tuple(args.style), **options
     )
-    log = run(pipe, mixture, Lesson(singles, args.prompt, samples), config, folder=args.out)
+    log = run(pipe, mixture, Lesson(singles, args.prompt, samples), config=config, folder=args.out)
     mixture.save_pretrained(args.out)
     print(
         json.dumps({"out": str(args.out), **log[-1]})

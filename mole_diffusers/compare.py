@@ -30,7 +30,9 @@ def sample(pipe: Any, prompt: str, seeds: Sequence[int], **options: Any) -> list
     return pipe([prompt] * len(seeds), generator=generators, **options).images
 
 
-def compare(pipe: Any, mixture: Mixture, prompt: str, seeds: Sequence[int], **options: Any) -> dict[str, list[Image.Image]]:
+def compare(
+    pipe: Any, mixture: Mixture, prompt: str, *, seeds: Sequence[int], **options: Any
+) -> dict[str, list[Image.Image]]:
     """Label -> one picture per seed, for every column of `columns`."""
     pictures = {}
     for label, context in columns(mixture).items():

@@ -92,17 +92,19 @@ BASE_STYLES = ("noto", "twemoji", "joy", "sepia", "negative", "mosaic", "neon")
 HELD_OUT_STYLES = ("glossy", "flat", "ink", "duotone", "thermal", "blueprint")
 STYLES = BASE_STYLES + HELD_OUT_STYLES
 BASE_SUBJECTS = (
-    "bear", "cat", "elephant", "frog", "lion", "panda", "penguin", "owl", "turtle", "snail", "butterfly",
-    "lady beetle", "crab", "dolphin", "snake", "rooster", "pig", "monkey", "horse", "camel", "unicorn", "spider",
-    "scorpion", "blowfish", "cactus", "rose", "palm tree", "evergreen tree", "mushroom", "maple leaf", "hibiscus",
-    "banana", "carrot", "lemon", "strawberry", "grapes", "pineapple", "watermelon", "red apple", "cherries",
-    "pizza", "hamburger", "eggplant", "bread", "lollipop", "ear of corn", "shaved ice", "egg",
+    "bear", "frog", "lion", "panda", "penguin", "owl", "turtle", "butterfly", "lady beetle", "crab", "pig", "cactus",
+    "rose", "palm tree", "evergreen tree", "mushroom", "maple leaf", "banana", "carrot", "lemon", "strawberry",
+    "grapes", "pineapple", "watermelon", "cherries", "pizza", "hamburger", "eggplant",
 )  # fmt: skip
 HELD_OUT_SUBJECTS = (
     "fox", "octopus", "sunflower", "doughnut", "honeybee", "french fries", "cheese wedge", "tiger", "koala",
     "tomato", "crocodile", "birthday cake",
 )  # fmt: skip
-SUBJECTS = BASE_SUBJECTS + HELD_OUT_SUBJECTS
+OTHER_SUBJECTS = (  # known to judge and CLIP alone: more ways to be wrong than the base has subjects
+    "cat", "elephant", "snail", "dolphin", "snake", "rooster", "monkey", "horse", "camel", "unicorn", "spider",
+    "scorpion", "blowfish", "hibiscus", "red apple", "bread", "lollipop", "ear of corn", "shaved ice", "egg",
+)  # fmt: skip
+SUBJECTS = BASE_SUBJECTS + HELD_OUT_SUBJECTS + OTHER_SUBJECTS
 
 SUBJECT_STYLE = (
     ("fox", "ink"), ("octopus", "blueprint"), ("sunflower", "duotone"), ("doughnut", "glossy"), ("honeybee", "thermal"),
@@ -184,21 +186,20 @@ class Drawings:
 
 
 def places(count: int, rng: np.random.Generator | None) -> list[tuple[int, int, int]]:
-    """(size, x, y) in pixels per subject: one of 54..58, or two of 30 side by side."""
+    """(size, x, y) in pixels per subject: one of 55..57 near the middle, or two of 30 side by side."""
     if count == 1:
-        size = 56 if rng is None else int(rng.integers(54, 59))
-        free = SIZE - size
-        x, y = (free // 2, free // 2) if rng is None else (int(v) for v in rng.integers(0, free + 1, 2))
+        size = 56 if rng is None else int(rng.integers(55, 58))
+        x, y = (4, 4) if rng is None else (int(v) for v in rng.integers(2, 6, 2))
         return [(size, x, y)]
-    jitter = [(1, 17)] * 2 if rng is None else [(int(rng.integers(0, 3)), int(rng.integers(14, 21))) for _ in range(2)]
+    jitter = [(1, 17)] * 2 if rng is None else [(int(rng.integers(0, 3)), int(rng.integers(15, 20))) for _ in range(2)]
     return [(30, 32 * slot + dx, y) for slot, (dx, y) in enumerate(jitter)]
 
 
 def draw_scene(subjects: Sequence[str], styles: Sequence[str], rng: np.random.Generator, *, pairs: float) -> Scene:
-    """A random scene; `pairs` is the share with two different subjects; half have a coloured background."""
+    """A random scene; `pairs` is the share with two different subjects; a third have a coloured background."""
     count = 2 if rng.random() < pairs else 1
     chosen = tuple(str(s) for s in rng.choice(subjects, count, replace=False))
-    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.5 else "white"
+    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
     return Scene(chosen, str(rng.choice(styles)), background)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
 ORDER = [
-    "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint", "mixture",
+    "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint", "parts", "mixture",
     "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "cli",
 ]  # fmt: skip
 TRAINING = ["data", "losses", "denoising", "concept", "teachers", "loop"]

@@ -136,7 +136,7 @@ def test_training_lowers_each_term_and_moves_only_gates(pipe, loras, awake, term
     config = GateTraining(**weights, **SHORT | {"steps": 30, "lr": 5e-2, "batch": 8}, styles=("ink",))
     before = {n: p.clone() for n, p in pipe.unet.named_parameters() if "mole_gates" not in n}
     gates, flags = gates_of(mixture), {n: p.requires_grad for n, p in pipe.unet.named_parameters()}
-    log = train_gates(pipe, mixture, Lesson(LESSON.singles, LESSON.composed, samples), config)
+    log = train_gates(pipe, mixture, Lesson(LESSON.singles, LESSON.composed, samples), config=config)
     first, last = (sum(row[term] for row in rows) / 6 for rows in (log[:6], log[-6:]))
     assert last < first
     assert all(torch.equal(p, before[n]) for n, p in pipe.unet.named_parameters() if n in before)
@@ -148,7 +148,7 @@ def test_a_run_cut_off_goes_on_bit_for_bit(loras, tmp_path, monkeypatch):
     def run(folder):
         pipe = tiny_pipeline()
         mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-        train_gates(pipe, mixture, LESSON, GateTraining(**SHORT, balance=0.1), folder=folder)
+        train_gates(pipe, mixture, LESSON, config=GateTraining(**SHORT, balance=0.1), folder=folder)
         return gates_of(mixture)
 
     whole = run(tmp_path / "whole")
@@ -180,26 +180,25 @@ def test_bad_lessons_are_named(pipe, loras, tmp_path):
         ({}, Lesson({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_gates(pipe, mixture, lesson, GateTraining(**SHORT, **options))
+            train_gates(pipe, mixture, lesson, config=GateTraining(**SHORT, **options))
     with pytest.raises(ValueError, match="not all 0"):
         GateTraining(single=0, composed=0)
     with pytest.raises(ValueError, match="unknown autocast 'int8'"):
         GateTraining(autocast="int8")
     fox = Lesson({"fox": ["a fox"]})
-    train_gates(pipe, mixture, fox, GateTraining(composed=0, **SHORT), folder=tmp_path)
+    train_gates(pipe, mixture, fox, config=GateTraining(composed=0, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
-        train_gates(pipe, mixture, fox, GateTraining(composed=0, lr=1.0, **SHORT), folder=tmp_path)
+        train_gates(pipe, mixture, fox, config=GateTraining(composed=0, lr=1.0, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match="'sum' have nothing to train"):
-        train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, GateTraining(**SHORT))
+        train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(pipe, loras, tmp_path):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     bad = Samples(torch.full((2, 4, 16, 16), torch.nan), ["a fox"] * 2)
+    config = GateTraining(single=0, composed=0, denoise=1, **SHORT)
     with pytest.raises(ValueError, match="not finite at step 0"):
-        train_gates(
-            pipe, mixture, Lesson(samples=bad), GateTraining(single=0, composed=0, denoise=1, **SHORT), folder=tmp_path
-        )
+        train_gates(pipe, mixture, Lesson(samples=bad), config=config, folder=tmp_path)
     assert all(torch.isfinite(v).all() for v in gates_of(mixture).values())
 
 
@@ -272,7 +271,7 @@ def test_training_on_cuda(loras):
     pipe = tiny_pipeline().to("cuda")
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
     for autocast in (None, "bf16", "fp16"):
-        log = train_gates(pipe, mixture, LESSON, GateTraining(**SHORT, autocast=autocast))
+        log = train_gates(pipe, mixture, LESSON, config=GateTraining(**SHORT, autocast=autocast))
         assert all(torch.isfinite(torch.tensor(row["loss"])) for row in log)
     assert all(p.device.type == "cuda" for p in mixture.parameters())
     assert lora_layers(pipe)

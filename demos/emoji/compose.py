@@ -9,7 +9,7 @@ from mole_diffusers import emoji
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.loop import Lesson
 
-OTHERS = ("bear", "lemon", "penguin", "carrot", "turtle", "pizza", "rose", "elephant")  # base subjects in prompts
+OTHERS = ("bear", "lemon", "penguin", "carrot", "turtle", "pizza", "rose", "lion")  # base subjects in prompts
 
 
 def name_of(concepts: Sequence[str]) -> str:

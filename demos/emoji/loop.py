@@ -1,12 +1,15 @@
 """What the training scripts of the emoji world share: a resumable loop with progress, and fp16 saving."""
 
 import json
+import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 WORK = Path(__file__).parent / "work"  # checkpoints and encoded samples; not committed
@@ -14,6 +17,11 @@ WORK = Path(__file__).parent / "work"  # checkpoints and encoded samples; not co
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def small_attention() -> AbstractContextManager:
+    """On a CPU the plain kernel trains a fifth faster than the fused one at this world's token counts."""
+    return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()
 
 
 class Ema:
@@ -51,22 +59,21 @@ def fit(
     WORK.mkdir(exist_ok=True)
     path = WORK / f"{name}.pt"
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     ema, start, seconds = Ema(module, decay), 0, 0.0
     if path.exists():
         saved = torch.load(path, weights_only=True)
         module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
         ema.state, ema.steps, start, seconds = saved["ema"], saved["step"], saved["step"], saved["seconds"]
     begun, average = time.time(), None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, step / (0.03 * steps)) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
         loss = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(module)
         if step % 20 == 0:
@@ -76,9 +83,7 @@ def fit(
         if (step + 1) % every == 0 or step + 1 == steps:
             spent = seconds + time.time() - begun
             state = {"module": module.state_dict(), "ema": ema.state, "step": step + 1, "seconds": spent}
-            torch.save(
-                state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".tmp")
-            )
+            torch.save(state | {"optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
     if start < steps:
         note(name, steps=steps, minutes=round((seconds + time.time() - begun) / 60, 1), loss=average, device=str(device()))

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import torch
-from loop import device, note
+from loop import device, note, small_attention
 
 from mole_diffusers import emoji, emoji_world
 from mole_diffusers.training.concept import ConceptConfig, save_kohya, save_lora, train_lora
@@ -72,7 +72,9 @@ def main() -> None:
         if path.exists():
             continue
         start, settings = time.time(), config(name)
-        tensors = train_lora(world.pipe, concept_samples(world, name), settings, name=f"{i + 1}/{len(names)} {name}")
+        samples = concept_samples(world, name)
+        with small_attention():
+            tensors = train_lora(world.pipe, samples, settings, name=f"{i + 1}/{len(names)} {name}")
         if name in KOHYA:
             save_kohya(tensors, path, alpha=settings.alpha, triggers=name)
         else:

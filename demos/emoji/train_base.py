@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from loop import WORK, device, fit
+from loop import WORK, device, fit, small_attention
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from mole_diffusers import emoji
 
 TOKENS, WIDTH = 24, 128
-SAMPLES = 16000
+SAMPLES, BATCH = 16000, 32
 VAE_PHASES = {"vae": (1300, 2e-3), "vae_refine": (850, 1.5e-3)}  # name: (steps, learning rate)
 
 
@@ -162,17 +162,18 @@ def train_unet(drawings: emoji.Drawings, vae: AutoencoderKL, steps: int) -> Stab
     generator = torch.Generator().manual_seed(2)
 
     def loss_at(step: int) -> torch.Tensor:
-        pick = torch.randint(0, len(latents), (24,), generator=generator)
-        words = torch.where(torch.rand(24, generator=generator) < 0.1, 0, pick + 1)
-        noise = torch.randn(24, *latents.shape[1:], generator=generator)
-        t = torch.randint(0, 1000, (24,), generator=generator)
+        pick = torch.randint(0, len(latents), (BATCH,), generator=generator)
+        words = torch.where(torch.rand(BATCH, generator=generator) < 0.1, 0, pick + 1)
+        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
+        t = torch.randint(0, 1000, (BATCH,), generator=generator)
         x, noise, t = latents[pick].to(device()), noise.to(device()), t.to(device())
         with torch.autocast(device().type, torch.bfloat16):
             context = both["text_encoder"](ids[words].to(device()))[0]
             v = both["unet"](scheduler.add_noise(x, noise, t), t, context).sample
         return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))
 
-    both.load_state_dict(fit("unet", both, loss_at, steps=steps, lr=7e-4, decay=0.999))
+    with small_attention():
+        both.load_state_dict(fit("unet", both, loss_at, steps=steps, lr=7e-4, decay=0.999))
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=both["text_encoder"].eval(),
@@ -187,7 +188,7 @@ def train_unet(drawings: emoji.Drawings, vae: AutoencoderKL, steps: int) -> Stab
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12000, help="UNet updates of batch 24")
+    parser.add_argument("--steps", type=int, default=12000, help="UNet updates")
     args = parser.parse_args()
     torch.manual_seed(0)
     drawings = emoji.Drawings(emoji.default_folder())

@@ -10,7 +10,7 @@ import time
 
 import torch
 from compose import joint_samples, lesson, name_of, true_samples
-from loop import WORK, device, note
+from loop import WORK, device, note, small_attention
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
 from mole_diffusers.training.concept import ConceptConfig, save_lora, train_lora
@@ -31,7 +31,7 @@ def make_gates(world, concepts):
     if not (folder / "config.json").exists():
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, GATES)
         styles = tuple(c for c in concepts if c in emoji.STYLES)
-        train_gates(world.pipe, mixture, lesson(concepts), GateTraining(**{**vars(TRAINING), "styles": styles}))
+        train_gates(world.pipe, mixture, lesson(concepts), config=GateTraining(**{**vars(TRAINING), "styles": styles}))
         mixture.save_pretrained(folder)
 
 
@@ -49,7 +49,7 @@ def make_oracle(world, concepts):
         detach(world.pipe)
         samples = true_samples(world, concepts, encode)
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, ORACLE)
-        train_gates(world.pipe, mixture, Lesson(samples=samples), ORACLE_TRAINING)
+        train_gates(world.pipe, mixture, Lesson(samples=samples), config=ORACLE_TRAINING)
         mixture.save_pretrained(folder)
 
 
@@ -62,7 +62,8 @@ def main() -> None:
         start = time.time()
         for i, concepts in enumerate(emoji.COMPOSITIONS):
             print(f"{what} {i + 1}/{len(emoji.COMPOSITIONS)} {'+'.join(concepts)}, {time.time() - start:.0f} s", flush=True)
-            makers[what](world, concepts)
+            with small_attention():
+                makers[what](world, concepts)
         note(what, seconds=round(time.time() - start))
 
 

@@ -78,15 +78,15 @@ def train_lora(
         for part, lr in parts.items():
             if lr:
                 model = getattr(pipe, part)
-                carrier.inject_trainable(model, CONCEPT, pattern, config.rank, config.alpha, undo)
+                carrier.inject_trainable(model, CONCEPT, undo, pattern=pattern, rank=config.rank, alpha=config.alpha)
                 if init is not None:
                     _load(model, part, init)
                 groups.append({"params": [p for p in model.parameters() if p.requires_grad], "lr": lr})
-        _fit(pipe, samples, config, groups, name)
+        _fit(pipe, samples, config, groups=groups, name=name)
         return {k: v for part, lr in parts.items() if lr for k, v in _tensors(getattr(pipe, part), part).items()}
 
 
-def _fit(pipe: Any, samples: Samples, config: ConceptConfig, groups: list[dict], name: str) -> None:
+def _fit(pipe: Any, samples: Samples, config: ConceptConfig, *, groups: list[dict], name: str) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, eta_min=config.lr / 10)
     generator = torch.Generator().manual_seed(config.seed)

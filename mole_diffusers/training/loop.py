@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mole_diffusers import mixing
+from mole_diffusers import checkpoint, mixing
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.denoising import denoising_loss, predict
@@ -76,7 +76,7 @@ class Lesson:
 
 
 def train_gates(
-    pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining, *, folder: str | Path | None = None
+    pipe: Any, mixture: Mixture, lesson: Lesson, *, config: GateTraining, folder: str | Path | None = None
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
 
@@ -91,12 +91,39 @@ def train_gates(
     """
     if not mixture.parameters():
         raise ValueError(f"gates of family {mixture.config.family!r} have nothing to train")
-    memory = prepare(pipe, mixture, lesson, config)
-    return fit(pipe, mixture, memory, lesson.samples, config, Path(folder) if folder else None)
+    check(mixture, lesson, config)
+    run = Run(pipe, mixture, config, samples=lesson.samples, folder=Path(folder) if folder else None)
+    run.memory = prepare(run, lesson)
+    models = (pipe.unet, pipe.text_encoder)
+    gates = {id(p) for p in mixture.parameters()}
+    others = [p for model in models for p in model.parameters() if p.requires_grad and id(p) not in gates]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        return fit(run)
+    finally:
+        for p in others:
+            p.requires_grad_(True)
 
 
-def prepare(pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining) -> Memory | None:
-    """Check the lesson and sample the teachers' trajectories."""
+@dataclass
+class Run:
+    """One training run: what is trained, how, on what, and where it is kept."""
+
+    pipe: Any
+    mixture: Mixture
+    config: GateTraining
+    samples: Samples | None = None
+    folder: Path | None = None
+    memory: Memory | None = None
+
+    def autocast(self) -> AbstractContextManager:
+        dtype = DTYPES[self.config.autocast]
+        return nullcontext() if dtype is None else torch.autocast(self.pipe.device.type, dtype)
+
+
+def check(mixture: Mixture, lesson: Lesson, config: GateTraining) -> None:
+    """Raise ValueError for a term without what it needs, or an expert that is not there."""
     for name in (*lesson.singles, *config.styles):
         mixture.strength(name)
     if config.single and not lesson.singles:
@@ -105,9 +132,14 @@ def prepare(pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining) -
         raise ValueError("the composed term needs composed prompts")
     if config.denoise and lesson.samples is None:
         raise ValueError("the denoise term needs pictures")
+
+
+def prepare(run: Run, lesson: Lesson) -> Memory | None:
+    """Sample the teachers' trajectories."""
+    pipe, mixture, config = run.pipe, run.mixture, run.config
     options: dict[str, Any] = {"seeds": config.seeds, "steps": config.sampler_steps, "guidance": config.guidance}
     parts = []
-    with _autocast(pipe, config):
+    with run.autocast():
         if config.single:
             for i, (name, prompts) in enumerate(lesson.singles.items()):
                 teach = single_teacher(pipe, mixture, name)
@@ -118,102 +150,76 @@ def prepare(pipe: Any, mixture: Mixture, lesson: Lesson, config: GateTraining) -
     return Memory.join(parts) if parts else None
 
 
-def fit(
-    pipe: Any, mixture: Mixture, memory: Memory | None, samples: Samples | None, config: GateTraining, folder: Path | None
-) -> list[dict]:
+def fit(run: Run) -> list[dict]:
     """The loop. Each update's randomness follows from the seed and its number, so that a resumed run is the same run."""
-    parameters = mixture.parameters()
+    config, parameters = run.config, run.mixture.parameters()
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * math.cos(math.pi * i / config.steps))
-    log, start = _resume(mixture, optimizer, schedule, config, folder)
-    frozen = [p for p in (*pipe.unet.parameters(), *pipe.text_encoder.parameters()) if p.requires_grad]
-    gates = {id(p) for p in parameters}
-    frozen = [p for p in frozen if id(p) not in gates]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="gates", mininterval=2)
-        for step in bar:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            terms = _terms(pipe, mixture, memory, samples, config, generator)
-            loss = sum(getattr(config, name) * value for name, value in terms.items())
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is not finite at step {step}: { {k: v.item() for k, v in terms.items()} }")
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            log.append({"step": step, "loss": loss.item(), **{k: v.item() for k, v in terms.items()}})
-            bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k != "step"}, refresh=False)
-            if folder and ((step + 1) % config.every == 0 or step + 1 == config.steps):
-                _save(mixture, optimizer, schedule, config, folder, log)
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
+    log = _resume(run, optimizer)
+    bar = tqdm(range(len(log), config.steps), initial=len(log), total=config.steps, desc="gates", mininterval=2)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+        terms = _terms(run, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
+        loss = sum(getattr(config, name) * value for name, value in terms.items())
+        values = {name: value.item() for name, value in terms.items()}
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is not finite at step {step}: {values}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.append({"step": step, "loss": loss.item(), **values})
+        bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k != "step"}, refresh=False)
+        if (step + 1) % config.every == 0 or step + 1 == config.steps:
+            _save(run, optimizer, log)
     return log
 
 
-def _terms(
-    pipe: Any,
-    mixture: Mixture,
-    memory: Memory | None,
-    samples: Samples | None,
-    config: GateTraining,
-    generator: torch.Generator,
-) -> dict[str, torch.Tensor]:
+def _terms(run: Run, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Each active term, unweighted."""
     terms: dict[str, torch.Tensor] = {}
     weights: list[torch.Tensor] = []
-    with _autocast(pipe, config), mixture.listen(lambda _, w: weights.append(w)):
-        if memory is not None:
-            terms |= _recovery_terms(pipe, memory, config, generator)
-        if config.denoise and samples is not None:
-            terms["denoise"] = denoising_loss(pipe, samples, generator, batch=config.batch)
-    if config.balance:
+    with run.autocast(), run.mixture.listen(lambda _, w: weights.append(w)):
+        if run.memory is not None:
+            terms |= _recovery_terms(run, run.memory, generator)
+        if run.config.denoise and run.samples is not None:
+            terms["denoise"] = denoising_loss(run.pipe, run.samples, generator, batch=run.config.batch)
+    if run.config.balance:
         terms["balance"] = mixing.balance_loss(weights)
     return terms
 
 
-def _recovery_terms(pipe: Any, memory: Memory, config: GateTraining, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    pick = torch.randint(0, len(memory.x), (config.batch,), generator=generator)
-    rows = [t[pick].to(pipe.device) for t in (memory.x, memory.timesteps, memory.targets, memory.norms)]
-    x, timesteps, targets, norms = rows
-    student = predict(pipe, x, timesteps, [memory.prompts[i] for i in pick.tolist()])
+def _recovery_terms(run: Run, memory: Memory, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    device = run.pipe.device
+    pick = torch.randint(0, len(memory.x), (run.config.batch,), generator=generator)
+    x, timesteps, targets, norms = (t[pick].to(device) for t in (memory.x, memory.timesteps, memory.targets, memory.norms))
+    student = predict(run.pipe, x, timesteps, [memory.prompts[i] for i in pick.tolist()])
     terms = {}
     for source in ("single", "composed"):
-        chosen = torch.tensor([memory.sources[i] == source for i in pick.tolist()], device=x.device)
-        if getattr(config, source) and chosen.any():
-            terms[source] = recovery_error(student[chosen], targets[chosen], norms[chosen])
+        rows = [i for i, p in enumerate(pick.tolist()) if memory.sources[p] == source]
+        if rows:
+            terms[source] = recovery_error(student[rows], targets[rows], norms[rows])
     return terms
 
 
-def _autocast(pipe: Any, config: GateTraining) -> AbstractContextManager:
-    dtype = DTYPES[config.autocast]
-    return nullcontext() if dtype is None else torch.autocast(pipe.device.type, dtype)
+def _save(run: Run, optimizer: torch.optim.Optimizer, log: list[dict]) -> None:
+    if run.folder is None:
+        return
+    run.mixture.save_pretrained(run.folder)
+    state = {"optimizer": optimizer.state_dict(), "log": log, "config": asdict(run.config)}
+    torch.save(state, run.folder / f"{STATE}.tmp")
+    (run.folder / f"{STATE}.tmp").rename(run.folder / STATE)
+    (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
 
 
-def _save(mixture: Mixture, optimizer: Any, schedule: Any, config: GateTraining, folder: Path, log: list[dict]) -> None:
-    mixture.save_pretrained(folder)
-    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "log": log, "config": asdict(config)}
-    torch.save(state, folder / f"{STATE}.tmp")
-    (folder / f"{STATE}.tmp").rename(folder / STATE)
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-
-
-def _resume(
-    mixture: Mixture, optimizer: Any, schedule: Any, config: GateTraining, folder: Path | None
-) -> tuple[list[dict], int]:
-    """The log so far and the next step; the gates, optimizer and schedule are set to where they stood."""
-    if folder is None or not (folder / STATE).exists():
-        return [], 0
-    from mole_diffusers import checkpoint
-
-    state = torch.load(folder / STATE, weights_only=True)
-    if state["config"] != asdict(config):
-        changed = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
-        raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder")
-    checkpoint.load(folder).fill(mixture.banks)
+def _resume(run: Run, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """The log so far, empty for a new run; gates and optimizer are set to where they stood."""
+    if run.folder is None or not (run.folder / STATE).exists():
+        return []
+    state = torch.load(run.folder / STATE, weights_only=True)
+    if state["config"] != asdict(run.config):
+        changed = [k for k, v in asdict(run.config).items() if state["config"].get(k) != v]
+        raise ValueError(f"{run.folder} holds a run with other settings ({', '.join(changed)}); use another folder")
+    checkpoint.load(run.folder).fill(run.mixture.banks)
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["log"], len(state["log"])
+    return state["log"]

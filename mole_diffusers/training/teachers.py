@@ -38,6 +38,7 @@ class Memory:
 
     @staticmethod
     def join(parts: Sequence[Memory]) -> Memory:
+        """All rows, in order."""
         names = ("x", "timesteps", "targets", "norms")
         tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
         return Memory(
@@ -126,7 +127,7 @@ def attention_maps(unet: Any, size: Sequence[int], positions: torch.Tensor | Non
                 queries[attention] = q
 
             def collect(_: Any, __: Any, k: torch.Tensor, attention: Any = attention) -> None:
-                seen.append(_attention_map(attention, queries.pop(attention), k, positions, size))
+                seen.append(_attention_map(attention, queries.pop(attention), k, positions=positions, size=size))
 
             handles += [attention.to_q.register_forward_hook(keep), attention.to_k.register_forward_hook(collect)]
     try:
@@ -137,7 +138,7 @@ def attention_maps(unet: Any, size: Sequence[int], positions: torch.Tensor | Non
 
 
 def _attention_map(
-    attention: Attention, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, size: Sequence[int]
+    attention: Attention, query: torch.Tensor, key: torch.Tensor, *, positions: torch.Tensor, size: Sequence[int]
 ) -> torch.Tensor:
     """query [B, T, C], key [B, S, C], positions [B, S] -> [B, H, W]."""
     q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))  # [B, heads, ., c]

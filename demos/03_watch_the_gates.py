@@ -1,0 +1,21 @@
+"""Which LoRA works where, and when: the gates' weights while a picture is made.
+
+python demos/03_watch_the_gates.py
+"""
+
+import torch
+
+import mole_diffusers as mole
+
+world = mole.emoji_world()
+concepts = {name: world.loras[name] for name in ("fox", "ink")}
+mixture = mole.attach(world.pipe, concepts, gates=world.gates["fox+ink"])
+with mixture.trace() as trace:
+    world.pipe(
+        "ink drawing of a fox", num_inference_steps=10, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
+    )
+
+print(f"{'place':70}", *(f"{name:>14}" for name in trace.experts), " first step -> last")
+for place in trace.places:
+    weights = trace.weights(place)
+    print(f"{place:70}", *(f"{a:6.2f} ->{b:5.2f}" for a, b in zip(weights[0].tolist(), weights[-1].tolist(), strict=True)))

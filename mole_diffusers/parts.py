@@ -1,0 +1,141 @@
+"""One host model of a mixture: its gates, their places, and the hooks that ask them. Hosts are changed here and in
+carrier.py, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from mole_diffusers import carrier, mixing
+from mole_diffusers.experts import Stack
+from mole_diffusers.gates import GateBank, GateConfig, build_gate
+from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed
+from mole_diffusers.processor import MoLEAttnProcessor, Slot, State
+
+BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
+DENOISERS = ("unet", "transformer")
+
+
+class GatedPart:
+    """A UNet or text encoder with the experts' stacks for it and a gate per place.
+
+    Building checks everything and changes nothing; `install` changes the host.
+    """
+
+    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, config: GateConfig, state: State):
+        self.name, self.model, self.stacks, self.config, self.state = name, model, dict(stacks), config, state
+        owners, names = {}, list(blocks(model))
+        for layer in stacks:
+            owners[layer] = owner(layer, config.granularity, names)
+        self.places = {spot: place(spot, config.granularity, model) for spot in dict.fromkeys(owners.values())}
+        self.owners = owners  # layer -> name of its place
+        self.bank = GateBank({name: self._gate(spot) for name, spot in self.places.items()})
+
+    def install(self, undo: ExitStack) -> None:
+        """Put experts, gates and hooks on the host; the undoing of each change is recorded in `undo` before it."""
+        undo.callback(self.model._modules.pop, BANK, None)
+        self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
+        slots = {name: self._slot(spot) for name, spot in self.places.items()}
+        carrier.inject(self.model, self.stacks, {layer: slots[name] for layer, name in self.owners.items()}, undo)
+        for name, spot in self.places.items():
+            self._hook(spot, slots[name], undo)
+
+    @property
+    def _reads_experts(self) -> bool:
+        return self.config.family == "mole" and self.config.inputs == "experts"
+
+    def _gate(self, spot: Place) -> nn.Module:
+        experts = len(self.state.active)
+        if spot.name == NETWORK:  # it reads text and time, one token's worth
+            return build_gate(GateConfig.from_dict(self.config.to_dict() | {"features": "pooled"}), experts, spot.width)
+        width = spot.width
+        if self._reads_experts:
+            width = experts * sum(self.stacks[name].up.shape[0] for name in probed(spot, self.stacks))
+        if self.config.features == "flattened":
+            if not spot.tokens:
+                raise ValueError("flattened features need a fixed number of tokens: use granularity 'block' or 'layer'")
+            width *= spot.tokens
+        return build_gate(self.config, experts, width)
+
+    def _slot(self, spot: Place) -> Slot:
+        name = f"{self.name}.{spot.name}" if spot.name else self.name
+        shared = spot.name == NETWORK or spot.entry is not None
+        slot = Slot(name, self.bank[spot.name], self.state, shared=shared, timed=self.name in DENOISERS)
+        found = {self.stacks[layer].present for layer, owner_ in self.owners.items() if owner_ == spot.name}
+        slot.presents = sorted(found, key=lambda present: (sum(present), present), reverse=True)
+        slot.probe = self._probe(spot)
+        return slot
+
+    def _probe(self, spot: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The paper's gate input: hidden state [B, T, C] -> each expert's outputs [B, T, N * sum Cout]."""
+        if not self._reads_experts or spot.name == NETWORK:
+            return None
+        names, pool = probed(spot, self.stacks), self.config.features == "pooled"
+
+        def outputs(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden.mean(1, keepdim=True) if pool else hidden  # the mean commutes with linear layers
+            parts = [mixing.expert_outputs(hidden, *carrier.stacked(self.model, n), self.stacks[n].ranks) for n in names]
+            return torch.cat(parts, -1)
+
+        return outputs
+
+    def _hook(self, spot: Place, slot: Slot, undo: ExitStack) -> None:
+        """Have the slot refreshed whenever sampling enters its place."""
+        if spot.name == NETWORK:
+            self._hook_network(slot, undo)
+        elif spot.entry is not None:
+            whole, entry = self.model.get_submodule(spot.name), self.model.get_submodule(spot.entry)
+            undo.callback(whole.register_forward_pre_hook(lambda *_: slot.clear()).remove)
+            if isinstance(entry, Attention):
+                _replace_processor(entry, slot, undo)
+            else:
+                undo.callback(entry.register_forward_pre_hook(_refresher(slot), with_kwargs=True).remove)
+
+    def _hook_network(self, slot: Slot, undo: ExitStack) -> None:
+        """The denoiser's own gate reads text and time; a text encoder's reads what enters its first layer."""
+        if self.name in DENOISERS:
+            hook = self.model.register_forward_pre_hook(_text_and_time(slot), with_kwargs=True)
+        else:
+            first = self.model.get_submodule(next(iter(blocks(self.model))))
+            hook = first.register_forward_pre_hook(_refresher(slot), with_kwargs=True)
+        undo.callback(hook.remove)
+
+
+def timestep(args: tuple, kwargs: dict, like: torch.Tensor) -> torch.Tensor:
+    """A denoiser call's timestep as [B]."""
+    value = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    return torch.as_tensor(value, device=like.device).reshape(-1).expand(like.shape[0])
+
+
+def _text_and_time(slot: Slot) -> Callable[[nn.Module, tuple, dict], None]:
+    def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        time = get_timestep_embedding(timestep(args, kwargs, text), TIME_WIDTH)  # [B, TIME_WIDTH]
+        slot.refresh(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
+
+    return refresh
+
+
+def _refresher(slot: Slot) -> Callable[[nn.Module, tuple, dict], None]:
+    def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        slot.refresh(args[0] if args else kwargs["hidden_states"])
+
+    return refresh
+
+
+def _replace_processor(attention: Attention, slot: Slot, undo: ExitStack) -> None:
+    found = attention.processor
+
+    def put_back() -> None:
+        # What another tool has put in place of ours stays; a blank copy that it made of ours goes.
+        if isinstance(attention.processor, MoLEAttnProcessor):
+            attention.set_processor(found if attention.processor.slot is slot else attention.processor.host)
+
+    undo.callback(put_back)
+    attention.set_processor(MoLEAttnProcessor(found, slot))
