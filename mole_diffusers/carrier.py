@@ -20,7 +20,7 @@ from mole_diffusers import mixing
 from mole_diffusers.experts import Stack
 from mole_diffusers.processor import Present, Slot
 
-ADAPTER = "mole"
+ADAPTER = "mole_experts"
 
 
 class GatedLora:
@@ -50,17 +50,14 @@ class GatedLora:
 
 def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
-    active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    undo.callback(_activate, model, active)
-    before = _record(model, ADAPTER, undo)
+    before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
     inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
         _fill(model.get_submodule(name), stack, slots[name])
-    others = next(iter(active.values()), [])
-    _activate(model, {n: [*others, ADAPTER] for n, m in model.named_modules() if isinstance(m, LoraLayer)})
+    _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
 
@@ -72,12 +69,23 @@ def inject_trainable(model: Any, adapter: str, undo: ExitStack, *, pattern: str,
     inject_adapter_in_model(config, model, adapter)
 
 
-def _record(model: nn.Module, adapter: str, undo: ExitStack) -> dict[nn.Parameter, bool]:
-    """Note what injecting will change, so that `undo` can give it back."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    undo.callback(lambda: [p.requires_grad_(flag) for p, flag in before.items()])
+def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Parameter, bool], dict[str, list[str]]]:
+    """Note what injecting will change, gradients and active adapters, so that `undo` can give it back.
+
+    Raises ValueError where the adapter's name is taken, or where other adapters are disabled: peft keeps that switch
+    per layer, so ours would be off with them.
+    """
+    if adapter in getattr(model, "peft_config", {}):
+        raise ValueError(f"{type(model).__name__} already has an adapter named {adapter!r}; delete or rename it")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise ValueError(f"the adapters of {type(model).__name__} are disabled; call pipe.enable_lora() first")
+    gradients = {p: p.requires_grad for p in model.parameters()}
+    active = {name: list(layer.active_adapters) for name, layer in layers.items()}
+    undo.callback(lambda: [p.requires_grad_(flag) for p, flag in gradients.items()])
+    undo.callback(_activate, model, active)
     undo.callback(_remove, model, adapter, hasattr(model, "peft_config"))
-    return before
+    return gradients, active
 
 
 def _fill(layer: Any, stack: Stack, slot: Slot) -> None:

@@ -83,10 +83,14 @@ def load(source: str | Path) -> Checkpoint:
         ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"the gates in {folder} cannot be read: {error}") from error
-    if about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
-        found = f"{about.get('format')} version {about.get('version')}"
+    if not isinstance(about, dict) or about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
+        found = "of another kind" if not isinstance(about, dict) else f"{about.get('format')} version {about.get('version')}"
         raise ValueError(f"the gates in {folder} are {found}; this release reads mole_diffusers.gates version {VERSION}")
-    return Checkpoint(folder, GateConfig.from_dict(about["gates"]), about["experts"], tensors)
+    try:
+        config, experts = GateConfig.from_dict(about["gates"]), {n: dict(e) for n, e in about["experts"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the gates in {folder}: config.json is not complete: {error!r}") from error
+    return Checkpoint(folder, config, experts, tensors)
 
 
 def _from_hub(name: str) -> Path:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = args.run
     try:
         return command(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"mole {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     compose.add_argument("--steps", type=int, default=20)
     compose.add_argument("--guidance", type=float, default=3.0)
     compose.add_argument("--out", type=Path, default=Path("grid.png"))
-    compose.add_argument("--json", action="store_true", help="print weights and files for a machine")
+    compose.add_argument("--json", action="store_true", help="print what was made for a machine to read")
     compose.set_defaults(run=compose_grid)
 
     train = commands.add_parser("train", help="train gates for a set of LoRAs")
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(f"--{name}", choices=list(choices), default=getattr(GateConfig(), name))
     for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("balance", float), ("denoise", float)):
         train.add_argument(f"--{name}", type=kind)
-    train.add_argument("--autocast", choices=["bf16", "fp16"])
+    train.add_argument("--autocast", choices=["bf16"])
     train.add_argument("--json", action="store_true")
     train.set_defaults(run=train_gates)
     return parser
@@ -116,7 +116,7 @@ def describe(expert: Expert, path: Path, hosts: dict[str, Any]) -> dict[str, Any
     return report
 
 
-def _pipeline(base: str, device: str | None = None) -> Any:
+def _pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -125,7 +125,7 @@ def _pipeline(base: str, device: str | None = None) -> Any:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if base == "emoji":
         return emoji_world(device=device).pipe
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
     return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
 
 
@@ -156,9 +156,9 @@ def _chosen(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Path, floa
         return dict(parse_expert(text) for text in args.expert)
     if args.base != "emoji":
         raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
-    from mole_diffusers.world import emoji_world
+    from mole_diffusers.world import concept_files
 
-    known = emoji_world().loras
+    known = concept_files()
     found = {name: (path, 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
     if not found:
         raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
@@ -177,10 +177,7 @@ def compose_grid(args: argparse.Namespace) -> int:
     pipe = _pipeline(args.base, args.device)
     mixture = attach(pipe, experts, args.gates or _own_gates(args, experts))
     seeds = list(range(args.seed, args.seed + args.rows))
-    with mixture.trace() as trace:
-        pictures = compare(
-            pipe, mixture, args.prompt, seeds=seeds, num_inference_steps=args.steps, guidance_scale=args.guidance
-        )
+    pictures = compare(pipe, mixture, args.prompt, seeds=seeds, num_inference_steps=args.steps, guidance_scale=args.guidance)
     rows = [[images[i] for images in pictures.values()] for i in range(len(seeds))]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, list(pictures), [f"seed {s}" for s in seeds]).save(args.out)
@@ -190,16 +187,16 @@ def compose_grid(args: argparse.Namespace) -> int:
         "experts": list(mixture.experts),
         "gates": mixture.config.to_dict(),
     }
-    print(json.dumps(facts | {"places": len(trace.places)}) if args.json else f"{args.prompt}: {args.out}")
+    print(json.dumps(facts) if args.json else f"{args.prompt}: {args.out}")
     return 0
 
 
 def _own_gates(args: argparse.Namespace, experts: dict[str, Any]) -> str | Path:
     """The embedded world's gates for this set of experts, where it has them."""
     if args.base == "emoji" and not args.expert:
-        from mole_diffusers.world import emoji_world
+        from mole_diffusers.world import gate_folders
 
-        for name, folder in emoji_world().gates.items():
+        for name, folder in gate_folders().items():
             if set(name.split("+")) == set(experts):
                 return folder
     return "sum"
@@ -218,7 +215,7 @@ def train_gates(args: argparse.Namespace) -> int:
         if not separator:
             raise ValueError(f"--single {text!r} is not NAME=PROMPT")
         singles.setdefault(name, []).append(prompt)
-    pipe = _pipeline(args.base, args.device)
+    pipe = _pipeline(args.base, args.device, half=False)
     gates = GateConfig(args.family, args.granularity, args.total, args.inputs, args.features)
     mixture = attach(pipe, _chosen(args, " ".join(args.prompt)), gates)
     pictures = [pair for folder in args.data for pair in zip(*read_folder(folder), strict=True)]

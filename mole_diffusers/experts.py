@@ -61,7 +61,8 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
             _check_shape(expert, f"{part}.{name}", weights, module)
             found.setdefault(part, {})[name] = weights
     if not found:
-        raise ValueError(f"expert {expert.name!r} ({expert.base}): none of its {len(unmatched)} layers is in this pipeline")
+        about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
+        raise ValueError(f"{about}: none of its {len(unmatched)} layers is in this pipeline")
     return Match(found, tuple(unmatched))
 
 
@@ -82,8 +83,8 @@ def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -
     fits = up[0] == host[0] and down[1] == host[1] and (down[2:] or (1, 1)) == (host[2:] or (1, 1))
     if not fits:
         raise ValueError(
-            f"expert {expert.name!r} ({expert.base}) does not fit layer {name}: the host's weight is {list(host)}, "
-            f"the LoRA's down is {list(down)} and up is {list(up)}"
+            f"expert {expert.name!r} ({expert.source}, {expert.base}) does not fit layer {name}: "
+            f"the host's weight is {list(host)}, the LoRA's down is {list(down)} and up is {list(up)}"
         )
 
 

@@ -49,6 +49,8 @@ class GateConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown gate {name} {getattr(self, name)!r}; known: {list(values)}")
+        if self.granularity == "model" and (self.inputs, self.features) != ("hidden", "pooled"):
+            raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
         if self.bins < 1:
             raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
 
@@ -153,11 +155,8 @@ class GateBank(nn.Module):
         return self.gates[_key(place)]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GateBank:
-        def keep_fp32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved.to(torch.float32) if moved.is_floating_point() and not moved.is_meta else moved
-
-        return super()._apply(keep_fp32, recurse)
+        # Only the device is taken from `fn`: a cast to half and back would round what was trained.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
 def _key(place: str) -> str:

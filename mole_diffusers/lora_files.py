@@ -22,6 +22,10 @@ KOHYA_PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
+OWN_NAMES = {
+    "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding."),
+    "text_encoder": ("text_model.", "encoder.layers."),
+}
 UNSUPPORTED = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -68,6 +72,7 @@ class Expert:
     format: str  # "diffusers", "peft" or "kohya"
     base: str  # "SD 1.x", "SD 2.x", "SDXL" or "cross-attention WIDTH"
     triggers: tuple[str, ...]
+    source: str  # the file
     sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -97,6 +102,7 @@ def read_expert(path: str | Path, name: str | None = None) -> Expert:
         format=form,
         base=_base(layers),
         triggers=_triggers(metadata),
+        source=str(path),
         sha256=_tensor_hash(path),
         metadata=metadata,
     )
@@ -127,7 +133,7 @@ def _pair(
     alphas: dict[tuple[str, str], float] = {}
     forms: Counter[str] = Counter()
     for key, tensor in tensors.items():
-        if algorithm := UNSUPPORTED.get(key.rsplit(".", 1)[-1]) or UNSUPPORTED.get(key.split(".")[-2]):
+        if algorithm := next((UNSUPPORTED[w] for w in key.split(".")[1:] if w in UNSUPPORTED), None):
             raise ValueError(f"{path}: layer {key!r} is {algorithm}; only plain LoRA is read")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {key!r} holds values that are not finite")
@@ -162,7 +168,9 @@ def _layer(stem: str, path: Path) -> tuple[str, str]:
             return part, _canonical(stem.removeprefix(prefix).replace(".", "_"))
     stem = stem.removeprefix("base_model.model.")
     part, _, layer = stem.partition(".")
-    if part not in PARTS:
+    if part not in PARTS:  # written by one model's own save: the layer's name tells which
+        part, layer = next((p for p, names in OWN_NAMES.items() if stem.startswith(names)), ""), stem
+    if not part:
         raise ValueError(f"{path}: {stem!r} begins with none of {[f'{p}.' for p in PARTS]} or {list(KOHYA_PREFIXES)}")
     if ".processor." in layer:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
         layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))

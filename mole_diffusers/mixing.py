@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,13 +77,21 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     return -(share * share.clamp_min(1e-12).log()).sum(-1)
 
 
-def balance_loss(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def balance_loss(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) -> torch.Tensor:
     """Eq. 14-15 of MoLE with a live gradient, less its minimum N ln N: 0 when experts share equally on average.
 
-    `weights` holds one tensor [..., N] per gated block; the mean over blocks and batch is taken before the log,
-    so single blocks may specialise. (The authors' code detaches it, which leaves no gradient.)
+    The mean over blocks and batch is taken before the log, so single blocks may specialise. (The authors' code
+    detaches it, which leaves no gradient.)
+
+    Args:
+        gates: per gated block [..., N], before the user's strengths; negative weights count as none.
+        present: per block [N] bool. A block counts for the experts it has, by how far it is from their equal share.
     """
-    shares = [w / w.sum(-1, keepdim=True).clamp_min(1e-8) for w in weights]
-    q = torch.stack([s.reshape(-1, s.shape[-1]).mean(0) for s in shares]).mean(0)  # [N]
+    q, blocks = torch.zeros(()), torch.zeros(())
+    for weights, there in zip(gates, present, strict=True):
+        share = weights.clamp_min(0) / weights.clamp_min(0).sum(-1, keepdim=True).clamp_min(1e-8)
+        share = share.reshape(-1, share.shape[-1]).mean(0)  # [N]
+        q, blocks = q + share * there.sum() / len(there), blocks + there
+    q = q / blocks.clamp_min(1)
     count = q.numel()
-    return -(q.clamp_min(1e-8).log().sum()) - count * torch.log(torch.tensor(float(count)))
+    return -(q.clamp_min(1e-8).log().sum()) - count * math.log(count)

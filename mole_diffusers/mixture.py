@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
 from mole_diffusers import checkpoint
@@ -15,7 +17,7 @@ from mole_diffusers.experts import match, stack_all
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.parts import DENOISERS, GatedPart, timestep
-from mole_diffusers.processor import State
+from mole_diffusers.processor import Decision, State
 from mole_diffusers.trace import Trace
 
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
@@ -38,26 +40,7 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
     Raises:
         ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
     """
-    hosts = _hosts(pipe)
-    read, strengths = {}, {}
-    for name, source in experts.items():
-        source, strengths[name] = source if isinstance(source, tuple) else (source, 1.0)
-        read[name] = source if isinstance(source, Expert) else read_expert(source, name)
-    if not read:
-        raise ValueError("attach needs at least one expert")
-    saved = None
-    if isinstance(gates, GateConfig):
-        config = gates
-    elif str(gates) in FAMILIES:
-        config = GateConfig(family=str(gates))
-    else:
-        saved = checkpoint.load(gates)
-        config, order = saved.config, saved.order(read)
-        read = {name: read[name] for name in order}
-    mixture = Mixture(hosts, read, config, [strengths[name] for name in read])
-    if saved is not None:
-        saved.fill(mixture.banks)
-    before = attached(pipe)
+    mixture, before = _prepared(pipe, experts, gates), attached(pipe)
     if before is not None:
         before._uninstall()
     try:
@@ -66,6 +49,30 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
         if before is not None:
             before._install()
         raise
+    for name, keys in mixture.unmatched.items():
+        if keys:
+            warnings.warn(f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]} for one", stacklevel=2)
+    return mixture
+
+
+def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates) -> Mixture:
+    """Read and check everything; nothing of the pipeline is changed."""
+    hosts = _hosts(pipe)
+    read, strengths = {}, {}
+    for name, given in experts.items():
+        source, strengths[name] = given if isinstance(given, tuple) else (given, 1.0)
+        read[name] = source if isinstance(source, Expert) else read_expert(source, name)
+    if not read:
+        raise ValueError("attach needs at least one expert")
+    if isinstance(gates, GateConfig) or str(gates) in FAMILIES:
+        config = gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates))
+        mixture = Mixture(hosts, read, config)
+    else:
+        saved = checkpoint.load(gates)
+        mixture = Mixture(hosts, {name: read[name] for name in saved.order(read)}, saved.config)
+        saved.fill(mixture.banks)
+    for name, strength in strengths.items():
+        mixture.strength(name, strength)
     return mixture
 
 
@@ -84,11 +91,13 @@ def _denoiser(pipe: Any) -> nn.Module:
     for name in DENOISERS:
         if (model := getattr(pipe, name, None)) is not None:
             return model
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+    raise ValueError(f"{type(pipe).__name__} has no unet to attach experts to")
 
 
 def _hosts(pipe: Any) -> dict[str, nn.Module]:
-    _denoiser(pipe)
+    unet = _denoiser(pipe)
+    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+        raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
     return {part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None}
 
 
@@ -102,13 +111,11 @@ class Mixture:
         banks: part -> GateBank.
     """
 
-    def __init__(
-        self, hosts: Mapping[str, nn.Module], experts: Mapping[str, Expert], config: GateConfig, strengths: list[float]
-    ):
+    def __init__(self, hosts: Mapping[str, nn.Module], experts: Mapping[str, Expert], config: GateConfig):
         matches = [match(expert, hosts) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: m.unmatched for name, m in zip(experts, matches, strict=True)}
-        self._state = State([True] * len(experts), strengths)
+        self._state = State([True] * len(experts), [1.0] * len(experts))
         self._undo = ExitStack()
         self._denoiser = next(hosts[part] for part in DENOISERS if part in hosts)
         self._parts = [
@@ -123,6 +130,8 @@ class Mixture:
         """The user's factor of one expert; with `value`, set it (any sign and size; 0 means absent)."""
         index = self._index(name)
         if value is not None:
+            if not math.isfinite(value):
+                raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
             self._state.strength[index] = float(value)
         return self._state.strength[index]
 
@@ -150,8 +159,8 @@ class Mixture:
             self._state.fixed = before
 
     @contextmanager
-    def listen(self, listener: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-        """Call `listener(place, weights)` with each gate's live weights [N] or [B, N] as they are made."""
+    def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
+        """Call `listener(decision)` with each gate's live weights as they are made."""
         self._state.listeners.append(listener)
         try:
             yield
@@ -169,6 +178,25 @@ class Mixture:
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters, all that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""
+        self._uninstall()
+        try:
+            yield
+        finally:
+            self._install()
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; returns the commit's address. `options` go to `HfApi.upload_folder`."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `gates.safetensors` and `config.json`; `attach(..., gates=folder)` reads them."""

@@ -19,7 +19,7 @@ from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, pla
 from mole_diffusers.processor import MoLEAttnProcessor, Slot, State
 
 BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet",)
 
 
 class GatedPart:
@@ -80,7 +80,10 @@ class GatedPart:
 
         def outputs(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.mean(1, keepdim=True) if pool else hidden  # the mean commutes with linear layers
-            parts = [mixing.expert_outputs(hidden, *carrier.stacked(self.model, n), self.stacks[n].ranks) for n in names]
+            parts = []
+            for name in names:
+                down, up = carrier.stacked(self.model, name)
+                parts.append(mixing.expert_outputs(hidden, down.float(), up.float(), self.stacks[name].ranks))
             return torch.cat(parts, -1)
 
         return outputs

@@ -14,6 +14,23 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What one gate said for one set of present experts.
+
+    Attributes:
+        place: where the gate sits.
+        present: which experts the layers have; the first decision of a place is for the largest set.
+        gates: [N] or [B, N] as the gate gave them.
+        weights: the same times the user's strengths, which is what the layers are multiplied by.
+    """
+
+    place: str
+    present: Present
+    gates: torch.Tensor
+    weights: torch.Tensor
+
+
 @dataclass
 class State:
     """What all gates of a mixture share: who is active, how strong, and where sampling stands."""
@@ -23,7 +40,7 @@ class State:
     time: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], 1 is pure noise
     fixed: list[float] | None = None  # weights that stand in for every gate's, by hand or for a teacher
     step: int = -1  # counts denoiser calls; -1 before the first
-    listeners: list[Callable[[str, torch.Tensor], None]] = field(default_factory=list)
+    listeners: list[Callable[[Decision], None]] = field(default_factory=list)
 
     def mask(self, present: Present, device: torch.device) -> torch.Tensor:
         """[N] bool: experts that are present, active and not at strength 0."""
@@ -51,26 +68,28 @@ class Slot:
 
     def refresh(self, hidden: torch.Tensor) -> None:
         """Evaluate the gate on `hidden` [B, T, C]."""
-        for present, weights in self._evaluate(hidden):
-            self.weights[present] = weights
+        for decision in self._decide(hidden):
+            self.weights[decision.present] = decision.weights
+            for listener in self.state.listeners:
+                listener(decision)
         self.batch = hidden.shape[0]
-        for listener in self.state.listeners:
-            listener(self.name, self.weights[self.presents[0]])
 
-    def _evaluate(self, hidden: torch.Tensor) -> Iterator[tuple[Present, torch.Tensor]]:
-        """(present experts, what their layers are multiplied by: [N] or [B, N])."""
+    def _decide(self, hidden: torch.Tensor) -> Iterator[Decision]:
         fixed, device = self.state.fixed, hidden.device
         if fixed is not None:
             for present in self.presents:
-                yield present, torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
+                weights = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
+                yield Decision(self.name, present, weights, weights)
             return
-        features = hidden if self.probe is None else self.probe(hidden)
         time = self.state.time.to(device) if self.timed else torch.zeros(len(hidden), device=device)
         # PAG hands single layers a part of the batch; its rows are at one noise level.
         time = time if len(time) == len(hidden) else time[:1].expand(len(hidden))
         strength = torch.tensor(self.state.strength, device=device)
-        for present in self.presents:
-            yield present, self.gate(features, self.state.mask(present, device), time) * strength
+        with torch.autocast(device.type, enabled=False):
+            features = hidden.float() if self.probe is None else self.probe(hidden.float())
+            for present in self.presents:
+                gates = self.gate(features, self.state.mask(present, device), time)
+                yield Decision(self.name, present, gates, gates * strength)
 
     def read(self, present: Present, x: torch.Tensor) -> torch.Tensor:
         """The weights for a layer with input `x`; evaluated from `x` itself where nobody did so for this batch.

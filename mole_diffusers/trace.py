@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mole_diffusers import mixing
-from mole_diffusers.processor import State
+from mole_diffusers.processor import Decision, Present, State
 
 
 @dataclass
@@ -16,16 +16,24 @@ class Trace:
 
     Attributes:
         experts: names, in the order of the last axis.
-        records: (place, step, weights [N] or [B, N] on the CPU); step -1 is before the first denoiser call, where
-            text encoders run.
+        records: (place, step, applied weights [N] or [B, N] on the CPU); step -1 is before the first denoiser call,
+            where text encoders run. Layers of a place that have fewer of the experts are recorded apart, as
+            "PLACE (fox, ink)".
     """
 
     experts: list[str]
     state: State = field(repr=False)
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
+    _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
-    def record(self, place: str, weights: torch.Tensor) -> None:
-        self.records.append((place, self.state.step, weights.detach().float().cpu()))
+    def record(self, decision: Decision) -> None:
+        """Keep one gate's decision."""
+        place = decision.place
+        largest = self._largest.setdefault(place, decision.present)
+        if decision.present != largest:
+            names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
+            place = f"{place} ({', '.join(names)})"
+        self.records.append((place, self.state.step, decision.weights.detach().float().cpu()))
 
     @property
     def places(self) -> list[str]:

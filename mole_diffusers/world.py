@@ -40,6 +40,16 @@ class EmojiWorld:
         return CLIPModel.from_pretrained(self.folder / "clip", dtype=torch.float32).eval()
 
 
+def concept_files() -> dict[str, Path]:
+    """The world's LoRA files by concept."""
+    return {p.stem.replace("_", " "): p for p in sorted((emoji.default_folder() / "loras").glob("*.safetensors"))}
+
+
+def gate_folders() -> dict[str, Path]:
+    """The world's trained gates by composition, "fox+ink"."""
+    return {p.name.replace("_", " "): p for p in sorted((emoji.default_folder() / "gates").glob("*")) if p.is_dir()}
+
+
 def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EmojiWorld:
     """Load the world from a checkout or an installed package; nothing is downloaded.
 
@@ -50,8 +60,8 @@ def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> E
     pipe.set_progress_bar_config(disable=True)
     return EmojiWorld(
         pipe=pipe,
-        loras={p.stem.replace("_", " "): p for p in sorted((folder / "loras").glob("*.safetensors"))},
-        gates={p.name.replace("_", " "): p for p in sorted((folder / "gates").glob("*")) if p.is_dir()},
+        loras=concept_files(),
+        gates=gate_folders(),
         drawings=emoji.Drawings(folder),
         folder=folder,
     )

@@ -62,7 +62,7 @@ CONFIGS = [
     for total in ("N", "sigmoid", "linear")
     for inputs in ("hidden", "experts")
     for features in ("pooled", "flattened")
-    if features == "pooled" or granularity in ("block", "layer")
+    if (features == "pooled" or granularity in ("block", "layer")) and (granularity != "model" or inputs == "hidden")
 ] + [GateConfig("static", granularity, "N", bins=2) for granularity in ("model", "block", "layer", "matrix")]
 
 
@@ -77,13 +77,21 @@ def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, 
 
 
 @pytest.mark.parametrize(
-    ("granularity", "places"), [("model", 2), ("block", 2 + 3 + 2), ("layer", 2 + 2 * 2 + 3 * 4), ("matrix", 84)]
+    ("granularity", "places"),  # in the text encoder's 2 layers, the UNet's 4 blocks, and the UNet outside them
+    [("model", 1 + 1), ("block", 2 + 4 + 1), ("layer", 2 * 2 + 4 * 3 + 1), ("matrix", 2 * 6 + 4 * 10 + 32)],
 )
 def test_places_by_granularity(pipe, loras, draw, granularity, places):
     with mole.attach(pipe, loras, GateConfig("mole", granularity)).trace() as trace:
         draw(pipe)
-    counted = {"block": 2 + 4 + 1, "layer": 2 * 2 + 4 * 3 + 1}.get(granularity, places)  # text, unet, network
-    assert len(trace.places) == counted
+    assert len([p for p in trace.places if "(" not in p]) == places
+
+
+def test_layers_with_fewer_experts_are_traced_apart(pipe, loras, draw):
+    with mole.attach(pipe, loras, GateConfig("static", total="1")).trace() as trace:
+        draw(pipe)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0"
+    torch.testing.assert_close(trace.weights(block)[0], torch.full((3,), 1 / 3))
+    assert trace.weights(f"{block} (ink)")[0].tolist() == [0, 1, 0]
 
 
 def test_pooled_gates_work_at_any_resolution_and_flattened_say_so(pipe, loras, draw):
@@ -118,18 +126,25 @@ def test_bad_configs_name_what_is_known(pipe, loras):
         GateConfig.from_dict({"famly": "sum"})
     with pytest.raises(ValueError, match="1 or more time bins"):
         GateConfig("static", bins=0)
+    for options in ({"inputs": "experts"}, {"features": "flattened"}):
+        with pytest.raises(ValueError, match="whole model reads text and time"):
+            GateConfig("mole", "model", **options)
     with pytest.raises(ValueError, match="fixed number of tokens"):
         mole.attach(pipe, loras, GateConfig("mole", "matrix", features="flattened"))
     mixture = mole.attach(pipe, loras)
     for call in (mixture.strength, lambda n: mixture.only(n).__enter__(), lambda n: mixture.fixed({n: 1}).__enter__()):
         with pytest.raises(ValueError, match=r"unknown expert 'cat'; attached: \['fox', 'ink', 'hat'\]"):
             call("cat")
+    with pytest.raises(ValueError, match="must be a finite number, got nan"):
+        mixture.strength("fox", float("nan"))
 
 
-def test_gates_stay_fp32_in_a_half_precision_host(pipe, loras):
-    mixture = mole.attach(pipe, loras, "mole")
+def test_gates_stay_fp32_in_a_half_precision_host(pipe, loras, awake):
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    before = [p.detach().clone() for p in mixture.parameters()]
     pipe.to(dtype=torch.bfloat16)
     assert all(p.dtype == torch.float32 for p in mixture.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(mixture.parameters(), before, strict=True))
     assert pipe.unet.conv_in.weight.dtype == torch.bfloat16
     image = pipe("a", num_inference_steps=1, output_type="np").images
     assert torch.from_numpy(image).isfinite().all()
@@ -208,6 +223,8 @@ def edit(folder, change):
             ValueError,
             "which this pipeline and experts do not have",
         ),
+        (lambda f: (f / "config.json").write_text("[]"), ValueError, "of another kind"),
+        (lambda f: edit(f, lambda a: a.pop("experts")), ValueError, "config.json is not complete"),
         (lambda f: edit(f, lambda a: a["experts"].pop("hat")), ValueError, "weigh .* but the experts given are"),
     ],
 )

@@ -52,12 +52,13 @@ def test_kohya_deltas_are_what_the_host_applies(pipe, draw, tmp_path):
     torch.testing.assert_close(attached, draw(pipe), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["peft", "diffusers", "old diffusers", "wrapped peft"])
+@pytest.mark.parametrize("form", ["peft", "diffusers", "old diffusers", "wrapped peft", "one model's own"])
 def test_key_families_give_one_expert(pipe, loras, tmp_path, form):
     reference = read_expert(loras["ink"])
     rename = {
         "peft": lambda k: k,
         "wrapped peft": lambda k: f"base_model.model.{k}",
+        "one model's own": lambda k: f"base_model.model.{k.split('.', 1)[1]}",
         "diffusers": lambda k: k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
         "old diffusers": lambda k: old_diffusers(k),
     }[form]
@@ -129,6 +130,7 @@ GOOD = {f"{STEM}.lora_A.weight": torch.ones(2, 16), f"{STEM}.lora_B.weight": tor
         ({"lora_unet_x.lokr_w1": torch.ones(2)}, "is LoKr"),
         (GOOD | {"unet.conv_in.weight": torch.ones(2)}, "is not a LoRA key"),
         ({"vision.x.lora_A.weight": torch.ones(2, 2)}, "begins with none of"),
+        ({"emb_params": torch.ones(2, 8)}, "is not a LoRA key"),
         ({}, "holds no LoRA layers"),
     ],
 )
@@ -150,7 +152,8 @@ def test_only_safetensors_are_read(tmp_path, content):
 def test_layers_the_host_lacks_are_reported_and_a_stranger_is_refused(pipe, loras, tmp_path):
     extra = load_file(loras["fox"]) | {k.replace("mid_block", "down_blocks.7"): v for k, v in GOOD.items()}
     save_file(extra, tmp_path / "extra.safetensors")
-    mixture = mole.attach(pipe, {"extra": tmp_path / "extra.safetensors"})
+    with pytest.warns(UserWarning, match="'extra': the pipeline lacks 1 of its layers, unet.down_blocks_7"):
+        mixture = mole.attach(pipe, {"extra": tmp_path / "extra.safetensors"})
     assert mixture.unmatched["extra"] == ("unet.down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q",)
     save_file({k.replace("mid_block", "down_blocks.7"): v for k, v in GOOD.items()}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="none of its 1 layers is in this pipeline"):

@@ -40,7 +40,9 @@ def test_gates_load_and_unload(dropin, loras, draw, awake, tmp_path):
     assert torch.equal(draw(dropin), plain)
     dropin.load_gates(tmp_path)
     assert torch.equal(draw(dropin), gated)
-    dropin.delete_adapters("ink")
+    with pytest.warns(UserWarning, match="do not know the new expert"):
+        dropin.load_lora_weights(loras["hat"])
+    dropin.delete_adapters(["ink", "default_0"])
     assert dropin.get_active_adapters() == ["fox"]
     dropin.delete_adapters(["fox"])
     assert torch.equal(draw(dropin), base)
@@ -52,10 +54,10 @@ def test_gates_load_and_unload(dropin, loras, draw, awake, tmp_path):
 
 def test_files_inside_a_folder_and_from_pretrained(dropin, loras, draw, tmp_path):
     dropin.load_lora_weights(loras["fox"].parent, weight_name="fox.safetensors")
-    assert dropin.get_active_adapters() == ["fox"]
+    assert dropin.get_active_adapters() == ["default_0"]
     image = draw(dropin)
-    dropin.unload_lora_weights()
     dropin.save_pretrained(tmp_path)
+    assert torch.equal(draw(dropin), image)
     again = mole.MoLEStableDiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     again.load_lora_weights(loras["fox"])
@@ -69,11 +71,26 @@ def test_bad_calls_change_nothing(dropin, loras, draw):
     image = draw(dropin)
     for call, message in (
         (lambda: dropin.load_lora_weights(loras["ink"], adapter_name="fox"), "'fox' is in use"),
-        (lambda: dropin.load_lora_weights(loras["ink"], token="x"), r"unknown arguments \['token'\]"),
         (lambda: dropin.set_adapters(["fox"], [1.0, 2.0]), "1 adapters but 2 weights"),
+        (lambda: dropin.set_adapters("fox", [{"unet": 1}]), "one number per adapter"),
         (lambda: dropin.set_adapters(["cat"]), "unknown expert 'cat'"),
         (lambda: dropin.delete_adapters("cat"), r"unknown adapters \['cat'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
         assert torch.equal(draw(dropin), image)
+
+
+def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatch):
+    from mole_diffusers import pipelines
+
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append((repo, name, options))
+        return str(loras["fox"])
+
+    monkeypatch.setattr(pipelines, "hf_hub_download", download)
+    dropin.load_lora_weights("me/fox", weight_name="f.safetensors", subfolder="s", token="t")
+    assert asked == [("me/fox", "f.safetensors", {"subfolder": "s", "token": "t"})]
+    assert dropin.get_active_adapters() == ["default_0"]

@@ -254,3 +254,63 @@ def test_unload_takes_the_mixture_out(pipe, loras, draw):
     assert torch.equal(draw(pipe), base)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
+
+
+def test_active_adapters_and_gradients_of_an_ordinary_lora_come_back(pipe, loras):
+    for name in ("hat", "fox"):
+        pipe.load_lora_weights(loras[name], adapter_name=name)
+    pipe.set_adapters(["hat", "fox"])
+    pipe.unet.requires_grad_(False)
+    before = snapshot(pipe)
+    mole.attach(pipe, {"ink": loras["ink"]})
+    mole.detach(pipe)
+    assert_same(before, snapshot(pipe))
+    assert pipe.get_active_adapters() == ["hat", "fox"]
+
+
+def test_what_would_silently_not_act_is_refused(pipe, loras):
+    pipe.load_lora_weights(loras["hat"], adapter_name="hat")
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match=r"are disabled; call pipe.enable_lora\(\) first"):
+        mole.attach(pipe, loras)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(loras["hat"], adapter_name="mole_experts")
+    with pytest.raises(ValueError, match="already has an adapter named 'mole_experts'"):
+        mole.attach(pipe, loras)
+    pipe.unload_lora_weights()
+    pipe.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="q, k and v are fused"):
+        mole.attach(pipe, loras)
+
+
+def test_a_pipeline_can_be_saved_while_lifted(pipe, loras, draw, tmp_path):
+    base = draw(pipe)
+    mixture = mole.attach(pipe, loras)
+    attached = draw(pipe)
+    with mixture.lifted():
+        assert torch.equal(draw(pipe), base)
+        pipe.save_pretrained(tmp_path)
+    assert torch.equal(draw(pipe), attached)
+    again = type(pipe).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again), base)
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(pipe, loras, monkeypatch):
+    from pathlib import Path
+
+    import huggingface_hub
+
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok):
+            sent["repo"] = (repo_id, exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            sent["files"], sent["options"] = sorted(p.name for p in Path(folder_path).iterdir()), options
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert mole.attach(pipe, loras, "mole").push_to_hub("me/gates", private=True) == "https://hub/me/gates"
+    assert sent == {"repo": ("me/gates", True), "files": ["config.json", "gates.safetensors"], "options": {"private": True}}

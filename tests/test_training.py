@@ -80,7 +80,7 @@ def test_trigger_tokens_are_found_or_missed_by_name(pipe, loras):
     found = trigger_tokens(pipe, mixture, "fox", ["a fox", ""])
     assert found[0].nonzero().flatten().tolist() == [2, 3, 4]  # start, a, f o x
     assert found[1].all()
-    with pytest.raises(ValueError, match="lacks 'fox', the trigger of expert 'fox'"):
+    with pytest.raises(ValueError, match=r"lacks every trigger of expert 'fox': \['fox'\]"):
         trigger_tokens(pipe, mixture, "fox", ["a cat"])
 
 
@@ -183,12 +183,19 @@ def test_bad_lessons_are_named(pipe, loras, tmp_path):
             train_gates(pipe, mixture, lesson, config=GateTraining(**SHORT, **options))
     with pytest.raises(ValueError, match="not all 0"):
         GateTraining(single=0, composed=0)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        GateTraining(batch=0)
     with pytest.raises(ValueError, match="unknown autocast 'int8'"):
         GateTraining(autocast="int8")
     fox = Lesson({"fox": ["a fox"]})
     train_gates(pipe, mixture, fox, config=GateTraining(composed=0, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train_gates(pipe, mixture, fox, config=GateTraining(composed=0, lr=1.0, **SHORT), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(singles\)"):
+        train_gates(pipe, mixture, Lesson({"fox": ["fox"]}), config=GateTraining(composed=0, **SHORT), folder=tmp_path)
+    other = mole.attach(pipe, {"fox": loras["fox"]}, mole.GateConfig("mole", total="1"))
+    with pytest.raises(ValueError, match=r"other settings \(gates\)"):
+        train_gates(pipe, other, fox, config=GateTraining(composed=0, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match="'sum' have nothing to train"):
         train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
 
@@ -270,7 +277,7 @@ def test_concept_training_from_an_earlier_lora(pipe, tmp_path):
 def test_training_on_cuda(loras):
     pipe = tiny_pipeline().to("cuda")
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    for autocast in (None, "bf16", "fp16"):
+    for autocast in (None, "bf16"):
         log = train_gates(pipe, mixture, LESSON, config=GateTraining(**SHORT, autocast=autocast))
         assert all(torch.isfinite(torch.tensor(row["loss"])) for row in log)
     assert all(p.device.type == "cuda" for p in mixture.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def train_lora(
 
 def _fit(pipe: Any, samples: Samples, config: ConceptConfig, *, groups: list[dict], name: str) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, eta_min=config.lr / 10)
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
     generator = torch.Generator().manual_seed(config.seed)
     device = pipe.device.type
     bar = tqdm(range(config.steps), desc=name or "concept", mininterval=5)
@@ -98,7 +99,7 @@ def _fit(pipe: Any, samples: Samples, config: ConceptConfig, *, groups: list[dic
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
         optimizer.step()
-        schedule.step()
+        cosine.step()
         optimizer.zero_grad(set_to_none=True)
         if bar.n % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 
 from mole_diffusers.training.data import Samples, token_ids
+
+
+def training_scheduler(pipe: Any) -> DDIMScheduler:
+    """The pipeline's noise schedule as DDIM: any sampler's own may take other arguments, and none loses its state."""
+    return DDIMScheduler.from_config(pipe.scheduler.config)
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -39,8 +45,9 @@ def denoising_loss(
     prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick.tolist(), dropped, strict=True)]
     latents = samples.latents[pick]
     noise = torch.randn(latents.shape, generator=generator).to(pipe.device)
-    steps = pipe.scheduler.config.num_train_timesteps
+    scheduler = training_scheduler(pipe)
+    steps = scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, steps, (batch,), generator=generator).to(pipe.device)
     latents = latents.to(pipe.device)
-    noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-    return F.mse_loss(predict(pipe, noisy, timesteps, prompts), target(pipe.scheduler, latents, noise, timesteps))
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    return F.mse_loss(predict(pipe, noisy, timesteps, prompts), target(scheduler, latents, noise, timesteps))

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mole_diffusers import checkpoint, mixing
+from mole_diffusers import mixing
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.processor import Decision
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.denoising import denoising_loss, predict
 from mole_diffusers.training.losses import recovery_error
@@ -36,7 +37,7 @@ class GateTraining:
         styles: experts that act on the whole picture, without a mask.
         steps, batch, lr: updates, rows per update, AdamW's rate (pooled gates need about 1e-2, flattened 1e-5).
         seeds, sampler_steps, guidance: trajectories per source, their length, and their guidance.
-        autocast: "bf16", "fp16" or None.
+        autocast: "bf16" or None. (fp16 would need loss scaling; pipelines in fp16 train with "bf16".)
         every: updates between checkpoints.
     """
 
@@ -59,11 +60,13 @@ class GateTraining:
         terms = (self.single, self.composed, self.denoise, self.balance)
         if min(terms) < 0 or max(terms[:3]) == 0:
             raise ValueError(f"weights of single, composed and denoise must be 0 or more and not all 0, got {terms[:3]}")
+        if min(self.steps, self.batch, self.seeds, self.sampler_steps, self.every) < 1:
+            raise ValueError("steps, batch, seeds, sampler_steps and every must be 1 or more")
         if self.autocast not in DTYPES:
             raise ValueError(f"unknown autocast {self.autocast!r}; known: {list(DTYPES)}")
 
 
-DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {None: None, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -92,13 +95,15 @@ def train_gates(
     if not mixture.parameters():
         raise ValueError(f"gates of family {mixture.config.family!r} have nothing to train")
     check(mixture, lesson, config)
-    run = Run(pipe, mixture, config, samples=lesson.samples, folder=Path(folder) if folder else None)
-    run.memory = prepare(run, lesson)
+    run = Run(pipe, mixture, lesson, config, folder=Path(folder) if folder else None)
+    run.memory = prepare(run)
     models = (pipe.unet, pipe.text_encoder)
     gates = {id(p) for p in mixture.parameters()}
     others = [p for model in models for p in model.parameters() if p.requires_grad and id(p) not in gates]
     for p in others:
         p.requires_grad_(False)
+    for p in mixture.parameters():
+        p.requires_grad_(True)
     try:
         return fit(run)
     finally:
@@ -112,10 +117,16 @@ class Run:
 
     pipe: Any
     mixture: Mixture
+    lesson: Lesson
     config: GateTraining
-    samples: Samples | None = None
     folder: Path | None = None
     memory: Memory | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a run to be gone on with."""
+        experts = {n: [e.sha256, self.mixture.strength(n)] for n, e in self.mixture.experts.items()}
+        prompts = {"singles": {k: list(v) for k, v in self.lesson.singles.items()}, "composed": list(self.lesson.composed)}
+        return {**asdict(self.config), **prompts, "gates": self.mixture.config.to_dict(), "experts": experts}
 
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.config.autocast]
@@ -134,9 +145,9 @@ def check(mixture: Mixture, lesson: Lesson, config: GateTraining) -> None:
         raise ValueError("the denoise term needs pictures")
 
 
-def prepare(run: Run, lesson: Lesson) -> Memory | None:
+def prepare(run: Run) -> Memory | None:
     """Sample the teachers' trajectories."""
-    pipe, mixture, config = run.pipe, run.mixture, run.config
+    pipe, mixture, lesson, config = run.pipe, run.mixture, run.lesson, run.config
     options: dict[str, Any] = {"seeds": config.seeds, "steps": config.sampler_steps, "guidance": config.guidance}
     parts = []
     with run.autocast():
@@ -178,14 +189,15 @@ def fit(run: Run) -> list[dict]:
 def _terms(run: Run, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Each active term, unweighted."""
     terms: dict[str, torch.Tensor] = {}
-    weights: list[torch.Tensor] = []
-    with run.autocast(), run.mixture.listen(lambda _, w: weights.append(w)):
+    decisions: list[Decision] = []
+    with run.autocast(), run.mixture.listen(decisions.append):
         if run.memory is not None:
             terms |= _recovery_terms(run, run.memory, generator)
-        if run.config.denoise and run.samples is not None:
-            terms["denoise"] = denoising_loss(run.pipe, run.samples, generator, batch=run.config.batch)
+        if run.config.denoise and run.lesson.samples is not None:
+            terms["denoise"] = denoising_loss(run.pipe, run.lesson.samples, generator, batch=run.config.batch)
     if run.config.balance:
-        terms["balance"] = mixing.balance_loss(weights)
+        there = [torch.tensor(d.present, device=d.gates.device) for d in decisions]
+        terms["balance"] = mixing.balance_loss([d.gates for d in decisions], there)
     return terms
 
 
@@ -206,7 +218,8 @@ def _save(run: Run, optimizer: torch.optim.Optimizer, log: list[dict]) -> None:
     if run.folder is None:
         return
     run.mixture.save_pretrained(run.folder)
-    state = {"optimizer": optimizer.state_dict(), "log": log, "config": asdict(run.config)}
+    gates = {part: bank.state_dict() for part, bank in run.mixture.banks.items()}
+    state = {"optimizer": optimizer.state_dict(), "gates": gates, "log": log, "run": json.dumps(run.identity())}
     torch.save(state, run.folder / f"{STATE}.tmp")
     (run.folder / f"{STATE}.tmp").rename(run.folder / STATE)
     (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
@@ -217,9 +230,10 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer) -> list[dict]:
     if run.folder is None or not (run.folder / STATE).exists():
         return []
     state = torch.load(run.folder / STATE, weights_only=True)
-    if state["config"] != asdict(run.config):
-        changed = [k for k, v in asdict(run.config).items() if state["config"].get(k) != v]
+    kept, asked = json.loads(state["run"]), json.loads(json.dumps(run.identity()))
+    if changed := [k for k, v in asked.items() if kept.get(k) != v]:
         raise ValueError(f"{run.folder} holds a run with other settings ({', '.join(changed)}); use another folder")
-    checkpoint.load(run.folder).fill(run.mixture.banks)
+    for part, gates in state["gates"].items():
+        run.mixture.banks[part].load_state_dict(gates)
     optimizer.load_state_dict(state["optimizer"])
     return state["log"]

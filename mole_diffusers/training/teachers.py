@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import token_ids
-from mole_diffusers.training.denoising import predict
+from mole_diffusers.training.denoising import predict, training_scheduler
 from mole_diffusers.training.losses import composed_target, territory
 
 
@@ -91,22 +91,22 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
 
 
 def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str]) -> torch.Tensor:
-    """[B, T] 1 where a prompt holds the expert's trigger words; an empty prompt has none and counts everywhere.
+    """[B, T] 1 where a prompt holds one of the expert's triggers, or else its name; an empty prompt counts everywhere.
 
-    Raises ValueError for a prompt with words but without the trigger.
+    Raises ValueError for a prompt with words but without any trigger.
     """
-    trigger = " ".join(mixture.experts[name].triggers) or name
-    wanted = pipe.tokenizer(trigger, add_special_tokens=False).input_ids
+    triggers = [*mixture.experts[name].triggers, name]
     ids = token_ids(pipe, prompts)
     found = torch.zeros_like(ids, dtype=torch.float32)
     for row, (prompt, tokens) in enumerate(zip(prompts, ids.tolist(), strict=True)):
-        starts = [i for i in range(len(tokens)) if tokens[i : i + len(wanted)] == wanted]
-        if prompt and not starts:
-            raise ValueError(f"the prompt {prompt!r} lacks {trigger!r}, the trigger of expert {name!r}")
-        for start in starts:
-            found[row, start : start + len(wanted)] = 1
+        for wanted in (pipe.tokenizer(t, add_special_tokens=False).input_ids for t in triggers):
+            for start in range(len(tokens) - len(wanted) + 1):
+                if tokens[start : start + len(wanted)] == wanted:
+                    found[row, start : start + len(wanted)] = 1
         if not prompt:
             found[row] = 1
+        elif not found[row].any():
+            raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {triggers}")
     return found
 
 
@@ -152,11 +152,12 @@ def _attention_map(
 def remember(
     pipe: Any, teach: Teach, prompts: Sequence[str], *, source: str, seeds: int, steps: int, guidance: float, seed: int
 ) -> Memory:
-    """Sample `seeds` trajectories under the teacher, cycling through `prompts`, and keep every step's rows.
+    """Sample `seeds` trajectories under the teacher, cycling through `prompts` (each gets one), and keep every row.
 
     Both rows of guidance are kept: an unmatched unconditional row would be amplified by it.
     """
-    scheduler, device = pipe.scheduler, pipe.device
+    scheduler, device = training_scheduler(pipe), pipe.device
+    seeds = max(seeds, len(prompts))
     scheduler.set_timesteps(steps, device=device)
     generator = torch.Generator().manual_seed(seed)
     config = pipe.unet.config
