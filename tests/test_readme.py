@@ -17,9 +17,9 @@ def blocks(language):
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, monkeypatch, tmp_path):
+def test_python_blocks_run(code, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names: dict = {"out": tmp_path}
+    names: dict = {}
     exec(code, names)
     assert isinstance(names["image"], Image.Image)
 
