@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.gates import FAMILIES, FEATURES, GRANULARITIES, INPUTS, GateConfig
-from mole_diffusers.lora_files import Expert, read_expert
+from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.mixing import TOTALS
 
 PROMPT = "blueprint drawing of a fox and an octopus"
@@ -102,7 +102,7 @@ def describe(expert: Expert, path: Path, hosts: dict[str, Any]) -> dict[str, Any
         "format": expert.format,
         "base": expert.base,
         "ranks": str(low) if low == high else f"{low}..{high}",
-        "parts": ", ".join(f"{part} {len(layers)}" for part, layers in expert.layers.items()),
+        "parts": ", ".join(f"{part} {len(expert.layers[part])}" for part in PARTS if part in expert.layers),
         "triggers": ", ".join(expert.triggers) or "none stated",
         "sha256": expert.sha256,
     }
@@ -130,8 +130,6 @@ def _pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any
 
 
 def _hosts(base: str) -> dict[str, Any]:
-    from mole_diffusers.lora_files import PARTS
-
     pipe = _pipeline(base)
     return {part: getattr(pipe, part) for part in PARTS if getattr(pipe, part, None) is not None}
 
@@ -150,19 +148,20 @@ def parse_expert(text: str) -> tuple[str, tuple[Path, float]]:
     return name, (Path(file), 1.0)
 
 
-def _chosen(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Path, float]]:
-    """The experts asked for, else those of the embedded world that the prompt names."""
+def _chosen(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Expert, float]]:
+    """The experts asked for, else those of the embedded world that the prompt names; read before a model is loaded."""
     if args.expert:
-        return dict(parse_expert(text) for text in args.expert)
-    if args.base != "emoji":
+        chosen = dict(parse_expert(text) for text in args.expert)
+    elif args.base != "emoji":
         raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
-    from mole_diffusers.world import concept_files
+    else:
+        from mole_diffusers.world import concept_files
 
-    known = concept_files()
-    found = {name: (path, 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
-    if not found:
-        raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
-    return found
+        known = concept_files()
+        chosen = {name: (path, 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
+        if not chosen:
+            raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
+    return {name: (read_expert(path, name), strength) for name, (path, strength) in chosen.items()}
 
 
 def compose_grid(args: argparse.Namespace) -> int:
@@ -215,9 +214,10 @@ def train_gates(args: argparse.Namespace) -> int:
         if not separator:
             raise ValueError(f"--single {text!r} is not NAME=PROMPT")
         singles.setdefault(name, []).append(prompt)
-    pipe = _pipeline(args.base, args.device, half=False)
     gates = GateConfig(args.family, args.granularity, args.total, args.inputs, args.features)
-    mixture = attach(pipe, _chosen(args, " ".join(args.prompt)), gates)
+    experts = _chosen(args, " ".join(args.prompt))
+    pipe = _pipeline(args.base, args.device, half=False)
+    mixture = attach(pipe, experts, gates)
     pictures = [pair for folder in args.data for pair in zip(*read_folder(folder), strict=True)]
     samples = encode(pipe, *zip(*pictures, strict=True)) if pictures else None
     given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "balance", "denoise", "autocast")}
