@@ -81,8 +81,11 @@ def arms(world, concepts) -> Iterator[tuple[str, dict, object, dict | None]]:
     yield "sum", experts, "sum", None
     yield "mean", experts, "mean", None
     yield "gates", experts, world.folder / "gates" / name, None
-    yield "oracle gates", experts, WORK / "oracle" / name, None
-    yield "joint LoRA", {"joint": WORK / "joint" / f"{name}.safetensors"}, "sum", None
+    oracle, joint = WORK / "oracle" / name, WORK / "joint" / f"{name}.safetensors"
+    if oracle.exists():  # the ceilings are made by train_gates.py and are not committed
+        yield "oracle gates", experts, oracle, None
+    if joint.exists():
+        yield "joint LoRA", {"joint": joint}, "sum", None
 
 
 def run_world(world, judge) -> None:
