@@ -201,8 +201,10 @@ def world_table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     steps = ["world", "compositions", "table"]
-    parser.add_argument("what", nargs="*", default=steps, choices=steps)
+    parser.add_argument("what", nargs="*", default=steps, help=f"of {steps}; default: all")
     what = parser.parse_args().what
+    if unknown := set(what) - set(steps):
+        parser.error(f"unknown {sorted(unknown)}; known: {steps}")
     if {"world", "compositions"} & set(what):
         world = emoji_world(device=str(device()))
         judge = world.judge()

@@ -56,7 +56,7 @@ def make_oracle(world, concepts):
 def main() -> None:
     makers = {"gates": make_gates, "joint": make_joint, "oracle": make_oracle}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=list(makers), choices=list(makers))
+    parser.add_argument("what", nargs="*", default=list(makers), help=f"of {list(makers)}; default: all")
     world = emoji_world(device=str(device()))
     for what in parser.parse_args().what:
         start = time.time()
