@@ -13,7 +13,7 @@ from mole_diffusers.gates import FAMILIES, FEATURES, GRANULARITIES, INPUTS, Gate
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.mixing import TOTALS
 
-PROMPT = "blueprint drawing of a fox and an octopus"
+PROMPT = "noto drawing of a sunflower and a doughnut"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=list(makers), help=f"of {list(makers)}; default: all")
     world = emoji_world(device=str(device()))
     for what in parser.parse_args().what:
+        if what not in makers:
+            parser.error(f"unknown {what!r}; known: {list(makers)}")
         start = time.time()
         for i, concepts in enumerate(emoji.COMPOSITIONS):
             print(f"{what} {i + 1}/{len(emoji.COMPOSITIONS)} {'+'.join(concepts)}, {time.time() - start:.0f} s", flush=True)
