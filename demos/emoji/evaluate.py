@@ -156,8 +156,8 @@ def composition_table(rows: list[dict]) -> str:
     lines = ["| arm | " + " | ".join(KINDS) + " |", "|---|" + "---|" * len(KINDS)]
     for arm in order:
         groups = {kind: [r for r in rows if r["arm"] == arm and r["part"] == kind] for kind in KINDS}
-        if all(groups.values()):
-            lines.append(f"| {arm} | " + " | ".join(cell(_even(g)) for g in groups.values()) + " |")
+        if any(groups.values()):
+            lines.append(f"| {arm} | " + " | ".join(cell(_even(g)) if g else "-" for g in groups.values()) + " |")
     return "\n".join(lines)
 
 
