@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from mole_diffusers import emoji_world
-from mole_diffusers.cli import main, parse_expert
+from mole_diffusers.cli import main
+from mole_diffusers.cli.common import parse_expert
 from mole_diffusers.testing import tiny_pipeline
 
 

@@ -8,7 +8,10 @@ ORDER = [
     "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint", "parts", "mixture",
     "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "cli",
 ]  # fmt: skip
-TRAINING = ["data", "losses", "denoising", "concept", "teachers", "loop"]
+FOLDERS = {
+    "training": ["data", "losses", "denoising", "concept", "teachers", "loop"],
+    "cli": ["common", "inspect", "compose", "train"],
+}
 
 
 def imports(path):
@@ -23,16 +26,18 @@ def test_every_file_has_its_place_in_the_order():
     assert {p.stem for p in PACKAGE.iterdir() if p.stem[0] != "_" and (p.is_dir() or p.suffix == ".py")} - {
         "emoji_assets"
     } == set(ORDER)
-    assert {p.stem for p in (PACKAGE / "training").glob("[a-z]*.py")} == set(TRAINING)
+    for folder, names in FOLDERS.items():
+        assert {p.stem for p in (PACKAGE / folder).glob("[a-z]*.py")} == set(names)
 
 
 def test_files_import_only_from_above():
     for i, name in enumerate(ORDER):
-        for path in [PACKAGE / f"{name}.py"] if name != "training" else (PACKAGE / name).glob("[a-z]*.py"):
+        for path in (PACKAGE / name).glob("[a-z]*.py") if name in FOLDERS else [PACKAGE / f"{name}.py"]:
             for imported in imports(path):
                 top, _, sub = imported.partition(".")
-                if top == "training" == name:
-                    assert TRAINING.index(sub) < TRAINING.index(path.stem), f"{path.name} imports {imported}"
+                if top == name:
+                    order = FOLDERS[name]
+                    assert order.index(sub) < order.index(path.stem), f"{path.name} imports {imported}"
                 else:
                     assert ORDER.index(top) < i, f"{path.name} imports {imported}"
 

@@ -1,0 +1,65 @@
+"""What several commands share: the base pipeline, and the experts that were asked for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mole_diffusers.lora_files import PARTS, Expert, read_expert
+
+
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--expert", action="append", default=[], metavar="NAME=FILE[:STRENGTH]", help="repeatable")
+    parser.add_argument("--base", default="emoji", help="a diffusers pipeline; default: the embedded world")
+    parser.add_argument("--device", default=None, help="default: cuda where there is one")
+
+
+def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
+    """The pipeline of `--base`; "emoji" is the embedded world."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from mole_diffusers.world import emoji_world
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if base == "emoji":
+        return emoji_world(device=device).pipe
+    dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
+    return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
+
+
+def hosts(base: str) -> dict[str, Any]:
+    """Part -> model of a pipeline that LoRAs can be matched with."""
+    pipe = pipeline(base)
+    return {part: getattr(pipe, part) for part in PARTS if getattr(pipe, part, None) is not None}
+
+
+def parse_expert(text: str) -> tuple[str, tuple[Path, float]]:
+    """NAME=FILE[:STRENGTH] -> (name, (file, strength)); ValueError says what is wrong."""
+    name, separator, file = text.partition("=")
+    if not separator or not name or not file:
+        raise ValueError(f"--expert {text!r} is not NAME=FILE[:STRENGTH]")
+    stem, colon, strength = file.rpartition(":")
+    if colon and "/" not in strength and "\\" not in strength and not strength.endswith(".safetensors"):
+        try:
+            return name, (Path(stem), float(strength))
+        except ValueError:
+            raise ValueError(f"--expert {text!r}: strength {strength!r} is not a number") from None
+    return name, (Path(file), 1.0)
+
+
+def chosen_experts(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Expert, float]]:
+    """The experts asked for, else those of the embedded world that the prompt names; read before a model is loaded."""
+    if args.expert:
+        chosen = dict(parse_expert(text) for text in args.expert)
+    elif args.base != "emoji":
+        raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
+    else:
+        from mole_diffusers.world import concept_files
+
+        known = concept_files()
+        chosen = {name: (path, 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
+        if not chosen:
+            raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
+    return {name: (read_expert(path, name), strength) for name, (path, strength) in chosen.items()}

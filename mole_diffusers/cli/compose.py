@@ -1,0 +1,64 @@
+"""`mole compose`: a picture with several LoRAs, beside what each does alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mole_diffusers.cli.common import add_experts, chosen_experts, pipeline
+
+PROMPT = "noto drawing of a sunflower and a doughnut"
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    compose = commands.add_parser("compose", help="make a picture with several LoRAs, beside what each does alone")
+    compose.add_argument("prompt", nargs="?", default=PROMPT, help=f"default: {PROMPT!r}")
+    add_experts(compose)
+    compose.add_argument("--gates", help="a folder, a hub id or a family; default: the world's own, else sum")
+    compose.add_argument("--seed", type=int, default=0, help="of the first row; each row adds 1")
+    compose.add_argument("--rows", type=int, default=4, help="pictures per column")
+    compose.add_argument("--steps", type=int, default=20)
+    compose.add_argument("--guidance", type=float, default=3.0)
+    compose.add_argument("--out", type=Path, default=Path("grid.png"))
+    compose.add_argument("--json", action="store_true", help="print what was made for a machine to read")
+    compose.set_defaults(run=compose_grid)
+
+
+def compose_grid(args: argparse.Namespace) -> int:
+    """Write the comparison grid: rows are seeds, columns are base, each expert alone, sum and gated."""
+    from mole_diffusers.compare import compare
+    from mole_diffusers.figures import grid
+    from mole_diffusers.mixture import attach
+
+    if args.rows < 1:
+        raise ValueError(f"--rows must be 1 or more, got {args.rows}")
+    experts = chosen_experts(args, args.prompt)
+    pipe = pipeline(args.base, args.device)
+    mixture = attach(pipe, experts, args.gates or _own_gates(args, experts))
+    seeds = list(range(args.seed, args.seed + args.rows))
+    pictures = compare(pipe, mixture, args.prompt, seeds=seeds, num_inference_steps=args.steps, guidance_scale=args.guidance)
+    rows = [[images[i] for images in pictures.values()] for i in range(len(seeds))]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, list(pictures), [f"seed {s}" for s in seeds]).save(args.out)
+    facts = {
+        "out": str(args.out),
+        "prompt": args.prompt,
+        "experts": list(mixture.experts),
+        "gates": mixture.config.to_dict(),
+    }
+    print(json.dumps(facts) if args.json else f"{args.prompt}: {args.out}")
+    return 0
+
+
+def _own_gates(args: argparse.Namespace, experts: dict[str, Any]) -> str | Path:
+    """The embedded world's gates for this set of experts, where it has them."""
+    if args.base == "emoji" and not args.expert:
+        from mole_diffusers.world import gate_folders
+
+        for name, folder in gate_folders().items():
+            if set(name.split("+")) == set(experts):
+                return folder
+    return "sum"
