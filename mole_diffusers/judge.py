@@ -69,9 +69,18 @@ class Judge(nn.Module):
     @torch.no_grad()
     def verdict(self, images: Sequence[Image.Image]) -> Verdict:
         """Look at RGB pictures of 64 x 64."""
-        x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
-        subjects, style, background = self(x.float() / 127.5 - 1)
+        subjects, style, background = self(_pixels(images))
         return Verdict(F.logsigmoid(subjects), style.argmax(-1), background.argmax(-1))
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What the verdict is read from: [B, 160, 4, 4], rows and columns of places in the picture."""
+        return self.trunk(_pixels(images))
+
+    @torch.no_grad()
+    def subject_map(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Logits of every subject at every place: [B, S, 4, 4]."""
+        return self.subject(self.trunk(_pixels(images)))
 
     def sees(self, verdict: Verdict, subjects: Sequence[str]) -> torch.Tensor:
         """[B, len(subjects)] bool: is each subject among the len(subjects) most likely ones."""
@@ -103,3 +112,9 @@ class Judge(nn.Module):
             {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()}
         )
         return judge.eval()
+
+
+def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures as [B, 3, 64, 64] in -1..1."""
+    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
+    return x.float() / 127.5 - 1

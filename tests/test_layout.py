@@ -6,11 +6,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
 ORDER = [
     "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint", "parts", "mixture",
-    "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "cli",
+    "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "evaluation", "cli",
 ]  # fmt: skip
 FOLDERS = {
     "training": ["data", "losses", "denoising", "concept", "teachers", "loop"],
-    "cli": ["common", "inspect", "compose", "train"],
+    "evaluation": ["statistics", "rows", "runner", "arms", "emoji_protocol", "checkpoint_protocol", "tables", "plots"],
+    "cli": ["common", "inspect", "compose", "train", "evaluate"],
 }
 
 

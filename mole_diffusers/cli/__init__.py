@@ -7,9 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from mole_diffusers.cli import compose, inspect, train
+from mole_diffusers.cli import compose, evaluate, inspect, train
 
-COMMANDS = (inspect, compose, train)
+COMMANDS = (inspect, compose, train, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

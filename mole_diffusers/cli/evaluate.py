@@ -1,0 +1,113 @@
+"""`mole evaluate`: composers side by side on many cases and seeds, with intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mole_diffusers.cli.common import add_experts, chosen_experts, pipeline
+from mole_diffusers.evaluation.arms import ARMS, chosen_arms
+from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.runner import Bench, evaluate
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser("evaluate", help="compare composers; a killed run goes on, accelerate launch divides it")
+    add_experts(command)
+    command.add_argument("--arm", action="append", metavar="NAME", help=f"repeatable; of {', '.join(ARMS)}; default: all")
+    command.add_argument("--split", choices=["validation", "test"], default="validation", help="of the embedded world")
+    command.add_argument("--limit", type=int, help="cases per kind; default: all")
+    command.add_argument(
+        "--cases", type=Path, help='JSON lines of {"concepts": [..], "prompt": ".."}, for a real checkpoint'
+    )
+    command.add_argument("--images", action="append", default=[], metavar="NAME=FOLDER", help="a concept's own pictures")
+    command.add_argument("--own", action="append", default=[], metavar="NAME=PROMPT", help="a concept's own prompt")
+    command.add_argument("--gates", type=Path, help="folder of trained gates, one folder per case, named a+b")
+    command.add_argument("--clip", help="a CLIP model, for a real checkpoint")
+    command.add_argument("--dino", help="a DINO model, for a real checkpoint")
+    command.add_argument("--sheet", action="store_true", help="write a sheet to judge pairs of arms on, in both orders")
+    command.add_argument("--seeds", type=int, default=8)
+    command.add_argument("--seed", type=int, default=1000, help="the first seed")
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--guidance", type=float, default=3.0)
+    command.add_argument("--out", type=Path, default=Path("evaluation"))
+    command.add_argument("--json", action="store_true", help="print the rows")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw and measure what --out does not hold yet, then write the tables, the figures and the sheet."""
+    from accelerate import PartialState
+
+    if args.limit is not None and args.limit < 1 or args.seeds < 1:
+        raise ValueError("--limit and --seeds must be 1 or more")
+    state = PartialState(cpu=args.device == "cpu")
+    bench, cases, look, gates = _emoji(args) if args.base == "emoji" else _checkpoint(args)
+    arms = chosen_arms(args.arm or list(ARMS), bench, gates)
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    seeds = range(args.seed, args.seed + args.seeds)
+    rows = Rows(args.out, state.process_index)
+    evaluate(bench, arms, cases, look, seeds=seeds, options=options, rows=rows, processes=state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _report(args, rows.read())
+    return 0
+
+
+def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
+    return {kind: group[:limit] for kind, group in groups.items()}
+
+
+def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
+    from mole_diffusers import emoji
+    from mole_diffusers.evaluation import emoji_protocol
+    from mole_diffusers.world import emoji_world
+
+    world = emoji_world(device=args.device or "cpu")
+    split = emoji.TEST if args.split == "test" else emoji.VALIDATION
+    found = emoji_protocol.cases(_first(split, args.limit))
+    look = emoji_protocol.Look(world, {case.name: scene for case, scene in found})
+    return emoji_protocol.bench(world), [case for case, _ in found], look, args.gates or world.folder / "gates"
+
+
+def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None]:
+    from mole_diffusers.evaluation import checkpoint_protocol
+
+    if missing := [f"--{name}" for name in ("cases", "clip", "dino") if getattr(args, name) is None]:
+        raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
+    experts = {name: expert for name, (expert, _) in chosen_experts(args, "").items()}
+    cases = checkpoint_protocol.read_cases(args.cases, list(experts))
+    folders = {name: Path(folder) for name, folder in _named(args.images, "--images")}
+    look = checkpoint_protocol.Look(args.clip, args.dino, folders, device=args.device or "cpu")
+    prompts: dict[str, list[str]] = {}
+    for name, prompt in _named(args.own, "--own"):
+        prompts.setdefault(name, []).append(prompt)
+    return Bench(pipeline(args.base, args.device), experts, prompts), cases[: args.limit], look, args.gates
+
+
+def _named(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
+    pairs = [text.partition("=") for text in texts]
+    if bad := next(
+        (t for t, (name, equals, value) in zip(texts, pairs, strict=True) if not (name and equals and value)), None
+    ):
+        raise ValueError(f"{option} {bad!r} is not NAME=VALUE")
+    return [(name, value) for name, _, value in pairs]
+
+
+def _report(args: argparse.Namespace, rows: list[Row]) -> None:
+    from mole_diffusers.evaluation import tables
+
+    if args.base == "emoji":
+        text = "\n\n".join((tables.success_table(rows), tables.concept_table(rows), tables.paired_table(rows, "sum")))
+    else:
+        text = tables.score_table(rows)
+    (args.out / "table.md").write_text(text + "\n")
+    print(json.dumps(rows) if args.json else text)
+    if args.sheet:
+        from mole_diffusers.evaluation.checkpoint_protocol import judging_sheet
+
+        print(f"{judging_sheet(args.out, rows)} questions in {args.out / 'sheet'}")

@@ -1,0 +1,131 @@
+"""The protocol for real checkpoints: CLIP-T, CLIP-I and DINO of every concept against its own pictures.
+
+CLIP scores do not follow human judgement of composition (ComposLoRA reports r = -0.006), so they stand beside a sheet on
+which people, or a model that sees, choose between two arms in both orders.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.runner import Case, keep, picture_path
+from mole_diffusers.figures import grid
+from mole_diffusers.training.data import read_folder
+
+
+def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
+    """Cases from JSON lines: {"concepts": ["dog", "hat"], "prompt": "a dog wearing a hat", "kind": "pair"}.
+
+    Raises ValueError naming the line that is not one, or a concept without an expert.
+    """
+    cases = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            case = Case(tuple(row["concepts"]), str(row.get("kind", f"{len(row['concepts'])} concepts")), row["prompt"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number}: not {{"concepts": [..], "prompt": ".."}}: {error}') from error
+        if unknown := set(case.concepts) - set(known):
+            raise ValueError(f"{path}, line {number}: no expert for {sorted(unknown)}; known: {sorted(known)}")
+        cases.append(case)
+    if not cases:
+        raise ValueError(f"{path} holds no cases")
+    return cases
+
+
+def windows(image: Image.Image) -> list[Image.Image]:
+    """The whole picture and nine crops of half its side: a concept is where it fits best."""
+    w, h = image.size
+    corners = [(x * w // 4, y * h // 4) for y in range(3) for x in range(3)]
+    return [image, *(image.crop((x, y, x + w // 2, y + h // 2)) for x, y in corners)]
+
+
+class Look:
+    """Measures: `clip_t` (cosine of picture and prompt), `clip_i` and `dino` (concept -> the best window's mean cosine with
+    the concept's own pictures)."""
+
+    def __init__(self, clip: str, dino: str, folders: Mapping[str, Path], *, device: str = "cpu"):
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+        self.device = device
+        self.clip, self.tokenizer = CLIPModel.from_pretrained(clip).eval().to(device), AutoTokenizer.from_pretrained(clip)
+        self.clip_pixels = AutoImageProcessor.from_pretrained(clip)
+        self.dino, self.dino_pixels = (
+            AutoModel.from_pretrained(dino).eval().to(device),
+            AutoImageProcessor.from_pretrained(dino),
+        )
+        pictures = {name: read_folder(folder, prompt=name)[0] for name, folder in folders.items()}
+        self.own_clip = {name: self._clip(images) for name, images in pictures.items()}  # [P, D]
+        self.own_dino = {name: self._dino(images) for name, images in pictures.items()}
+
+    def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
+        text = self._text(case.prompt)
+        rows: list[Row] = []
+        for image in images:
+            crops = windows(image)
+            clip, dino = self._clip(crops), self._dino(crops)  # [10, D]
+            there = [c for c in case.concepts if c in self.own_clip]
+            rows.append(
+                {
+                    "clip_t": (clip[0] @ text).item(),
+                    "clip_i": {c: (clip @ self.own_clip[c].T).mean(1).max().item() for c in there},
+                    "dino": {c: (dino @ self.own_dino[c].T).mean(1).max().item() for c in there},
+                }
+            )
+        return rows
+
+    @torch.no_grad()
+    def _text(self, prompt: str) -> torch.Tensor:
+        ids = self.tokenizer([prompt], padding=True, truncation=True, return_tensors="pt").to(self.device)
+        pooled = self.clip.text_model(**ids).pooler_output
+        return F.normalize(self.clip.text_projection(pooled)[0], dim=-1)  # [D]
+
+    @torch.no_grad()
+    def _clip(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        x = self.clip_pixels(list(images), return_tensors="pt").pixel_values.to(self.device)
+        pooled = self.clip.vision_model(pixel_values=x).pooler_output
+        return F.normalize(self.clip.visual_projection(pooled), dim=-1)  # [B, D]
+
+    @torch.no_grad()
+    def _dino(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        x = self.dino_pixels(list(images), return_tensors="pt").pixel_values.to(self.device)
+        return F.normalize(self.dino(pixel_values=x).last_hidden_state[:, 0], dim=-1)  # [B, D], the class token
+
+
+def judging_sheet(folder: Path, rows: Sequence[Row]) -> int:
+    """Pairs of arms on the same case and seed, each in both orders: sheet/NNNN.png, answers.csv to fill in, key.json.
+
+    Returns the number of questions. The arms' names are in key.json alone, so that the sheet can be given away blind.
+    """
+    questions: list[dict[str, Any]] = []
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["seed"]), []).append(row)
+    for (case, seed), group in groups.items():
+        for a, b in combinations([r["arm"] for r in group], 2):
+            prompt = group[0]["prompt"]
+            questions += [{"case": case, "seed": seed, "prompt": prompt, "left": x, "right": y} for x, y in ((a, b), (b, a))]
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [questions[i] for i in order]
+    for number, q in enumerate(shuffled):
+        paths = [picture_path(folder, q[side], q["case"], q["seed"]) for side in ("left", "right")]
+        pair = [Image.open(path).convert("RGB") for path in paths]
+        keep(grid([pair], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
+    with (folder / "sheet" / "answers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "prompt", "better: left, right or same"])
+        writer.writerows([f"{n:04}", q["prompt"], ""] for n, q in enumerate(shuffled))
+    (folder / "sheet" / "key.json").write_text(json.dumps(shuffled, indent=1) + "\n")
+    return len(shuffled)

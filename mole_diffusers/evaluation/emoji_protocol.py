@@ -1,0 +1,101 @@
+"""The protocol of the embedded world: what the judge sees, beside the artist's own drawing of what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mole_diffusers import emoji
+from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.runner import Bench, Case
+from mole_diffusers.judge import Judge
+from mole_diffusers.lora_files import read_expert
+from mole_diffusers.world import EmojiWorld
+
+
+def scene_of(concepts: Sequence[str], index: int) -> emoji.Scene:
+    """The scene of a test case; every second one asks for a coloured background, so that its words can be lost."""
+    scene = emoji.composition_scene(concepts)
+    colours = list(emoji.BACKGROUNDS)[1:]
+    return emoji.Scene(scene.subjects, scene.style, "white" if index % 2 == 0 else colours[index // 2 % len(colours)])
+
+
+def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emoji.Scene]]:
+    """Every composition of a split with its scene."""
+    out = []
+    for kind, group in split.items():
+        for i, concepts in enumerate(group):
+            scene = scene_of(concepts, i)
+            out.append((Case(concepts, kind, scene.caption), scene))
+    return out
+
+
+def bench(world: EmojiWorld) -> Bench:
+    """The world's pipeline and LoRAs; a concept's own prompts show it in what the base knows."""
+    experts = {name: read_expert(path, name) for name, path in world.loras.items()}
+    return Bench(world.pipe, experts, {name: own_prompts(name) for name in experts})
+
+
+def own_prompts(concept: str, count: int = 7) -> list[str]:
+    """Prompts of one concept on its own: a subject in the base's styles, a style over the base's subjects."""
+    if concept in emoji.STYLES:
+        return [emoji.Scene((subject,), concept).caption for subject in emoji.BASE_SUBJECTS[:: 28 // count][:count]]
+    return [emoji.Scene((concept,), style).caption for style in emoji.BASE_STYLES[:count]]
+
+
+class Look:
+    """Measures pictures of the world's cases by the judge, which nothing was trained with.
+
+    Each row says: `seen` (concept -> is it there; of subjects the judge's most likely ones count), `success` (all seen),
+    `subjects` (share of them seen), `style`, `background`, `likeness` (cosine of the judge's mean features with those of
+    the artist's own drawing, both less the mean over base subjects in that style), and for several subjects `own_place`
+    (share of places where the one that belongs there is stronger than the others that were asked for).
+    """
+
+    def __init__(self, world: EmojiWorld, scenes: Mapping[str, emoji.Scene]):
+        self.judge: Judge = world.judge()
+        self.drawings, self.scenes = world.drawings, scenes
+
+    def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
+        scene = self.scenes[case.name]
+        verdict = self.judge.verdict(images)
+        subjects = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
+        style, ground = self.judge.is_style(verdict, scene.style), self.judge.is_background(verdict, scene.background)
+        likeness, places = self._likeness(scene, images), self._own_place(scene, images)
+        rows: list[Row] = []
+        for i in range(len(images)):
+            seen = dict(zip(scene.subjects, subjects[i].tolist(), strict=True)) | {scene.style: bool(style[i])}
+            asked = {concept: seen[concept] for concept in case.concepts}
+            rows.append(
+                {
+                    "seen": asked,
+                    "success": all(asked.values()),
+                    "subjects": subjects[i].float().mean().item(),
+                    "style": bool(style[i]),
+                    "background": bool(ground[i]),
+                    "likeness": likeness[i],
+                    "own_place": places[i],
+                }
+            )
+        return rows
+
+    def _likeness(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[float]:
+        others = [emoji.Scene((subject,), scene.style, scene.background) for subject in emoji.BASE_SUBJECTS]
+        centre = self.judge.features([self.drawings.picture(s) for s in others]).mean((0, 2, 3))  # [C]
+        truth = self.judge.features([self.drawings.picture(scene)]).mean((2, 3)) - centre  # [1, C]
+        own = self.judge.features(images).mean((2, 3)) - centre  # [B, C]
+        return F.cosine_similarity(own, truth).tolist()
+
+    def _own_place(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[float | None]:
+        count = len(scene.subjects)
+        if count == 1:
+            return [None] * len(images)
+        columns = self.judge.subject_map(images).logsumexp(2)  # [B, S, 4] over rows of places
+        index = [self.judge.subjects.index(s) for s in scene.subjects]
+        edges = [round(4 * i / count) for i in range(count + 1)]
+        strength = torch.stack([columns[:, index, a:b].amax(-1) for a, b in zip(edges, edges[1:], strict=False)], -1)
+        own = strength.argmax(1) == torch.arange(count)  # [B, place]: the strongest subject of a place is its own
+        return own.float().mean(1).tolist()

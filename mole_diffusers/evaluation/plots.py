@@ -1,0 +1,101 @@
+"""Figures of an evaluation; need matplotlib (the extra `plot`). Colours are Okabe and Ito's, safe for colour blindness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.statistics import as_table, bootstrap
+from mole_diffusers.evaluation.tables import by, together
+from mole_diffusers.trace import Trace
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def bars(rows: Sequence[Row], path: Path) -> None:
+    """Success of every arm by kind, with 95 % intervals."""
+    arms, kinds = by(together(rows), "arm"), list(by(rows, "kind"))
+    figure, axes = _axes(2 + 0.55 * len(arms), 4)
+    width = 0.8 / len(kinds)
+    for k, kind in enumerate(kinds):
+        for a, group in enumerate(arms.values()):
+            cases = by([r for r in group if r["kind"] == kind], "case").values()
+            if cases:
+                table = as_table([[float(r["success"]) for r in case] for case in cases])
+                mean, low, high = bootstrap(table)
+                at = a + (k - (len(kinds) - 1) / 2) * width
+                axes.bar(at, mean, width, color=COLOURS[k % len(COLOURS)], label=kind if a == 0 else None)
+                axes.errorbar(at, mean, [[mean - low], [high - mean]], color="#444444", linewidth=1)
+    axes.set_xticks(range(len(arms)), list(arms), rotation=40, ha="right")
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("success")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def heat_map(trace: Trace, path: Path) -> None:
+    """Gate weights, block x step, one panel per expert."""
+    from matplotlib.figure import Figure
+
+    places = [place for place in trace.places if len(trace.weights(place)) > 1]  # places that speak at every step
+    figure = Figure((3.2 * len(trace.experts), 1.2 + 0.16 * len(places)), layout="constrained")
+    panels = figure.subplots(1, len(trace.experts), squeeze=False)[0]
+    table = [trace.weights(place) for place in places]  # places x [steps, N]
+    high = max(float(weights.max()) for weights in table)
+    for n, (name, axes) in enumerate(zip(trace.experts, panels, strict=True)):
+        shown = axes.imshow([w[:, n].tolist() for w in table], aspect="auto", cmap="cividis", vmin=0, vmax=high)
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.set_yticks(range(len(places)), places if n == 0 else [""] * len(places), fontsize=5)
+    figure.colorbar(shown, ax=panels[-1])
+    _save(figure, path)
+
+
+def frontier(rows: Sequence[Row], path: Path) -> None:
+    """Subjects seen against style seen, one line per arm as its strength moves.
+
+    Rows of one line have arm names "NAME @ SHARE"; other arms are single points.
+    """
+    figure, axes = _axes(5, 4)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for arm, group in by(together(rows), "arm").items():
+        point = (sum(r["subjects"] for r in group) / len(group), sum(r["style"] for r in group) / len(group))
+        lines.setdefault(arm.split(" @ ")[0], []).append(point)
+    for i, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[i % len(COLOURS)], label=name, markersize=4)
+    axes.set_xlabel("subject seen")
+    axes.set_ylabel("style seen")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def against_count(rows: Sequence[Row], path: Path) -> None:
+    """Concepts seen against the number of experts, one line per arm."""
+    figure, axes = _axes(5, 4)
+    for i, (arm, group) in enumerate(by(together(rows), "arm").items()):
+        found: dict[int, list[float]] = {}
+        for r in group:
+            found.setdefault(len(r["seen"]), []).append(sum(r["seen"].values()) / len(r["seen"]))
+        counts = sorted(found)
+        axes.plot(counts, [sum(found[n]) / len(found[n]) for n in counts], "o-", color=COLOURS[i % len(COLOURS)], label=arm)
+    axes.set_xlabel("experts")
+    axes.set_ylabel("concepts seen")
+    axes.set_ylim(0, 1.03)
+    axes.legend(fontsize=7)
+    _save(figure, path)

@@ -1,0 +1,114 @@
+"""The runner: every arm on every case, resumable, its work divided over processes."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from mole_diffusers.compare import sample
+from mole_diffusers.evaluation.rows import Row, Rows, key
+from mole_diffusers.lora_files import Expert
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to draw: the concepts that experts bring, and the prompt that asks for all of them."""
+
+    concepts: tuple[str, ...]
+    kind: str
+    prompt: str
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.concepts)
+
+
+@dataclass
+class Bench:
+    """What arms work with: the pipeline, and an expert and single-concept prompts for every concept."""
+
+    pipe: Any
+    experts: Mapping[str, Expert]
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A composer under test: inside `draws(bench, case)` the pipeline draws the case by it.
+
+    Attributes:
+        settings: all that its pictures depend on beside case and seed, ready for JSON.
+        covers: whether it can draw a case; one without trained gates, say, is left out of this arm.
+    """
+
+    name: str
+    draws: Callable[[Bench, Case], AbstractContextManager[Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    covers: Callable[[Case], bool] = lambda _: True
+
+
+Look = Callable[[Case, Sequence[Image.Image]], list[Row]]  # what is measured in each picture of a case
+
+
+def evaluate(
+    bench: Bench,
+    arms: Sequence[Arm],
+    cases: Sequence[Case],
+    look: Look,
+    *,
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    rows: Rows,
+    processes: int = 1,
+) -> list[Row]:
+    """Draw and measure what `rows` does not hold yet; returns every row there is.
+
+    Pictures are kept beside the rows, as pictures/ARM/CASE/SEED.png.
+
+    Args:
+        options: of the pipeline call: num_inference_steps, guidance_scale, ...
+        processes: how many share the work; `rows` says which this one is.
+    """
+    done = {key(row) for row in rows.read()}
+    work = [(arm, case) for case in cases for arm in arms if arm.covers(case)]
+    for arm, case in tqdm(_share(work, rows.process, processes), desc="evaluate", mininterval=5):
+        facts = {
+            "case": case.name,
+            "kind": case.kind,
+            "arm": arm.name,
+            "prompt": case.prompt,
+            "settings": {**options, **arm.settings},
+        }
+        missing = [seed for seed in seeds if key({**facts, "seed": seed}) not in done]
+        if missing:
+            with arm.draws(bench, case):
+                images = sample(bench.pipe, case.prompt, missing, **options)
+            seen = look(case, images)
+            for seed, image in zip(missing, images, strict=True):
+                keep(image, picture_path(rows.folder, arm.name, case.name, seed))
+            rows.append([{**facts, "seed": seed, **row} for seed, row in zip(missing, seen, strict=True)])
+    return rows.read()
+
+
+def picture_path(folder: Path, arm: str, case: str, seed: int) -> Path:
+    """Where a picture lies; names with characters that files do not take are cleaned."""
+    clean = [re.sub(r"[^\w+@.-]+", "_", name) for name in (arm, case)]
+    return folder / "pictures" / clean[0] / clean[1] / f"{seed}.png"
+
+
+def keep(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def _share(work: Sequence[tuple[Arm, Case]], process: int, processes: int) -> list[tuple[Arm, Case]]:
+    """This process's part: by a hash of the names, so that it stays the same when arms are added."""
+    return [(arm, case) for arm, case in work if zlib.crc32(f"{arm.name}/{case.name}".encode()) % processes == process]

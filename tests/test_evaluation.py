@@ -1,0 +1,169 @@
+"""The evaluation: intervals, rows that survive, arms that are what they say, tables that can be computed by hand."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusers import attach, detach, emoji
+from mole_diffusers.cli import main
+from mole_diffusers.compare import sample
+from mole_diffusers.evaluation import arms, tables
+from mole_diffusers.evaluation.rows import Rows
+from mole_diffusers.evaluation.runner import Bench, Case, evaluate, picture_path
+from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic_mean
+from mole_diffusers.lora_files import read_expert
+
+OPTIONS = {"num_inference_steps": 1, "guidance_scale": 2.0}
+
+
+def test_bootstrap_of_a_constant_and_of_a_known_spread():
+    assert bootstrap(torch.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
+    coins = torch.tensor([[0.0], [1.0]]).repeat(50, 1)  # 100 cases, half of them 1: standard error 0.05
+    mean, low, high = bootstrap(coins)
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
+
+
+def test_bootstrap_resamples_cases_and_not_only_seeds():
+    apart = torch.tensor([[0.0] * 8, [1.0] * 8])  # no spread within a case, all of it between them
+    assert bootstrap(apart)[1:] == (0.0, 1.0)
+
+
+def test_harmonic_mean_is_as_small_as_the_worst():
+    assert harmonic_mean([1.0, 0.5]) == pytest.approx(2 / 3)
+    assert harmonic_mean([1.0, 0.0]) == 0
+    assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]
+
+
+def rows_of(*cells):
+    """(arm, case, {concept: seen}) -> rows, seeds counted up."""
+    out = []
+    for arm, case, seen in cells:
+        seed = sum(r["arm"] == arm and r["case"] == case for r in out)
+        out.append(
+            {
+                "arm": arm, "case": case, "kind": "pair", "prompt": "p", "seed": seed, "settings": {}, "seen": seen,
+                "success": all(seen.values()), "subjects": 1.0, "style": True, "background": False, "likeness": 0.5,
+                "own_place": None,
+            }
+        )  # fmt: skip
+    return out
+
+
+def test_tables_by_hand():
+    rows = rows_of(
+        ("alone fox", "fox+ink", {"fox": True, "ink": False}),
+        ("alone fox", "fox+ink", {"fox": False, "ink": False}),
+        ("alone ink", "fox+ink", {"fox": False, "ink": True}),
+        ("sum", "fox+ink", {"fox": True, "ink": True}),
+        ("sum", "fox+ink", {"fox": False, "ink": True}),
+        ("mean", "fox+ink", {"fox": True, "ink": True}),
+        ("mean", "fox+ink", {"fox": True, "ink": True}),
+    )
+    assert tables.upper_bounds(rows) == {("fox+ink", "fox"): 0.5, ("fox+ink", "ink"): 1.0}
+    lines = tables.concept_table(rows).splitlines()
+    # Seen: fox .5, ink 1; recovered: fox .5 of .5, ink 1 of 1; harmonic mean 2 / (1 / .5 + 1 / 1).
+    assert next(line for line in lines if "| sum" in line) == "| sum | 0.75 | 1.00 | 0.67 | 0.50 | 1.00 | 0.00 | - |"
+    assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(rows)
+    assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(rows, "sum")
+    assert "| fox+ink | 0.00 | 0.50 | 1.00 |" in tables.case_table(rows)
+
+
+@pytest.fixture
+def bench(pipe, loras):
+    return Bench(pipe, {name: read_expert(path, name) for name, path in loras.items()})
+
+
+def brightness(case, images):
+    return [{"light": sum(image.convert("L").getdata()) / image.width} for image in images]
+
+
+CASES = [Case(("fox", "ink"), "pair", "a fox in ink"), Case(("fox", "hat"), "pair", "a fox with a hat")]
+
+
+def test_a_killed_run_goes_on_where_it_was(bench, tmp_path):
+    some = [arms.base(), arms.summed()]
+    whole = evaluate(bench, some, CASES, brightness, seeds=[1, 2], options=OPTIONS, rows=Rows(tmp_path / "a"))
+    evaluate(bench, some, CASES[:1], brightness, seeds=[1], options=OPTIONS, rows=Rows(tmp_path / "b"))
+    with (tmp_path / "b" / "rows-0.jsonl").open("a") as file:
+        file.write('{"case": "fox+i')  # the line that was being written
+    again = evaluate(bench, some, CASES, brightness, seeds=[1, 2], options=OPTIONS, rows=Rows(tmp_path / "b"))
+    order = lambda row: (row["arm"], row["case"], row["seed"])  # noqa: E731
+    assert sorted(again, key=order) == sorted(whole, key=order)
+    assert len((tmp_path / "b" / "rows-0.jsonl").read_text().splitlines()) == 8  # none was made twice
+
+
+def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
+    some = [arms.base(), arms.summed(), arms.mean()]
+    for process in (0, 1):
+        rows = Rows(tmp_path / "two", process)
+        evaluate(bench, some, CASES, brightness, seeds=[1], options=OPTIONS, rows=rows, processes=2)
+    parts = [len(p.read_text().splitlines()) for p in sorted((tmp_path / "two").glob("rows-*.jsonl"))]
+    assert sum(parts) == 6
+    assert min(parts) > 0
+    one = evaluate(bench, some, CASES, brightness, seeds=[1], options=OPTIONS, rows=Rows(tmp_path / "one"))
+    assert {json.dumps(r, sort_keys=True) for r in one} == {
+        json.dumps(r, sort_keys=True) for r in Rows(tmp_path / "two").read()
+    }
+
+
+def test_other_settings_are_other_rows(bench, tmp_path):
+    rows = Rows(tmp_path)
+    for steps in (1, 2):
+        options = OPTIONS | {"num_inference_steps": steps}
+        evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1], options=options, rows=rows)
+    assert len(rows.read()) == 2
+
+
+def test_arms_are_what_they_say_and_leave_nothing_behind(bench, tmp_path, loras):
+    case, before = CASES[0], sample(bench.pipe, "a fox in ink", [3], **OPTIONS)[0]
+
+    def drawn(arm):
+        with arm.draws(bench, case):
+            return sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+
+    mixture = attach(bench.pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mole")
+    mixture.save_pretrained(tmp_path / "fox+ink")
+    with mixture.only("fox", "ink"):
+        gated = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    with mixture.fixed({"fox": 0.5, "ink": 0.5}):
+        half = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    with mixture.fixed({"fox": 1.0}):
+        fox = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    detach(bench.pipe)
+    trained = arms.gated("gates", lambda case: tmp_path / case.name)
+    assert drawn(arms.mean()) == half
+    assert drawn(arms.alone("fox")) == fox
+    assert drawn(trained) == gated
+    assert (trained.covers(case), trained.covers(CASES[1])) == (True, False)
+    assert drawn(arms.from_file("one", lambda _: loras["fox"])) == fox
+    assert drawn(arms.base()) == before.tobytes()
+    assert sample(bench.pipe, "a fox in ink", [3], **OPTIONS)[0].tobytes() == before.tobytes()
+
+
+def test_splits_share_no_concept():
+    concepts = [{c for group in split.values() for case in group for c in case} for split in (emoji.VALIDATION, emoji.TEST)]
+    assert not concepts[0] & concepts[1]
+    assert concepts[0] | concepts[1] == set(emoji.HELD_OUT_SUBJECTS + emoji.HELD_OUT_STYLES)
+    assert {kind: len(group) for kind, group in emoji.TEST.items()} == {
+        "subject x style": 24, "subject + subject": 12, "two subjects + style": 12, "three subjects": 8
+    }  # fmt: skip
+    for split in (emoji.VALIDATION, emoji.TEST):
+        for group in split.values():
+            assert len({frozenset(case) for case in group}) == len(group)
+
+
+def test_evaluate_on_the_embedded_world(tmp_path, capsys):
+    args = ["evaluate", "--limit", "1", "--seeds", "2", "--steps", "2", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    assert main([*args, "--arm", "base", "--arm", "sum"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in emoji.VALIDATION}
+    assert all(-1 <= r["likeness"] <= 1 for r in rows)
+    assert (tmp_path / "table.md").read_text().startswith("| arm | subject x style |")
+    path = picture_path(tmp_path, "sum", rows[0]["case"], 1000)
+    assert Image.open(path).size == (64, 64)
+    assert main([*args, "--arm", "best"]) == 1
+    assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
