@@ -1,8 +1,9 @@
-"""Train a small CLIPModel of the emoji world, for CLIP objectives. It shares nothing with the judge.
+"""Train a small CLIPModel of the emoji world, for CLIP objectives. It shares no weights with the judge.
 
-    python demos/emoji/train_clip.py [--steps 1200]
+    python demos/emoji/train_clip.py [--steps 2200]
 
-Contrastive (Radford et al., 2021) on pictures of every subject and style with their captions. Resumable.
+Contrastive (Radford et al., 2021) on pictures of every subject and style with their captions, degraded as the judge's are,
+since it is asked about soft pictures. Resumable.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from loop import device, fit, note
-from train_base import TOKENS, build_tokenizer, to_tensor
+from train_base import TOKENS, build_tokenizer, to_tensor, trained_vae
+from train_judge import degrade
 from transformers import CLIPConfig, CLIPModel
 
 from mole_diffusers import emoji
@@ -35,19 +37,18 @@ def pictures(drawings: emoji.Drawings, rng: np.random.Generator, count: int) -> 
     """Pictures [B, 3, 64, 64] in -1..1 and captions, no caption twice."""
     scenes: dict[str, emoji.Scene] = {}
     while len(scenes) < count:
-        scene = emoji.draw_scene(emoji.SUBJECTS, emoji.STYLES, rng, pairs=0.35)
+        scene = emoji.draw_scene(emoji.SUBJECTS, emoji.STYLES, rng, pairs=0.5)
         scenes[scene.caption] = scene
-    x = to_tensor([drawings.picture(s, rng) for s in scenes.values()])
-    return x + torch.randn_like(x) * rng.uniform(0, 0.2), list(scenes)
+    return to_tensor([drawings.picture(s, rng) for s in scenes.values()]), list(scenes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2200)
     args = parser.parse_args()
     torch.manual_seed(4)
     rng = np.random.default_rng(4)
-    drawings = emoji.Drawings(emoji.default_folder())
+    drawings, vae = emoji.Drawings(emoji.default_folder()), trained_vae()
     tokenizer = build_tokenizer(drawings)
     clip = build_clip(tokenizer).to(device())
 
@@ -57,7 +58,8 @@ def main() -> None:
             return clip(pixel_values=x.to(device()), **ids).logits_per_image.float()  # [B, B]
 
     def loss_at(step: int) -> torch.Tensor:
-        logits = similarity(*pictures(drawings, rng, BATCH))
+        x, captions = pictures(drawings, rng, BATCH)
+        logits = similarity(degrade(x.to(device()), vae if step % 4 == 0 else None, rng), captions)
         own = torch.arange(BATCH, device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 

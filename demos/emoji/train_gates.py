@@ -20,7 +20,7 @@ from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
 GATES = GateConfig("mole", granularity="block", total="N")
 TRAINING = GateTraining(steps=80, batch=12, lr=2e-2, seeds=6, sampler_steps=16, autocast="bf16")
 JOINT = ConceptConfig(
-    rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=90, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
+    rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
 )
 ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
 ORACLE_TRAINING = GateTraining(single=0, composed=0, denoise=1, steps=50, batch=12, lr=5e-2, autocast="bf16")

@@ -70,7 +70,7 @@ def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
     world = emoji_world(device=args.device or "cpu")
     split = emoji.TEST if args.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases(_first(split, args.limit))
-    look = emoji_protocol.Look(world, {case.name: scene for case, scene in found})
+    look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
     return emoji_protocol.bench(world), [case for case, _ in found], look, args.gates or world.folder / "gates"
 
 

@@ -60,7 +60,7 @@ class Look:
         self.drawings, self.scenes = world.drawings, scenes
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
-        scene = self.scenes[case.name]
+        scene = self.scenes[case.prompt]
         verdict = self.judge.verdict(images)
         subjects = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
         style, ground = self.judge.is_style(verdict, scene.style), self.judge.is_background(verdict, scene.background)
