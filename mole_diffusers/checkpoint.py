@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mole_diffusers.gates import GateBank, GateConfig
 from mole_diffusers.lora_files import Expert
+from mole_diffusers.safe_files import RefusedFileError, read_json, read_safetensors
 
 VERSION = 1
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
@@ -71,26 +71,32 @@ def load(source: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: neither a folder here nor a hub id that can be reached.
-        ValueError: broken JSON or weights, another format, a newer version.
+        RefusedFileError: a file that `safe_files` refuses, values that are not finite, another format, a newer version.
     """
     folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
-    try:
-        about = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} is not a gates folder: it has no {Path(error.filename or WEIGHTS).name}"
-        ) from error
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"the gates in {folder} cannot be read: {error}") from error
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a gates folder: it has no {name}")
+    tensors = read_safetensors(folder / WEIGHTS).tensors
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise RefusedFileError(f"the gates in {folder}: {name!r} holds values that are not finite numbers")
+    return Checkpoint(folder, *_about(folder), tensors)
+
+
+def _about(folder: Path) -> tuple[GateConfig, dict[str, dict[str, str]]]:
+    """What config.json says: the gates' config, and the experts in the order of the columns."""
+    about = read_json(folder / CONFIG)
     if not isinstance(about, dict) or about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
         found = "of another kind" if not isinstance(about, dict) else f"{about.get('format')} version {about.get('version')}"
-        raise ValueError(f"the gates in {folder} are {found}; this release reads mole_diffusers.gates version {VERSION}")
+        raise RefusedFileError(
+            f"the gates in {folder} are {found}; this release reads mole_diffusers.gates version {VERSION}"
+        )
     try:
-        config, experts = GateConfig.from_dict(about["gates"]), {n: dict(e) for n, e in about["experts"].items()}
+        experts = {name: {"sha256": str(e["sha256"]), "base": str(e["base"])} for name, e in about["experts"].items()}
+        return GateConfig.from_dict(about["gates"]), experts
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"the gates in {folder}: config.json is not complete: {error!r}") from error
-    return Checkpoint(folder, config, experts, tensors)
+        raise RefusedFileError(f"the gates in {folder}: config.json is not complete: {error!r}") from error
 
 
 def _from_hub(name: str) -> Path:

@@ -213,8 +213,8 @@ def edit(folder, change):
     ("damage", "error", "message"),
     [
         (lambda f: (f / "gates.safetensors").unlink(), FileNotFoundError, "has no gates.safetensors"),
-        (lambda f: (f / "gates.safetensors").write_bytes(b"x"), ValueError, "cannot be read"),
-        (lambda f: (f / "config.json").write_text("{"), ValueError, "cannot be read"),
+        (lambda f: (f / "gates.safetensors").write_bytes(b"x"), ValueError, "is truncated"),
+        (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
         (lambda f: edit(f, lambda a: a.update(version=99)), ValueError, "reads mole_diffusers.gates version 1"),
         (lambda f: edit(f, lambda a: a["gates"].update(granularity="layer")), ValueError, "lack .* more"),
         (lambda f: edit(f, lambda a: a["gates"].update(inputs="experts")), ValueError, "has shape .*, expected"),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
 ORDER = [
-    "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint", "parts", "mixture",
-    "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "evaluation", "cli",
+    "safe_files", "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint",
+    "parts", "mixture", "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "evaluation",
+    "cli",
 ]  # fmt: skip
 FOLDERS = {
     "training": ["data", "losses", "denoising", "concept", "teachers", "loop"],

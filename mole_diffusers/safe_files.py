@@ -1,0 +1,267 @@
+"""Files from strangers: safetensors and JSON, judged by content, every size known before anything is allocated.
+
+One error type says what is wrong with a file; nothing else comes out of here for a file that exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import psutil
+import torch
+
+MAX_HEADER = 8 << 20  # bytes; a LoRA's header with all its training tags and a thumbnail is far below
+MAX_TENSORS = 20_000
+MAX_MARKS = 500_000  # opening brackets and colons, so that parsing a header stays cheap whatever it holds
+MAX_DIMS = 8
+MAX_DEPTH = 8  # of nested lists and objects in a JSON file
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class RefusedFileError(ValueError):
+    """A file from outside that is not what it should be; the message names the file and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one safetensors file holds."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a header: where its bytes lie and what they are."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_safetensors(path: str | Path) -> Contents:
+    """Read a whole safetensors file; the content decides, not the suffix. Pickle is never read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RefusedFileError: empty, truncated, a Git LFS pointer, an HTML page, a zip or pickle; a header too large, with
+            too many tensors, duplicate keys or broken JSON; offsets that overlap, leave holes or pass the end; more
+            than free memory holds.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    with _opened(path) as file:
+        size = path.stat().st_size
+        entries, metadata = _header(file, size, path)
+        _check_memory(size, path)
+        return _tensors(file, entries, metadata, path)
+
+
+def read_json(path: str | Path, *, limit: int = 1 << 20) -> Any:
+    """Parse a JSON file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RefusedFileError: too large, not UTF-8, not JSON, a duplicate key, NaN, or nested too deeply.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    with _opened(path) as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise RefusedFileError(f"{path} is too large: JSON of at most {limit} bytes is read")
+    value = parse_json(raw, str(path))
+    if _deeper_than(value, MAX_DEPTH):
+        raise RefusedFileError(f"{path} is nested too deeply: at most {MAX_DEPTH} levels are read")
+    return value
+
+
+def parse_json(raw: bytes | str, where: str) -> Any:
+    """JSON text -> value; `where` begins the message of the RefusedFileError for anything else."""
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be parsed but never printed
+    except RecursionError:
+        raise RefusedFileError(f"{where} is nested too deeply") from None
+    except UnicodeError:
+        raise RefusedFileError(f"{where} is not JSON: it is not valid UTF-8 text") from None
+    except ValueError as error:
+        raise RefusedFileError(f"{where} is not JSON: {error}") from None
+    return value
+
+
+def inside(folder: str | Path, name: Any) -> Path:
+    """The file that an index calls `name`: a relative path that stays in `folder`, its links followed.
+
+    Raises RefusedFileError for an absolute path, "..", a drive, a backslash, or a link that leads out.
+    """
+    about = f"the file name {name!r} in the index of {folder}"
+    if not isinstance(name, str) or not name or any(c in name for c in "\\:\0"):
+        raise RefusedFileError(f"{about} is not a relative path")
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise RefusedFileError(f"{about} leads out of the folder")
+    root = Path(folder).resolve()
+    try:
+        path = (root / pure).resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        raise RefusedFileError(f"{about} cannot be followed") from None
+    if not path.is_relative_to(root):
+        raise RefusedFileError(f"{about} is a link that leads out of the folder")
+    return path
+
+
+def _opened(path: Path) -> BufferedReader:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RefusedFileError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+# ---- the header
+
+
+def _header(file: BufferedReader, size: int, path: Path) -> tuple[list[_Entry], dict[str, str]]:
+    """The checked entries in the order of their bytes, which fill the rest of the file exactly, and the metadata."""
+    head = file.read(64)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:9] != b"{":
+        raise RefusedFileError(f"{path} is {_kind(head)}")
+    if length > MAX_HEADER:
+        raise RefusedFileError(f"{path}: its header claims {length} bytes; at most {MAX_HEADER} are read")
+    if length > size - 8:
+        raise RefusedFileError(f"{path} is truncated: its header has {length} bytes, the whole file {size}")
+    file.seek(8)
+    raw = file.read(length)
+    if (marks := raw.count(b"[") + raw.count(b"{") + raw.count(b":")) > MAX_MARKS:
+        raise RefusedFileError(f"{path}: its header has {marks} brackets and colons; at most {MAX_MARKS} are read")
+    values = parse_json(raw, f"{path}: its header")
+    if not isinstance(values, dict):
+        raise RefusedFileError(f"{path}: its header is not a JSON object")
+    metadata = _metadata(values.pop("__metadata__", {}), path)
+    if len(values) > MAX_TENSORS:
+        raise RefusedFileError(f"{path}: its header lists {len(values)} tensors; at most {MAX_TENSORS} are read")
+    entries = sorted((_entry(k, v, path) for k, v in values.items()), key=lambda e: (e.begin, e.end))
+    _check_layout(entries, size - 8 - length, path)
+    return entries, metadata
+
+
+def _kind(head: bytes) -> str:
+    """What a file that is not safetensors is instead, in words."""
+    text = head.lstrip().lower()
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "an HTML page, which a download that wants a login leaves; download it again"
+    if head.startswith(b"PK"):
+        return "a zip archive, as PyTorch's pickle files are, and those can run code; only safetensors are read"
+    if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a pickle, which can run code; only safetensors are read"
+    if len(head) < 9:
+        return f"truncated: it has {len(head)} bytes"
+    return "not a safetensors file, the only kind that is read"
+
+
+def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise RefusedFileError(f"{path}: its metadata is not a flat object of strings")
+    return value
+
+
+def _entry(key: str, value: Any, path: Path) -> _Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise RefusedFileError(f"{path}: tensor {key!r} lacks a plain dtype, shape and data_offsets")
+    name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(name, str) or name not in DTYPES:
+        raise RefusedFileError(f"{path}: tensor {key!r} has dtype {name!r}; known: {list(DTYPES)}")
+    if not _naturals(shape) or len(shape) > MAX_DIMS:
+        raise RefusedFileError(f"{path}: tensor {key!r} has a shape that is not up to {MAX_DIMS} whole numbers")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise RefusedFileError(f"{path}: tensor {key!r} has offsets that are not a begin and an end")
+    if (wanted := math.prod(shape) * DTYPES[name].itemsize) != offsets[1] - offsets[0]:
+        raise RefusedFileError(f"{path}: tensor {key!r} of shape {shape} takes {wanted} bytes, its offsets say otherwise")
+    return _Entry(key, DTYPES[name], tuple(shape), *offsets)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _check_layout(entries: list[_Entry], held: int, path: Path) -> None:
+    """The tensors' bytes follow one another without overlap or hole, from 0 to the end of the file."""
+    end = 0
+    for entry in entries:
+        if entry.begin != end:
+            how = "overlaps the one before it" if entry.begin < end else "leaves a hole before it"
+            raise RefusedFileError(f"{path}: tensor {entry.key!r} {how}: it begins at byte {entry.begin}, not {end}")
+        end = entry.end
+    if end > held:
+        raise RefusedFileError(f"{path} is truncated: its offsets go to byte {end} of the tensors, {held} are there")
+    if end < held:
+        raise RefusedFileError(f"{path}: {held - end} bytes after the last tensor belong to none")
+
+
+# ---- the tensors
+
+
+def _check_memory(size: int, path: Path) -> None:
+    free = psutil.virtual_memory().available
+    if 2 * size > free:  # once as read, once stacked for the host
+        raise RefusedFileError(f"{path} has {size} bytes, and twice that is more than the {free} bytes of free memory")
+
+
+def _tensors(file: BufferedReader, entries: list[_Entry], metadata: Mapping[str, str], path: Path) -> Contents:
+    digest, tensors = hashlib.sha256(), {}
+    for entry in entries:
+        data = bytearray(entry.end - entry.begin)
+        if file.readinto(data) != len(data):
+            raise RefusedFileError(f"{path} changed while it was read")
+        digest.update(data)
+        flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
+        tensors[entry.key] = flat.reshape(entry.shape)
+    return Contents(tensors, dict(metadata), digest.hexdigest())
+
+
+# ---- JSON
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper_than(each, levels - 1) for each in inner)
