@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
@@ -75,6 +75,17 @@ def tiny_tokenizer() -> CLIPTokenizer:
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
+
+
+def tiny_clip(seed: int = 0) -> CLIPModel:
+    """A CLIP with random weights for 32 x 32 pictures; its tokenizer is `tiny_tokenizer`."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    vision = {"image_size": 32, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=size | ends | text, vision_config=size | vision, projection_dim=8)).eval()
 
 
 def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, Any]:

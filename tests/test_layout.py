@@ -10,7 +10,19 @@ ORDER = [
     "cli",
 ]  # fmt: skip
 FOLDERS = {
-    "training": ["data", "losses", "denoising", "concept", "teachers", "loop"],
+    "training": [
+        "data",
+        "losses",
+        "denoising",
+        "concept",
+        "clip",
+        "study",
+        "teachers",
+        "distill",
+        "rewards",
+        "objectives",
+        "loop",
+    ],
     "evaluation": ["statistics", "rows", "runner", "arms", "emoji_protocol", "checkpoint_protocol", "tables", "plots"],
     "cli": ["common", "inspect", "compose", "train", "evaluate"],
 }

@@ -1,21 +1,29 @@
 """Gate training and concept training on the tiny pipeline: what moves, what does not, and that a cut-off run goes on."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
 from mole_diffusers.lora_files import read_expert
-from mole_diffusers.testing import lora_layers, tiny_pipeline
+from mole_diffusers.testing import lora_layers, tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.training.clip import Clip, read_clip
 from mole_diffusers.training.concept import ConceptConfig, save_kohya, save_lora, train_lora
-from mole_diffusers.training.data import Samples, encode, read_folder
-from mole_diffusers.training.denoising import predict
-from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
-from mole_diffusers.training.losses import composed_target, recovery_error, territory
+from mole_diffusers.training.data import Draw, Samples, encode, read_folder
+from mole_diffusers.training.denoising import predict, sample
+from mole_diffusers.training.loop import GateTraining, train_gates
+from mole_diffusers.training.losses import caption_loss, composed_target, recovery_error, softened, territory
+from mole_diffusers.training.study import Lesson, Study, negatives, swap
 from mole_diffusers.training.teachers import attention_maps, composed_teacher, remember, single_teacher, trigger_tokens
 
-SHORT = {"seeds": 2, "sampler_steps": 3, "batch": 4, "steps": 6, "every": 3}
+TEACH = {"seeds": 2, "steps": 3}
+BOTH = {"single": TEACH, "composed": TEACH}
+SHORT = {"batch": 4, "steps": 6, "every": 3}
 LESSON = Lesson({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"])
 
 
@@ -103,7 +111,7 @@ def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
 def test_what_is_remembered_is_what_the_teacher_says(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     teach = single_teacher(pipe, mixture, "fox")
-    memory = remember(pipe, teach, ["a fox"], source="single", seeds=2, steps=3, guidance=3.0, seed=0)
+    memory = remember(pipe, teach, ["a fox"], seeds=2, steps=3, guidance=3.0, seed=0)
     assert memory.x.shape == (3 * 2 * 2, 4, 16, 16)
     with torch.no_grad():
         live, base = teach(memory.x[4:8], memory.timesteps[4:8], memory.prompts[4:8])
@@ -114,9 +122,7 @@ def test_what_is_remembered_is_what_the_teacher_says(pipe, loras):
 def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     """L1 of an ungated single expert is 0, and 1 where the expert weighs nothing."""
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    memory = remember(
-        pipe, single_teacher(pipe, mixture, "fox"), ["a fox"], source="single", seeds=2, steps=2, guidance=2.0, seed=0
-    )
+    memory = remember(pipe, single_teacher(pipe, mixture, "fox"), ["a fox"], seeds=2, steps=2, guidance=2.0, seed=0)
     with torch.no_grad():
         student = predict(pipe, memory.x, memory.timesteps, memory.prompts)
         assert recovery_error(student, memory.targets, memory.norms).item() == pytest.approx(0, abs=1e-6)
@@ -125,30 +131,41 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
         assert recovery_error(student, memory.targets, memory.norms).item() == pytest.approx(1, rel=1e-4)
 
 
-@pytest.mark.parametrize("term", ["single", "composed", "denoise", "balance"])
+@pytest.mark.parametrize("term", ["single", "composed", "denoise", "balance", "rollout"])
 def test_training_lowers_each_term_and_moves_only_gates(pipe, loras, awake, term):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="N"))
     awake(mixture, size=2.0)
     samples = Samples(torch.randn(6, 4, 16, 16), ["a fox"] * 6)
-    weights = {"single": 0.0, "composed": 0.0, term: 1.0}
-    if term == "balance":
-        weights["single"] = 1e-6
-    config = GateTraining(**weights, **SHORT | {"steps": 30, "lr": 5e-2, "batch": 8}, styles=("ink",))
+    terms = {
+        "single": {"single": TEACH},
+        "composed": {"composed": TEACH},
+        "denoise": {"denoise": 1.0},
+        "balance": {"single": {**TEACH, "weight": 1e-6}, "balance": 0.5},
+        "rollout": {"rollout": {"steps": 2, "batch": 4}},
+    }
+    config = GateTraining(terms[term], **SHORT | {"steps": 30, "lr": 5e-2, "batch": 8})
     before = {n: p.clone() for n, p in pipe.unet.named_parameters() if "mole_gates" not in n}
-    gates, flags = gates_of(mixture), {n: p.requires_grad for n, p in pipe.unet.named_parameters()}
-    log = train_gates(pipe, mixture, Lesson(LESSON.singles, LESSON.composed, samples), config=config)
+    gates, models = gates_of(mixture), (pipe.unet, pipe.text_encoder, pipe.vae)
+    flags = [p.requires_grad for m in models for p in m.parameters()]
+    log = train_gates(
+        pipe,
+        mixture,
+        replace(LESSON, styles=["ink"], samples=samples),
+        config=config,
+        clip=Clip(tiny_clip(), tiny_tokenizer()),
+    )
     first, last = (sum(row[term] for row in rows) / 6 for rows in (log[:6], log[-6:]))
     assert last < first
     assert all(torch.equal(p, before[n]) for n, p in pipe.unet.named_parameters() if n in before)
     assert any(not torch.equal(v, gates[k]) for k, v in gates_of(mixture).items())
-    assert {n: p.requires_grad for n, p in pipe.unet.named_parameters()} == flags
+    assert [p.requires_grad for m in models for p in m.parameters()] == flags
 
 
 def test_a_run_cut_off_goes_on_bit_for_bit(loras, tmp_path, monkeypatch):
     def run(folder):
         pipe = tiny_pipeline()
         mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-        train_gates(pipe, mixture, LESSON, config=GateTraining(**SHORT, balance=0.1), folder=folder)
+        train_gates(pipe, mixture, LESSON, config=GateTraining(BOTH | {"balance": 0.1}, **SHORT), folder=folder)
         return gates_of(mixture)
 
     whole = run(tmp_path / "whole")
@@ -172,38 +189,121 @@ def test_a_run_cut_off_goes_on_bit_for_bit(loras, tmp_path, monkeypatch):
 
 def test_bad_lessons_are_named(pipe, loras, tmp_path):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    for options, lesson, message in (
-        ({}, Lesson({}, ["a fox"]), "single term needs prompts"),
-        ({}, Lesson({"fox": ["a fox"]}), "composed term needs"),
-        ({"denoise": 1.0}, Lesson({"fox": ["a fox"]}, ["a fox"]), "denoise term needs pictures"),
-        ({"styles": ("oil",)}, Lesson({"fox": ["a fox"]}, ["a fox"]), "unknown expert 'oil'"),
-        ({}, Lesson({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
+    fox, all_terms = Lesson({"fox": ["a fox"]}, ["a fox"]), BOTH
+    for terms, lesson, message in (
+        (all_terms, Lesson({}, ["a fox"]), "single term needs prompts"),
+        (all_terms, Lesson({"fox": ["a fox"]}), "composed term needs"),
+        ({"denoise": 1.0}, fox, "denoise term needs pictures"),
+        ({"rollout": 1.0}, fox, "rollout term needs a CLIP"),
+        (all_terms, replace(fox, styles=["oil"]), "unknown expert 'oil'"),
+        (all_terms, replace(fox, others={"oil": ["chalk"]}), "unknown expert 'oil'"),
+        (all_terms, Lesson({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_gates(pipe, mixture, lesson, config=GateTraining(**SHORT, **options))
-    with pytest.raises(ValueError, match="not all 0"):
-        GateTraining(single=0, composed=0)
+            train_gates(pipe, mixture, lesson, config=GateTraining(terms, **SHORT))
+    for terms, message in (
+        ({"single": 0.0, "balance": 1.0}, "at least one term"),
+        ({"sigle": 1.0}, r"unknown term 'sigle'; known: \['single'"),
+        ({"rollout": {"step": 3}}, r"unknown options \['step'\] of the rollout term; known: \['weight', 'batch', 'steps'"),
+        ({"single": -1.0}, "must be 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GateTraining(terms)
     with pytest.raises(ValueError, match="must be 1 or more"):
         GateTraining(batch=0)
     with pytest.raises(ValueError, match="unknown autocast 'int8'"):
         GateTraining(autocast="int8")
-    fox = Lesson({"fox": ["a fox"]})
-    train_gates(pipe, mixture, fox, config=GateTraining(composed=0, **SHORT), folder=tmp_path)
+    lone = {"single": TEACH}
+    train_gates(pipe, mixture, fox, config=GateTraining(lone, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
-        train_gates(pipe, mixture, fox, config=GateTraining(composed=0, lr=1.0, **SHORT), folder=tmp_path)
+        train_gates(pipe, mixture, fox, config=GateTraining(lone, lr=1.0, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(singles\)"):
-        train_gates(pipe, mixture, Lesson({"fox": ["fox"]}), config=GateTraining(composed=0, **SHORT), folder=tmp_path)
+        train_gates(pipe, mixture, Lesson({"fox": ["fox"]}, ["a fox"]), config=GateTraining(lone, **SHORT), folder=tmp_path)
     other = mole.attach(pipe, {"fox": loras["fox"]}, mole.GateConfig("mole", total="1"))
     with pytest.raises(ValueError, match=r"other settings \(gates\)"):
-        train_gates(pipe, other, fox, config=GateTraining(composed=0, **SHORT), folder=tmp_path)
+        train_gates(pipe, other, fox, config=GateTraining(lone, **SHORT), folder=tmp_path)
     with pytest.raises(ValueError, match="'sum' have nothing to train"):
         train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
+
+
+def test_words_are_swapped_with_their_article():
+    assert swap("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
+    assert swap("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
+    assert swap("ink drawing", "ink", "oil") == "oil drawing"
+
+
+def test_negatives_lack_a_concept_each(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    lesson = Lesson({"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["owl", "cat"], "ink": ["oil"]})
+    study = Study(pipe, mixture, lesson)
+    assert negatives(study, "a fox in ink") == ["an owl in ink", "a cat in ink", "a fox in oil", "a fox"]
+    with pytest.raises(ValueError, match="no caption to be told from"):
+        negatives(replace(study, lesson=Lesson(composed=["a fox"])), "a fox")
+
+
+def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
+    """Two routes: the differentiable sampler, and StableDiffusionPipeline with the same noise."""
+    mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    noise = torch.randn(2, 4, 16, 16)
+    for guidance in (1.0, 3.0):
+        host = pipe(
+            ["a fox", "fox"], latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="latent"
+        ).images
+        for checkpointing in (False, True):
+            with torch.no_grad():
+                ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
+            torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
+
+
+def test_a_draw_is_divided_among_shares():
+    whole = Draw(torch.Generator().manual_seed(0), 6)
+    rows = whole.normal(2), whole.choice(100), whole.uniform()
+    parts = []
+    for index in range(3):
+        part = Draw(torch.Generator().manual_seed(0), 6, index, 3)
+        parts.append((part.normal(2), part.choice(100), part.uniform()))
+    for index, (normal, choice, uniform) in enumerate(parts):
+        assert torch.equal(normal, rows[0][index::3])
+        assert choice == rows[1][index::3]
+        assert torch.equal(uniform, rows[2][index::3])
+
+
+def test_softened_by_hand():
+    pictures = torch.zeros(1, 1, 8, 8)
+    pictures[0, 0, 4, 4] = 9.0
+    still, none = torch.zeros(1, 2), torch.zeros(1)
+    torch.testing.assert_close(softened(pictures, still, none, torch.zeros(())), pictures, atol=1e-5, rtol=0)
+    blurred = softened(pictures, still, none + 1, torch.ones(()))
+    torch.testing.assert_close(blurred[0, 0, 3:6, 3:6], torch.full((3, 3), 2.0), atol=1e-5, rtol=0)
+    moved = softened(pictures, torch.tensor([[1 / 8, 0.0]]), none, torch.zeros(()))
+    assert moved[0, 0].argmax().item() == 4 * 8 + 3  # what stood at column 4 is found from column 3
+
+
+def test_clip_features_equal_transformers_own(tmp_path):
+    model = tiny_clip()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    ids = tiny_tokenizer()(["a fox", "ink"], padding="max_length", return_tensors="pt")
+    logits = model(pixel_values=pixels, **ids).logits_per_image
+    clip = Clip(model, tiny_tokenizer())
+    torch.testing.assert_close(clip.scale * clip.image(pixels) @ clip.text(["a fox", "ink"]).T, logits)
+    model.save_pretrained(tmp_path)
+    CLIPImageProcessor(image_mean=[0.1] * 3, image_std=[0.2] * 3).save_pretrained(tmp_path)
+    read = read_clip(tmp_path, tokenizer=tiny_tokenizer())
+    expected = model(pixel_values=(pixels / 2 + 0.4) / 0.2, **ids).logits_per_image
+    torch.testing.assert_close(read.scale * read.image(pixels) @ read.text(["a fox", "ink"]).T, expected)
+    assert not any(p.requires_grad for p in read.model.parameters())
+
+
+def test_caption_loss_by_hand():
+    captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss = caption_loss(torch.tensor([0.6, 0.8]), captions, torch.tensor(10.0))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(2)))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(pipe, loras, tmp_path):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     bad = Samples(torch.full((2, 4, 16, 16), torch.nan), ["a fox"] * 2)
-    config = GateTraining(single=0, composed=0, denoise=1, **SHORT)
+    config = GateTraining({"denoise": 1.0}, **SHORT)
     with pytest.raises(ValueError, match="not finite at step 0"):
         train_gates(pipe, mixture, Lesson(samples=bad), config=config, folder=tmp_path)
     assert all(torch.isfinite(v).all() for v in gates_of(mixture).values())
@@ -278,7 +378,7 @@ def test_training_on_cuda(loras):
     pipe = tiny_pipeline().to("cuda")
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
     for autocast in (None, "bf16"):
-        log = train_gates(pipe, mixture, LESSON, config=GateTraining(**SHORT, autocast=autocast))
+        log = train_gates(pipe, mixture, LESSON, config=GateTraining(BOTH, **SHORT, autocast=autocast))
         assert all(torch.isfinite(torch.tensor(row["loss"])) for row in log)
     assert all(p.device.type == "cuda" for p in mixture.parameters())
     assert lora_layers(pipe)

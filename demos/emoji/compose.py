@@ -7,7 +7,7 @@ from make_loras import concept_samples
 
 from mole_diffusers import emoji
 from mole_diffusers.training.data import Samples
-from mole_diffusers.training.loop import Lesson
+from mole_diffusers.training.study import Lesson
 
 OTHERS = ("bear", "lemon", "penguin", "carrot", "turtle", "pizza", "rose", "lion")  # base subjects in prompts
 
@@ -31,7 +31,15 @@ def lesson(concepts: Sequence[str]) -> Lesson:
             alone = i % 2 == 0 or len(scene.subjects) == 1
             beside = (concept, OTHERS[i]) if slot == 0 else (OTHERS[i], concept)
             singles[concept].append(emoji.Scene((concept,) if alone else beside, style).caption)
-    return Lesson(singles, [scene.caption])
+    styles = [c for c in concepts if c in emoji.STYLES]
+    return Lesson(singles, [scene.caption], _others(concepts), styles)
+
+
+def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
+    """Words that may stand in the place of each concept: others of its kind, those of the composition too."""
+    kinds = {c: emoji.BASE_STYLES if c in emoji.STYLES else OTHERS[:4] for c in concepts}
+    rivals = {c: [o for o in concepts if o != c and o not in emoji.STYLES and c not in emoji.STYLES] for c in concepts}
+    return {c: [*rivals[c], *kinds[c]] for c in concepts}
 
 
 def joint_samples(world, concepts: Sequence[str]) -> Samples:

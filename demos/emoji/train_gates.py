@@ -15,23 +15,29 @@ from loop import WORK, device, note, small_attention
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
 from mole_diffusers.training.concept import ConceptConfig, save_lora, train_lora
 from mole_diffusers.training.data import encode
-from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
+from mole_diffusers.training.loop import GateTraining, train_gates
+from mole_diffusers.training.study import Lesson
 
 GATES = GateConfig("mole", granularity="block", total="N")
-TRAINING = GateTraining(steps=80, batch=12, lr=2e-2, seeds=6, sampler_steps=16, autocast="bf16")
+TRAINING = GateTraining(
+    terms={"single": {"seeds": 6, "steps": 16}, "composed": {"seeds": 6, "steps": 16}},
+    steps=80,
+    batch=6,
+    lr=2e-2,
+    autocast="bf16",
+)
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
 )
 ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
-ORACLE_TRAINING = GateTraining(single=0, composed=0, denoise=1, steps=50, batch=12, lr=5e-2, autocast="bf16")
+ORACLE_TRAINING = GateTraining(terms={"denoise": 1.0}, steps=50, batch=12, lr=5e-2, autocast="bf16")
 
 
 def make_gates(world, concepts):
     folder = world.folder / "gates" / name_of(concepts)
     if not (folder / "config.json").exists():
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, GATES)
-        styles = tuple(c for c in concepts if c in emoji.STYLES)
-        train_gates(world.pipe, mixture, lesson(concepts), config=GateTraining(**{**vars(TRAINING), "styles": styles}))
+        train_gates(world.pipe, mixture, lesson(concepts), config=TRAINING)
         mixture.save_pretrained(folder)
 
 

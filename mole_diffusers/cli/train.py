@@ -37,8 +37,9 @@ def train_gates(args: argparse.Namespace) -> int:
     """Train gates and write them to --out."""
     from mole_diffusers.mixture import attach
     from mole_diffusers.training.data import encode, read_folder
-    from mole_diffusers.training.loop import GateTraining, Lesson
+    from mole_diffusers.training.loop import GateTraining
     from mole_diffusers.training.loop import train_gates as run
+    from mole_diffusers.training.study import Lesson
 
     singles: dict[str, list[str]] = {}
     for text in args.single:
@@ -52,12 +53,12 @@ def train_gates(args: argparse.Namespace) -> int:
     mixture = attach(pipe, experts, gates)
     pictures = [pair for folder in args.data for pair in zip(*read_folder(folder), strict=True)]
     samples = encode(pipe, *zip(*pictures, strict=True)) if pictures else None
-    given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "balance", "denoise", "autocast")}
+    given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "autocast")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    config = GateTraining(
-        single=float(bool(singles)), composed=float(bool(args.prompt)), styles=tuple(args.style), **options
-    )
-    log = run(pipe, mixture, Lesson(singles, args.prompt, samples), config=config, folder=args.out)
+    terms = {"single": bool(singles), "composed": bool(args.prompt), "denoise": args.denoise, "balance": args.balance}
+    config = GateTraining(terms={name: float(weight) for name, weight in terms.items() if weight}, **options)
+    lesson = Lesson(singles, args.prompt, styles=args.style, samples=samples)
+    log = run(pipe, mixture, lesson, config=config, folder=args.out)
     mixture.save_pretrained(args.out)
     print(
         json.dumps({"out": str(args.out), **log[-1]})

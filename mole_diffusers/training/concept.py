@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mole_diffusers import carrier
-from mole_diffusers.training.data import Samples
+from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import denoising_loss
 
 CONCEPT = "concept"
@@ -95,7 +95,7 @@ def _fit(pipe: Any, samples: Samples, config: ConceptConfig, *, groups: list[dic
     bar = tqdm(range(config.steps), desc=name or "concept", mininterval=5)
     for _ in bar:
         with torch.autocast(device, config.autocast, enabled=config.autocast is not None):
-            loss = denoising_loss(pipe, samples, generator, batch=config.batch)
+            loss = denoising_loss(pipe, samples, Draw(generator, config.batch))
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
         optimizer.step()

@@ -15,6 +15,35 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
+class Draw:
+    """The random choices of one update: made for all `batch` rows alike everywhere; share `index` of `count` is ours.
+
+    So processes and accumulated parts divide a batch among them, and together do what one would do alone.
+    """
+
+    generator: torch.Generator
+    batch: int
+    index: int = 0
+    count: int = 1
+
+    def own(self, drawn: torch.Tensor) -> torch.Tensor:
+        """[batch, ...] -> our rows of it."""
+        return drawn[self.index :: self.count]
+
+    def choice(self, among: int) -> list[int]:
+        """One of 0 .. among - 1 for each of our rows."""
+        return self.own(torch.randint(0, among, (self.batch,), generator=self.generator)).tolist()
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """[own rows, *shape] in 0..1."""
+        return self.own(torch.rand(self.batch, *shape, generator=self.generator))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """[own rows, *shape], standard normal."""
+        return self.own(torch.randn(self.batch, *shape, generator=self.generator))
+
+
+@dataclass(frozen=True)
 class Samples:
     """Training pictures of one concept, encoded once."""
 

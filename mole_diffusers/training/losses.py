@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -42,3 +43,21 @@ def territory(maps: torch.Tensor) -> torch.Tensor:
     """
     mean, std = maps.mean((2, 3), keepdim=True), maps.std((2, 3), keepdim=True)
     return torch.softmax(3 * (maps - mean) / (std + 1e-6), 0)[:, :, None]
+
+
+def caption_loss(picture: torch.Tensor, captions: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the first caption among all of them, given a picture: features [D] and [P, D] of length 1."""
+    return -torch.log_softmax(scale * (captions @ picture), 0)[0]
+
+
+def softened(pictures: torch.Tensor, shift: torch.Tensor, blur: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, H, W] moved by `shift` [B, 2] (in sides), mixed by `blur` [B] with a 3 x 3 mean, plus `noise`.
+
+    A reward that reads these cannot be pleased by a pattern of single pixels.
+    """
+    placed = torch.eye(2, 3, device=pictures.device).repeat(len(pictures), 1, 1)  # [B, 2, 3]
+    placed[:, :, 2] = 2 * shift  # an affine grid's sides are 2 long
+    grid = F.affine_grid(placed, list(pictures.shape), align_corners=False)
+    moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    mean = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return moved.lerp(mean, blur.reshape(-1, 1, 1, 1)) + noise

@@ -17,16 +17,16 @@ from diffusers.models.attention_processor import Attention
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import token_ids
-from mole_diffusers.training.denoising import predict, training_scheduler
+from mole_diffusers.training.denoising import latent_shape, predict, training_scheduler
 from mole_diffusers.training.losses import composed_target, territory
+from mole_diffusers.training.study import triggers
 
 
 @dataclass
 class Memory:
     """Rows to learn from: the student at `x`, `timesteps`, `prompts` should predict `targets`.
 
-    `norms` [S] holds the expected squared change from base to teacher, by source and timestep; `sources` names each
-    row's objective, "single" or "composed".
+    `norms` [S] holds the expected squared change from base to teacher, by source and timestep.
     """
 
     x: torch.Tensor  # [S, C, H, W]
@@ -34,16 +34,13 @@ class Memory:
     targets: torch.Tensor  # [S, C, H, W]
     norms: torch.Tensor  # [S]
     prompts: list[str]
-    sources: list[str]
 
     @staticmethod
     def join(parts: Sequence[Memory]) -> Memory:
         """All rows, in order."""
         names = ("x", "timesteps", "targets", "norms")
         tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
-        return Memory(
-            **tensors, prompts=[t for p in parts for t in p.prompts], sources=[s for p in parts for s in p.sources]
-        )
+        return Memory(**tensors, prompts=[t for p in parts for t in p.prompts])
 
 
 Teach = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
@@ -95,18 +92,18 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
 
     Raises ValueError for a prompt with words but without any trigger.
     """
-    triggers = [*mixture.experts[name].triggers, name]
+    words = triggers(mixture, name)
     ids = token_ids(pipe, prompts)
     found = torch.zeros_like(ids, dtype=torch.float32)
     for row, (prompt, tokens) in enumerate(zip(prompts, ids.tolist(), strict=True)):
-        for wanted in (pipe.tokenizer(t, add_special_tokens=False).input_ids for t in triggers):
+        for wanted in (pipe.tokenizer(t, add_special_tokens=False).input_ids for t in words):
             for start in range(len(tokens) - len(wanted) + 1):
                 if tokens[start : start + len(wanted)] == wanted:
                     found[row, start : start + len(wanted)] = 1
         if not prompt:
             found[row] = 1
         elif not found[row].any():
-            raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {triggers}")
+            raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {words}")
     return found
 
 
@@ -150,7 +147,7 @@ def _attention_map(
 
 @torch.no_grad()
 def remember(
-    pipe: Any, teach: Teach, prompts: Sequence[str], *, source: str, seeds: int, steps: int, guidance: float, seed: int
+    pipe: Any, teach: Teach, prompts: Sequence[str], *, seeds: int, steps: int, guidance: float, seed: int
 ) -> Memory:
     """Sample `seeds` trajectories under the teacher, cycling through `prompts` (each gets one), and keep every row.
 
@@ -160,9 +157,7 @@ def remember(
     seeds = max(seeds, len(prompts))
     scheduler.set_timesteps(steps, device=device)
     generator = torch.Generator().manual_seed(seed)
-    config = pipe.unet.config
-    side = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
-    x = torch.randn(seeds, config.in_channels, *side, generator=generator).to(device) * scheduler.init_noise_sigma
+    x = torch.randn(seeds, *latent_shape(pipe), generator=generator).to(device) * scheduler.init_noise_sigma
     texts = [prompts[i % len(prompts)] for i in range(seeds)]
     both = ["" for _ in texts] + texts
     rows = []
@@ -172,7 +167,7 @@ def remember(
         prediction, base = teach(scaled, timesteps, both)
         norm = (prediction - base).square().flatten(1).mean(1)  # [2B], unconditional rows first
         norm = norm.unflatten(0, (2, seeds)).mean(1).repeat_interleave(seeds)
-        rows.append(Memory(scaled.cpu(), timesteps.cpu(), prediction.cpu(), norm.cpu(), both, [source] * len(both)))
+        rows.append(Memory(scaled.cpu(), timesteps.cpu(), prediction.cpu(), norm.cpu(), both))
         empty, full = prediction.chunk(2)
         x = scheduler.step(empty + guidance * (full - empty), t, x, generator=generator).prev_sample
     return Memory.join(rows)

@@ -1,0 +1,86 @@
+"""What gates are trained on: the lesson, what each term is built from, and the negatives of a caption."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.data import Draw, Samples
+
+Term = Callable[[Draw], torch.Tensor]  # the value of one objective on the rows of a draw
+
+
+@dataclass
+class Lesson:
+    """What there is to learn from: words, and pictures if there are any.
+
+    Attributes:
+        singles: expert -> prompts that name it and no other expert.
+        composed: prompts that name all experts.
+        others: expert -> words that may stand in the place of its trigger ("fox": ["bear", "lemon"]), which makes
+            captions that lack it.
+        styles: experts that act on the whole picture, without a mask.
+        samples: pictures with captions.
+    """
+
+    singles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    composed: Sequence[str] = ()
+    others: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    styles: Sequence[str] = ()
+    samples: Samples | None = None
+
+    def words(self) -> dict[str, Any]:
+        """Everything but the pictures, as plain data."""
+        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others")}
+        return mappings | {"composed": list(self.composed), "styles": list(self.styles)}
+
+
+@dataclass
+class Study:
+    """What a term is built from."""
+
+    pipe: Any
+    mixture: Mixture
+    lesson: Lesson
+    clip: Clip | None = None
+    seed: int = 0
+
+
+def triggers(mixture: Mixture, expert: str) -> list[str]:
+    """The words that call an expert: its file's trigger words and its name."""
+    return [*dict.fromkeys((*mixture.experts[expert].triggers, expert))]
+
+
+def swap(prompt: str, word: str, other: str) -> str:
+    """`prompt` with `other` in the place of `word`, and the article before it to match; unchanged where it is not there."""
+
+    def put(found: re.Match) -> str:
+        article = found[1] and ("an " if other[0].lower() in "aeiou" else "a ")
+        return f"{article or ''}{other}"
+
+    return re.sub(rf"\b(an? )?{re.escape(word)}(?!\w)", put, prompt)
+
+
+def negatives(study: Study, prompt: str) -> list[str]:
+    """Captions that each lack a concept of `prompt`: one trigger swapped for another word, and the single prompts.
+
+    Raises ValueError where there are none.
+    """
+    lesson = study.lesson
+    swapped = [
+        swap(prompt, word, other)
+        for expert, others in lesson.others.items()
+        for word in triggers(study.mixture, expert)
+        for other in others
+    ]
+    found = [*dict.fromkeys([*swapped, *(p for prompts in lesson.singles.values() for p in prompts)])]
+    found = [caption for caption in found if caption != prompt]
+    if not found:
+        raise ValueError(f"{prompt!r} has no caption to be told from: give single prompts, or other words for its concepts")
+    return found
