@@ -68,9 +68,9 @@ class GateConfig:
 class Gate(Protocol):
     """`gate(hidden, mask, time)` -> weights [N] or [B, N], fp32, zero outside `mask`.
 
-    hidden [B, T, C] is what the gate's place hands it, mask [N] bool the experts present and active, time [B] in 0..1
-    the noise level (1 is pure noise). `total` is what the weights sum to; `fusible` is true when they depend on nothing
-    that changes while sampling.
+    hidden [B, T, C] is what the gate's place hands it, mask [N] bool the experts present and active ([B, N] where each
+    row of the batch has a set of its own), time [B] in 0..1 the noise level (1 is pure noise). `total` is what the weights
+    sum to; `fusible` is true when they depend on nothing that changes while sampling.
     """
 
     total: str
@@ -89,7 +89,7 @@ class ConstantGate(nn.Module):
         self.total = total
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        return mixing.gate_weights(torch.zeros(len(mask), device=hidden.device), mask, self.total)  # [N]
+        return mixing.gate_weights(torch.zeros(mask.shape, device=hidden.device), mask, self.total)  # as mask
 
 
 class StaticGate(nn.Module):

@@ -16,7 +16,7 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.
 
     Args:
         logits: [..., N], already divided by the temperature.
-        mask: [N] bool, the experts that are present and active.
+        mask: [N] or, where rows of the batch have experts of their own, [B, N] bool: those present and active.
         total: "1" softmax; "N" softmax times the number of experts in `mask`, so that equal logits give the plain
             sum; "sigmoid" 2 * sigmoid, independent, in 0..2; "linear" 1 + logits, free in sign and size.
 
@@ -25,13 +25,30 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.
     """
     if total not in TOTALS:
         raise ValueError(f"unknown total {total!r}; known: {list(TOTALS)}")
+    mask = over_tokens(mask, logits)
     if total == "sigmoid":
         return 2 * torch.sigmoid(logits) * mask
     if total == "linear":
         return (1 + logits) * mask
     # The lowest finite number, not -inf: an empty mask gives zeros instead of NaN, without a branch on device data.
     weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), -1) * mask
-    return weights * mask.sum() if total == "N" else weights
+    return weights * mask.sum(-1, keepdim=True) if total == "N" else weights
+
+
+def over_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What holds for a whole row of the batch, beside what holds per token: [N] or [B, N] broadcasts over `like`."""
+    return rows[:, None] if rows.dim() == 2 and like.dim() == 3 else rows
+
+
+def batch_rows(table: torch.Tensor, batch: int, images: int) -> torch.Tensor:
+    """LoraRetriever's mapping matrix (Zhao et al., 2024) over a batch as diffusers lays it out: [b, N] -> [batch, N].
+
+    The pictures of a prompt lie side by side, and guidance repeats the whole, so unconditional rows get their prompt's set.
+    """
+    rows = table.repeat_interleave(images, 0)  # [b * images, N]
+    if batch % len(rows):
+        raise ValueError(f"sets for {len(table)} prompts x {images} pictures do not divide a batch of {batch} rows")
+    return rows.repeat(batch // len(rows), 1)
 
 
 def pooled(hidden: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from mole_diffusers import checkpoint
@@ -157,6 +158,28 @@ class Mixture:
             yield
         finally:
             self._state.fixed = before
+
+    @contextmanager
+    def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> Iterator[None]:
+        """A set of experts for each prompt of a batch, by one mapping matrix (LoraRetriever, Zhao et al., 2024).
+
+        Args:
+            sets: for each prompt in order, name -> factor beside gate and strength; experts not named are absent there,
+                and an empty set is the base. Rows of guidance go with their prompt.
+            images: the call's `num_images_per_prompt`.
+
+        While the block runs, a batch that is no multiple of prompts x images raises ValueError.
+        """
+        table = torch.zeros(len(sets), len(self.experts))  # [b, N]
+        for row, chosen in enumerate(sets):
+            for name, factor in chosen.items():
+                table[row, self._index(name)] = factor
+        before = self._state.rows, self._state.images
+        self._state.rows, self._state.images = table, images
+        try:
+            yield
+        finally:
+            self._state.rows, self._state.images = before
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from mole_diffusers import mixing
+
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
 
@@ -39,6 +41,8 @@ class State:
     strength: list[float]
     time: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], 1 is pure noise
     fixed: list[float] | None = None  # weights that stand in for every gate's, by hand or for a teacher
+    rows: torch.Tensor | None = None  # [b, N], a factor per prompt and expert: sets that differ within a batch
+    images: int = 1  # pictures per prompt in the denoiser's batch, where `rows` is set
     step: int = -1  # counts denoiser calls; -1 before the first
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
 
@@ -75,11 +79,11 @@ class Slot:
         self.batch = hidden.shape[0]
 
     def _decide(self, hidden: torch.Tensor) -> Iterator[Decision]:
-        fixed, device = self.state.fixed, hidden.device
+        fixed, device, rows = self.state.fixed, hidden.device, self._rows(hidden)
         if fixed is not None:
             for present in self.presents:
                 weights = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
-                yield Decision(self.name, present, weights, weights)
+                yield Decision(self.name, present, weights, _per_row(weights, rows))
             return
         time = self.state.time.to(device) if self.timed else torch.zeros(len(hidden), device=device)
         # PAG hands single layers a part of the batch; its rows are at one noise level.
@@ -88,8 +92,15 @@ class Slot:
         with torch.autocast(device.type, enabled=False):
             features = hidden.float() if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
-                gates = self.gate(features, self.state.mask(present, device), time)
-                yield Decision(self.name, present, gates, gates * strength)
+                mask = self.state.mask(present, device)
+                gates = self.gate(features, mask if rows is None else mask & (rows != 0), time)
+                yield Decision(self.name, present, gates, _per_row(gates * strength, rows))
+
+    def _rows(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[B, N]: each row's own factor per expert. A text encoder sees a prompt once, however many pictures it gets."""
+        if self.state.rows is None:
+            return None
+        return mixing.batch_rows(self.state.rows.to(hidden.device), len(hidden), self.state.images if self.timed else 1)
 
     def read(self, present: Present, x: torch.Tensor) -> torch.Tensor:
         """The weights for a layer with input `x`; evaluated from `x` itself where nobody did so for this batch.
@@ -99,6 +110,10 @@ class Slot:
         if not self.shared or self.batch != x.shape[0]:
             self.refresh(as_tokens(x))
         return self.weights[present]
+
+
+def _per_row(weights: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return weights if rows is None else weights * mixing.over_tokens(rows, weights)
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:
