@@ -88,6 +88,25 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor, like: torch.Tensor,
     return factor.reshape(shape)
 
 
+def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The nearest pair of lower rank to up @ down (Eckart-Young), without ever forming the product.
+
+    Args:
+        down: [R, Cin] or [R, Cin, k, k].
+        up: [Cout, R] or [Cout, R, 1, 1].
+
+    Returns:
+        down [r, ...] and up [Cout, r, ...] with r at most `rank`, and all singular values of the product.
+    """
+    left, a = torch.linalg.qr(up.flatten(1))  # [Cout, R], [R, R]
+    right, b = torch.linalg.qr(down.flatten(1).T)  # [Cin k k, R], [R, R]
+    u, values, v = torch.linalg.svd(a @ b.T)
+    u, root, v = u[:, :rank], values[:rank].sqrt(), v[:rank]
+    small_down = (right @ (root[:, None] * v).T).T  # [r, Cin k k]
+    small_up = left @ (u * root)  # [Cout, r]
+    return small_down.reshape(-1, *down.shape[1:]), small_up.reshape(up.shape[0], -1, *up.shape[2:]), values
+
+
 def entropy(weights: torch.Tensor) -> torch.Tensor:
     """Entropy of each gate in nats, 0 .. ln N: [..., N] -> [...]. Weights are brought to sum 1 first."""
     share = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)

@@ -15,8 +15,10 @@ from torch import nn
 
 from mole_diffusers import checkpoint
 from mole_diffusers.experts import match, stack_all
+from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
+from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.parts import DENOISERS, GatedPart, timestep
 from mole_diffusers.processor import Decision, State
 from mole_diffusers.trace import Trace
@@ -58,7 +60,6 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
 
 def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates) -> Mixture:
     """Read and check everything; nothing of the pipeline is changed."""
-    hosts = _hosts(pipe)
     read, strengths = {}, {}
     for name, given in experts.items():
         source, strengths[name] = given if isinstance(given, tuple) else (given, 1.0)
@@ -67,10 +68,10 @@ def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], g
         raise ValueError("attach needs at least one expert")
     if isinstance(gates, GateConfig) or str(gates) in FAMILIES:
         config = gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates))
-        mixture = Mixture(hosts, read, config)
+        mixture = Mixture(pipe, read, config)
     else:
         saved = checkpoint.load(gates)
-        mixture = Mixture(hosts, {name: read[name] for name in saved.order(read)}, saved.config)
+        mixture = Mixture(pipe, {name: read[name] for name in saved.order(read)}, saved.config)
         saved.fill(mixture.banks)
     for name, strength in strengths.items():
         mixture.strength(name, strength)
@@ -112,7 +113,8 @@ class Mixture:
         banks: part -> GateBank.
     """
 
-    def __init__(self, hosts: Mapping[str, nn.Module], experts: Mapping[str, Expert], config: GateConfig):
+    def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
+        self._pipe, hosts = pipe, _hosts(pipe)
         matches = [match(expert, hosts) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: m.unmatched for name, m in zip(experts, matches, strict=True)}
@@ -210,6 +212,63 @@ class Mixture:
             yield
         finally:
             self._install()
+
+    @contextmanager
+    def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
+        """The gates' average weights folded into the host's own weights: no cost per step. Undone bit for bit.
+
+        The pipeline carries nothing of the mixture while the block runs. In half precision the folded weights are rounded
+        as the host's own are.
+
+        Args:
+            prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
+                ("sum", "mean", "static") need none.
+            call: how to draw it, as the pipeline is called; 10 steps from seed 0 unless said.
+
+        Raises:
+            ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host.
+        """
+        layers = self._one_lora(prompt, call)
+        with self.lifted(), folded(self._parts, layers):
+            yield
+
+    def export_lora(
+        self,
+        path: str | Path,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        rank: int | None = None,
+        format: str = "diffusers",
+        dtype: torch.dtype = torch.float16,
+        **call: Any,
+    ) -> float:
+        """Write the mixture at its gates' average weights as one ordinary LoRA, for any tool.
+
+        Args:
+            prompt, call: as for `collapsed`.
+            rank: cut every layer to this rank by singular values; by default ranks add up and nothing is lost.
+            format: "diffusers" or "kohya" keys.
+            dtype: of the tensors in the file.
+
+        Returns:
+            The relative error |dW - dW'| / |dW| of the cut over all layers, 0 without one; it is in the file's header.
+        """
+        layers, error = self._one_lora(prompt, call), 0.0
+        if rank is not None:
+            layers, error = truncated(layers, rank)
+        about = {"mole.experts": ", ".join(self.experts), "mole.relative_error": f"{error:.3g}"}
+        write_lora(layers, path, format=format, dtype=dtype, metadata=about)
+        return error
+
+    def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
+        averages = Averages()
+        with self.listen(averages):
+            if prompt is None:
+                for part in self._parts:
+                    part.ask_still_gates()
+            else:
+                sample(self._pipe, prompt, **call)
+        return one_lora(self._parts, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes; returns the commit's address. `options` go to `HfApi.upload_folder`."""

@@ -16,7 +16,7 @@ from mole_diffusers import carrier, mixing
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates import GateBank, GateConfig, build_gate
 from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed
-from mole_diffusers.processor import MoLEAttnProcessor, Slot, State
+from mole_diffusers.processor import MoLEAttnProcessor, Present, Slot, State
 
 BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
 DENOISERS = ("unet",)
@@ -46,6 +46,25 @@ class GatedPart:
         for name, spot in self.places.items():
             self._hook(spot, slots[name], undo)
 
+    def ask_still_gates(self) -> None:
+        """Have gates that read nothing speak to the listeners, outside of any sampling.
+
+        Raises ValueError where a gate depends on what passes it.
+        """
+        for name, spot in self.places.items():
+            if self.state.fixed is None and not self.bank[name].fusible:
+                raise ValueError(
+                    f"the gate of {self._full_name(name)} depends on the picture; give a prompt to average over"
+                )
+            self._slot(spot).refresh(torch.zeros(1, 1, spot.width))
+
+    def place_of(self, layer: str) -> tuple[str, Present]:
+        """The place whose weights a layer takes, and the experts that it has."""
+        return self._full_name(self.owners[layer]), self.stacks[layer].present
+
+    def _full_name(self, place: str) -> str:
+        return f"{self.name}.{place}" if place else self.name
+
     @property
     def _reads_experts(self) -> bool:
         return self.config.family == "mole" and self.config.inputs == "experts"
@@ -64,9 +83,10 @@ class GatedPart:
         return build_gate(self.config, experts, width)
 
     def _slot(self, spot: Place) -> Slot:
-        name = f"{self.name}.{spot.name}" if spot.name else self.name
         shared = spot.name == NETWORK or spot.entry is not None
-        slot = Slot(name, self.bank[spot.name], self.state, shared=shared, timed=self.name in DENOISERS)
+        slot = Slot(
+            self._full_name(spot.name), self.bank[spot.name], self.state, shared=shared, timed=self.name in DENOISERS
+        )
         found = {self.stacks[layer].present for layer, owner_ in self.owners.items() if owner_ == spot.name}
         slot.presents = sorted(found, key=lambda present: (sum(present), present), reverse=True)
         slot.probe = self._probe(spot)

@@ -5,10 +5,31 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
 ORDER = [
-    "safe_files", "lora_files", "experts", "mixing", "gates", "processor", "places", "carrier", "trace", "checkpoint",
-    "parts", "mixture", "pipelines", "testing", "emoji", "judge", "world", "training", "compare", "figures", "evaluation",
+    "safe_files",
+    "lora_files",
+    "lora_writing",
+    "experts",
+    "mixing",
+    "gates",
+    "processor",
+    "places",
+    "carrier",
+    "trace",
+    "checkpoint",
+    "parts",
+    "folding",
+    "mixture",
+    "pipelines",
+    "testing",
+    "emoji",
+    "judge",
+    "world",
+    "training",
+    "compare",
+    "figures",
+    "evaluation",
     "cli",
-]  # fmt: skip
+]
 FOLDERS = {
     "training": [
         "data",
