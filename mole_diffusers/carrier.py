@@ -26,8 +26,8 @@ ADAPTER = "mole_experts"
 class GatedLora:
     """The arithmetic of one layer: result + up (g[segment] * (down x)) for all experts in one pass."""
 
-    def __init__(self, slot: Slot, present: Present):
-        self.slot, self.present = slot, present
+    def __init__(self, slot: Slot, present: Present, layer: str):
+        self.slot, self.present, self.layer = slot, present, layer
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
@@ -36,7 +36,7 @@ class GatedLora:
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         z = down(x)  # [B, R], [B, T, R] or [B, R, H, W]
         channels = 1 if z.dim() == 4 else z.dim() - 1
-        z = z * mixing.over_ranks(self.slot.read(self.present, x), down.segment, z, channels)
+        z = z * mixing.over_ranks(self.slot.read(self.present, x, self.layer), down.segment, z, channels)
         return result + up(z) * module.scaling[active_adapter]
 
     def supports_lora_conversion(self) -> bool:
@@ -56,7 +56,7 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
     inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
-        _fill(model.get_submodule(name), stack, slots[name])
+        _fill(model.get_submodule(name), stack, GatedLora(slots[name], stack.present, f"{slots[name].part}.{name}"))
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
@@ -88,7 +88,7 @@ def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Paramete
     return gradients, active
 
 
-def _fill(layer: Any, stack: Stack, slot: Slot) -> None:
+def _fill(layer: Any, stack: Stack, variant: GatedLora) -> None:
     weight = layer.get_base_layer().weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
@@ -96,7 +96,7 @@ def _fill(layer: Any, stack: Stack, slot: Slot) -> None:
     layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
     rank = len(stack.segment)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
-    layer.lora_variant[ADAPTER] = GatedLora(slot, stack.present)
+    layer.lora_variant[ADAPTER] = variant
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
 

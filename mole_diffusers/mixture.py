@@ -20,7 +20,7 @@ from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.parts import DENOISERS, GatedPart, timestep
-from mole_diffusers.processor import Decision, State
+from mole_diffusers.processor import Decision, Plan, State
 from mole_diffusers.trace import Trace
 
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
@@ -182,6 +182,15 @@ class Mixture:
             yield
         finally:
             self._state.rows, self._state.images = before
+
+    @contextmanager
+    def planned(self, plan: Plan) -> Iterator[None]:
+        """Strengths by part, block and moment, or gates by hand, while the block runs; see `processor.Plan`."""
+        before, self._state.plan = self._state.plan, plan
+        try:
+            yield
+        finally:
+            self._state.plan = before
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:

@@ -84,9 +84,9 @@ class GatedPart:
 
     def _slot(self, spot: Place) -> Slot:
         shared = spot.name == NETWORK or spot.entry is not None
-        slot = Slot(
-            self._full_name(spot.name), self.bank[spot.name], self.state, shared=shared, timed=self.name in DENOISERS
-        )
+        whole, timed = spot.name == NETWORK, self.name in DENOISERS
+        name, gate = self._full_name(spot.name), self.bank[spot.name]
+        slot = Slot(name, gate, self.state, shared=shared, timed=timed, whole=whole)
         found = {self.stacks[layer].present for layer, owner_ in self.owners.items() if owner_ == spot.name}
         slot.presents = sorted(found, key=lambda present: (sum(present), present), reverse=True)
         slot.probe = self._probe(spot)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -33,6 +34,25 @@ class Decision:
     weights: torch.Tensor
 
 
+class Plan(Protocol):
+    """The user's strengths by part, block and moment, on top of `Mixture.strength`; asked again at every step.
+
+    Each gives one factor per expert, [N]; 0 means absent there, and the gate shares among the others.
+    """
+
+    def part(self, part: str) -> Sequence[float]:
+        """For a whole part, "unet" or "text_encoder", at this moment."""
+        ...
+
+    def block(self, module: str) -> Sequence[float]:
+        """For the block that `module` lies in (a place or a layer, part first)."""
+        ...
+
+    def gates(self, place: str) -> Sequence[float] | None:
+        """Weights that stand in for the gate at `place`; None leaves it to the gate."""
+        ...
+
+
 @dataclass
 class State:
     """What all gates of a mixture share: who is active, how strong, and where sampling stands."""
@@ -45,10 +65,11 @@ class State:
     images: int = 1  # pictures per prompt in the denoiser's batch, where `rows` is set
     step: int = -1  # counts denoiser calls; -1 before the first
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
+    plan: Plan | None = None
 
-    def mask(self, present: Present, device: torch.device) -> torch.Tensor:
+    def mask(self, present: Present, strengths: Sequence[float], device: torch.device) -> torch.Tensor:
         """[N] bool: experts that are present, active and not at strength 0."""
-        rows = zip(present, self.active, self.strength, strict=True)
+        rows = zip(present, self.active, strengths, strict=True)
         return torch.tensor([p and a and s != 0 for p, a, s in rows], device=device)
 
 
@@ -56,15 +77,21 @@ class Slot:
     """One gate at one place, and the weights it last gave for each set of present experts.
 
     `shared` says that the layers of the place use one decision; `timed` that the place knows the noise level (a text
-    encoder does not).
+    encoder does not); `whole` that it spans blocks, so that each layer multiplies its own block's strength.
     """
 
-    def __init__(self, name: str, gate: Callable, state: State, *, shared: bool, timed: bool):
-        self.name, self.gate, self.state, self.shared, self.timed = name, gate, state, shared, timed
+    def __init__(self, name: str, gate: Callable, state: State, *, shared: bool, timed: bool, whole: bool):
+        self.name, self.gate, self.state = name, gate, state
+        self.shared, self.timed, self.whole = shared, timed, whole
         self.presents: list[Present] = []  # the first one is what a trace records
         self.probe: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.weights: dict[Present, torch.Tensor] = {}
         self.batch = 0
+
+    @property
+    def part(self) -> str:
+        """The host model it is in, "unet" say."""
+        return self.name.partition(".")[0]
 
     def clear(self) -> None:
         """Forget the last weights: the next layer that asks gets fresh ones."""
@@ -78,21 +105,34 @@ class Slot:
                 listener(decision)
         self.batch = hidden.shape[0]
 
+    def _planned(self) -> tuple[Sequence[float] | None, Sequence[float]]:
+        """The weights that stand in for the gate's, if any, and each expert's strength here and now."""
+        state = self.state
+        fixed: Sequence[float] | None = state.fixed
+        strengths = state.strength if fixed is None else [1.0] * len(state.active)
+        if state.plan is not None:
+            fixed = state.plan.gates(self.name) if fixed is None else fixed
+            factors = [state.plan.part(self.part)]
+            if not self.whole:
+                factors.append(state.plan.block(self.name))
+            strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
+        return fixed, strengths
+
     def _decide(self, hidden: torch.Tensor) -> Iterator[Decision]:
-        fixed, device, rows = self.state.fixed, hidden.device, self._rows(hidden)
+        (fixed, strengths), device, rows = self._planned(), hidden.device, self._rows(hidden)
+        strength = torch.tensor(strengths, device=device)
         if fixed is not None:
             for present in self.presents:
-                weights = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
-                yield Decision(self.name, present, weights, _per_row(weights, rows))
+                gates = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
+                yield Decision(self.name, present, gates, _per_row(gates * strength, rows))
             return
         time = self.state.time.to(device) if self.timed else torch.zeros(len(hidden), device=device)
         # PAG hands single layers a part of the batch; its rows are at one noise level.
         time = time if len(time) == len(hidden) else time[:1].expand(len(hidden))
-        strength = torch.tensor(self.state.strength, device=device)
         with torch.autocast(device.type, enabled=False):
             features = hidden.float() if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
-                mask = self.state.mask(present, device)
+                mask = self.state.mask(present, strengths, device)
                 gates = self.gate(features, mask if rows is None else mask & (rows != 0), time)
                 yield Decision(self.name, present, gates, _per_row(gates * strength, rows))
 
@@ -102,14 +142,17 @@ class Slot:
             return None
         return mixing.batch_rows(self.state.rows.to(hidden.device), len(hidden), self.state.images if self.timed else 1)
 
-    def read(self, present: Present, x: torch.Tensor) -> torch.Tensor:
-        """The weights for a layer with input `x`; evaluated from `x` itself where nobody did so for this batch.
+    def read(self, present: Present, x: torch.Tensor, layer: str) -> torch.Tensor:
+        """The weights for `layer` with input `x`; evaluated from `x` itself where nobody did so for this batch.
 
         That happens when another processor took the place of ours (IP-Adapter, PAG), or splits the batch.
         """
         if not self.shared or self.batch != x.shape[0]:
             self.refresh(as_tokens(x))
-        return self.weights[present]
+        weights = self.weights[present]
+        if self.whole and self.state.plan is not None:
+            weights = weights * torch.tensor(self.state.plan.block(layer), device=weights.device)
+        return weights
 
 
 def _per_row(weights: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

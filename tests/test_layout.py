@@ -19,6 +19,8 @@ ORDER = [
     "parts",
     "folding",
     "mixture",
+    "prompt_syntax",
+    "plan",
     "pipelines",
     "testing",
     "emoji",

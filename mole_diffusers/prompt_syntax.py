@@ -1,0 +1,165 @@
+"""Prompt text -> prompt without tags, and what each `<lora:...>` tag asks for: by part, block and step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+TAG = re.compile(r"<(\w+):([^<>]*)>")
+NAMED = ("te", "unet", "lbw", "start", "stop", "step")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A strength over the steps: (point, value) pairs, linear between them, the first and last held outside.
+
+    As sd-webui-loractl reads `value@point`: a point up to 1 is a share of the run, where 1 is the last step; a larger
+    one is a step, counted from 0.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The value at `step` of a run of `steps`."""
+        places = [(p * (steps - 1) if p <= 1 else p, value) for p, value in self.points]
+        for (before, low), (after, high) in zip(places, places[1:], strict=False):
+            if before <= step < after:
+                return low + (high - low) * (step - before) / (after - before)
+        return places[0][1] if step < places[0][0] else places[-1][1]
+
+    def __str__(self) -> str:
+        if len(self.points) == 1 and self.points[0][0] == 0:
+            return f"{self.points[0][1]:g}"
+        return ",".join(f"{value:g}@{point:g}" for point, value in self.points)
+
+
+def constant(value: float) -> Curve:
+    """The same strength at every step."""
+    return Curve(((0.0, value),))
+
+
+@dataclass(frozen=True)
+class LoraTag:
+    """What one tag asks for.
+
+    Attributes:
+        name: the LoRA.
+        te, unet: strength in the text encoders and in the denoiser. Text encoders speak once, before the first step.
+        lbw: block weights as typed, a preset's name or numbers; "" leaves every block at 1. See `plan.block_weights`.
+        start, stop: the denoiser has the LoRA in steps start <= step < stop, counted from 0; None is the end.
+    """
+
+    name: str
+    te: Curve = constant(1.0)
+    unet: Curve = constant(1.0)
+    lbw: str = ""
+    start: int = 0
+    stop: int | None = None
+
+    def strength(self, part: str, step: int, steps: int) -> float:
+        """The strength in a part, "unet" or "text_encoder" say, at `step` of `steps`; 0 outside start..stop."""
+        if part.startswith("text_encoder"):
+            return self.te(0, steps)
+        there = self.start <= step < (steps if self.stop is None else self.stop)
+        return self.unet(step, steps) if there else 0.0
+
+    def __str__(self) -> str:
+        words = [f"<lora:{self.name}", str(self.te)]
+        if self.unet != self.te:
+            words.append(f"unet={self.unet}")
+        if self.lbw:
+            words.append(f"lbw={self.lbw}")
+        if self.start:
+            words.append(f"start={self.start}")
+        if self.stop is not None:
+            words.append(f"stop={self.stop}")
+        return ":".join(words) + ">"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A prompt taken apart: the text that is encoded, and the tags in their order."""
+
+    text: str
+    tags: tuple[LoraTag, ...]
+
+    def __str__(self) -> str:
+        return " ".join([self.text, *map(str, self.tags)]).strip()
+
+
+def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
+    """Take the tags out of a prompt.
+
+    `<lora:NAME[:TE[:UNET]]>` as in A1111, with the named arguments te=, unet=, lbw=, start=, stop=, step=A-B. A strength
+    is a number or a list "0@0,1@0.4" (also with ; and ~). UNET is TE and TE is 1 where they are left out.
+
+    Args:
+        known: names of LoRAs; one that holds ":" is found only among them.
+
+    Raises:
+        ValueError: another kind of tag, an unknown argument, a value that is no number, one name twice.
+    """
+    tags: dict[str, LoraTag] = {}
+    for kind, body in TAG.findall(prompt):
+        if kind != "lora":
+            raise ValueError(f"<{kind}:{body}> is not read; the only tag is <lora:NAME:STRENGTH>")
+        tag = _tag(body, known)
+        if tag.name in tags:
+            raise ValueError(f"the prompt has two tags for {tag.name!r}; use one")
+        tags[tag.name] = tag
+    return Parsed(re.sub(r"\s+", " ", TAG.sub("", prompt)).strip(), tuple(tags.values()))
+
+
+def _tag(body: str, known: Iterable[str]) -> LoraTag:
+    where = f"<lora:{body}>"
+    name = max((k for k in known if body == k or body.startswith(f"{k}:")), key=len, default=body.partition(":")[0])
+    words = [word.strip() for word in body.removeprefix(name).removeprefix(":").split(":") if word.strip()]
+    bare, named = [w for w in words if "=" not in w], [w.partition("=")[::2] for w in words if "=" in w]
+    if len(bare) > 2:
+        raise ValueError(f"{where}: {bare[2]!r} is one number too many; the rest is named: {', '.join(NAMED)}")
+    given = dict(named)
+    if unknown := [key for key in given if key not in NAMED]:
+        raise ValueError(f"{where}: unknown argument {unknown[0]!r}; known: {', '.join(NAMED)}")
+    if "step" in given and given.keys() & {"start", "stop"}:
+        raise ValueError(f"{where}: step= already says where it starts and stops")
+    te = _curve(given.get("te", bare[0] if bare else "1"), where)
+    unet = _curve(given["unet"], where) if "unet" in given else _curve(bare[1], where) if len(bare) == 2 else te
+    name = name.strip().removesuffix(".safetensors")
+    if not name:
+        raise ValueError(f"{where} names no LoRA")
+    return replace(_span(given, where), name=name, te=te, unet=unet, lbw=given.get("lbw", ""))
+
+
+def _span(given: dict[str, str], where: str) -> LoraTag:
+    """The steps that a tag asks for."""
+    start, stop = given.get("start", "0"), given.get("stop")
+    if "step" in given:
+        start, dash, stop = given["step"].partition("-")
+        if not dash:
+            raise ValueError(f"{where}: step={given['step']} is not FIRST-LAST")
+    if not start.isdecimal() or not (stop is None or stop.isdecimal()):
+        raise ValueError(f"{where}: a step is a whole number from 0, got {start!r} and {stop!r}")
+    return LoraTag("", start=int(start), stop=None if stop is None else int(stop))
+
+
+def _curve(text: str, where: str) -> Curve:
+    points = []
+    for item in re.split("[,;]", text):
+        value, _, point = re.sub("~", "@", item).partition("@")
+        points.append((_number(point, where) if point else 0.0, _number(value, where)))
+    if len(points) > 1 and ("@" not in text and "~" not in text or points != sorted(points, key=lambda pair: pair[0])):
+        raise ValueError(f"{where}: {text!r} is not a list of STRENGTH@POINT in the order of their points")
+    if points[0][0] < 0:
+        raise ValueError(f"{where}: a point is 0 or more, got {points[0][0]:g}")
+    return Curve(tuple(points))
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{where}: {text!r} is not a number") from None
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{where}: {text!r} is not a finite number")
+    return value
