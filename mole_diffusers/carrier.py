@@ -18,6 +18,7 @@ from torch import nn
 
 from mole_diffusers import mixing
 from mole_diffusers.experts import Stack
+from mole_diffusers.gates import Layer
 from mole_diffusers.processor import Present, Slot
 
 ADAPTER = "mole_experts"
@@ -35,8 +36,8 @@ class GatedLora:
         """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         z = down(x)  # [B, R], [B, T, R] or [B, R, H, W]
-        channels = 1 if z.dim() == 4 else z.dim() - 1
-        z = z * mixing.over_ranks(self.slot.read(self.present, x, self.layer), down.segment, z, channels)
+        weights = self.slot.read(self.present, x, Layer(self.layer, z, up.weight, down.segment))
+        z = z * mixing.over_ranks(weights, None if self.slot.gate.ranked else down.segment, z)
         return result + up(z) * module.scaling[active_adapter]
 
     def supports_lora_conversion(self) -> bool:

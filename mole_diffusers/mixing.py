@@ -75,17 +75,27 @@ def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks:
     return torch.cat([F.linear(h, u) for h, u in zip(hidden, up.split(list(ranks), 1), strict=True)], -1)
 
 
-def over_ranks(weights: torch.Tensor, segment: torch.Tensor, like: torch.Tensor, channels: int) -> torch.Tensor:
-    """Expert weights [N] or [B, N] -> a factor that multiplies `like`, whose rank axis is `channels`.
+def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Expert weights [N], [B, N] or [B, T, N] -> a factor that multiplies `like`.
 
-    `segment` [R] names the expert of each rank. `like` is [B, R], [B, T, R] or [B, R, H, W].
+    Args:
+        segment: [R], the expert of each rank; None where the weights are by rank already.
+        like: [B, R], [B, T, R] or [B, R, H, W], whose tokens are H x W in rows.
     """
-    factor = weights.index_select(-1, segment).to(like.dtype)  # [R] or [B, R]
-    shape = [1] * like.dim()
-    shape[channels] = segment.numel()
-    if factor.dim() == 2:
-        shape[0] = factor.shape[0]
-    return factor.reshape(shape)
+    factor = (weights if segment is None else weights.index_select(-1, segment)).to(like.dtype)  # [R], [B, R] or [B, T, R]
+    if factor.dim() == 3:
+        if like.dim() == 4:
+            return factor.transpose(1, 2).reshape(*factor.shape[::2], *like.shape[2:])  # [B, R, H, W]
+        return factor if like.dim() == 3 else factor[:, 0]
+    if like.dim() == 4:
+        return factor[..., None, None]  # [R, 1, 1] or [B, R, 1, 1]
+    return factor[:, None] if factor.dim() == 2 and like.dim() == 3 else factor
+
+
+def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
+    """Mean over each expert's ranks: [..., R] -> [..., N], 0 where an expert has none. `segment` [R] as in `over_ranks`."""
+    sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, segment, values)
+    return sums / torch.bincount(segment, minlength=experts).clamp_min(1)
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

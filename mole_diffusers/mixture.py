@@ -17,6 +17,7 @@ from mole_diffusers import checkpoint
 from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
 from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates.controls import Control
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.parts import DENOISERS, GatedPart, timestep
@@ -191,6 +192,15 @@ class Mixture:
             yield
         finally:
             self._state.plan = before
+
+    @contextmanager
+    def adjusted(self, control: Control) -> Iterator[None]:
+        """Put `control(place, gates, mask) -> gates` behind every gate, before the strengths; see `gates.controls`."""
+        before, self._state.control = self._state.control, control
+        try:
+            yield
+        finally:
+            self._state.control = before
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:

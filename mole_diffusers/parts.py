@@ -32,8 +32,8 @@ class GatedPart:
         self.name, self.model, self.stacks, self.config, self.state = name, model, dict(stacks), config, state
         owners, names = {}, list(blocks(model))
         for layer in stacks:
-            owners[layer] = owner(layer, config.granularity, names)
-        self.places = {spot: place(spot, config.granularity, model) for spot in dict.fromkeys(owners.values())}
+            owners[layer] = owner(layer, config.layout, names)
+        self.places = {spot: place(spot, config.layout, model) for spot in dict.fromkeys(owners.values())}
         self.owners = owners  # layer -> name of its place
         self.bank = GateBank({name: self._gate(spot) for name, spot in self.places.items()})
 

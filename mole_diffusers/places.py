@@ -42,23 +42,23 @@ def blocks(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def owner(layer: str, granularity: str, block_names: Iterable[str]) -> str:
+def owner(layer: str, layout: str, block_names: Iterable[str]) -> str:
     """The name of the place that gates `layer`."""
-    if granularity == "matrix":
+    if layout == "matrix":
         return layer
     block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
-    if granularity == "model" or block == NETWORK:
+    if layout == "model" or block == NETWORK:
         return NETWORK
-    return block if granularity == "block" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
+    return block if layout == "block" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
 
 
-def place(name: str, granularity: str, model: nn.Module) -> Place:
+def place(name: str, layout: str, model: nn.Module) -> Place:
     """Describe the place that `owner` named."""
     if name == NETWORK:
         return Place(name, None, _network_width(model), 1)
-    if granularity == "matrix":
+    if layout == "matrix":
         return Place(name, None, _in_width(model.get_submodule(name)), 0)
-    entry = blocks(model)[name] if granularity == "block" else name
+    entry = blocks(model)[name] if layout == "block" else name
     return Place(name, entry, _in_width(model.get_submodule(entry)), _tokens(name, model))
 
 

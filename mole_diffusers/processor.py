@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from mole_diffusers import mixing
+from mole_diffusers.gates import Context, Gate, Layer
+from mole_diffusers.gates.controls import Control
 
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
@@ -24,14 +27,16 @@ class Decision:
     Attributes:
         place: where the gate sits.
         present: which experts the layers have; the first decision of a place is for the largest set.
-        gates: [N] or [B, N] as the gate gave them.
+        gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
         weights: the same times the user's strengths, which is what the layers are multiplied by.
+        ranks: what they are multiplied by instead where the gate speaks per rank, [R] or [B, T, R].
     """
 
     place: str
     present: Present
     gates: torch.Tensor
     weights: torch.Tensor
+    ranks: torch.Tensor | None = None
 
 
 class Plan(Protocol):
@@ -63,6 +68,7 @@ class State:
     fixed: list[float] | None = None  # weights that stand in for every gate's, by hand or for a teacher
     rows: torch.Tensor | None = None  # [b, N], a factor per prompt and expert: sets that differ within a batch
     images: int = 1  # pictures per prompt in the denoiser's batch, where `rows` is set
+    control: Control | None = None  # changes what every gate gives
     step: int = -1  # counts denoiser calls; -1 before the first
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
     plan: Plan | None = None
@@ -80,7 +86,7 @@ class Slot:
     encoder does not); `whole` that it spans blocks, so that each layer multiplies its own block's strength.
     """
 
-    def __init__(self, name: str, gate: Callable, state: State, *, shared: bool, timed: bool, whole: bool):
+    def __init__(self, name: str, gate: Gate, state: State, *, shared: bool, timed: bool, whole: bool):
         self.name, self.gate, self.state = name, gate, state
         self.shared, self.timed, self.whole = shared, timed, whole
         self.presents: list[Present] = []  # the first one is what a trace records
@@ -97,10 +103,10 @@ class Slot:
         """Forget the last weights: the next layer that asks gets fresh ones."""
         self.weights, self.batch = {}, 0
 
-    def refresh(self, hidden: torch.Tensor) -> None:
-        """Evaluate the gate on `hidden` [B, T, C]."""
-        for decision in self._decide(hidden):
-            self.weights[decision.present] = decision.weights
+    def refresh(self, hidden: torch.Tensor, layer: Layer | None = None) -> None:
+        """Evaluate the gate on `hidden` [B, T, C]; `layer` where the gate sits at that one layer."""
+        for decision in self._decide(hidden, layer):
+            self.weights[decision.present] = decision.weights if decision.ranks is None else decision.ranks
             for listener in self.state.listeners:
                 listener(decision)
         self.batch = hidden.shape[0]
@@ -118,13 +124,15 @@ class Slot:
             strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
         return fixed, strengths
 
-    def _decide(self, hidden: torch.Tensor) -> Iterator[Decision]:
+    def _decide(self, hidden: torch.Tensor, layer: Layer | None) -> Iterator[Decision]:
         (fixed, strengths), device, rows = self._planned(), hidden.device, self._rows(hidden)
-        strength = torch.tensor(strengths, device=device)
+        strength = torch.tensor(strengths, device=device)  # [N]
+        factor = strength if rows is None else strength * rows  # [N] or [B, N]
+        segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             for present in self.presents:
                 gates = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
-                yield Decision(self.name, present, gates, _per_row(gates * strength, rows))
+                yield self._decision(present, gates if segment is None else gates[segment], factor, segment=segment)
             return
         time = self.state.time.to(device) if self.timed else torch.zeros(len(hidden), device=device)
         # PAG hands single layers a part of the batch; its rows are at one noise level.
@@ -133,8 +141,21 @@ class Slot:
             features = hidden.float() if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
                 mask = self.state.mask(present, strengths, device)
-                gates = self.gate(features, mask if rows is None else mask & (rows != 0), time)
-                yield Decision(self.name, present, gates, _per_row(gates * strength, rows))
+                mask = mask if rows is None else mask & (rows != 0)
+                gates = self.gate(features, Context(mask, time, layer))
+                if self.state.control is not None:
+                    gates = self.state.control(self.name, gates, mask if segment is None else mask[..., segment])
+                yield self._decision(present, gates, factor, segment=segment)
+
+    def _decision(
+        self, present: Present, gates: torch.Tensor, factor: torch.Tensor, *, segment: torch.Tensor | None
+    ) -> Decision:
+        """`gates` times `factor` [N] or [B, N]; with `segment` [R] the gates are per rank."""
+        if segment is None:
+            return Decision(self.name, present, gates, _times(gates, factor))
+        mean = mixing.by_expert(gates, segment, len(present))
+        ranks = _times(gates, factor[..., segment])
+        return Decision(self.name, present, mean, _times(mean, factor), ranks)
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[B, N]: each row's own factor per expert. A text encoder sees a prompt once, however many pictures it gets."""
@@ -142,21 +163,24 @@ class Slot:
             return None
         return mixing.batch_rows(self.state.rows.to(hidden.device), len(hidden), self.state.images if self.timed else 1)
 
-    def read(self, present: Present, x: torch.Tensor, layer: str) -> torch.Tensor:
-        """The weights for `layer` with input `x`; evaluated from `x` itself where nobody did so for this batch.
+    def read(self, present: Present, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """The weights for a layer with input `x`; evaluated from `x` itself where nobody did so for this batch.
 
-        That happens when another processor took the place of ours (IP-Adapter, PAG), or splits the batch.
+        That happens where every layer has a gate of its own, and when another processor took the place of ours
+        (IP-Adapter, PAG) or splits the batch.
         """
         if not self.shared or self.batch != x.shape[0]:
-            self.refresh(as_tokens(x))
+            if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
+                x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights
+            self.refresh(as_tokens(x), None if self.shared else layer)
         weights = self.weights[present]
         if self.whole and self.state.plan is not None:
-            weights = weights * torch.tensor(self.state.plan.block(layer), device=weights.device)
+            weights = weights * torch.tensor(self.state.plan.block(layer.name), device=weights.device)
         return weights
 
 
-def _per_row(weights: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return weights if rows is None else weights * mixing.over_tokens(rows, weights)
+def _times(weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return weights * mixing.over_tokens(factor, weights)
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers.gates import GateConfig, MoLEGate, StaticGate
+from mole_diffusers.gates import Context, GateConfig, MoLEGate, StaticGate
 from mole_diffusers.processor import MoLEAttnProcessor
 from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
-ALL = torch.tensor([True, True])
+ALL = Context(torch.tensor([True, True]), torch.zeros(1))
 
 
 def test_mole_gate_by_hand():
@@ -20,7 +20,7 @@ def test_mole_gate_by_hand():
         gate.matrix.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         gate.log_tau.fill_(math.log(0.5))
     hidden = torch.tensor([[[1.0, 8.0], [5.0, 0.0]]])  # mean (3, 4), normalised (0.6, 0.8), logits over tau (1.2, 1.6)
-    weights = gate(hidden, ALL, torch.zeros(1))
+    weights = gate(hidden, ALL)
     share = 1 / (1 + math.exp(-0.4))
     torch.testing.assert_close(weights, torch.tensor([[1 - share, share]]))
 
@@ -31,14 +31,14 @@ def test_flattened_features_by_hand():
         gate.matrix[0, 3] = 2.0
     hidden = torch.tensor([[[0.0, 3.0], [0.0, 4.0]]])  # normalised (0, .6, 0, .8)
     share = 1 / (1 + math.exp(-1.6))
-    torch.testing.assert_close(gate(hidden, ALL, torch.zeros(1)), torch.tensor([[share, 1 - share]]))
+    torch.testing.assert_close(gate(hidden, ALL), torch.tensor([[share, 1 - share]]))
 
 
 def test_static_gate_changes_with_time_bins():
     gate = StaticGate(2, "linear", bins=2)
     with torch.no_grad():
         gate.logits.copy_(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
-    weights = gate(torch.zeros(3, 1, 1), ALL, torch.tensor([0.1, 0.6, 1.0]))
+    weights = gate(torch.zeros(3, 1, 1), Context(ALL.mask, torch.tensor([0.1, 0.6, 1.0])))
     assert weights.tolist() == [[1, 2], [3, 4], [3, 4]]
     assert not gate.fusible
     assert StaticGate(2, "1", bins=1).fusible
@@ -52,7 +52,7 @@ def test_the_temperature_stays_positive_and_sharpens():
     for log_tau in (-3.0, 0.0, 3.0):
         with torch.no_grad():
             gate.log_tau.fill_(log_tau)
-        entropies.append(mole.mixing.entropy(gate(hidden, ALL, torch.zeros(1))).item())
+        entropies.append(mole.mixing.entropy(gate(hidden, ALL)).item())
     assert entropies == sorted(entropies)
 
 
@@ -124,6 +124,8 @@ def test_bad_configs_name_what_is_known(pipe, loras):
         GateConfig("sumo")
     with pytest.raises(ValueError, match="unknown gate options"):
         GateConfig.from_dict({"famly": "sum"})
+    with pytest.raises(ValueError, match=r"'mole' gates have no option 'bins'; their options: \['granularity', 'total', "):
+        GateConfig("mole", bins=2)
     with pytest.raises(ValueError, match="1 or more time bins"):
         GateConfig("static", bins=0)
     for options in ({"inputs": "experts"}, {"features": "flattened"}):

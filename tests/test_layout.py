@@ -33,6 +33,7 @@ ORDER = [
     "cli",
 ]
 FOLDERS = {
+    "gates": ["contract", "controls", "config", "constant", "mole", "bank", "build"],
     "training": [
         "data",
         "losses",

@@ -46,15 +46,35 @@ def test_expert_outputs_are_each_expert_alone():
     torch.testing.assert_close(pooled[:, 0], out.mean(1))
 
 
-@pytest.mark.parametrize(("shape", "channels"), [((2, 4), 1), ((2, 5, 4), 2), ((2, 4, 3, 3), 1)])
-def test_rank_factors_gate_each_experts_ranks(shape, channels):
+@pytest.mark.parametrize("shape", [(2, 4), (2, 5, 4), (2, 4, 3, 2)])
+def test_rank_factors_gate_each_experts_ranks(shape):
     segment, weights = torch.tensor([0, 1, 1, 1]), torch.tensor([[2.0, 3.0], [5.0, 7.0]])
-    scaled = torch.ones(shape) * mixing.over_ranks(weights, segment, torch.ones(shape), channels)
-    rows = scaled.movedim(channels, 1).flatten(2) if len(shape) > 2 else scaled[..., None]
-    assert rows[0, :, 0].tolist() == [2, 3, 3, 3]
-    assert rows[1, :, -1].tolist() == [5, 7, 7, 7]
-    same = torch.ones(shape) * mixing.over_ranks(weights[0], segment, torch.ones(shape), channels)
-    assert torch.equal(same[1].flatten(), same[0].flatten())
+    rows = by_row(mixing.over_ranks(weights, segment, torch.ones(shape)), shape)
+    assert rows[0, 0].tolist() == [2, 3, 3, 3]
+    assert rows[1, -1].tolist() == [5, 7, 7, 7]
+    same = by_row(mixing.over_ranks(weights[0], segment, torch.ones(shape)), shape)
+    assert torch.equal(same[1], same[0])
+    assert torch.equal(by_row(mixing.over_ranks(weights[:, segment], None, torch.ones(shape)), shape), rows)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 6, 4), (2, 4, 3, 2)])
+def test_every_token_has_its_own_factor(shape):
+    segment, tokens = torch.tensor([0, 1, 1, 1]), 1 if len(shape) == 2 else 6
+    weights = torch.arange(2.0 * tokens * 2).reshape(2, tokens, 2)
+    rows = by_row(mixing.over_ranks(weights, segment, torch.ones(shape)), shape)
+    assert torch.equal(rows, weights[..., segment])
+    assert torch.equal(by_row(mixing.over_ranks(weights[..., segment], None, torch.ones(shape)), shape), rows)
+
+
+def by_row(factor, shape):
+    """What ones of `shape` become, as [B, T, R]."""
+    scaled = torch.ones(shape) * factor
+    return scaled.flatten(2).transpose(1, 2) if len(shape) == 4 else scaled.reshape(len(scaled), -1, scaled.shape[-1])
+
+
+def test_ranks_are_averaged_by_expert():
+    values, segment = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([0, 2, 2])
+    assert mixing.by_expert(values, segment, 4).tolist() == [[1, 0, 4, 0]]
 
 
 def test_entropy_and_balance_by_hand():

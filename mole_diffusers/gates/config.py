@@ -1,0 +1,81 @@
+"""Which gates a mixture has: a family and the options of that family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from mole_diffusers import mixing
+
+OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
+    "sum": (),
+    "mean": (),
+    "static": ("granularity", "total", "bins"),
+    "mole": ("granularity", "total", "inputs", "features"),
+}
+FAMILIES = tuple(OPTIONS)
+GRANULARITIES = ("model", "block", "layer", "matrix")
+FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pooled": mixing.pooled, "flattened": mixing.flattened}
+INPUTS = ("hidden", "experts")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Which gates a mixture has. An option that the family does not have stays at its default; another value raises.
+
+    Attributes:
+        family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
+            "mole" reads the block's state.
+        granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
+        total: (static, mole) what the weights sum to, see `mixing.gate_weights`. The paper's is "1".
+        inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
+        features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
+        bins: the static gate has this many sets of weights over the noise levels, 1 or more.
+    """
+
+    family: str = "mole"
+    granularity: str = "block"
+    total: str = "N"
+    inputs: str = "hidden"
+    features: str = "pooled"
+    bins: int = 1
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        if self.granularity == "model" and (self.inputs, self.features) != ("hidden", "pooled"):
+            raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
+        if self.bins < 1:
+            raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
+
+    def _check_names(self) -> None:
+        known = {
+            "family": FAMILIES,
+            "granularity": GRANULARITIES,
+            "total": mixing.TOTALS,
+            "inputs": INPUTS,
+            "features": tuple(FEATURES),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown gate {name} {getattr(self, name)!r}; known: {list(values)}")
+        own = ("family", *OPTIONS[self.family])
+        if foreign := [f.name for f in fields(self) if f.name not in own and getattr(self, f.name) != f.default]:
+            raise ValueError(f"{self.family!r} gates have no option {foreign[0]!r}; their options: {list(own[1:])}")
+
+    @property
+    def layout(self) -> str:
+        """Where the gates sit, see `places.owner`."""
+        return self.granularity
+
+    @classmethod
+    def from_dict(cls, values: dict) -> GateConfig:
+        """Raises ValueError naming what is unknown."""
+        if unknown := set(values) - {f.name for f in fields(cls)}:
+            raise ValueError(f"unknown gate options {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """The family and its own options."""
+        return {name: value for name, value in asdict(self).items() if name in ("family", *OPTIONS[self.family])}

@@ -1,0 +1,38 @@
+"""Gates that read nothing, or the noise level alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.gates.contract import Context
+
+
+class ConstantGate(nn.Module):
+    """`sum` (total "N": weight 1 each) and `mean` (total "1": NLA, eq. 2 of MoLE with equal weights)."""
+
+    fusible, ranked = True, False
+
+    def __init__(self, total: str):
+        super().__init__()
+        self.total = total
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        return mixing.gate_weights(torch.zeros(context.mask.shape, device=hidden.device), context.mask, self.total)
+
+
+class StaticGate(nn.Module):
+    """Learned weights per place, one set per time bin: [bins, N] logits, starting equal."""
+
+    ranked = False
+
+    def __init__(self, experts: int, total: str, bins: int):
+        super().__init__()
+        self.total, self.fusible = total, bins == 1
+        self.logits = nn.Parameter(torch.zeros(bins, experts))
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        bins = len(self.logits)
+        index = (context.time * bins).long().clamp(0, bins - 1)  # [B]
+        return mixing.gate_weights(self.logits.float()[index], context.mask, self.total)  # [B, N]

@@ -1,0 +1,46 @@
+"""The contract of every gate family: what a gate is told, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Layer(NamedTuple):
+    """The experts of the one layer that a gate weighs."""
+
+    name: str  # the host's module name, part first
+    low: torch.Tensor  # A x: [B, R], [B, T, R] or [B, R, H, W]
+    up: torch.Tensor  # [Cout, R] or [Cout, R, 1, 1]
+    segment: torch.Tensor  # [R] -> index of the expert each rank belongs to
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a gate is told beside the state it reads.
+
+    Attributes:
+        mask: [N] bool, the experts that are present and active; [B, N] where each row of the batch has a set of its own.
+        time: [B] in 0..1, the noise level (1 is pure noise).
+        layer: the layer's own experts, where the gate sits at one layer.
+    """
+
+    mask: torch.Tensor
+    time: torch.Tensor
+    layer: Layer | None = None
+
+
+class Gate(Protocol):
+    """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
+
+    hidden [B, T, C] is what the gate's place hands it. `total` is what the weights sum to; `fusible` is true when they
+    depend on nothing that changes while sampling; `ranked` when they are per rank of the layer instead, [B, T, R].
+    """
+
+    total: str
+    fusible: bool
+    ranked: bool
+
+    def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor: ...

@@ -1,0 +1,35 @@
+"""MoLE (Wu et al., ICLR 2024): weights from the whole state of a place."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.gates.config import FEATURES
+from mole_diffusers.gates.contract import Context
+
+
+class MoLEGate(nn.Module):
+    """Eq. 9-11 of MoLE: softmax(e . normalised features / tau), tau learned and kept positive as exp(log_tau).
+
+    Starts at equal weights (zero matrix). Linear without bias, as the authors' code.
+    """
+
+    fusible, ranked = False, False
+
+    def __init__(self, experts: int, width: int, total: str, features: str):
+        super().__init__()
+        self.total, self.features, self.width = total, FEATURES[features], width
+        self.matrix = nn.Parameter(torch.zeros(experts, width))  # e, [N, D]
+        self.log_tau = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        features = mixing.l2_normalized(self.features(hidden.float()))  # [B, D]
+        if features.shape[-1] != self.width:
+            raise ValueError(
+                f"a gate with flattened features was built for {self.width} values and got {tuple(hidden.shape[1:])} "
+                f"(tokens x channels): it is tied to one resolution; use features='pooled' for any other"
+            )
+        logits = features @ self.matrix.float().T / self.log_tau.float().exp()  # [B, N]
+        return mixing.gate_weights(logits, context.mask, self.total)
