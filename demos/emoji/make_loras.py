@@ -30,8 +30,10 @@ SIZES = {  # rank and layers, mixed as artists' files are
     "glossy": (8, WIDE),
     "flat": (8, ("attention",)),
     "ink": (8, ("attention",)),
+    "koala": (8, ("attention",)),
     "blueprint": (4, WIDE),
 }
+STEPS = {"koala": 480, "octopus": 480, "ink": 600, "glossy": 600}  # where 240 (a style: 360) left one style or subject out
 
 
 def scenes(concept: str, count: int, rng: np.random.Generator) -> list[emoji.Scene]:
@@ -64,7 +66,7 @@ def config(concept: str) -> ConceptConfig:
         rank=rank,
         alpha=alpha,
         layers=layers,
-        steps=360 if style else 240,
+        steps=STEPS.get(concept, 360 if style else 240),
         lr=2e-3 * (rank / alpha) ** 0.5,
         text_lr=1e-3,
         autocast=torch.bfloat16,

@@ -129,9 +129,13 @@ def train_vae(drawings: emoji.Drawings) -> AutoencoderKL:
 
 
 def trained_vae() -> AutoencoderKL:
-    """The autoencoder of the last finished phase, frozen."""
-    vae = build_vae()
-    vae.load_state_dict(torch.load(WORK / f"{list(VAE_PHASES)[-1]}.pt", weights_only=True)["ema"])
+    """The autoencoder, frozen: as just trained, else the committed one."""
+    path = WORK / f"{list(VAE_PHASES)[-1]}.pt"
+    if path.exists():
+        vae = build_vae()
+        vae.load_state_dict(torch.load(path, weights_only=True)["ema"])
+    else:
+        vae = AutoencoderKL.from_pretrained(emoji.default_folder() / "base" / "vae", torch_dtype=torch.float32)
     return vae.to(device()).eval().requires_grad_(False)
 
 
