@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +23,7 @@ from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.parts import DENOISERS, GatedPart, timestep
 from mole_diffusers.processor import Decision, Plan, State
 from mole_diffusers.trace import Trace
+from mole_diffusers.turns import Turn, take_turns
 
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 Source = str | Path | Expert
@@ -44,15 +45,9 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
     Raises:
         ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
     """
-    mixture, before = _prepared(pipe, experts, gates), attached(pipe)
-    if before is not None:
-        before._uninstall()
-    try:
-        mixture._install()
-    except BaseException:
-        if before is not None:
-            before._install()
-        raise
+    with _held(pipe) as before:
+        mixture = _prepared(pipe, experts, gates)
+        mixture._replace(before)
     for name, keys in mixture.unmatched.items():
         if keys:
             warnings.warn(f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]} for one", stacklevel=2)
@@ -81,13 +76,22 @@ def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], g
 
 def detach(pipe: Any) -> None:
     """Give back the original pipeline, bit for bit. Does nothing where nothing is attached."""
-    if (mixture := attached(pipe)) is not None:
-        mixture._uninstall()
+    with _held(pipe) as mixture:
+        if mixture is not None:
+            mixture._uninstall()
 
 
 def attached(pipe: Any) -> Mixture | None:
     """The mixture on a pipeline, if any."""
     return getattr(_denoiser(pipe), HANDLE, None)
+
+
+@contextmanager
+def _held(pipe: Any) -> Iterator[Mixture | None]:
+    """The mixture on a pipeline, with all other threads kept out; one that takes its place takes over its turns."""
+    before = attached(pipe)
+    with nullcontext() if before is None else before._turn:
+        yield attached(pipe)
 
 
 def _denoiser(pipe: Any) -> nn.Module:
@@ -107,6 +111,10 @@ def _hosts(pipe: Any) -> dict[str, nn.Module]:
 class Mixture:
     """Experts and gates attached to a pipeline; made by `attach`.
 
+    Threads may share it: calls of the pipeline, `with` blocks of the mixture and settings wait for one another, so a
+    block's masks and strengths never reach another thread's picture. A second pipeline over the same models does not
+    wait; call it inside a block, or attach to it.
+
     Attributes:
         experts: name -> Expert, in the order of the gates' columns.
         config: which gates these are.
@@ -120,7 +128,7 @@ class Mixture:
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: m.unmatched for name, m in zip(experts, matches, strict=True)}
         self._state = State([True] * len(experts), [1.0] * len(experts))
-        self._undo = ExitStack()
+        self._turn, self._undo = Turn(), ExitStack()
         self._denoiser = next(hosts[part] for part in DENOISERS if part in hosts)
         self._parts = [
             GatedPart(part, hosts[part], stacks, config=config, state=self._state)
@@ -133,22 +141,24 @@ class Mixture:
     def strength(self, name: str, value: float | None = None) -> float:
         """The user's factor of one expert; with `value`, set it (any sign and size; 0 means absent)."""
         index = self._index(name)
-        if value is not None:
-            if not math.isfinite(value):
-                raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
-            self._state.strength[index] = float(value)
-        return self._state.strength[index]
+        with self._turn:
+            if value is not None:
+                self._state.strength[index] = self._finite(name, value)
+            return self._state.strength[index]
+
+    @contextmanager
+    def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
+        """These factors while the block runs; experts not named keep theirs."""
+        changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
+        with self._turn, self._lent(strength=[changed.get(i, s) for i, s in enumerate(self._state.strength)]):
+            yield
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
         """MoLE's second inference mode: mask the other experts, renormalise the gates, restore on exit."""
         kept = {self._index(name) for name in names}
-        before = self._state.active
-        self._state.active = [i in kept for i in range(len(before))]
-        try:
+        with self._lent(active=[i in kept for i in range(len(self.experts))]):
             yield
-        finally:
-            self._state.active = before
 
     @contextmanager
     def fixed(self, weights: Mapping[str, float]) -> Iterator[None]:
@@ -156,11 +166,8 @@ class Mixture:
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
             values[self._index(name)] = float(weight)
-        before, self._state.fixed = self._state.fixed, values
-        try:
+        with self._lent(fixed=values):
             yield
-        finally:
-            self._state.fixed = before
 
     @contextmanager
     def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> Iterator[None]:
@@ -177,12 +184,8 @@ class Mixture:
         for row, chosen in enumerate(sets):
             for name, factor in chosen.items():
                 table[row, self._index(name)] = factor
-        before = self._state.rows, self._state.images
-        self._state.rows, self._state.images = table, images
-        try:
+        with self._lent(rows=table, images=images):
             yield
-        finally:
-            self._state.rows, self._state.images = before
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
@@ -205,18 +208,15 @@ class Mixture:
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights as they are made."""
-        self._state.listeners.append(listener)
-        try:
+        with self._turn, self._lent(listeners=[*self._state.listeners, listener]):
             yield
-        finally:
-            self._state.listeners.remove(listener)
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
         """Record every gate's weights while the block runs: by place, step, batch row and expert."""
         trace = Trace(list(self.experts), self._state)
-        self._state.step = -1
         with self.listen(trace.record):
+            self._state.step = -1
             yield trace
 
     def parameters(self) -> list[nn.Parameter]:
@@ -226,11 +226,11 @@ class Mixture:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""
-        self._uninstall()
-        try:
+        with self._turn, ExitStack() as turns:
+            turns.callback(self._install)
+            self._uninstall()
+            take_turns(self._pipe, self._turn, turns)
             yield
-        finally:
-            self._install()
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -247,9 +247,10 @@ class Mixture:
         Raises:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host.
         """
-        layers = self._one_lora(prompt, call)
-        with self.lifted(), folded(self._parts, layers):
-            yield
+        with self._turn:
+            layers = self._one_lora(prompt, call)
+            with self.lifted(), folded(self._parts, layers):
+                yield
 
     def export_lora(
         self,
@@ -303,6 +304,23 @@ class Mixture:
         """Write `gates.safetensors` and `config.json`; `attach(..., gates=folder)` reads them."""
         checkpoint.save(folder, self.banks, self.config, self.experts)
 
+    @contextmanager
+    def _lent(self, **values: Any) -> Iterator[None]:
+        """Keep other threads out and change the shared state while the block runs."""
+        with self._turn:
+            before = {name: getattr(self._state, name) for name in values}
+            try:
+                vars(self._state).update(values)
+                yield
+            finally:
+                vars(self._state).update(before)
+
+    @staticmethod
+    def _finite(name: str, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
+        return float(value)
+
     def _index(self, name: str) -> int:
         if name not in self.experts:
             raise ValueError(f"unknown expert {name!r}; attached: {list(self.experts)}")
@@ -310,12 +328,25 @@ class Mixture:
 
     # ---- putting it on the hosts and taking it off
 
+    def _replace(self, before: Mixture | None) -> None:
+        """Take the place of `before`, or leave it there."""
+        if before is None:
+            return self._install()
+        self._turn = before._turn
+        before._uninstall()
+        try:
+            self._install()
+        except BaseException:
+            before._install()
+            raise
+
     def _install(self) -> None:
         with ExitStack() as undo:
             # First of all hooks: the network's own gate already needs the time of this call.
             undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
             for part in self._parts:
                 part.install(undo)
+            take_turns(self._pipe, self._turn, undo)
             undo.callback(self._denoiser.__dict__.pop, HANDLE, None)
             object.__setattr__(self._denoiser, HANDLE, self)
             self._undo = undo.pop_all()

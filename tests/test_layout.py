@@ -16,6 +16,7 @@ ORDER = [
     "carrier",
     "trace",
     "checkpoint",
+    "turns",
     "parts",
     "folding",
     "mixture",

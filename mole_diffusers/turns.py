@@ -1,0 +1,42 @@
+"""Taking turns: calls of one pipeline wait for one another, whatever threads they come from."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from threading import RLock
+from typing import Any
+
+
+def take_turns(pipe: Any, lock: Any, undo: ExitStack) -> None:
+    """Have every call of `pipe` hold `lock`. A call is looked up on the type, so the object gets a type of its own.
+
+    A scheduler holds the state of one call, so calls of one pipeline could not overlap without a mixture either.
+    """
+    found = type(pipe)
+
+    @functools.wraps(found.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return found.__call__(self, *args, **kwargs)
+
+    names = ("__module__", "__qualname__", "__doc__")
+    undo.callback(object.__setattr__, pipe, "__class__", found)
+    alike = type(found.__name__, (found,), {"__call__": call, **{name: getattr(found, name) for name in names}})
+    object.__setattr__(pipe, "__class__", alike)
+
+
+class Turn:
+    """A lock that one thread holds as often as it likes; a copy of a model that refers to it has its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, _: dict) -> Turn:
+        return Turn()

@@ -1,0 +1,105 @@
+"""One pipeline shared by threads, and one that is interrupted: nothing leaks, nothing stays behind."""
+
+import copy
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_pipeline
+
+SETTINGS = {  # one per thread
+    "all": lambda m: nullcontext(),
+    "fox": lambda m: m.only("fox"),
+    "ink": lambda m: m.only("ink"),
+    "collapsed": lambda m: m.collapsed("a fox", num_inference_steps=1),
+    "half ink": lambda m: m.strengths({"ink": 0.5}),
+    "no fox": lambda m: m.strengths({"fox": 0, "hat": -1.5}),
+    "fixed": lambda m: m.fixed({"ink": 0.7}),
+    "traced": lambda m: m.trace(),
+}
+
+
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_eight_threads_draw_what_each_would_alone(loras, draw, awake, drop_in):
+    pipe = tiny_pipeline()
+    pipe = mole.MoLEStableDiffusionPipeline(**pipe.components, requires_safety_checker=False) if drop_in else pipe
+    pipe.set_progress_bar_config(disable=True)
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+
+    def work(name):
+        images = []
+        for _ in range(2):
+            with SETTINGS[name](mixture):
+                images.append(draw(pipe, num_inference_steps=3))
+        return torch.cat(images)
+
+    alone = {name: work(name) for name in SETTINGS}
+    with ThreadPoolExecutor(len(SETTINGS)) as threads:
+        together = dict(zip(SETTINGS, threads.map(work, SETTINGS), strict=True))
+    assert all(torch.equal(alone[name], together[name]) for name in SETTINGS)
+    pairs = [(a, b) for a in SETTINGS for b in SETTINGS if a < b and {a, b} != {"all", "traced"}]
+    assert not any(torch.allclose(alone[a], alone[b], atol=1e-3) for a, b in pairs)
+
+
+def test_attaching_anew_waits_for_the_calls_of_other_threads(pipe, loras, draw):
+    mole.attach(pipe, {"ink": loras["ink"]})
+    ink = draw(pipe)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    fox = draw(pipe)
+    with ThreadPoolExecutor(8) as threads:
+        drawn = [threads.submit(draw, pipe) for _ in range(4)]
+        changed = [threads.submit(mole.attach, pipe, {name: loras[name]}) for name in ("ink", "fox")]
+        drawn += [threads.submit(draw, pipe) for _ in range(4)]
+    assert all(job.exception() is None for job in changed)
+    assert all(torch.equal(job.result(), fox) or torch.equal(job.result(), ink) for job in drawn)
+
+
+@pytest.mark.parametrize(("error", "step"), [(RuntimeError, 0), (KeyboardInterrupt, 1), (KeyboardInterrupt, 2)])
+@pytest.mark.parametrize("place", ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0", "conv_out"])
+def test_an_interrupted_call_leaves_a_usable_pipeline(pipe, loras, draw, awake, *, error, step, place):
+    base = draw(pipe)
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    whole = draw(pipe)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == step + 1:
+            raise error
+
+    hook = pipe.unet.get_submodule(place).register_forward_hook(interrupt)
+    with pytest.raises(error), mixture.only("fox"), mixture.strengths({"fox": 2}), mixture.trace():
+        draw(pipe, num_inference_steps=3)
+    hook.remove()
+    with ThreadPoolExecutor(1) as threads:  # the lock is free for another thread
+        assert torch.equal(threads.submit(draw, pipe).result(timeout=60), whole)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
+
+
+def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras, draw):
+    kind, signature = type(pipe), inspect.signature(pipe.__call__)
+    mole.attach(pipe, {"ink": loras["ink"]})
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert inspect.signature(pipe.__call__) == signature
+    assert type(pipe).__name__ == kind.__name__
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    assert type(other) is StableDiffusionImg2ImgPipeline
+    with TemporaryDirectory() as folder, mole.attached(pipe).lifted():
+        pipe.save_pretrained(folder)
+        assert f'"_class_name": "{kind.__name__}"' in (Path(folder) / "model_index.json").read_text()
+    mole.detach(pipe)
+    assert type(pipe) is kind
+
+
+def test_a_denoiser_with_a_mixture_can_be_copied(pipe, loras):
+    mole.attach(pipe, {"ink": loras["ink"]})
+    twin = copy.deepcopy(pipe.unet)
+    assert twin.state_dict().keys() == pipe.unet.state_dict().keys()
