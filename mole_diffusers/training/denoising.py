@@ -40,13 +40,21 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
 
 
 def sample(
-    pipe: Any, x: torch.Tensor, prompts: Sequence[str], *, steps: int, guidance: float, checkpointing: bool = False
+    pipe: Any,
+    x: torch.Tensor,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    checkpointing: bool = False,
+    stop: int | None = None,
 ) -> torch.Tensor:
     """Deterministic DDIM (Song et al., 2021) from noise x [B, C, H, W] to clean latents, with the gradient of every step.
 
     Args:
         guidance: classifier-free guidance; 1 leaves the unconditional row out.
         checkpointing: compute each step's activations again in the backward pass.
+        stop: steps to take; None takes all.
     """
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(steps, device=x.device)
@@ -61,7 +69,7 @@ def sample(
             prediction = empty + guidance * (full - empty)
         return scheduler.step(prediction, t, x).prev_sample
 
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[:stop]:
         x = checkpoint(step, x, t, use_reentrant=False) if checkpointing else step(x, t)
     return x
 

@@ -160,8 +160,9 @@ def _values(run: Run, terms: Mapping[str, Term], generator: torch.Generator) -> 
     with run.autocast(), run.study.mixture.listen(decisions.append):
         values = {name: term(Draw(generator, weights[name].batch or run.config.batch)) for name, term in terms.items()}
     if BALANCE in weights:
-        there = [torch.tensor(d.present, device=d.gates.device) for d in decisions]
-        values[BALANCE] = mixing.balance_loss([d.gates for d in decisions], there)
+        live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
+        there = [torch.tensor(d.present, device=d.gates.device) for d in live]
+        values[BALANCE] = mixing.balance_loss([d.gates for d in live], there)
     return values
 
 

@@ -61,3 +61,35 @@ def softened(pictures: torch.Tensor, shift: torch.Tensor, blur: torch.Tensor, no
     moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     mean = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return moved.lerp(mean, blur.reshape(-1, 1, 1, 1)) + noise
+
+
+def mole_clip_loss(
+    picture: torch.Tensor, source: torch.Tensor, caption: torch.Tensor, source_caption: torch.Tensor
+) -> torch.Tensor:
+    """L_D of MoLE as its authors ran it: -log((2.5 - (l_g + l_d)) / 2), mean over B; about -0.22 is perfect.
+
+    l_g is 1 - cos(picture, caption); l_d, of StyleGAN-NADA (Gal et al., 2022), is 1 - the cosine between what changed
+    from the source picture to this one and from the source's caption to the caption. Features [B, D] of length 1.
+    """
+    whole = 1 - F.cosine_similarity(picture, caption, -1)  # [B]
+    direction = 1 - F.cosine_similarity(picture - source, caption - source_caption, -1)
+    # Both at their worst would give the log of a negative number.
+    return -((2.5 - whole - direction).clamp_min(1e-3) / 2).log().mean()
+
+
+def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+    """InfoNCE over cross-attention as in CLoRA (Meral et al., 2024): each concept's maps alike, and unlike the others'.
+
+    The maps of one concept in different layers are each other's positives, those of other concepts the negatives.
+
+    Args:
+        maps: [K, L, B, H, W], K concepts of 2 or more, L layers.
+    """
+    concepts, layers = maps.shape[:2]
+    rows = F.normalize(maps.flatten(3).permute(2, 0, 1, 3).flatten(1, 2), dim=-1)  # [B, K * L, H * W]
+    itself = torch.eye(concepts * layers, dtype=torch.bool, device=maps.device)
+    owner = torch.arange(concepts, device=maps.device).repeat_interleave(layers)
+    same = (owner[:, None] == owner[None]) & ~itself  # [K * L, K * L]
+    logits = (rows @ rows.transpose(1, 2) / temperature).masked_fill(itself, -torch.inf)
+    shares = torch.log_softmax(logits, -1)
+    return -shares[:, same].mean()

@@ -8,22 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.distill import composed, single
-from mole_diffusers.training.rewards import rollout
-from mole_diffusers.training.study import Study, Term
+from mole_diffusers.training.distill import base, composed, separate, single
+from mole_diffusers.training.rewards import clip, rollout
+from mole_diffusers.training.study import Study, Term, need
 
 
 def denoise(study: Study) -> Term:
     """The diffusion loss on pictures with captions."""
-    if (samples := study.lesson.samples) is None:
-        raise ValueError("the denoise term needs pictures")
+    samples = need(study.lesson.samples, "denoise", "pictures")
     return lambda draw: denoising_loss(study.pipe, samples, draw)
 
 
 OBJECTIVES: dict[str, Callable[..., Term]] = {
     "single": single,
     "composed": composed,
+    "base": base,
+    "separate": separate,
     "denoise": denoise,
+    "clip": clip,
     "rollout": rollout,
 }
 BALANCE = "balance"  # reads the gates while the other terms run

@@ -25,6 +25,7 @@ class Lesson:
         composed: prompts that name all experts.
         others: expert -> words that may stand in the place of its trigger ("fox": ["bear", "lemon"]), which makes
             captions that lack it.
+        plain: prompts that name no expert.
         styles: experts that act on the whole picture, without a mask.
         samples: pictures with captions.
     """
@@ -32,24 +33,26 @@ class Lesson:
     singles: Mapping[str, Sequence[str]] = field(default_factory=dict)
     composed: Sequence[str] = ()
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    plain: Sequence[str] = ()
     styles: Sequence[str] = ()
     samples: Samples | None = None
 
     def words(self) -> dict[str, Any]:
         """Everything but the pictures, as plain data."""
         mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others")}
-        return mappings | {"composed": list(self.composed), "styles": list(self.styles)}
+        return mappings | {n: list(getattr(self, n)) for n in ("composed", "plain", "styles")}
 
 
 @dataclass
 class Study:
-    """What a term is built from."""
+    """What a term is built from. What a term keeps from one update to the next it keeps in `kept`, which is saved."""
 
     pipe: Any
     mixture: Mixture
     lesson: Lesson
     clip: Clip | None = None
     seed: int = 0
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 def triggers(mixture: Mixture, expert: str) -> list[str]:
@@ -83,4 +86,11 @@ def negatives(study: Study, prompt: str) -> list[str]:
     found = [caption for caption in found if caption != prompt]
     if not found:
         raise ValueError(f"{prompt!r} has no caption to be told from: give single prompts, or other words for its concepts")
+    return found
+
+
+def need(found: Any, term: str, what: str) -> Any:
+    """`found`; ValueError where it is missing or empty."""
+    if not found:
+        raise ValueError(f"the {term} term needs {what}")
     return found

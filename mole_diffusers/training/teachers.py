@@ -58,6 +58,18 @@ def single_teacher(pipe: Any, mixture: Mixture, expert: str) -> Teach:
     return teach
 
 
+def base_teacher(pipe: Any, mixture: Mixture) -> Teach:
+    """(x, timesteps, prompts) -> (prediction of the base, prediction with every expert at its strength)."""
+
+    def teach(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with mixture.fixed({name: mixture.strength(name) for name in mixture.experts}):
+            everything = predict(pipe, x, timesteps, prompts)
+        with mixture.fixed({}):
+            return predict(pipe, x, timesteps, prompts), everything
+
+    return teach
+
+
 def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teach:
     """(x, timesteps, prompts) -> (e_0 + sum_k s_k M_k (e_k - e_0), e_0).
 
@@ -73,11 +85,12 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
         masks = {n: torch.ones(len(x), 1, *x.shape[2:], device=x.device) for n in names}
         predictions, maps = [], []
         for name in names:
-            positions = trigger_tokens(pipe, mixture, name, prompts) if name in subjects and len(subjects) > 1 else None
+            masked = name in subjects and len(subjects) > 1
+            positions = trigger_tokens(pipe, mixture, name, prompts)[None] if masked else None
             with mixture.fixed({name: 1.0}), attention_maps(pipe.unet, x.shape[2:], positions) as seen:
                 predictions.append(predict(pipe, x, timesteps, prompts))
             if positions is not None:
-                maps.append(torch.stack(seen).mean(0))
+                maps.append(torch.stack(seen).mean(0)[0])
         if maps:
             masks |= dict(zip(subjects, territory(torch.stack(maps)), strict=True))
         strengths = torch.tensor([mixture.strength(n) for n in names], device=x.device)
@@ -109,7 +122,7 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
 
 @contextmanager
 def attention_maps(unet: Any, size: Sequence[int], positions: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
-    """Collect cross-attention to the marked tokens: one map [B, H, W] per layer, mean over heads.
+    """Collect cross-attention to the tokens that positions [K, B, T] mark: maps [K, B, H, W] per layer, mean over heads.
 
     Queries and keys are read where their projections leave them, so any processor may do the attention.
     """
@@ -137,12 +150,12 @@ def attention_maps(unet: Any, size: Sequence[int], positions: torch.Tensor | Non
 def _attention_map(
     attention: Attention, query: torch.Tensor, key: torch.Tensor, *, positions: torch.Tensor, size: Sequence[int]
 ) -> torch.Tensor:
-    """query [B, T, C], key [B, S, C], positions [B, S] -> [B, H, W]."""
+    """query [B, T, C], key [B, S, C], positions [K, B, S] -> [K, B, H, W]."""
     q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))  # [B, heads, ., c]
     shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S]
-    flat = (shares * positions[:, None]).sum(-1)  # [B, T]
-    height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
-    return F.interpolate(flat.unflatten(1, (1, height, -1)), size=tuple(size), mode="bilinear")[:, 0]
+    flat = torch.einsum("bts,kbs->kbt", shares, positions)
+    height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
+    return F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear")
 
 
 @torch.no_grad()

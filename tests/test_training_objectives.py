@@ -1,0 +1,229 @@
+"""Every term of gate training: its gradient against differences of its value, and its value by another route."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from transformers import CLIPImageProcessor
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_clip, tiny_tokenizer
+from mole_diffusers.training.clip import Clip, read_clip
+from mole_diffusers.training.data import Draw, Samples
+from mole_diffusers.training.denoising import predict, sample
+from mole_diffusers.training.losses import caption_loss, mole_clip_loss, separation_loss, softened
+from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training.rewards import _advance, _begin
+from mole_diffusers.training.study import Lesson, Study, negatives, swap
+
+TEACH = {"seeds": 2, "steps": 2}
+OPTIONS = {
+    "single": TEACH,
+    "composed": TEACH,
+    "base": TEACH,
+    "separate": {"steps": 1},
+    "denoise": {},
+    "clip": {"lengths": (3, 4), "steps": 1},
+    "rollout": {"steps": 3},
+}
+
+
+@pytest.fixture
+def study(pipe, loras, awake):
+    """Two experts with live gates, words, pictures and a CLIP."""
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="linear"))
+    awake(mixture, size=1.0)
+    generator = torch.Generator().manual_seed(5)
+    samples = Samples(torch.randn(4, 4, 16, 16, generator=generator), ["a fox", "fox", "ink", "an ink"])
+    lesson = Lesson({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], samples=samples)
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        model.requires_grad_(False)
+    for parameter in mixture.parameters():
+        parameter.requires_grad_(True)
+    return Study(pipe, mixture, lesson, Clip(tiny_clip().requires_grad_(False), tiny_tokenizer()))
+
+
+def draw_of(seed=0, batch=2, **share):
+    return Draw(torch.Generator().manual_seed(seed), batch, **share)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_equals_the_difference_of_values(study, name):
+    """Along its own gradient a term must change by the gradient's length."""
+    term, parameters = OBJECTIVES[name](study, **OPTIONS[name]), study.mixture.parameters()
+    kept = copy.deepcopy(study.kept)
+
+    def value():
+        study.kept = copy.deepcopy(kept)
+        return term(draw_of())
+
+    value().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    assert length > 1e-5
+
+    def moved(by):
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p.add_(by * g / length)
+            result = value().double()
+            for p, g in zip(parameters, gradients, strict=True):
+                p.sub_(by * g / length)
+        return result
+
+    step = 2e-2
+    assert ((moved(step) - moved(-step)) / (2 * step)).item() == pytest.approx(length.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_shares_of_a_batch_add_up(study, name):
+    """The mean over two shares is the value of the whole batch."""
+    term = OBJECTIVES[name](study, **OPTIONS[name])
+    with torch.no_grad():
+        whole = term(draw_of(batch=4))
+        study.kept.clear()
+        halves = [term(draw_of(batch=4, index=i, count=2)) for i in range(2)]
+    assert torch.stack(halves).mean().item() == pytest.approx(whole.item(), rel=1e-4)
+
+
+def test_base_term_is_0_without_experts_and_1_for_their_sum(study):
+    term, names = OBJECTIVES["base"](study, **TEACH), study.mixture.experts
+    with torch.no_grad():
+        with study.mixture.fixed({}):
+            assert term(draw_of()).item() == pytest.approx(0, abs=1e-6)
+        with study.mixture.fixed(dict.fromkeys(names, 1.0)):
+            values = [term(draw_of(seed, batch=16)).item() for seed in range(4)]
+    assert sum(values) / 4 == pytest.approx(1, rel=0.2)
+
+
+def test_composed_on_the_gates_own_way(study):
+    """With equal gates the student of two styles is close to their score addition, without experts it is the base: 1."""
+    styled = replace(study, lesson=replace(study.lesson, styles=["ink", "fox"]))
+    term = OBJECTIVES["composed"](styled, **TEACH, own=1.0)
+    with torch.no_grad(), study.mixture.only():
+        assert term(draw_of()).item() == pytest.approx(1, rel=1e-4)
+    assert term(draw_of()).item() != pytest.approx(1, rel=1e-2)
+
+
+def test_separation_by_hand():
+    apart = torch.zeros(2, 2, 1, 1, 2)
+    apart[0, ..., 0] = apart[1, ..., 1] = 1.0  # two layers each, concepts in different corners
+    expected = -math.log(math.exp(2) / (math.exp(2) + 2))
+    assert separation_loss(apart).item() == pytest.approx(expected)
+    assert separation_loss(torch.ones(2, 2, 1, 1, 2)).item() == pytest.approx(math.log(3))
+
+
+def test_mole_clip_loss_by_hand():
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert mole_clip_loss(x, y, x, y).item() == pytest.approx(-math.log(1.25))
+    assert mole_clip_loss(y, x, x, y).item() == pytest.approx(-math.log(1e-3 / 2))  # 1 + 2 > 2.5
+    assert mole_clip_loss(x, torch.zeros(1, 2), (x + y) / 2**0.5, y).item() > -math.log(1.25)
+
+
+def test_clip_trajectories_end_and_begin_anew(study):
+    term = OBJECTIVES["clip"](study, lengths=(3, 3), start=0.0, steps=2)
+    seen = []
+    for _ in range(3):
+        term(draw_of())
+        seen.append((study.kept["clip 0"] or {"at": None})["at"])
+    assert seen == [2, 1, None]
+
+
+def test_a_clip_trajectory_equals_ddpm(study):
+    """Two routes: the term's own steps, and diffusers' DDPM scheduler with the same noise."""
+    way = _begin(study, study.clip, draw_of(), lengths=(4, 4), start=0.0, last=1.0)
+    scheduler = DDPMScheduler.from_config(study.pipe.scheduler.config)
+    scheduler.set_timesteps(4)
+    x, draw, generator = way["x"], draw_of(9), torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            way, seen = _advance(study, draw, way)
+            x = scheduler.step(
+                predict(study.pipe, x, t.expand(2), ["a fox in ink"] * 2), t, x, generator=generator
+            ).prev_sample
+            torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)
+    clean = _begin(study, study.clip, draw_of(), lengths=(4, 4), start=0.0, last=0.5)
+    assert clean["at"] == 2
+
+
+def test_clip_looks_at_clean_pictures_where_asked(study):
+    torch.manual_seed(0)
+    values = [OBJECTIVES["clip"](study, **OPTIONS["clip"], clean=clean)(draw_of()).item() for clean in (False, True)]
+    assert values[0] != values[1]
+
+
+def test_words_are_swapped_with_their_article():
+    assert swap("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
+    assert swap("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
+    assert swap("ink drawing", "ink", "oil") == "oil drawing"
+
+
+def test_negatives_lack_a_concept_each(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    lesson = Lesson({"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["owl", "cat"], "ink": ["oil"]})
+    study = Study(pipe, mixture, lesson)
+    assert negatives(study, "a fox in ink") == ["an owl in ink", "a cat in ink", "a fox in oil", "a fox"]
+    with pytest.raises(ValueError, match="no caption to be told from"):
+        negatives(replace(study, lesson=Lesson(composed=["a fox"])), "a fox")
+
+
+def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
+    """Two routes: the differentiable sampler, and StableDiffusionPipeline with the same noise."""
+    mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    noise = torch.randn(2, 4, 16, 16)
+    for guidance in (1.0, 3.0):
+        host = pipe(
+            ["a fox", "fox"], latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="latent"
+        ).images
+        for checkpointing in (False, True):
+            with torch.no_grad():
+                ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
+            torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
+
+
+def test_a_draw_is_divided_among_shares():
+    whole = Draw(torch.Generator().manual_seed(0), 6)
+    rows = whole.normal(2), whole.choice(100), whole.uniform()
+    parts = []
+    for index in range(3):
+        part = Draw(torch.Generator().manual_seed(0), 6, index, 3)
+        parts.append((part.normal(2), part.choice(100), part.uniform()))
+    for index, (normal, choice, uniform) in enumerate(parts):
+        assert torch.equal(normal, rows[0][index::3])
+        assert choice == rows[1][index::3]
+        assert torch.equal(uniform, rows[2][index::3])
+
+
+def test_softened_by_hand():
+    pictures = torch.zeros(1, 1, 8, 8)
+    pictures[0, 0, 4, 4] = 9.0
+    still, none = torch.zeros(1, 2), torch.zeros(1)
+    torch.testing.assert_close(softened(pictures, still, none, torch.zeros(())), pictures, atol=1e-5, rtol=0)
+    blurred = softened(pictures, still, none + 1, torch.ones(()))
+    torch.testing.assert_close(blurred[0, 0, 3:6, 3:6], torch.full((3, 3), 2.0), atol=1e-5, rtol=0)
+    moved = softened(pictures, torch.tensor([[1 / 8, 0.0]]), none, torch.zeros(()))
+    assert moved[0, 0].argmax().item() == 4 * 8 + 3  # what stood at column 4 is found from column 3
+
+
+def test_clip_features_equal_transformers_own(tmp_path):
+    model = tiny_clip()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    ids = tiny_tokenizer()(["a fox", "ink"], padding="max_length", return_tensors="pt")
+    logits = model(pixel_values=pixels, **ids).logits_per_image
+    clip = Clip(model, tiny_tokenizer())
+    torch.testing.assert_close(clip.scale * clip.image(pixels) @ clip.text(["a fox", "ink"]).T, logits)
+    model.save_pretrained(tmp_path)
+    CLIPImageProcessor(image_mean=[0.1] * 3, image_std=[0.2] * 3).save_pretrained(tmp_path)
+    read = read_clip(tmp_path, tokenizer=tiny_tokenizer())
+    expected = model(pixel_values=(pixels / 2 + 0.4) / 0.2, **ids).logits_per_image
+    torch.testing.assert_close(read.scale * read.image(pixels) @ read.text(["a fox", "ink"]).T, expected)
+    assert not any(p.requires_grad for p in read.model.parameters())
+
+
+def test_caption_loss_by_hand():
+    captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss = caption_loss(torch.tensor([0.6, 0.8]), captions, torch.tensor(10.0))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(2)))
