@@ -30,6 +30,10 @@ ORDER = [
     "training",
     "compare",
     "figures",
+    "recipe",
+    "shelf",
+    "drawing",
+    "infotext",
     "evaluation",
     "cli",
 ]
