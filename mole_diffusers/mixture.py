@@ -37,7 +37,7 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
         pipe: any pipeline with a `unet`.
         experts: name -> file, or (file, strength). Strength is the user's own factor: any sign and size, 1 by default,
             0 means absent.
-        gates: a family ("sum", "mean", "static", "mole"), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
+        gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
 
     Returns:
         The mixture, the handle for strengths, masks, traces, training and saving.

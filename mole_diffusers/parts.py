@@ -83,7 +83,7 @@ class GatedPart:
         return build_gate(self.config, experts, width)
 
     def _slot(self, spot: Place) -> Slot:
-        shared = spot.name == NETWORK or spot.entry is not None
+        shared = spot.name == NETWORK or spot.resets is not None
         whole, timed = spot.name == NETWORK, self.name in DENOISERS
         name, gate = self._full_name(spot.name), self.bank[spot.name]
         slot = Slot(name, gate, self.state, shared=shared, timed=timed, whole=whole)
@@ -112,9 +112,12 @@ class GatedPart:
         """Have the slot refreshed whenever sampling enters its place."""
         if spot.name == NETWORK:
             self._hook_network(slot, undo)
-        elif spot.entry is not None:
-            whole, entry = self.model.get_submodule(spot.name), self.model.get_submodule(spot.entry)
+            return
+        if spot.resets is not None:
+            whole = self.model.get_submodule(spot.resets)
             undo.callback(whole.register_forward_pre_hook(lambda *_: slot.clear()).remove)
+        if spot.entry is not None:
+            entry = self.model.get_submodule(spot.entry)
             if isinstance(entry, Attention):
                 _replace_processor(entry, slot, undo)
             else:

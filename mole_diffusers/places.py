@@ -12,6 +12,7 @@ from torch import nn
 from mole_diffusers.experts import Stack
 
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
+TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
 
@@ -21,13 +22,16 @@ class Place:
 
     Attributes:
         name: the host's module name of the block, layer or matrix; "" for the network.
-        entry: the module whose input the gate reads; None where each layer hands its own input.
+        entry: the module whose input the gate reads; None where the layers hand their own input.
+        resets: the module at whose entry the gate's last weights end, whose layers share them; None where each layer
+            asks anew.
         width: channels C of that input.
         tokens: T at the host's default resolution, for flattened features; 0 where it is not fixed.
     """
 
     name: str
     entry: str | None
+    resets: str | None
     width: int
     tokens: int
 
@@ -43,23 +47,39 @@ def blocks(model: nn.Module) -> dict[str, str]:
 
 
 def owner(layer: str, layout: str, block_names: Iterable[str]) -> str:
-    """The name of the place that gates `layer`."""
+    """The name of the place that gates `layer`.
+
+    `layout` is a granularity, or "stream": a place for each stream of tokens in a block, the block's own and the text,
+    and for each layer outside blocks.
+    """
     if layout == "matrix":
         return layer
     block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
+    if layout == "stream" and block == NETWORK:
+        return layer
     if layout == "model" or block == NETWORK:
         return NETWORK
-    return block if layout == "block" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
+    if layout == "stream" and layer.endswith(TEXT_LAYERS):
+        return f"{block}.{TEXT_LAYERS[0]}"
+    return block if layout != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
 
 
 def place(name: str, layout: str, model: nn.Module) -> Place:
     """Describe the place that `owner` named."""
     if name == NETWORK:
-        return Place(name, None, _network_width(model), 1)
+        return Place(name, None, None, _network_width(model), 1)
+    if layout == "stream":
+        return _stream(name, model)
     if layout == "matrix":
-        return Place(name, None, _in_width(model.get_submodule(name)), 0)
+        return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
     entry = blocks(model)[name] if layout == "block" else name
-    return Place(name, entry, _in_width(model.get_submodule(entry)), _tokens(name, model))
+    return Place(name, entry, name, _in_width(model.get_submodule(entry)), _tokens(name, model))
+
+
+def _stream(name: str, model: nn.Module) -> Place:
+    """The block's tokens as they enter it, before any norm; the text as the first layer that reads it has it."""
+    block = next((b for b in blocks(model) if name == b or name.startswith(f"{b}.")), None)
+    return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)
 
 
 def _in_width(module: nn.Module) -> int:

@@ -120,7 +120,7 @@ def test_inputs_experts_needs_an_expert_that_reads_the_block(pipe, tmp_path):
 
 
 def test_bad_configs_name_what_is_known(pipe, loras):
-    with pytest.raises(ValueError, match=r"unknown gate family 'sumo'; known: \['sum', 'mean', 'static', 'mole'\]"):
+    with pytest.raises(ValueError, match=r"unknown gate family 'sumo'; known: \['sum', 'mean', 'static', 'mole', "):
         GateConfig("sumo")
     with pytest.raises(ValueError, match="unknown gate options"):
         GateConfig.from_dict({"famly": "sum"})

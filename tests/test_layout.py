@@ -38,7 +38,7 @@ ORDER = [
     "cli",
 ]
 FOLDERS = {
-    "gates": ["contract", "controls", "config", "constant", "mole", "bank", "build"],
+    "gates": ["contract", "controls", "config", "constant", "mole", "flow", "bank", "build"],
     "training": [
         "data",
         "losses",

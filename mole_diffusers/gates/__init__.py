@@ -5,6 +5,7 @@ from mole_diffusers.gates.build import build_gate
 from mole_diffusers.gates.config import FAMILIES, FEATURES, GRANULARITIES, INPUTS, GateConfig
 from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.contract import Context, Gate, Layer
+from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "INPUTS",
     "ConstantGate",
     "Context",
+    "FlowGate",
     "Gate",
     "GateBank",
     "GateConfig",

@@ -6,6 +6,7 @@ from torch import nn
 
 from mole_diffusers.gates.config import GateConfig
 from mole_diffusers.gates.constant import ConstantGate, StaticGate
+from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
 
 
@@ -15,4 +16,6 @@ def build_gate(config: GateConfig, experts: int, width: int) -> nn.Module:
         return ConstantGate("N" if config.family == "sum" else "1")
     if config.family == "static":
         return StaticGate(experts, config.total, config.bins)
+    if config.family == "flow":
+        return FlowGate(experts, width, config.start)
     return MoLEGate(experts, width, config.total, config.features)

@@ -14,11 +14,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "mean": (),
     "static": ("granularity", "total", "bins"),
     "mole": ("granularity", "total", "inputs", "features"),
+    "flow": ("start",),
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
 FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pooled": mixing.pooled, "flattened": mixing.flattened}
 INPUTS = ("hidden", "experts")
+STARTS = ("sum", "mean", "faithful")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class GateConfig:
 
     Attributes:
         family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
-            "mole" reads the block's state.
+            "mole" reads the block's state as a whole, "flow" token by token.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
         total: (static, mole) what the weights sum to, see `mixing.gate_weights`. The paper's is "1".
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
         bins: the static gate has this many sets of weights over the noise levels, 1 or more.
+        start: the flow gate's weights before training: the plain "sum", the "mean", or "faithful" to the paper, the last
+            expert alone.
     """
 
     family: str = "mole"
@@ -41,6 +45,7 @@ class GateConfig:
     inputs: str = "hidden"
     features: str = "pooled"
     bins: int = 1
+    start: str = "sum"
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -56,6 +61,7 @@ class GateConfig:
             "total": mixing.TOTALS,
             "inputs": INPUTS,
             "features": tuple(FEATURES),
+            "start": STARTS,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -67,7 +73,7 @@ class GateConfig:
     @property
     def layout(self) -> str:
         """Where the gates sit, see `places.owner`."""
-        return self.granularity
+        return "stream" if self.family == "flow" else self.granularity
 
     @classmethod
     def from_dict(cls, values: dict) -> GateConfig:

@@ -1,0 +1,79 @@
+"""LoRA-Flow's own properties."""
+
+import math
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.gates import Context, FlowGate
+from mole_diffusers.processor import Slot
+
+BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
+
+
+def test_softmax_then_bias_by_hand():
+    gate = FlowGate(2, 1, "mean")
+    with torch.no_grad():
+        gate.matrix.copy_(torch.tensor([[math.log(3)], [0.0]]))
+        gate.offset.copy_(torch.tensor([0.5, -2.0]))
+    weights = gate(torch.tensor([[[1.0], [0.0]]]), BOTH)  # two tokens
+    torch.testing.assert_close(weights, torch.tensor([[[1.25, -1.75], [1.0, -1.5]]]))
+
+
+@pytest.mark.parametrize("start", ["sum", "mean", "faithful"])
+def test_weights_sum_to_one_and_the_bias(start):
+    torch.manual_seed(0)
+    gate = FlowGate(3, 4, start)
+    torch.nn.init.normal_(gate.matrix)
+    torch.nn.init.normal_(gate.offset)
+    mask = torch.ones(3, dtype=torch.bool)
+    weights = gate(torch.randn(2, 5, 4), Context(mask, torch.zeros(2)))
+    torch.testing.assert_close(weights.sum(-1), (1 + gate.bias(mask).sum()).expand(2, 5))
+
+
+def test_permuting_tokens_permutes_weights():
+    torch.manual_seed(0)
+    gate = FlowGate(2, 4, "sum")
+    torch.nn.init.normal_(gate.matrix)
+    hidden, order = torch.randn(1, 5, 4), torch.randperm(5)
+    torch.testing.assert_close(gate(hidden[:, order], BOTH), gate(hidden, BOTH)[:, order])
+
+
+def test_the_papers_start_is_the_last_lora_alone(pipe, loras, draw):
+    mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, mole.GateConfig("flow", start="faithful"))
+    ours = draw(pipe)
+    assert FlowGate(2, 1, "faithful").bias(BOTH.mask).tolist() == [-0.5, 0.5]
+    mole.detach(pipe)
+    pipe.load_lora_weights(loras["hat"])
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, draw, monkeypatch):
+    seen, read = [], Slot.read
+
+    def note(slot, present, x, layer):
+        seen.append((layer.name, read(slot, present, x, layer)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Slot, "read", note)
+    mole.attach(pipe, {"fox": loras["fox"]}, "flow")
+    draw(pipe, num_inference_steps=1)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0."
+    own = [w for name, w in seen if name.startswith(block) and not name.endswith(("attn2.to_k", "attn2.to_v"))]
+    text = [w for name, w in seen if name.startswith(block) and name.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert (len(own), len(text)) == (6, 2)
+    assert all(w is own[0] for w in own)
+    assert text[0] is text[1]
+    assert own[0].shape == (2, 64, 1)
+    assert text[0].shape == (2, 16, 1)
+
+
+def test_permuting_experts_with_their_rows_leaves_the_image(pipe, loras, draw, awake):
+    mixture = awake(mole.attach(pipe, loras, "flow"))
+    kept = {part: {k: v.clone() for k, v in bank.state_dict().items()} for part, bank in mixture.banks.items()}
+    image = draw(pipe)
+    turned = mole.attach(pipe, dict(reversed(loras.items())), "flow")
+    for part, bank in turned.banks.items():
+        bank.load_state_dict({k: v.flip(0) for k, v in kept[part].items()})
+    torch.testing.assert_close(draw(pipe), image, atol=1e-5, rtol=0)
