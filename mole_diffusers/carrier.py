@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -58,9 +59,17 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
         _fill(model.get_submodule(name), stack, GatedLora(slots[name], stack.present, f"{slots[name].part}.{name}"))
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
+            hook = model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
+            undo.callback(hook.remove)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
+
+
+def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """AnimateDiff's motion modules hand their projections `input` by name; peft's layers have another name for it."""
+    return ((kwargs["input"],), {}) if "input" in kwargs else None
 
 
 def inject_trainable(model: Any, adapter: str, undo: ExitStack, *, pattern: str, rank: int, alpha: float) -> None:

@@ -117,6 +117,27 @@ def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Ten
     return small_down.reshape(-1, *down.shape[1:]), small_up.reshape(up.shape[0], -1, *up.shape[2:]), values
 
 
+def rows(values: torch.Tensor, batch: int) -> torch.Tensor:
+    """Rows [have, ...] spread over, or thinned to, [batch, ...], where each stands for as many neighbours as any other.
+
+    A film's frames and an image's pixels are rows in some layers, one sample's after the other's.
+    """
+    have = values.shape[0]
+    return values if have == batch else values[torch.arange(batch, device=values.device) * have // batch]
+
+
+def of_batch(values: torch.Tensor, batch: int) -> torch.Tensor:
+    """A denoiser call's rows [have, ...] as a layer inside it has them: [batch, ...].
+
+    More rows are frames or pixels. Fewer are what perturbed-attention guidance (Ahn et al., 2024) splits off: without
+    perturbation the leading rows, perturbed the last, which are less than half where there is guidance, too.
+    """
+    have = values.shape[0]
+    if batch >= have:
+        return rows(values, batch)
+    return values[:batch] if 2 * batch >= have else values[-batch:]
+
+
 def entropy(weights: torch.Tensor) -> torch.Tensor:
     """Entropy of each gate in nats, 0 .. ln N: [..., N] -> [...]. Weights are brought to sum 1 first."""
     share = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from mole_diffusers import checkpoint
+from mole_diffusers.calls import DENOISERS, CallReader
 from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.gates.controls import Control
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.lora_writing import write_lora
-from mole_diffusers.parts import DENOISERS, GatedPart, timestep
+from mole_diffusers.parts import GatedPart
 from mole_diffusers.processor import Decision, Plan, State
 from mole_diffusers.trace import Trace
 from mole_diffusers.turns import Turn, take_turns
@@ -34,7 +35,7 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
     """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces; `detach` gives the original back.
 
     Args:
-        pipe: any pipeline with a `unet`.
+        pipe: any pipeline with a `unet` or a `transformer`.
         experts: name -> file, or (file, strength). Strength is the user's own factor: any sign and size, 1 by default,
             0 means absent.
         gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
@@ -98,7 +99,7 @@ def _denoiser(pipe: Any) -> nn.Module:
     for name in DENOISERS:
         if (model := getattr(pipe, name, None)) is not None:
             return model
-    raise ValueError(f"{type(pipe).__name__} has no unet to attach experts to")
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
 
 
 def _hosts(pipe: Any) -> dict[str, nn.Module]:
@@ -130,6 +131,7 @@ class Mixture:
         self._state = State([True] * len(experts), [1.0] * len(experts))
         self._turn, self._undo = Turn(), ExitStack()
         self._denoiser = next(hosts[part] for part in DENOISERS if part in hosts)
+        self._call = CallReader(self._denoiser)
         self._parts = [
             GatedPart(part, hosts[part], stacks, config=config, state=self._state)
             for part, stacks in stack_all(matches, hosts).items()
@@ -355,6 +357,5 @@ class Mixture:
         self._undo.close()
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        self._state.time = timestep(args, kwargs, sample).float() / 1000
+        self._state.time = self._call.time(args, kwargs)
         self._state.step += 1

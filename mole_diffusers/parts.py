@@ -13,13 +13,13 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import carrier, mixing
+from mole_diffusers.calls import DENOISERS, CallReader
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates import GateBank, GateConfig, build_gate
 from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed
 from mole_diffusers.processor import MoLEAttnProcessor, Present, Slot, State
 
 BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
-DENOISERS = ("unet",)
 
 
 class GatedPart:
@@ -126,23 +126,19 @@ class GatedPart:
     def _hook_network(self, slot: Slot, undo: ExitStack) -> None:
         """The denoiser's own gate reads text and time; a text encoder's reads what enters its first layer."""
         if self.name in DENOISERS:
-            hook = self.model.register_forward_pre_hook(_text_and_time(slot), with_kwargs=True)
+            refresh = _text_and_time(slot, CallReader(self.model))
+            hook = self.model.register_forward_pre_hook(refresh, with_kwargs=True)
         else:
             first = self.model.get_submodule(next(iter(blocks(self.model))))
             hook = first.register_forward_pre_hook(_refresher(slot), with_kwargs=True)
         undo.callback(hook.remove)
 
 
-def timestep(args: tuple, kwargs: dict, like: torch.Tensor) -> torch.Tensor:
-    """A denoiser call's timestep as [B]."""
-    value = kwargs["timestep"] if "timestep" in kwargs else args[1]
-    return torch.as_tensor(value, device=like.device).reshape(-1).expand(like.shape[0])
-
-
-def _text_and_time(slot: Slot) -> Callable[[nn.Module, tuple, dict], None]:
+def _text_and_time(slot: Slot, call: CallReader) -> Callable[[nn.Module, tuple, dict], None]:
     def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-        time = get_timestep_embedding(timestep(args, kwargs, text), TIME_WIDTH)  # [B, TIME_WIDTH]
+        time = call.time(args, kwargs)  # [B]
+        text = mixing.rows(call.text(args, kwargs), len(time))  # [B, T, C]; a film has its text once a frame
+        time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
         slot.refresh(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
 
     return refresh

@@ -13,6 +13,8 @@ from mole_diffusers.experts import Stack
 
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
+FIRST = ("attn1", "self_attn", "SelfAttention", "proj_mlp", "attn")  # what a block enters first, by its name there
+TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # how a denoiser's config calls the channels of its text
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
 
@@ -37,12 +39,14 @@ class Place:
 
 
 def blocks(model: nn.Module) -> dict[str, str]:
-    """{name of a transformer block: name of its first attention}, for UNets and text encoders."""
+    """{name of a transformer block: name of the module that its input enters}, in UNets, transformers, text encoders.
+
+    That is the first attention; the single blocks of Flux and its kin run a feed-forward layer beside it.
+    """
     found = {}
     for name, module in model.named_modules():
-        for first in ("attn1", "self_attn"):
-            if hasattr(module, first):
-                found[name] = f"{name}.{first}"
+        if first := next((f for f in FIRST if hasattr(module, f)), None):
+            found[name] = f"{name}.{first}"
     return found
 
 
@@ -94,14 +98,19 @@ def _in_width(module: nn.Module) -> int:
 
 def _network_width(model: Any) -> int:
     config = model.config
-    return config.hidden_size if hasattr(config, "hidden_size") else config.cross_attention_dim + TIME_WIDTH
+    for name in TEXT_WIDTH:
+        if width := getattr(config, name, None):
+            return width + TIME_WIDTH
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"a gate outside the blocks of {type(model).__name__} has no text states of known width to read")
+    return config.hidden_size
 
 
 def _tokens(name: str, model: Any) -> int:
     """Tokens of a block at the host's default size: halved per side at each down block, mirrored going up."""
     config = model.config
-    if hasattr(config, "max_position_embeddings"):
-        return config.max_position_embeddings
+    if not hasattr(config, "block_out_channels"):
+        return getattr(config, "max_position_embeddings", 0)
     depth = len(config.block_out_channels) - 1
     numbered = re.match(r"(down|up)_blocks\.(\d+)", name)
     level = depth if numbered is None else int(numbered[2])

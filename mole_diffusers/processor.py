@@ -83,7 +83,8 @@ class Slot:
     """One gate at one place, and the weights it last gave for each set of present experts.
 
     `shared` says that the layers of the place use one decision; `timed` that the place knows the noise level (a text
-    encoder does not); `whole` that it spans blocks, so that each layer multiplies its own block's strength.
+    encoder does not); `whole` that it spans blocks, so that each layer multiplies its own block's strength, and no
+    layer's input can stand in for what the gate reads.
     """
 
     def __init__(self, name: str, gate: Gate, state: State, *, shared: bool, timed: bool, whole: bool):
@@ -134,9 +135,8 @@ class Slot:
                 gates = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
                 yield self._decision(present, gates if segment is None else gates[segment], factor, segment=segment)
             return
-        time = self.state.time.to(device) if self.timed else torch.zeros(len(hidden), device=device)
-        # PAG hands single layers a part of the batch; its rows are at one noise level.
-        time = time if len(time) == len(hidden) else time[:1].expand(len(hidden))
+        time = self.state.time.to(device) if self.timed else torch.zeros(1, device=device)
+        time = mixing.rows(time, len(hidden))  # PAG hands single layers a part of the batch, films their frames
         with torch.autocast(device.type, enabled=False):
             features = hidden.float() if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
@@ -169,11 +169,13 @@ class Slot:
         That happens where every layer has a gate of its own, and when another processor took the place of ours
         (IP-Adapter, PAG) or splits the batch.
         """
-        if not self.shared or self.batch != x.shape[0]:
+        if not self.shared or (self.batch != x.shape[0] and not (self.whole and self.batch)):
             if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
                 x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights
             self.refresh(as_tokens(x), None if self.shared else layer)
         weights = self.weights[present]
+        if self.whole and weights.dim() > 1:
+            weights = mixing.of_batch(weights, x.shape[0])
         if self.whole and self.state.plan is not None:
             weights = weights * torch.tensor(self.state.plan.block(layer.name), device=weights.device)
         return weights

@@ -12,6 +12,7 @@ ORDER = [
     "mixing",
     "gates",
     "processor",
+    "calls",
     "places",
     "carrier",
     "trace",

@@ -97,3 +97,17 @@ def test_balance_has_a_live_gradient_that_evens_out():
     logits = torch.tensor([1.0, 0.0], requires_grad=True)
     mixing.balance_loss([torch.softmax(logits, -1)], [torch.tensor([True, True])]).backward()
     assert logits.grad[0] > 0 > logits.grad[1]
+
+
+def test_rows_stand_for_as_many_neighbours_each():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert mixing.rows(values, 2) is values
+    assert mixing.rows(values, 6).tolist() == [[1, 2]] * 3 + [[3, 4]] * 3
+    assert mixing.rows(mixing.rows(values, 6), 2).tolist() == values.tolist()
+
+
+def test_pieces_of_a_batch_keep_their_own_rows():
+    guided = torch.tensor([[0.0], [1.0], [2.0]])  # without text, with text, perturbed
+    assert mixing.of_batch(guided, 2).tolist() == [[0], [1]]
+    assert mixing.of_batch(guided, 1).tolist() == [[2]]
+    assert mixing.of_batch(guided, 6).tolist() == [[0], [0], [1], [1], [2], [2]]

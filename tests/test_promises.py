@@ -2,32 +2,10 @@
 
 import pytest
 import torch
+from hosts import assert_same, snapshot
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
-
-
-def snapshot(pipe):
-    """Everything about the host models that attaching could change."""
-    return {
-        part: (
-            {k: v.clone() for k, v in model.state_dict().items()},
-            {n: type(m) for n, m in model.named_modules()},
-            {n: p.requires_grad for n, p in model.named_parameters()},
-            {k for k in model.__dict__ if k != "_modules"},
-            [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
-        )
-        for part, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder))
-    }
-
-
-def assert_same(before, after):
-    for part in before:
-        states, *rest = zip(before[part], after[part], strict=True)
-        assert list(states[0]) == list(states[1])
-        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-        for old, new in rest:
-            assert old == new
 
 
 @pytest.mark.parametrize("family", ["sum", "mole"])

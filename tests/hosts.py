@@ -1,0 +1,259 @@
+"""One tiny pipeline for each kind that people run, of the real classes, with random weights and offline.
+
+`HOSTS` maps a host's name to a function that returns (pipe, what its call needs beside a prompt).
+"""
+
+import diffusers as d
+import torch
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from mole_diffusers.lora_files import PARTS
+from mole_diffusers.testing import tiny_tokenizer
+
+PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(1, 1, 32, 32).tril()
+
+
+def unet(**options):
+    wide = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2}
+    down = ("DownBlock2D", "CrossAttnDownBlock2D")
+    shape = {"down_block_types": down, "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16}
+    return d.UNet2DConditionModel(**({"sample_size": 16} | wide | shape | options)).eval()
+
+
+def vae():
+    return d.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=32,
+        shift_factor=0.0,
+    ).eval()
+
+
+def text(kind=CLIPTextModel, *, width=16, projected=16, activation="quick_gelu"):
+    words = tiny_tokenizer()
+    ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"vocab_size": len(words), "max_position_embeddings": words.model_max_length, "projection_dim": projected}
+    return kind(CLIPTextConfig(**shape, **size, **ids, hidden_act=activation)).eval()
+
+
+def t5():
+    letters = [(chr(c), -2.0) for c in range(97, 123)]
+    words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters], model_max_length=16)
+    config = T5Config(vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval(), words
+
+
+def eye():
+    shape = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**shape, image_size=32, patch_size=16)).eval()
+
+
+def noise(kind=d.DDIMScheduler, **options):
+    return kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, **options)
+
+
+def flow():
+    return d.FlowMatchEulerDiscreteScheduler()
+
+
+def controlnet(**options):
+    shape = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2}
+    down = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 16}
+    net = d.ControlNetModel(**(shape | down | options), conditioning_embedding_out_channels=(4, 8)).eval()
+    for module in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
+        torch.nn.init.normal_(module.weight, std=0.1)  # zero as built, which would condition nothing
+    return net
+
+
+def t2i_adapter():
+    return d.T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2).eval()
+
+
+def sd(kind=d.StableDiffusionPipeline, *, host=None, encoder=None, scheduler=None, **extra):
+    torch.manual_seed(0)
+    parts = {"vae": vae(), "text_encoder": encoder or text(), "tokenizer": tiny_tokenizer(), "unet": host or unet()}
+    parts |= {"scheduler": scheduler or noise(clip_sample=False), "safety_checker": None, "feature_extractor": None}
+    return quiet(kind(**parts, requires_safety_checker=False, **extra))
+
+
+def sd21():
+    encoder = text(width=32, activation="gelu")
+    host = unet(cross_attention_dim=32, use_linear_projection=True, upcast_attention=True, attention_head_dim=(2, 4))
+    return sd(host=host, encoder=encoder, scheduler=noise(clip_sample=False, prediction_type="v_prediction"))
+
+
+XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "transformer_layers_per_block": (1, 2)}
+XL |= {"use_linear_projection": True, "cross_attention_dim": 32}
+
+
+def sdxl(kind=d.StableDiffusionXLPipeline, *, refiner=False, **extra):
+    torch.manual_seed(0)
+    inputs = 16 + 8 * (5 if refiner else 6)
+    host = unet(**XL | {"projection_class_embeddings_input_dim": inputs, "cross_attention_dim": 16 if refiner else 32})
+    second = text(CLIPTextModelWithProjection, activation="gelu")
+    first = {"text_encoder": None, "tokenizer": None} if refiner else {"text_encoder": text(), "tokenizer": tiny_tokenizer()}
+    parts = first | {"text_encoder_2": second, "tokenizer_2": tiny_tokenizer(), "unet": host, "vae": vae()}
+    if refiner:
+        extra["requires_aesthetics_score"] = True
+    return quiet(kind(**parts, scheduler=noise(d.EulerDiscreteScheduler), **extra, add_watermarker=False))
+
+
+def xl_controlnet():
+    return controlnet(**XL | {"projection_class_embeddings_input_dim": 16 + 8 * 6})
+
+
+def ip_adapter(pipe):
+    """Give the pipeline an image encoder and load random IP-Adapter weights into its UNet."""
+    generator = torch.Generator().manual_seed(1)
+    width, token = pipe.unet.config.cross_attention_dim, {}
+    crosses = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for i, name in enumerate(crosses):
+        shape = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+        for half in ("k", "v"):
+            token[f"{2 * i + 1}.to_{half}_ip.weight"] = torch.randn(shape, generator=generator) * 0.3
+    project = {"proj.weight": torch.randn(4 * width, 8, generator=generator), "proj.bias": torch.zeros(4 * width)}
+    project |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipe.register_modules(image_encoder=eye(), feature_extractor=CLIPImageProcessor(size=32, crop_size=32))
+    pipe.load_ip_adapter({"image_proj": project, "ip_adapter": token}, subfolder="", weight_name="")
+
+
+def with_ip_adapter():
+    pipe = sd()
+    ip_adapter(pipe)
+    return pipe
+
+
+def animatediff():
+    torch.manual_seed(0)
+    motion = d.MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2
+    )
+    parts = {"vae": vae(), "text_encoder": text(), "tokenizer": tiny_tokenizer(), "unet": unet(), "motion_adapter": motion}
+    return quiet(d.AnimateDiffPipeline(**parts, scheduler=noise(clip_sample=False)))
+
+
+def sd3():
+    torch.manual_seed(0)
+    shape = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    size = {"joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 32}
+    size |= {"attention_head_dim": 8, "num_attention_heads": 2}
+    parts = {
+        "transformer": d.SD3Transformer2DModel(**shape, **size, dual_attention_layers=(0,), qk_norm="rms_norm").eval(),
+        "text_encoder": text(CLIPTextModelWithProjection),
+        "text_encoder_2": text(CLIPTextModelWithProjection, activation="gelu"),
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+    words = {"tokenizer": tiny_tokenizer(), "tokenizer_2": tiny_tokenizer()}
+    return quiet(d.StableDiffusion3Pipeline(**parts, **words, vae=vae(), scheduler=flow()))
+
+
+def flux():
+    torch.manual_seed(0)
+    shape = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8}
+    size = {"num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4)}
+    encoder, words = t5()
+    parts = {"transformer": d.FluxTransformer2DModel(**shape, **size).eval(), "vae": vae(), "scheduler": flow()}
+    parts |= {"text_encoder": text(), "tokenizer": tiny_tokenizer(), "text_encoder_2": encoder, "tokenizer_2": words}
+    return quiet(d.FluxPipeline(**parts))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# An adapter adds its features inside the blocks that have attention.
+TURNED = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+IMAGE, INPAINT = {"image": PICTURE, "strength": 1.0}, {"image": PICTURE, "mask_image": MASK, "strength": 1.0}
+SIZE = {"height": 32, "width": 32}
+CONTROLLED = {"control_image": PICTURE}
+LCM = {"kind": d.LCMScheduler, "clip_sample": False}
+HOSTS = {
+    "sd15": lambda: (sd(), {}),
+    "sd21": lambda: (sd21(), {}),
+    "sd15-img2img": lambda: (sd(d.StableDiffusionImg2ImgPipeline), IMAGE),
+    "sd15-inpaint": lambda: (sd(d.StableDiffusionInpaintPipeline), INPAINT | SIZE),
+    "sd15-inpaint9": lambda: (sd(d.StableDiffusionInpaintPipeline, host=unet(in_channels=9)), INPAINT | SIZE),
+    "sd15-controlnet": lambda: (sd(d.StableDiffusionControlNetPipeline, controlnet=controlnet()), {"image": PICTURE}),
+    "sd15-controlnet-img2img": lambda: (
+        sd(d.StableDiffusionControlNetImg2ImgPipeline, controlnet=controlnet()),
+        IMAGE | CONTROLLED,
+    ),
+    "sd15-controlnet-inpaint": lambda: (
+        sd(d.StableDiffusionControlNetInpaintPipeline, controlnet=controlnet()),
+        INPAINT | CONTROLLED | SIZE,
+    ),
+    "sd15-t2i-adapter": lambda: (
+        sd(d.StableDiffusionAdapterPipeline, host=unet(**TURNED), adapter=t2i_adapter()),
+        {"image": PICTURE} | SIZE,
+    ),
+    "sd15-ip-adapter": lambda: (with_ip_adapter(), {"ip_adapter_image": PICTURE}),
+    "sd15-pag": lambda: (sd(d.StableDiffusionPAGPipeline, pag_applied_layers="mid"), {"pag_scale": 3.0}),
+    "sd15-lcm": lambda: (sd(scheduler=noise(d.LCMScheduler, clip_sample=False)), {"guidance_scale": 1.0}),
+    "animatediff": lambda: (animatediff(), {"num_frames": 3}),
+    "sdxl": lambda: (sdxl(), {}),
+    "sdxl-refiner": lambda: (sdxl(d.StableDiffusionXLImg2ImgPipeline, refiner=True), IMAGE),
+    "sdxl-img2img": lambda: (sdxl(d.StableDiffusionXLImg2ImgPipeline), IMAGE),
+    "sdxl-inpaint": lambda: (sdxl(d.StableDiffusionXLInpaintPipeline), INPAINT | SIZE),
+    "sdxl-controlnet": lambda: (sdxl(d.StableDiffusionXLControlNetPipeline, controlnet=xl_controlnet()), {"image": PICTURE}),
+    "sdxl-turbo": lambda: (sdxl(), {"guidance_scale": 0.0, "num_inference_steps": 1}),
+    "sdxl-pag": lambda: (sdxl(d.StableDiffusionXLPAGPipeline, pag_applied_layers="mid"), {"pag_scale": 3.0}),
+    "sd3": lambda: (sd3(), {}),
+    "flux": lambda: (flux(), SIZE | {"max_sequence_length": 8}),
+}
+
+
+def draw(pipe, options, prompt="a fox in ink", *, steps=2):
+    """Pictures (or frames) of one fixed seed."""
+    options = {"num_inference_steps": steps, "output_type": "np", "generator": torch.Generator().manual_seed(0)} | options
+    made = pipe(prompt, **options)
+    return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images)
+
+
+def models(pipe):
+    """The models of a pipeline that experts can sit on, by part."""
+    return {part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+
+
+def denoiser(pipe):
+    return models(pipe).get("unet") or models(pipe)["transformer"]
+
+
+def snapshot(pipe):
+    """Everything about the host models that attaching could change."""
+    return {
+        part: (
+            {k: v.clone() for k, v in model.state_dict().items()},
+            {n: type(m) for n, m in model.named_modules()},
+            {n: p.requires_grad for n, p in model.named_parameters()},
+            {k for k in model.__dict__ if k != "_modules"},
+            [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
+        )
+        for part, model in models(pipe).items()
+    }
+
+
+def assert_same(before, after):
+    for part in before:
+        states, *rest = zip(before[part], after[part], strict=True)
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+        for old, new in rest:
+            assert old == new

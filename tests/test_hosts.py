@@ -1,0 +1,79 @@
+"""Every pipeline that people run: attach, generate, train a step, save, reload, and detach bit for bit."""
+
+import hosts
+import pytest
+import torch
+from hosts import assert_same, snapshot
+
+import mole_diffusers as mole
+from mole_diffusers.calls import CallReader
+from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora
+
+EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "SelfAttention.q", "linear_1", "norm.linear")
+
+
+@pytest.fixture(params=hosts.HOSTS)
+def host(request):
+    return hosts.HOSTS[request.param]()
+
+
+@pytest.fixture
+def experts(host, tmp_path):
+    pipe, _ = host
+    return {
+        "fox": tiny_lora(pipe, tmp_path / "fox", seed=1, ends=EVERY),
+        "ink": tiny_lora(pipe, tmp_path / "ink", seed=2, rank=2, ends=ATTENTION),
+    }
+
+
+def train_one_step(pipe, options, mixture):
+    """Descend the gates once on a denoiser call of the pipeline itself."""
+    denoiser, seen = hosts.denoiser(pipe), []
+    hook = denoiser.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    hosts.draw(pipe, options)
+    hook.remove()
+    args, kwargs = seen[0]
+    denoiser(*args, **kwargs)[0].square().mean().backward()
+    with torch.no_grad():
+        for gate in mixture.parameters():
+            if gate.grad is not None:
+                gate -= 10 * gate.grad / gate.grad.norm().clamp_min(1e-12)
+    learned = {id(p) for m in hosts.models(pipe).values() for p in m.parameters() if p.grad is not None}
+    assert learned <= {id(p) for p in mixture.parameters()}
+
+
+def test_attach_train_save_reload_detach(host, experts, tmp_path):
+    pipe, options = host
+    base, before = hosts.draw(pipe, options), snapshot(pipe)
+    mixture = mole.attach(pipe, experts, "mole")
+    for model in hosts.models(pipe).values():
+        model.requires_grad_(False)
+    for gate in mixture.parameters():
+        gate.requires_grad_(True)
+    equal = hosts.draw(pipe, options)
+    assert not torch.allclose(equal, base, atol=1e-2)
+    train_one_step(pipe, options, mixture)
+    trained = hosts.draw(pipe, options)
+    assert not torch.allclose(trained, equal, atol=1e-4)
+    mixture.save_pretrained(tmp_path / "gates")
+    mole.detach(pipe)
+    assert_same(before, snapshot(pipe))
+    assert torch.equal(hosts.draw(pipe, options), base)
+    mole.attach(pipe, experts, tmp_path / "gates")
+    assert torch.equal(hosts.draw(pipe, options), trained)
+    mole.detach(pipe)
+    assert torch.equal(hosts.draw(pipe, options), base)
+
+
+@pytest.mark.parametrize("name", ["sd15", "animatediff", "sd3", "flux"])
+def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
+    pipe, options = hosts.HOSTS[name]()
+    denoiser, levels = hosts.denoiser(pipe), []
+    call = CallReader(denoiser)
+    denoiser.register_forward_pre_hook(lambda _, args, kwargs: levels.append(call.time(args, kwargs)), with_kwargs=True)
+    hosts.draw(pipe, options, steps=4)
+    assert all(len(level) == len(levels[0]) for level in levels)
+    means = [level.mean().item() for level in levels]
+    assert 0.7 < means[0] <= 1
+    assert all(0 <= later < earlier for earlier, later in zip(means, means[1:], strict=False))
+    assert means[-1] < 0.5
