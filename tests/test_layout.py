@@ -49,6 +49,7 @@ FOLDERS = {
         "study",
         "teachers",
         "distill",
+        "collage",
         "rewards",
         "objectives",
         "loop",

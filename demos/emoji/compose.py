@@ -32,7 +32,9 @@ def lesson(concepts: Sequence[str]) -> Lesson:
             beside = (concept, OTHERS[i]) if slot == 0 else (OTHERS[i], concept)
             singles[concept].append(emoji.Scene((concept,) if alone else beside, style).caption)
     styles = [c for c in concepts if c in emoji.STYLES]
-    return Lesson(singles, [scene.caption], _others(concepts), styles)
+    alone = [emoji.Scene((subject,), scene.style).caption for subject in scene.subjects]
+    parts = {scene.caption: alone} if len(alone) > 1 else {}
+    return Lesson(singles, [scene.caption], _others(concepts), styles, parts)
 
 
 def _others(concepts: Sequence[str]) -> dict[str, list[str]]:

@@ -92,15 +92,20 @@ def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
 
 
 @torch.no_grad()
+def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in -1..1 -> latents [B, C, h, w], scaled as the UNet expects them, on the CPU."""
+    latents = pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)).latent_dist.mode()
+    return latents.float().cpu() * pipe.vae.config.scaling_factor
+
+
 def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:
     """Encode pictures with the pipeline's autoencoder; sizes must agree and be what the pipeline can take."""
     size = images[0].size
     latents = []
     for start in range(0, len(images), batch):
         chunk = [image if image.size == size else image.resize(size) for image in images[start : start + batch]]
-        pixels = pipe.image_processor.preprocess(chunk).to(pipe.device, pipe.vae.dtype)  # [b, 3, H, W] in -1..1
-        latents.append(pipe.vae.encode(pixels).latent_dist.mode().float().cpu())
-    return Samples(torch.cat(latents) * pipe.vae.config.scaling_factor, list(captions))
+        latents.append(encode_pixels(pipe, pipe.image_processor.preprocess(chunk)))
+    return Samples(torch.cat(latents), list(captions))
 
 
 def token_ids(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:

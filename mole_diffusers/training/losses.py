@@ -93,3 +93,19 @@ def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tenso
     logits = (rows @ rows.transpose(1, 2) / temperature).masked_fill(itself, -torch.inf)
     shares = torch.log_softmax(logits, -1)
     return -shares[:, same].mean()
+
+
+def side_by_side(pictures: torch.Tensor) -> torch.Tensor:
+    """N pictures each [N, B, 3, H, W] as one [B, 3, H, W]: shrunk to 1 / N, left to right, half way up, on their own ground.
+
+    The ground is the median colour of the pictures' edges.
+    """
+    count, batch, _, height, width = pictures.shape
+    edges = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1)  # [N, B, 3, E]
+    ground = edges.transpose(0, 1).transpose(1, 2).flatten(2).median(-1).values  # [B, 3]
+    sheet = ground[..., None, None].expand(batch, 3, height, width).clone()
+    high, wide = height // count, width // count
+    top = (height - high) // 2
+    for i, picture in enumerate(pictures):
+        sheet[..., top : top + high, i * wide : (i + 1) * wide] = F.interpolate(picture, (high, wide), mode="area")
+    return sheet

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mole_diffusers.training.collage import collage
 from mole_diffusers.training.denoising import denoising_loss
 from mole_diffusers.training.distill import base, composed, separate, single
 from mole_diffusers.training.rewards import clip, rollout
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, Callable[..., Term]] = {
     "separate": separate,
     "denoise": denoise,
     "clip": clip,
+    "collage": collage,
     "rollout": rollout,
 }
 BALANCE = "balance"  # reads the gates while the other terms run

@@ -27,6 +27,7 @@ class Lesson:
             captions that lack it.
         plain: prompts that name no expert.
         styles: experts that act on the whole picture, without a mask.
+        parts: composed prompt -> a prompt for each of its subjects alone, left to right.
         samples: pictures with captions.
     """
 
@@ -35,11 +36,12 @@ class Lesson:
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
     plain: Sequence[str] = ()
     styles: Sequence[str] = ()
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     samples: Samples | None = None
 
     def words(self) -> dict[str, Any]:
         """Everything but the pictures, as plain data."""
-        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others")}
+        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others", "parts")}
         return mappings | {n: list(getattr(self, n)) for n in ("composed", "plain", "styles")}
 
 
@@ -60,6 +62,11 @@ def triggers(mixture: Mixture, expert: str) -> list[str]:
     return [*dict.fromkeys((*mixture.experts[expert].triggers, expert))]
 
 
+def named(mixture: Mixture, prompt: str) -> list[str]:
+    """The experts that a prompt calls by one of their words."""
+    return [e for e in mixture.experts if any(_pattern(word).search(prompt) for word in triggers(mixture, e))]
+
+
 def swap(prompt: str, word: str, other: str) -> str:
     """`prompt` with `other` in the place of `word`, and the article before it to match; unchanged where it is not there."""
 
@@ -67,7 +74,11 @@ def swap(prompt: str, word: str, other: str) -> str:
         article = found[1] and ("an " if other[0].lower() in "aeiou" else "a ")
         return f"{article or ''}{other}"
 
-    return re.sub(rf"\b(an? )?{re.escape(word)}(?!\w)", put, prompt)
+    return _pattern(word).sub(put, prompt)
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    return re.compile(rf"\b(an? )?{re.escape(word)}(?!\w)")
 
 
 def negatives(study: Study, prompt: str) -> list[str]:

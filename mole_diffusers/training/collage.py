@@ -1,0 +1,45 @@
+"""An objective for several subjects without data: pictures of each alone, set side by side."""
+
+from __future__ import annotations
+
+import torch
+
+from mole_diffusers.training.data import Samples, encode_pixels
+from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample
+from mole_diffusers.training.losses import side_by_side
+from mole_diffusers.training.study import Study, Term, named
+
+
+def collage(study: Study, *, pictures: int = 64, seeds: int = 12, steps: int = 12, guidance: float = 3.0) -> Term:
+    """The diffusion loss on collages: each subject of a prompt drawn under its own experts, shrunk, set side by side. Ours.
+
+    A sum of LoRAs mixes subjects up. A collage shows the composed prompt over each subject as its own LoRA draws it, so the
+    gates learn to keep them apart. It needs the `parts` of a composed prompt.
+
+    Args:
+        pictures: collages per composed prompt.
+        seeds, steps, guidance: pictures per part, and how they are sampled.
+    """
+    if not study.lesson.parts:
+        raise ValueError("the collage term needs the parts of composed prompts")
+    generator = torch.Generator().manual_seed(study.seed)
+    latents, captions = [], []
+    for prompt, parts in study.lesson.parts.items():
+        drawn = [_alone(study, part, generator, seeds=seeds, steps=steps, guidance=guidance) for part in parts]
+        picks = torch.randint(0, seeds, (len(parts), pictures), generator=generator)
+        sheets = side_by_side(torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)]))
+        latents.append(encode_pixels(study.pipe, sheets))
+        captions += [prompt] * pictures
+    samples = Samples(torch.cat(latents), captions)
+    return lambda draw: denoising_loss(study.pipe, samples, draw)
+
+
+@torch.no_grad()
+def _alone(
+    study: Study, prompt: str, generator: torch.Generator, *, seeds: int, steps: int, guidance: float
+) -> torch.Tensor:
+    """Pictures [seeds, 3, H, W] of a prompt under the experts that it names, at their strengths."""
+    pipe, mixture = study.pipe, study.mixture
+    noise = torch.randn(seeds, *latent_shape(pipe), generator=generator).to(pipe.device)
+    with mixture.fixed({name: mixture.strength(name) for name in named(mixture, prompt)}):
+        return decode(pipe, sample(pipe, noise, [prompt] * seeds, steps=steps, guidance=guidance))

@@ -1,0 +1,58 @@
+"""Collages: single subjects set side by side, as targets of a composed prompt."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.training.collage import _alone, collage
+from mole_diffusers.training.data import Draw, Samples, encode_pixels
+from mole_diffusers.training.denoising import decode, denoising_loss, sample
+from mole_diffusers.training.losses import side_by_side
+from mole_diffusers.training.study import Lesson, Study, named
+
+PROMPT = "a fox and a hat in ink"
+LESSON = Lesson(composed=[PROMPT], parts={PROMPT: ["a fox in ink", "a hat"]})
+
+
+def test_pictures_stand_side_by_side_on_their_ground():
+    pictures = torch.zeros(2, 1, 3, 8, 8)
+    pictures[0, :, 0, 2:6, 2:6], pictures[1, :, 1, 2:6, 2:6] = 1, 1  # red, then green, on black
+    sheet = side_by_side(pictures)[0]  # [3, 8, 8]
+    for channel, left in ((0, 1), (1, 5)):
+        wanted = torch.zeros(8, 8)
+        wanted[3:5, left : left + 2] = 1
+        assert torch.equal(sheet[channel], wanted)
+    grey = side_by_side(torch.full((3, 2, 3, 9, 9), 0.25))
+    assert torch.equal(grey, torch.full_like(grey, 0.25))
+
+
+def test_each_part_is_drawn_by_the_experts_that_it_names(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "hat", "ink")}, "mole")
+    assert named(mixture, "a fox in ink") == ["fox", "ink"]
+    assert named(mixture, "a foxglove") == []
+    drawn = _alone(
+        Study(pipe, mixture, LESSON), "a fox in ink", torch.Generator().manual_seed(1), seeds=2, steps=2, guidance=2.0
+    )
+    mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "sum")
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = decode(pipe, sample(pipe, noise, ["a fox in ink"] * 2, steps=2, guidance=2.0))
+    torch.testing.assert_close(drawn, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "hat", "ink")}, "mole")
+    study = Study(pipe, mixture, LESSON)
+    term = collage(study, pictures=3, seeds=1, steps=2)
+    draw = torch.Generator().manual_seed(0)
+    parts = [_alone(study, part, draw, seeds=1, steps=2, guidance=3.0) for part in LESSON.parts[PROMPT]]
+    sheet = encode_pixels(pipe, side_by_side(torch.stack(parts)))
+    wanted = denoising_loss(pipe, Samples(sheet.repeat(3, 1, 1, 1), [PROMPT] * 3), Draw(torch.Generator().manual_seed(5), 4))
+    found = term(Draw(torch.Generator().manual_seed(5), 4))
+    torch.testing.assert_close(found, wanted)
+    gradients = torch.autograd.grad(found, mixture.parameters(), allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients)
+    with pytest.raises(ValueError, match="collage term needs the parts"):
+        collage(replace(study, lesson=Lesson(composed=[PROMPT])))
