@@ -28,6 +28,7 @@ OPTIONS = {
     "denoise": {},
     "clip": {"lengths": (3, 4), "steps": 1},
     "rollout": {"steps": 3},
+    "collage": {"pictures": 4, "seeds": 2, "steps": 2},
 }
 
 
@@ -38,7 +39,10 @@ def study(pipe, loras, awake):
     awake(mixture, size=1.0)
     generator = torch.Generator().manual_seed(5)
     samples = Samples(torch.randn(4, 4, 16, 16, generator=generator), ["a fox", "fox", "ink", "an ink"])
-    lesson = Lesson({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], samples=samples)
+    parts = {"a fox in ink": ["a fox", "ink art"]}
+    lesson = Lesson(
+        {"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], parts=parts, samples=samples
+    )
     for model in (pipe.unet, pipe.text_encoder, pipe.vae):
         model.requires_grad_(False)
     for parameter in mixture.parameters():
