@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mole_diffusers import mixing
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates import Layer
-from mole_diffusers.processor import Present, Slot
+from mole_diffusers.processor import Slot
 
 ADAPTER = "mole_experts"
 
@@ -28,18 +29,48 @@ ADAPTER = "mole_experts"
 class GatedLora:
     """The arithmetic of one layer: result + up (g[segment] * (down x)) for all experts in one pass."""
 
-    def __init__(self, slot: Slot, present: Present, layer: str):
-        self.slot, self.present, self.layer = slot, present, layer
+    def __init__(self, slot: Slot, stack: Stack, layer: str):
+        self.slot, self.present, self.ranks, self.layer = slot, stack.present, stack.ranks, layer
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
-        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        z = down(x)  # [B, R], [B, T, R] or [B, R, H, W]
-        weights = self.slot.read(self.present, x, Layer(self.layer, z, up.weight, down.segment))
-        z = z * mixing.over_ranks(weights, None if self.slot.gate.ranked else down.segment, z)
-        return result + up(z) * module.scaling[active_adapter]
+        layer = self._layer(module, x)
+        return self._beside(module, layer, result, self._factor(x, layer))
+
+    def whole(self, module: LoraLayer, x: torch.Tensor) -> torch.Tensor | None:
+        """The host's product and the experts' in the cheaper of two ways; None where only `forward` will do."""
+        if x.dim() != 3 or not _alone(module) or x.dtype != module.lora_A[ADAPTER].weight.dtype:
+            return None
+        layer, base = self._layer(module, x), module.base_layer
+        factor = self._factor(x, layer)  # [R], [B, 1, R] or [B, T, R]
+        if _bare(base) and base.weight.dtype == x.dtype and mixing.folding_pays(x, base.weight, factor):
+            up = layer.up * (factor * module.scaling[ADAPTER])  # [Cout, R] or [B, Cout, R]
+            return mixing.folded_linear(x, base.weight, base.bias, module.lora_A[ADAPTER].weight, up)
+        return self._beside(module, layer, base(x), factor)
+
+    def _layer(self, module: LoraLayer, x: torch.Tensor) -> Layer:
+        down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER].weight
+        return Layer(self.layer, lambda: down(x), up, down.segment)
+
+    def _factor(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """What multiplies the rank axis; the layers of a block that are alike share one."""
+        weights, segment = self.slot.read(self.present, x, layer), None if self.slot.gate.ranked else layer.segment
+        if x.dim() != 3:
+            return mixing.over_ranks(weights, segment, layer.low)
+        key = (self.ranks, x.dtype)
+        known = self.slot.factors.get(key)
+        if known is None or known[0] is not weights:
+            known = self.slot.factors[key] = (weights, mixing.over_ranks(weights, segment, x))
+        return known[1]
+
+    def _beside(self, module: LoraLayer, layer: Layer, result: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        up, scaling = module.lora_B[ADAPTER], module.scaling[ADAPTER]
+        z = mixing.scaled(layer.low, factor if scaling == 1 else factor * scaling)  # [B, R], [B, T, R] or [B, R, H, W]
+        if z.dim() < 4 and z.dtype == up.weight.dtype == result.dtype and _bare(up):
+            return mixing.added_low_rank(result, z, up.weight)
+        return result + up(z)
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -50,6 +81,28 @@ class GatedLora:
     merge_unsafe = unmerge = merge_safe
 
 
+class GatedLinear(lora.Linear):
+    """peft's layer, where the experts may also do the host's own product."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.lora_variant[ADAPTER].whole(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def _alone(module: LoraLayer) -> bool:
+    """Whether the layer's experts are what is to be added to its base, and nothing else is."""
+    return not module.disable_adapters and not module.merged and list(module.active_adapters) == [ADAPTER]
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer that nobody hooked, so that its weight may be used in its stead.
+
+    Offloading brings weights to their device in hooks; quantisation has classes of its own.
+    """
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+    return type(module) is nn.Linear and not hooked
+
+
 def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
     before, active = _record(model, ADAPTER, undo)
@@ -58,7 +111,7 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
     inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
-        _fill(model.get_submodule(name), stack, GatedLora(slots[name], stack.present, f"{slots[name].part}.{name}"))
+        _fill(model.get_submodule(name), stack, GatedLora(slots[name], stack, f"{slots[name].part}.{name}"))
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
             hook = model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
             undo.callback(hook.remove)
@@ -107,6 +160,8 @@ def _fill(layer: Any, stack: Stack, variant: GatedLora) -> None:
     rank = len(stack.segment)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
     layer.lora_variant[ADAPTER] = variant
+    if type(layer) is lora.Linear:
+        layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
 
@@ -122,6 +177,8 @@ def _remove(model: Any, adapter: str, had_config: bool) -> None:
     carrying = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
     for name, layer in carrying.items():
         if len(layer.lora_A) > 1:
+            if type(layer) is GatedLinear:
+                layer.__class__ = lora.Linear
             layer.delete_adapter(adapter)
         else:
             parent, _, leaf = name.rpartition(".")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+COPY = 80  # ranks that writing one more weight is worth, see `folding_pays`
 TOTALS = ("1", "N", "sigmoid", "linear")
 
 
@@ -96,6 +97,44 @@ def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torc
     """Mean over each expert's ranks: [..., R] -> [..., N], 0 where an expert has none. `segment` [R] as in `over_ranks`."""
     sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, segment, values)
     return sums / torch.bincount(segment, minlength=experts).clamp_min(1)
+
+
+def scaled(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """z * factor, in the memory of `z` where no gradient needs it."""
+    return z * factor if torch.is_grad_enabled() else z.mul_(factor)
+
+
+def added_low_rank(result: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """result + z up^T in one product, in the memory of `result` where no gradient needs it: [..., Cout]."""
+    flat, z = result.flatten(0, -2), z.flatten(0, -2)
+    summed = torch.addmm(flat, z, up.T) if torch.is_grad_enabled() else flat.addmm_(z, up.T)
+    return summed.view_as(result)
+
+
+def folding_pays(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> bool:
+    """Whether the experts of a linear layer cost less inside its weight than beside it, from the shapes alone.
+
+    Beside: all B T tokens of x [B, T, Cin] go down and up again, B T R (Cin + Cout) products. Inside: a weight of its own
+    for each row of `factor` [R] or [B, 1, R], R Cin Cout products each; and to write a weight and to multiply by one per
+    row was measured to be worth COPY ranks more. With gradients, or weights by token, it never pays: the gradient of a
+    whole weight would be needed, or a weight for each token.
+    """
+    if torch.is_grad_enabled() or (factor.dim() == 3 and factor.shape[1] > 1):
+        return False
+    (out, inside), rows, rank = weight.shape, len(factor) if factor.dim() == 3 else 1, factor.shape[-1]
+    return rows * out * inside * (rank + COPY) < x.shape[0] * x.shape[1] * rank * (out + inside)
+
+
+def folded_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """x (W + up down)^T + bias: x [B, T, Cin], W [Cout, Cin], down [R, Cin], up [Cout, R] or [B, Cout, R] for each row
+    -> [B, T, Cout]."""
+    if up.dim() == 2:
+        return F.linear(x, torch.addmm(weight, up, down), bias)
+    rows, out, _ = up.shape
+    each = torch.addmm(weight.repeat(rows, 1), up.flatten(0, 1), down).view(rows, out, -1).mT  # [B, Cin, Cout]
+    return torch.bmm(x, each) if bias is None else torch.baddbmm(bias, x, each)
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -93,6 +93,7 @@ class Slot:
         self.presents: list[Present] = []  # the first one is what a trace records
         self.probe: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.weights: dict[Present, torch.Tensor] = {}
+        self.factors: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}  # for the layers' own use: weights, by rank
         self.batch = 0
 
     @property
@@ -102,10 +103,11 @@ class Slot:
 
     def clear(self) -> None:
         """Forget the last weights: the next layer that asks gets fresh ones."""
-        self.weights, self.batch = {}, 0
+        self.weights, self.factors, self.batch = {}, {}, 0
 
     def refresh(self, hidden: torch.Tensor, layer: Layer | None = None) -> None:
         """Evaluate the gate on `hidden` [B, T, C]; `layer` where the gate sits at that one layer."""
+        self.factors = {}
         for decision in self._decide(hidden, layer):
             self.weights[decision.present] = decision.weights if decision.ranks is None else decision.ranks
             for listener in self.state.listeners:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 
-class Layer(NamedTuple):
-    """The experts of the one layer that a gate weighs."""
+@dataclass
+class Layer:
+    """The experts of the one layer that a gate weighs.
 
-    name: str  # the host's module name, part first
-    low: torch.Tensor  # A x: [B, R], [B, T, R] or [B, R, H, W]
-    up: torch.Tensor  # [Cout, R] or [Cout, R, 1, 1]
-    segment: torch.Tensor  # [R] -> index of the expert each rank belongs to
+    Attributes:
+        name: the host's module name, part first.
+        project: gives A x; asked only where somebody reads `low`.
+        up: [Cout, R] or [Cout, R, 1, 1].
+        segment: [R] -> index of the expert each rank belongs to.
+    """
+
+    name: str
+    project: Callable[[], torch.Tensor]
+    up: torch.Tensor
+    segment: torch.Tensor
+    _low: torch.Tensor | None = None
+
+    @property
+    def low(self) -> torch.Tensor:
+        """A x: [B, R], [B, T, R] or [B, R, H, W]."""
+        if self._low is None:
+            self._low = self.project()
+        return self._low
 
 
 @dataclass(frozen=True)
