@@ -2,14 +2,18 @@
 
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora_files import Expert, read_expert
+from mole_diffusers.merging.activations import Activations
+from mole_diffusers.merging.merge import merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusers.processor import MoLEAttnProcessor
+from mole_diffusers.saving import save_expert
 from mole_diffusers.trace import Trace
 from mole_diffusers.world import EmojiWorld, emoji_world
 
 __version__ = "0.1.0"
 __all__ = [
+    "Activations",
     "EmojiWorld",
     "Expert",
     "GateConfig",
@@ -21,5 +25,7 @@ __all__ = [
     "attached",
     "detach",
     "emoji_world",
+    "merge",
     "read_expert",
+    "save_expert",
 ]

@@ -8,6 +8,7 @@ ORDER = [
     "safe_files",
     "lora_files",
     "lora_writing",
+    "saving",
     "experts",
     "mixing",
     "gates",
@@ -21,6 +22,7 @@ ORDER = [
     "parts",
     "folding",
     "mixture",
+    "merging",
     "prompt_syntax",
     "plan",
     "pipelines",
@@ -40,6 +42,7 @@ ORDER = [
 ]
 FOLDERS = {
     "gates": ["contract", "controls", "config", "constant", "mole", "flow", "bank", "build"],
+    "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
         "data",
         "losses",
@@ -57,6 +60,7 @@ FOLDERS = {
     "evaluation": ["statistics", "rows", "runner", "arms", "emoji_protocol", "checkpoint_protocol", "tables", "plots"],
     "cli": ["common", "inspect", "compose", "train", "evaluate"],
 }
+MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 
 
 def imports(path):
@@ -88,12 +92,14 @@ def test_files_import_only_from_above():
 
 
 def test_maths_imports_torch_only():
-    for path in (PACKAGE / "mixing.py", PACKAGE / "training" / "losses.py"):
+    merges = [PACKAGE / "merging" / f"{name}.py" for name in MERGE_MATHS]
+    for path in (PACKAGE / "mixing.py", PACKAGE / "training" / "losses.py", *merges):
+        assert set(imports(path)) <= {f"merging.{name}" for name in MERGE_MATHS}
         roots = {n.module.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
         roots |= {
             a.name.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names
         }
-        assert roots <= {"__future__", "collections", "math", "torch"}
+        assert roots <= {"__future__", "collections", "math", "mole_diffusers", "torch", "typing"}
 
 
 def test_only_the_carrier_touches_peft():

@@ -1,0 +1,115 @@
+"""What reaches each layer while one LoRA alone runs its own prompts; what merges by least squares start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mole_diffusers.experts import match
+from mole_diffusers.lora_files import PARTS, Expert, layer_key
+from mole_diffusers.mixture import attach, attached, detach
+
+TEXT = ("attn2.to_k", "attn2.to_v")  # layers of a UNet that read the text
+
+
+class Activations:
+    """Runs experts on a pipeline and keeps the inputs of their layers; each expert is run once and remembered.
+
+    Conditional rows only, since the unconditional prompt is the same for every expert; of a text, the tokens up to its
+    end, since padding is the same too.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Mapping[str, Sequence[str]],
+        *,
+        steps: int = 4,
+        rows: int = 256,
+        seed: int = 42,
+    ):
+        """
+        Args:
+            pipe: the pipeline to run; a mixture on it is put back afterwards.
+            prompts: expert name -> its own prompts, without the other experts' concepts.
+            steps: of sampling from pure noise, without guidance.
+            rows: at most so many of a layer's tokens are kept per step, evenly spaced.
+            seed: of the noise.
+        """
+        self.pipe, self.prompts, self.steps, self.rows, self.seed = pipe, dict(prompts), steps, rows, seed
+        self._own: dict[tuple[str, str, float], dict[str, torch.Tensor]] = {}
+
+    def own(self, name: str, expert: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
+        """ "part.layer" -> [n, Cin]: what reaches the expert's layers while it runs alone."""
+        key = (name, expert.sha256, strength)
+        if key not in self._own:
+            self._own[key] = self.run(name, expert, expert, strength)
+        return self._own[key]
+
+    def run(self, name: str, expert: Expert, running: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
+        """The same while another LoRA, a merge say, runs the expert's prompts from the same noise.
+
+        Raises ValueError where the expert has no prompts.
+        """
+        if not self.prompts.get(name):
+            raise ValueError(f"no prompts for expert {name!r}; there are some for {sorted(self.prompts)}")
+        before = attached(self.pipe)
+        with nullcontext() if before is None else before.lifted(), self._recording(name, expert) as found:
+            attach(self.pipe, {name: (running, strength)}, "sum")
+            try:
+                self._sample(self.prompts[name])
+            finally:
+                detach(self.pipe)
+        return {key: torch.cat(pieces) for key, pieces in found.items()}
+
+    def _sample(self, prompts: Sequence[str]) -> None:
+        generators = [torch.Generator().manual_seed(self.seed + i) for i in range(len(prompts))]
+        options = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "output_type": "latent"}
+        self.pipe(list(prompts), generator=generators, **options)
+
+    @contextmanager
+    def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """Hooks on the host layers of `expert`; what they keep is given out."""
+        hosts = {part: model for part in PARTS if (model := getattr(self.pipe, part, None)) is not None}
+        words = self._words(self.prompts[name])
+        found: dict[str, list[torch.Tensor]] = {}
+        with ExitStack() as undo:
+            for part, modules in match(expert, hosts).layers.items():
+                for module in modules:
+                    tokens = words if part.startswith("text") or module.endswith(TEXT) else None
+                    pieces = found.setdefault(f"{part}.{layer_key(module)}", [])
+                    hook = _keeper(pieces, tokens, self.rows)
+                    undo.callback(hosts[part].get_submodule(module).register_forward_pre_hook(hook).remove)
+            yield found
+
+    def _words(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[P, T] bool: the tokens after the beginning of a text and up to its end."""
+        tokenizer = self.pipe.tokenizer
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
+        ended = (ids == tokenizer.eos_token_id).cumsum(1)
+        return (ids != tokenizer.bos_token_id) & (ended - (ids == tokenizer.eos_token_id).long() == 0)
+
+
+def _keeper(pieces: list[torch.Tensor], tokens: torch.Tensor | None, rows: int) -> Callable[[nn.Module, tuple], None]:
+    def keep(module: nn.Module, args: tuple) -> None:
+        x = as_rows(module, args[0].detach())  # [B, T, Cin]
+        kept = torch.ones(x.shape[:2], dtype=torch.bool) if tokens is None else tokens
+        flat = x[kept.to(x.device)]  # [n, Cin]
+        at = torch.linspace(0, len(flat) - 1, min(rows, len(flat))).round().long()
+        pieces.append(flat[at.to(flat.device)].float().cpu())
+
+    return keep
+
+
+def as_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A layer's input as what its flattened weight is multiplied with: [B, T, Cin]; the patches of a convolution."""
+    if isinstance(module, nn.Conv2d):
+        sizes: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
+        return F.unfold(x, *sizes).transpose(1, 2)
+    return x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])

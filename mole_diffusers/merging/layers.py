@@ -1,0 +1,78 @@
+"""Experts -> layers of pairs, and back: one merge as one Expert."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mole_diffusers.lora_files import Expert, LoraWeights
+from mole_diffusers.merging.factors import Merged, Pair
+
+Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and the user's strength
+
+
+def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
+    """ "unet.LAYER" -> one float64 pair per expert, its strength in the scale.
+
+    Raises ValueError where two experts' layers differ in size: they are for different models.
+    """
+    keys = dict.fromkeys(
+        f"{part}.{key}" for expert, _ in experts.values() for part in expert.layers for key in expert.layers[part]
+    )
+    layers = {key: [_pair(expert, key, strength) for expert, strength in experts.values()] for key in keys}
+    for key, layer in layers.items():
+        shapes = {n: (p.up.shape[0], p.down.shape[1]) for n, p in zip(experts, layer, strict=True) if p is not None}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"the experts do not fit one model: [Cout, Cin] of layer {key!r} is {shapes}")
+    return layers
+
+
+def _pair(expert: Expert, key: str, strength: float) -> Pair | None:
+    weights = _weights(expert, key)
+    if weights is None:
+        return None
+    return Pair(weights.down.double().flatten(1), weights.up.double().flatten(1), weights.scale * strength)
+
+
+def _weights(expert: Expert, key: str) -> LoraWeights | None:
+    part, _, layer = key.partition(".")
+    return expert.layers.get(part, {}).get(layer)
+
+
+def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping[str, str]) -> Expert:
+    """One ordinary LoRA in fp32, shaped as the experts' own layers, with all their trigger words."""
+    parts: dict[str, dict[str, LoraWeights]] = {}
+    for key, pair in merged.items():
+        part, _, layer = key.partition(".")
+        shapes = [w.down.shape[1:] for e, _ in experts.values() if (w := _weights(e, key)) is not None]
+        parts.setdefault(part, {})[layer] = _shaped(pair, max(shapes, key=len))
+    first = next(iter(experts.values()))[0]
+    return Expert(
+        name=name,
+        layers=parts,
+        format="diffusers",
+        base=first.base,
+        triggers=tuple(dict.fromkeys(word for expert, _ in experts.values() for word in expert.triggers)),
+        source=f"merge of {', '.join(experts)}",
+        sha256=_hash(merged),
+        metadata=dict(metadata),
+    )
+
+
+def _shaped(pair: Pair, inputs: Sequence[int]) -> LoraWeights:
+    """A pair as a layer with `inputs` (Cin,) or (Cin, k, k)."""
+    down, up = pair.down.float(), (pair.up * pair.scale).float()
+    if len(inputs) == 1:
+        return LoraWeights(down, up, 1.0)
+    return LoraWeights(down.reshape(-1, *inputs), up[:, :, None, None], 1.0)
+
+
+def _hash(merged: Merged) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(merged):
+        digest.update(key.encode())
+        for half in merged[key][:2]:
+            digest.update(half.to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

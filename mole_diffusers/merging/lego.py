@@ -1,0 +1,123 @@
+"""LoRA-LEGO (arXiv 2409.16167): ranks of all experts as bricks, clustered, one rank per cluster."""
+
+from __future__ import annotations
+
+import torch
+
+from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair
+
+FEATURES = ("raw", "normalized")
+ROUNDS = 100  # of Lloyd's algorithm; it stops when nothing moves
+
+
+def lego(
+    layers: Layers,
+    *,
+    clusters: int | None = None,
+    features: str = "raw",
+    canonical: bool = False,
+    seed: int = 0,
+    starts: int = 10,
+) -> Merged:
+    """LoRA-LEGO: a unit is a row of down with its column of up; units are clustered by k-means, and each cluster's mean,
+    brought back to the size of its members, is one rank of the result.
+
+    Independent experts have nearly orthogonal units, so that with fewer clusters than ranks a cluster's mean is none of
+    them: expect concepts to be lost.
+
+    Args:
+        clusters: ranks of the result, at most as many as units; by default the largest rank among the experts.
+        features: cluster the units as they are ("raw") or with both halves at length 1 ("normalized").
+        canonical: bring each unit to equal halves and one sign first, since (a, b), (2a, b / 2) and (-a, -b) are the same
+            rank. The paper does not.
+        seed: of the first centres.
+        starts: how often k-means starts; the tightest clustering is taken.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"unknown features {features!r}; known: {list(FEATURES)}")
+    if clusters is not None and clusters < 1:
+        raise ValueError(f"clusters must be 1 or more, got {clusters}")
+    out: Merged = {}
+    for key, layer in layers.items():
+        ranks = [p.rank for p in layer if p is not None]
+        units, width = _units(layer, canonical)
+        count = min(clusters or max(ranks), len(units))
+        labels = kmeans(units if features == "raw" else _normalized(units, width), count, seed=seed, starts=starts)
+        out[key] = assembled(units, labels, width, rank=sum(ranks) / len(ranks))
+    return out
+
+
+def _units(layer: Layer, canonical: bool) -> tuple[torch.Tensor, int]:
+    """[R, Cin + Cout] rows [a; b], the root of the scale in each half, and Cin. Sorted, so that no order matters."""
+    pairs = [p for p in layer if p is not None]
+    rows = []
+    for pair in pairs:
+        root, sign = abs(pair.scale) ** 0.5, -1.0 if pair.scale < 0 else 1.0
+        a, b = pair.down * root, pair.up.T * root * sign
+        rows.append(torch.cat(_canonical(a, b) if canonical else (a, b), 1))
+    units = torch.cat(rows)
+    return units[sorted(range(len(units)), key=lambda i: units[i].tolist())], pairs[0].down.shape[1]
+
+
+def _canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    long_a, long_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
+    sign = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
+    balance = sign * (long_b / long_a.clamp_min(1e-30)).sqrt()
+    return a * balance, b / torch.where(balance == 0, 1, balance)
+
+
+def _normalized(units: torch.Tensor, width: int) -> torch.Tensor:
+    halves = units[:, :width], units[:, width:]
+    return torch.cat([h / h.norm(dim=1, keepdim=True).clamp_min(1e-30) for h in halves], 1)
+
+
+def assembled(units: torch.Tensor, labels: torch.Tensor, width: int, *, rank: float) -> Pair:
+    """Clusters -> one pair: means, reweighted to their members' mean largest entry, times sqrt(rank / k) in all.
+
+    `rank` is the experts' own; their mean where they differ, which the paper leaves open.
+    """
+    means = []
+    for label in labels.unique():
+        members = units[labels == label]
+        centre = members.mean(0)
+        means.append(centre * members.abs().amax(1).mean() / centre.abs().amax().clamp_min(1e-30))
+    merged = torch.stack(means) * (rank / len(means)) ** 0.25  # [k, Cin + Cout]; both halves take a root
+    return Pair(merged[:, :width], merged[:, width:].T)
+
+
+def kmeans(points: torch.Tensor, count: int, *, seed: int, starts: int) -> torch.Tensor:
+    """Labels [P] of the tightest of several runs of Lloyd's algorithm from k-means++ centres."""
+    generator = torch.Generator().manual_seed(seed)
+    runs = [_lloyd(points, _spread(points, count, generator)) for _ in range(starts)]
+    return min(runs, key=lambda run: run[1])[0]
+
+
+def _spread(points: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """k-means++ (Arthur and Vassilvitskii, 2007): each next centre is drawn by its squared distance to those chosen."""
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    while len(chosen) < count:
+        far = _squares(points, points[chosen]).amin(1)
+        far[chosen] = 0
+        free = torch.ones(len(points), dtype=far.dtype).index_fill(0, torch.tensor(chosen), 0)
+        chosen.append(int(torch.multinomial(far if far.sum() > 0 else free, 1, generator=generator)))
+    return points[chosen]
+
+
+def _lloyd(points: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, float]:
+    labels = torch.full((len(points),), -1)
+    for _ in range(ROUNDS):
+        squares = _squares(points, centres)  # [P, k]
+        nearest = squares.argmin(1)
+        if torch.equal(nearest, labels):
+            break
+        labels = nearest
+        centres = torch.stack([_centre(points, labels == k, centres[k]) for k in range(len(centres))])
+    return labels, _squares(points, centres).gather(1, labels[:, None]).sum().item()
+
+
+def _centre(points: torch.Tensor, members: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    return points[members].mean(0) if members.any() else before
+
+
+def _squares(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").square()

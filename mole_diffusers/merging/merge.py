@@ -1,0 +1,151 @@
+"""`merge(experts, method)`: any training-free merge as one ordinary LoRA."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from mole_diffusers import mixing
+from mole_diffusers.lora_files import Expert, read_expert
+from mole_diffusers.merging.activations import Activations
+from mole_diffusers.merging.factors import Layers, Merged, Pair
+from mole_diffusers.merging.layers import Weighted, as_expert, layers_of
+from mole_diffusers.merging.lego import lego
+from mole_diffusers.merging.linear import mean, null_space, total
+from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
+from mole_diffusers.merging.sparse import dare, knots, ties
+from mole_diffusers.mixture import Source
+
+METHODS: dict[str, Callable[..., Merged]] = {
+    "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
+    "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
+}  # fmt: skip
+GIVEN = ("inputs", "rerun", "protect")  # what `merge` hands to the methods that ask for it
+
+
+def merge(
+    experts: Mapping[str, Source | tuple[Source, float]],
+    method: str = "svd",
+    *,
+    rank: int | None = None,
+    protect: Sequence[str] = (),
+    activations: Activations | None = None,
+    name: str = "merged",
+    **options: Any,
+) -> Expert:
+    """Merge concept LoRAs into one ordinary LoRA by a training-free method; `save_expert` writes it to a file.
+
+    Args:
+        experts: name -> file or Expert, or (file, strength).
+        method: "sum", "mean", "svd" (the sum at the rank of its largest expert), "ties", "dare" (both on delta W),
+            "knots" (KnOTS-TIES), "lego" (LoRA-LEGO), "np" (NP-LoRA), and by the experts' own activations "ssr"
+            (SSR-Merge), "regmean", "iteris" and "scalars" (the best weight per expert and layer).
+        rank: of the result's layers at most; by default the summed rank, which all but "ties" and "dare" keep exactly.
+        protect: experts that NP-LoRA leaves as they are, a style say; by default the last.
+        activations: how the last four methods run the experts.
+        name: of the result.
+        options: of the method, see its function in mole_diffusers.merging.
+
+    Returns:
+        An Expert; its metadata says how it was made, and which share of |delta W|^2 the rank cost ("mole.lost_energy").
+
+    Raises:
+        ValueError: an unknown method, option or expert; a method without what it needs; experts of different models.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown merge method {method!r}; known: {list(METHODS)}")
+    if not experts:
+        raise ValueError("a merge needs at least one expert")
+    read = {n: _weighted(n, given) for n, given in experts.items()}
+    layers = layers_of(read)
+    given = _given(METHODS[method], read, layers, protect=protect, activations=activations)
+    _check(method, options)
+    merged, lost = truncated(METHODS[method](layers, **given, **options), layers, method=method, rank=rank)
+    about = {"mole.method": method, "mole.experts": ", ".join(read), "mole.options": json.dumps(options)}
+    about["mole.lost_energy"] = f"{lost:.4f}"
+    if "inputs" in given:
+        about["mole.loss"] = f"{_loss(layers, given['inputs'], merged):.4f}"
+    return as_expert(merged, read, name=name, metadata=about)
+
+
+def by_activations(method: str) -> bool:
+    """Whether the method needs to run the experts."""
+    return "inputs" in _asks(METHODS[method])
+
+
+def _weighted(name: str, given: Source | tuple[Source, float]) -> tuple[Expert, float]:
+    source, strength = given if isinstance(given, tuple) else (given, 1.0)
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength of {name!r} must be a finite number, got {strength}")
+    return (source if isinstance(source, Expert) else read_expert(source, name)), float(strength)
+
+
+def _asks(method: Callable[..., Merged]) -> list[str]:
+    return [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _check(method: str, options: Mapping[str, Any]) -> None:
+    known = [name for name in _asks(METHODS[method]) if name not in GIVEN]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"unknown options {unknown} of merge method {method!r}; known: {known}")
+
+
+def _given(
+    method: Callable[..., Merged],
+    experts: Weighted,
+    layers: Layers,
+    *,
+    protect: Sequence[str],
+    activations: Activations | None,
+) -> dict[str, Any]:
+    """What the method asks for beside its options."""
+    asked, names = _asks(method), list(experts)
+    given: dict[str, Any] = {}
+    if unknown := sorted(set(protect) - set(names)):
+        raise ValueError(f"unknown experts {unknown} to protect; given: {names}")
+    if "protect" in asked and protect:
+        given["protect"] = [names.index(n) for n in protect]
+    if "inputs" not in asked:
+        return given
+    if activations is None:
+        raise ValueError("this method needs the experts' own activations: give activations=Activations(pipe, prompts)")
+    given["inputs"] = _by_layer(layers, names, [activations.own(n, e, s) for n, (e, s) in experts.items()])
+    return given | ({"rerun": partial(_rerun, experts, layers, activations)} if "rerun" in asked else {})
+
+
+def _by_layer(layers: Layers, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> Inputs:
+    for key, layer in layers.items():
+        for n, pair, own in zip(names, layer, found, strict=True):
+            if pair is not None and key not in own:
+                raise ValueError(f"layer {key!r} of expert {n!r} is not in the pipeline that the experts ran on")
+    return {key: [own.get(key) for own in found] for key in layers}
+
+
+def _rerun(experts: Weighted, layers: Layers, activations: Activations, merged: Merged) -> Inputs:
+    running = as_expert(merged, experts, name="merged", metadata={})
+    return _by_layer(layers, list(experts), [activations.run(n, e, running) for n, (e, _) in experts.items()])
+
+
+def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) -> tuple[Merged, float]:
+    """The merge at `rank`, and the share of its energy that this cost."""
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
+    out, lost, whole = {}, 0.0, 0.0
+    for key, pair in merged.items():
+        ranks = [p.rank for p in layers[key] if p is not None]
+        most, energy = rank or (max if method == "svd" else sum)(ranks), pair.energy()
+        if pair.rank > most:
+            down, up, values = mixing.low_rank(pair.down, pair.folded().up, most)
+            pair, lost = Pair(down, up), lost + values[most:].square().sum().item()
+        out[key], whole = pair, whole + energy
+    return out, lost / whole if whole else 0.0
+
+
+def _loss(layers: Layers, inputs: Inputs, merged: Merged) -> float:
+    """Mean over layers that several experts share."""
+    shared = [key for key, layer in layers.items() if sum(p is not None for p in layer) > 1]
+    return sum(relative_loss(layers[key], inputs[key], merged[key]) for key in shared) / max(1, len(shared))

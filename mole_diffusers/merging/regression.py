@@ -1,0 +1,173 @@
+"""Merges by least squares on the experts' own activations: SSR-Merge, RegMean, IterIS, scalars. One core in float64.
+
+All solve, per layer, min_W sum_k lambda_k |W X~_k - delta_k X_k|^2 with a ridge, where X_k [n, Cin] are the layer's inputs
+while expert k alone runs its own prompts. They differ in the form of W, in X~_k and in the ridge. A layer that one expert
+alone has passes through unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concatenated
+
+Inputs = Mapping[str, Sequence[torch.Tensor | None]]  # layer -> X_k [n_k, Cin] per expert
+Known = tuple[list[Pair], list[torch.Tensor]]  # the experts of one layer that have it, and their X_k
+
+
+def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
+    """SSR-Merge (arXiv 2606.10617): up @ R @ down, with the router R [R, R] that best separates the experts' ranks.
+
+    R = (Q + eta I / N) (G + eta I)^-1, so that a ridge shrinks to the mean of the experts; the paper's fixed 1e-4 shrinks
+    to 0 and depends on how a LoRA divides its size between down and up.
+
+    Args:
+        ridge: eta as a share of G's mean diagonal: 0.01 with many more rows than ranks, 0.1 to 1 with fewer.
+    """
+
+    def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
+        whole = concatenated(pairs)
+        eye = torch.eye(whole.rank, dtype=whole.down.dtype)
+        picks = list(eye.split([p.rank for p in pairs]))  # z_k = picks[k] @ z
+        squares = [_squares(x @ whole.down.T) for x in inputs]  # [R, R]
+        eta = ridge * torch.stack(squares).sum(0).diagonal().mean() / len(pairs)
+        router = least_squares(picks, [s + eta * eye for s in squares], [s + eta * eye for s in squares])
+        return whole._replace(down=router @ whole.down)
+
+    return _each(layers, inputs, merged)
+
+
+def regmean(layers: Layers, *, inputs: Inputs, diagonal: float = 0.9, ridge: float = 0.0) -> Merged:
+    """RegMean (Jin et al., 2022): (sum delta_k C_k) (sum C_k)^-1 with C_k = X_k^T X_k; exact at rank R, up unchanged.
+
+    Args:
+        diagonal: what the entries of C_k off its diagonal are multiplied by; below 1 the inverse exists with few rows.
+        ridge: added to each C_k's diagonal, as a share of its Frobenius norm: shrinks to the mean of the experts.
+    """
+
+    def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
+        squares = [_squares(x) for x in inputs]  # [Cin, Cin]
+        squares = [diagonal * s + (1 - diagonal) * s.diagonal().diag() for s in squares]
+        squares = [_ridged(s, ridge) for s in squares]
+        return concatenated(pairs)._replace(down=least_squares([p.down for p in pairs], squares, squares))
+
+    return _each(layers, inputs, merged)
+
+
+def iteris(
+    layers: Layers, *, rerun: Callable[[Merged], Inputs], inputs: Inputs, rounds: int = 6, ridge: float = 1e-4
+) -> Merged:
+    """IterIS (arXiv 2411.15231): RegMean whose inputs X~_k come from the merged model itself, found by iteration.
+
+    Experts count by |delta_k|^2 / |delta_k X_k|^2; the authors' code takes the norms with the base weight added.
+
+    Args:
+        rerun: a merge -> the inputs of each expert's prompts when the merge runs them, row by row those of `inputs`.
+        rounds: 1 is RegMean with these weights and this ridge.
+        ridge: of both factors, as a share of their Frobenius norms: shrinks to the weighted mean of the experts.
+    """
+    seen: dict[str, Known] = {key: _known(layer, inputs[key]) for key, layer in layers.items()}
+    out: Merged = {}
+    for number in range(rounds):
+        now = rerun(out) if number else inputs
+        for key, (pairs, own) in seen.items():
+            out[key] = _iterated(pairs, own, _known(layers[key], now[key])[1], ridge)
+    return out
+
+
+def _iterated(pairs: list[Pair], own: list[torch.Tensor], now: list[torch.Tensor], ridge: float) -> Pair:
+    if len(pairs) == 1:
+        return pairs[0]
+    weights = [_sized(p.delta()) / _sized(x @ p.down.T @ p.up.T).clamp_min(1e-30) for p, x in zip(pairs, own, strict=True)]
+    cross = [_ridged(w * x.T @ y, ridge) for w, x, y in zip(weights, own, now, strict=True)]
+    squares = [_ridged(w * _squares(y), ridge) for w, y in zip(weights, now, strict=True)]
+    return concatenated(pairs)._replace(down=least_squares([p.down for p in pairs], cross, squares))
+
+
+def scalars(layers: Layers, *, inputs: Inputs, ridge: float = 0.0) -> Merged:
+    """The best weight per expert and layer: LoRA Soups' CAT (arXiv 2410.13025) solved exactly and without its data.
+
+    Args:
+        ridge: as a share of the mean diagonal of the normal equations: shrinks to weights 1, the sum.
+    """
+
+    def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
+        weights = best_scalars(pairs, inputs, ridge)
+        return concatenated([p._replace(up=w * p.up) for p, w in zip(pairs, weights, strict=True)])
+
+    return _each(layers, inputs, merged)
+
+
+def best_scalars(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
+    """a [N] of min sum_k |sum_j a_j delta_j X_k - delta_k X_k|^2 + eta |a - 1|^2, by its normal equations in rank space."""
+    whole, ranks = concatenated(pairs), [p.rank for p in pairs]
+    outer = whole.up.T @ whole.up  # [R, R]
+    # <delta_j X_k, delta_l X_k>: the block sums of outer * Z_k Z_k^T
+    inner = torch.stack([_block_sums(outer * _squares(x @ whole.down.T), ranks) for x in inputs])  # [k, N, N]
+    normal = inner.sum(0)
+    wanted = torch.stack([inner[k, :, k] for k in range(len(inputs))]).sum(0)  # [N]
+    eta = ridge * normal.diagonal().mean()
+    eye = torch.eye(len(ranks), dtype=normal.dtype)
+    return torch.linalg.lstsq(normal + eta * eye, (wanted + eta)[:, None], driver="gelsd").solution[:, 0]
+
+
+def least_squares(
+    targets: Sequence[torch.Tensor], cross: Sequence[torch.Tensor], squares: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The core: M [R, D], rows k of which are targets_k cross_k (sum squares)^-1.
+
+    With targets_k = down_k, cross_k = X_k^T X~_k and squares_k = X~_k^T X~_k, up @ M is the W that answers the experts'
+    outputs best; where the inputs do not span all directions, the smallest such M.
+
+    Args:
+        targets: [r_k, D] each.
+        cross, squares: [D, D] each.
+    """
+    numerator = torch.cat([t @ c for t, c in zip(targets, cross, strict=True)])  # [R, D]
+    denominator = torch.stack(list(squares)).sum(0)  # [D, D]
+    factor, failed = torch.linalg.cholesky_ex(denominator)
+    if failed or factor.diagonal().amin() < 1e-7 * factor.diagonal().amax():
+        return numerator @ torch.linalg.pinv(denominator, hermitian=True, rtol=1e-12)
+    return torch.cholesky_solve(numerator.T, factor).T
+
+
+def relative_loss(layer: Layer, inputs: Sequence[torch.Tensor | None], merged: Pair) -> float:
+    """sum_k |W X_k - delta_k X_k|^2 / sum_k |delta_k X_k|^2: 0 is every expert as it was alone, 1 is none at all."""
+    lost = whole = 0.0
+    for pair, x in zip(*_known(layer, inputs), strict=True):
+        want = x @ pair.down.T @ pair.up.T
+        lost += _sized(x @ merged.down.T @ (merged.scale * merged.up.T) - want).item()
+        whole += _sized(want).item()
+    return lost / whole if whole else 0.0
+
+
+def _each(layers: Layers, inputs: Inputs, solve: Callable[[list[Pair], list[torch.Tensor]], Pair]) -> Merged:
+    out = {}
+    for key, layer in layers.items():
+        pairs, own = _known(layer, inputs[key])
+        out[key] = pairs[0] if len(pairs) == 1 else solve(pairs, own)
+    return out
+
+
+def _known(layer: Layer, inputs: Sequence[torch.Tensor | None]) -> Known:
+    both = [(p.folded(), x.to(p.down.dtype)) for p, x in zip(layer, inputs, strict=True) if p is not None and x is not None]
+    return [p for p, _ in both], [x for _, x in both]
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x
+
+
+def _sized(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum()
+
+
+def _ridged(square: torch.Tensor, share: float) -> torch.Tensor:
+    return square + share * square.norm() * torch.eye(len(square), dtype=square.dtype)
+
+
+def _block_sums(square: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    rows = torch.stack([b.sum(0) for b in square.split(list(ranks))])  # [N, R]
+    return torch.stack([b.sum(1) for b in rows.split(list(ranks), 1)], 1)  # [N, N]
