@@ -346,6 +346,10 @@ class Mixture:
         with ExitStack() as undo:
             # First of all hooks: the network's own gate already needs the time of this call.
             undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
+            if self.config.family == "prompt":
+                for name, model in _hosts(self._pipe).items():
+                    if name not in DENOISERS:
+                        self._state.words.watch(model, undo)
             for part in self._parts:
                 part.install(undo)
             take_turns(self._pipe, self._turn, undo)

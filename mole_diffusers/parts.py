@@ -3,7 +3,7 @@ carrier.py, nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import nn
 from mole_diffusers import carrier, mixing
 from mole_diffusers.calls import DENOISERS, CallReader
 from mole_diffusers.experts import Stack
-from mole_diffusers.gates import GateBank, GateConfig, build_gate
-from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed
+from mole_diffusers.gates import Column, GateBank, GateConfig, PromptGate, build_gate
+from mole_diffusers.gates.prompt import version
+from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed, text_width
 from mole_diffusers.processor import MoLEAttnProcessor, Present, Slot, State
 
 BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
@@ -30,12 +31,14 @@ class GatedPart:
 
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, config: GateConfig, state: State):
         self.name, self.model, self.stacks, self.config, self.state = name, model, dict(stacks), config, state
-        owners, names = {}, list(blocks(model))
-        for layer in stacks:
-            owners[layer] = owner(layer, config.layout, names)
-        self.places = {spot: place(spot, config.layout, model) for spot in dict.fromkeys(owners.values())}
-        self.owners = owners  # layer -> name of its place
-        self.bank = GateBank({name: self._gate(spot) for name, spot in self.places.items()})
+        names = list(blocks(model))
+        self.owners = {layer: owner(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
+        self.places = {spot: place(spot, config.layout, model) for spot in dict.fromkeys(self.owners.values())}
+        self.columns: dict[str, list[str]] = {}  # block -> its layers, where one gate weighs them all
+        if config.layout == "module":
+            for layer in stacks:
+                self.columns.setdefault(owner(layer, "whole", names), []).append(layer)
+        self.bank = GateBank(self._gates())
 
     def install(self, undo: ExitStack) -> None:
         """Put experts, gates and hooks on the host; the undoing of each change is recorded in `undo` before it."""
@@ -43,6 +46,10 @@ class GatedPart:
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         slots = {name: self._slot(spot) for name, spot in self.places.items()}
         carrier.inject(self.model, self.stacks, {layer: slots[name] for layer, name in self.owners.items()}, undo)
+        if self.config.family == "prompt" and self.name in DENOISERS:
+            refresh = _text(list(slots.values()), CallReader(self.model))
+            undo.callback(self.model.register_forward_pre_hook(refresh, with_kwargs=True).remove)
+            return
         for name, spot in self.places.items():
             self._hook(spot, slots[name], undo)
 
@@ -52,9 +59,10 @@ class GatedPart:
         Raises ValueError where a gate depends on what passes it.
         """
         for name, spot in self.places.items():
-            if self.state.fixed is None and not self.bank[name].fusible:
+            if self.state.fixed is None and (self.config.family == "prompt" or not self.bank[name].fusible):
+                reads = "prompt" if self.config.family == "prompt" else "picture"
                 raise ValueError(
-                    f"the gate of {self._full_name(name)} depends on the picture; give a prompt to average over"
+                    f"the gate of {self._full_name(name)} depends on the {reads}; give a prompt to average over"
                 )
             self._slot(spot).refresh(torch.zeros(1, 1, spot.width))
 
@@ -68,6 +76,18 @@ class GatedPart:
     @property
     def _reads_experts(self) -> bool:
         return self.config.family == "mole" and self.config.inputs == "experts"
+
+    def _gates(self) -> dict[str, nn.Module]:
+        if self.config.family != "prompt":
+            return {name: self._gate(spot) for name, spot in self.places.items()}
+        rows = {block: [self.stacks[layer].present for layer in layers] for block, layers in self.columns.items()}
+        everyone = tuple(True for _ in self.state.active)
+        return {name: self._prompt_gate(name, rows.get(name, [everyone])) for name in rows or self.places}
+
+    def _prompt_gate(self, name: str, presents: Sequence[Sequence[bool]]) -> nn.Module:
+        width = text_width(self.model) if self.name in DENOISERS else place(name, "whole", self.model).width
+        config = self.config
+        return PromptGate(width, presents, axis=config.axis, top=config.top, total=config.total)
 
     def _gate(self, spot: Place) -> nn.Module:
         experts = len(self.state.active)
@@ -83,13 +103,18 @@ class GatedPart:
         return build_gate(self.config, experts, width)
 
     def _slot(self, spot: Place) -> Slot:
-        shared = spot.name == NETWORK or spot.resets is not None
+        shared = spot.name == NETWORK or spot.resets is not None or self.config.family == "prompt"
         whole, timed = spot.name == NETWORK, self.name in DENOISERS
-        name, gate = self._full_name(spot.name), self.bank[spot.name]
-        slot = Slot(name, gate, self.state, shared=shared, timed=timed, whole=whole)
+        block = next((b for b, layers in self.columns.items() if spot.name in layers), None)
+        gate = self.bank[spot.name] if block is None else Column(self.bank[block], self.columns[block].index(spot.name))
+        slot = Slot(self._full_name(spot.name), gate, self.state, shared=shared, timed=timed, whole=whole)
         found = {self.stacks[layer].present for layer, owner_ in self.owners.items() if owner_ == spot.name}
         slot.presents = sorted(found, key=lambda present: (sum(present), present), reverse=True)
+        slot.far = whole or (timed and self.config.family == "prompt")
         slot.probe = self._probe(spot)
+        if block is not None:
+            presents = [self.stacks[layer].present for layer in self.columns[block]]
+            slot.scope = tuple(any(column) for column in zip(*presents, strict=True))
         return slot
 
     def _probe(self, spot: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -110,7 +135,7 @@ class GatedPart:
 
     def _hook(self, spot: Place, slot: Slot, undo: ExitStack) -> None:
         """Have the slot refreshed whenever sampling enters its place."""
-        if spot.name == NETWORK:
+        if spot.name == NETWORK or (slot.shared and spot.resets is None):
             self._hook_network(slot, undo)
             return
         if spot.resets is not None:
@@ -144,9 +169,24 @@ def _text_and_time(slot: Slot, call: CallReader) -> Callable[[nn.Module, tuple, 
     return refresh
 
 
+def _text(slots: Sequence[Slot], call: CallReader) -> Callable[[nn.Module, tuple, dict], None]:
+    """All gates of a denoiser read its text; the same text in the same form, call after call, so that they see it is."""
+    last: list[Any] = [None, -1, None, None]  # the text, its version, in fp32, its words
+
+    def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        text = call.text(args, kwargs)
+        if last[0] is not text or last[1] != version(text):
+            last[:] = text, version(text), text.float(), slots[0].state.words.of(text)
+        for slot in slots:
+            slot.refresh(last[2], tokens=last[3])
+
+    return refresh
+
+
 def _refresher(slot: Slot) -> Callable[[nn.Module, tuple, dict], None]:
     def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        slot.refresh(args[0] if args else kwargs["hidden_states"])
+        tokens = None if slot.timed else slot.state.words.current
+        slot.refresh(args[0] if args else kwargs["hidden_states"], tokens=tokens)
 
     return refresh
 

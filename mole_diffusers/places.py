@@ -14,6 +14,7 @@ from mole_diffusers.experts import Stack
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
 FIRST = ("attn1", "self_attn", "SelfAttention", "proj_mlp", "attn")  # what a block enters first, by its name there
+ONE_STREAM = FIRST[:3]  # of these, the ones of blocks whose layers read one stream of tokens, but for TEXT_LAYERS
 TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # how a denoiser's config calls the channels of its text
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
@@ -53,10 +54,11 @@ def blocks(model: nn.Module) -> dict[str, str]:
 def owner(layer: str, layout: str, block_names: Iterable[str]) -> str:
     """The name of the place that gates `layer`.
 
-    `layout` is a granularity, or "stream": a place for each stream of tokens in a block, the block's own and the text,
-    and for each layer outside blocks.
+    `layout` is a granularity; or "stream", a place for each stream of tokens in a block, the block's own and the text,
+    and for each layer outside blocks; or "whole", a place per block that reads all that enters it; or "module", the
+    same for each layer of the block.
     """
-    if layout == "matrix":
+    if layout in ("matrix", "module"):
         return layer
     block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
     if layout == "stream" and block == NETWORK:
@@ -72,18 +74,23 @@ def place(name: str, layout: str, model: nn.Module) -> Place:
     """Describe the place that `owner` named."""
     if name == NETWORK:
         return Place(name, None, None, _network_width(model), 1)
-    if layout == "stream":
-        return _stream(name, model)
+    if layout in ("stream", "whole", "module"):
+        return _within(name, layout, model)
     if layout == "matrix":
         return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
     entry = blocks(model)[name] if layout == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), _tokens(name, model))
 
 
-def _stream(name: str, model: nn.Module) -> Place:
-    """The block's tokens as they enter it, before any norm; the text as the first layer that reads it has it."""
+def _within(name: str, layout: str, model: nn.Module) -> Place:
+    """A place that reads its block's input as it enters, before any norm; of two streams the text as its layers have it."""
     block = next((b for b in blocks(model) if name == b or name.startswith(f"{b}.")), None)
-    return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)
+    if layout == "stream":
+        if block is not None and not any(hasattr(model.get_submodule(block), first) for first in ONE_STREAM):
+            raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
+        return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)
+    width = _network_width(model) if block is None else _in_width(model.get_submodule(block))
+    return Place(name, block, block, width, 0)
 
 
 def _in_width(module: nn.Module) -> int:
@@ -96,14 +103,17 @@ def _in_width(module: nn.Module) -> int:
     raise ValueError(f"{type(module).__name__} has no layer that an expert could gate")
 
 
+def text_width(model: Any) -> int:
+    """Channels of the text that a denoiser reads, or of a text encoder's states."""
+    for name in (*TEXT_WIDTH, "hidden_size"):
+        if width := getattr(model.config, name, None):
+            return width
+    raise ValueError(f"a gate outside the blocks of {type(model).__name__} has no text states of known width to read")
+
+
 def _network_width(model: Any) -> int:
-    config = model.config
-    for name in TEXT_WIDTH:
-        if width := getattr(config, name, None):
-            return width + TIME_WIDTH
-    if not hasattr(config, "hidden_size"):
-        raise ValueError(f"a gate outside the blocks of {type(model).__name__} has no text states of known width to read")
-    return config.hidden_size
+    denoiser = any(getattr(model.config, name, None) for name in TEXT_WIDTH)
+    return text_width(model) + (TIME_WIDTH if denoiser else 0)
 
 
 def _tokens(name: str, model: Any) -> int:

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from mole_diffusers import mixing
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.controls import Control
+from mole_diffusers.words import Words
 
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
@@ -72,6 +73,7 @@ class State:
     step: int = -1  # counts denoiser calls; -1 before the first
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
     plan: Plan | None = None
+    words: Words = field(default_factory=Words)
 
     def mask(self, present: Present, strengths: Sequence[float], device: torch.device) -> torch.Tensor:
         """[N] bool: experts that are present, active and not at strength 0."""
@@ -83,14 +85,16 @@ class Slot:
     """One gate at one place, and the weights it last gave for each set of present experts.
 
     `shared` says that the layers of the place use one decision; `timed` that the place knows the noise level (a text
-    encoder does not); `whole` that it spans blocks, so that each layer multiplies its own block's strength, and no
-    layer's input can stand in for what the gate reads.
+    encoder does not); `whole` that it spans blocks, so that each layer multiplies its own block's strength; `far` that
+    no layer's input can stand in for what the gate reads.
     """
 
     def __init__(self, name: str, gate: Gate, state: State, *, shared: bool, timed: bool, whole: bool):
         self.name, self.gate, self.state = name, gate, state
         self.shared, self.timed, self.whole = shared, timed, whole
+        self.far = whole
         self.presents: list[Present] = []  # the first one is what a trace records
+        self.scope: Present | None = None  # the experts the gate shares among, where its layers are not alone in that
         self.probe: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.weights: dict[Present, torch.Tensor] = {}
         self.factors: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}  # for the layers' own use: weights, by rank
@@ -105,10 +109,13 @@ class Slot:
         """Forget the last weights: the next layer that asks gets fresh ones."""
         self.weights, self.factors, self.batch = {}, {}, 0
 
-    def refresh(self, hidden: torch.Tensor, layer: Layer | None = None) -> None:
-        """Evaluate the gate on `hidden` [B, T, C]; `layer` where the gate sits at that one layer."""
+    def refresh(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
+        """Evaluate the gate on `hidden` [B, T, C].
+
+        `layer` is given where the gate sits at that one layer, `tokens` [B, T] where only some of a text's count.
+        """
         self.factors = {}
-        for decision in self._decide(hidden, layer):
+        for decision in self._decide(hidden, layer, tokens):
             self.weights[decision.present] = decision.weights if decision.ranks is None else decision.ranks
             for listener in self.state.listeners:
                 listener(decision)
@@ -127,7 +134,7 @@ class Slot:
             strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
         return fixed, strengths
 
-    def _decide(self, hidden: torch.Tensor, layer: Layer | None) -> Iterator[Decision]:
+    def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> Iterator[Decision]:
         (fixed, strengths), device, rows = self._planned(), hidden.device, self._rows(hidden)
         strength = torch.tensor(strengths, device=device)  # [N]
         factor = strength if rows is None else strength * rows  # [N] or [B, N]
@@ -142,12 +149,18 @@ class Slot:
         with torch.autocast(device.type, enabled=False):
             features = hidden.float() if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
-                mask = self.state.mask(present, strengths, device)
-                mask = mask if rows is None else mask & (rows != 0)
-                gates = self.gate(features, Context(mask, time, layer))
+                mask = self._mask(present, strengths, rows, device=device)
+                among = mask if self.scope is None else self._mask(self.scope, strengths, rows, device=device)
+                gates = self.gate(features, Context(among, time, layer, tokens))
                 if self.state.control is not None:
                     gates = self.state.control(self.name, gates, mask if segment is None else mask[..., segment])
                 yield self._decision(present, gates, factor, segment=segment)
+
+    def _mask(
+        self, present: Present, strengths: Sequence[float], rows: torch.Tensor | None, *, device: torch.device
+    ) -> torch.Tensor:
+        mask = self.state.mask(present, strengths, device)
+        return mask if rows is None else mask & (rows != 0)
 
     def _decision(
         self, present: Present, gates: torch.Tensor, factor: torch.Tensor, *, segment: torch.Tensor | None
@@ -171,12 +184,12 @@ class Slot:
         That happens where every layer has a gate of its own, and when another processor took the place of ours
         (IP-Adapter, PAG) or splits the batch.
         """
-        if not self.shared or (self.batch != x.shape[0] and not (self.whole and self.batch)):
+        if not self.shared or (self.batch != x.shape[0] and not (self.far and self.batch)):
             if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
                 x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights
             self.refresh(as_tokens(x), None if self.shared else layer)
         weights = self.weights[present]
-        if self.whole and weights.dim() > 1:
+        if self.far and weights.dim() > 1:
             weights = mixing.of_batch(weights, x.shape[0])
         if self.whole and self.state.plan is not None:
             weights = weights * torch.tensor(self.state.plan.block(layer.name), device=weights.device)

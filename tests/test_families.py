@@ -8,8 +8,8 @@ from mole_diffusers.gates import controls
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.denoising import predict
 
-SUM = {"flow": mole.GateConfig("flow")}  # starts at the plain sum
-SHARE = {"flow": mole.GateConfig("flow", start="mean")}  # the weights of two identical experts add up to one expert's
+SUM = {"flow": mole.GateConfig("flow"), "prompt": mole.GateConfig("prompt")}  # start at the plain sum
+SHARE = {"flow": mole.GateConfig("flow", start="mean"), "prompt": mole.GateConfig("prompt", total="1")}
 each = pytest.mark.parametrize("family", SUM)
 
 

@@ -12,6 +12,7 @@ ORDER = [
     "experts",
     "mixing",
     "gates",
+    "words",
     "processor",
     "calls",
     "places",
@@ -41,7 +42,7 @@ ORDER = [
     "cli",
 ]
 FOLDERS = {
-    "gates": ["contract", "controls", "config", "constant", "mole", "flow", "bank", "build"],
+    "gates": ["contract", "controls", "prompt", "config", "constant", "mole", "flow", "bank", "build"],
     "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
         "data",

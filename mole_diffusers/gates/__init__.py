@@ -7,12 +7,14 @@ from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.contract import Context, Gate, Layer
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
+from mole_diffusers.gates.prompt import Column, PromptGate
 
 __all__ = [
     "FAMILIES",
     "FEATURES",
     "GRANULARITIES",
     "INPUTS",
+    "Column",
     "ConstantGate",
     "Context",
     "FlowGate",
@@ -21,6 +23,7 @@ __all__ = [
     "GateConfig",
     "Layer",
     "MoLEGate",
+    "PromptGate",
     "StaticGate",
     "build_gate",
 ]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from mole_diffusers import mixing
+from mole_diffusers.gates.prompt import AXES, PROMPT_TOTALS
 
 OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "sum": (),
@@ -15,6 +16,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "static": ("granularity", "total", "bins"),
     "mole": ("granularity", "total", "inputs", "features"),
     "flow": ("start",),
+    "prompt": ("axis", "top", "total"),
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
@@ -29,14 +31,17 @@ class GateConfig:
 
     Attributes:
         family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
-            "mole" reads the block's state as a whole, "flow" token by token.
+            "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
-        total: (static, mole) what the weights sum to, see `mixing.gate_weights`. The paper's is "1".
+        total: (static, mole) what the weights sum to, see `mixing.gate_weights`; the paper's is "1". (prompt) "1", "N", or
+            "none": probabilities as top-k left them.
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
         bins: the static gate has this many sets of weights over the noise levels, 1 or more.
         start: the flow gate's weights before training: the plain "sum", the "mean", or "faithful" to the paper, the last
             expert alone.
+        axis: the prompt gate shares among the experts ("concept"), the layers of a block ("module"), or "both".
+        top: (prompt) how many of those weigh something; 0 is all.
     """
 
     family: str = "mole"
@@ -46,6 +51,8 @@ class GateConfig:
     features: str = "pooled"
     bins: int = 1
     start: str = "sum"
+    axis: str = "concept"
+    top: int = 0
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -53,15 +60,18 @@ class GateConfig:
             raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
         if self.bins < 1:
             raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
+        if self.top < 0:
+            raise ValueError(f"top must be 0 (all) or more, got {self.top}")
 
     def _check_names(self) -> None:
         known = {
             "family": FAMILIES,
             "granularity": GRANULARITIES,
-            "total": mixing.TOTALS,
+            "total": PROMPT_TOTALS if self.family == "prompt" else mixing.TOTALS,
             "inputs": INPUTS,
             "features": tuple(FEATURES),
             "start": STARTS,
+            "axis": AXES,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -73,6 +83,8 @@ class GateConfig:
     @property
     def layout(self) -> str:
         """Where the gates sit, see `places.owner`."""
+        if self.family == "prompt":
+            return "whole" if self.axis == "concept" else "module"
         return "stream" if self.family == "flow" else self.granularity
 
     @classmethod

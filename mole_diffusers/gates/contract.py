@@ -42,11 +42,13 @@ class Context:
         mask: [N] bool, the experts that are present and active; [B, N] where each row of the batch has a set of its own.
         time: [B] in 0..1, the noise level (1 is pure noise).
         layer: the layer's own experts, where the gate sits at one layer.
+        tokens: [B, T] bool, the tokens of a text that count; None where all do.
     """
 
     mask: torch.Tensor
     time: torch.Tensor
     layer: Layer | None = None
+    tokens: torch.Tensor | None = None
 
 
 class Gate(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mole_diffusers import mixing
+from mole_diffusers.gates import PromptGate
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.processor import Decision
 from mole_diffusers.training.clip import Clip
@@ -31,7 +32,8 @@ class GateTraining:
 
     Attributes:
         terms: objective -> weight, or {"weight": ..., "batch": ..., option: ...}; see `objectives.OBJECTIVES` for names and
-            options. "balance" is MoLE's balance loss; its weight is the paper's alpha (0.5 there).
+            options. "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance
+            loss for "prompt" gates (0.01 there).
         steps, batch, lr: updates, rows per term and update, AdamW's rate (pooled gates need about 1e-2, flattened 1e-5).
         autocast: "bf16" or None. (fp16 would need loss scaling; pipelines in fp16 train with "bf16".)
         every: updates between checkpoints.
@@ -161,9 +163,17 @@ def _values(run: Run, terms: Mapping[str, Term], generator: torch.Generator) -> 
         values = {name: term(Draw(generator, weights[name].batch or run.config.batch)) for name, term in terms.items()}
     if BALANCE in weights:
         live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
-        there = [torch.tensor(d.present, device=d.gates.device) for d in live]
-        values[BALANCE] = mixing.balance_loss([d.gates for d in live], there)
+        values[BALANCE] = _balance(run.study.mixture, live)
     return values
+
+
+def _balance(mixture: Mixture, live: Sequence[Decision]) -> torch.Tensor:
+    """The family's own balance loss where it has one, MoLE's otherwise."""
+    own = [g.balance_loss() for bank in mixture.banks.values() for g in bank.gates.values() if isinstance(g, PromptGate)]
+    if own:
+        return torch.stack(own).mean()
+    there = [torch.tensor(d.present, device=d.gates.device) for d in live]
+    return mixing.balance_loss([d.gates for d in live], there)
 
 
 def _save(run: Run, optimizer: torch.optim.Optimizer, log: list[dict]) -> None:

@@ -1,0 +1,143 @@
+"""MiLoRA (Zhang et al., EMNLP Findings 2024, arXiv 2410.18035): weights from the prompt, worked out once per prompt.
+
+The paper's experts are the modules of one adapter. Here they are the concepts, the modules, or each concept in each module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.gates.contract import Context
+
+AXES = ("concept", "module", "both")
+PROMPT_TOTALS = ("1", "N", "none")
+GELU = (  # coefficients of the rational function nearest to GELU on -3..3, fitted; off by less than 0.01 there
+    (0.004525, 0.504125, 0.351093, 0.035184, -0.031148, -0.004098, 0.001216),
+    (-0.021341, 0.080833, -0.136352, 0.05889, -0.00721),
+)
+
+
+def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """MiLoRA's learned activation: sum_j a_j x^j / (1 + |sum_i b_i x^i|), a from the power 0 on and b from 1 on."""
+    powers = torch.stack([x**j for j in range(len(numerator))], -1)
+    return (powers @ numerator) / (1 + (powers[..., 1 : len(denominator) + 1] @ denominator).abs())
+
+
+def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """MiLoRA's L_lb = E sum_i f_i p_i: 1 where E experts share evenly, E where one takes everything.
+
+    Args:
+        probabilities: [..., E], the softmax over all experts, which carries the gradient.
+        chosen: [..., E] bool, those that top-k kept.
+    """
+    count = probabilities.shape[-1]
+    routed = chosen.reshape(-1, count).float().sum(0) / chosen.sum()
+    return count * (routed * probabilities.reshape(-1, count).mean(0)).sum()
+
+
+def largest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest of the last axis, the others 0; all of them where `count` is 0 or no less than there are."""
+    if not 0 < count < probabilities.shape[-1]:
+        return probabilities
+    values, index = probabilities.topk(count, -1)
+    return torch.zeros_like(probabilities).scatter(-1, index, values)
+
+
+class PromptGate(nn.Module):
+    """softmax(W g(h)) of the prompt's tokens pooled by self-attention, h = softmax(H w)^T H (MiLoRA, eq. 5-8), then top-k.
+
+    Begins even: w and W are zero, g is close to GELU. Every place has its own w, W and g. The router speaks once per
+    prompt: asked again with the very same states it gives the same logits; masks and strengths may change meanwhile.
+
+    The paper does not say whether the kept probabilities are renormalised; `total` is "none" (as they are), "1" or "N"
+    (they sum to as many as the mask holds). With guidance every row has its own prompt's weights. Where the conditional
+    prompt should decide for all rows, as it must when weights are folded, fold them:
+    `mixture.collapsed(prompt, guidance_scale=1)`.
+
+    Args:
+        presents: which experts each layer of the place has, [M][N]; one row for the place as a whole on axis "concept".
+        axis: the experts of the softmax are the N concepts, the M modules, or "both", N * M.
+        top: how many of them are kept; 0 keeps all.
+    """
+
+    fusible, ranked = True, False
+    present: torch.Tensor
+
+    def __init__(self, width: int, presents: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
+        super().__init__()
+        self.axis, self.top, self.total = axis, top, total
+        self.register_buffer("present", torch.tensor(presents), persistent=False)  # [M, N]
+        modules, concepts = len(presents), len(presents[0])
+        count = {"concept": concepts, "module": modules, "both": modules * concepts}[axis]
+        self.pooler = nn.Parameter(torch.zeros(width))  # w
+        self.matrix = nn.Parameter(torch.zeros(count, width))  # W
+        self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self._routed: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, C] -> [B, C] over the tokens that count."""
+        scores = hidden @ self.pooler.float()  # [B, T]
+        if tokens is not None:
+            scores = scores.masked_fill(~tokens, torch.finfo(scores.dtype).min)
+        return (torch.softmax(scores, -1)[..., None] * hidden).sum(1)
+
+    def route(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Logits [B, E]."""
+        features = rational(self.pooled(hidden, tokens), self.numerator.float(), self.denominator.float())
+        return features @ self.matrix.float().T
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        """[B, N]; [B, M, N] on axes other than "concept"."""
+        logits = self._once(hidden, context.tokens)
+        there = self.present & context.mask[..., None, :]  # [M, N] or [B, M, N]
+        if self.axis == "concept":
+            return self._shared(logits, context.mask)
+        if self.axis == "module":
+            return self._shared(logits, there.any(-1))[..., None] * there
+        return self._shared(logits, there.flatten(-2)).unflatten(-1, there.shape[-2:])
+
+    def balance_loss(self) -> torch.Tensor:
+        """`load_balance` of the last call with gradients."""
+        if self._routed is None:
+            raise ValueError("a prompt gate has no load before it was called with gradients")
+        return load_balance(*self._routed)
+
+    def _shared(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        probabilities = mixing.gate_weights(logits, mask, "1")  # [B, E]
+        kept = largest(probabilities, self.top)
+        if torch.is_grad_enabled():
+            self._routed = probabilities, kept > 0
+        if self.total == "none":
+            return kept
+        share = kept / kept.sum(-1, keepdim=True).clamp_min(1e-12)
+        return share * mask.sum(-1, keepdim=True) if self.total == "N" else share
+
+    def _once(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return self.route(hidden, tokens)
+        versions = version(hidden) + sum(version(p) for p in self.parameters())
+        if self._last is None or self._last[0] is not hidden or self._last[1] != versions:
+            self._last = hidden, versions, self.route(hidden, tokens)
+        return self._last[2]
+
+
+class Column:
+    """One layer's weights of a prompt gate that weighs modules: [B, N]."""
+
+    fusible, ranked = True, False
+
+    def __init__(self, gate: PromptGate, module: int):
+        self.gate, self.module, self.total = gate, module, gate.total
+
+    def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        return self.gate(hidden, context)[:, self.module]
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode are never."""
+    return 0 if tensor.is_inference() else tensor._version
