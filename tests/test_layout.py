@@ -42,7 +42,7 @@ ORDER = [
     "cli",
 ]
 FOLDERS = {
-    "gates": ["contract", "controls", "prompt", "config", "constant", "mole", "flow", "bank", "build"],
+    "gates": ["contract", "controls", "prompt", "retrieval", "config", "constant", "mole", "flow", "bank", "build"],
     "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
         "data",

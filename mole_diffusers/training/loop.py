@@ -35,6 +35,7 @@ class GateTraining:
             options. "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance
             loss for "prompt" gates (0.01 there).
         steps, batch, lr: updates, rows per term and update, AdamW's rate (pooled gates need about 1e-2, flattened 1e-5).
+        drop: chance of each expert to sit out an update, never all of them (RAMoLE: 0.5).
         autocast: "bf16" or None. (fp16 would need loss scaling; pipelines in fp16 train with "bf16".)
         every: updates between checkpoints.
     """
@@ -44,6 +45,7 @@ class GateTraining:
     batch: int = 8
     lr: float = 1e-2
     seed: int = 0
+    drop: float = 0.0
     autocast: str | None = None
     every: int = 50
 
@@ -52,6 +54,8 @@ class GateTraining:
             raise ValueError(f"at least one term of {list(OBJECTIVES)} needs a weight, got {dict(self.terms)}")
         if min(self.steps, self.batch, self.every) < 1:
             raise ValueError("steps, batch and every must be 1 or more")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be 0 or more and less than 1, got {self.drop}")
         if self.autocast not in DTYPES:
             raise ValueError(f"unknown autocast {self.autocast!r}; known: {list(DTYPES)}")
 
@@ -122,6 +126,11 @@ class Run:
         dtype = DTYPES[self.config.autocast]
         return nullcontext() if dtype is None else torch.autocast(self.study.pipe.device.type, dtype)
 
+    def dropout(self, generator: torch.Generator) -> AbstractContextManager:
+        """The mixture with the experts of one update."""
+        mixture, drop = self.study.mixture, self.config.drop
+        return mixture.only(*kept(list(mixture.experts), drop, generator)) if drop else nullcontext()
+
     def prepare(self) -> dict[str, Term]:
         """Build every term: teachers sample their trajectories here."""
         with self.autocast():
@@ -159,12 +168,19 @@ def _values(run: Run, terms: Mapping[str, Term], generator: torch.Generator) -> 
     """Each term, unweighted."""
     weights = run.config.parsed()
     decisions: list[Decision] = []
-    with run.autocast(), run.study.mixture.listen(decisions.append):
+    mixture = run.study.mixture
+    with run.autocast(), run.dropout(generator), mixture.listen(decisions.append):
         values = {name: term(Draw(generator, weights[name].batch or run.config.batch)) for name, term in terms.items()}
     if BALANCE in weights:
         live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
-        values[BALANCE] = _balance(run.study.mixture, live)
+        values[BALANCE] = _balance(mixture, live)
     return values
+
+
+def kept(experts: Sequence[str], drop: float, generator: torch.Generator) -> list[str]:
+    """The experts of one update: each sits out with chance `drop`, but one always stays (RAMoLE's expert dropout)."""
+    draws = torch.rand(len(experts), generator=generator)
+    return [name for name, draw in zip(experts, draws, strict=True) if draw >= drop or draw == draws.max()]
 
 
 def _balance(mixture: Mixture, live: Sequence[Decision]) -> torch.Tensor:
