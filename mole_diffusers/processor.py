@@ -192,7 +192,8 @@ class Slot:
         if self.far and weights.dim() > 1:
             weights = mixing.of_batch(weights, x.shape[0])
         if self.whole and self.state.plan is not None:
-            weights = weights * torch.tensor(self.state.plan.block(layer.name), device=weights.device)
+            block = torch.tensor(self.state.plan.block(layer.name), device=weights.device)  # [N]
+            weights = weights * (block[layer.segment] if self.gate.ranked else block)
         return weights
 
 

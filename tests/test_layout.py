@@ -38,6 +38,11 @@ ORDER = [
     "shelf",
     "drawing",
     "infotext",
+    "grids",
+    "as_code",
+    "contributions",
+    "gate_figures",
+    "app",
     "evaluation",
     "cli",
 ]
@@ -59,7 +64,21 @@ FOLDERS = {
         "loop",
     ],
     "evaluation": ["statistics", "rows", "runner", "arms", "emoji_protocol", "checkpoint_protocol", "tables", "plots"],
-    "cli": ["common", "inspect", "compose", "train", "evaluate"],
+    "app": [
+        "jobs",
+        "cards",
+        "actions",
+        "teaching",
+        "style",
+        "page",
+        "compose_tab",
+        "see_tab",
+        "train_tab",
+        "keep_tab",
+        "api",
+        "build",
+    ],
+    "cli": ["common", "studio", "inspect", "compose", "grid", "app", "train", "evaluate"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 

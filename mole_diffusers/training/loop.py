@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,12 +76,14 @@ def train_gates(
     config: GateTraining,
     clip: Clip | None = None,
     folder: str | Path | None = None,
+    report: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
 
     Args:
         clip: the CLIP of the terms that look at pictures.
         folder: checkpoints and `log.jsonl` go here; a run that was cut off goes on from its last checkpoint.
+        report: called with every update's row, after its checkpoint; what it raises ends the run.
 
     Returns:
         One {"step", "loss", term: value} per update.
@@ -102,7 +104,7 @@ def train_gates(
     for p in mixture.parameters():
         p.requires_grad_(True)
     try:
-        return fit(run)
+        return fit(run, report)
     finally:
         for p in others:
             p.requires_grad_(True)
@@ -138,7 +140,7 @@ class Run:
             return {name: OBJECTIVES[name](self.study, **w.options) for name, w in parsed.items()}
 
 
-def fit(run: Run) -> list[dict]:
+def fit(run: Run, report: Callable[[dict], None] | None = None) -> list[dict]:
     """The loop. Each update's randomness follows from the seed and its number, so that a resumed run is the same run."""
     config, parameters = run.config, run.study.mixture.parameters()
     weights, terms = config.parsed(), run.prepare()
@@ -161,6 +163,8 @@ def fit(run: Run) -> list[dict]:
         bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k != "step"}, refresh=False)
         if (step + 1) % config.every == 0 or step + 1 == config.steps:
             _save(run, optimizer, log)
+        if report is not None:
+            report(log[-1])
     return log
 
 
