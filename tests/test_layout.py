@@ -38,16 +38,11 @@ ORDER = [
     "shelf",
     "drawing",
     "infotext",
-    "grids",
-    "as_code",
-    "contributions",
-    "gate_figures",
-    "app",
     "evaluation",
     "cli",
 ]
 FOLDERS = {
-    "gates": ["contract", "controls", "prompt", "retrieval", "config", "constant", "mole", "flow", "bank", "build"],
+    "gates": ["contract", "controls", "prompt", "config", "constant", "mole", "flow", "bank", "build"],
     "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
         "data",
@@ -63,22 +58,19 @@ FOLDERS = {
         "objectives",
         "loop",
     ],
-    "evaluation": ["statistics", "rows", "runner", "arms", "emoji_protocol", "checkpoint_protocol", "tables", "plots"],
-    "app": [
-        "jobs",
-        "cards",
-        "actions",
-        "teaching",
-        "style",
-        "page",
-        "compose_tab",
-        "see_tab",
-        "train_tab",
-        "keep_tab",
-        "api",
-        "build",
+    "evaluation": [
+        "statistics",
+        "rows",
+        "runner",
+        "runtime",
+        "arms",
+        "emoji_protocol",
+        "checkpoint_protocol",
+        "tables",
+        "search",
+        "plots",
     ],
-    "cli": ["common", "studio", "inspect", "compose", "grid", "app", "train", "evaluate"],
+    "cli": ["common", "inspect", "compose", "train", "evaluate", "merge"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 

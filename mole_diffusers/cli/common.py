@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,13 @@ def chosen_experts(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Exp
         if not chosen:
             raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
     return {name: (read_expert(path, name), strength) for name, (path, strength) in chosen.items()}
+
+
+def named_values(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """NAME=VALUE texts as pairs; ValueError names the option and the text that is not one."""
+    pairs = [text.partition("=") for text in texts]
+    if bad := next(
+        (t for t, (name, equals, value) in zip(texts, pairs, strict=True) if not (name and equals and value)), None
+    ):
+        raise ValueError(f"{option} {bad!r} is not NAME=VALUE")
+    return [(name, value) for name, _, value in pairs]

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import add_experts, chosen_experts, pipeline
+from mole_diffusers.cli.common import add_experts, chosen_experts, named_values, pipeline
 from mole_diffusers.evaluation.arms import ARMS, chosen_arms
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Bench, evaluate
+from mole_diffusers.evaluation.search import best_weights, grid
 
 
 def add(commands: Any) -> None:
@@ -27,6 +28,9 @@ def add(commands: Any) -> None:
     command.add_argument("--images", action="append", default=[], metavar="NAME=FOLDER", help="a concept's own pictures")
     command.add_argument("--own", action="append", default=[], metavar="NAME=PROMPT", help="a concept's own prompt")
     command.add_argument("--gates", type=Path, help="folder of trained gates, one folder per case, named a+b")
+    command.add_argument("--style", action="append", default=[], metavar="NAME", help="a concept that is a style")
+    command.add_argument("--search", action="store_true", help="search strengths on the split; writes weights.json in --out")
+    command.add_argument("--weights", type=Path, help="weights.json of a search, for the arm 'grid search'")
     command.add_argument("--clip", help="a CLIP model, for a real checkpoint")
     command.add_argument("--dino", help="a DINO model, for a real checkpoint")
     command.add_argument("--sheet", action="store_true", help="write a sheet to judge pairs of arms on, in both orders")
@@ -45,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1 or args.seeds < 1:
         raise ValueError("--limit and --seeds must be 1 or more")
+    if args.search and args.base != "emoji":
+        raise ValueError("--search counts successes, which only the judge of the embedded world tells")
     state = PartialState(cpu=args.device == "cpu")
     bench, cases, look, gates = _emoji(args) if args.base == "emoji" else _checkpoint(args)
-    arms = chosen_arms(args.arm or list(ARMS), bench, gates)
+    weights = json.loads(args.weights.read_text()) if args.weights else None
+    arms = grid(bench) if args.search else chosen_arms(args.arm or list(ARMS), bench, gates, weights=weights)
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     seeds = range(args.seed, args.seed + args.seeds)
     rows = Rows(args.out, state.process_index)
@@ -81,21 +88,15 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
     experts = {name: expert for name, (expert, _) in chosen_experts(args, "").items()}
     cases = checkpoint_protocol.read_cases(args.cases, list(experts))
-    folders = {name: Path(folder) for name, folder in _named(args.images, "--images")}
+    folders = {name: Path(folder) for name, folder in named_values(args.images, "--images")}
     look = checkpoint_protocol.Look(args.clip, args.dino, folders, device=args.device or "cpu")
     prompts: dict[str, list[str]] = {}
-    for name, prompt in _named(args.own, "--own"):
+    for name, prompt in named_values(args.own, "--own"):
         prompts.setdefault(name, []).append(prompt)
-    return Bench(pipeline(args.base, args.device), experts, prompts), cases[: args.limit], look, args.gates
-
-
-def _named(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
-    pairs = [text.partition("=") for text in texts]
-    if bad := next(
-        (t for t, (name, equals, value) in zip(texts, pairs, strict=True) if not (name and equals and value)), None
-    ):
-        raise ValueError(f"{option} {bad!r} is not NAME=VALUE")
-    return [(name, value) for name, _, value in pairs]
+    if unknown := set(args.style) - set(experts):
+        raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(experts)}")
+    bench = Bench(pipeline(args.base, args.device), experts, prompts, frozenset(args.style))
+    return bench, cases[: args.limit], look, args.gates
 
 
 def _report(args: argparse.Namespace, rows: list[Row]) -> None:
@@ -107,6 +108,8 @@ def _report(args: argparse.Namespace, rows: list[Row]) -> None:
         text = tables.score_table(rows)
     (args.out / "table.md").write_text(text + "\n")
     print(json.dumps(rows) if args.json else text)
+    if args.search:
+        (args.out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
     if args.sheet:
         from mole_diffusers.evaluation.checkpoint_protocol import judging_sheet
 

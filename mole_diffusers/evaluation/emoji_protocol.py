@@ -36,7 +36,8 @@ def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emo
 def bench(world: EmojiWorld) -> Bench:
     """The world's pipeline and LoRAs; a concept's own prompts show it in what the base knows."""
     experts = {name: read_expert(path, name) for name, path in world.loras.items()}
-    return Bench(world.pipe, experts, {name: own_prompts(name) for name in experts})
+    styles = frozenset(experts) & frozenset(emoji.STYLES)
+    return Bench(world.pipe, experts, {name: own_prompts(name) for name in experts}, styles)
 
 
 def own_prompts(concept: str, count: int = 7) -> list[str]:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,43 @@ from tqdm import tqdm
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation.rows import Row, Rows, key
 from mole_diffusers.lora_files import Expert
+from mole_diffusers.merging.activations import Activations
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to draw: the concepts that experts bring, and the prompt that asks for all of them."""
+    """One thing to draw: the concepts that experts bring, and the prompt that asks for all of them.
+
+    `idle` are experts that are attached beside them and not asked for.
+    """
 
     concepts: tuple[str, ...]
     kind: str
     prompt: str
+    idle: tuple[str, ...] = ()
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.concepts + self.idle
 
     @property
     def name(self) -> str:
-        return "+".join(self.concepts)
+        return "+".join(self.concepts) + "".join(f" ({name})" for name in self.idle)
 
 
 @dataclass
 class Bench:
-    """What arms work with: the pipeline, and an expert and single-concept prompts for every concept."""
+    """What arms work with: the pipeline, an expert and single-concept prompts for every concept, and which are styles."""
 
     pipe: Any
     experts: Mapping[str, Expert]
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    styles: frozenset[str] = frozenset()
+
+    @cached_property
+    def activations(self) -> Activations:
+        """What each expert does alone, for the merges that need it; found once."""
+        return Activations(self.pipe, self.prompts)
 
 
 @dataclass(frozen=True)

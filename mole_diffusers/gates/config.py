@@ -9,7 +9,6 @@ import torch
 
 from mole_diffusers import mixing
 from mole_diffusers.gates.prompt import AXES, PROMPT_TOTALS
-from mole_diffusers.gates.retrieval import RETRIEVAL_TOTALS, SCORES
 
 OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "sum": (),
@@ -18,7 +17,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "mole": ("granularity", "total", "inputs", "features"),
     "flow": ("start",),
     "prompt": ("axis", "top", "total"),
-    "retrieval": ("rank", "scores", "total"),
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
@@ -33,11 +31,10 @@ class GateConfig:
 
     Attributes:
         family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
-            "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt; "retrieval"
-            compares the experts' outputs at every layer, and serves experts that it never saw.
+            "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
         total: (static, mole) what the weights sum to, see `mixing.gate_weights`; the paper's is "1". (prompt) "1", "N", or
-            "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
+            "none": probabilities as top-k left them.
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
         bins: the static gate has this many sets of weights over the noise levels, 1 or more.
@@ -45,8 +42,6 @@ class GateConfig:
             expert alone.
         axis: the prompt gate shares among the experts ("concept"), the layers of a block ("module"), or "both".
         top: (prompt) how many of those weigh something; 0 is all.
-        rank: of the retrieval gate's router, 1 or more.
-        scores: (retrieval) each "token" has its own weights, or the "image" has one set.
     """
 
     family: str = "mole"
@@ -58,8 +53,6 @@ class GateConfig:
     start: str = "sum"
     axis: str = "concept"
     top: int = 0
-    rank: int = 4
-    scores: str = "token"
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -67,19 +60,18 @@ class GateConfig:
             raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
         if self.bins < 1:
             raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
-        if self.top < 0 or self.rank < 1:
-            raise ValueError(f"top must be 0 (all) or more and rank 1 or more, got {self.top} and {self.rank}")
+        if self.top < 0:
+            raise ValueError(f"top must be 0 (all) or more, got {self.top}")
 
     def _check_names(self) -> None:
         known = {
             "family": FAMILIES,
             "granularity": GRANULARITIES,
-            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(self.family, mixing.TOTALS),
+            "total": PROMPT_TOTALS if self.family == "prompt" else mixing.TOTALS,
             "inputs": INPUTS,
             "features": tuple(FEATURES),
             "start": STARTS,
             "axis": AXES,
-            "scores": SCORES,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -93,12 +85,7 @@ class GateConfig:
         """Where the gates sit, see `places.owner`."""
         if self.family == "prompt":
             return "whole" if self.axis == "concept" else "module"
-        return {"flow": "stream", "retrieval": "matrix"}.get(self.family, self.granularity)
-
-    @property
-    def of_experts(self) -> bool:
-        """Whether parameters belong to single experts. Where none does, gates serve other experts than their own."""
-        return self.family not in ("sum", "mean", "retrieval")
+        return "stream" if self.family == "flow" else self.granularity
 
     @classmethod
     def from_dict(cls, values: dict) -> GateConfig:

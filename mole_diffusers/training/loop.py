@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,6 @@ class GateTraining:
             options. "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance
             loss for "prompt" gates (0.01 there).
         steps, batch, lr: updates, rows per term and update, AdamW's rate (pooled gates need about 1e-2, flattened 1e-5).
-        drop: chance of each expert to sit out an update, never all of them (RAMoLE: 0.5).
         autocast: "bf16" or None. (fp16 would need loss scaling; pipelines in fp16 train with "bf16".)
         every: updates between checkpoints.
     """
@@ -45,7 +44,6 @@ class GateTraining:
     batch: int = 8
     lr: float = 1e-2
     seed: int = 0
-    drop: float = 0.0
     autocast: str | None = None
     every: int = 50
 
@@ -54,8 +52,6 @@ class GateTraining:
             raise ValueError(f"at least one term of {list(OBJECTIVES)} needs a weight, got {dict(self.terms)}")
         if min(self.steps, self.batch, self.every) < 1:
             raise ValueError("steps, batch and every must be 1 or more")
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must be 0 or more and less than 1, got {self.drop}")
         if self.autocast not in DTYPES:
             raise ValueError(f"unknown autocast {self.autocast!r}; known: {list(DTYPES)}")
 
@@ -76,14 +72,12 @@ def train_gates(
     config: GateTraining,
     clip: Clip | None = None,
     folder: str | Path | None = None,
-    report: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
 
     Args:
         clip: the CLIP of the terms that look at pictures.
         folder: checkpoints and `log.jsonl` go here; a run that was cut off goes on from its last checkpoint.
-        report: called with every update's row, after its checkpoint; what it raises ends the run.
 
     Returns:
         One {"step", "loss", term: value} per update.
@@ -104,7 +98,7 @@ def train_gates(
     for p in mixture.parameters():
         p.requires_grad_(True)
     try:
-        return fit(run, report)
+        return fit(run)
     finally:
         for p in others:
             p.requires_grad_(True)
@@ -128,11 +122,6 @@ class Run:
         dtype = DTYPES[self.config.autocast]
         return nullcontext() if dtype is None else torch.autocast(self.study.pipe.device.type, dtype)
 
-    def dropout(self, generator: torch.Generator) -> AbstractContextManager:
-        """The mixture with the experts of one update."""
-        mixture, drop = self.study.mixture, self.config.drop
-        return mixture.only(*kept(list(mixture.experts), drop, generator)) if drop else nullcontext()
-
     def prepare(self) -> dict[str, Term]:
         """Build every term: teachers sample their trajectories here."""
         with self.autocast():
@@ -140,7 +129,7 @@ class Run:
             return {name: OBJECTIVES[name](self.study, **w.options) for name, w in parsed.items()}
 
 
-def fit(run: Run, report: Callable[[dict], None] | None = None) -> list[dict]:
+def fit(run: Run) -> list[dict]:
     """The loop. Each update's randomness follows from the seed and its number, so that a resumed run is the same run."""
     config, parameters = run.config, run.study.mixture.parameters()
     weights, terms = config.parsed(), run.prepare()
@@ -163,8 +152,6 @@ def fit(run: Run, report: Callable[[dict], None] | None = None) -> list[dict]:
         bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k != "step"}, refresh=False)
         if (step + 1) % config.every == 0 or step + 1 == config.steps:
             _save(run, optimizer, log)
-        if report is not None:
-            report(log[-1])
     return log
 
 
@@ -172,19 +159,12 @@ def _values(run: Run, terms: Mapping[str, Term], generator: torch.Generator) -> 
     """Each term, unweighted."""
     weights = run.config.parsed()
     decisions: list[Decision] = []
-    mixture = run.study.mixture
-    with run.autocast(), run.dropout(generator), mixture.listen(decisions.append):
+    with run.autocast(), run.study.mixture.listen(decisions.append):
         values = {name: term(Draw(generator, weights[name].batch or run.config.batch)) for name, term in terms.items()}
     if BALANCE in weights:
         live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
-        values[BALANCE] = _balance(mixture, live)
+        values[BALANCE] = _balance(run.study.mixture, live)
     return values
-
-
-def kept(experts: Sequence[str], drop: float, generator: torch.Generator) -> list[str]:
-    """The experts of one update: each sits out with chance `drop`, but one always stays (RAMoLE's expert dropout)."""
-    draws = torch.rand(len(experts), generator=generator)
-    return [name for name, draw in zip(experts, draws, strict=True) if draw >= drop or draw == draws.max()]
 
 
 def _balance(mixture: Mixture, live: Sequence[Decision]) -> torch.Tensor:

@@ -1,1 +1,0 @@
-"""The app: compose, see why, train, keep. Needs gradio and matplotlib (the extra `app`)."""

@@ -1,0 +1,183 @@
+"""Rivals that compose while sampling: LoRA Switch, LoRA Composite, K-LoRA. Contexts on a mixture of equal gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mole_diffusers.calls import CallReader
+from mole_diffusers.lora_files import layer_key
+from mole_diffusers.merging.factors import Layer
+from mole_diffusers.merging.layers import layers_of
+from mole_diffusers.mixture import Mixture
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
+
+
+def turn(step: int, count: int, period: int) -> int:
+    """Whose turn it is at `step`, from 0: each of `count` experts in order for `period` steps, then from the start.
+
+    LoRA Switch (arXiv 2402.16843, sec. 3.2). The released code gives the first expert one step more than the others.
+    """
+    return step % (count * period) // period
+
+
+@contextmanager
+def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> Iterator[None]:
+    """LoRA Switch: one expert at a time, in the mixture's order (the paper: characters first), each with its own text."""
+    names, steps = list(mixture.experts), Steps(pipe.unet)
+
+    def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+        index = turn(steps.at(args, kwargs), len(names), period)
+        with mixture.only(names[index]):
+            return unet(*args, **{**kwargs, "encoder_hidden_states": texts[index]})
+
+    with _by_expert(pipe, mixture, run):
+        yield
+
+
+@contextmanager
+def composed_scores(pipe: Any, mixture: Mixture) -> Iterator[None]:
+    """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of what each alone predicts, guided as one."""
+    names = list(mixture.experts)
+
+    def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+        found = []
+        for name, text in zip(names, texts, strict=True):
+            with mixture.only(name):
+                found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
+        return (torch.stack(found).mean(0),)
+
+    with _by_expert(pipe, mixture, run):
+        yield
+
+
+class Steps:
+    """Counts sampling steps by their noise; one that is noisier than the last begins a new picture."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.step, self.last, self.reader = 0, float("-inf"), CallReader(denoiser)
+
+    def at(self, args: tuple, kwargs: dict) -> int:
+        """The step, from 0, of a denoiser call."""
+        now = float(self.reader.time(args, kwargs)[0])
+        self.step = 0 if now > self.last else self.step + (now < self.last)
+        self.last = now
+        return self.step
+
+
+@contextmanager
+def _by_expert(pipe: Any, mixture: Mixture, run: Callable[..., Any]) -> Iterator[None]:
+    """Let `run(unet, texts, args, kwargs)` stand in for the UNet, with the prompt's states by each expert's own encoder.
+
+    The states of all experts travel through the pipeline side by side in their channels, [B, T, N * C].
+    """
+    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
+        raise ValueError(f"LoRA Switch and Composite need a unet and one text encoder, unlike {type(pipe).__name__}")
+    count = len(mixture.experts)
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        found = []
+        for name in mixture.experts:
+            with mixture.only(name):
+                found.append(pipe.text_encoder(*args, **kwargs))
+        found[0].last_hidden_state = torch.cat([out.last_hidden_state for out in found], -1)
+        return found[0]
+
+    def denoise(*args: Any, **kwargs: Any) -> Any:
+        return run(pipe.unet, kwargs["encoder_hidden_states"].chunk(count, -1), args, kwargs)
+
+    with _instead(pipe.text_encoder, encode), _instead(pipe.unet, denoise):
+        yield
+
+
+@contextmanager
+def _instead(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Calls of `module` go to `run`; calls that `run` makes go to the module."""
+    found, own, inside = module.forward, "forward" in module.__dict__, False
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return found(*args, **kwargs)
+        inside = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            inside = False
+
+    with ExitStack() as undo:
+        undo.callback(module.__dict__.__setitem__ if own else module.__dict__.pop, "forward", found)
+        module.__dict__["forward"] = forward
+        yield
+
+
+def last_content(layers: Mapping[str, Layer], *, alpha: float = 1.5, beta: float = 0.5) -> dict[str, float]:
+    """K-LoRA (arXiv 2502.18461): the share of sampling up to which each layer uses the content LoRA, then the style LoRA.
+
+    Layer -> p*, where S_c = gamma (alpha p + beta) S_s and S is the sum of the r_c r_s largest entries of |delta W|; below
+    0 the layer always has the style, above 1 always the content. gamma = sum |delta_c| / sum |delta_s| over all layers.
+
+    Args:
+        layers: (content, style) of each layer; those that only one of them has are left out.
+    """
+    both = {key: (layer[0], layer[1]) for key, layer in layers.items()}
+    deltas = {k: (c.delta(), s.delta(), c.rank * s.rank) for k, (c, s) in both.items() if c is not None and s is not None}
+    gamma = sum(c.abs().sum() for c, _, _ in deltas.values()) / sum(s.abs().sum() for _, s, _ in deltas.values())
+    return {
+        key: float((_largest(content, count) / (gamma * _largest(style, count)) - beta) / alpha)
+        for key, (content, style, count) in deltas.items()
+    }
+
+
+def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
+    return delta.abs().flatten().topk(min(count, delta.numel())).values.sum()
+
+
+class KLoRA:
+    """K-LoRA as a `processor.Plan`: one of two experts per layer and step. For equal gates, one per matrix.
+
+    Layers that are no attention of the denoiser, or that one of the two lacks, keep the sum.
+    """
+
+    def __init__(self, pipe: Any, mixture: Mixture, *, content: str, style: str):
+        names = list(mixture.experts)
+        if sorted(names) != sorted((content, style)) or mixture.config.granularity != "matrix":
+            raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")
+        pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
+        layers = {k: v for k, v in layers_of(pair).items() if k.startswith("unet.") and k.endswith(ATTENTION)}
+        self.until, self.pipe, self.steps, self.step = last_content(layers), pipe, Steps(pipe.unet), 0
+        self.content = [float(name == content) for name in names]
+        self.style = [float(name == style) for name in names]
+
+    def part(self, part: str) -> list[float]:
+        return [1.0, 1.0]
+
+    def block(self, module: str) -> list[float]:
+        return [1.0, 1.0]
+
+    def gates(self, place: str) -> list[float] | None:
+        part, _, module = place.partition(".")
+        until = self.until.get(f"{part}.{layer_key(module)}")
+        if until is None:
+            return None
+        return self.content if self.step / len(self.pipe.scheduler.timesteps) <= until else self.style
+
+    def _advance(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.step = self.steps.at(args, kwargs)
+
+
+@contextmanager
+def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator[None]:
+    """K-LoRA on an attached mixture of a content and a style expert."""
+    plan = KLoRA(pipe, mixture, content=content, style=style)
+    hook = pipe.unet.register_forward_pre_hook(plan._advance, prepend=True, with_kwargs=True)
+    try:
+        with mixture.planned(plan):
+            yield
+    finally:
+        hook.remove()

@@ -1,0 +1,52 @@
+"""Grid search of strengths on a validation split: the arms to draw, and the best of them by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mole_diffusers.evaluation.arms import by_role, weighted
+from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.runner import Arm, Bench
+from mole_diffusers.evaluation.tables import by
+
+VALUES = (0.5, 0.7, 0.9, 1.1, 1.3)
+
+
+def grid(bench: Bench, values: Sequence[float] = VALUES) -> list[Arm]:
+    """A weighted sum for every pair of strengths, one for subjects and one for styles.
+
+    Cases without a style are drawn once per subject strength.
+    """
+    arms = []
+    for subject in values:
+        for style in values:
+            arm = weighted(f"sum @ {subject:g}, {style:g}", by_role(subject, style), {"subject": subject, "style": style})
+            first = style == values[0]
+            covers = lambda case, first=first: first or bool(bench.styles & set(case.experts))  # noqa: E731
+            arms.append(Arm(arm.name, arm.draws, arm.settings, covers))
+    return arms
+
+
+def best_weights(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Kind -> the strengths with the highest success; among equals, the most concepts seen, then the nearest to 1.
+
+    Raises ValueError where no row is of a search.
+    """
+    found: dict[str, dict[str, float]] = {}
+    tried = [row for row in rows if {"subject", "style"} <= set(row["settings"])]
+    if not tried:
+        raise ValueError("no rows of a grid search; draw the arms of `grid` on a validation split first")
+    for kind, group in by(tried, "kind").items():
+        found[kind] = max((_scored(arm) for arm in by(group, "arm").values()), key=lambda scored: scored[0])[1]
+    return found
+
+
+def _scored(rows: Sequence[Row]) -> tuple[tuple[float, float, float], dict[str, float]]:
+    strengths = {role: float(rows[0]["settings"][role]) for role in ("subject", "style")}
+    success = sum(r["success"] for r in rows) / len(rows)
+    seen = sum(_share(r["seen"]) for r in rows) / len(rows)
+    return (success, seen, -sum(abs(value - 1) for value in strengths.values())), strengths
+
+
+def _share(seen: Mapping[str, bool]) -> float:
+    return sum(seen.values()) / len(seen)

@@ -1,0 +1,139 @@
+"""Arms: every composer is what its name says, and leaves nothing behind."""
+
+import json
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers import emoji
+from mole_diffusers.compare import sample
+from mole_diffusers.evaluation import arms
+from mole_diffusers.evaluation.runner import Bench, Case
+from mole_diffusers.evaluation.search import VALUES, best_weights, grid
+from mole_diffusers.lora_files import read_expert
+
+OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
+CASE = Case(("fox", "ink"), "subject x style", "a fox in ink")
+WEIGHTS = {"subject x style": {"subject": 0.7, "style": 1.3}}
+
+
+@pytest.fixture
+def bench(pipe, loras):
+    prompts = {"fox": ["a fox"], "ink": ["in ink"], "hat": ["a hat"]}
+    return Bench(pipe, {n: read_expert(path, n) for n, path in loras.items()}, prompts, frozenset({"ink"}))
+
+
+@pytest.fixture
+def gates(bench, tmp_path, awake):
+    """A folder of gates for the case, as training would leave it."""
+    awake(mole.attach(bench.pipe, {n: bench.experts[n] for n in CASE.concepts}, "mole")).save_pretrained(
+        tmp_path / "fox+ink"
+    )
+    mole.detach(bench.pipe)
+    return tmp_path
+
+
+def drawn(bench, arm, case=CASE, seeds=(3,)):
+    with arm.draws(bench, case):
+        return [image.tobytes() for image in sample(bench.pipe, case.prompt, seeds, **OPTIONS)]
+
+
+def by_hand(bench, experts, inside=None):
+    mixture = mole.attach(bench.pipe, experts)
+    try:
+        with inside(mixture) if inside else mixture.only(*mixture.experts):
+            return [image.tobytes() for image in sample(bench.pipe, CASE.prompt, [3], **OPTIONS)]
+    finally:
+        mole.detach(bench.pipe)
+
+
+def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(bench, gates):
+    before = drawn(bench, arms.base())
+    chosen = arms.chosen_arms(arms.ARMS, bench, gates, weights=WEIGHTS)
+    assert {a.name for a in chosen} == {*arms.ARMS, *(f"alone {n}" for n in bench.experts)} - {"alone"}
+    pictures = {a.name: drawn(bench, a)[0] for a in chosen if a.covers(CASE)}
+    assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
+    assert drawn(bench, arms.base()) == before
+    json.dumps([dict(a.settings) for a in chosen])
+    # The same by definition: equal gates that sum to N, and the first of two turns of five steps.
+    twins = {frozenset(("sum", "gates uniform")), frozenset(("alone fox", "switch"))}
+    names = list(pictures)
+    same = {frozenset((a, b)) for i, a in enumerate(names) for b in names[i + 1 :] if pictures[a] == pictures[b]}
+    assert same <= twins
+
+
+def test_merges_protect_the_style_and_take_strengths(bench):
+    experts = {n: bench.experts[n] for n in CASE.concepts}
+    kept = mole.merge(experts, "np", protect=["ink"])
+    assert drawn(bench, arms.merged("np")) == by_hand(bench, {"m": kept})
+    turned = Case(("ink", "fox"), CASE.kind, CASE.prompt)  # the style is known by name, not by place
+    assert drawn(bench, arms.merged("np"), turned) != drawn(bench, arms.merged("np", weights=arms.by_role(1.0, 0.2)), turned)
+    weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd", rank=3)
+    arm = arms.merged("svd", "svd 3", arms.by_role(0.4, 1.6), rank=3)
+    assert (arm.name, arm.settings) == ("svd 3", {"rank": 3})
+    assert drawn(bench, arm) == by_hand(bench, {"m": weak})
+
+
+def test_a_search_sets_strengths_by_kind_and_role(bench):
+    arm = arms.searched(WEIGHTS)
+    wanted = by_hand(bench, {n: bench.experts[n] for n in CASE.concepts}, lambda m: m.fixed({"fox": 0.7, "ink": 1.3}))
+    assert drawn(bench, arm) == wanted
+    assert not arm.covers(Case(("fox", "hat"), "subject + subject", ""))
+
+
+def test_idle_experts_are_attached_and_named(bench):
+    case = Case(("fox",), "single", CASE.prompt, idle=("ink",))
+    assert case.name == "fox (ink)"
+    assert drawn(bench, arms.summed(), case) == drawn(bench, arms.summed())
+
+
+def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(bench, gates):
+    folder = arms.gates_of(gates)
+    arm = arms.gated("gates averaged", folder, inside=arms.averaged(steps=4))
+    with arm.draws(bench, CASE), mole.attached(bench.pipe).trace() as trace:
+        sample(bench.pipe, CASE.prompt, [3, 4], **OPTIONS)
+    place = "unet.mid_block.attentions.0.transformer_blocks.0"
+    first, second = (w for name, _, w in trace.records if name == place)
+    assert torch.equal(first, second)
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[2], first[3])
+    assert not torch.allclose(first[0], first[2], atol=1e-4)
+    with arms.gated("gates", folder).draws(bench, CASE), mole.attached(bench.pipe).trace() as live:
+        sample(bench.pipe, CASE.prompt, [0], num_inference_steps=4, guidance_scale=7.5)
+    at = torch.stack([w for name, _, w in live.records if name == place])  # [4, 2, N]
+    torch.testing.assert_close(first[[0, 2]], at.mean(0))
+
+
+def row(kind, subject, style, *seen):
+    settings = {"subject": subject, "style": style}
+    arm = f"sum @ {subject:g}, {style:g}"
+    return {"kind": kind, "arm": arm, "settings": settings, "seen": dict(enumerate(seen)), "success": all(seen)}
+
+
+def test_the_best_weights_win_by_success_then_by_what_is_seen_then_by_nearness_to_1():
+    rows = [
+        row("a", 0.5, 0.5, True, False), row("a", 0.5, 1.1, True, True), row("a", 1.1, 0.5, False, False),
+        row("b", 0.5, 0.5, False, False), row("b", 1.1, 0.5, True, False), row("b", 1.1, 1.1, False, False),
+        row("c", 0.5, 0.5, True), row("c", 0.9, 0.9, True),
+        {"kind": "a", "arm": "base", "settings": {}, "seen": {"x": True}, "success": True},
+    ]  # fmt: skip
+    assert best_weights(rows) == {
+        "a": {"subject": 0.5, "style": 1.1}, "b": {"subject": 1.1, "style": 0.5}, "c": {"subject": 0.9, "style": 0.9}
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no rows of a grid search"):
+        best_weights(rows[-1:])
+
+
+def test_the_grid_covers_styles_only_where_there_is_one(bench):
+    tried = grid(bench)
+    assert len(tried) == len(VALUES) ** 2
+    assert sum(arm.covers(CASE) for arm in tried) == len(VALUES) ** 2
+    assert sum(arm.covers(Case(("fox", "hat"), "pair", "")) for arm in tried) == len(VALUES)
+    assert drawn(bench, grid(bench, [1.0])[0]) == drawn(bench, arms.summed())
+
+
+def test_the_world_knows_its_styles():
+    from mole_diffusers.evaluation import emoji_protocol
+
+    assert emoji_protocol.bench(mole.emoji_world()).styles == set(emoji.HELD_OUT_STYLES)
