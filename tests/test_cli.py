@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from mole_diffusers import emoji_world
+from mole_diffusers import emoji_world, merge, read_expert
 from mole_diffusers.cli import main
 from mole_diffusers.cli.common import parse_expert
 from mole_diffusers.testing import tiny_pipeline
@@ -34,6 +35,22 @@ def test_inspect_goes_on_after_a_bad_file(loras, tmp_path, capsys):
     bad, good = json.loads(capsys.readouterr().out)
     assert "is not a safetensors file" in bad["error"]
     assert good["format"] == "peft"
+
+
+def test_merge_writes_one_lora(loras, base, tmp_path, capsys):
+    out = tmp_path / "one.safetensors"
+    files = [str(loras["fox"]), f"{loras['ink']}:0.5"]
+    assert main(["merge", *files, "--method", "dare", "--option", "drop=0.5", "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["mole.method"], facts["mole.options"]) == ("dare", '{"drop": 0.5}')
+    wanted = merge({"fox": loras["fox"], "ink": (loras["ink"], 0.5)}, "dare", drop=0.5)
+    found = read_expert(out)
+    for key, weights in wanted.layers["unet"].items():
+        torch.testing.assert_close(found.layers["unet"][key].delta(), weights.delta(), rtol=0, atol=1e-2)
+    prompts = ["--base", base, "--device", "cpu", "--own", "fox=a fox", "--own", "ink=in ink"]
+    assert main(["merge", *files, "--method", "ssr", *prompts, "--format", "kohya", "--out", str(out)]) == 0
+    assert read_expert(out).format == "kohya"
+    assert "mole.loss" in capsys.readouterr().out
 
 
 def test_compose_on_the_embedded_world(tmp_path, capsys):
@@ -67,6 +84,8 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
         (["compose", "a fox", "--base", "somewhere"], "give at least one --expert"),
+        (["merge", "a.safetensors", "b/a.safetensors", "--out", "x"], "no LoRA file at a.safetensors"),
+        (["merge", "a.safetensors", "--method", "np", "--option", "mu", "--out", "x"], "no LoRA file at"),
         (["train", "--prompt", "a fox", "--out", "g", "--single", "fox"], "is not NAME=PROMPT"),
     ],
 )

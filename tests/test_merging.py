@@ -102,6 +102,19 @@ def test_a_lower_rank_says_what_it_costs(loras, pipe):
     assert merged("ties", loras, pipe, rank=1).ranks == (1, 1)
 
 
+def test_full_rank_merges_keep_nearly_all_of_their_energy(loras, pipe):
+    for method in ("ties", "dare"):
+        whole = merged(method, loras, pipe)
+        assert 0 < float(whole.metadata["mole.lost_energy"]) <= 0.01
+        full = merged(method, loras, pipe, rank=10**6)
+        assert float(full.metadata["mole.lost_energy"]) == 0
+        for part, layers in whole.layers.items():
+            for key, weights in layers.items():
+                squares = torch.linalg.svdvals(full.layers[part][key].delta()).square()
+                assert squares[: weights.rank].sum() >= 0.9899 * squares.sum()
+                assert squares[: weights.rank - 1].sum() < 0.9901 * squares.sum()
+
+
 def test_a_merge_file_says_what_it_is(loras, pipe, tmp_path):
     expert = merged("dare", loras, pipe, drop=0.5)
     expert = mole.Expert(**{**vars(expert), "triggers": ("fox", "ink")})

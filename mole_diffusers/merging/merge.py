@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from mole_diffusers import mixing
 from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
@@ -24,6 +26,7 @@ METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
     "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
 }  # fmt: skip
+KEPT = 0.99  # share of a full-rank merge's energy that is kept where no rank is asked for
 GIVEN = ("inputs", "rerun", "protect")  # what `merge` hands to the methods that ask for it
 
 
@@ -44,7 +47,8 @@ def merge(
         method: "sum", "mean", "svd" (the sum at the rank of its largest expert), "ties", "dare" (both on delta W),
             "knots" (KnOTS-TIES), "lego" (LoRA-LEGO), "np" (NP-LoRA), and by the experts' own activations "ssr"
             (SSR-Merge), "regmean", "iteris" and "scalars" (the best weight per expert and layer).
-        rank: of the result's layers at most; by default the summed rank, which all but "ties" and "dare" keep exactly.
+        rank: of the result's layers at most. By default nothing is lost at the summed rank, but for "svd", and for "ties"
+            and "dare", whose results have full rank: these keep 99 % of each layer's energy.
         protect: experts that NP-LoRA leaves as they are, a style say; by default the last.
         activations: how the last four methods run the experts.
         name: of the result.
@@ -137,12 +141,20 @@ def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) 
     out, lost, whole = {}, 0.0, 0.0
     for key, pair in merged.items():
         ranks = [p.rank for p in layers[key] if p is not None]
-        most, energy = rank or (max if method == "svd" else sum)(ranks), pair.energy()
-        if pair.rank > most:
-            down, up, values = mixing.low_rank(pair.down, pair.folded().up, most)
-            pair, lost = Pair(down, up), lost + values[most:].square().sum().item()
-        out[key], whole = pair, whole + energy
+        whole += pair.energy()
+        wanted = max(ranks) if rank is None and method == "svd" else rank
+        if pair.rank > (wanted or sum(ranks)):
+            down, up, values = mixing.low_rank(pair.down, pair.folded().up, pair.rank)
+            most = wanted or _enough(values)
+            pair, lost = Pair(down[:most], up[:, :most]), lost + values[most:].square().sum().item()
+        out[key] = pair
     return out, lost / whole if whole else 0.0
+
+
+def _enough(values: torch.Tensor) -> int:
+    """The smallest rank that keeps the energy `KEPT`, by singular values."""
+    share = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
+    return int((share < KEPT).sum()) + 1
 
 
 def _loss(layers: Layers, inputs: Inputs, merged: Merged) -> float:
