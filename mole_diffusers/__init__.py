@@ -7,6 +7,7 @@ from mole_diffusers.merging.merge import merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusers.processor import MoLEAttnProcessor
+from mole_diffusers.safe_files import RefusedFileError
 from mole_diffusers.saving import save_expert
 from mole_diffusers.trace import Trace
 from mole_diffusers.world import EmojiWorld, emoji_world
@@ -20,6 +21,7 @@ __all__ = [
     "Mixture",
     "MoLEAttnProcessor",
     "MoLEStableDiffusionPipeline",
+    "RefusedFileError",
     "Trace",
     "attach",
     "attached",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_diffusers.lora_files import Expert, LoraWeights, layer_key
+from mole_diffusers.lora_files import Expert, LoraWeights, check_family, layer_key
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Match:
     """How one expert's layers meet one pipeline's."""
 
     layers: dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: weights}
-    unmatched: tuple[str, ...]  # layer keys, part first, that the host does not have
+    unmatched: dict[str, str]  # layer key, part first -> why no host layer has it
 
 
 def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
@@ -46,24 +47,28 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
         hosts: part name -> model, as a pipeline has them.
 
     Raises:
-        ValueError: a layer's shape does not fit the host (the message names expert, layer and both shapes), or not
-            one layer was found.
+        ValueError: the expert is of another family of models, a layer's shape does not fit the host (the message
+            names expert, layer and both shapes), or not one layer was found.
     """
+    about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
+    try:
+        check_family(expert.base, hosts)
+    except ValueError as error:
+        raise ValueError(f"{about}: {error}") from None
     found: dict[str, dict[str, LoraWeights]] = {}
-    unmatched: list[str] = []
+    unmatched: dict[str, str] = {}
     for part, layers in expert.layers.items():
         modules = _by_key(hosts[part]) if part in hosts else {}
         for key, weights in layers.items():
             if key not in modules:
-                unmatched.append(f"{part}.{key}")
+                unmatched[f"{part}.{key}"] = f"the {part} has no such layer" if part in hosts else f"there is no {part}"
                 continue
             name, module = modules[key]
             _check_shape(expert, f"{part}.{name}", weights, module)
             found.setdefault(part, {})[name] = weights
     if not found:
-        about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
         raise ValueError(f"{about}: none of its {len(unmatched)} layers is in this pipeline")
-    return Match(found, tuple(unmatched))
+    return Match(found, unmatched)
 
 
 def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
@@ -79,8 +84,10 @@ def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
 def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
     host = tuple(module.weight.shape)
     down, up = tuple(weights.down.shape), tuple(weights.up.shape)
-    # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape.
-    fits = up[0] == host[0] and down[1] == host[1] and (down[2:] or (1, 1)) == (host[2:] or (1, 1))
+    # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape. LoHa and LoKr hold
+    # a convolution's channels and taps as one axis.
+    inner = math.prod(host[1:])
+    fits = up[0] == host[0] and math.prod(down[1:]) == inner and (len(down) == 2 or down[2:] == (host[2:] or (1, 1)))
     if not fits:
         raise ValueError(
             f"expert {expert.name!r} ({expert.source}, {expert.base}) does not fit layer {name}: "
@@ -90,15 +97,11 @@ def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -
 
 def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
     """The experts' weights for one host layer side by side, fp32, shaped as the host's own weight."""
-    dims = host.weight.dim()
+    inner = tuple(host.weight.shape[1:]) if host.weight.dim() == 4 else (-1,)  # a packed linear weight hides its width
     there = [w for w in weights if w is not None]
-    down = torch.cat([_as_dims(w.down.float() * w.scale, dims) for w in there])
-    up = torch.cat([_as_dims(w.up.float(), dims) for w in there], 1)
+    down = torch.cat([(w.down.float() * w.scale).reshape(w.rank, *inner) for w in there])
+    up = torch.cat([w.up.float().reshape(-1, w.rank, *(1,) * (len(inner) - 1)) for w in there], 1)
     return Stack(down, up, tuple(w.rank if w is not None else 0 for w in weights))
-
-
-def _as_dims(matrix: torch.Tensor, dims: int) -> torch.Tensor:
-    return matrix.flatten(1) if dims == 2 else matrix.reshape(*matrix.shape, *(1,) * (dims - matrix.dim()))
 
 
 def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:

@@ -127,7 +127,7 @@ class Mixture:
         self._pipe, hosts = pipe, _hosts(pipe)
         matches = [match(expert, hosts) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
-        self.unmatched = {name: m.unmatched for name, m in zip(experts, matches, strict=True)}
+        self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
         self._state = State([True] * len(experts), [1.0] * len(experts))
         self._turn, self._undo = Turn(), ExitStack()
         self._denoiser = next(hosts[part] for part in DENOISERS if part in hosts)

@@ -69,7 +69,7 @@ def read_safetensors(path: str | Path) -> Contents:
     with _opened(path) as file:
         size = path.stat().st_size
         entries, metadata = _header(file, size, path)
-        _check_memory(size, path)
+        check_memory(2 * size, f"{path}, once read and once stacked for the host, takes")
         return _tensors(file, entries, metadata, path)
 
 
@@ -226,10 +226,10 @@ def _check_layout(entries: list[_Entry], held: int, path: Path) -> None:
 # ---- the tensors
 
 
-def _check_memory(size: int, path: Path) -> None:
-    free = psutil.virtual_memory().available
-    if 2 * size > free:  # once as read, once stacked for the host
-        raise RefusedFileError(f"{path} has {size} bytes, and twice that is more than the {free} bytes of free memory")
+def check_memory(size: int, what: str) -> None:
+    """Raises RefusedFileError where `size` bytes are more than free memory holds; `what` ... takes them."""
+    if size > (free := psutil.virtual_memory().available):
+        raise RefusedFileError(f"{what} {size} bytes, more than the {free} bytes of free memory")
 
 
 def _tensors(file: BufferedReader, entries: list[_Entry], metadata: Mapping[str, str], path: Path) -> Contents:

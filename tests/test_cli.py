@@ -33,7 +33,7 @@ def test_inspect_goes_on_after_a_bad_file(loras, tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"<html>")
     assert main(["inspect", str(tmp_path / "bad.safetensors"), str(loras["fox"]), "--json"]) == 1
     bad, good = json.loads(capsys.readouterr().out)
-    assert "is not a safetensors file" in bad["error"]
+    assert "is an HTML page" in bad["error"]
     assert good["format"] == "peft"
 
 

@@ -42,6 +42,17 @@ ORDER = [
     "cli",
 ]
 FOLDERS = {
+    "lora_files": [
+        "expert",
+        "unet_names",
+        "transformer_names",
+        "keys",
+        "factors",
+        "algorithms",
+        "metadata",
+        "families",
+        "reading",
+    ],
     "gates": ["contract", "controls", "prompt", "config", "constant", "mole", "flow", "bank", "build"],
     "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
@@ -105,7 +116,8 @@ def test_files_import_only_from_above():
 
 def test_maths_imports_torch_only():
     merges = [PACKAGE / "merging" / f"{name}.py" for name in MERGE_MATHS]
-    for path in (PACKAGE / "mixing.py", PACKAGE / "training" / "losses.py", *merges):
+    files = (PACKAGE / "mixing.py", PACKAGE / "training" / "losses.py", PACKAGE / "lora_files" / "factors.py")
+    for path in (*files, *merges):
         assert set(imports(path)) <= {f"merging.{name}" for name in MERGE_MATHS}
         roots = {n.module.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
         roots |= {

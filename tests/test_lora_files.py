@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import mole_diffusers as mole
 from mole_diffusers.lora_files import read_expert
+from mole_diffusers.safe_files import RefusedFileError
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, lora_layers, tiny_lora
 
 
@@ -118,16 +119,59 @@ STEM = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 GOOD = {f"{STEM}.lora_A.weight": torch.ones(2, 16), f"{STEM}.lora_B.weight": torch.ones(16, 2)}
 
 
+KEY = STEM.replace(".", "_").replace("unet_", "unet.")
+HADA = {
+    f"lora_unet_x.hada_w{i}_{half}": torch.ones(4 if half == "a" else 2, 2 if half == "a" else 4)
+    for i in (1, 2)
+    for half in "ab"
+}
+LOKR = {"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(3, 3)}
+SQUARE = {"lora_unet_x.lokr_w1": torch.ones(200, 200)}
+
+
+def pair(rank, rows, columns):
+    return {f"{STEM}.lora_A.weight": torch.ones(rank, columns), f"{STEM}.lora_B.weight": torch.ones(rows, rank)}
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
         ({f"{STEM}.lora_A.weight": torch.ones(2, 16)}, "has no up matrix"),
         (GOOD | {f"{STEM}.lora_B.weight": torch.ones(16, 3)}, "are not a low-rank pair"),
-        (GOOD | {f"{STEM}.lora_B.weight": torch.full((16, 2), torch.nan)}, "not finite"),
-        (GOOD | {f"{STEM}.dora_scale": torch.ones(16)}, "is DoRA"),
-        (GOOD | {f"{STEM}.lora_magnitude_vector.weight": torch.ones(16)}, "is DoRA"),
-        ({"lora_unet_x.hada_w1_a": torch.ones(2)}, "is LoHa"),
-        ({"lora_unet_x.lokr_w1": torch.ones(2)}, "is LoKr"),
+        (GOOD | {f"{STEM}.lora_B.weight": torch.full((16, 2), torch.nan)}, f"layer '{KEY}': its up matrix holds NaN"),
+        (GOOD | {f"{STEM}.lora_A.weight": torch.full((2, 16), -torch.inf)}, f"layer '{KEY}': its down matrix holds NaN"),
+        (GOOD | {f"{STEM}.dora_scale": torch.ones(16)}, "is of DoRA, whose change depends on the base's own weights"),
+        (GOOD | {f"{STEM}.lora_magnitude_vector.default.weight": torch.ones(16)}, "is of DoRA"),
+        (GOOD | {f"{STEM}.diff": torch.ones(16, 16)}, "is of a full weight difference"),
+        (GOOD | {f"{STEM}.lora_B.bias": torch.ones(16)}, "is of a trained bias"),
+        ({"lora_unet_x.w_norm": torch.ones(2)}, "is of a trained normalisation"),
+        ({"lora_unet_x.oft_blocks": torch.ones(2, 2)}, "is of OFT"),
+        ({"lora_unet_x.on_input": torch.ones(2)}, "is of IA3"),
+        ({"lora_unet_x.a1.weight": torch.ones(2, 2)}, "is of GLoRA; LoRA, LoCon, LoHa and LoKr are read"),
+        ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "it has no hada_w1_b matrix"),
+        (HADA | {"lora_unet_x.hada_w2_b": torch.ones(2, 3)}, "its halves change weights of 4 x 4 and 4 x 3"),
+        (HADA | {"lora_unet_x.hada_t1": torch.ones(2, 2, 1, 1)}, "one of hada_t1 and hada_t2"),
+        (HADA | {"lora_unet_x.lora_up.weight": torch.ones(4, 2)}, "its up does not go with the rest"),
+        ({"lora_unet_x.lokr_w1": torch.ones(2, 2)}, "it has no lokr_w2_a matrix"),
+        (LOKR | {"lora_unet_x.lokr_w1_a": torch.ones(2, 2)}, "it has lokr_w1 both whole and in factors"),
+        ({k: torch.full_like(v, 3e38) for k, v in LOKR.items()}, "too large for a number"),
+        (GOOD | {f"{STEM}.alpha": torch.ones(2)}, "alpha is not one finite number"),
+        (GOOD | {f"{STEM}.alpha": torch.tensor(torch.inf)}, "alpha is not one finite number"),
+        (GOOD | {f"{STEM}.lora_down.weight": torch.ones(2, 16)}, "has two down tensors under different keys"),
+        ({k: v.to(torch.int8) for k, v in GOOD.items()}, "is stored as int8, not as floating point"),
+        ({k: v[0] for k, v in GOOD.items()}, "which no factor of a weight has"),
+        ({k: v[:0] for k, v in GOOD.items()}, "which no factor of a weight has"),
+        (pair(5000, 8, 8), "its rank 5000 is absurd"),
+        (pair(1, 1 << 18, 1), "a weight of 262144 x 1, larger than any layer has"),
+        (pair(1, 1 << 14, 1 << 14), "a weight of 16384 x 16384, larger than any layer has"),
+        (LOKR | {"lora_unet_x.lokr_w2": torch.ones(1 << 10, 1 << 10)} | SQUARE, "larger than any layer has"),
+        (
+            {
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 4),
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(13, 2),
+            },
+            "13 rows are not 3 equal parts",
+        ),
         (GOOD | {"unet.conv_in.weight": torch.ones(2)}, "is not a LoRA key"),
         ({"vision.x.lora_A.weight": torch.ones(2, 2)}, "begins with none of"),
         ({"emb_params": torch.ones(2, 8)}, "is not a LoRA key"),
@@ -136,16 +180,41 @@ GOOD = {f"{STEM}.lora_A.weight": torch.ones(2, 16), f"{STEM}.lora_B.weight": tor
 )
 def test_bad_contents_are_named(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match=f"bad.safetensors.*{message}"):
+    with pytest.raises(RefusedFileError, match=f"bad.safetensors.*{message}"):
         read_expert(tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04" + b"\0" * 64]
+    ("metadata", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        (json.dumps({"unet.lora_alpha": "8"}), "an alpha that is not a finite number"),
+        (json.dumps({"unet.alpha_pattern": {"a": 1e300}}), "an alpha that is not a finite number"),
+        (json.dumps({"unet.alpha_pattern": [1]}), "an alpha that is not a finite number"),
+        (json.dumps({"unet.use_dora": True}), "says DoRA"),
+    ],
 )
-def test_only_safetensors_are_read(tmp_path, content):
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+def test_a_config_that_scales_hang_on_must_be_right(tmp_path, metadata, message):
+    save_file(GOOD, tmp_path / "bad.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(RefusedFileError, match=f"bad.safetensors.*{message}"):
+        read_expert(tmp_path / "bad.safetensors")
+
+
+def test_layers_that_are_not_finite_can_be_dropped(tmp_path):
+    bad = {k.replace("attn1", "attn2"): torch.full_like(v, torch.nan) for k, v in GOOD.items()}
+    save_file(GOOD | bad, tmp_path / "x.safetensors")
+    expert = read_expert(tmp_path / "x.safetensors", drop_nonfinite=True)
+    assert list(expert.layers["unet"]) == [KEY.removeprefix("unet.")]
+    assert expert.left_out == {KEY.replace("attn1", "attn2"): "its down matrix holds NaN or infinite values"}
+    save_file(bad, tmp_path / "x.safetensors")
+    with pytest.raises(RefusedFileError, match="it holds no LoRA layers"):
+        read_expert(tmp_path / "x.safetensors", drop_nonfinite=True)
+
+
+def test_a_pickle_is_never_read_whatever_its_name(tmp_path):
+    torch.save(GOOD, tmp_path / "x.safetensors")
+    with pytest.raises(RefusedFileError, match="is a zip archive"):
         read_expert(tmp_path / "x.safetensors")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mole_diffusers.cli.common import hosts
-from mole_diffusers.lora_files import PARTS, Expert, read_expert
+from mole_diffusers.experts import match
+from mole_diffusers.lora_files import PARTS, Expert, described, read_expert, stated_base
 
 
 def add(commands: Any) -> None:
@@ -39,23 +41,40 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def describe(expert: Expert, path: Path, hosts: dict[str, Any]) -> dict[str, Any]:
-    """The honest report of one file: what it holds and, with hosts, how much of it they have."""
-    total = sum(len(layers) for layers in expert.layers.values())
+    """The honest report of one file: what it holds and, with hosts, how much of it they have, and why not the rest."""
     low, high = expert.ranks
+    stated = stated_base(expert.metadata)
+    error = max(w.error for layers in expert.layers.values() for w in layers.values())
     report: dict[str, Any] = {
         "file": str(path),
         "format": expert.format,
-        "base": expert.base,
+        "base": expert.base + (f" (its metadata says {stated})" if stated not in (None, expert.base) else ""),
+        "algorithm": ", ".join(f"{name} {count}" for name, count in expert.algorithms.items()),
         "ranks": str(low) if low == high else f"{low}..{high}",
         "parts": ", ".join(f"{part} {len(expert.layers[part])}" for part in PARTS if part in expert.layers),
         "triggers": ", ".join(expert.triggers) or "none stated",
         "sha256": expert.sha256,
+        **described(expert.metadata),
     }
+    if error:
+        report["cut"] = f"LoHa and LoKr layers to lower ranks, relative error at most {error:.2g}"
+    if expert.left_out:
+        report["left out"] = _reasons(expert.left_out)
     if hosts:
-        from mole_diffusers.experts import match
-
         missing = match(expert, hosts).unmatched
+        total = sum(len(layers) for layers in expert.layers.values())
         report["matched"] = f"{total - len(missing)} of {total} layers"
         if missing:
-            report["unmatched"] = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            report["unmatched"] = _reasons(missing)
     return report
+
+
+def _reasons(why: Mapping[str, str]) -> str:
+    """{thing: reason} -> each reason with how many things it holds for and the first of them."""
+    grouped: dict[str, list[str]] = {}
+    for thing, reason in why.items():
+        grouped.setdefault(reason, []).append(thing)
+    return "; ".join(
+        f"{len(things)} layers, as {reason}: {things[0]}{', ...' if len(things) > 1 else ''}"
+        for reason, things in grouped.items()
+    )

@@ -1,0 +1,21 @@
+"""LoRA files -> Expert: whatever tool wrote them, every layer with its own scale, from the raw file."""
+
+from mole_diffusers.lora_files.expert import PARTS, Expert, LoraWeights
+from mole_diffusers.lora_files.families import check_family, family_of
+from mole_diffusers.lora_files.keys import KOHYA_PREFIXES, layer_key
+from mole_diffusers.lora_files.metadata import PEFT_METADATA, described, stated_base
+from mole_diffusers.lora_files.reading import read_expert
+
+__all__ = [
+    "KOHYA_PREFIXES",
+    "PARTS",
+    "PEFT_METADATA",
+    "Expert",
+    "LoraWeights",
+    "check_family",
+    "described",
+    "family_of",
+    "layer_key",
+    "read_expert",
+    "stated_base",
+]

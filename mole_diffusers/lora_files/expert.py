@@ -1,0 +1,54 @@
+"""What a LoRA file becomes: an Expert, layer by layer a low-rank change of weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One layer of one LoRA: delta W = scale * up @ down."""
+
+    down: torch.Tensor  # [r, Cin] or [r, Cin, k, k]; [r, Cin k k] where the file does not say k
+    up: torch.Tensor  # [Cout, r] or [Cout, r, 1, 1]
+    scale: float  # alpha / r of this layer
+    error: float = 0.0  # |delta W of the file - this| / |delta W|: not 0 where LoHa or LoKr was cut to a lower rank
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> torch.Tensor:
+        """The full change of the layer's weight, fp32: [Cout, Cin] or [Cout, Cin, k, k]."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.scale * product.reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One concept LoRA: every layer of its file, and what the file says of itself.
+
+    `layers` maps a part ("unet", "text_encoder", ...) to {layer key: LoraWeights}. A layer key is the host module's
+    name with dots as underscores, the one form that all files share.
+    """
+
+    name: str
+    layers: dict[str, dict[str, LoraWeights]]
+    format: str  # "diffusers", "peft", "kohya", "onetrainer", "omi" or "comfy"
+    base: str  # the model family by shapes, else by metadata: "SD 1.x", "SDXL", "Flux", ..., "unknown"
+    triggers: tuple[str, ...]
+    source: str  # the file
+    sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
+    algorithms: dict[str, int] = field(default_factory=dict)  # "LoRA", "LoCon", "LoHa", "LoKr" -> layers
+    left_out: dict[str, str] = field(default_factory=dict)  # key or layer of the file -> why it is not used
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest rank over all layers."""
+        ranks = [w.rank for part in self.layers.values() for w in part.values()]
+        return min(ranks), max(ranks)
