@@ -6,7 +6,8 @@ python demos/02_train_gates.py FOLDER [STEPS]
 import sys
 
 import mole_diffusers as mole
-from mole_diffusers.training.loop import GateTraining, train_gates
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.study import Lesson
 
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 120

@@ -59,6 +59,8 @@ class GatedLora:
         weights, segment = self.slot.read(self.present, x, layer), None if self.slot.gate.ranked else layer.segment
         if x.dim() != 3:
             return mixing.over_ranks(weights, segment, layer.low)
+        if weights.requires_grad:  # a checkpointed block that is computed again must save what it saved at first
+            return mixing.over_ranks(weights, segment, x)
         key = (self.ranks, x.dtype)
         known = self.slot.factors.get(key)
         if known is None or known[0] is not weights:

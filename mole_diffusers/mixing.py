@@ -183,11 +183,8 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     return -(share * share.clamp_min(1e-12).log()).sum(-1)
 
 
-def balance_loss(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Eq. 14-15 of MoLE with a live gradient, less its minimum N ln N: 0 when experts share equally on average.
-
-    The mean over blocks and batch is taken before the log, so single blocks may specialise. (The authors' code
-    detaches it, which leaves no gradient.)
+def mean_shares(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) -> torch.Tensor:
+    """q of MoLE's eq. 15, [N]: each expert's mean share over blocks and batch.
 
     Args:
         gates: per gated block [..., N], before the user's strengths; negative weights count as none.
@@ -198,6 +195,13 @@ def balance_loss(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor])
         share = weights.clamp_min(0) / weights.clamp_min(0).sum(-1, keepdim=True).clamp_min(1e-8)
         share = share.reshape(-1, share.shape[-1]).mean(0)  # [N]
         q, blocks = q + share * there.sum() / len(there), blocks + there
-    q = q / blocks.clamp_min(1)
-    count = q.numel()
-    return -(q.clamp_min(1e-8).log().sum()) - count * math.log(count)
+    return q / blocks.clamp_min(1)
+
+
+def balance_loss(q: torch.Tensor) -> torch.Tensor:
+    """Eq. 14 of MoLE with a live gradient, less its minimum N ln N: 0 when experts share equally on average.
+
+    The mean `q` [N] is taken before the log, so single blocks may specialise. (The authors' code detaches it, which
+    leaves no gradient.)
+    """
+    return -(q.clamp_min(1e-8).log().sum()) - len(q) * math.log(len(q))

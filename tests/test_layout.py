@@ -67,6 +67,10 @@ FOLDERS = {
         "collage",
         "rewards",
         "objectives",
+        "config",
+        "checkpoints",
+        "rates",
+        "run",
         "loop",
     ],
     "evaluation": [

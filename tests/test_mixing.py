@@ -82,20 +82,24 @@ def test_entropy_and_balance_by_hand():
     assert mixing.entropy(even).item() == pytest.approx(math.log(2))
     assert mixing.entropy(torch.tensor([2.0, 0.0])).item() == pytest.approx(0)
     both = torch.tensor([True, True])
-    assert mixing.balance_loss([even, 2 * even], [both, both]).item() == pytest.approx(0, abs=1e-6)
+
+    def balance(gates, present):
+        return mixing.balance_loss(mixing.mean_shares(gates, present))
+
+    assert balance([even, 2 * even], [both, both]).item() == pytest.approx(0, abs=1e-6)
     # Two blocks that specialise in opposite experts are balanced; q is averaged before the log.
     opposite = [torch.tensor([[0.9, 0.1]]), torch.tensor([[0.1, 0.9]])]
-    assert mixing.balance_loss(opposite, [both, both]).item() == pytest.approx(0, abs=1e-6)
+    assert balance(opposite, [both, both]).item() == pytest.approx(0, abs=1e-6)
     # A block that has one expert alone says nothing of balance.
     alone = [even, torch.tensor([1.0, 0.0])]
-    assert mixing.balance_loss(alone, [both, torch.tensor([True, False])]).item() == pytest.approx(0, abs=1e-6)
-    skewed = mixing.balance_loss([torch.tensor([0.8, 0.2])], [both])
+    assert balance(alone, [both, torch.tensor([True, False])]).item() == pytest.approx(0, abs=1e-6)
+    skewed = balance([torch.tensor([0.8, 0.2])], [both])
     assert skewed.item() == pytest.approx(-math.log(0.8) - math.log(0.2) - 2 * math.log(2), rel=1e-5)
 
 
 def test_balance_has_a_live_gradient_that_evens_out():
     logits = torch.tensor([1.0, 0.0], requires_grad=True)
-    mixing.balance_loss([torch.softmax(logits, -1)], [torch.tensor([True, True])]).backward()
+    mixing.balance_loss(mixing.mean_shares([torch.softmax(logits, -1)], [torch.tensor([True, True])])).backward()
     assert logits.grad[0] > 0 > logits.grad[1]
 
 

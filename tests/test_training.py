@@ -1,7 +1,5 @@
 """Gate training and concept training on the tiny pipeline: what moves, what does not, and that a cut-off run goes on."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from PIL import Image
@@ -9,12 +7,9 @@ from safetensors.torch import load_file
 
 import mole_diffusers as mole
 from mole_diffusers.lora_files import read_expert
-from mole_diffusers.testing import lora_layers, tiny_clip, tiny_pipeline, tiny_tokenizer
-from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.concept import ConceptConfig, save_kohya, save_lora, train_lora
 from mole_diffusers.training.data import Samples, encode, read_folder
 from mole_diffusers.training.denoising import predict
-from mole_diffusers.training.loop import GateTraining, train_gates
 from mole_diffusers.training.losses import composed_target, recovery_error, territory
 from mole_diffusers.training.study import Lesson
 from mole_diffusers.training.teachers import attention_maps, composed_teacher, remember, single_teacher, trigger_tokens
@@ -129,111 +124,6 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
         assert recovery_error(student, memory.targets, memory.norms).item() == pytest.approx(1, rel=1e-4)
 
 
-@pytest.mark.parametrize("term", ["single", "composed", "denoise", "balance", "clip", "rollout"])
-def test_training_lowers_each_term_and_moves_only_gates(pipe, loras, awake, term):
-    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="N"))
-    awake(mixture, size=2.0)
-    samples = Samples(torch.randn(6, 4, 16, 16), ["a fox"] * 6)
-    terms = {
-        "single": {"single": TEACH},
-        "composed": {"composed": TEACH},
-        "denoise": {"denoise": 1.0},
-        "balance": {"single": {**TEACH, "weight": 1e-6}, "balance": 0.5},
-        "clip": {"clip": {"lengths": (3, 4), "clean": True}},
-        "rollout": {"rollout": {"steps": 2, "batch": 4}},
-    }
-    config = GateTraining(terms[term], **SHORT | {"steps": 30, "lr": 5e-2, "batch": 8})
-    before = {n: p.clone() for n, p in pipe.unet.named_parameters() if "mole_gates" not in n}
-    gates, models = gates_of(mixture), (pipe.unet, pipe.text_encoder, pipe.vae)
-    flags = [p.requires_grad for m in models for p in m.parameters()]
-    log = train_gates(
-        pipe,
-        mixture,
-        replace(LESSON, styles=["ink"], samples=samples),
-        config=config,
-        clip=Clip(tiny_clip(), tiny_tokenizer()),
-    )
-    first, last = (sum(row[term] for row in rows) / 6 for rows in (log[:6], log[-6:]))
-    assert last < first
-    assert all(torch.equal(p, before[n]) for n, p in pipe.unet.named_parameters() if n in before)
-    assert any(not torch.equal(v, gates[k]) for k, v in gates_of(mixture).items())
-    assert [p.requires_grad for m in models for p in m.parameters()] == flags
-
-
-def test_a_run_cut_off_goes_on_bit_for_bit(loras, tmp_path, monkeypatch):
-    def run(folder):
-        pipe = tiny_pipeline()
-        mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-        train_gates(pipe, mixture, LESSON, config=GateTraining(BOTH | {"balance": 0.1}, **SHORT), folder=folder)
-        return gates_of(mixture)
-
-    whole = run(tmp_path / "whole")
-    real, calls = torch.optim.AdamW.step, []
-
-    def die_at_the_fifth(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", die_at_the_fifth)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut")
-    resumed = run(tmp_path / "cut")
-    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
-    lines = [(tmp_path / n / "log.jsonl").read_text() for n in ("cut", "whole")]
-    assert lines[0] == lines[1]
-
-
-def test_bad_lessons_are_named(pipe, loras, tmp_path):
-    mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    fox, all_terms = Lesson({"fox": ["a fox"]}, ["a fox"]), BOTH
-    for terms, lesson, message in (
-        (all_terms, Lesson({}, ["a fox"]), "single term needs prompts"),
-        (all_terms, Lesson({"fox": ["a fox"]}), "composed term needs"),
-        ({"denoise": 1.0}, fox, "denoise term needs pictures"),
-        ({"rollout": 1.0}, fox, "rollout term needs a CLIP"),
-        (all_terms, replace(fox, styles=["oil"]), "unknown expert 'oil'"),
-        (all_terms, replace(fox, others={"oil": ["chalk"]}), "unknown expert 'oil'"),
-        (all_terms, Lesson({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train_gates(pipe, mixture, lesson, config=GateTraining(terms, **SHORT))
-    for terms, message in (
-        ({"single": 0.0, "balance": 1.0}, "at least one term"),
-        ({"sigle": 1.0}, r"unknown term 'sigle'; known: \['single'"),
-        ({"rollout": {"step": 3}}, r"unknown options \['step'\] of the rollout term; known: \['weight', 'batch', 'steps'"),
-        ({"single": -1.0}, "must be 0 or more"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            GateTraining(terms)
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        GateTraining(batch=0)
-    with pytest.raises(ValueError, match="unknown autocast 'int8'"):
-        GateTraining(autocast="int8")
-    lone = {"single": TEACH}
-    train_gates(pipe, mixture, fox, config=GateTraining(lone, **SHORT), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(lr\)"):
-        train_gates(pipe, mixture, fox, config=GateTraining(lone, lr=1.0, **SHORT), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(singles\)"):
-        train_gates(pipe, mixture, Lesson({"fox": ["fox"]}, ["a fox"]), config=GateTraining(lone, **SHORT), folder=tmp_path)
-    other = mole.attach(pipe, {"fox": loras["fox"]}, mole.GateConfig("mole", total="1"))
-    with pytest.raises(ValueError, match=r"other settings \(gates\)"):
-        train_gates(pipe, other, fox, config=GateTraining(lone, **SHORT), folder=tmp_path)
-    with pytest.raises(ValueError, match="'sum' have nothing to train"):
-        train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(pipe, loras, tmp_path):
-    mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    bad = Samples(torch.full((2, 4, 16, 16), torch.nan), ["a fox"] * 2)
-    config = GateTraining({"denoise": 1.0}, **SHORT)
-    with pytest.raises(ValueError, match="not finite at step 0"):
-        train_gates(pipe, mixture, Lesson(samples=bad), config=config, folder=tmp_path)
-    assert all(torch.isfinite(v).all() for v in gates_of(mixture).values())
-
-
 def pictures(folder, count=3):
     folder.mkdir()
     for i in range(count):
@@ -296,14 +186,3 @@ def test_concept_training_from_an_earlier_lora(pipe, tmp_path):
         ConceptConfig(layers=("attn",))
     with pytest.raises(ValueError, match="1 or more"):
         ConceptConfig(rank=0)
-
-
-@pytest.mark.gpu
-def test_training_on_cuda(loras):
-    pipe = tiny_pipeline().to("cuda")
-    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    for autocast in (None, "bf16"):
-        log = train_gates(pipe, mixture, LESSON, config=GateTraining(BOTH, **SHORT, autocast=autocast))
-        assert all(torch.isfinite(torch.tensor(row["loss"])) for row in log)
-    assert all(p.device.type == "cuda" for p in mixture.parameters())
-    assert lora_layers(pipe)

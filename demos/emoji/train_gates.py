@@ -14,8 +14,9 @@ from loop import WORK, device, note, small_attention
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
 from mole_diffusers.training.concept import ConceptConfig, save_lora, train_lora
+from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import encode
-from mole_diffusers.training.loop import GateTraining, train_gates
+from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.study import Lesson
 
 GATES = GateConfig("mole", granularity="block", total="N")
@@ -24,13 +25,13 @@ TRAINING = GateTraining(
     steps=80,
     batch=6,
     lr=2e-2,
-    autocast="bf16",
+    precision="bf16",
 )
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
 )
 ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
-ORACLE_TRAINING = GateTraining(terms={"denoise": 1.0}, steps=50, batch=12, lr=5e-2, autocast="bf16")
+ORACLE_TRAINING = GateTraining(terms={"denoise": 1.0}, steps=50, batch=12, lr=5e-2, precision="bf16")
 
 
 def make_gates(world, concepts):

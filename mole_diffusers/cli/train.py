@@ -28,7 +28,8 @@ def add(commands: Any) -> None:
         train.add_argument(f"--{name}", choices=list(choices), default=getattr(GateConfig(), name))
     for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("balance", float), ("denoise", float)):
         train.add_argument(f"--{name}", type=kind)
-    train.add_argument("--autocast", choices=["bf16"])
+    train.add_argument("--precision", choices=["no", "bf16", "fp16"])
+    train.add_argument("--resume", metavar="latest|checkpoint-N", help="go on with the run in --out")
     train.add_argument("--json", action="store_true")
     train.set_defaults(run=train_gates)
 
@@ -36,8 +37,8 @@ def add(commands: Any) -> None:
 def train_gates(args: argparse.Namespace) -> int:
     """Train gates and write them to --out."""
     from mole_diffusers.mixture import attach
+    from mole_diffusers.training.config import GateTraining
     from mole_diffusers.training.data import encode, read_folder
-    from mole_diffusers.training.loop import GateTraining
     from mole_diffusers.training.loop import train_gates as run
     from mole_diffusers.training.study import Lesson
 
@@ -53,12 +54,12 @@ def train_gates(args: argparse.Namespace) -> int:
     mixture = attach(pipe, experts, gates)
     pictures = [pair for folder in args.data for pair in zip(*read_folder(folder), strict=True)]
     samples = encode(pipe, *zip(*pictures, strict=True)) if pictures else None
-    given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "autocast")}
+    given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "precision")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     terms = {"single": bool(singles), "composed": bool(args.prompt), "denoise": args.denoise, "balance": args.balance}
     config = GateTraining(terms={name: float(weight) for name, weight in terms.items() if weight}, **options)
     lesson = Lesson(singles, args.prompt, styles=args.style, samples=samples)
-    log = run(pipe, mixture, lesson, config=config, folder=args.out)
+    log = run(pipe, mixture, lesson, config=config, folder=args.out, resume_from=args.resume)
     mixture.save_pretrained(args.out)
     print(
         json.dumps({"out": str(args.out), **log[-1]})

@@ -29,7 +29,13 @@ def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequen
 
 
 def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    return pipe.unet(x.to(text.dtype), timesteps, text).sample.float()
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return pipe.unet(x.to(text.dtype), timesteps, text).sample.float()
+
+    if torch.is_grad_enabled() and pipe.unet.is_gradient_checkpointing:
+        # Each call tells the gates its noise level; blocks computed again alone would be told that of the last call.
+        return checkpoint(call, x, use_reentrant=False)
+    return call(x)
 
 
 def latent_shape(pipe: Any) -> tuple[int, int, int]:

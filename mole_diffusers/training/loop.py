@@ -1,67 +1,53 @@
-"""Gate training: setup -> fit. Only the gates' parameters move."""
+"""Gate training: setup -> train_gates -> fit -> validate. Only the gates' parameters move."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm import tqdm
 
-from mole_diffusers import mixing
-from mole_diffusers.gates import PromptGate
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.processor import Decision
 from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.data import Draw
-from mole_diffusers.training.objectives import BALANCE, OBJECTIVES, Weighted, parse
-from mole_diffusers.training.study import Lesson, Study, Term
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
+from mole_diffusers.training.rates import rates
+from mole_diffusers.training.run import Run, Success, average_gradients, only_gates_move, resume, save, settle, values
+from mole_diffusers.training.study import Lesson, Study, warn_of_missing_triggers
 
-STATE = "training.pt"
-
-
-@dataclass(frozen=True)
-class GateTraining:
-    """How gates are trained.
-
-    Attributes:
-        terms: objective -> weight, or {"weight": ..., "batch": ..., option: ...}; see `objectives.OBJECTIVES` for names and
-            options. "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance
-            loss for "prompt" gates (0.01 there).
-        steps, batch, lr: updates, rows per term and update, AdamW's rate (pooled gates need about 1e-2, flattened 1e-5).
-        autocast: "bf16" or None. (fp16 would need loss scaling; pipelines in fp16 train with "bf16".)
-        every: updates between checkpoints.
-    """
-
-    terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
-    steps: int = 150
-    batch: int = 8
-    lr: float = 1e-2
-    seed: int = 0
-    autocast: str | None = None
-    every: int = 50
-
-    def __post_init__(self) -> None:
-        if not any(weighted.weight for name, weighted in self.parsed().items() if name != BALANCE):
-            raise ValueError(f"at least one term of {list(OBJECTIVES)} needs a weight, got {dict(self.terms)}")
-        if min(self.steps, self.batch, self.every) < 1:
-            raise ValueError("steps, batch and every must be 1 or more")
-        if self.autocast not in DTYPES:
-            raise ValueError(f"unknown autocast {self.autocast!r}; known: {list(DTYPES)}")
-
-    def parsed(self) -> dict[str, Weighted]:
-        """The terms with a weight."""
-        found = {name: parse(name, given) for name, given in self.terms.items()}
-        return {name: weighted for name, weighted in found.items() if weighted.weight}
+LOOK = 10  # updates between looks at the loss: each waits for the device
 
 
-DTYPES = {None: None, "bf16": torch.bfloat16}
+def setup(study: Study, config: GateTraining, *, folder: Path | None, success: Success | None) -> Run:
+    """Check what was asked, and make what an update needs. Under `accelerate launch` this joins the other processes."""
+    mixture, lesson, device = study.mixture, study.lesson, study.pipe.device
+    if not mixture.parameters():
+        raise ValueError(f"gates of family {mixture.config.family!r} have nothing to train")
+    for name in (*lesson.singles, *lesson.others, *lesson.styles):
+        mixture.strength(name)
+    warn_of_missing_triggers(study)
+    if config.tracker and config.tracker not in (known := [str(t) for t in get_available_trackers()]):
+        raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=folder, mixed_precision="no")
+    shares = accelerator.num_processes * config.accumulation
+    for name, weighted in config.parsed().items():
+        if (rows := weighted.batch or config.batch) % shares:
+            raise ValueError(f"the {name} term's batch, {rows}, must be a multiple of processes x accumulation, {shares}")
+    optimizer = torch.optim.AdamW(rates(mixture.banks.values(), config.lr), weight_decay=config.weight_decay)
+    schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    ema = EMAModel(mixture.parameters(), decay=config.ema) if config.ema else None
+    return Run(study, config, folder, success, accelerator, optimizer, schedule, scaler, ema)
 
 
 def train_gates(
@@ -72,130 +58,131 @@ def train_gates(
     config: GateTraining,
     clip: Clip | None = None,
     folder: str | Path | None = None,
+    resume_from: str | None = None,
+    success: Success | None = None,
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
 
+    Under `accelerate launch` every process calls this with the same arguments and takes its share of each batch.
+
     Args:
         clip: the CLIP of the terms that look at pictures.
-        folder: checkpoints and `log.jsonl` go here; a run that was cut off goes on from its last checkpoint.
+        folder: checkpoints, `log.jsonl`, validation pictures and in the end the gates go here.
+        resume_from: "latest" or "checkpoint-N" goes on from there, "latest" of nothing starts anew; None starts anew.
+        success: judges validation pictures; its mean over prompts is logged as "success".
 
     Returns:
         One {"step", "loss", term: value} per update.
 
     Raises:
         ValueError: a term without what it needs, an unknown expert, a loss that is not finite (the last checkpoint stays).
+        OSError: a checkpoint cannot be written; earlier ones stay.
     """
-    if not mixture.parameters():
-        raise ValueError(f"gates of family {mixture.config.family!r} have nothing to train")
-    for name in (*lesson.singles, *lesson.others, *lesson.styles):
-        mixture.strength(name)
-    run = Run(Study(pipe, mixture, lesson, clip, config.seed), config, Path(folder) if folder else None)
-    gates = {id(p) for p in mixture.parameters()}
-    models = (pipe.unet, pipe.text_encoder, pipe.vae, *([clip.model] if clip else []))
-    others = [p for model in models for p in model.parameters() if p.requires_grad and id(p) not in gates]
-    for p in others:
-        p.requires_grad_(False)
-    for p in mixture.parameters():
-        p.requires_grad_(True)
-    try:
-        return fit(run)
-    finally:
-        for p in others:
-            p.requires_grad_(True)
+    study = Study(pipe, mixture, lesson, clip, config.seed)
+    run = setup(study, config, folder=Path(folder) if folder else None, success=success)
+    with only_gates_move(run):
+        resume(run, resume_from)
+        with run.autocast():
+            asked = {name: weighted for name, weighted in config.parsed().items() if name != BALANCE}
+            run.terms = {name: OBJECTIVES[name](study, **weighted.options) for name, weighted in asked.items()}
+        fit(run)
+    return run.log
 
 
-@dataclass
-class Run:
-    """One training run: what is trained, how, on what, and where it is kept."""
-
-    study: Study
-    config: GateTraining
-    folder: Path | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """What must agree for a run to be gone on with."""
-        mixture = self.study.mixture
-        experts = {n: [e.sha256, mixture.strength(n)] for n, e in mixture.experts.items()}
-        return {**asdict(self.config), **self.study.lesson.words(), "gates": mixture.config.to_dict(), "experts": experts}
-
-    def autocast(self) -> AbstractContextManager:
-        dtype = DTYPES[self.config.autocast]
-        return nullcontext() if dtype is None else torch.autocast(self.study.pipe.device.type, dtype)
-
-    def prepare(self) -> dict[str, Term]:
-        """Build every term: teachers sample their trajectories here."""
-        with self.autocast():
-            parsed = {name: w for name, w in self.config.parsed().items() if name != BALANCE}
-            return {name: OBJECTIVES[name](self.study, **w.options) for name, w in parsed.items()}
-
-
-def fit(run: Run) -> list[dict]:
+def fit(run: Run) -> None:
     """The loop. Each update's randomness follows from the seed and its number, so that a resumed run is the same run."""
-    config, parameters = run.config, run.study.mixture.parameters()
-    weights, terms = config.parsed(), run.prepare()
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=0.0)
-    log = _resume(run, optimizer)
-    bar = tqdm(range(len(log), config.steps), initial=len(log), total=config.steps, desc="gates", mininterval=2)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-        found = _values(run, terms, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
-        loss = torch.stack([weights[name].weight * value for name, value in found.items()]).sum()
-        values = {name: value.item() for name, value in found.items()}
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is not finite at step {step}: {values}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.append({"step": step, "loss": loss.item(), **values})
-        bar.set_postfix({k: f"{v:.3f}" for k, v in log[-1].items() if k != "step"}, refresh=False)
-        if (step + 1) % config.every == 0 or step + 1 == config.steps:
-            _save(run, optimizer, log)
-    return log
+    config, start, looks = run.config, len(run.log), run.config.validation.every
+    if config.tracker:
+        run.accelerator.init_trackers("mole")
+    bar = tqdm(initial=start, total=config.steps, desc="gates", disable=not run.accelerator.is_main_process, mininterval=1)
+    for step in range(start, config.steps):
+        run.pending.append(update(run, step))
+        done = step + 1
+        last = done == config.steps
+        keep, look = last or done % config.every == 0, bool(looks) and (last or done % looks == 0)
+        if keep or look or done % LOOK == 0:
+            bar.set_postfix({k: f"{v:.3f}" for k, v in settle(run).items() if k != "step"}, refresh=False)
+        if look:
+            validate(run, done)
+        if keep:
+            save(run, done)
+        bar.update()
+    bar.close()
+    finish(run)
 
 
-def _values(run: Run, terms: Mapping[str, Term], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Each term, unweighted."""
-    weights = run.config.parsed()
-    decisions: list[Decision] = []
-    with run.autocast(), run.study.mixture.listen(decisions.append):
-        values = {name: term(Draw(generator, weights[name].batch or run.config.batch)) for name, term in terms.items()}
-    if BALANCE in weights:
-        live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
-        values[BALANCE] = _balance(run.study.mixture, live)
-    return values
+def update(run: Run, step: int) -> torch.Tensor:
+    """One step of the optimizer; returns [loss, terms...] without waiting for the device."""
+    config, accelerator = run.config, run.accelerator
+    asked, shares, totals = config.parsed(), accelerator.num_processes * config.accumulation, []
+    for part in range(config.accumulation):
+        index = part * accelerator.num_processes + accelerator.process_index
+        found = values(run, step, index=index, shares=shares)
+        loss = torch.stack([asked[name].weight * value for name, value in found.items()]).sum()
+        run.scaler.scale(loss / config.accumulation).backward()
+        totals.append(torch.stack([loss, *found.values()]).detach())
+    average_gradients(run)
+    run.scaler.unscale_(run.optimizer)
+    if config.max_norm:
+        nn.utils.clip_grad_norm_(run.parameters, config.max_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema is not None:
+        run.ema.step(run.parameters)
+    return torch.stack(totals).mean(0)
 
 
-def _balance(mixture: Mixture, live: Sequence[Decision]) -> torch.Tensor:
-    """The family's own balance loss where it has one, MoLE's otherwise."""
-    own = [g.balance_loss() for bank in mixture.banks.values() for g in bank.gates.values() if isinstance(g, PromptGate)]
-    if own:
-        return torch.stack(own).mean()
-    there = [torch.tensor(d.present, device=d.gates.device) for d in live]
-    return mixing.balance_loss([d.gates for d in live], there)
-
-
-def _save(run: Run, optimizer: torch.optim.Optimizer, log: list[dict]) -> None:
-    if run.folder is None:
+@torch.no_grad()
+def validate(run: Run, step: int) -> None:
+    """Draw the validation prompts with fixed noise; log how many are right, keep and track the pictures."""
+    if not run.accelerator.is_main_process:
         return
-    run.study.mixture.save_pretrained(run.folder)
-    gates = {part: bank.state_dict() for part, bank in run.study.mixture.banks.items()}
-    state = {"optimizer": optimizer.state_dict(), "gates": gates, "log": log, "run": json.dumps(run.identity())}
-    torch.save(state, run.folder / f"{STATE}.tmp")
-    (run.folder / f"{STATE}.tmp").rename(run.folder / STATE)
-    (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    looks, images, shares = run.config.validation, [], []
+    for prompt in looks.prompts or run.study.lesson.composed:
+        noise = [torch.Generator().manual_seed(run.config.seed + i) for i in range(looks.seeds)]
+        with _averaged(run), run.autocast():
+            drawn = run.study.pipe(
+                [prompt] * looks.seeds, generator=noise, num_inference_steps=looks.steps, guidance_scale=looks.guidance
+            ).images
+        images += drawn
+        shares += [run.success(drawn, prompt)] if run.success else []
+    if shares:
+        run.log[-1]["success"] = sum(shares) / len(shares)
+        run.accelerator.log({"success": run.log[-1]["success"]}, step=step - 1)
+    if run.folder:
+        path = run.folder / "validation" / f"step-{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_image_grid(images, len(images) // looks.seeds, looks.seeds).save(path)
+    for tracker in run.accelerator.trackers:
+        tracker.log_images(
+            {"validation": np.stack([np.asarray(i) for i in images])}, step=step - 1, **PICTURES[tracker.name]
+        )
 
 
-def _resume(run: Run, optimizer: torch.optim.Optimizer) -> list[dict]:
-    """The log so far, empty for a new run; gates and optimizer are set to where they stood."""
-    if run.folder is None or not (run.folder / STATE).exists():
-        return []
-    state = torch.load(run.folder / STATE, weights_only=True)
-    kept, asked = json.loads(state["run"]), json.loads(json.dumps(run.identity()))
-    if changed := [k for k, v in asked.items() if kept.get(k) != v]:
-        raise ValueError(f"{run.folder} holds a run with other settings ({', '.join(changed)}); use another folder")
-    for part, gates in state["gates"].items():
-        run.study.mixture.banks[part].load_state_dict(gates)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["log"]
+PICTURES: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+
+
+@contextmanager
+def _averaged(run: Run) -> Iterator[None]:
+    """The gates' running mean in their place, where one is kept."""
+    if run.ema is None:
+        yield
+        return
+    run.ema.store(run.parameters)
+    run.ema.copy_to(run.parameters)
+    try:
+        yield
+    finally:
+        run.ema.restore(run.parameters)
+
+
+def finish(run: Run) -> None:
+    """Leave the gates as they are used, and saved, and close the trackers."""
+    if run.ema is not None:
+        run.ema.copy_to(run.parameters)
+    if run.folder and run.accelerator.is_main_process:
+        run.study.mixture.save_pretrained(run.folder)
+    for tracker in run.accelerator.trackers:
+        tracker.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,18 @@ def triggers(mixture: Mixture, expert: str) -> list[str]:
 def named(mixture: Mixture, prompt: str) -> list[str]:
     """The experts that a prompt calls by one of their words."""
     return [e for e in mixture.experts if any(_pattern(word).search(prompt) for word in triggers(mixture, e))]
+
+
+def warn_of_missing_triggers(study: Study) -> None:
+    """Warn of prompts that call none of an expert's words: it cannot show what it learned there."""
+    lesson, mixture = study.lesson, study.mixture
+    meant = [(prompt, list(mixture.experts)) for prompt in lesson.composed]
+    meant += [(prompt, [name]) for name, prompts in lesson.singles.items() for prompt in prompts]
+    for prompt, names in meant:
+        for name in names:
+            if name not in named(mixture, prompt):
+                words = triggers(mixture, name)
+                warnings.warn(f"the prompt {prompt!r} has no trigger of expert {name!r}: {words}", stacklevel=4)
 
 
 def swap(prompt: str, word: str, other: str) -> str:

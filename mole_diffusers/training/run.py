@@ -1,0 +1,203 @@
+"""A run of gate training: what is trained, how, on what, where it is kept, and how processes act as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.gates import PromptGate
+from mole_diffusers.processor import Decision
+from mole_diffusers.training.checkpoints import STATE, find, write
+from mole_diffusers.training.config import PASSING, GateTraining
+from mole_diffusers.training.data import Draw
+from mole_diffusers.training.denoising import latent_shape, predict
+from mole_diffusers.training.objectives import BALANCE
+from mole_diffusers.training.study import Study, Term
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOG = "log.jsonl"
+Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
+
+
+@dataclass
+class Run:
+    """One training run."""
+
+    study: Study
+    config: GateTraining
+    folder: Path | None
+    success: Success | None
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: torch.amp.GradScaler
+    ema: EMAModel | None
+    terms: dict[str, Term] = field(default_factory=dict)
+    log: list[dict] = field(default_factory=list)
+    pending: list[torch.Tensor] = field(default_factory=list)  # [loss, terms...] of updates not looked at yet
+    good: list[torch.Tensor] = field(default_factory=list)  # the parameters at the last look
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return self.study.mixture.parameters()
+
+    def autocast(self) -> AbstractContextManager:
+        dtype = DTYPES.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.study.pipe.device.type, dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a run to be gone on with."""
+        mixture, config = self.study.mixture, self.config.to_dict()
+        experts = {n: [e.sha256, mixture.strength(n)] for n, e in mixture.experts.items()}
+        kept = {name: value for name, value in config.items() if name not in PASSING}
+        return {**kept, **self.study.lesson.words(), "gates": mixture.config.to_dict(), "experts": experts}
+
+
+@contextmanager
+def only_gates_move(run: Run) -> Iterator[None]:
+    """Gradients for the gates alone while the block runs; the pipeline is given back as it was."""
+    pipe, clip = run.study.pipe, run.study.clip
+    models = (pipe.unet, pipe.text_encoder, pipe.vae, *([clip.model] if clip else []))
+    flags = {p: p.requires_grad for model in models for p in model.parameters()}
+    gates, slow = {id(p) for p in run.parameters}, pipe.unet.is_gradient_checkpointing
+    for p in flags:
+        p.requires_grad_(id(p) in gates)
+    if run.config.checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        if run.config.checkpointing and not slow:
+            pipe.unet.disable_gradient_checkpointing()
+
+
+def values(run: Run, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
+    """Each term, unweighted, on share `index` of the batch of update `step`."""
+    generator = torch.Generator().manual_seed(run.config.seed * 1_000_003 + step)
+    asked, decisions = run.config.parsed(), list[Decision]()
+    found = {}
+    with run.autocast(), run.study.mixture.listen(decisions.append):
+        for name, term in run.terms.items():
+            found[name] = term(Draw(generator, asked[name].batch or run.config.batch, index, shares))
+    if BALANCE in asked:
+        found[BALANCE] = _balance(run, [d for d in decisions if d.gates.requires_grad])  # not those of teachers
+    return found
+
+
+def _balance(run: Run, live: Sequence[Decision]) -> torch.Tensor:
+    """The family's own balance loss where it has one, MoLE's otherwise."""
+    gates = [gate for bank in run.study.mixture.banks.values() for gate in bank.gates.values()]
+    if own := [gate.balance_loss() for gate in gates if isinstance(gate, PromptGate)]:
+        return torch.stack(own).mean()
+    there = [torch.tensor(d.present, device=d.gates.device) for d in live]
+    return mixing.balance_loss(_over_processes(run, mixing.mean_shares([d.gates for d in live], there)))
+
+
+def _over_processes(run: Run, own: torch.Tensor) -> torch.Tensor:
+    """The mean of `own` over processes, with the gradient of `own`: averaged gradients then are those of the mean."""
+    if run.accelerator.num_processes == 1:
+        return own
+    return own + (run.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
+
+
+def average_gradients(run: Run) -> None:
+    """Make every process's gradients the mean over processes."""
+    if run.accelerator.num_processes > 1:
+        gradients = [p.grad for p in run.parameters if p.grad is not None]
+        flat = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.reshape(gradient.shape))
+
+
+def settle(run: Run) -> dict[str, float]:
+    """Log the updates since the last look, and return the last row. This waits for the device.
+
+    Raises ValueError for a loss that is not finite, with the gates set back to where they stood at the last look.
+    """
+    rows = run.accelerator.reduce(torch.stack(run.pending), "mean").tolist() if run.pending else []
+    names = ["loss", *run.terms, *([BALANCE] if BALANCE in run.config.parsed() else [])]
+    start = len(run.log)
+    run.pending.clear()
+    for i, row in enumerate(rows):
+        named = dict(zip(names, row, strict=True))
+        if not all(map(torch.isfinite, torch.tensor(row))):
+            _set(run.parameters, run.good)
+            raise ValueError(f"the loss is not finite at step {start + i}: {named}; {_culprit(run)}")
+        run.log.append({"step": start + i, **named})
+        if run.accelerator.trackers:
+            run.accelerator.log(named, step=start + i)
+    run.good = [p.detach().clone() for p in run.parameters]
+    return run.log[-1] if run.log else {}
+
+
+@torch.no_grad()
+def _set(parameters: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, to, strict=True):
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def _culprit(run: Run) -> str:
+    """Which expert alone already predicts what is not finite."""
+    pipe, mixture, broken = run.study.pipe, run.study.mixture, []
+    x = torch.randn(1, *latent_shape(pipe), generator=torch.Generator().manual_seed(0)).to(pipe.device)
+    timestep = torch.tensor([500], device=pipe.device)
+    for name in mixture.experts:
+        with run.autocast(), mixture.fixed({name: mixture.strength(name)}):
+            if not torch.isfinite(predict(pipe, x, timestep, [name])).all():
+                broken.append(name)
+    if broken:
+        return f"expert {' and '.join(map(repr, broken))} alone predicts what is not finite"
+    return "every expert alone is finite: a lower lr or precision 'no' may help"
+
+
+def save(run: Run, step: int) -> None:
+    """Write checkpoint-`step`."""
+    if run.folder is None:
+        return
+    kept: dict[str, Any] = run.study.kept
+    if run.accelerator.num_processes > 1:
+        kept = {name: value for part in gather_object([kept]) for name, value in part.items()}
+    if run.accelerator.is_main_process:
+        state = {name: part.state_dict() for name, part in _parts(run).items()}
+        state |= {"log": run.log, "kept": kept, "run": json.dumps(run.identity())}
+        write(run.folder, step, state, gates=run.study.mixture.save_pretrained, keep=run.config.keep)
+        (run.folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in run.log))
+    run.accelerator.wait_for_everyone()
+
+
+def resume(run: Run, asked: str | None) -> None:
+    """Set everything to where a checkpoint left it; a new run is left as it is."""
+    path = find(run.folder, asked) if run.folder else None
+    run.good = [p.detach().clone() for p in run.parameters]
+    if path is None:
+        return
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    before, now = json.loads(state["run"]), json.loads(json.dumps(run.identity()))
+    if changed := [k for k, v in now.items() if before.get(k) != v]:
+        raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
+    for name, part in _parts(run).items():
+        part.load_state_dict(state[name])
+    run.log, run.study.kept = state["log"], state["kept"]
+    run.good = [p.detach().clone() for p in run.parameters]
+
+
+def _parts(run: Run) -> dict[str, Any]:
+    """All that has a state of its own."""
+    parts = {"optimizer": run.optimizer, "schedule": run.schedule, "scaler": run.scaler}
+    parts |= {f"gates of {part}": bank for part, bank in run.study.mixture.banks.items()}
+    return parts | ({"ema": run.ema} if run.ema is not None else {})

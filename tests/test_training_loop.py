@@ -1,0 +1,387 @@
+"""The loop of gate training: what moves, what does not, and that a run survives what happens to runs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.training import checkpoints
+from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.config import GateTraining, Validation
+from mole_diffusers.training.data import Samples
+from mole_diffusers.training.loop import train_gates
+from mole_diffusers.training.rates import rates
+from mole_diffusers.training.study import Lesson
+
+TEACH = {"seeds": 2, "steps": 2}
+BOTH = {"single": TEACH, "composed": TEACH}
+LESSON = Lesson({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], others={"fox": ["cat"]})
+PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
+DRAWN = replace(LESSON, samples=PICTURES)
+SHORT = {"batch": 4, "steps": 4, "every": 2}
+DENOISE = GateTraining({"denoise": 1.0}, **SHORT)  # the cheapest term
+HERE = Path(__file__).parent
+
+
+def gates_of(mixture):
+    return {f"{p}.{k}": v.clone() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture
+def mixture(pipe, loras):
+    return mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+
+
+@pytest.fixture
+def clip():
+    return Clip(tiny_clip(), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"single": TEACH},
+        {"composed": TEACH},
+        {"denoise": 1.0},
+        {"denoise": {"weight": 1e-6}, "balance": 0.5},
+        {"clip": {"lengths": (3, 4), "clean": True}},
+        {"rollout": {"steps": 2, "batch": 4}},
+    ],
+    ids=lambda terms: "+".join(terms),
+)
+def test_training_lowers_each_term_and_moves_only_gates(pipe, loras, awake, clip, terms):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="N"))
+    awake(mixture, size=2.0)
+    config = GateTraining(terms, steps=16, lr=1e-1, batch=8)
+    models = (pipe.unet, pipe.text_encoder, pipe.vae, clip.model)
+    before = {(i, n): p.clone() for i, m in enumerate(models) for n, p in m.named_parameters() if "mole_gates" not in n}
+    gates, flags = gates_of(mixture), [p.requires_grad for m in models for p in m.parameters()]
+    log = train_gates(pipe, mixture, replace(DRAWN, styles=["ink"]), config=config, clip=clip)
+    term = list(terms)[-1]
+    first, last = (sum(row[term] for row in rows) for rows in (log[:4], log[-4:]))
+    assert last < first
+    after = {(i, n): p for i, m in enumerate(models) for n, p in m.named_parameters() if "mole_gates" not in n}
+    assert same(before, after)
+    assert not same(gates_of(mixture), gates)
+    assert [p.requires_grad for m in models for p in m.parameters()] == flags
+    assert all(p.grad is None for p in after.values())
+
+
+def train(loras, folder, *, config=DENOISE, lesson=DRAWN, **options):
+    """A run on a pipeline of its own; returns its gates and log."""
+    pipe = tiny_pipeline()
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    log = train_gates(pipe, mixture, lesson, config=config, folder=folder, **options)
+    return gates_of(mixture), log
+
+
+class Cut(BaseException):
+    """What stops a run in the tests."""
+
+
+def cut_at(patch, step):
+    """Have the optimizer die in update `step`, counted from 1."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def die(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise Cut
+        return real(self, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", die)
+
+
+@pytest.mark.parametrize(
+    ("terms", "options"),
+    [
+        (BOTH | {"balance": 0.1}, {}),
+        ({"clip": {"lengths": (3, 3), "start": 0.0}, "denoise": 1.0}, {"ema": 0.9, "schedule": "linear", "warmup": 1}),
+    ],
+    ids=["words", "pictures"],
+)
+def test_a_run_cut_off_goes_on_bit_for_bit(loras, clip, tmp_path, monkeypatch, terms, options):
+    config = GateTraining(terms, **SHORT | options)
+    whole = train(loras, tmp_path / "whole", config=config, clip=clip)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 4)
+        with pytest.raises(Cut):
+            train(loras, tmp_path / "cut", config=config, clip=clip)
+    resumed = train(loras, tmp_path / "cut", config=config, clip=clip, resume_from="latest")
+    assert same(resumed[0], whole[0])
+    assert resumed[1] == whole[1]
+    lines = [(tmp_path / n / "log.jsonl").read_text() for n in ("cut", "whole")]
+    assert lines[0] == lines[1]
+
+
+def test_accumulated_parts_equal_the_whole_batch(loras):
+    whole = train(loras, None, config=GateTraining(BOTH, **SHORT))
+    parts = train(loras, None, config=GateTraining(BOTH, accumulation=2, **SHORT))
+    for name, gate in whole[0].items():
+        torch.testing.assert_close(parts[0][name], gate, atol=2e-6, rtol=1e-4)
+    assert [r["loss"] for r in parts[1]] == pytest.approx([r["loss"] for r in whole[1]], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mole", "static"])
+def test_checkpointing_changes_no_gradient(loras, clip, family):
+    """Two terms and several noise levels in one update, with gates that read the noise level."""
+    ends = []
+    for checkpointing in (False, True):
+        pipe = tiny_pipeline()
+        gates = mole.GateConfig(family, granularity="model") if family == "mole" else mole.GateConfig(family, bins=4)
+        mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, gates)
+        terms = {"rollout": {"steps": 2, "batch": 2}, "denoise": {"batch": 2}, "balance": 0.1}
+        config = GateTraining(terms, steps=2, checkpointing=checkpointing)
+        train_gates(pipe, mixture, DRAWN, config=config, clip=clip)
+        assert not pipe.unet.is_gradient_checkpointing
+        ends.append(gates_of(mixture))
+    for name, gate in ends[0].items():
+        torch.testing.assert_close(ends[1][name], gate, atol=1e-6, rtol=1e-4)
+
+
+def test_rates_move_every_gates_logits_alike(loras):
+    found = {}
+    for name, gates in {
+        "static": mole.GateConfig("static"),
+        "pooled": mole.GateConfig("mole"),
+        "flattened": mole.GateConfig("mole", features="flattened"),
+    }.items():
+        mixture = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}, gates)
+        groups = rates(mixture.banks.values(), None)
+        assert sum(len(g["params"]) for g in groups) == len(mixture.parameters())
+        found[name] = min(g["lr"] for g in groups)
+    assert found["static"] == 0.05
+    assert found["pooled"] == pytest.approx(0.05 / 4)  # the tiny pipeline has 16 channels,
+    assert found["flattened"] == pytest.approx(0.05 / 32)  # and 64 tokens of them
+    assert {g["lr"] for g in rates(mixture.banks.values(), 1e-3)} == {1e-3}
+
+
+def test_ema_is_what_is_kept(loras, tmp_path):
+    plain = train(loras, None)[0]
+    averaged = train(loras, tmp_path, config=replace(DENOISE, ema=0.5))[0]
+    first = train(loras, None, config=replace(DENOISE, steps=1, schedule="constant"))[0]
+    assert not same(plain, averaged)
+    saved = torch.load(tmp_path / "checkpoint-4" / checkpoints.STATE, weights_only=True)
+    raw = {f"{p}.{k}": v for p in ("unet", "text_encoder") for k, v in saved[f"gates of {p}"].items()}
+    assert same(raw, plain)
+    assert first.keys() == plain.keys()
+    mixture = mole.attach(tiny_pipeline(), {n: loras[n] for n in ("fox", "ink")}, gates=tmp_path)
+    assert same(gates_of(mixture), averaged)
+
+
+def test_validation_pictures_and_success(pipe, mixture, tmp_path):
+    asked = []
+
+    def success(images, prompt):
+        asked.append((len(images), prompt, np.asarray(images[0])))
+        return 0.25 * len(asked)
+
+    looks = Validation(every=2, prompts=("a fox", "ink"), seeds=2, steps=1, guidance=1.0)
+    config = replace(DENOISE, steps=5, validation=looks, ema=0.5)
+    log = train_gates(pipe, mixture, DRAWN, config=config, folder=tmp_path, success=success)
+    assert [row.get("success") for row in log] == [None, 0.375, None, 0.875, 1.375]
+    assert [a[:2] for a in asked] == [(2, "a fox"), (2, "ink")] * 3
+    with Image.open(tmp_path / "validation" / "step-5.png") as grid:
+        assert grid.size == (64, 64)
+    again = pipe(["a fox"] * 2, generator=[torch.Generator().manual_seed(i) for i in range(2)], num_inference_steps=1,
+                 guidance_scale=1.0).images  # fmt: skip
+    assert np.array_equal(np.asarray(again[0]), asked[-2][2])  # the mean gates drew the last ones too
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows == log
+
+
+def test_trackers_get_terms_and_pictures(pipe, mixture, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    looks = Validation(every=2, seeds=1, steps=1, guidance=1.0)
+    config = replace(DENOISE, tracker="tensorboard", validation=looks)
+    log = train_gates(pipe, mixture, DRAWN, config=config, folder=tmp_path, success=lambda *_: 1.0)
+    events = EventAccumulator(str(tmp_path / "mole")).Reload()
+    assert [e.value for e in events.Scalars("denoise")] == pytest.approx([row["denoise"] for row in log])
+    assert [e.step for e in events.Scalars("success")] == [1, 3]
+    assert len(events.Images("validation")) == 2
+    with pytest.raises(ValueError, match="tracker 'nothing' is not installed; installed: "):
+        train_gates(pipe, mixture, DRAWN, config=replace(DENOISE, tracker="nothing"))
+
+
+def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
+    train(loras, tmp_path, config=replace(DENOISE, every=1, keep=2))
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    with pytest.raises(ValueError, match="holds checkpoint-4 of an earlier run: resume 'latest'"):
+        train(loras, tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint 'checkpoint-9' .*\['latest', 'checkpoint-3', 'checkpoint-4'\]"):
+        train(loras, tmp_path, resume_from="checkpoint-9")
+    with pytest.raises(ValueError, match=r"other settings \(lr\)"):
+        train(loras, tmp_path, config=replace(DENOISE, lr=1.0), resume_from="latest")
+    with pytest.raises(ValueError, match=r"other settings \(composed\)"):
+        train(loras, tmp_path, lesson=replace(DRAWN, composed=["fox ink"]), resume_from="checkpoint-3")
+    more = replace(DENOISE, every=4, keep=1)
+    assert same(*(train(loras, tmp_path, config=more, resume_from=name)[0] for name in ("checkpoint-3", "latest")))
+
+
+def test_a_full_disk_keeps_what_is_whole(loras, tmp_path, monkeypatch):
+    real, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(1)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+        return real(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-4 cannot be written: .*; whole checkpoints: \['checkpoint-2'\]"):
+        train(loras, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "log.jsonl"]
+    whole = train(loras, None)[0]
+    assert same(train(loras, tmp_path, resume_from="latest")[0], whole)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, tmp_path):
+    free = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("static", total="linear"))
+    wrong = replace(DENOISE, lr=1e30, every=1)
+    with pytest.raises(ValueError, match=r"not finite at step 1: .*'denoise'.*; every expert alone is finite"):
+        train_gates(pipe, free, DRAWN, config=wrong, folder=tmp_path)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert all(torch.isfinite(v).all() for v in gates_of(free).values())
+    free.strength("ink", 1e38)
+    with pytest.raises(ValueError, match=r"not finite at step 0: .*; expert 'ink' alone predicts what is not finite"):
+        train_gates(pipe, free, DRAWN, config=DENOISE)
+
+
+def test_bad_lessons_are_named(pipe, loras):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    fox = Lesson({"fox": ["a fox"]}, ["a fox"])
+    for terms, lesson, message in (
+        (BOTH, Lesson({}, ["a fox"]), "single term needs prompts"),
+        (BOTH, Lesson({"fox": ["a fox"]}), "composed term needs"),
+        ({"base": 1.0}, fox, "base term needs plain prompts"),
+        ({"denoise": 1.0}, fox, "denoise term needs pictures"),
+        ({"rollout": 1.0}, fox, "rollout term needs a CLIP"),
+        ({"separate": 1.0}, fox, "separate term needs two experts"),
+        (BOTH, replace(fox, styles=["oil"]), "unknown expert 'oil'"),
+        (BOTH, replace(fox, others={"oil": ["chalk"]}), "unknown expert 'oil'"),
+        (BOTH, Lesson({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_gates(pipe, mixture, lesson, config=GateTraining(terms, **SHORT))
+    with pytest.raises(ValueError, match="'sum' have nothing to train"):
+        train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
+
+
+def test_prompts_without_a_trigger_are_warned_of(pipe, mixture):
+    lesson = replace(DRAWN, composed=["a fox"], singles={"ink": ["oil paint"]})
+    with pytest.warns(UserWarning, match="has no trigger of expert") as caught:
+        train_gates(pipe, mixture, lesson, config=replace(DENOISE, steps=1))
+    assert [str(w.message) for w in caught] == [
+        "the prompt 'a fox' has no trigger of expert 'ink': ['ink']",
+        "the prompt 'oil paint' has no trigger of expert 'ink': ['ink']",
+    ]
+
+
+def test_settings_are_checked_and_survive_json():
+    for options, message in (
+        ({"terms": {"single": 0.0, "balance": 1.0}}, "at least one term"),
+        ({"terms": {"sigle": 1.0}}, r"unknown term 'sigle'; known: \['single'"),
+        (
+            {"terms": {"rollout": {"step": 3}}},
+            r"unknown options \['step'\] of the rollout term; known: \['weight'",
+        ),
+        ({"terms": {"single": -1.0}}, "must be 0 or more"),
+        ({"batch": 0}, "batch must be 1 or more, got 0"),
+        ({"precision": "int8"}, "unknown precision 'int8'; known: "),
+        ({"schedule": "steep"}, "unknown schedule 'steep'; known: "),
+        ({"ema": 1.0}, "ema must be 0 or more and less than 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GateTraining(**options)
+    config = GateTraining({"rollout": {"steps": 4}}, lr=0.1, validation=Validation(every=3, prompts=("a fox",)))
+    assert GateTraining.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for given in ({"stepps": 3}, {"validation": {"stepps": 3}}):
+        with pytest.raises(ValueError, match=r"unknown training options \['stepps'\]; known: \["):
+            GateTraining.from_dict(given)
+
+
+def test_a_batch_that_cannot_be_divided(pipe, mixture):
+    with pytest.raises(ValueError, match="denoise term's batch, 4, must be a multiple of processes x accumulation, 3"):
+        train_gates(pipe, mixture, DRAWN, config=replace(DENOISE, accumulation=3))
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_training_loop import BOTH, GateTraining, train
+torch.set_num_threads(1)
+folder, loras = sys.argv[1], dict(fox=sys.argv[2], ink=sys.argv[3])
+train(loras, folder, config=GateTraining(BOTH | {{"balance": 0.1}}, batch=4, steps={steps}, every=2))
+"""
+
+
+def script(tmp_path, steps):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(tests=str(HERE), steps=steps))
+    return path
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_is_bit_equal(loras, tmp_path):
+    steps, files = 40, [str(loras[n]) for n in ("fox", "ink")]
+    child = subprocess.Popen([sys.executable, script(tmp_path, steps), tmp_path / "cut", *files], stderr=subprocess.DEVNULL)
+    while not checkpoints.checkpoints(tmp_path / "cut"):
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) < steps
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = GateTraining(BOTH | {"balance": 0.1}, batch=4, steps=steps, every=2)
+        resumed = train(loras, tmp_path / "cut", config=config, resume_from="latest")[0]
+        assert same(resumed, train(loras, None, config=config)[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(loras, tmp_path):
+    """accelerate launch with two CPU processes, and one process with the same global batch."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29511"]
+    files = [str(loras[n]) for n in ("fox", "ink")]
+    subprocess.run([*launch, script(tmp_path, 4), tmp_path / "two", *files], check=True, timeout=600)
+    one, log = train(loras, tmp_path / "one", config=GateTraining(BOTH | {"balance": 0.1}, **SHORT))
+    mixture = mole.attach(tiny_pipeline(), {n: loras[n] for n in ("fox", "ink")}, gates=tmp_path / "two")
+    for name, gate in gates_of(mixture).items():
+        torch.testing.assert_close(gate, one[name], atol=2e-6, rtol=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    for two, alone in zip(rows, log, strict=True):
+        assert two == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_on_cuda(loras, clip, precision):
+    pipe = tiny_pipeline().to("cuda")
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    clip.model.to("cuda")
+    terms = BOTH | {"rollout": {"steps": 2, "batch": 2}, "balance": 0.1}
+    log = train_gates(pipe, mixture, DRAWN, config=GateTraining(terms, precision=precision, **SHORT), clip=clip)
+    assert all(math.isfinite(row["loss"]) for row in log)
+    assert all(p.device.type == "cuda" for p in mixture.parameters())
