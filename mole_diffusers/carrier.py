@@ -200,3 +200,9 @@ def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     layer = model.get_submodule(name)
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return (down.sum((2, 3)), up.sum((2, 3))) if down.dim() == 4 else (down, up)
+
+
+def ups(model: Any) -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    """layer -> (the module that holds `up`, segment [R]); what enters that module is z times the weights."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
+    return {name: (layer.lora_B[ADAPTER], layer.lora_A[ADAPTER].segment) for name, layer in layers.items()}

@@ -82,8 +82,7 @@ class Studio:
         with self.lock, self._sampler(recipe.sampler):
             mixture = self.prepared(recipe)
             names = [] if mixture is None else list(mixture.experts)
-            locks = {place: [row.get(n, 0.0) for n in names] for place, row in recipe.locks.items()}
-            plan = TagPlan(names, recipe.tags, unet=getattr(self.pipe, "unet", None), steps=recipe.steps, locks=locks)
+            plan = TagPlan(names, recipe.tags, unet=getattr(self.pipe, "unet", None), steps=recipe.steps, locks=recipe.locks)
             callback = plan.on_step(_step_callback(on_step))
             if mixture is None:
                 return self._call(recipe, callback)
@@ -94,7 +93,7 @@ class Studio:
         """Attach what a completed recipe asks for; what is attached already stays."""
         key = (tuple(sorted(recipe.experts.items())), recipe.gates, recipe.gates_sha256)
         if key != self._key or (attached(self.pipe) is None) != (not recipe.experts):
-            self._key = None
+            self.forget()
             if recipe.experts:
                 experts = {name: self.shelf.expert(name) for name in sorted(recipe.experts)}
                 attach(self.pipe, experts, self.shelf.gates_source(recipe.gates))  # type: ignore[arg-type]
@@ -102,6 +101,10 @@ class Studio:
                 detach(self.pipe)
             self._key = key
         return attached(self.pipe)
+
+    def forget(self) -> None:
+        """Say that what is attached was changed by others, so that the next picture attaches anew."""
+        self._key = None
 
     def _call(self, recipe: Recipe, callback: Callable) -> Image.Image:
         return self.pipe(

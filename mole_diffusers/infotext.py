@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from mole_diffusers.recipe import Recipe, loads
+from mole_diffusers.recipe import Recipe, load, loads
 
 PARAMETERS, OWN = "parameters", "mole_diffusers"  # the PNG's text chunks
 NEGATIVE = "Negative prompt: "
@@ -114,3 +114,8 @@ def read(path: str | Path) -> Recipe:
     if PARAMETERS not in texts:
         raise ValueError(f"{path.name} holds no recipe: it has neither the text {OWN!r} nor {PARAMETERS!r}")
     return read_parameters(texts[PARAMETERS], path.name)
+
+
+def read_any(path: str | Path) -> Recipe:
+    """The recipe in a PNG, or in a JSON file by its suffix."""
+    return load(path) if Path(path).suffix.lower() == ".json" else read(path)

@@ -52,6 +52,13 @@ def batch_rows(table: torch.Tensor, batch: int, images: int) -> torch.Tensor:
     return rows.repeat(batch // len(rows), 1)
 
 
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, C], [B, T, C] or [B, C, H, W] -> [B, T, C]."""
+    if x.dim() == 4:
+        return x.flatten(2).transpose(1, 2)
+    return x if x.dim() == 3 else x[:, None]
+
+
 def pooled(hidden: torch.Tensor) -> torch.Tensor:
     """Mean over tokens: [B, T, C] -> [B, C], for any number of tokens."""
     return hidden.mean(1)

@@ -100,7 +100,7 @@ class GatedPart:
             if not spot.tokens:
                 raise ValueError("flattened features need a fixed number of tokens: use granularity 'block' or 'layer'")
             width *= spot.tokens
-        return build_gate(self.config, experts, width)
+        return build_gate(self.config, experts, width, stack=self.stacks.get(spot.name))
 
     def _slot(self, spot: Place) -> Slot:
         shared = spot.name == NETWORK or spot.resets is not None or self.config.family == "prompt"

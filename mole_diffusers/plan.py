@@ -109,7 +109,7 @@ class TagPlan:
         experts: names in the order of the mixture; one without a tag is absent.
         tags: what is asked for.
         steps: length of the run.
-        locks: place -> weights [N] that stand in for the gate there.
+        locks: place -> {expert: weight} that stand in for the gate there; 0 for those not named.
     """
 
     def __init__(
@@ -119,13 +119,14 @@ class TagPlan:
         *,
         unet: Any,
         steps: int,
-        locks: Mapping[str, Sequence[float]] | None = None,
+        locks: Mapping[str, Mapping[str, float]] | None = None,
     ):
         by_name = {tag.name: tag for tag in tags}
         if unknown := [name for name in by_name if name not in experts]:
             raise ValueError(f"no expert for the tag {by_name[unknown[0]]}; there are {list(experts)}")
         self.tags = [by_name.get(name) for name in experts]
-        self.steps, self.step, self.locks = steps, 0, dict(locks or {})
+        self.steps, self.step = steps, 0
+        self.locks = {place: [row.get(name, 0.0) for name in experts] for place, row in (locks or {}).items()}
         self._weights = [block_weights(tag.lbw, unet) if tag is not None else {} for tag in self.tags]
         self._names = block_names(unet) if any(self._weights) else {}
         self._found: dict[str, list[float]] = {}

@@ -187,24 +187,18 @@ class Slot:
         if not self.shared or (self.batch != x.shape[0] and not (self.far and self.batch)):
             if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
                 x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights
-            self.refresh(as_tokens(x), None if self.shared else layer)
+            self.refresh(mixing.as_tokens(x), None if self.shared else layer)
         weights = self.weights[present]
         if self.far and weights.dim() > 1:
             weights = mixing.of_batch(weights, x.shape[0])
         if self.whole and self.state.plan is not None:
-            weights = weights * torch.tensor(self.state.plan.block(layer.name), device=weights.device)
+            block = torch.tensor(self.state.plan.block(layer.name), device=weights.device)  # [N]
+            weights = weights * (block[layer.segment] if self.gate.ranked else block)
         return weights
 
 
 def _times(weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return weights * mixing.over_tokens(factor, weights)
-
-
-def as_tokens(x: torch.Tensor) -> torch.Tensor:
-    """[B, C], [B, T, C] or [B, C, H, W] -> [B, T, C]."""
-    if x.dim() == 4:
-        return x.flatten(2).transpose(1, 2)
-    return x if x.dim() == 3 else x[:, None]
 
 
 class MoLEAttnProcessor:
@@ -225,5 +219,5 @@ class MoLEAttnProcessor:
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, C] (or [B, C, H, W]) -> what the host's processor returns."""
         if self.slot is not None:
-            self.slot.refresh(as_tokens(hidden_states))
+            self.slot.refresh(mixing.as_tokens(hidden_states))
         return self.host(attn, hidden_states, *args, **kwargs)

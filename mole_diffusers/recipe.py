@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,12 @@ def loads(text: str, where: str) -> Recipe:
     return Recipe.from_dict(parse_json(text, where), where)
 
 
-def with_strength(prompt: str, name: str, strength: float, known: Mapping[str, Any] | None = None) -> str:
-    """The prompt with the tag of one LoRA at a plain strength, added where it has none."""
-    parsed = parse(prompt, known or ())
-    tag = LoraTag(name, constant(strength), constant(strength))
-    tags = {t.name: t for t in parsed.tags}
-    return str(type(parsed)(parsed.text, tuple({**tags, name: tag}.values())))
+def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:
+    """The prompt with one LoRA at a plain strength, added where it has no tag; its blocks and steps stay."""
+    parsed = parse(prompt, known)
+    tags = {tag.name: tag for tag in parsed.tags}
+    tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
+    return str(replace(parsed, tags=tuple(tags.values())))
 
 
 def _named(values: Any, kind: type) -> bool:

@@ -8,8 +8,17 @@ from mole_diffusers.gates import controls
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.denoising import predict
 
-SUM = {"flow": mole.GateConfig("flow"), "prompt": mole.GateConfig("prompt")}  # start at the plain sum
-SHARE = {"flow": mole.GateConfig("flow", start="mean"), "prompt": mole.GateConfig("prompt", total="1")}
+SUM = {  # start at the plain sum
+    "flow": mole.GateConfig("flow"),
+    "prompt": mole.GateConfig("prompt"),
+    "retrieval": mole.GateConfig("retrieval"),
+}
+SHARE = {  # the weights of two identical experts add up to one expert's
+    "flow": mole.GateConfig("flow", start="mean"),
+    "prompt": mole.GateConfig("prompt", total="1"),
+    "retrieval": mole.GateConfig("retrieval", total="1"),
+}
+SIZE = {"flow": 1.0, "prompt": 1.0, "retrieval": 0.3}  # of random parameters; scores that are large only flip on rounding
 each = pytest.mark.parametrize("family", SUM)
 
 
@@ -19,14 +28,14 @@ def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, fami
     plain = draw(pipe)
     mixture = mole.attach(pipe, loras, SUM[family])
     torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
-    awake(mixture)
+    awake(mixture, size=SIZE[family])
     assert not torch.allclose(draw(pipe), plain, atol=1e-3)
 
 
 @each
 def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, family):
     base = draw(pipe)
-    awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]))
+    awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]), size=SIZE[family])
     ours = draw(pipe)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
@@ -38,13 +47,13 @@ def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, 
 def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
     mole.attach(pipe, {"a": loras["ink"]})
     one = draw(pipe)
-    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[family]))
+    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[family]), size=SIZE[family])
     torch.testing.assert_close(draw(pipe), one, atol=1e-5, rtol=0)
 
 
 @each
 def test_masks_strengths_and_sets_per_row(pipe, loras, draw, awake, family):
-    mixture = awake(mole.attach(pipe, loras, SUM[family]))
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     gated = draw(pipe)
     with mixture.only("fox", "ink"):
         masked = draw(pipe)
@@ -61,7 +70,7 @@ def test_masks_strengths_and_sets_per_row(pipe, loras, draw, awake, family):
 
 @each
 def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=1.0)
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
 
     def images(prompts, seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -80,7 +89,7 @@ def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family)
 
 @each
 def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
-    awake(mole.attach(pipe, loras, SUM[family])).save_pretrained(tmp_path)
+    awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family]).save_pretrained(tmp_path)
     image, fresh = draw(pipe), tiny_pipeline()
     loaded = mole.attach(fresh, dict(reversed(loras.items())), tmp_path)
     assert loaded.config == SUM[family]
@@ -89,7 +98,7 @@ def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
 
 @each
 def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, SUM[family]), size=0.5)
+    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, SUM[family]), size=SIZE[family])
     gates = {id(p) for p in mixture.parameters()}
     for model in (pipe.unet, pipe.text_encoder):
         model.requires_grad_(False)
@@ -106,7 +115,7 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
 def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
-    mixture = awake(mole.attach(pipe, loras, SUM[family]))
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     with mixture.adjusted(controls.uniform):
         torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
     for control in (controls.hardened, controls.frozen_random(0)):

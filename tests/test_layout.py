@@ -38,6 +38,11 @@ ORDER = [
     "shelf",
     "drawing",
     "infotext",
+    "grids",
+    "as_code",
+    "contributions",
+    "gate_figures",
+    "app",
     "evaluation",
     "cli",
 ]
@@ -53,7 +58,7 @@ FOLDERS = {
         "families",
         "reading",
     ],
-    "gates": ["contract", "controls", "prompt", "config", "constant", "mole", "flow", "bank", "build"],
+    "gates": ["contract", "controls", "prompt", "retrieval", "config", "constant", "mole", "flow", "bank", "build"],
     "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
         "data",
@@ -85,7 +90,21 @@ FOLDERS = {
         "search",
         "plots",
     ],
-    "cli": ["common", "inspect", "compose", "train", "evaluate", "merge"],
+    "app": [
+        "jobs",
+        "cards",
+        "actions",
+        "teaching",
+        "style",
+        "page",
+        "compose_tab",
+        "see_tab",
+        "train_tab",
+        "keep_tab",
+        "api",
+        "build",
+    ],
+    "cli": ["common", "studio", "inspect", "compose", "grid", "app", "train", "evaluate", "merge"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 

@@ -155,7 +155,7 @@ def test_a_locked_gate_says_what_it_was_told(pipe, loras, draw):
     mixture = attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mean")
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
     tags = parse("<lora:fox:2> <lora:ink>").tags
-    plan = TagPlan(["fox", "ink"], tags, unet=pipe.unet, steps=2, locks={place: [0.1, 0.9]})
+    plan = TagPlan(["fox", "ink"], tags, unet=pipe.unet, steps=2, locks={place: {"fox": 0.1, "ink": 0.9}})
     with mixture.planned(plan), mixture.trace() as trace:
         draw(pipe, callback_on_step_end=plan.on_step())
     assert torch.allclose(trace.weights(place)[-1], torch.tensor([0.2, 0.9]))

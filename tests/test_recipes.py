@@ -190,4 +190,4 @@ def test_a_shelf_takes_good_files_only(pipe, tmp_path):
 
 def test_with_strength():
     assert with_strength("a fox", "fox", 0.5) == "a fox <lora:fox:0.5>"
-    assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2> <lora:ink:1>"
+    assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2:stop=3> <lora:ink:1>"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import add_experts, chosen_experts, pipeline
+from mole_diffusers.cli.common import add_experts, chosen_experts, parse_expert, pipeline
 
 PROMPT = "noto drawing of a sunflower and a doughnut"
 
@@ -15,8 +15,13 @@ PROMPT = "noto drawing of a sunflower and a doughnut"
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     compose = commands.add_parser("compose", help="make a picture with several LoRAs, beside what each does alone")
-    compose.add_argument("prompt", nargs="?", default=PROMPT, help=f"default: {PROMPT!r}")
+    compose.add_argument(
+        "prompt", nargs="?", default=PROMPT, help=f"default: {PROMPT!r}; with <lora:..> tags, one picture and not a grid"
+    )
     add_experts(compose)
+    compose.add_argument("--from", dest="source", type=Path, help="a picture or recipe file to draw again, to --out")
+    compose.add_argument("--loras", type=Path, help="a folder of LoRA files that tags and recipes name")
+    compose.add_argument("--trained", type=Path, help="a folder with one folder of trained gates each, for tags and recipes")
     compose.add_argument("--gates", help="a folder, a hub id or a family; default: the world's own, else sum")
     compose.add_argument("--seed", type=int, default=0, help="of the first row; each row adds 1")
     compose.add_argument("--rows", type=int, default=4, help="pictures per column")
@@ -24,7 +29,31 @@ def add(commands: Any) -> None:
     compose.add_argument("--guidance", type=float, default=3.0)
     compose.add_argument("--out", type=Path, default=Path("grid.png"))
     compose.add_argument("--json", action="store_true", help="print what was made for a machine to read")
-    compose.set_defaults(run=compose_grid)
+    compose.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """One picture where a recipe or tags say which, else the comparison grid."""
+    return compose_picture(args) if args.source is not None or "<lora:" in args.prompt else compose_grid(args)
+
+
+def compose_picture(args: argparse.Namespace) -> int:
+    """Draw the recipe of --from, or the prompt with its tags, and write a PNG that holds its recipe."""
+    from mole_diffusers import infotext
+    from mole_diffusers.cli.studio import studio, wanted_recipe
+
+    wanted = None if args.source is None else infotext.read_any(args.source)
+    if wanted is not None and wanted.base not in ("", args.base):
+        raise ValueError(f"{args.source.name} was drawn with the base {wanted.base!r}; give it as --base")
+    args.gates = args.gates or "auto"
+    place = studio(args)
+    for name, (path, _) in (parse_expert(text) for text in args.expert):
+        place.shelf.add_lora(name, path)
+    recipe = place.complete(wanted or wanted_recipe(place, args))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    infotext.save(place.draw(recipe), args.out, recipe)
+    print(json.dumps({"out": str(args.out), **recipe.to_dict()}) if args.json else f"{recipe.prompt}: {args.out}")
+    return 0
 
 
 def compose_grid(args: argparse.Namespace) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
+from mole_diffusers.experts import Stack
 from mole_diffusers.gates.config import GateConfig
 from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
+from mole_diffusers.gates.retrieval import RetrievalGate
 
 
-def build_gate(config: GateConfig, experts: int, width: int) -> nn.Module:
-    """One gate of the configured family; `width` is its feature size D."""
+def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | None = None) -> nn.Module:
+    """One gate of the configured family; `width` is its feature size D, `stack` the experts of its one layer."""
     if config.family in ("sum", "mean"):
         return ConstantGate("N" if config.family == "sum" else "1")
     if config.family == "static":
         return StaticGate(experts, config.total, config.bins)
     if config.family == "flow":
         return FlowGate(experts, width, config.start)
+    if config.family == "retrieval" and stack is not None:
+        return RetrievalGate(width, stack.up.shape[0], rank=config.rank, total=config.total, scores=config.scores)
     return MoLEGate(experts, width, config.total, config.features)

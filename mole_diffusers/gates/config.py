@@ -9,6 +9,7 @@ import torch
 
 from mole_diffusers import mixing
 from mole_diffusers.gates.prompt import AXES, PROMPT_TOTALS
+from mole_diffusers.gates.retrieval import RETRIEVAL_TOTALS, SCORES
 
 OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "sum": (),
@@ -17,6 +18,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "mole": ("granularity", "total", "inputs", "features"),
     "flow": ("start",),
     "prompt": ("axis", "top", "total"),
+    "retrieval": ("rank", "scores", "total"),
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
@@ -31,10 +33,11 @@ class GateConfig:
 
     Attributes:
         family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
-            "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt.
+            "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt; "retrieval"
+            compares the experts' outputs at every layer, and serves experts that it never saw.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
         total: (static, mole) what the weights sum to, see `mixing.gate_weights`; the paper's is "1". (prompt) "1", "N", or
-            "none": probabilities as top-k left them.
+            "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
         bins: the static gate has this many sets of weights over the noise levels, 1 or more.
@@ -42,6 +45,8 @@ class GateConfig:
             expert alone.
         axis: the prompt gate shares among the experts ("concept"), the layers of a block ("module"), or "both".
         top: (prompt) how many of those weigh something; 0 is all.
+        rank: of the retrieval gate's router, 1 or more.
+        scores: (retrieval) each "token" has its own weights, or the "image" has one set.
     """
 
     family: str = "mole"
@@ -53,6 +58,8 @@ class GateConfig:
     start: str = "sum"
     axis: str = "concept"
     top: int = 0
+    rank: int = 4
+    scores: str = "token"
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -60,18 +67,19 @@ class GateConfig:
             raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
         if self.bins < 1:
             raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
-        if self.top < 0:
-            raise ValueError(f"top must be 0 (all) or more, got {self.top}")
+        if self.top < 0 or self.rank < 1:
+            raise ValueError(f"top must be 0 (all) or more and rank 1 or more, got {self.top} and {self.rank}")
 
     def _check_names(self) -> None:
         known = {
             "family": FAMILIES,
             "granularity": GRANULARITIES,
-            "total": PROMPT_TOTALS if self.family == "prompt" else mixing.TOTALS,
+            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(self.family, mixing.TOTALS),
             "inputs": INPUTS,
             "features": tuple(FEATURES),
             "start": STARTS,
             "axis": AXES,
+            "scores": SCORES,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -85,7 +93,12 @@ class GateConfig:
         """Where the gates sit, see `places.owner`."""
         if self.family == "prompt":
             return "whole" if self.axis == "concept" else "module"
-        return "stream" if self.family == "flow" else self.granularity
+        return {"flow": "stream", "retrieval": "matrix"}.get(self.family, self.granularity)
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether gates belong to the experts they were made for. Those of "retrieval" serve any other."""
+        return self.family != "retrieval"
 
     @classmethod
     def from_dict(cls, values: dict) -> GateConfig:

@@ -43,6 +43,7 @@ class GateTraining:
         steps: updates.
         batch: rows per term and update, over all processes and accumulated parts together.
         accumulation: parts that a batch is computed in, for less memory.
+        drop: chance of each expert to sit out an update, never all of them (RAMoLE: 0.5).
         lr: AdamW's peak rate; None takes what suits each gate, see `rates.rates`.
         schedule, warmup: a diffusers schedule of the rate by name, and its first updates of growing rate.
         weight_decay, max_norm: AdamW's decay, and the gradient's greatest length (0 does not clip it).
@@ -58,6 +59,7 @@ class GateTraining:
     steps: int = 150
     batch: int = 8
     accumulation: int = 1
+    drop: float = 0.0
     lr: float | None = None
     schedule: str = "cosine"
     warmup: int = 0
@@ -81,8 +83,9 @@ class GateTraining:
         for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {list(known)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be 0 or more and less than 1, got {self.ema}")
+        for name in ("ema", "drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 0 or more and less than 1, got {getattr(self, name)}")
 
     def parsed(self) -> dict[str, Weighted]:
         """The terms with a weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def train_gates(
     folder: str | Path | None = None,
     resume_from: str | None = None,
     success: Success | None = None,
+    report: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
 
@@ -70,6 +71,7 @@ def train_gates(
         folder: checkpoints, `log.jsonl`, validation pictures and in the end the gates go here.
         resume_from: "latest" or "checkpoint-N" goes on from there, "latest" of nothing starts anew; None starts anew.
         success: judges validation pictures; its mean over prompts is logged as "success".
+        report: called with every update's row, after its checkpoint; what it raises ends the run.
 
     Returns:
         One {"step", "loss", term: value} per update.
@@ -85,13 +87,14 @@ def train_gates(
         with run.autocast():
             asked = {name: weighted for name, weighted in config.parsed().items() if name != BALANCE}
             run.terms = {name: OBJECTIVES[name](study, **weighted.options) for name, weighted in asked.items()}
-        fit(run)
+        fit(run, report)
     return run.log
 
 
-def fit(run: Run) -> None:
+def fit(run: Run, report: Callable[[dict], None] | None = None) -> None:
     """The loop. Each update's randomness follows from the seed and its number, so that a resumed run is the same run."""
     config, start, looks = run.config, len(run.log), run.config.validation.every
+    reported = start
     if config.tracker:
         run.accelerator.init_trackers("mole")
     bar = tqdm(initial=start, total=config.steps, desc="gates", disable=not run.accelerator.is_main_process, mininterval=1)
@@ -106,6 +109,10 @@ def fit(run: Run) -> None:
             validate(run, done)
         if keep:
             save(run, done)
+        for row in run.log[reported:]:
+            if report is not None:
+                report(row)
+        reported = len(run.log)
         bar.update()
     bar.close()
     finish(run)

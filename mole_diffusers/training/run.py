@@ -57,6 +57,11 @@ class Run:
         dtype = DTYPES.get(self.config.precision)
         return nullcontext() if dtype is None else torch.autocast(self.study.pipe.device.type, dtype)
 
+    def dropout(self, generator: torch.Generator) -> AbstractContextManager:
+        """The mixture with the experts of one update."""
+        mixture, drop = self.study.mixture, self.config.drop
+        return mixture.only(*kept(list(mixture.experts), drop, generator)) if drop else nullcontext()
+
     def identity(self) -> dict[str, Any]:
         """What must agree for a run to be gone on with."""
         mixture, config = self.study.mixture, self.config.to_dict()
@@ -90,12 +95,18 @@ def values(run: Run, step: int, *, index: int, shares: int) -> dict[str, torch.T
     generator = torch.Generator().manual_seed(run.config.seed * 1_000_003 + step)
     asked, decisions = run.config.parsed(), list[Decision]()
     found = {}
-    with run.autocast(), run.study.mixture.listen(decisions.append):
+    with run.autocast(), run.dropout(generator), run.study.mixture.listen(decisions.append):
         for name, term in run.terms.items():
             found[name] = term(Draw(generator, asked[name].batch or run.config.batch, index, shares))
     if BALANCE in asked:
         found[BALANCE] = _balance(run, [d for d in decisions if d.gates.requires_grad])  # not those of teachers
     return found
+
+
+def kept(experts: Sequence[str], drop: float, generator: torch.Generator) -> list[str]:
+    """The experts of one update: each sits out with chance `drop`, but one always stays (RAMoLE's expert dropout)."""
+    draws = torch.rand(len(experts), generator=generator)
+    return [name for name, draw in zip(experts, draws, strict=True) if draw >= drop or draw == draws.max()]
 
 
 def _balance(run: Run, live: Sequence[Decision]) -> torch.Tensor:

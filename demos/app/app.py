@@ -1,0 +1,10 @@
+"""The app on the embedded emoji world, or on your own checkpoint and LoRA folder.
+
+python demos/app/app.py [--base MODEL --loras FOLDER]
+"""
+
+import sys
+
+from mole_diffusers.cli import main
+
+sys.exit(main(["app", *sys.argv[1:]]))

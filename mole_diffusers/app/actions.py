@@ -1,0 +1,299 @@
+"""What the app does, without a page: the page, the API and the tests call these."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mole_diffusers import gate_figures, grids, infotext
+from mole_diffusers.app.jobs import Stopped, Tell, watched
+from mole_diffusers.contributions import contributions
+from mole_diffusers.drawing import Studio
+from mole_diffusers.experts import match
+from mole_diffusers.lora_files import PARTS
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.plan import block_names
+from mole_diffusers.recipe import Recipe
+
+KEPT_FILES = 400  # pictures that stay in the app's own folder; the browser has copies
+PREVIEW_SHARE = 0.2  # of the time goes into previews at most
+MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
+
+Thumbnail = Callable[[str], Image.Image | None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture in a file, and what made it."""
+
+    label: str
+    path: Path
+    recipe: Recipe
+
+
+@dataclass
+class Progress:
+    """How far some work has come."""
+
+    done: int
+    total: int
+    seconds_left: float | None = None
+    preview: Image.Image | None = None
+    made: list[Made] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
+        return f"{self.done} of {self.total} steps{left}" if self.done < self.total else "done"
+
+
+class Actions:
+    """Everything on one studio. `folder` holds what was made, until the app ends.
+
+    Args:
+        home: where trained gates are kept; by default they end with the app.
+        thumbnail: a small picture of a LoRA by name; by default the PNG beside its file, as other tools keep it.
+    """
+
+    def __init__(self, studio: Studio, *, home: Path | None = None, thumbnail: Thumbnail | None = None):
+        self.studio, self.thumbnail = studio, thumbnail or self._beside
+        self._temporary = TemporaryDirectory(prefix="mole_app_")
+        self.folder = Path(self._temporary.name)
+        self.home = home or self.folder / "gates"
+        self._previews = Previews(studio.pipe)
+
+    # ---- what there is
+
+    def report(self, name: str) -> dict[str, Any]:
+        """What a LoRA's file says of itself, and how much of it this pipeline has."""
+        expert = self.studio.shelf.expert(name)
+        hosts = {part: model for part in PARTS if (model := getattr(self.studio.pipe, part, None)) is not None}
+        total = sum(len(layers) for layers in expert.layers.values())
+        low, high = expert.ranks
+        facts: dict[str, Any] = {"name": name, "base": expert.base, "format": expert.format, "sha256": expert.sha256}
+        facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers), "layers": total}
+        try:
+            return facts | {"matched": total - len(match(expert, hosts).unmatched), "problem": ""}
+        except ValueError as error:
+            return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
+
+    def find(self, prompt: str) -> list[str]:
+        """LoRAs whose name or trigger words stand in the prompt."""
+        words, found = _words(prompt), []
+        for name in self.studio.shelf.loras:
+            calls = (name, *self.studio.shelf.expert(name).triggers)
+            if any(_words(call) in words for call in calls):
+                found.append(name)
+        return found
+
+    def add_file(self, path: Path) -> str:
+        """Put an uploaded file on the shelf under its own name; raises ValueError for anything but a good LoRA file."""
+        stem = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
+        kept = self.folder / f"{stem}.safetensors"
+        data = path.read_bytes()
+        kept.write_bytes(data)
+        try:
+            self.studio.shelf.add_lora(stem, kept)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{self.folder}/", "")) from error
+        return stem
+
+    # ---- what can be made
+
+    def compose(self, recipe: Recipe, count: int, stopped: Stopped) -> Iterator[Progress]:
+        """`count` pictures of seeds that follow one another; where it is stopped, those that are done stay."""
+        if not 1 <= count <= MAX_COUNT:
+            raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
+        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
+        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], stopped)
+
+    def compare(self, recipe: Recipe, stopped: Stopped) -> Iterator[Progress]:
+        """The same seed from the base, each LoRA alone, the plain sum and the gates."""
+        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", "gates"]
+        return self.draw_all([(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms], stopped)
+
+    def draw_all(self, wanted: Sequence[tuple[str, Recipe]], stopped: Stopped) -> Iterator[Progress]:
+        """Draw one after the other. The last progress holds what was done, also where it was stopped."""
+        recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
+        total, begun, made = sum(r.steps for _, r in recipes), time.monotonic(), list[Made]()
+        state = Progress(0, total, made=made)
+
+        def work(tell: Tell) -> None:
+            for label, recipe in recipes:
+                image = self.studio.draw(recipe, on_step=lambda _, latents: step(tell, latents))
+                made.append(self.keep(image, label, recipe))
+                tell(dataclasses.replace(state, preview=None))
+
+        def step(tell: Tell, latents: torch.Tensor) -> None:
+            state.done += 1
+            state.seconds_left = (time.monotonic() - begun) / state.done * (total - state.done)
+            tell(dataclasses.replace(state, preview=self._previews(latents)))
+
+        for event in watched(work, stopped):
+            if event is not None:
+                yield event
+        yield dataclasses.replace(state, preview=None)
+
+    def look(self, recipe: Recipe, stopped: Stopped) -> Iterator[Progress | Look]:
+        """Draw once more and watch the gates: last comes the Look."""
+        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
+        if not recipe.experts:
+            raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
+        seen: dict[str, Any] = {}
+        state = Progress(0, recipe.steps)
+
+        @contextmanager
+        def inside(mixture: Mixture) -> Iterator[None]:
+            with ExitStack() as stack:
+                seen["trace"] = stack.enter_context(mixture.trace())
+                size = (recipe.height, recipe.width)
+                seen["found"] = stack.enter_context(contributions(mixture, self.studio.pipe.unet, size))
+                yield
+
+        def work(tell: Tell) -> None:
+            def step(done: int, _: torch.Tensor) -> None:
+                state.done = done
+                tell(dataclasses.replace(state))
+
+            seen["image"] = self.studio.draw(recipe, on_step=step, inside=inside)
+
+        yield from (event for event in watched(work, stopped) if event is not None)
+        if "image" in seen:
+            yield self._looked(recipe, **seen)
+
+    def _looked(self, recipe: Recipe, trace: Any, found: Any, image: Image.Image) -> Look:
+        labels = gate_figures.block_places(trace, block_names(self.studio.pipe.unet))
+        return Look(
+            made=self.keep(image, "gates", recipe),
+            heat=gate_figures.heat_map(trace, labels, locked=recipe.locks),
+            shares=gate_figures.shares(trace, labels),
+            places=gate_figures.places(image, found),
+            labels={label: place for place, label in labels.items()},
+            weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
+            experts=list(trace.experts),
+        )
+
+    def grid(self, recipe: Recipe, x: str, y: str, stopped: Stopped) -> Iterator[Progress | Image.Image]:
+        """An XY grid; last comes the sheet, with grey cells where it was stopped."""
+        across, down = grids.parse_axis(x), grids.parse_axis(y)
+        rows = grids.cells(recipe, across, down)
+        wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
+        made: dict[str, Path] = {}
+        for state in self.draw_all(wanted, stopped):
+            made = {one.label: one.path for one in state.made}
+            yield state
+        pictures = [[_opened(made.get(f"{r},{c}")) for c in range(len(row))] for r, row in enumerate(rows)]
+        yield grids.sheet(pictures, across, down)
+
+    def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
+        """One ordinary LoRA at the gates' average weights for this prompt; its file, and the error of the cut.
+
+        Raises ValueError where strengths change over steps or blocks, which one LoRA cannot hold.
+        """
+        recipe = self._completed(recipe)
+        plain = [tag for tag in recipe.tags if len(tag.te.points) == len(tag.unet.points) == 1 and tag.te == tag.unet]
+        if len(plain) != len(recipe.tags) or any(t.lbw or t.start or t.stop is not None for t in recipe.tags):
+            raise ValueError("one LoRA has one strength: take te=, unet=, lbw=, start=, stop= and step= out of the tags")
+        path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
+        with self.studio.lock:
+            mixture = self.studio.prepared(recipe)
+            if mixture is None:
+                raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
+            with strengths(mixture, {tag.name: tag.unet(0, 1) for tag in recipe.tags}):
+                return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
+
+    def keep(self, image: Image.Image, label: str, recipe: Recipe) -> Made:
+        """Write a picture with its recipe inside."""
+        for old in sorted(self.folder.glob("*.png"), key=lambda p: p.stat().st_mtime)[:-KEPT_FILES]:
+            old.unlink(missing_ok=True)
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:10]
+        path = self.folder / f"{recipe.seed}-{digest}.png"
+        infotext.save(image, path, recipe)
+        return Made(label, path, recipe)
+
+    def _beside(self, name: str) -> Image.Image | None:
+        path = self.studio.shelf.loras[name].with_suffix(".png")
+        if not path.is_file() or path.stat().st_size > MAX_THUMBNAIL:
+            return None
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_SIDE**2:
+                return None
+            image.thumbnail((128, 128), Image.Resampling.NEAREST)
+            return image.convert("RGB")
+
+    def _completed(self, recipe: Recipe) -> Recipe:
+        if max(recipe.width, recipe.height) > MAX_SIDE:
+            raise ValueError(f"width and height are at most {MAX_SIDE} here, got {recipe.width} x {recipe.height}")
+        return self.studio.complete(recipe)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the gates did for one picture."""
+
+    made: Made
+    heat: Image.Image
+    shares: Image.Image
+    places: dict[str, Image.Image]
+    labels: dict[str, str]  # block's short name -> place
+    weights: dict[str, list[float]]  # block's short name -> mean weight of each expert
+    experts: list[str]
+
+
+class Previews:
+    """Decoded latents now and then, so that previews take a small share of the time."""
+
+    def __init__(self, pipe: Any):
+        self.pipe, self._cost, self._last = pipe, 0.0, 0.0
+
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor) -> Image.Image | None:
+        begun = time.monotonic()
+        if begun - self._last < self._cost / PREVIEW_SHARE:
+            return None
+        vae = self.pipe.vae
+        decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor).sample
+        image = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+        self._last = time.monotonic()
+        self._cost = self._last - begun
+        return image
+
+
+@contextmanager
+def strengths(mixture: Mixture, wanted: dict[str, float]) -> Iterator[None]:
+    """Set strengths while the block runs."""
+    before = {name: mixture.strength(name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            mixture.strength(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            mixture.strength(name, value)
+
+
+def _words(text: str) -> str:
+    """Lower-case words with a blank around each."""
+    return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
+
+
+def _opened(path: Path | None) -> Image.Image | None:
+    if path is None:
+        return None
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def never() -> bool:
+    """For work that nobody can stop."""
+    return False

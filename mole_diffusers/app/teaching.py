@@ -1,0 +1,116 @@
+"""Gate training for the app: data-free, watched, stopped and gone on with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mole_diffusers import gate_figures
+from mole_diffusers.app.jobs import Stopped, Tell, watched
+from mole_diffusers.compare import sample
+from mole_diffusers.drawing import Studio
+from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.mixture import Mixture, attach
+from mole_diffusers.recipe import Recipe
+from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
+
+MAX_STEPS, PICTURES = 2000, 4  # updates, and validation pictures of a run
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to train.
+
+    Attributes:
+        name: of the gates; they can be chosen by it afterwards.
+        singles: LoRA -> prompts that name it and no other.
+        composed: prompts that name all.
+        styles: LoRAs that act on the whole picture.
+        steps, seed: updates in all, also where a run is gone on with.
+        family: of the gates.
+    """
+
+    name: str
+    singles: dict[str, list[str]]
+    composed: list[str]
+    styles: list[str] = field(default_factory=list)
+    steps: int = 60
+    seed: int = 0
+    family: str = "mole"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w+ -]{1,60}", self.name) or self.name != self.name.strip():
+            raise ValueError(f"a name has letters, digits, blanks, + - and _, at most 60, got {self.name!r}")
+        if self.name in FAMILIES:
+            raise ValueError(f"{self.name!r} is the name of a family; choose another")
+        if not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"the number of updates must be in 1..{MAX_STEPS}, got {self.steps}")
+
+
+@dataclass
+class Lessons:
+    """How far a training has come: one row per update, and a picture now and then."""
+
+    rows: list[dict[str, float]]
+    total: int
+    pictures: list[tuple[Image.Image, str]]
+    finished: bool = False
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "watching the LoRAs: teachers draw first"
+        loss = f"loss {self.rows[-1]['loss']:.4f}"
+        return f"{loss}, {'done' if self.finished else f'update {len(self.rows)} of {self.total}'}"
+
+
+def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped: Stopped) -> Iterator[Lessons]:
+    """Train gates for the LoRAs of a recipe; the same name and settings go on where a run was stopped.
+
+    The strengths of the recipe's tags count. Once finished, the gates are on the shelf and in `home / name`.
+    """
+    recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
+    if len(recipe.experts) < 2:
+        raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
+    folder, lessons = home / wanted.name, Lessons([], wanted.steps, [])
+    config = GateTraining(steps=wanted.steps, seed=wanted.seed, every=5)
+    lesson = Lesson(singles=wanted.singles, composed=wanted.composed, styles=wanted.styles)
+
+    def work(tell: Tell) -> None:
+        with studio.lock:
+            mixture = _mixture(studio, recipe, wanted.family)
+
+            def report(row: dict) -> None:
+                lessons.rows.append(row)
+                if (row["step"] + 1) % max(wanted.steps // PICTURES, 1) == 0:
+                    lessons.pictures.append((_validation(studio, recipe), f"after {row['step'] + 1}"))
+                tell(lessons)
+
+            log = train_gates(studio.pipe, mixture, lesson, config=config, folder=folder, report=report)
+            mixture.save_pretrained(folder)
+            studio.shelf.add_gates(wanted.name, folder)
+            lessons.rows, lessons.finished = log, True
+
+    yield lessons
+    yield from (event for event in watched(work, stopped) if event is not None)
+    yield lessons
+
+
+def _mixture(studio: Studio, recipe: Recipe, family: str) -> Mixture:
+    experts: dict[str, Any] = {tag.name: (studio.shelf.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
+    studio.forget()
+    return attach(studio.pipe, {name: experts[name] for name in sorted(experts)}, GateConfig(family))
+
+
+def _validation(studio: Studio, recipe: Recipe) -> Image.Image:
+    options: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+    return sample(studio.pipe, recipe.text, [recipe.seed], num_inference_steps=min(recipe.steps, 10), **options)[0]
+
+
+def curve(rows: Sequence[dict[str, float]]) -> Image.Image | None:
+    """The loss so far, once there is any."""
+    return gate_figures.losses(rows) if rows else None

@@ -1,0 +1,54 @@
+"""RAMoLE (Zhao et al., 2024, arXiv 2406.16989): weights from how the experts' own outputs answer a router LoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.gates.contract import Context, Layer
+
+RETRIEVAL_TOTALS = ("1", "N")
+SCORES = ("token", "image")
+
+
+def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts: int) -> torch.Tensor:
+    """<v_i, B' A' x> for every expert's output v_i = B_i A_i x, without forming one: [B, T, N].
+
+    It is <A' x, (B'^T B_i) A_i x>, where B'^T B_i is only r x r_i.
+
+    Args:
+        query: A' x, [B, T, r].
+        router_up: B', [Cout, r].
+    """
+    between = router_up.T @ layer.up.flatten(1).float()  # [r, R]
+    by_rank = (query @ between) * mixing.as_tokens(layer.low).float()  # [B, T, R]
+    return by_rank.new_zeros(*by_rank.shape[:-1], experts).index_add(-1, layer.segment, by_rank)
+
+
+class RetrievalGate(nn.Module):
+    """softmax_i(<v_i, B' A' x> / sqrt(r)) over the experts that are there (RAMoLE, eq. 8-10), at every layer.
+
+    The router LoRA (A', B') is all that is learned: nothing belongs to one expert, so gates trained with some LoRAs serve
+    any others. B' begins at zero, which weighs all alike. Experts are scored with their own alpha / r, without strengths.
+
+    Args:
+        total: "1" (the paper), or "N", so that equal scores give the plain sum: an average dilutes identity in pictures.
+        scores: each "token" has its own weights (the paper), or scores are averaged over the "image" first.
+    """
+
+    fusible, ranked = False, False
+
+    def __init__(self, width: int, out: int, *, rank: int, total: str, scores: str):
+        super().__init__()
+        self.total, self.scores = total, scores
+        generator = torch.Generator().manual_seed(0)  # attaching leaves the global generator alone
+        self.down = nn.Parameter((torch.rand(rank, width, generator=generator) * 2 - 1) / width**0.5)  # A'
+        self.up = nn.Parameter(torch.zeros(out, rank))  # B'
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        if context.layer is None:
+            raise ValueError("a retrieval gate sits at one layer and needs its experts")
+        query = hidden.float() @ self.down.float().T  # [B, T, r]
+        scores = answers(query, context.layer, self.up.float(), context.mask.shape[-1]) / len(self.down) ** 0.5
+        return mixing.gate_weights(scores.mean(1) if self.scores == "image" else scores, context.mask, self.total)
