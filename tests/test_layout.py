@@ -77,6 +77,7 @@ FOLDERS = {
         "rates",
         "run",
         "loop",
+        "card",
     ],
     "evaluation": [
         "statistics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,11 @@ def named_values(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
     ):
         raise ValueError(f"{option} {bad!r} is not NAME=VALUE")
     return [(name, value) for name, _, value in pairs]
+
+
+def json_or_text(text: str) -> Any:
+    """A number, list or the like as JSON has it; anything else is the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

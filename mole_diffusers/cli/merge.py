@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import named_values, pipeline
+from mole_diffusers.cli.common import json_or_text, named_values, pipeline
 from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.lora_writing import FORMATS
 from mole_diffusers.merging.activations import Activations
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if path.stem in experts:
             raise ValueError(f"two files are named {path.stem!r}; rename one")
         experts[path.stem] = (read_expert(path, path.stem), strength)
-    options = {key: _json(value) for key, value in named_values(args.option, "--option")}
+    options = {key: json_or_text(value) for key, value in named_values(args.option, "--option")}
     activations = _activations(args, experts) if by_activations(args.method) else None
     one = merge(experts, args.method, rank=args.rank, protect=args.protect, activations=activations, **options)
     save_expert(one, args.out, format=args.format)
@@ -60,14 +60,6 @@ def _activations(args: argparse.Namespace, experts: Mapping[str, tuple[Expert, f
     for name, prompt in named_values(args.own, "--own"):
         given.setdefault(name, []).append(prompt)
     return Activations(pipeline(args.base, args.device), prompts | given)
-
-
-def _json(text: str) -> Any:
-    """A number, list or the like as JSON has it; anything else is the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def parse_file(text: str) -> tuple[Path, float]:

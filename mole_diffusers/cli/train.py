@@ -1,69 +1,200 @@
-"""`mole train`: train gates for a set of LoRAs."""
+"""`mole train`: train gates for a set of LoRAs. A file can hold every setting; flags go before it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import add_experts, chosen_experts, pipeline
-from mole_diffusers.gates import FAMILIES, FEATURES, GRANULARITIES, INPUTS, GateConfig
-from mole_diffusers.mixing import TOTALS
+from mole_diffusers.cli.common import add_experts, chosen_experts, json_or_text, named_values, pipeline
+from mole_diffusers.gates import FAMILIES, GateConfig
+
+TRAINING = (
+    "steps", "batch", "accumulation", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema", "precision", "seed",
+    "every", "keep", "tracker",
+)  # fmt: skip
+SECTIONS = ("base", "experts", "gates", "lesson", "data", "clip", "training")
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    train = commands.add_parser("train", help="train gates for a set of LoRAs")
+    train = commands.add_parser("train", help="train gates for a set of LoRAs; `accelerate launch` divides the work")
     add_experts(train)
-    train.add_argument("--out", type=Path, required=True, help="gates, checkpoints and log; a run cut off goes on")
-    train.add_argument("--prompt", action="append", default=[], help="a composed prompt; repeatable")
-    train.add_argument(
-        "--single", action="append", default=[], metavar="NAME=PROMPT", help="one expert's prompt; repeatable"
-    )
-    train.add_argument("--style", action="append", default=[], metavar="NAME", help="an expert that acts everywhere")
-    train.add_argument("--data", type=Path, action="append", default=[], help="a folder of pictures with captions")
-    train.add_argument("--family", choices=[f for f in FAMILIES if f not in ("sum", "mean")], default="mole")
-    for name, choices in (("granularity", GRANULARITIES), ("total", TOTALS), ("inputs", INPUTS), ("features", FEATURES)):
-        train.add_argument(f"--{name}", choices=list(choices), default=getattr(GateConfig(), name))
-    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("balance", float), ("denoise", float)):
-        train.add_argument(f"--{name}", type=kind)
-    train.add_argument("--precision", choices=["no", "bf16", "fp16"])
+    train.set_defaults(base=None)
+    train.add_argument("--out", type=Path, help="gates, checkpoints, log and pictures go here")
+    train.add_argument("--config", type=Path, help="YAML or JSON with every setting; flags go before it")
+    train.add_argument("--write-config", type=Path, metavar="FILE", help="write the settings as YAML or JSON, and stop")
     train.add_argument("--resume", metavar="latest|checkpoint-N", help="go on with the run in --out")
+    words = train.add_argument_group("what there is to learn from")
+    words.add_argument("--prompt", action="append", default=[], help="a composed prompt; repeatable, as all below")
+    words.add_argument("--single", action="append", default=[], metavar="NAME=PROMPT", help="one expert's prompt")
+    words.add_argument("--other", action="append", default=[], metavar="NAME=WORD", help="may stand in the expert's place")
+    words.add_argument("--plain", action="append", default=[], metavar="PROMPT", help="names no expert")
+    words.add_argument("--style", action="append", default=[], metavar="NAME", help="an expert that acts everywhere")
+    words.add_argument("--data", action="append", default=[], metavar="FOLDER", help="pictures with captions")
+    words.add_argument("--clip", help="a CLIP of transformers, folder or hub id; the embedded world has its own")
+    how = train.add_argument_group("how")
+    how.add_argument("--term", action="append", default=[], metavar="NAME[=WEIGHT][,OPTION=VALUE]", help="an objective")
+    how.add_argument("--validate", type=int, metavar="N", help="draw the composed prompts every N updates")
+    how.add_argument("--checkpointing", action="store_true", default=None, help="less memory, more time")
+    for name in TRAINING:
+        how.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE")
+    gates = train.add_argument_group("gates")
+    for field in fields(GateConfig):
+        known = f"of {[f for f in FAMILIES if f not in ('sum', 'mean')]}" if field.name == "family" else None
+        gates.add_argument(f"--{field.name}", type=type(field.default), metavar="VALUE", help=known)
+    train.add_argument("--push-to-hub", metavar="REPO", help="upload the gates with a card")
     train.add_argument("--json", action="store_true")
-    train.set_defaults(run=train_gates)
+    train.set_defaults(run=run)
 
 
-def train_gates(args: argparse.Namespace) -> int:
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked, as plain data: the file's, with the flags' on top."""
+    found = _read(args.config) if args.config else {}
+    if unknown := set(found) - set(SECTIONS):
+        raise ValueError(f"{args.config}: unknown sections {sorted(unknown)}; known: {list(SECTIONS)}")
+    lesson = {"composed": args.prompt, "plain": args.plain, "styles": args.style}
+    lesson |= {"singles": _grouped(args.single, "--single"), "others": _grouped(args.other, "--other")}
+    training = {name: getattr(args, name) for name in (*TRAINING, "checkpointing")}
+    training |= {"terms": dict(_term(text) for text in args.term)}
+    if args.validate is not None:
+        training["validation"] = found.get("training", {}).get("validation", {}) | {"every": args.validate}
+    flags = {
+        "experts": dict(named_values(args.expert, "--expert")),
+        "gates": {field.name: getattr(args, field.name) for field in fields(GateConfig)},
+        "lesson": lesson,
+        "training": training,
+    }
+    merged = {name: found.get(name, {}) | _given(section) for name, section in flags.items()}
+    alone = {"base": args.base, "data": args.data, "clip": args.clip}
+    return {"base": "emoji", "data": [], "clip": None} | found | merged | _given(alone)
+
+
+def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if value is not None and value not in ([], {})}
+
+
+def _grouped(texts: list[str], option: str) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, value in named_values(texts, option):
+        groups.setdefault(name, []).append(value)
+    return groups
+
+
+def _term(text: str) -> tuple[str, Any]:
+    """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
+    first, *rest = text.split(",")
+    name, _, weight = first.partition("=")
+    return name, {"weight": json_or_text(weight or "1")} | {k: json_or_text(v) for k, v in named_values(rest, "--term")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold sections of {list(SECTIONS)}")
+    return found
+
+
+def _write(path: Path, asked: Mapping[str, Any]) -> None:
+    import yaml
+
+    plain = json.loads(json.dumps(asked))
+    as_json = path.suffix == ".json"
+    path.write_text(json.dumps(plain, indent=2) + "\n" if as_json else yaml.safe_dump(plain, sort_keys=False))
+
+
+def run(args: argparse.Namespace) -> int:
     """Train gates and write them to --out."""
+    asked = settings(args)
+    if args.write_config:
+        _write(args.write_config, asked)
+        return 0
+    if args.out is None:
+        raise ValueError("--out is needed: the folder for gates, checkpoints and log")
+    log = _train(args, asked)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        first, last = log[0]["loss"], log[-1]["loss"]
+        print(json.dumps({"out": str(args.out), **log[-1]}) if args.json else f"{args.out}: loss {first:.3f} -> {last:.3f}")
+    return 0
+
+
+def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
     from mole_diffusers.mixture import attach
+    from mole_diffusers.training.card import push, write_card
     from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.data import encode, read_folder
-    from mole_diffusers.training.loop import train_gates as run
+    from mole_diffusers.training.loop import train_gates
     from mole_diffusers.training.study import Lesson
 
-    singles: dict[str, list[str]] = {}
-    for text in args.single:
-        name, separator, prompt = text.partition("=")
-        if not separator:
-            raise ValueError(f"--single {text!r} is not NAME=PROMPT")
-        singles.setdefault(name, []).append(prompt)
-    gates = GateConfig(args.family, args.granularity, args.total, args.inputs, args.features)
-    experts = chosen_experts(args, " ".join(args.prompt))
-    pipe = pipeline(args.base, args.device, half=False)
+    lesson = Lesson(**asked["lesson"])
+    terms = asked["training"].get("terms") or {
+        name: 1.0 for name, words in (("single", lesson.singles), ("composed", lesson.composed)) if words
+    }
+    config = GateTraining.from_dict({**asked["training"], "terms": terms})
+    args.base, args.expert = asked["base"], [f"{name}={file}" for name, file in asked["experts"].items()]
+    experts, gates = chosen_experts(args, " ".join(lesson.composed)), GateConfig.from_dict(asked["gates"])
+    pipe = pipeline(args.base, args.device or _own_device(), half=False)
+    pipe.set_progress_bar_config(disable=True)
     mixture = attach(pipe, experts, gates)
-    pictures = [pair for folder in args.data for pair in zip(*read_folder(folder), strict=True)]
-    samples = encode(pipe, *zip(*pictures, strict=True)) if pictures else None
-    given = {n: getattr(args, n) for n in ("steps", "batch", "lr", "seed", "precision")}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    terms = {"single": bool(singles), "composed": bool(args.prompt), "denoise": args.denoise, "balance": args.balance}
-    config = GateTraining(terms={name: float(weight) for name, weight in terms.items() if weight}, **options)
-    lesson = Lesson(singles, args.prompt, styles=args.style, samples=samples)
-    log = run(pipe, mixture, lesson, config=config, folder=args.out, resume_from=args.resume)
-    mixture.save_pretrained(args.out)
-    print(
-        json.dumps({"out": str(args.out), **log[-1]})
-        if args.json
-        else f"{args.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}"
-    )
-    return 0
+    lesson.samples = _samples(pipe, asked["data"])
+    log = train_gates(
+        pipe, mixture, lesson, config=config, clip=_clip(pipe, asked), folder=args.out, resume_from=args.resume,
+        success=_emoji_success() if args.base == "emoji" and config.validation.every else None,
+    )  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":
+        write_card(args.out, mixture, lesson, base=args.base, config=config, log=log)
+        if args.push_to_hub:
+            push(args.out, args.push_to_hub)
+    return log
+
+
+def _own_device() -> str | None:
+    """Under `accelerate launch` each process has a card of its own."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
+def _samples(pipe: Any, folders: list[str]) -> Any:
+    from mole_diffusers.training.data import encode, read_folder
+
+    pairs = [pair for folder in folders for pair in zip(*read_folder(folder), strict=True)]
+    return encode(pipe, *zip(*pairs, strict=True)) if pairs else None
+
+
+def _clip(pipe: Any, asked: Mapping[str, Any]) -> Any:
+    from mole_diffusers import emoji
+    from mole_diffusers.training.clip import read_clip
+
+    source = asked["clip"] or ("emoji" if asked["base"] == "emoji" else None)
+    if source is None:
+        return None
+    own = source == "emoji"
+    folder = emoji.default_folder() / "clip" if own else source
+    return read_clip(folder, device=pipe.device, tokenizer=pipe.tokenizer if own else None)
+
+
+def _emoji_success() -> Any:
+    """The embedded world's judge: every subject of the prompt is there, in the prompt's style."""
+    from mole_diffusers import emoji
+    from mole_diffusers.judge import Judge
+
+    judge = Judge.load(emoji.default_folder() / "judge")
+
+    def success(images: Any, prompt: str) -> float:
+        words, verdict = f" {prompt} ", judge.verdict(images)
+        right = judge.sees(verdict, [s for s in judge.subjects if f" {s} " in words]).all(-1)
+        return float((right & judge.is_style(verdict, prompt.partition(" drawing")[0])).float().mean())
+
+    return success

@@ -104,5 +104,7 @@ class GateTraining:
             known = [f.name for f in fields(kind)]
             if unknown := set(given) - set(known):
                 raise ValueError(f"unknown training options {sorted(unknown)}; known: {known}")
+        if values.get("precision") is False:  # what YAML makes of a bare no
+            values["precision"] = "no"
         looks["prompts"] = tuple(looks.get("prompts", ()))
         return cls(**values | {"validation": Validation(**looks)})

@@ -1,0 +1,119 @@
+"""`mole train`: settings from flags and files, and everything that a run leaves behind."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import mole_diffusers as mole
+from mole_diffusers.cli import main
+from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.training import card
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def flags(loras, base):
+    words = ["--prompt", "a fox in ink", "--single", "fox=a fox", "--single", "ink=ink art", "--other", "fox=cat"]
+    how = ["--term", "single=1,seeds=2,steps=2", "--term", "balance=0.5", "--steps", "4", "--batch", "2", "--every", "2"]
+    gates = ["--family", "static", "--total", "1", "--bins", "2"]
+    return ["--base", base, "--expert", f"fox={loras['fox']}", "--expert", f"ink={loras['ink']}:0.7", *words, *how, *gates]
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, capsys):
+    file, (one, two) = tmp_path / f"run.{suffix}", (tmp_path / n for n in ("one", "two"))
+    assert main(["train", *flags, "--precision", "no", "--write-config", str(file)]) == 0
+    assert not one.exists()
+    assert main(["train", *flags, "--out", str(one)]) == 0
+    assert main(["train", "--config", str(file), "--out", str(two)]) == 0
+    assert (one / "gates.safetensors").read_bytes() == (two / "gates.safetensors").read_bytes()
+    assert (one / "log.jsonl").read_text() == (two / "log.jsonl").read_text()
+    capsys.readouterr()
+    assert main(["train", "--config", str(file), "--out", str(tmp_path / "three"), "--steps", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
+
+
+def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["train", *flags, "--out", out]) == 0
+    assert main(["train", *flags, "--out", out]) == 1
+    assert "holds checkpoint-4 of an earlier run" in capsys.readouterr().err
+    before = (tmp_path / "out" / "gates.safetensors").read_bytes()
+    assert main(["train", *flags, "--out", out, "--resume", "checkpoint-2"]) == 0
+    assert (tmp_path / "out" / "gates.safetensors").read_bytes() == before
+
+
+def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, monkeypatch):
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo, exist_ok):
+            sent["repo"] = repo
+
+        def upload_folder(self, **options):
+            sent.update(options)
+            return "https://hub/commit"
+
+    monkeypatch.setattr(card, "HfApi", Hub)
+    assert main(["train", *flags, "--out", str(tmp_path), "--push-to-hub", "me/gates"]) == 0
+    assert (sent["repo"], sent["repo_id"]) == ("me/gates", "me/gates")
+    assert sorted(sent["allow_patterns"]) == ["README.md", "config.json", "gates.safetensors"]
+    written = ModelCard.load(tmp_path / "README.md")
+    assert written.data.library_name == "diffusers"
+    sha = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}).experts["fox"].sha256
+    for part in (
+        "# Gates for fox + ink",
+        f"| fox | fox | `{sha}` |",
+        "single (weight 1), balance (weight 0.5)",
+        "4 updates",
+    ):
+        assert part in written.text
+
+
+@pytest.mark.parametrize(
+    ("file", "argv", "message"),
+    [
+        ("[1, 2]", [], "must hold sections of"),
+        ("{a: ", [], "is neither YAML nor JSON"),
+        ("trainning: {}", [], r"unknown sections ['trainning']; known: ['base', 'experts'"),
+        ("training: {stepps: 1, terms: {single: 1}}", [], "unknown training options ['stepps']"),
+        ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
+        ("{}", ["--term", "single,seeds"], "--term 'seeds' is not NAME=VALUE"),
+        ("{}", ["--term", "single=much"], "weight of the single term must be 0 or more, got 'much'"),
+    ],
+)
+def test_bad_settings_are_one_line(flags, tmp_path, capsys, file, argv, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(file)
+    given = [*flags[:6], "--config", str(path), "--prompt", "a fox in ink", "--out", str(tmp_path / "out"), *argv]
+    assert main(["train", *given]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_yaml_means_what_it_says(flags, tmp_path):
+    file = tmp_path / "run.yaml"
+    assert main(["train", *flags, "--precision", "no", "--validate", "3", "--write-config", str(file)]) == 0
+    training = yaml.safe_load(file.read_text())["training"]
+    assert training["validation"] == {"every": 3}
+    assert training["terms"] == {"single": {"weight": 1, "seeds": 2, "steps": 2}, "balance": {"weight": 0.5}}
+    bare = file.read_text().replace("precision: 'no'", "precision: no")
+    file.write_text(bare)
+    assert main(["train", "--config", str(file), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
+
+
+def test_the_embedded_world_brings_its_own_clip_and_judge(tmp_path, capsys):
+    words = ["--prompt", "ink drawing of a fox", "--single", "fox=noto drawing of a fox"]
+    how = ["--term", "rollout=1,steps=2,batch=2", "--steps", "2", "--validate", "1", "--family", "static"]
+    assert main(["train", *words, *how, "--out", str(tmp_path), "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["success"] <= 1
+    assert sorted(p.name for p in (tmp_path / "validation").iterdir()) == ["step-1.png", "step-2.png"]
