@@ -14,7 +14,7 @@ from mole_diffusers.lora_files import LoraWeights
 from mole_diffusers.parts import GatedPart
 from mole_diffusers.processor import Decision, Present
 
-Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N]
+Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
 Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: one LoRA's weights}
 
 
@@ -25,13 +25,14 @@ class Averages:
         self._sums: dict[tuple[str, Present], tuple[torch.Tensor, int]] = {}
 
     def __call__(self, decision: Decision) -> None:
-        key, weights = (decision.place, decision.present), decision.weights.detach().float()
+        weights = (decision.weights if decision.ranks is None else decision.ranks).detach().float()
+        key = decision.place, decision.present
         total, count = self._sums.get(key, (torch.zeros(()), 0))
         self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
 
     @property
     def weights(self) -> Weights:
-        """(place, present) -> [N]."""
+        """(place, present) -> [N] or [R]."""
         return {key: total / count for key, (total, count) in self._sums.items()}
 
 
@@ -47,13 +48,14 @@ def one_lora(parts: Iterable[GatedPart], weights: Weights) -> Folded:
     layers: Folded = {}
     for part in parts:
         for name, stack in part.stacks.items():
-            if (lora := _weighed(stack, weights[part.place_of(name)].cpu())).rank:
+            factor = weights[part.place_of(name)].cpu()
+            if (lora := _weighed(stack, factor if part.ranked else factor[stack.segment])).rank:
                 layers.setdefault(part.name, {})[name] = lora
     return layers
 
 
-def _weighed(stack: Stack, weights: torch.Tensor) -> LoraWeights:
-    factor = weights.index_select(-1, stack.segment)  # [R]
+def _weighed(stack: Stack, factor: torch.Tensor) -> LoraWeights:
+    """`factor` [R]."""
     kept = factor != 0
     up = stack.up[:, kept]
     return LoraWeights(stack.down[kept], up * factor[kept].reshape(1, -1, *(1,) * (up.dim() - 2)), 1.0)

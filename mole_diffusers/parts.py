@@ -17,6 +17,7 @@ from mole_diffusers.calls import DENOISERS, CallReader
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates import Column, GateBank, GateConfig, PromptGate, build_gate
 from mole_diffusers.gates.prompt import version
+from mole_diffusers.gates.rank import singular
 from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed, text_width
 from mole_diffusers.processor import MoLEAttnProcessor, Present, Slot, State
 
@@ -31,6 +32,8 @@ class GatedPart:
 
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, config: GateConfig, state: State):
         self.name, self.model, self.stacks, self.config, self.state = name, model, dict(stacks), config, state
+        if self.ranked and config.refactor:
+            self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
         names = list(blocks(model))
         self.owners = {layer: owner(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
         self.places = {spot: place(spot, config.layout, model) for spot in dict.fromkeys(self.owners.values())}
@@ -72,6 +75,11 @@ class GatedPart:
 
     def _full_name(self, place: str) -> str:
         return f"{self.name}.{place}" if place else self.name
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the gates weigh ranks instead of experts."""
+        return self.config.family == "rank"
 
     @property
     def _reads_experts(self) -> bool:

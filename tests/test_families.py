@@ -12,14 +12,21 @@ SUM = {  # start at the plain sum
     "flow": mole.GateConfig("flow"),
     "prompt": mole.GateConfig("prompt"),
     "retrieval": mole.GateConfig("retrieval"),
+    "rank": mole.GateConfig("rank"),
 }
-SHARE = {  # the weights of two identical experts add up to one expert's
+SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together; not so for "rank"
     "flow": mole.GateConfig("flow", start="mean"),
     "prompt": mole.GateConfig("prompt", total="1"),
     "retrieval": mole.GateConfig("retrieval", total="1"),
 }
-SIZE = {"flow": 1.0, "prompt": 1.0, "retrieval": 0.3}  # of random parameters; scores that are large only flip on rounding
+SIZE = {
+    "flow": 1.0,
+    "prompt": 1.0,
+    "retrieval": 0.3,
+    "rank": 1.0,
+}  # of random parameters; scores that are large only flip on rounding
 each = pytest.mark.parametrize("family", SUM)
+sharing = pytest.mark.parametrize("family", SHARE)
 
 
 @each
@@ -32,7 +39,7 @@ def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, fami
     assert not torch.allclose(draw(pipe), plain, atol=1e-3)
 
 
-@each
+@sharing
 def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, family):
     base = draw(pipe)
     awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]), size=SIZE[family])
@@ -43,7 +50,7 @@ def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, 
     torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
 
 
-@each
+@sharing
 def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
     mole.attach(pipe, {"a": loras["ink"]})
     one = draw(pipe)
@@ -52,7 +59,7 @@ def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
 
 
 @each
-def test_masks_strengths_and_sets_per_row(pipe, loras, draw, awake, family):
+def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     gated = draw(pipe)
     with mixture.only("fox", "ink"):
@@ -64,8 +71,13 @@ def test_masks_strengths_and_sets_per_row(pipe, loras, draw, awake, family):
         alone = draw(pipe)
     mixture.strength("hat", 0)
     assert torch.equal(draw(pipe), masked)
-    mole.attach(pipe, {"hat": loras["hat"]})
-    torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
+    with mixture.fixed({"fox": 0.5, "ink": 2.0}):
+        by_hand = draw(pipe)
+    mole.attach(pipe, {"fox": (loras["fox"], 0.5), "ink": (loras["ink"], 2.0)}, "sum")
+    torch.testing.assert_close(by_hand, draw(pipe), atol=1e-5, rtol=0)
+    if family in SHARE:
+        mole.attach(pipe, {"hat": loras["hat"]})
+        torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
 
 
 @each

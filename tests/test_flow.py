@@ -15,7 +15,7 @@ BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
 def test_softmax_then_bias_by_hand():
     gate = FlowGate(2, 1, "mean")
     with torch.no_grad():
-        gate.matrix.copy_(torch.tensor([[math.log(3)], [0.0]]))
+        gate.weight.copy_(torch.tensor([[math.log(3)], [0.0]]))
         gate.offset.copy_(torch.tensor([0.5, -2.0]))
     weights = gate(torch.tensor([[[1.0], [0.0]]]), BOTH)  # two tokens
     torch.testing.assert_close(weights, torch.tensor([[[1.25, -1.75], [1.0, -1.5]]]))
@@ -25,7 +25,7 @@ def test_softmax_then_bias_by_hand():
 def test_weights_sum_to_one_and_the_bias(start):
     torch.manual_seed(0)
     gate = FlowGate(3, 4, start)
-    torch.nn.init.normal_(gate.matrix)
+    torch.nn.init.normal_(gate.weight)
     torch.nn.init.normal_(gate.offset)
     mask = torch.ones(3, dtype=torch.bool)
     weights = gate(torch.randn(2, 5, 4), Context(mask, torch.zeros(2)))
@@ -35,7 +35,7 @@ def test_weights_sum_to_one_and_the_bias(start):
 def test_permuting_tokens_permutes_weights():
     torch.manual_seed(0)
     gate = FlowGate(2, 4, "sum")
-    torch.nn.init.normal_(gate.matrix)
+    torch.nn.init.normal_(gate.weight)
     hidden, order = torch.randn(1, 5, 4), torch.randperm(5)
     torch.testing.assert_close(gate(hidden[:, order], BOTH), gate(hidden, BOTH)[:, order])
 

@@ -58,7 +58,7 @@ FOLDERS = {
         "families",
         "reading",
     ],
-    "gates": ["contract", "controls", "prompt", "retrieval", "config", "constant", "mole", "flow", "bank", "build"],
+    "gates": ["contract", "controls", "prompt", "retrieval", "rank", "config", "constant", "mole", "flow", "bank", "build"],
     "merging": ["factors", "linear", "sparse", "lego", "regression", "layers", "activations", "merge"],
     "training": [
         "data",

@@ -161,6 +161,8 @@ def test_rates_move_every_gates_logits_alike(loras):
         "static": mole.GateConfig("static"),
         "pooled": mole.GateConfig("mole"),
         "flattened": mole.GateConfig("mole", features="flattened"),
+        "flow": mole.GateConfig("flow"),
+        "retrieval": mole.GateConfig("retrieval"),
     }.items():
         mixture = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}, gates)
         groups = rates(mixture.banks.values(), None)
@@ -169,6 +171,8 @@ def test_rates_move_every_gates_logits_alike(loras):
     assert found["static"] == 0.05
     assert found["pooled"] == pytest.approx(0.05 / 4)  # the tiny pipeline has 16 channels,
     assert found["flattened"] == pytest.approx(0.05 / 32)  # and 64 tokens of them
+    assert found["flow"] == pytest.approx(0.05 / 16)  # raw states, whose entries are of size 1 each
+    assert found["retrieval"] == pytest.approx(0.05 / 16)
     assert {g["lr"] for g in rates(mixture.banks.values(), 1e-3)} == {1e-3}
 
 

@@ -8,6 +8,7 @@ from mole_diffusers.gates.contract import Context, Gate, Layer
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
 from mole_diffusers.gates.prompt import Column, PromptGate
+from mole_diffusers.gates.rank import RankGate
 from mole_diffusers.gates.retrieval import RetrievalGate
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Layer",
     "MoLEGate",
     "PromptGate",
+    "RankGate",
     "RetrievalGate",
     "StaticGate",
     "build_gate",

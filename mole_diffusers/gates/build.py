@@ -9,6 +9,7 @@ from mole_diffusers.gates.config import GateConfig
 from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
+from mole_diffusers.gates.rank import RankGate
 from mole_diffusers.gates.retrieval import RetrievalGate
 
 
@@ -22,4 +23,6 @@ def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | N
         return FlowGate(experts, width, config.start)
     if config.family == "retrieval" and stack is not None:
         return RetrievalGate(width, stack.up.shape[0], rank=config.rank, total=config.total, scores=config.scores)
+    if config.family == "rank" and stack is not None:
+        return RankGate(width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate)
     return MoLEGate(experts, width, config.total, config.features)

@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "flow": ("start",),
     "prompt": ("axis", "top", "total"),
     "retrieval": ("rank", "scores", "total"),
+    "rank": ("top", "partition", "refactor", "rate"),
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
@@ -34,7 +35,8 @@ class GateConfig:
     Attributes:
         family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
             "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt; "retrieval"
-            compares the experts' outputs at every layer, and serves experts that it never saw.
+            compares the experts' outputs at every layer, and serves experts that it never saw; "rank" weighs
+            each rank of each expert at every layer.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
         total: (static, mole) what the weights sum to, see `mixing.gate_weights`; the paper's is "1". (prompt) "1", "N", or
             "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
@@ -44,8 +46,11 @@ class GateConfig:
         start: the flow gate's weights before training: the plain "sum", the "mean", or "faithful" to the paper, the last
             expert alone.
         axis: the prompt gate shares among the experts ("concept"), the layers of a block ("module"), or "both".
-        top: (prompt) how many of those weigh something; 0 is all.
+        top: (prompt) how many of those, (rank) how many ranks of a layer weigh something; 0 is all.
         rank: of the retrieval gate's router, 1 or more.
+        partition: (rank) this many ranks of an expert share one output of the router; 0 is all that it has.
+        refactor: (rank) turn each expert's ranks to its singular directions first, which changes nothing else.
+        rate: (rank) how far an update moves the bias that evens out the load, 0 or more.
         scores: (retrieval) each "token" has its own weights, or the "image" has one set.
     """
 
@@ -60,6 +65,9 @@ class GateConfig:
     top: int = 0
     rank: int = 4
     scores: str = "token"
+    partition: int = 1
+    refactor: bool = True
+    rate: float = 1e-5
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -69,6 +77,8 @@ class GateConfig:
             raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
         if self.top < 0 or self.rank < 1:
             raise ValueError(f"top must be 0 (all) or more and rank 1 or more, got {self.top} and {self.rank}")
+        if self.partition < 0 or self.rate < 0:
+            raise ValueError(f"partition and rate must be 0 or more, got {self.partition} and {self.rate}")
 
     def _check_names(self) -> None:
         known = {
@@ -93,7 +103,7 @@ class GateConfig:
         """Where the gates sit, see `places.owner`."""
         if self.family == "prompt":
             return "whole" if self.axis == "concept" else "module"
-        return {"flow": "stream", "retrieval": "matrix"}.get(self.family, self.granularity)
+        return {"flow": "stream", "retrieval": "matrix", "rank": "matrix"}.get(self.family, self.granularity)
 
     @property
     def of_experts(self) -> bool:

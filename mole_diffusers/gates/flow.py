@@ -25,7 +25,7 @@ class FlowGate(nn.Module):
     def __init__(self, experts: int, width: int, start: str):
         super().__init__()
         self.start = start
-        self.matrix = nn.Parameter(torch.zeros(experts, width))  # W
+        self.weight = nn.Parameter(torch.zeros(experts, width))  # W
         self.offset = nn.Parameter(torch.zeros(experts))
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
@@ -36,5 +36,5 @@ class FlowGate(nn.Module):
         return start - share + self.offset.float()
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        shares = mixing.gate_weights(hidden.float() @ self.matrix.float().T, context.mask, "1")  # [B, T, N]
+        shares = mixing.gate_weights(hidden.float() @ self.weight.float().T, context.mask, "1")  # [B, T, N]
         return (shares + mixing.over_tokens(self.bias(context.mask), shares)) * mixing.over_tokens(context.mask, shares)

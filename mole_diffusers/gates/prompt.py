@@ -15,15 +15,18 @@ from mole_diffusers.gates.contract import Context
 
 AXES = ("concept", "module", "both")
 PROMPT_TOTALS = ("1", "N", "none")
-GELU = (  # coefficients of the rational function nearest to GELU on -3..3, fitted; off by less than 0.01 there
-    (0.004525, 0.504125, 0.351093, 0.035184, -0.031148, -0.004098, 0.001216),
-    (-0.021341, 0.080833, -0.136352, 0.05889, -0.00721),
+GELU = (  # coefficients of `rational` nearest to GELU on -3..3, fitted; off by less than 0.01 there
+    (0.004525, 1.512375, 3.159837, 0.949968, -2.522988, -0.995814, 0.886464),
+    (-0.064023, 0.727497, -3.681504, 4.77009, -1.75203),
 )
 
 
 def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """MiLoRA's learned activation: sum_j a_j x^j / (1 + |sum_i b_i x^i|), a from the power 0 on and b from 1 on."""
-    powers = torch.stack([x**j for j in range(len(numerator))], -1)
+    """MiLoRA's learned activation: sum_j a_j y^j / (1 + |sum_i b_i y^i|), a from the power 0 on and b from 1 on.
+
+    y is x / 3, so that no coefficient moves the function on -3..3 more than another does.
+    """
+    powers = torch.stack([(x / 3) ** j for j in range(len(numerator))], -1)
     return (powers @ numerator) / (1 + (powers[..., 1 : len(denominator) + 1] @ denominator).abs())
 
 
@@ -74,7 +77,7 @@ class PromptGate(nn.Module):
         modules, concepts = len(presents), len(presents[0])
         count = {"concept": concepts, "module": modules, "both": modules * concepts}[axis]
         self.pooler = nn.Parameter(torch.zeros(width))  # w
-        self.matrix = nn.Parameter(torch.zeros(count, width))  # W
+        self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
         self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self._routed: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -89,7 +92,7 @@ class PromptGate(nn.Module):
     def route(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         """Logits [B, E]."""
         features = rational(self.pooled(hidden, tokens), self.numerator.float(), self.denominator.float())
-        return features @ self.matrix.float().T
+        return features @ self.weight.float().T
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         """[B, N]; [B, M, N] on axes other than "concept"."""
