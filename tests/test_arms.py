@@ -8,7 +8,7 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.compare import sample
-from mole_diffusers.evaluation import arms
+from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.runner import Bench, Case
 from mole_diffusers.evaluation.search import VALUES, best_weights, grid
 from mole_diffusers.lora_files import read_expert
@@ -107,7 +107,7 @@ def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(bench, gates):
 
 def row(kind, subject, style, *seen):
     settings = {"subject": subject, "style": style}
-    arm = f"sum @ {subject:g}, {style:g}"
+    arm = f"sum ({subject:g}, {style:g})"
     return {"kind": kind, "arm": arm, "settings": settings, "seen": dict(enumerate(seen)), "success": all(seen)}
 
 
@@ -134,6 +134,36 @@ def test_the_grid_covers_styles_only_where_there_is_one(bench):
 
 
 def test_the_world_knows_its_styles():
-    from mole_diffusers.evaluation import emoji_protocol
-
     assert emoji_protocol.bench(mole.emoji_world()).styles == set(emoji.HELD_OUT_STYLES)
+
+
+def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
+    chosen = arms.moved(["sum", "svd", "gates"], [0.25, 1.0], gates)
+    assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
+    experts = {n: bench.experts[n] for n in CASE.concepts}
+    assert drawn(bench, chosen[0]) == by_hand(bench, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
+    weak = mole.merge({"fox": (experts["fox"], 1.5), "ink": (experts["ink"], 0.5)}, "svd")
+    assert drawn(bench, chosen[2]) == by_hand(bench, {"m": weak})
+    with chosen[4].draws(bench, CASE):
+        mixture = mole.attached(bench.pipe)
+        assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
+    with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
+        arms.moved(["base"], [0.5])
+    with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
+        arms.moved(["sum"], [2])
+
+
+def test_crowds_grow_to_the_number_asked_for():
+    pool = ("a", "b", "c", "d", "e")
+    found = emoji_protocol.crowded([Case(("a", "b"), "pair", "p"), Case(("a", "b", "c"), "three", "q")], pool, (2, 4, 9))
+    assert [(len(c.experts), c.concepts) for c in found] == [(2, ("a", "b")), (4, ("a", "b")), (4, ("a", "b", "c"))]
+    assert all(len(set(c.experts)) == len(c.experts) for c in found)
+
+
+def test_a_trace_of_an_arm(bench, gates):
+    arm = arms.gated("gates", arms.gates_of(gates))
+    trace = arms.traced(bench, arm, CASE, **OPTIONS)
+    assert trace.experts == ["fox", "ink"]
+    assert len(trace.weights("unet.mid_block.attentions.0.transformer_blocks.0")) == 2
+    with pytest.raises(ValueError, match="the arm 'base' attaches no gates"):
+        arms.traced(bench, arms.base(), CASE, **OPTIONS)

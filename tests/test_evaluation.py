@@ -1,6 +1,9 @@
 """The evaluation: intervals, rows that survive, arms that are what they say, tables that can be computed by hand."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from PIL import Image
 from mole_diffusers import attach, detach, emoji
 from mole_diffusers.cli import main
 from mole_diffusers.compare import sample
-from mole_diffusers.evaluation import arms, tables
+from mole_diffusers.evaluation import arms, search, tables
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Bench, Case, evaluate, picture_path
 from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic_mean
@@ -167,3 +170,43 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     assert Image.open(path).size == (64, 64)
     assert main([*args, "--arm", "best"]) == 1
     assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
+
+
+WORLD = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
+
+
+def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.cli.evaluate.grid", lambda bench: search.grid(bench, (1.0, 1.3)))
+    assert main([*WORLD, "--search", "--out", str(tmp_path / "search")]) == 0
+    weights = json.loads((tmp_path / "search" / "weights.json").read_text())
+    assert set(weights) == set(emoji.VALIDATION)
+    assert all(set(found) == {"subject", "style"} for found in weights.values())
+    chosen = ["--weights", str(tmp_path / "search" / "weights.json"), "--arm", "grid search"]
+    assert main([*WORLD, *chosen, "--out", str(tmp_path / "used")]) == 0
+    rows = Rows(tmp_path / "used").read()
+    assert [r["settings"]["weights"] for r in rows] == [weights] * 3
+    capsys.readouterr()
+
+
+def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
+    run = ["--arm", "sum", "--share", "0.3", "--share", "0.7", "--attached", "2", "--attached", "4", "--out", str(tmp_path)]
+    assert main([*WORLD, *run]) == 0
+    rows = Rows(tmp_path).read()
+    assert {(r["arm"], len(r["seen"]) + len(r["idle"])) for r in rows} == {
+        (f"sum @ {share}", count) for share in (0.3, 0.7) for count in (2, 4)
+    }
+    assert {p.name for p in tmp_path.glob("*.png")} == {"samples.png", "success.png", "experts.png", "frontier.png"}
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_launcher_divides_a_run(tmp_path):
+    """torchrun sets what `accelerate launch` sets on GPUs; on CPUs accelerate's own launcher starts one process."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mole_diffusers"]
+    command = [*launch, *WORLD, "--arm", "base", "--arm", "sum", "--arm", "mean", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(emoji.__file__).parent.parent)
+    made = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("rows-*.jsonl"))]
+    assert len(made) == 2
+    assert min(made) > 0
+    assert sum(made) == 9
+    assert (tmp_path / "table.md").exists()

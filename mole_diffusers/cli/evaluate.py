@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mole_diffusers.cli.common import add_experts, chosen_experts, named_values, pipeline
-from mole_diffusers.evaluation.arms import ARMS, chosen_arms
+from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, plots, tables
+from mole_diffusers.evaluation.arms import ARMS, chosen_arms, moved, traced
+from mole_diffusers.evaluation.checkpoint_protocol import judged, judging_sheet
 from mole_diffusers.evaluation.rows import Row, Rows
-from mole_diffusers.evaluation.runner import Bench, evaluate
+from mole_diffusers.evaluation.runner import Arm, Bench, Case, evaluate
 from mole_diffusers.evaluation.search import best_weights, grid
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser("evaluate", help="compare composers; a killed run goes on, accelerate launch divides it")
+    command = commands.add_parser(
+        "evaluate", help="compare composers; a killed run goes on; accelerate launch or torchrun divide it"
+    )
     add_experts(command)
     command.add_argument("--arm", action="append", metavar="NAME", help=f"repeatable; of {', '.join(ARMS)}; default: all")
     command.add_argument("--split", choices=["validation", "test"], default="validation", help="of the embedded world")
@@ -29,11 +35,16 @@ def add(commands: Any) -> None:
     command.add_argument("--own", action="append", default=[], metavar="NAME=PROMPT", help="a concept's own prompt")
     command.add_argument("--gates", type=Path, help="folder of trained gates, one folder per case, named a+b")
     command.add_argument("--style", action="append", default=[], metavar="NAME", help="a concept that is a style")
+    command.add_argument(
+        "--share", action="append", type=float, default=[], help="repeatable; strength moves from subjects, 0, to styles, 1"
+    )
+    command.add_argument("--attached", action="append", type=int, default=[], help="repeatable; so many experts, some idle")
     command.add_argument("--search", action="store_true", help="search strengths on the split; writes weights.json in --out")
     command.add_argument("--weights", type=Path, help="weights.json of a search, for the arm 'grid search'")
     command.add_argument("--clip", help="a CLIP model, for a real checkpoint")
     command.add_argument("--dino", help="a DINO model, for a real checkpoint")
     command.add_argument("--sheet", action="store_true", help="write a sheet to judge pairs of arms on, in both orders")
+    command.add_argument("--judged", action="store_true", help="count the answers on the sheet in --out, and nothing else")
     command.add_argument("--seeds", type=int, default=8)
     command.add_argument("--seed", type=int, default=1000, help="the first seed")
     command.add_argument("--steps", type=int, default=20)
@@ -47,14 +58,18 @@ def run(args: argparse.Namespace) -> int:
     """Draw and measure what --out does not hold yet, then write the tables, the figures and the sheet."""
     from accelerate import PartialState
 
+    if args.judged:
+        print(judged(args.out))
+        return 0
     if args.limit is not None and args.limit < 1 or args.seeds < 1:
         raise ValueError("--limit and --seeds must be 1 or more")
     if args.search and args.base != "emoji":
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
     state = PartialState(cpu=args.device == "cpu")
     bench, cases, look, gates = _emoji(args) if args.base == "emoji" else _checkpoint(args)
-    weights = json.loads(args.weights.read_text()) if args.weights else None
-    arms = grid(bench) if args.search else chosen_arms(args.arm or list(ARMS), bench, gates, weights=weights)
+    arms = _arms(args, bench, gates)
+    if args.attached:
+        cases = emoji_protocol.crowded(cases, sorted(bench.experts), args.attached)
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     seeds = range(args.seed, args.seed + args.seeds)
     rows = Rows(args.out, state.process_index)
@@ -62,7 +77,17 @@ def run(args: argparse.Namespace) -> int:
     state.wait_for_everyone()
     if state.is_main_process:
         _report(args, rows.read())
+        _figures(args, rows.read(), bench, arms, cases=cases)
     return 0
+
+
+def _arms(args: argparse.Namespace, bench: Bench, gates: Path | None) -> list[Arm]:
+    if args.search:
+        return grid(bench)
+    if args.share:
+        return moved(args.arm or ["sum", "gates"], args.share, gates)
+    weights = json.loads(args.weights.read_text()) if args.weights else None
+    return chosen_arms(args.arm or list(ARMS), bench, gates, weights=weights)
 
 
 def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
@@ -71,7 +96,6 @@ def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
 
 def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
     from mole_diffusers import emoji
-    from mole_diffusers.evaluation import emoji_protocol
     from mole_diffusers.world import emoji_world
 
     world = emoji_world(device=args.device or "cpu")
@@ -82,8 +106,6 @@ def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
 
 
 def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None]:
-    from mole_diffusers.evaluation import checkpoint_protocol
-
     if missing := [f"--{name}" for name in ("cases", "clip", "dino") if getattr(args, name) is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
     experts = {name: expert for name, (expert, _) in chosen_experts(args, "").items()}
@@ -100,8 +122,6 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None
 
 
 def _report(args: argparse.Namespace, rows: list[Row]) -> None:
-    from mole_diffusers.evaluation import tables
-
     if args.base == "emoji":
         text = "\n\n".join((tables.success_table(rows), tables.concept_table(rows), tables.paired_table(rows, "sum")))
     else:
@@ -111,6 +131,22 @@ def _report(args: argparse.Namespace, rows: list[Row]) -> None:
     if args.search:
         (args.out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
     if args.sheet:
-        from mole_diffusers.evaluation.checkpoint_protocol import judging_sheet
-
         print(f"{judging_sheet(args.out, rows)} questions in {args.out / 'sheet'}")
+
+
+def _figures(args: argparse.Namespace, rows: list[Row], bench: Bench, arms: Sequence[Arm], *, cases: Sequence[Case]) -> None:
+    """Every figure that the rows allow, beside them; nothing without matplotlib."""
+    if find_spec("matplotlib") is None:
+        print("figures need matplotlib: pip install 'mole-diffusers[plot]'", file=sys.stderr)
+        return
+    plots.sample_grid(rows, args.out, args.out / "samples.png", case=cases[0].name)
+    if args.base == "emoji":
+        plots.bars(rows, args.out / "success.png")
+    if args.base == "emoji" and args.attached:
+        plots.against_count(rows, args.out / "experts.png")
+    if args.base == "emoji" and args.share:
+        plots.frontier(rows, args.out / "frontier.png")
+    seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
+    if seen is not None:
+        trace = traced(bench, *seen, num_inference_steps=args.steps, guidance_scale=args.guidance)
+        plots.heat_map(trace, args.out / "gates.png")

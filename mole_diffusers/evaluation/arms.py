@@ -16,7 +16,8 @@ from mole_diffusers.evaluation.runtime import composed_scores, k_lora, switched
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.gates.controls import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.merging.merge import METHODS, merge
-from mole_diffusers.mixture import Gates, Mixture, attach, detach
+from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.trace import Trace
 
 Weights = Callable[[Bench, Case], Mapping[str, float]]  # a strength per concept
 Inside = Callable[[Bench, Case, Mixture], AbstractContextManager[Any]]  # what holds while an attached mixture draws
@@ -227,6 +228,42 @@ def chosen_arms(
         else:
             arms.append(PLAIN[name]() if name in PLAIN else merged(name))
     return arms
+
+
+def moved(names: Sequence[str], shares: Sequence[float], gates: Path | None = None) -> list[Arm]:
+    """Sums, merges and gates as the user's strength moves from subjects to styles: 2 - 2s and 2s at a share s.
+
+    They are named "sum @ 0.3", as `plots.frontier` reads them.
+
+    Raises ValueError for an arm whose strengths cannot be moved, or a share outside 0..1.
+    """
+    known = ["sum", *MERGES, "gates"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"the strengths of {unknown} cannot be moved; those of {known} can")
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
+    arms = []
+    for name in names:
+        for share in shares:
+            weights, label = by_role(2 - 2 * share, 2 * share), f"{name} @ {share:g}"
+            if name == "sum":
+                arms.append(weighted(label, weights))
+            elif name in MERGES:
+                arms.append(merged(name, label, weights))
+            elif gates is not None:
+                arms.append(gated(label, gates_of(gates), weights=weights))
+    return arms
+
+
+def traced(bench: Bench, arm: Arm, case: Case, **options: Any) -> Trace:
+    """What the gates of an arm decide while one picture of a case is drawn, seed 0."""
+    with arm.draws(bench, case):
+        mixture = attached(bench.pipe)
+        if mixture is None:
+            raise ValueError(f"the arm {arm.name!r} attaches no gates")
+        with mixture.trace() as trace:
+            sample(bench.pipe, case.prompt, [0], **options)
+    return trace
 
 
 def gates_of(folder: Path) -> Callable[[Case], Path]:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import Case, keep, picture_path
+from mole_diffusers.evaluation.tables import markdown
 from mole_diffusers.figures import grid
 from mole_diffusers.training.data import read_folder
 
@@ -129,3 +130,37 @@ def judging_sheet(folder: Path, rows: Sequence[Row]) -> int:
         writer.writerows([f"{n:04}", q["prompt"], ""] for n, q in enumerate(shuffled))
     (folder / "sheet" / "key.json").write_text(json.dumps(shuffled, indent=1) + "\n")
     return len(shuffled)
+
+
+ANSWERS = ("left", "right", "same")
+
+
+def judged(folder: Path) -> str:
+    """The answers on a filled-in sheet as a table: per pair of arms how often each was better, and how often the two orders
+    of one pair of pictures agree; "-" where no pair was answered in both.
+
+    Raises ValueError for an answer that is none.
+    """
+    key = json.loads((folder / "sheet" / "key.json").read_text())
+    with (folder / "sheet" / "answers.csv").open(newline="") as file:
+        given = [line[2].strip().lower() for line in list(csv.reader(file))[1:]]
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (arm, arm) -> (pictures, better arm or "same")
+    for number, (question, answer) in enumerate(zip(key, given, strict=True)):
+        if answer not in (*ANSWERS, ""):
+            raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
+        if answer:
+            first, second = sorted((question["left"], question["right"]))
+            better = question.get(answer, "same")
+            found.setdefault((first, second), []).append((f"{question['case']} {question['seed']}", better))
+    body = [[first, second, *_counted(first, second, votes)] for (first, second), votes in found.items()]
+    return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
+
+
+def _counted(first: str, second: str, votes: Sequence[tuple[str, str]]) -> list[str]:
+    chosen = [better for _, better in votes]
+    pairs: dict[str, list[str]] = {}
+    for pictures, better in votes:
+        pairs.setdefault(pictures, []).append(better)
+    both = [len(set(pair)) == 1 for pair in pairs.values() if len(pair) == 2]
+    agree = f"{sum(both) / len(both):.2f}" if both else "-"
+    return [str(chosen.count(arm)) for arm in (first, second, "same")] + [agree]

@@ -1,4 +1,7 @@
-"""Figures of an evaluation; need matplotlib (the extra `plot`). Colours are Okabe and Ito's, safe for colour blindness."""
+"""Figures of an evaluation, saved and given back; need matplotlib (the extra `plot`).
+
+Colours are Okabe and Ito's, safe for colour blindness.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.runner import keep, picture_path
 from mole_diffusers.evaluation.statistics import as_table, bootstrap
 from mole_diffusers.evaluation.tables import by, together
+from mole_diffusers.figures import grid
 from mole_diffusers.trace import Trace
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -21,12 +28,13 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    return figure
 
 
-def bars(rows: Sequence[Row], path: Path) -> None:
+def bars(rows: Sequence[Row], path: Path) -> Any:
     """Success of every arm by kind, with 95 % intervals."""
     arms, kinds = by(together(rows), "arm"), list(by(rows, "kind"))
     figure, axes = _axes(2 + 0.55 * len(arms), 4)
@@ -44,10 +52,10 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("success")
     axes.legend(fontsize=8)
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def heat_map(trace: Trace, path: Path) -> None:
+def heat_map(trace: Trace, path: Path) -> Any:
     """Gate weights, block x step, one panel per expert."""
     from matplotlib.figure import Figure
 
@@ -62,40 +70,58 @@ def heat_map(trace: Trace, path: Path) -> None:
         axes.set_xlabel("step")
         axes.set_yticks(range(len(places)), places if n == 0 else [""] * len(places), fontsize=5)
     figure.colorbar(shown, ax=panels[-1])
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def frontier(rows: Sequence[Row], path: Path) -> None:
+def frontier(rows: Sequence[Row], path: Path) -> Any:
     """Subjects seen against style seen, one line per arm as its strength moves.
 
     Rows of one line have arm names "NAME @ SHARE"; other arms are single points.
     """
     figure, axes = _axes(5, 4)
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float, float]]] = {}  # (share, subjects, style)
     for arm, group in by(together(rows), "arm").items():
-        point = (sum(r["subjects"] for r in group) / len(group), sum(r["style"] for r in group) / len(group))
-        lines.setdefault(arm.split(" @ ")[0], []).append(point)
+        name, _, share = arm.partition(" @ ")
+        means = (sum(r[value] for r in group) / len(group) for value in ("subjects", "style"))
+        lines.setdefault(name, []).append((float(share or 0), *means))
     for i, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[i % len(COLOURS)], label=name, markersize=4)
+        _, subjects, styles = zip(*sorted(points), strict=True)
+        axes.plot(subjects, styles, "o-", color=COLOURS[i % len(COLOURS)], label=name, markersize=4)
     axes.set_xlabel("subject seen")
     axes.set_ylabel("style seen")
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     axes.legend(fontsize=7)
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def against_count(rows: Sequence[Row], path: Path) -> None:
-    """Concepts seen against the number of experts, one line per arm."""
+def against_count(rows: Sequence[Row], path: Path) -> Any:
+    """Concepts seen against the number of experts that are attached, one line per arm."""
     figure, axes = _axes(5, 4)
     for i, (arm, group) in enumerate(by(together(rows), "arm").items()):
         found: dict[int, list[float]] = {}
         for r in group:
-            found.setdefault(len(r["seen"]), []).append(sum(r["seen"].values()) / len(r["seen"]))
+            found.setdefault(len(r["seen"]) + len(r.get("idle", ())), []).append(sum(r["seen"].values()) / len(r["seen"]))
         counts = sorted(found)
         axes.plot(counts, [sum(found[n]) / len(found[n]) for n in counts], "o-", color=COLOURS[i % len(COLOURS)], label=arm)
     axes.set_xlabel("experts")
     axes.set_ylabel("concepts seen")
     axes.set_ylim(0, 1.03)
     axes.legend(fontsize=7)
-    _save(figure, path)
+    return _save(figure, path)
+
+
+def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> Image.Image:
+    """The pictures of one case in `folder`: a row per arm, a column per seed."""
+    arms = by([r for r in rows if r["case"] == case], "arm")
+    seeds = sorted({r["seed"] for group in arms.values() for r in group})
+    whole = {arm: group for arm, group in arms.items() if {r["seed"] for r in group} == set(seeds)}
+    pictures = [[_picture(picture_path(folder, arm, case, seed)) for seed in seeds] for arm in whole]
+    sheet = grid(pictures, [f"seed {seed}" for seed in seeds], list(whole))
+    keep(sheet, path)
+    return sheet
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")

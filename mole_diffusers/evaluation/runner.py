@@ -101,6 +101,7 @@ def evaluate(
             "kind": case.kind,
             "arm": arm.name,
             "prompt": case.prompt,
+            "idle": list(case.idle),
             "settings": {**options, **arm.settings},
         }
         missing = [seed for seed in seeds if key({**facts, "seed": seed}) not in done]

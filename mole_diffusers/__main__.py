@@ -1,0 +1,8 @@
+"""`python -m mole_diffusers` is the `mole` command: what `accelerate launch -m`, or `torchrun -m` on CPUs, starts."""
+
+import sys
+
+from mole_diffusers.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The protocol for real checkpoints, with tiny random CLIP and DINOv2 models: scores against the models' own calls."""
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from mole_diffusers.cli import main
+from mole_diffusers.evaluation.checkpoint_protocol import Look, judged, judging_sheet, read_cases, windows
+from mole_diffusers.evaluation.runner import Case, keep, picture_path
+from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a CLIP and a DINOv2 with random weights, as the hub has them."""
+    torch.manual_seed(0)
+    clip, dino, tokenizer = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("dino"), tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = sizes | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, projection_dim=8)
+    CLIPModel(config).save_pretrained(clip)
+    tokenizer.save_pretrained(clip)
+    pixels = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    CLIPImageProcessor(**pixels).save_pretrained(clip)
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28)).save_pretrained(
+        dino
+    )
+    BitImageProcessor(**pixels).save_pretrained(dino)
+    return str(clip), str(dino)
+
+
+def noise(seed, size=56):
+    values = torch.rand(size // 8, size // 8, 3, generator=torch.Generator().manual_seed(seed)) * 255
+    return Image.fromarray(values.byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """concept -> folder of its own pictures."""
+    folders = {}
+    for i, name in enumerate(("fox", "ink")):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for j in range(2):
+            noise(10 * i + j).save(folders[name] / f"{j}.png")
+    return folders
+
+
+def test_scores_are_the_models_own(models, own):
+    clip, look = CLIPModel.from_pretrained(models[0]), Look(*models, own)
+    picture, case = noise(99), Case(("fox", "ink", "hat"), "three", "a fox in ink")
+    (scores,) = look(case, [picture])
+    pixels = CLIPImageProcessor.from_pretrained(models[0])
+    joint = clip(
+        **look.tokenizer(["a fox in ink"], return_tensors="pt"),
+        pixel_values=pixels(picture, return_tensors="pt").pixel_values,
+    )
+    assert scores["clip_t"] == pytest.approx((joint.logits_per_image / clip.logit_scale.exp()).item(), abs=1e-5)
+    dino, processor = AutoModel.from_pretrained(models[1]), BitImageProcessor.from_pretrained(models[1])
+
+    def features(images):
+        return F.normalize(dino(processor(images, return_tensors="pt").pixel_values).last_hidden_state[:, 0], dim=-1)
+
+    wanted = (features(windows(picture)) @ features([noise(0), noise(1)]).T).mean(1).max().item()
+    assert scores["dino"]["fox"] == pytest.approx(wanted, abs=1e-5)
+    assert set(scores["clip_i"]) == set(scores["dino"]) == {"fox", "ink"}  # hat has no pictures of its own
+
+
+def test_a_concept_is_found_where_it_is(models, own):
+    """A concept's own picture in a corner scores as the picture alone does, by the window that holds it."""
+    look = Look(*models, own)
+    canvas = Image.new("RGB", (112, 112), "grey")
+    canvas.paste(noise(0), (56, 56))
+    (alone,), (corner,) = (look(Case(("fox",), "one", "a fox"), [image]) for image in (noise(0), canvas))
+    whole = look._dino([noise(0)]) @ look.own_dino["fox"].T  # itself and the concept's other picture
+    assert corner["dino"]["fox"] >= whole.mean().item() - 1e-5
+    assert alone["dino"]["fox"] >= whole.mean().item() - 1e-5
+    assert [w.size for w in windows(canvas)] == [(112, 112)] + [(56, 56)] * 9
+    assert windows(canvas)[-1].tobytes() == noise(0).tobytes()
+
+
+def test_cases_are_read_and_checked(tmp_path):
+    path = tmp_path / "cases.jsonl"
+    path.write_text('{"concepts": ["fox", "ink"], "prompt": "p"}\n\n{"concepts": ["fox"], "prompt": "q", "kind": "one"}\n')
+    assert read_cases(path, ["fox", "ink"]) == [Case(("fox", "ink"), "2 concepts", "p"), Case(("fox",), "one", "q")]
+    for text, message in (
+        ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
+        ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            read_cases(path, ["ink", "fox"])
+        assert message in str(error.value)
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    """A sheet over three arms and two seeds of one case; each arm has a colour."""
+    rows = []
+    for arm, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
+        for seed in (1, 2):
+            keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, arm, "fox+ink", seed))
+            rows.append({"arm": arm, "case": "fox+ink", "seed": seed, "prompt": "a fox in ink"})
+    assert judging_sheet(tmp_path, rows) == 12
+    return tmp_path
+
+
+def test_the_sheet_asks_each_pair_in_both_orders_and_blind(sheet):
+    key = json.loads((sheet / "sheet" / "key.json").read_text())
+    asked = {(q["seed"], q["left"], q["right"]) for q in key}
+    assert len(asked) == 12
+    assert {(s, b, a) for s, a, b in asked} == asked
+    colours = {"sum": (255, 0, 0), "mean": (0, 128, 0), "gates": (0, 0, 255)}
+    for number, question in enumerate(key):
+        image = Image.open(sheet / "sheet" / f"{number:04}.png")
+        left, right = (image.getpixel((image.width * x // 4, image.height // 2)) for x in (1, 3))
+        assert (left, right) == (colours[question["left"]], colours[question["right"]])
+    text = (sheet / "sheet" / "answers.csv").read_text()
+    assert not any(arm in text for arm in colours)
+
+
+def answer(sheet, choose):
+    path = sheet / "sheet" / "answers.csv"
+    lines = list(csv.reader(path.open()))
+    for line, question in zip(lines[1:], json.loads((sheet / "sheet" / "key.json").read_text()), strict=True):
+        line[2] = choose(question)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+
+
+def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
+    def choose(q):
+        if "gates" in (q["left"], q["right"]):
+            return "left" if q["left"] == "gates" else "Right "
+        return "left" if q["seed"] == 1 else ""  # sum against mean: always the left one, or no answer
+
+    answer(sheet, choose)
+    lines = judged(sheet).splitlines()
+    assert "| gates | sum | 4 | 0 | 0 | 1.00 |" in lines
+    assert "| gates | mean | 4 | 0 | 0 | 1.00 |" in lines
+    assert "| mean | sum | 1 | 1 | 0 | 0.00 |" in lines
+    assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    answer(sheet, lambda q: "both")
+    with pytest.raises(ValueError, match="question 0000: 'both' is none of"):
+        judged(sheet)
+
+
+def test_evaluate_on_any_checkpoint(models, own, loras, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "cases.jsonl").write_text('{"concepts": ["fox", "ink"], "prompt": "a fox in ink"}\n')
+    args = ["evaluate", "--base", str(tmp_path / "base"), "--device", "cpu", "--steps", "1", "--seeds", "2", "--sheet"]
+    for name in ("fox", "ink"):
+        args += ["--expert", f"{name}={loras[name]}", "--images", f"{name}={own[name]}", "--own", f"{name}=a {name}"]
+    args += ["--cases", str(tmp_path / "cases.jsonl"), "--clip", models[0], "--dino", models[1], "--style", "ink"]
+    args += ["--out", str(tmp_path / "out"), "--arm", "base", "--arm", "np", "--arm", "ssr", "--arm", "k-lora"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("| arm | CLIP-T | CLIP-I | DINO |")
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:6]] == ["| base", "| np", "| ssr", "| k-lora"]
+    assert "24 questions" in text
+    assert (tmp_path / "out" / "samples.png").exists()
+    assert main([*args, "--search"]) == 1
+    assert main([*args, "--style", "cat"]) == 1
+    assert "no such experts" in capsys.readouterr().err
