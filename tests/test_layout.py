@@ -27,6 +27,7 @@ ORDER = [
     "prompt_syntax",
     "plan",
     "pipelines",
+    "library",
     "testing",
     "emoji",
     "judge",
@@ -79,6 +80,7 @@ FOLDERS = {
         "loop",
         "card",
     ],
+    "library": ["words", "ranking", "encoders", "cards", "store", "library", "composing"],
     "evaluation": [
         "statistics",
         "rows",
@@ -140,7 +142,8 @@ def test_files_import_only_from_above():
 
 def test_maths_imports_torch_only():
     merges = [PACKAGE / "merging" / f"{name}.py" for name in MERGE_MATHS]
-    files = (PACKAGE / "mixing.py", PACKAGE / "training" / "losses.py", PACKAGE / "lora_files" / "factors.py")
+    inner = (("training", "losses"), ("lora_files", "factors"), ("library", "ranking"))
+    files = (PACKAGE / "mixing.py", *(PACKAGE / folder / f"{name}.py" for folder, name in inner))
     for path in (*files, *merges):
         assert set(imports(path)) <= {f"merging.{name}" for name in MERGE_MATHS}
         roots = {n.module.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}

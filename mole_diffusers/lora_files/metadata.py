@@ -65,6 +65,11 @@ def triggers(metadata: Mapping[str, str], note: Mapping[str, Any]) -> tuple[str,
     for phrase in (note.get("activation text"), metadata.get("modelspec.trigger_phrase")):
         if isinstance(phrase, str) and phrase.strip():
             return tuple(word.strip() for word in phrase.split(",") if word.strip())
+    return training_tags(metadata)[:3]
+
+
+def training_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """kohya's training tags, the most frequent first."""
     try:
         folders = parse_json(metadata.get("ss_tag_frequency", "{}"), "ss_tag_frequency")
     except RefusedFileError:
@@ -72,7 +77,7 @@ def triggers(metadata: Mapping[str, str], note: Mapping[str, Any]) -> tuple[str,
     counts: Counter[str] = Counter()
     for tags in folders.values() if isinstance(folders, dict) else ():
         counts.update({tag.strip(): n for tag, n in tags.items() if type(n) is int} if isinstance(tags, dict) else {})
-    return tuple(tag for tag, _ in counts.most_common(3) if tag)
+    return tuple(tag for tag, _ in counts.most_common() if tag)
 
 
 def note_beside(path: Path) -> Mapping[str, Any]:
