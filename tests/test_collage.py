@@ -8,7 +8,7 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.training.collage import _alone, collage
 from mole_diffusers.training.data import Draw, Samples, encode_pixels
-from mole_diffusers.training.denoising import decode, denoising_loss, sample
+from mole_diffusers.training.denoising import decode, denoising_loss, predict, sample, training_scheduler
 from mole_diffusers.training.losses import side_by_side
 from mole_diffusers.training.study import Lesson, Study, named
 
@@ -49,10 +49,26 @@ def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, 
     draw = torch.Generator().manual_seed(0)
     parts = [_alone(study, part, draw, seeds=1, steps=2, guidance=3.0) for part in LESSON.parts[PROMPT]]
     sheet = encode_pixels(pipe, side_by_side(torch.stack(parts)))
-    wanted = denoising_loss(pipe, Samples(sheet.repeat(3, 1, 1, 1), [PROMPT] * 3), Draw(torch.Generator().manual_seed(5), 4))
+    samples = Samples(sheet.repeat(3, 1, 1, 1), [PROMPT] * 3)
+    wanted = denoising_loss(pipe, samples, Draw(torch.Generator().manual_seed(5), 4), guidance=3.0)
     found = term(Draw(torch.Generator().manual_seed(5), 4))
     torch.testing.assert_close(found, wanted)
     gradients = torch.autograd.grad(found, mixture.parameters(), allow_unused=True)
     assert any(g is not None and g.abs().sum() > 0 for g in gradients)
     with pytest.raises(ValueError, match="collage term needs the parts"):
         collage(replace(study, lesson=Lesson(composed=[PROMPT])))
+
+
+def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):
+    """Two routes: the loss, and the guided prediction put together by hand from single calls."""
+    mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    samples = Samples(torch.randn(1, 4, 16, 16), ["a fox"])
+    draw = Draw(torch.Generator().manual_seed(2), 2)
+    with torch.no_grad():
+        found = denoising_loss(pipe, samples, Draw(torch.Generator().manual_seed(2), 2), guidance=2.5)
+        draw.choice(1), draw.uniform()
+        noise, timesteps = draw.normal(4, 16, 16), torch.tensor(draw.choice(1000))
+        noisy = training_scheduler(pipe).add_noise(samples.latents.expand(2, -1, -1, -1), noise, timesteps)
+        empty, full = (predict(pipe, noisy, timesteps, [text] * 2) for text in ("", "a fox"))
+    wanted = (empty + 2.5 * (full - empty) - noise).square().mean()
+    torch.testing.assert_close(found, wanted)

@@ -18,7 +18,8 @@ def collage(study: Study, *, pictures: int = 64, seeds: int = 12, steps: int = 1
 
     Args:
         pictures: collages per composed prompt.
-        seeds, steps, guidance: pictures per part, and how they are sampled.
+        seeds, steps, guidance: pictures per part, and how they are sampled. The loss is that of the guided prediction:
+            fitted to the unguided one, pictures that guidance made would be guided twice.
     """
     if not study.lesson.parts:
         raise ValueError("the collage term needs the parts of composed prompts")
@@ -31,7 +32,7 @@ def collage(study: Study, *, pictures: int = 64, seeds: int = 12, steps: int = 1
         latents.append(encode_pixels(study.pipe, sheets))
         captions += [prompt] * pictures
     samples = Samples(torch.cat(latents), captions)
-    return lambda draw: denoising_loss(study.pipe, samples, draw)
+    return lambda draw: denoising_loss(study.pipe, samples, draw, guidance=guidance)
 
 
 @torch.no_grad()

@@ -38,6 +38,19 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Te
     return call(x)
 
 
+def _guided_text(pipe: Any, prompts: Sequence[str], guidance: float) -> torch.Tensor:
+    """Text states [2B, T, C], the empty prompt's before each prompt's; [B, T, C] where guidance is 1."""
+    return embed(pipe, [*([""] * len(prompts) if guidance != 1 else []), *prompts])
+
+
+def _guided(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, *, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans, 2022): e_0 + guidance (e - e_0), [B, C, H, W]."""
+    if guidance == 1:
+        return _predict(pipe, x, timesteps, text)
+    empty, full = _predict(pipe, torch.cat([x, x]), torch.cat([timesteps, timesteps]), text).chunk(2)
+    return empty + guidance * (full - empty)
+
+
 def latent_shape(pipe: Any) -> tuple[int, int, int]:
     """(C, H, W) of the latents that the UNet was made for."""
     config = pipe.unet.config
@@ -64,15 +77,10 @@ def sample(
     """
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(steps, device=x.device)
-    guided = guidance != 1
-    text = embed(pipe, [*([""] * len(x) if guided else []), *prompts])  # [B or 2B, T, C]
+    text = _guided_text(pipe, prompts, guidance)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        rows = torch.cat([x, x]) if guided else x
-        prediction = _predict(pipe, rows, t.expand(len(rows)), text)
-        if guided:
-            empty, full = prediction.chunk(2)
-            prediction = empty + guidance * (full - empty)
+        prediction = _guided(pipe, x, t.expand(len(x)), text, guidance=guidance)
         return scheduler.step(prediction, t, x).prev_sample
 
     for t in scheduler.timesteps[:stop]:
@@ -95,16 +103,22 @@ def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps
     raise ValueError(f"prediction type {kind!r} cannot be trained; known: ['epsilon', 'v_prediction']")
 
 
-def denoising_loss(pipe: Any, samples: Samples, draw: Draw, *, drop: float = 0.1) -> torch.Tensor:
+def denoising_loss(pipe: Any, samples: Samples, draw: Draw, *, drop: float = 0.1, guidance: float = 1.0) -> torch.Tensor:
     """The diffusion training loss on a random batch: MSE of the prediction, uniform timesteps.
 
-    `drop` is the share of captions replaced by the empty prompt, so that guidance keeps its unconditional side.
+    Args:
+        drop: share of captions replaced by the empty prompt, so that guidance keeps its unconditional side; none are where
+            the prediction is guided.
+        guidance: what the prediction is guided by. 1 is the plain loss, right for pictures that are to be imitated by the
+            conditional model; pictures that a guided sampler made ask for the guidance that they will be drawn with.
     """
-    pick, dropped = draw.choice(len(samples.latents)), (draw.uniform() < drop).tolist()
-    prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick, dropped, strict=True)]
+    pick = draw.choice(len(samples.latents))
+    dropped = draw.uniform() < (drop if guidance == 1 else 0.0)
+    prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick, dropped.tolist(), strict=True)]
     latents = samples.latents[pick].to(pipe.device)
     noise = draw.normal(*latents.shape[1:]).to(pipe.device)
     scheduler = training_scheduler(pipe)
     timesteps = torch.tensor(draw.choice(scheduler.config.num_train_timesteps), device=pipe.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    return F.mse_loss(predict(pipe, noisy, timesteps, prompts), target(scheduler, latents, noise, timesteps))
+    prediction = _guided(pipe, noisy, timesteps, _guided_text(pipe, prompts, guidance), guidance=guidance)
+    return F.mse_loss(prediction, target(scheduler, latents, noise, timesteps))

@@ -14,10 +14,10 @@ from mole_diffusers.training.rewards import clip, rollout
 from mole_diffusers.training.study import Study, Term, need
 
 
-def denoise(study: Study) -> Term:
-    """The diffusion loss on pictures with captions."""
+def denoise(study: Study, *, guidance: float = 1.0) -> Term:
+    """The diffusion loss on pictures with captions; `guidance` other than 1 fits the guided prediction to them."""
     samples = need(study.lesson.samples, "denoise", "pictures")
-    return lambda draw: denoising_loss(study.pipe, samples, draw)
+    return lambda draw: denoising_loss(study.pipe, samples, draw, guidance=guidance)
 
 
 OBJECTIVES: dict[str, Callable[..., Term]] = {
