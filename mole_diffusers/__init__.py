@@ -5,7 +5,21 @@ from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.merge import merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
-from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
+from mole_diffusers.pipelines import (
+    MoLEPipeline,
+    MoLEStableDiffusionControlNetImg2ImgPipeline,
+    MoLEStableDiffusionControlNetInpaintPipeline,
+    MoLEStableDiffusionControlNetPipeline,
+    MoLEStableDiffusionImg2ImgPipeline,
+    MoLEStableDiffusionInpaintPipeline,
+    MoLEStableDiffusionPipeline,
+    MoLEStableDiffusionXLControlNetImg2ImgPipeline,
+    MoLEStableDiffusionXLControlNetInpaintPipeline,
+    MoLEStableDiffusionXLControlNetPipeline,
+    MoLEStableDiffusionXLImg2ImgPipeline,
+    MoLEStableDiffusionXLInpaintPipeline,
+    MoLEStableDiffusionXLPipeline,
+)
 from mole_diffusers.processor import MoLEAttnProcessor
 from mole_diffusers.safe_files import RefusedFileError
 from mole_diffusers.saving import save_expert
@@ -20,7 +34,19 @@ __all__ = [
     "GateConfig",
     "Mixture",
     "MoLEAttnProcessor",
+    "MoLEPipeline",
+    "MoLEStableDiffusionControlNetImg2ImgPipeline",
+    "MoLEStableDiffusionControlNetInpaintPipeline",
+    "MoLEStableDiffusionControlNetPipeline",
+    "MoLEStableDiffusionImg2ImgPipeline",
+    "MoLEStableDiffusionInpaintPipeline",
     "MoLEStableDiffusionPipeline",
+    "MoLEStableDiffusionXLControlNetImg2ImgPipeline",
+    "MoLEStableDiffusionXLControlNetInpaintPipeline",
+    "MoLEStableDiffusionXLControlNetPipeline",
+    "MoLEStableDiffusionXLImg2ImgPipeline",
+    "MoLEStableDiffusionXLInpaintPipeline",
+    "MoLEStableDiffusionXLPipeline",
     "RefusedFileError",
     "Trace",
     "attach",

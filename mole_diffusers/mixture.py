@@ -15,6 +15,7 @@ from torch import nn
 
 from mole_diffusers import checkpoint
 from mole_diffusers.calls import DENOISERS, CallReader
+from mole_diffusers.card import model_card
 from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
 from mole_diffusers.gates import FAMILIES, GateConfig
@@ -102,7 +103,8 @@ def _denoiser(pipe: Any) -> nn.Module:
     raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
 
 
-def _hosts(pipe: Any) -> dict[str, nn.Module]:
+def hosts(pipe: Any) -> dict[str, nn.Module]:
+    """Part -> model of a pipeline that experts can sit on; ValueError where they could not act."""
     unet = _denoiser(pipe)
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
@@ -124,17 +126,17 @@ class Mixture:
     """
 
     def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
-        self._pipe, hosts = pipe, _hosts(pipe)
-        matches = [match(expert, hosts) for expert in experts.values()]
+        self._pipe, parts = pipe, hosts(pipe)
+        matches = [match(expert, parts) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
         self._state = State([True] * len(experts), [1.0] * len(experts))
         self._turn, self._undo = Turn(), ExitStack()
-        self._denoiser = next(hosts[part] for part in DENOISERS if part in hosts)
+        self._denoiser = _denoiser(pipe)
         self._call = CallReader(self._denoiser)
         self._parts = [
-            GatedPart(part, hosts[part], stacks, config=config, state=self._state)
-            for part, stacks in stack_all(matches, hosts).items()
+            GatedPart(part, parts[part], stacks, config=config, state=self._state)
+            for part, stacks in stack_all(matches, parts).items()
         ]
         self.banks = {part.name: part.bank for part in self._parts}
 
@@ -221,6 +223,10 @@ class Mixture:
             self._state.step = -1
             yield trace
 
+    def weighed(self) -> dict[str, tuple[Expert, float]]:
+        """name -> (expert, strength), as `attach` takes them."""
+        return {name: (expert, self.strength(name)) for name, expert in self.experts.items()}
+
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters, all that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
@@ -293,13 +299,17 @@ class Mixture:
         return one_lora(self._parts, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; returns the commit's address. `options` go to `HfApi.upload_folder`."""
+        """Upload what `save_pretrained` writes and a model card; returns the commit's address.
+
+        `options` go to `HfApi.upload_folder`.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            Path(folder, "README.md").write_text(model_card(self.weighed(), self.config, repo_id, pipeline=False))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -347,7 +357,7 @@ class Mixture:
             # First of all hooks: the network's own gate already needs the time of this call.
             undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
             if self.config.family == "prompt":
-                for name, model in _hosts(self._pipe).items():
+                for name, model in hosts(self._pipe).items():
                     if name not in DENOISERS:
                         self._state.words.watch(model, undo)
             for part in self._parts:

@@ -213,6 +213,14 @@ HOSTS = {
     "sdxl-img2img": lambda: (sdxl(d.StableDiffusionXLImg2ImgPipeline), IMAGE),
     "sdxl-inpaint": lambda: (sdxl(d.StableDiffusionXLInpaintPipeline), INPAINT | SIZE),
     "sdxl-controlnet": lambda: (sdxl(d.StableDiffusionXLControlNetPipeline, controlnet=xl_controlnet()), {"image": PICTURE}),
+    "sdxl-controlnet-img2img": lambda: (
+        sdxl(d.StableDiffusionXLControlNetImg2ImgPipeline, controlnet=xl_controlnet()),
+        IMAGE | CONTROLLED,
+    ),
+    "sdxl-controlnet-inpaint": lambda: (
+        sdxl(d.StableDiffusionXLControlNetInpaintPipeline, controlnet=xl_controlnet()),
+        INPAINT | CONTROLLED | SIZE,
+    ),
     "sdxl-turbo": lambda: (sdxl(), {"guidance_scale": 0.0, "num_inference_steps": 1}),
     "sdxl-pag": lambda: (sdxl(d.StableDiffusionXLPAGPipeline, pag_applied_layers="mid"), {"pag_scale": 3.0}),
     "sd3": lambda: (sd3(), {}),

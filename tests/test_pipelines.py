@@ -60,7 +60,7 @@ def test_files_inside_a_folder_and_from_pretrained(dropin, loras, draw, tmp_path
     assert torch.equal(draw(dropin), image)
     again = mole.MoLEStableDiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    again.load_lora_weights(loras["fox"])
+    assert again.get_active_adapters() == ["default_0"]
     assert torch.equal(draw(again), image)
 
 
@@ -82,7 +82,7 @@ def test_bad_calls_change_nothing(dropin, loras, draw):
 
 
 def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatch):
-    from mole_diffusers import pipelines
+    from mole_diffusers import dropin as files
 
     asked = []
 
@@ -90,7 +90,7 @@ def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatc
         asked.append((repo, name, options))
         return str(loras["fox"])
 
-    monkeypatch.setattr(pipelines, "hf_hub_download", download)
+    monkeypatch.setattr(files, "hf_hub_download", download)
     dropin.load_lora_weights("me/fox", weight_name="f.safetensors", subfolder="s", token="t")
     assert asked == [("me/fox", "f.safetensors", {"subfolder": "s", "token": "t"})]
     assert dropin.get_active_adapters() == ["default_0"]

@@ -292,4 +292,8 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(pipe, loras, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert mole.attach(pipe, loras, "mole").push_to_hub("me/gates", private=True) == "https://hub/me/gates"
-    assert sent == {"repo": ("me/gates", True), "files": ["config.json", "gates.safetensors"], "options": {"private": True}}
+    assert sent == {
+        "repo": ("me/gates", True),
+        "files": ["README.md", "config.json", "gates.safetensors"],
+        "options": {"private": True},
+    }

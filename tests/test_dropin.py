@@ -1,0 +1,158 @@
+"""Every drop-in pipeline, its folder, and the hub."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import hosts
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.lora_files import read_expert
+from mole_diffusers.testing import tiny_lora
+
+FORMS = ("", "-img2img", "-inpaint", "-controlnet", "-controlnet-img2img", "-controlnet-inpaint")
+
+
+@pytest.fixture
+def kind(request):
+    """(drop-in pipeline, what its call needs) of the host named by the test."""
+    pipe, options = hosts.HOSTS[getattr(request, "param", "sd15")]()
+    return hosts.quiet(mole.MoLEPipeline.from_pipe(pipe)), options
+
+
+def load_two(pipe, folder, awake):
+    files = [tiny_lora(pipe, folder / f"{i}.safetensors", seed=i) for i in range(2)]
+    for name, file in zip(("fox", "ink/2"), files, strict=True):
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.load_gates("mole")
+    pipe.set_adapters(["fox", "ink/2"], [1.0, -0.5])
+    awake(pipe.mixture)
+
+
+def same(picture, wanted):
+    # Weights mapped from a file lie otherwise in memory than built ones, which costs SDXL its last bit.
+    torch.testing.assert_close(picture, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [base + form for base in ("sd15", "sdxl") for form in FORMS], indirect=True)
+def test_a_folder_keeps_experts_gates_and_strengths(kind, awake, tmp_path):
+    pipe, options = kind
+    assert isinstance(pipe, getattr(diffusers, type(pipe).__name__.removeprefix("MoLE")))
+    base = hosts.draw(pipe, options)
+    load_two(pipe, tmp_path, awake)
+    image = hosts.draw(pipe, options)
+    assert not torch.allclose(image, base, atol=1e-2)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(hosts.draw(pipe, options), image)
+    again = hosts.quiet(mole.MoLEPipeline.from_pretrained(tmp_path / "saved"))
+    assert again.mixture.strength("ink/2") == -0.5
+    same(hosts.draw(again, options), image)
+    plain = hosts.quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved"))
+    assert type(plain) is next(k for k in type(again).__mro__ if k.__module__.startswith("diffusers"))
+    same(hosts.draw(plain, options), base)
+
+
+def test_an_expert_in_memory_is_written_out(kind, tmp_path):
+    pipe, options = kind
+    path = tiny_lora(pipe, tmp_path / "gone.safetensors")
+    pipe.load_lora_weights(read_expert(path), adapter_name="fox")
+    pipe.load_gates("mole")
+    path.unlink()
+    pipe.save_pretrained(tmp_path / "saved")
+    again = hosts.quiet(type(pipe).from_pretrained(tmp_path / "saved"))
+    same(hosts.draw(again, options), hosts.draw(pipe, options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is not of format mole_diffusers.mixture, version 1"),
+        ({"experts": [{"name": "fox"}]}, "is not complete"),
+        ({"experts": []}, "is not complete"),
+        ({"experts": [{"name": "fox", "file": "../fox", "strength": 1}]}, "not the name of a file in experts/"),
+    ],
+)
+def test_a_bad_folder_is_refused_and_changes_nothing(kind, tmp_path, change, message):
+    pipe, options = kind
+    pipe.load_lora_weights(tiny_lora(pipe, tmp_path / "fox.safetensors"))
+    image = hosts.draw(pipe, options)
+    pipe.save_pretrained(tmp_path / "saved")
+    index = tmp_path / "saved/mole/mixture.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        pipe.load_mixture(index.parent)
+    with pytest.raises(FileNotFoundError, match=r"it has no mixture.json"):
+        pipe.load_mixture(tmp_path)
+    assert torch.equal(hosts.draw(pipe, options), image)
+
+
+def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):
+    pipe, options = kind
+    pipe.to(torch.bfloat16)
+    pipe.load_lora_weights(tiny_lora(pipe, tmp_path / "fox.safetensors"))
+    other = hosts.quiet(mole.MoLEStableDiffusionImg2ImgPipeline.from_pipe(pipe))
+    assert other.unet is pipe.unet
+    assert other.mixture is pipe.mixture
+    assert other.unet.dtype == pipe.vae.dtype == torch.bfloat16
+    assert hosts.draw(other, hosts.IMAGE).isfinite().all()
+    cast = mole.MoLEStableDiffusionPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    assert cast.unet.dtype == torch.float32
+    cast.vae.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"\['torch.bfloat16', 'torch.float32'\]; give the torch_dtype"):
+        mole.MoLEStableDiffusionPipeline.from_pipe(cast)
+
+
+def test_a_kind_without_a_dropin_is_refused():
+    with pytest.raises(ValueError, match="FluxPipeline has no drop-in pipeline; those that have one"):
+        mole.MoLEPipeline.from_pipe(hosts.flux())
+
+
+def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch):
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipe, options = kind
+    load_two(pipe, tmp_path, awake)
+    image = hosts.draw(pipe, options)
+    saved = str(tmp_path / "saved")
+    pipe.save_pretrained(saved)
+    opened = diffusers.DiffusionPipeline.from_pretrained(saved, custom_pipeline=saved, trust_remote_code=True)
+    hosts.quiet(opened).load_mixture(Path(saved, "mole"))
+    assert isinstance(opened, mole.MoLEStableDiffusionPipeline)
+    assert torch.equal(hosts.draw(opened, options), image)
+
+
+def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, tmp_path, monkeypatch):
+    import shutil
+
+    from mole_diffusers import dropin
+
+    pipe, options = kind
+    load_two(pipe, tmp_path, awake)
+    image = hosts.draw(pipe, options)
+    hub = tmp_path / "hub"
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok):
+            assert (repo_id, exist_ok) == ("me/mix", True)
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            shutil.copytree(folder_path, hub)
+            return f"https://hub/{repo_id}"
+
+    def snapshot(repo, allow_patterns, **options):
+        assert (repo, allow_patterns, options) == ("me/mix", ["mole/*"], {"revision": "v1"})
+        return str(hub)
+
+    monkeypatch.setattr(dropin, "HfApi", Hub)
+    monkeypatch.setattr(dropin, "snapshot_download", snapshot)
+    assert pipe.push_to_hub("me/mix") == "https://hub/me/mix"
+    card = (hub / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "| ink/2 | -0.5 |" in card
+    assert 'MoLEPipeline.from_pretrained("me/mix")' in card
+    pipe.unload_lora_weights()
+    pipe.load_mixture(dropin._kept("me/mix", revision="v1"))
+    assert torch.equal(hosts.draw(pipe, options), image)
