@@ -7,7 +7,7 @@ adapters, quantised layers and hooks of the host working. The extension point is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,6 +29,8 @@ ADAPTER = "mole_experts"
 class GatedLora:
     """The arithmetic of one layer: result + up (g[segment] * (down x)) for all experts in one pass."""
 
+    pays: Callable[..., bool] = staticmethod(mixing.folding_pays)
+
     def __init__(self, slot: Slot, stack: Stack, layer: str):
         self.slot, self.present, self.ranks, self.layer = slot, stack.present, stack.ranks, layer
 
@@ -45,7 +47,7 @@ class GatedLora:
             return None
         layer, base = self._layer(module, x), module.base_layer
         factor = self._factor(x, layer)  # [R], [B, 1, R] or [B, T, R]
-        if _bare(base) and base.weight.dtype == x.dtype and mixing.folding_pays(x, base.weight, factor):
+        if _bare(base) and base.weight.dtype == x.dtype and self.pays(x, base.weight, factor):
             up = layer.up * (factor * module.scaling[ADAPTER])  # [Cout, R] or [B, Cout, R]
             return mixing.folded_linear(x, base.weight, base.bias, module.lora_A[ADAPTER].weight, up)
         return self._beside(module, layer, base(x), factor)
@@ -120,6 +122,13 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
+
+
+def prefer(model: nn.Module, pays: Callable[..., bool]) -> None:
+    """Have the injected layers of `model` choose between their two ways by `pays`, in place of `mixing.folding_pays`."""
+    for layer in model.modules():
+        if type(layer) is GatedLinear:
+            layer.lora_variant[ADAPTER].pays = pays
 
 
 def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

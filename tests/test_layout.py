@@ -48,6 +48,7 @@ ORDER = [
     "gate_figures",
     "app",
     "evaluation",
+    "bench",
     "cli",
 ]
 FOLDERS = {
@@ -110,7 +111,8 @@ FOLDERS = {
         "api",
         "build",
     ],
-    "cli": ["common", "studio", "inspect", "compose", "grid", "app", "train", "evaluate", "merge"],
+    "cli": ["common", "studio", "inspect", "compose", "grid", "app", "train", "evaluate", "merge", "bench"],
+    "bench": ["hosts", "clock", "arms", "steps", "report"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 

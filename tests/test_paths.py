@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import mole_diffusers as mole
 from mole_diffusers import mixing
+from mole_diffusers.carrier import GatedLora
 from mole_diffusers.testing import ATTENTION, FEED_FORWARD, lora_layers, tiny_pipeline
 
 B, T, CIN, COUT, R = 2, 50, 12, 20, 6
@@ -20,7 +21,7 @@ def inside(monkeypatch):
         calls = []
         whole = mixing.folded_linear
         if answer is not None:
-            monkeypatch.setattr(mixing, "folding_pays", lambda *_: answer)
+            monkeypatch.setattr(GatedLora, "pays", staticmethod(lambda *_: answer))
         monkeypatch.setattr(mixing, "folded_linear", lambda *a: calls.append(a) or whole(*a))
         return calls
 

@@ -7,9 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from mole_diffusers.cli import app, compose, evaluate, grid, inspect, merge, train
+from mole_diffusers.cli import app, bench, compose, evaluate, grid, inspect, merge, train
 
-COMMANDS = (inspect, compose, grid, app, train, evaluate, merge)
+COMMANDS = (inspect, compose, grid, app, train, evaluate, merge, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""What a mixture costs, measured beside what else there is."""
