@@ -20,6 +20,7 @@ from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.gates.controls import Control
+from mole_diffusers.host_calls import guard
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.parts import GatedPart
@@ -362,6 +363,7 @@ class Mixture:
                         self._state.words.watch(model, undo)
             for part in self._parts:
                 part.install(undo)
+            guard(self._pipe, [part.model for part in self._parts], self.lifted, undo)
             take_turns(self._pipe, self._turn, undo)
             undo.callback(self._denoiser.__dict__.pop, HANDLE, None)
             object.__setattr__(self._denoiser, HANDLE, self)

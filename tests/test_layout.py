@@ -21,6 +21,7 @@ ORDER = [
     "checkpoint",
     "card",
     "turns",
+    "host_calls",
     "parts",
     "folding",
     "mixture",

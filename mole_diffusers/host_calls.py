@@ -1,0 +1,93 @@
+"""Calls of a host that would lose or break its experts: they meet the original host, or are refused in one sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import MethodType
+from typing import Any
+
+from diffusers import ModelMixin
+
+from mole_diffusers.carrier import ADAPTER
+
+Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
+
+ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter")
+FUSED = "q, k and v of a pipeline with a mixture cannot be fused, its experts are beside each; detach first"
+MERGED = "gated experts cannot be merged into the weights as they are; use mixture.collapsed() or mixture.export_lora()"
+PARTIAL = "{name} carries the experts of a mixture; take its weights inside `with mixture.lifted():`"
+COPY = "this {kind} was copied with a mixture on it; copy it inside `with mixture.lifted():`"
+
+
+def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None:
+    """Watch the calls of a pipeline and of the models with experts.
+
+    Saving a model, and loading an ordinary LoRA beside the mixture, run on the original models: diffusers would write
+    peft's own names, which load as random weights, and make the mixture's adapter inactive. Fusing is refused, and so
+    is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+    """
+    _lend(pipe, "fuse_lora", _fuse_lora, undo)
+    for model in models:
+        for name in ON_THE_ORIGINAL:
+            _lend(model, name, functools.partial(_lifting, model, lift), undo)
+        _lend(model, "fuse_qkv_projections", _refused_fusing, undo)
+        if isinstance(model, ModelMixin):
+            _watch_parts(model, undo)
+        elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
+            # diffusers' `clip_skip` looks for a module that transformers 5.6 took away
+            undo.callback(vars(model).pop, "text_model", None)
+            vars(model)["text_model"] = model
+
+
+def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: ExitStack) -> None:
+    """Give one object a method of its own, `make(the method it has)`; does nothing where it has none.
+
+    A method that a subclass made its own, as a drop-in pipeline does, knows what it is about and stays.
+    """
+    found = getattr(type(owner), name, None)
+    if found is None or found.__module__.startswith("mole_diffusers"):
+        return
+    undo.callback(vars(owner).pop, name, None)
+    vars(owner)[name] = MethodType(functools.wraps(found)(make(found)), owner)
+
+
+def _lifting(model: Any, lift: Lift, found: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not model:
+            raise ValueError(COPY.format(kind=type(self).__name__))
+        # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
+        with nullcontext() if kwargs.get("hotswap") is True else lift():
+            return found(self, *args, **kwargs)
+
+    return call
+
+
+def _fuse_lora(found: Any) -> Any:
+    def call(self: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        active = self.get_active_adapters() if adapter_names is None else adapter_names
+        if ADAPTER in active:
+            raise ValueError(MERGED)
+        return found(self, *args, adapter_names=adapter_names, **kwargs)
+
+    return call
+
+
+def _refused_fusing(_: Any) -> Any:
+    def call(*_: Any, **__: Any) -> None:
+        raise ValueError(FUSED)
+
+    return call
+
+
+def _watch_parts(model: Any, undo: ExitStack) -> None:
+    for name, child in model.named_children():
+        if any(ADAPTER in key for key, _ in child.named_parameters()):
+            undo.callback(child.register_state_dict_pre_hook(functools.partial(_whole_only, name)).remove)
+
+
+def _whole_only(name: str, _: Any, prefix: str, *__: Any) -> None:
+    """A state dict of the whole model has a prefix for each part."""
+    if not prefix:
+        raise ValueError(PARTIAL.format(name=name))
