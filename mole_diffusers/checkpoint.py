@@ -29,14 +29,14 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
     def order(self, experts: Mapping[str, Expert]) -> list[str]:
-        """The experts' names in the gates' order; ValueError where the sets differ.
+        """The experts' names in the gates' order; RefusedFileError where the sets differ.
 
         Gates without parameters of single experts take any experts, in the order given.
         """
         if not self.config.of_experts:
             return list(experts)
         if set(experts) != set(self.experts):
-            raise ValueError(
+            raise RefusedFileError(
                 f"the gates in {self.folder} weigh {sorted(self.experts)}, but the experts given are {sorted(experts)}"
             )
         for name, expert in experts.items():
@@ -47,19 +47,21 @@ class Checkpoint:
         return list(self.experts)
 
     def fill(self, banks: Mapping[str, GateBank]) -> None:
-        """Put the weights into `banks`; ValueError naming places or shapes that differ.
+        """Put the weights into `banks`; RefusedFileError naming places or shapes that differ.
 
         Gates without parameters of single experts may hold places that none of these experts has; those are left out.
         """
         wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
         if missing := sorted(set(wanted) - set(self.tensors)):
-            raise ValueError(f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more")
+            raise RefusedFileError(f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more")
         if self.config.of_experts and (foreign := sorted(set(self.tensors) - set(wanted))):
-            raise ValueError(f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have")
+            raise RefusedFileError(
+                f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have"
+            )
         for name, tensor in ((name, self.tensors[name]) for name in wanted):
             if tensor.shape != wanted[name].shape:
                 shapes = f"{list(tensor.shape)}, expected {list(wanted[name].shape)}"
-                raise ValueError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
+                raise RefusedFileError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
             wanted[name].copy_(tensor)
 
 

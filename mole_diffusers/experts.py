@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.lora_files import Expert, LoraWeights, check_family, layer_key
+from mole_diffusers.safe_files import RefusedFileError
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
         hosts: part name -> model, as a pipeline has them.
 
     Raises:
-        ValueError: the expert is of another family of models, a layer's shape does not fit the host (the message
+        RefusedFileError: the expert is of another family of models, a layer's shape does not fit the host (the message
             names expert, layer and both shapes), or not one layer was found.
     """
     about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
     try:
         check_family(expert.base, hosts)
     except ValueError as error:
-        raise ValueError(f"{about}: {error}") from None
+        raise RefusedFileError(f"{about}: {error}") from None
     found: dict[str, dict[str, LoraWeights]] = {}
     unmatched: dict[str, str] = {}
     for part, layers in expert.layers.items():
@@ -67,7 +68,7 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
             _check_shape(expert, f"{part}.{name}", weights, module)
             found.setdefault(part, {})[name] = weights
     if not found:
-        raise ValueError(f"{about}: none of its {len(unmatched)} layers is in this pipeline")
+        raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline")
     return Match(found, unmatched)
 
 
@@ -89,7 +90,7 @@ def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -
     inner = math.prod(host[1:])
     fits = up[0] == host[0] and math.prod(down[1:]) == inner and (len(down) == 2 or down[2:] == (host[2:] or (1, 1)))
     if not fits:
-        raise ValueError(
+        raise RefusedFileError(
             f"expert {expert.name!r} ({expert.source}, {expert.base}) does not fit layer {name}: "
             f"the host's weight is {list(host)}, the LoRA's down is {list(down)} and up is {list(up)}"
         )

@@ -21,6 +21,7 @@ MAX_HEADER = 8 << 20  # bytes; a LoRA's header with all its training tags and a 
 MAX_TENSORS = 20_000
 MAX_MARKS = 500_000  # opening brackets and colons, so that parsing a header stays cheap whatever it holds
 MAX_DIMS = 8
+LONGEST = 1000  # characters of a message
 MAX_DEPTH = 8  # of nested lists and objects in a JSON file
 
 DTYPES = {
@@ -32,6 +33,10 @@ DTYPES = {
 
 class RefusedFileError(ValueError):
     """A file from outside that is not what it should be; the message names the file and says what is wrong."""
+
+    def __init__(self, message: str):
+        # A file's own names stand in the message, and may be as long as the file.
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")
 
 
 @dataclass(frozen=True)

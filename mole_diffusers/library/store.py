@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mole_diffusers.library.cards import Card, card_from, read_card, stamps
 from mole_diffusers.library.encoders import Encoder
-from mole_diffusers.safe_files import Contents, inside, read_json, read_safetensors
+from mole_diffusers.safe_files import Contents, RefusedFileError, inside, read_json, read_safetensors
 
 FORMAT, VERSION = "mole_diffusers.library", 1
 FOLDER = ".mole_library"
@@ -76,7 +76,7 @@ def load(folder: Path) -> Index:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it cannot be read, is of another version, names files outside the folder, or its two files are not
+        RefusedFileError: it cannot be read, is of another version, names files outside the folder, or its two files are not
             from the same run.
     """
     try:
@@ -112,7 +112,7 @@ def _index(folder: Path, about: Any, vectors: Contents) -> Index:
 
 
 def check(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise ValueError in one sentence where the index is foreign (another encoder) or stale (other files)."""
+    """Raise RefusedFileError in one sentence where the index is foreign (another encoder) or stale (other files)."""
     check_encoder(folder, index, encoder)
     there, known = set(files_of(folder)), {card.file for card in index.cards} | set(index.skipped)
     if new := sorted(there - known):
@@ -126,7 +126,7 @@ def check(folder: Path, index: Index, encoder: Encoder) -> None:
 
 
 def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise ValueError where another encoder made the index, or other weights of one with the same id."""
+    """Raise RefusedFileError where another encoder made the index, or other weights of one with the same id."""
     if index.encoder != encoder.id:
         raise again(folder, f"was made with another encoder ({index.encoder}; this one is {encoder.id})")
     probe = encoder(PROBE)
@@ -134,6 +134,6 @@ def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
         raise again(folder, f"was made with other weights of its encoder ({encoder.id})")
 
 
-def again(folder: Path, problem: str) -> ValueError:
+def again(folder: Path, problem: str) -> RefusedFileError:
     """The one sentence for an index that has to be made again."""
-    return ValueError(f"the index of {folder} {problem}; make it again with: mole index {folder}")
+    return RefusedFileError(f"the index of {folder} {problem}; make it again with: mole index {folder}")
