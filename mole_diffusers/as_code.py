@@ -12,7 +12,9 @@ def as_code(recipe: Recipe) -> str:
     lines += _pipeline(recipe)
     call = [repr(recipe.text), *_call(recipe)]
     body = f"image = pipe({', '.join(call)}).images[0]"
-    if recipe.experts and recipe.arm != "base":
+    if recipe.experts and recipe.arm.startswith("merge "):
+        lines += _merged(recipe)
+    elif _planned(recipe):
         lines += _mixture(recipe)
         body = f"with mixture.planned(plan):\n    {body}"
     return "\n".join([*lines, body, 'image.save("picture.png")', ""])
@@ -56,4 +58,18 @@ def _call(recipe: Recipe) -> list[str]:
         f"height={recipe.height}",
         f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
     ]
-    return given + (["callback_on_step_end=plan.on_step()"] if recipe.experts and recipe.arm != "base" else [])
+    return given + (["callback_on_step_end=plan.on_step()"] if _planned(recipe) else [])
+
+
+def _planned(recipe: Recipe) -> bool:
+    """Whether there are gates and tags at work: neither the base alone nor a merge."""
+    return bool(recipe.experts) and recipe.arm != "base" and not recipe.arm.startswith("merge ")
+
+
+def _merged(recipe: Recipe) -> list[str]:
+    files = {name: (f"{name}.safetensors", strength) for name, strength in sorted(recipe.constant_strengths().items())}
+    return [
+        "",
+        f"merged = mole.merge({files}, {recipe.arm.partition(' ')[2]!r})",
+        'mole.attach(pipe, {"merged": merged}, gates="sum")',
+    ]

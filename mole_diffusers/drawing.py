@@ -12,8 +12,10 @@ import diffusers
 import torch
 from PIL import Image
 
+from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.plan import TagPlan
+from mole_diffusers.prompt_syntax import LoraTag
 from mole_diffusers.recipe import Recipe
 from mole_diffusers.shelf import UNTRAINED, Shelf, gates_hash
 
@@ -24,6 +26,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # as A1111 calls them
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
+MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
+MERGED = "merged"  # what a merge is called on the pipeline
 OnStep = Callable[[int, torch.Tensor], None]  # (step done, latents [1, C, h, w])
 
 
@@ -55,10 +59,12 @@ class Studio:
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
         if recipe.sampler and recipe.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {recipe.sampler!r}; known: {', '.join(SAMPLERS)}")
+        if recipe.arm.startswith("merge ") and _of("merge", recipe) not in MERGES:
+            raise ValueError(f"unknown merge {_of('merge', recipe)!r}; known: {', '.join(MERGES)}")
         return dataclasses.replace(
             recipe,
             prompt=" ".join([recipe.text, *tags]).strip(),
-            arm=f"alone {names[alone]}" if (alone := recipe.arm.partition(" ")[2]) in names else recipe.arm,
+            arm=f"alone {names.get(alone, alone)}" if (alone := _of("alone", recipe)) else recipe.arm,
             locks=locks,
             gates=gates,
             gates_sha256=digest,
@@ -81,8 +87,7 @@ class Studio:
         """
         with self.lock, self._sampler(recipe.sampler):
             mixture = self.prepared(recipe)
-            names = [] if mixture is None else list(mixture.experts)
-            plan = TagPlan(names, recipe.tags, unet=getattr(self.pipe, "unet", None), steps=recipe.steps, locks=recipe.locks)
+            plan = self._plan(recipe, [] if mixture is None else list(mixture.experts))
             callback = plan.on_step(_step_callback(on_step))
             if mixture is None:
                 return self._call(recipe, callback)
@@ -91,16 +96,31 @@ class Studio:
 
     def prepared(self, recipe: Recipe) -> Mixture | None:
         """Attach what a completed recipe asks for; what is attached already stays."""
-        key = (tuple(sorted(recipe.experts.items())), recipe.gates, recipe.gates_sha256)
+        merged = (recipe.arm, tuple(recipe.constant_strengths().items())) if _of("merge", recipe) else ()
+        key = (tuple(sorted(recipe.experts.items())), recipe.gates, recipe.gates_sha256, merged)
         if key != self._key or (attached(self.pipe) is None) != (not recipe.experts):
             self.forget()
             if recipe.experts:
-                experts = {name: self.shelf.expert(name) for name in sorted(recipe.experts)}
-                attach(self.pipe, experts, self.shelf.gates_source(recipe.gates))  # type: ignore[arg-type]
+                self._attach(recipe)
             else:
                 detach(self.pipe)
             self._key = key
         return attached(self.pipe)
+
+    def _attach(self, recipe: Recipe) -> None:
+        experts = {name: self.shelf.expert(name) for name in sorted(recipe.experts)}
+        if method := _of("merge", recipe):
+            strengths = recipe.constant_strengths()
+            one = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
+            attach(self.pipe, {MERGED: one}, "sum")
+        else:
+            attach(self.pipe, experts, self.shelf.gates_source(recipe.gates))  # type: ignore[arg-type]
+
+    def _plan(self, recipe: Recipe, names: list[str]) -> TagPlan:
+        unet = getattr(self.pipe, "unet", None)
+        if _of("merge", recipe):  # the strengths are in the merge, and it has no gates to lock
+            return TagPlan(names, [LoraTag(name) for name in names], unet=unet, steps=recipe.steps)
+        return TagPlan(names, recipe.tags, unet=unet, steps=recipe.steps, locks=recipe.locks)
 
     def forget(self) -> None:
         """Say that what is attached was changed by others, so that the next picture attaches anew."""
@@ -129,8 +149,14 @@ class Studio:
             self.pipe.scheduler = self._own
 
 
+def _of(kind: str, recipe: Recipe) -> str:
+    """What an arm of this kind names, the method of a "merge" say; "" for another arm."""
+    found, _, name = recipe.arm.partition(" ")
+    return name if found == kind else ""
+
+
 def _arm(mixture: Mixture | None, arm: str) -> AbstractContextManager:
-    if mixture is None or arm == "gates":
+    if mixture is None or arm == "gates" or arm.startswith("merge "):
         return nullcontext()
     if arm == "base":
         return mixture.fixed({})

@@ -14,7 +14,7 @@ from mole_diffusers.safe_files import parse_json, read_json
 
 FORMAT, VERSION = "mole_diffusers.recipe", 1
 RANGES = {"seed": (0, 2**63 - 1), "steps": (1, 150), "guidance": (0.0, 50.0), "width": (16, 4096), "height": (16, 4096)}
-ARMS = ("gates", "sum", "base", "alone")
+ARMS = ("gates", "sum", "base", "alone", "merge")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Recipe:
         steps, guidance, width, height: of the pipeline's call; sizes in pixels.
         sampler: a name of `drawing.SAMPLERS`; "" is the pipeline's own.
         gates: a family, "sum" say, or the name of trained gates.
-        arm: "gates"; for comparison "sum", "base", or "alone NAME".
+        arm: "gates"; for comparison "sum", "base", "alone NAME", or "merge METHOD" (see `merging.merge`).
         locks: place -> {LoRA: weight} that stand in for the gate there.
         experts: LoRA -> sha256 of its tensors, so that a file is found again whatever its name.
         gates_sha256: of the trained gates, "" for a family.
@@ -63,7 +63,7 @@ class Recipe:
         if len(self.prompt) > 5000 or len(self.negative) > 5000:
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm.partition(" ")[0] not in ARMS:
-            raise ValueError(f"unknown arm {self.arm!r}; known: {list(ARMS[:-1])} and 'alone NAME'")
+            raise ValueError(f"unknown arm {self.arm!r}; known: {list(ARMS[:3])}, 'alone NAME', 'merge METHOD'")
         _check_locks(self.locks)
         if not _named(self.experts, str):
             raise ValueError("experts must map LoRA names to hashes")
@@ -77,6 +77,14 @@ class Recipe:
     def text(self) -> str:
         """The prompt without its tags."""
         return parse(self.prompt, self.experts).text
+
+    def constant_strengths(self) -> dict[str, float]:
+        """LoRA -> its one strength. Raises ValueError where a tag changes it over parts, blocks or steps."""
+        tags = self.tags
+        plain = [tag for tag in tags if len(tag.te.points) == len(tag.unet.points) == 1 and tag.te == tag.unet]
+        if len(plain) != len(tags) or any(t.lbw or t.start or t.stop is not None for t in tags):
+            raise ValueError("one LoRA has one strength: take te=, unet=, lbw=, start=, stop= and step= out of the tags")
+        return {tag.name: tag.unet(0, 1) for tag in tags}
 
     def to_dict(self) -> dict[str, Any]:
         """With format and version, for a file."""

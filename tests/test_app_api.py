@@ -1,5 +1,6 @@
 """Every endpoint of the app through gradio_client, with good and bad input."""
 
+import inspect
 import json
 import shutil
 
@@ -31,6 +32,24 @@ def client(loras, tmp_path_factory):
     _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
     yield gradio_client.Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
     blocks.close()
+
+
+@pytest.fixture(scope="module")
+def blocks(loras):
+    from mole_diffusers.app.build import build
+
+    actions = Actions(Studio(tiny_pipeline(), Shelf(loras, {}), "tiny"))
+    return build(actions, Recipe(PROMPT, steps=2, width=32, height=32, gates="auto", base="tiny"))
+
+
+def test_every_button_gets_what_its_function_takes(blocks):
+    from gradio.helpers import special_args
+
+    events = [event for event in blocks.fns.values() if not event.api_name or event.api_visibility == "private"]
+    assert len(events) > 20
+    for event in events:
+        values, *_ = special_args(event.fn, [0] * len(event.inputs), "request")
+        inspect.signature(event.fn).bind(*values)
 
 
 def pixels(path):
@@ -66,6 +85,18 @@ def test_comparison(client):
     base, _, _, summed, gated = map(pixels, files)
     assert np.array_equal(summed, gated)  # these gates are the sum
     assert not np.array_equal(base, gated)
+
+
+def test_merges_are_compared_too(client):
+    labels, files = client.predict(RECIPE, ["mean", "svd"], api_name="/compare")
+    assert labels[-2:] == ["merge mean", "merge svd"]
+    assert not np.array_equal(*map(pixels, files[-2:]))
+    one = {"prompt": "a fox in ink <lora:fox:0.8>", "seed": 3, "gates": "sum"}
+    alone, merged = (pixels(client.predict({**one, "arm": arm}, api_name="/redraw")) for arm in ("sum", "merge mean"))
+    assert np.abs(merged.astype(int) - alone).max() <= 1  # the mean of one is that one, by another route
+    code = client.predict({**RECIPE, "arm": "merge svd"}, api_name="/code")
+    assert "mole.merge({'fox': ('fox.safetensors', 0.8), 'ink': ('ink.safetensors', 1.0)}, 'svd')" in code
+    compile(code, "code", "exec")
 
 
 def test_what_the_gates_did(client):
@@ -143,6 +174,8 @@ def test_bad_input_gets_one_sentence_and_the_app_goes_on(client, tmp_path):
         (("/redraw", ["x"]), "a recipe is an object"),
         (("/look", {"prompt": "x"}), "there is nothing to see"),
         (("/compare", {"prompt": "x", "arm": "worst"}), "unknown arm 'worst'"),
+        (("/compare", RECIPE, ["best"]), "unknown merge 'best'; known: mean, svd"),
+        (("/compare", {"prompt": "<lora:fox:1:stop=1>"}, ["svd"]), "one LoRA has one strength"),
         (("/grid", RECIPE, "weight fox", "seed=1"), "is not KIND=VALUE"),
         (("/grid", RECIPE, "seed=" + ",".join("1" * 500), "seed=1"), "is too large"),
         (("/code", {"prompt": "x", "sampler": "Best"}), "unknown sampler 'Best'"),

@@ -117,9 +117,10 @@ class Actions:
         recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
         return self.draw_all([(f"seed {r.seed}", r) for r in recipes], stopped)
 
-    def compare(self, recipe: Recipe, stopped: Stopped) -> Iterator[Progress]:
-        """The same seed from the base, each LoRA alone, the plain sum and the gates."""
+    def compare(self, recipe: Recipe, stopped: Stopped, merges: Sequence[str] = ()) -> Iterator[Progress]:
+        """The same seed from the base, each LoRA alone, the plain sum, the gates and any of `drawing.MERGES`."""
         arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", "gates"]
+        arms += [f"merge {method}" for method in merges if recipe.tags]
         return self.draw_all([(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms], stopped)
 
     def draw_all(self, wanted: Sequence[tuple[str, Recipe]], stopped: Stopped) -> Iterator[Progress]:
@@ -201,15 +202,13 @@ class Actions:
         Raises ValueError where strengths change over steps or blocks, which one LoRA cannot hold.
         """
         recipe = self._completed(recipe)
-        plain = [tag for tag in recipe.tags if len(tag.te.points) == len(tag.unet.points) == 1 and tag.te == tag.unet]
-        if len(plain) != len(recipe.tags) or any(t.lbw or t.start or t.stop is not None for t in recipe.tags):
-            raise ValueError("one LoRA has one strength: take te=, unet=, lbw=, start=, stop= and step= out of the tags")
+        wanted = recipe.constant_strengths()
         path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
         with self.studio.lock:
             mixture = self.studio.prepared(recipe)
             if mixture is None:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
-            with strengths(mixture, {tag.name: tag.unet(0, 1) for tag in recipe.tags}):
+            with strengths(mixture, wanted):
                 return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
 
     def keep(self, image: Image.Image, label: str, recipe: Recipe) -> Made:

@@ -115,13 +115,14 @@ def _drawing(page: Page) -> Iterator[Callable[..., Any]]:
         state = _last(actions.draw_all([("picture", _recipe(page, recipe))], never))
         return _file(state.made[0].path)
 
-    def compare(recipe: dict) -> tuple[list[str], list[gr.FileData]]:
-        """The same seed from the base, each LoRA alone, the plain sum and the gates. Returns labels and files.
+    def compare(recipe: dict, merges: list[str] | None = None) -> tuple[list[str], list[gr.FileData]]:
+        """The same seed from the base, each LoRA alone, the plain sum, the gates and merges. Returns labels and files.
 
         Args:
             recipe: {"prompt": ..., "seed": ..., ...}.
+            merges: names of training-free merges, "ties" say.
         """
-        made = _last(actions.compare(_recipe(page, recipe), never)).made
+        made = _last(actions.compare(_recipe(page, recipe), never, merges or ())).made
         return [one.label for one in made], [_file(one.path) for one in made]
 
     def look(recipe: dict) -> tuple[dict, list[gr.FileData]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.cards import Card, cards_of, set_card, with_words, without
-from mole_diffusers.app.page import PRIVATE, QUEUE, Page, gallery, say, say_while, session
+from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, gallery, say, say_while, session
 from mole_diffusers.drawing import SAMPLERS
 from mole_diffusers.prompt_syntax import parse
 from mole_diffusers.shelf import UNTRAINED
@@ -18,19 +19,29 @@ from mole_diffusers.shelf import UNTRAINED
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
+    _prompts(page)
+    with gr.Row(elem_classes="buttons"):
+        compose = gr.Button("Compose", variant="primary", elem_id="compose")
+        cancel = gr.Button("Cancel", elem_id="cancel")
+    status = gr.Markdown("", elem_id="status", elem_classes="status")
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
-            _prompts(page)
             adding = _adding(page)
             _cards(page)
         with gr.Column(scale=4):
-            with gr.Row():
-                compose = gr.Button("Compose", variant="primary", elem_id="compose")
-                cancel = gr.Button("Cancel", elem_id="cancel")
-            status = gr.Markdown("", elem_id="status")
-            preview = gr.Image(label="Now", format="png", interactive=False, height=260, elem_classes="pixel", elem_id="now")
+            preview = gr.Image(
+                label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
+            )
             pictures = gr.Gallery(
-                label="Pictures", format="png", columns=4, object_fit="contain", elem_classes="pixel", elem_id="pictures"
+                label="Pictures",
+                format="png",
+                columns=2,
+                height="auto",
+                object_fit="contain",
+                buttons=BUTTONS,
+                interactive=False,
+                elem_classes="pixel",
+                elem_id="pictures",
             )
             count = _settings(page)
     made = [status, preview, pictures, page.made]
@@ -62,8 +73,9 @@ def _prompts(page: Page) -> None:
     page.controls["prompt"] = gr.Textbox(
         page.defaults.prompt,
         label="Prompt",
-        info="<lora:name:strength>, also te= unet= lbw= start= stop= step= and 0@0,1@0.4; Ctrl+Up and Ctrl+Down change it",
-        lines=3,
+        info="<lora:name:strength>, also te= unet= lbw= start= stop= step= and 0@0,1@0.4. Ctrl+Up and Ctrl+Down change the "
+        "strength under the cursor, Shift+Enter composes.",
+        lines=2,
         max_length=5000,
         elem_id="prompt",
     )
@@ -71,10 +83,15 @@ def _prompts(page: Page) -> None:
 
 
 def _adding(page: Page) -> tuple[Any, Any, Any]:
-    with gr.Row():
-        find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
-        add = gr.Dropdown(list(page.actions.studio.shelf.loras), value=None, label="Add a LoRA", elem_id="add")
-        upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], type="filepath", size="sm", elem_id="upload")
+    with gr.Row(equal_height=True):
+        add = gr.Dropdown(
+            list(page.actions.studio.shelf.loras), value=None, label="Add a LoRA", elem_id="add", min_width=120
+        )
+        with gr.Column(min_width=120):
+            find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
+            upload = gr.UploadButton(
+                "Upload a LoRA", file_types=[".safetensors"], type="filepath", size="sm", elem_id="upload"
+            )
     return find, add, upload
 
 
@@ -82,7 +99,10 @@ def _settings(page: Page) -> Any:
     d, shelf = page.defaults, page.actions.studio.shelf
     with gr.Accordion("Settings", open=True):
         with gr.Row():
-            page.controls["seed"] = gr.Number(d.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+            with gr.Column(min_width=120):
+                page.controls["seed"] = gr.Number(d.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+                new = gr.Button("New seed", size="sm", elem_id="new-seed")
+                new.click(lambda: random.randrange(2**32), None, page.controls["seed"], queue=False, **PRIVATE)
             page.controls["steps"] = gr.Slider(1, 150, d.steps, step=1, label="Steps", elem_id="steps")
         with gr.Row():
             page.controls["guidance"] = gr.Slider(0, 20, d.guidance, step=0.1, label="Guidance")
@@ -105,14 +125,14 @@ def _settings(page: Page) -> Any:
 
 def _composed(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
-    def compose(*values: Any, request: gr.Request) -> Iterator[Any]:
+    def compose(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, count = values
         with page.stops.job(session(request)) as stopped:
             for state in page.actions.compose(page.recipe(*given), int(count), stopped):
                 last = state.made[-1].recipe.to_dict() if state.made else None
                 shown = gr.skip() if state.preview is None else state.preview
                 yield str(state), shown, gallery(state.made), last
-            if state.done < state.total:
+            if len(state.made) < int(count):
                 yield f"stopped after {len(state.made)} of {int(count)} pictures", gr.skip(), gr.skip(), gr.skip()
 
     return compose
@@ -179,20 +199,31 @@ def _cards(page: Page) -> None:
 def _card(page: Page, card: Card, prompt: str, *, colour: int) -> None:
     """One LoRA: switch, strength, trigger words, what its file says."""
     name, report = card["name"], page.actions.report(card["name"])
-    with gr.Group(elem_classes=["card", f"c{colour}"]):
-        with gr.Row():
+    with gr.Column(elem_classes=["card", f"c{colour}"]):
+        with gr.Row(elem_classes="head"):
             if (thumb := page.actions.thumbnail(name)) is not None:
-                gr.Image(thumb, show_label=False, container=False, interactive=False, height=64, buttons=[],
-                         elem_classes=["thumb", "pixel"], format="png")  # fmt: skip
+                gr.Image(
+                    thumb,
+                    label=f"what {name} looks like",
+                    show_label=False,
+                    container=False,
+                    interactive=False,
+                    height=56,
+                    buttons=[],
+                    elem_classes=["thumb", "pixel"],
+                    format="png",
+                    min_width=56,
+                    scale=0,
+                )
             on = gr.Checkbox(card["on"], label=name, container=False, min_width=80)
-            strength = gr.Slider(
-                -1, 2, min(max(card["strength"], -1), 2), step=0.05, label=f"strength of {name}", buttons=[], scale=3
-            )
-            number = gr.Number(card["strength"], label="any number", step=0.05, min_width=90)
-            remove = gr.Button("Remove", size="sm", min_width=60)
+            remove = gr.Button(f"Remove {name}", size="sm", min_width=90, scale=0)
+        with gr.Row(elem_classes="strength"):
+            shown = min(max(card["strength"], -1), 2)
+            strength = gr.Slider(-1, 2, shown, step=0.05, label=f"Strength of {name}", buttons=[], scale=3, min_width=160)
+            number = gr.Number(card["strength"], label="Any number", step=0.05, min_width=90, scale=1)
         words = report["triggers"]
-        chips = gr.CheckboxGroup(words, value=[w for w in words if w in prompt], label="trigger words", visible=bool(words))
-        gr.Markdown(_facts(report))
+        chips = gr.CheckboxGroup(words, value=[w for w in words if w in prompt], label="Trigger words", visible=bool(words))
+        gr.Markdown(_facts(report), elem_classes="facts")
     _connect_card(page, card, on=on, strength=strength, number=number, remove=remove, chips=chips)
 
 

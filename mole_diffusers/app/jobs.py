@@ -19,13 +19,14 @@ def watched(work: Callable[[Tell], None], stopped: Stopped) -> Iterator[Any]:
     """What `work(tell)` tells, as it tells it; an exception in `work` comes out here.
 
     `tell` raises StoppedError once `stopped()` says so; work that it ends counts as done. Where nothing is told for a
-    while, None comes out, so that whoever iterates can look around.
+    while, None comes out, so that whoever iterates can look around. Work that nobody listens to any more is stopped.
     """
     heard: Queue[Any] = Queue()
+    left = threading.Event()
 
     def tell(event: Any) -> None:
         heard.put(event)
-        if stopped():
+        if stopped() or left.is_set():
             raise StoppedError
 
     def run() -> None:
@@ -39,10 +40,13 @@ def watched(work: Callable[[Tell], None], stopped: Stopped) -> Iterator[Any]:
             heard.put(DONE)
 
     threading.Thread(target=run, daemon=True).start()
-    while (event := _next(heard)) is not DONE:
-        if isinstance(event, BaseException):
-            raise event
-        yield event
+    try:
+        while (event := _next(heard)) is not DONE:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        left.set()
 
 
 def _next(heard: Queue[Any]) -> Any:

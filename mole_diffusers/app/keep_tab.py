@@ -11,7 +11,7 @@ from mole_diffusers import infotext
 from mole_diffusers.app.actions import Progress
 from mole_diffusers.app.cards import cards_of
 from mole_diffusers.app.compose_tab import fresh
-from mole_diffusers.app.page import PRIVATE, QUEUE, Page, say, say_while, session
+from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, say, say_while, session
 from mole_diffusers.as_code import as_code
 
 
@@ -29,7 +29,7 @@ def _loading(page: Page) -> None:
     dropped = gr.File(
         label="Drop a picture or a recipe: it fills every field", file_types=[".png", ".json"], elem_id="dropped"
     )
-    told = gr.Markdown("", elem_id="dropped-status")
+    told = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
 
     @say
     def load(path: str | None) -> Any:
@@ -50,7 +50,7 @@ def _saving(page: Page) -> None:
         export = gr.Button("Export to one LoRA", elem_id="export")
     rank = gr.Number(None, label="Rank of the LoRA", info="empty: ranks add up, nothing is lost", precision=0)
     files = gr.File(label="File", interactive=False, elem_id="files")
-    told = gr.Markdown("", elem_id="keep-status")
+    told = gr.Markdown("", elem_id="keep-status", elem_classes="status")
     shown = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
 
     @say
@@ -83,8 +83,8 @@ def _grid(page: Page) -> None:
     with gr.Row():
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
-    status = gr.Markdown("", elem_id="grid-status")
-    sheet = gr.Image(label="Grid", format="png", interactive=False, elem_id="sheet")
+    status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
+    sheet = gr.Image(label="Grid", format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id="sheet")
 
     def stop(request: gr.Request) -> str:
         return "stopping" if page.stops.stop(session(request)) else "nothing is running"
@@ -95,7 +95,7 @@ def _grid(page: Page) -> None:
 
 def _gridded(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
-    def gridded(*values: Any, request: gr.Request) -> Iterator[Any]:
+    def gridded(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, x, y = values
         with page.stops.job(session(request)) as stopped:
             words = ""

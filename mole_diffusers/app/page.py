@@ -16,6 +16,7 @@ from mole_diffusers.recipe import Recipe
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
+BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
 KNOWN_ERRORS = (ValueError, FileNotFoundError)  # what bad input raises; anything else is a fault of ours and is logged
 NUMBERS = ("seed", "steps", "guidance", "width", "height")
 

@@ -10,11 +10,13 @@ import gradio as gr
 from mole_diffusers.app.actions import Look, Progress
 from mole_diffusers.app.cards import Card, cards_of, locks_of, with_preset
 from mole_diffusers.app.compose_tab import fresh
-from mole_diffusers.app.page import PRIVATE, QUEUE, Page, gallery, say, say_while, session
+from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, gallery, say, say_while, session
+from mole_diffusers.drawing import MERGES
 from mole_diffusers.plan import PRESETS
 from mole_diffusers.prompt_syntax import parse
 
 SHOWN = ("sum", "gates")  # what the slider compares at first
+NOTHING = "nothing: every gate decides"
 
 
 def build(page: Page) -> None:
@@ -23,7 +25,7 @@ def build(page: Page) -> None:
         compare = gr.Button("Compare at this seed", variant="primary", elem_id="compare")
         look = gr.Button("Watch the gates", variant="primary", elem_id="look")
         cancel = gr.Button("Cancel", elem_id="see-cancel")
-    status = gr.Markdown("", elem_id="see-status")
+    status = gr.Markdown("", elem_id="see-status", elem_classes="status")
     with gr.Row(elem_classes="phone-column"):
         _comparison(page, compare, status)
         _watching(page, look, status)
@@ -36,18 +38,34 @@ def build(page: Page) -> None:
 
 def _comparison(page: Page, compare: Any, status: Any) -> None:
     with gr.Column():
+        merges = gr.Dropdown(
+            MERGES,
+            value=[],
+            multiselect=True,
+            label="Merges to compare as well",
+            info="training-free, one LoRA from all",
+            elem_id="merges",
+        )
         arms = gr.Gallery(
-            label="The same seed", format="png", columns=5, object_fit="contain", elem_classes="pixel", elem_id="arms"
+            label="The same seed",
+            format="png",
+            columns=3,
+            height="auto",
+            object_fit="contain",
+            buttons=BUTTONS,
+            interactive=False,
+            elem_classes="pixel",
+            elem_id="arms",
         )
         slider = gr.ImageSlider(
-            label="Left and right", format="png", interactive=False, elem_classes="pixel", elem_id="slider"
+            label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_classes="pixel", elem_id="slider"
         )
         with gr.Row():
             left = gr.Dropdown(list(SHOWN), value=SHOWN[0], label="Left", elem_id="left")
             right = gr.Dropdown(list(SHOWN), value=SHOWN[1], label="Right", elem_id="right")
         found = gr.State({})
     outputs = [status, arms, slider, left, right, found]
-    compare.click(_compared(page), page.inputs, outputs, **QUEUE, **PRIVATE)
+    compare.click(_compared(page), [*page.inputs, merges], outputs, **QUEUE, **PRIVATE)
     for side in (left, right):
         side.input(_sides, [found, left, right], slider, **PRIVATE)
 
@@ -58,9 +76,10 @@ def _sides(found: dict[str, str], left: str, right: str) -> Any:
 
 def _compared(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
-    def compared(*values: Any, request: gr.Request) -> Iterator[Any]:
+    def compared(request: gr.Request, *values: Any) -> Iterator[Any]:
+        *given, merges = values
         with page.stops.job(session(request)) as stopped:
-            for state in page.actions.compare(page.recipe(*values), stopped):
+            for state in page.actions.compare(page.recipe(*given), stopped, merges):
                 found = {one.label: str(one.path) for one in state.made}
                 choices = gr.update(choices=list(found))
                 yield str(state), gallery(state.made), _sides(found, *SHOWN), choices, choices, found
@@ -70,30 +89,41 @@ def _compared(page: Page) -> Callable[..., Iterator[Any]]:
 
 def _watching(page: Page, look: Any, status: Any) -> None:
     with gr.Column():
-        heat = gr.Image(label="Weights by block and step", format="png", interactive=False, elem_id="heat")
-        with gr.Row():
-            shares = gr.Image(label="Share over the steps", format="png", interactive=False, elem_id="shares")
-        places = gr.Gallery(label="Where each LoRA acts", format="png", columns=3, object_fit="contain", elem_id="places")
-        block, weights, held = _by_hand(page)
-        labels = gr.State({})
-    outputs = [status, heat, shares, places, block, labels]
+        figure: dict[str, Any] = {"format": "png", "interactive": False, "buttons": BUTTONS, "elem_classes": "figure"}
+        heat = gr.Image(label="Weights by block and step", elem_id="heat", **figure)
+        shares = gr.Image(label="Share over the steps", elem_id="shares", **figure)
+        places = gr.Gallery(
+            label="Where each LoRA acts",
+            format="png",
+            columns=3,
+            height="auto",
+            object_fit="contain",
+            buttons=BUTTONS,
+            interactive=False,
+            elem_id="places",
+        )
+        hand = _by_hand(page)
+        labels, seen = gr.State({}), gr.State({})
+    outputs = [status, heat, shares, places, labels, seen, hand["block"]]
     look.click(_looked(page), page.inputs, outputs, **QUEUE, **PRIVATE)
-    locked = [block, weights, labels, page.controls["prompt"], page.locks]
-    _connect_by_hand(page, locked, held)
+    _connect_by_hand(page, hand, labels, seen)
 
 
 def _looked(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
-    def looked(*values: Any, request: gr.Request) -> Iterator[Any]:
-        nothing = [gr.skip()] * 5
+    def looked(request: gr.Request, *values: Any) -> Iterator[Any]:
+        nothing = [gr.skip()] * 6
         with page.stops.job(session(request)) as stopped:
             for event in page.actions.look(page.recipe(*values), stopped):
                 if isinstance(event, Progress):
                     yield [str(event), *nothing]
                 elif isinstance(event, Look):
                     spots = [(image, label) for label, image in event.places.items()]
+                    weights = {
+                        label: _typed(dict(zip(event.experts, row, strict=True))) for label, row in event.weights.items()
+                    }
                     blocks = gr.update(choices=list(event.labels), value=next(iter(event.labels)))
-                    yield [_means(event), event.heat, event.shares, spots, blocks, event.labels]
+                    yield [_means(event), event.heat, event.shares, spots, event.labels, weights, blocks]
 
     return looked
 
@@ -105,32 +135,39 @@ def _means(look: Look) -> str:
     return "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(look.experts, means, strict=True))
 
 
-def _by_hand(page: Page) -> tuple[Any, Any, dict[str, Any]]:
+def _by_hand(page: Page) -> dict[str, Any]:
+    """The controls, by name."""
     with gr.Accordion("Change it by hand", open=True):
         with gr.Row():
             block = gr.Dropdown([], label="Block", info="watch the gates first", elem_id="block")
-            weights = gr.Textbox(label="Weights", placeholder="fox=1, ink=0.2", max_length=500, elem_id="weights")
+            weights = gr.Textbox(label="Weights", info="as they are, to change", placeholder="fox=1, ink=0.2",
+                                 max_length=500, elem_id="weights")  # fmt: skip
+            scale = gr.Number(1.0, label="Times", info="all of them", step=0.1, min_width=80, elem_id="times")
         with gr.Row():
-            lock = gr.Button("Set", size="sm", elem_id="lock")
+            lock = gr.Button("Set the block", size="sm", elem_id="lock")
             free = gr.Button("Free all", size="sm", elem_id="free")
-        held = gr.JSON(label="Set by hand", elem_id="held")
+        held = gr.Textbox(NOTHING, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
         with gr.Row():
-            name = gr.Dropdown(list(page.actions.studio.shelf.loras), value=None, label="Blocks of one LoRA")
-            choices = ["", *PRESETS, "ALL0.5"]
-            preset = gr.Dropdown(choices, value="", label="lbw", allow_custom_value=True, info="a preset, or numbers")
-    return block, weights, {"lock": lock, "free": free, "held": held, "name": name, "preset": preset}
+            names = list(page.actions.studio.shelf.loras)
+            name = gr.Dropdown(names, value=None, label="LoRA", info="whose blocks to scale", elem_id="lbw-name")
+            preset = gr.Dropdown(["", *PRESETS, "ALL0.5"], value="", label="Block weights (lbw)", allow_custom_value=True,
+                                 info="a preset, or numbers", elem_id="lbw")  # fmt: skip
+    found = {"block": block, "weights": weights, "scale": scale, "lock": lock, "free": free, "held": held}
+    return found | {"name": name, "preset": preset}
 
 
-def _connect_by_hand(page: Page, locked: list[Any], held: dict[str, Any]) -> None:
+def _connect_by_hand(page: Page, hand: dict[str, Any], labels: Any, seen: Any) -> None:
+    """labels: block -> place; seen: block -> the weights that were watched there, as they are typed."""
     shelf, prompt = page.actions.studio.shelf, page.controls["prompt"]
 
     @say
-    def lock(block: str | None, weights: str, labels: dict[str, str], text: str, locks: dict) -> Any:
+    def lock(block: str | None, weights: str, scale: float | None, labels: dict, text: str, locks: dict) -> Any:
         if block not in labels:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse(text, shelf.loras).tags]
-        changed = {**locks, labels[block]: locks_of(weights, names)}
-        return changed, changed
+        row = {name: weight * (1.0 if scale is None else scale) for name, weight in locks_of(weights, names).items()}
+        changed = {**locks, labels[block]: row}
+        return changed, _held(changed, labels)
 
     @say
     def preset(name: str | None, chosen: str, text: str, cards: list[Card]) -> Any:
@@ -138,8 +175,20 @@ def _connect_by_hand(page: Page, locked: list[Any], held: dict[str, Any]) -> Non
         new = cards_of(text, cards, shelf.loras)
         return text, new, fresh(new)
 
-    shown = [page.locks, held["held"]]
-    held["lock"].click(lock, locked, shown, **PRIVATE)
-    held["free"].click(lambda: ({}, {}), None, shown, **PRIVATE)
-    inputs = [held["name"], held["preset"], prompt, page.cards]
-    held["preset"].input(preset, inputs, [prompt, page.cards, page.shown], **PRIVATE)
+    shown = [page.locks, hand["held"]]
+    given = [hand["block"], hand["weights"], hand["scale"], labels, prompt, page.locks]
+    hand["lock"].click(lock, given, shown, **PRIVATE)
+    hand["free"].click(lambda: ({}, NOTHING), None, shown, **PRIVATE)
+    hand["block"].change(lambda block, seen: seen.get(block, ""), [hand["block"], seen], hand["weights"], **PRIVATE)
+    inputs = [hand["name"], hand["preset"], prompt, page.cards]
+    hand["preset"].input(preset, inputs, [prompt, page.cards, page.shown], **PRIVATE)
+
+
+def _held(locks: dict[str, dict[str, float]], labels: dict[str, str]) -> str:
+    """Locks in words, a block a line."""
+    names = {place: label for label, place in labels.items()}
+    return "\n".join(f"{names.get(place, place)}: {_typed(row)}" for place, row in locks.items())
+
+
+def _typed(row: dict[str, float]) -> str:
+    return ", ".join(f"{name}={weight:.3g}" for name, weight in row.items())

@@ -8,15 +8,24 @@ import gradio as gr
 
 from mole_diffusers.gate_figures import COLOURS
 
-CARDS = "".join(f".card.c{i} {{ border-left: 8px solid {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
+CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
 CSS = (
     CARDS
     + """
 .pixel img { image-rendering: pixelated; }
-.card { padding: 8px 10px; }
-.card .thumb { max-width: 76px; min-width: 76px; }
+#now img, .pixel .thumbnail-item img { width: 100%; height: 100%; object-fit: contain; }
+.figure img { padding-top: 34px; object-fit: contain; }  /* the label and the buttons lie over the top */
+.caption-label { white-space: normal !important; max-width: 100% !important; }
+.card .thumb img { width: 56px; height: 56px; object-fit: contain; }
+.card { border: 1px solid var(--border-color-primary); border-left: 8px solid; border-radius: 8px; padding: 10px 12px;
+  gap: 8px; background: var(--background-fill-primary); }
+.card .head { align-items: center; flex-wrap: nowrap; }
+.card .head label { font-weight: 600; }
+.card .strength .tab-like-container { display: none; }  /* the number beside the slider takes any value */
+.card .facts, .card .facts p { font-size: var(--text-sm); margin: 0; }
 #title h1 { margin-bottom: 0; }
-#status p, #see-status p, #train-status p, #grid-status p { font-variant-numeric: tabular-nums; margin: 4px 0; }
+.status p { font-variant-numeric: tabular-nums; margin: 4px 0; }
+:focus-visible { outline: 3px solid #0072B2 !important; outline-offset: 1px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 6px !important; }
   .phone-column { flex-direction: column !important; }
@@ -50,4 +59,14 @@ document.addEventListener("keydown", (event) => {
 def theme() -> Any:
     """Fonts of the system: nothing is fetched."""
     fonts = ["system-ui", "sans-serif"]
-    return gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"])
+    plain = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"])
+    return plain.set(  # what is small stays readable: 7:1 on white, and on black in the dark
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.page import PRIVATE, QUEUE, Page, say, say_while, session
+from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, say, say_while, session
 from mole_diffusers.app.teaching import Wanted, curve, teach
 from mole_diffusers.prompt_syntax import parse
 from mole_diffusers.shelf import UNTRAINED
@@ -23,11 +23,21 @@ def build(page: Page) -> None:
             with gr.Row():
                 train = gr.Button("Train", variant="primary", elem_id="train")
                 cancel = gr.Button("Stop", elem_id="train-stop")
-            status = gr.Markdown("", elem_id="train-status")
+            status = gr.Markdown("", elem_id="train-status", elem_classes="status")
         with gr.Column():
-            loss = gr.Image(label="Loss", format="png", interactive=False, elem_id="loss")
+            loss = gr.Image(
+                label="Loss", format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id="loss"
+            )
             pictures = gr.Gallery(
-                label="The prompt's picture on the way", format="png", columns=4, elem_classes="pixel", elem_id="validation"
+                label="The prompt's picture on the way",
+                format="png",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                buttons=BUTTONS,
+                interactive=False,
+                elem_classes="pixel",
+                elem_id="validation",
             )
 
     def stop(request: gr.Request) -> str:
@@ -75,7 +85,7 @@ def _without_others(text: str, name: str, names: list[str]) -> str:
 
 def _trained(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
-    def trained(*values: Any, request: gr.Request) -> Iterator[Any]:
+    def trained(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, name, singles, composed, styles, steps = values
         wanted = Wanted(name or "", lines_of(singles), _lines(composed), styles or [], int(steps))
         with page.stops.job(session(request)) as stopped:

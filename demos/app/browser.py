@@ -1,0 +1,110 @@
+"""The app in a headless Chromium: what the screenshots and the end-to-end test share.
+
+Needs selenium, and Debian's chromium and chromedriver.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PROGRAMS = ("chromium", "chromedriver")
+BUSY = ".progress-text, .generating, .pending"  # what Gradio shows while something runs
+
+
+def missing() -> str:
+    """Why there is no browser here, "" where there is one."""
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+    try:
+        import selenium  # noqa: F401
+    except ImportError:
+        lacking.append("selenium")
+    return f"no {' and '.join(lacking)} here (apt install chromium chromium-driver; pip install selenium)" if lacking else ""
+
+
+@contextmanager
+def browser(folder: Any, *, width: int = 1280, height: int = 900) -> Iterator[Browser]:
+    """A fresh Chromium that downloads to `folder`; it is closed at the end."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.set_window_size(width, height)
+        yield Browser(driver)
+    finally:
+        driver.quit()
+
+
+class Browser:
+    """A driver with the few verbs that are needed, by CSS selector."""
+
+    def __init__(self, driver: Any):
+        self.driver = driver
+
+    def open(self, url: str) -> None:
+        """Open the app and wait until its page is drawn."""
+        self.driver.get(url)
+        self.until(lambda: self.all("#prompt textarea"), 60)
+
+    def all(self, css: str) -> list[Any]:
+        """Every element that can be seen."""
+        return [found for found in self.driver.find_elements("css selector", css) if found.is_displayed()]
+
+    def one(self, css: str) -> Any:
+        """The first element that can be seen, waited for."""
+        return self.until(lambda: self.all(css), 20)[0]
+
+    def text(self, css: str) -> str:
+        """The text of an element, "" where there is none."""
+        return next((found.text for found in self.all(css)), "")
+
+    def click(self, css: str) -> None:
+        """Scroll to an element and click it."""
+        found = self.one(css)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+        found.click()
+
+    def tab(self, name: str) -> None:
+        """Show a tab."""
+        self.until(lambda: [b for b in self.all("#tabs [role=tab]") if b.text == name], 20)[0].click()
+
+    def type(self, css: str, text: str) -> None:
+        """Put text into a field, and leave it."""
+        from selenium.webdriver.common.keys import Keys
+
+        field = self.one(css)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text, Keys.TAB)
+
+    def until(self, true: Callable[[], Any], seconds: float) -> Any:
+        """What `true` gives, once it is true; elements that Gradio draws anew meanwhile are looked for again."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        wait = WebDriverWait(self.driver, seconds, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda _: true())
+
+    def shot(self, path: Any) -> None:
+        """The whole page as a PNG."""
+        before = self.driver.get_window_size()
+        self.driver.set_window_size(before["width"], 3000)  # everything is in view, so nothing scrolls
+        size = self.driver.execute_script("const a = document.querySelector('.gradio-container'); return a.scrollHeight")
+        frame = 3000 - self.driver.execute_script("return window.innerHeight")
+        self.driver.set_window_size(before["width"], min(size, 3000) + frame)
+        self.driver.execute_script("window.scrollTo(0, 0)")
+        self.driver.save_screenshot(str(path))
+        self.driver.set_window_size(before["width"], before["height"])
+
+    def errors(self) -> list[str]:
+        """What the page's console complained of so far, but for files that an icon or a font may lack."""
+        said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        return [message for message in said if "favicon" not in message]

@@ -1,0 +1,158 @@
+"""The app in a real browser: what a visitor does, from a prompt to the same pixels again."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlretrieve
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusers import infotext
+from mole_diffusers.recipe import Recipe
+from mole_diffusers.shelf import Shelf, world_shelf
+from mole_diffusers.testing import tiny_pipeline
+
+pytest.importorskip("gradio")
+sys.path.insert(0, str(Path(__file__).parent.parent / "demos" / "app"))
+import browser
+
+pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+WAIT = 240  # seconds; machines that are busy are slow
+
+
+@contextmanager
+def visiting(studio, recipe, folder):
+    """A page of a fresh app in a fresh browser."""
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.app.build import build, launch
+
+    blocks = build(Actions(studio, home=folder / "gates"), recipe)
+    _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
+    try:
+        with browser.browser(folder) as page:
+            page.open(url)
+            yield page
+    finally:
+        blocks.close()
+
+
+@pytest.fixture
+def tiny(loras, tmp_path):
+    from mole_diffusers.drawing import Studio
+
+    studio = Studio(tiny_pipeline(), Shelf(dict(loras), {}), "tiny")
+    with visiting(studio, Recipe("a fox <lora:fox:1>", steps=2, width=32, height=32, gates="sum"), tmp_path) as page:
+        yield page
+
+
+def composed(page, folder, name):
+    """Press Compose; the picture's file as the page shows it."""
+    page.click("#compose")
+    page.until(lambda: page.text("#status") == "done", WAIT)
+    image = page.until(lambda: page.all("#pictures img"), WAIT)[0]
+    urlretrieve(image.get_attribute("src"), folder / name)
+    return folder / name
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def dropped(page, path):
+    page.tab("Keep")
+    page.driver.find_element("css selector", "#dropped input[type=file]").send_keys(str(path))
+    page.until(lambda: page.text("#dropped-status").startswith("loaded:"), WAIT)
+    page.tab("Compose")
+
+
+def test_a_picture_comes_back_from_itself(tiny, tmp_path):
+    first = composed(tiny, tmp_path, "first.png")
+    assert infotext.read(first).prompt == "a fox <lora:fox:1>"
+    tiny.type("#prompt textarea", "ink <lora:ink:0.5>")
+    tiny.until(lambda: "Strength of ink" in tiny.text("body"), WAIT)  # the card is in step with the tag
+    tiny.type("#seed input", "7")
+    other = composed(tiny, tmp_path, "other.png")
+    assert infotext.read(other).seed == 7
+    assert not np.array_equal(pixels(other), pixels(first))
+    dropped(tiny, first)
+    assert np.array_equal(pixels(composed(tiny, tmp_path, "again.png")), pixels(first))
+    assert not tiny.errors()
+
+
+@pytest.mark.slow
+def test_a_visit_to_the_embedded_world(tmp_path):
+    from mole_diffusers.drawing import Studio
+    from mole_diffusers.world import emoji_world
+
+    pipe = emoji_world().pipe
+    pipe.set_progress_bar_config(disable=True)
+    recipe = Recipe("ink drawing of a fox <lora:fox:1> <lora:ink:1>", steps=4, gates="auto", base="emoji")
+    with visiting(Studio(pipe, world_shelf(), "emoji"), recipe, tmp_path) as page:
+        first = composed(page, tmp_path, "first.png")
+        _compares(page)
+        _watches(page)
+        _cancels(page)
+        _trains(page)
+        assert infotext.read(composed(page, tmp_path, "trained.png")).gates == "mine"
+        _saves(page, tmp_path)
+        dropped(page, first)
+        assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(first))
+        assert not page.errors()
+
+
+def _compares(page):
+    page.tab("See")
+    page.click("#compare")
+    page.until(lambda: page.text("#see-status") == "done", WAIT)
+    labels = [label.text for label in page.all("#arms .caption-label")]
+    assert labels == ["base", "alone fox", "alone ink", "sum", "gates"]
+    assert len(page.all("#slider img")) == 2
+
+
+def _watches(page):
+    page.click("#look")
+    page.until(lambda: "mean weight: fox" in page.text("#see-status"), WAIT)
+    assert page.all("#heat img")
+    assert page.all("#shares img")
+    page.type("#weights textarea, #weights input", "fox=0.5, ink=1")
+    page.click("#lock")
+    page.until(
+        lambda: "fox=0.5, ink=1" in page.driver.find_element("css selector", "#held textarea").get_property("value"), 60
+    )
+    page.click("#free")
+
+
+def _cancels(page):
+    page.tab("Compose")
+    page.type("#count input[type=number]", "16")
+    page.click("#compose")
+    page.until(lambda: page.all("#pictures .caption-label") and "left" in page.text("#status"), WAIT)
+    page.click("#cancel")
+    page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)
+    made = int(page.text("#status").split()[2])
+    assert 1 <= made < 16
+    assert len(page.all("#pictures .caption-label")) == made  # what is done stays
+    page.type("#count input[type=number]", "1")
+
+
+def _trains(page):
+    page.tab("Train")
+    page.click("#suggest")
+    page.until(lambda: page.driver.find_element("css selector", "#singles textarea").get_property("value"), WAIT)
+    page.type("#gates-name input, #gates-name textarea", "mine")
+    page.type("#updates input[type=number]", "2")
+    page.click("#train")
+    page.until(lambda: "done" in page.text("#train-status"), WAIT)
+    assert page.all("#loss img")
+    page.tab("Compose")
+
+
+def _saves(page, folder):
+    page.tab("Keep")
+    page.click("#save")
+    link = page.until(lambda: page.all("#files a[href*='recipe-']"), WAIT)[0]
+    urlretrieve(link.get_attribute("href"), folder / "r.json")
+    assert infotext.read_any(folder / "r.json").gates == "mine"
