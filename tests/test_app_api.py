@@ -138,6 +138,45 @@ def test_training_gives_gates_that_can_be_chosen(client):
     assert len(recipe["gates_sha256"]) == 64
 
 
+def test_training_that_was_stopped_goes_on(loras, tmp_path):
+    from mole_diffusers.app.teaching import Wanted, teach
+
+    def run(home, stop=lambda state: False, prompt=PROMPT):
+        asked, last = [], None
+        studio = Studio(tiny_pipeline(), Shelf(dict(loras), {}), "tiny")
+        recipe, wanted = (
+            Recipe(prompt, steps=2, width=32, height=32),
+            Wanted("g", {"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"], steps=30),
+        )
+        for last in teach(studio, recipe, wanted, home=home, stopped=lambda: bool(asked)):
+            if stop(last):
+                asked.append(True)
+        assert len(studio.pipe.unet._forward_pre_hooks) == 1  # the mixture's own
+        return last
+
+    early = run(tmp_path / "a", stop=lambda state: state.calls >= 1)
+    assert (early.finished, early.rows) == (False, [])  # heard while the teachers draw
+    cut = run(tmp_path / "a", stop=lambda state: len(state.rows) > 5)
+    assert not cut.finished
+    assert len(cut.rows) < 30
+    on, whole = run(tmp_path / "a"), run(tmp_path / "b")
+    assert on.finished
+    assert on.rows == whole.rows
+    with pytest.raises(ValueError, match="other settings") as error:
+        run(tmp_path / "a", prompt="a fox in ink <lora:fox:0.1> <lora:ink:1>")
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_nothing_from_a_file_becomes_html():
+    from mole_diffusers.app.compose_tab import _plain
+    from mole_diffusers.app.page import said
+
+    evil = '<img src="http://x/y.png" onerror=alert(1)>'
+    assert "<" not in said(ValueError(evil), page=True).message
+    assert said(ValueError(evil), page=False).message == evil
+    assert _plain("![a](b) <i>") == "\\!\\[a\\]\\(b\\) \\<i\\>"
+
+
 def test_uploads(client, pipe, tmp_path):
     file = tiny_lora(pipe, tmp_path / "owl & co.safetensors", rank=3)
     report = client.predict(gradio_client.handle_file(file), api_name="/upload")

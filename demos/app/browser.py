@@ -96,9 +96,9 @@ class Browser:
     def shot(self, path: Any) -> None:
         """The whole page as a PNG."""
         before = self.driver.get_window_size()
-        self.driver.set_window_size(before["width"], 3000)  # everything is in view, so nothing scrolls
+        self.driver.set_window_size(before["width"], 400)  # the page is at least as high as its window
         size = self.driver.execute_script("const a = document.querySelector('.gradio-container'); return a.scrollHeight")
-        frame = 3000 - self.driver.execute_script("return window.innerHeight")
+        frame = 400 - self.driver.execute_script("return window.innerHeight")
         self.driver.set_window_size(before["width"], min(size, 3000) + frame)
         self.driver.execute_script("window.scrollTo(0, 0)")
         self.driver.save_screenshot(str(path))

@@ -24,7 +24,7 @@ from mole_diffusers.recipe import FORMAT, VERSION, Recipe
 def add(page: Page) -> None:
     """Add every endpoint to the app."""
     for endpoint in (*_looking(page), *_drawing(page), *_keeping(page)):
-        gr.api(say(endpoint), api_name=endpoint.__name__, **QUEUE)
+        gr.api(say(endpoint, page=False), api_name=endpoint.__name__, **QUEUE)
 
 
 def _recipe(page: Page, given: Any) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,13 +229,18 @@ def _card(page: Page, card: Card, prompt: str, *, colour: int) -> None:
 
 
 def _facts(report: dict[str, Any]) -> str:
-    """The load report as Markdown, which the page sanitises."""
+    """The load report as Markdown; what comes from the file is escaped, so that it stays text and fetches nothing."""
     if report["problem"]:
-        return f"**refused:** {report['problem']}"
+        return f"**refused:** {_plain(report['problem'])}"
     return (
-        f"`{report['base']}` matched **{report['matched']} of {report['layers']}** layers, rank {report['ranks']}, "
-        f"{report['format']} keys, hash `{report['sha256'][:12]}`"
+        f"for **{_plain(report['base'])}**, matched **{report['matched']} of {report['layers']}** layers, "
+        f"rank {report['ranks']}, {_plain(report['format'])} keys, hash {report['sha256'][:12]}"
     )
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown that shows exactly it."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|<>~$:/&-])", r"\\\1", " ".join(text.split()))
 
 
 def _connect_card(page: Page, card: Card, *, on: Any, strength: Any, number: Any, remove: Any, chips: Any) -> None:

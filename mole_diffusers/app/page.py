@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,15 +69,21 @@ def session(request: gr.Request | None) -> str:
     return str(getattr(request, "session_hash", "") or "")
 
 
-def say(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of bad input as one sentence on the page."""
+def said(error: Exception, *, page: bool) -> gr.Error:
+    """What a visitor is told. A page shows it as HTML, so what a file or a prompt says there is escaped."""
+    text = html.escape(str(error), quote=False) if page else str(error)
+    return gr.Error(text, duration=12, print_exception=False)
+
+
+def say(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., Any]:
+    """Errors of bad input as one sentence on the page, or to a client of the API."""
 
     @functools.wraps(fn)
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return fn(*args, **kwargs)
         except KNOWN_ERRORS as error:
-            raise gr.Error(str(error), duration=12, print_exception=False) from error
+            raise said(error, page=page) from error
 
     return called
 
@@ -91,7 +98,7 @@ def say_while(fn: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         except StoppedError:
             return
         except KNOWN_ERRORS as error:
-            raise gr.Error(str(error), duration=12, print_exception=False) from error
+            raise said(error, page=True) from error
 
     return called
 

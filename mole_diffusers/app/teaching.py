@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mole_diffusers.recipe import Recipe
 from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
 
 MAX_STEPS, PICTURES = 2000, 4  # updates, and validation pictures of a run
+SHOWN_CALLS = 25  # denoiser calls from one word about them to the next
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ class Lessons:
     rows: list[dict[str, float]]
     total: int
     pictures: list[tuple[Image.Image, str]]
+    calls: int = 0  # of the denoiser
     finished: bool = False
 
     def __str__(self) -> str:
         if not self.rows:
-            return "watching the LoRAs: teachers draw first"
+            return f"the LoRAs alone and blended are watched first: {self.calls} denoiser calls so far"
         loss = f"loss {self.rows[-1]['loss']:.4f}"
         return f"{loss}, {'done' if self.finished else f'update {len(self.rows)} of {self.total}'}"
 
@@ -81,7 +84,11 @@ def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped
     lesson = Lesson(singles=wanted.singles, composed=wanted.composed, styles=wanted.styles)
 
     def work(tell: Tell) -> None:
-        with studio.lock:
+        def called(*_: Any) -> None:  # the one place that is passed all the time, so that a stop is heard at once
+            lessons.calls += 1
+            tell(lessons if lessons.calls % SHOWN_CALLS == 0 else None)
+
+        with studio.lock, _hooked(studio.pipe, called):
             mixture = _mixture(studio, recipe, wanted.family)
 
             def report(row: dict) -> None:
@@ -90,14 +97,30 @@ def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped
                     lessons.pictures.append((_validation(studio, recipe), f"after {row['step'] + 1}"))
                 tell(lessons)
 
-            log = train_gates(studio.pipe, mixture, lesson, config=config, folder=folder, report=report)
+            log = train_gates(
+                studio.pipe, mixture, lesson, config=config, folder=folder, resume_from="latest", report=report
+            )
             mixture.save_pretrained(folder)
             studio.shelf.add_gates(wanted.name, folder)
             lessons.rows, lessons.finished = log, True
 
     yield lessons
-    yield from (event for event in watched(work, stopped) if event is not None)
+    try:
+        yield from (event for event in watched(work, stopped) if event is not None)
+    except ValueError as error:  # of a run with other settings, say: visitors need not know where gates are kept
+        raise ValueError(str(error).replace(f"{home}/", "")) from error
     yield lessons
+
+
+@contextmanager
+def _hooked(pipe: Any, called: Callable[..., None]) -> Iterator[None]:
+    """`called` before every call of the denoiser."""
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    handle = denoiser.register_forward_pre_hook(called)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _mixture(studio: Studio, recipe: Recipe, family: str) -> Mixture:
