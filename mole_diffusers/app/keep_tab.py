@@ -48,7 +48,7 @@ def _saving(page: Page) -> None:
         save = gr.Button("Recipe as a file", elem_id="save")
         code = gr.Button("As diffusers code", elem_id="code")
         export = gr.Button("Export to one LoRA", elem_id="export")
-    rank = gr.Number(None, label="Rank of the LoRA", info="empty: ranks add up, nothing is lost", precision=0)
+    rank = gr.Number(0, label="Rank of the LoRA", info="0: ranks add up, nothing is lost", precision=0, minimum=0)
     files = gr.File(label="File", interactive=False, elem_id="files")
     told = gr.Markdown("", elem_id="keep-status", elem_classes="status")
     shown = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
@@ -67,7 +67,7 @@ def _saving(page: Page) -> None:
     @say
     def exported(*values: Any) -> tuple[str, str]:
         *given, rank = values
-        path, error = page.actions.export(page.recipe(*given), None if rank is None else int(rank))
+        path, error = page.actions.export(page.recipe(*given), int(rank) if rank else None)
         return str(path), f"written at the gates' average weights; error of the cut {error:.3f}"
 
     save.click(saved, page.inputs, files, **PRIVATE)

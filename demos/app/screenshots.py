@@ -1,0 +1,97 @@
+"""Every view of the app on the embedded world, as pictures for the documents.
+
+python demos/app/screenshots.py [FOLDER]      default: docs
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from browser import Browser, browser
+from PIL import Image
+
+from mole_diffusers.app.actions import Actions
+from mole_diffusers.app.build import build, launch
+from mole_diffusers.cli.app import world_thumbnails
+from mole_diffusers.drawing import Studio
+from mole_diffusers.recipe import Recipe
+from mole_diffusers.shelf import world_shelf
+from mole_diffusers.world import emoji_world
+
+PROMPT = "ink drawing of a fox <lora:fox:1> <lora:ink:1>"
+WAIT = 300  # seconds
+
+
+def main(folder: Path) -> None:
+    """Start the app, visit it, and write app_*.png."""
+    pipe = emoji_world().pipe
+    pipe.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as work:
+        actions = Actions(Studio(pipe, world_shelf(), "emoji"), home=Path(work), thumbnail=world_thumbnails())
+        blocks = build(actions, Recipe(PROMPT, seed=2, gates="auto", base="emoji"))
+        _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
+        try:
+            with browser(work) as page:
+                page.open(url)
+                for view in (compose, see, train, keep):
+                    view(page)
+                    shoot(page, folder / f"app_{view.__name__}.png")
+            with browser(work, width=500) as page:  # as narrow as Chromium's window gets
+                page.open(url)
+                compose(page)
+                shoot(page, folder / "app_phone.png")
+        finally:
+            blocks.close()
+
+
+def compose(page: Browser) -> None:
+    """Four pictures."""
+    page.type("#count input[type=number]", "4")
+    page.click("#compose")
+    page.until(lambda: page.text("#status") == "done" and len(page.all("#pictures .caption-label")) == 4, WAIT)
+
+
+def see(page: Browser) -> None:
+    """The comparison, then the gates."""
+    page.tab("See")
+    page.click("#compare")
+    page.until(lambda: page.text("#see-status") == "done", WAIT)
+    page.click("#look")
+    page.until(lambda: page.text("#see-status").startswith("mean weight"), WAIT)
+    page.until(lambda: page.all("#places img"), WAIT)
+
+
+def train(page: Browser) -> None:
+    """Ten updates."""
+    page.tab("Train")
+    page.click("#suggest")
+    page.until(lambda: page.driver.find_element("css selector", "#singles textarea").get_property("value"), WAIT)
+    page.type("#updates input[type=number]", "10")
+    page.click("#train")
+    page.until(lambda: "done" in page.text("#train-status"), WAIT)
+    page.until(lambda: page.all("#validation img"), WAIT)
+
+
+def keep(page: Browser) -> None:
+    """Code, a recipe and a grid."""
+    page.tab("Keep")
+    page.click("#code")
+    page.click("#save")
+    page.until(lambda: page.all("#files a"), WAIT)
+    page.click("#grid")
+    page.until(lambda: page.all("#sheet img"), WAIT)
+
+
+def shoot(page: Browser, path: Path) -> None:
+    """A picture of the view in 128 colours, which keeps it small."""
+    page.until(lambda: not page.all(".progress-text"), WAIT)
+    page.shot(path)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path, path.stat().st_size // 1000, "kB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs")
