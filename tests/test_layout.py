@@ -69,6 +69,8 @@ FOLDERS = {
     "training": [
         "data",
         "losses",
+        "beam",
+        "engine",
         "denoising",
         "concept",
         "clip",

@@ -14,15 +14,15 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from torch import nn
 from tqdm import tqdm
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.engine import DTYPES, Engine
 from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
 from mole_diffusers.training.rates import rates
-from mole_diffusers.training.run import Run, Success, average_gradients, only_gates_move, resume, save, settle, values
+from mole_diffusers.training.run import Run, Success, only_gates_move, resume, save, settle, values
 from mole_diffusers.training.study import Lesson, Study, warn_of_missing_triggers
 
 LOOK = 10  # updates between looks at the loss: each waits for the device
@@ -39,15 +39,14 @@ def setup(study: Study, config: GateTraining, *, folder: Path | None, success: S
     if config.tracker and config.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=folder, mixed_precision="no")
-    shares = accelerator.num_processes * config.accumulation
-    for name, weighted in config.parsed().items():
-        if (rows := weighted.batch or config.batch) % shares:
-            raise ValueError(f"the {name} term's batch, {rows}, must be a multiple of processes x accumulation, {shares}")
     optimizer = torch.optim.AdamW(rates(mixture.banks.values(), config.lr), weight_decay=config.weight_decay)
     schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    dtype = DTYPES.get(config.precision)
+    engine = Engine(accelerator, optimizer, schedule, dtype, config.accumulation, config.max_norm)
+    for name, weighted in config.parsed().items():
+        engine.check_batch(weighted.batch or config.batch, f"the {name} term's batch")
     ema = EMAModel(mixture.parameters(), decay=config.ema) if config.ema else None
-    return Run(study, config, folder, success, accelerator, optimizer, schedule, scaler, ema)
+    return Run(study, config, folder, success, engine, ema)
 
 
 def train_gates(
@@ -84,7 +83,7 @@ def train_gates(
     run = setup(study, config, folder=Path(folder) if folder else None, success=success)
     with only_gates_move(run):
         resume(run, resume_from)
-        with run.autocast():
+        with run.engine.autocast():
             asked = {name: weighted for name, weighted in config.parsed().items() if name != BALANCE}
             run.terms = {name: OBJECTIVES[name](study, **weighted.options) for name, weighted in asked.items()}
         fit(run, report)
@@ -99,7 +98,7 @@ def fit(run: Run, report: Callable[[dict], None] | None = None) -> None:
         run.accelerator.init_trackers("mole")
     bar = tqdm(initial=start, total=config.steps, desc="gates", disable=not run.accelerator.is_main_process, mininterval=1)
     for step in range(start, config.steps):
-        run.pending.append(update(run, step))
+        update(run, step)
         done = step + 1
         last = done == config.steps
         keep, look = last or done % config.every == 0, bool(looks) and (last or done % looks == 0)
@@ -118,27 +117,17 @@ def fit(run: Run, report: Callable[[dict], None] | None = None) -> None:
     finish(run)
 
 
-def update(run: Run, step: int) -> torch.Tensor:
-    """One step of the optimizer; returns [loss, terms...] without waiting for the device."""
-    config, accelerator = run.config, run.accelerator
-    asked, shares, totals = config.parsed(), accelerator.num_processes * config.accumulation, []
-    for part in range(config.accumulation):
-        index = part * accelerator.num_processes + accelerator.process_index
+def update(run: Run, step: int) -> None:
+    """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
+    asked = run.config.parsed()
+
+    def part(index: int, shares: int) -> torch.Tensor:
         found = values(run, step, index=index, shares=shares)
-        loss = torch.stack([asked[name].weight * value for name, value in found.items()]).sum()
-        run.scaler.scale(loss / config.accumulation).backward()
-        totals.append(torch.stack([loss, *found.values()]).detach())
-    average_gradients(run)
-    run.scaler.unscale_(run.optimizer)
-    if config.max_norm:
-        nn.utils.clip_grad_norm_(run.parameters, config.max_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([torch.stack([asked[name].weight * v for name, v in found.items()]).sum(), *found.values()])
+
+    run.engine.update(part)
     if run.ema is not None:
         run.ema.step(run.parameters)
-    return torch.stack(totals).mean(0)
 
 
 @torch.no_grad()
@@ -149,7 +138,7 @@ def validate(run: Run, step: int) -> None:
     looks, images, shares = run.config.validation, [], []
     for prompt in looks.prompts or run.study.lesson.composed:
         noise = [torch.Generator().manual_seed(run.config.seed + i) for i in range(looks.seeds)]
-        with _averaged(run), run.autocast():
+        with _averaged(run), run.engine.autocast():
             drawn = run.study.pipe(
                 [prompt] * looks.seeds, generator=noise, num_inference_steps=looks.steps, guidance_scale=looks.guidance
             ).images

@@ -23,10 +23,10 @@ from mole_diffusers.training.checkpoints import STATE, find, write
 from mole_diffusers.training.config import PASSING, GateTraining
 from mole_diffusers.training.data import Draw
 from mole_diffusers.training.denoising import latent_shape, predict
+from mole_diffusers.training.engine import Engine, refuse_changed
 from mole_diffusers.training.objectives import BALANCE
 from mole_diffusers.training.study import Study, Term
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOG = "log.jsonl"
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
 
@@ -39,23 +39,21 @@ class Run:
     config: GateTraining
     folder: Path | None
     success: Success | None
-    accelerator: Accelerator
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    scaler: torch.amp.GradScaler
+    engine: Engine
     ema: EMAModel | None
     terms: dict[str, Term] = field(default_factory=dict)
-    log: list[dict] = field(default_factory=list)
-    pending: list[torch.Tensor] = field(default_factory=list)  # [loss, terms...] of updates not looked at yet
-    good: list[torch.Tensor] = field(default_factory=list)  # the parameters at the last look
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return self.study.mixture.parameters()
 
-    def autocast(self) -> AbstractContextManager:
-        dtype = DTYPES.get(self.config.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.study.pipe.device.type, dtype)
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.engine.accelerator
+
+    @property
+    def log(self) -> list[dict]:
+        return self.engine.log
 
     def dropout(self, generator: torch.Generator) -> AbstractContextManager:
         """The mixture with the experts of one update."""
@@ -95,7 +93,7 @@ def values(run: Run, step: int, *, index: int, shares: int) -> dict[str, torch.T
     generator = torch.Generator().manual_seed(run.config.seed * 1_000_003 + step)
     asked, decisions = run.config.parsed(), list[Decision]()
     found = {}
-    with run.autocast(), run.dropout(generator), run.study.mixture.listen(decisions.append):
+    with run.engine.autocast(), run.dropout(generator), run.study.mixture.listen(decisions.append):
         for name, term in run.terms.items():
             found[name] = term(Draw(generator, asked[name].batch or run.config.batch, index, shares))
     if BALANCE in asked:
@@ -125,40 +123,10 @@ def _over_processes(run: Run, own: torch.Tensor) -> torch.Tensor:
     return own + (run.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
 
 
-def average_gradients(run: Run) -> None:
-    """Make every process's gradients the mean over processes."""
-    if run.accelerator.num_processes > 1:
-        gradients = [p.grad for p in run.parameters if p.grad is not None]
-        flat = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.reshape(gradient.shape))
-
-
 def settle(run: Run) -> dict[str, float]:
-    """Log the updates since the last look, and return the last row. This waits for the device.
-
-    Raises ValueError for a loss that is not finite, with the gates set back to where they stood at the last look.
-    """
-    rows = run.accelerator.reduce(torch.stack(run.pending), "mean").tolist() if run.pending else []
+    """Log the updates since the last look, and return the last row; see `Engine.settle`."""
     names = ["loss", *run.terms, *([BALANCE] if BALANCE in run.config.parsed() else [])]
-    start = len(run.log)
-    run.pending.clear()
-    for i, row in enumerate(rows):
-        named = dict(zip(names, row, strict=True))
-        if not all(map(torch.isfinite, torch.tensor(row))):
-            _set(run.parameters, run.good)
-            raise ValueError(f"the loss is not finite at step {start + i}: {named}; {_culprit(run)}")
-        run.log.append({"step": start + i, **named})
-        if run.accelerator.trackers:
-            run.accelerator.log(named, step=start + i)
-    run.good = [p.detach().clone() for p in run.parameters]
-    return run.log[-1] if run.log else {}
-
-
-@torch.no_grad()
-def _set(parameters: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, to, strict=True):
-        parameter.copy_(value)
+    return run.engine.settle(names, lambda: _culprit(run))
 
 
 @torch.no_grad()
@@ -168,7 +136,7 @@ def _culprit(run: Run) -> str:
     x = torch.randn(1, *latent_shape(pipe), generator=torch.Generator().manual_seed(0)).to(pipe.device)
     timestep = torch.tensor([500], device=pipe.device)
     for name in mixture.experts:
-        with run.autocast(), mixture.fixed({name: mixture.strength(name)}):
+        with run.engine.autocast(), mixture.fixed({name: mixture.strength(name)}):
             if not torch.isfinite(predict(pipe, x, timestep, [name])).all():
                 broken.append(name)
     if broken:
@@ -194,21 +162,16 @@ def save(run: Run, step: int) -> None:
 def resume(run: Run, asked: str | None) -> None:
     """Set everything to where a checkpoint left it; a new run is left as it is."""
     path = find(run.folder, asked) if run.folder else None
-    run.good = [p.detach().clone() for p in run.parameters]
-    if path is None:
-        return
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    before, now = json.loads(state["run"]), json.loads(json.dumps(run.identity()))
-    if changed := [k for k, v in now.items() if before.get(k) != v]:
-        raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
-    for name, part in _parts(run).items():
-        part.load_state_dict(state[name])
-    run.log, run.study.kept = state["log"], state["kept"]
-    run.good = [p.detach().clone() for p in run.parameters]
+    if path is not None:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        refuse_changed(json.loads(state["run"]), json.loads(json.dumps(run.identity())), path)
+        for name, part in _parts(run).items():
+            part.load_state_dict(state[name])
+        run.engine.log, run.study.kept = state["log"], state["kept"]
+    run.engine.remember()
 
 
 def _parts(run: Run) -> dict[str, Any]:
     """All that has a state of its own."""
-    parts = {"optimizer": run.optimizer, "schedule": run.schedule, "scaler": run.scaler}
-    parts |= {f"gates of {part}": bank for part, bank in run.study.mixture.banks.items()}
+    parts = run.engine.parts() | {f"gates of {part}": bank for part, bank in run.study.mixture.banks.items()}
     return parts | ({"ema": run.ema} if run.ema is not None else {})

@@ -1,0 +1,116 @@
+"""BeamLoRA (arXiv 2502.13604, ACL 2025): the ranks of a LoRA in training compete, copies of strong ones replace weak ones.
+
+A layer's change is up (pi * (down x)) with pi = r softmax(g / tau) over its r ranks; g starts at zero, which is plain LoRA.
+The number of ranks never changes, and pi is folded into `down` when the LoRA is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+LEAST = 8  # ranks: of fewer, one is too large a share to be given up
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
+
+
+class Ranks(NamedTuple):
+    """One layer in training."""
+
+    logits: nn.Parameter  # g, [r]
+    down: nn.Parameter  # [r, Cin, ...]
+    up: nn.Parameter  # [Cout, r, ...]
+
+
+def importance(logits: torch.Tensor, tau: float) -> torch.Tensor:
+    """pi [r], mean 1: how much each rank counts."""
+    return len(logits) * torch.softmax(logits / tau, 0)
+
+
+def kept_share(step: int, end: float) -> float:
+    """p: the share of all importance that pruning leaves, 0.95 at step 0 and on a half cosine up to 1 at `end`."""
+    return 1.0 if step >= end else 1 - 0.05 * (1 + math.cos(math.pi * step / end)) / 2
+
+
+def period(steps: int) -> int:
+    """Updates between prunings: the paper's 3000 of 37 000, but 50 at least, and even."""
+    return 2 * round(max(50, 0.08 * steps) / 2)
+
+
+def pruned(importances: Sequence[torch.Tensor], share: float) -> list[list[int]]:
+    """The ranks of each layer that go, the weakest first: of all layers' importances [r] in falling order, those from where
+    their sum passes `share` of the whole. Never more than half of a layer, so that each has a rank to copy.
+    """
+    if share >= 1:
+        return [[] for _ in importances]
+    joined = torch.cat([pi.double() for pi in importances])
+    order = joined.argsort(descending=True, stable=True)
+    first = int((joined[order].cumsum(0) <= share * joined.sum()).sum())
+    gone = torch.zeros(len(joined), dtype=torch.bool)
+    gone[order[first:].cpu()] = True
+    rows = gone.split([len(pi) for pi in importances])
+    return [[i for i in reversed(ranked(pi)) if row[i]][: len(pi) // 2] for pi, row in zip(importances, rows, strict=True)]
+
+
+def ranked(importances: torch.Tensor) -> list[int]:
+    """[r] -> indices, the strongest first; of equals the earlier, so that no rank is among both ends."""
+    return importances.argsort(descending=True, stable=True).tolist()
+
+
+@dataclass
+class Beams:
+    """The competition among the ranks of all layers of one LoRA.
+
+    Attributes:
+        steps: updates of the whole training, which sets the schedule.
+        tau: temperature; the paper's is 0.05 for rates of 1e-4 and more, 0.03 below.
+        past: layer -> down, up and their moments half a period ago, ranks first. A copy is the source as it was then: the
+            same values twice would get the same gradients and stay the same.
+    """
+
+    layers: Mapping[str, Ranks]
+    optimizer: torch.optim.Optimizer
+    steps: int
+    seed: int = 0
+    tau: float = 0.05
+    past: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """To be called after each update, the first being step 1."""
+        every = period(self.steps)
+        if step % every == every // 2:
+            self.past = {name: [v.clone() for v in self._by_rank(ranks)] for name, ranks in self.layers.items()}
+        if step % every == 0 and self.steps - step >= every:
+            self._expand(step)
+
+    def _expand(self, step: int) -> None:
+        pis = [importance(ranks.logits, self.tau) for ranks in self.layers.values()]
+        generator = torch.Generator().manual_seed(self.seed + step)
+        for (name, ranks), pi, slots in zip(
+            self.layers.items(), pis, pruned(pis, kept_share(step, self.steps * 2 / 3)), strict=True
+        ):
+            if slots:
+                best = ranked(pi)[: len(slots)]
+                pairs = torch.randperm(len(slots), generator=generator).tolist()
+                self._replace(name, ranks, slots, [best[i] for i in pairs])
+
+    def _replace(self, name: str, ranks: Ranks, slots: list[int], sources: list[int]) -> None:
+        """Each slot becomes its source as it was; the two share their importance, and g's moments begin anew."""
+        for values, past in zip(self._by_rank(ranks), self.past[name], strict=True):
+            values[slots] = past[sources].to(values.device)
+        shared = (ranks.logits[slots] + ranks.logits[sources]) / 2
+        ranks.logits[slots], ranks.logits[sources] = shared, shared
+        for moment in MOMENTS:
+            self.optimizer.state[ranks.logits][moment].zero_()
+
+    def _by_rank(self, ranks: Ranks) -> list[torch.Tensor]:
+        """Views of all that goes with a rank, [r, ...] each."""
+        kept = self.optimizer.state
+        down = [ranks.down.data, *(kept[ranks.down][moment] for moment in MOMENTS)]
+        up = [ranks.up.data, *(kept[ranks.up][moment] for moment in MOMENTS)]
+        return down + [value.transpose(0, 1) for value in up]
