@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,56 @@ def json_or_text(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def read_settings(path: Path, sections: Sequence[str]) -> dict[str, Any]:
+    """A YAML or JSON file of settings; ValueError names an unknown section."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold sections of {list(sections)}")
+    if unknown := set(found) - set(sections):
+        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; known: {list(sections)}")
+    return found
+
+
+def write_settings(path: Path, asked: Mapping[str, Any]) -> None:
+    """The same, written: JSON where the name says so, else YAML."""
+    import yaml
+
+    plain = json.loads(json.dumps(asked))
+    as_json = path.suffix == ".json"
+    path.write_text(json.dumps(plain, indent=2) + "\n" if as_json else yaml.safe_dump(plain, sort_keys=False))
+
+
+def given(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a section was asked for."""
+    return {name: value for name, value in section.items() if value is not None and value not in ([], {})}
+
+
+def own_device() -> str | None:
+    """Under `accelerate launch` each process has a card of its own."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what all made together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, side: int | None = None) -> Any:
+    """The pictures of folders as the pipeline's latents, cut to squares of `side` pixels; None without folders."""
+    from mole_diffusers.training.data import default_side, encode, read_folder, square
+
+    pairs = [pair for folder in folders for pair in zip(*read_folder(folder, prompt=prompt), strict=True)]
+    if not pairs:
+        return None
+    images, captions = zip(*pairs, strict=True)
+    return encode(pipe, [square(image, side or default_side(pipe)) for image in images], captions)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import add_experts, chosen_experts, json_or_text, named_values, pipeline
+from mole_diffusers.cli.common import (
+    add_experts,
+    chosen_experts,
+    given,
+    is_main_process,
+    json_or_text,
+    named_values,
+    own_device,
+    pipeline,
+    read_settings,
+    samples,
+    write_settings,
+)
 from mole_diffusers.gates import FAMILIES, GateConfig
 
 TRAINING = (
@@ -54,9 +65,7 @@ def add(commands: Any) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked, as plain data: the file's, with the flags' on top."""
-    found = _read(args.config) if args.config else {}
-    if unknown := set(found) - set(SECTIONS):
-        raise ValueError(f"{args.config}: unknown sections {sorted(unknown)}; known: {list(SECTIONS)}")
+    found = read_settings(args.config, SECTIONS) if args.config else {}
     lesson = {"composed": args.prompt, "plain": args.plain, "styles": args.style}
     lesson |= {"singles": _grouped(args.single, "--single"), "others": _grouped(args.other, "--other")}
     training = {name: getattr(args, name) for name in (*TRAINING, "checkpointing")}
@@ -69,13 +78,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "lesson": lesson,
         "training": training,
     }
-    merged = {name: found.get(name, {}) | _given(section) for name, section in flags.items()}
+    merged = {name: found.get(name, {}) | given(section) for name, section in flags.items()}
     alone = {"base": args.base, "data": args.data, "clip": args.clip}
-    return {"base": "emoji", "data": [], "clip": None} | found | merged | _given(alone)
-
-
-def _given(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if value is not None and value not in ([], {})}
+    return {"base": "emoji", "data": [], "clip": None} | found | merged | given(alone)
 
 
 def _grouped(texts: list[str], option: str) -> dict[str, list[str]]:
@@ -92,31 +97,11 @@ def _term(text: str) -> tuple[str, Any]:
     return name, {"weight": json_or_text(weight or "1")} | {k: json_or_text(v) for k, v in named_values(rest, "--term")}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold sections of {list(SECTIONS)}")
-    return found
-
-
-def _write(path: Path, asked: Mapping[str, Any]) -> None:
-    import yaml
-
-    plain = json.loads(json.dumps(asked))
-    as_json = path.suffix == ".json"
-    path.write_text(json.dumps(plain, indent=2) + "\n" if as_json else yaml.safe_dump(plain, sort_keys=False))
-
-
 def run(args: argparse.Namespace) -> int:
     """Train gates and write them to --out."""
     asked = settings(args)
     if args.write_config:
-        _write(args.write_config, asked)
+        write_settings(args.write_config, asked)
         return 0
     if args.out is None:
         raise ValueError("--out is needed: the folder for gates, checkpoints and log")
@@ -143,34 +128,19 @@ def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
     config = GateTraining.from_dict({**asked["training"], "terms": terms})
     args.base, args.expert = asked["base"], [f"{name}={file}" for name, file in asked["experts"].items()]
     experts, gates = chosen_experts(args, " ".join(lesson.composed)), GateConfig.from_dict(asked["gates"])
-    pipe = pipeline(args.base, args.device or _own_device(), half=False)
+    pipe = pipeline(args.base, args.device or own_device(), half=False)
     pipe.set_progress_bar_config(disable=True)
     mixture = attach(pipe, experts, gates)
-    lesson.samples = _samples(pipe, asked["data"])
+    lesson.samples = samples(pipe, asked["data"])
     log = train_gates(
         pipe, mixture, lesson, config=config, clip=_clip(pipe, asked), folder=args.out, resume_from=args.resume,
         success=_emoji_success() if args.base == "emoji" and config.validation.every else None,
     )  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         write_card(args.out, mixture, lesson, base=args.base, config=config, log=log)
         if args.push_to_hub:
             push(args.out, args.push_to_hub)
     return log
-
-
-def _own_device() -> str | None:
-    """Under `accelerate launch` each process has a card of its own."""
-    import torch
-
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
-
-
-def _samples(pipe: Any, folders: list[str]) -> Any:
-    from mole_diffusers.training.data import encode, read_folder
-
-    pairs = [pair for folder in folders for pair in zip(*read_folder(folder), strict=True)]
-    return encode(pipe, *zip(*pairs, strict=True)) if pairs else None
 
 
 def _clip(pipe: Any, asked: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -78,7 +78,7 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
 
 def _open(path: Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # cameras note how they were held
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
@@ -89,6 +89,16 @@ def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
     if not text:
         raise ValueError(f"{path} has no caption: give {sidecar.name}, metadata.jsonl or a prompt")
     return text
+
+
+def default_side(pipe: Any) -> int:
+    """Pixels on a side of the pictures that a pipeline was made for."""
+    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of a picture, [side, side] pixels; nothing is squeezed."""
+    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
