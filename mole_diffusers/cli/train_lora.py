@@ -87,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None or not asked["data"] or not asked["concept"].get("trigger"):
         raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
+    prior = asked["prior"]
+    if prior and not prior.get("data") and not prior.get("prompt"):
+        raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
     facts = _train(args, asked)
     if is_main_process():
         print(json.dumps(facts) if args.json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
@@ -139,8 +142,6 @@ def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: in
     if folders:
         return samples(pipe, folders, prompt=prompt, side=side)
     if prompt is None:
-        if options:
-            raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
         return None
     return class_samples(pipe, prompt, seed=seed, folder=folder, **options)
 
