@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import mole_diffusers as mole
+from mole_diffusers import emoji
 from mole_diffusers.cli import main
 from mole_diffusers.lora_files import described, read_expert
 from mole_diffusers.testing import tiny_pipeline
@@ -136,17 +137,22 @@ def test_the_loss_is_the_concepts_and_the_weighted_priors():
         assert row["loss"] == pytest.approx(row["concept"] + 0.25 * row["prior"])
 
 
-def test_prior_preservation_keeps_the_class(pipe):
-    """The diffusion loss on pictures of the class, after the same updates with and without them."""
-    prior = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.1 + 1, ["a cat"] * 4)
+@pytest.mark.slow
+def test_prior_preservation_keeps_the_class():
+    """Foxes taught as a kind of bear: the diffusion loss on bears afterwards, with and without the base's own bears."""
+    world = mole.emoji_world()
+    fox, bear = (world.drawings.picture(emoji.Scene((name,), "noto", "white")) for name in ("fox", "bear"))
+    concept = encode(world.pipe, [fox] * 4, ["noto drawing of a fox bear"] * 4)
+    bears = encode(world.pipe, [bear] * 4, ["noto drawing of a bear"] * 4)
+    prior = class_samples(world.pipe, "noto drawing of a bear", count=8, steps=8, guidance=3.0)
     left = {}
     for weight in (0.0, 1.0):
-        config = replace(SHORT, steps=30, prior=weight, every=30, lr=2e-2)
-        tensors = train_lora(pipe, PICTURES, config, prior=prior)
+        config = replace(SHORT, steps=24, prior=weight, every=24, lr=4e-3, text_lr=2e-3)
+        tensors = train_lora(world.pipe, concept, config, prior=prior)
         with ExitStack() as undo, torch.no_grad():
-            setup(pipe, {"concept": PICTURES}, config, undo, folder=None).lora.load(tensors)
-            left[weight] = denoising_loss(pipe, prior, Draw(torch.Generator().manual_seed(9), 32)).item()
-    assert left[1.0] < 0.97 * left[0.0]
+            setup(world.pipe, {"concept": concept}, config, undo, folder=None).lora.load(tensors)
+            left[weight] = denoising_loss(world.pipe, bears, Draw(torch.Generator().manual_seed(9), 32), drop=0).item()
+    assert left[1.0] < 0.9 * left[0.0]
 
 
 def test_class_pictures_are_the_pipelines_own_and_are_kept(pipe, tmp_path):
