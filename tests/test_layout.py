@@ -117,7 +117,22 @@ FOLDERS = {
         "api",
         "build",
     ],
-    "cli": ["common", "studio", "inspect", "compose", "grid", "app", "train", "train_lora", "evaluate", "merge", "bench"],
+    "cli": [
+        "common",
+        "libraries",
+        "studio",
+        "inspect",
+        "index",
+        "retrieve",
+        "compose",
+        "grid",
+        "app",
+        "train",
+        "train_lora",
+        "evaluate",
+        "merge",
+        "bench",
+    ],
     "bench": ["hosts", "clock", "arms", "steps", "report"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")

@@ -70,6 +70,7 @@ def names(found):
 
 def test_phrases_are_what_stands_between_small_words_and_punctuation():
     assert phrases(words("Ink drawing of a FOX, and <new1> at night!")) == ["ink drawing", "fox", "<new1>", "night"]
+    assert phrases(words("photo of a person, painting style, fox style")) == ["fox style"]
 
 
 def test_named_takes_the_longest_run_and_leaves_a_break():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,20 @@ from mole_diffusers.merging.layers import as_expert, layers_of
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 
 MODES = ("selection", "mixture", "sum", "fusion")
+
+
+def asked_for(library: LoraLibrary, pipe: Any, prompt: str, *, k: int = 3, threshold: float = THRESHOLD) -> list[Found]:
+    """`LoraLibrary.retrieve` for a pipeline: LoRAs that are known to be for another family are passed over."""
+    base = family_of({part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None})
+    return library.retrieve(prompt, k=k, threshold=threshold, base=base)
+
+
+def report(library: LoraLibrary, found: Sequence[Found]) -> list[dict[str, Any]]:
+    """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), why."""
+    cards = {card.name: card for card in library.cards}
+    return [
+        {"file": cards[each.name].file, "base": cards[each.name].base, "why": each.why, **asdict(each)} for each in found
+    ]
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,7 @@ def composed(
     if attached(pipe) is not None:
         raise ValueError("the pipeline already has a mixture; detach it first")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    base = family_of({part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None})
-    found = [library.retrieve(text, k=k, threshold=threshold, base=base) for text in texts]
+    found = [asked_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
     experts, sets = _sets(library, [[each.name for each in row] for row in found], mode)
     mixture = attach(pipe, experts, gates) if experts else None
     try:

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from mole_diffusers.library.words import COMMON
 from mole_diffusers.mixture import attached
-
-COMMON = ("photo", "drawing", "painting", "picture", "background", "person", "animal", "object", "style")
 
 
 class Encoder(Protocol):
@@ -67,3 +66,8 @@ class SentenceText:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         vectors = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         return F.normalize(vectors.float().cpu(), dim=-1)
+
+
+def encoder_for(pipe: Any, name: str | None = None) -> Encoder:
+    """The pipeline's own text encoder, or the sentence-transformers model `name`."""
+    return PipelineText(pipe) if name is None else SentenceText(name)

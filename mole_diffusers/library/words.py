@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 WORD = re.compile(r"[\w<>'’+-]+|[^\w\s]")
 BREAKS = frozenset(["and", "with", "of", "in", "on", "by", "at", "a", "an", "the"])
+COMMON = ("photo", "drawing", "painting", "picture", "background", "person", "animal", "object", "style")
 LONGEST = 8  # words of a trigger that are looked for
 
 
@@ -16,14 +17,17 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def phrases(tokens: Sequence[str]) -> list[str]:
-    """What stands between punctuation and small words: "ink drawing of a fox, at night" -> ink drawing; fox; night."""
+    """What stands between punctuation and small words: "ink drawing of a fox, at night" -> ink drawing; fox; night.
+
+    A phrase of everyday words alone, "drawing", asks for no LoRA and is left out.
+    """
     found: list[list[str]] = [[]]
     for token in tokens:
         if token in BREAKS or not re.search(r"\w", token):
             found.append([])
         else:
             found[-1].append(token)
-    return [" ".join(phrase) for phrase in found if phrase]
+    return [" ".join(phrase) for phrase in found if set(phrase) - set(COMMON)]
 
 
 def named(tokens: Sequence[str], known: Callable[[tuple[str, ...]], bool]) -> tuple[list[tuple[str, ...]], list[str]]:
