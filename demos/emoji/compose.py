@@ -34,7 +34,7 @@ def lesson(concepts: Sequence[str]) -> Lesson:
     styles = [c for c in concepts if c in emoji.STYLES]
     alone = [emoji.Scene((subject,), scene.style).caption for subject in scene.subjects]
     parts = {scene.caption: alone} if len(alone) > 1 else {}
-    return Lesson(singles, [scene.caption], _others(concepts), styles, parts)
+    return Lesson(singles, [scene.caption], _others(concepts), styles=styles, parts=parts)
 
 
 def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
