@@ -65,11 +65,18 @@ class Checkpoint:
             wanted[name].copy_(tensor)
 
 
-def save(folder: str | Path, banks: Mapping[str, GateBank], config: GateConfig, experts: Mapping[str, Expert]) -> None:
+def save(
+    folder: str | Path,
+    banks: Mapping[str, GateBank],
+    config: GateConfig,
+    *,
+    experts: Mapping[str, Expert],
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write the folder that `load` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{part}.{k}": v.contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
+    tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
     about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})

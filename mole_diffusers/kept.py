@@ -31,7 +31,7 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
         file = f"{i}.safetensors"  # a name may hold what no path can
         kept[name] = _keep_expert(expert, folder / EXPERTS / file)
         rows.append({"name": name, "file": file, "strength": strength})
-    checkpoint.save(folder / GATES, mixture.banks, mixture.config, kept)
+    checkpoint.save(folder / GATES, mixture.banks, mixture.config, experts=kept)
     about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
     (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n")
 

@@ -313,9 +313,9 @@ class Mixture:
             Path(folder, "README.md").write_text(model_card(self.weighed(), self.config, repo_id, pipeline=False))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `gates.safetensors` and `config.json`; `attach(..., gates=folder)` reads them."""
-        checkpoint.save(folder, self.banks, self.config, self.experts)
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them."""
+        checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
 
     @contextmanager
     def _lent(self, **values: Any) -> Iterator[None]:

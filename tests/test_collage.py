@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers.training.collage import _alone, collage
+from mole_diffusers.training.collage import _again, _alone, collage
 from mole_diffusers.training.data import Draw, Samples, encode_pixels
 from mole_diffusers.training.denoising import decode, denoising_loss, predict, sample, training_scheduler
 from mole_diffusers.training.losses import side_by_side
@@ -57,6 +57,26 @@ def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, 
     assert any(g is not None and g.abs().sum() > 0 for g in gradients)
     with pytest.raises(ValueError, match="collage term needs the parts"):
         collage(replace(study, lesson=Lesson(composed=[PROMPT])))
+
+
+def test_a_collage_is_redrawn_by_the_sum_from_the_asked_noise_level(pipe, loras):
+    names = ("fox", "hat", "ink")
+    mixture = mole.attach(pipe, {n: loras[n] for n in names}, "mole")
+    latents, generator = torch.randn(1, 4, 16, 16), torch.Generator()
+    study = Study(pipe, mixture, LESSON)
+    found = _again(study, latents, PROMPT, generator.manual_seed(3), steps=4, start=2, guidance=2.0)
+    scheduler = training_scheduler(pipe)
+    scheduler.set_timesteps(4)
+    noise = torch.randn(1, 4, 16, 16, generator=generator.manual_seed(3))
+    x = scheduler.add_noise(latents, noise, scheduler.timesteps[2:3])
+    mole.attach(pipe, {n: loras[n] for n in names}, "sum")
+    with torch.no_grad():
+        for t in scheduler.timesteps[2:]:
+            empty, full = (predict(pipe, x, t[None], [text]) for text in ("", PROMPT))
+            x = scheduler.step(empty + 2.0 * (full - empty), t, x).prev_sample
+    torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="redraw must be from 0 to 1, got 2"):
+        collage(study, redraw=2)
 
 
 def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):

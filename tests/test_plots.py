@@ -78,3 +78,11 @@ def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
     }
     assert {(40, 0, 200), (80, 0, 200), (40, 0, 0), (80, 0, 0)} <= colours
     assert sheet.height < 3 * 128  # two rows of arms, not three
+
+
+def test_maps_show_their_tables_with_one_scale(tmp_path):
+    tables = {"subject": [[0.0, 0.5], [1.0, 0.25]], "style": [[1.0, 1.0], [0.0, 0.0]]}
+    panels = plots.maps(tables, ["down", "up"], ["0-4", "5-9"], tmp_path / "maps.png").axes
+    assert [panel.images[0].get_array().tolist() for panel in panels[:2]] == list(tables.values())
+    assert {panel.images[0].get_clim() for panel in panels[:2]} == {(0, 1)}
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["down", "up"]

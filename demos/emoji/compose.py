@@ -32,8 +32,7 @@ def lesson(concepts: Sequence[str]) -> Lesson:
             beside = (concept, OTHERS[i]) if slot == 0 else (OTHERS[i], concept)
             singles[concept].append(emoji.Scene((concept,) if alone else beside, style).caption)
     styles = [c for c in concepts if c in emoji.STYLES]
-    alone = [emoji.Scene((subject,), scene.style).caption for subject in scene.subjects]
-    parts = {scene.caption: alone} if len(alone) > 1 else {}
+    parts = {scene.caption: [emoji.Scene((subject,), "noto").caption for subject in scene.subjects]}
     return Lesson(singles, [scene.caption], _others(concepts), styles=styles, parts=parts)
 
 

@@ -7,6 +7,7 @@
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 from compose import joint_samples, lesson, name_of, true_samples
@@ -19,27 +20,24 @@ from mole_diffusers.training.data import encode
 from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.study import Lesson
 
-GATES = GateConfig("mole", granularity="block", total="N")
-TRAINING = GateTraining(
-    terms={"single": {"seeds": 6, "steps": 16}, "composed": {"seeds": 6, "steps": 16}},
-    steps=80,
-    batch=6,
-    lr=2e-2,
-    precision="bf16",
-)
+GATES = GateConfig("flow")
+REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
+TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
 )
 ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
-ORACLE_TRAINING = GateTraining(terms={"denoise": 1.0}, steps=50, batch=12, lr=5e-2, precision="bf16")
+ORACLE_TRAINING = GateTraining(terms={"denoise": {"guidance": 3.0}}, steps=60, batch=6, lr=5e-2, precision="bf16")
 
 
 def make_gates(world, concepts):
     folder = world.folder / "gates" / name_of(concepts)
     if not (folder / "config.json").exists():
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, GATES)
-        train_gates(world.pipe, mixture, lesson(concepts), config=TRAINING)
-        mixture.save_pretrained(folder)
+        found = lesson(concepts)
+        collage = {"collage": {"guidance": 3.0, "redraw": REDRAW if found.styles else 0.0}}
+        train_gates(world.pipe, mixture, found, config=replace(TRAINING, terms=collage))
+        mixture.save_pretrained(folder, dtype=torch.float16)
 
 
 def make_joint(world, concepts):

@@ -5,7 +5,7 @@ Colours are Okabe and Ito's, safe for colour blindness.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,22 @@ def heat_map(trace: Trace, path: Path) -> Any:
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.set_yticks(range(len(places)), places if n == 0 else [""] * len(places), fontsize=5)
+    figure.colorbar(shown, ax=panels[-1])
+    return _save(figure, path)
+
+
+def maps(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], columns: Sequence[str], path: Path) -> Any:
+    """Shares from 0 to 1 as one panel per table, with the same named rows and columns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((2 + 2.6 * len(tables), 1.2 + 0.34 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for i, ((name, table), axes) in enumerate(zip(tables.items(), panels, strict=True)):
+        shown = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        axes.set_title(name)
+        axes.set_xlabel("steps")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows if i == 0 else [""] * len(rows))
     figure.colorbar(shown, ax=panels[-1])
     return _save(figure, path)
 

@@ -66,6 +66,7 @@ def sample(
     steps: int,
     guidance: float,
     checkpointing: bool = False,
+    start: int = 0,
     stop: int | None = None,
 ) -> torch.Tensor:
     """Deterministic DDIM (Song et al., 2021) from noise x [B, C, H, W] to clean latents, with the gradient of every step.
@@ -73,7 +74,7 @@ def sample(
     Args:
         guidance: classifier-free guidance; 1 leaves the unconditional row out.
         checkpointing: compute each step's activations again in the backward pass.
-        stop: steps to take; None takes all.
+        start, stop: the steps to take, from..to; x has the noise of `start`; None goes to the end.
     """
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(steps, device=x.device)
@@ -83,7 +84,7 @@ def sample(
         prediction = _guided(pipe, x, t.expand(len(x)), text, guidance=guidance)
         return scheduler.step(prediction, t, x).prev_sample
 
-    for t in scheduler.timesteps[:stop]:
+    for t in scheduler.timesteps[start:stop]:
         x = checkpoint(step, x, t, use_reentrant=False) if checkpointing else step(x, t)
     return x
 
