@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,17 @@ def _experts(folder: Path) -> dict[str, tuple[str | Path | Expert, float]]:
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
     found: dict[str, tuple[str | Path | Expert, float]] = {}
-    for row in about.get("experts") or [None]:
+    rows = about.get("experts")
+    for row in rows if isinstance(rows, list) and rows else [None]:
         try:
             name, file, strength = str(row["name"]), Path(row["file"]), float(row["strength"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
         if len(file.parts) != 1 or file.name == "..":
             raise RefusedFileError(f"{folder / INDEX}: {str(file)!r} is not the name of a file in {EXPERTS}/")
+        if name in found or not math.isfinite(strength) or not (folder / EXPERTS / file).is_file():
+            raise RefusedFileError(
+                f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
+            )
         found[name] = folder / EXPERTS / file, strength
     return found

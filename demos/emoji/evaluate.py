@@ -1,6 +1,8 @@
 """Judge the world and every composer on it, and write the tables and figures of docs/results.md.
 
-    python demos/emoji/evaluate.py [world] [validation] [test] [report]
+    python demos/emoji/evaluate.py [world] [search] [validation] [test] [report]
+
+`search` looks for the best strengths on the validation split; the arm "grid search" of the other steps has them.
 
 Rows are appended under work/evaluation/, and rows that exist are not made again. `accelerate launch` divides the work.
 """
@@ -17,11 +19,17 @@ from mole_diffusers import emoji, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Case, evaluate
+from mole_diffusers.evaluation.search import best_weights, grid
 
 SEEDS = range(1000, 1008)
 VALIDATION_SEEDS = range(2000, 2004)
 OPTIONS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 FOLDER = WORK / "evaluation"
+SPLITS = {
+    "search": (emoji.VALIDATION, VALIDATION_SEEDS),
+    "validation": (emoji.VALIDATION, VALIDATION_SEEDS),
+    "test": (emoji.TEST, SEEDS),
+}
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -47,17 +55,25 @@ def run_world(world, rows: Rows, processes: int) -> None:
         evaluate(bench, [arm], own, look, seeds=SEEDS[:4], options=OPTIONS, rows=rows, processes=processes)
 
 
-def run_split(world, split, seeds, rows: Rows, processes: int) -> None:
+def searched_weights() -> dict[str, dict[str, float]] | None:
+    """What the search found, if it was run."""
+    rows = Rows(FOLDER / "search").read()
+    return best_weights(rows) if rows else None
+
+
+def run_split(world, name: str, process: int, processes: int) -> None:
     """Every composer on a split's compositions."""
-    found = emoji_protocol.cases(split)
+    split, seeds = SPLITS[name]
+    found, rows = emoji_protocol.cases(split), Rows(FOLDER / name, process)
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
     bench, cases = emoji_protocol.bench(world), [case for case, _ in found]
-    evaluate(bench, all_arms(world), cases, look, seeds=seeds, options=OPTIONS, rows=rows, processes=processes)
+    wanted = grid(bench) if name == "search" else all_arms(world, searched_weights())
+    evaluate(bench, wanted, cases, look, seeds=seeds, options=OPTIONS, rows=rows, processes=processes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    steps = ["world", "validation", "test", "report"]
+    steps = ["world", *SPLITS, "report"]
     parser.add_argument("what", nargs="*", default=steps, help=f"of {steps}; default: all")
     what = parser.parse_args().what
     if unknown := set(what) - set(steps):
@@ -66,16 +82,15 @@ def main() -> None:
     world, number, processes = emoji_world(device=str(device())), state.process_index, state.num_processes
     if "world" in what:
         run_world(world, Rows(FOLDER / "world", number), processes)
-    if "validation" in what:
-        run_split(world, emoji.VALIDATION, VALIDATION_SEEDS, Rows(FOLDER / "validation", number), processes)
-    if "test" in what:
-        run_split(world, emoji.TEST, SEEDS, Rows(FOLDER / "test", number), processes)
-    state.wait_for_everyone()
+    for name in SPLITS:
+        if name in what:
+            run_split(world, name, number, processes)
+            state.wait_for_everyone()
     if "report" in what and state.is_main_process:
         from report import write
 
         took = json.loads((WORK / "took.json").read_text())
-        write({part: Rows(FOLDER / part).read() for part in ("world", "validation", "test")}, took, DOCS)
+        write({part: Rows(FOLDER / part).read() for part in ("world", *SPLITS)}, took, DOCS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Train what the compositions are compared with: gates (data-free), and the two ceilings.
+"""Train what the compositions are compared with: gates of two families (data-free), and the two ceilings.
 
-    python demos/emoji/train_gates.py [gates] [joint] [oracle]
+    python demos/emoji/train_gates.py [gates] [mole] [joint] [oracle]
 
-`gates` writes assets/gates/NAME; the ceilings go to work/. Results that exist are kept, so a cut-off run goes on.
+`gates` writes assets/gates/NAME; the rest goes to work/. Results that exist are kept, so a cut-off run goes on.
 """
 
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from compose import joint_samples, lesson, name_of, true_samples
@@ -21,6 +22,7 @@ from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.study import Lesson
 
 GATES = GateConfig("flow")
+MOLE = GateConfig("mole", granularity="layer", total="linear")
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 JOINT = ConceptConfig(
@@ -30,14 +32,18 @@ ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
 ORACLE_TRAINING = GateTraining(terms={"denoise": {"guidance": 3.0}}, steps=60, batch=6, lr=5e-2, precision="bf16")
 
 
-def make_gates(world, concepts):
-    folder = world.folder / "gates" / name_of(concepts)
+def make_gates(world, concepts, config=GATES, root: Path | None = None):
+    folder = (root or world.folder / "gates") / name_of(concepts)
     if not (folder / "config.json").exists():
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, GATES)
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, config)
         found = lesson(concepts)
         collage = {"collage": {"guidance": 3.0, "redraw": REDRAW if found.styles else 0.0}}
         train_gates(world.pipe, mixture, found, config=replace(TRAINING, terms=collage))
         mixture.save_pretrained(folder, dtype=torch.float16)
+
+
+def make_mole(world, concepts):
+    make_gates(world, concepts, MOLE, WORK / "mole")
 
 
 def make_joint(world, concepts):
@@ -59,7 +65,7 @@ def make_oracle(world, concepts):
 
 
 def main() -> None:
-    makers = {"gates": make_gates, "joint": make_joint, "oracle": make_oracle}
+    makers = {"gates": make_gates, "mole": make_mole, "joint": make_joint, "oracle": make_oracle}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=list(makers), help=f"of {list(makers)}; default: all")
     world = emoji_world(device=str(device()))

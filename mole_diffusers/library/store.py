@@ -128,7 +128,7 @@ def check(folder: Path, index: Index, encoder: Encoder) -> None:
 def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
     """Raise RefusedFileError where another encoder made the index, or other weights of one with the same id."""
     if index.encoder != encoder.id:
-        raise again(folder, f"was made with another encoder ({index.encoder}; this one is {encoder.id})")
+        raise again(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
     probe = encoder(PROBE)
     if probe.shape != index.probe.shape or (probe - index.probe).abs().max() > PROBE_TOLERANCE:
         raise again(folder, f"was made with other weights of its encoder ({encoder.id})")
