@@ -13,7 +13,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 from arms import all_arms
-from loop import WORK, device
+from loop import WORK, device, note
+from train_judge import accuracy
 
 from mole_diffusers import emoji, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
@@ -82,6 +83,9 @@ def main() -> None:
     world, number, processes = emoji_world(device=str(device())), state.process_index, state.num_processes
     if "world" in what:
         run_world(world, Rows(FOLDER / "world", number), processes)
+        if state.is_main_process:
+            clean, soft = (accuracy(world.drawings, world.judge(), vae, 99) for vae in (None, world.pipe.vae))
+            note("judge, share right", drawings=clean, through_autoencoder=soft)
     for name in SPLITS:
         if name in what:
             run_split(world, name, number, processes)
@@ -90,7 +94,7 @@ def main() -> None:
         from report import write
 
         took = json.loads((WORK / "took.json").read_text())
-        write({part: Rows(FOLDER / part).read() for part in ("world", *SPLITS)}, took, DOCS)
+        write({part: Rows(FOLDER / part) for part in ("world", *SPLITS)}, took, DOCS)
 
 
 if __name__ == "__main__":
