@@ -10,10 +10,15 @@ from mole_diffusers.compare import compare
 from mole_diffusers.figures import grid
 
 world = mole.emoji_world()
-concepts = {name: world.loras[name] for name in ("octopus", "blueprint")}
-mixture = mole.attach(world.pipe, concepts, gates=world.gates["octopus+blueprint"])
+concepts = {name: world.loras[name] for name in ("sunflower", "doughnut")}
+mixture = mole.attach(world.pipe, concepts, gates=world.gates["sunflower+doughnut"])
 pictures = compare(
-    world.pipe, mixture, "blueprint drawing of an octopus", seeds=[1, 2], num_inference_steps=20, guidance_scale=3.0
+    world.pipe,
+    mixture,
+    "noto drawing of a sunflower and a doughnut",
+    seeds=[1, 2],
+    num_inference_steps=20,
+    guidance_scale=3.0,
 )
 mole.detach(world.pipe)
 

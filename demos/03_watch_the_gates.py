@@ -8,11 +8,14 @@ import torch
 import mole_diffusers as mole
 
 world = mole.emoji_world()
-concepts = {name: world.loras[name] for name in ("fox", "ink")}
-mixture = mole.attach(world.pipe, concepts, gates=world.gates["fox+ink"])
+concepts = {name: world.loras[name] for name in ("honeybee", "thermal")}
+mixture = mole.attach(world.pipe, concepts, gates=world.gates["honeybee+thermal"])
 with mixture.trace() as trace:
     world.pipe(
-        "ink drawing of a fox", num_inference_steps=10, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
+        "thermal drawing of a honeybee",
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
     )
 
 print(f"{'place':70}", *(f"{name:>14}" for name in trace.experts), " first step -> last")
