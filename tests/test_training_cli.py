@@ -41,6 +41,17 @@ def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, 
     assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
 
 
+def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, capsys):
+    experts = [f"--expert={name}={loras[name]}" for name in ("fox", "hat")]
+    words = ["--prompt", "a fox and a hat", "--part", "a fox", "--part", "a hat"]
+    out = tmp_path / "out"
+    command = ["train", "--base", base, *experts, *words, "--family", "flow", "--steps", "1", "--batch", "1"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert set(json.loads((out / "log.jsonl").read_text())) >= {"loss", "collage"}
+    assert main([*command, "--prompt", "a hat and a fox", "--out", str(out)]) == 1
+    assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["train", *flags, "--out", out]) == 0

@@ -43,6 +43,9 @@ def add(commands: Any) -> None:
     words = train.add_argument_group("what there is to learn from")
     words.add_argument("--prompt", action="append", default=[], help="a composed prompt; repeatable, as all below")
     words.add_argument("--single", action="append", default=[], metavar="NAME=PROMPT", help="one expert's prompt")
+    words.add_argument(
+        "--part", action="append", default=[], metavar="PROMPT", help="a subject of the prompt, left to right"
+    )
     words.add_argument("--other", action="append", default=[], metavar="NAME=WORD", help="may stand in the expert's place")
     words.add_argument("--plain", action="append", default=[], metavar="PROMPT", help="names no expert")
     words.add_argument("--style", action="append", default=[], metavar="NAME", help="an expert that acts everywhere")
@@ -68,6 +71,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     found = read_settings(args.config, SECTIONS) if args.config else {}
     lesson = {"composed": args.prompt, "plain": args.plain, "styles": args.style}
     lesson |= {"singles": _grouped(args.single, "--single"), "others": _grouped(args.other, "--other")}
+    lesson |= {"parts": _parts(args)}
     training = {name: getattr(args, name) for name in (*TRAINING, "checkpointing")}
     training |= {"terms": dict(_term(text) for text in args.term)}
     if args.validate is not None:
@@ -81,6 +85,12 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     merged = {name: found.get(name, {}) | given(section) for name, section in flags.items()}
     alone = {"base": args.base, "data": args.data, "clip": args.clip}
     return {"base": "emoji", "data": [], "clip": None} | found | merged | given(alone)
+
+
+def _parts(args: argparse.Namespace) -> dict[str, list[str]]:
+    if args.part and len(args.prompt) != 1:
+        raise ValueError(f"--part tells the subjects of one --prompt, got {len(args.prompt)} prompts")
+    return {args.prompt[0]: args.part} if args.part else {}
 
 
 def _grouped(texts: list[str], option: str) -> dict[str, list[str]]:
@@ -122,9 +132,9 @@ def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
     from mole_diffusers.training.study import Lesson
 
     lesson = Lesson(**asked["lesson"])
-    terms = asked["training"].get("terms") or {
-        name: 1.0 for name, words in (("single", lesson.singles), ("composed", lesson.composed)) if words
-    }
+    own = ("collage",) if lesson.parts else ("single", "composed")
+    taught = {"single": lesson.singles, "composed": lesson.composed, "collage": lesson.parts}
+    terms = asked["training"].get("terms") or {name: 1.0 for name in own if taught[name]}
     config = GateTraining.from_dict({**asked["training"], "terms": terms})
     args.base, args.expert = asked["base"], [f"{name}={file}" for name, file in asked["experts"].items()]
     experts, gates = chosen_experts(args, " ".join(lesson.composed)), GateConfig.from_dict(asked["gates"])
