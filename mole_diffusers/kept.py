@@ -64,7 +64,7 @@ def _experts(folder: Path) -> dict[str, tuple[str | Path | Expert, float]]:
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
     found: dict[str, tuple[str | Path | Expert, float]] = {}
     rows = about.get("experts")
-    for row in rows if isinstance(rows, list) and rows else [None]:
+    for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
             name, file, strength = str(row["name"]), Path(row["file"]), float(row["strength"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
