@@ -31,3 +31,8 @@ class CallReader:
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The text states [B, T, C]; B may be a multiple of the samples' where the samples are films."""
         return self._read("encoder_hidden_states", args, kwargs)
+
+
+def compiled_from(model: Any) -> Any:
+    """The model inside what `torch.compile(model)` returns; any other model itself."""
+    return getattr(model, "_orig_mod", model)

@@ -163,8 +163,7 @@ def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Paramete
 
 
 def _fill(layer: Any, stack: Stack, variant: GatedLora) -> None:
-    weight = layer.get_base_layer().weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
     for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
         half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
     layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
@@ -175,6 +174,16 @@ def _fill(layer: Any, stack: Stack, variant: GatedLora) -> None:
         layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
+
+
+def _computed_in(module: Any) -> torch.dtype:
+    """What a layer's product is computed in: its weight may be stored in fewer bits."""
+    hook = getattr(module, "_diffusers_hook", None)
+    casting = hook and hook.get_hook("layerwise_casting")
+    if casting:
+        return casting.compute_dtype
+    dtype = module.weight.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
 
 
 def _activate(model: nn.Module, active: Mapping[str, list[str]]) -> None:

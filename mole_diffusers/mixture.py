@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mole_diffusers import checkpoint
-from mole_diffusers.calls import DENOISERS, CallReader
+from mole_diffusers.calls import DENOISERS, CallReader, compiled_from
 from mole_diffusers.card import model_card
 from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
@@ -23,6 +23,7 @@ from mole_diffusers.gates.controls import Control
 from mole_diffusers.host_calls import guard
 from mole_diffusers.lora_files import PARTS, Expert, read_expert
 from mole_diffusers.lora_writing import write_lora
+from mole_diffusers.offloading import loaded
 from mole_diffusers.parts import GatedPart
 from mole_diffusers.processor import Decision, Plan, State
 from mole_diffusers.trace import Trace
@@ -100,7 +101,7 @@ def _held(pipe: Any) -> Iterator[Mixture | None]:
 def _denoiser(pipe: Any) -> nn.Module:
     for name in DENOISERS:
         if (model := getattr(pipe, name, None)) is not None:
-            return model
+            return compiled_from(model)
     raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
 
 
@@ -109,7 +110,7 @@ def hosts(pipe: Any) -> dict[str, nn.Module]:
     unet = _denoiser(pipe)
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
-    return {part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+    return {part: compiled_from(model) for part in PARTS if (model := getattr(pipe, part, None)) is not None}
 
 
 class Mixture:
@@ -354,7 +355,7 @@ class Mixture:
             raise
 
     def _install(self) -> None:
-        with ExitStack() as undo:
+        with loaded(self._pipe), ExitStack() as undo:
             # First of all hooks: the network's own gate already needs the time of this call.
             undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
             if self.config.family == "prompt":
@@ -370,7 +371,8 @@ class Mixture:
             self._undo = undo.pop_all()
 
     def _uninstall(self) -> None:
-        self._undo.close()
+        with loaded(self._pipe):
+            self._undo.close()
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self._state.time = self._call.time(args, kwargs)

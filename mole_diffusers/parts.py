@@ -172,7 +172,7 @@ def _text_and_time(slot: Slot, call: CallReader) -> Callable[[nn.Module, tuple, 
         time = call.time(args, kwargs)  # [B]
         text = mixing.rows(call.text(args, kwargs), len(time))  # [B, T, C]; a film has its text once a frame
         time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
-        slot.refresh(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
+        slot.hand(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
 
     return refresh
 
@@ -186,7 +186,7 @@ def _text(slots: Sequence[Slot], call: CallReader) -> Callable[[nn.Module, tuple
         if last[0] is not text or last[1] != version(text):
             last[:] = text, version(text), text.float(), slots[0].state.words.of(text)
         for slot in slots:
-            slot.refresh(last[2], tokens=last[3])
+            slot.hand(last[2], tokens=last[3])
 
     return refresh
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +98,8 @@ class Slot:
         self.weights: dict[Present, torch.Tensor] = {}
         self.factors: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}  # for the layers' own use: weights, by rank
         self.batch = 0
+        self.handed: torch.Tensor | None = None  # what the gate is to read when a layer first asks
+        self.tokens: torch.Tensor | None = None
 
     @property
     def part(self) -> str:
@@ -120,6 +121,14 @@ class Slot:
             for listener in self.state.listeners:
                 listener(decision)
         self.batch = hidden.shape[0]
+
+    def hand(self, hidden: torch.Tensor, *, tokens: torch.Tensor | None = None) -> None:
+        """Keep what the gate is to read, [B, T, C]; `read` evaluates it.
+
+        At the entry of a whole model its weights may still be elsewhere: offloading brings them when forward begins.
+        """
+        self.clear()
+        self.handed, self.tokens, self.batch = hidden, tokens, hidden.shape[0]
 
     def _planned(self) -> tuple[Sequence[float] | None, Sequence[float]]:
         """The weights that stand in for the gate's, if any, and each expert's strength here and now."""
@@ -184,6 +193,9 @@ class Slot:
         That happens where every layer has a gate of its own, and when another processor took the place of ours
         (IP-Adapter, PAG) or splits the batch.
         """
+        if self.handed is not None:
+            handed, self.handed = self.handed, None
+            self.refresh(handed, tokens=self.tokens)
         if not self.shared or (self.batch != x.shape[0] and not (self.far and self.batch)):
             if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
                 x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights
@@ -209,15 +221,28 @@ class MoLEAttnProcessor:
     layers evaluate the gate themselves.
     """
 
+    def __new__(cls, host: Any = None, slot: Slot | None = None) -> MoLEAttnProcessor:
+        # On a class, since calls are looked up there, by torch.compile too.
+        kind = type(host) if host is not None else AttnProcessor2_0
+        return super().__new__(_showing(cls, kind))
+
     def __init__(self, host: Any = None, slot: Slot | None = None):
         self.host = host or AttnProcessor2_0()
         self.slot = slot
-        shown: Any = functools.wraps(self.host.__call__)(functools.partial(type(self).__call__, self))
-        shown.__signature__ = inspect.signature(self.host.__call__)
-        self.__dict__["__call__"] = shown
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, C] (or [B, C, H, W]) -> what the host's processor returns."""
         if self.slot is not None:
             self.slot.refresh(mixing.as_tokens(hidden_states))
         return self.host(attn, hidden_states, *args, **kwargs)
+
+
+@functools.cache
+def _showing(cls: type, kind: type) -> type:
+    """`cls` with the signature that calls of `kind` have; torch.compile follows `__wrapped__` to it."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return cls.__call__(self, attn, hidden_states, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

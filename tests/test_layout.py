@@ -22,6 +22,7 @@ ORDER = [
     "card",
     "turns",
     "host_calls",
+    "offloading",
     "parts",
     "folding",
     "mixture",

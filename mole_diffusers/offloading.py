@@ -1,0 +1,49 @@
+"""Offloaded pipelines: weights are elsewhere between calls, and hooks know each module by what it was when they came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import cpu_offload
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from torch import nn
+
+
+@contextmanager
+def loaded(pipe: Any) -> Iterator[None]:
+    """Take a pipeline's offloading hooks off while the block changes its modules, and put them on again.
+
+    As diffusers itself does around loading a LoRA, for the same device.
+    """
+    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+    modules = [module for model in models for module in model.modules()]
+    device, offloaded = _device(modules), [model for model in models if hasattr(model, "_hf_hook")]
+    flags = [{name: p.requires_grad for name, p in module._parameters.items() if p is not None} for module in modules]
+    whole, layers, _ = _func_optionally_disable_offloading(pipe)
+    if layers:  # Accelerate gives back plain tensors
+        for module, flag in zip(modules, flags, strict=True):
+            for name, trains in flag.items():
+                module._parameters[name] = nn.Parameter(module._parameters[name], requires_grad=trains)
+    try:
+        yield
+    finally:
+        if whole:
+            pipe.enable_model_cpu_offload(device=device)
+        elif layers:
+            for model in offloaded:
+                cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
+        for model in models:
+            _maybe_remove_and_reapply_group_offloading(model)
+
+
+def _device(modules: Iterable[nn.Module]) -> Any:
+    """Where offloaded models compute; None where none is offloaded by Accelerate."""
+    for module in modules:
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return device
+    return None

@@ -1,0 +1,124 @@
+"""Offloading, compiling and storing in fewer bits, with a mixture on the pipeline before or after."""
+
+import pytest
+import torch
+import torch._dynamo
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks import apply_group_offloading
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_pipeline
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+CPU = torch.device("cpu")
+
+
+def group(pipe, **options):
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        apply_group_offloading(model, onload_device=CPU, offload_device=CPU, **options)
+
+
+OFFLOADS = {  # the CPU plays the accelerator too; what is offloaded layer by layer is on "meta" between calls
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": lambda pipe: [cpu_offload(m, CPU) for m in (pipe.unet, pipe.text_encoder, pipe.vae)],
+    "block": lambda pipe: group(pipe, offload_type="block_level", num_blocks_per_group=1),
+    "leaf": lambda pipe: group(pipe, offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, name, first):
+    base = draw(pipe)
+    awake(mole.attach(pipe, loras, "mole")).save_pretrained(tmp_path)
+    picture = draw(pipe)
+    if first:
+        mole.detach(pipe)
+    OFFLOADS[name](pipe)
+    if first:
+        mole.attach(pipe, loras, tmp_path)
+    torch.testing.assert_close(draw(pipe), picture, **CLOSE)
+    if name == "sequential":
+        assert all(p.is_meta for p in pipe.unet.parameters())
+    if name in ("block", "leaf"):
+        leaf = pipe.unet.mid_block.attentions[0].proj_in.lora_A["mole_experts"]
+        assert (name == "leaf") is (getattr(leaf, "_diffusers_hook", None) is not None)
+    mole.detach(pipe)
+    torch.testing.assert_close(draw(pipe), base, **CLOSE)
+
+
+class Elsewhere(ModelHook):
+    """As model offloading: the weights are right only while the model's own forward runs."""
+
+    def init_hook(self, module):
+        self.kept = {name: p.data.clone() for name, p in module.named_parameters()}
+        return self.post_forward(module, module)
+
+    def pre_forward(self, module, *args, **kwargs):
+        for name, p in module.named_parameters():
+            p.data.copy_(self.kept[name])
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        for p in module.parameters():
+            p.data.fill_(torch.nan)
+        return output
+
+
+@pytest.mark.parametrize("family", ["mole", "flow", "prompt", "rank", "retrieval", "static"])
+def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, family):
+    awake(mole.attach(pipe, loras, family))
+    picture = draw(pipe)
+    for model in (pipe.unet, pipe.text_encoder):
+        add_hook_to_module(model, Elsewhere())
+    assert torch.equal(draw(pipe), picture)
+
+
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize("how", ["module", "wrapped first", "wrapped after", "blocks"])
+def test_compiled_whole(pipe, loras, draw, awake, how):
+    """One graph without breaks; strengths and masks still count, and the original comes back."""
+    torch.compiler.reset()
+    options = {"fullgraph": True, "backend": "eager"}
+    base = draw(pipe)
+    if how == "wrapped first":
+        pipe.unet = torch.compile(pipe.unet, **options)
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    with mixture.only("ink"):
+        ink = draw(pipe)
+    picture = draw(pipe)
+    if how == "wrapped after":
+        pipe.unet = torch.compile(pipe.unet, **options)
+    elif how == "module":
+        pipe.unet.compile(**options)
+    elif how == "blocks":
+        pipe.unet.compile_repeated_blocks(**options)
+    torch.testing.assert_close(draw(pipe), picture, **CLOSE)
+    with mixture.only("ink"):
+        torch.testing.assert_close(draw(pipe), ink, **CLOSE)
+    assert mole.attached(pipe) is mixture
+    mole.detach(pipe)
+    torch.testing.assert_close(draw(pipe), base, **CLOSE)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw, awake, first):
+    """The other route: the same layers of the host rounded to fp8 by hand."""
+    cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    if first:
+        pipe.unet.enable_layerwise_casting(**cast)
+    awake(mole.attach(pipe, loras, "mole"))
+    if not first:
+        pipe.unet.enable_layerwise_casting(**cast)
+    picture = draw(pipe)
+    stored = {n.replace(".base_layer", "") for n, p in pipe.unet.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert not any("lora" in name or "gates" in name for name in stored)
+    assert any("to_q" in name for name in stored)
+    plain = tiny_pipeline()
+    for name, p in plain.unet.named_parameters():
+        if name in stored:
+            p.data = p.data.to(torch.float8_e4m3fn).float()
+    awake(mole.attach(plain, loras, "mole"))
+    torch.testing.assert_close(picture, draw(plain), **CLOSE)
