@@ -223,7 +223,7 @@ class MoLEAttnProcessor:
 
     def __new__(cls, host: Any = None, slot: Slot | None = None) -> MoLEAttnProcessor:
         # On a class, since calls are looked up there, by torch.compile too.
-        kind = type(host) if host is not None else AttnProcessor2_0
+        kind: Any = type(host) if host is not None else AttnProcessor2_0
         return super().__new__(_showing(cls, kind))
 
     def __init__(self, host: Any = None, slot: Slot | None = None):
@@ -238,7 +238,7 @@ class MoLEAttnProcessor:
 
 
 @functools.cache
-def _showing(cls: type, kind: type) -> type:
+def _showing(cls: Any, kind: Any) -> Any:
     """`cls` with the signature that calls of `kind` have; torch.compile follows `__wrapped__` to it."""
 
     @functools.wraps(kind.__call__)
