@@ -26,7 +26,8 @@ def loaded(pipe: Any) -> Iterator[None]:
     if layers:  # Accelerate gives back plain tensors
         for module, flag in zip(modules, flags, strict=True):
             for name, trains in flag.items():
-                module._parameters[name] = nn.Parameter(module._parameters[name], requires_grad=trains)
+                weight: Any = module._parameters[name]
+                module._parameters[name] = nn.Parameter(weight, requires_grad=trains)
     try:
         yield
     finally:

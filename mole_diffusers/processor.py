@@ -223,8 +223,9 @@ class MoLEAttnProcessor:
 
     def __new__(cls, host: Any = None, slot: Slot | None = None) -> MoLEAttnProcessor:
         # On a class, since calls are looked up there, by torch.compile too.
+        mine: Any = cls
         kind: Any = type(host) if host is not None else AttnProcessor2_0
-        return super().__new__(_showing(cls, kind))
+        return super().__new__(_showing(mine, kind))
 
     def __init__(self, host: Any = None, slot: Slot | None = None):
         self.host = host or AttnProcessor2_0()
