@@ -1,9 +1,14 @@
 """Tiny real pipelines and LoRA files, offline."""
 
+import os
+
 import pytest
 import torch
 
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora, tiny_pipeline
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take every core wait for one another
+    torch.set_num_threads(1)
 
 SHAPES = {  # name: (rank, layers)
     "fox": (4, ATTENTION),

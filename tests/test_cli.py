@@ -58,7 +58,7 @@ def test_compose_on_the_embedded_world(tmp_path, capsys):
     assert main(["compose", "--rows", "1", "--steps", "2", "--out", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert sorted(facts["experts"]) == ["doughnut", "sunflower"]
-    assert facts["gates"]["family"] == "mole"
+    assert facts["gates"]["family"] == "flow"
     with Image.open(out) as image:
         assert image.width > 5 * 128
 
