@@ -125,8 +125,12 @@ class Slot:
     def hand(self, hidden: torch.Tensor, *, tokens: torch.Tensor | None = None) -> None:
         """Keep what the gate is to read, [B, T, C]; `read` evaluates it.
 
-        At the entry of a whole model its weights may still be elsewhere: offloading brings them when forward begins.
+        At the entry of a whole model its weights may still be elsewhere: offloading brings them when forward begins. With
+        gradients it is evaluated here: inside a block whose activations are computed again, it would be only the first time.
         """
+        if torch.is_grad_enabled():
+            self.refresh(hidden, tokens=tokens)
+            return
         self.clear()
         self.handed, self.tokens, self.batch = hidden, tokens, hidden.shape[0]
 

@@ -215,7 +215,7 @@ class Deaf(Words):
 @pytest.mark.parametrize(
     ("change", "encoder", "message"),
     [
-        (lambda f: None, Other(), r"was made with another encoder \(words; this one is other\)"),
+        (lambda f: None, Other(), r"was made with another encoder \('words'; this one is other\)"),
         (lambda f: None, Deaf(), r"was made with other weights of its encoder \(words\)"),
         (lambda f: shutil.copy(f / "fox.safetensors", f / "new.safetensors"), Words(), "stale: 'new.safetensors' is new"),
         (lambda f: (f / "fox.safetensors").unlink(), Words(), "stale: 'fox.safetensors' is gone"),
