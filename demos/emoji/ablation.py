@@ -95,8 +95,8 @@ def main() -> None:
         "of the 20 steps. A cell is the share of pictures in which the judge still sees the subject, or the style.\n\n"
         f"Nothing switched off: {whole['sum']}. Without LoRAs in the text encoder: {whole['text_encoder']}.\n\n"
         f"{tables.markdown(head, body)}\n\n"
-        "No single cell carries a subject: the text encoder matters most to it. The style is drawn late and near the end of\n"
-        "the UNet: without LoRAs in `up_blocks.1` during the last five steps half of the pictures lose it.\n\n"
+        "No single cell carries a subject: the text encoder matters most to it. The style is drawn late and near the end\n"
+        "of the UNet: without LoRAs in `up_blocks.1` during the last five steps half of the pictures lose it.\n\n"
         "![The same as a map](ablation.png)\n"
     )
     (DOCS / "ablation.md").write_text(text)
