@@ -22,8 +22,10 @@ an expert brings it. `alone` is the mean over the case's single LoRAs, each on t
 ones: LoRA-Flow's form, trained without data for 60 updates on collages; `mole gates` are MoLE's form (one per layer, free
 total) trained in the same way. Two ceilings: `joint LoRA`, one LoRA trained on all the concepts' own pictures (never
 together; rank 16, 200 updates), and `oracle gates`, static ones (per layer, 4 noise levels) trained on the true drawings of
-the case, which no composer may see. The tables hold the 28 test compositions that have trained gates, of 56; `mole gates`
-were trained for the pairs of subjects alone.
+the case, which no composer may see. `mole gates` were trained for the pairs of subjects alone.
+
+The tables hold what has been drawn so far: the 28 test compositions that have trained gates, of 56, under ten of the arms
+that the command knows. It goes on with the rest.
 """
 JUDGE = """The judge was looked at by eye on the base's own samples: of 112 base pictures it called 3 wrong that show what
 was asked (a sepia panda called noto, a crab called a scorpion, noto grapes called thermal); its other misses, french fries

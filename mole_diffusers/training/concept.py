@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mole_diffusers.training.beam import LEAST, Beams
-from mole_diffusers.training.checkpoints import STATE, find, write
+from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.engine import Engine, refuse_changed
+from mole_diffusers.training.engine import Engine, restored
 from mole_diffusers.training.lora_layers import LAYERS, LoraLayers, lora_layers
 from mole_diffusers.training.lora_saving import save_kohya, save_lora
 
@@ -243,12 +243,8 @@ def save(run: ConceptRun, step: int) -> None:
 
 def resume(run: ConceptRun, asked: str | None) -> None:
     """Set everything to where a checkpoint left it; a new run is left as it is."""
-    path = find(run.folder, asked) if run.folder else None
-    if path is not None:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        refuse_changed(json.loads(state["run"]), json.loads(json.dumps(run.identity())), path)
-        for name, part in _parts(run).items():
-            part.load_state_dict(state[name])
+    state = restored(run.folder, asked, parts=_parts(run), identity=run.identity())
+    if state is not None:
         run.engine.log = state["log"]
         if run.beams is not None:
             run.beams.past = state["past"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+
+from mole_diffusers.training.checkpoints import STATE, find
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast, by the name of a precision
 Part = Callable[[int, int], torch.Tensor]  # (index, count) -> [loss, terms...] of share `index` of `count` of a batch
@@ -120,6 +124,23 @@ def refuse_changed(before: dict[str, Any], now: dict[str, Any], where: object) -
     """Raises ValueError where a run with the settings `now` cannot go on with what one with `before` left."""
     if changed := [name for name, value in now.items() if before.get(name) != value]:
         raise ValueError(f"{where} is of a run with other settings ({', '.join(changed)}); use another folder")
+
+
+def restored(
+    folder: Path | None, asked: str | None, *, parts: Mapping[str, Any], identity: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What the asked checkpoint of a run holds, with `parts` set to it; None for a new run.
+
+    Raises ValueError where it is of a run with another `identity`, and what `checkpoints.find` raises.
+    """
+    path = find(folder, asked) if folder else None
+    if path is None:
+        return None
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    refuse_changed(json.loads(state["run"]), json.loads(json.dumps(identity)), path)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
 
 
 @torch.no_grad()

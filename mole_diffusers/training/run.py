@@ -19,11 +19,11 @@ from torch import nn
 from mole_diffusers import mixing
 from mole_diffusers.gates import PromptGate
 from mole_diffusers.processor import Decision
-from mole_diffusers.training.checkpoints import STATE, find, write
+from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.config import PASSING, GateTraining
 from mole_diffusers.training.data import Draw
 from mole_diffusers.training.denoising import latent_shape, predict
-from mole_diffusers.training.engine import Engine, refuse_changed
+from mole_diffusers.training.engine import Engine, restored
 from mole_diffusers.training.objectives import BALANCE
 from mole_diffusers.training.study import Study, Term
 
@@ -161,12 +161,8 @@ def save(run: Run, step: int) -> None:
 
 def resume(run: Run, asked: str | None) -> None:
     """Set everything to where a checkpoint left it; a new run is left as it is."""
-    path = find(run.folder, asked) if run.folder else None
-    if path is not None:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        refuse_changed(json.loads(state["run"]), json.loads(json.dumps(run.identity())), path)
-        for name, part in _parts(run).items():
-            part.load_state_dict(state[name])
+    state = restored(run.folder, asked, parts=_parts(run), identity=run.identity())
+    if state is not None:
         run.engine.log, run.study.kept = state["log"], state["kept"]
     run.engine.remember()
 
