@@ -1,10 +1,11 @@
 """Compose several concept LoRAs in one image: learned gates over experts, as a plugin for diffusers."""
 
+from mole_diffusers.attaching import attach, attached, detach
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.merge import merge
-from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.pipelines import (
     MoLEPipeline,
     MoLEStableDiffusionControlNetImg2ImgPipeline,

@@ -1,4 +1,5 @@
-"""What a denoiser is called with. UNets and transformers name their inputs, and count their time, in different ways."""
+"""The models of a pipeline, and what its denoiser is called with: models name their inputs, and count their time, in
+different ways."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
+
+from mole_diffusers.lora_files import PARTS
 
 DENOISERS = ("unet", "transformer")
 
@@ -36,3 +39,19 @@ class CallReader:
 def compiled_from(model: Any) -> Any:
     """The model inside what `torch.compile(model)` returns; any other model itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The UNet or transformer of a pipeline; ValueError where it has none."""
+    for name in DENOISERS:
+        if (model := getattr(pipe, name, None)) is not None:
+            return compiled_from(model)
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+
+
+def hosts(pipe: Any) -> dict[str, nn.Module]:
+    """Part -> model of a pipeline that experts can sit on; ValueError where they could not act."""
+    unet = denoiser(pipe)
+    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+        raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
+    return {part: compiled_from(model) for part in PARTS if (model := getattr(pipe, part, None)) is not None}

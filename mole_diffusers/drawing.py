@@ -12,8 +12,9 @@ import diffusers
 import torch
 from PIL import Image
 
+from mole_diffusers.attaching import attach, attached, detach
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
-from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.plan import TagPlan
 from mole_diffusers.prompt_syntax import LoraTag
 from mole_diffusers.recipe import Recipe

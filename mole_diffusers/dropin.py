@@ -12,10 +12,11 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from mole_diffusers.attaching import Gates, attach, attached, detach
 from mole_diffusers.card import model_card
 from mole_diffusers.kept import attach_kept, keep
 from mole_diffusers.lora_files import Expert, read_expert
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.mixture import Mixture
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from mole_diffusers import checkpoint
+from mole_diffusers.attaching import attach
 from mole_diffusers.lora_files import Expert, read_expert
-from mole_diffusers.mixture import Mixture, attach
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.safe_files import RefusedFileError, read_json
 from mole_diffusers.saving import save_expert
 

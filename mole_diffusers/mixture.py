@@ -1,11 +1,10 @@
-"""attach / detach: put experts and gates on a pipeline and take them off again, bit for bit."""
+"""The handle a user holds: experts and gates on a pipeline, and what can be done with them."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,14 +13,14 @@ import torch
 from torch import nn
 
 from mole_diffusers import checkpoint
-from mole_diffusers.calls import DENOISERS, CallReader, compiled_from
+from mole_diffusers.calls import DENOISERS, CallReader, denoiser, hosts
 from mole_diffusers.card import model_card
 from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates import GateConfig
 from mole_diffusers.gates.controls import Control
 from mole_diffusers.host_calls import guard
-from mole_diffusers.lora_files import PARTS, Expert, read_expert
+from mole_diffusers.lora_files import Expert
 from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.offloading import loaded
 from mole_diffusers.parts import GatedPart
@@ -30,87 +29,6 @@ from mole_diffusers.trace import Trace
 from mole_diffusers.turns import Turn, take_turns
 
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
-Source = str | Path | Expert
-Gates = str | Path | GateConfig
-
-
-def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates = "sum") -> Mixture:
-    """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces; `detach` gives the original back.
-
-    Args:
-        pipe: any pipeline with a `unet` or a `transformer`.
-        experts: name -> file, or (file, strength). Strength is the user's own factor: any sign and size, 1 by default,
-            0 means absent.
-        gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
-
-    Returns:
-        The mixture, the handle for strengths, masks, traces, training and saving.
-
-    Raises:
-        ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
-    """
-    with _held(pipe) as before:
-        mixture = _prepared(pipe, experts, gates)
-        mixture._replace(before)
-    for name, keys in mixture.unmatched.items():
-        if keys:
-            warnings.warn(f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]} for one", stacklevel=2)
-    return mixture
-
-
-def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates) -> Mixture:
-    """Read and check everything; nothing of the pipeline is changed."""
-    read, strengths = {}, {}
-    for name, given in experts.items():
-        source, strengths[name] = given if isinstance(given, tuple) else (given, 1.0)
-        read[name] = source if isinstance(source, Expert) else read_expert(source, name)
-    if not read:
-        raise ValueError("attach needs at least one expert")
-    if isinstance(gates, GateConfig) or str(gates) in FAMILIES:
-        config = gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates))
-        mixture = Mixture(pipe, read, config)
-    else:
-        saved = checkpoint.load(gates)
-        mixture = Mixture(pipe, {name: read[name] for name in saved.order(read)}, saved.config)
-        saved.fill(mixture.banks)
-    for name, strength in strengths.items():
-        mixture.strength(name, strength)
-    return mixture
-
-
-def detach(pipe: Any) -> None:
-    """Give back the original pipeline, bit for bit. Does nothing where nothing is attached."""
-    with _held(pipe) as mixture:
-        if mixture is not None:
-            mixture._uninstall()
-
-
-def attached(pipe: Any) -> Mixture | None:
-    """The mixture on a pipeline, if any."""
-    return getattr(_denoiser(pipe), HANDLE, None)
-
-
-@contextmanager
-def _held(pipe: Any) -> Iterator[Mixture | None]:
-    """The mixture on a pipeline, with all other threads kept out; one that takes its place takes over its turns."""
-    before = attached(pipe)
-    with nullcontext() if before is None else before._turn:
-        yield attached(pipe)
-
-
-def _denoiser(pipe: Any) -> nn.Module:
-    for name in DENOISERS:
-        if (model := getattr(pipe, name, None)) is not None:
-            return compiled_from(model)
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
-
-
-def hosts(pipe: Any) -> dict[str, nn.Module]:
-    """Part -> model of a pipeline that experts can sit on; ValueError where they could not act."""
-    unet = _denoiser(pipe)
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
-        raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
-    return {part: compiled_from(model) for part in PARTS if (model := getattr(pipe, part, None)) is not None}
 
 
 class Mixture:
@@ -134,7 +52,7 @@ class Mixture:
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
         self._state = State([True] * len(experts), [1.0] * len(experts))
         self._turn, self._undo = Turn(), ExitStack()
-        self._denoiser = _denoiser(pipe)
+        self._denoiser = denoiser(pipe)
         self._call = CallReader(self._denoiser)
         self._parts = [
             GatedPart(part, parts[part], stacks, config=config, state=self._state)
@@ -196,20 +114,14 @@ class Mixture:
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
         """Strengths by part, block and moment, or gates by hand, while the block runs; see `processor.Plan`."""
-        before, self._state.plan = self._state.plan, plan
-        try:
+        with self._lent(plan=plan):
             yield
-        finally:
-            self._state.plan = before
 
     @contextmanager
     def adjusted(self, control: Control) -> Iterator[None]:
         """Put `control(place, gates, mask) -> gates` behind every gate, before the strengths; see `gates.controls`."""
-        before, self._state.control = self._state.control, control
-        try:
+        with self._lent(control=control):
             yield
-        finally:
-            self._state.control = before
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:

@@ -26,6 +26,7 @@ ORDER = [
     "parts",
     "folding",
     "mixture",
+    "attaching",
     "merging",
     "kept",
     "prompt_syntax",

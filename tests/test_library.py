@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mole_diffusers.attaching import attach
 from mole_diffusers.library import ranking, store
 from mole_diffusers.library.cards import Card, read_card
 from mole_diffusers.library.encoders import PipelineText, SentenceText
 from mole_diffusers.library.library import Found, LoraLibrary, embedding
 from mole_diffusers.library.words import named, phrases, words
-from mole_diffusers.mixture import attach
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 SAMPLES = {

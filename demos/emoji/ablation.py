@@ -14,9 +14,9 @@ from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
 from loop import WORK, device
 
 from mole_diffusers import emoji, emoji_world
+from mole_diffusers.attaching import attach, detach
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import emoji_protocol, plots, tables
-from mole_diffusers.mixture import attach, detach
 
 STAGES = ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")  # those with attention
 QUARTERS = 4

@@ -13,10 +13,11 @@ from PIL import Image
 
 from mole_diffusers import gate_figures
 from mole_diffusers.app.jobs import Stopped, Tell, watched
+from mole_diffusers.attaching import attach
 from mole_diffusers.compare import sample
 from mole_diffusers.drawing import Studio
 from mole_diffusers.gates import FAMILIES, GateConfig
-from mole_diffusers.mixture import Mixture, attach
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.recipe import Recipe
 from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
 

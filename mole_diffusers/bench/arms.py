@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from mole_diffusers import carrier, mixture
+from mole_diffusers import attaching, carrier
 from mole_diffusers.bench.hosts import ATTENTION
 from mole_diffusers.gates import GateConfig
+from mole_diffusers.mixture import Mixture
 
 Files = Mapping[str, Path]
 Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[None]]
@@ -73,9 +74,9 @@ def collapsed(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
         yield
 
 
-def attach(pipe: Any, files: Files, gates: GateConfig) -> mixture.Mixture:
+def attach(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
     """Gates that depend on what they read: untrained ones would weigh all alike."""
-    attached, generator = mixture.attach(pipe, dict(files), gates), torch.Generator().manual_seed(0)
+    attached, generator = attaching.attach(pipe, dict(files), gates), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in attached.parameters():
             if parameter.dim() == 2:

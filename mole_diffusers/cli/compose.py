@@ -88,8 +88,8 @@ def compose_found(args: argparse.Namespace) -> int:
 
 def compose_grid(args: argparse.Namespace) -> int:
     """Write the comparison grid: rows are seeds, columns are base, each expert alone, sum and gated."""
+    from mole_diffusers.attaching import attach
     from mole_diffusers.compare import compare
-    from mole_diffusers.mixture import attach
 
     seeds = _seeds(args)
     experts = chosen_experts(args, args.prompt)

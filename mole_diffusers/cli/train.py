@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
-    from mole_diffusers.mixture import attach
+    from mole_diffusers.attaching import attach
     from mole_diffusers.training.card import push, write_card
     from mole_diffusers.training.config import GateTraining
     from mole_diffusers.training.loop import train_gates

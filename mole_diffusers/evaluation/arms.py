@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.attaching import Gates, attach, attached, detach
 from mole_diffusers.calls import DENOISERS
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation.runner import Arm, Bench, Case
@@ -16,7 +17,7 @@ from mole_diffusers.evaluation.runtime import composed_scores, k_lora, switched
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.gates.controls import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.merging.merge import METHODS, merge
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.trace import Trace
 
 Weights = Callable[[Bench, Case], Mapping[str, float]]  # a strength per concept

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.attaching import Gates, attach, attached, detach
 from mole_diffusers.library.library import THRESHOLD, Found, LoraLibrary
 from mole_diffusers.lora_files import PARTS, Expert, family_of
 from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.mixture import Mixture
 
 MODES = ("selection", "mixture", "sum", "fusion")
 

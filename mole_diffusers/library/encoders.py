@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from mole_diffusers.attaching import attached
 from mole_diffusers.library.words import COMMON
-from mole_diffusers.mixture import attached
 
 
 class Encoder(Protocol):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mole_diffusers import mixing
+from mole_diffusers.attaching import Source
 from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
@@ -20,7 +21,6 @@ from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
-from mole_diffusers.mixture import Source
 
 METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
