@@ -140,6 +140,8 @@ VALIDATION = _compositions(
     VALIDATION_SUBJECTS, VALIDATION_STYLES, {"subject x style": 8, "subject + subject": 6, "two subjects + style": 6}
 )
 COMPOSITIONS = tuple(c for kind, count in TRAINED.items() for c in TEST[kind][:count])
+COMPARED = tuple(c for kind in TRAINED for c in TEST[kind][:8])  # every family of gates and every ceiling has these
+VALIDATED = tuple(c for group in VALIDATION.values() for c in group[:4])  # what trained gates are chosen on
 
 
 def article(word: str) -> str:

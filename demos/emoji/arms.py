@@ -5,9 +5,13 @@ from pathlib import Path
 
 from compose import name_of
 from loop import WORK
+from train_gates import FAMILIES, UNSEEN
 
+from mole_diffusers import emoji
 from mole_diffusers.evaluation import arms
 from mole_diffusers.evaluation.runner import Arm, Case
+
+STILL = ("prompt",)  # it speaks once per prompt: no average over time
 
 
 def folder(root: Path):
@@ -20,13 +24,32 @@ def joint_file(case: Case) -> Path:
     return WORK / "joint" / f"{name_of(case.concepts)}.safetensors"
 
 
-def all_arms(world, weights: Mapping[str, Mapping[str, float]] | None = None) -> list[Arm]:
-    """Arms that need no training, the trained gates, and the two ceilings; `weights` are those that a search found."""
+def families() -> list[Arm]:
+    """The trained gates of every family but the committed one, each followed by its controls."""
+    found = []
+    for family in FAMILIES:
+        for name, inside in arms.CONTROLS.items():
+            if family != "flow" and not (family in STILL and name == "gates averaged"):
+                label = name.replace("gates", family if name != "gates" else f"{family} gates")
+                found.append(arms.gated(label, folder(WORK / "gates" / family), inside=inside))
+    return found
+
+
+def unseen() -> Arm:
+    """Retrieval gates on LoRAs that they were not trained with."""
+    arm = arms.gated("unseen", lambda case: WORK / "unseen")
+    return Arm(arm.name, arm.draws, covers=lambda case: not set(case.experts) & set(UNSEEN) and arm.covers(case))
+
+
+def all_arms(world, weights: Mapping[str, Mapping[str, float]] | None = None, *, validation: bool = False) -> list[Arm]:
+    """Arms that need no training, the trained gates, and the ceilings; `weights` are those that a search found."""
     from mole_diffusers.evaluation.emoji_protocol import bench
 
+    committed = WORK / "gates" / "flow" if validation else world.folder / "gates"
     return [
-        *arms.chosen_arms(arms.ARMS, bench(world), world.folder / "gates", weights=weights),
-        arms.gated("mole gates", folder(WORK / "mole")),
-        arms.gated("oracle gates", folder(WORK / "oracle")),
+        *arms.chosen_arms(arms.ARMS, bench(world), committed, weights=weights),
+        *families(),
+        unseen(),
+        *(arms.gated(f"{family} oracle", folder(WORK / "oracle" / family)) for family in FAMILIES),
         arms.from_file("joint LoRA", joint_file),
     ]

@@ -68,7 +68,7 @@ def run_split(world, name: str, process: int, processes: int) -> None:
     found, rows = emoji_protocol.cases(split), Rows(FOLDER / name, process)
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
     bench, cases = emoji_protocol.bench(world), [case for case, _ in found]
-    wanted = grid(bench) if name == "search" else all_arms(world, searched_weights())
+    wanted = grid(bench) if name == "search" else all_arms(world, searched_weights(), validation=name == "validation")
     evaluate(bench, wanted, cases, look, seeds=seeds, options=OPTIONS, rows=rows, processes=processes)
 
 

@@ -1,12 +1,13 @@
-"""Train what the compositions are compared with: gates of two families (data-free), and the two ceilings.
+"""Train what the compositions are compared with: gates of every family (data-free), and the ceilings.
 
-    python demos/emoji/train_gates.py [gates] [mole] [joint] [oracle]
+    python demos/emoji/train_gates.py [gates] [families] [validation] [joint] [oracle] [unseen]
 
 `gates` writes assets/gates/NAME; the rest goes to work/. Results that exist are kept, so a cut-off run goes on.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,29 +22,38 @@ from mole_diffusers.training.data import encode
 from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.study import Lesson
 
-GATES = GateConfig("flow")
-MOLE = GateConfig("mole", granularity="layer", total="linear")
+FAMILIES = {
+    "flow": GateConfig("flow"),
+    "mole": GateConfig("mole", granularity="layer", total="linear"),
+    "static": GateConfig("static", granularity="layer", total="linear", bins=4),
+    "prompt": GateConfig("prompt", axis="both", total="N"),
+    "rank": GateConfig("rank"),
+    "retrieval": GateConfig("retrieval", total="N"),
+}
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
 )
-ORACLE = GateConfig("static", granularity="layer", total="linear", bins=4)
-ORACLE_TRAINING = GateTraining(terms={"denoise": {"guidance": 3.0}}, steps=60, batch=6, lr=5e-2, precision="bf16")
+ORACLE_TRAINING = GateTraining(terms={"denoise": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
+ORACLE_RATES = {"static": 5e-2, "mole": 5e-2}  # they have a weight per expert where the others have a matrix
+UNSEEN = emoji.VALIDATION_SUBJECTS + emoji.VALIDATION_STYLES + ("sunflower", "doughnut", "glossy")  # half of the LoRAs
+PASSES, UPDATES = 2, 20  # of the gates that see half of the LoRAs: each composition in turn, twice
 
 
-def make_gates(world, concepts, config=GATES, root: Path | None = None):
+def recipe(concepts) -> GateTraining:
+    """The data-free training of one composition."""
+    redraw = REDRAW if lesson(concepts).styles else 0.0
+    return replace(TRAINING, terms={"collage": {"guidance": 3.0, "redraw": redraw}})
+
+
+def make_gates(world, concepts, family: str = "flow", root: Path | None = None):
     folder = (root or world.folder / "gates") / name_of(concepts)
     if not (folder / "config.json").exists():
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, config)
-        found = lesson(concepts)
-        collage = {"collage": {"guidance": 3.0, "redraw": REDRAW if found.styles else 0.0}}
-        train_gates(world.pipe, mixture, found, config=replace(TRAINING, terms=collage))
+        detach(world.pipe)
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
+        train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts))
         mixture.save_pretrained(folder, dtype=torch.float16)
-
-
-def make_mole(world, concepts):
-    make_gates(world, concepts, MOLE, WORK / "mole")
 
 
 def make_joint(world, concepts):
@@ -54,30 +64,71 @@ def make_joint(world, concepts):
         save_lora(tensors, path, alpha=JOINT.alpha, rank=JOINT.rank)
 
 
-def make_oracle(world, concepts):
-    folder = WORK / "oracle" / name_of(concepts)
+def make_oracle(world, concepts, family: str):
+    folder = WORK / "oracle" / family / name_of(concepts)
     if not (folder / "config.json").exists():
         detach(world.pipe)
         samples = true_samples(world, concepts, encode)
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, ORACLE)
-        train_gates(world.pipe, mixture, Lesson(samples=samples), config=ORACLE_TRAINING)
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
+        config = replace(ORACLE_TRAINING, lr=ORACLE_RATES.get(family, ORACLE_TRAINING.lr))
+        train_gates(world.pipe, mixture, Lesson(samples=samples), config=config)
         mixture.save_pretrained(folder)
 
 
+def seen_compositions() -> list[emoji.Concepts]:
+    """Compositions of two concepts that are made of `UNSEEN`'s LoRAs alone."""
+    pairs = [c for split in (emoji.VALIDATION, emoji.TEST) for group in split.values() for c in group if len(c) == 2]
+    return [c for c in pairs if set(c) <= set(UNSEEN)]
+
+
+def make_unseen(world):
+    """Retrieval gates that learn from half of the LoRAs, a composition at a time; they serve the other half."""
+    folder, config = WORK / "unseen", replace(TRAINING, steps=UPDATES)
+    if (folder / "config.json").exists():
+        return
+    gates: Path | GateConfig = FAMILIES["retrieval"]
+    turns = [concepts for _ in range(PASSES) for concepts in seen_compositions()]
+    for i, concepts in enumerate(turns):
+        detach(world.pipe)
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, gates)
+        train_gates(world.pipe, mixture, lesson(concepts), config=replace(config, terms=recipe(concepts).terms, seed=i))
+        gates = WORK / "unseen-so-far" if i + 1 < len(turns) else folder
+        mixture.save_pretrained(gates)
+
+
+def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
+    """Name and maker of everything that one word asks for."""
+    def of(cases, maker, *arguments):
+        return [(name_of(c), lambda c=c: maker(world, c, *arguments)) for c in cases]
+
+    if what == "gates":
+        return of(emoji.COMPOSITIONS, make_gates)
+    if what == "joint":
+        return of(emoji.COMPARED, make_joint)
+    if what == "unseen":
+        return [(what, lambda: make_unseen(world))]
+    if what == "oracle":
+        return [job for family in FAMILIES for job in of(emoji.COMPARED, make_oracle, family)]
+    cases = emoji.COMPARED if what == "families" else emoji.VALIDATED
+    families = [f for f in FAMILIES if f != "flow" or what == "validation"]
+    return [job for family in families for job in of(cases, make_gates, family, WORK / "gates" / family)]
+
+
 def main() -> None:
-    makers = {"gates": make_gates, "mole": make_mole, "joint": make_joint, "oracle": make_oracle}
+    known = ["gates", "families", "validation", "joint", "oracle", "unseen"]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=list(makers), help=f"of {list(makers)}; default: all")
+    parser.add_argument("what", nargs="*", default=known, help=f"of {known}; default: all")
+    what = parser.parse_args().what
+    if unknown := set(what) - set(known):
+        parser.error(f"unknown {sorted(unknown)}; known: {known}")
     world = emoji_world(device=str(device()))
-    for what in parser.parse_args().what:
-        if what not in makers:
-            parser.error(f"unknown {what!r}; known: {list(makers)}")
-        start = time.time()
-        for i, concepts in enumerate(emoji.COMPOSITIONS):
-            print(f"{what} {i + 1}/{len(emoji.COMPOSITIONS)} {'+'.join(concepts)}, {time.time() - start:.0f} s", flush=True)
+    for word in what:
+        start, found = time.time(), jobs(word, world)
+        for i, (name, make) in enumerate(found):
+            print(f"{word} {i + 1}/{len(found)} {name}, {time.time() - start:.0f} s", flush=True)
             with small_attention():
-                makers[what](world, concepts)
-        note(what, seconds=round(time.time() - start))
+                make()
+        note(word, seconds=round(time.time() - start))
 
 
 if __name__ == "__main__":
