@@ -13,7 +13,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from arms import all_arms
-from loop import WORK, device, note
+from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
 
 from mole_diffusers import emoji, emoji_world
@@ -81,6 +81,7 @@ def main() -> None:
         parser.error(f"unknown {sorted(unknown)}; known: {steps}")
     state = PartialState(cpu=device().type == "cpu")
     world, number, processes = emoji_world(device=str(device())), state.process_index, state.num_processes
+    in_bf16(world.pipe.unet)
     if "world" in what:
         run_world(world, Rows(FOLDER / "world", number), processes)
         if state.is_main_process:
