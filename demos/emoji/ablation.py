@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
+from evaluate import DOCS, VALIDATION_SEEDS
 from loop import WORK, device
 
 from mole_diffusers import emoji, emoji_world
@@ -20,6 +20,7 @@ from mole_diffusers.evaluation import emoji_protocol, plots, tables
 
 STAGES = ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")  # those with attention
 QUARTERS = 4
+OPTIONS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 KIND = "subject x style"
 
 

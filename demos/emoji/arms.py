@@ -7,7 +7,6 @@ from compose import name_of
 from loop import WORK
 from train_gates import FAMILIES, UNSEEN
 
-from mole_diffusers import emoji
 from mole_diffusers.evaluation import arms
 from mole_diffusers.evaluation.runner import Arm, Case
 

@@ -1,8 +1,9 @@
 """Judge the world and every composer on it, and write the tables and figures of docs/results.md.
 
-    python demos/emoji/evaluate.py [world] [search] [validation] [test] [report]
+    python demos/emoji/evaluate.py [world] [search] [validation] [test] [moved] [crowded] [report]
 
-`search` looks for the best strengths on the validation split; the arm "grid search" of the other steps has them.
+`search` looks for the best strengths on the validation split; the arm "grid search" of the other steps has them. `moved`
+follows subject and style as strength goes from one to the other, `crowded` adds experts that nobody asked for.
 
 Rows are appended under work/evaluation/, and rows that exist are not made again. `accelerate launch` divides the work.
 """
@@ -24,13 +25,19 @@ from mole_diffusers.evaluation.search import best_weights, grid
 
 SEEDS = range(1000, 1008)
 VALIDATION_SEEDS = range(2000, 2004)
-OPTIONS = {"num_inference_steps": 12, "guidance_scale": 3.0}  # 20 steps showed the same share of concepts on a sample of arms
+OPTIONS = {
+    "num_inference_steps": 12,
+    "guidance_scale": 3.0,
+}  # 20 steps show no more (see report.py)
 FOLDER = WORK / "evaluation"
 SPLITS = {
     "search": (emoji.VALIDATION, VALIDATION_SEEDS),
     "validation": (emoji.VALIDATION, VALIDATION_SEEDS),
     "test": (emoji.TEST, SEEDS),
+    "moved": ({"subject x style": emoji.COMPARED[:8]}, SEEDS[:4]),
+    "crowded": ({"subject + subject": emoji.COMPARED[8:16]}, SEEDS[:4]),
 }
+SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the strength that is the style's
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -62,14 +69,28 @@ def searched_weights() -> dict[str, dict[str, float]] | None:
     return best_weights(rows) if rows else None
 
 
+def wanted(world, bench, name: str) -> list[arms.Arm]:
+    """The arms of one step."""
+    if name == "search":
+        return grid(bench)
+    if name == "moved":
+        return arms.moved(["sum", "np", "gates"], SHARES, world.folder / "gates")
+    if name == "crowded":
+        return arms.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench)
+    return all_arms(world, searched_weights(), validation=name == "validation")
+
+
 def run_split(world, name: str, process: int, processes: int) -> None:
-    """Every composer on a split's compositions."""
+    """The arms of a step on its compositions; of the validation split the first four of each kind."""
     split, seeds = SPLITS[name]
     found, rows = emoji_protocol.cases(split), Rows(FOLDER / name, process)
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
     bench, cases = emoji_protocol.bench(world), [case for case, _ in found]
-    wanted = grid(bench) if name == "search" else all_arms(world, searched_weights(), validation=name == "validation")
-    evaluate(bench, wanted, cases, look, seeds=seeds, options=OPTIONS, rows=rows, processes=processes)
+    if split is emoji.VALIDATION:
+        cases = [case for case in cases if case.concepts in emoji.VALIDATED]
+    if name == "crowded":
+        cases = emoji_protocol.crowded(cases, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
+    evaluate(bench, wanted(world, bench, name), cases, look, seeds=seeds, options=OPTIONS, rows=rows, processes=processes)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def small_attention() -> AbstractContextManager:
 
 
 def in_bf16(unet: nn.Module) -> None:
-    """Weights and arithmetic in bf16, what goes in and comes out in fp32: a third faster here, and the sampler stays exact."""
+    """Weights and arithmetic in bf16, what goes in and comes out in fp32: a third faster, the sampler stays exact."""
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return tuple(map(_half, args)), {name: _half(value) for name, value in kwargs.items()}

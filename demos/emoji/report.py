@@ -1,81 +1,104 @@
 """docs/results.md from the rows: tables and figures, and what each run took."""
 
+import csv
+import gzip
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
+from train_gates import FAMILIES
+
+from mole_diffusers import emoji
 from mole_diffusers.evaluation import plots, tables
-from mole_diffusers.evaluation.arms import ARMS
+from mole_diffusers.evaluation.arms import ARMS, CONTROLS
 from mole_diffusers.evaluation.rows import Row, Rows
 
+HERE = Path(__file__).parent
 SHOWN = "sunflower+doughnut"  # the case of the sample sheet
-HEADER = """# Measured on the emoji world
-
-Made by `python demos/emoji/evaluate.py` after `python demos/emoji/train_gates.py`, on 2 CPU cores. Every picture: 20
-DDIM steps, guidance 3; test seeds 1000 to 1007 (1000 to 1003 for the world's own tables), validation seeds 2000 to 2003.
-Judged by the world's judge, which nothing was trained with. Brackets: 95 % bootstrap interval over cases and seeds.
-These are numbers of a small world of 64 x 64 pictures, not of Stable Diffusion 1.5.
-
-Validation and test share no concept: fox, octopus, koala, tomato, ink and duotone chose every default; the other eight
-subjects and four styles are the test. Every second case asks for a coloured background, which is reported apart.
-
-Success: every concept that an expert brings is there: all its subjects among the judge's most likely, and the style where
-an expert brings it. `alone` is the mean over the case's single LoRAs, each on the whole prompt. `gates` are the committed
-ones: LoRA-Flow's form, trained without data for 60 updates on collages; `mole gates` are MoLE's form (one per layer, free
-total) trained in the same way. Two ceilings: `joint LoRA`, one LoRA trained on all the concepts' own pictures (never
-together; rank 16, 200 updates), and `oracle gates`, static ones (per layer, 4 noise levels) trained on the true drawings of
-the case, which no composer may see. `mole gates` were trained for the pairs of subjects alone.
-
-The tables hold what has been drawn so far: the 28 test compositions that have trained gates, of 56, under ten of the arms
-that the command knows. It goes on with the rest.
-"""
-JUDGE = """The judge was looked at by eye on the base's own samples: of 112 base pictures it called 3 wrong that show what
-was asked (a sepia panda called noto, a crab called a scorpion, noto grapes called thermal); its other misses, french fries
-drawn as a plain box say, are misses of the base."""
+FREE = tuple(arm for arm in ARMS if arm not in CONTROLS)  # what no training on the composition made
+TRAINED = ("gates", *(f"{family} gates" for family in FAMILIES if family != "flow"))
+CEILINGS = (*(f"{family} oracle" for family in FAMILIES), "joint LoRA")
+MAIN = (*FREE, *TRAINED, *CEILINGS)  # controls have a page of their own
+COLUMNS = (
+    "arm",
+    "kind",
+    "case",
+    "prompt",
+    "seed",
+    "success",
+    "seen",
+    "subjects",
+    "style",
+    "background",
+    "likeness",
+    "own_place",
+)
 
 
 def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
-    """Write results.md and its figures."""
-    test = _ordered(rows["test"].read())
-    parts = [HEADER, "## The world", world_table(rows["world"].read()), JUDGE]
-    for part in ("test", "validation"):
-        if found := _ordered(rows[part].read()):
-            parts += [f"## {part.capitalize()}", *_split(found)]
-    plots.bars(test, docs / "success.png")
-    plots.sample_grid(_shown(test), rows["test"].folder, docs / "samples.png", case=SHOWN)
-    parts += [
-        "![Success by arm and kind](success.png)",
-        f"![{SHOWN}, four of the test seeds](samples.png)",
-        (Path(__file__).parent / "attempts.md").read_text().strip(),
-        "## What each run took",
-        took_table(took),
-    ]
-    (docs / "results.md").write_text("\n\n".join(parts) + "\n")
+    """Write results.md, its figures, and the test's rows."""
+    found = {name: ordered(part.read()) for name, part in rows.items()}
+    compared = of_cases(found["test"], emoji.COMPARED)
+    figures(found, compared, rows["test"].folder, docs)
+    keep_rows(found["test"], docs / "rows.csv.gz")
+    text = (HERE / "results_text.md").read_text()
+    for name, table in {
+        "world": world_table(found["world"]),
+        "free": tables.success_table(named(found["test"], FREE)),
+        "free_paired": tables.paired_table(named(found["test"], FREE), "sum"),
+        "compared": tables.success_table(named(compared, MAIN)),
+        "compared_paired": tables.paired_table(named(compared, MAIN), "sum"),
+        "behind": tables.concept_table(named(compared, MAIN)),
+        "cases": tables.case_table(named(compared, ("sum", "grid search", "np", *TRAINED[:2], *CEILINGS))),
+        "validation": tables.success_table(named(found["validation"], (*FREE, *TRAINED))),
+        "attempts": (HERE / "attempts.md").read_text().strip(),
+        "took": took_table(took),
+    }.items():
+        text = text.replace("{{" + name + "}}", table)
+    (docs / "results.md").write_text(text)
 
 
-def _split(found: list[Row]) -> list[str]:
-    return [
-        tables.success_table(found),
-        "Behind success, over all kinds: the share of concepts seen; recovery, of what the single LoRA shows; the\n"
-        "harmonic mean over a case's concepts; cosine likeness to the artist's own drawing; style, background, and\n"
-        "several subjects each in its own place.",
-        tables.concept_table(found),
-        "Success less that of the sum, on the same cases and seeds:",
-        tables.paired_table(found, "sum"),
-        "Each case, share of its seeds:",
-        tables.case_table(found),
-    ]
+def figures(found: dict[str, list[Row]], compared: list[Row], pictures: Path, docs: Path) -> None:
+    """Bars, samples, and what happens as strength moves and as experts crowd in."""
+    plots.bars(named(compared, MAIN), docs / "success.png")
+    shown = [row for row in named(compared, MAIN) if row["case"] == SHOWN and not row["arm"].startswith("alone ")]
+    seeds = sorted({row["seed"] for row in shown})[:4]
+    plots.sample_grid([row for row in shown if row["seed"] in seeds], pictures, docs / "samples.png", case=SHOWN)
+    plots.frontier(found["moved"], docs / "frontier.png")
+    plots.against_count(found["crowded"], docs / "experts.png")
 
 
-def _ordered(rows: list[Row]) -> list[Row]:
-    """Rows in the order of `ARMS`, then the ceilings."""
-    known = {name: i for i, name in enumerate(ARMS)}
-    return sorted(rows, key=lambda row: known.get("alone" if row["arm"].startswith("alone ") else row["arm"], len(ARMS)))
+def named(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
+    """The rows of some arms; "alone" stands for every single LoRA."""
+    return [row for row in rows if _arm(row) in arms]
 
 
-def _shown(rows: list[Row]) -> list[Row]:
-    """Four seeds of the shown case under every arm but single LoRAs."""
-    seeds = sorted({row["seed"] for row in rows})[:4]
-    shown = [row for row in rows if row["case"] == SHOWN and row["seed"] in seeds]
-    return [row for row in shown if not row["arm"].startswith("alone ")]
+def of_cases(rows: Sequence[Row], cases: Sequence[emoji.Concepts]) -> list[Row]:
+    """The rows of some compositions."""
+    names = {"+".join(case) for case in cases}
+    return [row for row in rows if row["case"] in names]
+
+
+def ordered(rows: list[Row]) -> list[Row]:
+    """Rows by arm in the order of `MAIN`, then the others; cases in the order of the split."""
+    known = {name: i for i, name in enumerate(MAIN)}
+    kinds = {kind: i for i, kind in enumerate(emoji.TEST)}
+    return sorted(rows, key=lambda row: (known.get(_arm(row), len(MAIN)), kinds.get(row["kind"], len(kinds))))
+
+
+def _arm(row: Row) -> str:
+    return "alone" if row["arm"].startswith("alone ") else row["arm"]
+
+
+def keep_rows(rows: Sequence[Row], path: Path) -> None:
+    """Every picture's verdict as a line of a small table, for those who want to count again."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        seen = " ".join(concept.replace(" ", "_") for concept, there in row["seen"].items() if there)
+        table.writerow(row | {"seen": seen, "likeness": round(row["likeness"], 3)})
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def world_table(rows: list[Row]) -> str:
@@ -83,7 +106,7 @@ def world_table(rows: list[Row]) -> str:
     titles = {"base": "base, its own subjects and styles", "subject": "subject LoRAs alone", "style": "style LoRAs alone"}
     values = (lambda r: r["subjects"], lambda r: float(r["style"]), lambda r: r["subjects"] * r["style"])
     groups = tables.by(rows, "kind")
-    body = [[title, *(tables.interval(groups[kind], v) for v in values)] for kind, title in titles.items()]
+    body = [[title, *(tables.interval(groups.get(kind, []), v) for v in values)] for kind, title in titles.items()]
     for arm, group in tables.by(rows, "arm").items():
         if arm != "base":
             name = arm.removeprefix("alone ")

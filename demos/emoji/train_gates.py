@@ -98,6 +98,7 @@ def make_unseen(world):
 
 def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
     """Name and maker of everything that one word asks for."""
+
     def of(cases, maker, *arguments):
         return [(name_of(c), lambda c=c: maker(world, c, *arguments)) for c in cases]
 

@@ -1,0 +1,101 @@
+"""docs/families.md: every family of gates beside its controls, how decided they are, what they cost, and LoRAs never seen.
+
+    python demos/emoji/families.py
+
+Reads the rows of `evaluate.py test`; entropy and cost are measured here, once, and kept.
+"""
+
+import json
+import math
+import statistics
+import time
+
+from arms import folder, unseen
+from compose import name_of
+from evaluate import DOCS, FOLDER, OPTIONS
+from loop import WORK, device, in_bf16
+from report import TRAINED, named, of_cases, ordered
+from train_gates import FAMILIES
+
+from mole_diffusers import emoji, emoji_world
+from mole_diffusers.compare import sample
+from mole_diffusers.evaluation import arms, emoji_protocol, tables
+from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.runner import Arm, Case
+
+ROUNDS = 5
+
+
+def gates_arm(world, family: str) -> Arm:
+    """A family's trained gates of every composition that has some."""
+    root = world.folder / "gates" if family == "flow" else WORK / "gates" / family
+    return arms.gated(family, folder(root))
+
+
+def entropy(world, family: str, cases: list[Case]) -> float:
+    """Mean entropy of the gates over compositions, places and steps, as a share of its most, ln N."""
+    bench, arm = emoji_protocol.bench(world), gates_arm(world, family)
+    covered = [case for case in cases if arm.covers(case)]
+    return statistics.mean(arms.traced(bench, arm, c, **OPTIONS).entropy() / math.log(len(c.experts)) for c in covered)
+
+
+def costs(world, case: Case) -> dict[str, float]:
+    """Time of a picture under each family's gates over that of the plain sum: median of interleaved rounds."""
+    bench, seconds = emoji_protocol.bench(world), {}
+    wanted = {"sum": arms.summed()} | {family: gates_arm(world, family) for family in FAMILIES}
+    for _ in range(ROUNDS):
+        for name, arm in wanted.items():
+            with arm.draws(bench, case):
+                sample(world.pipe, case.prompt, [0], num_inference_steps=1)
+                start = time.perf_counter()
+                sample(world.pipe, case.prompt, [0, 1], **OPTIONS)
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    return {name: statistics.median(took) / statistics.median(seconds["sum"]) for name, took in seconds.items()}
+
+
+def measured(world, cases: list[Case]) -> dict[str, dict[str, float]]:
+    """Entropy and cost by family, kept in work/families.json."""
+    path = WORK / "families.json"
+    if not path.exists():
+        two = next(case for case in cases if name_of(case.concepts) == "sunflower+doughnut")
+        found = {"entropy": {family: entropy(world, family, cases) for family in FAMILIES}, "cost": costs(world, two)}
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def family_tables(rows: list[Row]) -> str:
+    """One table per family: its gates and their controls, by kind."""
+    parts = []
+    for family, gates in zip(FAMILIES, TRAINED, strict=True):
+        root = "gates" if family == "flow" else family
+        wanted = [gates, *(f"{root} {control}" for control in ("uniform", "random", "hardened", "averaged"))]
+        own = sorted(named(rows, wanted), key=lambda row: wanted.index(row["arm"]))
+        parts.append(f"### {family}\n\n{tables.success_table(own)}")
+    return "\n\n".join(parts)
+
+
+def unseen_table(rows: list[Row]) -> str:
+    """Retrieval gates on LoRAs they never trained with, beside sum and mean on the same compositions."""
+    cases = {row["case"] for row in named(rows, [unseen().name])}
+    return tables.success_table([row for row in named(rows, ["sum", "mean", "unseen"]) if row["case"] in cases])
+
+
+def main() -> None:
+    world = emoji_world(device=str(device()))
+    in_bf16(world.pipe.unet)
+    test = ordered(Rows(FOLDER / "test").read())
+    cases = [case for case, _ in emoji_protocol.cases(emoji.TEST) if case.concepts in emoji.COMPARED]
+    found = measured(world, cases)
+    body = [[f, f"{found['entropy'][f]:.2f}", f"{found['cost'][f]:.2f}"] for f in FAMILIES]
+    text = (DOCS.parent / "demos" / "emoji" / "families_text.md").read_text()
+    for name, table in {
+        "families": family_tables(of_cases(test, emoji.COMPARED)),
+        "decided": tables.markdown(["family", "entropy, share of ln N", "time of a picture, sum = 1"], body),
+        "unseen": unseen_table(test),
+    }.items():
+        text = text.replace("{{" + name + "}}", table)
+    (DOCS / "families.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
