@@ -1,0 +1,170 @@
+"""What gates learn under each objective, gate and start: trained and judged on validation compositions, cell by cell.
+
+    python demos/emoji/objectives.py [SETTING ...]
+    python demos/emoji/objectives.py report
+
+A cell is one setting on one composition and lies in work/objectives/ as its own file; cells that exist are not made again,
+and several processes may work side by side. `report` writes docs/training_table.md from the cells that exist.
+"""
+
+import argparse
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from compose import joint_samples, lesson, name_of
+from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
+from loop import WORK, device, small_attention
+from objectives_report import write
+from train_gates import GATES, REDRAW, TRAINING
+
+from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
+from mole_diffusers.compare import sample
+from mole_diffusers.evaluation import emoji_protocol
+from mole_diffusers.training.clip import read_clip
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.loop import train_gates
+
+FOLDER = WORK / "objectives"
+EACH = 3  # compositions of each kind
+KINDS = ("subject x style", "subject + subject")
+MOLE = GateConfig("mole", granularity="block", total="N")
+SUITED = replace(TRAINING, lr=None)  # each gate's own rate: 1e-2 is too much for features of a thousand entries and more
+
+
+def _mole(**options) -> GateConfig:
+    return replace(MOLE, **options)
+
+
+def _on(terms: Mapping, **options) -> GateTraining:
+    return replace(TRAINING, terms=terms, **options)
+
+
+COLLAGE = {"collage": {"guidance": 3.0}}
+OBJECTIVES = {
+    "single and composed": _on({"single": 1.0, "composed": 1.0}),
+    "denoise": _on({"denoise": 1.0}),
+    "clip": _on({"clip": 1.0}, steps=40, batch=2),
+    "rollout": _on({"rollout": {"steps": 8}}, steps=16, batch=2),
+}
+SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
+    "sum": (GateConfig("sum"), None),
+    "flow, collage": (GATES, TRAINING),
+    **{f"mole {g} N, collage": (_mole(granularity=g), TRAINING) for g in ("model", "block", "layer", "matrix")},
+    **{f"mole block {t}, collage": (_mole(total=t), TRAINING) for t in ("1", "sigmoid", "linear")},
+    "mole block 1, collage and balance": (_mole(total="1"), _on(COLLAGE | {"balance": 0.5})),
+    "mole block N of expert outputs, collage": (_mole(inputs="experts"), SUITED),
+    "mole block N of flattened states, collage": (_mole(features="flattened"), SUITED),
+    **{f"flow, {name}": (GATES, training) for name, training in OBJECTIVES.items()},
+    **{f"mole block N, {name}": (MOLE, training) for name, training in OBJECTIVES.items()},
+}
+
+
+def cells() -> list[tuple[str, str, int]]:
+    """(setting, kind, index of the composition), so that an early stop leaves every setting with the same compositions."""
+    return [(setting, kind, i) for i in range(EACH) for kind in KINDS for setting in SETTINGS]
+
+
+def path_of(setting: str, concepts: Sequence[str]) -> Path:
+    return FOLDER / f"{setting} - {name_of(concepts)}.json"
+
+
+def cell(world, setting: str, concepts: Sequence[str]) -> dict:
+    """Train the gates of one setting for one composition, draw it, and say what is seen and what it took."""
+    case, scene = _case(concepts)
+    config, training = SETTINGS[setting]
+    mixture = attach(world.pipe, {name: world.loras[name] for name in concepts}, config)
+    start, log = time.process_time(), []
+    if training is not None:
+        log = _trained(world, mixture, concepts, training)
+    seconds = time.process_time() - start
+    look = emoji_protocol.Look(world, {case.prompt: scene})
+    with mixture.trace() as trace:
+        images = sample(world.pipe, case.prompt, VALIDATION_SEEDS, **OPTIONS)
+    rows = [_row(setting, case, seed, seen) for seed, seen in zip(VALIDATION_SEEDS, look(case, images), strict=True)]
+    found = {"setting": setting, "rows": rows, "entropy": trace.entropy(), "seconds": seconds, "log": log}
+    if training is None:
+        found["rows"] += _alone(world, mixture, look, case)
+    detach(world.pipe)
+    return found
+
+
+def _case(concepts: Sequence[str]):
+    split = {kind: emoji.VALIDATION[kind][:EACH] for kind in KINDS}
+    return next((case, scene) for case, scene in emoji_protocol.cases(split) if case.concepts == tuple(concepts))
+
+
+def _trained(world, mixture, concepts: Sequence[str], training: GateTraining) -> list[dict]:
+    found, terms = lesson(concepts), dict(training.terms)
+    if "collage" in terms and found.styles:
+        terms["collage"] = terms["collage"] | {"redraw": REDRAW}
+    if terms.keys() & {"denoise", "clip"}:
+        found.samples = joint_samples(world, concepts)
+    clip = None
+    if terms.keys() & {"clip", "rollout"}:
+        clip = read_clip(world.folder / "clip", device=world.pipe.device, tokenizer=world.pipe.tokenizer)
+    return train_gates(world.pipe, mixture, found, config=replace(training, terms=terms), clip=clip)
+
+
+def _alone(world, mixture, look, case) -> list[dict]:
+    """The case under each of its LoRAs alone: what a composition can recover."""
+    rows = []
+    for name in case.concepts:
+        with mixture.fixed({name: 1.0}):
+            images = sample(world.pipe, case.prompt, VALIDATION_SEEDS, **OPTIONS)
+        seen = zip(VALIDATION_SEEDS, look(case, images), strict=True)
+        rows += [_row(f"alone {name}", case, seed, row) for seed, row in seen]
+    return rows
+
+
+def _row(arm: str, case, seed: int, seen: Mapping) -> dict:
+    return {"arm": arm, "case": case.name, "kind": case.kind, "seed": seed, **seen}
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may make the file; a claim ends with its process, however that ends."""
+    with path.with_suffix(".claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not path.exists()
+
+
+def make(world, settings: Sequence[str]) -> None:
+    """Every cell of `settings` that does not exist and that no other process is making."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for setting, kind, i in cells():
+        concepts = emoji.VALIDATION[kind][i]
+        path = path_of(setting, concepts)
+        if setting not in settings or path.exists():
+            continue
+        with claimed(path) as mine, small_attention() if mine else nullcontext():
+            if mine:
+                found = cell(world, setting, concepts)
+                path.with_suffix(".part").write_text(json.dumps(found))
+                path.with_suffix(".part").rename(path)
+                right = sum(row["success"] for row in found["rows"] if row["arm"] == setting)
+                print(f"{path.stem}: {right} of {len(VALIDATION_SEEDS)}, {found['seconds']:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=list(SETTINGS), help=f"'report', or of {list(SETTINGS)}; default: all")
+    what = parser.parse_args().what
+    if unknown := set(what) - {*SETTINGS, "report"}:
+        parser.error(f"unknown {sorted(unknown)}; known: {['report', *SETTINGS]}")
+    if what != ["report"]:
+        make(emoji_world(device=str(device())), what)
+    if "report" in what:
+        write([json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))], list(SETTINGS), DOCS / "training_table.md")
+
+
+if __name__ == "__main__":
+    main()
