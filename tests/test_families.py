@@ -124,6 +124,18 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
 
 
 @each
+def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    pipe.to(dtype=torch.bfloat16)
+    seen = []
+    with mixture.listen(seen.append):
+        picture = pipe("a fox", num_inference_steps=1, output_type="np").images
+    assert torch.from_numpy(picture).isfinite().all()
+    assert {decision.gates.dtype for decision in seen} == {torch.float32}
+    assert {p.dtype for p in mixture.parameters()} == {torch.float32}
+
+
+@each
 def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)

@@ -8,6 +8,7 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, FlowGate
 from mole_diffusers.processor import Slot
+from mole_diffusers.testing import tiny_lora
 
 BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
 
@@ -40,12 +41,20 @@ def test_permuting_tokens_permutes_weights():
     torch.testing.assert_close(gate(hidden[:, order], BOTH), gate(hidden, BOTH)[:, order])
 
 
-def test_the_papers_start_is_the_last_lora_alone(pipe, loras, draw):
-    mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, mole.GateConfig("flow", start="faithful"))
+@pytest.mark.parametrize(
+    ("start", "bias", "weights"),
+    [("sum", [0.5, 0.5], [1.0, 1.0]), ("mean", [0.0, 0.0], [0.5, 0.5]), ("faithful", [-0.5, 0.5], [0.0, 1.0])],
+)
+def test_each_start_is_set_adapters_with_its_weights(pipe, loras, draw, tmp_path, start, bias, weights):
+    """The paper's start is the last LoRA alone."""
+    assert FlowGate(2, 1, start).bias(BOTH.mask).tolist() == bias
+    files = {"fox": loras["fox"], "owl": tiny_lora(pipe, tmp_path / "owl.safetensors", rank=8, seed=7)}
+    mole.attach(pipe, files, mole.GateConfig("flow", start=start))
     ours = draw(pipe)
-    assert FlowGate(2, 1, "faithful").bias(BOTH.mask).tolist() == [-0.5, 0.5]
     mole.detach(pipe)
-    pipe.load_lora_weights(loras["hat"])
+    for name, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(list(files), weights)
     torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
 
 

@@ -2,22 +2,25 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_library import Words
 
 import mole_diffusers as mole
 from mole_diffusers.library.composing import composed, fused
 from mole_diffusers.library.library import LoraLibrary
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
+from mole_diffusers.training.lora_saving import save_lora
 
 PROMPTS = ["a fox", "a hat in ink", "a teapot"]
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """Three LoRAs of one rank and different sizes."""
+    """Three LoRAs of one rank, whose alpha / r is 1 / 2, 1 and 2."""
     folder, host = tmp_path_factory.mktemp("shelf"), tiny_pipeline()
     for i, name in enumerate(("fox", "hat", "ink")):
-        tiny_lora(host, folder / f"{name}.safetensors", rank=2, seed=i, size=0.3 + 0.1 * i)
+        path = tiny_lora(host, folder / f"{name}.safetensors", rank=2, seed=i, size=0.4)
+        save_lora(load_file(path), path, alpha=2.0**i, rank=2, dtype=torch.float32)
     return LoraLibrary.index(folder, Words())
 
 

@@ -7,7 +7,7 @@ import mole_diffusers as mole
 from mole_diffusers.lora_files import layer_key, read_expert
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
+from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}
 TWO_STEPS = {"num_inference_steps": 2, "output_type": "np"}
@@ -56,6 +56,22 @@ def test_stock_diffusers_loads_every_merge(method, loras, tmp_path, stock):
     assert set(theirs) == set(ours)
     for key, delta in ours.items():
         torch.testing.assert_close(theirs[key], delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "options", "factor"), [("sum", {}, 1.0), ("lego", {"clusters": 10**6}, 0.5**0.5)])
+def test_convolutions_are_merged_too(loras, tmp_path, stock, method, options, factor):
+    """Against the mixture: LoRA-LEGO with as many clusters as ranks is the sum by the root of two."""
+    pipe, _ = stock
+    other = tiny_lora(pipe, tmp_path / "other.safetensors", rank=8, seed=5, ends=ATTENTION + CONVOLUTION)
+    expert = mole.merge({"hat": loras["hat"], "other": (other, 0.5)}, method, **options)
+    mole.save_expert(expert, tmp_path / "one.safetensors", dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    merged = picture(pipe)
+    pipe.unload_lora_weights()
+    mole.attach(pipe, {"hat": (loras["hat"], factor), "other": (other, 0.5 * factor)}, "sum")
+    both = picture(pipe)
+    mole.detach(pipe)
+    torch.testing.assert_close(merged, both, rtol=0, atol=2e-5)
 
 
 def test_stock_diffusers_draws_a_merge_as_we_do(loras, tmp_path, stock):

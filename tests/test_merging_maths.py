@@ -338,10 +338,11 @@ def test_best_scalars_equal_brute_force():
     assert same(one(scalars, pairs, inputs=xs), (deltas(pairs) * brute[:, None, None]).sum(0), 1e-8)
 
 
-@pytest.mark.parametrize("method", [ssr, regmean, scalars])
+@pytest.mark.parametrize("method", [lego, ssr, regmean, scalars])
 def test_a_layer_of_one_expert_passes_through(method):
     alone = [None, pair(0, scale=0.3), None]
-    assert same(one(method, alone, inputs=[None, inputs()[0], None]), pair(0, scale=0.3).delta())
+    options = {} if method is lego else {"inputs": [None, inputs()[0], None]}
+    assert same(one(method, alone, **options), pair(0, scale=0.3).delta())
 
 
 @pytest.mark.parametrize("method", [total, mean, ties, knots, lego])

@@ -74,6 +74,14 @@ def test_load_balance_is_1_when_even_and_their_number_when_one_takes_all():
     assert largest(LOGITS.softmax(-1), 1).count_nonzero() == 1
 
 
+def test_the_balance_loss_lowers_what_is_chosen_too_often():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
+    probabilities = logits.softmax(-1)
+    load_balance(probabilities, largest(probabilities, 1) > 0).backward()
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1:] < 0).all()
+
+
 def test_words_are_what_comes_before_the_padding():
     ids = torch.tensor([[7, 1, 2, 9, 9], [7, 1, 2, 3, 9], [7, 1, 9, 0, 0]])  # 9 ends; padded with it, or with 0
     expected = [[True, True, True, False, False], [True] * 4 + [False], [True, True, False, False, False]]
@@ -135,6 +143,23 @@ def test_folded_away_it_draws_the_same_and_leaves_the_same_bits(pipe, loras, dra
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
     with pytest.raises(ValueError, match="depends on the prompt; give a prompt"), mixture.collapsed():
         pass
+
+
+def test_folded_away_the_prompt_decides_for_guidance_too(pipe, loras, draw, awake):
+    """The other route: live gates, whose rows without the prompt are overwritten by those with it."""
+    mixture, first = awake(mole.attach(pipe, loras, "prompt"), size=1.0), {}
+
+    def as_prompted(place, gates, mask):
+        if place.startswith("text"):  # it reads the prompt, then the negative prompt
+            return first.setdefault((place, *mask.tolist()), gates)
+        return gates[-1:].expand_as(gates)
+
+    own = draw(pipe, prompt="ab")
+    with mixture.adjusted(as_prompted):
+        prompted = draw(pipe, prompt="ab")
+    assert not torch.allclose(own, prompted, atol=1e-3)
+    with mixture.collapsed("ab", guidance_scale=1, num_inference_steps=1):
+        torch.testing.assert_close(draw(pipe, prompt="ab"), prompted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("axis", ["module", "both"])
