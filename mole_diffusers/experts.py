@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.lora_files import Expert, LoraWeights, check_family, layer_key
-from mole_diffusers.safe_files import RefusedFileError
+from mole_diffusers.safe_files import RefusedFileError, check_memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
 
     Raises:
         RefusedFileError: the expert is of another family of models, a layer's shape does not fit the host (the message
-            names expert, layer and both shapes), or not one layer was found.
+            names expert, layer and both shapes), its numbers would be infinite in half precision, or not one layer was
+            found.
     """
     about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
     try:
@@ -66,6 +67,7 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
                 continue
             name, module = modules[key]
             _check_shape(expert, f"{part}.{name}", weights, module)
+            _check_range(expert, f"{part}.{name}", weights, module)
             found.setdefault(part, {})[name] = weights
     if not found:
         raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline")
@@ -96,6 +98,14 @@ def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -
         )
 
 
+def _check_range(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
+    if module.weight.dtype == torch.float16 and (largest := weights.largest()) > torch.finfo(torch.float16).max:
+        raise RefusedFileError(
+            f"expert {expert.name!r} ({expert.source}): the numbers of layer {name} go up to {largest:.2g}, which float16 "
+            f"cannot hold; use the pipeline in bfloat16 or float32"
+        )
+
+
 def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
     """The experts' weights for one host layer side by side, fp32, shaped as the host's own weight."""
     inner = tuple(host.weight.shape[1:]) if host.weight.dim() == 4 else (-1,)  # a packed linear weight hides its width
@@ -107,6 +117,8 @@ def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
 
 def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
     """part -> {module name: Stack} over every layer that any expert has, in the host's order."""
+    all_weights = [w for m in matches for layers in m.layers.values() for w in layers.values()]
+    check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
     stacks: dict[str, dict[str, Stack]] = {}
     for part, host in hosts.items():
         touched = {name for m in matches for name in m.layers.get(part, {})}

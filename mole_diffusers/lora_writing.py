@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mole_diffusers.lora_files import KOHYA_PREFIXES, LoraWeights
+from mole_diffusers.lora_files import KOHYA_PREFIXES, ONETRAINER_PREFIX, LoraWeights
 
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # part -> {module name of the host: weights}
 FORMATS = ("diffusers", "kohya")
@@ -31,7 +31,7 @@ def write_lora(
         metadata: strings for the file's header.
 
     Raises:
-        ValueError: an unknown format, or no layers.
+        ValueError: an unknown format, no layers, or a number that `dtype` cannot hold.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown LoRA format {format!r}; known: {list(FORMATS)}")
@@ -40,8 +40,10 @@ def write_lora(
     for part, modules in layers.items():
         for module, weights in modules.items():
             stem = name(part, module)
-            tensors[f"{stem}.{down}.weight"] = weights.down.to(dtype).contiguous()
-            tensors[f"{stem}.{up}.weight"] = (weights.up.float() * weights.scale).to(dtype).contiguous()
+            for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * weights.scale)):
+                if matrix.abs().max() > torch.finfo(dtype).max:
+                    raise ValueError(f"the layer {part}.{module} holds numbers that {dtype} cannot; write a wider one")
+                tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +55,9 @@ def _diffusers(part: str, module: str) -> str:
 
 
 def _kohya(part: str, module: str) -> str:
-    prefix = next(prefix for prefix, known in KOHYA_PREFIXES.items() if known == part)
-    return prefix + _full(module).replace(".", "_")
+    # kohya has no name for a transformer's layers as diffusers has them; OneTrainer's is what other tools know.
+    prefixes = {known: prefix for prefix, known in reversed(KOHYA_PREFIXES.items())} | {"transformer": ONETRAINER_PREFIX}
+    return prefixes[part] + _full(module).replace(".", "_")
 
 
 def _full(module: str) -> str:

@@ -74,7 +74,8 @@ def read_safetensors(path: str | Path) -> Contents:
     with _opened(path) as file:
         size = path.stat().st_size
         entries, metadata = _header(file, size, path)
-        check_memory(2 * size, f"{path}, once read and once stacked for the host, takes")
+        stacked = sum(4 * math.prod(entry.shape) for entry in entries)  # experts are computed with in fp32
+        check_memory(size + stacked, f"{path}, once read and once stacked for the host, takes")
         return _tensors(file, entries, metadata, path)
 
 
@@ -102,7 +103,7 @@ def parse_json(raw: bytes | str, where: str) -> Any:
     """JSON text -> value; `where` begins the message of the RefusedFileError for anything else."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be parsed but never printed
     except RecursionError:
         raise RefusedFileError(f"{where} is nested too deeply") from None
@@ -259,6 +260,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice!r} is there twice")
     return values
+
+
+def _finite(text: str) -> float:
+    """JSON has no infinity, but 1e999 would be read as one."""
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is larger than any number")
+    return value
 
 
 def _no_constant(name: str) -> Any:

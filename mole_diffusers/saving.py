@@ -11,6 +11,8 @@ from mole_diffusers.lora_files import PEFT_METADATA, Expert
 from mole_diffusers.lora_writing import write_lora
 
 TRIGGERS = "modelspec.trigger_phrase"
+# No longer true of the file that is written: scales are folded, so PEFT's alphas are none; hashes are of other bytes.
+OUTDATED = {PEFT_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 # A layer key has "_" for every dot; these are the words of diffusers' and transformers' models that hold one of their own.
 WORDS = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks",
@@ -21,6 +23,7 @@ WORDS = (
     "guidance_embedder",
     "attentions", "resnets", "downsamplers", "upsamplers", "attn", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1",
     "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
+    "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi_0", "wi_1", "wo",
 )  # fmt: skip
 _WORD = f"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))}|\\d+)"
 
@@ -33,11 +36,14 @@ def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", 
         dtype: of the tensors in the file.
 
     Raises:
-        ValueError: an unknown format; a layer whose name in the model cannot be told from its key.
+        ValueError: an unknown format; a layer whose name in the model cannot be told from its key; a number that
+            `dtype` cannot hold.
     """
     layers = {part: {module_name(key): w for key, w in found.items()} for part, found in expert.layers.items()}
-    said = {k: v for k, v in expert.metadata.items() if k != PEFT_METADATA}  # scales are folded: its alphas are no more
-    write_lora(layers, path, format=format, dtype=dtype, metadata={**said, TRIGGERS: ", ".join(expert.triggers)})
+    said = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
+    if expert.triggers:
+        said[TRIGGERS] = ", ".join(expert.triggers)
+    write_lora(layers, path, format=format, dtype=dtype, metadata=said)
 
 
 def module_name(key: str) -> str:

@@ -109,7 +109,9 @@ def tensor_mutated(draw, blob, other):
     key = keys[place(draw, len(keys))]
     tensor = tensors[key]
     made = {
-        "fill": lambda: torch.full_like(tensor, draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e38, 1e-45, 0]))),
+        "fill": lambda: torch.full_like(
+            tensor, draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e38, 1e11, 1e-45, 0]))
+        ),
         "one": lambda: tensor.reshape(-1).index_fill(0, torch.tensor([0]), torch.nan).reshape(tensor.shape),
         "flat": lambda: tensor.reshape(-1),
         "turned": lambda: tensor.mT,

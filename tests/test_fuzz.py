@@ -22,6 +22,7 @@ from mole_diffusers import RefusedFileError, attach, attached, detach, read_expe
 from mole_diffusers.kept import attach_kept, keep
 from mole_diffusers.library import store
 from mole_diffusers.library.library import LoraLibrary
+from mole_diffusers.lora_files.metadata import PEFT_CONFIG, PEFT_FILE, PEFT_METADATA
 from mole_diffusers.safe_files import LONGEST, read_safetensors
 from mole_diffusers.testing import lora_layers, tiny_lora, tiny_pipeline
 
@@ -53,8 +54,12 @@ def valid(host, tmp_path_factory):
         for name, module in layers[:3] + layers[-1:]:
             made |= layer(*name.split(".", 1), module.weight.shape)
         config = {"unet.lora_alpha": 8, "unet.use_rslora": True, "unet.alpha_pattern": {"attn1.to_q": 2}}
-        said = {"lora_adapter_metadata": json.dumps(config)} if form == "peft" else {"ss_v2": "False"}
+        said = {PEFT_METADATA: json.dumps(config)} if form == "diffusers" else {"ss_v2": "False"}
         save_file(made, folder / f"{form}.safetensors", said)
+    (folder / "adapter").mkdir()
+    shutil.copy2(folder / "peft.safetensors", folder / "adapter" / PEFT_FILE)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}, "use_dora": False}
+    (folder / "adapter" / PEFT_CONFIG).write_text(json.dumps(config))
     (folder / "library").mkdir()
     for i, name in enumerate(("fox", "ink")):
         tiny_lora(host, folder / f"{name}.safetensors", rank=2, seed=i, ends=("to_q", "to_v"))
@@ -78,7 +83,12 @@ def of_kohya(part, name):
     return {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part] + name.replace(".", "_")
 
 
-def lora(part, name, shape):
+def diffusers(part, name, shape):
+    halves = {f"{part}.{name}.lora.down.weight": torch.randn(2, *shape[1:]), f"{part}.{name}.lora.up.weight": ups(shape)}
+    return {key: half.bfloat16() for key, half in halves.items()}
+
+
+def peft(part, name, shape):
     return {f"{part}.{name}.lora_A.weight": torch.randn(2, *shape[1:]), f"{part}.{name}.lora_B.weight": ups(shape)}
 
 
@@ -115,22 +125,23 @@ def flux(part, name, shape):
     return {f"{stem}.lora_down.weight": torch.randn(2, 4), f"{stem}.lora_up.weight": torch.randn(12, 2)}
 
 
-LAYERS = {"peft": lora, "kohya": kohya, "locon": locon, "loha": loha, "lokr": lokr, "flux": flux}
+LAYERS = {"diffusers": diffusers, "peft": peft, "kohya": kohya, "locon": locon, "loha": loha, "lokr": lokr, "flux": flux}
 
 
 # ---- one broken file of each kind, and what is done with it; `change(file, other)` breaks a file where it lies
 
 
 def some_loras(draw, change, host, folder):
-    """A LoRA of any format, and sometimes the note beside it."""
-    name = draw(st.sampled_from([*LAYERS, "fox"]))
-    change(f"{name}.safetensors", "ink.safetensors")
-    if name == "fox" and draw(st.booleans()):
-        change("fox.json")
-    expert = read_expert(folder / f"{name}.safetensors", drop_nonfinite=draw(st.booleans()))
+    """A LoRA of any format, what stands beside it, or both; under gates of any family."""
+    name = draw(st.sampled_from([*LAYERS, "fox", "adapter"]))
+    file = f"adapter/{PEFT_FILE}" if name == "adapter" else f"{name}.safetensors"
+    beside = {"fox": "fox.json", "adapter": f"adapter/{PEFT_CONFIG}"}.get(name)
+    for broken in draw(st.sampled_from([[file], [beside], [file, beside]])) if beside else [file]:
+        change(broken, "ink.safetensors")
+    expert = read_expert(folder / file, drop_nonfinite=draw(st.booleans()))
     for layers in expert.layers.values():
-        assert all(w.down.float().isfinite().all() and w.up.float().isfinite().all() for w in layers.values())
-    attach(host, {"x": expert})
+        assert all(w.delta().isfinite().all() for w in layers.values())
+    attach(host, {"x": expert}, draw(st.sampled_from(["sum", *FAMILIES])))
     step(host)
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig, MoLEGate, StaticGate
@@ -126,8 +127,6 @@ def test_bad_configs_name_what_is_known(pipe, loras):
         GateConfig.from_dict({"famly": "sum"})
     with pytest.raises(ValueError, match=r"'mole' gates have no option 'bins'; their options: \['granularity', 'total', "):
         GateConfig("mole", bins=2)
-    with pytest.raises(ValueError, match="1 or more time bins"):
-        GateConfig("static", bins=0)
     for options in ({"inputs": "experts"}, {"features": "flattened"}):
         with pytest.raises(ValueError, match="whole model reads text and time"):
             GateConfig("mole", "model", **options)
@@ -139,6 +138,33 @@ def test_bad_configs_name_what_is_known(pipe, loras):
             call("cat")
     with pytest.raises(ValueError, match="must be a finite number, got nan"):
         mixture.strength("fox", float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("static", {"bins": 0}, r"'bins' must be a whole number in 1\.\.1000, got 0"),
+        ("static", {"bins": 2**40}, r"'bins' must be a whole number in 1\.\.1000"),
+        ("static", {"bins": 1.5}, "'bins' must be a whole number"),
+        ("static", {"bins": True}, "'bins' must be a whole number in 1..1000, got True"),
+        ("static", {"bins": "2"}, "'bins' must be a whole number in 1..1000, got '2'"),
+        ("static", {"bins": None}, "'bins' must be a whole number in 1..1000, got None"),
+        ("retrieval", {"rank": 2**31}, r"'rank' must be a whole number in 1\.\.128"),
+        ("retrieval", {"rank": [4]}, r"'rank' must be a whole number in 1\.\.128, got \[4\]"),
+        ("prompt", {"top": -1}, r"'top' must be a whole number in 0\.\.65536, got -1"),
+        ("rank", {"partition": 10**400}, r"'partition' must be a whole number in 0\.\.65536"),
+        ("rank", {"rate": float("nan")}, r"'rate' must be a number in 0\.\.1, got nan"),
+        ("rank", {"rate": "1e-5"}, r"'rate' must be a number in 0\.\.1, got '1e-5'"),
+        ("rank", {"refactor": 1}, "'refactor' must be true or false, got 1"),
+        ("mole", {"granularity": ["block"]}, r"unknown gate granularity \['block'\]"),
+        (["mole"], {}, r"unknown gate family \['mole'\]"),
+        ({}, {}, "unknown gate family {}"),
+    ],
+)
+def test_options_of_the_wrong_kind_or_size_are_refused(family, options, message):
+    """A stranger's gates come with a config, and what it asks for is made before their weights are compared."""
+    with pytest.raises(ValueError, match=message):
+        GateConfig.from_dict({"family": family, **options})
 
 
 def test_gates_stay_fp32_in_a_half_precision_host(pipe, loras, awake):
@@ -211,6 +237,12 @@ def edit(folder, change):
     (folder / "config.json").write_text(json.dumps(about))
 
 
+def change_weights(folder, value):
+    tensors = load_file(folder / "gates.safetensors")
+    next(iter(tensors.values())).fill_(value)
+    save_file(tensors, folder / "gates.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -220,6 +252,23 @@ def edit(folder, change):
         (lambda f: edit(f, lambda a: a.update(version=99)), ValueError, "reads mole_diffusers.gates version 1"),
         (lambda f: edit(f, lambda a: a["gates"].update(granularity="layer")), ValueError, "lack .* more"),
         (lambda f: edit(f, lambda a: a["gates"].update(inputs="experts")), ValueError, "has shape .*, expected"),
+        (
+            lambda f: edit(f, lambda a: a.update(gates={"family": "static", "bins": 2**40})),
+            ValueError,
+            "in 1..1000, got 1099",
+        ),
+        (
+            lambda f: edit(f, lambda a: a.update(gates={"family": "retrieval", "rank": 1.5})),
+            ValueError,
+            "in 1..128, got 1.5",
+        ),
+        (
+            lambda f: (f / "config.json").write_text('{"gates": {"rate": 1e999}}'),
+            ValueError,
+            "1e999 is larger than any number",
+        ),
+        (lambda f: change_weights(f, torch.nan), ValueError, "holds values that are not finite numbers"),
+        (lambda f: change_weights(f, torch.inf), ValueError, "holds values that are not finite numbers"),
         (
             lambda f: edit(f, lambda a: a["gates"].update(family="sum")),
             ValueError,

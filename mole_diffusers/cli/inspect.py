@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import hosts
+from mole_diffusers.cli.common import hosts, printable
 from mole_diffusers.experts import match
 from mole_diffusers.lora_files import PARTS, Expert, described, read_expert, stated_base
 
@@ -36,7 +36,7 @@ def inspect(args: argparse.Namespace) -> int:
         print(json.dumps(reports, indent=1))
     else:
         for report in reports:
-            print("\n".join(f"{key:>9}  {value}" for key, value in report.items()) + "\n")
+            print("\n".join(f"{key:>9}  {printable(str(value))}" for key, value in report.items()) + "\n")
     return status
 
 

@@ -60,7 +60,8 @@ def add(commands: Any) -> None:
     gates = train.add_argument_group("gates")
     for field in fields(GateConfig):
         known = f"of {[f for f in FAMILIES if f not in ('sum', 'mean')]}" if field.name == "family" else None
-        gates.add_argument(f"--{field.name}", type=type(field.default), metavar="VALUE", help=known)
+        kind = json_or_text if isinstance(field.default, bool) else type(field.default)
+        gates.add_argument(f"--{field.name}", type=kind, metavar="VALUE", help=known)
     train.add_argument("--push-to-hub", metavar="REPO", help="upload the gates with a card")
     train.add_argument("--json", action="store_true")
     train.set_defaults(run=run)

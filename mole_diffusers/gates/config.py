@@ -26,6 +26,7 @@ GRANULARITIES = ("model", "block", "layer", "matrix")
 FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pooled": mixing.pooled, "flattened": mixing.flattened}
 INPUTS = ("hidden", "experts")
 STARTS = ("sum", "mean", "faithful")
+WHOLE = {"bins": (1, 1000), "top": (0, 1 << 16), "rank": (1, 128), "partition": (0, 1 << 16)}  # a stranger's config may ask
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class GateConfig:
             "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
-        bins: the static gate has this many sets of weights over the noise levels, 1 or more.
+        bins: the static gate has this many sets of weights over the noise levels, 1 to 1000.
         start: the flow gate's weights before training: the plain "sum", the "mean", or "faithful" to the paper, the last
             expert alone.
         axis: the prompt gate shares among the experts ("concept"), the layers of a block ("module"), or "both".
         top: (prompt) how many of those, (rank) how many ranks of a layer weigh something; 0 is all.
-        rank: of the retrieval gate's router, 1 or more.
+        rank: of the retrieval gate's router, 1 to 128.
         partition: (rank) this many ranks of an expert share one output of the router; 0 is all that it has.
         refactor: (rank) turn each expert's ranks to its singular directions first, which changes nothing else.
-        rate: (rank) how far an update moves the bias that evens out the load, 0 or more.
+        rate: (rank) how far an update moves the bias that evens out the load, 0 to 1.
         scores: (retrieval) each "token" has its own weights, or the "image" has one set.
     """
 
@@ -71,20 +72,24 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         self._check_names()
+        self._check_numbers()
         if self.granularity == "model" and (self.inputs, self.features) != ("hidden", "pooled"):
             raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
-        if self.bins < 1:
-            raise ValueError(f"a static gate needs 1 or more time bins, got {self.bins}")
-        if self.top < 0 or self.rank < 1:
-            raise ValueError(f"top must be 0 (all) or more and rank 1 or more, got {self.top} and {self.rank}")
-        if self.partition < 0 or self.rate < 0:
-            raise ValueError(f"partition and rate must be 0 or more, got {self.partition} and {self.rate}")
+
+    def _check_numbers(self) -> None:
+        for name, (low, high) in WHOLE.items():
+            if type(value := getattr(self, name)) is not int or not low <= value <= high:
+                raise ValueError(f"the gate option {name!r} must be a whole number in {low}..{high}, got {value!r}")
+        if type(self.rate) not in (int, float) or not 0 <= self.rate <= 1:
+            raise ValueError(f"the gate option 'rate' must be a number in 0..1, got {self.rate!r}")
+        if type(self.refactor) is not bool:
+            raise ValueError(f"the gate option 'refactor' must be true or false, got {self.refactor!r}")
 
     def _check_names(self) -> None:
         known = {
             "family": FAMILIES,
             "granularity": GRANULARITIES,
-            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(self.family, mixing.TOTALS),
+            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(str(self.family), mixing.TOTALS),
             "inputs": INPUTS,
             "features": tuple(FEATURES),
             "start": STARTS,
@@ -112,7 +117,7 @@ class GateConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> GateConfig:
-        """Raises ValueError naming what is unknown."""
+        """Raises ValueError naming what is unknown, or of the wrong kind or size."""
         if unknown := set(values) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown gate options {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         return cls(**values)

@@ -2,12 +2,13 @@
 
 from mole_diffusers.lora_files.expert import PARTS, Expert, LoraWeights
 from mole_diffusers.lora_files.families import check_family, family_of
-from mole_diffusers.lora_files.keys import KOHYA_PREFIXES, layer_key
+from mole_diffusers.lora_files.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
 from mole_diffusers.lora_files.metadata import PEFT_METADATA, described, stated_base
 from mole_diffusers.lora_files.reading import read_expert
 
 __all__ = [
     "KOHYA_PREFIXES",
+    "ONETRAINER_PREFIX",
     "PARTS",
     "PEFT_METADATA",
     "Expert",

@@ -22,6 +22,7 @@ MAX_RANK = 4096
 MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's hosts have a sixth of it
 MAX_WEIGHT = 1 << 27  # numbers in a layer's change of weight
 MAX_PRODUCT = 1024  # rank of a LoHa's product, 32 x 32: what cutting it costs grows with the cube
+MAX_NUMBER = 1e12  # in a change of weight; squares of larger ones, which decompositions take, would be infinite
 
 
 def layer_weights(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str, LoraWeights]:
@@ -34,6 +35,15 @@ def layer_weights(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str
             raise ValueError(f"{role} is stored as {str(tensor.dtype).removeprefix('torch.')}, not as floating point")
         if tensor.dim() not in (2, 4) or 0 in tensor.shape:
             raise ValueError(f"{role} has shape {list(tensor.shape)}, which no factor of a weight has")
+    algorithm, weights = _made(tensors, scale, tolerance)
+    if not weights.largest() <= MAX_NUMBER:
+        raise ValueError(
+            f"its numbers go up to {weights.largest():.2g}, which no weight does: at most {MAX_NUMBER:g} is read"
+        )
+    return algorithm, weights
+
+
+def _made(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str, LoraWeights]:
     if any(role.startswith("hada") for role in tensors):
         return "LoHa", _loha({role: t.float() for role, t in tensors.items()}, scale, tolerance)
     if any(role.startswith("lokr") for role in tensors):
@@ -76,7 +86,9 @@ def _tucker(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """core [r, s, k, k], down [s, Cin] or [s, Cin, 1, 1] -> [r, Cin, k, k]."""
     if core.dim() != 4 or core.shape[1] != down.shape[0] or down[0].numel() != down.shape[1]:
         raise ValueError(f"core {list(core.shape)} and down {list(down.shape)} are not a convolution in three factors")
-    _check_size(max(core.shape[:2]), 1, core[0, 0].numel() * down.shape[1])
+    columns = core[0, 0].numel() * down.shape[1]
+    _check_size(max(core.shape[:2]), 1, columns)
+    check_memory(8 * len(core) * columns, "a convolution in three factors takes")
     return tucker_down(core.float(), down.float().flatten(1))
 
 
@@ -94,6 +106,7 @@ def _loha(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
     _check_size(1, rows, columns)
     if (rank := len(first[1]) * len(second[1])) > MAX_PRODUCT:
         raise ValueError(f"the product of its ranks, {rank}, is absurd: at most {MAX_PRODUCT} is read")
+    check_memory(12 * rank * (rows + columns), "the factors of a LoHa layer take")
     up, down = hadamard(*((u, d.flatten(1)) for u, d in (first, second)))
     (up, down), error = _decomposed(cut, up, down, tolerance)
     return _shaped(up, down, first[1].shape[1:], scale=scale(len(first[1])), error=error)
@@ -117,28 +130,28 @@ def _half(tensors: Tensors, i: int) -> Factors:
 def _lokr(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
     known = tuple(f"lokr_w{i}{half}" for i in (1, 2) for half in ("", "_a", "_b"))
     _needs(tensors, may=(*known, "lokr_t2"))
-    first, rank1 = _block(tensors, 1)
-    second, rank2 = _block(tensors, 2)
-    if first.dim() != 2:
-        raise ValueError(f"lokr_w1 has shape {list(first.shape)}, not that of a matrix")
-    rows, columns = len(first) * len(second), first.shape[1] * second[0].numel()
+    (first, rank1), (second, rank2) = (_block(tensors, i) for i in (1, 2))
+    if first[1].dim() != 2:
+        raise ValueError("lokr_w1 is not a matrix")
+    rows, columns = (len(first[0]) * len(second[0]), first[1].shape[1] * second[1][0].numel())
     _check_size(1, rows, columns)
-    check_memory(8 * min(rows, columns) * (rows + columns), "the factors of a LoKr layer take")
-    (up, down), error = _decomposed(kronecker, first, second.flatten(1), tolerance)
-    inner = (first.shape[1] * second.shape[1], *second.shape[2:])
+    kept = min(len(first[1]), len(first[0]), first[1].shape[1]) * min(len(second[1]), len(second[0]), second[1][0].numel())
+    check_memory(12 * kept * (rows + columns), "the factors of a LoKr layer take")
+    (up, down), error = _decomposed(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
+    inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])
     rank = rank2 or rank1  # two full blocks have no rank, and no alpha then
     return _shaped(up, down, inner, scale=scale(rank) if rank else 1.0, error=error)
 
 
-def _block(tensors: Tensors, i: int) -> tuple[torch.Tensor, int]:
-    """One of LoKr's two blocks, whole or as factors, and the rank of the factors (0: whole)."""
-    whole, up, down = (tensors.get(f"lokr_w{i}{half}") for half in ("", "_a", "_b"))
+def _block(tensors: Tensors, i: int) -> tuple[Factors, int]:
+    """One of LoKr's two blocks as up [O, r], down [r, I] or [r, Cin, k, k], and the rank in the file (0: it is whole)."""
+    whole = tensors.get(f"lokr_w{i}")
+    halves = (f"lokr_w{i}_a", f"lokr_w{i}_b")
     if whole is not None:
-        if up is not None or down is not None:
+        if any(half in tensors for half in halves):
             raise ValueError(f"it has lokr_w{i} both whole and in factors")
         _check_size(min(len(whole), whole[0].numel()), len(whole), whole[0].numel())
-        return whole, 0
-    halves = (f"lokr_w{i}_a", f"lokr_w{i}_b")
+        return _as_factors(whole), 0
     up, down = _needs({role: tensors[role] for role in halves if role in tensors}, *halves)
     core = tensors.get("lokr_t2") if i == 2 else None
     if core is not None:  # up is stored as [r, O] then
@@ -146,7 +159,14 @@ def _block(tensors: Tensors, i: int) -> tuple[torch.Tensor, int]:
     if up.dim() != 2 or up.shape[1] != len(down):
         raise ValueError(f"lokr_w{i}_a {list(up.shape)} and lokr_w{i}_b {list(down.shape)} are not a low-rank pair")
     _check_size(len(down), len(up), down[0].numel())
-    return (up @ down.flatten(1)).reshape(len(up), *down.shape[1:]), len(down)
+    return (up, down), len(down)
+
+
+def _as_factors(whole: torch.Tensor) -> Factors:
+    """A matrix [O, I], or a convolution [O, Cin, k, k], and the identity of its shorter side."""
+    if len(whole) <= (columns := whole[0].numel()):
+        return torch.eye(len(whole)), whole
+    return whole.flatten(1), torch.eye(columns).reshape(columns, *whole.shape[1:])
 
 
 def _decomposed(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
@@ -165,8 +185,8 @@ def _shaped(up: torch.Tensor, down: torch.Tensor, inner: tuple[int, ...], *, sca
     return LoraWeights(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), scale, error)
 
 
-def finite_number(tensor: torch.Tensor) -> float:
-    """The one finite number of an alpha."""
-    if tensor.numel() != 1 or tensor.dtype == torch.bool or not math.isfinite(value := float(tensor)):
-        raise ValueError("alpha is not one finite number")
-    return value
+def one_number(tensor: torch.Tensor) -> float:
+    """The one number of an alpha."""
+    if tensor.numel() != 1 or tensor.dtype == torch.bool:
+        raise ValueError("alpha is not one number")
+    return float(tensor)

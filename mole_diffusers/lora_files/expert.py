@@ -22,6 +22,11 @@ class LoraWeights:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def largest(self) -> float:
+        """No number of scale * down, of up, or of the change of weight is larger than this."""
+        down, up = (float(half.float().abs().max()) for half in (self.down, self.up))
+        return max(abs(self.scale) * down * max(1.0, up * self.rank), up)
+
     def delta(self) -> torch.Tensor:
         """The full change of the layer's weight, fp32: [Cout, Cin] or [Cout, Cin, k, k]."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)

@@ -23,26 +23,32 @@ def hadamard(first: Factors, second: Factors) -> Factors:
     return up.flatten(1), down.flatten(0, 1)
 
 
-def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
-    """The smallest rank whose relative Frobenius error is within `tolerance`, and that error.
+def singular(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U [O, q], singular values [q] and V [q, I] of up @ down, which is never formed.
 
-    The singular values of up @ down are those of the small core between the orthogonal factors of both.
+    They are those of the small core between the orthogonal factors of both.
     """
-    left, core_left = torch.linalg.qr(up)  # [O, q], [q, R]
-    right, core_right = torch.linalg.qr(down.T)  # [I, p], [p, R]
+    left, core_left = torch.linalg.qr(up)  # [O, p], [p, R]
+    right, core_right = torch.linalg.qr(down.T)  # [I, r], [r, R]
     u, values, v = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    return left @ u, values, v @ right.T
+
+
+def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
+    """The smallest rank whose relative Frobenius error is within `tolerance`, and that error."""
+    u, values, v = singular(up, down)
     rank, error = _rank(values, tolerance)
-    return (left @ u[:, :rank] * values[:rank], v[:rank] @ right.T), error
+    return (u[:, :rank] * values[:rank], v[:rank]), error
 
 
-def kronecker(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
-    """W1 [a, b] (x) W2 [c, D], which is LoKr, -> up [a c, R], down [R, b D], cut as `cut` does.
+def kronecker(first: Factors, second: Factors, tolerance: float) -> tuple[Factors, float]:
+    """W1 [a, b] (x) W2 [c, D], which is LoKr, each as factors, -> up [a c, R], down [R, b D], cut as `cut` does.
 
     Its singular values are all products of one of W1's and one of W2's, its vectors their Kronecker products, so the
     large matrix is never decomposed.
     """
-    u1, values1, v1 = torch.linalg.svd(first, full_matrices=False)
-    u2, values2, v2 = torch.linalg.svd(second, full_matrices=False)
+    u1, values1, v1 = singular(*first)
+    u2, values2, v2 = singular(*second)
     values, order = torch.outer(values1, values2).flatten().sort(descending=True)
     rank, error = _rank(values, tolerance)
     i, j = order[:rank] // len(values2), order[:rank] % len(values2)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mole_diffusers.lora_files.expert import PARTS
 from mole_diffusers.lora_files.keys import layer_key
 from mole_diffusers.safe_files import RefusedFileError, parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"  # header key under which diffusers writes the LoraConfig of each component
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ABOUT = {  # what a person wants to know -> the header keys that say it, the first one there counts
     "title": ("modelspec.title", "ss_output_name"),
     "author": ("modelspec.author",),
@@ -113,13 +115,13 @@ def _ends(layer: str) -> Iterator[str]:
         layer = layer.partition("_")[2]
 
 
-def scalings(metadata: Mapping[str, str]) -> dict[str, Scaling]:
-    """diffusers' header metadata {"unet.lora_alpha": ..} -> {part: Scaling}.
+def scalings(metadata: Mapping[str, str], beside: Mapping[str, Any] | None = None) -> dict[str, Scaling]:
+    """diffusers' header metadata {"unet.lora_alpha": ..} -> {part: Scaling}; else the config beside the file, for all parts.
 
     Raises ValueError where it is not what PEFT writes, or says DoRA.
     """
     if PEFT_METADATA not in metadata:
-        return {}
+        return {} if beside is None else dict.fromkeys(PARTS, _scaling(beside, PEFT_CONFIG))
     flat = parse_json(metadata[PEFT_METADATA], f"its {PEFT_METADATA}")
     if not isinstance(flat, dict):
         raise ValueError(f"its {PEFT_METADATA} is not a JSON object")
@@ -127,16 +129,25 @@ def scalings(metadata: Mapping[str, str]) -> dict[str, Scaling]:
     for key, value in flat.items():
         part, _, name = key.partition(".")
         configs.setdefault(part, {})[name] = value
-    return {part: _scaling(config) for part, config in configs.items()}
+    return {part: _scaling(config, PEFT_METADATA) for part, config in configs.items()}
 
 
-def _scaling(config: Mapping[str, Any]) -> Scaling:
+def config_beside(path: Path) -> Mapping[str, Any] | None:
+    """The config that PEFT's own `save_pretrained` writes next to adapter_model.safetensors; None beside other files."""
+    if path.name != PEFT_FILE or not (config := path.with_name(PEFT_CONFIG)).is_file():
+        return None
+    if not isinstance(said := read_json(config), dict):
+        raise ValueError(f"its {PEFT_CONFIG} is not a JSON object")
+    return said
+
+
+def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
     if config.get("use_dora"):
-        raise ValueError(f"its {PEFT_METADATA} says DoRA, whose change depends on the base's own weights")
+        raise ValueError(f"its {where} says DoRA, whose change depends on the base's own weights")
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     given = [] if alpha is None else [alpha]
     if not isinstance(patterns, dict) or not all(_is_number(value) for value in [*given, *patterns.values()]):
-        raise ValueError(f"its {PEFT_METADATA} holds an alpha that is not a finite number")
+        raise ValueError(f"its {where} holds an alpha that is not a finite number")
     ends = {layer_key(pattern.strip("^$")): float(value) for pattern, value in patterns.items()}
     return Scaling(None if alpha is None else float(alpha), ends, bool(config.get("use_rslora")))
 

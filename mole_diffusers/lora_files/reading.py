@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from mole_diffusers.lora_files.algorithms import finite_number, layer_weights
+from mole_diffusers.lora_files.algorithms import layer_weights, one_number
 from mole_diffusers.lora_files.expert import Expert, LoraWeights
 from mole_diffusers.lora_files.families import base_of
 from mole_diffusers.lora_files.keys import alongside, of_flux, understood
-from mole_diffusers.lora_files.metadata import Scaling, note_beside, scalings, stated_base, triggers
+from mole_diffusers.lora_files.metadata import Scaling, config_beside, note_beside, scalings, stated_base, triggers
 from mole_diffusers.lora_files.transformer_names import split
 from mole_diffusers.safe_files import RefusedFileError, read_safetensors
 
@@ -34,14 +34,15 @@ def read_expert(
     Raises:
         FileNotFoundError: no such file.
         RefusedFileError: what `safe_files` refuses; no LoRA keys, an unsupported algorithm, a missing or mismatched
-            pair, an absurd shape, a value that is not finite. The message names the file and the layer.
+            pair, an absurd shape, a value that is not finite or absurdly large, a PEFT config, in the header or beside
+            adapter_model.safetensors, that is broken. The message names the file and the layer.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA file at {path}")
     contents = read_safetensors(path)
     try:
-        reader = _Reader(contents.metadata, tolerance, drop_nonfinite)
+        reader = _Reader(scalings(contents.metadata, config_beside(path)), tolerance, drop_nonfinite)
         reader.read(contents.tensors)
     except ValueError as error:
         raise RefusedFileError(f"{path}: {error}") from None
@@ -63,7 +64,7 @@ def read_expert(
 class _Reader:
     """The layers of one file as they come together."""
 
-    metadata: Mapping[str, str]
+    scalings: Mapping[str, Scaling]  # part -> of the layers that state no alpha of their own
     tolerance: float
     drop_nonfinite: bool
     layers: dict[str, dict[str, LoraWeights]] = field(default_factory=dict)
@@ -73,13 +74,12 @@ class _Reader:
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Group the tensors by layer, then make each layer's weights."""
-        configs = scalings(self.metadata)
         for (part, layer), roles in self._grouped(tensors).items():
-            alpha = roles.pop("alpha", None)
             if not self._finite(f"{part}.{layer}", roles):
                 continue
+            alpha = roles.pop("alpha", None)
             try:
-                scaling = Scaling(finite_number(alpha)) if alpha is not None else configs.get(part, Scaling())
+                scaling = Scaling(one_number(alpha)) if alpha is not None else self.scalings.get(part, Scaling())
                 algorithm, weights = layer_weights(roles, partial(scaling, layer), self.tolerance)
                 parts = split(layer, weights) if part == "transformer" else {layer: weights}
             except ValueError as error:
@@ -111,10 +111,11 @@ class _Reader:
 
     def _finite(self, layer: str, roles: Mapping[str, torch.Tensor]) -> bool:
         bad = [role for role, t in roles.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+        why = f"its {bad[0]} holds NaN or infinite values" if bad else ""
         if bad and not self.drop_nonfinite:
-            raise ValueError(f"layer {layer!r}: its {bad[0]} matrix holds NaN or infinite values")
+            raise ValueError(f"layer {layer!r}: {why}")
         if bad:
-            self.left_out[layer] = f"its {bad[0]} matrix holds NaN or infinite values"
+            self.left_out[layer] = why
         return not bad
 
     def _add(self, part: str, parts: Mapping[str, LoraWeights]) -> None:
