@@ -3,8 +3,9 @@
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from mole_diffusers import read_expert, save_expert
 from mole_diffusers.lora_files import layer_key
@@ -26,6 +27,7 @@ def hosts():
             projection_class_embeddings_input_dim=64,
         )  # as SDXL
         yield CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1))
+        yield T5EncoderModel(T5Config(num_layers=1, feed_forward_proj="gated-gelu"))
         yield SD3Transformer2DModel(num_layers=2, dual_attention_layers=(0,))
         yield FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
 
@@ -51,4 +53,26 @@ def test_a_saved_expert_is_the_expert(loras, tmp_path, format):
     assert set(again.layers["unet"]) == set(expert.layers["unet"])
     for part, layers in expert.layers.items():
         for key, weights in layers.items():
+            torch.testing.assert_close(again.layers[part][key].delta(), weights.delta())
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_saved_expert_of_flux_is_the_expert(tmp_path, format):
+    layers = {
+        "transformer": ("transformer_blocks.0.attn.to_add_out", "single_transformer_blocks.3.proj_mlp", "norm_out.linear"),
+        "text_encoder": ("encoder.layers.0.self_attn.q_proj",),
+        "text_encoder_2": ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0"),
+    }
+    halves = {"lora_A": (2, 4), "lora_B": (4, 2)}
+    names = [f"{part}.{name}.{half}.weight" for part, found in layers.items() for name in found for half in halves]
+    save_file({name: torch.randn(halves[name.split(".")[-2]]) for name in names}, tmp_path / "x")
+    expert = read_expert(tmp_path / "x")
+    assert {part: len(found) for part, found in expert.layers.items()} == {
+        part: len(found) for part, found in layers.items()
+    }
+    save_expert(expert, tmp_path / "y", format=format, dtype=torch.float32)
+    again = read_expert(tmp_path / "y")
+    assert again.base == expert.base == "Flux"
+    for part, found in expert.layers.items():
+        for key, weights in found.items():
             torch.testing.assert_close(again.layers[part][key].delta(), weights.delta())
