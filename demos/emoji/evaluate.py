@@ -18,7 +18,7 @@ from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
 
 from mole_diffusers import emoji, emoji_world
-from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation import arms, emoji_protocol, plots
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Case, evaluate
 from mole_diffusers.evaluation.search import best_weights, grid
@@ -113,10 +113,19 @@ def main() -> None:
             run_split(world, name, number, processes)
             state.wait_for_everyone()
     if "report" in what and state.is_main_process:
-        from report import write
+        report(world)
 
-        took = json.loads((WORK / "took.json").read_text())
-        write({part: Rows(FOLDER / part) for part in ("world", *SPLITS)}, took, DOCS)
+
+def report(world) -> None:
+    """docs/results.md and its figures, from the rows there are."""
+    from report import SHOWN, write
+
+    took = json.loads((WORK / "took.json").read_text())
+    write({part: Rows(FOLDER / part) for part in ("world", *SPLITS)}, took, DOCS)
+    shown = next(case for case, _ in emoji_protocol.cases(emoji.TEST) if case.name == SHOWN)
+    bench = emoji_protocol.bench(world)
+    gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))
+    plots.heat_map(arms.traced(bench, gates, shown, **OPTIONS), DOCS / "heat_map.png")
 
 
 if __name__ == "__main__":
