@@ -20,7 +20,7 @@ from compose import joint_samples, lesson, name_of
 from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
 from loop import WORK, device, small_attention
 from objectives_report import write
-from train_gates import GATES, REDRAW, TRAINING
+from train_gates import FAMILIES, REDRAW, TRAINING
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
 from mole_diffusers.compare import sample
@@ -53,13 +53,13 @@ OBJECTIVES = {
 }
 SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     "sum": (GateConfig("sum"), None),
-    "flow, collage": (GATES, TRAINING),
+    "flow, collage": (FAMILIES["flow"], TRAINING),
     **{f"mole {g} N, collage": (_mole(granularity=g), TRAINING) for g in ("model", "block", "layer", "matrix")},
     **{f"mole block {t}, collage": (_mole(total=t), TRAINING) for t in ("1", "sigmoid", "linear")},
     "mole block 1, collage and balance": (_mole(total="1"), _on(COLLAGE | {"balance": 0.5})),
     "mole block N of expert outputs, collage": (_mole(inputs="experts"), SUITED),
     "mole block N of flattened states, collage": (_mole(features="flattened"), SUITED),
-    **{f"flow, {name}": (GATES, training) for name, training in OBJECTIVES.items()},
+    **{f"flow, {name}": (FAMILIES["flow"], training) for name, training in OBJECTIVES.items()},
     **{f"mole block N, {name}": (MOLE, training) for name, training in OBJECTIVES.items()},
 }
 
