@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers.lora_files import PARTS
@@ -52,6 +53,12 @@ def denoiser(pipe: Any) -> nn.Module:
 def hosts(pipe: Any) -> dict[str, nn.Module]:
     """Part -> model of a pipeline that experts can sit on; ValueError where they could not act."""
     unet = denoiser(pipe)
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+    if any(_fused(module) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
     return {part: compiled_from(model) for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+
+
+def _fused(module: Any) -> bool:
+    """Whether an attention multiplies by q, k and v at once; unfusing leaves the mark on those of UNets."""
+    marked = getattr(module, "fused_projections", False)
+    return marked and (not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused"))

@@ -146,14 +146,19 @@ def inject_trainable(model: Any, adapter: str, undo: ExitStack, *, pattern: str,
 def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Parameter, bool], dict[str, list[str]]]:
     """Note what injecting will change, gradients and active adapters, so that `undo` can give it back.
 
-    Raises ValueError where the adapter's name is taken, or where other adapters are disabled: peft keeps that switch
-    per layer, so ours would be off with them.
+    Raises ValueError where the adapter's name is taken, or where other adapters are disabled or fused: peft switches
+    whole layers, so ours would be off too.
     """
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(f"{type(model).__name__} already has an adapter named {adapter!r}; delete or rename it")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if any(layer.disable_adapters for layer in layers.values()):
         raise ValueError(f"the adapters of {type(model).__name__} are disabled; call pipe.enable_lora() first")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(
+            f"adapters are fused into {type(model).__name__}; call pipe.unfuse_lora() first, or "
+            f"pipe.unload_lora_weights(), which keeps what is fused"
+        )
     gradients = {p: p.requires_grad for p in model.parameters()}
     active = {name: list(layer.active_adapters) for name, layer in layers.items()}
     undo.callback(lambda: [p.requires_grad_(flag) for p, flag in gradients.items()])
@@ -180,8 +185,9 @@ def _computed_in(module: Any) -> torch.dtype:
     """What a layer's product is computed in: its weight may be stored in fewer bits."""
     hook = getattr(module, "_diffusers_hook", None)
     casting = hook and hook.get_hook("layerwise_casting")
-    if casting:
-        return casting.compute_dtype
+    said = (casting or module).__dict__.get("compute_dtype")  # layers of GGUF and bitsandbytes say it too
+    if said is not None:
+        return said
     dtype = module.weight.dtype
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
 

@@ -63,15 +63,24 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
         modules = _by_key(hosts[part]) if part in hosts else {}
         for key, weights in layers.items():
             if key not in modules:
-                unmatched[f"{part}.{key}"] = f"the {part} has no such layer" if part in hosts else f"there is no {part}"
+                unmatched[f"{part}.{key}"] = _missing(key, part, hosts.get(part))
                 continue
             name, module = modules[key]
             _check_shape(expert, f"{part}.{name}", weights, module)
             _check_range(expert, f"{part}.{name}", weights, module)
             found.setdefault(part, {})[name] = weights
     if not found:
-        raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline")
+        key, why = next(iter(unmatched.items()))
+        raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline, {key} since {why}")
     return Match(found, unmatched)
+
+
+def _missing(key: str, part: str, host: nn.Module | None) -> str:
+    """Why a layer key has no layer in a host."""
+    if host is None:
+        return f"there is no {part}"
+    kind = next((type(m).__name__ for name, m in host.named_modules() if layer_key(name) == key), None)
+    return f"the {part} has no such layer" if kind is None else f"the {part} has a {kind} there, which takes no LoRA"
 
 
 def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
@@ -84,8 +93,15 @@ def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
     return layers
 
 
+def _shape(module: Any) -> tuple[int, ...]:
+    """[Cout, Cin] or [Cout, Cin, k, k] of a layer, whatever its weight is packed into."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+
+
 def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
-    host = tuple(module.weight.shape)
+    host = _shape(module)
     down, up = tuple(weights.down.shape), tuple(weights.up.shape)
     # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape. LoHa and LoKr hold
     # a convolution's channels and taps as one axis.
@@ -108,7 +124,7 @@ def _check_range(expert: Expert, name: str, weights: LoraWeights, module: Any) -
 
 def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
     """The experts' weights for one host layer side by side, fp32, shaped as the host's own weight."""
-    inner = tuple(host.weight.shape[1:]) if host.weight.dim() == 4 else (-1,)  # a packed linear weight hides its width
+    inner = _shape(host)[1:]
     there = [w for w in weights if w is not None]
     down = torch.cat([(w.down.float() * w.scale).reshape(w.rank, *inner) for w in there])
     up = torch.cat([w.up.float().reshape(-1, w.rank, *(1,) * (len(inner) - 1)) for w in there], 1)

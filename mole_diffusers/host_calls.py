@@ -14,9 +14,12 @@ from mole_diffusers.carrier import ADAPTER
 
 Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
 
-ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter")
+ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter", "set_adapters")
 FUSED = "q, k and v of a pipeline with a mixture cannot be fused, its experts are beside each; detach first"
-MERGED = "gated experts cannot be merged into the weights as they are; use mixture.collapsed() or mixture.export_lora()"
+MERGED = (
+    "LoRAs cannot be fused under a mixture, whose gated experts would be off in the layers; fuse them before attach, or "
+    "use mixture.collapsed() or mixture.export_lora() for the experts"
+)
 PARTIAL = "{name} carries the experts of a mixture; take its weights inside `with mixture.lifted():`"
 COPY = "this {kind} was copied with a mixture on it; copy it inside `with mixture.lifted():`"
 
@@ -24,15 +27,16 @@ COPY = "this {kind} was copied with a mixture on it; copy it inside `with mixtur
 def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None:
     """Watch the calls of a pipeline and of the models with experts.
 
-    Saving a model, and loading an ordinary LoRA beside the mixture, run on the original models: diffusers would write
-    peft's own names, which load as random weights, and make the mixture's adapter inactive. Fusing is refused, and so
-    is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+    Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
+    write peft's own names, which load as random weights, and make the mixture's adapter inactive. Fusing is refused, and
+    so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
     """
-    _lend(pipe, "fuse_lora", _fuse_lora, undo)
+    _lend(pipe, "fuse_lora", _refusing(MERGED), undo)
+    _lend(pipe, "set_adapters", functools.partial(_lifting, pipe, lift), undo)
     for model in models:
         for name in ON_THE_ORIGINAL:
             _lend(model, name, functools.partial(_lifting, model, lift), undo)
-        _lend(model, "fuse_qkv_projections", _refused_fusing, undo)
+        _lend(model, "fuse_qkv_projections", _refusing(FUSED), undo)
         if isinstance(model, ModelMixin):
             _watch_parts(model, undo)
         elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
@@ -64,21 +68,14 @@ def _lifting(model: Any, lift: Lift, found: Any) -> Any:
     return call
 
 
-def _fuse_lora(found: Any) -> Any:
-    def call(self: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        active = self.get_active_adapters() if adapter_names is None else adapter_names
-        if ADAPTER in active:
-            raise ValueError(MERGED)
-        return found(self, *args, adapter_names=adapter_names, **kwargs)
+def _refusing(why: str) -> Callable[[Any], Any]:
+    def make(_: Any) -> Any:
+        def call(*_: Any, **__: Any) -> None:
+            raise ValueError(why)
 
-    return call
+        return call
 
-
-def _refused_fusing(_: Any) -> Any:
-    def call(*_: Any, **__: Any) -> None:
-        raise ValueError(FUSED)
-
-    return call
+    return make
 
 
 def _watch_parts(model: Any, undo: ExitStack) -> None:

@@ -129,6 +129,7 @@ def ip_adapter(pipe):
             token[f"{2 * i + 1}.to_{half}_ip.weight"] = torch.randn(shape, generator=generator) * 0.3
     project = {"proj.weight": torch.randn(4 * width, 8, generator=generator), "proj.bias": torch.zeros(4 * width)}
     project |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    torch.manual_seed(1)
     pipe.register_modules(image_encoder=eye(), feature_extractor=CLIPImageProcessor(size=32, crop_size=32))
     pipe.load_ip_adapter({"image_proj": project, "ip_adapter": token}, subfolder="", weight_name="")
 

@@ -1,0 +1,214 @@
+"""Ordinary LoRAs and IP-Adapters beside a mixture, loaded before it or after: all of them act, and all of them go."""
+
+import diffusers
+import hosts
+import pytest
+import torch
+from hosts import assert_same, snapshot
+
+import mole_diffusers as mole
+from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def lcm(tmp_path_factory):
+    """An acceleration LoRA, which like the published ones is for the UNet alone, and another of the same layers."""
+    folder = tmp_path_factory.mktemp("lcm")
+    host = tiny_pipeline()
+    host.register_modules(text_encoder=None)
+    return [tiny_lora(host, folder / f"lcm{seed}.safetensors", seed=seed, ends=ATTENTION) for seed in (7, 8)]
+
+
+def theirs(files, weights, pipe=None):
+    """The other route: diffusers' own adapters, loaded and weighed by diffusers."""
+    pipe = pipe or tiny_pipeline()
+    for name, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(list(files), list(weights))
+    return pipe
+
+
+def accelerated(pipe):
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+# ---- ordinary LoRAs
+
+
+def test_an_acceleration_lora_loaded_after_attach_and_its_weight(pipe, loras, lcm, draw):
+    experts = {name: loras[name] for name in ("fox", "hat")}
+    mole.attach(accelerated(pipe), experts)
+    before = draw(pipe, guidance_scale=1.0)
+    pipe.load_lora_weights(lcm[0], adapter_name="lcm")
+    for weight in (1.0, 0.4):
+        pipe.set_adapters("lcm", weight)
+        plain = accelerated(theirs(experts | {"lcm": lcm[0]}, [1.0, 1.0, weight]))
+        torch.testing.assert_close(draw(pipe, guidance_scale=1.0), draw(plain, guidance_scale=1.0), **CLOSE)
+    pipe.delete_adapters("lcm")
+    torch.testing.assert_close(draw(pipe, guidance_scale=1.0), before, **CLOSE)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe, guidance_scale=1.0), draw(accelerated(tiny_pipeline()), guidance_scale=1.0))
+
+
+def test_weights_per_block_beside_experts_outside_the_blocks(pipe, lcm, draw, tmp_path):
+    """diffusers stumbles over names as short as time_embedding.linear_1, though another LoRA has that layer."""
+    short = tiny_lora(tiny_pipeline(), tmp_path / "x.safetensors", ends=("conv_in", "time_embedding.linear_1"))
+    mole.attach(pipe, {"x": short})
+    pipe.load_lora_weights(lcm[0], adapter_name="lcm")
+    pipe.set_adapters("lcm", {"unet": {"down": 0.5, "mid": 0.0}})
+    beside = draw(pipe)
+    pipe.set_adapters("lcm", 1.0)
+    assert not torch.allclose(draw(pipe), beside, atol=1e-3)
+    mole.detach(pipe)
+    pipe.set_adapters("lcm", {"unet": {"down": 0.5, "mid": 0.0}})
+    mole.attach(pipe, {"x": short})
+    assert torch.equal(draw(pipe), beside)
+
+
+def test_hotswap_changes_the_ordinary_lora_and_leaves_the_mixture(pipe, loras, lcm, draw):
+    mole.attach(pipe, {"fox": loras["fox"]})
+    pipe.load_lora_weights(lcm[0], adapter_name="lcm")
+    first, layer = draw(pipe), pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    before = dict(layer.lora_A)
+    pipe.load_lora_weights(lcm[1], adapter_name="lcm", hotswap=True)
+    swapped = draw(pipe)
+    assert all(layer.lora_A[name] is module for name, module in before.items())  # a compiled model stays compiled
+    assert not torch.allclose(swapped, first, atol=1e-3)
+    plain = theirs({"fox": loras["fox"], "lcm": lcm[1]}, [1.0, 1.0])
+    torch.testing.assert_close(swapped, draw(plain), **CLOSE)
+    with pytest.raises(ValueError, match="no existing adapter by that name"):
+        pipe.load_lora_weights(lcm[1], adapter_name="none", hotswap=True)
+
+
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_fusing_under_a_mixture_is_refused(pipe, loras, lcm, draw, drop_in):
+    pipe.load_lora_weights(lcm[0], adapter_name="lcm")
+    if drop_in:
+        pipe = hosts.quiet(mole.MoLEStableDiffusionPipeline.from_pipe(pipe))
+    mole.attach(pipe, {"fox": loras["fox"]})
+    picture = draw(pipe)
+    for names in (None, ["lcm"], ["mole_experts"]):
+        with pytest.raises(ValueError, match=r"cannot be fused under a mixture.*fuse them before attach"):
+            pipe.fuse_lora(adapter_names=names)
+    assert torch.equal(draw(pipe), picture)
+
+
+def test_a_lora_that_is_fused_before_attach(pipe, loras, lcm, draw):
+    pipe.load_lora_weights(lcm[0], adapter_name="lcm")
+    pipe.fuse_lora(lora_scale=0.7)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=r"adapters are fused into UNet2DConditionModel; call pipe.unfuse_lora\(\) first"):
+        mole.attach(pipe, {"fox": loras["fox"]})
+    assert_same(before, snapshot(pipe))
+    pipe.unload_lora_weights()
+    fused = draw(pipe)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    plain = theirs({"fox": loras["fox"], "lcm": lcm[0]}, [1.0, 0.7])
+    torch.testing.assert_close(draw(pipe), draw(plain), **CLOSE)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), fused)
+
+
+def test_fusing_q_k_and_v_under_a_mixture_is_refused(pipe, loras, draw):
+    mole.attach(pipe, loras)
+    picture = draw(pipe)
+    for owner in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match="q, k and v of a pipeline with a mixture cannot be fused"):
+            owner.fuse_qkv_projections()
+    assert torch.equal(draw(pipe), picture)
+    mole.detach(pipe)
+    plain = draw(pipe)
+    pipe.fuse_qkv_projections()
+    pipe.unfuse_qkv_projections()
+    mole.attach(pipe, loras)
+    torch.testing.assert_close(draw(pipe), picture, **CLOSE)
+    mole.detach(pipe)
+    torch.testing.assert_close(draw(pipe), plain, **CLOSE)
+
+
+def test_the_attention_backend_reaches_every_block_of_a_transformer(tmp_path):
+    pipe, options = hosts.HOSTS["flux"]()
+    mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole")
+    picture = hosts.draw(pipe, options)
+    pipe.transformer.set_attention_backend("_native_math")
+    asked = [p for p in pipe.transformer.attn_processors.values() if p._attention_backend == "_native_math"]
+    assert len(asked) == len(pipe.transformer.attn_processors) == 3
+    torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
+
+
+# ---- IP-Adapter
+
+IMAGE = {"ip_adapter_image": hosts.PICTURE}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder, pipe = tmp_path_factory.mktemp("pair"), hosts.sd()
+    layers = {"fox": ATTENTION, "hat": ATTENTION + CONVOLUTION}
+    return {n: tiny_lora(pipe, folder / f"{n}.safetensors", seed=i, ends=e) for i, (n, e) in enumerate(layers.items())}
+
+
+def load(pipe):
+    hosts.ip_adapter(pipe)
+
+
+def attach(pipe, pair, awake):
+    awake(mole.attach(pipe, pair, "mole"))
+
+
+ORDERS = ["load attach", "attach load"]
+ENDS = ["unload detach", "detach unload"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("end", ENDS)
+def test_an_ip_adapter_comes_and_goes_before_and_after_the_mixture(pair, awake, order, end):
+    pipe = hosts.sd()
+    base = hosts.draw(pipe, {})
+    load(pipe)
+    pipe.unload_ip_adapter()  # which leaves traces of its own
+    before = snapshot(pipe)
+    kinds = {name: type(p) for name, p in pipe.unet.attn_processors.items()}
+    steps = {"load": lambda: load(pipe), "attach": lambda: attach(pipe, pair, awake)}
+    steps |= {"unload": pipe.unload_ip_adapter, "detach": lambda: mole.detach(pipe)}
+    first, second = order.split()
+    steps[first]()
+    alone = hosts.draw(pipe, IMAGE if first == "load" else {})
+    steps[second]()
+    both = hosts.draw(pipe, IMAGE)
+    other = hosts.sd()
+    for step in reversed(order.split()):
+        load(other) if step == "load" else attach(other, pair, awake)
+    torch.testing.assert_close(both, hosts.draw(other, IMAGE), **CLOSE)
+    assert not torch.allclose(both, alone, atol=1e-3)
+    for step in end.split():
+        steps[step]()
+        if step == end.split()[0]:
+            left = hosts.draw(pipe, {} if step == "unload" else IMAGE)
+            assert not torch.allclose(left, both, atol=1e-3)
+            assert not torch.allclose(left, base, atol=1e-3)
+    assert torch.equal(hosts.draw(pipe, {}), base)
+    assert_same(before, snapshot(pipe))
+    assert kinds == {name: type(p) for name, p in pipe.unet.attn_processors.items()}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_ip_adapter_masks_reach_the_adapter_through_the_mixture(pair, awake, order):
+    """The other route: the gates held at fixed weights, diffusers' own adapters at the same."""
+    pipe, plain = hosts.sd(), theirs(pair, [0.6, 0.9], hosts.sd())
+    load(plain)
+    for step in order.split():
+        load(pipe) if step == "load" else attach(pipe, pair, awake)
+    pictures = []
+    for mask in (torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32).triu(), torch.ones(1, 1, 32, 32)):
+        options = IMAGE | {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
+        with mole.attached(pipe).fixed({"fox": 0.6, "hat": 0.9}):
+            pictures.append(hosts.draw(pipe, options))
+        torch.testing.assert_close(pictures[-1], hosts.draw(plain, options), **CLOSE)
+    assert all(not torch.allclose(pictures[i], pictures[i - 1], atol=1e-3) for i in range(3))
+    pipe.set_ip_adapter_scale(0.0)
+    with mole.attached(pipe).fixed({"fox": 0.6, "hat": 0.9}):
+        torch.testing.assert_close(hosts.draw(pipe, IMAGE), pictures[0], **CLOSE)
