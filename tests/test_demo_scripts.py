@@ -20,3 +20,17 @@ def test_every_family_has_its_arms_and_its_place_in_the_report(monkeypatch):
     drawn = {arm.name for arm in arms.families()}
     assert set(report.TRAINED) == drawn & set(report.TRAINED) | {"gates"}
     assert len(report.TRAINED) == len(report.CEILINGS) - 1 == len(training.FAMILIES)
+
+
+def test_packed_rows_come_back_beside_those_drawn_since(monkeypatch, tmp_path):
+    from mole_diffusers.evaluation.rows import Rows
+
+    monkeypatch.syspath_prepend(str(EMOJI))
+    kept = importlib.import_module("kept_rows")
+    monkeypatch.setattr(kept, "KEPT", tmp_path / "kept")
+    made = [{"case": "a", "kind": "k", "arm": arm, "prompt": "p", "seed": 1, "settings": {}} for arm in ("x", "y")]
+    Rows(tmp_path / "first" / "test").append(made[:1])
+    kept.pack(Rows(tmp_path / "first" / "test"), "test")
+    again = Rows(kept.unpacked(tmp_path / "second" / "test"))
+    again.append(made[1:])
+    assert sorted(again.read(), key=lambda row: row["arm"]) == made

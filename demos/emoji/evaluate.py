@@ -5,7 +5,8 @@
 `search` looks for the best strengths on the validation split; the arm "grid search" of the other steps has them. `moved`
 follows subject and style as strength goes from one to the other, `crowded` adds experts that nobody asked for.
 
-Rows are appended under work/evaluation/, and rows that exist are not made again. `accelerate launch` divides the work.
+Rows are appended under work/evaluation/; rows that exist, those packed in rows/ too, are not made again.
+`accelerate launch` divides the work.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from arms import all_arms
+from kept_rows import unpacked
 from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
 
@@ -65,7 +67,7 @@ def run_world(world, rows: Rows, processes: int) -> None:
 
 def searched_weights() -> dict[str, dict[str, float]] | None:
     """What the search found, if it was run."""
-    rows = Rows(FOLDER / "search").read()
+    rows = Rows(unpacked(FOLDER / "search")).read()
     return best_weights(rows) if rows else None
 
 
@@ -83,7 +85,7 @@ def wanted(world, bench, name: str) -> list[arms.Arm]:
 def run_split(world, name: str, process: int, processes: int) -> None:
     """The arms of a step on its compositions; of the validation split the first four of each kind."""
     split, seeds = SPLITS[name]
-    found, rows = emoji_protocol.cases(split), Rows(FOLDER / name, process)
+    found, rows = emoji_protocol.cases(split), Rows(unpacked(FOLDER / name), process)
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
     bench, cases = emoji_protocol.bench(world), [case for case, _ in found]
     if split is emoji.VALIDATION:
@@ -104,7 +106,7 @@ def main() -> None:
     world, number, processes = emoji_world(device=str(device())), state.process_index, state.num_processes
     in_bf16(world.pipe.unet)
     if "world" in what:
-        run_world(world, Rows(FOLDER / "world", number), processes)
+        run_world(world, Rows(unpacked(FOLDER / "world"), number), processes)
         if state.is_main_process:
             clean, soft = (accuracy(world.drawings, world.judge(), vae, 99) for vae in (None, world.pipe.vae))
             note("judge, share right", drawings=clean, through_autoencoder=soft)
@@ -121,7 +123,7 @@ def report(world) -> None:
     from report import SHOWN, write
 
     took = json.loads((WORK / "took.json").read_text())
-    write({part: Rows(FOLDER / part) for part in ("world", *SPLITS)}, took, DOCS)
+    write({part: Rows(unpacked(FOLDER / part)) for part in ("world", *SPLITS)}, took, DOCS)
     shown = next(case for case, _ in emoji_protocol.cases(emoji.TEST) if case.name == SHOWN)
     bench = emoji_protocol.bench(world)
     gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))

@@ -13,6 +13,7 @@ import time
 from arms import folder, unseen
 from compose import name_of
 from evaluate import DOCS, FOLDER, OPTIONS
+from kept_rows import unpacked
 from loop import WORK, device, in_bf16
 from report import TRAINED, named, of_cases, ordered
 from train_gates import FAMILIES
@@ -83,7 +84,7 @@ def unseen_table(rows: list[Row]) -> str:
 def main() -> None:
     world = emoji_world(device=str(device()))
     in_bf16(world.pipe.unet)
-    test = ordered(Rows(FOLDER / "test").read())
+    test = ordered(Rows(unpacked(FOLDER / "test")).read())
     cases = [case for case, _ in emoji_protocol.cases(emoji.TEST) if case.concepts in emoji.COMPARED]
     found = measured(world, cases)
     body = [[f, f"{found['entropy'][f]:.2f}", f"{found['cost'][f]:.2f}"] for f in FAMILIES]

@@ -1,11 +1,9 @@
 """docs/results.md from the rows: tables and figures, and what each run took."""
 
-import csv
-import gzip
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from kept_rows import pack
 from train_gates import FAMILIES
 
 from mole_diffusers import emoji
@@ -19,28 +17,15 @@ FREE = tuple(arm for arm in ARMS if arm not in CONTROLS)  # what no training on 
 TRAINED = ("gates", *(f"{family} gates" for family in FAMILIES if family != "flow"))
 CEILINGS = (*(f"{family} oracle" for family in FAMILIES), "joint LoRA")
 MAIN = (*FREE, *TRAINED, *CEILINGS)  # controls have a page of their own
-COLUMNS = (
-    "arm",
-    "kind",
-    "case",
-    "prompt",
-    "seed",
-    "success",
-    "seen",
-    "subjects",
-    "style",
-    "background",
-    "likeness",
-    "own_place",
-)
 
 
 def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
-    """Write results.md, its figures, and the test's rows."""
+    """Write results.md and its figures, and pack the rows."""
     found = {name: ordered(part.read()) for name, part in rows.items()}
     compared = of_cases(found["test"], emoji.COMPARED)
     figures(found, compared, rows["test"].folder, docs)
-    keep_rows(found["test"], docs / "rows.csv.gz")
+    for name, part in rows.items():
+        pack(part, name)
     text = (HERE / "results_text.md").read_text()
     for name, table in {
         "world": world_table(found["world"]),
@@ -88,17 +73,6 @@ def ordered(rows: list[Row]) -> list[Row]:
 
 def _arm(row: Row) -> str:
     return "alone" if row["arm"].startswith("alone ") else row["arm"]
-
-
-def keep_rows(rows: Sequence[Row], path: Path) -> None:
-    """Every picture's verdict as a line of a small table, for those who want to count again."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for row in rows:
-        seen = " ".join(concept.replace(" ", "_") for concept, there in row["seen"].items() if there)
-        table.writerow(row | {"seen": seen, "likeness": round(row["likeness"], 3)})
-    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def world_table(rows: list[Row]) -> str:
