@@ -38,7 +38,7 @@ def line(shape: tuple[int, int, int], experts: int, dtype: torch.dtype, *, repea
     runs = {
         "host": lambda: F.linear(x, w, b),
         "beside": lambda: mixing.added_low_rank(F.linear(x, w, b), mixing.scaled(F.linear(x, down), factor), up),
-        "inside": lambda: mixing.folded_linear(x, w, b, down, up * factor),
+        "inside": lambda: mixing.folded_linear(x, (w, b), (down, up * factor)),
     }
     times = interleaved(runs, repeats=repeats, warmup=2)
     costs = {way: ratio(times[way], times["host"])[0] - 1 for way in ("beside", "inside")}

@@ -7,7 +7,7 @@ adapters, quantised layers and hooks of the host working. The extension point is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,71 +18,13 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from mole_diffusers import mixing
 from mole_diffusers.experts import Stack
-from mole_diffusers.gates import Layer
+from mole_diffusers.gated_layer import ADAPTER, GatedLayer
+from mole_diffusers.kept_products import Together
+from mole_diffusers.places import TEXT_LAYERS
 from mole_diffusers.processor import Slot
 
-ADAPTER = "mole_experts"
-
-
-class GatedLora:
-    """The arithmetic of one layer: result + up (g[segment] * (down x)) for all experts in one pass."""
-
-    pays: Callable[..., bool] = staticmethod(mixing.folding_pays)
-
-    def __init__(self, slot: Slot, stack: Stack, layer: str):
-        self.slot, self.present, self.ranks, self.layer = slot, stack.present, stack.ranks, layer
-
-    def forward(
-        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
-    ) -> torch.Tensor:
-        """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
-        layer = self._layer(module, x)
-        return self._beside(module, layer, result, self._factor(x, layer))
-
-    def whole(self, module: LoraLayer, x: torch.Tensor) -> torch.Tensor | None:
-        """The host's product and the experts' in the cheaper of two ways; None where only `forward` will do."""
-        if x.dim() != 3 or not _alone(module) or x.dtype != module.lora_A[ADAPTER].weight.dtype:
-            return None
-        layer, base = self._layer(module, x), module.base_layer
-        factor = self._factor(x, layer)  # [R], [B, 1, R] or [B, T, R]
-        if _bare(base) and base.weight.dtype == x.dtype and self.pays(x, base.weight, factor):
-            up = layer.up * (factor * module.scaling[ADAPTER])  # [Cout, R] or [B, Cout, R]
-            return mixing.folded_linear(x, base.weight, base.bias, module.lora_A[ADAPTER].weight, up)
-        return self._beside(module, layer, base(x), factor)
-
-    def _layer(self, module: LoraLayer, x: torch.Tensor) -> Layer:
-        down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER].weight
-        return Layer(self.layer, lambda: down(x), up, down.segment)
-
-    def _factor(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """What multiplies the rank axis; the layers of a block that are alike share one."""
-        weights, segment = self.slot.read(self.present, x, layer), None if self.slot.gate.ranked else layer.segment
-        if x.dim() != 3:
-            return mixing.over_ranks(weights, segment, layer.low)
-        if weights.requires_grad:  # a checkpointed block that is computed again must save what it saved at first
-            return mixing.over_ranks(weights, segment, x)
-        key = (self.ranks, x.dtype)
-        known = self.slot.factors.get(key)
-        if known is None or known[0] is not weights:
-            known = self.slot.factors[key] = (weights, mixing.over_ranks(weights, segment, x))
-        return known[1]
-
-    def _beside(self, module: LoraLayer, layer: Layer, result: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        up, scaling = module.lora_B[ADAPTER], module.scaling[ADAPTER]
-        z = mixing.scaled(layer.low, factor if scaling == 1 else factor * scaling)  # [B, R], [B, T, R] or [B, R, H, W]
-        if z.dim() < 4 and z.dtype == up.weight.dtype == result.dtype and _bare(up):
-            return mixing.added_low_rank(result, z, up.weight)
-        return result + up(z)
-
-    def supports_lora_conversion(self) -> bool:
-        return False
-
-    def merge_safe(self, *_: object) -> None:
-        raise ValueError("gated experts cannot be merged into the weights as they are")
-
-    merge_unsafe = unmerge = merge_safe
+ONE_INPUT = ("to_q", "to_k", "to_v")
 
 
 class GatedLinear(lora.Linear):
@@ -93,20 +35,6 @@ class GatedLinear(lora.Linear):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-def _alone(module: LoraLayer) -> bool:
-    """Whether the layer's experts are what is to be added to its base, and nothing else is."""
-    return not module.disable_adapters and not module.merged and list(module.active_adapters) == [ADAPTER]
-
-
-def _bare(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer that nobody hooked, so that its weight may be used in its stead.
-
-    Offloading brings weights to their device in hooks; quantisation has classes of its own.
-    """
-    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-    return type(module) is nn.Linear and not hooked
-
-
 def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
     before, active = _record(model, ADAPTER, undo)
@@ -115,10 +43,11 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
     inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
-        _fill(model.get_submodule(name), stack, GatedLora(slots[name], stack, f"{slots[name].part}.{name}"))
+        _fill(model.get_submodule(name), stack, GatedLayer(slots[name], stack, f"{slots[name].part}.{name}"))
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
             hook = model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
             undo.callback(hook.remove)
+    _join(model, stacks)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
@@ -167,7 +96,7 @@ def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Paramete
     return gradients, active
 
 
-def _fill(layer: Any, stack: Stack, variant: GatedLora) -> None:
+def _fill(layer: Any, stack: Stack, variant: GatedLayer) -> None:
     weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
     for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
         half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
@@ -179,6 +108,22 @@ def _fill(layer: Any, stack: Stack, variant: GatedLora) -> None:
         layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
+
+
+def _join(model: Any, names: Iterable[str]) -> None:
+    """Have the queries, keys and values of an attention that reads one input share one projection of it."""
+    groups: dict[str, list[GatedLinear]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(name)
+        if leaf in ONE_INPUT and not f"{parent}.to_k".endswith(TEXT_LAYERS) and type(layer) is GatedLinear:
+            groups.setdefault(parent, []).append(layer)
+    for layers in groups.values():
+        downs = [layer.lora_A[ADAPTER] for layer in layers]
+        if len({(down.weight.shape[1], down.weight.dtype, down.weight.device) for down in downs}) == 1:
+            together = Together(downs)
+            for index, layer in enumerate(layers):
+                layer.lora_variant[ADAPTER].together = together, index
 
 
 def _computed_in(module: Any) -> torch.dtype:

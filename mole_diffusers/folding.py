@@ -12,7 +12,7 @@ from mole_diffusers import mixing
 from mole_diffusers.experts import Stack
 from mole_diffusers.lora_files import LoraWeights
 from mole_diffusers.parts import GatedPart
-from mole_diffusers.processor import Decision, Present
+from mole_diffusers.state import Decision, Present
 
 Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
 Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: one LoRA's weights}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-COPY = 80  # ranks that writing one more weight is worth, see `folding_pays`
+COPY = 40  # ranks that writing one more weight is worth, see `folding_pays`
 TOTALS = ("1", "N", "sigmoid", "linear")
 
 
@@ -60,8 +60,8 @@ def as_tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 def pooled(hidden: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens: [B, T, C] -> [B, C], for any number of tokens."""
-    return hidden.mean(1)
+    """Mean over tokens in fp32: [B, T, C] -> [B, C], for any number of tokens."""
+    return hidden.mean(1, dtype=torch.float32)
 
 
 def flattened(hidden: torch.Tensor) -> torch.Tensor:
@@ -111,11 +111,16 @@ def scaled(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return z * factor if torch.is_grad_enabled() else z.mul_(factor)
 
 
+def plus_low_rank(kept: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """kept + z up^T in one product, beside `kept`: [..., Cout]."""
+    return torch.addmm(kept.flatten(0, -2), z.flatten(0, -2), up.T).view_as(kept)
+
+
 def added_low_rank(result: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """result + z up^T in one product, in the memory of `result` where no gradient needs it: [..., Cout]."""
-    flat, z = result.flatten(0, -2), z.flatten(0, -2)
-    summed = torch.addmm(flat, z, up.T) if torch.is_grad_enabled() else flat.addmm_(z, up.T)
-    return summed.view_as(result)
+    if torch.is_grad_enabled():
+        return plus_low_rank(result, z, up)
+    return result.flatten(0, -2).addmm_(z.flatten(0, -2), up.T).view_as(result)
 
 
 def folding_pays(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> bool:
@@ -133,15 +138,19 @@ def folding_pays(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) ->
 
 
 def folded_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
+    x: torch.Tensor, host: tuple[torch.Tensor, torch.Tensor | None], expert: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """x (W + up down)^T + bias: x [B, T, Cin], W [Cout, Cin], down [R, Cin], up [Cout, R] or [B, Cout, R] for each row
-    -> [B, T, Cout]."""
+    """x (W + up down)^T + bias, without gradients: x [B, T, Cin] -> [B, T, Cout].
+
+    `host` is W [Cout, Cin] and its bias, `expert` is down [R, Cin] and up [Cout, R], or [B, Cout, R] for each row.
+    """
+    (weight, bias), (down, up) = host, expert
     if up.dim() == 2:
         return F.linear(x, torch.addmm(weight, up, down), bias)
-    rows, out, _ = up.shape
-    each = torch.addmm(weight.repeat(rows, 1), up.flatten(0, 1), down).view(rows, out, -1).mT  # [B, Cin, Cout]
-    return torch.bmm(x, each) if bias is None else torch.baddbmm(bias, x, each)
+    rows = len(up)
+    each = torch.baddbmm(weight.expand(rows, -1, -1), up, down.expand(rows, -1, -1))  # [B, Cout, Cin]
+    y = torch.bmm(x, each.mT)
+    return y if bias is None else y.add_(bias)
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

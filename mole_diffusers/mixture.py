@@ -24,7 +24,7 @@ from mole_diffusers.lora_files import Expert
 from mole_diffusers.lora_writing import write_lora
 from mole_diffusers.offloading import loaded
 from mole_diffusers.parts import GatedPart
-from mole_diffusers.processor import Decision, Plan, State
+from mole_diffusers.state import Decision, Plan, State
 from mole_diffusers.trace import Trace
 from mole_diffusers.turns import Turn, take_turns
 
@@ -68,6 +68,7 @@ class Mixture:
         with self._turn:
             if value is not None:
                 self._state.strength[index] = self._finite(name, value)
+                self._state.settle()
             return self._state.strength[index]
 
     @contextmanager
@@ -113,7 +114,7 @@ class Mixture:
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
-        """Strengths by part, block and moment, or gates by hand, while the block runs; see `processor.Plan`."""
+        """Strengths by part, block and moment, or gates by hand, while the block runs; see `state.Plan`."""
         with self._lent(plan=plan):
             yield
 
@@ -236,10 +237,10 @@ class Mixture:
         with self._turn:
             before = {name: getattr(self._state, name) for name in values}
             try:
-                vars(self._state).update(values)
+                self._state.set(**values)
                 yield
             finally:
-                vars(self._state).update(before)
+                self._state.set(**before)
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
@@ -287,5 +288,4 @@ class Mixture:
             self._undo.close()
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._state.time = self._call.time(args, kwargs)
-        self._state.step += 1
+        self._state.entered(self._call.time(args, kwargs), self._call.text(args, kwargs))

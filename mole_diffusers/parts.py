@@ -16,10 +16,11 @@ from mole_diffusers import carrier, mixing
 from mole_diffusers.calls import DENOISERS, CallReader
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates import Column, GateBank, GateConfig, PromptGate, build_gate
-from mole_diffusers.gates.prompt import version
 from mole_diffusers.gates.rank import singular
+from mole_diffusers.kept_products import version
 from mole_diffusers.places import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed, text_width
-from mole_diffusers.processor import MoLEAttnProcessor, Present, Slot, State
+from mole_diffusers.processor import MoLEAttnProcessor, Slot
+from mole_diffusers.state import Present, State
 
 BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
 

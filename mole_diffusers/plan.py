@@ -103,7 +103,7 @@ def _preset(name: str, labels: Sequence[str]) -> dict[str, float]:
 
 
 class TagPlan:
-    """`processor.Plan` of a set of tags. `step` says where sampling stands; whoever samples moves it.
+    """`state.Plan` of a set of tags. `step` says where sampling stands; whoever samples moves it.
 
     Args:
         experts: names in the order of the mixture; one without a tag is absent.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,70 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from mole_diffusers import mixing
 from mole_diffusers.gates import Context, Gate, Layer
-from mole_diffusers.gates.controls import Control
-from mole_diffusers.words import Words
-
-Present = tuple[bool, ...]  # which of the N experts a layer has
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one gate said for one set of present experts.
-
-    Attributes:
-        place: where the gate sits.
-        present: which experts the layers have; the first decision of a place is for the largest set.
-        gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
-        weights: the same times the user's strengths, which is what the layers are multiplied by.
-        ranks: what they are multiplied by instead where the gate speaks per rank, [R] or [B, T, R].
-    """
-
-    place: str
-    present: Present
-    gates: torch.Tensor
-    weights: torch.Tensor
-    ranks: torch.Tensor | None = None
-
-
-class Plan(Protocol):
-    """The user's strengths by part, block and moment, on top of `Mixture.strength`; asked again at every step.
-
-    Each gives one factor per expert, [N]; 0 means absent there, and the gate shares among the others.
-    """
-
-    def part(self, part: str) -> Sequence[float]:
-        """For a whole part, "unet" or "text_encoder", at this moment."""
-        ...
-
-    def block(self, module: str) -> Sequence[float]:
-        """For the block that `module` lies in (a place or a layer, part first)."""
-        ...
-
-    def gates(self, place: str) -> Sequence[float] | None:
-        """Weights that stand in for the gate at `place`; None leaves it to the gate."""
-        ...
-
-
-@dataclass
-class State:
-    """What all gates of a mixture share: who is active, how strong, and where sampling stands."""
-
-    active: list[bool]
-    strength: list[float]
-    time: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], 1 is pure noise
-    fixed: list[float] | None = None  # weights that stand in for every gate's, by hand or for a teacher
-    rows: torch.Tensor | None = None  # [b, N], a factor per prompt and expert: sets that differ within a batch
-    images: int = 1  # pictures per prompt in the denoiser's batch, where `rows` is set
-    control: Control | None = None  # changes what every gate gives
-    step: int = -1  # counts denoiser calls; -1 before the first
-    listeners: list[Callable[[Decision], None]] = field(default_factory=list)
-    plan: Plan | None = None
-    words: Words = field(default_factory=Words)
-
-    def mask(self, present: Present, strengths: Sequence[float], device: torch.device) -> torch.Tensor:
-        """[N] bool: experts that are present, active and not at strength 0."""
-        rows = zip(present, self.active, strengths, strict=True)
-        return torch.tensor([p and a and s != 0 for p, a, s in rows], device=device)
+from mole_diffusers.state import Decision, Last, Present, State
 
 
 class Slot:
@@ -100,6 +37,7 @@ class Slot:
         self.batch = 0
         self.handed: torch.Tensor | None = None  # what the gate is to read when a layer first asks
         self.tokens: torch.Tensor | None = None
+        self._last = Last()
 
     @property
     def part(self) -> str:
@@ -108,15 +46,18 @@ class Slot:
 
     def clear(self) -> None:
         """Forget the last weights: the next layer that asks gets fresh ones."""
-        self.weights, self.factors, self.batch = {}, {}, 0
+        self.weights, self.batch = {}, 0
 
     def refresh(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
-        """Evaluate the gate on `hidden` [B, T, C].
+        """Evaluate the gate on `hidden` [B, T, C], unless it would say, or is to say, what it said last.
 
         `layer` is given where the gate sits at that one layer, `tokens` [B, T] where only some of a text's count.
         """
-        self.factors = {}
-        for decision in self._decide(hidden, layer, tokens):
+        if not self._stands(hidden):
+            self.factors = {}
+            decisions = list(self._decide(hidden, layer, tokens))
+            self._last.keep(self.gate, decisions, hidden=hidden, state=self.state)
+        for decision in self._last.decisions:
             self.weights[decision.present] = decision.weights if decision.ranks is None else decision.ranks
             for listener in self.state.listeners:
                 listener(decision)
@@ -134,23 +75,34 @@ class Slot:
         self.clear()
         self.handed, self.tokens, self.batch = hidden, tokens, hidden.shape[0]
 
-    def _planned(self) -> tuple[Sequence[float] | None, Sequence[float]]:
-        """The weights that stand in for the gate's, if any, and each expert's strength here and now."""
-        state = self.state
-        fixed: Sequence[float] | None = state.fixed
-        strengths = state.strength if fixed is None else [1.0] * len(state.active)
-        if state.plan is not None:
-            fixed = state.plan.gates(self.name) if fixed is None else fixed
-            factors = [state.plan.part(self.part)]
-            if not self.whole:
-                factors.append(state.plan.block(self.name))
-            strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
-        return fixed, strengths
+    def _stands(self, hidden: torch.Tensor) -> bool:
+        """Whether the last decisions hold for `hidden`, too."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._last.fits(hidden, self.state):
+            return False
+        every = self.state.every
+        if self.timed and every > 1 and self._last.run // every == self.state.run // every:
+            return True
+        return self.gate.fusible and (self.gate.blind or self._last.saw(hidden)) and self._last.knows(self.gate)
+
+    def _by_hand(self) -> Sequence[float] | None:
+        """The weights that stand in for the gate's, if any."""
+        if self.state.fixed is None and self.state.plan is not None:
+            return self.state.plan.gates(self.name)
+        return self.state.fixed
+
+    def _planned(self) -> Sequence[float] | None:
+        """Each expert's strength here and now; None where it is the user's own."""
+        state, plan = self.state, self.state.plan
+        if plan is None:
+            return None if state.fixed is None else [1.0] * len(state.active)
+        strengths = state.strength if state.fixed is None else [1.0] * len(state.active)
+        factors = [plan.part(self.part)] if self.whole else [plan.part(self.part), plan.block(self.name)]
+        return [math.prod(row) for row in zip(strengths, *factors, strict=True)]
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> Iterator[Decision]:
-        (fixed, strengths), device, rows = self._planned(), hidden.device, self._rows(hidden)
-        strength = torch.tensor(strengths, device=device)  # [N]
-        factor = strength if rows is None else strength * rows  # [N] or [B, N]
+        fixed, strengths, device, rows = self._by_hand(), self._planned(), hidden.device, self._rows(hidden)
+        factor = self.state.factor(device) if strengths is None else torch.tensor(strengths, device=device)  # [N]
+        factor = factor if rows is None else factor * rows  # [N] or [B, N]
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             for present in self.presents:
@@ -159,8 +111,8 @@ class Slot:
             return
         time = self.state.time.to(device) if self.timed else torch.zeros(1, device=device)
         time = mixing.rows(time, len(hidden))  # PAG hands single layers a part of the batch, films their frames
-        with torch.autocast(device.type, enabled=False):
-            features = hidden.float() if self.probe is None else self.probe(hidden.float())
+        with _full_precision(device):
+            features = hidden if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
                 mask = self._mask(present, strengths, rows, device=device)
                 among = mask if self.scope is None else self._mask(self.scope, strengths, rows, device=device)
@@ -170,9 +122,12 @@ class Slot:
                 yield self._decision(present, gates, factor, segment=segment)
 
     def _mask(
-        self, present: Present, strengths: Sequence[float], rows: torch.Tensor | None, *, device: torch.device
+        self, present: Present, strengths: Sequence[float] | None, rows: torch.Tensor | None, *, device: torch.device
     ) -> torch.Tensor:
-        mask = self.state.mask(present, strengths, device)
+        if strengths is None:
+            mask = self.state.mask(present, device)
+        else:
+            mask = torch.tensor(self.state.there(present, strengths), device=device)
         return mask if rows is None else mask & (rows != 0)
 
     def _decision(
@@ -211,6 +166,12 @@ class Slot:
             block = torch.tensor(self.state.plan.block(layer.name), device=weights.device)  # [N]
             weights = weights * (block[layer.segment] if self.gate.ranked else block)
         return weights
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: entering this context takes as long as a small gate, so only where there is something to leave."""
+    casts = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if casts else nullcontext()
 
 
 def _times(weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

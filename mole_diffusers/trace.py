@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mole_diffusers import mixing
-from mole_diffusers.processor import Decision, Present, State
+from mole_diffusers.state import Decision, Present, State
 
 
 @dataclass

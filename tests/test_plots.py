@@ -6,7 +6,7 @@ from PIL import Image
 
 from mole_diffusers.evaluation import plots
 from mole_diffusers.evaluation.runner import keep, picture_path
-from mole_diffusers.processor import Decision, State
+from mole_diffusers.state import Decision, State
 from mole_diffusers.trace import Trace
 
 pytest.importorskip("matplotlib")

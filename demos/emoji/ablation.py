@@ -25,7 +25,7 @@ KIND = "subject x style"
 
 
 class Without:
-    """A `processor.Plan`: full strength everywhere but in one stage during one quarter of `steps`."""
+    """A `state.Plan`: full strength everywhere but in one stage during one quarter of `steps`."""
 
     def __init__(self, experts: int, stage: str, quarter: int, *, steps: int):
         self.full, self.none, self.stage = [1.0] * experts, [0.0] * experts, stage

@@ -139,7 +139,7 @@ def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class KLoRA:
-    """K-LoRA as a `processor.Plan`: one of two experts per layer and step. For equal gates, one per matrix.
+    """K-LoRA as a `state.Plan`: one of two experts per layer and step. For equal gates, one per matrix.
 
     Layers that are no attention of the denoiser, or that one of the two lacks, keep the sum.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,12 +54,16 @@ class Context:
 class Gate(Protocol):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
-    hidden [B, T, C] is what the gate's place hands it. `total` is what the weights sum to; `fusible` is true when they
-    depend on nothing that changes while sampling; `ranked` when they are per rank of the layer instead, [B, T, R].
+    hidden [B, T, C] is what the gate's place hands it, in the host's precision. `total` is what the weights sum to;
+    `fusible` is true when they depend on nothing that changes while sampling, `blind` when on no state at all; `ranked`
+    when they are per rank of the layer instead, [B, T, R].
     """
 
     total: str
     fusible: bool
+    blind: bool
     ranked: bool
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
     def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor: ...

@@ -16,7 +16,7 @@ class MoLEGate(nn.Module):
     Starts at equal weights (zero matrix). Linear without bias, as the authors' code.
     """
 
-    fusible, ranked = False, False
+    fusible, blind, ranked = False, False, False
 
     def __init__(self, experts: int, width: int, total: str, features: str):
         super().__init__()
@@ -25,7 +25,7 @@ class MoLEGate(nn.Module):
         self.log_tau = nn.Parameter(torch.zeros(()))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        features = mixing.l2_normalized(self.features(hidden.float()))  # [B, D]
+        features = mixing.l2_normalized(self.features(hidden).float())  # [B, D]
         if features.shape[-1] != self.width:
             raise ValueError(
                 f"a gate with flattened features was built for {self.width} values and got {tuple(hidden.shape[1:])} "

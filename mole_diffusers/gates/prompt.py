@@ -5,13 +5,14 @@ The paper's experts are the modules of one adapter. Here they are the concepts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from mole_diffusers import mixing
 from mole_diffusers.gates.contract import Context
+from mole_diffusers.kept_products import version
 
 AXES = ("concept", "module", "both")
 PROMPT_TOTALS = ("1", "N", "none")
@@ -67,7 +68,7 @@ class PromptGate(nn.Module):
         top: how many of them are kept; 0 keeps all.
     """
 
-    fusible, ranked = True, False
+    fusible, blind, ranked = True, False, False
     present: torch.Tensor
 
     def __init__(self, width: int, presents: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
@@ -91,7 +92,7 @@ class PromptGate(nn.Module):
 
     def route(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         """Logits [B, E]."""
-        features = rational(self.pooled(hidden, tokens), self.numerator.float(), self.denominator.float())
+        features = rational(self.pooled(hidden.float(), tokens), self.numerator.float(), self.denominator.float())
         return features @ self.weight.float().T
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
@@ -132,15 +133,13 @@ class PromptGate(nn.Module):
 class Column:
     """One layer's weights of a prompt gate that weighs modules: [B, N]."""
 
-    fusible, ranked = True, False
+    fusible, blind, ranked = True, False, False
 
     def __init__(self, gate: PromptGate, module: int):
         self.gate, self.module, self.total = gate, module, gate.total
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.gate.parameters()
+
     def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         return self.gate(hidden, context)[:, self.module]
-
-
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; tensors of inference mode are never."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -60,7 +60,7 @@ class RankGate(nn.Module):
             compete.
     """
 
-    total, fusible, ranked = "k", False, True
+    total, fusible, blind, ranked = "k", False, False, True
     group: torch.Tensor
     balance: torch.Tensor
 

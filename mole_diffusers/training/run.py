@@ -18,7 +18,7 @@ from torch import nn
 
 from mole_diffusers import mixing
 from mole_diffusers.gates import PromptGate
-from mole_diffusers.processor import Decision
+from mole_diffusers.state import Decision
 from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.config import PASSING, GateTraining
 from mole_diffusers.training.data import Draw

@@ -1,0 +1,121 @@
+"""The arithmetic of one layer with experts: its own product and all of theirs, in the cheaper of two ways.
+
+Beside the host's product, result + up (g[segment] * (down x)); or inside its weight, (W + up diag(g) down) x, with a weight
+for each row of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mole_diffusers import mixing
+from mole_diffusers.experts import Stack
+from mole_diffusers.gates import Layer
+from mole_diffusers.kept_products import Kept, Together, at_rest
+from mole_diffusers.places import TEXT_LAYERS
+from mole_diffusers.processor import Slot
+
+ADAPTER = "mole_experts"
+
+
+class GatedLayer:
+    """What peft calls a variant of LoRA: y = W x + up (g[segment] * (down x)) for all experts in one pass.
+
+    The keys and values of the text are kept from step to step, and scaled anew where the gates moved. Layers with one
+    input share one projection of it; see `kept_products`.
+    """
+
+    pays: Callable[..., bool] = staticmethod(mixing.folding_pays)
+
+    def __init__(self, slot: Slot, stack: Stack, layer: str):
+        self.slot, self.present, self.ranks, self.layer = slot, stack.present, stack.ranks, layer
+        self.together: tuple[Together, int] | None = None
+        self.of_text = (Kept(), Kept()) if layer.endswith(TEXT_LAYERS) else None
+
+    def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
+        layer = self._described(module, lambda: module.lora_A[ADAPTER](x))
+        return self._beside(module, layer, result, factor=self._factor(module, x, layer))
+
+    def whole(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """The host's product and the experts'; None where only `forward` will do."""
+        down, up, base = module.lora_A[ADAPTER], module.lora_B[ADAPTER], module.base_layer
+        if x.dim() != 3 or x.dtype != down.weight.dtype or not alone(module):
+            return None
+        plain = bare(base) and bare(down) and bare(up) and base.weight.dtype == x.dtype
+        still = plain and at_rest()
+        layer = self._described(module, lambda: self._low(down, x, still))
+        factor = self._factor(module, x, layer)  # [R], [B, 1, R] or [B, T, R]
+        if still and self.of_text is not None:
+            return _of_text(module, x, factor, kept=self.of_text)
+        if plain and self.pays(x, base.weight, factor):
+            return mixing.folded_linear(x, (base.weight, base.bias), (down.weight, up.weight * factor))
+        return self._beside(module, layer, base(x), factor=factor)
+
+    def _low(self, down: nn.Linear, x: torch.Tensor, still: bool) -> torch.Tensor:
+        low = self.together[0].low(x, self.together[1]) if still and self.together is not None else None
+        return down(x) if low is None else low
+
+    def _described(self, module: Any, project: Callable[[], torch.Tensor]) -> Layer:
+        return Layer(self.layer, project, module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].segment)
+
+    def _factor(self, module: Any, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """What multiplies the rank axis; the layers of a block that are alike share one."""
+        weights, segment = self.slot.read(self.present, x, layer), None if self.slot.gate.ranked else layer.segment
+        scaling = module.scaling[ADAPTER]
+        if x.dim() != 3:
+            factor = mixing.over_ranks(weights, segment, layer.low)
+        elif weights.requires_grad:  # a checkpointed block that is computed again must save what it saved at first
+            factor = mixing.over_ranks(weights, segment, x)
+        else:
+            key = (self.ranks, x.dtype)
+            known = self.slot.factors.get(key)
+            if known is None or known[0] is not weights:
+                known = self.slot.factors[key] = (weights, mixing.over_ranks(weights, segment, x))
+            factor = known[1]
+        return factor if isinstance(scaling, float) and scaling == 1 else factor * scaling
+
+    def _beside(self, module: Any, layer: Layer, result: torch.Tensor, *, factor: torch.Tensor) -> torch.Tensor:
+        up = module.lora_B[ADAPTER]
+        z = mixing.scaled(layer.low, factor)  # [B, R], [B, T, R] or [B, R, H, W]
+        if z.dim() < 4 and z.dtype == up.weight.dtype == result.dtype and bare(up):
+            return mixing.added_low_rank(result, z, up.weight)
+        return result + up(z)
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def merge_safe(self, *_: object) -> None:
+        raise ValueError("gated experts cannot be merged into the weights as they are")
+
+    merge_unsafe = unmerge = merge_safe
+
+
+def _of_text(module: Any, x: torch.Tensor, factor: torch.Tensor, *, kept: tuple[Kept, Kept]) -> torch.Tensor:
+    """W x and A x of a text are as in the step before, and all of it is where the gates stand still."""
+    base, down, up = module.base_layer, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    made = kept[0].of((x, base.weight, base.bias, down), lambda: (base(x), F.linear(x, down)))
+    if made is None:
+        return mixing.plus_low_rank(base(x), F.linear(x, down) * factor, up)
+    product, low = made
+    y = kept[1].of((product, factor, up), lambda: (mixing.plus_low_rank(product, low * factor, up),))
+    return mixing.plus_low_rank(product, low * factor, up) if y is None else y[0]
+
+
+def alone(module: Any) -> bool:
+    """Whether a layer's experts are what is to be added to its base, and nothing else is."""
+    return not (module.disable_adapters or module.merged) and list(module.active_adapters) == [ADAPTER]
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer that nobody hooked, so that its weight may be used in its stead.
+
+    Offloading brings weights to their device in hooks; quantisation has classes of its own.
+    """
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+    return type(module) is nn.Linear and not hooked

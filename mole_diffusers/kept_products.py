@@ -1,0 +1,91 @@
+"""What need not be computed twice: products of a text that stays the same, and one projection for layers with one input."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def at_rest() -> bool:
+    """Whether tensors may be kept from one call to the next: no gradients are taken, no graph is traced, nothing is cast."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+
+class Kept:
+    """What was last made of some tensors, for as long as they are the same objects with the same bits.
+
+    It is made when they come for the second time, so that what comes once takes no memory. The tensors themselves are not
+    kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[tuple[int, int], ...] | None = None
+        self._given: list[weakref.ref] = []
+        self._made: tuple[Tensors, list[int]] | None = None
+
+    def of(self, given: Sequence[torch.Tensor | None], make: Callable[[], Tensors]) -> Tensors | None:
+        """`make()`, or what it gave before; None at first sight, and for tensors whose changes cannot be seen."""
+        there = [t for t in given if t is not None]
+        if any(t.is_inference() for t in there):
+            return None
+        key = tuple((t.data_ptr(), t._version) for t in there)
+        if key != self._key or any(ref() is not t for ref, t in zip(self._given, there, strict=True)):
+            self._key, self._given, self._made = key, [weakref.ref(t) for t in there], None
+            return None
+        if self._made is None or [version(t) for t in self._made[0]] != self._made[1]:
+            made = make()
+            self._made = made, [version(t) for t in made]
+        return self._made[0]
+
+
+class Together:
+    """Layers that read one input: the first that asks projects it for all of them, in one product.
+
+    Their matrices lie one behind the other in one piece of memory. Where they do not any more, since they were moved one
+    by one, each projects for itself.
+    """
+
+    def __init__(self, downs: Sequence[nn.Linear]):
+        self.downs = list(downs)
+        self._ranks = [down.weight.shape[0] for down in downs]
+        self._of: weakref.ref | None = None
+        self._version = 0
+        self._lows: list[torch.Tensor | None] = []
+        whole = torch.cat([down.weight.data for down in downs])  # [sum R, Cin]
+        for down, part in zip(downs, whole.split(self._ranks), strict=True):
+            down.weight.data = part
+
+    def low(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
+        """A x of layer `index`, [B, T, R]; None where it has to make that itself."""
+        if self._of is None or self._of() is not x or self._version != version(x) or self._lows[index] is None:
+            whole = None if x.is_inference() else self._whole()
+            if whole is None:
+                return None
+            self._of, self._version = weakref.ref(x), version(x)
+            self._lows = list(F.linear(x, whole).split(self._ranks, -1))
+        low, self._lows[index] = self._lows[index], None
+        return low
+
+    def _whole(self) -> torch.Tensor | None:
+        """[sum R, Cin], the matrices as one; None where they lie apart."""
+        first, at = self.downs[0].weight, self.downs[0].weight.data_ptr()
+        storage = first.untyped_storage().data_ptr()
+        for down in self.downs:
+            weight = down.weight
+            if weight.data_ptr() != at or weight.untyped_storage().data_ptr() != storage or weight.dtype != first.dtype:
+                return None
+            at += weight.numel() * weight.element_size()
+        return first.detach().as_strided((sum(self._ranks), first.shape[1]), (first.shape[1], 1))
