@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 
 from mole_diffusers import mixing
+from mole_diffusers.calls import denoiser
 from mole_diffusers.experts import Stack
 from mole_diffusers.lora_files import LoraWeights
 from mole_diffusers.parts import GatedPart
@@ -34,6 +36,55 @@ class Averages:
     def weights(self) -> Weights:
         """(place, present) -> [N] or [R]."""
         return {key: total / count for key, (total, count) in self._sums.items()}
+
+
+def ask(pipe: Any, parts: Sequence[GatedPart], prompt: str | Sequence[str] | None, **call: Any) -> None:
+    """Have every gate speak, at no more cost than it takes: those that read nothing need no prompt, those that read the text
+    an encoded one, and others a picture.
+
+    Raises ValueError where a gate depends on what passes it, and there is no prompt.
+    """
+    rows = parts[0].state.rows
+    if prompt is None or (all(part.blind for part in parts) and rows is None):
+        for part in parts:
+            part.ask_still_gates()
+    elif all(part.fusible for part in parts) and not _compiled(pipe):
+        _encode(pipe, parts, prompt, **call)
+    else:
+        sample(pipe, prompt, **call)
+
+
+def _compiled(pipe: Any) -> bool:
+    """Whether the denoiser is one graph, which no hook of a layer can leave."""
+    model: Any = denoiser(pipe)
+    wrapped = getattr(pipe, "unet", getattr(pipe, "transformer", None)) is not model
+    return wrapped or getattr(model, "_compiled_call_impl", None) is not None
+
+
+class _HeardError(Exception):
+    """All gates have spoken; the picture is not wanted."""
+
+
+def _encode(pipe: Any, parts: Sequence[GatedPart], prompt: str | Sequence[str], **call: Any) -> None:
+    """Run the pipeline up to where its denoiser's first layer would begin: by then its weights are where they are used."""
+
+    def speak(*_: Any) -> None:
+        for part in parts:
+            part.speak()
+        raise _HeardError
+
+    model = denoiser(pipe)
+    processors = {module: module.processor for module in model.modules() if isinstance(module, Attention)}
+    hooks = [child.register_forward_pre_hook(speak) for child in model.children()]
+    try:
+        sample(pipe, prompt, **call)
+    except _HeardError:
+        pipe.maybe_free_model_hooks()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, found in processors.items():  # PAG puts its own there for a call, and was not let back
+            module.processor = found
 
 
 @torch.no_grad()

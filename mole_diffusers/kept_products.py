@@ -28,7 +28,7 @@ class Kept:
     """What was last made of some tensors, for as long as they are the same objects with the same bits.
 
     It is made when they come for the second time, so that what comes once takes no memory. The tensors themselves are not
-    kept alive.
+    kept alive. A change in place through `tensor.data` is one that PyTorch does not count, and is not seen.
     """
 
     def __init__(self) -> None:
@@ -64,6 +64,8 @@ class Together:
         self._of: weakref.ref | None = None
         self._version = 0
         self._lows: list[torch.Tensor | None] = []
+        self._where: list[int] = []
+        self._joined = False
         whole = torch.cat([down.weight.data for down in downs])  # [sum R, Cin]
         for down, part in zip(downs, whole.split(self._ranks), strict=True):
             down.weight.data = part
@@ -81,11 +83,16 @@ class Together:
 
     def _whole(self) -> torch.Tensor | None:
         """[sum R, Cin], the matrices as one; None where they lie apart."""
-        first, at = self.downs[0].weight, self.downs[0].weight.data_ptr()
-        storage = first.untyped_storage().data_ptr()
-        for down in self.downs:
-            weight = down.weight
-            if weight.data_ptr() != at or weight.untyped_storage().data_ptr() != storage or weight.dtype != first.dtype:
-                return None
-            at += weight.numel() * weight.element_size()
-        return first.detach().as_strided((sum(self._ranks), first.shape[1]), (first.shape[1], 1))
+        weights = [down.weight for down in self.downs]
+        where = [weight.data_ptr() for weight in weights]
+        if where != self._where:
+            self._where, self._joined = where, _one_behind_the_other(weights)
+        width = weights[0].shape[1]
+        return weights[0].detach().as_strided((sum(self._ranks), width), (width, 1)) if self._joined else None
+
+
+def _one_behind_the_other(weights: Sequence[torch.Tensor]) -> bool:
+    if len({(weight.dtype, weight.untyped_storage().data_ptr()) for weight in weights}) > 1:
+        return False
+    ends = [weight.data_ptr() + weight.numel() * weight.element_size() for weight in weights]
+    return [weight.data_ptr() for weight in weights[1:]] == ends[:-1]

@@ -16,7 +16,7 @@ from mole_diffusers import checkpoint
 from mole_diffusers.calls import DENOISERS, CallReader, denoiser, hosts
 from mole_diffusers.card import model_card
 from mole_diffusers.experts import match, stack_all
-from mole_diffusers.folding import Averages, Folded, folded, one_lora, sample, truncated
+from mole_diffusers.folding import Averages, Folded, ask, folded, one_lora, truncated
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.gates.controls import Control
 from mole_diffusers.host_calls import guard
@@ -125,6 +125,17 @@ class Mixture:
             yield
 
     @contextmanager
+    def every(self, calls: int) -> Iterator[None]:
+        """Ask the denoiser's gates in one of `calls` of its calls, and let their weights stand in the others.
+
+        A new text begins anew. With gradients, and in a compiled model, they are asked in each.
+        """
+        if calls < 1:
+            raise ValueError(f"gates can be asked in one of 1 or more calls, got {calls}")
+        with self._lent(every=calls):
+            yield
+
+    @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights as they are made."""
         with self._turn, self._lent(listeners=[*self._state.listeners, listener]):
@@ -164,7 +175,7 @@ class Mixture:
 
         Args:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
-                ("sum", "mean", "static") need none.
+                ("sum", "mean", "static") need none, and those of the "prompt" draw nothing: they read it.
             call: how to draw it, as the pipeline is called; 10 steps from seed 0 unless said.
 
         Raises:
@@ -206,11 +217,7 @@ class Mixture:
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
         averages = Averages()
         with self.listen(averages):
-            if prompt is None:
-                for part in self._parts:
-                    part.ask_still_gates()
-            else:
-                sample(self._pipe, prompt, **call)
+            ask(self._pipe, self._parts, prompt, **call)
         return one_lora(self._parts, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -244,9 +251,9 @@ class Mixture:
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
-        if not math.isfinite(value):
-            raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
-        return float(value)
+        if math.isfinite(value):
+            return float(value)
+        raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
 
     def _index(self, name: str) -> int:
         if name not in self.experts:

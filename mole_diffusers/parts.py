@@ -43,12 +43,13 @@ class GatedPart:
             for layer in stacks:
                 self.columns.setdefault(owner(layer, "whole", names), []).append(layer)
         self.bank = GateBank(self._gates())
+        self.slots = {name: self._slot(spot) for name, spot in self.places.items()}
 
     def install(self, undo: ExitStack) -> None:
         """Put experts, gates and hooks on the host; the undoing of each change is recorded in `undo` before it."""
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
-        slots = {name: self._slot(spot) for name, spot in self.places.items()}
+        slots = self.slots
         carrier.inject(self.model, self.stacks, {layer: slots[name] for layer, name in self.owners.items()}, undo)
         if self.config.family == "prompt" and self.name in DENOISERS:
             refresh = _text(list(slots.values()), CallReader(self.model))
@@ -57,14 +58,30 @@ class GatedPart:
         for name, spot in self.places.items():
             self._hook(spot, slots[name], undo)
 
+    @property
+    def fusible(self) -> bool:
+        """Whether no gate depends on what changes while sampling."""
+        return all(slot.gate.fusible for slot in self.slots.values())
+
+    @property
+    def blind(self) -> bool:
+        """Whether no gate depends on anything."""
+        return all(slot.gate.blind for slot in self.slots.values())
+
+    def speak(self) -> None:
+        """Have gates that were handed something speak now, not when a layer asks."""
+        for slot in self.slots.values():
+            slot.speak()
+
     def ask_still_gates(self) -> None:
         """Have gates that read nothing speak to the listeners, outside of any sampling.
 
         Raises ValueError where a gate depends on what passes it.
         """
         for name, spot in self.places.items():
-            if self.state.fixed is None and (self.config.family == "prompt" or not self.bank[name].fusible):
-                reads = "prompt" if self.config.family == "prompt" else "picture"
+            gate = self.slots[name].gate
+            if self.state.fixed is None and not gate.blind:
+                reads = "prompt" if gate.fusible else "picture"
                 raise ValueError(
                     f"the gate of {self._full_name(name)} depends on the {reads}; give a prompt to average over"
                 )

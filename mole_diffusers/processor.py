@@ -75,6 +75,12 @@ class Slot:
         self.clear()
         self.handed, self.tokens, self.batch = hidden, tokens, hidden.shape[0]
 
+    def speak(self) -> None:
+        """Evaluate the gate on what it was handed, if that was not done yet."""
+        if self.handed is not None:
+            handed, self.handed = self.handed, None
+            self.refresh(handed, tokens=self.tokens)
+
     def _stands(self, hidden: torch.Tensor) -> bool:
         """Whether the last decisions hold for `hidden`, too."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._last.fits(hidden, self.state):
@@ -152,9 +158,7 @@ class Slot:
         That happens where every layer has a gate of its own, and when another processor took the place of ours
         (IP-Adapter, PAG) or splits the batch.
         """
-        if self.handed is not None:
-            handed, self.handed = self.handed, None
-            self.refresh(handed, tokens=self.tokens)
+        self.speak()
         if not self.shared or (self.batch != x.shape[0] and not (self.far and self.batch)):
             if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
                 x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights

@@ -59,8 +59,8 @@ class Plan(Protocol):
 class State:
     """What all gates of a mixture share: who is active, how strong, and where sampling stands.
 
-    Who changes it calls `settle` afterwards. What the gates read of `active` and `strength` are tensors that keep their
-    place in memory, so that a compiled model need not be compiled again.
+    Who changes it calls `settle` afterwards. The gates read `active` and `strength` as tensors, which a compiled model takes
+    as they come: as numbers they would be part of its code.
     """
 
     active: list[bool]
@@ -97,12 +97,8 @@ class State:
     def settle(self) -> None:
         """Bring what the gates read up to date."""
         self.changes += 1
-        for (present, device), old in self._tensors.items():
-            new = self._made(present, device)
-            if old.is_inference():
-                self._tensors[present, device] = new
-            else:
-                old.copy_(new)
+        for key in self._tensors:
+            self._tensors[key] = self._made(*key)
 
     def factor(self, device: torch.device) -> torch.Tensor:
         """[N]: each expert's strength."""
@@ -119,8 +115,7 @@ class State:
     def _tensor(self, present: Present | None, device: torch.device) -> torch.Tensor:
         if (present, device) not in self._tensors:
             self._tensors[present, device] = self._made(present, device)
-        found = self._tensors[present, device]
-        return found.clone() if torch.is_grad_enabled() else found  # settings may change before the backward pass
+        return self._tensors[present, device]
 
     def _made(self, present: Present | None, device: torch.device) -> torch.Tensor:
         values = self.strength if present is None else self.there(present, self.strength)

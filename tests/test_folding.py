@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from hosts import HOSTS
 from safetensors import safe_open
 
 import mole_diffusers as mole
 from mole_diffusers import mixing
+from mole_diffusers.folding import Averages, ask
 from mole_diffusers.testing import CONVOLUTION, tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -57,6 +59,48 @@ def test_gates_that_move_collapse_to_their_average(pipe, loras, draw, awake):
             weights = torch.stack([trace.weights(p).mean(0) for p in trace.places if p.split(" ")[0] == name])
             gate.logits.data = weights.amax(0, keepdim=True) - 1  # an expert that a layer lacks has 0 there
     torch.testing.assert_close(collapsed, draw(pipe), **CLOSE)
+
+
+@pytest.mark.parametrize("axis", ["concept", "both"])
+def test_gates_of_the_prompt_are_folded_without_drawing(pipe, loras, draw, awake, axis):
+    """The other route: what they say while a whole picture is drawn."""
+    mixture = awake(mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis)))
+    drawn, entered, call = Averages(), [], {"guidance_scale": 1.0}
+    with mixture.listen(drawn):
+        draw(pipe, num_inference_steps=3, **call)
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: entered.append(0))
+    asked = Averages()
+    with mixture.listen(asked):
+        ask(pipe, mixture._parts, "a fox in ink", **call)
+    assert not entered
+    assert asked.weights.keys() == drawn.weights.keys()
+    for key, weights in drawn.weights.items():
+        torch.testing.assert_close(asked.weights[key], weights, **CLOSE)
+    hook.remove()
+    gated = draw(pipe, **call)
+    with mixture.collapsed("a fox in ink", **call):
+        torch.testing.assert_close(draw(pipe, **call), gated, **CLOSE)
+    assert torch.equal(draw(pipe, **call), gated)
+
+
+def test_folding_a_prompt_leaves_the_processors_of_a_call_that_stopped(loras):
+    pipe, options = HOSTS["sd15-pag"]()
+    mixture = mole.attach(pipe, loras, "prompt")
+    before = dict(pipe.unet.attn_processors)
+    with mixture.collapsed("a fox", **options):
+        pass
+    assert all(pipe.unet.attn_processors[name].slot is p.slot for name, p in before.items() if hasattr(p, "slot"))
+    assert {n: type(p) for n, p in pipe.unet.attn_processors.items()} == {n: type(p) for n, p in before.items()}
+
+
+def test_still_gates_with_a_prompt_draw_nothing_either(pipe, loras, draw, awake):
+    mixture, entered = awake(mole.attach(pipe, loras, "static")), []
+    gated = draw(pipe)
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: entered.append(0))
+    with mixture.collapsed("a fox"):
+        assert not entered
+        hook.remove()
+        torch.testing.assert_close(draw(pipe), gated, **CLOSE)
 
 
 def test_gates_that_move_need_a_prompt(pipe, loras):

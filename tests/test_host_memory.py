@@ -122,3 +122,23 @@ def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw
             p.data = p.data.to(torch.float8_e4m3fn).float()
     awake(mole.attach(plain, loras, "mole"))
     torch.testing.assert_close(picture, draw(plain), **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["whole", pytest.param("blocks", marks=pytest.mark.slow)])
+def test_gates_strengths_and_masks_change_without_compiling_again(pipe, loras, draw, awake, how):
+    torch.compiler.reset()
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    expected = {}
+    with mixture.only("ink", "hat"):
+        mixture.strength("ink", -0.5)
+        awake(mixture, seed=1)
+        expected["changed"] = draw(pipe)
+    awake(mixture, seed=0)
+    mixture.strength("ink", 1.0)
+    compile = {"whole": pipe.unet.compile, "blocks": pipe.unet.compile_repeated_blocks}[how]
+    compile(fullgraph=True, backend="eager")
+    draw(pipe)
+    with torch._dynamo.config.patch(error_on_recompile=True), mixture.only("ink", "hat"):
+        mixture.strength("ink", -0.5)
+        awake(mixture, seed=1)
+        torch.testing.assert_close(draw(pipe), expected["changed"], **CLOSE)

@@ -122,7 +122,7 @@ class PromptGate(nn.Module):
         return share * mask.sum(-1, keepdim=True) if self.total == "N" else share
 
     def _once(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.route(hidden, tokens)
         versions = version(hidden) + sum(version(p) for p in self.parameters())
         if self._last is None or self._last[0] is not hidden or self._last[1] != versions:
