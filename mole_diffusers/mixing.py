@@ -36,6 +36,20 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.
     return weights * mask.sum(-1, keepdim=True) if total == "N" else weights
 
 
+def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> torch.Tensor:
+    """Logits whose `gate_weights` are `weights`, [..., N] -> [..., N]: exact for "linear", the nearest within reach else.
+
+    A softmax reaches positive weights of one sum, so "1" and "N" keep their ratios alone, and "sigmoid" what lies between 0
+    and 2. Weights count as `least` at least (and for "sigmoid" as 2 - `least` at most), so that logits can still move.
+    """
+    if total == "linear":
+        return weights - 1
+    if total == "sigmoid":
+        return torch.logit(weights.clamp(least, 2 - least) / 2)
+    logits = weights.clamp_min(least).log()
+    return logits - logits.mean(-1, keepdim=True)
+
+
 def over_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What holds for a whole row of the batch, beside what holds per token: [N] or [B, N] broadcasts over `like`."""
     return rows[:, None] if rows.dim() == 2 and like.dim() == 3 else rows

@@ -157,6 +157,10 @@ class Mixture:
         """The gates' parameters, all that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
 
+    def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
+        """Each gate and the layers that take its weights, as "unet.down_blocks.0.attentions.0.proj_in"."""
+        return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._parts for g, layers in p.layers_by_gate()]
+
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""

@@ -91,6 +91,12 @@ class GatedPart:
         """The place whose weights a layer takes, and the experts that it has."""
         return self._full_name(self.owners[layer]), self.stacks[layer].present
 
+    def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
+        """Each gate and the layers that take its weights; none for "prompt", whose gates weigh several places at once."""
+        if self.config.family == "prompt":
+            return []
+        return [(self.bank[name], [layer for layer in self.stacks if self.owners[layer] == name]) for name in self.places]
+
     def _full_name(self, place: str) -> str:
         return f"{self.name}.{place}" if place else self.name
 

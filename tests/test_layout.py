@@ -84,6 +84,7 @@ FOLDERS = {
         "prior",
         "clip",
         "study",
+        "starts",
         "teachers",
         "distill",
         "collage",

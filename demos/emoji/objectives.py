@@ -28,11 +28,13 @@ from mole_diffusers.evaluation import emoji_protocol
 from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.loop import train_gates
+from mole_diffusers.training.starts import STARTS
 
 FOLDER = WORK / "objectives"
 EACH = 3  # compositions of each kind
 KINDS = ("subject x style", "subject + subject")
 MOLE = GateConfig("mole", granularity="block", total="N")
+STARTING = GateConfig("mole", granularity="layer", total="linear", bias=True)
 SUITED = replace(TRAINING, lr=None)  # each gate's own rate: 1e-2 is too much for features of a thousand entries and more
 
 
@@ -61,6 +63,7 @@ SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     "mole block N of flattened states, collage": (_mole(features="flattened"), SUITED),
     **{f"flow, {name}": (FAMILIES["flow"], training) for name, training in OBJECTIVES.items()},
     **{f"mole block N, {name}": (MOLE, training) for name, training in OBJECTIVES.items()},
+    **{f"mole layer linear from {s}, collage": (STARTING, replace(TRAINING, initial=s)) for s in STARTS},
 }
 
 
@@ -163,7 +166,9 @@ def main() -> None:
     if what != ["report"]:
         make(emoji_world(device=str(device())), what)
     if "report" in what:
-        write([json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))], list(SETTINGS), DOCS / "training_table.md")
+        found = [json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))]
+        drawn = {"steps": OPTIONS["num_inference_steps"], "guidance": OPTIONS["guidance_scale"]}
+        write(found, list(SETTINGS), DOCS / "training_table.md", **drawn)
 
 
 if __name__ == "__main__":

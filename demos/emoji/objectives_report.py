@@ -10,8 +10,8 @@ from mole_diffusers.evaluation import tables
 REFERENCE = "flow, collage"
 HEADER = """# Training gates: objectives, gates and starts compared
 
-Made by `python demos/emoji/objectives.py` on validation compositions of the emoji world; seeds 2000 to 2003, 20 DDIM
-steps, guidance 3. Gates were trained for 60 updates of 6 rows (clip: 40 of 2, rollout: 16 of 2) at rate 1e-2 (expert
+Made by `python demos/emoji/objectives.py` on validation compositions of the emoji world; seeds 2000 to 2003, {steps}
+DDIM steps, guidance {guidance:g}. Gates were trained for 60 updates of 6 rows (clip: 40 of 2, rollout: 16 of 2) at rate 1e-2 (expert
 outputs and flattened states: 0.05 over the root of their length), bf16. One run per cell; brackets: 95 % bootstrap
 interval over compositions and seeds. With so few compositions intervals are wide: small differences mean nothing.
 
@@ -22,8 +22,8 @@ interval over compositions and seeds. With so few compositions intervals are wid
   compositions, median."""
 
 
-def write(found: Sequence[dict], settings: Sequence[str], path: Path) -> None:
-    """Write the table of the cells `found`, settings in the order given."""
+def write(found: Sequence[dict], settings: Sequence[str], path: Path, *, steps: int, guidance: float) -> None:
+    """Write the table of the cells `found`, settings in the order given, drawn in `steps` with `guidance`."""
     groups = {s: [cell for cell in found if cell["setting"] == s] for s in settings}
     alone = [row for cell in found for row in cell["rows"] if row["arm"].startswith("alone ")]
     kinds = list(tables.by((row for cell in found for row in cell["rows"]), "kind"))
@@ -34,7 +34,7 @@ def write(found: Sequence[dict], settings: Sequence[str], path: Path) -> None:
         if cells
     ]
     head = ["setting", *kinds, "recovery", "entropy", "time"]
-    path.write_text(f"{HEADER}\n\n{tables.markdown(head, body)}\n")
+    path.write_text(f"{HEADER.format(steps=steps, guidance=guidance)}\n\n{tables.markdown(head, body)}\n")
 
 
 def _values(cells: Sequence[dict], kinds: Sequence[str], *, bounds: dict, reference: dict) -> list[str]:

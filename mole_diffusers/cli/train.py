@@ -25,8 +25,8 @@ from mole_diffusers.cli.common import (
 from mole_diffusers.gates import FAMILIES, GateConfig
 
 TRAINING = (
-    "steps", "batch", "accumulation", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema", "precision", "seed",
-    "every", "keep", "tracker",
+    "initial", "steps", "batch", "accumulation", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema", "precision",
+    "seed", "every", "keep", "tracker",
 )  # fmt: skip
 SECTIONS = ("base", "experts", "gates", "lesson", "data", "clip", "training")
 

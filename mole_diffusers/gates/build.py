@@ -25,4 +25,4 @@ def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | N
         return RetrievalGate(width, stack.up.shape[0], rank=config.rank, total=config.total, scores=config.scores)
     if config.family == "rank" and stack is not None:
         return RankGate(width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate)
-    return MoLEGate(experts, width, config.total, config.features)
+    return MoLEGate(experts, width, config.total, config.features, bias=config.bias)

@@ -15,7 +15,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "sum": (),
     "mean": (),
     "static": ("granularity", "total", "bins"),
-    "mole": ("granularity", "total", "inputs", "features"),
+    "mole": ("granularity", "total", "inputs", "features", "bias"),
     "flow": ("start",),
     "prompt": ("axis", "top", "total"),
     "retrieval": ("rank", "scores", "total"),
@@ -43,6 +43,7 @@ class GateConfig:
             "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
+        bias: the mole gate adds a learned number per expert, which the paper has not; needed to start at other weights.
         bins: the static gate has this many sets of weights over the noise levels, 1 to 1000.
         start: the flow gate's weights before training: the plain "sum", the "mean", or "faithful" to the paper, the last
             expert alone.
@@ -60,6 +61,7 @@ class GateConfig:
     total: str = "N"
     inputs: str = "hidden"
     features: str = "pooled"
+    bias: bool = False
     bins: int = 1
     start: str = "sum"
     axis: str = "concept"

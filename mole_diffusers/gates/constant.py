@@ -36,3 +36,8 @@ class StaticGate(nn.Module):
         bins = len(self.logits)
         index = (context.time * bins).long().clamp(0, bins - 1)  # [B]
         return mixing.gate_weights(self.logits.float()[index], context.mask, self.total)  # [B, N]
+
+    @torch.no_grad()
+    def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
+        """Start at `weights` [N] of the experts in `mask` [N] at every noise level, as near as `total` allows."""
+        self.logits.copy_(mixing.logits_for(weights, self.total).expand_as(self.logits))

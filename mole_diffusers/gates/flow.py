@@ -30,11 +30,23 @@ class FlowGate(nn.Module):
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
         """b as the paper has it, [N] (or as `mask`)."""
-        share = 1 / mask.sum(-1, keepdim=True).clamp_min(1)
+        return self._start(mask) - _share(mask) + self.offset.float()
+
+    def _start(self, mask: torch.Tensor) -> torch.Tensor:
+        share = _share(mask)
         last = torch.arange(mask.shape[-1], device=mask.device) == mask.shape[-1] - 1
-        start = {"sum": torch.ones_like(share), "mean": share, "faithful": last.float()}[self.start]
-        return start - share + self.offset.float()
+        return {"sum": torch.ones_like(share), "mean": share, "faithful": last.float()}[self.start]
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         shares = mixing.gate_weights(hidden.float() @ self.weight.float().T, context.mask, "1")  # [B, T, N]
         return (shares + mixing.over_tokens(self.bias(context.mask), shares)) * mixing.over_tokens(context.mask, shares)
+
+    @torch.no_grad()
+    def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
+        """Start at `weights` [N] at every token where the experts in `mask` [N] are there."""
+        self.offset.copy_(weights - self._start(mask))
+
+
+def _share(mask: torch.Tensor) -> torch.Tensor:
+    """1 / n, [1] (or [B, 1]), of the n experts in `mask`."""
+    return 1 / mask.sum(-1, keepdim=True).clamp_min(1)

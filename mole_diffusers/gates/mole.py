@@ -13,16 +13,18 @@ from mole_diffusers.gates.contract import Context
 class MoLEGate(nn.Module):
     """Eq. 9-11 of MoLE: softmax(e . normalised features / tau), tau learned and kept positive as exp(log_tau).
 
-    Starts at equal weights (zero matrix). Linear without bias, as the authors' code.
+    Starts at equal weights (zero matrix). Linear without bias, as the authors' code, unless `bias` adds one: a number per
+    expert beside what the features say, so that the gate can start at any weights.
     """
 
     fusible, blind, ranked = False, False, False
 
-    def __init__(self, experts: int, width: int, total: str, features: str):
+    def __init__(self, experts: int, width: int, total: str, features: str, *, bias: bool = False):
         super().__init__()
         self.total, self.features, self.width = total, FEATURES[features], width
         self.matrix = nn.Parameter(torch.zeros(experts, width))  # e, [N, D]
         self.log_tau = nn.Parameter(torch.zeros(()))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(experts)) if bias else None)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         features = mixing.l2_normalized(self.features(hidden).float())  # [B, D]
@@ -32,4 +34,16 @@ class MoLEGate(nn.Module):
                 f"(tokens x channels): it is tied to one resolution; use features='pooled' for any other"
             )
         logits = features @ self.matrix.float().T / self.log_tau.float().exp()  # [B, N]
+        if self.bias is not None:
+            logits = logits + self.bias.float()
         return mixing.gate_weights(logits, context.mask, self.total)
+
+    @torch.no_grad()
+    def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
+        """Start at `weights` [N] of the experts in `mask` [N], as near as `total` allows.
+
+        Raises ValueError for a gate without a bias.
+        """
+        if self.bias is None:
+            raise ValueError("a mole gate needs a bias to start at other weights than equal ones: set the gate's bias")
+        self.bias.copy_(mixing.logits_for(weights, self.total))

@@ -29,14 +29,20 @@ def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
 
     def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
         whole = concatenated(pairs)
-        eye = torch.eye(whole.rank, dtype=whole.down.dtype)
-        picks = list(eye.split([p.rank for p in pairs]))  # z_k = picks[k] @ z
-        squares = [_squares(x @ whole.down.T) for x in inputs]  # [R, R]
-        eta = ridge * torch.stack(squares).sum(0).diagonal().mean() / len(pairs)
-        router = least_squares(picks, [s + eta * eye for s in squares], [s + eta * eye for s in squares])
-        return whole._replace(down=router @ whole.down)
+        return whole._replace(down=best_router(pairs, inputs, ridge) @ whole.down)
 
     return _each(layers, inputs, merged)
+
+
+def best_router(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
+    """R [R, R] of SSR-Merge, see `ssr`: of all experts' A x it makes those that each expert would have on its own inputs."""
+    whole = concatenated(pairs)
+    eye = torch.eye(whole.rank, dtype=whole.down.dtype)
+    picks = list(eye.split([p.rank for p in pairs]))  # z_k = picks[k] @ z
+    squares = [_squares(x @ whole.down.T) for x in inputs]  # [R, R]
+    eta = ridge * torch.stack(squares).sum(0).diagonal().mean() / len(pairs)
+    ridged = [s + eta * eye for s in squares]
+    return least_squares(picks, ridged, ridged)
 
 
 def regmean(layers: Layers, *, inputs: Inputs, diagonal: float = 0.9, ridge: float = 0.0) -> Merged:
@@ -102,15 +108,39 @@ def scalars(layers: Layers, *, inputs: Inputs, ridge: float = 0.0) -> Merged:
 
 def best_scalars(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
     """a [N] of min sum_k |sum_j a_j delta_j X_k - delta_k X_k|^2 + eta |a - 1|^2, by its normal equations in rank space."""
+    normal, wanted = scalar_equations(pairs, inputs, own_answers(pairs))
+    eta = ridge * normal.diagonal().mean()
+    return solved(normal + eta * torch.eye(len(pairs), dtype=normal.dtype), wanted + eta)
+
+
+def own_answers(pairs: Sequence[Pair]) -> list[torch.Tensor]:
+    """M_k [R, R] of `scalar_equations` where each expert is to answer as it does alone: its own ranks and no other."""
+    which = torch.cat([torch.full((p.rank,), k) for k, p in enumerate(pairs)])  # [R]
+    return [(which == k).to(pairs[0].down.dtype).diag() for k in range(len(pairs))]
+
+
+def scalar_equations(
+    pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal equations (H [N, N], g [N]) of min sum_k |sum_j a_j delta_j X_k - up M_k down X_k|^2, which add over layers.
+
+    Args:
+        pairs: with their scales folded in; up [Cout, R] and down [R, Cin] are theirs side by side.
+        inputs: X_k [n_k, Cin].
+        answers: M_k [R, R].
+    """
     whole, ranks = concatenated(pairs), [p.rank for p in pairs]
     outer = whole.up.T @ whole.up  # [R, R]
-    # <delta_j X_k, delta_l X_k>: the block sums of outer * Z_k Z_k^T
-    inner = torch.stack([_block_sums(outer * _squares(x @ whole.down.T), ranks) for x in inputs])  # [k, N, N]
-    normal = inner.sum(0)
-    wanted = torch.stack([inner[k, :, k] for k in range(len(inputs))]).sum(0)  # [N]
-    eta = ridge * normal.diagonal().mean()
-    eye = torch.eye(len(ranks), dtype=normal.dtype)
-    return torch.linalg.lstsq(normal + eta * eye, (wanted + eta)[:, None], driver="gelsd").solution[:, 0]
+    squares = [_squares(x @ whole.down.T) for x in inputs]  # Z_k Z_k^T
+    # <delta_j X_k, delta_l X_k> are the block sums of outer * Z_k Z_k^T
+    normal = torch.stack([_block_sums(outer * s, ranks) for s in squares]).sum(0)
+    wanted = torch.stack([_block_sums(outer * (s @ m.T), ranks).sum(1) for s, m in zip(squares, answers, strict=True)])
+    return normal, wanted.sum(0)
+
+
+def solved(normal: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """[N] of normal @ a = wanted, the smallest such a."""
+    return torch.linalg.lstsq(normal, wanted[:, None], driver="gelsd").solution[:, 0]
 
 
 def least_squares(

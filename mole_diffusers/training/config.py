@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mole_diffusers.training.objectives import BALANCE, OBJECTIVES, Weighted, parse
+from mole_diffusers.training.starts import STARTS
 
 PRECISIONS = ("no", "bf16", "fp16")
-STARTS = ("uniform",)
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts")
 PASSING = ("every", "keep", "tracker", "validation")  # what a run may change when it goes on
 
@@ -40,6 +40,8 @@ class GateTraining:
         terms: objective -> weight, or {"weight": ..., "batch": ..., option: ...}; see `objectives.OBJECTIVES` for names and
             options. "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance
             loss for "prompt" gates (0.01 there).
+        initial: the gates' weights before the first update: "uniform", as the gates begin by themselves; "scalars", the best
+            weights per gate on the experts' own activations; "ssr", those nearest to SSR-Merge. See `starts.begin`.
         steps: updates.
         batch: rows per term and update, over all processes and accumulated parts together.
         accumulation: parts that a batch is computed in, for less memory.
@@ -56,6 +58,7 @@ class GateTraining:
     """
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
+    initial: str = "uniform"
     steps: int = 150
     batch: int = 8
     accumulation: int = 1
@@ -80,7 +83,7 @@ class GateTraining:
         counts = ("steps", "batch", "accumulation", "every", "keep")
         if small := [name for name in counts if getattr(self, name) < 1]:
             raise ValueError(f"{small[0]} must be 1 or more, got {getattr(self, small[0])}")
-        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("initial", tuple(STARTS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {list(known)}")
         for name in ("ema", "drop"):

@@ -23,6 +23,7 @@ from mole_diffusers.training.engine import DTYPES, Engine
 from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
 from mole_diffusers.training.rates import rates
 from mole_diffusers.training.run import Run, Success, only_gates_move, resume, save, settle, values
+from mole_diffusers.training.starts import begin
 from mole_diffusers.training.study import Lesson, Study, warn_of_missing_triggers
 
 LOOK = 10  # updates between looks at the loss: each waits for the device
@@ -36,6 +37,7 @@ def setup(study: Study, config: GateTraining, *, folder: Path | None, success: S
     for name in (*lesson.singles, *lesson.others, *lesson.styles):
         mixture.strength(name)
     warn_of_missing_triggers(study)
+    begin(study, config.initial)
     if config.tracker and config.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=folder, mixed_precision="no")
