@@ -84,8 +84,9 @@ class GateConfig:
                 raise ValueError(f"the gate option {name!r} must be a whole number in {low}..{high}, got {value!r}")
         if type(self.rate) not in (int, float) or not 0 <= self.rate <= 1:
             raise ValueError(f"the gate option 'rate' must be a number in 0..1, got {self.rate!r}")
-        if type(self.refactor) is not bool:
-            raise ValueError(f"the gate option 'refactor' must be true or false, got {self.refactor!r}")
+        for name in ("refactor", "bias"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"the gate option {name!r} must be true or false, got {value!r}")
 
     def _check_names(self) -> None:
         known = {
