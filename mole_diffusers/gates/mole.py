@@ -18,6 +18,7 @@ class MoLEGate(nn.Module):
     """
 
     fusible, blind, ranked = False, False, False
+    bias: nn.Parameter | None
 
     def __init__(self, experts: int, width: int, total: str, features: str, *, bias: bool = False):
         super().__init__()
