@@ -73,6 +73,12 @@ class Studio:
             base=self.base,
         )
 
+    def doubt(self, recipe: Recipe) -> str:
+        """What may be wrong with a completed recipe though it can be drawn, in a sentence; "" where nothing is."""
+        others = self.shelf.other_files(recipe.gates, recipe.experts) if recipe.arm == "gates" else []
+        names = ", ".join(map(repr, others))
+        return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
+
     def draw(
         self,
         recipe: Recipe,

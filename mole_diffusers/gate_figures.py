@@ -19,9 +19,11 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 DPI = 110
 
 
-def colours(names: Collection[str]) -> dict[str, str]:
-    """A colour per name, the same whatever the order."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted(names))}
+def colours(names: Collection[str], shades: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A colour per name, the same whatever the order; `shades` has those that are chosen already."""
+    free = [colour for colour in COLOURS if colour not in (shades or {}).values()] or list(COLOURS)
+    others = sorted(name for name in names if name not in (shades or {}))
+    return {name: free[i % len(free)] for i, name in enumerate(others)} | dict(shades or {})
 
 
 def block_places(trace: Trace, names: Mapping[str, str]) -> dict[str, str]:
@@ -45,14 +47,22 @@ def block_places(trace: Trace, names: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def heat_map(trace: Trace, labels: Mapping[str, str], *, locked: Collection[str] = ()) -> Image.Image:
-    """Applied weights, block by step, one panel per expert on one scale; blocks set by hand are marked."""
+def heat_map(
+    trace: Trace, labels: Mapping[str, str], *, locked: Collection[str] = (), shades: Mapping[str, str] | None = None
+) -> Image.Image:
+    """Applied weights, block by step, one panel per expert on one scale; blocks set by hand are marked.
+
+    Args:
+        labels: see `block_places`.
+        locked: places set by hand.
+        shades: expert -> its colour; see `colours`.
+    """
     rows, high, low = list(labels), 0.0, 0.0
     tables = {place: trace.weights(place) for place in rows}  # [steps, N]
     for table in tables.values():
         high, low = max(high, float(table.max())), min(low, float(table.min()))
     figure, panels = _figure(1.3 + 2.6 * len(trace.experts), 1.1 + 0.24 * len(rows), len(trace.experts))
-    shades = colours(trace.experts)
+    shades = colours(trace.experts, shades)
     for n, (name, axes) in enumerate(zip(trace.experts, panels, strict=True)):
         cells = np.array([tables[place][:, n].numpy() for place in rows])
         shown = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=low, vmax=max(high, low + 1e-6))
@@ -64,13 +74,13 @@ def heat_map(trace: Trace, labels: Mapping[str, str], *, locked: Collection[str]
     return _picture(figure)
 
 
-def shares(trace: Trace, labels: Mapping[str, str]) -> Image.Image:
+def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str] | None = None) -> Image.Image:
     """Each expert's share of all weights, over the steps."""
     table = torch.stack([trace.weights(place).abs() for place in labels]).sum(0)  # [steps, N]
     share = (table / table.sum(-1, keepdim=True).clamp_min(1e-12)).numpy()
     figure, (axes,) = _figure(6.0, 2.8, 1)
     for n, name in enumerate(trace.experts):
-        colour = colours(trace.experts)[name]
+        colour = colours(trace.experts, shades)[name]
         axes.plot(range(len(share)), share[:, n], "o-", color=colour, markersize=3, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("share of the weights")
@@ -79,10 +89,10 @@ def shares(trace: Trace, labels: Mapping[str, str]) -> Image.Image:
     return _picture(figure)
 
 
-def places(image: Image.Image, found: Contributions) -> dict[str, Image.Image]:
+def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str] | None = None) -> dict[str, Image.Image]:
     """Label -> picture: where each expert acts, brighter where more, and who acts most, in each one's colour."""
     (h, w), maps = found.finest()  # [N, h, w] in 0..1
-    shades = colours(found.experts)
+    shades = colours(found.experts, shades)
     pictures = {}
     for name, values in zip(found.experts, maps, strict=True):
         pictures[f"{name}: {h} x {w} tokens"] = _laid_over(image, _rgb(shades[name])[None, None], values.numpy())

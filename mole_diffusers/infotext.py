@@ -107,6 +107,8 @@ def read(path: str | Path) -> Recipe:
             texts = dict(image.text)  # type: ignore[attr-defined]
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path.name} is not a PNG that can be read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path.name} has far more than {MAX_PIXELS >> 20} million pixels") from error
     if any(len(text) > MAX_TEXT for text in texts.values()):
         raise ValueError(f"{path.name} holds more text than a recipe has")
     if OWN in texts:

@@ -52,6 +52,14 @@ class Shelf:
         named = [g for g, found in self._weighed.items() if set(found) == set(wanted)]
         return next(iter(same + named), "sum")
 
+    def other_files(self, gates: str, experts: Iterable[str]) -> list[str]:
+        """LoRAs of these whose file is not the one that the gates were trained with; they act, but not as trained."""
+        if gates not in self.gates:
+            return []
+        found = checkpoint.load(self.gates[gates])
+        known = found.experts if found.config.of_experts else {}
+        return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
+
     def add_gates(self, name: str, folder: Path) -> None:
         """Put trained gates on the shelf; a name in use is replaced."""
         if name in FAMILIES:

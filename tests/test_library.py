@@ -185,6 +185,26 @@ def test_indexing_again_reads_only_what_changed(folder, monkeypatch):
     assert names(LoraLibrary.index(folder, Words()).retrieve("inky owl", k=1)) == ["ink"]
 
 
+def test_files_from_anywhere_are_found_under_names_of_their_own(folder, tmp_path_factory, monkeypatch):
+    away = tmp_path_factory.mktemp("away")
+    for end in (".safetensors", ".txt"):
+        shutil.move(folder / f"ink{end}", away / f"0{end}")
+    files = {"red": folder / "fox.safetensors", "night": folder / "birds" / "owl.safetensors", "ink": away / "0.safetensors"}
+    found = LoraLibrary.of(files, Words())
+    assert names(found.retrieve("a fox on grass and black ink drawing")) == ["ink", "red"]  # names before likeness
+    assert found.retrieve("red car")[0].trigger == "red"  # a name calls as a trigger does
+    assert found.expert("ink").sha256 == found.cards[2].sha256
+    assert not (folder / store.FOLDER).exists()
+    LoraLibrary.index(folder, Words())
+    read = []
+    monkeypatch.setattr("mole_diffusers.library.library.read_card", lambda *a: read.append(a[1]) or read_card(*a))
+    again = LoraLibrary.of(files, Words())
+    assert len(read) == 1  # what the index knows is not read
+    assert torch.equal(again.embeddings, found.embeddings)
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        LoraLibrary.of({}, Words())
+
+
 def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
     (folder / "page.safetensors").write_text("<html>")
     outside = tmp_path_factory.mktemp("outside") / "secret.txt"

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,30 +16,24 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mole_diffusers import gate_figures, grids, infotext
+from mole_diffusers import grids, infotext
+from mole_diffusers.app.finding import Finder
+from mole_diffusers.app.gate_files import gates_report, taken_in
 from mole_diffusers.app.jobs import Stopped, Tell, watched
+from mole_diffusers.app.looking import Look, Made, looked
+from mole_diffusers.app.previews import Previews
 from mole_diffusers.contributions import contributions
 from mole_diffusers.drawing import Studio
 from mole_diffusers.experts import match
+from mole_diffusers.library.library import Found
 from mole_diffusers.lora_files import PARTS
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.plan import block_names
 from mole_diffusers.recipe import Recipe
 
 KEPT_FILES = 400  # pictures that stay in the app's own folder; the browser has copies
-PREVIEW_SHARE = 0.2  # of the time goes into previews at most
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
 
 Thumbnail = Callable[[str], Image.Image | None]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A picture in a file, and what made it."""
-
-    label: str
-    path: Path
-    recipe: Recipe
 
 
 @dataclass
@@ -51,10 +45,12 @@ class Progress:
     seconds_left: float | None = None
     preview: Image.Image | None = None
     made: list[Made] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
-        return f"{self.done} of {self.total} steps{left}" if self.done < self.total else "done"
+        state = f"{self.done} of {self.total} steps{left}" if self.done < self.total else "done"
+        return "; ".join([state, *self.doubts])
 
 
 class Actions:
@@ -70,7 +66,7 @@ class Actions:
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
-        self._previews = Previews(studio.pipe)
+        self._previews, self._finder = Previews(studio.pipe), Finder(studio)
 
     # ---- what there is
 
@@ -87,14 +83,9 @@ class Actions:
         except ValueError as error:
             return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
 
-    def find(self, prompt: str) -> list[str]:
-        """LoRAs whose name or trigger words stand in the prompt."""
-        words, found = _words(prompt), []
-        for name in self.studio.shelf.loras:
-            calls = (name, *self.studio.shelf.expert(name).triggers)
-            if any(_words(call) in words for call in calls):
-                found.append(name)
-        return found
+    def find(self, prompt: str) -> list[Found]:
+        """LoRAs that a prompt asks for, and why: it says their name or a trigger, or is like what they were made from."""
+        return self._finder(prompt)
 
     def add_file(self, path: Path) -> str:
         """Put an uploaded file on the shelf under its own name; raises ValueError for anything but a good LoRA file."""
@@ -107,6 +98,11 @@ class Actions:
         except ValueError as error:
             raise ValueError(str(error).replace(f"{self.folder}/", "")) from error
         return stem
+
+    def add_gates(self, files: Sequence[Path], name: str) -> dict[str, Any]:
+        """Put uploaded gates on the shelf; what they are. See `gate_files.taken_in`."""
+        name = taken_in(self.studio.shelf, files, name, home=self.home)
+        return gates_report(self.studio.shelf, name)
 
     # ---- what can be made
 
@@ -127,7 +123,8 @@ class Actions:
         """Draw one after the other. The last progress holds what was done, also where it was stopped."""
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
         total, begun, made = sum(r.steps for _, r in recipes), time.monotonic(), list[Made]()
-        state = Progress(0, total, made=made)
+        doubts = [doubt for doubt in dict.fromkeys(self.studio.doubt(recipe) for _, recipe in recipes) if doubt]
+        state = Progress(0, total, made=made, doubts=doubts)
 
         def work(tell: Tell) -> None:
             for label, recipe in recipes:
@@ -145,8 +142,8 @@ class Actions:
                 yield event
         yield dataclasses.replace(state, preview=None)
 
-    def look(self, recipe: Recipe, stopped: Stopped) -> Iterator[Progress | Look]:
-        """Draw once more and watch the gates: last comes the Look."""
+    def look(self, recipe: Recipe, stopped: Stopped, shades: Mapping[str, str] | None = None) -> Iterator[Progress | Look]:
+        """Draw once more and watch the gates: last comes the Look, in the LoRAs' colours where `shades` has them."""
         recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
@@ -170,19 +167,7 @@ class Actions:
 
         yield from (event for event in watched(work, stopped) if event is not None)
         if "image" in seen:
-            yield self._looked(recipe, **seen)
-
-    def _looked(self, recipe: Recipe, trace: Any, found: Any, image: Image.Image) -> Look:
-        labels = gate_figures.block_places(trace, block_names(self.studio.pipe.unet))
-        return Look(
-            made=self.keep(image, "gates", recipe),
-            heat=gate_figures.heat_map(trace, labels, locked=recipe.locks),
-            shares=gate_figures.shares(trace, labels),
-            places=gate_figures.places(image, found),
-            labels={label: place for place, label in labels.items()},
-            weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
-            experts=list(trace.experts),
-        )
+            yield looked(self.studio, self.keep(seen["image"], "gates", recipe), shades, **seen)
 
     def grid(self, recipe: Recipe, x: str, y: str, stopped: Stopped) -> Iterator[Progress | Image.Image]:
         """An XY grid; last comes the sheet, with grey cells where it was stopped."""
@@ -236,38 +221,6 @@ class Actions:
         return self.studio.complete(recipe)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What the gates did for one picture."""
-
-    made: Made
-    heat: Image.Image
-    shares: Image.Image
-    places: dict[str, Image.Image]
-    labels: dict[str, str]  # block's short name -> place
-    weights: dict[str, list[float]]  # block's short name -> mean weight of each expert
-    experts: list[str]
-
-
-class Previews:
-    """Decoded latents now and then, so that previews take a small share of the time."""
-
-    def __init__(self, pipe: Any):
-        self.pipe, self._cost, self._last = pipe, 0.0, 0.0
-
-    @torch.no_grad()
-    def __call__(self, latents: torch.Tensor) -> Image.Image | None:
-        begun = time.monotonic()
-        if begun - self._last < self._cost / PREVIEW_SHARE:
-            return None
-        vae = self.pipe.vae
-        decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor).sample
-        image = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
-        self._last = time.monotonic()
-        self._cost = self._last - begun
-        return image
-
-
 @contextmanager
 def strengths(mixture: Mixture, wanted: dict[str, float]) -> Iterator[None]:
     """Set strengths while the block runs."""
@@ -279,11 +232,6 @@ def strengths(mixture: Mixture, wanted: dict[str, float]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             mixture.strength(name, value)
-
-
-def _words(text: str) -> str:
-    """Lower-case words with a blank around each."""
-    return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
 
 
 def _opened(path: Path | None) -> Image.Image | None:

@@ -14,16 +14,25 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from mole_diffusers import infotext
-from mole_diffusers.app.actions import Look, Progress, never
+from mole_diffusers.app.actions import Progress, never
+from mole_diffusers.app.gate_files import gates_report, given_out
+from mole_diffusers.app.looking import Look
 from mole_diffusers.app.page import QUEUE, Page, say
 from mole_diffusers.app.teaching import Wanted, teach
 from mole_diffusers.as_code import as_code
+from mole_diffusers.prompt_syntax import parse
 from mole_diffusers.recipe import FORMAT, VERSION, Recipe
+
+FIELDS = (
+    'an object with the fields of a recipe, {"prompt": "a fox <lora:fox:1>", "seed": 3} say. Left out: no negative prompt, '
+    'seed 0, the app\'s steps, guidance, width and height, its own sampler, gates "auto", arm "gates", no locks.'
+)
 
 
 def add(page: Page) -> None:
     """Add every endpoint to the app."""
-    for endpoint in (*_looking(page), *_drawing(page), *_keeping(page)):
+    for endpoint in (*_shelved(page), *_drawing(page), *_comparing(page), *_keeping(page), *_taught(page)):
+        endpoint.__doc__ = (endpoint.__doc__ or "").replace("RECIPE", FIELDS)
         gr.api(say(endpoint, page=False), api_name=endpoint.__name__, **QUEUE)
 
 
@@ -46,25 +55,38 @@ def _uploaded(file: Any) -> Path:
     return path
 
 
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, got {value!r}")
+    return value
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{what} must be a whole number, got {value!r}")
+    return value
+
+
 def _last(states: Iterable[Any]) -> Any:
     *_, last = states
     return last
 
 
-def _looking(page: Page) -> Iterator[Callable[..., Any]]:
+def _shelved(page: Page) -> Iterator[Callable[..., Any]]:
     actions = page.actions
 
     def loras() -> list[dict]:
         """What every LoRA's file says of itself, and how much of it the pipeline has."""
         return [actions.report(name) for name in actions.studio.shelf.loras]
 
-    def find(prompt: str) -> list[str]:
-        """LoRAs whose name or trigger words stand in a prompt.
+    def find(prompt: str) -> list[dict]:
+        """LoRAs that a prompt asks for, best first: {"name", "why", "score"}, a likeness of -1..1.
 
         Args:
-            prompt: any text.
+            prompt: any text; tags in it are passed over.
         """
-        return actions.find(str(prompt))
+        text = parse(_text(prompt, "the prompt"), actions.studio.shelf.loras).text
+        return [{"name": found.name, "why": found.why, "score": found.score} for found in actions.find(text)]
 
     def upload(file: gr.FileData) -> dict:
         """Add a LoRA file; it is refused with one sentence where it is not a good one.
@@ -101,27 +123,34 @@ def _drawing(page: Page) -> Iterator[Callable[..., Any]]:
             count: pictures, 1..16.
         """
         wanted = {"negative": negative, "seed": seed, "steps": steps, "guidance": guidance, "gates": gates}
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise ValueError(f"the number of pictures must be a whole number, got {count!r}")
-        state = _last(actions.compose(_recipe(page, {"prompt": prompt, **wanted}), count, never))
+        number = _whole(count, "the number of pictures")
+        state = _last(actions.compose(_recipe(page, {"prompt": prompt, **wanted}), number, never))
         return [_file(one.path) for one in state.made], [one.recipe.to_dict() for one in state.made]
 
     def redraw(recipe: dict) -> gr.FileData:
         """Draw exactly one recipe, as a picture holds it or with fields left out.
 
         Args:
-            recipe: {"prompt": ..., "seed": ..., ...}.
+            recipe: RECIPE
         """
         state = _last(actions.draw_all([("picture", _recipe(page, recipe))], never))
         return _file(state.made[0].path)
+
+    yield from (compose, redraw)
+
+
+def _comparing(page: Page) -> Iterator[Callable[..., Any]]:
+    actions = page.actions
 
     def compare(recipe: dict, merges: list[str] | None = None) -> tuple[list[str], list[gr.FileData]]:
         """The same seed from the base, each LoRA alone, the plain sum, the gates and merges. Returns labels and files.
 
         Args:
-            recipe: {"prompt": ..., "seed": ..., ...}.
+            recipe: RECIPE
             merges: names of training-free merges, "ties" say.
         """
+        if merges is not None and not isinstance(merges, list):
+            raise ValueError(f"merges are a list of names, got {merges!r}")
         made = _last(actions.compare(_recipe(page, recipe), never, merges or ())).made
         return [one.label for one in made], [_file(one.path) for one in made]
 
@@ -129,7 +158,7 @@ def _drawing(page: Page) -> Iterator[Callable[..., Any]]:
         """What the gates did: {"experts", "weights": block -> mean weight of each}, and pictures of it.
 
         Args:
-            recipe: {"prompt": ..., "seed": ..., ...}.
+            recipe: RECIPE
         """
         found: Look = _last(actions.look(_recipe(page, recipe), never))
         pictures = {"heat": found.heat, "shares": found.shares, **found.places}
@@ -140,14 +169,16 @@ def _drawing(page: Page) -> Iterator[Callable[..., Any]]:
         """An XY grid of one recipe.
 
         Args:
-            recipe: {"prompt": ..., "seed": ..., ...}.
+            recipe: RECIPE
             x: what changes across: "arm=base,sum,gates", "weight fox=0,0.5,1", "seed=1,2,3", ...
             y: what changes down, alike.
         """
-        sheet = _last(event for event in actions.grid(_recipe(page, recipe), x, y, never) if not isinstance(event, Progress))
+        axes = _text(x, "an axis"), _text(y, "an axis")
+        states = actions.grid(_recipe(page, recipe), *axes, never)
+        sheet = _last(event for event in states if not isinstance(event, Progress))
         return _file(_saved(page, sheet, "grid"))
 
-    yield from (compose, redraw, compare, look, grid)
+    yield from (compare, look, grid)
 
 
 def _saved(page: Page, image: Image.Image, stem: str) -> Path:
@@ -171,7 +202,7 @@ def _keeping(page: Page) -> Iterator[Callable[..., Any]]:
         """Lines of Python that draw a recipe with diffusers.
 
         Args:
-            recipe: {"prompt": ..., "seed": ..., ...}.
+            recipe: RECIPE
         """
         return as_code(actions.studio.complete(_recipe(page, recipe)))
 
@@ -179,23 +210,64 @@ def _keeping(page: Page) -> Iterator[Callable[..., Any]]:
         """One ordinary LoRA at the gates' average weights, and the relative error of cutting it to a rank.
 
         Args:
-            recipe: {"prompt": ..., "seed": ..., ...}.
+            recipe: RECIPE
             rank: None keeps everything: the ranks add up.
         """
-        path, error = actions.export(_recipe(page, recipe), rank)
+        path, error = actions.export(_recipe(page, recipe), None if rank is None else _whole(rank, "the rank"))
         return _file(path), error
 
-    def train(recipe: dict, name: str, singles: dict, composed: list[str], steps: int = 60) -> list[dict]:
+    yield from (read, code, export)
+
+
+def _taught(page: Page) -> Iterator[Callable[..., Any]]:
+    actions, shelf = page.actions, page.actions.studio.shelf
+
+    def train(
+        recipe: dict,
+        name: str,
+        singles: dict,
+        composed: list[str],
+        steps: int = 60,
+        styles: list[str] | None = None,
+        family: str = "flow",
+        way: str = "collage",
+    ) -> list[dict]:
         """Train gates for the LoRAs of a recipe, from prompts alone. Returns a row of losses per update.
 
         Args:
-            recipe: {"prompt": ..., ...}; its tags say which LoRAs.
+            recipe: RECIPE Its tags say which LoRAs.
             name: of the gates; `compose` takes it afterwards. The same name and settings go on with a run.
             singles: LoRA -> list of prompts that name it and no other.
             composed: prompts that name all.
             steps: updates in all.
+            styles: those of the LoRAs that act on the whole picture.
+            family: of the gates: "static", "mole", "flow", "prompt", "retrieval" or "rank".
+            way: "collage" sets the subjects side by side, each as its own LoRA draws it; "blend" blends what LoRAs predict.
         """
-        wanted = Wanted(name, singles, composed, steps=steps)
+        styles = [] if styles is None else styles
+        wanted = Wanted(_text(name, "the name"), singles, composed, styles, steps=steps, family=family, way=way)
         return _last(teach(actions.studio, _recipe(page, recipe), wanted, home=actions.home, stopped=never)).rows
 
-    yield from (read, code, export, train)
+    def gates() -> list[dict]:
+        """Every trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing."""
+        return [gates_report(shelf, name) for name in shelf.gates]
+
+    def download_gates(name: str) -> list[gr.FileData]:
+        """Trained gates as two files, the weights and what they weigh.
+
+        Args:
+            name: of the gates, as `gates` lists them.
+        """
+        return [_file(path) for path in given_out(shelf, _text(name, "the name"), actions.folder)]
+
+    def upload_gates(weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
+        """Add trained gates from their two files; they are refused with one sentence where they are not good ones.
+
+        Args:
+            weights: the .safetensors file.
+            about: the .json file.
+            name: of the gates from now on; by default that of their LoRAs, "fox+ink" say.
+        """
+        return actions.add_gates([_uploaded(weights), _uploaded(about)], _text(name, "the name"))
+
+    yield from (train, gates, download_gates, upload_gates)

@@ -37,7 +37,10 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
 
 
 def launch(blocks: gr.Blocks, **options: Any) -> Any:
-    """Serve it: to this machine alone unless `options` say otherwise. Nothing goes to the network by itself."""
+    """Serve it: to this machine alone unless `options` say otherwise. Nothing goes to the network by itself.
+
+    With `mcp_server=True` every endpoint is an MCP tool as well.
+    """
     blocks.queue(max_size=32)
     return blocks.launch(
         share=False,
@@ -50,5 +53,5 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         theme=theme(),
         css=CSS,
         head=HEAD,
-        **options,
+        **{"mcp_server": False, **options},
     )

@@ -10,8 +10,7 @@ import gradio as gr
 from mole_diffusers import infotext
 from mole_diffusers.app.actions import Progress
 from mole_diffusers.app.cards import cards_of
-from mole_diffusers.app.compose_tab import fresh
-from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, say, say_while, session
+from mole_diffusers.app.page import PRIVATE, QUEUE, Page, fresh, picture, say, say_while, session, stoppable
 from mole_diffusers.as_code import as_code
 
 
@@ -84,13 +83,9 @@ def _grid(page: Page) -> None:
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
-    sheet = gr.Image(label="Grid", format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id="sheet")
-
-    def stop(request: gr.Request) -> str:
-        return "stopping" if page.stops.stop(session(request)) else "nothing is running"
-
-    make.click(_gridded(page), [*page.inputs, x, y], [status, sheet], **QUEUE, **PRIVATE)
-    cancel.click(stop, None, status, queue=False, **PRIVATE)
+    sheet = picture("Grid", elem_id="sheet")
+    work = make.click(_gridded(page), [*page.inputs, x, y], [status, sheet], **QUEUE, **PRIVATE)
+    stoppable(page, cancel, status, [work])
 
 
 def _gridded(page: Page) -> Callable[..., Iterator[Any]]:

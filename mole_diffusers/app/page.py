@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +104,48 @@ def say_while(fn: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     return called
 
 
-def gallery(made: list[Made]) -> list[tuple[str, str]]:
-    """What a gr.Gallery shows of pictures: the files as they are, so that recipes stay inside."""
+def fresh(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cards to draw anew, also where they are what was drawn last."""
+    return {"cards": cards, "at": time.monotonic_ns()}
+
+
+def shown(made: list[Made]) -> list[tuple[str, str]]:
+    """What a gallery shows of pictures: the files as they are, so that recipes stay inside."""
     return [(str(one.path), one.label) for one in made]
+
+
+def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True) -> Any:
+    """Pictures side by side, as they are: PNGs keep the recipes inside.
+
+    Args:
+        pixel: show pixels as squares, not smoothed.
+    """
+    return gr.Gallery(
+        label=label,
+        format="png",
+        columns=columns,
+        height="auto",
+        object_fit="contain",
+        buttons=BUTTONS,
+        interactive=False,
+        elem_classes="pixel" if pixel else None,
+        elem_id=elem_id,
+    )
+
+
+def picture(label: str, *, elem_id: str) -> Any:
+    """One figure."""
+    return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)
+
+
+def stoppable(page: Page, button: Any, status: Any, works: Sequence[Any]) -> None:
+    """Have a button end what `works`, events of the session, do: what runs at its next step, what waits at once."""
+    waiting = gr.State(0)
+
+    def stop(request: gr.Request, asked: int) -> tuple[str, int]:
+        if page.stops.stop(session(request)):
+            return "stopping", asked
+        return "nothing of yours is running; what waited in the queue was taken out", asked + 1
+
+    button.click(stop, waiting, [status, waiting], queue=False, **PRIVATE)
+    waiting.change(None, None, None, cancels=list(works), **PRIVATE)

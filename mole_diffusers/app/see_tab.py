@@ -7,10 +7,23 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.actions import Look, Progress
-from mole_diffusers.app.cards import Card, cards_of, locks_of, with_preset
-from mole_diffusers.app.compose_tab import fresh
-from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, gallery, say, say_while, session
+from mole_diffusers.app.actions import Progress
+from mole_diffusers.app.cards import Card, cards_of, locks_of, shades, with_preset
+from mole_diffusers.app.looking import Look
+from mole_diffusers.app.page import (
+    BUTTONS,
+    PRIVATE,
+    QUEUE,
+    Page,
+    fresh,
+    gallery,
+    picture,
+    say,
+    say_while,
+    session,
+    shown,
+    stoppable,
+)
 from mole_diffusers.drawing import MERGES
 from mole_diffusers.plan import PRESETS
 from mole_diffusers.prompt_syntax import parse
@@ -27,16 +40,11 @@ def build(page: Page) -> None:
         cancel = gr.Button("Cancel", elem_id="see-cancel")
     status = gr.Markdown("", elem_id="see-status", elem_classes="status")
     with gr.Row(elem_classes="phone-column"):
-        _comparison(page, compare, status)
-        _watching(page, look, status)
-
-    def stop(request: gr.Request) -> str:
-        return "stopping" if page.stops.stop(session(request)) else "nothing is running"
-
-    cancel.click(stop, None, status, queue=False, **PRIVATE)
+        works = [_comparison(page, compare, status), _watching(page, look, status)]
+    stoppable(page, cancel, status, works)
 
 
-def _comparison(page: Page, compare: Any, status: Any) -> None:
+def _comparison(page: Page, compare: Any, status: Any) -> Any:
     with gr.Column():
         merges = gr.Dropdown(
             MERGES,
@@ -46,17 +54,7 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
             info="training-free, one LoRA from all",
             elem_id="merges",
         )
-        arms = gr.Gallery(
-            label="The same seed",
-            format="png",
-            columns=3,
-            height="auto",
-            object_fit="contain",
-            buttons=BUTTONS,
-            interactive=False,
-            elem_classes="pixel",
-            elem_id="arms",
-        )
+        arms = gallery("The same seed", columns=3, elem_id="arms")
         slider = gr.ImageSlider(
             label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_classes="pixel", elem_id="slider"
         )
@@ -65,9 +63,9 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
             right = gr.Dropdown(list(SHOWN), value=SHOWN[1], label="Right", elem_id="right")
         found = gr.State({})
     outputs = [status, arms, slider, left, right, found]
-    compare.click(_compared(page), [*page.inputs, merges], outputs, **QUEUE, **PRIVATE)
     for side in (left, right):
         side.input(_sides, [found, left, right], slider, **PRIVATE)
+    return compare.click(_compared(page), [*page.inputs, merges], outputs, **QUEUE, **PRIVATE)
 
 
 def _sides(found: dict[str, str], left: str, right: str) -> Any:
@@ -82,48 +80,38 @@ def _compared(page: Page) -> Callable[..., Iterator[Any]]:
             for state in page.actions.compare(page.recipe(*given), stopped, merges):
                 found = {one.label: str(one.path) for one in state.made}
                 choices = gr.update(choices=list(found))
-                yield str(state), gallery(state.made), _sides(found, *SHOWN), choices, choices, found
+                yield str(state), shown(state.made), _sides(found, *SHOWN), choices, choices, found
 
     return compared
 
 
-def _watching(page: Page, look: Any, status: Any) -> None:
+def _watching(page: Page, look: Any, status: Any) -> Any:
     with gr.Column():
-        figure: dict[str, Any] = {"format": "png", "interactive": False, "buttons": BUTTONS, "elem_classes": "figure"}
-        heat = gr.Image(label="Weights by block and step", elem_id="heat", **figure)
-        shares = gr.Image(label="Share over the steps", elem_id="shares", **figure)
-        places = gr.Gallery(
-            label="Where each LoRA acts",
-            format="png",
-            columns=3,
-            height="auto",
-            object_fit="contain",
-            buttons=BUTTONS,
-            interactive=False,
-            elem_id="places",
-        )
+        heat = picture("Weights by block and step", elem_id="heat")
+        shares = picture("Share over the steps", elem_id="shares")
+        places = gallery("Where each LoRA acts", columns=3, elem_id="places", pixel=False)
         hand = _by_hand(page)
         labels, seen = gr.State({}), gr.State({})
     outputs = [status, heat, shares, places, labels, seen, hand["block"]]
-    look.click(_looked(page), page.inputs, outputs, **QUEUE, **PRIVATE)
     _connect_by_hand(page, hand, labels, seen)
+    return look.click(_looked(page), [*page.inputs, page.cards], outputs, **QUEUE, **PRIVATE)
 
 
 def _looked(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
     def looked(request: gr.Request, *values: Any) -> Iterator[Any]:
+        *given, cards = values
         nothing = [gr.skip()] * 6
         with page.stops.job(session(request)) as stopped:
-            for event in page.actions.look(page.recipe(*values), stopped):
+            for event in page.actions.look(page.recipe(*given), stopped, shades(cards)):
                 if isinstance(event, Progress):
                     yield [str(event), *nothing]
                 elif isinstance(event, Look):
                     spots = [(image, label) for label, image in event.places.items()]
-                    weights = {
-                        label: _typed(dict(zip(event.experts, row, strict=True))) for label, row in event.weights.items()
-                    }
+                    rows = event.gates.items()
+                    gates = {label: _typed(dict(zip(event.experts, row, strict=True))) for label, row in rows}
                     blocks = gr.update(choices=list(event.labels), value=next(iter(event.labels)))
-                    yield [_means(event), event.heat, event.shares, spots, event.labels, weights, blocks]
+                    yield [_means(event), event.heat, event.shares, spots, event.labels, gates, blocks]
 
     return looked
 
@@ -132,7 +120,8 @@ def _means(look: Look) -> str:
     """Each LoRA's mean weight in words, for those who do not see the picture."""
     rows = list(look.weights.values())
     means = [sum(row[n] for row in rows) / len(rows) for n in range(len(look.experts))]
-    return "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(look.experts, means, strict=True))
+    words = "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(look.experts, means, strict=True))
+    return f"{words}; {look.doubt}" if look.doubt else words
 
 
 def _by_hand(page: Page) -> dict[str, Any]:
@@ -157,7 +146,7 @@ def _by_hand(page: Page) -> dict[str, Any]:
 
 
 def _connect_by_hand(page: Page, hand: dict[str, Any], labels: Any, seen: Any) -> None:
-    """labels: block -> place; seen: block -> the weights that were watched there, as they are typed."""
+    """labels: block -> place; seen: block -> the gates that were watched there, as they are typed."""
     shelf, prompt = page.actions.studio.shelf, page.controls["prompt"]
 
     @say

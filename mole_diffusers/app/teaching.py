@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mole_diffusers import gate_figures
+from mole_diffusers.app.gate_files import checked_name
 from mole_diffusers.app.jobs import Stopped, Tell, watched
 from mole_diffusers.attaching import attach
 from mole_diffusers.compare import sample
@@ -19,9 +19,13 @@ from mole_diffusers.drawing import Studio
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.recipe import Recipe
+from mole_diffusers.shelf import UNTRAINED
 from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
 
 MAX_STEPS, PICTURES = 2000, 4  # updates, and validation pictures of a run
+TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
+WAYS = ("collage", "blend")
+REDRAW = 0.55  # of a collage's noise levels, under the plain sum, where a style has to come over it
 SHOWN_CALLS = 25  # denoiser calls from one word about them to the next
 
 
@@ -35,7 +39,9 @@ class Wanted:
         composed: prompts that name all.
         styles: LoRAs that act on the whole picture.
         steps, seed: updates in all, also where a run is gone on with.
-        family: of the gates.
+        family: of the gates, one of `TRAINED`.
+        way: of `WAYS`: "collage" sets the subjects side by side, each as its own LoRA draws it; "blend" blends the LoRAs'
+            predictions under masks.
     """
 
     name: str
@@ -44,15 +50,43 @@ class Wanted:
     styles: list[str] = field(default_factory=list)
     steps: int = 60
     seed: int = 0
-    family: str = "mole"
+    family: str = "flow"
+    way: str = "collage"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w+ -]{1,60}", self.name) or self.name != self.name.strip():
-            raise ValueError(f"a name has letters, digits, blanks, + - and _, at most 60, got {self.name!r}")
-        if self.name in FAMILIES:
-            raise ValueError(f"{self.name!r} is the name of a family; choose another")
-        if not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
+        checked_name(self.name)
+        if not isinstance(self.singles, dict) or not all(_texts(lines) for lines in self.singles.values()):
+            raise ValueError("the prompts of one LoRA each map a LoRA's name to a list of texts")
+        if not _texts(self.composed) or not _texts(self.styles):
+            raise ValueError("prompts with all LoRAs, and styles, are lists of texts")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(f"the number of updates must be in 1..{MAX_STEPS}, got {self.steps}")
+        for what, known in (("family", TRAINED), ("way", WAYS)):
+            if getattr(self, what) not in known:
+                raise ValueError(f"unknown {what} {getattr(self, what)!r}; known: {', '.join(known)}")
+        if self.way == "collage" and not (self._parts and self.composed):
+            raise ValueError("a collage needs a prompt for each subject alone, and one with all of them")
+
+    @property
+    def _parts(self) -> list[str]:
+        """The first prompt of each subject."""
+        return [prompts[0] for name, prompts in self.singles.items() if name not in self.styles and prompts]
+
+    def lesson(self) -> Lesson:
+        """What `train_gates` learns from."""
+        if self.way == "collage":
+            return Lesson(composed=self.composed, parts=dict.fromkeys(self.composed, self._parts), styles=self.styles)
+        return Lesson(singles=self.singles, composed=self.composed, styles=self.styles)
+
+    def training(self) -> GateTraining:
+        """How."""
+        collage = {"collage": {"redraw": REDRAW if self.styles else 0.0}}
+        terms = collage if self.way == "collage" else {"single": 1.0, "composed": 1.0}
+        return GateTraining(terms, steps=self.steps, seed=self.seed, every=5)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 @dataclass
@@ -67,7 +101,7 @@ class Lessons:
 
     def __str__(self) -> str:
         if not self.rows:
-            return f"the LoRAs alone and blended are watched first: {self.calls} denoiser calls so far"
+            return f"the LoRAs are watched alone first: {self.calls} denoiser calls so far"
         loss = f"loss {self.rows[-1]['loss']:.4f}"
         return f"{loss}, {'done' if self.finished else f'update {len(self.rows)} of {self.total}'}"
 
@@ -81,8 +115,6 @@ def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
     folder, lessons = home / wanted.name, Lessons([], wanted.steps, [])
-    config = GateTraining(steps=wanted.steps, seed=wanted.seed, every=5)
-    lesson = Lesson(singles=wanted.singles, composed=wanted.composed, styles=wanted.styles)
 
     def work(tell: Tell) -> None:
         def called(*_: Any) -> None:  # the one place that is passed all the time, so that a stop is heard at once
@@ -99,8 +131,9 @@ def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped
                 tell(lessons)
 
             log = train_gates(
-                studio.pipe, mixture, lesson, config=config, folder=folder, resume_from="latest", report=report
-            )
+                studio.pipe, mixture, wanted.lesson(), config=wanted.training(), folder=folder,
+                resume_from="latest", report=report,
+            )  # fmt: skip
             mixture.save_pretrained(folder)
             studio.shelf.add_gates(wanted.name, folder)
             lessons.rows, lessons.finished = log, True

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.page import BUTTONS, PRIVATE, QUEUE, Page, say, say_while, session
-from mole_diffusers.app.teaching import Wanted, curve, teach
+from mole_diffusers.app.gate_files import given_out
+from mole_diffusers.app.mixer import plainly
+from mole_diffusers.app.page import PRIVATE, QUEUE, Page, gallery, picture, say, say_while, session, stoppable
+from mole_diffusers.app.teaching import TRAINED, WAYS, Wanted, curve, teach
 from mole_diffusers.prompt_syntax import parse
 from mole_diffusers.shelf import UNTRAINED
 
@@ -25,29 +29,14 @@ def build(page: Page) -> None:
                 cancel = gr.Button("Stop", elem_id="train-stop")
             status = gr.Markdown("", elem_id="train-status", elem_classes="status")
         with gr.Column():
-            loss = gr.Image(
-                label="Loss", format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id="loss"
-            )
-            pictures = gr.Gallery(
-                label="The prompt's picture on the way",
-                format="png",
-                columns=4,
-                height="auto",
-                object_fit="contain",
-                buttons=BUTTONS,
-                interactive=False,
-                elem_classes="pixel",
-                elem_id="validation",
-            )
-
-    def stop(request: gr.Request) -> str:
-        return "stopping" if page.stops.stop(session(request)) else "nothing is running"
-
+            loss = picture("Loss", elem_id="loss")
+            pictures = gallery("The prompt's picture on the way", columns=4, elem_id="validation")
+            kept = _keeping(page)
     prompt = page.controls["prompt"]
-    suggest.click(_suggested(page), prompt, fields[:4], **PRIVATE)
-    outputs = [status, loss, pictures, page.controls["gates"]]
-    train.click(_trained(page), [*page.inputs, *fields], outputs, **QUEUE, **PRIVATE)
-    cancel.click(stop, None, status, queue=False, **PRIVATE)
+    suggest.click(_suggested(page), prompt, fields[:3], **PRIVATE)
+    outputs = [status, loss, pictures, page.controls["gates"], kept]
+    work = train.click(_trained(page), [*page.inputs, *fields], outputs, **QUEUE, **PRIVATE)
+    stoppable(page, cancel, status, [work])
 
 
 def _fields(page: Page) -> list[Any]:
@@ -60,43 +49,104 @@ def _fields(page: Page) -> list[Any]:
         list(page.actions.studio.shelf.loras), value=[], multiselect=True, label="Styles", info="they act everywhere"
     )
     steps = gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates")
-    return [name, singles, composed, styles, steps]
+    with gr.Row():
+        family = gr.Dropdown(TRAINED, value="flow", label="Gates", info="flow weighs token by token", elem_id="family")
+        about = "collage: subjects side by side; blend: predictions under masks"
+        way = gr.Dropdown(WAYS, value="collage", label="Taught by", info=about, elem_id="way")
+    return [name, singles, composed, styles, steps, family, way]
+
+
+def _keeping(page: Page) -> Any:
+    """Gates as files, in and out; the list of gates that there are."""
+    shelf = page.actions.studio.shelf
+    with gr.Accordion("Gates as files", open=False, elem_id="gate-files"):
+        with gr.Row():
+            which = gr.Dropdown(list(shelf.gates), value=None, label="Gates", elem_id="which-gates")
+            out = gr.Button("Give me the files", size="sm", elem_id="gates-out")
+        files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="gates-given")
+        with gr.Row():
+            name = gr.Textbox(label="Their name here", info="empty: that of their LoRAs", max_length=60, elem_id="new-name")
+            taken = gr.UploadButton(
+                "Upload gates: .safetensors and .json",
+                file_types=[".safetensors", ".json"],
+                file_count="multiple",
+                type="filepath",
+                size="sm",
+                elem_id="gates-in",
+            )
+        told = gr.Markdown("", elem_id="gates-told", elem_classes="status")
+
+    @say
+    def given(name: str | None) -> list[str]:
+        return [str(path) for path in given_out(shelf, name or "", page.actions.folder)]
+
+    @say
+    def took(paths: list[str], name: str) -> Any:
+        found = page.actions.add_gates([Path(path) for path in paths], name or "")
+        return told_of(found), *choices(page, found["name"])
+
+    out.click(given, which, files, **PRIVATE)
+    taken.upload(took, [taken, name], [told, page.controls["gates"], which], **PRIVATE)
+    return which
+
+
+def told_of(found: dict[str, Any]) -> str:
+    """Uploaded gates in words, as Markdown."""
+    words = f"{found['family']} gates **{plainly(found['name'])}** for {plainly(', '.join(found['experts']))}"
+    for key, said in (("other_files", "were trained with another file of"), ("missing", "weigh LoRAs that are not here:")):
+        words += f"; they {said} {plainly(', '.join(found[key]))}" if found[key] else ""
+    return words
+
+
+def choices(page: Page, name: str) -> tuple[Any, Any]:
+    """Both lists of gates after `name` has come."""
+    known = list(page.actions.studio.shelf.gates)
+    return gr.update(choices=["auto", *UNTRAINED, *known], value=name), gr.update(choices=known, value=name)
 
 
 def _suggested(page: Page) -> Callable[[str], Any]:
+    shelf = page.actions.studio.shelf
+
     @say
     def suggested(prompt: str) -> Any:
-        parsed = parse(prompt, page.actions.studio.shelf.loras)
+        parsed = parse(prompt, shelf.loras)
         names = sorted(tag.name for tag in parsed.tags)
-        lines = "\n".join(f"{name}={_without_others(parsed.text, name, names)}" for name in names)
-        return "+".join(names), lines, parsed.text, []
+        calls = {name: [name, *shelf.expert(name).triggers] for name in names}
+        lines = []
+        for name in names:
+            others = [call for other in names if other != name for call in calls[other]]
+            lines.append(f"{name}={alone(parsed.text, others, keep=calls[name])}")
+        return "+".join(names), "\n".join(lines), parsed.text
 
     return suggested
 
 
-def _without_others(text: str, name: str, names: list[str]) -> str:
-    """A first guess at one LoRA's prompt: the words without the others' names."""
-    for other in names:
-        if other != name:
-            text = text.replace(f"and a {other}", "").replace(f"and an {other}", "").replace(f"a {other} and", "")
-            text = text.replace(f"an {other} and", "").replace(other, "thing")
-    return " ".join(text.split())
+def alone(text: str, others: Collection[str], *, keep: Collection[str]) -> str:
+    """A first guess at one LoRA's prompt: the whole one without what calls the others, and the articles and "and" there.
+
+    A word that also calls the LoRA itself stays.
+    """
+    kept = {call.lower() for call in keep}
+    for other in sorted((call for call in others if call.lower() not in kept), key=len, reverse=True):
+        text = re.sub(rf"(,|\band\b)?\s*(\b(an?|the)\s+)?(?<!\w){re.escape(other)}(?!\w)", " ", text, flags=re.I)
+    text = re.sub(r"\b(of|with|in)\s+(and|,)\s", r"\1 ", " ".join(text.split()))
+    return re.sub(r"^(and|,)\s+|\s+(and|of|with|in|,)$", "", text).strip()
 
 
 def _trained(page: Page) -> Callable[..., Iterator[Any]]:
     @say_while
     def trained(request: gr.Request, *values: Any) -> Iterator[Any]:
-        *given, name, singles, composed, styles, steps = values
-        wanted = Wanted(name or "", lines_of(singles), _lines(composed), styles or [], int(steps))
+        *given, name, singles, composed, styles, steps, family, way = values
+        asked = {"styles": styles or [], "steps": int(steps), "family": family, "way": way}
+        wanted = Wanted(name or "", lines_of(singles), _lines(composed), **asked)
         with page.stops.job(session(request)) as stopped:
             state = None
             for state in teach(page.actions.studio, page.recipe(*given), wanted, home=page.actions.home, stopped=stopped):
-                yield str(state), curve(state.rows), state.pictures, gr.skip()
+                yield str(state), curve(state.rows), state.pictures, gr.skip(), gr.skip()
             if state is not None and state.finished:
-                choices = ["auto", *UNTRAINED, *page.actions.studio.shelf.gates]
-                yield str(state), curve(state.rows), state.pictures, gr.update(choices=choices, value=wanted.name)
+                yield str(state), curve(state.rows), state.pictures, *choices(page, wanted.name)
             else:
-                yield f"stopped; {state}", gr.skip(), gr.skip(), gr.skip()
+                yield f"stopped; {state}", *[gr.skip()] * 4
 
     return trained
 

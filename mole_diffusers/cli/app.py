@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     command.add_argument("--keep", type=Path, default=Path("mole_gates"), help="folder of the gates that the app trains")
     command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows it to the network; there is no password")
     command.add_argument("--port", type=int, default=7860)
+    command.add_argument("--mcp", action="store_true", help="also serve the endpoints as MCP tools, at /gradio_api/mcp/")
     command.set_defaults(run=run)
 
 
@@ -23,8 +24,12 @@ def run(args: argparse.Namespace) -> int:
     """Serve the app until it is interrupted."""
     try:
         from mole_diffusers.app.build import build, launch
+
+        if args.mcp:
+            import mcp  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"the app needs {error.name}: pip install 'mole-diffusers[app]'") from error
+        extra = "mcp" if error.name == "mcp" else "app"
+        raise ValueError(f"this needs {error.name}: pip install 'mole-diffusers[{extra}]'") from error
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.shelf import folder_gates
 
@@ -32,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     for name, folder in folder_gates(args.keep).items():
         place.shelf.add_gates(name, folder)
     actions = Actions(place, home=args.keep, thumbnail=world_thumbnails() if args.base == "emoji" else None)
-    launch(build(actions, default_recipe(place)), server_name=args.host, server_port=args.port)
+    where: dict[str, Any] = {"server_name": args.host, "server_port": args.port, "mcp_server": args.mcp}
+    launch(build(actions, default_recipe(place)), **where)
     return 0
 
 

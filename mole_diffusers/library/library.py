@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ import torch
 from mole_diffusers.library.cards import Card, read_card, stamps
 from mole_diffusers.library.encoders import Encoder
 from mole_diffusers.library.ranking import centroid, similarity, top
-from mole_diffusers.library.store import PROBE, Index, again, check, check_encoder, files_of, load, save
+from mole_diffusers.library.store import FOLDER, PROBE, Index, again, check, check_encoder, files_of, load, save
 from mole_diffusers.library.words import named, phrases, words
 from mole_diffusers.lora_files import Expert
 from mole_diffusers.lora_files.families import FAMILIES
 
+Known = dict[str, tuple[Card, torch.Tensor]]  # file -> its card and embedding
 THRESHOLD = 0.6  # chosen on the emoji world's validation prompts for its own text encoder
 
 
@@ -60,8 +62,13 @@ class LoraLibrary:
         self._rows = {card.name: row for row, card in enumerate(self.cards)}
         self._claims: dict[tuple[str, ...], list[int]] = {}  # a trigger's words -> rows of the LoRAs that claim it
         for row, card in enumerate(self.cards):
-            for trigger in {words(trigger) for trigger in card.triggers} - {()}:
-                self._claims.setdefault(trigger, []).append(row)
+            for trigger in card.triggers:
+                self._claim(trigger, row)
+
+    def _claim(self, trigger: str, row: int) -> None:
+        """Have the words of a trigger call the LoRA of a row."""
+        if (spoken := words(trigger)) and row not in (rows := self._claims.setdefault(spoken, [])):
+            rows.append(row)
 
     @classmethod
     def index(cls, folder: str | Path, encoder: Encoder) -> LoraLibrary:
@@ -70,22 +77,7 @@ class LoraLibrary:
         A file that is no readable LoRA is left out and named in `skipped`.
         """
         folder = Path(folder)
-        known = _known(folder, encoder)
-        cards: list[Card] = []
-        rows: list[torch.Tensor] = []
-        skipped: dict[str, str] = {}
-        for file in files_of(folder):
-            try:
-                old = known.get(file)
-                card, row = old if old and old[0].stamps == stamps(folder, file) else _read(folder, file, encoder)
-            except ValueError as error:
-                skipped[file] = str(error)
-                continue
-            cards.append(card)
-            rows.append(row)
-        if not cards:
-            raise ValueError(f"{folder} holds no LoRA that can be read; {len(skipped)} files were skipped")
-        index = Index(encoder.id, encoder(PROBE), tuple(cards), torch.stack(rows), skipped)
+        index = _gathered(folder, files_of(folder), _known(folder, encoder), encoder)
         save(folder, index)
         return cls(folder, index, encoder)
 
@@ -100,6 +92,29 @@ class LoraLibrary:
         index = load(Path(folder))
         check(Path(folder), index, encoder)
         return cls(folder, index, encoder)
+
+    @classmethod
+    def of(cls, files: Mapping[str, Path], encoder: Encoder) -> LoraLibrary:
+        """LoRAs from anywhere under names of your own, which call them as triggers do. Nothing is written.
+
+        What the index of a folder that holds a file knows of it is not read again. Raises ValueError where no file can
+        be read.
+        """
+        paths = {Path(path).resolve(): name for name, path in files.items()}
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+        names = {path.relative_to(root).as_posix(): name for path, name in paths.items()}
+        known = {
+            path.relative_to(root).as_posix(): pair
+            for folder in _indexed(paths)
+            for file, pair in _known(folder, encoder).items()
+            if (path := folder / file) in paths
+        }
+        index = _gathered(root, list(names), known, encoder)
+        cards = tuple(replace(card, name=names[card.file]) for card in index.cards)
+        library = cls(root, replace(index, cards=cards), encoder)
+        for row, card in enumerate(cards):
+            library._claim(card.name, row)
+        return library
 
     def retrieve(
         self,
@@ -163,7 +178,32 @@ class LoraLibrary:
         return [Found(self.cards[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
 
 
-def _known(folder: Path, encoder: Encoder) -> dict[str, tuple[Card, torch.Tensor]]:
+def _gathered(folder: Path, files: Sequence[str], known: Known, encoder: Encoder) -> Index:
+    """The index of a folder's files; those that are `known` and have not changed since are not read."""
+    cards: list[Card] = []
+    rows: list[torch.Tensor] = []
+    skipped: dict[str, str] = {}
+    for file in files:
+        try:
+            old = known.get(file)
+            card, row = old if old and old[0].stamps == stamps(folder, file) else _read(folder, file, encoder)
+        except ValueError as error:
+            skipped[file] = str(error)
+            continue
+        cards.append(replace(card, file=file))
+        rows.append(row)
+    if not cards:
+        raise ValueError(f"{folder} holds no LoRA that can be read; {len(skipped)} files were skipped")
+    return Index(encoder.id, encoder(PROBE), tuple(cards), torch.stack(rows), skipped)
+
+
+def _indexed(paths: Collection[Path]) -> list[Path]:
+    """The folders around files that have an index, the nearest last."""
+    around = {folder for parent in {path.parent for path in paths} for folder in (parent, *parent.parents)}
+    return sorted((folder for folder in around if (folder / FOLDER).is_dir()), key=lambda folder: len(folder.parts))
+
+
+def _known(folder: Path, encoder: Encoder) -> Known:
     """file -> card and embedding of the index that is there, where the same encoder made it."""
     try:
         index = load(folder)

@@ -1,0 +1,29 @@
+"""Which LoRAs of a shelf a prompt asks for, by the library's index of them."""
+
+from __future__ import annotations
+
+from mole_diffusers.drawing import Studio
+from mole_diffusers.library.composing import asked_for
+from mole_diffusers.library.encoders import PipelineText
+from mole_diffusers.library.library import Found, LoraLibrary
+
+
+class Finder:
+    """`finder(prompt)`: the LoRAs of a studio's shelf, by the studio's own text encoder.
+
+    The index is made when it is asked for first, and again once the shelf has other files.
+    """
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+        self._library: LoraLibrary | None = None
+        self._files: dict = {}
+
+    def __call__(self, prompt: str) -> list[Found]:
+        files = dict(self.studio.shelf.loras)
+        if not files:
+            return []
+        with self.studio.lock:
+            if self._library is None or files != self._files:
+                self._library, self._files = LoraLibrary.of(files, PipelineText(self.studio.pipe)), files
+            return asked_for(self._library, self.studio.pipe, prompt)

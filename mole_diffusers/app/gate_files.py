@@ -1,0 +1,81 @@
+"""Trained gates as files that come and go: a .safetensors with the weights, a .json with what they weigh."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mole_diffusers import checkpoint
+from mole_diffusers.gates import FAMILIES
+from mole_diffusers.shelf import Shelf
+
+MAX_WEIGHTS, MAX_ABOUT = 256 << 20, 1 << 20  # bytes of the two files
+NAME = re.compile(r"[\w+ -]{1,60}")
+
+
+def checked_name(name: str) -> str:
+    """A name that gates can have, which is also that of their folder. Raises ValueError for another."""
+    if not NAME.fullmatch(name) or name != name.strip():
+        raise ValueError(f"a name has letters, digits, blanks, + - and _, at most 60, got {name!r}")
+    if name in FAMILIES:
+        raise ValueError(f"{name!r} is the name of a family; choose another")
+    return name
+
+
+def gates_report(shelf: Shelf, name: str) -> dict[str, Any]:
+    """What trained gates are, which LoRAs they weigh, and which of these are another file here or not here at all."""
+    found = checkpoint.load(shelf.gates_source(name))
+    here = [expert for expert in found.experts if expert in shelf.loras]
+    return {
+        "name": name,
+        "family": found.config.family,
+        "experts": list(found.experts),
+        "other_files": shelf.other_files(name, here),
+        "missing": [expert for expert in found.experts if expert not in here],
+    }
+
+
+def given_out(shelf: Shelf, name: str, folder: Path) -> list[Path]:
+    """Copies of the two files in `folder`, called after the gates."""
+    if name not in shelf.gates:
+        raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(shelf.gates) or 'none'}")
+    ends = {checkpoint.WEIGHTS: ".safetensors", checkpoint.CONFIG: ".json"}
+    return [Path(shutil.copyfile(shelf.gates[name] / file, folder / f"{name}{end}")) for file, end in ends.items()]
+
+
+def taken_in(shelf: Shelf, files: Sequence[Path], name: str, *, home: Path) -> str:
+    """Put uploaded files on the shelf and into `home / name`; the name, which is "fox+ink" say where none is given.
+
+    Raises ValueError for anything but one good pair of files, and for a name that is taken.
+    """
+    weights, about = _pair(files)
+    folder = home / ".new"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        shutil.copyfile(weights, folder / checkpoint.WEIGHTS)
+        shutil.copyfile(about, folder / checkpoint.CONFIG)
+        found = checkpoint.load(folder)
+        name = checked_name(name.strip() or "+".join(sorted(found.experts)))
+        if name in shelf.gates or (home / name).exists():
+            raise ValueError(f"there are already gates {name!r}; give another name")
+        folder.rename(home / name)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "these files")) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    shelf.add_gates(name, home / name)
+    return name
+
+
+def _pair(files: Sequence[Path]) -> tuple[Path, Path]:
+    by_end = {path.suffix.lower(): path for path in files}
+    if len(files) != 2 or set(by_end) != {".safetensors", ".json"}:
+        raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
+    for end, limit in ((".safetensors", MAX_WEIGHTS), (".json", MAX_ABOUT)):
+        if by_end[end].stat().st_size > limit:
+            raise ValueError(f"{by_end[end].name} is larger than {limit >> 20} MiB")
+    return by_end[".safetensors"], by_end[".json"]
