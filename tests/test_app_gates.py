@@ -11,8 +11,8 @@ from app_client import PROMPT, served
 from PIL import Image
 
 from mole_diffusers import checkpoint
+from mole_diffusers.attaching import attach
 from mole_diffusers.gates import GateConfig
-from mole_diffusers.mixture import attach
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
