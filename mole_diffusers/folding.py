@@ -151,7 +151,8 @@ def _delta(weights: LoraWeights, device: torch.device) -> torch.Tensor:
 
 def _writable(module: Any, name: str) -> torch.Tensor:
     weight = getattr(module, "base_layer", module).weight.data
-    if not weight.is_floating_point() or weight.is_meta or weight.element_size() < 2:
+    packed = type(weight) is not torch.Tensor or not weight.is_floating_point() or weight.element_size() < 2
+    if packed or weight.is_meta:
         raise ValueError(
             f"the weight of {name} ({weight.dtype} on {weight.device}) cannot take the experts: it is quantised or "
             f"offloaded; keep the gates, or fold before that"

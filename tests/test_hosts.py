@@ -77,3 +77,27 @@ def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     assert 0.7 < means[0] <= 1
     assert all(0 <= later < earlier for earlier, later in zip(means, means[1:], strict=False))
     assert means[-1] < 0.5
+
+
+OTHER_ROUTE = [
+    "sd21", "sd15-inpaint9", "sd15-controlnet", "sd15-t2i-adapter", "sd15-ip-adapter", "sd15-pag", "sd15-lcm", "animatediff",
+    "sdxl", "sdxl-refiner", "sdxl-controlnet", "sdxl-pag", "sd3", "flux",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_ROUTE)
+def test_weights_held_are_those_of_diffusers_own_adapters(name, awake, tmp_path):
+    """What the host adds, residuals, masks, image prompts, perturbed rows, meets the experts as it meets plain LoRAs."""
+    pipe, options = hosts.HOSTS[name]()
+    ends = ATTENTION + (() if name == "animatediff" else FEED_FORWARD)
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i, ends=ends) for i, n in enumerate(("fox", "ink"))}
+    mixture = awake(mole.attach(pipe, files, "mole"))
+    with mixture.fixed({"fox": 0.7, "ink": -0.4}):
+        held = hosts.draw(pipe, options)
+    gated = hosts.draw(pipe, options)
+    mole.detach(pipe)
+    for adapter, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=adapter)
+    pipe.set_adapters(list(files), [0.7, -0.4])
+    torch.testing.assert_close(held, hosts.draw(pipe, options), atol=1e-4, rtol=0)
+    assert not torch.allclose(held, gated, atol=1e-3)

@@ -61,25 +61,56 @@ def test_attaching_anew_waits_for_the_calls_of_other_threads(pipe, loras, draw):
     assert all(torch.equal(job.result(), fox) or torch.equal(job.result(), ink) for job in drawn)
 
 
-@pytest.mark.parametrize(("error", "step"), [(RuntimeError, 0), (KeyboardInterrupt, 1), (KeyboardInterrupt, 2)])
-@pytest.mark.parametrize("place", ["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0", "conv_out"])
-def test_an_interrupted_call_leaves_a_usable_pipeline(pipe, loras, draw, awake, *, error, step, place):
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+PLACES = {  # what is interrupted -> the module in which it happens
+    "text encoder": lambda pipe, mixture: pipe.text_encoder.encoder.layers[1],
+    "first layer": lambda pipe, mixture: pipe.unet.conv_in,
+    "gate": lambda pipe, mixture: mixture.banks["unet"][BLOCK],
+    "attention": lambda pipe, mixture: pipe.unet.get_submodule(f"{BLOCK}.attn1"),
+    "expert": lambda pipe, mixture: pipe.unet.get_submodule(f"{BLOCK}.attn2.to_out.0.lora_A.mole_experts"),
+    "last layer": lambda pipe, mixture: pipe.unet.conv_out,
+    "picture": lambda pipe, mixture: pipe.vae.decoder,
+}
+
+
+def breaking(error, at):
+    """A function that raises when it is called for the `at`-th time, counted from 0, and else returns what is last."""
+    calls = iter(range(at + 1))
+
+    def call(*given):
+        if next(calls) == at:
+            raise error
+        return given[-1]
+
+    return call
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", [*PLACES, "callback"])
+def test_a_call_interrupted_anywhere_leaves_a_usable_pipeline(pipe, loras, draw, awake, error, place):
+    """At each of the calls of a place in turn, three steps long."""
     base = draw(pipe)
     mixture = awake(mole.attach(pipe, loras, "mole"))
-    whole = draw(pipe)
-    calls = []
-
-    def interrupt(*_):
-        calls.append(1)
-        if len(calls) == step + 1:
-            raise error
-
-    hook = pipe.unet.get_submodule(place).register_forward_hook(interrupt)
-    with pytest.raises(error), mixture.only("fox"), mixture.strengths({"fox": 2}), mixture.trace():
+    whole, counted, calls = draw(pipe), [], 3
+    if place in PLACES:
+        module = PLACES[place](pipe, mixture)
+        hook = module.register_forward_hook(lambda *_: counted.append(1))
         draw(pipe, num_inference_steps=3)
-    hook.remove()
-    with ThreadPoolExecutor(1) as threads:  # the lock is free for another thread
-        assert torch.equal(threads.submit(draw, pipe).result(timeout=60), whole)
+        hook.remove()
+        calls = len(counted)
+    for at in range(calls):
+        interrupt, options = breaking(error, at), {}
+        if place in PLACES:
+            hook = module.register_forward_hook(interrupt)
+        else:
+            options = {"callback_on_step_end": interrupt}
+        with pytest.raises(error), mixture.only("fox"), mixture.strengths({"fox": 2}), mixture.trace():
+            draw(pipe, num_inference_steps=3, **options)
+        if place in PLACES:
+            hook.remove()
+        with ThreadPoolExecutor(1) as threads:  # the lock is free for another thread
+            assert torch.equal(threads.submit(draw, pipe).result(timeout=600), whole)
+    assert calls >= (1 if place == "picture" else 2)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
 
