@@ -9,13 +9,14 @@ marks a choice that cost more than 2 % of the product.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from mole_diffusers import mixing
-from mole_diffusers.bench.clock import interleaved, ratio
-from mole_diffusers.bench.steps import DTYPES
+from mole_diffusers.bench.clock import interleaved, ratio, seconds
+from mole_diffusers.bench.settings import DTYPES
 
 TEXT = {"sd15": 768, "sdxl": 2048}
 LEVELS = {"sd15": ((320, 8), (640, 16), (1280, 32), (1280, 64)), "sdxl": ((640, 16), (1280, 32))}  # channels, pixels a token
@@ -40,7 +41,7 @@ def line(shape: tuple[int, int, int], experts: int, dtype: torch.dtype, *, repea
         "beside": lambda: mixing.added_low_rank(F.linear(x, w, b), mixing.scaled(F.linear(x, down), factor), up),
         "inside": lambda: mixing.folded_linear(x, (w, b), (down, up * factor)),
     }
-    times = interleaved(runs, repeats=repeats, warmup=2)
+    times = interleaved({way: partial(seconds, run, clock="cpu") for way, run in runs.items()}, repeats=repeats, warmup=2)
     costs = {way: ratio(times[way], times["host"])[0] - 1 for way in ("beside", "inside")}
     chosen = "inside" if mixing.folding_pays(x, w, factor) else "beside"
     flag = "!" if costs[chosen] > min(costs.values()) + 0.02 else ""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mole_diffusers as mole
-from mole_diffusers.bench import clock, steps
+from mole_diffusers.bench import clock, once, settings, steps
 from mole_diffusers.bench.arms import ARMS, FOLDING, twin
 from mole_diffusers.bench.hosts import inputs, lora_files
 from mole_diffusers.cli import main
@@ -67,11 +67,12 @@ ENDS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
 
 def test_rounds_take_turns_and_ratios_are_by_round():
     order: list[str] = []
-    times = clock.interleaved({name: lambda n=name: order.append(n) for name in "abc"}, repeats=3)
+    times = clock.interleaved({name: lambda n=name: order.append(n) or 1.0 for name in "abc"}, repeats=3)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {len(t) for t in times.values()} == {3}
     middle, low, high = clock.ratio([2, 6, 8, 5, 9], [1, 2, 2, 1, 3])  # 2, 3, 4, 5, 3
     assert (middle, low, high) == (3, 3, 4)
+    assert clock.median([4, 1, 2, 9]) == 3
 
 
 def test_published_sizes(monkeypatch):
@@ -122,15 +123,64 @@ def test_the_command(tmp_path, capsys):
     assert "x base" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("what", "arms"),
+    [
+        ("attach", ["load", "attach"]),
+        ("collapse", ["30 steps", "collapse static", "collapse prompt"]),
+        ("update", ["base", "update"]),
+    ],
+)
+def test_what_is_paid_once(what, arms, capsys):
+    small = ["bench", "--what", what, "--repeats", "2", "--experts", "2", "--threads", "1", "--clock", "cpu"]
+    assert main([*small, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [r["arm"] for r in result["rows"]] == arms
+    assert result["rows"][0]["ratio"] == 1
+    for row in result["rows"]:
+        assert len(row["seconds"]) == 2
+        assert row["ms"] == pytest.approx(500 * sum(row["seconds"]))
+
+
+def test_attaching_and_folding_are_undone_between_rounds(pipe, tmp_path):
+    files, bits = lora_files(pipe.unet, tmp_path, 2, rank=4), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    small = settings.Settings(repeats=1)
+    for measures in (once._attaching(small, pipe, files), once._collapsing(small, pipe, files)):
+        for measure in measures.values():
+            assert measure() > 0
+    assert mole.attached(pipe) is None
+    assert all(torch.equal(v, bits[k]) for k, v in pipe.unet.state_dict().items())
+
+
+def test_memory_over_the_base(capsys):
+    small = ["bench", "--what", "memory", "--experts", "1", "4", "--arms", "set_adapters", "gated", "--threads", "1"]
+    assert main([*small, "--json"]) == 0
+    rows = {(r["arm"], r["experts"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
+    one, four = rows["gated", 1], rows["gated", 4]
+    assert four["own"] == 4 * one["own"]
+    assert 0.9 < (four["over"] - one["over"]) / (four["own"] - one["own"]) < 1.8
+    assert rows["set_adapters", 4]["over"] > 0.9 * rows["set_adapters", 4]["own"]
+    assert main(small) == 0
+    assert "MB over base" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["whole", "blocks"])
+def test_compiled(compile, capsys):
+    small = ["bench", "--repeats", "1", "--arms", "set_adapters", "gated", "--experts", "2", "--threads", "1", "--json"]
+    assert main([*small, "--compile", compile]) == 0
+    assert [r["arm"] for r in json.loads(capsys.readouterr().out)["rows"]] == ["base", "set_adapters", "gated"]
+
+
 def test_what_is_not_known_is_said(capsys):
     assert main(["bench", "--experts", "0"]) == 1
     assert "must be 1 or more, got [0]" in capsys.readouterr().err
     assert main(["bench", "--pixels", "100"]) == 1
     assert "a multiple of 64" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"unknown dtype 'int8'; known: \['fp32'"):
-        steps.Settings(dtype="int8")
+        settings.Settings(dtype="int8")
     with pytest.raises(ValueError, match=r"unknown arms \['magic'\]; known"):
-        steps.step_costs(steps.Settings(), ["magic"], [1])
+        steps.step_costs(settings.Settings(), ["magic"], [1])
 
 
 def test_the_micro_benchmark_runs(monkeypatch, capsys):

@@ -144,7 +144,7 @@ FOLDERS = {
         "merge",
         "bench",
     ],
-    "bench": ["hosts", "clock", "arms", "steps", "report"],
+    "bench": ["hosts", "clock", "settings", "arms", "steps", "once", "memory", "report"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 

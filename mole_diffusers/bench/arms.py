@@ -61,20 +61,33 @@ def fused(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
 @contextmanager
 def gated(pipe: Any, files: Files, gates: GateConfig, *, inside: bool | None = None) -> Iterator[None]:
     """Gates, each layer in the cheaper of its two ways; or with `inside` every layer that can, or none, in its weight."""
-    attach(pipe, files, gates)
+    awake(pipe, files, gates)
     if inside is not None:
         carrier.prefer(pipe.unet, lambda *_: inside)
     yield
 
 
 @contextmanager
+def new_text(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """Gates over a text that is another at every step, so that nothing of it can be kept."""
+    with gated(pipe, files, gates):
+        hook = pipe.unet.register_forward_pre_hook(_copied_text, prepend=True, with_kwargs=True)
+        yield
+        hook.remove()
+
+
+def _copied_text(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].clone()}
+
+
+@contextmanager
 def collapsed(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
     """Gates averaged over one step and folded into the weights."""
-    with attach(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64):
+    with awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64):
         yield
 
 
-def attach(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
+def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
     """Gates that depend on what they read: untrained ones would weigh all alike."""
     attached, generator = attaching.attach(pipe, dict(files), gates), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -91,6 +104,7 @@ ARMS: Mapping[str, Arm] = {
     "gated": gated,
     "gated-beside": partial(gated, inside=False),
     "gated-inside": partial(gated, inside=True),
+    "gated-new-text": new_text,
     "collapsed": collapsed,
 }
 FOLDING = ("fused", "collapsed")  # they write into the weights

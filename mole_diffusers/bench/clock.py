@@ -1,22 +1,31 @@
-"""Measuring side by side: every arm in turn, round after round, so that what else the machine does meets all alike."""
+"""Measuring side by side: everything in turn, round after round, so that what else the machine does meets all alike."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
-Run = Callable[[], object]
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+Measure = Callable[[], float]  # does something once, and says how many seconds it took
 
 
-def seconds(run: Run) -> float:
-    """How long one call takes, to the end of what it started on a GPU."""
+def seconds(run: Callable[[], object], *, clock: str = "wall") -> float:
+    """How long one call takes, to the end of what it started on a GPU; "cpu" counts this process's own time alone."""
     _settle()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     run()
     _settle()
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
+
+
+def entering(context: AbstractContextManager, *, clock: str = "wall") -> float:
+    """How long it takes to enter a context; leaving it does not count."""
+    took = seconds(context.__enter__, clock=clock)
+    context.__exit__(None, None, None)
+    return took
 
 
 def _settle() -> None:
@@ -24,21 +33,31 @@ def _settle() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(runs: Mapping[str, Run], *, repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """name -> seconds in each of `repeats` rounds. A round calls every run once, beginning with another one each time."""
-    names = list(runs)
+def interleaved(measures: Mapping[str, Measure], *, repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """name -> seconds in each of `repeats` rounds. A round takes every measure once, from another one on each time."""
+    names = list(measures)
     for name in names * warmup:
-        runs[name]()
+        measures[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(runs[name]))
+            times[name].append(measures[name]())
     return times
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one, or the mean of the two in the middle."""
+    return quantiles(values)[1]
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double())
+    return low.item(), middle.item(), high.item()
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratios round by round."""
-    by_round = torch.tensor([t / b for t, b in zip(times, base, strict=True)], dtype=torch.float64)
-    low, middle, high = torch.quantile(by_round, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    low, middle, high = quantiles([t / b for t, b in zip(times, base, strict=True)])
     return middle, low, high

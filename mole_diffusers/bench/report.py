@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mole_diffusers.bench.steps import Cost
+from mole_diffusers.bench.memory import Memory
+from mole_diffusers.bench.settings import Cost
 
 
 def machine(device: str) -> str:
@@ -17,9 +18,17 @@ def machine(device: str) -> str:
 
 def table(costs: Sequence[Cost]) -> str:
     """One line per arm and number of experts."""
-    lines = [f"{'arm':<14}{'N':>4}{'ms':>10}{'x base':>9}   quartiles"]
+    lines = [f"{'arm':<17}{'N':>4}{'ms':>10}{'x base':>9}   quartiles"]
     for c in costs:
-        lines.append(f"{c.arm:<14}{c.experts or '':>4}{c.ms:>10.1f}{c.ratio:>9.3f}   {c.low:.3f} - {c.high:.3f}")
+        lines.append(f"{c.arm:<17}{c.experts or '':>4}{c.ms:>10.1f}{c.ratio:>9.3f}   {c.low:.3f} - {c.high:.3f}")
+    return "\n".join(lines)
+
+
+def memory_table(rows: Sequence[Memory]) -> str:
+    """One line per arm and number of experts."""
+    lines = [f"{'arm':<17}{'N':>4}{'MB over base':>14}{'experts':>9}{'ratio':>8}"]
+    for r in rows:
+        lines.append(f"{r.arm:<17}{r.experts:>4}{r.over / 1e6:>14.1f}{r.own / 1e6:>9.1f}{r.ratio:>8.3f}")
     return "\n".join(lines)
 
 
