@@ -16,11 +16,34 @@ from mole_diffusers.safe_files import RefusedFileError, check_memory
 
 @dataclass(frozen=True)
 class Stack:
-    """Every expert's share of one host layer: y = W x + up (g[segment] * (down x))."""
+    """Every expert's share of one host layer: y = W x + up (g[segment] * (down x)).
 
-    down: torch.Tensor  # [R, Cin] or [R, Cin, k, k], alpha / r folded in
-    up: torch.Tensor  # [Cout, R] or [Cout, R, 1, 1]
-    ranks: tuple[int, ...]  # [N], 0 where an expert lacks the layer
+    The matrices are put side by side whenever they are asked for, in fp32, so that the experts are not held twice.
+    """
+
+    rows: tuple[LoraWeights | None, ...]  # [N], None where an expert lacks the layer
+    inner: tuple[int, ...]  # what a row of the host's weight is shaped like
+
+    @property
+    def down(self) -> torch.Tensor:
+        """[R, Cin] or [R, Cin, k, k], alpha / r folded in."""
+        return torch.cat([(w.down.float() * w.scale).reshape(w.rank, *self.inner) for w in self.rows if w is not None])
+
+    @property
+    def up(self) -> torch.Tensor:
+        """[Cout, R] or [Cout, R, 1, 1]."""
+        ones = (1,) * (len(self.inner) - 1)
+        return torch.cat([w.up.float().reshape(-1, w.rank, *ones) for w in self.rows if w is not None], 1)
+
+    @property
+    def out(self) -> int:
+        """Cout."""
+        return next(w.up.shape[0] for w in self.rows if w is not None)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """[N], 0 where an expert lacks the layer."""
+        return tuple(w.rank if w is not None else 0 for w in self.rows)
 
     @property
     def segment(self) -> torch.Tensor:
@@ -123,12 +146,8 @@ def _check_range(expert: Expert, name: str, weights: LoraWeights, module: Any) -
 
 
 def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
-    """The experts' weights for one host layer side by side, fp32, shaped as the host's own weight."""
-    inner = _shape(host)[1:]
-    there = [w for w in weights if w is not None]
-    down = torch.cat([(w.down.float() * w.scale).reshape(w.rank, *inner) for w in there])
-    up = torch.cat([w.up.float().reshape(-1, w.rank, *(1,) * (len(inner) - 1)) for w in there], 1)
-    return Stack(down, up, tuple(w.rank if w is not None else 0 for w in weights))
+    """The experts' weights for one host layer side by side, shaped as the host's own weight."""
+    return Stack(tuple(weights), tuple(_shape(host)[1:]))
 
 
 def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:

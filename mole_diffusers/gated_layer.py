@@ -6,6 +6,7 @@ for each row of the batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,13 @@ class GatedLayer:
         self.slot, self.present, self.ranks, self.layer = slot, stack.present, stack.ranks, layer
         self.together: tuple[Together, int] | None = None
         self.of_text = (Kept(), Kept()) if layer.endswith(TEXT_LAYERS) else None
+        self._table: torch.Tensor | None = None
 
     def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
         layer = self._described(module, lambda: module.lora_A[ADAPTER](x))
-        return self._beside(module, layer, result, factor=self._factor(module, x, layer))
+        weights = self.slot.read(self.present, x, layer)
+        return self._beside(module, layer, result, factor=self._factor(module, weights, x, layer=layer))
 
     def whole(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The host's product and the experts'; None where only `forward` will do."""
@@ -50,7 +53,11 @@ class GatedLayer:
         plain = bare(base) and bare(down) and bare(up) and base.weight.dtype == x.dtype
         still = plain and at_rest()
         layer = self._described(module, lambda: self._low(down, x, still))
-        factor = self._factor(module, x, layer)  # [R], [B, 1, R] or [B, T, R]
+        weights = self.slot.read(self.present, x, layer)
+        few = self._few(weights, x) if plain else None
+        if few is not None:
+            return self._of_few(module, x, few)
+        factor = self._factor(module, weights, x, layer=layer)  # [R], [B, 1, R] or [B, T, R]
         if still and self.of_text is not None:
             return _of_text(module, x, factor, kept=self.of_text)
         if plain and self.pays(x, base.weight, factor):
@@ -64,10 +71,40 @@ class GatedLayer:
     def _described(self, module: Any, project: Callable[[], torch.Tensor]) -> Layer:
         return Layer(self.layer, project, module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].segment)
 
-    def _factor(self, module: Any, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def _few(self, weights: torch.Tensor, x: torch.Tensor) -> mixing.Few | None:
+        """The ranks that weigh something, where they are three quarters of all at most; the layers of a block share them."""
+        count, widest = self.slot.most, max(self.ranks)
+        if count is None or weights.dim() > 2 or torch.is_grad_enabled() or 4 * count * widest > 3 * sum(self.ranks):
+            return None
+        key = (self.ranks, x.dtype, count)
+        known = self.slot.factors.get(key)
+        if known is None or known[0] is not weights:
+            if self._table is None or self._table.device != x.device:
+                starts = itertools.accumulate(self.ranks, initial=0)
+                rows = [[s + j if j < r else -1 for j in range(widest)] for s, r in zip(starts, self.ranks, strict=False)]
+                self._table = torch.tensor(rows, device=x.device)  # [N, r]
+            few = mixing.few_ranks(weights.expand(len(x), -1).to(x.dtype), self._table, count)
+            known = self.slot.factors[key] = (weights, few)
+        return known[1]
+
+    def _of_few(self, module: Any, x: torch.Tensor, few: mixing.Few) -> torch.Tensor:
+        """`whole` with the experts' matrices of each row picked out: its own down [B, K, Cin] and up [B, K, Cout]."""
+        down, up, base = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.base_layer
+        factor = few.factor * module.scaling[ADAPTER]
+        up = up.T[few.ranks]
+        if self.of_text is not None and at_rest():
+            made = _products(module, x, self.of_text[0])
+            if made is not None:
+                low = made[1].gather(-1, few.ranks[:, None].expand(-1, x.shape[1], -1))  # [B, T, K]
+                return torch.baddbmm(made[0], low * factor, up)
+        down = down[few.ranks]
+        if self.pays(x, base.weight, factor):
+            return mixing.folded_linear(x, (base.weight, base.bias), (down, (up * factor.mT).mT))
+        return torch.baddbmm(base(x), torch.bmm(x, down.mT) * factor, up)
+
+    def _factor(self, module: Any, weights: torch.Tensor, x: torch.Tensor, *, layer: Layer) -> torch.Tensor:
         """What multiplies the rank axis; the layers of a block that are alike share one."""
-        weights, segment = self.slot.read(self.present, x, layer), None if self.slot.gate.ranked else layer.segment
-        scaling = module.scaling[ADAPTER]
+        segment, scaling = None if self.slot.gate.ranked else layer.segment, module.scaling[ADAPTER]
         if x.dim() != 3:
             factor = mixing.over_ranks(weights, segment, layer.low)
         elif weights.requires_grad:  # a checkpointed block that is computed again must save what it saved at first
@@ -96,10 +133,16 @@ class GatedLayer:
     merge_unsafe = unmerge = merge_safe
 
 
+def _products(module: Any, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, ...] | None:
+    """The host's product W x + b [B, T, Cout] and A x [B, T, R], where they are kept."""
+    base, down = module.base_layer, module.lora_A[ADAPTER].weight
+    return kept.of((x, base.weight, base.bias, down), lambda: (base(x), F.linear(x, down)))
+
+
 def _of_text(module: Any, x: torch.Tensor, factor: torch.Tensor, *, kept: tuple[Kept, Kept]) -> torch.Tensor:
     """W x and A x of a text are as in the step before, and all of it is where the gates stand still."""
     base, down, up = module.base_layer, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-    made = kept[0].of((x, base.weight, base.bias, down), lambda: (base(x), F.linear(x, down)))
+    made = _products(module, x, kept[0])
     if made is None:
         return mixing.plus_low_rank(base(x), F.linear(x, down) * factor, up)
     product, low = made

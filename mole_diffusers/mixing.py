@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +157,8 @@ def folded_linear(
 ) -> torch.Tensor:
     """x (W + up down)^T + bias, without gradients: x [B, T, Cin] -> [B, T, Cout].
 
-    `host` is W [Cout, Cin] and its bias, `expert` is down [R, Cin] and up [Cout, R], or [B, Cout, R] for each row.
+    `host` is W [Cout, Cin] and its bias. `expert` is down [R, Cin] and up [Cout, R]; or up, or both, with an axis B in
+    front: another for each row.
     """
     (weight, bias), (down, up) = host, expert
     if up.dim() == 2:
@@ -165,6 +167,24 @@ def folded_linear(
     each = torch.baddbmm(weight.expand(rows, -1, -1), up, down.expand(rows, -1, -1))  # [B, Cout, Cin]
     y = torch.bmm(x, each.mT)
     return y if bias is None else y.add_(bias)
+
+
+class Few(NamedTuple):
+    """The ranks of the experts that weigh something, by row: their indices [B, K], and what multiplies them, [B, 1, K]."""
+
+    ranks: torch.Tensor
+    factor: torch.Tensor
+
+
+def few_ranks(weights: torch.Tensor, table: torch.Tensor, count: int) -> Few:
+    """The ranks of the `count` experts of the largest weights [B, N], for each row.
+
+    `table` [N, r] holds each expert's ranks, and -1 where it has fewer than r. K is count * r.
+    """
+    index = weights.abs().topk(count, -1).indices  # [B, count]
+    ranks = table[index].flatten(1)  # [B, K]
+    factor = weights.gather(-1, index).repeat_interleave(table.shape[1], -1) * (ranks >= 0)
+    return Few(ranks.clamp_min(0), factor[:, None])
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

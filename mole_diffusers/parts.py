@@ -127,7 +127,7 @@ class GatedPart:
             return build_gate(GateConfig.from_dict(self.config.to_dict() | {"features": "pooled"}), experts, spot.width)
         width = spot.width
         if self._reads_experts:
-            width = experts * sum(self.stacks[name].up.shape[0] for name in probed(spot, self.stacks))
+            width = experts * sum(self.stacks[name].out for name in probed(spot, self.stacks))
         if self.config.features == "flattened":
             if not spot.tokens:
                 raise ValueError("flattened features need a fixed number of tokens: use granularity 'block' or 'layer'")

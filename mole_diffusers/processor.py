@@ -33,7 +33,7 @@ class Slot:
         self.scope: Present | None = None  # the experts the gate shares among, where its layers are not alone in that
         self.probe: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.weights: dict[Present, torch.Tensor] = {}
-        self.factors: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}  # for the layers' own use: weights, by rank
+        self.factors: dict[Any, tuple[torch.Tensor, Any]] = {}  # for the layers' own use: weights, by rank
         self.batch = 0
         self.handed: torch.Tensor | None = None  # what the gate is to read when a layer first asks
         self.tokens: torch.Tensor | None = None
@@ -43,6 +43,12 @@ class Slot:
     def part(self) -> str:
         """The host model it is in, "unet" say."""
         return self.name.partition(".")[0]
+
+    @property
+    def most(self) -> int | None:
+        """How many experts weigh something in a row at most; None where that may be all."""
+        count = getattr(self.state.control, "count", None)
+        return None if self.gate.ranked or self.state.fixed is not None or self.state.plan is not None else count
 
     def clear(self) -> None:
         """Forget the last weights: the next layer that asks gets fresh ones."""

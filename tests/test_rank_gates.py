@@ -7,6 +7,7 @@ import mole_diffusers as mole
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates import Context, Layer, RankGate
 from mole_diffusers.gates.rank import grouped, shared_out, singular
+from mole_diffusers.lora_files import LoraWeights
 
 RANKS, CIN, COUT = (2, 3, 0, 1), 6, 5
 SEGMENT = torch.repeat_interleave(torch.arange(4), torch.tensor(RANKS))
@@ -136,7 +137,8 @@ def test_singular_ranks_are_the_same_lora_in_order(shape):
         torch.randn(6, CIN, *shape, generator=generator),
         torch.randn(COUT, 6, *(1 for _ in shape), generator=generator),
     )
-    stack = Stack(down, up, RANKS)
+    halves = zip(down.split(RANKS), up.split(RANKS, 1), strict=True)
+    stack = Stack(tuple(LoraWeights(d, u, 1.0) if len(d) else None for d, u in halves), tuple(down.shape[1:]))
     turned = singular(stack)
     for i, rank in enumerate(RANKS):
         mine = torch.tensor(i) == SEGMENT

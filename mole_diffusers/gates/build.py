@@ -22,7 +22,7 @@ def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | N
     if config.family == "flow":
         return FlowGate(experts, width, config.start)
     if config.family == "retrieval" and stack is not None:
-        return RetrievalGate(width, stack.up.shape[0], rank=config.rank, total=config.total, scores=config.scores)
+        return RetrievalGate(width, stack.out, rank=config.rank, total=config.total, scores=config.scores)
     if config.family == "rank" and stack is not None:
         return RankGate(width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate)
     return MoLEGate(experts, width, config.total, config.features, bias=config.bias)

@@ -30,6 +30,23 @@ def hardened(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     return torch.zeros_like(gates).scatter(-1, best, gates.sum(-1, keepdim=True)) * mask
 
 
+class Strongest:
+    """Of each row (or token) the `count` largest gates; the others weigh nothing, and those kept sum to what all did.
+
+    Where a row's tokens share their gates, the experts that weigh nothing are not computed.
+    """
+
+    def __init__(self, count: int):
+        if count < 1:
+            raise ValueError(f"1 or more experts must weigh something, got {count}")
+        self.count = count
+
+    def __call__(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        index = gates.abs().topk(min(self.count, gates.shape[-1]), -1).indices
+        kept = torch.zeros_like(gates).scatter(-1, index, gates.gather(-1, index))
+        return kept * gates.abs().sum(-1, keepdim=True) / kept.abs().sum(-1, keepdim=True).clamp_min(1e-12)
+
+
 def frozen_random(seed: int) -> Control:
     """Weights drawn once per place, softmax of standard normal logits: a gate that varies by place but learned nothing."""
 

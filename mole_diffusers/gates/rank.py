@@ -10,6 +10,7 @@ from torch import nn
 from mole_diffusers import mixing
 from mole_diffusers.experts import Stack
 from mole_diffusers.gates.contract import Context
+from mole_diffusers.lora_files import LoraWeights
 
 
 def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tensor:
@@ -29,11 +30,10 @@ def singular(stack: Stack) -> Stack:
 
     Ranks of a trained LoRA are arbitrary, B A = (B Q)(Q^-1 A), and so would be gates of single ranks.
     """
-    halves, ranks = [], []
+    rows: list[LoraWeights | None] = []
     for down, up in zip(stack.down.split(list(stack.ranks)), stack.up.split(list(stack.ranks), 1), strict=True):
-        halves.append(mixing.low_rank(down, up, len(down))[:2] if len(down) else (down, up))
-        ranks.append(len(halves[-1][0]))
-    return Stack(torch.cat([d for d, _ in halves]), torch.cat([u for _, u in halves], 1), tuple(ranks))
+        rows.append(LoraWeights(*mixing.low_rank(down, up, len(down))[:2], 1.0) if len(down) else None)
+    return Stack(tuple(rows), stack.inner)
 
 
 def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:
