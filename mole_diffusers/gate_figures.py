@@ -82,6 +82,7 @@ def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str]
     for n, name in enumerate(trace.experts):
         colour = colours(trace.experts, shades)[name]
         axes.plot(range(len(share)), share[:, n], "o-", color=colour, markersize=3, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("share of the weights")
     axes.set_ylim(0, 1.02)
@@ -118,6 +119,7 @@ def losses(rows: Sequence[Mapping[str, float]]) -> Image.Image:
     for i, name in enumerate(key for key in rows[0] if key != "step"):
         style = {"color": "#000000", "linewidth": 1.8} if name == "loss" else {"color": COLOURS[i % 7], "linewidth": 1.0}
         axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("update")
     axes.set_ylabel("loss")
     axes.legend(fontsize=9)

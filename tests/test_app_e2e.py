@@ -61,6 +61,11 @@ def pixels(path):
         return np.asarray(image.convert("RGB"))
 
 
+def value(page, css):
+    """What stands in a field, also where it cannot be seen."""
+    return page.driver.find_element("css selector", f"{css} :is(input, textarea)").get_property("value")
+
+
 def dropped(page, path):
     page.tab("Keep")
     page.driver.find_element("css selector", "#dropped input[type=file]").send_keys(str(path))
@@ -71,15 +76,50 @@ def dropped(page, path):
 def test_a_picture_comes_back_from_itself(tiny, tmp_path):
     first = composed(tiny, tmp_path, "first.png")
     assert infotext.read(first).prompt == "a fox <lora:fox:1>"
-    tiny.type("#prompt textarea", "ink <lora:ink:0.5>")
+    tiny.type("#prompt textarea", "ink <lora:ink:0@0,1@0.4:stop=2>")
     tiny.until(lambda: "Strength of ink" in tiny.text("body"), WAIT)  # the card is in step with the tag
+    assert value(tiny, ".c1 .any") == "0@0,1@0.4"
+    tiny.type(".c1 .any input, .c1 .any textarea", "-7")
+    tiny.until(lambda: value(tiny, "#prompt") == "ink <lora:ink:-7:stop=2>", WAIT)  # and the tag with the card
     tiny.type("#seed input", "7")
     other = composed(tiny, tmp_path, "other.png")
-    assert infotext.read(other).seed == 7
+    assert (infotext.read(other).seed, infotext.read(other).tags[0].unet(0, 1)) == (7, -7)
     assert not np.array_equal(pixels(other), pixels(first))
     dropped(tiny, first)
     assert np.array_equal(pixels(composed(tiny, tmp_path, "again.png")), pixels(first))
     assert not tiny.errors()
+
+
+@pytest.mark.slow
+def test_what_waits_in_the_queue_is_cancelled_at_once(tiny):
+    tiny.type("#steps input[type=number]", "150")
+    tiny.type("#count input[type=number]", "16")
+    tiny.click("#compose")
+    tiny.until(lambda: "left" in tiny.text("#status"), WAIT)
+    running = tiny.driver.current_window_handle
+    tiny.driver.switch_to.new_window("tab")
+    tiny.open(tiny.url)
+    tiny.click("#compose")
+    tiny.until(lambda: "queue" in tiny.text("#status, #now, #pictures"), WAIT)
+    tiny.click("#cancel")
+    tiny.until(lambda: "taken out" in tiny.text("#status") and "queue" not in tiny.text("#now, #pictures"), WAIT)
+    tiny.driver.switch_to.window(running)
+    assert "left" in tiny.text("#status")  # the other visitor's work goes on
+    tiny.click("#cancel")
+    tiny.until(lambda: tiny.text("#status").startswith("stopped after"), WAIT)
+
+
+@pytest.mark.slow
+def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
+    tiny.driver.set_window_size(500, 900)  # as narrow as Chromium's window gets
+    for tab in ("See", "Train", "Keep", "Compose"):
+        tiny.tab(tab)
+        assert not tiny.unnamed()
+        wide, window = tiny.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide <= window, tab
+    addresses = tiny.driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert addresses
+    assert [address for address in addresses if not address.startswith((tiny.url, "data:", "blob:"))] == []
 
 
 @pytest.mark.slow
@@ -95,8 +135,9 @@ def test_a_visit_to_the_embedded_world(tmp_path):
         _compares(page)
         _watches(page)
         _cancels(page)
-        _trains(page)
-        assert infotext.read(composed(page, tmp_path, "trained.png")).gates == "mine"
+        _trains(page, tmp_path)
+        trained = infotext.read(composed(page, tmp_path, "trained.png"))
+        assert (trained.gates, len(trained.gates_sha256)) == ("again", 64)
         _saves(page, tmp_path)
         dropped(page, first)
         assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(first))
@@ -110,6 +151,9 @@ def _compares(page):
     labels = [label.text for label in page.all("#arms .caption-label")]
     assert labels == ["base", "alone fox", "alone ink", "sum", "gates"]
     assert len(page.all("#slider img")) == 2
+    before = {image.get_attribute("src") for image in page.all("#slider img")}
+    page.choose("#left", "base")
+    page.until(lambda: {image.get_attribute("src") for image in page.all("#slider img")} != before, WAIT)
 
 
 def _watches(page):
@@ -119,9 +163,10 @@ def _watches(page):
     assert page.all("#shares img")
     page.type("#weights textarea, #weights input", "fox=0.5, ink=1")
     page.click("#lock")
-    page.until(
-        lambda: "fox=0.5, ink=1" in page.driver.find_element("css selector", "#held textarea").get_property("value"), 60
-    )
+    page.until(lambda: "fox=0.5, ink=1" in value(page, "#held"), WAIT)
+    before = page.one("#heat img").get_attribute("src")
+    page.click("#look")
+    page.until(lambda: page.one("#heat img").get_attribute("src") != before, WAIT)  # drawn anew, with what was set
     page.click("#free")
 
 
@@ -138,16 +183,34 @@ def _cancels(page):
     page.type("#count input[type=number]", "1")
 
 
-def _trains(page):
+def _trains(page, folder):
     page.tab("Train")
     page.click("#suggest")
-    page.until(lambda: page.driver.find_element("css selector", "#singles textarea").get_property("value"), WAIT)
+    page.until(lambda: value(page, "#singles"), WAIT)
     page.type("#gates-name input, #gates-name textarea", "mine")
     page.type("#updates input[type=number]", "2")
     page.click("#train")
     page.until(lambda: "done" in page.text("#train-status"), WAIT)
     assert page.all("#loss img")
+    _gates_as_files(page, folder)
     page.tab("Compose")
+
+
+def _gates_as_files(page, folder):
+    page.click("#gate-files button")
+    page.until(lambda: value(page, "#which-gates") == "mine", WAIT)
+    page.click("#gates-out")
+    links = page.until(lambda: len(found := page.all("#gates-given a")) == 2 and found, WAIT)
+    paths = [folder / Path(link.get_attribute("href")).name for link in links]
+    for link, path in zip(links, paths, strict=True):
+        urlretrieve(link.get_attribute("href"), path)
+    assert {path.name for path in paths} == {"mine.safetensors", "mine.json"}
+    page.type("#new-name input, #new-name textarea", "again")
+    page.driver.find_element("css selector", "#gates-in input[type=file], input#gates-in").send_keys(
+        "\n".join(map(str, paths))
+    )
+    page.until(lambda: "flow gates again for fox, ink" in page.text("#gates-told"), WAIT)
+    page.until(lambda: value(page, "#which-gates") == "again", WAIT)
 
 
 def _saves(page, folder):
@@ -155,4 +218,4 @@ def _saves(page, folder):
     page.click("#save")
     link = page.until(lambda: page.all("#files a[href*='recipe-']"), WAIT)[0]
     urlretrieve(link.get_attribute("href"), folder / "r.json")
-    assert infotext.read_any(folder / "r.json").gates == "mine"
+    assert infotext.read_any(folder / "r.json").gates == "again"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 PROGRAMS = ("chromium", "chromedriver")
-BUSY = ".progress-text, .generating, .pending"  # what Gradio shows while something runs
+WAIT = 240  # seconds; machines that are busy are slow
 
 
 def missing() -> str:
@@ -36,6 +36,7 @@ def browser(folder: Any, *, width: int = 1280, height: int = 900) -> Iterator[Br
     options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(WAIT)
     try:
         driver.set_window_size(width, height)
         yield Browser(driver)
@@ -47,12 +48,13 @@ class Browser:
     """A driver with the few verbs that are needed, by CSS selector."""
 
     def __init__(self, driver: Any):
-        self.driver = driver
+        self.driver, self.url = driver, ""
 
     def open(self, url: str) -> None:
         """Open the app and wait until its page is drawn."""
+        self.url = url
         self.driver.get(url)
-        self.until(lambda: self.all("#prompt textarea"), 60)
+        self.until(lambda: self.all("#prompt textarea"), WAIT)
 
     def all(self, css: str) -> list[Any]:
         """Every element that can be seen."""
@@ -60,7 +62,7 @@ class Browser:
 
     def one(self, css: str) -> Any:
         """The first element that can be seen, waited for."""
-        return self.until(lambda: self.all(css), 20)[0]
+        return self.until(lambda: self.all(css), WAIT)[0]
 
     def text(self, css: str) -> str:
         """The text of an element, "" where there is none."""
@@ -74,7 +76,7 @@ class Browser:
 
     def tab(self, name: str) -> None:
         """Show a tab."""
-        self.until(lambda: [b for b in self.all("#tabs [role=tab]") if b.text == name], 20)[0].click()
+        self.until(lambda: [b for b in self.all("#tabs [role=tab]") if b.text == name], WAIT)[0].click()
 
     def type(self, css: str, text: str) -> None:
         """Put text into a field, and leave it."""
@@ -84,6 +86,17 @@ class Browser:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text, Keys.TAB)
+
+    def choose(self, css: str, text: str) -> None:
+        """Choose from a dropdown."""
+        self.click(f"{css} input")
+        options = self.until(lambda: [o for o in self.all(f"{css} [role=option]") if o.text.strip().endswith(text)], WAIT)
+        options[0].click()
+
+    def unnamed(self) -> list[str]:
+        """Fields and buttons that can be seen, but have no name for those who cannot see them."""
+        kinds = ", ".join(f".gradio-container {kind}" for kind in ("input", "textarea", "button", "[role=slider]"))
+        return [found.get_attribute("outerHTML")[:200] for found in self.all(kinds) if not found.accessible_name.strip()]
 
     def until(self, true: Callable[[], Any], seconds: float) -> Any:
         """What `true` gives, once it is true; elements that Gradio draws anew meanwhile are looked for again."""

@@ -20,8 +20,8 @@ from mole_diffusers.recipe import Recipe
 from mole_diffusers.shelf import world_shelf
 from mole_diffusers.world import emoji_world
 
-PROMPT = "ink drawing of a fox <lora:fox:1> <lora:ink:1>"
-WAIT = 300  # seconds
+PROMPT = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
+WAIT = 600  # seconds
 
 
 def main(folder: Path) -> None:

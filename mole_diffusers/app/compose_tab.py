@@ -29,12 +29,12 @@ def build(page: Page) -> None:
         with gr.Column(scale=5):
             adding = _adding(page)
             mixer(page)
-        with gr.Column(scale=4):
+            count = _settings(page)
+        with gr.Column(scale=4, elem_classes="results"):
             preview = gr.Image(
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
             )
             pictures = gallery("Pictures", columns=2, elem_id="pictures")
-            count = _settings(page)
     made = [status, preview, pictures, page.made]
     prompt = page.controls["prompt"]
     start = [*page.inputs, count]

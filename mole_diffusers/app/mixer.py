@@ -39,7 +39,9 @@ def _card(page: Page, card: Card, prompt: str) -> None:
             label = f"Strength of {name}"
             shown = slid(typed["unet"])
             slider = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
-            unet = gr.Textbox(typed["unet"], label="Any number, or 0@0,1@0.4", max_length=500, min_width=90)
+            unet = gr.Textbox(
+                typed["unet"], label="Any number, or 0@0,1@0.4", max_length=500, min_width=90, elem_classes="any"
+            )
         words = report["triggers"]
         chips = gr.CheckboxGroup(words, value=[w for w in words if w in prompt], label="Trigger words", visible=bool(words))
         gr.Markdown(_facts(report), elem_classes="facts")

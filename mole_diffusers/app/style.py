@@ -15,6 +15,9 @@ CSS = (
 .pixel img { image-rendering: pixelated; }
 #now img, .pixel .thumbnail-item img { width: 100%; height: 100%; object-fit: contain; }
 .figure img { padding-top: 34px; object-fit: contain; }  /* the label and the buttons lie over the top */
+.grid-wrap.fixed-height { min-height: 0 !important; max-height: none !important; overflow-y: visible !important;
+  padding-top: 34px !important; }  /* as high as its pictures, and the label beside them */
+.gallery-container:has(.preview) { min-height: 420px; }
 .caption-label { white-space: normal !important; max-width: 100% !important; }
 .card .thumb img { width: 56px; height: 56px; object-fit: contain; }
 .card { border: 1px solid var(--border-color-primary); border-left: 8px solid; border-radius: 8px; padding: 10px 12px;
@@ -30,6 +33,7 @@ CSS = (
   .gradio-container { padding: 6px !important; }
   .phone-column { flex-direction: column !important; }
   .phone-column > * { min-width: 100% !important; }
+  .results { order: -1; }  /* what was made comes right below the button */
 }
 """
 )
