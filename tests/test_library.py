@@ -70,6 +70,7 @@ def names(found):
 
 def test_phrases_are_what_stands_between_small_words_and_punctuation():
     assert phrases(words("Ink drawing of a FOX, and <new1> at night!")) == ["ink drawing", "fox", "<new1>", "night"]
+    assert phrases(words("a fox asleep under an oak, seen from behind")) == ["fox asleep", "oak", "seen"]
     assert phrases(words("photo of a person, painting style, fox style")) == ["fox style"]
 
 
@@ -87,6 +88,13 @@ def test_a_loras_embedding_is_the_mean_of_its_samples():
     encoder = Words()
     by_hand = torch.stack([encoder([text])[0] for text in ("ink drawing", "cat", "black ink drawing")]).mean(0)
     torch.testing.assert_close(embedding(SAMPLES["ink"], encoder), by_hand / by_hand.norm())
+
+
+def test_what_samples_share_counts_more_than_what_one_says():
+    encoder = Words()
+    shared, once, other = encoder(["fox", "snow", "grass"])
+    by_hand = 4 * shared + once + other
+    torch.testing.assert_close(embedding(["a fox in snow", "fox on grass"], encoder), by_hand / by_hand.norm())
 
 
 def test_top_k_equals_brute_force():
@@ -244,7 +252,7 @@ class Deaf(Words):
         (
             lambda f: (f / store.ABOUT).write_text("{}"),
             Words(),
-            "cannot be used: it is not mole_diffusers.library version 1",
+            "cannot be used: it is not mole_diffusers.library version 2",
         ),
         (lambda f: (f / store.ABOUT).write_text("[" * 100_000), Words(), "cannot be used: .* nested too deeply"),
         (lambda f: edit(f, embeddings="0"), Words(), "its two files are not from the same run"),

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 
-def centroid(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """LoraRetriever's E(phi), the mean embedding of a LoRA's samples, to unit length: [P, D] and counts [P] -> [D]."""
-    return F.normalize((vectors * counts[:, None]).sum(0) / counts.sum(), dim=0)
+def centroid(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """LoraRetriever's E(phi), the mean embedding of a LoRA's samples, to unit length: [P, D] and weights [P] -> [D]."""
+    return F.normalize((vectors * weights[:, None]).sum(0) / weights.sum(), dim=0)
 
 
 def similarity(queries: torch.Tensor, cards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from mole_diffusers.library.cards import Card, card_from, read_card, stamps
 from mole_diffusers.library.encoders import Encoder
 from mole_diffusers.safe_files import Contents, RefusedFileError, inside, read_json, read_safetensors
 
-FORMAT, VERSION = "mole_diffusers.library", 1
+FORMAT, VERSION = "mole_diffusers.library", 2
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
 MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 cards of 20 captions take 15 MB

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 
 WORD = re.compile(r"[\w<>'’+-]+|[^\w\s]")
-BREAKS = frozenset(["and", "with", "of", "in", "on", "by", "at", "a", "an", "the"])
+BREAKS = frozenset(
+    ["and", "with", "of", "in", "on", "by", "at", "a", "an", "the", "under", "over", "near", "beside", "behind", "from",
+     "to", "for", "as", "into"]
+)  # fmt: skip
 COMMON = ("photo", "drawing", "painting", "picture", "background", "person", "animal", "object", "style")
 LONGEST = 8  # words of a trigger that are looked for
 
