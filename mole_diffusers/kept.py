@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mole_diffusers.saving import save_expert
 
 VERSION = 1
 INDEX, EXPERTS, GATES = "mixture.json", "experts", "gates"
+FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; a name may hold what no path can
 
 
 def keep(mixture: Mixture, folder: str | Path) -> None:
@@ -30,7 +32,7 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     (folder / EXPERTS).mkdir(parents=True, exist_ok=True)
     kept, rows = {}, []
     for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
-        file = f"{i}.safetensors"  # a name may hold what no path can
+        file = f"{i}.safetensors"
         kept[name] = _keep_expert(expert, folder / EXPERTS / file)
         rows.append({"name": name, "file": file, "strength": strength})
     checkpoint.save(folder / GATES, mixture.banks, mixture.config, experts=kept)
@@ -67,11 +69,11 @@ def _experts(folder: Path) -> dict[str, tuple[str | Path | Expert, float]]:
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
-            name, file, strength = str(row["name"]), Path(row["file"]), float(row["strength"])
+            name, file, strength = str(row["name"]), row["file"], float(row["strength"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
-        if len(file.parts) != 1 or file.name == "..":
-            raise RefusedFileError(f"{folder / INDEX}: {str(file)!r} is not the name of a file in {EXPERTS}/")
+        if not isinstance(file, str) or not FILE.fullmatch(file):
+            raise RefusedFileError(f"{folder / INDEX}: {file!r} is not the name of a file in {EXPERTS}/")
         if name in found or not math.isfinite(strength) or not (folder / EXPERTS / file).is_file():
             raise RefusedFileError(
                 f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"

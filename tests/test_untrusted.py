@@ -206,7 +206,9 @@ def test_a_kept_mixture_copies_its_files_with_all_that_they_say(pipe, tmp_path):
     assert (tmp_path / "kept" / "experts" / "0.safetensors").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("file", ["../x", "/etc/passwd", "..", ".", "", "a/../../x", "missing", "a\0b", None, 3])
+@pytest.mark.parametrize(
+    "file", ["../x", "/etc/passwd", "..", ".", "", "a/../../x", "7.safetensors", "a\0b", "x" * 3000, None, 3]
+)
 def test_a_kept_mixture_names_files_of_its_own_folder_only(pipe, loras, draw, tmp_path, file):
     keep(mole.attach(pipe, {"fox": loras["fox"]}), tmp_path / "kept")
     attached = draw(pipe)
