@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -255,7 +254,7 @@ class Mixture:
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
-        if math.isfinite(value):
+        if abs(value) <= torch.finfo(torch.float32).max:
             return float(value)
         raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
 

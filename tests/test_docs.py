@@ -62,3 +62,9 @@ def test_what_a_document_shows_is_there(name):
         assert path.stat().st_size < 200_000
         with Image.open(path) as image:
             image.verify()
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_the_tests_that_a_document_names_are_there(path):
+    for file, name in set(re.findall(r"(tests/\w+\.py)::(\w+)", path.read_text())):
+        assert f"\ndef {name}(" in (DOCS.parent / file).read_text(), f"{file}::{name}"

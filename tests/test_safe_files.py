@@ -113,6 +113,7 @@ def test_no_file_is_a_missing_file(tmp_path):
         (b"<html>", "is not JSON"),
         (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
         (b"[1, Infinity]", "Infinity is not a JSON number"),
+        (b"[1e999]", "1e999 is larger than any number"),
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 50_000, "nested too deeply"),
         (b"[" * 9 + b"]" * 9, "nested too deeply"),

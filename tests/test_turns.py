@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from hosts import assert_same, snapshot
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
@@ -134,3 +136,36 @@ def test_a_denoiser_with_a_mixture_can_be_copied(pipe, loras):
     mole.attach(pipe, {"ink": loras["ink"]})
     twin = copy.deepcopy(pipe.unet)
     assert twin.state_dict().keys() == pipe.unet.state_dict().keys()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97])
+def test_an_interrupted_attach_is_undone(pipe, loras, share):
+    """Ctrl-C at the entry of some function of ours, the same share of the way through attaching."""
+    experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}
+    calls = interrupted(lambda: mole.attach(pipe, experts, "mole"), 0)
+    mole.detach(pipe)
+    before = snapshot(pipe)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(lambda: mole.attach(pipe, experts, "mole"), int(share * calls))
+    mole.detach(pipe)
+    assert_same(before, snapshot(pipe))
+    assert type(pipe) is StableDiffusionPipeline
+
+
+def interrupted(run, at):
+    """Raise KeyboardInterrupt in the `at`-th call of one of our functions (0: never); how many calls there were."""
+    folder, calls = str(Path(mole.__file__).parent), 0
+
+    def count(frame, event, _):
+        nonlocal calls
+        if event == "call" and frame.f_code.co_filename.startswith(folder) and frame.f_code.co_name[0] != "<":
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
