@@ -45,9 +45,10 @@ def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, c
     experts = [f"--expert={name}={loras[name]}" for name in ("fox", "hat")]
     words = ["--prompt", "a fox and a hat", "--part", "a fox", "--part", "a hat"]
     out = tmp_path / "out"
-    command = ["train", "--base", base, *experts, *words, "--family", "flow", "--steps", "1", "--batch", "1"]
+    command = ["train", "--base", base, *experts, *words, "--steps", "1", "--batch", "1"]
     assert main([*command, "--out", str(out)]) == 0
     assert set(json.loads((out / "log.jsonl").read_text())) >= {"loss", "collage"}
+    assert json.loads((out / "config.json").read_text())["gates"]["family"] == "flow"  # unless asked otherwise
     assert main([*command, "--prompt", "a hat and a fox", "--out", str(out)]) == 1
     assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
 

@@ -28,6 +28,7 @@ TRAINING = (
     "initial", "steps", "batch", "accumulation", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema", "precision",
     "seed", "every", "keep", "tracker",
 )  # fmt: skip
+RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
 SECTIONS = ("base", "experts", "gates", "lesson", "data", "clip", "training")
 
 
@@ -59,7 +60,8 @@ def add(commands: Any) -> None:
         how.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE")
     gates = train.add_argument_group("gates")
     for field in fields(GateConfig):
-        known = f"of {[f for f in FAMILIES if f not in ('sum', 'mean')]}" if field.name == "family" else None
+        families = f"of {[f for f in FAMILIES if f not in ('sum', 'mean')]}; default: {RECOMMENDED}"
+        known = families if field.name == "family" else None
         kind = json_or_text if isinstance(field.default, bool) else type(field.default)
         gates.add_argument(f"--{field.name}", type=kind, metavar="VALUE", help=known)
     train.add_argument("--push-to-hub", metavar="REPO", help="upload the gates with a card")
@@ -84,6 +86,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "training": training,
     }
     merged = {name: found.get(name, {}) | given(section) for name, section in flags.items()}
+    merged["gates"] = {"family": RECOMMENDED} | merged["gates"]
     alone = {"base": args.base, "data": args.data, "clip": args.clip}
     return {"base": "emoji", "data": [], "clip": None} | found | merged | given(alone)
 
