@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mole_diffusers.gates import GateBank, GateConfig
 from mole_diffusers.lora_files import Expert
 from mole_diffusers.safe_files import RefusedFileError, read_json, read_safetensors
+from mole_diffusers.whole_files import save_whole
 
 VERSION = 1
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
@@ -79,7 +79,7 @@ def save(
     tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
     about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_whole(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
 
 

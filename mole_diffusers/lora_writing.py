@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mole_diffusers.lora_files import KOHYA_PREFIXES, ONETRAINER_PREFIX, LoraWeights
+from mole_diffusers.whole_files import save_whole
 
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # part -> {module name of the host: weights}
 FORMATS = ("diffusers", "kohya")
@@ -47,7 +47,7 @@ def write_lora(
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": "pt", **(metadata or {})})
+    save_whole(tensors, path, {"format": "pt", **(metadata or {})})
 
 
 def _diffusers(part: str, module: str) -> str:

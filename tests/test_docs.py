@@ -10,7 +10,7 @@ from PIL import Image
 from mole_diffusers.cli import main
 
 DOCS = Path(__file__).parent.parent / "docs"
-MINE = ("tutorial.md", "evaluation.md")
+MINE = ("tutorial.md", "evaluation.md", "training.md")
 
 
 def blocks(name, language):

@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
 ORDER = [
     "safe_files",
+    "whole_files",
     "lora_files",
     "lora_writing",
     "saving",

@@ -12,11 +12,14 @@ from transformers import CLIPImageProcessor
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_tokenizer
 from mole_diffusers.training.clip import Clip, read_clip
+from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import predict, sample
+from mole_diffusers.training.loop import setup
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, separation_loss, softened
 from mole_diffusers.training.objectives import OBJECTIVES
 from mole_diffusers.training.rewards import _advance, _begin
+from mole_diffusers.training.run import values
 from mole_diffusers.training.study import Lesson, Study, negatives, swap
 
 TEACH = {"seeds": 2, "steps": 2}
@@ -231,3 +234,28 @@ def test_caption_loss_by_hand():
     captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     loss = caption_loss(torch.tensor([0.6, 0.8]), captions, torch.tensor(10.0))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(2)))
+
+
+def test_the_balance_losss_gradient_equals_the_difference_of_values(study):
+    """The one term that reads the gates of others: as the loop computes it, with what it is beside held apart."""
+    config = GateTraining({"denoise": 1.0, "balance": 1.0}, batch=2, steps=1)
+    run = setup(study, config, folder=None, success=None)
+    run.terms = {"denoise": OBJECTIVES["denoise"](study)}
+
+    def value():
+        return values(run, 0, index=0, shares=1)["balance"]
+
+    parameters = study.mixture.parameters()
+    gradients = torch.autograd.grad(value(), parameters, allow_unused=True, materialize_grads=True)
+    length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    assert length > 1e-5
+    ends = []
+    for by in (2e-2, -2e-2):
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p.add_(by * g / length)
+        ends.append(value().item())
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p.sub_(by * g / length)
+    assert (ends[0] - ends[1]) / 4e-2 == pytest.approx(length.item(), rel=0.03)

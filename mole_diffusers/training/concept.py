@@ -190,7 +190,9 @@ def fit(run: ConceptRun, *, name: str = "", report: Callable[[dict], None] | Non
             run.beams.after(done)
         keep = done == config.steps or done % config.every == 0
         if keep or done % LOOK == 0:
-            row = engine.settle(["loss", *run.pictures], lambda: "a lower rate or no half precision may help")
+            row = engine.settle(
+                ["loss", *run.pictures], lambda: f"{name or 'the concept'}: a lower rate or no half precision may help"
+            )
             bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if k != "step"}, refresh=False)
         if keep:
             save(run, done)

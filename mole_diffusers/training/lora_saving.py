@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from mole_diffusers.lora_files import PEFT_METADATA, family_of
+from mole_diffusers.whole_files import save_whole
 
 ARCHITECTURES = {"SD 1.x": "stable-diffusion-v1/lora", "SD 2.x": "stable-diffusion-v2-768-v/lora"}  # ModelSpec's words
 
@@ -70,4 +70,4 @@ def _save(
 ) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **about, "modelspec.trigger_phrase": triggers}
-    save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path, metadata)
+    save_whole({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path, metadata)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.denoising import latent_shape, sample
+from mole_diffusers.whole_files import save_whole
 
 FILE = "prior.safetensors"
 
@@ -50,5 +50,5 @@ def class_samples(
     samples = Samples(torch.cat(drawn), [prompt] * count)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": samples.latents}, kept, {"asked": asked})
+        save_whole({"latents": samples.latents}, kept, {"asked": asked})
     return samples
