@@ -73,6 +73,19 @@ def heat_map(trace: Trace, path: Path) -> Any:
     return _save(figure, path)
 
 
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, x: str, y: str) -> Any:
+    """One line per name through its points, axes named `x` and `y`."""
+    figure, axes = _axes(7, 4)
+    for i, (name, points) in enumerate(curves.items()):
+        style = "-" if i < len(COLOURS) else "--"
+        axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[i % len(COLOURS)], label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(-0.02, 1.02)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return _save(figure, path)
+
+
 def maps(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], columns: Sequence[str], path: Path) -> Any:
     """Shares from 0 to 1 as one panel per table, with the same named rows and columns."""
     from matplotlib.figure import Figure

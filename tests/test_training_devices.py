@@ -1,0 +1,98 @@
+"""Training where it is meant to run: half precision, two processes on one card, a compiled UNet; on a CPU for want of one.
+
+`pytest -m gpu` runs them on a CUDA card, `pytest -m slow` on the CPU.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.data import Samples
+from mole_diffusers.training.loop import train_gates
+from mole_diffusers.training.study import Lesson
+
+CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=CARD)]
+PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox in ink"] * 4)
+SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)
+
+
+def train(files, device, config=SHORT, *, folder=None, compile=None):
+    """A run on a tiny pipeline of its own; returns its gates on the CPU and its log."""
+    pipe = tiny_pipeline().to(device)
+    mixture = mole.attach(pipe, files, "mole")
+    if compile is not None:
+        pipe.unet.compile(backend=compile)
+    log = train_gates(pipe, mixture, Lesson(samples=PICTURES), config=config, folder=folder)
+    return {f"{p}.{k}": v.cpu() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}, log
+
+
+def close(one, other, *, atol):
+    assert one.keys() == other.keys()
+    for name, gate in other.items():
+        torch.testing.assert_close(one[name], gate, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_the_same_and_keeps_gates_whole(loras, device, precision):
+    files = {n: loras[n] for n in ("fox", "ink")}
+    whole, half = (train(files, device, replace(SHORT, precision=name)) for name in ("no", precision))
+    assert [row["denoise"] for row in half[1]] == pytest.approx([row["denoise"] for row in whole[1]], rel=0.05)
+    assert all(gate.dtype == torch.float32 and torch.isfinite(gate).all() for gate in half[0].values())
+    moved = {name: gate for name, gate in half[0].items() if gate.abs().sum() > 0}
+    assert moved.keys() == {name for name, gate in whole[0].items() if gate.abs().sum() > 0}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_unet_learns_the_same(loras, device):
+    files = {n: loras[n] for n in ("fox", "ink")}
+    config = replace(SHORT, steps=2)
+    try:
+        found = train(files, device, config, compile="inductor" if device == "cuda" else "aot_eager")
+    finally:
+        torch.compiler.reset()
+    wanted = train(files, device, config)
+    close(found[0], wanted[0], atol=1e-4)
+    assert [row["loss"] for row in found[1]] == pytest.approx([row["loss"] for row in wanted[1]], rel=1e-3)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from accelerate import PartialState
+state = PartialState(cpu={device!r} == "cpu", backend="gloo")  # NCCL refuses two processes on one card
+from test_training_devices import train
+train(dict(fox=sys.argv[2], ink=sys.argv[3]), state.device, folder=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_processes_on_one_device_equal_one(loras, tmp_path, device):
+    """Each is launched as a machine of its own, so that both take the first card."""
+    files = {n: str(loras[n]) for n in ("fox", "ink")}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), device=device))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "2"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29517", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--cpu" if device == "cpu" else "--multi_gpu"]
+    both = [
+        subprocess.Popen([*launch, "--machine_rank", str(rank), str(script), str(tmp_path / "two"), *files.values()])
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    wanted, log = train(files, device, folder=tmp_path / "one")
+    mixture = mole.attach(tiny_pipeline(), files, gates=tmp_path / "two")
+    found = {f"{p}.{k}": v for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
+    close(found, wanted, atol=1e-5)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    for two, one in zip(rows, log, strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
