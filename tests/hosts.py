@@ -5,6 +5,8 @@
 
 import diffusers as d
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -239,6 +241,27 @@ def draw(pipe, options, prompt="a fox in ink", *, steps=2):
 def models(pipe):
     """The models of a pipeline that experts can sit on, by part."""
     return {part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+
+
+def networks(pipe):
+    """All models of a pipeline."""
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+CPU = torch.device("cpu")
+
+
+def group(pipe, **options):
+    for model in networks(pipe):
+        apply_group_offloading(model, onload_device=CPU, offload_device=CPU, **options)
+
+
+OFFLOADS = {  # the CPU plays the accelerator too; what is offloaded layer by layer is on "meta" between calls
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": lambda pipe: [cpu_offload(model, CPU) for model in networks(pipe)],
+    "block": lambda pipe: group(pipe, offload_type="block_level", num_blocks_per_group=1),
+    "leaf": lambda pipe: group(pipe, offload_type="leaf_level"),
+}
 
 
 def denoiser(pipe):

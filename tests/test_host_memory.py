@@ -3,28 +3,13 @@
 import pytest
 import torch
 import torch._dynamo
-from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers.hooks import apply_group_offloading
+from hosts import OFFLOADS
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
-CPU = torch.device("cpu")
-
-
-def group(pipe, **options):
-    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
-        apply_group_offloading(model, onload_device=CPU, offload_device=CPU, **options)
-
-
-OFFLOADS = {  # the CPU plays the accelerator too; what is offloaded layer by layer is on "meta" between calls
-    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-    "sequential": lambda pipe: [cpu_offload(m, CPU) for m in (pipe.unet, pipe.text_encoder, pipe.vae)],
-    "block": lambda pipe: group(pipe, offload_type="block_level", num_blocks_per_group=1),
-    "leaf": lambda pipe: group(pipe, offload_type="leaf_level"),
-}
 
 
 @pytest.mark.parametrize("first", [True, False])
