@@ -239,7 +239,8 @@ class Mixture:
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them."""
-        checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
+        with self._turn, loaded(self._pipe):  # offloaded gates have no values where they are between calls
+            checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
 
     @contextmanager
     def _lent(self, **values: Any) -> Iterator[None]:

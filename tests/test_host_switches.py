@@ -41,16 +41,17 @@ SWITCHES = hosts.OFFLOADS | {
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_changes_no_picture(host, switch):
+def test_a_switch_changes_no_picture(host, switch, tmp_path):
     _, pipe, options, attach = host
     base = hosts.draw(pipe, options)
-    attach()
+    mixture = attach()
     picture = hosts.draw(pipe, options)
     SWITCHES[switch](pipe)
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
+    mixture.save_pretrained(tmp_path / "gates")  # wherever their weights are now
     mole.detach(pipe)
     torch.testing.assert_close(hosts.draw(pipe, options), base, **CLOSE)
-    attach()
+    mole.attach(pipe, mixture.experts, tmp_path / "gates")
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
 
 
