@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from mole_diffusers import checkpoint
@@ -52,9 +53,8 @@ def taken_in(shelf: Shelf, files: Sequence[Path], name: str, *, home: Path) -> s
     Raises ValueError for anything but one good pair of files, and for a name that is taken.
     """
     weights, about = _pair(files)
-    folder = home / ".new"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=".new-", dir=home))  # of its own: two visitors may upload at once
     try:
         shutil.copyfile(weights, folder / checkpoint.WEIGHTS)
         shutil.copyfile(about, folder / checkpoint.CONFIG)
