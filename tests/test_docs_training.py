@@ -63,6 +63,13 @@ def test_what_other_machines_are_needed_for_parses():
 def test_every_term_and_flag_is_there():
     assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == {*OBJECTIVES, BALANCE}
     helps = [p.format_help() for p in parser()._subparsers._group_actions[0].choices.values()]
-    launcher = {"--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+    launcher = {
+        "--nproc_per_node",
+        "--num_processes",
+        "--num_machines",
+        "--machine_rank",
+        "--main_process_ip",
+        "--main_process_port",
+    }
     for flag in set(re.findall(r"--[a-z][a-z_-]+", TEXT)) - launcher:
         assert any(flag in text for text in helps), flag

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +71,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from accelerate import PartialState
 state = PartialState(cpu={device!r} == "cpu", backend="gloo")  # NCCL refuses two processes on one card
+assert state.num_processes == 2
 from test_training_devices import train
 train(dict(fox=sys.argv[2], ink=sys.argv[3]), state.device, folder=sys.argv[1])
 """
@@ -77,17 +79,19 @@ train(dict(fox=sys.argv[2], ink=sys.argv[3]), state.device, folder=sys.argv[1])
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_two_processes_on_one_device_equal_one(loras, tmp_path, device):
-    """Each is launched as a machine of its own, so that both take the first card."""
+    """Each is started as a machine of its own, as launchers do by these variables, so that both take the first card."""
     files = {n: str(loras[n]) for n in ("fox", "ink")}
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), device=device))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "2"]
-    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29517", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--cpu" if device == "cpu" else "--multi_gpu"]
-    both = [
-        subprocess.Popen([*launch, "--machine_rank", str(rank), str(script), str(tmp_path / "two"), *files.values()])
-        for rank in range(2)
-    ]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+    }
+    command = [sys.executable, str(script), str(tmp_path / "two"), *files.values()]
+    both = [subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
     assert [process.wait(timeout=600) for process in both] == [0, 0]
     wanted, log = train(files, device, folder=tmp_path / "one")
     mixture = mole.attach(tiny_pipeline(), files, gates=tmp_path / "two")
