@@ -43,6 +43,7 @@ def outputs(pipe, tmp_path):
 def test_every_arm_of_equal_gates_computes_the_same_step(outputs):
     found = outputs(ARMS)
     base = found.pop("base")
+    assert torch.equal(found.pop("again"), base)
     for arm, y in found.items():
         assert (y - base).abs().max() > 1e-3, arm
         torch.testing.assert_close(y, found["set_adapters"], atol=1e-5, rtol=0)
@@ -162,6 +163,19 @@ def test_memory_over_the_base(capsys):
     assert rows["set_adapters", 4]["over"] > 0.9 * rows["set_adapters", 4]["own"]
     assert main(small) == 0
     assert "MB over base" in capsys.readouterr().out
+
+
+def test_shares_of_a_step(capsys):
+    small = ["bench", "--what", "shares", "--repeats", "1", "--experts", "2", "--arms", "gated", "--threads", "1"]
+    assert main([*small, "--json"]) == 0
+    rows = {(r["arm"], r["operator"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
+    products = "aten::baddbmm", "aten::addmm_"
+    assert all(("base", name) not in rows for name in products)
+    ours = [row for (arm, name), row in rows.items() if arm == "gated" and name in products]
+    assert ours
+    assert all(row["calls"] > 0 and row["ms"] > 0 for row in ours)
+    assert main(small) == 0
+    assert "operator" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -127,3 +127,16 @@ def test_gates_strengths_and_masks_change_without_compiling_again(pipe, loras, d
         mixture.strength("ink", -0.5)
         awake(mixture, seed=1)
         torch.testing.assert_close(draw(pipe), expected["changed"], **CLOSE)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_channels_last_draws_the_same(pipe, loras, draw, awake, first):
+    awake(mole.attach(pipe, loras, "mole"))
+    picture = draw(pipe)
+    if first:
+        mole.detach(pipe)
+    pipe.unet.to(memory_format=torch.channels_last)
+    if first:
+        awake(mole.attach(pipe, loras, "mole"))
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(draw(pipe), picture, **CLOSE)

@@ -145,7 +145,7 @@ FOLDERS = {
         "merge",
         "bench",
     ],
-    "bench": ["hosts", "clock", "settings", "arms", "steps", "once", "memory", "report"],
+    "bench": ["hosts", "clock", "settings", "arms", "steps", "once", "memory", "shares", "report"],
 }
 MERGE_MATHS = ("factors", "linear", "sparse", "lego", "regression")
 

@@ -14,6 +14,7 @@ import torch
 from mole_diffusers import attaching, carrier
 from mole_diffusers.bench.hosts import ATTENTION
 from mole_diffusers.gates import GateConfig
+from mole_diffusers.gates.controls import Strongest
 from mole_diffusers.mixture import Mixture
 
 Files = Mapping[str, Path]
@@ -68,6 +69,13 @@ def gated(pipe: Any, files: Files, gates: GateConfig, *, inside: bool | None = N
 
 
 @contextmanager
+def strongest(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """Gates of which the four largest of each row weigh something."""
+    with awake(pipe, files, gates).adjusted(Strongest(4)):
+        yield
+
+
+@contextmanager
 def new_text(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
     """Gates over a text that is another at every step, so that nothing of it can be kept."""
     with gated(pipe, files, gates):
@@ -99,12 +107,14 @@ def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
 
 ARMS: Mapping[str, Arm] = {
     "base": base,
+    "again": base,  # the base once more: how much of a ratio is noise
     "set_adapters": set_adapters,
     "fused": fused,
     "gated": gated,
     "gated-beside": partial(gated, inside=False),
     "gated-inside": partial(gated, inside=True),
     "gated-new-text": new_text,
+    "gated-strongest": strongest,
     "collapsed": collapsed,
 }
 FOLDING = ("fused", "collapsed")  # they write into the weights

@@ -9,6 +9,7 @@ import torch
 
 from mole_diffusers.bench.memory import Memory
 from mole_diffusers.bench.settings import Cost
+from mole_diffusers.bench.shares import Share
 
 
 def machine(device: str) -> str:
@@ -29,6 +30,19 @@ def memory_table(rows: Sequence[Memory]) -> str:
     lines = [f"{'arm':<17}{'N':>4}{'MB over base':>14}{'experts':>9}{'ratio':>8}"]
     for r in rows:
         lines.append(f"{r.arm:<17}{r.experts:>4}{r.over / 1e6:>14.1f}{r.own / 1e6:>9.1f}{r.ratio:>8.3f}")
+    return "\n".join(lines)
+
+
+def share_table(rows: Sequence[Share]) -> str:
+    """Milliseconds of each operator, one column per arm and number of experts; what takes 1 ms nowhere is left out."""
+    columns = list(dict.fromkeys((r.arm, r.experts) for r in rows))
+    by_operator: dict[str, dict[tuple[str, int], float]] = {}
+    for r in rows:
+        by_operator.setdefault(r.operator, {})[r.arm, r.experts] = r.ms
+    lines = [f"{'operator':<44}" + "".join(f"{f'{arm} {n}' if n else arm:>18}" for arm, n in columns)]
+    for name, found in sorted(by_operator.items(), key=lambda item: -max(item[1].values())):
+        if max(found.values()) >= 1:
+            lines.append(f"{name:<44}" + "".join(f"{found.get(column, 0):>18.1f}" for column in columns))
     return "\n".join(lines)
 
 

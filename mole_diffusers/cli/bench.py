@@ -15,8 +15,9 @@ from mole_diffusers.bench.clock import CLOCKS
 from mole_diffusers.bench.hosts import SIZES
 from mole_diffusers.bench.memory import memory_costs
 from mole_diffusers.bench.once import attach_costs, collapse_costs, update_costs
-from mole_diffusers.bench.report import curve, machine, memory_table, table
+from mole_diffusers.bench.report import curve, machine, memory_table, share_table, table
 from mole_diffusers.bench.settings import COMPILED, DTYPES, Settings
+from mole_diffusers.bench.shares import step_shares
 from mole_diffusers.bench.steps import step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
@@ -26,6 +27,7 @@ WHAT: Mapping[str, Callable[[Settings, argparse.Namespace], list[Any]]] = {
     "collapse": lambda settings, args: collapse_costs(settings, args.experts),
     "update": lambda settings, args: update_costs(settings, args.experts),
     "memory": lambda settings, args: memory_costs(settings, args.arms, args.experts),
+    "shares": lambda settings, args: step_shares(settings, args.arms, args.experts),
 }
 
 
@@ -69,5 +71,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": rows}))
     else:
         print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
-        print(memory_table(costs) if args.what == "memory" else table(costs))
+        print({"memory": memory_table, "shares": share_table}.get(args.what, table)(costs))
     return 0
