@@ -10,7 +10,7 @@ from PIL import Image
 from mole_diffusers.cli import main
 
 DOCS = Path(__file__).parent.parent / "docs"
-MINE = ("tutorial.md", "evaluation.md", "training.md")
+MINE = ("tutorial.md", "evaluation.md", "training.md", "speed.md")
 
 
 def blocks(name, language):
@@ -21,6 +21,11 @@ def test_the_reference_is_up_to_date():
     made = runpy.run_path(str(DOCS / "make_api.py"))["reference"]()
     assert (DOCS / "api.md").read_text() == made, "run: python docs/make_api.py"
     assert "## `attach`" in made
+
+
+def test_costs_are_what_was_measured():
+    made = runpy.run_path(str(DOCS / "make_speed.py"))["document"]()
+    assert (DOCS / "speed.md").read_text() == made, "run: python docs/make_speed.py"
 
 
 def shortened(code):

@@ -47,9 +47,9 @@ def step_shares(settings: Settings, arms: Sequence[str], experts: Sequence[int])
         rounds: dict[tuple[str, int], list[dict[str, tuple[int, float]]]] = defaultdict(list)
         for turn in range(2 + settings.repeats):
             for key, run in runs.items():
-                found = _profiled(run)
+                one = _profiled(run)
                 if turn >= 2:
-                    rounds[key].append(found)
+                    rounds[key].append(one)
     for (arm, n), found in rounds.items():
         for operator in sorted({name for one in found for name in one}):
             calls = max(one.get(operator, (0, 0.0))[0] for one in found)

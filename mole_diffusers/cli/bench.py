@@ -71,5 +71,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": rows}))
     else:
         print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
-        print({"memory": memory_table, "shares": share_table}.get(args.what, table)(costs))
+        tables: dict[str, Callable[[list[Any]], str]] = {"memory": memory_table, "shares": share_table}
+        print(tables.get(args.what, table)(costs))
     return 0
