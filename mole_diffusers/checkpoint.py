@@ -49,11 +49,16 @@ class Checkpoint:
     def fill(self, banks: Mapping[str, GateBank]) -> None:
         """Put the weights into `banks`; RefusedFileError naming places or shapes that differ.
 
-        Gates without parameters of single experts may hold places that none of these experts has; those are left out.
+        Gates without parameters of single experts may hold places that none of these experts has; those are left out. They
+        may lack places, since they were trained with experts of fewer layers; there all experts weigh alike, with a warning.
         """
         wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
         if missing := sorted(set(wanted) - set(self.tensors)):
-            raise RefusedFileError(f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more")
+            lack = f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more"
+            if self.config.of_experts or len(missing) == len(wanted):
+                raise RefusedFileError(lack)
+            warnings.warn(f"{lack}: experts weigh alike there", stacklevel=3)
+            wanted = {name: tensor for name, tensor in wanted.items() if name in self.tensors}
         if self.config.of_experts and (foreign := sorted(set(self.tensors) - set(wanted))):
             raise RefusedFileError(
                 f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have"

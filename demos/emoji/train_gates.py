@@ -38,7 +38,7 @@ JOINT = ConceptConfig(
 ORACLE_TRAINING = GateTraining(terms={"denoise": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 ORACLE_RATES = {"static": 5e-2, "mole": 5e-2}  # they have a weight per expert where the others have a matrix
 UNSEEN = emoji.VALIDATION_SUBJECTS + emoji.VALIDATION_STYLES + ("sunflower", "doughnut", "glossy")  # half of the LoRAs
-PASSES, UPDATES = 2, 20  # of the gates that see half of the LoRAs: each composition in turn, twice
+UPDATES = 30  # on each composition of the gates that see half of the LoRAs
 
 
 def recipe(concepts) -> GateTraining:
@@ -82,18 +82,19 @@ def seen_compositions() -> list[emoji.Concepts]:
 
 
 def make_unseen(world):
-    """Retrieval gates that learn from half of the LoRAs, a composition at a time; they serve the other half."""
-    folder, config = WORK / "unseen", replace(TRAINING, steps=UPDATES)
+    """Retrieval gates that learn from half of the LoRAs, a composition at a time; they serve the other half.
+
+    All of the half are attached, so that there are gates for every layer that any of them has.
+    """
+    folder = WORK / "unseen"
     if (folder / "config.json").exists():
         return
-    gates: Path | GateConfig = FAMILIES["retrieval"]
-    turns = [concepts for _ in range(PASSES) for concepts in seen_compositions()]
-    for i, concepts in enumerate(turns):
-        detach(world.pipe)
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, gates)
-        train_gates(world.pipe, mixture, lesson(concepts), config=replace(config, terms=recipe(concepts).terms, seed=i))
-        gates = WORK / "unseen-so-far" if i + 1 < len(turns) else folder
-        mixture.save_pretrained(gates)
+    detach(world.pipe)
+    mixture = attach(world.pipe, {c: world.loras[c] for c in UNSEEN}, FAMILIES["retrieval"])
+    for i, concepts in enumerate(seen_compositions()):
+        with mixture.only(*concepts):
+            train_gates(world.pipe, mixture, lesson(concepts), config=replace(recipe(concepts), steps=UPDATES, seed=i))
+    mixture.save_pretrained(folder)
 
 
 def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
