@@ -2,6 +2,7 @@
 
 import json
 import struct
+from copy import deepcopy
 
 import torch
 from hypothesis import strategies as st
@@ -71,11 +72,13 @@ def header_mutated(draw, blob, other):
     kind = draw(st.sampled_from(["field", "rename", "delete", "twice", "metadata", "swap"]))
     if kind == "metadata" or not keys:
         said = header.setdefault("__metadata__", {})
-        said[draw(st.sampled_from(METADATA))] = draw(st.sampled_from(WORDS) | st.sampled_from(ODD) | st.text(max_size=20))
+        said[draw(st.sampled_from(METADATA))] = deepcopy(
+            draw(st.sampled_from(WORDS) | st.sampled_from(ODD) | st.text(max_size=20))
+        )
         return packed(header, blob[8 + size :])
     key = keys[place(draw, len(keys))]
     if kind == "field":
-        header[key][draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))] = draw(st.sampled_from(ODD))
+        header[key][draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))] = deepcopy(draw(st.sampled_from(ODD)))
     elif kind == "rename":
         header[renamed(draw, key, keys)] = header.pop(key)
     elif kind == "delete":
@@ -163,13 +166,13 @@ def json_mutated(draw, blob, other):
             return json_text(draw(st.sampled_from(ODD)))
         kind = draw(st.sampled_from(["set", "set", "set", "delete", "add", "bytes", "twice"]))
         if kind == "set":
-            inner[key] = draw(st.sampled_from(ODD) | st.text(max_size=20) | st.integers(-9, 9))
+            inner[key] = deepcopy(draw(st.sampled_from(ODD) | st.text(max_size=20) | st.integers(-9, 9)))
         elif kind == "delete":
             del inner[key]
         elif kind == "add" and isinstance(inner, dict):
-            inner[draw(st.text(max_size=9))] = draw(st.sampled_from(ODD))
+            inner[draw(st.text(max_size=9))] = deepcopy(draw(st.sampled_from(ODD)))
         elif kind == "add":
-            inner.append(draw(st.sampled_from([*inner, *ODD])))
+            inner.append(deepcopy(draw(st.sampled_from([*inner, *ODD]))))
         elif kind == "twice" and isinstance(value, dict) and value:
             return json_text(value)[:-1] + b", " + json_text(dict([next(iter(value.items()))]))[1:]
         else:
