@@ -16,6 +16,7 @@ SHOWN = "sunflower+doughnut"  # the case of the sample sheet
 FREE = tuple(arm for arm in ARMS if arm not in CONTROLS)  # what no training on the composition made
 TRAINED = ("gates", *(f"{family} gates" for family in FAMILIES if family != "flow"))
 CEILINGS = (*(f"{family} oracle" for family in FAMILIES), "joint LoRA")
+SHEET = ("base", "sum", "np", "regmean", "gates", "static gates", "rank gates", "flow oracle")
 MAIN = (*FREE, *TRAINED, *CEILINGS)  # controls have a page of their own
 
 
@@ -33,7 +34,7 @@ def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
         "free_paired": tables.paired_table(named(found["test"], FREE), "sum"),
         "compared": tables.success_table(named(compared, MAIN)),
         "compared_paired": tables.paired_table(named(compared, MAIN), "sum"),
-        "behind": tables.concept_table(named(compared, MAIN)),
+        "behind": tables.concept_table(named([row for row in compared if len(row["seen"]) == 2], MAIN)),
         "cases": tables.case_table(named(compared, ("sum", "grid search", "np", *TRAINED[:2], *CEILINGS))),
         "validation": tables.success_table(named(found["validation"], (*FREE, *TRAINED))),
         "attempts": (HERE / "attempts.md").read_text().strip(),
@@ -46,7 +47,7 @@ def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
 def figures(found: dict[str, list[Row]], compared: list[Row], pictures: Path, docs: Path) -> None:
     """Bars, samples, and what happens as strength moves and as experts crowd in."""
     plots.bars(named(compared, MAIN), docs / "success.png")
-    shown = [row for row in named(compared, MAIN) if row["case"] == SHOWN and not row["arm"].startswith("alone ")]
+    shown = [row for row in named(compared, SHEET) if row["case"] == SHOWN]
     seeds = sorted({row["seed"] for row in shown})[:4]
     plots.sample_grid([row for row in shown if row["seed"] in seeds], pictures, docs / "samples.png", case=SHOWN)
     plots.frontier(found["moved"], docs / "frontier.png")

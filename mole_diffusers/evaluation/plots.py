@@ -59,10 +59,12 @@ def heat_map(trace: Trace, path: Path) -> Any:
     """Gate weights, block x step, one panel per expert."""
     from matplotlib.figure import Figure
 
-    places = [place for place in trace.places if len(trace.weights(place)) > 1]  # places that speak at every step
+    spoken = {place: trace.weights(place) for place in trace.places}
+    steps = max(map(len, spoken.values()))
+    places = [place for place, weights in spoken.items() if len(weights) == steps]  # those that speak at every step
     figure = Figure((3.2 * len(trace.experts), 1.2 + 0.16 * len(places)), layout="constrained")
     panels = figure.subplots(1, len(trace.experts), squeeze=False)[0]
-    table = [trace.weights(place) for place in places]  # places x [steps, N]
+    table = [spoken[place] for place in places]  # places x [steps, N]
     high = max(float(weights.max()) for weights in table)
     for n, (name, axes) in enumerate(zip(trace.experts, panels, strict=True)):
         shown = axes.imshow([w[:, n].tolist() for w in table], aspect="auto", cmap="cividis", vmin=0, vmax=high)
