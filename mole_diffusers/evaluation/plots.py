@@ -135,6 +135,7 @@ def against_count(rows: Sequence[Row], path: Path) -> Any:
             found.setdefault(len(r["seen"]) + len(r.get("idle", ())), []).append(sum(r["seen"].values()) / len(r["seen"]))
         counts = sorted(found)
         axes.plot(counts, [sum(found[n]) / len(found[n]) for n in counts], "o-", color=COLOURS[i % len(COLOURS)], label=arm)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("experts")
     axes.set_ylabel("concepts seen")
     axes.set_ylim(0, 1.03)
