@@ -94,8 +94,12 @@ class Browser:
         options[0].click()
 
     def unnamed(self) -> list[str]:
-        """Fields and buttons that can be seen, but have no name for those who cannot see them."""
-        kinds = ", ".join(f".gradio-container {kind}" for kind in ("input", "textarea", "button", "[role=slider]"))
+        """Fields and buttons that can be seen and reached, but have no name for those who cannot see them.
+
+        What neither a screen reader nor the Tab key finds is left out: Gradio measures tabs by copies of them.
+        """
+        reached = ":not([aria-hidden=true] [tabindex='-1'])"
+        kinds = ", ".join(f".gradio-container {kind}{reached}" for kind in ("input", "textarea", "button", "[role=slider]"))
         return [found.get_attribute("outerHTML")[:200] for found in self.all(kinds) if not found.accessible_name.strip()]
 
     def until(self, true: Callable[[], Any], seconds: float) -> Any:

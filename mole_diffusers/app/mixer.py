@@ -12,6 +12,8 @@ from mole_diffusers.app.page import PRIVATE, Page, fresh, say
 from mole_diffusers.plan import PRESETS
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+OPEN: dict[str, Any] = {"interactive": True}  # Gradio shuts what is drawn anew, unless it is told not to
+FIELD: dict[str, Any] = {"min_width": 90, **OPEN}
 LOW, HIGH = -1.0, 2.0  # of the slider; what is typed may be any number
 
 
@@ -33,17 +35,16 @@ def _card(page: Page, card: Card, prompt: str) -> None:
     with gr.Column(elem_classes=["card", f"c{card['colour']}"]):
         with gr.Row(elem_classes="head"):
             _thumbnail(page, name)
-            on = gr.Checkbox(card["on"], label=name, container=False, min_width=80)
+            on = gr.Checkbox(card["on"], label=name, container=False, min_width=80, **OPEN)
             remove = gr.Button(f"Remove {name}", size="sm", min_width=90, scale=0)
         with gr.Row(elem_classes="strength"):
             label = f"Strength of {name}"
             shown = slid(typed["unet"])
             slider = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
-            unet = gr.Textbox(
-                typed["unet"], label="Any number, or 0@0,1@0.4", max_length=500, min_width=90, elem_classes="any"
-            )
+            unet = gr.Textbox(typed["unet"], label="Any number, or 0@0,1@0.4", max_length=500, elem_classes="any", **FIELD)
         words = report["triggers"]
-        chips = gr.CheckboxGroup(words, value=[w for w in words if w in prompt], label="Trigger words", visible=bool(words))
+        said = [word for word in words if word in prompt]
+        chips = gr.CheckboxGroup(words, value=said, label="Trigger words", visible=bool(words), **OPEN)
         gr.Markdown(_facts(report), elem_classes="facts")
         fields = {"unet": unet, **_rest(typed)}
     _connect(page, card, on=on, slider=slider, fields=fields)
@@ -73,10 +74,10 @@ def _rest(typed: dict[str, str]) -> dict[str, Any]:
     with gr.Accordion("Text encoder, blocks, steps", open=used, elem_classes="rest"), gr.Row():
         presets = ["", *PRESETS, "ALL0.5"]
         return {
-            "te": gr.Textbox(typed["te"], label="Text encoder (te)", max_length=500, min_width=90),
-            "lbw": gr.Dropdown(presets, value=typed["lbw"], label="Blocks (lbw)", allow_custom_value=True, min_width=90),
-            "start": gr.Textbox(typed["start"], label="From step (start)", max_length=10, min_width=90),
-            "stop": gr.Textbox(typed["stop"], label="To step (stop)", max_length=10, min_width=90),
+            "te": gr.Textbox(typed["te"], label="Text encoder (te)", max_length=500, **FIELD),
+            "lbw": gr.Dropdown(presets, value=typed["lbw"], label="Blocks (lbw)", allow_custom_value=True, **FIELD),
+            "start": gr.Textbox(typed["start"], label="From step (start)", max_length=10, **FIELD),
+            "stop": gr.Textbox(typed["stop"], label="To step (stop)", max_length=10, **FIELD),
         }
 
 
