@@ -156,8 +156,8 @@ def _compares(page):
     page.tab("See")
     page.click("#compare")
     page.until(lambda: page.text("#see-status") == "done", WAIT)
-    labels = [label.text for label in page.all("#arms .caption-label")]
-    assert labels == ["base", "alone fox", "alone ink", "sum", "gates"]
+    arms = ["base", "alone fox", "alone ink", "sum", "gates"]  # drawn a moment after the status
+    page.until(lambda: [label.text for label in page.all("#arms .caption-label")] == arms, WAIT)
     assert len(page.all("#slider img")) == 2
     before = {image.get_attribute("src") for image in page.all("#slider img")}
     page.choose("#left", "base")
@@ -187,7 +187,7 @@ def _cancels(page):
     page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)
     made = int(page.text("#status").split()[2])
     assert 1 <= made < 16
-    assert len(page.all("#pictures .caption-label")) == made  # what is done stays
+    page.until(lambda: len(page.all("#pictures .caption-label")) == made, WAIT)  # what is done stays
     page.type("#count input[type=number]", "1")
 
 
