@@ -147,5 +147,6 @@ def stoppable(page: Page, button: Any, status: Any, works: Sequence[Any]) -> Non
             return "stopping", asked
         return "nothing of yours is running; what waited in the queue was taken out", asked + 1
 
-    button.click(stop, waiting, [status, waiting], queue=False, **PRIVATE)
+    # Gradio tells a page of a changed State only through its queue, where this waits for nothing.
+    button.click(stop, waiting, [status, waiting], concurrency_limit=None, **PRIVATE)
     waiting.change(None, None, None, cancels=list(works), **PRIVATE)
