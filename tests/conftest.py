@@ -55,3 +55,13 @@ def awake():
         return mixture
 
     return wake
+
+
+@pytest.fixture(scope="module")
+def client(loras, tmp_path_factory):
+    """A client of a fresh app on the tiny pipeline."""
+    pytest.importorskip("gradio_client")
+    from app_client import served
+
+    with served(loras, tmp_path_factory.mktemp("app")) as found:
+        yield found

@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from app_client import PROMPT, RECIPE, built, served
+from app_client import PROMPT, RECIPE, built
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,12 +16,6 @@ from mole_diffusers.testing import tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
-
-
-@pytest.fixture(scope="module")
-def client(loras, tmp_path_factory):
-    with served(loras, tmp_path_factory.mktemp("app")) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import pytest
-from app_client import PROMPT, RECIPE, served
+from app_client import PROMPT, RECIPE
 from PIL import Image
 
 from mole_diffusers.recipe import Recipe
@@ -13,12 +13,6 @@ from mole_diffusers.testing import tiny_lora
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
-
-
-@pytest.fixture(scope="module")
-def client(loras, tmp_path_factory):
-    with served(loras, tmp_path_factory.mktemp("app")) as client:
-        yield client
 
 
 def test_nothing_from_a_file_becomes_html():

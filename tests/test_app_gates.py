@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from app_client import PROMPT, served
+from app_client import PROMPT
 from PIL import Image
 
 from mole_diffusers import checkpoint
@@ -17,12 +17,6 @@ from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
-
-
-@pytest.fixture(scope="module")
-def client(loras, tmp_path_factory):
-    with served(loras, tmp_path_factory.mktemp("app")) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

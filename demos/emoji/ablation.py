@@ -46,7 +46,7 @@ class Without:
         return kwargs
 
 
-def cell(world, found, look, stage: str, quarter: int) -> list[dict]:
+def cell(world, found, look, *, stage: str, quarter: int) -> list[dict]:
     """The rows of every case with one cell switched off; stage "" switches nothing off."""
     rows = []
     for case, _ in found:
@@ -70,7 +70,7 @@ def measured(folder: Path) -> dict[str, list[dict]]:
     for stage, quarter in wanted:
         path = folder / f"{stage or 'sum'} {quarter}.json"
         if not path.exists():
-            path.write_text(json.dumps(cell(world, found, look, stage, quarter)))
+            path.write_text(json.dumps(cell(world, found, look, stage=stage, quarter=quarter)))
             print(path.stem, flush=True)
         out[f"{stage or 'sum'} {quarter}"] = json.loads(path.read_text())
     return out
