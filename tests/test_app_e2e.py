@@ -1,5 +1,6 @@
 """The app in a real browser: what a visitor does, from a prompt to the same pixels again."""
 
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,22 @@ def tiny(loras, tmp_path):
 
 
 def composed(page, folder, name):
-    """Press Compose; the picture's file as the page shows it."""
+    """Press Compose; the picture's file as the page shows it, which is another than before."""
+
+    def shown():
+        return [image.get_attribute("src") for image in page.all("#pictures img")]
+
+    before = shown()[:1]
     page.click("#compose")
-    page.until(lambda: page.text("#status") == "done", WAIT)
-    image = page.until(lambda: page.all("#pictures img"), WAIT)[0]
-    urlretrieve(image.get_attribute("src"), folder / name)
+    page.until(lambda: page.text("#status") == "done" and shown()[:1] not in ([], before), WAIT)
+    urlretrieve(shown()[0], folder / name)
     return folder / name
+
+
+def drawn(page):
+    """How many steps of the pictures on the way are done."""
+    said = re.match(r"(\d+) of \d+ steps", page.text("#status"))
+    return int(said[1]) if said else 0
 
 
 def pixels(path):
@@ -182,7 +193,7 @@ def _cancels(page):
     page.tab("Compose")
     page.type("#count input[type=number]", "16")
     page.click("#compose")
-    page.until(lambda: page.all("#pictures .caption-label") and "left" in page.text("#status"), WAIT)
+    page.until(lambda: drawn(page) > 4, WAIT)  # the first of 16 pictures is done
     page.click("#cancel")
     page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)
     made = int(page.text("#status").split()[2])

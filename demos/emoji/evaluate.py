@@ -11,11 +11,12 @@ Rows are appended under work/evaluation/; rows that exist, those packed in rows/
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from accelerate import PartialState
 from arms import all_arms
-from kept_rows import unpacked
+from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
 
@@ -122,7 +123,9 @@ def report(world) -> None:
     """docs/results.md and its figures, from the rows there are."""
     from report import SHOWN, write
 
-    took = json.loads((WORK / "took.json").read_text())
+    if (WORK / "took.json").exists():  # what runs took on this machine goes beside their rows
+        shutil.copy(WORK / "took.json", KEPT)
+    took = json.loads((KEPT / "took.json").read_text())
     write({part: Rows(unpacked(FOLDER / part)) for part in ("world", *SPLITS)}, took, DOCS)
     shown = next(case for case, _ in emoji_protocol.cases(emoji.TEST) if case.name == SHOWN)
     bench = emoji_protocol.bench(world)

@@ -13,7 +13,7 @@ import time
 from arms import folder, unseen
 from compose import name_of
 from evaluate import DOCS, FOLDER, OPTIONS
-from kept_rows import unpacked
+from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16
 from report import TRAINED, named, of_cases, ordered
 from train_gates import FAMILIES
@@ -55,12 +55,12 @@ def costs(world, case: Case) -> dict[str, float]:
 
 
 def measured(world, cases: list[Case]) -> dict[str, dict[str, float]]:
-    """Entropy and cost by family, kept in work/families.json."""
-    path = WORK / "families.json"
+    """Entropy and cost by family, kept in rows/families.json."""
+    path = KEPT / "families.json"
     if not path.exists():
         two = next(case for case in cases if name_of(case.concepts) == "sunflower+doughnut")
         found = {"entropy": {family: entropy(world, family, cases) for family in FAMILIES}, "cost": costs(world, two)}
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(found, indent=1) + "\n")
     return json.loads(path.read_text())
 
 

@@ -10,6 +10,7 @@ from mole_diffusers import emoji
 from mole_diffusers.evaluation import plots, tables
 from mole_diffusers.evaluation.arms import ARMS, CONTROLS
 from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.runner import picture_path
 
 HERE = Path(__file__).parent
 SHOWN = "sunflower+doughnut"  # the case of the sample sheet
@@ -49,7 +50,9 @@ def figures(found: dict[str, list[Row]], compared: list[Row], pictures: Path, do
     plots.bars(named(compared, MAIN), docs / "success.png")
     shown = [row for row in named(compared, SHEET) if row["case"] == SHOWN]
     seeds = sorted({row["seed"] for row in shown})[:4]
-    plots.sample_grid([row for row in shown if row["seed"] in seeds], pictures, docs / "samples.png", case=SHOWN)
+    shown = [row for row in shown if row["seed"] in seeds]
+    if all(picture_path(pictures, row["arm"], SHOWN, row["seed"]).exists() for row in shown):  # packed rows have none
+        plots.sample_grid(shown, pictures, docs / "samples.png", case=SHOWN)
     plots.frontier(found["moved"], docs / "frontier.png")
     plots.against_count(found["crowded"], docs / "experts.png")
 
@@ -66,10 +69,20 @@ def of_cases(rows: Sequence[Row], cases: Sequence[emoji.Concepts]) -> list[Row]:
 
 
 def ordered(rows: list[Row]) -> list[Row]:
-    """Rows by arm in the order of `MAIN`, then the others; cases in the order of the split."""
-    known = {name: i for i, name in enumerate(MAIN)}
+    """Rows by arm in the order of `MAIN`, then the others; by kind, case and seed as the splits have them.
+
+    The same rows give the same intervals, wherever they were read from.
+    """
+    arms = {name: i for i, name in enumerate(MAIN)}
     kinds = {kind: i for i, kind in enumerate(emoji.TEST)}
-    return sorted(rows, key=lambda row: (known.get(_arm(row), len(MAIN)), kinds.get(row["kind"], len(kinds))))
+    split = [case for part in (emoji.TEST, emoji.VALIDATION) for group in part.values() for case in group]
+    cases = {"+".join(case): i for i, case in enumerate(split)}
+
+    def place(row: Row) -> tuple:
+        first = arms.get(_arm(row), len(arms)), kinds.get(row["kind"], len(kinds))
+        return *first, row["arm"], cases.get(row["case"], len(cases)), row["case"], row["seed"]
+
+    return sorted(rows, key=place)
 
 
 def _arm(row: Row) -> str:
