@@ -74,7 +74,9 @@ def test_two_experts_on_sdxl_at_512_pixels(tmp_path):
     assert sum(p.numel() for p in pipe.unet.parameters()) == 2_567_463_684
 
     def draw():
-        options = {"height": 512, "width": 512, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+        side = 64 * pipe.vae_scale_factor  # the latents of 512 pixels under SDXL's own autoencoder
+        options = {"height": side, "width": side, "original_size": (512, 512), "target_size": (512, 512)}
+        options |= {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
         return pipe("a fox in ink", generator=torch.Generator().manual_seed(0), **options).images
 
     base = draw()
@@ -89,7 +91,7 @@ def test_two_experts_on_sdxl_at_512_pixels(tmp_path):
     with mixture.trace() as trace:
         gated = draw()
     assert gated.isfinite().all()
-    assert not torch.allclose(gated, base, atol=1e-2)
+    assert (gated - base).norm() > 0.02 * base.norm()  # random weights draw faintly, so what counts is the share
     assert len([p for p in trace.places if "(" not in p]) == 70 + 12 + 32  # UNet blocks and text layers
     mixture.save_pretrained(tmp_path / "gates")
     again = mole.attach(pipe, files, tmp_path / "gates")
