@@ -10,14 +10,30 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mole_diffusers.bench.report import curve, share_table
 from mole_diffusers.bench.settings import Cost
 from mole_diffusers.bench.shares import Share
 
 HERE = Path(__file__).parent
-Setting = tuple[str, str, int]  # what, dtype, pixels
+
+
+class Setting(NamedTuple):
+    """What rounds must have in common."""
+
+    what: str
+    size: str = "sd15"
+    dtype: str = "bf16"
+    pixels: int = 256
+    compile: str = "no"
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        compiled = {"no": "", "whole": ", compiled whole", "blocks": ", repeated blocks compiled"}[self.compile]
+        return f"{NAMES[self.size]}, {self.dtype}, {self.pixels} px{compiled}{', channels last' * self.channels_last}"
+
+
 Rounds = dict[tuple[str, int], tuple[list[float], list[float]]]  # (arm, N) -> seconds, and the base's beside them
 
 HEAD = """# What a mixture costs
@@ -25,10 +41,10 @@ HEAD = """# What a mixture costs
 Made by `python docs/make_speed.py` from the files in `docs/speed/`, which `mole bench --json` wrote; do not edit.
 
 All numbers are ratios within one run: every arm runs once in a round, rounds take turns, and a ratio is taken round by
-round; medians, with quartiles in brackets. SD 1.5's UNet with random weights, a batch of 2 (guidance), LoRAs of rank 16 on
-all attention layers, MoLE's gates per block; {machine} of a machine that did other work, too: time is the process's own
-(`--clock cpu`), but caches and memory were shared; the arm `again`, the base once more, says how much is noise. No GPU
-was at hand; the same commands measure one.
+round; medians, with quartiles in brackets. The UNet of Stable Diffusion 1.5, or of SDXL, with random weights, a batch of 2
+(guidance), LoRAs of rank 16 on all attention layers, MoLE's gates per block; {machine} of a machine that did other work,
+too: time is the process's own (`--clock cpu`), but caches and memory were shared; the arm `again`, the base once more, says
+how much is noise. No GPU was at hand; the same commands measure one.
 
 ## The goals
 
@@ -84,7 +100,18 @@ of the embedded world (`benchmarks/reuse.py`: trained gates per token, 20 steps,
 """
 DRAWN = ("set_adapters", "gated", "gated-new-text", "gated-strongest", "collapsed")
 GOALS = ((3, 1.02), (8, 1.04), (16, 1.07))
-SETTINGS = (("bf16", 256), ("fp32", 256), ("bf16", 512))
+NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+STEP = Setting("step")
+SETTINGS = (
+    STEP,
+    STEP._replace(dtype="fp32"),
+    STEP._replace(pixels=512),
+    STEP._replace(dtype="fp32", pixels=512),
+    STEP._replace(size="sdxl", pixels=512),
+    STEP._replace(channels_last=True),
+    STEP._replace(compile="blocks"),
+    STEP._replace(compile="whole"),
+)
 
 
 def load() -> tuple[dict[Setting, Rounds], dict[str, list[dict[str, Any]]], str]:
@@ -97,13 +124,14 @@ def load() -> tuple[dict[Setting, Rounds], dict[str, list[dict[str, Any]]], str]
         if "rows" not in result:
             continue
         machines.add(result["machine"])
+        setting = Setting(*(result[name] for name in Setting._fields))
         first: dict[int, list[float]] = {}
         for row in result["rows"]:
             if "seconds" not in row:
                 others[result["what"]].append(row)
                 continue
             base = first.setdefault(0 if result["what"] == "step" else row["experts"], row["seconds"])
-            ours, theirs = times[result["what"], result["dtype"], result["pixels"]][row["arm"], row["experts"]]
+            ours, theirs = times[setting][row["arm"], row["experts"]]
             ours += row["seconds"]
             theirs += base
     return times, others, " and ".join(sorted(machines))
@@ -119,15 +147,16 @@ def shown(cost: Cost) -> str:
 
 def step_goals(times: dict[Setting, Rounds]) -> list[str]:
     lines = []
-    for dtype, pixels in SETTINGS:
-        found, where = costs(times["step", dtype, pixels]), f"{dtype}, {pixels} px"
+    for setting in SETTINGS:
+        found = costs(times[setting])
         for n, goal in GOALS:
             if cost := found.get(("gated", n)):
-                lines.append(goal_line(f"gated step / base step, N={n}, {where}", goal, shown(cost), cost.ratio))
+                lines.append(goal_line(f"gated step / base step, N={n}, {setting}", goal, shown(cost), cost.ratio))
         for n in (3, 8):
-            ours, theirs = (found[arm, n].ratio - 1 for arm in ("gated", "set_adapters"))
-            said = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f}"
-            lines.append(goal_line(f"overhead / that of `set_adapters`, N={n}, {where}", 0.25, said, ours / theirs))
+            if theirs := found.get(("set_adapters", n)):
+                ours, over = found["gated", n].ratio - 1, theirs.ratio - 1
+                said = f"{ours:.3f} / {over:.3f} = {ours / over:.2f}"
+                lines.append(goal_line(f"overhead / that of `set_adapters`, N={n}, {setting}", 0.25, said, ours / over))
     return lines
 
 
@@ -142,7 +171,7 @@ def once_goals(times: dict[Setting, Rounds]) -> list[str]:
         ("update", ("update", 3), "an update of the gates / forward and backward of the frozen base, N=3", 1.15),
     )
     for what, arm, about, goal in rest:
-        cost = costs(times[what, "bf16", 256])[arm]
+        cost = costs(times[Setting(what)])[arm]
         lines.append(goal_line(about, goal, shown(cost), cost.ratio))
     return lines
 
@@ -163,10 +192,10 @@ def goal_line(about: str, goal: float, said: str, value: float) -> str:
 
 def steps(times: dict[Setting, Rounds]) -> list[str]:
     lines = []
-    for dtype, pixels in SETTINGS:
-        found = sorted(costs(times["step", dtype, pixels]).values(), key=lambda c: (c.experts, c.ratio))
+    for setting in SETTINGS:
+        found = sorted(costs(times[setting]).values(), key=lambda c: (c.experts, c.ratio))
         lines += [
-            f"\n### {dtype}, {pixels} pixels\n",
+            f"\n### {setting}\n",
             "| arm | N | ms | x base | quartiles | rounds |",
             "|---|---|---|---|---|---|",
         ]
@@ -187,7 +216,7 @@ def document() -> str:
 
 def main() -> None:
     (HERE / "speed.md").write_text(document())
-    found = costs(load()[0]["step", "bf16", 256])
+    found = costs(load()[0][STEP])
     curve([c for (arm, _), c in found.items() if arm in DRAWN], HERE / "speed.png")
 
 
