@@ -32,11 +32,16 @@ DTYPES = {
 
 
 class RefusedFileError(ValueError):
-    """A file from outside that is not what it should be; the message names the file and says what is wrong."""
+    """A file from outside that is not what it should be; the message, one line, names the file and says what is wrong."""
 
     def __init__(self, message: str):
-        # A file's own names stand in the message, and may be as long as the file.
-        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")
+        # A file's own words stand in the message, which may be as long as the file and hold anything.
+        super().__init__(printable(message if len(message) <= LONGEST else f"{message[:LONGEST]} ..."))
+
+
+def printable(text: str) -> str:
+    """A stranger's words on one line, without the codes that move a terminal's cursor or colour it."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 @dataclass(frozen=True)

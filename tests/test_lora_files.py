@@ -221,7 +221,7 @@ def test_a_pickle_is_never_read_whatever_its_name(tmp_path):
 def test_layers_the_host_lacks_are_reported_and_a_stranger_is_refused(pipe, loras, tmp_path):
     extra = load_file(loras["fox"]) | {k.replace("mid_block", "down_blocks.7"): v for k, v in GOOD.items()}
     save_file(extra, tmp_path / "extra.safetensors")
-    with pytest.warns(UserWarning, match="'extra': the pipeline lacks 1 of its layers, unet.down_blocks_7"):
+    with pytest.warns(UserWarning, match="'extra': the pipeline lacks 1 of its layers, 'unet.down_blocks_7"):
         mixture = mole.attach(pipe, {"extra": tmp_path / "extra.safetensors"})
     assert mixture.unmatched["extra"] == ("unet.down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q",)
     save_file({k.replace("mid_block", "down_blocks.7"): v for k, v in GOOD.items()}, tmp_path / "other.safetensors")

@@ -231,6 +231,19 @@ def test_a_report_on_a_terminal_holds_no_codes_of_the_file(tmp_path, capsys):
     assert "\x1b" not in out
 
 
+def test_what_a_file_says_of_itself_breaks_no_line(pipe, loras, tmp_path):
+    mixture = mole.attach(pipe, loras, "mole")
+    mixture.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"format": "gates\nall is well\x1b[2J"}))
+    with pytest.raises(ValueError, match=r"are gates all is well \[2J version 1; this release reads"):
+        mole.attach(pipe, loras, tmp_path)
+    strange = {f"unet.\x1b[2Jx.lora.{half}.weight": torch.ones(2, 2) for half in ("down", "up")}
+    save_file(strange | load_file(loras["fox"]), tmp_path / "strange.safetensors")
+    with pytest.warns(UserWarning, match=r"lacks 1 of its layers, 'unet\.\\x1b\[2Jx' for one"):
+        mole.attach(pipe, {"fox": tmp_path / "strange.safetensors"})
+
+
 def test_every_layer_of_every_part_is_matched_or_has_a_reason(pipe, tmp_path):
     """The report of what a file's layers met."""
     from mole_diffusers.experts import match

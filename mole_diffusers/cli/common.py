@@ -110,11 +110,6 @@ def write_settings(path: Path, asked: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(plain, indent=2) + "\n" if as_json else yaml.safe_dump(plain, sort_keys=False))
 
 
-def printable(text: str) -> str:
-    """A stranger's words on one line, without the codes that move a terminal's cursor or colour it."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def given(section: Mapping[str, Any]) -> dict[str, Any]:
     """What of a section was asked for."""
     return {name: value for name, value in section.items() if value is not None and value not in ([], {})}

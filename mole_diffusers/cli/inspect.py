@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import hosts, printable
+from mole_diffusers.cli.common import hosts
 from mole_diffusers.experts import match
 from mole_diffusers.lora_files import PARTS, Expert, described, read_expert, stated_base
+from mole_diffusers.safe_files import printable
 
 
 def add(commands: Any) -> None:
