@@ -38,7 +38,9 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
         mixture._replace(before)
     for name, keys in mixture.unmatched.items():
         if keys:
-            warnings.warn(f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]!r} for one", stacklevel=2)
+            warnings.warn(
+                f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]!r} for one", stacklevel=2
+            )
     return mixture
 
 

@@ -1,8 +1,10 @@
-"""The model card of a mixture, for the hub."""
+"""What goes to the hub: the model card of a mixture, and the way there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora_files import Expert
@@ -58,3 +60,15 @@ def model_card(experts: Mapping[str, tuple[Expert, float]], config: GateConfig, 
         rows="\n".join(rows),
         use=use.format(repo=repo, prompt=prompt, experts=f"{{{files}}}"),
     )
+
+
+def upload(folder: str | Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+    """Make the repository where it is missing and put a folder there; returns the commit's address.
+
+    `private` is for a repository that is made here; `options` go to `HfApi.upload_folder`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.pop("token", None))
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))

@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mole_diffusers.attaching import Gates, attach, attached, detach
-from mole_diffusers.card import model_card
+from mole_diffusers.card import model_card, upload
 from mole_diffusers.kept import attach_kept, keep
 from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.mixture import Mixture
@@ -153,13 +153,12 @@ class DropIn:
         return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes, with a model card; `options` go to `HfApi.upload_folder`."""
-        mixture, api = self._require(), HfApi()
-        api.create_repo(repo_id, exist_ok=True)
+        """Upload what `save_pretrained` writes, with a model card; `options` are those of `card.upload`."""
+        mixture = self._require()
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             Path(folder, "README.md").write_text(model_card(mixture.weighed(), mixture.config, repo_id, pipeline=True))
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+            return upload(folder, repo_id, **options)
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that diffusers knows."""

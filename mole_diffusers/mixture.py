@@ -13,7 +13,7 @@ from torch import nn
 
 from mole_diffusers import checkpoint
 from mole_diffusers.calls import DENOISERS, CallReader, denoiser, hosts
-from mole_diffusers.card import model_card
+from mole_diffusers.card import model_card, upload
 from mole_diffusers.experts import match, stack_all
 from mole_diffusers.folding import Averages, Folded, ask, folded, one_lora, truncated
 from mole_diffusers.gates import GateConfig
@@ -226,16 +226,12 @@ class Mixture:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes and a model card; returns the commit's address.
 
-        `options` go to `HfApi.upload_folder`.
+        `options` are those of `card.upload`: private, token, commit_message, ...
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             Path(folder, "README.md").write_text(model_card(self.weighed(), self.config, repo_id, pipeline=False))
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+            return upload(folder, repo_id, **options)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them."""

@@ -1,7 +1,10 @@
 """Tiny real pipelines and LoRA files, offline."""
 
 import os
+import shutil
+from unittest.mock import create_autospec
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -41,6 +44,20 @@ def draw():
         return torch.from_numpy(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images)
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder that takes the calls that the real one takes; yields (its api, the folder)."""
+    folder, api = tmp_path / "hub", create_autospec(huggingface_hub.HfApi)
+
+    def upload_folder(*, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, folder)
+        return f"https://hub/{repo_id}"
+
+    api.return_value.upload_folder.side_effect = upload_folder
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    return api.return_value, folder
 
 
 @pytest.fixture

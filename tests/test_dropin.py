@@ -124,32 +124,22 @@ def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch
     assert torch.equal(hosts.draw(opened, options), image)
 
 
-def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, tmp_path, monkeypatch):
-    import shutil
-
+def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, hub, tmp_path, monkeypatch):
     from mole_diffusers import dropin
 
     pipe, options = kind
     load_two(pipe, tmp_path, awake)
     image = hosts.draw(pipe, options)
-    hub = tmp_path / "hub"
-
-    class Hub:
-        def create_repo(self, repo_id, exist_ok):
-            assert (repo_id, exist_ok) == ("me/mix", True)
-
-        def upload_folder(self, repo_id, folder_path, **options):
-            shutil.copytree(folder_path, hub)
-            return f"https://hub/{repo_id}"
+    api, folder = hub
 
     def snapshot(repo, allow_patterns, **options):
         assert (repo, allow_patterns, options) == ("me/mix", ["mole/*"], {"revision": "v1"})
-        return str(hub)
+        return str(folder)
 
-    monkeypatch.setattr(dropin, "HfApi", Hub)
     monkeypatch.setattr(dropin, "snapshot_download", snapshot)
     assert pipe.push_to_hub("me/mix") == "https://hub/me/mix"
-    card = (hub / "README.md").read_text()
+    api.create_repo.assert_called_once_with("me/mix", private=None, exist_ok=True)
+    card = (folder / "README.md").read_text()
     assert "library_name: diffusers" in card
     assert "| ink/2 | -0.5 |" in card
     assert 'MoLEPipeline.from_pretrained("me/mix")' in card

@@ -275,25 +275,10 @@ def test_a_pipeline_can_be_saved_while_lifted(pipe, loras, draw, tmp_path):
     assert torch.equal(draw(again), base)
 
 
-def test_push_to_hub_uploads_what_save_pretrained_writes(pipe, loras, monkeypatch):
-    from pathlib import Path
-
-    import huggingface_hub
-
-    sent = {}
-
-    class Hub:
-        def create_repo(self, repo_id, exist_ok):
-            sent["repo"] = (repo_id, exist_ok)
-
-        def upload_folder(self, repo_id, folder_path, **options):
-            sent["files"], sent["options"] = sorted(p.name for p in Path(folder_path).iterdir()), options
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert mole.attach(pipe, loras, "mole").push_to_hub("me/gates", private=True) == "https://hub/me/gates"
-    assert sent == {
-        "repo": ("me/gates", True),
-        "files": ["README.md", "config.json", "gates.safetensors"],
-        "options": {"private": True},
-    }
+def test_push_to_hub_uploads_what_save_pretrained_writes(pipe, loras, hub):
+    api, folder = hub
+    sent = {"private": True, "commit_message": "first"}
+    assert mole.attach(pipe, loras, "mole").push_to_hub("me/gates", token="secret", **sent) == "https://hub/me/gates"
+    api.create_repo.assert_called_once_with("me/gates", private=True, exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["commit_message"] == "first"
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "gates.safetensors"]

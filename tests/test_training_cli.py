@@ -9,7 +9,6 @@ from huggingface_hub import ModelCard
 import mole_diffusers as mole
 from mole_diffusers.cli import main
 from mole_diffusers.testing import tiny_pipeline
-from mole_diffusers.training import card
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +62,13 @@ def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
     assert (tmp_path / "out" / "gates.safetensors").read_bytes() == before
 
 
-def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, monkeypatch):
-    sent = {}
-
-    class Hub:
-        def create_repo(self, repo, exist_ok):
-            sent["repo"] = repo
-
-        def upload_folder(self, **options):
-            sent.update(options)
-            return "https://hub/commit"
-
-    monkeypatch.setattr(card, "HfApi", Hub)
-    assert main(["train", *flags, "--out", str(tmp_path), "--push-to-hub", "me/gates"]) == 0
-    assert (sent["repo"], sent["repo_id"]) == ("me/gates", "me/gates")
+def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
+    api, out = hub[0], tmp_path / "out"
+    assert main(["train", *flags, "--out", str(out), "--push-to-hub", "me/gates"]) == 0
+    sent = api.upload_folder.call_args.kwargs
+    assert (sent["repo_id"], sent["folder_path"]) == ("me/gates", out)
     assert sorted(sent["allow_patterns"]) == ["README.md", "config.json", "gates.safetensors"]
-    written = ModelCard.load(tmp_path / "README.md")
+    written = ModelCard.load(out / "README.md")
     assert written.data.library_name == "diffusers"
     sha = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}).experts["fox"].sha256
     for part in (

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from mole_diffusers.card import upload
 from mole_diffusers.checkpoint import CONFIG, WEIGHTS
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.config import GateTraining
@@ -52,7 +53,5 @@ Trained for {len(log)} updates on {terms}. Last update: {reached}.
 
 def push(folder: Path, repo: str) -> str:
     """Upload gates and card; returns the commit's address."""
-    api = HfApi()
-    api.create_repo(repo, exist_ok=True)
     ModelCard.load(folder / CARD)  # a card that the hub would refuse is refused here
-    return str(api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD]))
+    return upload(folder, repo, allow_patterns=[WEIGHTS, CONFIG, CARD])
