@@ -24,14 +24,20 @@ def joint_file(case: Case) -> Path:
 
 
 def families() -> list[Arm]:
-    """The trained gates of every family but the committed one, each followed by its controls."""
+    """The trained gates of every family but the committed one, each followed by its controls on two concepts."""
     found = []
     for family in FAMILIES:
         for name, inside in arms.CONTROLS.items():
             if family != "flow" and not (family in STILL and name == "gates averaged"):
                 label = name.replace("gates", family if name != "gates" else f"{family} gates")
-                found.append(arms.gated(label, folder(WORK / "gates" / family), inside=inside))
+                arm = arms.gated(label, folder(WORK / "gates" / family), inside=inside)
+                found.append(arm if inside is None else _on_two(arm))
     return found
+
+
+def _on_two(arm: Arm) -> Arm:
+    """The arm on cases of two concepts: on three, the gates that it would control show nothing."""
+    return Arm(arm.name, arm.draws, arm.settings, covers=lambda case: len(case.concepts) == 2 and arm.covers(case))
 
 
 def unseen() -> Arm:
