@@ -53,6 +53,10 @@ OBJECTIVES = {
     "clip": _on({"clip": 1.0}, steps=40, batch=2),
     "rollout": _on({"rollout": {"steps": 8}}, steps=16, batch=2),
 }
+RATES = {  # as in train_gates.FAMILIES; 1e-2 is what flow's first trials chose
+    **dict.fromkeys(("flow", "prompt", "rank", "retrieval"), (0.003, 0.01, 0.03)),
+    **dict.fromkeys(("mole", "static"), (0.01, 0.05)),  # a weight per expert where the others have a matrix
+}
 SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     "sum": (GateConfig("sum"), None),
     "flow, collage": (FAMILIES["flow"], TRAINING),
@@ -64,6 +68,13 @@ SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     **{f"flow, {name}": (FAMILIES["flow"], training) for name, training in OBJECTIVES.items()},
     **{f"mole block N, {name}": (MOLE, training) for name, training in OBJECTIVES.items()},
     **{f"mole layer linear from {s}, collage": (STARTING, replace(TRAINING, initial=s)) for s in STARTS},
+    **{
+        f"{family} at {rate:g}, collage": (FAMILIES[family], replace(TRAINING, lr=rate))
+        for family, rates in RATES.items()
+        for rate in rates
+        if (family, rate) != ("flow", TRAINING.lr)  # "flow, collage" above
+    },
+    "mole block 1 at 0.05, collage": (_mole(total="1"), replace(TRAINING, lr=5e-2)),
 }
 
 
