@@ -16,6 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILED: dict[str, Callable[[Any], None]] = {
     "no": lambda unet: None,
     "whole": lambda unet: unet.compile(fullgraph=True),
+    "graphs": lambda unet: unet.compile(fullgraph=True, mode="reduce-overhead"),
     "blocks": lambda unet: unet.compile_repeated_blocks(fullgraph=True),
 }
 
@@ -30,7 +31,7 @@ class Settings:
         pixels: side of the picture; 0 is the host's usual one.
         rank: of each LoRA, which have all attention layers.
         repeats: rounds; in each every arm runs once.
-        compile: "no", the UNet as a "whole", or its repeated "blocks"; without a break in the graph.
+        compile: "no", the UNet as a "whole", the same in CUDA "graphs", or its repeated "blocks"; each without a break.
         channels_last: memory format of the UNet.
         clock: "wall", or "cpu": the time that the process itself had, where other work shares its core.
         gates: which gates the arms with gates have.

@@ -43,7 +43,9 @@ def add(commands: Any) -> None:
     command.add_argument("--rank", type=int, default=16)
     command.add_argument("--repeats", type=int, default=6, help="rounds; in each everything runs once")
     command.add_argument("--gates", default="mole", choices=FAMILIES)
-    command.add_argument("--compile", default="no", choices=list(COMPILED), help="the whole UNet, or its repeated blocks")
+    command.add_argument(
+        "--compile", default="no", choices=list(COMPILED), help="the whole UNet, also in CUDA graphs, or its repeated blocks"
+    )
     command.add_argument("--channels-last", action="store_true")
     command.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: this process's own time alone")
     command.add_argument("--threads", type=int, default=0, help="on the CPU; default: PyTorch's own choice")
