@@ -161,6 +161,11 @@ def _remove(model: Any, adapter: str, had_config: bool) -> None:
         model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
 
 
+def adapted(model: nn.Module) -> list[Any]:
+    """The layers of a model that carry LoRAs, the mixture's experts or ordinary ones."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
 def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """down [R, Cin] and up [Cout, R] of an injected layer, where the host keeps them now.
 

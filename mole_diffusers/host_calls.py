@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from mole_diffusers.carrier import ADAPTER
+from mole_diffusers.carrier import ADAPTER, adapted
 
 Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
 
@@ -30,13 +30,20 @@ def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None
     Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
     write peft's own names, which load as random weights, and make the mixture's adapter inactive. Fusing is refused, and
     so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+
+    Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
+    the layers themselves keep the mixture's adapter active, and refuse to be fused.
     """
     _lend(pipe, "fuse_lora", _refusing(MERGED), undo)
-    _lend(pipe, "set_adapters", functools.partial(_lifting, pipe, lift), undo)
     for model in models:
         for name in ON_THE_ORIGINAL:
             _lend(model, name, functools.partial(_lifting, model, lift), undo)
         _lend(model, "fuse_qkv_projections", _refusing(FUSED), undo)
+        _lend(model, "fuse_lora", _refusing(MERGED), undo)
+        for layer in adapted(model):
+            _lend(layer, "merge", _refusing(MERGED), undo)
+            if ADAPTER in layer.lora_A:
+                _lend(layer, "set_adapter", _keeping, undo)
         if isinstance(model, ModelMixin):
             _watch_parts(model, undo)
         elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
@@ -64,6 +71,14 @@ def _lifting(model: Any, lift: Lift, found: Any) -> Any:
         # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
         with nullcontext() if kwargs.get("hotswap") is True else lift():
             return found(self, *args, **kwargs)
+
+    return call
+
+
+def _keeping(found: Any) -> Any:
+    def call(self: Any, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        return found(self, [*(name for name in chosen if name != ADAPTER), ADAPTER], *args, **kwargs)
 
     return call
 
