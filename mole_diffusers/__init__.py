@@ -2,6 +2,7 @@
 
 from mole_diffusers.attaching import attach, attached, detach
 from mole_diffusers.gates import GateConfig
+from mole_diffusers.gates.controls import Strongest
 from mole_diffusers.lora_files import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.merge import merge
@@ -49,6 +50,7 @@ __all__ = [
     "MoLEStableDiffusionXLInpaintPipeline",
     "MoLEStableDiffusionXLPipeline",
     "RefusedFileError",
+    "Strongest",
     "Trace",
     "attach",
     "attached",
