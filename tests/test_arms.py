@@ -8,10 +8,11 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.compare import sample
-from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation import arms, choosing, emoji_protocol, runtime
 from mole_diffusers.evaluation.runner import Bench, Case
 from mole_diffusers.evaluation.search import VALUES, best_weights, grid
 from mole_diffusers.lora_files import read_expert
+from mole_diffusers.merging.merge import METHODS
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
 CASE = Case(("fox", "ink"), "subject x style", "a fox in ink")
@@ -21,7 +22,9 @@ WEIGHTS = {"subject x style": {"subject": 0.7, "style": 1.3}}
 @pytest.fixture
 def bench(pipe, loras):
     prompts = {"fox": ["a fox"], "ink": ["in ink"], "hat": ["a hat"]}
-    return Bench(pipe, {n: read_expert(path, n) for n, path in loras.items()}, prompts, frozenset({"ink"}))
+    return Bench(
+        pipe, {n: read_expert(path, n) for n, path in loras.items()}, OPTIONS, prompts=prompts, styles=frozenset({"ink"})
+    )
 
 
 @pytest.fixture
@@ -50,12 +53,12 @@ def by_hand(bench, experts, inside=None):
 
 def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(bench, gates):
     before = drawn(bench, arms.base())
-    chosen = arms.chosen_arms(arms.ARMS, bench, gates, weights=WEIGHTS)
-    assert {a.name for a in chosen} == {*arms.ARMS, *(f"alone {n}" for n in bench.experts)} - {"alone"}
+    chosen = choosing.chosen_arms(choosing.ARMS, bench, gates, weights=WEIGHTS)
+    assert {a.name for a in chosen} == {*choosing.ARMS, *(f"alone {n}" for n in bench.experts)} - {"alone"}
     pictures = {a.name: drawn(bench, a)[0] for a in chosen if a.covers(CASE)}
     assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
     assert drawn(bench, arms.base()) == before
-    json.dumps([dict(a.settings) for a in chosen])
+    json.dumps([dict(a.settings(bench, CASE)) for a in chosen if a.covers(CASE)])
     # The same by definition: equal gates that sum to N, and the first of two turns of five steps.
     twins = {frozenset(("sum", "gates uniform")), frozenset(("alone fox", "switch"))}
     names = list(pictures)
@@ -71,7 +74,7 @@ def test_merges_protect_the_style_and_take_strengths(bench):
     assert drawn(bench, arms.merged("np"), turned) != drawn(bench, arms.merged("np", weights=arms.by_role(1.0, 0.2)), turned)
     weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd", rank=3)
     arm = arms.merged("svd", "svd 3", arms.by_role(0.4, 1.6), rank=3)
-    assert (arm.name, arm.settings) == ("svd 3", {"rank": 3})
+    assert arm.name == "svd 3"
     assert drawn(bench, arm) == by_hand(bench, {"m": weak})
 
 
@@ -90,7 +93,7 @@ def test_idle_experts_are_attached_and_named(bench):
 
 def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(bench, gates):
     folder = arms.gates_of(gates)
-    arm = arms.gated("gates averaged", folder, inside=arms.averaged(steps=4))
+    arm = arms.gated("gates averaged", folder, inside=arms.averaged)
     with arm.draws(bench, CASE), mole.attached(bench.pipe).trace() as trace:
         sample(bench.pipe, CASE.prompt, [3, 4], **OPTIONS)
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
@@ -99,10 +102,60 @@ def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(bench, gates):
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[2], first[3])
     assert not torch.allclose(first[0], first[2], atol=1e-4)
-    with arms.gated("gates", folder).draws(bench, CASE), mole.attached(bench.pipe).trace() as live:
-        sample(bench.pipe, CASE.prompt, [0], num_inference_steps=4, guidance_scale=7.5)
-    at = torch.stack([w for name, _, w in live.records if name == place])  # [4, 2, N]
+    live = arms.traced(bench, arms.gated("gates", folder), CASE)  # as the pictures are drawn
+    at = torch.stack([w for name, _, w in live.records if name == place])  # [steps, 2, N]
+    assert len(at) == OPTIONS["num_inference_steps"]
     torch.testing.assert_close(first[[0, 2]], at.mean(0))
+
+
+def said(bench, arm):
+    return dict(arm.settings(bench, CASE))
+
+
+def test_rows_say_what_their_pictures_depend_on(bench, gates, loras, tmp_path, monkeypatch):
+    """A changed file, option, default, prompt or style is another setting; the same again is the same."""
+    file = tmp_path / "joint.safetensors"
+    file.write_bytes(loras["fox"].read_bytes())
+    made = lambda: choosing.chosen_arms(choosing.ARMS, bench, gates, weights=WEIGHTS)  # noqa: E731
+    everything = lambda: {a.name: said(bench, a) for a in [*made(), arms.from_file("joint", lambda _: file)]}  # noqa: E731
+    before = everything()
+    assert everything() == before
+    trained = {"gates", "gates uniform", "gates random", "gates hardened", "gates averaged"}
+
+    def changed():
+        now = everything()
+        return {name for name, settings in before.items() if now[name] != settings}
+
+    for name in ("gates.safetensors", "config.json"):
+        kept = (gates / "fox+ink" / name).read_bytes()
+        (gates / "fox+ink" / name).write_bytes(kept + b" ")
+        assert changed() == trained
+        (gates / "fox+ink" / name).write_bytes(kept)
+    file.write_bytes(loras["ink"].read_bytes())
+    assert changed() == {"joint"}
+    file.write_bytes(loras["fox"].read_bytes())
+    own, bench.experts["fox"] = bench.experts["fox"], bench.experts["hat"]
+    assert changed() == set(before) - {"base", "joint", "alone ink", "alone hat"}
+    bench.experts["fox"] = own
+    bench.prompts["ink"].append("ink")
+    assert changed() == {"ssr", "regmean", "iteris", "scalars"}
+    bench.prompts["ink"].pop()
+    bench.styles = frozenset()
+    assert changed() == {"np"}
+    bench.styles = frozenset({"ink"})
+    monkeypatch.setitem(METHODS["np"].__kwdefaults__, "mu", 0.25)
+    monkeypatch.setitem(runtime.last_content.__kwdefaults__, "alpha", 1.0)
+    assert changed() == {"np", "k-lora"}
+
+
+def test_a_merge_says_its_options_and_the_defaults_of_the_others(bench):
+    settings = said(bench, arms.merged("dare", rank=3, drop=0.5))
+    assert {name: settings[name] for name in ("method", "rank", "drop", "elect", "seed")} == {
+        "method": "dare", "rank": 3, "drop": 0.5, "elect": False, "seed": 0
+    }  # fmt: skip
+    assert said(bench, arms.merged("dare", drop=0.9)) == said(bench, arms.merged("dare"))
+    with pytest.raises(ValueError, match=r"unknown options \['drip'\] of merge method 'dare'"):
+        arms.merged("dare", drip=0.5)
 
 
 def row(kind, subject, style, *seen):
@@ -134,11 +187,11 @@ def test_the_grid_covers_styles_only_where_there_is_one(bench):
 
 
 def test_the_world_knows_its_styles():
-    assert emoji_protocol.bench(mole.emoji_world()).styles == set(emoji.HELD_OUT_STYLES)
+    assert emoji_protocol.bench(mole.emoji_world(), OPTIONS).styles == set(emoji.HELD_OUT_STYLES)
 
 
 def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
-    chosen = arms.moved(["sum", "svd", "gates"], [0.25, 1.0], gates)
+    chosen = choosing.moved(["sum", "svd", "gates"], [0.25, 1.0], gates)
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
     experts = {n: bench.experts[n] for n in CASE.concepts}
     assert drawn(bench, chosen[0]) == by_hand(bench, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
@@ -148,9 +201,9 @@ def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
         mixture = mole.attached(bench.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        arms.moved(["base"], [0.5])
+        choosing.moved(["base"], [0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        arms.moved(["sum"], [2])
+        choosing.moved(["sum"], [2])
 
 
 def test_crowds_grow_to_the_number_asked_for():
@@ -162,8 +215,8 @@ def test_crowds_grow_to_the_number_asked_for():
 
 def test_a_trace_of_an_arm(bench, gates):
     arm = arms.gated("gates", arms.gates_of(gates))
-    trace = arms.traced(bench, arm, CASE, **OPTIONS)
+    trace = arms.traced(bench, arm, CASE)
     assert trace.experts == ["fox", "ink"]
     assert len(trace.weights("unet.mid_block.attentions.0.transformer_blocks.0")) == 2
     with pytest.raises(ValueError, match="the arm 'base' attaches no gates"):
-        arms.traced(bench, arms.base(), CASE, **OPTIONS)
+        arms.traced(bench, arms.base(), CASE)

@@ -1,6 +1,8 @@
 """The scripts of the emoji world import what exists; the long ones are run by hand."""
 
+import gzip
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,16 @@ def test_packed_rows_come_back_beside_those_drawn_since(monkeypatch, tmp_path):
     again = Rows(kept.unpacked(tmp_path / "second" / "test"))
     again.append(made[1:])
     assert sorted(again.read(), key=lambda row: row["arm"]) == made
+    again.append([made[0] | {"settings": {"gates": "trained again"}}])
+    with pytest.raises(ValueError, match=r"\['x'\] have rows of the same pictures with different settings"):
+        kept.pack(again, "test")
+
+
+def test_packed_rows_hold_one_row_per_picture_of_an_arm():
+    """Else a table would count a picture twice, once as it was drawn before its gates or its settings changed."""
+    packed = sorted((EMOJI / "rows").glob("*.jsonl.gz"))
+    assert len(packed) == 6
+    for path in packed:
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        pictures = {(row["arm"], row["case"], row["prompt"], row["seed"]) for row in rows}
+        assert len(pictures) == len(rows), path.name

@@ -77,7 +77,7 @@ def test_tables_by_hand():
 
 @pytest.fixture
 def bench(pipe, loras):
-    return Bench(pipe, {name: read_expert(path, name) for name, path in loras.items()})
+    return Bench(pipe, {name: read_expert(path, name) for name, path in loras.items()}, OPTIONS)
 
 
 def brightness(case, images):
@@ -89,11 +89,11 @@ CASES = [Case(("fox", "ink"), "pair", "a fox in ink"), Case(("fox", "hat"), "pai
 
 def test_a_killed_run_goes_on_where_it_was(bench, tmp_path):
     some = [arms.base(), arms.summed()]
-    whole = evaluate(bench, some, CASES, brightness, seeds=[1, 2], options=OPTIONS, rows=Rows(tmp_path / "a"))
-    evaluate(bench, some, CASES[:1], brightness, seeds=[1], options=OPTIONS, rows=Rows(tmp_path / "b"))
+    whole = evaluate(bench, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "a"))
+    evaluate(bench, some, CASES[:1], brightness, seeds=[1], rows=Rows(tmp_path / "b"))
     with (tmp_path / "b" / "rows-0.jsonl").open("a") as file:
         file.write('{"case": "fox+i')  # the line that was being written
-    again = evaluate(bench, some, CASES, brightness, seeds=[1, 2], options=OPTIONS, rows=Rows(tmp_path / "b"))
+    again = evaluate(bench, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "b"))
     order = lambda row: (row["arm"], row["case"], row["seed"])  # noqa: E731
     assert sorted(again, key=order) == sorted(whole, key=order)
     assert len((tmp_path / "b" / "rows-0.jsonl").read_text().splitlines()) == 8  # none was made twice
@@ -103,11 +103,11 @@ def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
     some = [arms.base(), arms.summed(), arms.mean()]
     for process in (0, 1):
         rows = Rows(tmp_path / "two", process)
-        evaluate(bench, some, CASES, brightness, seeds=[1], options=OPTIONS, rows=rows, processes=2)
+        evaluate(bench, some, CASES, brightness, seeds=[1], rows=rows, processes=2)
     parts = [len(p.read_text().splitlines()) for p in sorted((tmp_path / "two").glob("rows-*.jsonl"))]
     assert sum(parts) == 6
     assert min(parts) > 0
-    one = evaluate(bench, some, CASES, brightness, seeds=[1], options=OPTIONS, rows=Rows(tmp_path / "one"))
+    one = evaluate(bench, some, CASES, brightness, seeds=[1], rows=Rows(tmp_path / "one"))
     assert {json.dumps(r, sort_keys=True) for r in one} == {
         json.dumps(r, sort_keys=True) for r in Rows(tmp_path / "two").read()
     }
@@ -116,8 +116,8 @@ def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
 def test_other_settings_are_other_rows(bench, tmp_path):
     rows = Rows(tmp_path)
     for steps in (1, 2):
-        options = OPTIONS | {"num_inference_steps": steps}
-        evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1], options=options, rows=rows)
+        bench.options = OPTIONS | {"num_inference_steps": steps}
+        evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1], rows=rows)
     assert len(rows.read()) == 2
 
 

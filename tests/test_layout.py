@@ -100,10 +100,12 @@ FOLDERS = {
     "library": ["words", "ranking", "encoders", "cards", "store", "library", "composing"],
     "evaluation": [
         "statistics",
+        "digests",
         "rows",
         "runner",
         "runtime",
         "arms",
+        "choosing",
         "tables",
         "emoji_protocol",
         "checkpoint_protocol",

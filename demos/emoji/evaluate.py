@@ -21,7 +21,7 @@ from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
 
 from mole_diffusers import emoji, emoji_world
-from mole_diffusers.evaluation import arms, emoji_protocol, plots
+from mole_diffusers.evaluation import arms, choosing, emoji_protocol, plots
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Case, evaluate
 from mole_diffusers.evaluation.search import best_weights, grid
@@ -59,11 +59,11 @@ def world_cases() -> list[tuple[Case, emoji.Scene, str | None]]:
 
 def run_world(world, rows: Rows, processes: int) -> None:
     """The base on what it knows, and each LoRA alone on what it teaches."""
-    cases, bench = world_cases(), emoji_protocol.bench(world)
+    cases, bench = world_cases(), emoji_protocol.bench(world, OPTIONS)
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene, _ in cases})
     for arm in (arms.base(), *map(arms.alone, bench.experts)):
         own = [case for case, _, concept in cases if arm.name == (f"alone {concept}" if concept else "base")]
-        evaluate(bench, [arm], own, look, seeds=SEEDS[:4], options=OPTIONS, rows=rows, processes=processes)
+        evaluate(bench, [arm], own, look, seeds=SEEDS[:4], rows=rows, processes=processes)
 
 
 def searched_weights() -> dict[str, dict[str, float]] | None:
@@ -77,10 +77,10 @@ def wanted(world, bench, name: str) -> list[arms.Arm]:
     if name == "search":
         return grid(bench)
     if name == "moved":
-        return arms.moved(["sum", "np", "gates"], SHARES, world.folder / "gates")
+        return choosing.moved(["sum", "np", "gates"], SHARES, world.folder / "gates")
     if name == "crowded":
-        return arms.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench)
-    return all_arms(world, searched_weights(), validation=name == "validation")
+        return choosing.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench)
+    return all_arms(world, bench, searched_weights(), validation=name == "validation")
 
 
 def run_split(world, name: str, process: int, processes: int) -> None:
@@ -88,12 +88,12 @@ def run_split(world, name: str, process: int, processes: int) -> None:
     split, seeds = SPLITS[name]
     found, rows = emoji_protocol.cases(split), Rows(unpacked(FOLDER / name), process)
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
-    bench, cases = emoji_protocol.bench(world), [case for case, _ in found]
+    bench, cases = emoji_protocol.bench(world, OPTIONS), [case for case, _ in found]
     if split is emoji.VALIDATION:
         cases = [case for case in cases if case.concepts in emoji.VALIDATED]
     if name == "crowded":
         cases = emoji_protocol.crowded(cases, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
-    evaluate(bench, wanted(world, bench, name), cases, look, seeds=seeds, options=OPTIONS, rows=rows, processes=processes)
+    evaluate(bench, wanted(world, bench, name), cases, look, seeds=seeds, rows=rows, processes=processes)
 
 
 def main() -> None:
@@ -128,9 +128,9 @@ def report(world) -> None:
     took = json.loads((KEPT / "took.json").read_text())
     write({part: Rows(unpacked(FOLDER / part)) for part in ("world", *SPLITS)}, took, DOCS)
     shown = next(case for case, _ in emoji_protocol.cases(emoji.TEST) if case.name == SHOWN)
-    bench = emoji_protocol.bench(world)
+    bench = emoji_protocol.bench(world, OPTIONS)
     gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))
-    plots.heat_map(arms.traced(bench, gates, shown, **OPTIONS), DOCS / "heat_map.png")
+    plots.heat_map(arms.traced(bench, gates, shown), DOCS / "heat_map.png")
 
 
 if __name__ == "__main__":

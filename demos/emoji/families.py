@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 
-from arms import folder, unseen
+from arms import unseen
 from compose import name_of
 from evaluate import DOCS, FOLDER, OPTIONS
 from kept_rows import KEPT, unpacked
@@ -30,26 +30,26 @@ ROUNDS = 5
 def gates_arm(world, family: str) -> Arm:
     """A family's trained gates of every composition that has some."""
     root = world.folder / "gates" if family == "flow" else WORK / "gates" / family
-    return arms.gated(family, folder(root))
+    return arms.gated(family, arms.gates_of(root))
 
 
 def entropy(world, family: str, cases: list[Case]) -> float:
     """Mean entropy of the gates over compositions, places and steps, as a share of its most, ln N."""
-    bench, arm = emoji_protocol.bench(world), gates_arm(world, family)
+    bench, arm = emoji_protocol.bench(world, OPTIONS), gates_arm(world, family)
     covered = [case for case in cases if arm.covers(case)]
-    return statistics.mean(arms.traced(bench, arm, c, **OPTIONS).entropy() / math.log(len(c.experts)) for c in covered)
+    return statistics.mean(arms.traced(bench, arm, c).entropy() / math.log(len(c.experts)) for c in covered)
 
 
 def costs(world, case: Case) -> dict[str, float]:
     """Time of a picture under each family's gates over that of the plain sum: median of interleaved rounds."""
-    bench, seconds = emoji_protocol.bench(world), {}
+    bench, seconds = emoji_protocol.bench(world, OPTIONS), {}
     wanted = {"sum": arms.summed()} | {family: gates_arm(world, family) for family in FAMILIES}
     for _ in range(ROUNDS):
         for name, arm in wanted.items():
             with arm.draws(bench, case):
                 sample(world.pipe, case.prompt, [0], num_inference_steps=1)
                 start = time.perf_counter()
-                sample(world.pipe, case.prompt, [0, 1], **OPTIONS)
+                sample(world.pipe, case.prompt, [0, 1], **bench.options)
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     return {name: statistics.median(took) / statistics.median(seconds["sum"]) for name, took in seconds.items()}
 

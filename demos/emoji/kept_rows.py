@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 from mole_diffusers.evaluation.rows import Rows
@@ -10,8 +11,15 @@ KEPT = Path(__file__).parent / "rows"
 
 
 def pack(rows: Rows, name: str) -> None:
-    """All rows as rows/NAME.jsonl.gz, the same bytes for the same rows."""
-    lines = sorted(json.dumps(row, sort_keys=True) for row in rows.read())
+    """All rows as rows/NAME.jsonl.gz, the same bytes for the same rows.
+
+    Raises ValueError where an arm has two rows of one picture, drawn with other gates or settings: drop those that were.
+    """
+    found = rows.read()
+    counts = Counter((row["arm"], row["case"], row["prompt"], row["seed"]) for row in found)
+    if twice := sorted({arm for (arm, *_), count in counts.items() if count > 1}):
+        raise ValueError(f"{rows.folder}: {twice} have rows of the same pictures with different settings")
+    lines = sorted(json.dumps(row, sort_keys=True) for row in found)
     if lines:
         KEPT.mkdir(exist_ok=True)
         (KEPT / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))

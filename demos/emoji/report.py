@@ -8,7 +8,8 @@ from train_gates import FAMILIES
 
 from mole_diffusers import emoji
 from mole_diffusers.evaluation import plots, tables
-from mole_diffusers.evaluation.arms import ARMS, CONTROLS
+from mole_diffusers.evaluation.arms import CONTROLS
+from mole_diffusers.evaluation.choosing import ARMS
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import picture_path
 

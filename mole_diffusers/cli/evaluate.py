@@ -12,8 +12,9 @@ from typing import Any
 
 from mole_diffusers.cli.common import add_experts, chosen_experts, named_values, pipeline
 from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, plots, tables
-from mole_diffusers.evaluation.arms import ARMS, chosen_arms, moved, traced
+from mole_diffusers.evaluation.arms import traced
 from mole_diffusers.evaluation.checkpoint_protocol import judged, judging_sheet
+from mole_diffusers.evaluation.choosing import ARMS, chosen_arms, moved
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Bench, Case, evaluate
 from mole_diffusers.evaluation.search import best_weights, grid
@@ -70,10 +71,9 @@ def run(args: argparse.Namespace) -> int:
     arms = _arms(args, bench, gates)
     if args.attached:
         cases = emoji_protocol.crowded(cases, sorted(bench.experts), args.attached)
-    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     seeds = range(args.seed, args.seed + args.seeds)
     rows = Rows(args.out, state.process_index)
-    evaluate(bench, arms, cases, look, seeds=seeds, options=options, rows=rows, processes=state.num_processes)
+    evaluate(bench, arms, cases, look, seeds=seeds, rows=rows, processes=state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
         _report(args, rows.read())
@@ -90,6 +90,10 @@ def _arms(args: argparse.Namespace, bench: Bench, gates: Path | None) -> list[Ar
     return chosen_arms(args.arm or list(ARMS), bench, gates, weights=weights)
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+
+
 def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
     return {kind: group[:limit] for kind, group in groups.items()}
 
@@ -102,7 +106,12 @@ def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
     split = emoji.TEST if args.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases(_first(split, args.limit))
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
-    return emoji_protocol.bench(world), [case for case, _ in found], look, args.gates or world.folder / "gates"
+    return (
+        emoji_protocol.bench(world, _options(args)),
+        [case for case, _ in found],
+        look,
+        args.gates or world.folder / "gates",
+    )
 
 
 def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None]:
@@ -117,7 +126,8 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None
         prompts.setdefault(name, []).append(prompt)
     if unknown := set(args.style) - set(experts):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(experts)}")
-    bench = Bench(pipeline(args.base, args.device), experts, prompts, frozenset(args.style))
+    pipe, styles = pipeline(args.base, args.device), frozenset(args.style)
+    bench = Bench(pipe, experts, _options(args), args.base, prompts=prompts, styles=styles)
     return bench, cases[: args.limit], look, args.gates
 
 
@@ -148,5 +158,4 @@ def _figures(args: argparse.Namespace, rows: list[Row], bench: Bench, arms: Sequ
         plots.frontier(rows, args.out / "frontier.png")
     seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
     if seen is not None:
-        trace = traced(bench, *seen, num_inference_steps=args.steps, guidance_scale=args.guidance)
-        plots.heat_map(trace, args.out / "gates.png")
+        plots.heat_map(traced(bench, *seen), args.out / "gates.png")

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mole_diffusers import checkpoint
 from mole_diffusers.attaching import Gates, attach, attached, detach
 from mole_diffusers.calls import DENOISERS
 from mole_diffusers.compare import sample
+from mole_diffusers.evaluation.digests import of_files, of_texts
 from mole_diffusers.evaluation.runner import Arm, Bench, Case
-from mole_diffusers.evaluation.runtime import composed_scores, k_lora, switched
+from mole_diffusers.evaluation.runtime import composed_scores, k_lora, last_content, switched
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.gates.controls import TimeAverage, frozen_random, hardened, uniform
-from mole_diffusers.merging.merge import METHODS, merge
+from mole_diffusers.merging.merge import by_activations, merge, resolved
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.trace import Trace
 
 Weights = Callable[[Bench, Case], Mapping[str, float]]  # a strength per concept
 Inside = Callable[[Bench, Case, Mixture], AbstractContextManager[Any]]  # what holds while an attached mixture draws
+Settings = Callable[[Bench, Case], Mapping[str, Any]]  # what a row says, see `Arm.settings`
 
 
 def ones(bench: Bench, case: Case) -> dict[str, float]:
@@ -51,6 +55,11 @@ def _weighed(bench: Bench, case: Case, weights: Weights) -> dict[str, Any]:
     return {name: (bench.experts[name], strength) for name, strength in weights(bench, case).items()}
 
 
+def _said(**more: Any) -> Settings:
+    """The case's experts, and `more`."""
+    return lambda bench, case: bench.used(case.experts) | more
+
+
 def base() -> Arm:
     """No LoRA at all."""
 
@@ -59,7 +68,7 @@ def base() -> Arm:
         detach(bench.pipe)
         yield
 
-    return Arm("base", draws)
+    return Arm("base", draws, lambda bench, case: {})
 
 
 def alone(concept: str) -> Arm:
@@ -67,13 +76,14 @@ def alone(concept: str) -> Arm:
     return Arm(
         f"alone {concept}",
         lambda bench, _: _attached(bench, {concept: bench.experts[concept]}, "sum"),
+        lambda bench, _: bench.used([concept]),
         covers=lambda case: concept in case.concepts,
     )
 
 
-def weighted(name: str, weights: Weights, settings: Mapping[str, Any] | None = None) -> Arm:
-    """A weighted sum: what `set_adapters` gives with these strengths."""
-    return Arm(name, lambda bench, case: _attached(bench, _weighed(bench, case, weights), "sum"), settings or {})
+def weighted(name: str, weights: Weights, /, **settings: Any) -> Arm:
+    """A weighted sum: what `set_adapters` gives with these strengths; `settings` say them in the rows."""
+    return Arm(name, lambda bench, case: _attached(bench, _weighed(bench, case, weights), "sum"), _said(**settings))
 
 
 def summed(name: str = "sum", weights: Weights = ones) -> Arm:
@@ -92,43 +102,63 @@ def searched(weights: Mapping[str, Mapping[str, float]]) -> Arm:
     def chosen(bench: Bench, case: Case) -> Mapping[str, float]:
         return by_role(**weights[case.kind])(bench, case)
 
-    arm = weighted("grid search", chosen, {"weights": {kind: dict(found) for kind, found in weights.items()}})
-    return Arm(arm.name, arm.draws, arm.settings, covers=lambda case: case.kind in weights)
+    arm = weighted("grid search", chosen, weights={kind: dict(found) for kind, found in weights.items()})
+    return replace(arm, covers=lambda case: case.kind in weights)
 
 
-def merged(method: str, name: str = "", weights: Weights = ones, **options: Any) -> Arm:
+def merged(method: str, name: str = "", weights: Weights = ones, *, rank: int | None = None, **options: Any) -> Arm:
     """A static merge; NP-LoRA protects the case's styles, or its last concept where there is none."""
+    chosen = resolved(method, options)
 
     def draws(bench: Bench, case: Case) -> Any:
-        experts = _weighed(bench, case, weights)
-        protect = [c for c in case.experts if c in bench.styles]
-        one = merge(experts, method, protect=protect, activations=bench.activations, **options)
+        experts, protect = _weighed(bench, case, weights), _styles(bench, case)
+        one = merge(experts, method, rank=rank, protect=protect, activations=bench.activations, **chosen)
         return _attached(bench, {"merged": one}, "sum")
 
-    return Arm(name or method, draws, options)
+    def settings(bench: Bench, case: Case) -> Mapping[str, Any]:
+        said = bench.used(case.experts) | {"method": method, "rank": rank} | chosen
+        if method == "np":
+            said["protect"] = _styles(bench, case)
+        return said | (_own_runs(bench, case) if by_activations(method) else {})
+
+    return Arm(name or method, draws, settings)
+
+
+def _styles(bench: Bench, case: Case) -> list[str]:
+    return [concept for concept in case.experts if concept in bench.styles]
+
+
+def _own_runs(bench: Bench, case: Case) -> dict[str, Any]:
+    """How each of a case's experts is run alone for the merges that need it."""
+    runs = bench.activations
+    own = of_texts(*(prompt for name in case.experts for prompt in bench.prompts.get(name, ())))
+    return {"own_prompts": own, "own_steps": runs.steps, "own_rows": runs.rows, "own_seed": runs.seed}
 
 
 def from_file(name: str, path: Callable[[Case], Path]) -> Arm:
     """A LoRA file per case, one that was trained on all its concepts say."""
     return Arm(
-        name, lambda bench, case: _attached(bench, {name: path(case)}, "sum"), covers=lambda case: path(case).exists()
+        name,
+        lambda bench, case: _attached(bench, {name: path(case)}, "sum"),
+        lambda bench, case: {"file": of_files(path(case))},
+        covers=lambda case: path(case).exists(),
     )
 
 
-def composed(name: str, inside: Inside, *, gates: Gates = "sum", settings: Mapping[str, Any] | None = None) -> Arm:
-    """A composer that acts while sampling on an attached mixture."""
+def composed(name: str, inside: Inside, *, gates: Gates = "sum", **settings: Any) -> Arm:
+    """A composer that acts while sampling on an attached mixture; `settings` say in the rows how."""
 
     @contextmanager
     def draws(bench: Bench, case: Case) -> Iterator[None]:
         with _attached(bench, _weighed(bench, case, ones), gates) as mixture, inside(bench, case, mixture):
             yield
 
-    return Arm(name, draws, settings or {})
+    return Arm(name, draws, _said(**settings))
 
 
 def switch(period: int = 5) -> Arm:
     """LoRA Switch, subjects before styles, as a case names them."""
-    return composed("switch", lambda b, c, m: switched(b.pipe, m, period=period), settings={"period": period})
+    return composed("switch", lambda b, c, m: switched(b.pipe, m, period=period), period=period)
 
 
 def composite() -> Arm:
@@ -143,127 +173,70 @@ def klora() -> Arm:
         content, style = case.experts
         return k_lora(bench.pipe, mixture, content=content, style=style)
 
-    arm = composed("k-lora", inside, gates=GateConfig("static", granularity="matrix"))
-    return Arm(arm.name, arm.draws, arm.settings, covers=lambda case: len(case.experts) == 2)
+    gates = GateConfig("static", granularity="matrix")
+    arm = composed("k-lora", inside, gates=gates, **(last_content.__kwdefaults__ or {}))
+    return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 
-def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, inside: Inside | None = None) -> Arm:
+def as_trained(bench: Bench, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+    """The gates as they are: no control."""
+    return nullcontext()
+
+
+def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, inside: Inside = as_trained) -> Arm:
     """Trained gates, one folder per case; `inside` is a context on the mixture, a control say."""
 
     @contextmanager
     def draws(bench: Bench, case: Case) -> Iterator[None]:
-        with _attached(bench, _weighed(bench, case, weights), folder(case)) as mixture:
-            if inside is None:
-                yield
-            else:
-                with inside(bench, case, mixture):
-                    yield
-
-    return Arm(name, draws, covers=lambda case: (folder(case) / "config.json").exists())
-
-
-def averaged(steps: int = 20) -> Inside:
-    """The denoiser's gates at their means over the steps of one picture of the case; each guidance row keeps its own."""
-
-    @contextmanager
-    def inside(bench: Bench, case: Case, mixture: Mixture) -> Iterator[None]:
-        average, rows = TimeAverage(), {}
-
-        def watch(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            rows[place] = len(gates) if gates.dim() > 1 else 0
-            return average.watch(place, gates, mask)
-
-        def still(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            if not rows[place] or place.partition(".")[0] not in DENOISERS:
-                return gates  # it depends on no row, or on no step
-            pictures = len(gates) // rows[place]
-            return average(place, gates[::pictures], mask).repeat_interleave(pictures, 0)
-
-        with mixture.adjusted(watch):
-            sample(bench.pipe, case.prompt, [0], num_inference_steps=steps, output_type="latent")
-        with mixture.adjusted(still):
+        with _attached(bench, _weighed(bench, case, weights), folder(case)) as mixture, inside(bench, case, mixture):
             yield
 
-    return inside
+    def settings(bench: Bench, case: Case) -> Mapping[str, Any]:
+        files = [folder(case) / file for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)]
+        return bench.used(case.experts) | {"gates": of_files(*files)}
+
+    return Arm(name, draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
 
 
-CONTROLS: dict[str, Inside | None] = {
-    "gates": None,
+@contextmanager
+def averaged(bench: Bench, case: Case, mixture: Mixture) -> Iterator[None]:
+    """The denoiser's gates at their means over the steps of one picture of the case, drawn as the bench draws; each
+    guidance row keeps its own."""
+    average, rows = TimeAverage(), {}
+
+    def watch(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows[place] = len(gates) if gates.dim() > 1 else 0
+        return average.watch(place, gates, mask)
+
+    def still(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if not rows[place] or place.partition(".")[0] not in DENOISERS:
+            return gates  # it depends on no row, or on no step
+        pictures = len(gates) // rows[place]
+        return average(place, gates[::pictures], mask).repeat_interleave(pictures, 0)
+
+    with mixture.adjusted(watch):
+        sample(bench.pipe, case.prompt, [0], **{**bench.options, "output_type": "latent"})
+    with mixture.adjusted(still):
+        yield
+
+
+CONTROLS: dict[str, Inside] = {
+    "gates": as_trained,
     "gates uniform": lambda bench, case, mixture: mixture.adjusted(uniform),
     "gates random": lambda bench, case, mixture: mixture.adjusted(frozen_random(0)),
     "gates hardened": lambda bench, case, mixture: mixture.adjusted(hardened),
-    "gates averaged": averaged(),
+    "gates averaged": averaged,
 }
-MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
-PLAIN: dict[str, Callable[[], Arm]] = {
-    "base": base, "sum": summed, "mean": mean, "switch": switch, "composite": composite, "k-lora": klora
-}  # fmt: skip
-ARMS = ("base", "alone", "sum", "mean", "grid search", *MERGES, "switch", "composite", "k-lora", *CONTROLS)
 
 
-def chosen_arms(
-    names: Sequence[str],
-    bench: Bench,
-    gates: Path | None = None,
-    *,
-    weights: Mapping[str, Mapping[str, float]] | None = None,
-) -> list[Arm]:
-    """The named arms; those of gates and of a search need `gates` and `weights`, and are left out without.
-
-    Args:
-        gates: a folder with one folder of trained gates per case, "fox+ink".
-        weights: what a search found, see `searched`.
-
-    Raises ValueError for a name that is not one.
-    """
-    if unknown := [name for name in names if name not in ARMS]:
-        raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
-    arms = []
-    for name in names:
-        if name == "alone":
-            arms += [alone(concept) for concept in bench.experts]
-        elif name == "grid search":
-            arms += [searched(weights)] if weights is not None else []
-        elif name in CONTROLS:
-            arms += [] if gates is None else [gated(name, gates_of(gates), inside=CONTROLS[name])]
-        else:
-            arms.append(PLAIN[name]() if name in PLAIN else merged(name))
-    return arms
-
-
-def moved(names: Sequence[str], shares: Sequence[float], gates: Path | None = None) -> list[Arm]:
-    """Sums, merges and gates as the user's strength moves from subjects to styles: 2 - 2s and 2s at a share s.
-
-    They are named "sum @ 0.3", as `plots.frontier` reads them.
-
-    Raises ValueError for an arm whose strengths cannot be moved, or a share outside 0..1.
-    """
-    known = ["sum", *MERGES, "gates"]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"the strengths of {unknown} cannot be moved; those of {known} can")
-    if wrong := [share for share in shares if not 0 <= share <= 1]:
-        raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
-    arms = []
-    for name in names:
-        for share in shares:
-            weights, label = by_role(2 - 2 * share, 2 * share), f"{name} @ {share:g}"
-            if name == "sum":
-                arms.append(weighted(label, weights))
-            elif name in MERGES:
-                arms.append(merged(name, label, weights))
-            elif gates is not None:
-                arms.append(gated(label, gates_of(gates), weights=weights))
-    return arms
-
-
-def traced(bench: Bench, arm: Arm, case: Case, **options: Any) -> Trace:
+def traced(bench: Bench, arm: Arm, case: Case) -> Trace:
     """What the gates of an arm decide while one picture of a case is drawn, seed 0."""
     with arm.draws(bench, case):
         mixture = attached(bench.pipe)
         if mixture is None:
             raise ValueError(f"the arm {arm.name!r} attaches no gates")
         with mixture.trace() as trace:
-            sample(bench.pipe, case.prompt, [0], **options)
+            sample(bench.pipe, case.prompt, [0], **bench.options)
     return trace
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from mole_diffusers import emoji
+from mole_diffusers.evaluation.digests import of_files
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import Bench, Case
 from mole_diffusers.judge import Judge
@@ -51,11 +53,17 @@ def crowded(found: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -
     return out
 
 
-def bench(world: EmojiWorld) -> Bench:
-    """The world's pipeline and LoRAs; a concept's own prompts show it in what the base knows."""
+def bench(world: EmojiWorld, options: Mapping[str, Any]) -> Bench:
+    """The world's pipeline and LoRAs; a concept's own prompts show it in what the base knows.
+
+    Args:
+        options: of the pipeline call.
+    """
     experts = {name: read_expert(path, name) for name, path in world.loras.items()}
     styles = frozenset(experts) & frozenset(emoji.STYLES)
-    return Bench(world.pipe, experts, {name: own_prompts(name) for name in experts}, styles)
+    prompts = {name: own_prompts(name) for name in experts}
+    base = f"emoji {of_files(*sorted((world.folder / 'base').rglob('*.safetensors')))}"
+    return Bench(world.pipe, experts, options, base, prompts=prompts, styles=styles)
 
 
 def own_prompts(concept: str, count: int = 7) -> list[str]:

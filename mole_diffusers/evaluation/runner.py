@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mole_diffusers.compare import sample
+from mole_diffusers.evaluation.digests import of_texts
 from mole_diffusers.evaluation.rows import Row, Rows, key
 from mole_diffusers.lora_files import Expert
 from mole_diffusers.merging.activations import Activations
@@ -43,10 +44,20 @@ class Case:
 
 @dataclass
 class Bench:
-    """What arms work with: the pipeline, an expert and single-concept prompts for every concept, and which are styles."""
+    """What arms work with, and how every picture is drawn.
+
+    Attributes:
+        experts: concept -> its LoRA.
+        options: of the pipeline call: num_inference_steps, guidance_scale, ...
+        base: what the pipeline is, for the rows.
+        prompts: concept -> prompts of it alone.
+        styles: the concepts that are styles.
+    """
 
     pipe: Any
     experts: Mapping[str, Expert]
+    options: Mapping[str, Any]
+    base: str = ""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     styles: frozenset[str] = frozenset()
 
@@ -55,19 +66,23 @@ class Bench:
         """What each expert does alone, for the merges that need it; found once."""
         return Activations(self.pipe, self.prompts)
 
+    def used(self, names: Sequence[str]) -> dict[str, Any]:
+        """What a row says of the experts that it was drawn with."""
+        return {"experts": of_texts(*(self.experts[name].sha256 for name in names))}
+
 
 @dataclass(frozen=True)
 class Arm:
     """A composer under test: inside `draws(bench, case)` the pipeline draws the case by it.
 
     Attributes:
-        settings: all that its pictures depend on beside case and seed, ready for JSON.
+        settings: all that its pictures of a case depend on beside the seed and the bench's base and options, ready for JSON.
         covers: whether it can draw a case; one without trained gates, say, is left out of this arm.
     """
 
     name: str
     draws: Callable[[Bench, Case], AbstractContextManager[Any]]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Callable[[Bench, Case], Mapping[str, Any]] = lambda bench, case: bench.used(case.experts)
     covers: Callable[[Case], bool] = lambda _: True
 
 
@@ -81,7 +96,6 @@ def evaluate(
     look: Look,
     *,
     seeds: Sequence[int],
-    options: Mapping[str, Any],
     rows: Rows,
     processes: int = 1,
 ) -> list[Row]:
@@ -90,7 +104,6 @@ def evaluate(
     Pictures are kept beside the rows, as pictures/ARM/CASE/SEED.png.
 
     Args:
-        options: of the pipeline call: num_inference_steps, guidance_scale, ...
         processes: how many share the work; `rows` says which this one is.
     """
     done = {key(row) for row in rows.read()}
@@ -102,12 +115,12 @@ def evaluate(
             "arm": arm.name,
             "prompt": case.prompt,
             "idle": list(case.idle),
-            "settings": {**options, **arm.settings},
+            "settings": {"base": bench.base, **bench.options, **arm.settings(bench, case)},
         }
         missing = [seed for seed in seeds if key({**facts, "seed": seed}) not in done]
         if missing:
             with arm.draws(bench, case):
-                images = sample(bench.pipe, case.prompt, missing, **options)
+                images = sample(bench.pipe, case.prompt, missing, **bench.options)
             seen = look(case, images)
             for seed, image in zip(missing, images, strict=True):
                 keep(image, picture_path(rows.folder, arm.name, case.name, seed))

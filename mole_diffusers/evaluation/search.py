@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mole_diffusers.evaluation.arms import by_role, weighted
 from mole_diffusers.evaluation.rows import Row
@@ -20,10 +21,10 @@ def grid(bench: Bench, values: Sequence[float] = VALUES) -> list[Arm]:
     arms = []
     for subject in values:
         for style in values:
-            arm = weighted(f"sum ({subject:g}, {style:g})", by_role(subject, style), {"subject": subject, "style": style})
+            arm = weighted(f"sum ({subject:g}, {style:g})", by_role(subject, style), subject=subject, style=style)
             first = style == values[0]
             covers = lambda case, first=first: first or bool(bench.styles & set(case.experts))  # noqa: E731
-            arms.append(Arm(arm.name, arm.draws, arm.settings, covers))
+            arms.append(replace(arm, covers=covers))
     return arms
 
 

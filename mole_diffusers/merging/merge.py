@@ -67,8 +67,7 @@ def merge(
     read = {n: _weighted(n, given) for n, given in experts.items()}
     layers = layers_of(read)
     given = _given(METHODS[method], read, layers, protect=protect, activations=activations)
-    _check(method, options)
-    merged, lost = truncated(METHODS[method](layers, **given, **options), layers, method=method, rank=rank)
+    merged, lost = truncated(METHODS[method](layers, **given, **resolved(method, options)), layers, method=method, rank=rank)
     about = {"mole.method": method, "mole.experts": ", ".join(read), "mole.options": json.dumps(options)}
     about["mole.lost_energy"] = f"{lost:.4f}"
     if "inputs" in given:
@@ -88,14 +87,20 @@ def _weighted(name: str, given: Source | tuple[Source, float]) -> tuple[Expert, 
     return (source if isinstance(source, Expert) else read_expert(source, name)), float(strength)
 
 
-def _asks(method: Callable[..., Merged]) -> list[str]:
-    return [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+def _asks(method: Callable[..., Merged]) -> dict[str, Any]:
+    """What a method takes beside the layers -> its default."""
+    return {p.name: p.default for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def _check(method: str, options: Mapping[str, Any]) -> None:
-    known = [name for name in _asks(METHODS[method]) if name not in GIVEN]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"unknown options {unknown} of merge method {method!r}; known: {known}")
+def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options that a method runs with: those given, and the defaults of the others.
+
+    Raises ValueError for an option that it does not have.
+    """
+    defaults = {name: value for name, value in _asks(METHODS[method]).items() if name not in GIVEN}
+    if unknown := sorted(set(options) - set(defaults)):
+        raise ValueError(f"unknown options {unknown} of merge method {method!r}; known: {list(defaults)}")
+    return defaults | dict(options)
 
 
 def _given(
