@@ -42,7 +42,7 @@ class GatedLayer:
     def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
         layer = self._described(module, lambda: module.lora_A[ADAPTER](x))
-        weights = self.slot.read(self.present, x, layer)
+        weights = self.slot.read(self, x, layer)
         return self._beside(module, layer, result, factor=self._factor(module, weights, x, layer=layer))
 
     def whole(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -53,7 +53,7 @@ class GatedLayer:
         plain = bare(base) and bare(down) and bare(up) and base.weight.dtype == x.dtype
         still = plain and at_rest()
         layer = self._described(module, lambda: self._low(down, x, still))
-        weights = self.slot.read(self.present, x, layer)
+        weights = self.slot.read(self, x, layer)
         few = self._few(weights, x) if plain else None
         if few is not None:
             return self._of_few(module, x, few)
@@ -69,7 +69,7 @@ class GatedLayer:
         return down(x) if low is None else low
 
     def _described(self, module: Any, project: Callable[[], torch.Tensor]) -> Layer:
-        return Layer(self.layer, project, module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].segment)
+        return Layer(project, module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].segment)
 
     def _few(self, weights: torch.Tensor, x: torch.Tensor) -> mixing.Few | None:
         """The ranks that weigh something, where they are three quarters of all at most; the layers of a block share them."""

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,17 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from mole_diffusers import mixing
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.state import Decision, Last, Present, State
+
+
+class Asking(Protocol):
+    """A layer that takes a gate's weights: its name, part first, and the experts that it has.
+
+    Names are asked for where a plan needs them and not before: in what torch.compile has seen they are part of the code, and
+    blocks that are alike would not share theirs.
+    """
+
+    layer: str
+    present: Present
 
 
 class Slot:
@@ -147,10 +158,10 @@ class Slot:
     ) -> Decision:
         """`gates` times `factor` [N] or [B, N]; with `segment` [R] the gates are per rank."""
         if segment is None:
-            return Decision(self.name, present, gates, _times(gates, factor))
+            return Decision(self, present, gates, _times(gates, factor))
         mean = mixing.by_expert(gates, segment, len(present))
         ranks = _times(gates, factor[..., segment])
-        return Decision(self.name, present, mean, _times(mean, factor), ranks)
+        return Decision(self, present, mean, _times(mean, factor), ranks)
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[B, N]: each row's own factor per expert. A text encoder sees a prompt once, however many pictures it gets."""
@@ -158,7 +169,7 @@ class Slot:
             return None
         return mixing.batch_rows(self.state.rows.to(hidden.device), len(hidden), self.state.images if self.timed else 1)
 
-    def read(self, present: Present, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def read(self, asking: Asking, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         """The weights for a layer with input `x`; evaluated from `x` itself where nobody did so for this batch.
 
         That happens where every layer has a gate of its own, and when another processor took the place of ours
@@ -169,11 +180,11 @@ class Slot:
             if x.dim() == 4 and x.shape[2:] != layer.low.shape[2:]:  # a strided convolution
                 x = F.interpolate(x, layer.low.shape[2:])  # nearest, so that every token keeps its own weights
             self.refresh(mixing.as_tokens(x), None if self.shared else layer)
-        weights = self.weights[present]
+        weights = self.weights[asking.present]
         if self.far and weights.dim() > 1:
             weights = mixing.of_batch(weights, x.shape[0])
         if self.whole and self.state.plan is not None:
-            block = torch.tensor(self.state.plan.block(layer.name), device=weights.device)  # [N]
+            block = torch.tensor(self.state.plan.block(asking.layer), device=weights.device)  # [N]
             weights = weights * (block[layer.segment] if self.gate.ranked else block)
         return weights
 

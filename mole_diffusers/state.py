@@ -17,23 +17,34 @@ from mole_diffusers.words import Words
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
 
+class Named(Protocol):
+    """What sits at a place: the module's name, part first."""
+
+    name: str
+
+
 @dataclass(frozen=True)
 class Decision:
     """What one gate said for one set of present experts.
 
     Attributes:
-        place: where the gate sits.
+        of: whose gate it is.
         present: which experts the layers have; the first decision of a place is for the largest set.
         gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
         weights: the same times the user's strengths, which is what the layers are multiplied by.
         ranks: what they are multiplied by instead where the gate speaks per rank, [R] or [B, T, R].
     """
 
-    place: str
+    of: Named
     present: Present
     gates: torch.Tensor
     weights: torch.Tensor
     ranks: torch.Tensor | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the gate sits."""
+        return self.of.name
 
 
 class Plan(Protocol):

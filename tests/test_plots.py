@@ -1,5 +1,7 @@
 """Figures say what the rows say: read back from the axes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -59,8 +61,8 @@ def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
         state.step = step
         for place in ("unet.one", "unet.two"):
             weights = torch.tensor([[step, 2.0], [step, 4.0]]) + (place == "unet.two")
-            trace.record(Decision(place, (True, True), weights, weights))
-    trace.record(Decision("text_encoder.x", (True, True), weights, weights))  # speaks once: no row
+            trace.record(Decision(SimpleNamespace(name=place), (True, True), weights, weights))
+    trace.record(Decision(SimpleNamespace(name="text_encoder.x"), (True, True), weights, weights))  # speaks once: no row
     panels = plots.heat_map(trace, tmp_path / "gates.png").axes
     assert panels[0].images[0].get_array().tolist() == [[0, 1, 2], [1, 2, 3]]
     assert panels[1].images[0].get_array().tolist() == [[3, 3, 3], [4, 4, 4]]

@@ -14,13 +14,11 @@ class Layer:
     """The experts of the one layer that a gate weighs.
 
     Attributes:
-        name: the host's module name, part first.
         project: gives A x; asked only where somebody reads `low`.
         up: [Cout, R] or [Cout, R, 1, 1].
         segment: [R] -> index of the expert each rank belongs to.
     """
 
-    name: str
     project: Callable[[], torch.Tensor]
     up: torch.Tensor
     segment: torch.Tensor
