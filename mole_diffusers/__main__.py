@@ -1,4 +1,4 @@
-"""`python -m mole_diffusers` is the `mole` command: what `accelerate launch -m`, or `torchrun -m` on CPUs, starts."""
+"""`python -m mole_diffusers` is the `mole` command: what `accelerate launch -m` starts."""
 
 import sys
 

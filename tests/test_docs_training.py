@@ -54,7 +54,7 @@ def test_every_command_runs(tiny, tmp_path):
 
 def test_what_other_machines_are_needed_for_parses():
     found = commands("sh")
-    assert len(found) == 3
+    assert len(found) == 5
     for words in found:
         own = words[words.index("mole_diffusers") + 1 :] if words[0] == "accelerate" else words[1:]
         assert parser().parse_args(own).command == "train"
@@ -64,7 +64,9 @@ def test_every_term_and_flag_is_there():
     assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == {*OBJECTIVES, BALANCE}
     helps = [p.format_help() for p in parser()._subparsers._group_actions[0].choices.values()]
     launcher = {
-        "--nproc_per_node",
+        "--cpu",
+        "--mpirun_hostfile",
+        "--multi_gpu",
         "--num_processes",
         "--num_machines",
         "--machine_rank",

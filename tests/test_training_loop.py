@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +27,6 @@ PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_
 DRAWN = replace(LESSON, samples=PICTURES)
 SHORT = {"batch": 4, "steps": 4, "every": 2}
 DENOISE = GateTraining({"denoise": 1.0}, **SHORT)  # the cheapest term
-HERE = Path(__file__).parent
 
 
 def gates_of(mixture):
@@ -325,59 +319,6 @@ def test_settings_are_checked_and_survive_json():
 def test_a_batch_that_cannot_be_divided(pipe, mixture):
     with pytest.raises(ValueError, match="denoise term's batch, 4, must be a multiple of processes x accumulation, 3"):
         train_gates(pipe, mixture, DRAWN, config=replace(DENOISE, accumulation=3))
-
-
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_training_loop import BOTH, GateTraining, train
-torch.set_num_threads(1)
-folder, loras = sys.argv[1], dict(fox=sys.argv[2], ink=sys.argv[3])
-train(loras, folder, config=GateTraining(BOTH | {{"balance": 0.1}}, batch=4, steps={steps}, every=2))
-from accelerate import PartialState
-assert PartialState().num_processes == {processes}
-"""
-
-
-def script(tmp_path, steps, processes=1):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(tests=str(HERE), steps=steps, processes=processes))
-    return path
-
-
-@pytest.mark.slow
-def test_kill_9_and_resume_is_bit_equal(loras, tmp_path):
-    steps, files = 40, [str(loras[n]) for n in ("fox", "ink")]
-    child = subprocess.Popen([sys.executable, script(tmp_path, steps), tmp_path / "cut", *files], stderr=subprocess.DEVNULL)
-    while not checkpoints.checkpoints(tmp_path / "cut"):
-        assert child.poll() is None
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) < steps
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        config = GateTraining(BOTH | {"balance": 0.1}, batch=4, steps=steps, every=2)
-        resumed = train(loras, tmp_path / "cut", config=config, resume_from="latest")[0]
-        assert same(resumed, train(loras, None, config=config)[0])
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(loras, tmp_path):
-    """Two CPU processes, and one with the same global batch. (On CPUs `accelerate launch` starts one, whatever is asked.)"""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
-    files = [str(loras[n]) for n in ("fox", "ink")]
-    subprocess.run([*launch, script(tmp_path, 4, 2), tmp_path / "two", *files], check=True, timeout=600)
-    one, log = train(loras, tmp_path / "one", config=GateTraining(BOTH | {"balance": 0.1}, **SHORT))
-    mixture = mole.attach(tiny_pipeline(), {n: loras[n] for n in ("fox", "ink")}, gates=tmp_path / "two")
-    for name, gate in gates_of(mixture).items():
-        torch.testing.assert_close(gate, one[name], atol=2e-6, rtol=1e-4)
-    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    for two, alone in zip(rows, log, strict=True):
-        assert two == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.gpu

@@ -124,8 +124,9 @@ def own_device() -> str | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what all made together."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process writes what all made together; MPICH and Open MPI number processes under names of their own."""
+    ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
 def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, side: int | None = None) -> Any:
