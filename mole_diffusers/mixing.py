@@ -118,7 +118,8 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.
 def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
     """Mean over each expert's ranks: [..., R] -> [..., N], 0 where an expert has none. `segment` [R] as in `over_ranks`."""
     sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, segment, values)
-    return sums / torch.bincount(segment, minlength=experts).clamp_min(1)
+    counts = segment.new_zeros(experts).index_add(0, segment, torch.ones_like(segment))  # bincount waits for the device
+    return sums / counts.clamp_min(1)
 
 
 def scaled(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

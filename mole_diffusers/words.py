@@ -49,6 +49,9 @@ class Words:
         A row is found by its values: guidance puts rows of several texts together, several pictures repeat them, and
         SDXL joins two encoders' channels.
         """
+        for states, known in reversed(self._known):
+            if _are(states, text):
+                return known.to(text.device)
         rows = [self._row(row) for row in text.detach()]
         found = [row for row in rows if row is not None]
         return torch.stack(found) if len(found) == len(rows) else None
@@ -61,3 +64,9 @@ class Words:
                 if same.any():
                     return known.to(row.device)[same.int().argmax()]
         return None
+
+
+def _are(states: torch.Tensor, text: torch.Tensor) -> bool:
+    """Whether the two are the same memory, so that no device must be waited for to compare them."""
+    alike = (states.shape, states.stride(), states.dtype) == (text.shape, text.stride(), text.dtype)
+    return alike and states.data_ptr() == text.data_ptr()

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "mole_diffusers"
 ORDER = [
     "safe_files",
     "whole_files",
+    "devices",
     "lora_files",
     "lora_writing",
     "saving",

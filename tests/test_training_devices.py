@@ -17,8 +17,10 @@ import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import Samples
-from mole_diffusers.training.loop import train_gates
-from mole_diffusers.training.study import Lesson
+from mole_diffusers.training.loop import setup, train_gates, update
+from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training.run import only_gates_move, settle
+from mole_diffusers.training.study import Lesson, Study
 
 CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=CARD)]
@@ -26,13 +28,13 @@ PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_
 SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)
 
 
-def train(files, device, config=SHORT, *, folder=None, compile=None):
+def train(files, device, config=SHORT, *, folder=None, compile=None, resume=None):
     """A run on a tiny pipeline of its own; returns its gates on the CPU and its log."""
     pipe = tiny_pipeline().to(device)
     mixture = mole.attach(pipe, files, "mole")
     if compile is not None:
         pipe.unet.compile(backend=compile)
-    log = train_gates(pipe, mixture, Lesson(samples=PICTURES), config=config, folder=folder)
+    log = train_gates(pipe, mixture, Lesson(samples=PICTURES), config=config, folder=folder, resume_from=resume)
     return {f"{p}.{k}": v.cpu() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}, log
 
 
@@ -64,6 +66,36 @@ def test_a_compiled_unet_learns_the_same(loras, device):
     wanted = train(files, device, config)
     close(found[0], wanted[0], atol=1e-4)
     assert [row["loss"] for row in found[1]] == pytest.approx([row["loss"] for row in wanted[1]], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_an_update_waits_for_no_card(loras, precision):
+    """The driver's own word; `test_training_waits.py` asks the same of the meta device."""
+    pipe = tiny_pipeline().to("cuda")
+    study = Study(pipe, mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole"), Lesson(samples=PICTURES))
+    run = setup(study, replace(SHORT, precision=precision, ema=0.9), folder=None, success=None)
+    run.terms = {"denoise": OBJECTIVES["denoise"](study)}
+    with only_gates_move(run):
+        update(run, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(run, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(settle(run)) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_of_half_precision_cut_off_goes_on(loras, tmp_path, device):
+    """With everything that a checkpoint must bring back to the device: optimizer, loss scale, running mean."""
+    files = {n: loras[n] for n in ("fox", "ink")}
+    config = replace(SHORT, precision="fp16", ema=0.9, every=1, keep=3)
+    whole = train(files, device, config, folder=tmp_path)
+    found = train(files, device, config, folder=tmp_path, resume="checkpoint-1")
+    close(found[0], whole[0], atol=0 if device == "cpu" else 1e-5)
+    assert [row["loss"] for row in found[1]] == pytest.approx([row["loss"] for row in whole[1]], rel=1e-4)
 
 
 SCRIPT = """

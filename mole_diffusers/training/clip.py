@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mole_diffusers.devices import onto
+
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -38,7 +40,7 @@ class Clip:
 
     def image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 3, H, W] in -1..1 -> [B, D] features of length 1."""
-        mean, std = (torch.tensor(v, device=pixels.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (onto(torch.tensor(v), pixels.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
         side = self.model.config.vision_config.image_size
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)

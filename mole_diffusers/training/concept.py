@@ -19,7 +19,7 @@ from mole_diffusers.training.beam import LEAST, Beams
 from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.engine import Engine, restored
+from mole_diffusers.training.engine import Engine, adamw, restored
 from mole_diffusers.training.lora_layers import LAYERS, LoraLayers, lora_layers
 from mole_diffusers.training.lora_saving import save_kohya, save_lora
 
@@ -121,7 +121,7 @@ def setup(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(config.seed)
         lora = lora_layers(pipe, list(config.parts), undo, **options)
-    optimizer = torch.optim.AdamW([group for part, lr in config.parts.items() for group in _groups(lora, part, lr)])
+    optimizer = adamw([group for part, lr in config.parts.items() for group in _groups(lora, part, lr)], pipe.device)
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
     engine = Engine(accelerator, optimizer, cosine, config.autocast, config.accumulation)
     engine.check_batch(config.batch, "the batch")

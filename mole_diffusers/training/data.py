@@ -119,9 +119,9 @@ def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *,
 
 
 def token_ids(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """[P, T] token ids, padded to the tokenizer's length."""
+    """[P, T] token ids on the CPU, padded to the tokenizer's length."""
     tokenizer = pipe.tokenizer
     padded = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    return padded.input_ids.to(pipe.device)
+    return padded.input_ids

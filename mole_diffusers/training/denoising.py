@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 
+from mole_diffusers.devices import onto
 from mole_diffusers.training.data import Draw, Samples, token_ids
 
 
@@ -20,7 +21,7 @@ def training_scheduler(pipe: Any) -> DDIMScheduler:
 
 def embed(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
     """[B, T, C] what the text encoder makes of prompts."""
-    return pipe.text_encoder(token_ids(pipe, prompts))[0]
+    return pipe.text_encoder(onto(token_ids(pipe, prompts), pipe.device))[0]
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -77,11 +78,11 @@ def sample(
         start, stop: the steps to take, from..to; x has the noise of `start`; None goes to the end.
     """
     scheduler = training_scheduler(pipe)
-    scheduler.set_timesteps(steps, device=x.device)
+    scheduler.set_timesteps(steps)  # its numbers stay on the CPU, where to read one waits for no device
     text = _guided_text(pipe, prompts, guidance)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        prediction = _guided(pipe, x, t.expand(len(x)), text, guidance=guidance)
+        prediction = _guided(pipe, x, onto(t.expand(len(x)), x.device), text, guidance=guidance)
         return scheduler.step(prediction, t, x).prev_sample
 
     for t in scheduler.timesteps[start:stop]:
@@ -116,10 +117,10 @@ def denoising_loss(pipe: Any, samples: Samples, draw: Draw, *, drop: float = 0.1
     pick = draw.choice(len(samples.latents))
     dropped = draw.uniform() < (drop if guidance == 1 else 0.0)
     prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick, dropped.tolist(), strict=True)]
-    latents = samples.latents[pick].to(pipe.device)
-    noise = draw.normal(*latents.shape[1:]).to(pipe.device)
-    scheduler = training_scheduler(pipe)
-    timesteps = torch.tensor(draw.choice(scheduler.config.num_train_timesteps), device=pipe.device)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+    latents = samples.latents[pick]
+    noise, scheduler = draw.normal(*latents.shape[1:]), training_scheduler(pipe)
+    timesteps = torch.tensor(draw.choice(scheduler.config.num_train_timesteps))
+    rows = scheduler.add_noise(latents, noise, timesteps), timesteps, target(scheduler, latents, noise, timesteps)
+    noisy, timesteps, wanted = (onto(row, pipe.device) for row in rows)
     prediction = _guided(pipe, noisy, timesteps, _guided_text(pipe, prompts, guidance), guidance=guidance)
-    return F.mse_loss(prediction, target(scheduler, latents, noise, timesteps))
+    return F.mse_loss(prediction, wanted)

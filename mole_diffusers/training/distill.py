@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mole_diffusers.devices import onto
 from mole_diffusers.training.data import Draw
 from mole_diffusers.training.denoising import latent_shape, predict, sample, training_scheduler
 from mole_diffusers.training.losses import recovery_error, separation_loss
@@ -99,19 +100,19 @@ def on_the_way(
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Where the gates as they are now lead: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
     texts = [prompts[i] for i in draw.choice(len(prompts))]
-    noise = draw.normal(*latent_shape(study.pipe)).to(study.pipe.device)
+    noise = onto(draw.normal(*latent_shape(study.pipe)), study.pipe.device)
     stop = int(torch.randint(0, steps, (), generator=draw.generator))
     scheduler = training_scheduler(study.pipe)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)
     x = sample(study.pipe, noise, texts, steps=steps, guidance=guidance, stop=stop)
-    return x, scheduler.timesteps[stop].expand(len(x)), texts
+    return x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts
 
 
 def _recall(study: Study, memory: Memory) -> Term:
     def term(draw: Draw) -> torch.Tensor:
         pick = draw.choice(len(memory.x))
         rows = (memory.x, memory.timesteps, memory.targets, memory.norms)
-        x, timesteps, targets, norms = (t[pick].to(study.pipe.device) for t in rows)
+        x, timesteps, targets, norms = (onto(row[pick], study.pipe.device) for row in rows)
         return recovery_error(predict(study.pipe, x, timesteps, [memory.prompts[i] for i in pick]), targets, norms)
 
     return term

@@ -120,6 +120,11 @@ class Engine:
         return {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
 
 
+def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:
+    """AdamW; on a CUDA card the kind that skips an update by itself where loss scaling asks it to: others wait to know."""
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
 def refuse_changed(before: dict[str, Any], now: dict[str, Any], where: object) -> None:
     """Raises ValueError where a run with the settings `now` cannot go on with what one with `before` left."""
     if changed := [name for name, value in now.items() if before.get(name) != value]:

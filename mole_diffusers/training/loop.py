@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.engine import DTYPES, Engine
+from mole_diffusers.training.engine import DTYPES, Engine, adamw
 from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
 from mole_diffusers.training.rates import rates
 from mole_diffusers.training.run import Run, Success, only_gates_move, resume, save, settle, values
@@ -41,7 +41,7 @@ def setup(study: Study, config: GateTraining, *, folder: Path | None, success: S
     if config.tracker and config.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=folder, mixed_precision="no")
-    optimizer = torch.optim.AdamW(rates(mixture.banks.values(), config.lr), weight_decay=config.weight_decay)
+    optimizer = adamw(rates(mixture.banks.values(), config.lr), device, weight_decay=config.weight_decay)
     schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     dtype = DTYPES.get(config.precision)
     engine = Engine(accelerator, optimizer, schedule, dtype, config.accumulation, config.max_norm)

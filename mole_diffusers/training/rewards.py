@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.devices import onto
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import decode, latent_shape, predict, sample, training_scheduler
@@ -32,7 +33,7 @@ def rollout(study: Study, *, steps: int = 8, guidance: float = 3.0, checkpointin
 
     def term(draw: Draw) -> torch.Tensor:
         which = draw.choice(len(prompts))
-        noise = draw.normal(*latent_shape(study.pipe)).to(study.pipe.device)
+        noise = onto(draw.normal(*latent_shape(study.pipe)), study.pipe.device)
         texts = [prompts[i] for i in which]
         x = sample(study.pipe, noise, texts, steps=steps, guidance=guidance, checkpointing=checkpointing)
         features = clip.image(_softened(decode(study.pipe, x), draw))  # [B, D]
@@ -46,7 +47,7 @@ def _softened(pictures: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Moved by up to 4 % of the side, blurred a little or not at all, with noise of up to 5 % of the range."""
     shift, blur = 0.08 * (draw.uniform(2) - 0.5), draw.uniform()
     noise = 0.1 * draw.uniform(1, 1, 1) * draw.normal(*pictures.shape[1:])
-    return softened(pictures, *(v.to(pictures.device) for v in (shift, blur, noise)))
+    return softened(pictures, *(onto(v, pictures.device) for v in (shift, blur, noise)))
 
 
 def clip(
@@ -83,7 +84,8 @@ def clip(
             way = study.kept.get(mine) or _begin(study, judge, draw, lengths=lengths, start=start, last=last)
             following, seen = _advance(study, draw, way, clean=clean)
             pictures = judge.image(decode(study.pipe, seen))
-            losses.append(mole_clip_loss(pictures, way["looks"], captions[way["prompts"]], sources[way["pictures"]]))
+            texts = torch.stack([captions[i] for i in way["prompts"]]), torch.stack([sources[i] for i in way["pictures"]])
+            losses.append(mole_clip_loss(pictures, way["looks"], *texts))
             study.kept[mine] = following if following["at"] < following["length"] else None
         return torch.stack(losses).sum()
 
@@ -102,13 +104,12 @@ def _begin(study: Study, judge: Clip, draw: Draw, *, lengths: Sequence[int], sta
     length = int(torch.randint(lengths[0], lengths[1] + 1, (), generator=draw.generator))
     at = int(torch.randint(0, int(start * (length - 1)) + 1, (), generator=draw.generator))
     pictures, texts = draw.choice(len(samples.latents)), draw.choice(len(prompts))
-    latents = samples.latents[pictures].to(pipe.device)
-    scheduler = training_scheduler(pipe)
-    scheduler.set_timesteps(length, device=pipe.device)
-    noise = draw.normal(*latents.shape[1:]).to(pipe.device)
-    x = scheduler.add_noise(latents, noise, scheduler.timesteps[at].expand(len(latents)))
-    looks = judge.image(decode(pipe, latents))  # [B, D]
-    way = {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
+    latents, scheduler = samples.latents[pictures], training_scheduler(pipe)
+    scheduler.set_timesteps(length)
+    noise = draw.normal(*latents.shape[1:])
+    x = onto(scheduler.add_noise(latents, noise, scheduler.timesteps[at].expand(len(latents))), pipe.device)
+    looks = judge.image(decode(pipe, onto(latents, pipe.device)))  # [B, D]
+    way: dict[str, Any] = {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
     while way["at"] < int((1 - last) * length):
         way, _ = _advance(study, draw, way)
     return way
@@ -117,10 +118,11 @@ def _begin(study: Study, judge: Clip, draw: Draw, *, lengths: Sequence[int], sta
 def _advance(study: Study, draw: Draw, way: dict[str, Any], *, clean: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
     """One step of ancestral sampling (DDIM with eta 1): the trajectory after it, and the latents that are looked at."""
     scheduler = training_scheduler(study.pipe)
-    scheduler.set_timesteps(way["length"], device=study.pipe.device)
+    scheduler.set_timesteps(way["length"])
     x, t = way["x"], scheduler.timesteps[way["at"]]
-    prediction = predict(study.pipe, x, t.expand(len(x)), [study.lesson.composed[i] for i in way["prompts"]])
-    noise = draw.normal(*x.shape[1:]).to(x.device)
+    timesteps, prompts = onto(t.expand(len(x)), x.device), [study.lesson.composed[i] for i in way["prompts"]]
+    prediction = predict(study.pipe, x, timesteps, prompts)
+    noise = onto(draw.normal(*x.shape[1:]), x.device)
     after = scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise)
     following = way | {"x": after.prev_sample.detach(), "at": way["at"] + 1}
     return following, after.pred_original_sample if clean else after.prev_sample

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
 from mole_diffusers import mixing
+from mole_diffusers.devices import onto
 from mole_diffusers.gates import PromptGate
 from mole_diffusers.state import Decision
 from mole_diffusers.training.checkpoints import write
@@ -112,8 +113,8 @@ def _balance(run: Run, live: Sequence[Decision]) -> torch.Tensor:
     gates = [gate for bank in run.study.mixture.banks.values() for gate in bank.gates.values()]
     if own := [gate.balance_loss() for gate in gates if isinstance(gate, PromptGate)]:
         return torch.stack(own).mean()
-    there = [torch.tensor(d.present, device=d.gates.device) for d in live]
-    return mixing.balance_loss(_over_processes(run, mixing.mean_shares([d.gates for d in live], there)))
+    there = onto(torch.tensor([d.present for d in live]), live[0].gates.device)  # [blocks, N]
+    return mixing.balance_loss(_over_processes(run, mixing.mean_shares([d.gates for d in live], list(there))))
 
 
 def _over_processes(run: Run, own: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ def save(run: Run, step: int) -> None:
     """Write checkpoint-`step`."""
     if run.folder is None:
         return
-    kept: dict[str, Any] = run.study.kept
+    kept: dict[str, Any] = send_to_device(run.study.kept, "cpu")  # another machine may lack this process's card
     if run.accelerator.num_processes > 1:
         kept = {name: value for part in gather_object([kept]) for name, value in part.items()}
     if run.accelerator.is_main_process:
@@ -163,7 +164,9 @@ def resume(run: Run, asked: str | None) -> None:
     """Set everything to where a checkpoint left it; a new run is left as it is."""
     state = restored(run.folder, asked, parts=_parts(run), identity=run.identity())
     if state is not None:
-        run.engine.log, run.study.kept = state["log"], state["kept"]
+        run.engine.log, run.study.kept = state["log"], send_to_device(state["kept"], run.study.pipe.device)
+        if run.ema is not None:
+            run.ema.to(run.study.pipe.device)
     run.engine.remember()
 
 

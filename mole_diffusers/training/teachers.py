@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
+from mole_diffusers.devices import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import token_ids
 from mole_diffusers.training.denoising import latent_shape, predict, training_scheduler
@@ -93,7 +94,7 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
                 maps.append(torch.stack(seen).mean(0)[0])
         if maps:
             masks |= dict(zip(subjects, territory(torch.stack(maps)), strict=True))
-        strengths = torch.tensor([mixture.strength(n) for n in names], device=x.device)
+        strengths = onto(torch.tensor([mixture.strength(n) for n in names]), x.device)
         stacked = torch.stack([masks[n] for n in names])
         return composed_target(base, torch.stack(predictions), stacked, strengths), base
 
@@ -117,7 +118,7 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
             found[row] = 1
         elif not found[row].any():
             raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {words}")
-    return found
+    return onto(found, pipe.device)
 
 
 @contextmanager
