@@ -53,7 +53,7 @@ OBJECTIVES = {
     "clip": _on({"clip": 1.0}, steps=40, batch=2),
     "rollout": _on({"rollout": {"steps": 8}}, steps=16, batch=2),
 }
-RATES = {  # as in train_gates.FAMILIES; 1e-2 is what flow's first trials chose
+TRIED = {  # as in train_gates.FAMILIES; 1e-2 is what flow's first trials chose
     **dict.fromkeys(("flow", "prompt", "rank", "retrieval"), (0.003, 0.01, 0.03)),
     **dict.fromkeys(("mole", "static"), (0.01, 0.05)),  # a weight per expert where the others have a matrix
 }
@@ -70,7 +70,7 @@ SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     **{f"mole layer linear from {s}, collage": (STARTING, replace(TRAINING, initial=s)) for s in STARTS},
     **{
         f"{family} at {rate:g}, collage": (FAMILIES[family], replace(TRAINING, lr=rate))
-        for family, rates in RATES.items()
+        for family, rates in TRIED.items()
         for rate in rates
         if (family, rate) != ("flow", TRAINING.lr)  # "flow, collage" above
     },

@@ -24,6 +24,7 @@ from mole_diffusers.training.study import Lesson
 
 FAMILIES = {
     "flow": GateConfig("flow"),
+    "paper": GateConfig("mole", granularity="block", total="1"),  # MoLE as printed, on the pooled state of a block
     "mole": GateConfig("mole", granularity="layer", total="linear"),
     "static": GateConfig("static", granularity="layer", total="linear", bins=4),
     "prompt": GateConfig("prompt", axis="both", total="N"),
@@ -32,6 +33,7 @@ FAMILIES = {
 }
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
+RATES: dict[str, float] = {}  # best on validation (objectives.py), where that is another
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
 )
@@ -41,10 +43,11 @@ UNSEEN = emoji.VALIDATION_SUBJECTS + emoji.VALIDATION_STYLES + ("sunflower", "do
 UPDATES = 30  # on each composition of the gates that see half of the LoRAs
 
 
-def recipe(concepts) -> GateTraining:
+def recipe(concepts, family: str) -> GateTraining:
     """The data-free training of one composition."""
     redraw = REDRAW if lesson(concepts).styles else 0.0
-    return replace(TRAINING, terms={"collage": {"guidance": 3.0, "redraw": redraw}})
+    terms = {"collage": {"guidance": 3.0, "redraw": redraw}}
+    return replace(TRAINING, terms=terms, lr=RATES.get(family, TRAINING.lr))
 
 
 def make_gates(world, concepts, family: str = "flow", root: Path | None = None):
@@ -52,7 +55,7 @@ def make_gates(world, concepts, family: str = "flow", root: Path | None = None):
     if not (folder / "config.json").exists():
         detach(world.pipe)
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
-        train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts))
+        train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts, family))
         mixture.save_pretrained(folder, dtype=torch.float16)
 
 
@@ -93,7 +96,8 @@ def make_unseen(world):
     mixture = attach(world.pipe, {c: world.loras[c] for c in UNSEEN}, FAMILIES["retrieval"])
     for i, concepts in enumerate(seen_compositions()):
         with mixture.only(*concepts):
-            train_gates(world.pipe, mixture, lesson(concepts), config=replace(recipe(concepts), steps=UPDATES, seed=i))
+            config = replace(recipe(concepts, "retrieval"), steps=UPDATES, seed=i)
+            train_gates(world.pipe, mixture, lesson(concepts), config=config)
     mixture.save_pretrained(folder)
 
 
