@@ -1,6 +1,7 @@
 """Tiny real pipelines and LoRA files, offline."""
 
 import os
+from types import SimpleNamespace
 import shutil
 from unittest.mock import create_autospec
 
@@ -8,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 
+import mole_diffusers as mole
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take every core wait for one another
@@ -72,6 +74,25 @@ def awake():
         return mixture
 
     return wake
+
+
+OTHERS = ["sdxl", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd21", "sd3", "animatediff"))]
+
+
+@pytest.fixture(params=OTHERS)
+def other(request, awake, tmp_path):
+    """A host that is not Stable Diffusion 1.5: its name, pipeline, options of its call, files, and `attach()`, which puts
+    gates on it that depend on what they read."""
+    import hosts
+
+    pipe, options = hosts.HOSTS[request.param]()
+    ends = {"fox": ATTENTION + FEED_FORWARD, "ink": ATTENTION}
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i, ends=e) for i, (n, e) in enumerate(ends.items())}
+
+    def attach():
+        return awake(mole.attach(pipe, files, "mole"))
+
+    return SimpleNamespace(name=request.param, pipe=pipe, options=options, files=files, attach=attach)
 
 
 @pytest.fixture(scope="module")

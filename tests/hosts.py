@@ -95,6 +95,7 @@ def sd(kind=d.StableDiffusionPipeline, *, host=None, encoder=None, scheduler=Non
 
 
 def sd21():
+    torch.manual_seed(0)
     encoder = text(width=32, activation="gelu")
     host = unet(cross_attention_dim=32, use_linear_projection=True, upcast_attention=True, attention_head_dim=(2, 4))
     return sd(host=host, encoder=encoder, scheduler=noise(clip_sample=False, prediction_type="v_prediction"))
