@@ -1,8 +1,8 @@
 """Tiny real pipelines and LoRA files, offline."""
 
 import os
-from types import SimpleNamespace
 import shutil
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import huggingface_hub

@@ -125,7 +125,7 @@ def ip_adapter(pipe):
     """Give the pipeline an image encoder and load random IP-Adapter weights into its UNet."""
     generator = torch.Generator().manual_seed(1)
     width, token = pipe.unet.config.cross_attention_dim, {}
-    crosses = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    crosses = [name for name in pipe.unet.attn_processors if "attn2" in name and "motion" not in name]
     for i, name in enumerate(crosses):
         shape = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
         for half in ("k", "v"):

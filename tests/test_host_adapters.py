@@ -1,4 +1,4 @@
-"""Ordinary LoRAs and IP-Adapters beside a mixture, loaded before it or after: all of them act, and all of them go."""
+"""Ordinary LoRAs beside a mixture, loaded before it or after: all of them act, and all of them go."""
 
 import diffusers
 import hosts
@@ -7,7 +7,7 @@ import torch
 from hosts import assert_same, snapshot
 
 import mole_diffusers as mole
-from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
+from mole_diffusers.testing import ATTENTION, tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -160,78 +160,3 @@ def test_the_attention_backend_reaches_every_block_of_a_transformer(tmp_path):
     asked = [p for p in pipe.transformer.attn_processors.values() if p._attention_backend == "_native_math"]
     assert len(asked) == len(pipe.transformer.attn_processors) == 3
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
-
-
-# ---- IP-Adapter
-
-IMAGE = {"ip_adapter_image": hosts.PICTURE}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder, pipe = tmp_path_factory.mktemp("pair"), hosts.sd()
-    layers = {"fox": ATTENTION, "hat": ATTENTION + CONVOLUTION}
-    return {n: tiny_lora(pipe, folder / f"{n}.safetensors", seed=i, ends=e) for i, (n, e) in enumerate(layers.items())}
-
-
-def load(pipe):
-    hosts.ip_adapter(pipe)
-
-
-def attach(pipe, pair, awake):
-    awake(mole.attach(pipe, pair, "mole"))
-
-
-ORDERS = ["load attach", "attach load"]
-ENDS = ["unload detach", "detach unload"]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("end", ENDS)
-def test_an_ip_adapter_comes_and_goes_before_and_after_the_mixture(pair, awake, order, end):
-    pipe = hosts.sd()
-    base = hosts.draw(pipe, {})
-    load(pipe)
-    pipe.unload_ip_adapter()  # which leaves traces of its own
-    before = snapshot(pipe)
-    kinds = {name: type(p) for name, p in pipe.unet.attn_processors.items()}
-    steps = {"load": lambda: load(pipe), "attach": lambda: attach(pipe, pair, awake)}
-    steps |= {"unload": pipe.unload_ip_adapter, "detach": lambda: mole.detach(pipe)}
-    first, second = order.split()
-    steps[first]()
-    alone = hosts.draw(pipe, IMAGE if first == "load" else {})
-    steps[second]()
-    both = hosts.draw(pipe, IMAGE)
-    other = hosts.sd()
-    for step in reversed(order.split()):
-        load(other) if step == "load" else attach(other, pair, awake)
-    torch.testing.assert_close(both, hosts.draw(other, IMAGE), **CLOSE)
-    assert not torch.allclose(both, alone, atol=1e-3)
-    for step in end.split():
-        steps[step]()
-        if step == end.split()[0]:
-            left = hosts.draw(pipe, {} if step == "unload" else IMAGE)
-            assert not torch.allclose(left, both, atol=1e-3)
-            assert not torch.allclose(left, base, atol=1e-3)
-    assert torch.equal(hosts.draw(pipe, {}), base)
-    assert_same(before, snapshot(pipe))
-    assert kinds == {name: type(p) for name, p in pipe.unet.attn_processors.items()}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_ip_adapter_masks_reach_the_adapter_through_the_mixture(pair, awake, order):
-    """The other route: the gates held at fixed weights, diffusers' own adapters at the same."""
-    pipe, plain = hosts.sd(), theirs(pair, [0.6, 0.9], hosts.sd())
-    load(plain)
-    for step in order.split():
-        load(pipe) if step == "load" else attach(pipe, pair, awake)
-    pictures = []
-    for mask in (torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32).triu(), torch.ones(1, 1, 32, 32)):
-        options = IMAGE | {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
-        with mole.attached(pipe).fixed({"fox": 0.6, "hat": 0.9}):
-            pictures.append(hosts.draw(pipe, options))
-        torch.testing.assert_close(pictures[-1], hosts.draw(plain, options), **CLOSE)
-    assert all(not torch.allclose(pictures[i], pictures[i - 1], atol=1e-3) for i in range(3))
-    pipe.set_ip_adapter_scale(0.0)
-    with mole.attached(pipe).fixed({"fox": 0.6, "hat": 0.9}):
-        torch.testing.assert_close(hosts.draw(pipe, IMAGE), pictures[0], **CLOSE)

@@ -1,4 +1,4 @@
-"""What is asked of a pipeline with a mixture on hosts other than Stable Diffusion 1.5: sizes, threads, interrupts, training."""
+"""A mixture on hosts other than Stable Diffusion 1.5: sizes, sharing, training, interrupts, threads, compiling."""
 
 from concurrent.futures import ThreadPoolExecutor
 

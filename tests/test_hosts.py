@@ -80,10 +80,8 @@ def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     assert means[-1] < 0.5
 
 
-OTHER_ROUTE = [
-    "sd21", "sd15-inpaint9", "sd15-controlnet", "sd15-t2i-adapter", "sd15-ip-adapter", "sd15-pag", "sd15-lcm", "animatediff",
-    "sdxl", "sdxl-refiner", "sdxl-controlnet", "sdxl-pag", "sd3", "flux",
-]  # fmt: skip
+FORMS = {name for name in hosts.HOSTS if "img2img" in name or "inpaint" in name} - {"sd15-img2img", "sd15-inpaint9"}
+OTHER_ROUTE = [pytest.param(name, marks=pytest.mark.slow) if name in FORMS else name for name in hosts.HOSTS]
 
 
 @pytest.mark.parametrize("name", OTHER_ROUTE)
