@@ -5,7 +5,7 @@ The models are real and packed in memory; each kind is skipped where its package
 
 import pytest
 import torch
-from hosts import draw
+from hosts import denoiser, draw
 from torch import nn
 
 import mole_diffusers as mole
@@ -124,22 +124,44 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
     assert not torch.allclose(fixed, gated, atol=1e-3)
 
 
+def compared(model, part, weighed, run):
+    """The names of the layers whose every output in `run()` was their own product and the files' matrices, weighed."""
+    experts = [(mole.read_expert(file).layers[part], weight) for file, weight in weighed]
+    made, calls = {}, []
+    for name, layer in model.named_modules():
+        if found := [weight * expert[layer_key(name)].delta() for expert, weight in experts if layer_key(name) in expert]:
+            made[name] = sum(found)  # [Cout, Cin]
+            layer.register_forward_hook(lambda layer, x, y, name=name: calls.append((name, layer, x[0], y)))
+    with torch.no_grad():
+        run()
+        for name, layer, x, y in calls:
+            torch.testing.assert_close(y, layer.base_layer(x) + x @ made[name].T, atol=1e-5, rtol=1e-5)
+    return {name for name, *_ in calls}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_ride_on_a_quantised_text_encoder(files, kind):
-    """The other route: each layer's own product and the files' matrices; transformers' loading changes packed weights."""
-    pipe, seen = wide(), {}
+    """The other route is by hand, since transformers' loading of adapters changes packed weights."""
+    pipe = wide()
     KINDS[kind](pipe.text_encoder)
     mole.attach(pipe, {name: (file, 0.5) for name, file in files.items()})
-    experts = [mole.read_expert(file).layers["text_encoder"] for file in files.values()]
-    for name, layer in pipe.text_encoder.named_modules():
-        if name.endswith("_proj"):
-            layer.register_forward_hook(lambda layer, x, y, name=name: seen.update({name: (layer, x[0], y)}))
-    with torch.no_grad():
-        pipe.text_encoder(torch.arange(16)[None])
-        assert len(seen) == 8
-        for name, (layer, x, y) in seen.items():
-            delta = sum(0.5 * expert[layer_key(name)].delta() for expert in experts)  # [Cout, Cin]
-            torch.testing.assert_close(y, layer.base_layer(x) + x @ delta.T, atol=1e-5, rtol=1e-5)
+    weighed = [(file, 0.5) for file in files.values()]
+    layers = compared(pipe.text_encoder, "text_encoder", weighed, lambda: pipe.text_encoder(torch.arange(16)[None]))
+    assert len(layers) == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_ride_on_other_quantised_hosts(other, kind):
+    """Those of its layers that are wide enough are packed."""
+    model, weights = denoiser(other.pipe), {"fox": 0.8, "ink": -0.5}
+    plain = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    KINDS[kind](model)
+    packed = {name for name, kind in plain.items() if type(model.get_submodule(name)) is not kind}
+    part = "unet" if hasattr(other.pipe, "unet") else "transformer"
+    with other.attach().fixed(weights):
+        weighed = [(other.files[name], weight) for name, weight in weights.items()]
+        layers = compared(model, part, weighed, lambda: draw(other.pipe, other.options))
+    assert layers & packed
 
 
 def test_gates_learn_on_a_quantised_host(packed, files):
