@@ -154,9 +154,13 @@ def test_experts_ride_on_a_quantised_text_encoder(files, kind):
 def test_experts_ride_on_other_quantised_hosts(other, kind):
     """Those of its layers that are wide enough are packed."""
     model, weights = denoiser(other.pipe), {"fox": 0.8, "ink": -0.5}
-    plain = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    before = {name: type(module.weight.data) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     KINDS[kind](model)
-    packed = {name for name, kind in plain.items() if type(model.get_submodule(name)) is not kind}
+    packed = {
+        name
+        for name, was in before.items()
+        if type(module := model.get_submodule(name)) is not nn.Linear or type(module.weight.data) is not was
+    }
     part = "unet" if hasattr(other.pipe, "unet") else "transformer"
     with other.attach().fixed(weights):
         weighed = [(other.files[name], weight) for name, weight in weights.items()]
