@@ -23,8 +23,8 @@ HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 CUSTOM = """\
 \"\"\"For `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`.\"\"\"
 
-from mole_diffusers import {name}  # noqa: F401
-"""
+from mole_diffusers import {name} as Pipeline  # noqa: F401
+"""  # one name for every kind: diffusers runs all of a process's files called pipeline.py in one module
 
 
 class DropIn:

@@ -12,6 +12,7 @@ import mole_diffusers as mole
 from mole_diffusers.lora_files import read_expert
 from mole_diffusers.testing import tiny_lora
 
+BOTH = ["sd15", "sdxl"]
 FORMS = ("", "-img2img", "-inpaint", "-controlnet", "-controlnet-img2img", "-controlnet-inpaint")
 
 
@@ -109,6 +110,7 @@ def test_a_kind_without_a_dropin_is_refused():
         mole.MoLEPipeline.from_pipe(hosts.flux())
 
 
+@pytest.mark.parametrize("kind", BOTH, indirect=True)
 def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch):
     from diffusers.utils import dynamic_modules_utils
 
@@ -120,10 +122,11 @@ def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch
     pipe.save_pretrained(saved)
     opened = diffusers.DiffusionPipeline.from_pretrained(saved, custom_pipeline=saved, trust_remote_code=True)
     hosts.quiet(opened).load_mixture(Path(saved, "mole"))
-    assert isinstance(opened, mole.MoLEStableDiffusionPipeline)
-    assert torch.equal(hosts.draw(opened, options), image)
+    assert isinstance(opened, getattr(mole, type(pipe).__name__))
+    same(hosts.draw(opened, options), image)
 
 
+@pytest.mark.parametrize("kind", BOTH, indirect=True)
 def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, hub, tmp_path, monkeypatch):
     from mole_diffusers import dropin
 

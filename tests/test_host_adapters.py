@@ -152,6 +152,15 @@ def test_fusing_q_k_and_v_under_a_mixture_is_refused(pipe, loras, draw):
     torch.testing.assert_close(draw(pipe), plain, **CLOSE)
 
 
+def test_the_attention_backend_leaves_a_unet_as_it_is(pipe, loras, draw, awake):
+    awake(mole.attach(pipe, loras, "mole"))
+    picture = draw(pipe)
+    pipe.unet.set_attention_backend("_native_math")
+    assert torch.equal(draw(pipe), picture)
+    mole.detach(pipe)
+    assert not any(hasattr(processor, "_attention_backend") for processor in pipe.unet.attn_processors.values())
+
+
 def test_the_attention_backend_reaches_every_block_of_a_transformer(tmp_path):
     pipe, options = hosts.HOSTS["flux"]()
     mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole")
