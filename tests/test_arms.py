@@ -9,7 +9,7 @@ import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import arms, choosing, emoji_protocol, runtime
-from mole_diffusers.evaluation.runner import Bench, Case
+from mole_diffusers.evaluation.runner import Bench, Case, crowded
 from mole_diffusers.evaluation.search import VALUES, best_weights, grid
 from mole_diffusers.lora_files import read_expert
 from mole_diffusers.merging.merge import METHODS
@@ -208,7 +208,7 @@ def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
 
 def test_crowds_grow_to_the_number_asked_for():
     pool = ("a", "b", "c", "d", "e")
-    found = emoji_protocol.crowded([Case(("a", "b"), "pair", "p"), Case(("a", "b", "c"), "three", "q")], pool, (2, 4, 9))
+    found = crowded([Case(("a", "b"), "pair", "p"), Case(("a", "b", "c"), "three", "q")], pool, (2, 4, 9))
     assert [(len(c.experts), c.concepts) for c in found] == [(2, ("a", "b")), (4, ("a", "b")), (4, ("a", "b", "c"))]
     assert all(len(set(c.experts)) == len(c.experts) for c in found)
 

@@ -108,19 +108,19 @@ def test_cases_are_read_and_checked(tmp_path):
 
 @pytest.fixture
 def sheet(tmp_path):
-    """A sheet over three arms and two seeds of one case; each arm has a colour."""
+    """A sheet over three arms and two prompts of the same concepts; each arm has a colour."""
     rows = []
     for arm, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
-        for seed in (1, 2):
-            keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, arm, "fox+ink", seed))
-            rows.append({"arm": arm, "case": "fox+ink", "seed": seed, "prompt": "a fox in ink"})
+        for prompt in ("a fox in ink", "ink: a fox"):
+            rows.append({"arm": arm, "case": "fox+ink", "kind": "pair", "seed": 1, "prompt": prompt, "settings": {}})
+            keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, rows[-1]))
     assert judging_sheet(tmp_path, rows) == 12
     return tmp_path
 
 
 def test_the_sheet_asks_each_pair_in_both_orders_and_blind(sheet):
     key = json.loads((sheet / "sheet" / "key.json").read_text())
-    asked = {(q["seed"], q["left"], q["right"]) for q in key}
+    asked = {(q["prompt"], q["left"], q["right"]) for q in key}
     assert len(asked) == 12
     assert {(s, b, a) for s, a, b in asked} == asked
     colours = {"sum": (255, 0, 0), "mean": (0, 128, 0), "gates": (0, 0, 255)}
@@ -145,7 +145,7 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
     def choose(q):
         if "gates" in (q["left"], q["right"]):
             return "left" if q["left"] == "gates" else "Right "
-        return "left" if q["seed"] == 1 else ""  # sum against mean: always the left one, or no answer
+        return "left" if q["prompt"] == "a fox in ink" else ""  # sum against mean: always the left one, or no answer
 
     answer(sheet, choose)
     lines = judged(sheet).splitlines()

@@ -14,7 +14,7 @@ from mole_diffusers.cli import main
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import arms, search, tables
 from mole_diffusers.evaluation.rows import Rows
-from mole_diffusers.evaluation.runner import Bench, Case, evaluate, picture_path
+from mole_diffusers.evaluation.runner import Bench, Case, evaluate, found, picture_path
 from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic_mean
 from mole_diffusers.lora_files import read_expert
 
@@ -108,17 +108,26 @@ def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
     assert sum(parts) == 6
     assert min(parts) > 0
     one = evaluate(bench, some, CASES, brightness, seeds=[1], rows=Rows(tmp_path / "one"))
-    assert {json.dumps(r, sort_keys=True) for r in one} == {
-        json.dumps(r, sort_keys=True) for r in Rows(tmp_path / "two").read()
-    }
+    both = found(bench, some, CASES, seeds=[1], rows=Rows(tmp_path / "two", 1))  # of all processes, in the same order
+    assert one == both
+    assert found(bench, some[1:], CASES[:1], seeds=[1, 2], rows=Rows(tmp_path / "two")) == [
+        row for row in one if row["arm"] != "base" and row["case"] == CASES[0].name
+    ]
 
 
 def test_other_settings_are_other_rows(bench, tmp_path):
-    rows = Rows(tmp_path)
-    for steps in (1, 2):
+    """Nor is a picture of other settings, seeds or prompts shown or overwritten."""
+    rows, wanted = Rows(tmp_path), []
+    twin = Case(CASES[0].concepts, CASES[0].kind, "ink: a fox")
+    for steps, seed, case in ((1, 1, CASES[0]), (2, 1, CASES[0]), (1, 2, CASES[0]), (1, 1, twin)):
         bench.options = OPTIONS | {"num_inference_steps": steps}
-        evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1], rows=rows)
-    assert len(rows.read()) == 2
+        (row,) = evaluate(bench, [arms.base()], [case], brightness, seeds=[seed], rows=rows)
+        assert (row["settings"]["num_inference_steps"], row["seed"], row["prompt"]) == (steps, seed, case.prompt)
+        wanted.append((row, sample(bench.pipe, case.prompt, [seed], **bench.options)[0].tobytes()))
+    assert len(rows.read()) == 4
+    assert len({picture for _, picture in wanted}) == 4
+    for row, picture in wanted:
+        assert Image.open(picture_path(tmp_path, row)).tobytes() == picture
 
 
 def test_arms_are_what_they_say_and_leave_nothing_behind(bench, tmp_path, loras):
@@ -166,8 +175,7 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in emoji.VALIDATION}
     assert all(-1 <= r["likeness"] <= 1 for r in rows)
     assert (tmp_path / "table.md").read_text().startswith("| arm | subject x style |")
-    path = picture_path(tmp_path, "sum", rows[0]["case"], 1000)
-    assert Image.open(path).size == (64, 64)
+    assert all(Image.open(picture_path(tmp_path, row)).size == (64, 64) for row in rows)
     assert main([*args, "--arm", "best"]) == 1
     assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
 
@@ -186,6 +194,23 @@ def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkey
     rows = Rows(tmp_path / "used").read()
     assert [r["settings"]["weights"] for r in rows] == [weights] * 3
     capsys.readouterr()
+    assert main([*WORLD, "--search", "--split", "test", "--out", str(tmp_path / "none")]) == 1
+    assert "nothing is chosen on the test split" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_table_is_of_its_own_run_alone(tmp_path, capsys):
+    """The same folder with more steps: what was drawn before is neither in the table nor in the figures' rows."""
+    args = ["evaluate", "--limit", "1", "--seeds", "1", "--device", "cpu", "--arm", "base", "--out"]
+    assert main([*args, str(tmp_path / "one"), "--steps", "1"]) == 0
+    capsys.readouterr()
+    tables = []
+    for folder in ("one", "two"):
+        assert main([*args, str(tmp_path / folder), "--steps", "3", "--json"]) == 0
+        tables.append(((tmp_path / folder / "table.md").read_text(), json.loads(capsys.readouterr().out)))
+    assert tables[0] == tables[1]
+    assert (tmp_path / "one" / "samples.png").read_bytes() == (tmp_path / "two" / "samples.png").read_bytes()
+    assert len(Rows(tmp_path / "one").read()) == 2 * len(Rows(tmp_path / "two").read())
 
 
 def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):

@@ -18,7 +18,7 @@ def row(arm, case, seed, **values):
     seen = dict.fromkeys(case.split(" ")[0].split("+"), True) | values.pop("seen", {})
     return {
         "arm": arm, "case": case, "kind": "pair", "seed": seed, "seen": seen, "success": all(seen.values()),
-        "subjects": 1.0, "style": True, "idle": [],
+        "subjects": 1.0, "style": True, "idle": [], "prompt": "p", "settings": {},
     } | values  # fmt: skip
 
 
@@ -71,15 +71,17 @@ def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
 
 def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
     rows = [row(arm, "a+b", seed) for arm in ("sum", "mean") for seed in (1, 2)] + [row("half", "a+b", 1)]
-    for r in rows:
-        colour = (40 * r["seed"], 0, 200 if r["arm"] == "sum" else 0)
-        keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, r["arm"], r["case"], r["seed"]))
-    sheet = plots.sample_grid(rows, tmp_path, tmp_path / "samples.png", case="a+b")
+    other = [row("sum", "a+b", 1, prompt="q"), row("sum", "a+b", 1, settings={"num_inference_steps": 3})]
+    for r in rows + other:
+        colour = (40 * r["seed"], 0, 200 if r["arm"] == "sum" else 0) if r not in other else (0, 255, 0)
+        keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, r))
+    sheet = plots.sample_grid([*rows, other[0]], tmp_path, tmp_path / "samples.png", case="a+b")
     colours = {
         colour for _, colour in sheet.getcolors(1 << 16) if colour[2] == 200 or (colour[0] in (40, 80) and not colour[1])
     }
     assert {(40, 0, 200), (80, 0, 200), (40, 0, 0), (80, 0, 0)} <= colours
     assert sheet.height < 3 * 128  # two rows of arms, not three
+    assert (0, 255, 0) not in {colour for _, colour in sheet.getcolors(1 << 16)}  # neither prompt nor settings mix
 
 
 def test_maps_show_their_tables_with_one_scale(tmp_path):

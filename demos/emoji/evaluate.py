@@ -23,7 +23,7 @@ from train_judge import accuracy
 from mole_diffusers import emoji, emoji_world
 from mole_diffusers.evaluation import arms, choosing, emoji_protocol, plots
 from mole_diffusers.evaluation.rows import Rows
-from mole_diffusers.evaluation.runner import Case, evaluate
+from mole_diffusers.evaluation.runner import Case, crowded, evaluate
 from mole_diffusers.evaluation.search import best_weights, grid
 
 SEEDS = range(1000, 1008)
@@ -92,7 +92,7 @@ def run_split(world, name: str, process: int, processes: int) -> None:
     if split is emoji.VALIDATION:
         cases = [case for case in cases if case.concepts in emoji.VALIDATED]
     if name == "crowded":
-        cases = emoji_protocol.crowded(cases, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
+        cases = crowded(cases, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
     evaluate(bench, wanted(world, bench, name), cases, look, seeds=seeds, rows=rows, processes=processes)
 
 

@@ -52,7 +52,7 @@ def figures(found: dict[str, list[Row]], compared: list[Row], pictures: Path, do
     shown = [row for row in named(compared, SHEET) if row["case"] == SHOWN]
     seeds = sorted({row["seed"] for row in shown})[:4]
     shown = [row for row in shown if row["seed"] in seeds]
-    if all(picture_path(pictures, row["arm"], SHOWN, row["seed"]).exists() for row in shown):  # packed rows have none
+    if all(picture_path(pictures, row).exists() for row in shown):  # packed rows have none
         plots.sample_grid(shown, pictures, docs / "samples.png", case=SHOWN)
     plots.frontier(found["moved"], docs / "frontier.png")
     plots.against_count(found["crowded"], docs / "experts.png")

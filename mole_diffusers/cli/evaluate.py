@@ -16,7 +16,7 @@ from mole_diffusers.evaluation.arms import traced
 from mole_diffusers.evaluation.checkpoint_protocol import judged, judging_sheet
 from mole_diffusers.evaluation.choosing import ARMS, chosen_arms, moved
 from mole_diffusers.evaluation.rows import Row, Rows
-from mole_diffusers.evaluation.runner import Arm, Bench, Case, evaluate
+from mole_diffusers.evaluation.runner import Arm, Bench, Case, crowded, evaluate, found
 from mole_diffusers.evaluation.search import best_weights, grid
 
 
@@ -66,18 +66,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--limit and --seeds must be 1 or more")
     if args.search and args.base != "emoji":
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
+    if args.search and args.split == "test":
+        raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
     state = PartialState(cpu=args.device == "cpu")
     bench, cases, look, gates = _emoji(args) if args.base == "emoji" else _checkpoint(args)
     arms = _arms(args, bench, gates)
     if args.attached:
-        cases = emoji_protocol.crowded(cases, sorted(bench.experts), args.attached)
+        cases = crowded(cases, sorted(bench.experts), args.attached)
     seeds = range(args.seed, args.seed + args.seeds)
     rows = Rows(args.out, state.process_index)
     evaluate(bench, arms, cases, look, seeds=seeds, rows=rows, processes=state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
-        _report(args, rows.read())
-        _figures(args, rows.read(), bench, arms, cases=cases)
+        own = found(bench, arms, cases, seeds=seeds, rows=rows)
+        _report(args, own)
+        _figures(args, own, bench, arms, cases=cases)
     return 0
 
 
@@ -149,7 +152,7 @@ def _figures(args: argparse.Namespace, rows: list[Row], bench: Bench, arms: Sequ
     if find_spec("matplotlib") is None:
         print("figures need matplotlib: pip install 'mole-diffusers[plot]'", file=sys.stderr)
         return
-    plots.sample_grid(rows, args.out, args.out / "samples.png", case=cases[0].name)
+    plots.sample_grid(rows, args.out, args.out / "samples.png", case=rows[0]["case"])
     if args.base == "emoji":
         plots.bars(rows, args.out / "success.png")
     if args.base == "emoji" and args.attached:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.rows import PLACE, Row, place
 from mole_diffusers.evaluation.runner import Case, keep, picture_path
 from mole_diffusers.evaluation.tables import markdown
 from mole_diffusers.figures import grid
@@ -110,20 +110,16 @@ def judging_sheet(folder: Path, rows: Sequence[Row]) -> int:
 
     Returns the number of questions. The arms' names are in key.json alone, so that the sheet can be given away blind.
     """
-    questions: list[dict[str, Any]] = []
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["case"], row["seed"]), []).append(row)
-    for (case, seed), group in groups.items():
-        for a, b in combinations([r["arm"] for r in group], 2):
-            prompt = group[0]["prompt"]
-            questions += [{"case": case, "seed": seed, "prompt": prompt, "left": x, "right": y} for x, y in ((a, b), (b, a))]
-    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = [questions[i] for i in order]
-    for number, q in enumerate(shuffled):
-        paths = [picture_path(folder, q[side], q["case"], q["seed"]) for side in ("left", "right")]
-        pair = [Image.open(path).convert("RGB") for path in paths]
-        keep(grid([pair], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
+        groups.setdefault(place(row), []).append(row)
+    pairs = [pair for group in groups.values() for a, b in combinations(group, 2) for pair in ((a, b), (b, a))]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled: list[dict[str, Any]] = []
+    for number, (left, right) in enumerate(pairs[i] for i in order):
+        pictures = [Image.open(picture_path(folder, row)).convert("RGB") for row in (left, right)]
+        keep(grid([pictures], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
+        shuffled.append({name: left[name] for name in PLACE} | {"left": left["arm"], "right": right["arm"]})
     with (folder / "sheet" / "answers.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["question", "prompt", "better: left, right or same"])
@@ -144,21 +140,21 @@ def judged(folder: Path) -> str:
     key = json.loads((folder / "sheet" / "key.json").read_text())
     with (folder / "sheet" / "answers.csv").open(newline="") as file:
         given = [line[2].strip().lower() for line in list(csv.reader(file))[1:]]
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (arm, arm) -> (pictures, better arm or "same")
+    found: dict[tuple[str, str], list[tuple[tuple, str]]] = {}  # (arm, arm) -> (which picture, better arm or "same")
     for number, (question, answer) in enumerate(zip(key, given, strict=True)):
         if answer not in (*ANSWERS, ""):
             raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
         if answer:
             first, second = sorted((question["left"], question["right"]))
             better = question.get(answer, "same")
-            found.setdefault((first, second), []).append((f"{question['case']} {question['seed']}", better))
+            found.setdefault((first, second), []).append((place(question), better))
     body = [[first, second, *_counted(first, second, votes)] for (first, second), votes in found.items()]
     return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
 
 
-def _counted(first: str, second: str, votes: Sequence[tuple[str, str]]) -> list[str]:
+def _counted(first: str, second: str, votes: Sequence[tuple[tuple, str]]) -> list[str]:
     chosen = [better for _, better in votes]
-    pairs: dict[str, list[str]] = {}
+    pairs: dict[tuple, list[str]] = {}
     for pictures, better in votes:
         pairs.setdefault(pictures, []).append(better)
     both = [len(set(pair)) == 1 for pair in pairs.values() if len(pair) == 2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,23 +32,6 @@ def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emo
         for i, concepts in enumerate(group):
             scene = scene_of(concepts, i)
             out.append((Case(concepts, kind, scene.caption), scene))
-    return out
-
-
-def crowded(found: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -> list[Case]:
-    """The cases with further experts of `pool` attached that the prompt does not ask for, `counts` experts in all.
-
-    Counts that a case's own concepts exceed, or that the pool cannot fill, are left out.
-    """
-    out: list[Case] = []
-    for case in found:
-        others = [name for name in pool if name not in case.concepts]
-        for count in counts:
-            idle = count - len(case.concepts)
-            if 0 <= idle <= len(others):
-                start = len(out) % len(others)  # another stranger each time
-                strangers = tuple((others[start:] + others[:start])[:idle])
-                out.append(replace(case, idle=strangers))
     return out
 
 

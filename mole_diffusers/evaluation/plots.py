@@ -144,11 +144,12 @@ def against_count(rows: Sequence[Row], path: Path) -> Any:
 
 
 def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> Image.Image:
-    """The pictures of one case in `folder`: a row per arm, a column per seed."""
-    arms = by([r for r in rows if r["case"] == case], "arm")
-    seeds = sorted({r["seed"] for group in arms.values() for r in group})
-    whole = {arm: group for arm, group in arms.items() if {r["seed"] for r in group} == set(seeds)}
-    pictures = [[_picture(picture_path(folder, arm, case, seed)) for seed in seeds] for arm in whole]
+    """The pictures of one case in `folder`, of its first prompt: a row per arm, a column per seed."""
+    shown = list(by([r for r in rows if r["case"] == case], "prompt").values())[0]
+    arms = {arm: {r["seed"]: r for r in group} for arm, group in by(shown, "arm").items()}
+    seeds = sorted({seed for group in arms.values() for seed in group})
+    whole = {arm: group for arm, group in arms.items() if set(group) == set(seeds)}
+    pictures = [[_picture(picture_path(folder, group[seed])) for seed in seeds] for group in whole.values()]
     sheet = grid(pictures, [f"seed {seed}" for seed in seeds], list(whole))
     keep(sheet, path)
     return sheet

@@ -9,11 +9,17 @@ from typing import Any
 
 Row = dict[str, Any]
 KEY = ("case", "kind", "arm", "prompt", "seed", "settings")
+PLACE = ("case", "prompt", "seed")
 
 
 def key(row: Mapping[str, Any]) -> str:
     """What makes a row unique: everything that was asked for."""
     return json.dumps([row[name] for name in KEY], sort_keys=True)
+
+
+def place(row: Mapping[str, Any]) -> tuple:
+    """What the rows of several arms that are compared have in common: one prompt and one noise."""
+    return tuple(row[name] for name in PLACE)
 
 
 class Rows:

@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,23 @@ class Case:
     @property
     def name(self) -> str:
         return "+".join(self.concepts) + "".join(f" ({name})" for name in self.idle)
+
+
+def crowded(found: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -> list[Case]:
+    """The cases with further experts of `pool` attached that the prompt does not ask for, `counts` experts in all.
+
+    Counts that a case's own concepts exceed, or that the pool cannot fill, are left out.
+    """
+    out: list[Case] = []
+    for case in found:
+        others = [name for name in pool if name not in case.concepts]
+        for count in counts:
+            idle = count - len(case.concepts)
+            if 0 <= idle <= len(others):
+                start = len(out) % len(others)  # another stranger each time
+                strangers = tuple((others[start:] + others[:start])[:idle])
+                out.append(replace(case, idle=strangers))
+    return out
 
 
 @dataclass
@@ -99,9 +116,9 @@ def evaluate(
     rows: Rows,
     processes: int = 1,
 ) -> list[Row]:
-    """Draw and measure what `rows` does not hold yet; returns every row there is.
+    """Draw and measure what `rows` does not hold yet; returns what `found` does.
 
-    Pictures are kept beside the rows, as pictures/ARM/CASE/SEED.png.
+    Pictures are kept beside the rows, see `picture_path`.
 
     Args:
         processes: how many share the work; `rows` says which this one is.
@@ -109,29 +126,47 @@ def evaluate(
     done = {key(row) for row in rows.read()}
     work = [(arm, case) for case in cases for arm in arms if arm.covers(case)]
     for arm, case in tqdm(_share(work, rows.process, processes), desc="evaluate", mininterval=5):
-        facts = {
-            "case": case.name,
-            "kind": case.kind,
-            "arm": arm.name,
-            "prompt": case.prompt,
-            "idle": list(case.idle),
-            "settings": {"base": bench.base, **bench.options, **arm.settings(bench, case)},
-        }
-        missing = [seed for seed in seeds if key({**facts, "seed": seed}) not in done]
+        missing = [row for row in _asked(bench, arm, case, seeds=seeds) if key(row) not in done]
         if missing:
             with arm.draws(bench, case):
-                images = sample(bench.pipe, case.prompt, missing, **bench.options)
+                images = sample(bench.pipe, case.prompt, [row["seed"] for row in missing], **bench.options)
             seen = look(case, images)
-            for seed, image in zip(missing, images, strict=True):
-                keep(image, picture_path(rows.folder, arm.name, case.name, seed))
-            rows.append([{**facts, "seed": seed, **row} for seed, row in zip(missing, seen, strict=True)])
-    return rows.read()
+            for row, image in zip(missing, images, strict=True):
+                keep(image, picture_path(rows.folder, row))
+            rows.append([{**row, **measured} for row, measured in zip(missing, seen, strict=True)])
+    return found(bench, arms, cases, seeds=seeds, rows=rows)
 
 
-def picture_path(folder: Path, arm: str, case: str, seed: int) -> Path:
-    """Where a picture lies; names with characters that files do not take are cleaned."""
-    clean = [re.sub(r"[^\w+@.-]+", "_", name) for name in (arm, case)]
-    return folder / "pictures" / clean[0] / clean[1] / f"{seed}.png"
+def found(bench: Bench, arms: Sequence[Arm], cases: Sequence[Case], *, seeds: Sequence[int], rows: Rows) -> list[Row]:
+    """The rows that these arms, cases, seeds and settings ask for, of every process, as far as they are there.
+
+    Arm by arm in the order given, and nothing else that the folder may hold.
+    """
+    there = {key(row): row for row in rows.read()}
+    wanted = [
+        key(row) for arm in arms for case in cases if arm.covers(case) for row in _asked(bench, arm, case, seeds=seeds)
+    ]
+    return [there[asked] for asked in wanted if asked in there]
+
+
+def _asked(bench: Bench, arm: Arm, case: Case, *, seeds: Sequence[int]) -> list[Row]:
+    """A row per seed, without what is measured."""
+    facts = {
+        "case": case.name,
+        "kind": case.kind,
+        "arm": arm.name,
+        "prompt": case.prompt,
+        "idle": list(case.idle),
+        "settings": {"base": bench.base, **bench.options, **arm.settings(bench, case)},
+    }
+    return [{**facts, "seed": seed} for seed in seeds]
+
+
+def picture_path(folder: Path, row: Row) -> Path:
+    """Where a row's picture lies: pictures/ARM/CASE/SEED-DIGEST.png, the digest of all that was asked for, so that other
+    settings or prompts have other files; characters that files do not take are cleaned from names."""
+    clean = [re.sub(r"[^\w+@.-]+", "_", name) for name in (row["arm"], row["case"])]
+    return folder / "pictures" / clean[0] / clean[1] / f"{row['seed']}-{of_texts(key(row))}.png"
 
 
 def keep(image: Image.Image, path: Path) -> None:

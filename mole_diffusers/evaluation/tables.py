@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.rows import Row, place
 from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic_mean
 
 Value = Callable[[Row], float]
@@ -48,18 +48,18 @@ def success_table(rows: Sequence[Row], value: Value = lambda r: float(r["success
 def paired_table(rows: Sequence[Row], against: str) -> str:
     """Each arm's success less that of `against` on the same case and seed, by kind."""
     kinds = list(by(rows, "kind"))
-    reference = {(r["case"], r["seed"]): float(r["success"]) for r in rows if r["arm"] == against}
+    reference = {place(r): float(r["success"]) for r in rows if r["arm"] == against}
     body = []
     for arm, group in by(together(rows), "arm").items():
-        shared = [r for r in group if (r["case"], r["seed"]) in reference]
+        shared = [r for r in group if place(r) in reference]
         if arm != against and shared:
             cells = by(shared, "kind")
             body.append([arm, *(interval(cells.get(kind, []), _less(reference)) for kind in kinds)])
     return markdown([f"arm, less {against}", *kinds], body)
 
 
-def _less(reference: Mapping[tuple[str, int], float]) -> Value:
-    return lambda r: float(r["success"]) - reference[r["case"], r["seed"]]
+def _less(reference: Mapping[tuple, float]) -> Value:
+    return lambda r: float(r["success"]) - reference[place(r)]
 
 
 def upper_bounds(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
