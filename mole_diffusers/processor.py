@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from mole_diffusers import mixing
+from mole_diffusers.devices import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.state import Decision, Last, Present, State
 
@@ -124,12 +125,12 @@ class Slot:
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> Iterator[Decision]:
         fixed, strengths, device, rows = self._by_hand(), self._planned(), hidden.device, self._rows(hidden)
-        factor = self.state.factor(device) if strengths is None else torch.tensor(strengths, device=device)  # [N]
+        factor = self.state.factor(device) if strengths is None else onto(torch.tensor(strengths), device)  # [N]
         factor = factor if rows is None else factor * rows  # [N] or [B, N]
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             for present in self.presents:
-                gates = torch.tensor([w * p for w, p in zip(fixed, present, strict=True)], device=device)
+                gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), device)
                 yield self._decision(present, gates if segment is None else gates[segment], factor, segment=segment)
             return
         time = self.state.time.to(device) if self.timed else torch.zeros(1, device=device)
@@ -150,7 +151,7 @@ class Slot:
         if strengths is None:
             mask = self.state.mask(present, device)
         else:
-            mask = torch.tensor(self.state.there(present, strengths), device=device)
+            mask = onto(torch.tensor(self.state.there(present, strengths)), device)
         return mask if rows is None else mask & (rows != 0)
 
     def _decision(
@@ -184,7 +185,7 @@ class Slot:
         if self.far and weights.dim() > 1:
             weights = mixing.of_batch(weights, x.shape[0])
         if self.whole and self.state.plan is not None:
-            block = torch.tensor(self.state.plan.block(asking.layer), device=weights.device)  # [N]
+            block = onto(torch.tensor(self.state.plan.block(asking.layer)), weights.device)  # [N]
             weights = weights * (block[layer.segment] if self.gate.ranked else block)
         return weights
 

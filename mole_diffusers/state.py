@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mole_diffusers.devices import onto
 from mole_diffusers.gates import Gate
 from mole_diffusers.gates.controls import Control
 from mole_diffusers.kept_products import version
@@ -130,7 +131,7 @@ class State:
 
     def _made(self, present: Present | None, device: torch.device) -> torch.Tensor:
         values = self.strength if present is None else self.there(present, self.strength)
-        return torch.tensor(values, device=device)
+        return onto(torch.tensor(values), device)
 
 
 class Last:
