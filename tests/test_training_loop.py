@@ -17,6 +17,7 @@ from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining, Validation
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.loop import train_gates
+from mole_diffusers.training.objectives import OBJECTIVES
 from mole_diffusers.training.rates import rates
 from mole_diffusers.training.study import Lesson
 
@@ -218,6 +219,21 @@ def test_trackers_get_terms_and_pictures(pipe, mixture, tmp_path):
         train_gates(pipe, mixture, DRAWN, config=replace(DENOISE, tracker="nothing"))
 
 
+def test_weights_and_biases_gets_the_same(pipe, mixture, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    sent = []
+    monkeypatch.setattr(wandb.Run, "log", lambda _, values, step=None, **__: sent.append((step, values)))
+    looks = Validation(every=2, seeds=1, steps=1, guidance=1.0)
+    config = replace(DENOISE, tracker="wandb", validation=looks)
+    log = train_gates(pipe, mixture, DRAWN, config=config, folder=tmp_path, success=lambda *_: 1.0)
+    assert [(step, v["denoise"]) for step, v in sent if "denoise" in v] == [(row["step"], row["denoise"]) for row in log]
+    assert [step for step, v in sent if "success" in v] == [1, 3]
+    pictures = [(step, v["validation"]) for step, v in sent if "validation" in v]
+    assert [(step, len(seen), type(seen[0])) for step, seen in pictures] == [(1, 1, wandb.Image), (3, 1, wandb.Image)]
+
+
 def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
     train(loras, tmp_path, config=replace(DENOISE, every=1, keep=2))
     assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
@@ -261,6 +277,23 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, 
     free.strength("ink", 1e38)
     with pytest.raises(ValueError, match=r"not finite at step 0: .*; expert 'ink' alone predicts what is not finite"):
         train_gates(pipe, free, DRAWN, config=DENOISE)
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(loras, tmp_path, monkeypatch):
+    """Its loss is a number, and the checkpoint after it would have been the last good one."""
+    mixture = mole.attach(tiny_pipeline(), {n: loras[n] for n in ("fox", "ink")}, "static")
+    updates = []
+
+    def rooted(draw):
+        updates.append(draw)
+        near = float(len(updates) != 2)  # the root's slope at 0 is 1 / 0
+        return sum((p - p.detach() + near).square().sum() for p in mixture.parameters()).sqrt()
+
+    monkeypatch.setitem(OBJECTIVES, "denoise", lambda study: rooted)
+    with pytest.raises(ValueError, match=r"the gradient is not finite at step 1: .*; every expert alone is finite"):
+        train_gates(mixture._pipe, mixture, DRAWN, config=DENOISE, folder=tmp_path)
+    assert not checkpoints.checkpoints(tmp_path)
+    assert all(torch.isfinite(v).all() for v in gates_of(mixture).values())
 
 
 def test_bad_lessons_are_named(pipe, loras):

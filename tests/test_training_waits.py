@@ -135,6 +135,7 @@ def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
     way, state = run.study.kept["clip 0"], run.engine.optimizer.state
     found = [way["x"], way["looks"], *run.ema.shadow_params, *(state[p]["exp_avg"] for p in run.parameters)]
     assert all(tensor.is_meta for tensor in found)
+    assert run.engine.device.type == "meta"
     run.terms = {"clip": OBJECTIVES["clip"](run.study, lengths=(3, 3), start=0.0)}
     with only_gates_move(run):
         update(run, 1)

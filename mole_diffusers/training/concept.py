@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from mole_diffusers.training.beam import LEAST, Beams
 from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.engine import Engine, adamw, restored
+from mole_diffusers.training.engine import Engine, adamw, joined, restored
 from mole_diffusers.training.lora_layers import LAYERS, LoraLayers, lora_layers
 from mole_diffusers.training.lora_saving import save_kohya, save_lora
 
@@ -110,7 +109,7 @@ def setup(
     """Put the LoRA on the pipeline and make what an update needs. Under `accelerate launch` this joins the others."""
     if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
         raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and one text encoder")
-    accelerator = Accelerator(cpu=pipe.device.type == "cpu", mixed_precision="no")
+    accelerator = joined(pipe.device)
     options: dict[str, Any] = {
         "layers": config.layers,
         "rank": config.rank,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from torch import nn
 
 from mole_diffusers.training.checkpoints import STATE, find
@@ -47,7 +48,8 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        """Where the parameters are; what an Accelerator says is of the first run of its process."""
+        return self.parameters[0].device
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -94,8 +96,8 @@ class Engine:
     def settle(self, names: Sequence[str], culprit: Callable[[], str]) -> dict[str, float]:
         """Log the updates since the last look, and return the last row. This waits for the device.
 
-        Raises ValueError for a loss that is not finite, with `culprit()` in its message, and the parameters set back to
-        where they stood at the last look.
+        Raises ValueError for a loss, or parameters, that are not finite, with `culprit()` in its message, and the parameters
+        set back to where they stood at the last look.
         """
         rows = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
         start = len(self.log)
@@ -103,13 +105,18 @@ class Engine:
         for i, row in enumerate(rows):
             named = dict(zip(names, row, strict=True))
             if not all(map(torch.isfinite, torch.tensor(row))):
-                _set(self.parameters, self.good)
-                raise ValueError(f"the loss is not finite at step {start + i}: {named}; {culprit()}")
+                self._stop(f"the loss is not finite at step {start + i}: {named}; {culprit()}")
             self.log.append({"step": start + i, **named})
             if self.accelerator.trackers:
                 self.accelerator.log(named, step=start + i)
+        if rows and not torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            self._stop(f"the gradient is not finite at step {self.log[-1]['step']}: {self.log[-1]}; {culprit()}")
         self.remember()
         return self.log[-1] if self.log else {}
+
+    def _stop(self, why: str) -> NoReturn:
+        _set(self.parameters, self.good)
+        raise ValueError(why)
 
     def remember(self) -> None:
         """Note the parameters as good."""
@@ -118,6 +125,11 @@ class Engine:
     def parts(self) -> dict[str, Any]:
         """All that has a state of its own."""
         return {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+
+
+def joined(device: torch.device, **options: Any) -> Accelerator:
+    """This process among those that act as one. Who is among them its first run tells, on whatever device it was."""
+    return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no", **options)
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.engine import DTYPES, Engine, adamw
+from mole_diffusers.training.engine import DTYPES, Engine, adamw, joined
 from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
 from mole_diffusers.training.rates import rates
 from mole_diffusers.training.run import Run, Success, only_gates_move, resume, save, settle, values
@@ -38,9 +37,9 @@ def setup(study: Study, config: GateTraining, *, folder: Path | None, success: S
         mixture.strength(name)
     warn_of_missing_triggers(study)
     begin(study, config.initial)
-    if config.tracker and config.tracker not in (known := [str(t) for t in get_available_trackers()]):
+    if config.tracker and config.tracker not in (known := [t for t in map(str, get_available_trackers()) if t in PICTURES]):
         raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=folder, mixed_precision="no")
+    accelerator = joined(device, log_with=config.tracker, project_dir=folder)
     optimizer = adamw(rates(mixture.banks.values(), config.lr), device, weight_decay=config.weight_decay)
     schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     dtype = DTYPES.get(config.precision)
