@@ -1,9 +1,12 @@
 """Arms: every composer is what its name says, and leaves nothing behind."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+from hosts import sdxl
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
@@ -108,6 +111,58 @@ def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(bench, gates):
     torch.testing.assert_close(first[[0, 2]], at.mean(0))
 
 
+def pixels(bench, arm):
+    with arm.draws(bench, CASE):
+        return sample(bench.pipe, CASE.prompt, [3], output_type="pt", **bench.options)
+
+
+def scaled(expert, strength):
+    layers = {
+        part: {key: replace(weights, scale=weights.scale * strength) for key, weights in found.items()}
+        for part, found in expert.layers.items()
+    }
+    return replace(expert, layers=layers, sha256=f"{expert.sha256} at {strength}")
+
+
+def test_the_users_strengths_reach_every_arm(bench, gates):
+    """A strength of 1.6 draws what the same LoRA scaled by 1.6 draws, by every composer."""
+    bench.options = OPTIONS | {"num_inference_steps": 1}
+    alike = {*choosing.MERGES} - {"svd", "ssr"} | {"gates uniform", "gates random", "gates hardened"}  # as those that stay
+    names = [name for name in choosing.ARMS if name not in alike]
+    chosen = [arm for arm in choosing.chosen_arms(names, bench, gates, weights=WEIGHTS) if arm.covers(CASE)]
+    plain = {arm.name: pixels(bench, arm) for arm in chosen}
+    bench.strengths = {"fox": 1.6, "hat": 0.3}
+    strong = {arm.name: pixels(bench, arm) for arm in chosen}
+    assert said(bench, arms.summed())["strengths"] == {"fox": 1.6, "ink": 1.0}
+    assert "strengths" not in said(bench, arms.alone("ink"))
+    bench.strengths, bench.experts = {}, bench.experts | {"fox": scaled(bench.experts["fox"], 1.6)}
+    for arm in chosen:
+        torch.testing.assert_close(strong[arm.name], pixels(bench, arm), atol=2e-3, rtol=0, msg=arm.name)
+        assert torch.equal(strong[arm.name], plain[arm.name]) == (arm.name in ("base", "alone ink")), arm.name
+
+
+def test_one_lora_for_all_takes_no_strengths(bench, loras):
+    bench.strengths = {"fox": 0.5}
+    with pytest.raises(ValueError, match=r"the arm 'joint' is one LoRA, which cannot take strengths of \['fox'\]"):
+        drawn(bench, arms.from_file("joint", lambda _: loras["fox"]))
+
+
+def test_what_cannot_be_drawn_is_known_before(bench, gates):
+    assert choosing.obstacles(choosing.ARMS, bench, gates, weights=WEIGHTS) == {}
+    bench.prompts["hat"].clear()
+    bench.pipe = sdxl()
+    found = choosing.obstacles(choosing.ARMS, bench)
+    assert set(found) == {
+        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "grid search", *arms.CONTROLS
+    }  # fmt: skip
+    assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"
+    for name, reason in found.items():
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            choosing.chosen_arms(["base", name], bench)
+    with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
+        choosing.moved(["sum", "gates"], bench, shares=[0.5])
+
+
 def said(bench, arm):
     return dict(arm.settings(bench, CASE))
 
@@ -191,7 +246,7 @@ def test_the_world_knows_its_styles():
 
 
 def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
-    chosen = choosing.moved(["sum", "svd", "gates"], [0.25, 1.0], gates)
+    chosen = choosing.moved(["sum", "svd", "gates"], bench, gates, shares=[0.25, 1.0])
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
     experts = {n: bench.experts[n] for n in CASE.concepts}
     assert drawn(bench, chosen[0]) == by_hand(bench, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
@@ -201,9 +256,9 @@ def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
         mixture = mole.attached(bench.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        choosing.moved(["base"], [0.5])
+        choosing.moved(["base"], bench, shares=[0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        choosing.moved(["sum"], [2])
+        choosing.moved(["sum"], bench, shares=[2])
 
 
 def test_crowds_grow_to_the_number_asked_for():

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -17,7 +18,9 @@ from transformers import (
     Dinov2Model,
 )
 
+from mole_diffusers import attach
 from mole_diffusers.cli import main
+from mole_diffusers.compare import sample
 from mole_diffusers.evaluation.checkpoint_protocol import Look, judged, judging_sheet, read_cases, windows
 from mole_diffusers.evaluation.runner import Case, keep, picture_path
 from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
@@ -159,14 +162,21 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
         judged(sheet)
 
 
-def test_evaluate_on_any_checkpoint(models, own, loras, tmp_path, capsys):
+@pytest.fixture
+def checkpoint(models, own, loras, tmp_path):
+    """`mole evaluate` on a tiny pipeline in a folder, with what a real checkpoint needs."""
     tiny_pipeline().save_pretrained(tmp_path / "base")
     (tmp_path / "cases.jsonl").write_text('{"concepts": ["fox", "ink"], "prompt": "a fox in ink"}\n')
-    args = ["evaluate", "--base", str(tmp_path / "base"), "--device", "cpu", "--steps", "1", "--seeds", "2", "--sheet"]
+    args = ["evaluate", "--base", str(tmp_path / "base"), "--device", "cpu", "--steps", "1", "--seeds", "2"]
     for name in ("fox", "ink"):
-        args += ["--expert", f"{name}={loras[name]}", "--images", f"{name}={own[name]}", "--own", f"{name}=a {name}"]
-    args += ["--cases", str(tmp_path / "cases.jsonl"), "--clip", models[0], "--dino", models[1], "--style", "ink"]
-    args += ["--out", str(tmp_path / "out"), "--arm", "base", "--arm", "np", "--arm", "ssr", "--arm", "k-lora"]
+        args += ["--images", f"{name}={own[name]}"]
+    args += ["--cases", str(tmp_path / "cases.jsonl"), "--clip", models[0], "--dino", models[1]]
+    return [*args, "--expert", f"ink={loras['ink']}", "--style", "ink", "--out", str(tmp_path / "out")]
+
+
+def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]
+    args += ["--arm", "base", "--arm", "np", "--arm", "ssr", "--arm", "k-lora"]
     assert main(args) == 0
     text = capsys.readouterr().out
     assert text.startswith("| arm | CLIP-T | CLIP-I | DINO |")
@@ -176,3 +186,57 @@ def test_evaluate_on_any_checkpoint(models, own, loras, tmp_path, capsys):
     assert main([*args, "--search"]) == 1
     assert main([*args, "--style", "cat"]) == 1
     assert "no such experts" in capsys.readouterr().err
+
+
+def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, capsys):
+    assert main([*checkpoint, "--expert", f"fox={loras['fox']}:0.4", "--arm", "sum", "--arm", "mean", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {json.dumps(row["settings"]["strengths"]) for row in rows} == {'{"fox": 0.4, "ink": 1.0}'}
+    pipe = tiny_pipeline()
+    for arm, fox, ink in (("sum", 0.4, 1.0), ("mean", 0.2, 0.5)):
+        attach(pipe, {"fox": (loras["fox"], fox), "ink": (loras["ink"], ink)}, "sum")
+        (image,) = sample(pipe, "a fox in ink", [1000], num_inference_steps=1, guidance_scale=3.0)
+        row = next(row for row in rows if row["arm"] == arm and row["seed"] == 1000)
+        assert Image.open(picture_path(tmp_path / "out", row)).tobytes() == image.tobytes()
+
+
+def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys, monkeypatch):
+    fox = ["--expert", f"fox={loras['fox']}"]
+    for asked, message in (
+        (["--arm", "ssr"], "'ssr' runs every expert on prompts of its own, and there are none for ['fox', 'ink']"),
+        (["--arm", "grid search"], "'grid search' needs the weights of a search"),
+        (["--arm", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
+        (["--arm", "sum", "--arm", "gates", "--share", "0.5"], "'gates' needs a folder of trained gates"),
+    ):
+        assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("rows*"))
+    monkeypatch.setattr("mole_diffusers.cli.evaluate.ARMS", ("base", "ssr", "switch", "gates", "k-lora"))
+    assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert {row["arm"] for row in json.loads(out)} == {"base", "switch", "k-lora"}
+    assert "left out: 'ssr' runs every expert" in err
+    assert "left out: ['gates'] can draw none of the cases" in err
+
+
+def test_the_card_is_taken_where_there_is_one(checkpoint, loras, monkeypatch):
+    """The pipeline and what measures alike; what they are put on is all that is looked at, since there may be no card."""
+    places = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: None)
+
+    def put(_, device):
+        places.append(device)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(CLIPModel, "to", put)
+    monkeypatch.setattr(StableDiffusionPipeline, "to", put)
+    given = [arg for arg in checkpoint if arg not in ("--device", "cpu")]
+    for command in ([*given, "--expert", f"fox={loras['fox']}"], ["evaluate"]):
+        assert main(command) == 1
+    assert places == ["cuda", "cuda"]
+
+
+def test_the_embedded_world_takes_no_parts_of_another(loras, capsys):
+    assert main(["evaluate", "--expert", f"fox={loras['fox']}:0.5", "--clip", "x"]) == 1
+    assert "--expert, --clip: the embedded world has its own" in capsys.readouterr().err

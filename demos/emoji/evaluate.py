@@ -77,7 +77,7 @@ def wanted(world, bench, name: str) -> list[arms.Arm]:
     if name == "search":
         return grid(bench)
     if name == "moved":
-        return choosing.moved(["sum", "np", "gates"], SHARES, world.folder / "gates")
+        return choosing.moved(["sum", "np", "gates"], bench, world.folder / "gates", shares=SHARES)
     if name == "crowded":
         return choosing.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench)
     return all_arms(world, bench, searched_weights(), validation=name == "validation")

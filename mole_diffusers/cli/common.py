@@ -18,6 +18,13 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="default: cuda where there is one")
 
 
+def chosen_device(device: str | None) -> str:
+    """What `--device` means: without it the card, where there is one."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
     """The pipeline of `--base`; "emoji" is the embedded world."""
     import torch
@@ -25,7 +32,7 @@ def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
 
     from mole_diffusers.world import emoji_world
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     if base == "emoji":
         return emoji_world(device=device).pipe
     dtype = torch.float16 if half and device.startswith("cuda") else torch.float32

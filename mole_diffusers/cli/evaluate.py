@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.cli.common import add_experts, chosen_experts, named_values, pipeline
+from mole_diffusers.cli.common import add_experts, chosen_device, chosen_experts, named_values, pipeline
 from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, plots, tables
-from mole_diffusers.evaluation.arms import traced
+from mole_diffusers.evaluation.arms import gates_of, traced
 from mole_diffusers.evaluation.checkpoint_protocol import judged, judging_sheet
-from mole_diffusers.evaluation.choosing import ARMS, chosen_arms, moved
+from mole_diffusers.evaluation.choosing import ARMS, chosen_arms, moved, obstacles
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Bench, Case, crowded, evaluate, found
 from mole_diffusers.evaluation.search import best_weights, grid
@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
     state = PartialState(cpu=args.device == "cpu")
     bench, cases, look, gates = _emoji(args) if args.base == "emoji" else _checkpoint(args)
-    arms = _arms(args, bench, gates)
     if args.attached:
         cases = crowded(cases, sorted(bench.experts), args.attached)
+    arms = _arms(args, bench, gates, cases=cases)
     seeds = range(args.seed, args.seed + args.seeds)
     rows = Rows(args.out, state.process_index)
     evaluate(bench, arms, cases, look, seeds=seeds, rows=rows, processes=state.num_processes)
@@ -84,13 +84,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _arms(args: argparse.Namespace, bench: Bench, gates: Path | None) -> list[Arm]:
+def _arms(args: argparse.Namespace, bench: Bench, gates: Path | None, *, cases: Sequence[Case]) -> list[Arm]:
+    """The arms that were asked for, or of all of them those that can be drawn; what is left out is said."""
     if args.search:
         return grid(bench)
-    if args.share:
-        return moved(args.arm or ["sum", "gates"], args.share, gates)
     weights = json.loads(args.weights.read_text()) if args.weights else None
-    return chosen_arms(args.arm or list(ARMS), bench, gates, weights=weights)
+    names = args.arm or (["sum", "gates"] if args.share else list(ARMS))
+    kept = obstacles(names, bench, gates, weights=weights) if not args.arm else {}
+    for reason in kept.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    names = [name for name in names if name not in kept]
+    arms = moved(names, bench, gates, shares=args.share) if args.share else chosen_arms(names, bench, gates, weights=weights)
+    idle = [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]
+    if idle:
+        reason = (
+            f"{idle} can draw none of the cases (gates: {gates}, where {gates_of(Path())(cases[0])} is the first's folder)"
+        )
+        if args.arm:
+            raise ValueError(reason)
+        print(f"left out: {reason}", file=sys.stderr)
+    return arms
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,11 +114,16 @@ def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
     return {kind: group[:limit] for kind, group in groups.items()}
 
 
+REAL = ("expert", "cases", "images", "own", "style", "clip", "dino")  # what only a real checkpoint is asked for
+
+
 def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
     from mole_diffusers import emoji
     from mole_diffusers.world import emoji_world
 
-    world = emoji_world(device=args.device or "cpu")
+    if ignored := [f"--{name}" for name in REAL if getattr(args, name)]:
+        raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")
+    world = emoji_world(device=chosen_device(args.device))
     split = emoji.TEST if args.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases(_first(split, args.limit))
     look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
@@ -120,17 +138,19 @@ def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
 def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None]:
     if missing := [f"--{name}" for name in ("cases", "clip", "dino") if getattr(args, name) is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    experts = {name: expert for name, (expert, _) in chosen_experts(args, "").items()}
+    chosen = chosen_experts(args, "")
+    experts = {name: expert for name, (expert, _) in chosen.items()}
+    strengths = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
     cases = checkpoint_protocol.read_cases(args.cases, list(experts))
     folders = {name: Path(folder) for name, folder in named_values(args.images, "--images")}
-    look = checkpoint_protocol.Look(args.clip, args.dino, folders, device=args.device or "cpu")
+    look = checkpoint_protocol.Look(args.clip, args.dino, folders, device=chosen_device(args.device))
     prompts: dict[str, list[str]] = {}
     for name, prompt in named_values(args.own, "--own"):
         prompts.setdefault(name, []).append(prompt)
     if unknown := set(args.style) - set(experts):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(experts)}")
     pipe, styles = pipeline(args.base, args.device), frozenset(args.style)
-    bench = Bench(pipe, experts, _options(args), args.base, prompts=prompts, styles=styles)
+    bench = Bench(pipe, experts, _options(args), args.base, prompts=prompts, styles=styles, strengths=strengths)
     return bench, cases[: args.limit], look, args.gates
 
 

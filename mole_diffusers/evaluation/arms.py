@@ -23,13 +23,13 @@ from mole_diffusers.merging.merge import by_activations, merge, resolved
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.trace import Trace
 
-Weights = Callable[[Bench, Case], Mapping[str, float]]  # a strength per concept
+Weights = Callable[[Bench, Case], Mapping[str, float]]  # a weight per concept, which the user's own strength multiplies
 Inside = Callable[[Bench, Case, Mixture], AbstractContextManager[Any]]  # what holds while an attached mixture draws
 Settings = Callable[[Bench, Case], Mapping[str, Any]]  # what a row says, see `Arm.settings`
 
 
 def ones(bench: Bench, case: Case) -> dict[str, float]:
-    """Every expert at strength 1."""
+    """Every expert at the strength that the user gave it."""
     return dict.fromkeys(case.experts, 1.0)
 
 
@@ -49,10 +49,6 @@ def _attached(bench: Bench, experts: Mapping[str, Any], gates: Gates) -> Iterato
         yield attach(bench.pipe, experts, gates)
     finally:
         detach(bench.pipe)
-
-
-def _weighed(bench: Bench, case: Case, weights: Weights) -> dict[str, Any]:
-    return {name: (bench.experts[name], strength) for name, strength in weights(bench, case).items()}
 
 
 def _said(**more: Any) -> Settings:
@@ -75,7 +71,7 @@ def alone(concept: str) -> Arm:
     """One concept's LoRA alone on the whole prompt: the upper bound for that concept."""
     return Arm(
         f"alone {concept}",
-        lambda bench, _: _attached(bench, {concept: bench.experts[concept]}, "sum"),
+        lambda bench, _: _attached(bench, bench.weighed({concept: 1.0}), "sum"),
         lambda bench, _: bench.used([concept]),
         covers=lambda case: concept in case.concepts,
     )
@@ -83,11 +79,11 @@ def alone(concept: str) -> Arm:
 
 def weighted(name: str, weights: Weights, /, **settings: Any) -> Arm:
     """A weighted sum: what `set_adapters` gives with these strengths; `settings` say them in the rows."""
-    return Arm(name, lambda bench, case: _attached(bench, _weighed(bench, case, weights), "sum"), _said(**settings))
+    return Arm(name, lambda bench, case: _attached(bench, bench.weighed(weights(bench, case)), "sum"), _said(**settings))
 
 
 def summed(name: str = "sum", weights: Weights = ones) -> Arm:
-    """Every LoRA at strength 1."""
+    """Every LoRA at the user's own strength."""
     return weighted(name, weights)
 
 
@@ -111,7 +107,7 @@ def merged(method: str, name: str = "", weights: Weights = ones, *, rank: int | 
     chosen = resolved(method, options)
 
     def draws(bench: Bench, case: Case) -> Any:
-        experts, protect = _weighed(bench, case, weights), _styles(bench, case)
+        experts, protect = bench.weighed(weights(bench, case)), _styles(bench, case)
         one = merge(experts, method, rank=rank, protect=protect, activations=bench.activations, **chosen)
         return _attached(bench, {"merged": one}, "sum")
 
@@ -136,10 +132,16 @@ def _own_runs(bench: Bench, case: Case) -> dict[str, Any]:
 
 
 def from_file(name: str, path: Callable[[Case], Path]) -> Arm:
-    """A LoRA file per case, one that was trained on all its concepts say."""
+    """A LoRA file per case, one that was trained on all its concepts say; it takes no strengths of concepts."""
+
+    def draws(bench: Bench, case: Case) -> Any:
+        if bench.strengths:
+            raise ValueError(f"the arm {name!r} is one LoRA, which cannot take strengths of {sorted(bench.strengths)}")
+        return _attached(bench, {name: path(case)}, "sum")
+
     return Arm(
         name,
-        lambda bench, case: _attached(bench, {name: path(case)}, "sum"),
+        draws,
         lambda bench, case: {"file": of_files(path(case))},
         covers=lambda case: path(case).exists(),
     )
@@ -150,7 +152,7 @@ def composed(name: str, inside: Inside, *, gates: Gates = "sum", **settings: Any
 
     @contextmanager
     def draws(bench: Bench, case: Case) -> Iterator[None]:
-        with _attached(bench, _weighed(bench, case, ones), gates) as mixture, inside(bench, case, mixture):
+        with _attached(bench, bench.weighed(ones(bench, case)), gates) as mixture, inside(bench, case, mixture):
             yield
 
     return Arm(name, draws, _said(**settings))
@@ -188,7 +190,7 @@ def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones,
 
     @contextmanager
     def draws(bench: Bench, case: Case) -> Iterator[None]:
-        with _attached(bench, _weighed(bench, case, weights), folder(case)) as mixture, inside(bench, case, mixture):
+        with _attached(bench, bench.weighed(weights(bench, case)), folder(case)) as mixture, inside(bench, case, mixture):
             yield
 
     def settings(bench: Bench, case: Case) -> Mapping[str, Any]:

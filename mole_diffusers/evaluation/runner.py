@@ -69,6 +69,7 @@ class Bench:
         base: what the pipeline is, for the rows.
         prompts: concept -> prompts of it alone.
         styles: the concepts that are styles.
+        strengths: the user's own, by concept, on top of what an arm weighs with; 1 where not given.
     """
 
     pipe: Any
@@ -77,15 +78,22 @@ class Bench:
     base: str = ""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     styles: frozenset[str] = frozenset()
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def activations(self) -> Activations:
         """What each expert does alone, for the merges that need it; found once."""
         return Activations(self.pipe, self.prompts)
 
+    def weighed(self, weights: Mapping[str, float]) -> dict[str, tuple[Expert, float]]:
+        """Concept -> its LoRA and strength, the user's own times the weight."""
+        return {name: (self.experts[name], weight * self.strengths.get(name, 1.0)) for name, weight in weights.items()}
+
     def used(self, names: Sequence[str]) -> dict[str, Any]:
-        """What a row says of the experts that it was drawn with."""
-        return {"experts": of_texts(*(self.experts[name].sha256 for name in names))}
+        """What a row says of the experts that it was drawn with; strengths where one is not 1."""
+        said: dict[str, Any] = {"experts": of_texts(*(self.experts[name].sha256 for name in names))}
+        strengths = {name: self.strengths.get(name, 1.0) for name in names}
+        return said if set(strengths.values()) <= {1.0} else said | {"strengths": strengths}
 
 
 @dataclass(frozen=True)

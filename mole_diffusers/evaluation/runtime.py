@@ -70,13 +70,18 @@ class Steps:
         return self.step
 
 
+def by_expert(pipe: Any) -> bool:
+    """Whether LoRA Switch and Composite, which encode the prompt by each expert alone, know this kind of pipeline."""
+    return getattr(pipe, "unet", None) is not None and getattr(pipe, "text_encoder_2", None) is None
+
+
 @contextmanager
 def _by_expert(pipe: Any, mixture: Mixture, run: Callable[..., Any]) -> Iterator[None]:
     """Let `run(unet, texts, args, kwargs)` stand in for the UNet, with the prompt's states by each expert's own encoder.
 
     The states of all experts travel through the pipeline side by side in their channels, [B, T, N * C].
     """
-    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
+    if not by_expert(pipe):
         raise ValueError(f"LoRA Switch and Composite need a unet and one text encoder, unlike {type(pipe).__name__}")
     count = len(mixture.experts)
 
