@@ -31,7 +31,8 @@ from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.starts import STARTS
 
 FOLDER = WORK / "objectives"
-EACH = 3  # compositions of each kind
+EACH, ALL = 3, 6  # compositions of each kind; for what is in MORE, pairs of subjects
+MORE = ("sum", "flow, collage", "flow, single and composed", "flow, single, composed and collage")
 KINDS = ("subject x style", "subject + subject")
 MOLE = GateConfig("mole", granularity="block", total="N")
 STARTING = GateConfig("mole", granularity="layer", total="linear", bias=True)
@@ -49,6 +50,7 @@ def _on(terms: Mapping, **options) -> GateTraining:
 COLLAGE = {"collage": {"guidance": 3.0}}
 OBJECTIVES = {
     "single and composed": _on({"single": 1.0, "composed": 1.0}),
+    "single, composed and collage": _on({"single": 1.0, "composed": 1.0} | COLLAGE),
     "denoise": _on({"denoise": 1.0}),
     "clip": _on({"clip": 1.0}, steps=40, batch=2),
     "rollout": _on({"rollout": {"steps": 8}}, steps=16, batch=2),
@@ -80,7 +82,8 @@ SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
 
 def cells() -> list[tuple[str, str, int]]:
     """(setting, kind, index of the composition), so that an early stop leaves every setting with the same compositions."""
-    return [(setting, kind, i) for i in range(EACH) for kind in KINDS for setting in SETTINGS]
+    found = [(setting, kind, i) for i in range(EACH) for kind in KINDS for setting in SETTINGS]
+    return found + [(setting, KINDS[1], i) for i in range(EACH, ALL) for setting in MORE]
 
 
 def path_of(setting: str, concepts: Sequence[str]) -> Path:
@@ -108,7 +111,7 @@ def cell(world, setting: str, concepts: Sequence[str]) -> dict:
 
 
 def _case(concepts: Sequence[str]):
-    split = {kind: emoji.VALIDATION[kind][:EACH] for kind in KINDS}
+    split = {kind: emoji.VALIDATION[kind][:ALL] for kind in KINDS}
     return next((case, scene) for case, scene in emoji_protocol.cases(split) if case.concepts == tuple(concepts))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch._dynamo
 
 from mole_diffusers.bench.arms import ARMS, FOLDING, twin
 from mole_diffusers.bench.clock import interleaved, seconds
@@ -25,6 +26,9 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
     given = inputs(pipe, settings.size, pixels=settings.side)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         files = lora_files(pipe.unet, Path(folder), max(experts), rank=settings.rank)
+        # All arms share the code of the host's blocks, and each may have as many graphs of it as a host alone.
+        limit = torch._dynamo.config.recompile_limit * len(wanted)
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit))
         measures = {}
         for arm, n in wanted:
             other = twin(pipe, own=arm in FOLDING)
