@@ -11,6 +11,7 @@ from train_gates import FAMILIES, UNSEEN
 from mole_diffusers.evaluation import arms, choosing
 from mole_diffusers.evaluation.runner import Arm, Bench, Case
 
+BLENDED = "flow gates, blended"  # LoRA-Flow's form, trained on blends of the LoRAs in place of collages
 STILL = ("prompt",)  # it speaks once per prompt: no average over time
 
 
@@ -50,6 +51,7 @@ def all_arms(
     return [
         *choosing.chosen_arms(choosing.ARMS, bench, committed, weights=weights),
         *families(),
+        arms.gated(BLENDED, arms.gates_of(WORK / "gates" / "blend")),
         unseen(),
         *(arms.gated(f"{family} oracle", arms.gates_of(WORK / "oracle" / family)) for family in FAMILIES),
         arms.from_file("joint LoRA", joint_file),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from arms import BLENDED
 from kept_rows import pack
 from train_gates import FAMILIES
 
@@ -19,7 +20,7 @@ FREE = tuple(arm for arm in ARMS if arm not in CONTROLS)  # what no training on 
 TRAINED = ("gates", *(f"{family} gates" for family in FAMILIES if family != "flow"))
 CEILINGS = (*(f"{family} oracle" for family in FAMILIES), "joint LoRA")
 SHEET = ("base", "sum", "np", "regmean", "gates", "static gates", "rank gates", "flow oracle")
-MAIN = (*FREE, *TRAINED, *CEILINGS)  # controls have a page of their own
+MAIN = (*FREE, TRAINED[0], BLENDED, *TRAINED[1:], *CEILINGS)  # controls have a page of their own
 
 
 def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
@@ -37,7 +38,7 @@ def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
         "compared": tables.success_table(named(compared, MAIN)),
         "compared_paired": tables.paired_table(named(compared, MAIN), "sum"),
         "behind": tables.concept_table(named([row for row in compared if len(row["seen"]) == 2], MAIN)),
-        "cases": tables.case_table(named(compared, ("sum", "grid search", "np", *TRAINED[:2], *CEILINGS))),
+        "cases": tables.case_table(named(compared, ("sum", "grid search", "np", TRAINED[0], BLENDED, *CEILINGS))),
         "validation": tables.success_table(named(found["validation"], (*FREE, *TRAINED))),
         "attempts": (HERE / "attempts.md").read_text().strip(),
         "took": took_table(took),

@@ -1,6 +1,6 @@
 """Train what the compositions are compared with: gates of every family (data-free), and the ceilings.
 
-    python demos/emoji/train_gates.py [gates] [families] [validation] [joint] [oracle] [unseen]
+    python demos/emoji/train_gates.py [gates] [families] [blend] [validation] [joint] [oracle] [unseen]
 
 `gates` writes assets/gates/NAME; the rest goes to work/. Results that exist are kept, so a cut-off run goes on.
 """
@@ -33,6 +33,7 @@ FAMILIES = {
 }
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
+BLEND = replace(TRAINING, terms={"single": 1.0, "composed": 1.0})  # what validation prefers for subjects alone
 RATES: dict[str, float] = {}  # best on validation (objectives.py), where that is another
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
@@ -50,12 +51,12 @@ def recipe(concepts, family: str) -> GateTraining:
     return replace(TRAINING, terms=terms, lr=RATES.get(family, TRAINING.lr))
 
 
-def make_gates(world, concepts, family: str = "flow", root: Path | None = None):
+def make_gates(world, concepts, family: str = "flow", root: Path | None = None, *, training: GateTraining | None = None):
     folder = (root or world.folder / "gates") / name_of(concepts)
     if not (folder / "config.json").exists():
         detach(world.pipe)
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
-        train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts, family))
+        train_gates(world.pipe, mixture, lesson(concepts), config=training or recipe(concepts, family))
         mixture.save_pretrained(folder, dtype=torch.float16)
 
 
@@ -111,6 +112,9 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
         return of(emoji.COMPOSITIONS, make_gates)
     if what == "joint":
         return of(emoji.COMPARED, make_joint)
+    if what == "blend":
+        subjects = [c for c in emoji.COMPARED if not lesson(c).styles]
+        return of(subjects, lambda w, c: make_gates(w, c, root=WORK / "gates" / "blend", training=BLEND))
     if what == "unseen":
         return [(what, lambda: make_unseen(world))]
     if what == "oracle":
@@ -121,7 +125,7 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
 
 
 def main() -> None:
-    known = ["gates", "families", "validation", "joint", "oracle", "unseen"]
+    known = ["gates", "families", "blend", "validation", "joint", "oracle", "unseen"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=known, help=f"of {known}; default: all")
     what = parser.parse_args().what
