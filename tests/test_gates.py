@@ -200,10 +200,12 @@ def test_gates_speak_even_when_every_processor_is_replaced(pipe, loras, draw, aw
     assert not any(isinstance(p, MoLEAttnProcessor) for p in pipe.unet.attn_processors.values())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(pipe, loras, awake):
+@pytest.mark.parametrize("granularity", ["block", "model"])
+def test_gradient_checkpointing_gives_the_same_gradients(pipe, loras, awake, granularity):
+    """The one gate of a whole model speaks outside the blocks that are computed again."""
     from mole_diffusers.training.denoising import predict
 
-    mixture = awake(mole.attach(pipe, loras, "mole"))
+    mixture = awake(mole.attach(pipe, loras, GateConfig("mole", granularity=granularity)))
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
 
     def gradients():
