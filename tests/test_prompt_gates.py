@@ -66,6 +66,14 @@ def test_axes_by_hand(monkeypatch):
     torch.testing.assert_close(one, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
 
 
+def test_load_balance_over_processes_is_that_of_all_rows():
+    rows = torch.softmax(torch.randn(4, 3), -1)
+    own, others = rows.chunk(2)
+    theirs = iter([(largest(others, 1) > 0).float().mean(0), others.mean(0)])
+    found = load_balance(own, largest(own, 1) > 0, lambda mean: (mean + next(theirs)) / 2)
+    torch.testing.assert_close(found, load_balance(rows, largest(rows, 1) > 0))
+
+
 def test_load_balance_is_1_when_even_and_their_number_when_one_takes_all():
     even, one = torch.full((6, 3), 1 / 3), torch.tensor([[1.0, 0.0, 0.0]]).expand(6, 3)
     by_turns = torch.eye(3, dtype=torch.bool).repeat(2, 1)

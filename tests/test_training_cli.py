@@ -26,6 +26,17 @@ def flags(loras, base):
     return ["--base", base, "--expert", f"fox={loras['fox']}", "--expert", f"ink={loras['ink']}:0.7", *words, *how, *gates]
 
 
+def test_options_of_a_term_may_be_lists(flags, tmp_path):
+    file = tmp_path / "run.json"
+    assert (
+        main(["train", *flags, "--term", "clip=0.5,lengths=[20,50],start=0.1", "--drop", "0.5", "--write-config", str(file)])
+        == 0
+    )
+    training = json.loads(file.read_text())["training"]
+    assert training["terms"]["clip"] == {"weight": 0.5, "lengths": [20, 50], "start": 0.1}
+    assert training["drop"] == 0.5
+
+
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, capsys):
     file, (one, two) = tmp_path / f"run.{suffix}", (tmp_path / n for n in ("one", "two"))

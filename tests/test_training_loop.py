@@ -78,6 +78,23 @@ def test_training_lowers_each_term_and_moves_only_gates(pipe, loras, awake, clip
     assert all(p.grad is None for p in after.values())
 
 
+def test_the_other_terms_move_only_gates(pipe, loras, clip):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="N"))
+    before = {f"{i}.{n}": v.clone() for i, m in enumerate((pipe.unet, pipe.text_encoder, pipe.vae)) for n, v in state(m)}
+    gates = gates_of(mixture)
+    lesson = replace(DRAWN, plain=["a cat"], parts={"a fox in ink": ["a fox", "ink art"]})
+    terms = {"base": TEACH, "separate": {"steps": 2}, "collage": {"pictures": 2, "seeds": 1, "steps": 1}}
+    train_gates(pipe, mixture, lesson, config=GateTraining(terms, steps=2, batch=2))
+    assert same(before, {f"{i}.{n}": v for i, m in enumerate((pipe.unet, pipe.text_encoder, pipe.vae)) for n, v in state(m)})
+    assert any("lora_A" in name for name in before)
+    assert not same(gates_of(mixture), gates)
+
+
+def state(model):
+    """Its parameters and buffers, with the experts' and without the gates'."""
+    return [(name, value) for name, value in model.state_dict().items() if "mole_gates" not in name]
+
+
 def train(loras, folder, *, config=DENOISE, lesson=DRAWN, **options):
     """A run on a pipeline of its own; returns its gates and log."""
     pipe = tiny_pipeline()
@@ -131,6 +148,21 @@ def test_accumulated_parts_equal_the_whole_batch(loras):
     for name, gate in whole[0].items():
         torch.testing.assert_close(parts[0][name], gate, atol=2e-6, rtol=1e-4)
     assert [r["loss"] for r in parts[1]] == pytest.approx([r["loss"] for r in whole[1]], rel=1e-4)
+
+
+def test_rank_gates_even_out_their_load_once_per_update(loras):
+    """Whatever parts a batch is computed in: their bias c moves by its rate, and by what the whole batch asked for."""
+    ends = []
+    for accumulation in (1, 2):
+        pipe = tiny_pipeline()
+        mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("rank", top=3))
+        config = GateTraining({"denoise": 1.0}, batch=4, steps=3, accumulation=accumulation)
+        train_gates(pipe, mixture, DRAWN, config=config)
+        ends.append({name: value for name, value in gates_of(mixture).items() if name.endswith("balance")})
+        assert all(gate.load is None and not gate.held for bank in mixture.banks.values() for gate in bank.gates.values())
+    assert any(c.abs().max() > 0 for c in ends[0].values())
+    for name, c in ends[0].items():
+        torch.testing.assert_close(ends[1][name], c)
 
 
 @pytest.mark.parametrize("family", ["mole", "static"])
@@ -243,6 +275,8 @@ def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
         train(loras, tmp_path, resume_from="checkpoint-9")
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train(loras, tmp_path, config=replace(DENOISE, lr=1.0), resume_from="latest")
+    with pytest.raises(ValueError, match=r"other settings \(pictures\)"):
+        train(loras, tmp_path, lesson=replace(DRAWN, samples=replace(PICTURES, captions=["ink"] * 4)), resume_from="latest")
     with pytest.raises(ValueError, match=r"other settings \(composed\)"):
         train(loras, tmp_path, lesson=replace(DRAWN, composed=["fox ink"]), resume_from="checkpoint-3")
     more = replace(DENOISE, every=4, keep=1)

@@ -57,10 +57,19 @@ def draw_of(seed=0, batch=2, **share):
     return Draw(torch.Generator().manual_seed(seed), batch, **share)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradient_equals_the_difference_of_values(study, name):
+VARIANTS = {name: (name, {}, ()) for name in OBJECTIVES} | {
+    "composed with a style": ("composed", {}, ("ink",)),
+    "clip of clean pictures": ("clip", {"clean": True}, ()),
+    "guided denoise": ("denoise", {"guidance": 3.0}, ()),
+    "rollout without guidance": ("rollout", {"guidance": 1.0, "checkpointing": True}, ()),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "styles"), VARIANTS.values(), ids=VARIANTS)
+def test_gradient_equals_the_difference_of_values(study, name, options, styles):
     """Along its own gradient a term must change by the gradient's length."""
-    term, parameters = OBJECTIVES[name](study, **OPTIONS[name]), study.mixture.parameters()
+    study.lesson = replace(study.lesson, styles=styles)
+    term, parameters = OBJECTIVES[name](study, **OPTIONS[name] | options), study.mixture.parameters()
     kept = copy.deepcopy(study.kept)
 
     def value():

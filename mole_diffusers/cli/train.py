@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -25,8 +26,8 @@ from mole_diffusers.cli.common import (
 from mole_diffusers.gates import FAMILIES, GateConfig
 
 TRAINING = (
-    "initial", "steps", "batch", "accumulation", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema", "precision",
-    "seed", "every", "keep", "tracker",
+    "initial", "steps", "batch", "accumulation", "drop", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema",
+    "precision", "seed", "every", "keep", "tracker",
 )  # fmt: skip
 RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
 SECTIONS = ("base", "experts", "gates", "lesson", "data", "clip", "training")
@@ -106,7 +107,7 @@ def _grouped(texts: list[str], option: str) -> dict[str, list[str]]:
 
 def _term(text: str) -> tuple[str, Any]:
     """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
-    first, *rest = text.split(",")
+    first, *rest = re.split(r",(?![^\[]*\])", text)  # commas of a list, lengths=[20,50], divide no options
     name, _, weight = first.partition("=")
     return name, {"weight": json_or_text(weight or "1")} | {k: json_or_text(v) for k, v in named_values(rest, "--term")}
 

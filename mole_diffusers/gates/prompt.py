@@ -5,7 +5,7 @@ The paper's experts are the modules of one adapter. Here they are the concepts, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from mole_diffusers import mixing
 from mole_diffusers.gates.contract import Context
 from mole_diffusers.kept_products import version
 
+Mean = Callable[[torch.Tensor], torch.Tensor]
 AXES = ("concept", "module", "both")
 PROMPT_TOTALS = ("1", "N", "none")
 GELU = (  # coefficients of `rational` nearest to GELU on -3..3, fitted; off by less than 0.01 there
@@ -31,16 +32,17 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
     return (powers @ numerator) / (1 + (powers[..., 1 : len(denominator) + 1] @ denominator).abs())
 
 
-def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor, over: Mean = lambda own: own) -> torch.Tensor:
     """MiLoRA's L_lb = E sum_i f_i p_i: 1 where E experts share evenly, E where one takes everything.
 
     Args:
         probabilities: [..., E], the softmax over all experts, which carries the gradient.
         chosen: [..., E] bool, those that top-k kept.
+        over: from a mean over these rows to that over all, where other processes have the others.
     """
     count = probabilities.shape[-1]
-    routed = chosen.reshape(-1, count).float().sum(0) / chosen.sum()
-    return count * (routed * probabilities.reshape(-1, count).mean(0)).sum()
+    kept, likely = (over(rows.reshape(-1, count).float().mean(0)) for rows in (chosen, probabilities))  # [E] each
+    return count * (kept / kept.sum() * likely).sum()
 
 
 def largest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
@@ -105,11 +107,11 @@ class PromptGate(nn.Module):
             return self._shared(logits, there.any(-1))[..., None] * there
         return self._shared(logits, there.flatten(-2)).unflatten(-1, there.shape[-2:])
 
-    def balance_loss(self) -> torch.Tensor:
+    def balance_loss(self, over: Mean = lambda own: own) -> torch.Tensor:
         """`load_balance` of the last call with gradients."""
         if self._routed is None:
             raise ValueError("a prompt gate has no load before it was called with gradients")
-        return load_balance(*self._routed)
+        return load_balance(*self._routed, over)
 
     def _shared(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         probabilities = mixing.gate_weights(logits, mask, "1")  # [B, E]

@@ -71,8 +71,9 @@ class RankGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(int(group.max()) + 1, width))  # W
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("balance", torch.zeros(len(group)))  # c
-        self._load: tuple[torch.Tensor, torch.Tensor] | None = None  # how often each rank was chosen, and could have been
-        self.weight.register_post_accumulate_grad_hook(lambda _: self.rebalance())
+        self.load: torch.Tensor | None = None  # [2, R]: how often each rank was chosen, and could have been, since
+        self.held = False  # while it is, somebody else calls `rebalance`, when all parts of a batch are counted
+        self.weight.register_post_accumulate_grad_hook(lambda _: None if self.held else self.rebalance())
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         if context.layer is None:
@@ -85,14 +86,14 @@ class RankGate(nn.Module):
         return gates
 
     def _count(self, chosen: torch.Tensor, able: torch.Tensor) -> None:
-        counts = chosen.flatten(0, -2).sum(0), able.flatten(0, -2).sum(0)
-        self._load = counts if self._load is None else (self._load[0] + counts[0], self._load[1] + counts[1])
+        counts = torch.stack([chosen.flatten(0, -2).sum(0), able.flatten(0, -2).sum(0)])
+        self.load = counts if self.load is None else self.load + counts
 
     @torch.no_grad()
     def rebalance(self) -> None:
         """c += rate * sign(mean load - load) over the ranks that could have been chosen; the count begins anew."""
-        if self._load is None:
+        if self.load is None:
             return
-        (chosen, able), self._load = self._load, None
+        (chosen, able), self.load = self.load, None
         mean = chosen.sum() / (able > 0).sum().clamp_min(1)
         self.balance += self.rate * torch.sign(mean - chosen) * (able > 0)

@@ -21,7 +21,7 @@ from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.engine import DTYPES, Engine, adamw, joined
 from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
 from mole_diffusers.training.rates import rates
-from mole_diffusers.training.run import Run, Success, only_gates_move, resume, save, settle, values
+from mole_diffusers.training.run import Run, Success, loads_counted, only_gates_move, resume, save, settle, values
 from mole_diffusers.training.starts import begin
 from mole_diffusers.training.study import Lesson, Study, warn_of_missing_triggers
 
@@ -126,7 +126,8 @@ def update(run: Run, step: int) -> None:
         found = values(run, step, index=index, shares=shares)
         return torch.stack([torch.stack([asked[name].weight * v for name, v in found.items()]).sum(), *found.values()])
 
-    run.engine.update(part)
+    with loads_counted(run):
+        run.engine.update(part)
     if run.ema is not None:
         run.ema.step(run.parameters)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from mole_diffusers import mixing
 from mole_diffusers.devices import onto
-from mole_diffusers.gates import PromptGate
+from mole_diffusers.gates import PromptGate, RankGate
 from mole_diffusers.state import Decision
 from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.config import PASSING, GateTraining
@@ -66,7 +67,9 @@ class Run:
         mixture, config = self.study.mixture, self.config.to_dict()
         experts = {n: [e.sha256, mixture.strength(n)] for n, e in mixture.experts.items()}
         kept = {name: value for name, value in config.items() if name not in PASSING}
-        return {**kept, **self.study.lesson.words(), "gates": mixture.config.to_dict(), "experts": experts}
+        pictures = self.study.lesson.samples.captions if self.study.lesson.samples else None
+        known = {"gates": mixture.config.to_dict(), "experts": experts, "pictures": pictures}
+        return {**kept, **self.study.lesson.words(), **known}
 
 
 @contextmanager
@@ -111,7 +114,7 @@ def kept(experts: Sequence[str], drop: float, generator: torch.Generator) -> lis
 def _balance(run: Run, live: Sequence[Decision]) -> torch.Tensor:
     """The family's own balance loss where it has one, MoLE's otherwise."""
     gates = [gate for bank in run.study.mixture.banks.values() for gate in bank.gates.values()]
-    if own := [gate.balance_loss() for gate in gates if isinstance(gate, PromptGate)]:
+    if own := [gate.balance_loss(partial(_over_processes, run)) for gate in gates if isinstance(gate, PromptGate)]:
         return torch.stack(own).mean()
     there = onto(torch.tensor([d.present for d in live]), live[0].gates.device)  # [blocks, N]
     return mixing.balance_loss(_over_processes(run, mixing.mean_shares([d.gates for d in live], list(there))))
@@ -122,6 +125,23 @@ def _over_processes(run: Run, own: torch.Tensor) -> torch.Tensor:
     if run.accelerator.num_processes == 1:
         return own
     return own + (run.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
+
+
+@contextmanager
+def loads_counted(run: Run) -> Iterator[None]:
+    """Have rank gates even out their loads after an update, once, over the rows of all its parts and processes."""
+    gates = [g for bank in run.study.mixture.banks.values() for g in bank.gates.values() if isinstance(g, RankGate)]
+    for gate in gates:
+        gate.held = True
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.held = False
+    for gate in gates:
+        if gate.load is not None:
+            gate.load = run.accelerator.reduce(gate.load)
+        gate.rebalance()
 
 
 def settle(run: Run) -> dict[str, float]:
