@@ -1,5 +1,6 @@
 """The evaluation: intervals, rows that survive, arms that are what they say, tables that can be computed by hand."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import arms, search, tables
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Bench, Case, evaluate, found, picture_path
-from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic_mean
+from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic, harmonic_mean, recovery
 from mole_diffusers.lora_files import read_expert
 
 OPTIONS = {"num_inference_steps": 1, "guidance_scale": 2.0}
@@ -36,8 +37,8 @@ def test_bootstrap_resamples_cases_and_not_only_seeds():
 
 
 def test_harmonic_mean_is_as_small_as_the_worst():
-    assert harmonic_mean([1.0, 0.5]) == pytest.approx(2 / 3)
-    assert harmonic_mean([1.0, 0.0]) == 0
+    shares = torch.tensor([[1.0, 0.5, torch.nan], [1.0, 0.0, 1.0]])
+    assert harmonic_mean(shares).tolist() == pytest.approx([2 / 3, 0])
     assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]
 
 
@@ -69,10 +70,58 @@ def test_tables_by_hand():
     assert tables.upper_bounds(rows) == {("fox+ink", "fox"): 0.5, ("fox+ink", "ink"): 1.0}
     lines = tables.concept_table(rows).splitlines()
     # Seen: fox .5, ink 1; recovered: fox .5 of .5, ink 1 of 1; harmonic mean 2 / (1 / .5 + 1 / 1).
-    assert next(line for line in lines if "| sum" in line) == "| sum | 0.75 | 1.00 | 0.67 | 0.50 | 1.00 | 0.00 | - |"
+    # Two seeds give four samples: (fox, ink) are seen in shares (1, 1), (.5, 1) twice and (0, 1), beside fox alone's.
+    row = "| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] | 0.67 [0.00, 1.00] | 0.50 [0.50, 0.50] |"
+    assert next(line for line in lines if "| sum" in line).startswith(row)
+    assert "| mean | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in lines[4]
     assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(rows)
     assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(rows, "sum")
     assert "| fox+ink | 0.00 | 0.50 | 1.00 |" in tables.case_table(rows)
+
+
+def test_intervals_behind_success_are_those_of_every_sample():
+    """One case of three seeds has 27 samples, and all of them can be counted."""
+    fox, ink, bound = (1.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)
+    table = torch.tensor([[[[f, i], [b, 1.0]] for f, i, b in zip(fox, ink, bound, strict=True)]])  # [1, 3, 2, 2]
+    recovered, harmonics = [], []
+    for chosen in itertools.product(range(3), repeat=3):
+        f, i, b = (sum(values[s] for s in chosen) / 3 for values in (fox, ink, bound))
+        parts = [i] + ([min(1.0, f / b)] if b else [])
+        recovered.append(sum(parts) / len(parts))
+        harmonics.append(2 / (1 / f + 1 / i) if f and i else 0.0)
+    for values, drawn in (
+        (recovered, bootstrap(table, recovery)), (harmonics, bootstrap(table[:, :, 0], harmonic))
+    ):  # fmt: skip
+        every = torch.tensor(values).repeat(1000)  # as often as so many draws would have them
+        wanted = torch.quantile(every, torch.tensor([0.025, 0.975])).tolist()
+        assert list(drawn[1:]) == pytest.approx(wanted, abs=1e-6)
+    assert bootstrap(table, recovery)[0] == pytest.approx((1.0 + 2 / 3) / 2)
+    assert bootstrap(table[:, :, 0], harmonic)[0] == pytest.approx(2 / 3)
+
+
+def test_own_place_is_of_the_cases_that_have_places():
+    rows = rows_of(*[("sum", case, {"a": True}) for case in ("a+b", "a+b", "a+c", "a+ink")])
+    for row, value in zip(rows, (1.0, 0.5, 0.0, None), strict=True):
+        row["own_place"] = value
+    wanted = tables.interval(rows[:3], lambda r: r["own_place"])
+    assert tables.concept_table(rows).splitlines()[2].endswith(f"| {wanted} |")
+    assert wanted.startswith("0.50 [0.00, ")
+
+
+def test_scores_are_compared_on_the_same_noise():
+    """Pictures differ far more than arms do; only the difference on the same noise shows the arm."""
+    rows = []
+    for i, (case, seed) in enumerate(itertools.product(("a", "b", "c"), (1, 2))):
+        shared = {"case": case, "prompt": "p", "seed": seed}
+        scores = {"clip_t": 0.1 * i, "clip_i": {"fox": 0.2 * i, "ink": 0.0}, "dino": {}}
+        rows.append(shared | scores | {"arm": "sum"})
+        better = {"clip_t": 0.1 * i + 0.012, "clip_i": {"fox": 0.2 * i, "ink": -0.03}, "dino": {}}
+        rows.append(shared | better | {"arm": "gates"})
+    rows.append({"arm": "gates", "case": "d", "prompt": "p", "seed": 1, "clip_t": 9.0, "clip_i": {}, "dino": {}})
+    lines = tables.paired_scores(rows, "sum").splitlines()
+    assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
+    assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
+    assert "| sum | 0.250 [" in tables.score_table(rows)
 
 
 @pytest.fixture
@@ -173,7 +222,6 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     assert main([*args, "--arm", "base", "--arm", "sum"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in emoji.VALIDATION}
-    assert all(-1 <= r["likeness"] <= 1 for r in rows)
     assert (tmp_path / "table.md").read_text().startswith("| arm | subject x style |")
     assert all(Image.open(picture_path(tmp_path, row)).size == (64, 64) for row in rows)
     assert main([*args, "--arm", "best"]) == 1

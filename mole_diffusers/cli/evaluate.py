@@ -155,10 +155,11 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None
 
 
 def _report(args: argparse.Namespace, rows: list[Row]) -> None:
-    if args.base == "emoji":
-        text = "\n\n".join((tables.success_table(rows), tables.concept_table(rows), tables.paired_table(rows, "sum")))
-    else:
-        text = tables.score_table(rows)
+    emoji = args.base == "emoji"
+    parts = [tables.success_table(rows), tables.concept_table(rows)] if emoji else [tables.score_table(rows)]
+    if any(row["arm"] == "sum" for row in rows):
+        parts.append(tables.paired_table(rows, "sum") if emoji else tables.paired_scores(rows, "sum"))
+    text = "\n\n".join(parts)
     (args.out / "table.md").write_text(text + "\n")
     print(json.dumps(rows) if args.json else text)
     if args.search:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isnan, nan
+
+import torch
 
 from mole_diffusers.evaluation.rows import Row, place
-from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic_mean
+from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic, recovery, share
 
 Value = Callable[[Row], float]
 
@@ -24,12 +27,15 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def interval(rows: Sequence[Row], value: Value) -> str:
-    """Mean and 95 % interval of a value over cases and seeds: "0.52 [0.28, 0.75]"; "-" without rows."""
+def interval(rows: Sequence[Row], value: Value, *, digits: int = 2) -> str:
+    """Mean and 95 % interval of a value over cases and seeds: "0.52 [0.28, 0.75]"; "-" without rows, or values (NaN)."""
     groups = [[value(r) for r in group] for group in by(rows, "case").values()]
-    if not groups:
-        return "-"
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(as_table(groups)))
+    return _said(bootstrap(as_table(groups)), digits) if groups else "-"
+
+
+def _said(found: tuple[float, float, float], digits: int = 2) -> str:
+    mean, low, high = (f"{number:.{digits}f}" for number in found)
+    return "-" if isnan(found[0]) else f"{mean} [{low}, {high}]"
 
 
 def together(rows: Iterable[Row]) -> list[Row]:
@@ -46,20 +52,25 @@ def success_table(rows: Sequence[Row], value: Value = lambda r: float(r["success
 
 
 def paired_table(rows: Sequence[Row], against: str) -> str:
-    """Each arm's success less that of `against` on the same case and seed, by kind."""
-    kinds = list(by(rows, "kind"))
-    reference = {place(r): float(r["success"]) for r in rows if r["arm"] == against}
+    """Each arm's success less that of `against` on the same prompt and noise, by kind."""
+    kinds, less = list(by(rows, "kind")), _less(rows, against, lambda r: float(r["success"]))
     body = []
-    for arm, group in by(together(rows), "arm").items():
-        shared = [r for r in group if place(r) in reference]
-        if arm != against and shared:
-            cells = by(shared, "kind")
-            body.append([arm, *(interval(cells.get(kind, []), _less(reference)) for kind in kinds)])
+    for arm, shared in _paired(rows, against).items():
+        cells = by(shared, "kind")
+        body.append([arm, *(interval(cells.get(kind, []), less) for kind in kinds)])
     return markdown([f"arm, less {against}", *kinds], body)
 
 
-def _less(reference: Mapping[tuple, float]) -> Value:
-    return lambda r: float(r["success"]) - reference[place(r)]
+def _paired(rows: Sequence[Row], against: str) -> dict[str, list[Row]]:
+    """Every other arm -> those of its rows that `against` has too."""
+    there = {place(r) for r in rows if r["arm"] == against}
+    shared = [r for r in together(rows) if place(r) in there and r["arm"] != against]
+    return by(shared, "arm")
+
+
+def _less(rows: Sequence[Row], against: str, value: Value) -> Value:
+    reference = {place(r): value(r) for r in rows if r["arm"] == against}
+    return lambda r: value(r) - reference[place(r)]
 
 
 def upper_bounds(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
@@ -74,33 +85,39 @@ def upper_bounds(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
 
 
 def concept_table(rows: Sequence[Row]) -> str:
-    """Behind success: per concept the share seen and of the single LoRA's, the harmonic mean over a case's concepts,
-    likeness to the artist's drawing, style, background, and subjects in their own place."""
-    bounds, body = upper_bounds(rows), []
-    for arm, group in by(together(rows), "arm").items():
-        body.append([arm, *_behind(group, bounds)])
+    """Behind success: per concept the share seen and of the single LoRA's on the same seeds, the harmonic mean over a case's
+    concepts, likeness to the artist's drawing, style, background, and subjects in their own place."""
+    alone = {(place(r), c): r["seen"][c] for r in rows for c in r["seen"] if r["arm"] == f"alone {c}"}
+    body = [[arm, *_behind(group, alone)] for arm, group in by(together(rows), "arm").items()]
     head = ["arm", "concepts seen", "recovery", "harmonic mean", "likeness", "style", "background", "own place"]
     return markdown(head, body)
 
 
-def _behind(rows: Sequence[Row], bounds: dict[tuple[str, str], float]) -> list[str]:
-    shares = {
-        (case, concept): sum(r["seen"][concept] for r in group) / len(group)
-        for case, group in by(rows, "case").items()
-        for concept in group[0]["seen"]
-    }
-    recovered = [min(1.0, share / bounds[at]) for at, share in shares.items() if bounds.get(at)]
-    harmonic = [harmonic_mean([share for (c, _), share in shares.items() if c == case]) for case in by(rows, "case")]
-    placed = [r for r in rows if r["own_place"] is not None]
+def _behind(rows: Sequence[Row], alone: Mapping[tuple[tuple, str], bool]) -> list[str]:
+    seen = _seen(rows, alone)  # [G, S, 2, C]
     return [
-        _mean(list(shares.values())),
-        _mean(recovered),
-        _mean(harmonic),
-        _mean([r["likeness"] for r in rows]),
-        _mean([float(r["style"]) for r in rows]),
-        _mean([float(r["background"]) for r in rows]),
-        _mean([r["own_place"] for r in placed]),
+        _said(bootstrap(seen[:, :, 0], share)),
+        _said(bootstrap(seen, recovery)),
+        _said(bootstrap(seen[:, :, 0], harmonic)),
+        *(interval(rows, _field(name)) for name in ("likeness", "style", "background")),
+        interval([r for r in rows if r["own_place"] is not None], _field("own_place")),
     ]
+
+
+def _field(name: str) -> Value:
+    return lambda r: float(r[name])
+
+
+def _seen(rows: Sequence[Row], alone: Mapping[tuple[tuple, str], bool]) -> torch.Tensor:
+    """[G, S, 2, C]: whether each concept is seen, and is by its LoRA alone on the same noise; NaN where there is none."""
+    groups = list(by(rows, "case").values())
+    seeds, concepts = max(map(len, groups)), max(len(r["seen"]) for r in rows)
+    table = torch.full((len(groups), seeds, 2, concepts), torch.nan)
+    for g, group in enumerate(groups):
+        for s, row in enumerate(group):
+            for c, (concept, seen) in enumerate(row["seen"].items()):
+                table[g, s, :, c] = torch.tensor([float(seen), float(alone.get((place(row), concept), torch.nan))])
+    return table
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -117,14 +134,25 @@ def case_table(rows: Sequence[Row]) -> str:
     return markdown(["case", *arms], body)
 
 
+def _over_concepts(name: str) -> Value:
+    return lambda r: sum(r[name].values()) / len(r[name]) if r[name] else nan
+
+
+SCORES: dict[str, Value] = {
+    "CLIP-T": lambda r: r["clip_t"], "CLIP-I": _over_concepts("clip_i"), "DINO": _over_concepts("dino")
+}  # fmt: skip
+
+
 def score_table(rows: Sequence[Row]) -> str:
     """Arms of a real checkpoint: CLIP-T, and CLIP-I and DINO as means over concepts, with intervals over cases and seeds."""
-    body = []
-    for arm, group in by(together(rows), "arm").items():
-        values: list[Value] = [lambda r: r["clip_t"], *(_over_concepts(name) for name in ("clip_i", "dino"))]
-        body.append([arm, *(interval(group, value) for value in values)])
-    return markdown(["arm", "CLIP-T", "CLIP-I", "DINO"], body)
+    groups = by(together(rows), "arm")
+    body = [[arm, *(interval(group, value, digits=3) for value in SCORES.values())] for arm, group in groups.items()]
+    return markdown(["arm", *SCORES], body)
 
 
-def _over_concepts(name: str) -> Value:
-    return lambda r: sum(r[name].values()) / len(r[name]) if r[name] else float("nan")
+def paired_scores(rows: Sequence[Row], against: str) -> str:
+    """Each arm's scores less those of `against` on the same prompt and noise."""
+    less = [_less(rows, against, value) for value in SCORES.values()]
+    paired = _paired(rows, against)
+    body = [[arm, *(interval(shared, value, digits=3) for value in less)] for arm, shared in paired.items()]
+    return markdown([f"arm, less {against}", *SCORES], body)
