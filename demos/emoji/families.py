@@ -81,12 +81,8 @@ def unseen_table(rows: list[Row]) -> str:
     return tables.success_table([row for row in named(rows, ["sum", "mean", "unseen"]) if row["case"] in cases])
 
 
-def main() -> None:
-    world = emoji_world(device=str(device()))
-    in_bf16(world.pipe.unet)
-    test = ordered(Rows(unpacked(FOLDER / "test")).read())
-    cases = [case for case, _ in emoji_protocol.cases(emoji.TEST) if case.concepts in emoji.COMPARED]
-    found = measured(world, cases)
+def document(test: list[Row], found: dict[str, dict[str, float]]) -> str:
+    """families.md, from the rows of the test and what was measured."""
     body = [[f, f"{found['entropy'][f]:.2f}", f"{found['cost'][f]:.2f}"] for f in FAMILIES]
     text = (DOCS.parent / "demos" / "emoji" / "families_text.md").read_text()
     for name, table in {
@@ -95,7 +91,15 @@ def main() -> None:
         "unseen": unseen_table(test),
     }.items():
         text = text.replace("{{" + name + "}}", table)
-    (DOCS / "families.md").write_text(text)
+    return text
+
+
+def main() -> None:
+    world = emoji_world(device=str(device()))
+    in_bf16(world.pipe.unet)
+    test = ordered(Rows(unpacked(FOLDER / "test")).read())
+    cases = [case for case, _ in emoji_protocol.cases(emoji.TEST) if case.concepts in emoji.COMPARED]
+    (DOCS / "families.md").write_text(document(test, measured(world, cases)))
 
 
 if __name__ == "__main__":

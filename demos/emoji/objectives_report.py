@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mole_diffusers.evaluation import tables
 
+PAIRS = "subject + subject"
 REFERENCE = "flow, collage"
 HEADER = """# Training gates: objectives, gates and starts compared
 
@@ -17,6 +18,7 @@ bootstrap interval over compositions and seeds. With so few compositions interva
 nothing.
 
 - success: every concept is seen by the judge, with the number of compositions behind it;
+- in style: the pairs of subjects that succeed and are in the style that their prompt asks for, one that the base knows;
 - recovery: the share of a concept's pictures that show it, of the share under its LoRA alone, at most 1;
 - entropy: of the gates while drawing, over its largest value ln 2: 1 where both LoRAs weigh the same everywhere;
 - time: processor time of training, teachers' pictures included, as a ratio to the first trained row's on the same
@@ -34,7 +36,7 @@ def write(found: Sequence[dict], settings: Sequence[str], path: Path, *, steps: 
         for s, cells in groups.items()
         if cells
     ]
-    head = ["setting", *kinds, "recovery", "entropy", "time"]
+    head = ["setting", *kinds, "in style", "recovery", "entropy", "time"]
     path.write_text(f"{HEADER.format(steps=steps, guidance=guidance)}\n\n{tables.markdown(head, body)}\n")
 
 
@@ -46,7 +48,9 @@ def _values(cells: Sequence[dict], kinds: Sequence[str], *, bounds: dict, refere
     entropy = statistics.mean(cell["entropy"] for cell in cells) / math.log(2)
     times = [cell["seconds"] / reference[_case(cell)] for cell in cells if cell["log"] and _case(cell) in reference]
     time = f"{statistics.median(times):.2f}" if times else "-"
-    return [*shown, _recovery(rows, bounds), f"{entropy:.2f}", time]
+    pairs = [row for row in rows if row["kind"] == PAIRS]
+    styled = tables.interval(pairs, lambda r: float(r["success"] and r["style"]))
+    return [*shown, styled, _recovery(rows, bounds), f"{entropy:.2f}", time]
 
 
 def _recovery(rows: Sequence[dict], bounds: dict) -> str:

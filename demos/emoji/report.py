@@ -26,11 +26,15 @@ MAIN = (*FREE, TRAINED[0], BLENDED, *TRAINED[1:], *CEILINGS)  # controls have a 
 def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
     """Write results.md and its figures, and pack the rows."""
     found = {name: ordered(part.read()) for name, part in rows.items()}
-    compared = of_cases(found["test"], emoji.COMPARED)
-    figures(found, compared, rows["test"].folder, docs)
+    figures(found, rows["test"].folder, docs)
     for name, part in rows.items():
         pack(part, name)
-    text = (HERE / "results_text.md").read_text()
+    (docs / "results.md").write_text(document(found, took))
+
+
+def document(found: dict[str, list[Row]], took: dict) -> str:
+    """results.md, from the rows of each step in the order of `ordered`."""
+    compared, text = of_cases(found["test"], emoji.COMPARED), (HERE / "results_text.md").read_text()
     for name, table in {
         "world": world_table(found["world"]),
         "free": tables.success_table(named(found["test"], FREE)),
@@ -44,11 +48,12 @@ def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
         "took": took_table(took),
     }.items():
         text = text.replace("{{" + name + "}}", table)
-    (docs / "results.md").write_text(text)
+    return text
 
 
-def figures(found: dict[str, list[Row]], compared: list[Row], pictures: Path, docs: Path) -> None:
+def figures(found: dict[str, list[Row]], pictures: Path, docs: Path) -> None:
     """Bars, samples, and what happens as strength moves and as experts crowd in."""
+    compared = of_cases(found["test"], emoji.COMPARED)
     plots.bars(named(compared, MAIN), docs / "success.png")
     shown = [row for row in named(compared, SHEET) if row["case"] == SHOWN]
     seeds = sorted({row["seed"] for row in shown})[:4]

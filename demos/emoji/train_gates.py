@@ -33,7 +33,7 @@ FAMILIES = {
 }
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
-BLEND = replace(TRAINING, terms={"single": 1.0, "composed": 1.0})  # what validation prefers for subjects alone
+BLEND = replace(TRAINING, terms={"single": 1.0, "composed": 1.0})  # finds both subjects more often, and loses their style
 RATES = {"rank": 3e-3, "retrieval": 3e-3}  # best on validation (objectives.py), where that is another
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
