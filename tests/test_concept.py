@@ -129,6 +129,18 @@ def test_checkpointing_changes_no_number(pipe):
         torch.testing.assert_close(less[name], tensor, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_half_base_is_taught_in_whole_numbers(autocast):
+    """Steps far below what bf16 tells apart add up, and the base stays half and as it was."""
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    config = replace(SHORT, autocast=autocast, lr=1e-5, text_lr=1e-5)
+    tensors, start = (train_lora(pipe, PICTURES, replace(config, steps=steps)) for steps in (4, 1))
+    downs = [(value - start[name]).abs().max() for name, value in tensors.items() if "lora_A" in name]
+    assert all(0 < moved < 1e-4 for moved in downs)
+    assert same(dict(pipe.unet.state_dict()), before)
+
+
 def test_the_loss_is_the_concepts_and_the_weighted_priors():
     prior = Samples(torch.randn(2, 4, 16, 16), ["a cat"] * 2)
     config, rows = replace(SHORT, prior=0.25, every=1, steps=2), []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
 from torch import nn
 
 from mole_diffusers import carrier
@@ -107,6 +108,7 @@ def lora_layers(
         model = getattr(pipe, part)
         pattern = "|".join(LAYERS[kind] for kind in layers)
         carrier.inject_trainable(model, CONCEPT, undo, pattern=pattern, rank=rank, alpha=alpha)
+        cast_training_params(model)  # fp32 on a half base, too: its steps would be lost in rounding
         found = {n: m for n, m in model.named_modules() if CONCEPT in getattr(m, "lora_A", {})}
         modules |= {f"{part}.{name}": module for name, module in found.items()}
     logits = {name: _competing(module.lora_A[CONCEPT], tau, undo) for name, module in modules.items()} if beam else {}
