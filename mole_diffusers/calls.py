@@ -17,10 +17,12 @@ DENOISERS = ("unet", "transformer")
 
 
 class CallReader:
-    """Reads the arguments of one denoiser's forward, given by position or by name."""
+    """Reads the arguments of one denoiser's forward, given by position or by name; ValueError where it lacks one."""
 
     def __init__(self, denoiser: nn.Module):
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+        if missing := [name for name in ("timestep", "encoder_hidden_states") if name not in self.names]:
+            raise ValueError(f"{type(denoiser).__name__} is not given {missing[0]!r}, which gates need")
         self.pure_noise = 1 if isinstance(denoiser, FluxTransformer2DModel) else 1000  # the timestep of pure noise
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:

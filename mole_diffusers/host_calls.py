@@ -14,7 +14,7 @@ from mole_diffusers.carrier import ADAPTER, adapted
 
 Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
 
-ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter", "set_adapters")
+ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter", "set_adapters", "set_default_attn_processor")
 FUSED = "q, k and v of a pipeline with a mixture cannot be fused, its experts are beside each; detach first"
 MERGED = (
     "LoRAs cannot be fused under a mixture, whose gated experts would be off in the layers; fuse them before attach, or "
@@ -28,7 +28,8 @@ def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None
     """Watch the calls of a pipeline and of the models with experts.
 
     Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
-    write peft's own names, which load as random weights, and make the mixture's adapter inactive. Fusing is refused, and
+    write peft's own names, which load as random weights, make the mixture's adapter inactive, and not know its attention
+    processors. Fusing is refused, and
     so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
 
     Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So

@@ -92,6 +92,7 @@ def test_attention_slicing_on_and_off(mixed, draw):
     mixed.enable_attention_slicing(1)
     torch.testing.assert_close(draw(mixed), picture, **CLOSE)
     mixed.disable_attention_slicing()
+    mixed.unet.set_default_attn_processor()
     torch.testing.assert_close(draw(mixed), picture, **CLOSE)
     kinds = {type(p).__name__ for p in mixed.unet.attn_processors.values()}
     mole.detach(mixed)

@@ -80,6 +80,27 @@ def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     assert means[-1] < 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("flux", ("transformer_blocks", "single_transformer_blocks")), ("sd3", ("transformer_blocks",))]
+)
+def test_gates_speak_in_every_block_of_a_transformer(name, kinds, tmp_path):
+    pipe, options = hosts.HOSTS[name]()
+    mixture = mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole")
+    with mixture.trace() as trace:
+        hosts.draw(pipe, options)
+    blocks = {f"transformer.{kind}.{i}" for kind in kinds for i in range(len(getattr(pipe.transformer, kind)))}
+    assert len(blocks) >= 2
+    assert blocks <= set(trace.places)
+
+
+def test_a_denoiser_without_text_is_refused(tmp_path):
+    shape = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 2}
+    kinds = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    pipe = diffusers.DDPMPipeline(unet=diffusers.UNet2DModel(**shape, **kinds), scheduler=diffusers.DDPMScheduler())
+    with pytest.raises(ValueError, match="UNet2DModel is not given 'encoder_hidden_states', which gates need"):
+        mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))})
+
+
 FORMS = {name for name in hosts.HOSTS if "img2img" in name or "inpaint" in name} - {"sd15-img2img", "sd15-inpaint9"}
 OTHER_ROUTE = [pytest.param(name, marks=pytest.mark.slow) if name in FORMS else name for name in hosts.HOSTS]
 
