@@ -29,8 +29,7 @@ def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None
 
     Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
     write peft's own names, which load as random weights, make the mixture's adapter inactive, and not know its attention
-    processors. Fusing is refused, and
-    so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+    processors. Fusing is refused, and so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
 
     Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
     the layers themselves keep the mixture's adapter active, and refuse to be fused.
