@@ -274,7 +274,7 @@ def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_launcher_divides_a_run(tmp_path):
-    """torchrun sets what `accelerate launch` sets on GPUs; on CPUs accelerate's own launcher starts one process."""
+    """torchrun sets what `accelerate launch` sets on GPUs, and on CPUs with `--multi_gpu`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mole_diffusers"]
     command = [*launch, *WORLD, "--arm", "base", "--arm", "sum", "--arm", "mean", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=Path(emoji.__file__).parent.parent)
