@@ -16,9 +16,9 @@ from evaluate import DOCS, FOLDER, OPTIONS
 from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16
 from report import TRAINED, named, of_cases, ordered
-from train_gates import FAMILIES
+from train_gates import FAMILIES, RATES, TRAINING
 
-from mole_diffusers import emoji, emoji_world
+from mole_diffusers import GateConfig, emoji, emoji_world
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import arms, emoji_protocol, tables
 from mole_diffusers.evaluation.rows import Row, Rows
@@ -64,6 +64,16 @@ def measured(world, cases: list[Case]) -> dict[str, dict[str, float]]:
     return json.loads(path.read_text())
 
 
+def gates_table() -> str:
+    """What was trained, and at which rate."""
+    body = []
+    for name, config in FAMILIES.items():
+        usual = GateConfig(config.family).to_dict()
+        options = ", ".join(f"{key} {value}" for key, value in config.to_dict().items() if value != usual[key])
+        body.append([name, f"`{config.family}`", options or "-", f"{RATES.get(name, TRAINING.lr):g}"])
+    return tables.markdown(["name", "family", "options that are not the default", "rate"], body)
+
+
 def family_tables(rows: list[Row]) -> str:
     """One table per family: its gates and their controls, by kind."""
     parts = []
@@ -86,6 +96,7 @@ def document(test: list[Row], found: dict[str, dict[str, float]]) -> str:
     body = [[f, f"{found['entropy'][f]:.2f}", f"{found['cost'][f]:.2f}"] for f in FAMILIES]
     text = (DOCS.parent / "demos" / "emoji" / "families_text.md").read_text()
     for name, table in {
+        "gates": gates_table(),
         "families": family_tables(of_cases(test, emoji.COMPARED)),
         "decided": tables.markdown(["family", "entropy, share of ln N", "time of a picture, sum = 1"], body),
         "unseen": unseen_table(test),
