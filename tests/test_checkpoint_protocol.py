@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,8 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
     assert "| mean | sum | 1 | 1 | 0 | 0.00 |" in lines
     assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
     assert capsys.readouterr().out.splitlines() == lines
+    with pytest.raises(ValueError, match="holds answers: count them with --judged"):
+        judging_sheet(sheet, [])
     answer(sheet, lambda q: "both")
     with pytest.raises(ValueError, match="question 0000: 'both' is none of"):
         judged(sheet)
@@ -220,6 +223,26 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
     assert {row["arm"] for row in json.loads(out)} == {"base", "switch", "k-lora"}
     assert "left out: 'ssr' runs every expert" in err
     assert "left out: ['gates'] can draw none of the cases" in err
+
+
+def test_pictures_measured_by_other_models_are_other_rows(checkpoint, models, loras, tmp_path, capsys):
+    """A second CLIP, or another picture of a concept, does not answer with the first one's scores."""
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--seeds", "1", "--json"]
+    shutil.copytree(models[0], tmp_path / "clip")
+    (tmp_path / "fox").mkdir()
+    noise(7).save(tmp_path / "fox" / "0.png")
+    scores = []
+    for more in ([], ["--clip", str(tmp_path / "clip")], ["--images", f"fox={tmp_path / 'fox'}"], []):
+        assert main([*args, *more]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[3]
+    assert scores[0][0]["dino"]["fox"] != scores[2][0]["dino"]["fox"]
+    assert len((tmp_path / "out" / "rows-0.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_sheet_needs_two_arms(checkpoint, loras, capsys):
+    assert main([*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--sheet"]) == 1
+    assert "a sheet needs two arms or more" in capsys.readouterr().err
 
 
 def test_the_card_is_taken_where_there_is_one(checkpoint, loras, monkeypatch):

@@ -150,7 +150,16 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None
     if unknown := set(args.style) - set(experts):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(experts)}")
     pipe, styles = pipeline(args.base, args.device), frozenset(args.style)
-    bench = Bench(pipe, experts, _options(args), args.base, prompts=prompts, styles=styles, strengths=strengths)
+    bench = Bench(
+        pipe,
+        experts,
+        _options(args),
+        args.base,
+        prompts=prompts,
+        styles=styles,
+        strengths=strengths,
+        measured=look.said,
+    )
     return bench, cases[: args.limit], look, args.gates
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from mole_diffusers.evaluation.digests import digest
 from mole_diffusers.evaluation.rows import PLACE, Row, place
 from mole_diffusers.evaluation.runner import Case, keep, picture_path
 from mole_diffusers.evaluation.tables import markdown
@@ -68,6 +69,8 @@ class Look:
             AutoImageProcessor.from_pretrained(dino),
         )
         pictures = {name: read_folder(folder, prompt=name)[0] for name, folder in folders.items()}
+        own = digest(part for name, images in pictures.items() for part in (name.encode(), *(i.tobytes() for i in images)))
+        self.said = {"clip": clip, "dino": dino, "own_pictures": own}  # what the scores depend on, for the rows
         self.own_clip = {name: self._clip(images) for name, images in pictures.items()}  # [P, D]
         self.own_dino = {name: self._dino(images) for name, images in pictures.items()}
 
@@ -109,10 +112,16 @@ def judging_sheet(folder: Path, rows: Sequence[Row]) -> int:
     """Pairs of arms on the same case and seed, each in both orders: sheet/NNNN.png, answers.csv to fill in, key.json.
 
     Returns the number of questions. The arms' names are in key.json alone, so that the sheet can be given away blind.
+
+    Raises ValueError for rows of one arm, or where a sheet with answers lies.
     """
+    if (folder / "sheet" / "answers.csv").exists() and any(_given(folder)):
+        raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(place(row), []).append(row)
+    if all(len(group) < 2 for group in groups.values()):
+        raise ValueError("a sheet needs two arms or more")
     pairs = [pair for group in groups.values() for a, b in combinations(group, 2) for pair in ((a, b), (b, a))]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled: list[dict[str, Any]] = []
@@ -138,8 +147,7 @@ def judged(folder: Path) -> str:
     Raises ValueError for an answer that is none.
     """
     key = json.loads((folder / "sheet" / "key.json").read_text())
-    with (folder / "sheet" / "answers.csv").open(newline="") as file:
-        given = [line[2].strip().lower() for line in list(csv.reader(file))[1:]]
+    given = _given(folder)
     found: dict[tuple[str, str], list[tuple[tuple, str]]] = {}  # (arm, arm) -> (which picture, better arm or "same")
     for number, (question, answer) in enumerate(zip(key, given, strict=True)):
         if answer not in (*ANSWERS, ""):
@@ -150,6 +158,12 @@ def judged(folder: Path) -> str:
             found.setdefault((first, second), []).append((place(question), better))
     body = [[first, second, *_counted(first, second, votes)] for (first, second), votes in found.items()]
     return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
+
+
+def _given(folder: Path) -> list[str]:
+    """The answers on a sheet, "" for questions without one."""
+    with (folder / "sheet" / "answers.csv").open(newline="") as file:
+        return [line[2].strip().lower() for line in list(csv.reader(file))[1:]]
 
 
 def _counted(first: str, second: str, votes: Sequence[tuple[tuple, str]]) -> list[str]:

@@ -67,6 +67,7 @@ class Bench:
         experts: concept -> its LoRA.
         options: of the pipeline call: num_inference_steps, guidance_scale, ...
         base: what the pipeline is, for the rows.
+        measured: by what pictures are measured, for the rows.
         prompts: concept -> prompts of it alone.
         styles: the concepts that are styles.
         strengths: the user's own, by concept, on top of what an arm weighs with; 1 where not given.
@@ -79,6 +80,7 @@ class Bench:
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     styles: frozenset[str] = frozenset()
     strengths: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def activations(self) -> Activations:
@@ -165,7 +167,7 @@ def _asked(bench: Bench, arm: Arm, case: Case, *, seeds: Sequence[int]) -> list[
         "arm": arm.name,
         "prompt": case.prompt,
         "idle": list(case.idle),
-        "settings": {"base": bench.base, **bench.options, **arm.settings(bench, case)},
+        "settings": {"base": bench.base, **bench.measured, **bench.options, **arm.settings(bench, case)},
     }
     return [{**facts, "seed": seed} for seed in seeds]
 
