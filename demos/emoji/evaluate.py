@@ -11,7 +11,6 @@ Rows are appended under work/evaluation/; rows that exist, those packed in rows/
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from accelerate import PartialState
@@ -28,10 +27,7 @@ from mole_diffusers.evaluation.search import best_weights, grid
 
 SEEDS = range(1000, 1008)
 VALIDATION_SEEDS = range(2000, 2004)
-OPTIONS = {
-    "num_inference_steps": 12,
-    "guidance_scale": 3.0,
-}  # 20 steps show no more (see report.py)
+OPTIONS = {"num_inference_steps": 12, "guidance_scale": 3.0}  # 20 steps show no more, see docs/results.md
 FOLDER = WORK / "evaluation"
 SPLITS = {
     "search": (emoji.VALIDATION, VALIDATION_SEEDS),
@@ -123,8 +119,6 @@ def report(world) -> None:
     """docs/results.md and its figures, from the rows there are."""
     from report import SHOWN, write
 
-    if (WORK / "took.json").exists():  # what runs took on this machine goes beside their rows
-        shutil.copy(WORK / "took.json", KEPT)
     took = json.loads((KEPT / "took.json").read_text())
     write({part: Rows(unpacked(FOLDER / part)) for part in ("world", *SPLITS)}, took, DOCS)
     shown = next(case for case, _ in emoji_protocol.cases(emoji.TEST) if case.name == SHOWN)
