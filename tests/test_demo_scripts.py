@@ -51,3 +51,16 @@ def test_packed_rows_hold_one_row_per_picture_of_an_arm():
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
         pictures = {(row["arm"], row["case"], row["prompt"], row["seed"]) for row in rows}
         assert len(pictures) == len(rows), path.name
+
+
+def test_the_tables_are_what_the_packed_rows_give(monkeypatch, tmp_path):
+    from mole_diffusers.evaluation.rows import Rows
+
+    monkeypatch.syspath_prepend(str(EMOJI))
+    evaluate, report, families = (importlib.import_module(name) for name in ("evaluate", "report", "families"))
+    steps = ("world", *evaluate.SPLITS)
+    found = {step: report.ordered(Rows(evaluate.unpacked(tmp_path / step)).read()) for step in steps}
+    took, measured = (json.loads((EMOJI / "rows" / name).read_text()) for name in ("took.json", "families.json"))
+    docs = EMOJI.parent.parent / "docs"
+    assert report.document(found, took) == (docs / "results.md").read_text(), "run: python demos/emoji/evaluate.py report"
+    assert families.document(found["test"], measured) == (docs / "families.md").read_text(), "run: families.py"

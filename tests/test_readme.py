@@ -48,3 +48,36 @@ def test_demos_run(script, arguments, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out
     for path in arguments[:1]:
         assert (tmp_path / path).exists()
+
+
+ROWS = {  # of the README's table, in the words of docs/results.md
+    "each LoRA alone (mean)": "alone",
+    "plain sum": "sum",
+    "mean (NLA)": "mean",
+    "strengths by grid search": "grid search",
+    "NP-LoRA, training-free": "np",
+    "best scalars per layer, training-free": "scalars",
+    "RegMean, training-free": "regmean",
+    "`paper` gates, MoLE's as printed": "paper gates",
+    "`mole` gates, per layer": "mole gates",
+    "`rank` gates": "rank gates",
+    "`flow` gates (the default)": "gates",
+    "`flow` gates trained on the true drawings": "flow oracle",
+}
+
+
+def test_the_measured_table_is_that_of_the_results():
+    results = (ROOT / "docs" / "results.md").read_text().partition("beside trained gates and ceilings")[2]
+    measured = {row[0]: row[1:] for row in cells(results.partition("less that of the sum")[0])}
+    shown = {row[0]: row[1:] for row in cells(README.partition("on the same compositions:")[2])}
+    assert set(shown) == {"arm", *ROWS}
+    for name, arm in ROWS.items():
+        found = [value.replace(" [0.00, 0.00]", "") for value in measured[arm]]
+        assert [value.replace("**", "").replace("not run", "-") for value in shown[name]] == found, name
+
+
+def cells(text):
+    """The rows of the first table in a text."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE).group()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [row for row in rows if not set(row[0]) <= set("- ")]
