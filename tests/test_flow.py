@@ -61,8 +61,8 @@ def test_each_start_is_set_adapters_with_its_weights(pipe, loras, draw, tmp_path
 def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, draw, monkeypatch):
     seen, read = [], Slot.read
 
-    def note(slot, present, x, layer):
-        seen.append((layer.name, read(slot, present, x, layer)))
+    def note(slot, asking, x, layer):
+        seen.append((asking.layer, read(slot, asking, x, layer)))
         return seen[-1][1]
 
     monkeypatch.setattr(Slot, "read", note)
