@@ -57,10 +57,13 @@ def test_the_tables_are_what_the_packed_rows_give(monkeypatch, tmp_path):
     from mole_diffusers.evaluation.rows import Rows
 
     monkeypatch.syspath_prepend(str(EMOJI))
-    evaluate, report, families = (importlib.import_module(name) for name in ("evaluate", "report", "families"))
+    names = ("evaluate", "report", "families", "objectives")
+    evaluate, report, families, objectives = (importlib.import_module(name) for name in names)
     steps = ("world", *evaluate.SPLITS)
     found = {step: report.ordered(Rows(evaluate.unpacked(tmp_path / step)).read()) for step in steps}
     took, measured = (json.loads((EMOJI / "rows" / name).read_text()) for name in ("took.json", "families.json"))
     docs = EMOJI.parent.parent / "docs"
     assert report.document(found, took) == (docs / "results.md").read_text(), "run: python demos/emoji/evaluate.py report"
     assert families.document(found["test"], measured) == (docs / "families.md").read_text(), "run: families.py"
+    monkeypatch.setattr(objectives, "FOLDER", tmp_path)
+    assert objectives.report() == (docs / "training_table.md").read_text(), "run: objectives.py report"

@@ -3,12 +3,14 @@
     python demos/emoji/objectives.py [SETTING ...]
     python demos/emoji/objectives.py report
 
-A cell is one setting on one composition and lies in work/objectives/ as its own file; cells that exist are not made again,
-and several processes may work side by side. `report` writes docs/training_table.md from the cells that exist.
+A cell is one setting on one composition and lies in work/objectives/ as its own file; cells that exist, those packed in
+rows/ too, are not made again, and several processes may work side by side. `report` writes docs/training_table.md from all
+cells, and packs them.
 """
 
 import argparse
 import fcntl
+import gzip
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +20,9 @@ from pathlib import Path
 
 from compose import joint_samples, lesson, name_of
 from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
+from kept_rows import KEPT
 from loop import WORK, device, small_attention
-from objectives_report import write
+from objectives_report import document
 from train_gates import FAMILIES, REDRAW, TRAINING
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
@@ -31,6 +34,7 @@ from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.starts import STARTS
 
 FOLDER = WORK / "objectives"
+PACKED = KEPT / "objectives.json.gz"
 EACH, ALL = 3, 6  # compositions of each kind; for what is in MORE, pairs of subjects
 MORE = ("sum", "flow, collage", "flow, single and composed", "flow, single, composed and collage")
 KINDS = ("subject x style", "subject + subject")
@@ -157,10 +161,11 @@ def claimed(path: Path) -> Iterator[bool]:
 def make(world, settings: Sequence[str]) -> None:
     """Every cell of `settings` that does not exist and that no other process is making."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    made = known()
     for setting, kind, i in cells():
         concepts = emoji.VALIDATION[kind][i]
         path = path_of(setting, concepts)
-        if setting not in settings or path.exists():
+        if setting not in settings or path.stem in made or path.exists():
             continue
         with claimed(path) as mine, small_attention() if mine else nullcontext():
             if mine:
@@ -169,6 +174,23 @@ def make(world, settings: Sequence[str]) -> None:
                 path.with_suffix(".part").rename(path)
                 right = sum(row["success"] for row in found["rows"] if row["arm"] == setting)
                 print(f"{path.stem}: {right} of {len(VALIDATION_SEEDS)}, {found['seconds']:.0f} s", flush=True)
+
+
+def known() -> dict[str, dict]:
+    """Name -> cell, the packed ones and those made since, which come first."""
+    packed = json.loads(gzip.decompress(PACKED.read_bytes())) if PACKED.exists() else {}
+    return packed | {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def pack(cells: Mapping[str, dict]) -> None:
+    """Write the cells to rows/, the same bytes for the same cells."""
+    PACKED.write_bytes(gzip.compress(json.dumps(cells, sort_keys=True).encode(), mtime=0))
+
+
+def report() -> str:
+    """docs/training_table.md from all cells."""
+    drawn = {"steps": OPTIONS["num_inference_steps"], "guidance": OPTIONS["guidance_scale"]}
+    return document([cell for _, cell in sorted(known().items())], list(SETTINGS), **drawn)
 
 
 def main() -> None:
@@ -180,9 +202,8 @@ def main() -> None:
     if what != ["report"]:
         make(emoji_world(device=str(device())), what)
     if "report" in what:
-        found = [json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))]
-        drawn = {"steps": OPTIONS["num_inference_steps"], "guidance": OPTIONS["guidance_scale"]}
-        write(found, list(SETTINGS), DOCS / "training_table.md", **drawn)
+        pack(known())
+        (DOCS / "training_table.md").write_text(report())
 
 
 if __name__ == "__main__":

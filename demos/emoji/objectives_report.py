@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from mole_diffusers.evaluation import tables
 
@@ -13,7 +12,7 @@ HEADER = """# Training gates: objectives, gates and starts compared
 
 Made by `python demos/emoji/objectives.py` on validation compositions of the emoji world; seeds 2000 to 2003, {steps}
 DDIM steps, guidance {guidance:g}. Gates were trained for 60 updates of 6 rows (clip: 40 of 2, rollout: 16 of 2) at rate
-1e-2 (expert outputs and flattened states: 0.05 over the root of their length), bf16. One run per cell; brackets: 95 %
+1e-2, or the one in the row (expert outputs and flattened states: 0.05 over the root of their length), bf16. One run per cell; brackets: 95 %
 bootstrap interval over compositions and seeds. With so few compositions intervals are wide: small differences mean
 nothing.
 
@@ -25,8 +24,8 @@ nothing.
   compositions, median."""
 
 
-def write(found: Sequence[dict], settings: Sequence[str], path: Path, *, steps: int, guidance: float) -> None:
-    """Write the table of the cells `found`, settings in the order given, drawn in `steps` with `guidance`."""
+def document(found: Sequence[dict], settings: Sequence[str], *, steps: int, guidance: float) -> str:
+    """The table of the cells `found`, settings in the order given, drawn in `steps` with `guidance`."""
     groups = {s: [cell for cell in found if cell["setting"] == s] for s in settings}
     alone = [row for cell in found for row in cell["rows"] if row["arm"].startswith("alone ")]
     kinds = list(tables.by((row for cell in found for row in cell["rows"]), "kind"))
@@ -37,7 +36,7 @@ def write(found: Sequence[dict], settings: Sequence[str], path: Path, *, steps: 
         if cells
     ]
     head = ["setting", *kinds, "in style", "recovery", "entropy", "time"]
-    path.write_text(f"{HEADER.format(steps=steps, guidance=guidance)}\n\n{tables.markdown(head, body)}\n")
+    return f"{HEADER.format(steps=steps, guidance=guidance)}\n\n{tables.markdown(head, body)}\n"
 
 
 def _values(cells: Sequence[dict], kinds: Sequence[str], *, bounds: dict, reference: dict) -> list[str]:

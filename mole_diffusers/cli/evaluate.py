@@ -19,6 +19,8 @@ from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Bench, Case, crowded, evaluate, found
 from mole_diffusers.evaluation.search import best_weights, grid
 
+REAL = ("expert", "cases", "images", "own", "style", "clip", "dino")  # what only a real checkpoint is asked for
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
@@ -112,9 +114,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
     return {kind: group[:limit] for kind, group in groups.items()}
-
-
-REAL = ("expert", "cases", "images", "own", "style", "clip", "dino")  # what only a real checkpoint is asked for
 
 
 def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
