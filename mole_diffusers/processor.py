@@ -106,7 +106,8 @@ class Slot:
         every = self.state.every
         if self.timed and every > 1 and self._last.run // every == self.state.run // every:
             return True
-        return self.gate.fusible and (self.gate.blind or self._last.saw(hidden)) and self._last.knows(self.gate)
+        seen = self.gate.blind or (self.probe is None and self._last.saw(hidden))
+        return self.gate.steady and seen and self._last.knows(self.gate)
 
     def _by_hand(self) -> Sequence[float] | None:
         """The weights that stand in for the gate's, if any."""

@@ -155,8 +155,8 @@ class Last:
         return state.plan is None and state.control is None and self._about == self._seen_from(hidden, state)
 
     def saw(self, hidden: torch.Tensor) -> bool:
-        """Whether it was about these very states."""
-        return self._hidden() is hidden and self._versions[0] == version(hidden)
+        """Whether it was about these very states; tensors of inference mode do not show whether they were changed since."""
+        return not hidden.is_inference() and self._hidden() is hidden and self._versions[0] == version(hidden)
 
     def knows(self, gate: Gate) -> bool:
         """Whether the gate has learned nothing since."""

@@ -9,7 +9,7 @@ from mole_diffusers.bench.hosts import inputs
 from mole_diffusers.carrier import ADAPTER
 from mole_diffusers.contributions import contributions
 from mole_diffusers.gated_layer import GatedLayer
-from mole_diffusers.gates import ConstantGate, MoLEGate, StaticGate
+from mole_diffusers.gates import FAMILIES, ConstantGate, FlowGate, GateConfig, MoLEGate, RankGate, StaticGate
 from mole_diffusers.kept_products import Kept, Together, at_rest
 from mole_diffusers.testing import tiny_pipeline
 
@@ -18,12 +18,12 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 
 @pytest.fixture
 def step(pipe):
-    """step(text, sample): one call of the denoiser; its defaults are the same objects every time."""
+    """step(text, sample, time): one call of the denoiser; its defaults are the same objects every time."""
     given = inputs(pipe, "tiny", pixels=32)
 
     @torch.no_grad()
-    def run(text=None, sample=None):
-        changed = {"encoder_hidden_states": text, "sample": sample}
+    def run(text=None, sample=None, time=None):
+        changed = {"encoder_hidden_states": text, "sample": sample, "timestep": time}
         return pipe.unet(**given | {k: v for k, v in changed.items() if v is not None})[0]
 
     run.text, run.sample = given["encoder_hidden_states"], given["sample"]
@@ -182,6 +182,61 @@ def test_gates_that_read_nothing_speak_once(pipe, loras, awake, step, monkeypatc
         before = step()
         awake(mixture, seed=2)
         assert (step() - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("family", "kind"), [("flow", FlowGate), ("rank", RankGate)])
+def test_gates_of_a_text_speak_once_and_again_when_it_or_they_have_changed(
+    pipe, loras, awake, step, monkeypatch, family, kind
+):
+    mixture = awake(mole.attach(pipe, loras, family))
+    asked, forward = [], kind.forward
+
+    def counted(self, hidden, context):
+        asked.append(hidden.shape == step.text.shape)
+        return forward(self, hidden, context)
+
+    def run(text=None):
+        asked.clear()
+        result = step(text)
+        return result, sum(asked), len(asked) - sum(asked)
+
+    def holds():
+        """The text's gates are not asked again, and the step is that of a text seen for the first time."""
+        expected, _ = fresh(step), run()
+        result, *counts = run()
+        assert counts == [0, pictures]
+        torch.testing.assert_close(result, expected, **CLOSE)
+        return result
+
+    monkeypatch.setattr(kind, "forward", counted)
+    _, texts, pictures = run()
+    assert texts > 0
+    assert pictures > 0
+    first = holds()
+    step.text.mul_(-2)
+    assert run()[1] == texts
+    holds()
+    awake(mixture, seed=2)
+    assert run()[1] == texts
+    assert (holds() - first).abs().max() > 1e-3
+    with torch.inference_mode():  # whether such a text was changed in place is not to be seen
+        text = step.text.clone()
+        assert run(text)[1] == run(text)[1] == texts
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *FAMILIES,
+        GateConfig("static", granularity="matrix", bins=4),
+        GateConfig("mole", inputs="experts", granularity="matrix"),
+    ],
+)
+def test_what_stands_over_a_kept_text_holds_at_any_noise_level(pipe, loras, awake, step, config):
+    awake(mole.attach(pipe, loras, config))
+    for _ in range(3):
+        step(time=900)
+    torch.testing.assert_close(step(time=100), step(time=100, text=step.text.clone()), **CLOSE)
 
 
 def test_gates_asked_at_every_second_step(pipe, loras, awake, draw, monkeypatch):

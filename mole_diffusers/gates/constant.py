@@ -12,7 +12,7 @@ from mole_diffusers.gates.contract import Context
 class ConstantGate(nn.Module):
     """`sum` (total "N": weight 1 each) and `mean` (total "1": NLA, eq. 2 of MoLE with equal weights)."""
 
-    fusible, blind, ranked = True, True, False
+    fusible, blind, steady, ranked = True, True, True, False
 
     def __init__(self, total: str):
         super().__init__()
@@ -29,7 +29,7 @@ class StaticGate(nn.Module):
 
     def __init__(self, experts: int, total: str, bins: int):
         super().__init__()
-        self.total, self.fusible, self.blind = total, bins == 1, bins == 1
+        self.total, self.fusible, self.blind, self.steady = total, bins == 1, bins == 1, bins == 1
         self.logits = nn.Parameter(torch.zeros(bins, experts))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:

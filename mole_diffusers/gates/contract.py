@@ -53,13 +53,15 @@ class Gate(Protocol):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
     hidden [B, T, C] is what the gate's place hands it, in the host's precision. `total` is what the weights sum to;
-    `fusible` is true when they depend on nothing that changes while sampling, `blind` when on no state at all; `ranked`
-    when they are per rank of the layer instead, [B, T, R].
+    `fusible` is true when they depend on nothing that changes while sampling, `blind` when on no state at all, `steady` when
+    on nothing but state and mask, so that a text's weights stand from step to step; `ranked` when they are per rank of the
+    layer instead, [B, T, R].
     """
 
     total: str
     fusible: bool
     blind: bool
+    steady: bool
     ranked: bool
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...

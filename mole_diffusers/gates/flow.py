@@ -20,7 +20,7 @@ class FlowGate(nn.Module):
         start: the weights before training: "sum" 1 each, "mean" 1/n each, "faithful" (the paper) the last expert alone.
     """
 
-    total, fusible, blind, ranked = "free", False, False, False
+    total, fusible, blind, steady, ranked = "free", False, False, True, False
 
     def __init__(self, experts: int, width: int, start: str):
         super().__init__()

@@ -17,7 +17,7 @@ class MoLEGate(nn.Module):
     expert beside what the features say, so that the gate can start at any weights.
     """
 
-    fusible, blind, ranked = False, False, False
+    fusible, blind, steady, ranked = False, False, True, False
     bias: nn.Parameter | None
 
     def __init__(self, experts: int, width: int, total: str, features: str, *, bias: bool = False):

@@ -70,7 +70,7 @@ class PromptGate(nn.Module):
         top: how many of them are kept; 0 keeps all.
     """
 
-    fusible, blind, ranked = True, False, False
+    fusible, blind, steady, ranked = True, False, True, False
     present: torch.Tensor
 
     def __init__(self, width: int, presents: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
@@ -135,7 +135,7 @@ class PromptGate(nn.Module):
 class Column:
     """One layer's weights of a prompt gate that weighs modules: [B, N]."""
 
-    fusible, blind, ranked = True, False, False
+    fusible, blind, steady, ranked = True, False, True, False
 
     def __init__(self, gate: PromptGate, module: int):
         self.gate, self.module, self.total = gate, module, gate.total

@@ -60,7 +60,7 @@ class RankGate(nn.Module):
             compete.
     """
 
-    total, fusible, blind, ranked = "k", False, False, True
+    total, fusible, blind, steady, ranked = "k", False, False, True, True
     group: torch.Tensor
     balance: torch.Tensor
 
