@@ -33,6 +33,18 @@ def test_weights_sum_to_one_and_the_bias(start):
     torch.testing.assert_close(weights.sum(-1), (1 + gate.bias(mask).sum()).expand(2, 5))
 
 
+def test_states_that_lie_channel_by_channel_are_read_as_they_lie():
+    torch.manual_seed(0)
+    gate = FlowGate(2, 4, "sum")
+    torch.nn.init.normal_(gate.weight)
+    hidden = torch.randn(2, 4, 5).mT  # [B, T, C], as a UNet's block has it
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        weights = gate(hidden, BOTH)
+    torch.testing.assert_close(weights, gate(hidden.contiguous(), BOTH))
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert list(hidden.shape) not in copied
+
+
 def test_permuting_tokens_permutes_weights():
     torch.manual_seed(0)
     gate = FlowGate(2, 4, "sum")

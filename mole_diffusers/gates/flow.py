@@ -38,7 +38,10 @@ class FlowGate(nn.Module):
         return {"sum": torch.ones_like(share), "mean": share, "faithful": last.float()}[self.start]
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        shares = mixing.gate_weights(hidden.float() @ self.weight.float().T, context.mask, "1")  # [B, T, N]
+        # A UNet's blocks hand over states that lie channel by channel: hidden @ W^T, or any matmul, would turn them first.
+        rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
+        logits = torch.bmm(rows, hidden.float().mT).mT  # [B, T, N]
+        shares = mixing.gate_weights(logits, context.mask, "1")
         return (shares + mixing.over_tokens(self.bias(context.mask), shares)) * mixing.over_tokens(context.mask, shares)
 
     @torch.no_grad()
