@@ -140,14 +140,17 @@ def _products(module: Any, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, .
 
 
 def _of_text(module: Any, x: torch.Tensor, factor: torch.Tensor, *, kept: tuple[Kept, Kept]) -> torch.Tensor:
-    """W x and A x of a text are as in the step before, and all of it is where the gates stand still."""
+    """All of it is as in the step before where the gates stand still, and W x and A x of a text where they do not."""
     base, down, up = module.base_layer, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-    made = _products(module, x, kept[0])
-    if made is None:
+
+    def whole() -> torch.Tensor:
         return mixing.plus_low_rank(base(x), F.linear(x, down) * factor, up)
-    product, low = made
-    y = kept[1].of((product, factor, up), lambda: (mixing.plus_low_rank(product, low * factor, up),))
-    return mixing.plus_low_rank(product, low * factor, up) if y is None else y[0]
+
+    y = kept[1].of((x, base.weight, base.bias, down, factor, up), lambda: (whole(),))
+    if y is not None:
+        return y[0]
+    made = _products(module, x, kept[0])
+    return whole() if made is None else mixing.plus_low_rank(made[0], made[1] * factor, up)
 
 
 def alone(module: Any) -> bool:

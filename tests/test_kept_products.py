@@ -281,6 +281,16 @@ def test_shares_of_experts_are_measured_beside_the_weight_too(pipe, loras, monke
         torch.testing.assert_close(folded.sums[size], share, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "still"), [("static", True), ("flow", True), ("mole", False)])
+def test_either_the_whole_of_a_text_is_kept_or_its_products(pipe, loras, awake, step, family, still):
+    awake(mole.attach(pipe, loras, family))
+    for i in range(4):
+        step(sample=step.sample + i)
+    variants = [m.lora_variant[ADAPTER] for m in pipe.unet.modules() if hasattr(m, "lora_variant")]
+    found = [[kept._made is not None for kept in v.of_text] for v in variants if v.of_text is not None]
+    assert found == [[not still, still]] * len(found) != []
+
+
 def test_kept_products_leave_with_the_mixture(pipe, loras, step):
     base = step()
     mole.attach(pipe, loras)
