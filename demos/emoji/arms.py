@@ -37,6 +37,12 @@ def _on_two(arm: Arm) -> Arm:
     return replace(arm, covers=lambda case: len(case.concepts) == 2 and arm.covers(case))
 
 
+def gates_in_a_crowd(world) -> Arm:
+    """The committed gates, and those that were trained beside further LoRAs."""
+    alone, beside = arms.gates_of(world.folder / "gates"), arms.gates_of(WORK / "gates" / "crowded")
+    return arms.gated("gates", lambda case: beside(case) if case.idle else alone(case))
+
+
 def unseen() -> Arm:
     """Retrieval gates on LoRAs that they were not trained with."""
     arm = arms.gated("unseen", lambda case: WORK / "unseen")

@@ -6,6 +6,8 @@ import torch
 from make_loras import concept_samples
 
 from mole_diffusers import emoji
+from mole_diffusers.evaluation import emoji_protocol
+from mole_diffusers.evaluation.runner import Case, crowded
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.study import Lesson
 
@@ -41,6 +43,12 @@ def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
     kinds = {c: emoji.BASE_STYLES if c in emoji.STYLES else OTHERS[:4] for c in concepts}
     rivals = {c: [o for o in concepts if o != c and o not in emoji.STYLES and c not in emoji.STYLES] for c in concepts}
     return {c: [*rivals[c], *kinds[c]] for c in concepts}
+
+
+def crowd() -> list[Case]:
+    """The pairs of subjects that are compared, with no, one, ... four further LoRAs attached that nobody asked for."""
+    found = [case for case, _ in emoji_protocol.cases({"subject + subject": emoji.COMPARED[8:16]})]
+    return crowded(found, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
 
 
 def joint_samples(world, concepts: Sequence[str]) -> Samples:

@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from arms import all_arms
+from arms import all_arms, gates_in_a_crowd
+from compose import crowd
 from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
@@ -22,7 +23,7 @@ from train_judge import accuracy
 from mole_diffusers import emoji, emoji_world
 from mole_diffusers.evaluation import arms, choosing, emoji_protocol, plots
 from mole_diffusers.evaluation.rows import Rows
-from mole_diffusers.evaluation.runner import Case, crowded, evaluate
+from mole_diffusers.evaluation.runner import Case, evaluate
 from mole_diffusers.evaluation.search import best_weights, grid
 
 SEEDS = range(1000, 1008)
@@ -75,7 +76,7 @@ def wanted(world, bench, name: str) -> list[arms.Arm]:
     if name == "moved":
         return choosing.moved(["sum", "np", "gates"], bench, world.folder / "gates", shares=SHARES)
     if name == "crowded":
-        return choosing.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench)
+        return [*choosing.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench), gates_in_a_crowd(world)]
     return all_arms(world, bench, searched_weights(), validation=name == "validation")
 
 
@@ -88,7 +89,7 @@ def run_split(world, name: str, process: int, processes: int) -> None:
     if split is emoji.VALIDATION:
         cases = [case for case in cases if case.concepts in emoji.VALIDATED]
     if name == "crowded":
-        cases = crowded(cases, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
+        cases = crowd()
     evaluate(bench, wanted(world, bench, name), cases, look, seeds=seeds, rows=rows, processes=processes)
 
 

@@ -1,6 +1,6 @@
 """Train what the compositions are compared with: gates of every family (data-free), and the ceilings.
 
-    python demos/emoji/train_gates.py [gates] [families] [blend] [validation] [joint] [oracle] [unseen]
+    python demos/emoji/train_gates.py [gates] [families] [blend] [crowded] [validation] [joint] [oracle] [unseen]
 
 `gates` writes assets/gates/NAME; the rest goes to work/. Results that exist are kept, so a cut-off run goes on.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compose import joint_samples, lesson, name_of, true_samples
+from compose import crowd, joint_samples, lesson, name_of, true_samples
 from loop import WORK, device, note, small_attention
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
@@ -51,11 +51,14 @@ def recipe(concepts, family: str) -> GateTraining:
     return replace(TRAINING, terms=terms, lr=RATES.get(family, TRAINING.lr))
 
 
-def make_gates(world, concepts, family: str = "flow", root: Path | None = None, *, training: GateTraining | None = None):
-    folder = (root or world.folder / "gates") / name_of(concepts)
+def make_gates(
+    world, concepts, family: str = "flow", root: Path | None = None, *, training: GateTraining | None = None, idle=()
+):
+    """`idle` LoRAs are attached beside those of the composition."""
+    folder = (root or world.folder / "gates") / name_of(concepts + idle)
     if not (folder / "config.json").exists():
         detach(world.pipe)
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts + idle}, FAMILIES[family])
         train_gates(world.pipe, mixture, lesson(concepts), config=training or recipe(concepts, family))
         mixture.save_pretrained(folder, dtype=torch.float16)
 
@@ -115,6 +118,9 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
     if what == "blend":
         subjects = [c for c in emoji.COMPARED if not lesson(c).styles]
         return of(subjects, lambda w, c: make_gates(w, c, root=WORK / "gates" / "blend", training=BLEND))
+    if what == "crowded":
+        root, cases = WORK / "gates" / "crowded", [case for case in crowd() if case.idle]
+        return [(c.name, lambda c=c: make_gates(world, c.concepts, root=root, idle=c.idle)) for c in cases]
     if what == "unseen":
         return [(what, lambda: make_unseen(world))]
     if what == "oracle":
@@ -125,7 +131,7 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
 
 
 def main() -> None:
-    known = ["gates", "families", "blend", "validation", "joint", "oracle", "unseen"]
+    known = ["gates", "families", "blend", "crowded", "validation", "joint", "oracle", "unseen"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=known, help=f"of {known}; default: all")
     what = parser.parse_args().what
