@@ -46,7 +46,7 @@ def test_packed_rows_come_back_beside_those_drawn_since(monkeypatch, tmp_path):
 def test_packed_rows_hold_one_row_per_picture_of_an_arm():
     """Else a table would count a picture twice, once as it was drawn before its gates or its settings changed."""
     packed = sorted((EMOJI / "rows").glob("*.jsonl.gz"))
-    assert len(packed) == 6
+    assert len(packed) == 7
     for path in packed:
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
         pictures = {(row["arm"], row["case"], row["prompt"], row["seed"]) for row in rows}
@@ -57,8 +57,8 @@ def test_the_tables_are_what_the_packed_rows_give(monkeypatch, tmp_path):
     from mole_diffusers.evaluation.rows import Rows
 
     monkeypatch.syspath_prepend(str(EMOJI))
-    names = ("evaluate", "report", "families", "objectives")
-    evaluate, report, families, objectives = (importlib.import_module(name) for name in names)
+    names = ("evaluate", "report", "families", "objectives", "ablation")
+    evaluate, report, families, objectives, ablation = (importlib.import_module(name) for name in names)
     steps = ("world", *evaluate.SPLITS)
     found = {step: report.ordered(Rows(evaluate.unpacked(tmp_path / step)).read()) for step in steps}
     took, measured = (json.loads((EMOJI / "rows" / name).read_text()) for name in ("took.json", "families.json"))
@@ -67,3 +67,26 @@ def test_the_tables_are_what_the_packed_rows_give(monkeypatch, tmp_path):
     assert families.document(found["test"], measured) == (docs / "families.md").read_text(), "run: families.py"
     monkeypatch.setattr(objectives, "FOLDER", tmp_path)
     assert objectives.report() == (docs / "training_table.md").read_text(), "run: objectives.py report"
+    rows, entropy = Rows(evaluate.unpacked(tmp_path / "ablation")).read(), json.loads(ablation.ENTROPY.read_text())
+    assert ablation.document(rows, entropy) == (docs / "ablation.md").read_text(), (
+        "run: python demos/emoji/ablation.py report"
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_ablation_puts_its_weight_in_one_stage_and_quarter_or_everywhere_else(monkeypatch, inside):
+    """By the trace of a picture: what the gates learned is nowhere exactly 1."""
+    from mole_diffusers import emoji_world
+    from mole_diffusers.evaluation import arms, emoji_protocol
+
+    monkeypatch.syspath_prepend(str(EMOJI))
+    ablation = importlib.import_module("ablation")
+    world = emoji_world()
+    bench, folder = emoji_protocol.bench(world, ablation.OPTIONS), arms.gates_of(world.folder / "gates")
+    case = emoji_protocol.cases(ablation.SPLITS["gates"][0])[0][0]
+    control = ablation.fixed("up_blocks.1", "3 to 5", weight=1.0, inside=inside)
+    found = arms.traced(bench, arms.gated("held", folder, inside=control), case).records
+    ones = {(place, step) for place, step, weights in found if set(weights.unique().tolist()) <= {0.0, 1.0}}
+    there = {(place, step) for place, step, _ in found if place.startswith("unet.up_blocks.1.") and step in (3, 4, 5)}
+    assert len(there) == 6 * 3
+    assert ones == (there if inside else {(place, step) for place, step, _ in found} - there)

@@ -1,112 +1,237 @@
-"""Where and when LoRAs matter: the sum with every LoRA switched off in one stage of the UNet for a quarter of the steps.
+"""Where and when what gates learned matters: a map over stages of the UNet and quarters of the steps.
 
-    python demos/emoji/ablation.py
+    python demos/emoji/ablation.py [gates] [report]
 
-Judges subject and style on the validation pairs of a subject and a style, and writes docs/ablation.md and docs/ablation.png.
-Cells that exist are not drawn again.
+`gates` puts 1 in the place of every weight of the trained gates there, or everywhere else, on the test's pairs of subjects;
+nothing is chosen from it. `report` writes docs/ablation.md and its second figure, and packs the rows.
+
+Rows are appended under work/ablation/; rows that exist, those packed in rows/ too, are not made again.
 """
 
+import argparse
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from evaluate import DOCS, VALIDATION_SEEDS
-from loop import WORK, device
+from evaluate import DOCS, OPTIONS, SEEDS
+from kept_rows import KEPT, pack, unpacked
+from loop import WORK, device, in_bf16
 
-from mole_diffusers import emoji, emoji_world
-from mole_diffusers.attaching import attach, detach
-from mole_diffusers.compare import sample
-from mole_diffusers.evaluation import emoji_protocol, plots, tables
+from mole_diffusers import emoji, emoji_world, mixing
+from mole_diffusers.evaluation import arms, emoji_protocol, plots, tables
+from mole_diffusers.evaluation.rows import Row, Rows, place
+from mole_diffusers.evaluation.runner import Arm, Bench, Case, evaluate
+from mole_diffusers.evaluation.runtime import Steps
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.trace import Trace
 
-STAGES = ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")  # those with attention
-QUARTERS = 4
-OPTIONS = {"num_inference_steps": 20, "guidance_scale": 3.0}
-KIND = "subject x style"
+FOLDER = WORK / "ablation"
+ENTROPY = KEPT / "ablation_entropy.json"
+STAGES = {s: f"unet.{s}" for s in ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")}
+STAGES |= {"all stages": "unet."}  # those with attention are all that LoRAs of this world change
+TEXT = "text encoder"
+PREFIXES = STAGES | {TEXT: "text_encoder."}  # of the modules' names
+COUNT = OPTIONS["num_inference_steps"]
+TIMES = {f"{q} to {q + COUNT // 4 - 1}": range(q, q + COUNT // 4) for q in range(0, COUNT, COUNT // 4)}
+TIMES |= {"all": range(COUNT)}
+GRID = [(stage, time) for stage in STAGES for time in TIMES]
+ALONE = [(s, t) for s, t in GRID if (s == "all stages") != (t == "all")]  # one stage all the time, one quarter everywhere
+SPLITS = {
+    "gates": ({"subject + subject": emoji.COMPARED[8:16]}, SEEDS[:4]),
+}
 
 
-class Without:
-    """A `state.Plan`: full strength everywhere but in one stage during one quarter of `steps`."""
+def success(row: Row) -> float:
+    return float(row["success"])
 
-    def __init__(self, experts: int, stage: str, quarter: int, *, steps: int):
-        self.full, self.none, self.stage = [1.0] * experts, [0.0] * experts, stage
-        self.off = range(quarter * steps // QUARTERS, (quarter + 1) * steps // QUARTERS)
-        self.step = 0
+
+class Window:
+    """A part of the pipeline during some of the steps: holds module names, part first, while sampling stands there.
+
+    A text encoder speaks before the first step, which for it is as the first.
+    """
+
+    def __init__(self, pipe, part: str, time: str):
+        self.prefix, self.steps = PREFIXES[part], TIMES[time]
+        self.now, self._counter = 0, Steps(pipe.unet)
+
+    def __contains__(self, module: str) -> bool:
+        return module.startswith(self.prefix) and self.now in self.steps
+
+    def advance(self, _, args: tuple, kwargs: dict) -> None:
+        self.now = self._counter.at(args, kwargs)
+
+
+@dataclass
+class Fixed:
+    """A `state.Plan`: one weight for all experts at the places in a window, or at those not in it; elsewhere the gates'."""
+
+    window: Window
+    experts: int
+    weight: float
+    inside: bool
 
     def part(self, part: str) -> Sequence[float]:
-        return self.none if part == self.stage else self.full  # a text encoder speaks once, before the first step
+        return [1.0] * self.experts
 
     def block(self, module: str) -> Sequence[float]:
-        return self.none if self.step in self.off and module.startswith(f"unet.{self.stage}") else self.full
+        return [1.0] * self.experts
 
-    def gates(self, place: str) -> None:
-        return None
-
-    def on_step(self, pipe, index: int, timestep, kwargs: dict) -> dict:
-        self.step = index + 1
-        return kwargs
+    def gates(self, place: str) -> Sequence[float] | None:
+        return [self.weight] * self.experts if (place in self.window) == self.inside else None
 
 
-def cell(world, found, look, *, stage: str, quarter: int) -> list[dict]:
-    """The rows of every case with one cell switched off; stage "" switches nothing off."""
-    rows = []
-    for case, _ in found:
-        mixture = attach(world.pipe, {name: world.loras[name] for name in case.concepts}, "sum")
-        plan = Without(len(case.concepts), stage or "nowhere", quarter, steps=OPTIONS["num_inference_steps"])
-        with mixture.planned(plan):
-            images = sample(world.pipe, case.prompt, VALIDATION_SEEDS, callback_on_step_end=plan.on_step, **OPTIONS)
-        rows += [{"case": case.name, "subjects": r["subjects"], "style": r["style"]} for r in look(case, images)]
-        detach(world.pipe)
-    return rows
+def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.Inside:
+    """The control under which an attached mixture draws by `Fixed`."""
+
+    @contextmanager
+    def control(bench: Bench, case: Case, mixture: Mixture) -> Iterator[None]:
+        window = Window(bench.pipe, part, time)
+        hook = bench.pipe.unet.register_forward_pre_hook(window.advance, prepend=True, with_kwargs=True)
+        try:
+            with mixture.planned(Fixed(window, len(case.experts), weight, inside)):
+                yield
+        finally:
+            hook.remove()
+
+    return control
 
 
-def measured(folder: Path) -> dict[str, list[dict]]:
-    """ "STAGE QUARTER" -> rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    world = emoji_world(device=str(device()))
-    found = emoji_protocol.cases({KIND: emoji.VALIDATION[KIND]})
-    look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
-    wanted = [("", 0), ("text_encoder", 0), *((stage, q) for stage in STAGES for q in range(QUARTERS))]
-    out = {}
-    for stage, quarter in wanted:
-        path = folder / f"{stage or 'sum'} {quarter}.json"
-        if not path.exists():
-            path.write_text(json.dumps(cell(world, found, look, stage=stage, quarter=quarter)))
-            print(path.stem, flush=True)
-        out[f"{stage or 'sum'} {quarter}"] = json.loads(path.read_text())
-    return out
+def held(part: str, time: str) -> str:
+    """The arm of gates at 1 there; `kept` has them at 1 everywhere else."""
+    return f"gates at 1 in {part}, steps {time}"
+
+
+def kept(part: str, time: str) -> str:
+    return f"gates only in {part}, steps {time}"
+
+
+def wanted(world) -> list[Arm]:
+    """The arms of the map. The gates at 1 in all stages are the text encoder's alone, so that is no arm of its own."""
+    folder, cells = arms.gates_of(world.folder / "gates"), [*ALONE, ("all stages", "all")]
+    return [
+        arms.summed(),
+        arms.gated("gates", folder),
+        *(arms.gated(held(*cell), folder, inside=fixed(*cell, weight=1.0)) for cell in GRID),
+        *(arms.gated(kept(*cell), folder, inside=fixed(*cell, weight=1.0, inside=False)) for cell in cells),
+    ]
+
+
+def entropies(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
+    """Part -> steps -> the gates' mean entropy as a share of its most, ln N; layers that one expert lacks do not count."""
+    spoken = [
+        (name, step, (mixing.entropy(weights).mean() / math.log(len(trace.experts))).item())
+        for trace in traces
+        for name, step, weights in trace.records
+        if not name.endswith(")")
+    ]
+
+    def mean(part: str, steps: range) -> float:
+        return statistics.mean(e for name, step, e in spoken if name.startswith(PREFIXES[part]) and max(step, 0) in steps)
+
+    times = {part: TIMES if part != TEXT else {"all": TIMES["all"]} for part in PREFIXES}
+    return {part: {time: mean(part, steps) for time, steps in times[part].items()} for part in PREFIXES}
+
+
+def draw(world, what: Sequence[str]) -> None:
+    """Every row of these maps that does not exist."""
+    bench, rows = emoji_protocol.bench(world, OPTIONS), Rows(unpacked(FOLDER))
+    for name in what:
+        split, seeds = SPLITS[name]
+        found = emoji_protocol.cases(split)
+        look, cases = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found}), [case for case, _ in found]
+        evaluate(bench, wanted(world), cases, look, seeds=seeds, rows=rows)
+        if name == "gates" and not ENTROPY.exists():
+            gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))
+            said = entropies([arms.traced(bench, gates, case) for case in cases])
+            ENTROPY.write_text(json.dumps(said, indent=1) + "\n")
+
+
+Cell = Callable[[str, str], str]
+
+
+def grid(first: str, cell: Cell) -> str:
+    """A table of stages by steps."""
+    head = [first, *(f"steps {time}" if time != "all" else "all steps" for time in TIMES)]
+    return tables.markdown(head, [[stage, *(cell(stage, time) for time in TIMES)] for stage in STAGES])
+
+
+def less(rows: Sequence[Row], reference: Sequence[Row]) -> str:
+    """Success less that of the reference on the same prompt and noise, with its interval."""
+    there = {place(row): float(row["success"]) for row in reference}
+    return tables.interval(rows, lambda row: float(row["success"]) - there[place(row)])
+
+
+def kept_table(found: Mapping[str, list[Row]]) -> str:
+    """Success where only some gates speak, beside the sum, where none does, and all gates."""
+    named = {"none: the sum": "sum", "all": "gates"}
+    named |= {stage if time == "all" else f"all stages, steps {time}": kept(stage, time) for stage, time in ALONE}
+    named |= {"all stages": kept("all stages", "all"), TEXT: held("all stages", "all")}
+    body = []
+    for label, arm in named.items():
+        rows = found[arm]
+        body.append([label, tables.interval(rows, success), less(rows, found["sum"]), less(rows, found["gates"])])
+    return tables.markdown(["gates kept", "success", "less the sum", "less all gates"], body)
+
+
+def by_arm(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
+    """The rows of one map, in an order of their own, since intervals are drawn from it."""
+    own = sorted((row for row in rows if row["kind"] in SPLITS[what][0]), key=lambda row: (row["case"], row["seed"]))
+    return tables.by(own, "arm")
+
+
+def shares(found: Mapping[str, list[Row]], arm: Callable[[str, str], str]) -> list[list[float]]:
+    """Success, stages x steps."""
+    return [[statistics.mean(map(success, found[arm(stage, time)])) for time in TIMES] for stage in STAGES]
+
+
+def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) -> str:
+    """docs/ablation.md from the rows and the entropy of the gates."""
+    gates = by_arm(rows, "gates")
+    text = (KEPT.parent / "ablation_text.md").read_text()
+
+    def beside(arm: str) -> str:
+        return f"{statistics.mean(map(success, gates[arm])):.2f}, {less(gates[arm], gates['gates'])}"
+
+    for name, part in {
+        "held": grid("at 1", lambda *cell: beside(held(*cell))),
+        "held_text": beside(kept("all stages", "all")),
+        "kept": kept_table(gates),
+        "entropy": grid("gates of", lambda stage, time: f"{entropy[stage][time]:.3f}"),
+        "entropy_text": f"{entropy[TEXT]['all']:.3f}",
+    }.items():
+        text = text.replace("{{" + name + "}}", part)
+    return text
+
+
+def report() -> None:
+    """The page, its figures, and the packed rows."""
+    rows, entropy = Rows(unpacked(FOLDER)), json.loads(ENTROPY.read_text())
+    found, times = rows.read(), [time.replace(" to ", "-") for time in TIMES]
+    pack(rows, "ablation")
+    (DOCS / "ablation.md").write_text(document(found, entropy))
+    gates = by_arm(found, "gates")
+    learned = {"success, gates at 1": shares(gates, held)}
+    learned["entropy of the gates"] = [[entropy[stage][time] for time in TIMES] for stage in STAGES]
+    plots.maps(learned, list(STAGES), times, DOCS / "ablation_gates.png")
 
 
 def main() -> None:
-    found = measured(WORK / "ablation")
-    values = {"subject": lambda r: r["subjects"], "style": lambda r: float(r["style"])}
-    head = ["switched off", *(f"{name}, steps {q * 5} to {q * 5 + 4}" for name in values for q in range(QUARTERS))]
-    maps = {
-        name: [[_mean(found[f"{stage} {q}"], value) for q in range(QUARTERS)] for stage in STAGES]
-        for name, value in values.items()
-    }
-    body = [[stage, *(f"{x:.2f}" for name in values for x in maps[name][i])] for i, stage in enumerate(STAGES)]
-    whole = {
-        k: ", ".join(f"{n} {tables.interval(found[f'{k} 0'], v)}" for n, v in values.items())
-        for k in ("sum", "text_encoder")
-    }
-    text = (
-        "# Where and when LoRAs matter\n\n"
-        "Made by `python demos/emoji/ablation.py` in the emoji world on 2 CPU cores: the plain sum on the 8 validation\n"
-        "pairs of a subject and a style, seeds 2000 to 2003, with both LoRAs switched off in one stage of the UNet for 5\n"
-        "of the 20 steps. A cell is the share of pictures in which the judge still sees the subject, or the style.\n\n"
-        f"Nothing switched off: {whole['sum']}. Without LoRAs in the text encoder: {whole['text_encoder']}.\n\n"
-        f"{tables.markdown(head, body)}\n\n"
-        "No single cell carries a subject: the text encoder matters most to it. The style is drawn late and near the end\n"
-        "of the UNet: without LoRAs in `up_blocks.1` during the last five steps half of the pictures lose it. The\n"
-        "intervals of subjects are as wide as those above, so smaller differences between cells mean little.\n\n"
-        "![The same as a map](ablation.png)\n"
-    )
-    (DOCS / "ablation.md").write_text(text)
-    plots.maps(maps, STAGES, [f"{q * 5}-{q * 5 + 4}" for q in range(QUARTERS)], DOCS / "ablation.png")
-
-
-def _mean(rows: Sequence[dict], value) -> float:
-    return sum(map(value, rows)) / len(rows)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=[*SPLITS, "report"], help=f"of {[*SPLITS, 'report']}; default: all")
+    what = parser.parse_args().what
+    if unknown := set(what) - {*SPLITS, "report"}:
+        parser.error(f"unknown {sorted(unknown)}; known: {[*SPLITS, 'report']}")
+    maps = [name for name in SPLITS if name in what]
+    if maps:
+        world = emoji_world(device=str(device()))
+        in_bf16(world.pipe.unet)
+        draw(world, maps)
+    if "report" in what:
+        report()
 
 
 if __name__ == "__main__":
