@@ -327,6 +327,21 @@ def test_iteris_begins_as_regmean_and_follows_the_merged_models_inputs():
     assert same(mean_of, (deltas(pairs) * (shares / shares.sum())[:, None, None]).sum(0), 1e-6)
 
 
+def test_iteris_with_few_inputs_holds_on_others_of_the_same_kind():
+    """12 rows of 40 channels: without enough of a ridge the fit is all but exact on them, and worse than the mean beyond."""
+
+    def few(rows, seed):
+        spread = 1 / torch.arange(1, CIN + 1, dtype=torch.float64)  # [Cin]
+        return [(random(rows, CIN, seed=seed + i) + random(1, CIN, seed=900 + i)) * spread for i in range(N)]
+
+    pairs, xs, others = layer(), few(12, 50), few(400, 7000)
+    found = iteris({"l": pairs}, inputs={"l": xs}, rerun=lambda merged: {"l": xs})["l"]
+    exact = iteris({"l": pairs}, inputs={"l": xs}, rerun=lambda merged: {"l": xs}, ridge=1e-4)["l"]
+    lost, by_mean = relative_loss(pairs, others, found), relative_loss(pairs, others, mean({"l": pairs})["l"])
+    assert relative_loss(pairs, xs, exact) < 0.2
+    assert lost < 0.9 * by_mean < by_mean < relative_loss(pairs, others, exact)
+
+
 def test_best_scalars_equal_brute_force():
     pairs, xs = layer(1.0, 0.5, 2.0), inputs()
     folded = [p.folded() for p in pairs]
