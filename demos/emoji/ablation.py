@@ -1,9 +1,10 @@
-"""Where and when what gates learned matters: a map over stages of the UNet and quarters of the steps.
+"""Where and when LoRAs matter, and what their gates learned: maps over stages of the UNet and quarters of the steps.
 
-    python demos/emoji/ablation.py [gates] [report]
+    python demos/emoji/ablation.py [sum] [gates] [report]
 
+`sum` switches the LoRAs of the plain sum off in one stage during one quarter, on validation pairs of a subject and a style.
 `gates` puts 1 in the place of every weight of the trained gates there, or everywhere else, on the test's pairs of subjects;
-nothing is chosen from it. `report` writes docs/ablation.md and its second figure, and packs the rows.
+nothing is chosen from it. `report` writes docs/ablation.md and its figures, and packs the rows.
 
 Rows are appended under work/ablation/; rows that exist, those packed in rows/ too, are not made again.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from evaluate import DOCS, OPTIONS, SEEDS
+from evaluate import DOCS, OPTIONS, SEEDS, VALIDATION_SEEDS
 from kept_rows import KEPT, pack, unpacked
 from loop import WORK, device, in_bf16
 
@@ -40,12 +41,12 @@ TIMES |= {"all": range(COUNT)}
 GRID = [(stage, time) for stage in STAGES for time in TIMES]
 ALONE = [(s, t) for s, t in GRID if (s == "all stages") != (t == "all")]  # one stage all the time, one quarter everywhere
 SPLITS = {
+    "sum": ({"subject x style": emoji.VALIDATION["subject x style"]}, VALIDATION_SEEDS),
     "gates": ({"subject + subject": emoji.COMPARED[8:16]}, SEEDS[:4]),
 }
-
-
-def success(row: Row) -> float:
-    return float(row["success"])
+VALUES: dict[str, tables.Value] = {
+    "subject": lambda r: r["subjects"], "style": lambda r: float(r["style"]), "success": lambda r: float(r["success"])
+}  # fmt: skip
 
 
 class Window:
@@ -100,8 +101,12 @@ def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.I
     return control
 
 
+def off(part: str, time: str) -> str:
+    """The arm of the sum without LoRAs there; `held` and `kept` are the gates at 1 there, and everywhere else."""
+    return f"sum without {part}, steps {time}"
+
+
 def held(part: str, time: str) -> str:
-    """The arm of gates at 1 there; `kept` has them at 1 everywhere else."""
     return f"gates at 1 in {part}, steps {time}"
 
 
@@ -109,8 +114,11 @@ def kept(part: str, time: str) -> str:
     return f"gates only in {part}, steps {time}"
 
 
-def wanted(world) -> list[Arm]:
-    """The arms of the map. The gates at 1 in all stages are the text encoder's alone, so that is no arm of its own."""
+def wanted(world, what: str) -> list[Arm]:
+    """The arms of one map. The gates at 1 in all stages are the text encoder's alone, so that is no arm of its own."""
+    if what == "sum":
+        cells = [*GRID, (TEXT, "all")]
+        return [arms.summed(), *(arms.composed(off(*cell), fixed(*cell, weight=0.0)) for cell in cells)]
     folder, cells = arms.gates_of(world.folder / "gates"), [*ALONE, ("all stages", "all")]
     return [
         arms.summed(),
@@ -143,7 +151,7 @@ def draw(world, what: Sequence[str]) -> None:
         split, seeds = SPLITS[name]
         found = emoji_protocol.cases(split)
         look, cases = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found}), [case for case, _ in found]
-        evaluate(bench, wanted(world), cases, look, seeds=seeds, rows=rows)
+        evaluate(bench, wanted(world, name), cases, look, seeds=seeds, rows=rows)
         if name == "gates" and not ENTROPY.exists():
             gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))
             said = entropies([arms.traced(bench, gates, case) for case in cases])
@@ -173,7 +181,7 @@ def kept_table(found: Mapping[str, list[Row]]) -> str:
     body = []
     for label, arm in named.items():
         rows = found[arm]
-        body.append([label, tables.interval(rows, success), less(rows, found["sum"]), less(rows, found["gates"])])
+        body.append([label, tables.interval(rows, VALUES["success"]), less(rows, found["sum"]), less(rows, found["gates"])])
     return tables.markdown(["gates kept", "success", "less the sum", "less all gates"], body)
 
 
@@ -183,20 +191,30 @@ def by_arm(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
     return tables.by(own, "arm")
 
 
-def shares(found: Mapping[str, list[Row]], arm: Callable[[str, str], str]) -> list[list[float]]:
-    """Success, stages x steps."""
-    return [[statistics.mean(map(success, found[arm(stage, time)])) for time in TIMES] for stage in STAGES]
+def shares(found: Mapping[str, list[Row]], arm: Callable[[str, str], str], value: str) -> list[list[float]]:
+    """Means of a value, stages x steps."""
+    return [[statistics.mean(map(VALUES[value], found[arm(stage, time)])) for time in TIMES] for stage in STAGES]
 
 
 def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) -> str:
     """docs/ablation.md from the rows and the entropy of the gates."""
-    gates = by_arm(rows, "gates")
+    sums, gates = by_arm(rows, "sum"), by_arm(rows, "gates")
     text = (KEPT.parent / "ablation_text.md").read_text()
 
+    def seen(arm: str) -> str:
+        return ", ".join(f"{name} {tables.interval(sums[arm], VALUES[name])}" for name in ("subject", "style"))
+
+    def switched(value: str) -> str:
+        return grid("switched off", lambda *cell: tables.interval(sums[off(*cell)], VALUES[value]))
+
     def beside(arm: str) -> str:
-        return f"{statistics.mean(map(success, gates[arm])):.2f}, {less(gates[arm], gates['gates'])}"
+        return f"{statistics.mean(map(VALUES['success'], gates[arm])):.2f}, {less(gates[arm], gates['gates'])}"
 
     for name, part in {
+        "sum": seen("sum"),
+        "sum_text": seen(off(TEXT, "all")),
+        "sum_subject": switched("subject"),
+        "sum_style": switched("style"),
         "held": grid("at 1", lambda *cell: beside(held(*cell))),
         "held_text": beside(kept("all stages", "all")),
         "kept": kept_table(gates),
@@ -213,8 +231,10 @@ def report() -> None:
     found, times = rows.read(), [time.replace(" to ", "-") for time in TIMES]
     pack(rows, "ablation")
     (DOCS / "ablation.md").write_text(document(found, entropy))
-    gates = by_arm(found, "gates")
-    learned = {"success, gates at 1": shares(gates, held)}
+    sums, gates = by_arm(found, "sum"), by_arm(found, "gates")
+    maps = {value: shares(sums, off, value) for value in ("subject", "style")}
+    plots.maps(maps, list(STAGES), times, DOCS / "ablation.png")
+    learned = {"success, gates at 1": shares(gates, held, "success")}
     learned["entropy of the gates"] = [[entropy[stage][time] for time in TIMES] for stage in STAGES]
     plots.maps(learned, list(STAGES), times, DOCS / "ablation_gates.png")
 
