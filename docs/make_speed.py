@@ -89,7 +89,7 @@ Milliseconds of each operator in one step (`mole bench --what shares`, bf16, 256
   product, and each token's ranks have factors of their own. At 8 LoRAs that is 4.5 % more multiplications than the base's
   at 256 pixels, less 1.5 % for the text, so the goal leaves hardly anything for the rest. Where that counts, collapse.
 - Memory beyond the experts' own is that of the gates and of what is kept of the text, 8 MB whatever the number of LoRAs.
-  That saves 0.01 to 0.02 of every step: without it, see `gated-new-text`. So the goal of memory is given up for that of time.
+  That saves 0.01 to 0.02 of every step: without it, see `gated-new-text`. So the memory goal is given up for that of time.
 
 ```
 """
