@@ -142,15 +142,14 @@ def _products(module: Any, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, .
 def _of_text(module: Any, x: torch.Tensor, factor: torch.Tensor, *, kept: tuple[Kept, Kept]) -> torch.Tensor:
     """All of it is as in the step before where the gates stand still, and W x and A x of a text where they do not."""
     base, down, up = module.base_layer, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    given = x, base.weight, base.bias, down
 
-    def whole() -> torch.Tensor:
-        return mixing.plus_low_rank(base(x), F.linear(x, down) * factor, up)
+    def added(made: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+        product, low = made or (base(x), F.linear(x, down))
+        return mixing.plus_low_rank(product, low * factor, up)
 
-    y = kept[1].of((x, base.weight, base.bias, down, factor, up), lambda: (whole(),))
-    if y is not None:
-        return y[0]
-    made = _products(module, x, kept[0])
-    return whole() if made is None else mixing.plus_low_rank(made[0], made[1] * factor, up)
+    y = kept[1].of((*given, factor, up), lambda: (added(kept[0].made(given)),))
+    return y[0] if y is not None else added(_products(module, x, kept[0]))
 
 
 def alone(module: Any) -> bool:

@@ -207,8 +207,8 @@ def _text(slots: Sequence[Slot], call: CallReader) -> Callable[[nn.Module, tuple
 
     def refresh(_: nn.Module, args: tuple, kwargs: dict) -> None:
         text = call.text(args, kwargs)
-        if last[0] is not text or last[1] != version(text):
-            last[:] = text, version(text), text.float(), slots[0].state.words.of(text)
+        if last[0] is not text or last[1] != version(text) or text.is_inference():  # whose changes are not to be seen
+            last[:] = text, version(text), text.to(torch.float32, copy=text.is_inference()), slots[0].state.words.of(text)
         for slot in slots:
             slot.hand(last[2], tokens=last[3])
 

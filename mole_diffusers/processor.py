@@ -103,8 +103,7 @@ class Slot:
         """Whether the last decisions hold for `hidden`, too."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._last.fits(hidden, self.state):
             return False
-        every = self.state.every
-        if self.timed and every > 1 and self._last.run // every == self.state.run // every:
+        if self.timed and self.state.every > 1 and self._last.recent(self.state):
             return True
         seen = self.gate.blind or (self.probe is None and self._last.saw(hidden))
         return self.gate.steady and seen and self._last.knows(self.gate)

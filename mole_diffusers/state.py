@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class State:
     every: int = 1  # the denoiser's gates are asked in one of so many of its calls
     step: int = -1  # counts denoiser calls; -1 before the first
     run: int = 0  # the same for one text
+    texts: int = 0  # how many texts have come
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
     plan: Plan | None = None
     words: Words = field(default_factory=Words)
@@ -104,7 +106,7 @@ class State:
             return
         self.step, self.run = self.step + 1, self.run + 1
         if self._text() is not text:
-            self.run, self._text = 0, weakref.ref(text)
+            self.run, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
     def settle(self) -> None:
         """Bring what the gates read up to date."""
@@ -139,7 +141,7 @@ class Last:
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
-        self.run = -1
+        self._moment = (0, -1)  # the text, and the call with it
         self._about: tuple[Any, ...] = ()
         self._hidden: Callable[[], torch.Tensor | None] = lambda: None
         self._versions = (0, 0)
@@ -147,12 +149,17 @@ class Last:
     def keep(self, gate: Gate, decisions: list[Decision], *, hidden: torch.Tensor, state: State) -> None:
         self.decisions, self._about = decisions, ()
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            self.run, self._about = state.run, self._seen_from(hidden, state)
+            self._moment, self._about = (state.texts, state.run), self._seen_from(hidden, state)
             self._hidden, self._versions = weakref.ref(hidden), (version(hidden), learned(gate))
 
     def fits(self, hidden: torch.Tensor, state: State) -> bool:
         """Whether it was about a batch of this shape, under these settings; plans and controls may change their mind."""
         return state.plan is None and state.control is None and self._about == self._seen_from(hidden, state)
+
+    def recent(self, state: State) -> bool:
+        """Whether it was in the same `state.every` calls with one text."""
+        text, run = self._moment
+        return text == state.texts and run // state.every == state.run // state.every
 
     def saw(self, hidden: torch.Tensor) -> bool:
         """Whether it was about these very states; tensors of inference mode do not show whether they were changed since."""
@@ -168,5 +175,5 @@ class Last:
 
 
 def learned(gate: Gate) -> int:
-    """How often a gate's parameters were changed."""
-    return sum(version(p) for p in gate.parameters())
+    """How often a gate's parameters and buffers were changed."""
+    return sum(version(t) for t in itertools.chain(gate.parameters(), gate.buffers()))

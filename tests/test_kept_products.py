@@ -219,6 +219,10 @@ def test_gates_of_a_text_speak_once_and_again_when_it_or_they_have_changed(
     awake(mixture, seed=2)
     assert run()[1] == texts
     assert (holds() - first).abs().max() > 1e-3
+    for gate in (m for m in pipe.unet.modules() if isinstance(m, RankGate)):
+        gate.balance += 1  # what evens out its load moves without its parameters
+    assert run()[1] == (texts if family == "rank" else 0)
+    holds()
     with torch.inference_mode():  # whether such a text was changed in place is not to be seen
         text = step.text.clone()
         assert run(text)[1] == run(text)[1] == texts
@@ -266,6 +270,40 @@ def test_gates_asked_at_every_second_step(pipe, loras, awake, draw, monkeypatch)
     torch.testing.assert_close(weights(1)[0], picture, **CLOSE)
     with pytest.raises(ValueError, match="1 or more calls, got 0"), mixture.every(0):
         pass
+
+
+def test_gates_asked_less_often_leave_the_texts_products_kept(pipe, loras, awake, step, products):
+    mixture, counts = awake(mole.attach(pipe, loras, "mole")), []
+    with mixture.every(2):
+        for i in range(10):
+            products()
+            step(sample=step.sample + i)
+            counts.append(products())
+    assert counts[0] > 0
+    assert not any(counts[3:])
+
+
+def test_gates_asked_less_often_are_asked_about_every_text(pipe, loras, awake, step):
+    mixture, other = awake(mole.attach(pipe, loras, "mole")), torch.randn_like(step.text)
+    samples = [step.sample + i for i in range(3)]
+    expected = [step(other.clone(), sample) for sample in samples]
+    with mixture.every(2):
+        for sample, wanted in zip(samples, expected, strict=True):  # two calls a step, in turn
+            step(sample=sample)
+            torch.testing.assert_close(step(other, sample), wanted, **CLOSE)
+    with mixture.every(100):  # longer than a picture takes
+        step(sample=samples[1])
+        torch.testing.assert_close(step(other, samples[2]), expected[2], **CLOSE)
+
+
+def test_a_text_of_inference_mode_that_changed_in_place_is_routed_anew(pipe, loras, awake, step):
+    awake(mole.attach(pipe, loras, "prompt"))
+    with torch.inference_mode():
+        text = step.text.clone()
+        before = step(text)
+        text.mul_(-2)
+        assert (step(text) - before).abs().max() > 1e-3
+        torch.testing.assert_close(step(text), step(text.clone()), **CLOSE)
 
 
 def test_shares_of_experts_are_measured_beside_the_weight_too(pipe, loras, monkeypatch, step):

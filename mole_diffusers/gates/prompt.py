@@ -143,5 +143,8 @@ class Column:
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.gate.parameters()
 
+    def buffers(self) -> Iterator[torch.Tensor]:
+        return self.gate.buffers()
+
     def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         return self.gate(hidden, context)[:, self.module]
