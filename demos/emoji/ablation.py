@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from compose import PAIRS
 from evaluate import DOCS, OPTIONS, SEEDS, VALIDATION_SEEDS
 from kept_rows import KEPT, pack, unpacked
 from loop import WORK, device, in_bf16
@@ -42,7 +43,7 @@ GRID = [(stage, time) for stage in STAGES for time in TIMES]
 ALONE = [(s, t) for s, t in GRID if (s == "all stages") != (t == "all")]  # one stage all the time, one quarter everywhere
 SPLITS = {
     "sum": ({"subject x style": emoji.VALIDATION["subject x style"]}, VALIDATION_SEEDS),
-    "gates": ({"subject + subject": emoji.COMPARED[8:16]}, SEEDS[:4]),
+    "gates": (PAIRS, SEEDS[:4]),
 }
 VALUES: dict[str, tables.Value] = {
     "subject": lambda r: r["subjects"], "style": lambda r: float(r["style"]), "success": lambda r: float(r["success"])

@@ -43,6 +43,7 @@ def document(found: dict[str, list[Row]], took: dict) -> str:
         "compared_paired": tables.paired_table(named(compared, MAIN), "sum"),
         "behind": tables.concept_table(named([row for row in compared if len(row["seen"]) == 2], MAIN)),
         "cases": tables.case_table(named(compared, ("sum", "grid search", "np", TRAINED[0], BLENDED, *CEILINGS))),
+        "crowded": crowd_table(found["crowded"]),
         "validation": tables.success_table(named(found["validation"], (*FREE, *TRAINED))),
         "attempts": (HERE / "attempts.md").read_text().strip(),
         "took": took_table(took),
@@ -107,6 +108,17 @@ def world_table(rows: list[Row]) -> str:
             name = arm.removeprefix("alone ")
             body.append([name, *(f"{sum(v(r) for r in group) / len(group):.2f}" for v in values)])
     return tables.markdown(["what", "subject seen", "asked style", "both"], body)
+
+
+def crowd_table(rows: list[Row]) -> str:
+    """Success by arm and number of experts."""
+    by_count = [{**row, "count": len(row["seen"]) + len(row["idle"])} for row in rows]
+    counts = sorted({row["count"] for row in by_count})
+    body = []
+    for arm, group in tables.by(by_count, "arm").items():
+        cells = tables.by(group, "count")
+        body.append([arm, *(tables.interval(cells.get(n, []), lambda r: float(r["success"])) for n in counts)])
+    return tables.markdown(["arm", *(f"{n} LoRAs" for n in counts)], body)
 
 
 def took_table(took: dict) -> str:

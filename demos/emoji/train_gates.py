@@ -54,7 +54,7 @@ def recipe(concepts, family: str) -> GateTraining:
 def make_gates(
     world, concepts, family: str = "flow", root: Path | None = None, *, training: GateTraining | None = None, idle=()
 ):
-    """`idle` LoRAs are attached beside those of the composition."""
+    """Below `root`, or among the committed gates; `idle` LoRAs are attached beside those of the composition."""
     folder = (root or world.folder / "gates") / name_of(concepts + idle)
     if not (folder / "config.json").exists():
         detach(world.pipe)
