@@ -18,9 +18,10 @@ def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tens
 
     `top` 0, or more than there are, keeps all of them. `mask` broadcasts over `scores`.
     """
-    count = min(top or scores.shape[-1], scores.shape[-1])
-    index = scores.masked_fill(~mask, -torch.inf).topk(count, -1).indices
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True) & mask
+    chosen = mask.expand_as(scores)
+    if 0 < top < scores.shape[-1]:
+        index = scores.masked_fill(~mask, -torch.inf).topk(top, -1).indices
+        chosen = torch.zeros_like(chosen).scatter(-1, index, True) & mask
     kept = scores * chosen
     return kept * chosen.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1e-12)
 
