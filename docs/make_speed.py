@@ -85,8 +85,8 @@ Milliseconds of each operator in one step (`mole bench --what shares`, bf16, 256
   between columns by more than all the experts' products, as the base does from itself (`again`): that is noise, and what is
   left over the floor is not more than it.
 - Gates that differ from token to token (`flow`) leave no weight per row to fold into, so every layer goes beside the host's
-  product, and each token's ranks have factors of their own. At 8 LoRAs that is 4.9 % more multiplications than the base's
-  at 256 pixels, less 1.6 % for the text, so the goal leaves hardly anything for the rest. Where that counts, collapse.
+  product, and each token's ranks have factors of their own. By the shapes that is 4.9 % more multiplications at 8 LoRAs
+  and 256 pixels, less 1.6 % for the text, so the goal leaves hardly anything for the rest. Where that counts, collapse.
 - Memory beyond the experts' own is that of the gates and of what is kept of the text, 8 MB.
   That saves 0.01 to 0.02 of every step: without it, see `gated-new-text`. So the memory goal is given up for that of time.
 

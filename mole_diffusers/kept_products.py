@@ -44,23 +44,25 @@ class Kept:
         if not self._known(there):
             self._key, self._given, self._made = _key(there), [weakref.ref(t) for t in there], None
             return None
-        if not self._whole():
+        made = self._whole()
+        if made is None:
             made = make()
             self._made = made, [version(t) for t in made]
-        return self.made(given)
+        return made
 
     def made(self, given: Sequence[torch.Tensor | None]) -> Tensors | None:
         """What it holds of `given`, if anything; nothing is made or forgotten."""
         there = [t for t in given if t is not None]
-        return self._made[0] if self._made is not None and self._known(there) and self._whole() else None
+        return self._whole() if self._known(there) else None
 
     def _known(self, there: Sequence[torch.Tensor]) -> bool:
-        same = self._key is not None and self._key == _key(there)
-        return same and all(ref() is t for ref, t in zip(self._given, there, strict=True))
+        return self._key == _key(there) and all(ref() is t for ref, t in zip(self._given, there, strict=True))
 
-    def _whole(self) -> bool:
-        """Whether something was made, and not changed since."""
-        return self._made is not None and [version(t) for t in self._made[0]] == self._made[1]
+    def _whole(self) -> Tensors | None:
+        """What was made, if nothing of it was changed since."""
+        if self._made is None or [version(t) for t in self._made[0]] != self._made[1]:
+            return None
+        return self._made[0]
 
 
 def _key(there: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...]:

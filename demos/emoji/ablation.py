@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from compose import PAIRS
+from compose import COMPARED_PAIRS
 from evaluate import DOCS, OPTIONS, SEEDS, VALIDATION_SEEDS
 from kept_rows import KEPT, pack, unpacked
 from loop import WORK, device, in_bf16
@@ -43,7 +43,7 @@ GRID = [(stage, time) for stage in STAGES for time in TIMES]
 ALONE = [(s, t) for s, t in GRID if (s == "all stages") != (t == "all")]  # one stage all the time, one quarter everywhere
 SPLITS = {
     "sum": ({"subject x style": emoji.VALIDATION["subject x style"]}, VALIDATION_SEEDS),
-    "gates": (PAIRS, SEEDS[:4]),
+    "gates": (COMPARED_PAIRS, SEEDS[:4]),
 }
 VALUES: dict[str, tables.Value] = {
     "subject": lambda r: r["subjects"], "style": lambda r: float(r["style"]), "success": lambda r: float(r["success"])
@@ -103,15 +103,17 @@ def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.I
 
 
 def off(part: str, time: str) -> str:
-    """The arm of the sum without LoRAs there; `held` and `kept` are the gates at 1 there, and everywhere else."""
+    """The arm of the sum without LoRAs there."""
     return f"sum without {part}, steps {time}"
 
 
 def held(part: str, time: str) -> str:
+    """The arm of the gates at 1 there."""
     return f"gates at 1 in {part}, steps {time}"
 
 
-def kept(part: str, time: str) -> str:
+def only(part: str, time: str) -> str:
+    """The arm of the gates at 1 everywhere else."""
     return f"gates only in {part}, steps {time}"
 
 
@@ -125,7 +127,7 @@ def wanted(world, what: str) -> list[Arm]:
         arms.summed(),
         arms.gated("gates", folder),
         *(arms.gated(held(*cell), folder, inside=fixed(*cell, weight=1.0)) for cell in GRID),
-        *(arms.gated(kept(*cell), folder, inside=fixed(*cell, weight=1.0, inside=False)) for cell in cells),
+        *(arms.gated(only(*cell), folder, inside=fixed(*cell, weight=1.0, inside=False)) for cell in cells),
     ]
 
 
@@ -174,11 +176,11 @@ def less(rows: Sequence[Row], reference: Sequence[Row]) -> str:
     return tables.interval(rows, lambda row: float(row["success"]) - there[place(row)])
 
 
-def kept_table(found: Mapping[str, list[Row]]) -> str:
+def only_table(found: Mapping[str, list[Row]]) -> str:
     """Success where only some gates speak, beside the sum, where none does, and all gates."""
     named = {"none: the sum": "sum", "all": "gates"}
-    named |= {stage if time == "all" else f"all stages, steps {time}": kept(stage, time) for stage, time in ALONE}
-    named |= {"all stages": kept("all stages", "all"), TEXT: held("all stages", "all")}
+    named |= {stage if time == "all" else f"all stages, steps {time}": only(stage, time) for stage, time in ALONE}
+    named |= {"all stages": only("all stages", "all"), TEXT: held("all stages", "all")}
     body = []
     for label, arm in named.items():
         rows = found[arm]
@@ -192,7 +194,7 @@ def by_arm(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
     return tables.by(own, "arm")
 
 
-def shares(found: Mapping[str, list[Row]], arm: Callable[[str, str], str], value: str) -> list[list[float]]:
+def shares(found: Mapping[str, list[Row]], arm: Cell, value: str) -> list[list[float]]:
     """Means of a value, stages x steps."""
     return [[statistics.mean(map(VALUES[value], found[arm(stage, time)])) for time in TIMES] for stage in STAGES]
 
@@ -217,8 +219,8 @@ def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) ->
         "sum_subject": switched("subject"),
         "sum_style": switched("style"),
         "held": grid("at 1", lambda *cell: beside(held(*cell))),
-        "held_text": beside(kept("all stages", "all")),
-        "kept": kept_table(gates),
+        "held_text": beside(only("all stages", "all")),
+        "kept": only_table(gates),
         "entropy": grid("gates of", lambda stage, time: f"{entropy[stage][time]:.3f}"),
         "entropy_text": f"{entropy[TEXT]['all']:.3f}",
     }.items():

@@ -11,7 +11,7 @@ from mole_diffusers.evaluation.runner import Case, crowded
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.study import Lesson
 
-PAIRS = {"subject + subject": emoji.COMPARED[8:16]}  # those of the test that trained gates are compared on
+COMPARED_PAIRS = {"subject + subject": emoji.COMPARED[8:16]}  # those of the test that trained gates are compared on
 OTHERS = ("bear", "lemon", "penguin", "carrot", "turtle", "pizza", "rose", "lion")  # base subjects in prompts
 
 
@@ -48,7 +48,7 @@ def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
 
 def crowd() -> list[Case]:
     """The pairs of subjects that are compared, with no, one, ... four further LoRAs attached that nobody asked for."""
-    found = [case for case, _ in emoji_protocol.cases(PAIRS)]
+    found = [case for case, _ in emoji_protocol.cases(COMPARED_PAIRS)]
     return crowded(found, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
 
 

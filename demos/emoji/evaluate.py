@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from arms import all_arms, gates_in_a_crowd
-from compose import PAIRS, crowd
+from compose import COMPARED_PAIRS, crowd
 from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
@@ -35,7 +35,7 @@ SPLITS = {
     "validation": (emoji.VALIDATION, VALIDATION_SEEDS),
     "test": (emoji.TEST, SEEDS),
     "moved": ({"subject x style": emoji.COMPARED[:8]}, SEEDS[:4]),
-    "crowded": (PAIRS, SEEDS[:4]),
+    "crowded": (COMPARED_PAIRS, SEEDS[:4]),
 }
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the strength that is the style's
 DOCS = Path(__file__).parent.parent.parent / "docs"
