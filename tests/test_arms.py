@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ def drawn(bench, arm, case=CASE, seeds=(3,)):
         return [image.tobytes() for image in sample(bench.pipe, case.prompt, seeds, **OPTIONS)]
 
 
-def by_hand(bench, experts, inside=None):
-    mixture = mole.attach(bench.pipe, experts)
+def by_hand(bench, experts, inside=None, gates="sum"):
+    mixture = mole.attach(bench.pipe, experts, gates)
     try:
         with inside(mixture) if inside else mixture.only(*mixture.experts):
             return [image.tobytes() for image in sample(bench.pipe, CASE.prompt, [3], **OPTIONS)]
@@ -79,6 +80,41 @@ def test_merges_protect_the_style_and_take_strengths(bench):
     arm = arms.merged("svd", "svd 3", arms.by_role(0.4, 1.6), rank=3)
     assert arm.name == "svd 3"
     assert drawn(bench, arm) == by_hand(bench, {"m": weak})
+
+
+@pytest.mark.parametrize("concepts", [("fox", "ink"), ("ink", "fox")])
+def test_switch_and_k_lora_know_the_style_by_its_name(bench, concepts):
+    """Content before style whatever place a case gives them; a case that does not say which is which keeps its own order."""
+    case = Case(concepts, CASE.kind, CASE.prompt)
+    gates = mole.GateConfig("static", granularity="matrix")
+    rivals = {
+        "switch": (arms.switch(period=1), "sum", lambda m, order: runtime.switched(bench.pipe, m, period=1)),
+        "k-lora": (arms.klora(), gates, lambda m, order: runtime.k_lora(bench.pipe, m, content=order[0], style=order[1])),
+    }
+    for arm, form, inside in rivals.values():
+        seen = []
+        for styles, order in (
+            (frozenset({"ink"}), ["fox", "ink"]),
+            (frozenset(), concepts),
+            (frozenset(concepts), concepts),
+        ):
+            bench.styles = styles
+            wanted = by_hand(bench, {n: bench.experts[n] for n in order}, partial(inside, order=order), gates=form)
+            assert drawn(bench, arm, case) == wanted, (arm.name, styles)
+            seen.append((wanted, dict(arm.settings(bench, case))))
+        assert (seen[0] == seen[1]) == (concepts == ("fox", "ink"))  # and another order is another row
+        assert seen[1] == seen[2]
+
+
+def test_switch_takes_what_was_asked_for_before_what_only_stands_by(bench):
+    case = Case(("ink", "fox"), CASE.kind, CASE.prompt, idle=("hat",))
+    with arms.switch().draws(bench, case):
+        assert list(mole.attached(bench.pipe).experts) == ["fox", "ink", "hat"]
+
+
+def test_k_lora_takes_a_bystander_for_the_content_of_a_style(bench):
+    with arms.klora().draws(bench, Case(("ink",), "single", CASE.prompt, idle=("fox",))):
+        assert list(mole.attached(bench.pipe).experts) == ["fox", "ink"]
 
 
 def test_a_search_sets_strengths_by_kind_and_role(bench):
@@ -266,6 +302,10 @@ def test_crowds_grow_to_the_number_asked_for():
     found = crowded([Case(("a", "b"), "pair", "p"), Case(("a", "b", "c"), "three", "q")], pool, (2, 4, 9))
     assert [(len(c.experts), c.concepts) for c in found] == [(2, ("a", "b")), (4, ("a", "b")), (4, ("a", "b", "c"))]
     assert all(len(set(c.experts)) == len(c.experts) for c in found)
+    pair = Case(("a", "b"), "pair", "p")
+    assert crowded([pair], ("a", "b"), (2, 3)) == [pair]  # nobody is left to stand by
+    with pytest.raises(ValueError, match=r"no case has \[1, 6\] experts attached: it asks for more, or there are but 5"):
+        crowded([pair], pool, (6, 1))
 
 
 def test_a_trace_of_an_arm(bench, gates):

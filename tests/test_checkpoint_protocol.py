@@ -23,6 +23,7 @@ from mole_diffusers import attach
 from mole_diffusers.cli import main
 from mole_diffusers.compare import sample
 from mole_diffusers.evaluation.checkpoint_protocol import Look, judged, judging_sheet, read_cases, windows
+from mole_diffusers.evaluation.plots import heat_map
 from mole_diffusers.evaluation.runner import Case, keep, picture_path
 from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
 
@@ -194,6 +195,57 @@ def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     assert "no such experts" in capsys.readouterr().err
 
 
+def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsys):
+    """And kinds of a table for those that stand by; the heat map is that of the gates in their folder."""
+    experts = {name: loras[name] for name in ("fox", "ink")}
+    awake(attach(tiny_pipeline(), experts, "mole"), size=0.5).save_pretrained(tmp_path / "gates" / "fox+ink")
+    args = [*checkpoint, *(word for name in ("fox", "hat") for word in ("--expert", f"{name}={loras[name]}"))]
+    args += ["--gates", str(tmp_path / "gates"), "--seeds", "1"]
+    assert main([*args, "--arm", "sum", "--arm", "gates", "--attached", "2", "--attached", "3"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == [
+        "2 concepts:", "2 concepts, 3 LoRAs:"
+    ] * 2  # fmt: skip
+    out = tmp_path / "out"
+    assert {path.name for path in out.glob("*.png")} == {"samples.png", "bars.png", "experts.png", "gates.png"}
+    pipe = tiny_pipeline()
+    with attach(pipe, experts, tmp_path / "gates" / "fox+ink").trace() as trace:
+        sample(pipe, "a fox in ink", [0], num_inference_steps=1, guidance_scale=3.0)
+    heat_map(trace, tmp_path / "wanted.png")
+    assert (out / "gates.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+    moved = ["--arm", "sum", "--share", "0.3", "--share", "0.7"]
+    assert main([*args, *moved]) == 0
+    assert (out / "frontier.png").exists()
+    at = args.index("--style")
+    assert main([*args[:at], *args[at + 2 :], *moved, "--out", str(tmp_path / "other")]) == 0
+    assert "no frontier.png: no picture asks for both a subject and a style" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "other").glob("*.png")} == {"samples.png", "bars.png"}
+
+
+def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
+    """For a case's own kind; on any checkpoint they draw what the same strengths of the experts draw."""
+    path = tmp_path / "weights.json"
+    args = [*checkpoint, "--seeds", "1", "--json"]
+    chosen = [*args, "--expert", f"fox={loras['fox']}", "--arm", "grid search", "--weights", str(path)]
+    path.write_text('{"2 concepts": {"subject": 0.4, "style": 1.3}}')
+    assert main(chosen) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    pipe = tiny_pipeline()
+    attach(pipe, {"fox": (loras["fox"], 0.4), "ink": (loras["ink"], 1.3)}, "sum")
+    (image,) = sample(pipe, "a fox in ink", [1000], num_inference_steps=1, guidance_scale=3.0)
+    assert Image.open(picture_path(tmp_path / "out", row)).tobytes() == image.tobytes()
+    for text, message in (
+        ("{", "Expecting"), ("[]", 'not {"KIND"'), ("{}", 'not {"KIND"'),
+        ('{"subject": 0.4, "style": 1}', "'subject' has 0.4"),
+        ('{"pair": {"subject": 0.4}}', "'pair' has"), ('{"pair": {"subject": "1", "style": 1}}', "'pair' has"),
+        ('{"pair": {"subject": NaN, "style": 1}}', "'pair' has"),
+        ('{"pair": {"subject": 1, "style": 1}}', "none of the cases"),
+    ):  # fmt: skip
+        path.write_text(text)
+        assert main(chosen) == 1
+        assert message in capsys.readouterr().err, text
+
+
 def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, capsys):
     assert main([*checkpoint, "--expert", f"fox={loras['fox']}:0.4", "--arm", "sum", "--arm", "mean", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -238,6 +290,18 @@ def test_pictures_measured_by_other_models_are_other_rows(checkpoint, models, lo
     assert scores[0] == scores[3]
     assert scores[0][0]["dino"]["fox"] != scores[2][0]["dino"]["fox"]
     assert len((tmp_path / "out" / "rows-0.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_limit_is_of_each_kind(checkpoint, loras, tmp_path, capsys):
+    lines = [
+        {"concepts": concepts, "prompt": prompt}
+        for concepts, prompt in ((["fox"], "a fox"), (["fox"], "fox"), (["fox", "ink"], "a fox in ink"), (["ink"], "ink"))
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--seeds", "1", "--arm", "base", "--limit", "1", "--json"]
+    assert main(args) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["kind"], row["prompt"]) for row in rows] == [("1 concepts", "a fox"), ("2 concepts", "a fox in ink")]
 
 
 def test_a_sheet_needs_two_arms(checkpoint, loras, capsys):

@@ -16,16 +16,24 @@ from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import arms, search, tables
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Bench, Case, evaluate, found, picture_path
-from mole_diffusers.evaluation.statistics import as_table, bootstrap, harmonic, harmonic_mean, recovery
+from mole_diffusers.evaluation.statistics import (
+    as_table,
+    bootstrap,
+    harmonic,
+    harmonic_mean,
+    of_cases,
+    of_concepts,
+    recovery,
+)
 from mole_diffusers.lora_files import read_expert
 
 OPTIONS = {"num_inference_steps": 1, "guidance_scale": 2.0}
 
 
 def test_bootstrap_of_a_constant_and_of_a_known_spread():
-    assert bootstrap(torch.full((3, 4), 0.25)) == (0.25, 0.25, 0.25)
+    assert bootstrap(torch.full((3, 4), 0.25), of_cases(3)) == (0.25, 0.25, 0.25)
     coins = torch.tensor([[0.0], [1.0]]).repeat(50, 1)  # 100 cases, half of them 1: standard error 0.05
-    mean, low, high = bootstrap(coins)
+    mean, low, high = bootstrap(coins, of_cases(100))
     assert mean == 0.5
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
@@ -33,7 +41,33 @@ def test_bootstrap_of_a_constant_and_of_a_known_spread():
 
 def test_bootstrap_resamples_cases_and_not_only_seeds():
     apart = torch.tensor([[0.0] * 8, [1.0] * 8])  # no spread within a case, all of it between them
-    assert bootstrap(apart)[1:] == (0.0, 1.0)
+    assert bootstrap(apart, of_cases(2))[1:] == (0.0, 1.0)
+
+
+def test_cases_that_share_a_concept_stand_and_fall_with_it():
+    """What one concept decides is as uncertain as its draw, in however many cases it comes."""
+    values = torch.tensor([[1.0]] * 20 + [[0.0]] * 20)
+    names = [str(i) for i in range(20)]
+    alone = bootstrap(values, of_cases(40))
+    shared = bootstrap(values, of_concepts([[side, name] for side in "ab" for name in names]))
+    assert alone[0] == shared[0] == 0.5
+    assert alone[1] > 0.3
+    assert alone[2] < 0.7
+    assert shared[1:] == (0.0, 1.0)
+
+
+def test_a_case_counts_as_often_as_all_of_its_concepts_came():
+    """Three cases of three concepts: all 27 draws counted by hand, those left out that hold no case."""
+    values, cases = (0.0, 1.0, 0.5), ((0, 1), (1, 2), (2, 2))
+    found = []
+    for drawn in itertools.product(range(3), repeat=3):
+        weights = [drawn.count(a) * drawn.count(b) for a, b in cases]
+        if sum(weights):
+            found.append(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
+    table = torch.tensor(values)[:, None]
+    mean, low, high = bootstrap(table, of_concepts([[str(c) for c in case] for case in cases]), draws=27000)
+    every = torch.quantile(torch.tensor(found).repeat(1000), torch.tensor([0.025, 0.975])).tolist()
+    assert (mean, [low, high]) == (0.5, pytest.approx(every))
 
 
 def test_harmonic_mean_is_as_small_as_the_worst():
@@ -50,8 +84,9 @@ def rows_of(*cells):
         out.append(
             {
                 "arm": arm, "case": case, "kind": "pair", "prompt": "p", "seed": seed, "settings": {}, "seen": seen,
-                "success": all(seen.values()), "subjects": 1.0, "style": True, "background": False, "likeness": 0.5,
-                "own_place": None,
+                "concepts": case.split("+"), "idle": [],
+                "success": all(seen.values()), "subjects": 1.0, "style": True, "background": False,
+                "likeness": {"fox": 0.25, "owl": 0.75}, "own_place": None,
             }
         )  # fmt: skip
     return out
@@ -90,13 +125,22 @@ def test_intervals_behind_success_are_those_of_every_sample():
         recovered.append(sum(parts) / len(parts))
         harmonics.append(2 / (1 / f + 1 / i) if f and i else 0.0)
     for values, drawn in (
-        (recovered, bootstrap(table, recovery)), (harmonics, bootstrap(table[:, :, 0], harmonic))
+        (recovered, bootstrap(table, of_cases(1), recovery)), (harmonics, bootstrap(table[:, :, 0], of_cases(1), harmonic))
     ):  # fmt: skip
         every = torch.tensor(values).repeat(1000)  # as often as so many draws would have them
         wanted = torch.quantile(every, torch.tensor([0.025, 0.975])).tolist()
         assert list(drawn[1:]) == pytest.approx(wanted, abs=1e-6)
-    assert bootstrap(table, recovery)[0] == pytest.approx((1.0 + 2 / 3) / 2)
-    assert bootstrap(table[:, :, 0], harmonic)[0] == pytest.approx(2 / 3)
+    assert bootstrap(table, of_cases(1), recovery)[0] == pytest.approx((1.0 + 2 / 3) / 2)
+    assert bootstrap(table[:, :, 0], of_cases(1), harmonic)[0] == pytest.approx(2 / 3)
+
+
+def test_single_loras_are_not_mixed_into_one_that_shows_every_concept():
+    """Each alone shows one of two concepts, so the harmonic mean is 0 for each, and 0 is their mean."""
+    rows = rows_of(
+        ("alone fox", "fox+ink", {"fox": True, "ink": False}), ("alone ink", "fox+ink", {"fox": False, "ink": True})
+    )
+    seen, recovered, harmonic = tables.concept_table(rows).splitlines()[2].split(" | ")[1:4]
+    assert (seen, recovered, harmonic) == ("0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]")
 
 
 def test_own_place_is_of_the_cases_that_have_places():
@@ -105,19 +149,20 @@ def test_own_place_is_of_the_cases_that_have_places():
         row["own_place"] = value
     wanted = tables.interval(rows[:3], lambda r: r["own_place"])
     assert tables.concept_table(rows).splitlines()[2].endswith(f"| {wanted} |")
-    assert wanted.startswith("0.50 [0.00, ")
+    assert wanted.startswith("0.38 [0.00, ")
 
 
 def test_scores_are_compared_on_the_same_noise():
     """Pictures differ far more than arms do; only the difference on the same noise shows the arm."""
     rows = []
     for i, (case, seed) in enumerate(itertools.product(("a", "b", "c"), (1, 2))):
-        shared = {"case": case, "prompt": "p", "seed": seed}
+        shared = {"case": case, "concepts": [case], "prompt": "p", "seed": seed}
         scores = {"clip_t": 0.1 * i, "clip_i": {"fox": 0.2 * i, "ink": 0.0}, "dino": {}}
         rows.append(shared | scores | {"arm": "sum"})
         better = {"clip_t": 0.1 * i + 0.012, "clip_i": {"fox": 0.2 * i, "ink": -0.03}, "dino": {}}
         rows.append(shared | better | {"arm": "gates"})
-    rows.append({"arm": "gates", "case": "d", "prompt": "p", "seed": 1, "clip_t": 9.0, "clip_i": {}, "dino": {}})
+    odd = {"arm": "gates", "case": "d", "concepts": ["d"], "prompt": "p", "seed": 1}
+    rows.append(odd | {"clip_t": 9.0, "clip_i": {}, "dino": {}})
     lines = tables.paired_scores(rows, "sum").splitlines()
     assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
     assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
@@ -162,6 +207,15 @@ def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
     assert found(bench, some[1:], CASES[:1], seeds=[1, 2], rows=Rows(tmp_path / "two")) == [
         row for row in one if row["arm"] != "base" and row["case"] == CASES[0].name
     ]
+
+
+def test_rows_that_say_less_of_their_case_are_still_its_rows(bench, tmp_path):
+    rows, path = Rows(tmp_path), tmp_path / "rows-0.jsonl"
+    made = evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows)
+    older = [{name: value for name, value in row.items() if name != "concepts"} for row in made]
+    path.write_text("".join(json.dumps(row) + "\n" for row in older))
+    assert evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows) == made
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_other_settings_are_other_rows(bench, tmp_path):
@@ -268,7 +322,7 @@ def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
     assert {(r["arm"], len(r["seen"]) + len(r["idle"])) for r in rows} == {
         (f"sum @ {share}", count) for share in (0.3, 0.7) for count in (2, 4)
     }
-    assert {p.name for p in tmp_path.glob("*.png")} == {"samples.png", "success.png", "experts.png", "frontier.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {"samples.png", "bars.png", "experts.png", "frontier.png"}
     capsys.readouterr()
 
 

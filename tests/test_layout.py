@@ -112,6 +112,7 @@ FOLDERS = {
         "checkpoint_protocol",
         "search",
         "plots",
+        "reporting",
     ],
     "app": [
         "jobs",

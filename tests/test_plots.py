@@ -1,5 +1,6 @@
 """Figures say what the rows say: read back from the axes."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ def row(arm, case, seed, **values):
     seen = dict.fromkeys(case.split(" ")[0].split("+"), True) | values.pop("seen", {})
     return {
         "arm": arm, "case": case, "kind": "pair", "seed": seed, "seen": seen, "success": all(seen.values()),
-        "subjects": 1.0, "style": True, "idle": [], "prompt": "p", "settings": {},
+        "concepts": list(seen), "subjects": 1.0, "style": True, "idle": [], "prompt": "p", "settings": {},
     } | values  # fmt: skip
 
 
@@ -33,7 +34,27 @@ def test_bars_are_the_means_with_their_intervals(tmp_path):
         zip([t.get_text() for t in axes.get_xticklabels()], [bar.get_height() for bar in axes.patches], strict=True)
     )
     assert heights == {"sum": 0.75, "alone": 0.0}
+    # One case of four seeds has 256 samples, and all of them can be counted.
+    every = torch.tensor([sum(seed < 3 for seed in drawn) / 4 for drawn in itertools.product(range(4), repeat=4)])
+    low, high = torch.quantile(every, torch.tensor([0.025, 0.975])).tolist()
+    ends = [[end.tolist() for end in segment] for segment in axes.collections[0].get_segments()]
+    assert ends == [[[0, low], [0, high]], [[1, 0], [1, 0]]]
+    assert axes.get_ylim() == (0, 1)
     assert Image.open(tmp_path / "bars.png").width > 100
+
+
+def test_bars_have_a_panel_per_value_and_a_colour_per_kind_and_crowd(tmp_path):
+    rows = [
+        row("sum", "a+b", 0, light=0.2), row("sum", "a+c", 1, light=0.4), row("mean", "a+b", 0, light=-1.0),
+        row("sum", "a", 0, light=5.0, kind="one"), row("sum", "a+b (c)", 0, light=7.0, idle=["c"]),
+    ]  # fmt: skip
+    values = {"light": lambda r: r["light"], "twice": lambda r: 2 * r["light"]}
+    light, twice = plots.bars(rows, tmp_path / "bars.png", values, limits=(None, None)).axes
+    assert [t.get_text() for t in light.get_legend().get_texts()] == ["pair", "one", "pair, 3 LoRAs"]
+    assert [bar.get_height() for bar in light.patches] == pytest.approx([0.3, -1.0, 5.0, 7.0])
+    assert [bar.get_height() for bar in twice.patches] == pytest.approx([0.6, -2.0, 10.0, 14.0])
+    assert (light.get_ylabel(), twice.get_ylabel()) == ("light", "twice")
+    assert twice.get_ylim()[1] > 14
 
 
 def test_the_frontier_is_a_line_per_arm_in_the_order_of_its_shares(tmp_path):
@@ -45,13 +66,27 @@ def test_the_frontier_is_a_line_per_arm_in_the_order_of_its_shares(tmp_path):
     assert found == {"sum": [[1.0, 0.0], [0.25, 1.0]], "mean": [[0.5, 0.0]]}
 
 
-def test_concepts_seen_against_experts_attached(tmp_path):
+def test_the_frontier_is_of_any_two_values_and_keeps_kinds_apart(tmp_path):
+    rows = [row("sum @ 0.5", "a+b", 0, dog=3.0, oil=5.0), row("sum @ 0.5", "a+b+c", 0, dog=7.0, oil=9.0, kind="three")]
+    values = {"dog": lambda r: r["dog"], "oil": lambda r: r["oil"]}
+    figure = plots.frontier(rows, tmp_path / "frontier.png", values, limits=(None, None))
+    assert [axes.get_lines()[0].get_xydata().tolist() for axes in figure.axes] == [[[3.0, 5.0]], [[7.0, 9.0]]]
+    assert [axes.get_title() for axes in figure.axes] == ["pair", "three"]
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("dog", "oil")
+
+
+def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
     rows = [
-        row("sum", "a+b", 0), row("sum", "a+b", 1, seen={"a": False}), row("sum", "a+b+c", 0, seen={"c": False}),
-        row("sum", "a+b (c) (d)", 0, seen={"a": False, "b": False}, idle=["c", "d"]),
+        row("sum", "a+b", 0), row("sum", "a+b", 1, seen={"a": False}), row("sum", "a+b (c)", 0, idle=["c"]),
+        row("sum", "a+b (c) (d)", 0, seen={"a": False}, idle=["c", "d"]), row("sum", "a+b+c", 0, light=0.3, kind="three"),
     ]  # fmt: skip
-    found = lines(plots.against_count(rows, tmp_path / "experts.png"))
-    assert found == {"sum": [[2, 0.75], [3, pytest.approx(2 / 3)], [4, 0.0]]}
+    pair, three = plots.against_count(rows, tmp_path / "experts.png").axes
+    assert pair.get_lines()[0].get_xydata().tolist() == [[2, 0.5], [3, 1.0], [4, 0.0]]
+    assert three.get_lines()[0].get_xydata().tolist() == [[3, 1.0]]
+    assert pair.get_ylabel() == "success"
+    assert (pair.get_xticks().tolist(), three.get_xticks().tolist()) == ([2, 3, 4], [3])
+    figure = plots.against_count(rows[4:], tmp_path / "light.png", {"light": lambda r: r["light"]}, limits=(None, None))
+    assert lines(figure) == {"sum": [[3, 0.3]]}
 
 
 def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
@@ -62,7 +97,8 @@ def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
         for place in ("unet.one", "unet.two"):
             weights = torch.tensor([[step, 2.0], [step, 4.0]]) + (place == "unet.two")
             trace.record(Decision(SimpleNamespace(name=place), (True, True), weights, weights))
-    trace.record(Decision(SimpleNamespace(name="text_encoder.x"), (True, True), weights, weights))  # speaks once: no row
+    for _ in range(4):  # prompts are no steps
+        trace.record(Decision(SimpleNamespace(name="text_encoder.x"), (True, True), weights, weights))
     panels = plots.heat_map(trace, tmp_path / "gates.png").axes
     assert panels[0].images[0].get_array().tolist() == [[0, 1, 2], [1, 2, 3]]
     assert panels[1].images[0].get_array().tolist() == [[3, 3, 3], [4, 4, 4]]

@@ -8,6 +8,7 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.evaluation import runtime
 from mole_diffusers.merging.factors import Pair
+from mole_diffusers.testing import tiny_lora
 
 LATENT = {"output_type": "latent", "guidance_scale": 3.0}
 
@@ -40,6 +41,13 @@ def test_switch_begins_with_the_first_expert_and_its_own_text(pipe, loras):
             latent(pipe, steps=7)
     at = [w.tolist() for place, _, w in trace.records if place == "unet.mid_block.attentions.0.transformer_blocks.0"]
     assert at == [[1, 0]] * 5 + [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("period", [1, 5])
+def test_switch_of_one_expert_is_that_lora(pipe, loras, period):
+    fox = alone(pipe, loras["fox"], steps=3)
+    with runtime.switched(pipe, mole.attach(pipe, {"fox": loras["fox"]}), period=period):
+        assert torch.equal(latent(pipe, steps=3), fox)
 
 
 def test_composite_is_the_mean_of_the_predictions(pipe, loras):
@@ -114,3 +122,31 @@ def test_k_lora_turns_each_layer_once_at_the_same_share_of_any_run(pipe, loras):
     assert forward[0, 1] == 1  # no attention, and only ink has it
     with pytest.raises(ValueError, match="K-LoRA takes two experts and a gate per matrix"):
         runtime.KLoRA(pipe, mole.attach(pipe, experts), content="fox", style="ink")
+
+
+def after_each_step(pipe, steps):
+    """The latents [B, 4, H, W] after every step of a picture."""
+    found, generator = [], torch.Generator().manual_seed(0)
+
+    def watch(pipe, step, time, kept):
+        found.append(kept["latents"].clone())
+        return kept
+
+    pipe("a fox", generator=generator, num_inference_steps=steps, callback_on_step_end=watch, **LATENT)
+    return found
+
+
+def test_k_lora_is_the_content_lora_up_to_its_least_share(pipe, tmp_path):
+    ends = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that K-LoRA chooses for, and no others
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i, ends=ends) for i, n in enumerate(("fox", "ink"))}
+    mole.attach(pipe, {"fox": files["fox"]})
+    wanted = after_each_step(pipe, 12)
+    mixture = mole.attach(pipe, files, mole.GateConfig("static", granularity="matrix"))
+    with runtime.k_lora(pipe, mixture, content="fox", style="ink"):
+        found = after_each_step(pipe, 12)
+    least = min(runtime.KLoRA(pipe, mixture, content="fox", style="ink").until.values())
+    content = [step for step in range(12) if step / 12 <= least]
+    assert 1 < len(content) < 12
+    for step in content:
+        torch.testing.assert_close(found[step], wanted[step], rtol=0, atol=1e-5)
+    assert (found[len(content)] - wanted[len(content)]).abs().max() > 1e-4  # the first layer has turned

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.cli.common import add_experts, chosen_device, chosen_experts, named_values, pipeline
-from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, plots, tables
+from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, plots
 from mole_diffusers.evaluation.arms import gates_of, traced
 from mole_diffusers.evaluation.checkpoint_protocol import judged, judging_sheet
 from mole_diffusers.evaluation.choosing import ARMS, chosen_arms, moved, obstacles
+from mole_diffusers.evaluation.reporting import EMOJI, Report, of_scores
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Bench, Case, crowded, evaluate, found
-from mole_diffusers.evaluation.search import best_weights, grid
+from mole_diffusers.evaluation.search import best_weights, grid, read_weights
 
 REAL = ("expert", "cases", "images", "own", "style", "clip", "dino")  # what only a real checkpoint is asked for
 
@@ -43,7 +44,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--attached", action="append", type=int, default=[], help="repeatable; so many experts, some idle")
     command.add_argument("--search", action="store_true", help="search strengths on the split; writes weights.json in --out")
-    command.add_argument("--weights", type=Path, help="weights.json of a search, for the arm 'grid search'")
+    command.add_argument("--weights", type=Path, help="strengths by kind for the arm 'grid search': weights.json")
     command.add_argument("--clip", help="a CLIP model, for a real checkpoint")
     command.add_argument("--dino", help="a DINO model, for a real checkpoint")
     command.add_argument("--sheet", action="store_true", help="write a sheet to judge pairs of arms on, in both orders")
@@ -81,8 +82,13 @@ def run(args: argparse.Namespace) -> int:
     state.wait_for_everyone()
     if state.is_main_process:
         own = found(bench, arms, cases, seeds=seeds, rows=rows)
-        _report(args, own)
-        _figures(args, own, bench, arms, cases=cases)
+        report = EMOJI if args.base == "emoji" else of_scores(bench.styles)
+        _write(args, own, report)
+        if find_spec("matplotlib") is None:
+            print("figures need matplotlib: pip install 'mole-diffusers[plot]'", file=sys.stderr)
+            return 0
+        _figures(args, own, report)
+        _heat_map(args.out / "gates.png", bench, arms, cases)
     return 0
 
 
@@ -90,7 +96,7 @@ def _arms(args: argparse.Namespace, bench: Bench, gates: Path | None, *, cases: 
     """The arms that were asked for, or of all of them those that can be drawn; what is left out is said."""
     if args.search:
         return grid(bench)
-    weights = json.loads(args.weights.read_text()) if args.weights else None
+    weights = read_weights(args.weights) if args.weights else None
     names = args.arm or (["sum", "gates"] if args.share else list(ARMS))
     kept = obstacles(names, bench, gates, weights=weights) if not args.arm else {}
     for reason in kept.values():
@@ -159,15 +165,15 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None
         strengths=strengths,
         measured=look.said,
     )
-    return bench, cases[: args.limit], look, args.gates
+    kinds: dict[str, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault(case.kind, []).append(case)
+    return bench, [case for group in _first(kinds, args.limit).values() for case in group], look, args.gates
 
 
-def _report(args: argparse.Namespace, rows: list[Row]) -> None:
-    emoji = args.base == "emoji"
-    parts = [tables.success_table(rows), tables.concept_table(rows)] if emoji else [tables.score_table(rows)]
-    if any(row["arm"] == "sum" for row in rows):
-        parts.append(tables.paired_table(rows, "sum") if emoji else tables.paired_scores(rows, "sum"))
-    text = "\n\n".join(parts)
+def _write(args: argparse.Namespace, rows: list[Row], report: Report) -> None:
+    """The table, printed too, and what was asked for beside it."""
+    text = report.text(rows)
     (args.out / "table.md").write_text(text + "\n")
     print(json.dumps(rows) if args.json else text)
     if args.search:
@@ -176,18 +182,21 @@ def _report(args: argparse.Namespace, rows: list[Row]) -> None:
         print(f"{judging_sheet(args.out, rows)} questions in {args.out / 'sheet'}")
 
 
-def _figures(args: argparse.Namespace, rows: list[Row], bench: Bench, arms: Sequence[Arm], *, cases: Sequence[Case]) -> None:
-    """Every figure that the rows allow, beside them; nothing without matplotlib."""
-    if find_spec("matplotlib") is None:
-        print("figures need matplotlib: pip install 'mole-diffusers[plot]'", file=sys.stderr)
-        return
+def _figures(args: argparse.Namespace, rows: list[Row], report: Report) -> None:
+    """Every figure that the rows allow, beside them; one that they do not allow is said."""
     plots.sample_grid(rows, args.out, args.out / "samples.png", case=rows[0]["case"])
-    if args.base == "emoji":
-        plots.bars(rows, args.out / "success.png")
-    if args.base == "emoji" and args.attached:
-        plots.against_count(rows, args.out / "experts.png")
-    if args.base == "emoji" and args.share:
-        plots.frontier(rows, args.out / "frontier.png")
+    report.draw_bars(rows, args.out / "bars.png")
+    asked = {"experts": (args.attached, report.draw_count), "frontier": (args.share, report.draw_frontier)}
+    for name, (wanted, draw) in asked.items():
+        try:
+            if wanted:
+                draw(rows, args.out / f"{name}.png")
+        except ValueError as error:
+            print(f"no {name}.png: {error}", file=sys.stderr)
+
+
+def _heat_map(path: Path, bench: Bench, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
+    """What trained gates decide, for the first case that has them."""
     seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
     if seen is not None:
-        plots.heat_map(traced(bench, *seen), args.out / "gates.png")
+        plots.heat_map(traced(bench, *seen), path)

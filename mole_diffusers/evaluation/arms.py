@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from mole_diffusers.trace import Trace
 Weights = Callable[[Bench, Case], Mapping[str, float]]  # a weight per concept, which the user's own strength multiplies
 Inside = Callable[[Bench, Case, Mixture], AbstractContextManager[Any]]  # what holds while an attached mixture draws
 Settings = Callable[[Bench, Case], Mapping[str, Any]]  # what a row says, see `Arm.settings`
+Order = Callable[[Bench, Case], Sequence[str]]  # a case's experts, in the order in which a composer takes them
 
 
 def ones(bench: Bench, case: Case) -> dict[str, float]:
@@ -147,20 +148,36 @@ def from_file(name: str, path: Callable[[Case], Path]) -> Arm:
     )
 
 
-def composed(name: str, inside: Inside, *, gates: Gates = "sum", **settings: Any) -> Arm:
-    """A composer that acts while sampling on an attached mixture; `settings` say in the rows how."""
+def as_named(bench: Bench, case: Case) -> Sequence[str]:
+    """A case's experts as it names them, those that only stand by last."""
+    return case.experts
+
+
+def subjects_first(bench: Bench, names: Sequence[str]) -> list[str]:
+    """Subjects as they come, then styles as they come."""
+    return sorted(names, key=lambda name: name in bench.styles)
+
+
+def composed(name: str, inside: Inside, *, gates: Gates = "sum", order: Order = as_named, **settings: Any) -> Arm:
+    """A composer that acts while sampling on a mixture attached in an order; `settings` say in the rows how."""
 
     @contextmanager
     def draws(bench: Bench, case: Case) -> Iterator[None]:
-        with _attached(bench, bench.weighed(ones(bench, case)), gates) as mixture, inside(bench, case, mixture):
+        experts = bench.weighed(dict.fromkeys(order(bench, case), 1.0))
+        with _attached(bench, experts, gates) as mixture, inside(bench, case, mixture):
             yield
 
-    return Arm(name, draws, _said(**settings))
+    return Arm(name, draws, lambda bench, case: bench.used(order(bench, case)) | settings)
 
 
 def switch(period: int = 5) -> Arm:
-    """LoRA Switch, subjects before styles, as a case names them."""
-    return composed("switch", lambda b, c, m: switched(b.pipe, m, period=period), period=period)
+    """LoRA Switch: what a case asks for in turn, subjects before styles, then what only stands by."""
+    return composed(
+        "switch",
+        lambda bench, case, mixture: switched(bench.pipe, mixture, period=period),
+        order=lambda bench, case: [*subjects_first(bench, case.concepts), *case.idle],
+        period=period,
+    )
 
 
 def composite() -> Arm:
@@ -169,14 +186,15 @@ def composite() -> Arm:
 
 
 def klora() -> Arm:
-    """K-LoRA, for cases of two concepts; the second is what the paper calls the style."""
+    """K-LoRA, for cases of two experts: its style is the one that is a style, or the second where that does not say."""
 
     def inside(bench: Bench, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        content, style = case.experts
+        content, style = mixture.experts
         return k_lora(bench.pipe, mixture, content=content, style=style)
 
-    gates = GateConfig("static", granularity="matrix")
-    arm = composed("k-lora", inside, gates=gates, **(last_content.__kwdefaults__ or {}))
+    gates, options = GateConfig("static", granularity="matrix"), last_content.__kwdefaults__ or {}
+    order: Order = lambda bench, case: subjects_first(bench, case.experts)  # noqa: E731
+    arm = composed("k-lora", inside, gates=gates, order=order, **options)
     return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from mole_diffusers.world import EmojiWorld
 
 
 def scene_of(concepts: Sequence[str], index: int) -> emoji.Scene:
-    """The scene of a test case; every second one asks for a coloured background, so that its words can be lost."""
-    scene = emoji.composition_scene(concepts)
-    colours = list(emoji.BACKGROUNDS)[1:]
-    return emoji.Scene(scene.subjects, scene.style, "white" if index % 2 == 0 else colours[index // 2 % len(colours)])
+    """The scene of a case. It asks for a coloured background: its words can be lost, and gates that learned the composition
+    over white never saw the prompt."""
+    scene, colours = emoji.composition_scene(concepts), list(emoji.BACKGROUNDS)[1:]
+    turn = index // 2 if index % 2 else index // 2 + 2  # a case and the next have different ones
+    return emoji.Scene(scene.subjects, scene.style, colours[turn % len(colours)])
 
 
 def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emoji.Scene]]:
@@ -59,9 +61,10 @@ class Look:
     """Measures pictures of the world's cases by the judge, which nothing was trained with.
 
     Each row says: `seen` (concept -> is it there; of subjects the judge's most likely ones count), `success` (all seen),
-    `subjects` (share of them seen), `style`, `background`, `likeness` (cosine of the judge's mean features with those of
-    the artist's own drawing, both less the mean over base subjects in that style), and for several subjects `own_place`
-    (share of places where the one that belongs there is stronger than the others that were asked for).
+    `subjects` (share of them seen), `style`, `background`, `likeness` (subject -> cosine of the judge's mean features in
+    that subject's place with those of the artist's own drawing there, both less their mean over drawings of base subjects
+    in that style), and for several subjects `own_place` (share of places where the one that belongs there is stronger than
+    the others that were asked for).
     """
 
     def __init__(self, world: EmojiWorld, scenes: Mapping[str, emoji.Scene]):
@@ -91,12 +94,19 @@ class Look:
             )
         return rows
 
-    def _likeness(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[float]:
-        others = [emoji.Scene((subject,), scene.style, scene.background) for subject in emoji.BASE_SUBJECTS]
-        centre = self.judge.features([self.drawings.picture(s) for s in others]).mean((0, 2, 3))  # [C]
-        truth = self.judge.features([self.drawings.picture(scene)]).mean((2, 3)) - centre  # [1, C]
-        own = self.judge.features(images).mean((2, 3)) - centre  # [B, C]
-        return F.cosine_similarity(own, truth).tolist()
+    def _likeness(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[dict[str, float]]:
+        count, known = len(scene.subjects), emoji.BASE_SUBJECTS
+        others = [replace(scene, subjects=(known[i:] + known)[:count]) for i in range(len(known))]
+        centre = self._in_places(count, [self.drawings.picture(other) for other in others]).mean(0)  # [S, C]
+        truth = self._in_places(count, [self.drawings.picture(scene)]) - centre  # [1, S, C]
+        own = self._in_places(count, images) - centre  # [B, S, C]
+        found = F.cosine_similarity(own, truth, dim=-1).tolist()
+        return [dict(zip(scene.subjects, row, strict=True)) for row in found]
+
+    def _in_places(self, count: int, images: Sequence[Image.Image]) -> torch.Tensor:
+        """[B, count, C]: the mean feature of each of `count` subjects' places."""
+        features = self.judge.features(images)  # [B, C, 4, 4]
+        return torch.stack([features[..., a:b].mean((2, 3)) for a, b in columns_of(count)], 1)
 
     def _own_place(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[float | None]:
         count = len(scene.subjects)
@@ -104,7 +114,12 @@ class Look:
             return [None] * len(images)
         columns = self.judge.subject_map(images).logsumexp(2)  # [B, S, 4] over rows of places
         index = [self.judge.subjects.index(s) for s in scene.subjects]
-        edges = [round(4 * i / count) for i in range(count + 1)]
-        strength = torch.stack([columns[:, index, a:b].amax(-1) for a, b in zip(edges, edges[1:], strict=False)], -1)
+        strength = torch.stack([columns[:, index, a:b].amax(-1) for a, b in columns_of(count)], -1)
         own = strength.argmax(1) == torch.arange(count)  # [B, place]: the strongest subject of a place is its own
         return own.float().mean(1).tolist()
+
+
+def columns_of(count: int) -> list[tuple[int, int]]:
+    """First and end of the judge's four columns that each of `count` subjects side by side stands in."""
+    edges = [round(4 * i / count) for i in range(count + 1)]
+    return list(zip(edges, edges[1:], strict=False))

@@ -11,13 +11,15 @@ from typing import Any
 
 from PIL import Image
 
+from mole_diffusers.calls import DENOISERS
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import keep, picture_path
 from mole_diffusers.evaluation.statistics import as_table, bootstrap
-from mole_diffusers.evaluation.tables import by, together
+from mole_diffusers.evaluation.tables import SEEN, SUCCESS, Value, apart, attached, by, cases_of, together
 from mole_diffusers.figures import grid
 from mole_diffusers.trace import Trace
 
+Limits = tuple[float | None, float | None]  # of an axis; None is where the values end
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
@@ -34,32 +36,51 @@ def _save(figure: Any, path: Path) -> Any:
     return figure
 
 
-def bars(rows: Sequence[Row], path: Path) -> Any:
-    """Success of every arm by kind, with 95 % intervals."""
-    arms, kinds = by(together(rows), "arm"), list(by(rows, "kind"))
-    figure, axes = _axes(2 + 0.55 * len(arms), 4)
+def _by_kind(rows: Sequence[Row], width: float, height: float) -> tuple[Any, list[tuple[Any, list[Row]]]]:
+    """A figure, and a panel for every kind with its rows; the kinds are named where they are several."""
+    from matplotlib.figure import Figure
+
+    groups = by(rows, "kind")
+    figure = Figure((width * len(groups), height), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    if len(groups) > 1:
+        for axes, kind in zip(panels, groups, strict=True):
+            axes.set_title(kind, fontsize=9)
+    return figure, list(zip(panels, groups.values(), strict=True))
+
+
+def _spread(rows: Sequence[Row], value: Value) -> tuple[float, float, float]:
+    cases = by(rows, "case").values()
+    return bootstrap(as_table([[value(r) for r in case] for case in cases]), cases_of(cases))
+
+
+def bars(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SUCCESS, *, limits: Limits = (0, 1)) -> Any:
+    """The means of every arm by kind with 95 % intervals, one panel per named value."""
+    from matplotlib.figure import Figure
+
+    arms, kinds = by(together(apart(rows)), "arm"), list(by(apart(rows), "kind"))
+    figure = Figure((2 + 0.55 * len(arms), 1 + 3 * len(values)), layout="constrained")
+    panels = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
     width = 0.8 / len(kinds)
-    for k, kind in enumerate(kinds):
-        for a, group in enumerate(arms.values()):
-            cases = by([r for r in group if r["kind"] == kind], "case").values()
-            if cases:
-                table = as_table([[float(r["success"]) for r in case] for case in cases])
-                mean, low, high = bootstrap(table)
-                at = a + (k - (len(kinds) - 1) / 2) * width
-                axes.bar(at, mean, width, color=COLOURS[k % len(COLOURS)], label=kind if a == 0 else None)
-                axes.errorbar(at, mean, [[mean - low], [high - mean]], color="#444444", linewidth=1)
-    axes.set_xticks(range(len(arms)), list(arms), rotation=40, ha="right")
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("success")
-    axes.legend(fontsize=8)
+    for axes, (name, value) in zip(panels, values.items(), strict=True):
+        for k, kind in enumerate(kinds):
+            cells = [[r for r in group if r["kind"] == kind] for group in arms.values()]
+            at = [a + (k - (len(kinds) - 1) / 2) * width for a, cell in enumerate(cells) if cell]
+            means, lows, highs = zip(*(_spread(cell, value) for cell in cells if cell), strict=True)
+            axes.bar(at, means, width, color=COLOURS[k % len(COLOURS)], label=kind)
+            axes.vlines(at, lows, highs, color="#444444", linewidth=1)
+        axes.set_ylim(*limits)
+        axes.set_ylabel(name)
+    panels[-1].set_xticks(range(len(arms)), list(arms), rotation=40, ha="right")
+    panels[0].legend(fontsize=8)
     return _save(figure, path)
 
 
 def heat_map(trace: Trace, path: Path) -> Any:
-    """Gate weights, block x step, one panel per expert."""
+    """Gate weights of the denoiser, block x step, one panel per expert."""
     from matplotlib.figure import Figure
 
-    spoken = {place: trace.weights(place) for place in trace.places}
+    spoken = {place: trace.weights(place) for place in trace.places if place.partition(".")[0] in DENOISERS}
     steps = max(map(len, spoken.values()))
     places = [place for place, weights in spoken.items() if len(weights) == steps]  # those that speak at every step
     figure = Figure((3.2 * len(trace.experts), 1.2 + 0.16 * len(places)), layout="constrained")
@@ -104,42 +125,43 @@ def maps(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], c
     return _save(figure, path)
 
 
-def frontier(rows: Sequence[Row], path: Path) -> Any:
-    """Subjects seen against style seen, one line per arm as its strength moves.
+def frontier(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SEEN, *, limits: Limits = (0, 1)) -> Any:
+    """The subjects' value against the styles', one line per arm as its strength moves, a panel per kind.
 
     Rows of one line have arm names "NAME @ SHARE"; other arms are single points.
+
+    Args:
+        values: the name and value of subjects, then of styles.
     """
-    figure, axes = _axes(5, 4)
-    lines: dict[str, list[tuple[float, float, float]]] = {}  # (share, subjects, style)
-    for arm, group in by(together(rows), "arm").items():
-        name, _, share = arm.partition(" @ ")
-        means = (sum(r[value] for r in group) / len(group) for value in ("subjects", "style"))
-        lines.setdefault(name, []).append((float(share or 0), *means))
-    for i, (name, points) in enumerate(lines.items()):
-        _, subjects, styles = zip(*sorted(points), strict=True)
-        axes.plot(subjects, styles, "o-", color=COLOURS[i % len(COLOURS)], label=name, markersize=4)
-    axes.set_xlabel("subject seen")
-    axes.set_ylabel("style seen")
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(-0.03, 1.03)
-    axes.legend(fontsize=7)
+    (x, _), (y, _) = values.items()
+    figure, panels = _by_kind(apart(rows), 5, 4)
+    for axes, own in panels:
+        lines: dict[str, list[tuple[float, ...]]] = {}  # (share, subjects, styles)
+        for arm, group in by(together(own), "arm").items():
+            name, _, share = arm.partition(" @ ")
+            means = (sum(map(value, group)) / len(group) for value in values.values())
+            lines.setdefault(name, []).append((float(share or 0), *means))
+        for i, (name, points) in enumerate(lines.items()):
+            _, subjects, styles = zip(*sorted(points), strict=True)
+            axes.plot(subjects, styles, "o-", color=COLOURS[i % len(COLOURS)], label=name, markersize=4, clip_on=False)
+        axes.set(xlabel=x, ylabel=y, xlim=limits, ylim=limits)
+        axes.legend(fontsize=7)
     return _save(figure, path)
 
 
-def against_count(rows: Sequence[Row], path: Path) -> Any:
-    """Concepts seen against the number of experts that are attached, one line per arm."""
-    figure, axes = _axes(5, 4)
-    for i, (arm, group) in enumerate(by(together(rows), "arm").items()):
-        found: dict[int, list[float]] = {}
-        for r in group:
-            found.setdefault(len(r["seen"]) + len(r.get("idle", ())), []).append(sum(r["seen"].values()) / len(r["seen"]))
-        counts = sorted(found)
-        axes.plot(counts, [sum(found[n]) / len(found[n]) for n in counts], "o-", color=COLOURS[i % len(COLOURS)], label=arm)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("experts")
-    axes.set_ylabel("concepts seen")
-    axes.set_ylim(0, 1.03)
-    axes.legend(fontsize=7)
+def against_count(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SUCCESS, *, limits: Limits = (0, 1)) -> Any:
+    """A named value against the number of experts that are attached, one line per arm, a panel per kind."""
+    ((name, value),) = values.items()
+    figure, panels = _by_kind(rows, 5, 4)
+    for axes, own in panels:
+        for i, (arm, group) in enumerate(by(together(own), "arm").items()):
+            found: dict[int, list[float]] = {}
+            for r in group:
+                found.setdefault(attached(r), []).append(value(r))
+            points = [(count, sum(found[count]) / len(found[count])) for count in sorted(found)]
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[i % len(COLOURS)], label=arm, clip_on=False)
+        axes.set(xlabel="experts", ylabel=name, ylim=limits, xticks=sorted({attached(r) for r in own}))
+        axes.legend(fontsize=7)
     return _save(figure, path)
 
 

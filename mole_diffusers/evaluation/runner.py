@@ -46,6 +46,8 @@ def crowded(found: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -
     """The cases with further experts of `pool` attached that the prompt does not ask for, `counts` experts in all.
 
     Counts that a case's own concepts exceed, or that the pool cannot fill, are left out.
+
+    Raises ValueError where that leaves no case.
     """
     out: list[Case] = []
     for case in found:
@@ -53,9 +55,11 @@ def crowded(found: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -
         for count in counts:
             idle = count - len(case.concepts)
             if 0 <= idle <= len(others):
-                start = len(out) % len(others)  # another stranger each time
+                start = len(out) % max(1, len(others))  # another stranger each time
                 strangers = tuple((others[start:] + others[:start])[:idle])
                 out.append(replace(case, idle=strangers))
+    if not out:
+        raise ValueError(f"no case has {sorted(counts)} experts attached: it asks for more, or there are but {len(pool)}")
     return out
 
 
@@ -150,19 +154,19 @@ def evaluate(
 def found(bench: Bench, arms: Sequence[Arm], cases: Sequence[Case], *, seeds: Sequence[int], rows: Rows) -> list[Row]:
     """The rows that these arms, cases, seeds and settings ask for, of every process, as far as they are there.
 
-    Arm by arm in the order given, and nothing else that the folder may hold.
+    Arm by arm in the order given, and nothing else that the folder may hold. What an older row does not say of what was
+    asked for is filled in.
     """
     there = {key(row): row for row in rows.read()}
-    wanted = [
-        key(row) for arm in arms for case in cases if arm.covers(case) for row in _asked(bench, arm, case, seeds=seeds)
-    ]
-    return [there[asked] for asked in wanted if asked in there]
+    wanted = [row for arm in arms for case in cases if arm.covers(case) for row in _asked(bench, arm, case, seeds=seeds)]
+    return [row | there[key(row)] for row in wanted if key(row) in there]
 
 
 def _asked(bench: Bench, arm: Arm, case: Case, *, seeds: Sequence[int]) -> list[Row]:
     """A row per seed, without what is measured."""
     facts = {
         "case": case.name,
+        "concepts": list(case.concepts),
         "kind": case.kind,
         "arm": arm.name,
         "prompt": case.prompt,

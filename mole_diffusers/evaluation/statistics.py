@@ -6,48 +6,83 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-Statistic = Callable[[torch.Tensor], torch.Tensor]  # [D, G, S, ...], D samples of G cases of S seeds -> [D]
+Statistic = Callable[[torch.Tensor], torch.Tensor]  # [D, G, S, ...], D samples of the seeds of G cases -> [D, G]
+Resample = Callable[[int, torch.Generator], torch.Tensor]  # a number of draws -> how often each case comes, [draws, G]
 
 
 def overall(samples: torch.Tensor) -> torch.Tensor:
-    """The mean of everything there is: [D, G, S, ...] -> [D]."""
-    return samples.flatten(1).nanmean(1)
+    """The mean of everything in a case: [D, G, S, ...] -> [D, G]."""
+    return samples.flatten(2).nanmean(2)
+
+
+def of_cases(count: int) -> Resample:
+    """As many cases as there are, with replacement, as if they were independent (Efron, 1979)."""
+    return lambda draws, generator: _counts(count, draws, generator)
+
+
+def of_concepts(concepts: Sequence[Sequence[str]]) -> Resample:
+    """Concepts in the place of the cases that share them: a case comes as often as all of its concepts came together, the
+    product of their counts (pigeonhole bootstrap; Owen, AoAS 2007, section 3). It errs on the wide side.
+
+    Args:
+        concepts: those of each of the G cases.
+    """
+    names = list(dict.fromkeys(name for case in concepts for name in case))
+    index = [[names.index(name) for name in case] for case in concepts]
+
+    def resample(draws: int, generator: torch.Generator) -> torch.Tensor:
+        counts = _counts(len(names), draws, generator)
+        return torch.stack([counts[:, of_case].prod(1) for of_case in index], 1)
+
+    return resample
 
 
 def bootstrap(
-    table: torch.Tensor, statistic: Statistic = overall, *, draws: int = 2000, seed: int = 0
+    table: torch.Tensor, resample: Resample, statistic: Statistic = overall, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """A statistic and its 95 % percentile interval (Efron, 1979), resampling the cases and, within each, the seeds.
+    """The mean of a statistic over cases and its 95 % percentile interval, resampling as said and, in each case, the seeds.
 
     Args:
         table: [G, S, ...] values, NaN where a case has fewer seeds than another.
     """
-    generator = torch.Generator().manual_seed(seed)
+    values, generator = table.double(), torch.Generator().manual_seed(seed)
     cases, seeds = table.shape[:2]
-    i = torch.randint(0, cases, (draws, cases, 1), generator=generator)
+    weights = resample(draws, generator)
     j = torch.randint(0, seeds, (draws, cases, seeds), generator=generator)
-    found = statistic(table.double()[i, j])  # [draws]
+    found = _mean(statistic(values[torch.arange(cases)[:, None], j]), weights)  # [draws]
     low, high = torch.nanquantile(found, torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
-    return statistic(table.double()[None]).item(), low, high
+    return _mean(statistic(values[None]), weights.new_ones(1, cases)).item(), low, high
+
+
+def _counts(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
+    """[draws, count]: how often each of `count` things comes in as many draws of one with replacement."""
+    drawn = torch.randint(0, count, (draws, count), generator=generator)
+    return torch.nn.functional.one_hot(drawn, count).sum(1).double()
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean over cases that have a value: [D, G], [D, G] -> [D], NaN where none has weight."""
+    weights = weights * ~values.isnan()
+    return (values.nan_to_num() * weights).sum(1) / weights.sum(1)
 
 
 def share(samples: torch.Tensor) -> torch.Tensor:
-    """Mean over cases and concepts of the share of seeds: [D, G, S, C] -> [D], NaN where a case has fewer concepts."""
-    return samples.nanmean(2).flatten(1).nanmean(1)
+    """Mean over a case's concepts of the share of seeds: [D, G, S, C] -> [D, G], NaN where a case has fewer concepts."""
+    return samples.nanmean(2).nanmean(2)
 
 
 def recovery(samples: torch.Tensor) -> torch.Tensor:
-    """Mean over cases and concepts of a concept's share of its upper bound, at most 1: [D, G, S, 2, C] -> [D].
+    """Mean over a case's concepts of a concept's share of its upper bound, at most 1: [D, G, S, 2, C] -> [D, G].
 
     The two are the arm's own and the bound's, on the same seeds; concepts whose bound shows nothing are left out.
     """
     own, bound = samples.nanmean(2).unbind(2)  # [D, G, C]
-    return (own / bound.where(bound > 0, torch.nan)).clamp(max=1.0).flatten(1).nanmean(1)
+    return (own / bound.where(bound > 0, torch.nan)).clamp(max=1.0).nanmean(2)
 
 
 def harmonic(samples: torch.Tensor) -> torch.Tensor:
-    """Mean over cases of the harmonic mean over a case's concepts: [D, G, S, C] -> [D]."""
-    return harmonic_mean(samples.nanmean(2)).nanmean(1)
+    """The harmonic mean over a case's concepts: [D, G, S, C] -> [D, G]."""
+    return harmonic_mean(samples.nanmean(2))
 
 
 def harmonic_mean(shares: torch.Tensor) -> torch.Tensor:
