@@ -129,6 +129,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _own_terms(lesson: Any) -> list[str]:
+    """The terms of a lesson that names none: all that it has words for, or collages alone where no LoRA has own prompts."""
+    taught = {"single": lesson.singles, "composed": lesson.composed, "collage": lesson.parts}
+    return ["collage"] if lesson.parts and not lesson.singles else [name for name, words in taught.items() if words]
+
+
 def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
     from mole_diffusers.attaching import attach
     from mole_diffusers.training.card import push, write_card
@@ -137,9 +143,7 @@ def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
     from mole_diffusers.training.study import Lesson
 
     lesson = Lesson(**asked["lesson"])
-    own = ("collage",) if lesson.parts else ("single", "composed")
-    taught = {"single": lesson.singles, "composed": lesson.composed, "collage": lesson.parts}
-    terms = asked["training"].get("terms") or {name: 1.0 for name in own if taught[name]}
+    terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(lesson), 1.0)
     config = GateTraining.from_dict({**asked["training"], "terms": terms})
     args.base, args.expert = asked["base"], [f"{name}={file}" for name, file in asked["experts"].items()]
     experts, gates = chosen_experts(args, " ".join(lesson.composed)), GateConfig.from_dict(asked["gates"])
