@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mole_diffusers.evaluation import tables
+
 EMOJI = Path(__file__).parent.parent / "demos" / "emoji"
 
 
@@ -51,6 +53,35 @@ def test_packed_rows_hold_one_row_per_picture_of_an_arm():
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
         pictures = {(row["arm"], row["case"], row["prompt"], row["seed"]) for row in rows}
         assert len(pictures) == len(rows), path.name
+
+
+def test_no_prompt_that_is_evaluated_is_trained_on(monkeypatch):
+    from mole_diffusers import emoji
+    from mole_diffusers.evaluation import emoji_protocol
+
+    monkeypatch.syspath_prepend(str(EMOJI))
+    compose = importlib.import_module("compose")
+    cases = [case for split in (emoji.TEST, emoji.VALIDATION) for case, _ in emoji_protocol.cases(split)]
+    drawn = {case.prompt for case in cases}
+    for case in cases:
+        for backgrounds in (("white",), compose.unseen_backgrounds(case.concepts)):
+            found = compose.lesson(case.concepts, backgrounds)
+            learned = {*found.composed, *found.parts}
+            for prompts in (*found.singles.values(), *found.parts.values()):
+                learned.update(prompts)
+            assert len(found.parts) == len(backgrounds)
+            assert not learned & drawn, case.name
+
+
+def test_a_page_takes_the_numbers_of_its_text_from_its_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(EMOJI))
+    fill = importlib.import_module("pages").fill
+    table = tables.markdown(["arm", "x + y"], [["sum", "0.14 [0.00, 0.30]"], ["flow, mixed", "-0.10 [-0.20, 0.00]"]])
+    text = "{{t}}\n\n{{t: sum, x + y}} or {{t: +sum, x + y}}, {{t: flow,\n  mixed, x + y}}, {{t: +flow, mixed, x + y}}."
+    assert fill(text, {"t": table}) == f"{table}\n\n0.14 or +0.14 [0.00, 0.30], -0.10, -0.10 [-0.20, 0.00]."
+    for wrong in ("{{u}}", "{{u: sum, x + y}}", "{{t: mean, x + y}}", "{{t: sum, y}}"):
+        with pytest.raises(KeyError):
+            fill(wrong, {"t": table})
 
 
 def test_the_tables_are_what_the_packed_rows_give(monkeypatch, tmp_path):

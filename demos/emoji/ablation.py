@@ -1,10 +1,11 @@
 """Where and when LoRAs matter, and what their gates learned: maps over stages of the UNet and quarters of the steps.
 
-    python demos/emoji/ablation.py [sum] [gates] [report]
+    python demos/emoji/ablation.py [sum] [gates] [styled] [report]
 
 `sum` switches the LoRAs of the plain sum off in one stage during one quarter, on validation pairs of a subject and a style.
-`gates` puts 1 in the place of every weight of the trained gates there, or everywhere else, on the test's pairs of subjects;
-nothing is chosen from it. `report` writes docs/ablation.md and its figures, and packs the rows.
+`gates` puts 1 in the place of every weight of the trained gates there, or everywhere else, on the test's pairs of subjects,
+`styled` on its subjects in a style; nothing is chosen from them. `report` writes docs/ablation.md and its figures, and packs
+the rows.
 
 Rows are appended under work/ablation/; rows that exist, those packed in rows/ too, are not made again.
 """
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from compose import COMPARED_PAIRS
+from compose import COMPARED_PAIRS, name_of
 from evaluate import DOCS, OPTIONS, SEEDS, VALIDATION_SEEDS
 from kept_rows import KEPT, pack, unpacked
 from loop import WORK, device, in_bf16
+from pages import fill
 
 from mole_diffusers import emoji, emoji_world, mixing
 from mole_diffusers.evaluation import arms, emoji_protocol, plots, tables
@@ -44,6 +46,7 @@ ALONE = [(s, t) for s, t in GRID if (s == "all stages") != (t == "all")]  # one 
 SPLITS = {
     "sum": ({"subject x style": emoji.VALIDATION["subject x style"]}, VALIDATION_SEEDS),
     "gates": (COMPARED_PAIRS, SEEDS[:4]),
+    "styled": ({"subject x style": emoji.COMPARED[:8]}, SEEDS[:4]),
 }
 VALUES: dict[str, tables.Value] = {
     "subject": lambda r: r["subjects"], "style": lambda r: float(r["style"]), "success": lambda r: float(r["success"])
@@ -190,7 +193,8 @@ def only_table(found: Mapping[str, list[Row]]) -> str:
 
 def by_arm(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
     """The rows of one map, in an order of their own, since intervals are drawn from it."""
-    own = sorted((row for row in rows if row["kind"] in SPLITS[what][0]), key=lambda row: (row["case"], row["seed"]))
+    cases = {name_of(case) for group in SPLITS[what][0].values() for case in group}
+    own = sorted((row for row in rows if name_of(row["concepts"]) in cases), key=lambda row: (row["case"], row["seed"]))
     return tables.by(own, "arm")
 
 
@@ -201,8 +205,7 @@ def shares(found: Mapping[str, list[Row]], arm: Cell, value: str) -> list[list[f
 
 def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) -> str:
     """docs/ablation.md from the rows and the entropy of the gates."""
-    sums, gates = by_arm(rows, "sum"), by_arm(rows, "gates")
-    text = (KEPT.parent / "ablation_text.md").read_text()
+    sums, gates, styled = (by_arm(rows, what) for what in SPLITS)
 
     def seen(arm: str) -> str:
         return ", ".join(f"{name} {tables.interval(sums[arm], VALUES[name])}" for name in ("subject", "style"))
@@ -210,22 +213,24 @@ def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) ->
     def switched(value: str) -> str:
         return grid("switched off", lambda *cell: tables.interval(sums[off(*cell)], VALUES[value]))
 
-    def beside(arm: str) -> str:
-        return f"{statistics.mean(map(VALUES['success'], gates[arm])):.2f}, {less(gates[arm], gates['gates'])}"
+    def beside(found: Mapping[str, list[Row]], arm: str) -> str:
+        return f"{statistics.mean(map(VALUES['success'], found[arm])):.2f}, {less(found[arm], found['gates'])}"
 
-    for name, part in {
+    parts = {
         "sum": seen("sum"),
         "sum_text": seen(off(TEXT, "all")),
         "sum_subject": switched("subject"),
         "sum_style": switched("style"),
-        "held": grid("at 1", lambda *cell: beside(held(*cell))),
-        "held_text": beside(only("all stages", "all")),
+        "held": grid("at 1", lambda *cell: beside(gates, held(*cell))),
+        "held_text": beside(gates, only("all stages", "all")),
         "kept": only_table(gates),
+        "styled_held": grid("at 1", lambda *cell: beside(styled, held(*cell))),
+        "styled_held_text": beside(styled, only("all stages", "all")),
+        "styled_kept": only_table(styled),
         "entropy": grid("gates of", lambda stage, time: f"{entropy[stage][time]:.3f}"),
         "entropy_text": f"{entropy[TEXT]['all']:.3f}",
-    }.items():
-        text = text.replace("{{" + name + "}}", part)
-    return text
+    }
+    return fill((KEPT.parent / "ablation_text.md").read_text(), parts)
 
 
 def report() -> None:
@@ -234,10 +239,13 @@ def report() -> None:
     found, times = rows.read(), [time.replace(" to ", "-") for time in TIMES]
     pack(rows, "ablation")
     (DOCS / "ablation.md").write_text(document(found, entropy))
-    sums, gates = by_arm(found, "sum"), by_arm(found, "gates")
+    sums, gates, styled = (by_arm(found, what) for what in SPLITS)
     maps = {value: shares(sums, off, value) for value in ("subject", "style")}
     plots.maps(maps, list(STAGES), times, DOCS / "ablation.png")
-    learned = {"success, gates at 1": shares(gates, held, "success")}
+    learned = {
+        "two subjects, gates at 1": shares(gates, held, "success"),
+        "subject in a style, gates at 1": shares(styled, held, "success"),
+    }
     learned["entropy of the gates"] = [[entropy[stage][time] for time in TIMES] for stage in STAGES]
     plots.maps(learned, list(STAGES), times, DOCS / "ablation_gates.png")
 

@@ -12,6 +12,8 @@ from mole_diffusers.evaluation import arms, choosing
 from mole_diffusers.evaluation.runner import Arm, Bench, Case
 
 BLENDED = "flow gates, blended"  # LoRA-Flow's form, trained on blends of the LoRAs in place of collages
+PROMPTED = "flow gates, five prompts"  # of the composition, where the others have one
+MIXED = "flow gates, mixed"  # trained on blends and collages together
 STILL = ("prompt",)  # it speaks once per prompt: no average over time
 
 
@@ -58,6 +60,8 @@ def all_arms(
         *choosing.chosen_arms(choosing.ARMS, bench, committed, weights=weights),
         *families(),
         arms.gated(BLENDED, arms.gates_of(WORK / "gates" / "blend")),
+        arms.gated(MIXED, arms.gates_of(WORK / "gates" / "mixed")),
+        arms.gated(PROMPTED, arms.gates_of(WORK / "gates" / "prompts")),
         unseen(),
         *(arms.gated(f"{family} oracle", arms.gates_of(WORK / "oracle" / family)) for family in FAMILIES),
         arms.from_file("joint LoRA", joint_file),

@@ -1,6 +1,7 @@
 """What training and evaluation of compositions share: names, prompts, sampling, and the joint LoRA's pictures."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from make_loras import concept_samples
@@ -20,8 +21,16 @@ def name_of(concepts: Sequence[str]) -> str:
     return "+".join(concepts).replace(" ", "_")
 
 
-def lesson(concepts: Sequence[str]) -> Lesson:
-    """Prompts for data-free training: each concept on its own in the base's styles and subjects, and the composition."""
+def unseen_backgrounds(concepts: Sequence[str]) -> list[str]:
+    """All backgrounds but the one that the composition is evaluated on, so that no prompt of an evaluation is trained on."""
+    found = [pair for split in (emoji.TEST, emoji.VALIDATION) for pair in emoji_protocol.cases(split)]
+    (asked,) = (scene.background for case, scene in found if case.concepts == tuple(concepts))
+    return [background for background in emoji.BACKGROUNDS if background != asked]
+
+
+def lesson(concepts: Sequence[str], backgrounds: Sequence[str] = ("white",)) -> Lesson:
+    """Prompts for data-free training: each concept on its own in the base's styles and subjects, and the composition on each
+    of the backgrounds."""
     scene = emoji.composition_scene(concepts)
     singles: dict[str, list[str]] = {}
     for concept in concepts:
@@ -35,8 +44,11 @@ def lesson(concepts: Sequence[str]) -> Lesson:
             beside = (concept, OTHERS[i]) if slot == 0 else (OTHERS[i], concept)
             singles[concept].append(emoji.Scene((concept,) if alone else beside, style).caption)
     styles = [c for c in concepts if c in emoji.STYLES]
-    parts = {scene.caption: [emoji.Scene((subject,), "noto").caption for subject in scene.subjects]}
-    return Lesson(singles, [scene.caption], _others(concepts), styles=styles, parts=parts)
+    parts = {
+        replace(scene, background=ground).caption: [emoji.Scene((s,), "noto", ground).caption for s in scene.subjects]
+        for ground in backgrounds
+    }
+    return Lesson(singles, list(parts), _others(concepts), styles=styles, parts=parts)
 
 
 def _others(concepts: Sequence[str]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from compose import name_of
 from evaluate import DOCS, FOLDER, OPTIONS
 from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16
+from pages import fill
 from report import TRAINED, named, of_cases, ordered
 from train_gates import FAMILIES, RATES, TRAINING
 
@@ -94,15 +95,13 @@ def unseen_table(rows: list[Row]) -> str:
 def document(test: list[Row], found: dict[str, dict[str, float]]) -> str:
     """families.md, from the rows of the test and what was measured."""
     body = [[f, f"{found['entropy'][f]:.2f}", f"{found['cost'][f]:.2f}"] for f in FAMILIES]
-    text = (DOCS.parent / "demos" / "emoji" / "families_text.md").read_text()
-    for name, table in {
+    parts = {
         "gates": gates_table(),
         "families": family_tables(of_cases(test, emoji.COMPARED)),
         "decided": tables.markdown(["family", "entropy, share of ln N", "time of a picture, sum = 1"], body),
         "unseen": unseen_table(test),
-    }.items():
-        text = text.replace("{{" + name + "}}", table)
-    return text
+    }
+    return fill((KEPT.parent / "families_text.md").read_text(), parts)
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def _alone(world, mixture, look, case) -> list[dict]:
 
 
 def _row(arm: str, case, seed: int, seen: Mapping) -> dict:
-    return {"arm": arm, "case": case.name, "kind": case.kind, "seed": seed, **seen}
+    return {"arm": arm, "case": case.name, "concepts": list(case.concepts), "kind": case.kind, "seed": seed, **seen}
 
 
 @contextmanager

@@ -13,8 +13,10 @@ HEADER = """# Training gates: objectives, gates and starts compared
 Made by `python demos/emoji/objectives.py` on validation compositions of the emoji world; seeds 2000 to 2003, {steps}
 DDIM steps, guidance {guidance:g}. Gates were trained for 60 updates of 6 rows (clip: 40 of 2, rollout: 16 of 2) at rate
 1e-2, or the one in the row (expert outputs and flattened states: 0.05 over the root of their length), bf16. One run per
-cell; brackets: 95 % bootstrap interval over compositions and seeds. With so few compositions intervals are wide: small
-differences mean nothing. Every cell's verdicts: [demos/emoji/rows](../demos/emoji/rows).
+cell; brackets: 95 % bootstrap interval over cases and seeds. With so few compositions intervals are wide: small
+differences mean nothing. When these cells were made, each composition was trained on one prompt, over white, and half of
+them were drawn on that prompt, so success is higher here than on prompts that were never trained on, which is what
+[results.md](results.md) has. Every cell's verdicts: [demos/emoji/rows](../demos/emoji/rows).
 
 - success: every concept is seen by the judge, with the number of compositions behind it;
 - in style: the pairs of subjects that succeed and are in the style that their prompt asks for, one that the base knows;

@@ -1,10 +1,12 @@
 """docs/results.md from the rows: tables and figures, and what each run took."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from arms import BLENDED
+from arms import BLENDED, MIXED, PROMPTED
 from kept_rows import pack
+from pages import fill
 from train_gates import FAMILIES
 
 from mole_diffusers import emoji
@@ -19,8 +21,9 @@ SHOWN = "sunflower+doughnut"  # the case of the sample sheet
 FREE = tuple(arm for arm in ARMS if arm not in CONTROLS)  # what no training on the composition made
 TRAINED = ("gates", *(f"{family} gates" for family in FAMILIES if family != "flow"))
 CEILINGS = (*(f"{family} oracle" for family in FAMILIES), "joint LoRA")
-SHEET = ("base", "sum", "np", "regmean", "gates", "static gates", "rank gates", "flow oracle")
-MAIN = (*FREE, TRAINED[0], BLENDED, *TRAINED[1:], *CEILINGS)  # controls have a page of their own
+SHEET = ("base", "sum", "regmean", "gates", MIXED, "rank gates", "flow oracle")
+STRICT = ("sum", "np", "ssr", "regmean", TRAINED[0], MIXED, PROMPTED, BLENDED, *TRAINED[1:])
+MAIN = (*FREE, TRAINED[0], MIXED, PROMPTED, BLENDED, *TRAINED[1:], *CEILINGS)  # controls have a page of their own
 
 
 def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
@@ -34,22 +37,25 @@ def write(rows: dict[str, Rows], took: dict, docs: Path) -> None:
 
 def document(found: dict[str, list[Row]], took: dict) -> str:
     """results.md, from the rows of each step in the order of `ordered`."""
-    compared, text = of_cases(found["test"], emoji.COMPARED), (HERE / "results_text.md").read_text()
-    for name, table in {
+    compared = of_cases(found["test"], emoji.COMPARED)
+    parts = {
         "world": world_table(found["world"]),
         "free": tables.success_table(named(found["test"], FREE)),
         "free_paired": tables.paired_table(named(found["test"], FREE), "sum"),
         "compared": tables.success_table(named(compared, MAIN)),
         "compared_paired": tables.paired_table(named(compared, MAIN), "sum"),
-        "behind": tables.concept_table(named([row for row in compared if len(row["seen"]) == 2], MAIN)),
+        "behind": tables.by_kind(named(compared, MAIN), tables.concept_table),
         "cases": tables.case_table(named(compared, ("sum", "grid search", "np", TRAINED[0], BLENDED, *CEILINGS))),
         "crowded": crowd_table(found["crowded"]),
-        "validation": tables.success_table(named(found["validation"], (*FREE, *TRAINED))),
+        "strict": tables.paired_table(named(compared, STRICT), "sum", resampled=tables.concepts_of),
+        "regmean_paired": tables.paired_table(named(compared, STRICT), "regmean"),
+        "regmean_strict": tables.paired_table(named(compared, STRICT), "regmean", resampled=tables.concepts_of),
+        "controls": tables.success_table(compared),
+        "validation": validation_table(named(found["validation"], (*FREE, TRAINED[0], MIXED, PROMPTED, *TRAINED[1:]))),
         "attempts": (HERE / "attempts.md").read_text().strip(),
         "took": took_table(took),
-    }.items():
-        text = text.replace("{{" + name + "}}", table)
-    return text
+    }
+    return fill((HERE / "results_text.md").read_text(), parts)
 
 
 def figures(found: dict[str, list[Row]], pictures: Path, docs: Path) -> None:
@@ -77,7 +83,7 @@ def of_cases(rows: Sequence[Row], cases: Sequence[emoji.Concepts]) -> list[Row]:
 
 
 def ordered(rows: list[Row]) -> list[Row]:
-    """Rows by arm in the order of `MAIN`, then the others; by kind, case and seed as the splits have them.
+    """Rows by arm in the order of `MAIN`, then the others; by kind, case, prompt and seed as the splits have them.
 
     The same rows give the same intervals, wherever they were read from.
     """
@@ -88,7 +94,7 @@ def ordered(rows: list[Row]) -> list[Row]:
 
     def place(row: Row) -> tuple:
         first = arms.get(_arm(row), len(arms)), kinds.get(row["kind"], len(kinds))
-        return *first, row["arm"], cases.get(row["case"], len(cases)), row["case"], row["seed"]
+        return *first, row["arm"], cases.get(row["case"], len(cases)), row["case"], row["prompt"], row["seed"]
 
     return sorted(rows, key=place)
 
@@ -108,6 +114,15 @@ def world_table(rows: list[Row]) -> str:
             name = arm.removeprefix("alone ")
             body.append([name, *(f"{sum(v(r) for r in group) / len(group):.2f}" for v in values)])
     return tables.markdown(["what", "subject seen", "asked style", "both"], body)
+
+
+def validation_table(rows: list[Row]) -> str:
+    """Success by arm and kind, and the mean of the kinds, which is what defaults are chosen by."""
+    lines = tables.success_table(rows).splitlines()
+    kinds = [tables.by(group, "kind").values() for group in tables.by(tables.together(rows), "arm").values()]
+    means = [statistics.mean(statistics.mean(float(row["success"]) for row in own) for own in group) for group in kinds]
+    column = ["mean", "---", *(f"{mean:.2f}" for mean in means)]
+    return "\n".join(f"{line} {cell} |" for line, cell in zip(lines, column, strict=True))
 
 
 def crowd_table(rows: list[Row]) -> str:

@@ -1,6 +1,6 @@
 """Train what the compositions are compared with: gates of every family (data-free), and the ceilings.
 
-    python demos/emoji/train_gates.py [gates] [families] [blend] [crowded] [validation] [joint] [oracle] [unseen]
+    python demos/emoji/train_gates.py [gates] [families] [blend] [prompts] [crowded] [validation] [joint] [oracle] [unseen]
 
 `gates` writes assets/gates/NAME; the rest goes to work/. Results that exist are kept, so a cut-off run goes on.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compose import crowd, joint_samples, lesson, name_of, true_samples
+from compose import crowd, joint_samples, lesson, name_of, true_samples, unseen_backgrounds
 from loop import WORK, device, note, small_attention
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
@@ -24,7 +24,7 @@ from mole_diffusers.training.study import Lesson
 
 FAMILIES = {
     "flow": GateConfig("flow"),
-    "paper": GateConfig("mole", granularity="block", total="1"),  # MoLE as printed, on the pooled state of a block
+    "paper": GateConfig("mole", granularity="block", total="1"),  # MoLE's softmax per block, on the block's pooled state
     "mole": GateConfig("mole", granularity="layer", total="linear"),
     "static": GateConfig("static", granularity="layer", total="linear", bins=4),
     "prompt": GateConfig("prompt", axis="both", total="N"),
@@ -33,7 +33,8 @@ FAMILIES = {
 }
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
-BLEND = replace(TRAINING, terms={"single": 1.0, "composed": 1.0})  # finds both subjects more often, and loses their style
+BLENDS = {"single": 1.0, "composed": 1.0}  # terms of the single LoRAs, and of their blends
+BLEND = replace(TRAINING, terms=BLENDS)  # finds both subjects more often, and loses their style
 RATES = {"rank": 3e-3, "retrieval": 3e-3}  # best on validation (objectives.py), where that is another
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
@@ -52,15 +53,37 @@ def recipe(concepts, family: str) -> GateTraining:
 
 
 def make_gates(
-    world, concepts, family: str = "flow", root: Path | None = None, *, training: GateTraining | None = None, idle=()
+    world,
+    concepts,
+    family: str = "flow",
+    root: Path | None = None,
+    *,
+    training: GateTraining | None = None,
+    idle=(),
+    backgrounds=("white",),
 ):
     """Below `root`, or among the committed gates; `idle` LoRAs are attached beside those of the composition."""
     folder = (root or world.folder / "gates") / name_of(concepts + idle)
     if not (folder / "config.json").exists():
         detach(world.pipe)
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts + idle}, FAMILIES[family])
-        train_gates(world.pipe, mixture, lesson(concepts), config=training or recipe(concepts, family))
+        found = lesson(concepts, backgrounds)
+        train_gates(world.pipe, mixture, found, config=training or recipe(concepts, family))
         mixture.save_pretrained(folder, dtype=torch.float16)
+
+
+def make_mixed(world, concepts):
+    """Gates by blends and collages together."""
+    usual = recipe(concepts, "flow")
+    make_gates(world, concepts, root=WORK / "gates" / "mixed", training=replace(usual, terms=BLENDS | usual.terms))
+
+
+def make_from_prompts(world, concepts):
+    """Gates that learn a composition from five prompts in place of one, with as many pictures in all."""
+    usual = recipe(concepts, "flow")
+    terms = {"collage": usual.terms["collage"] | {"pictures": 10, "seeds": 4}}
+    others, root = unseen_backgrounds(concepts), WORK / "gates" / "prompts"
+    make_gates(world, concepts, root=root, training=replace(usual, terms=terms), backgrounds=others)
 
 
 def make_joint(world, concepts):
@@ -118,6 +141,8 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
     if what == "blend":
         subjects = [c for c in emoji.COMPARED if not lesson(c).styles]
         return of(subjects, lambda w, c: make_gates(w, c, root=WORK / "gates" / "blend", training=BLEND))
+    if what == "prompts":
+        return of(emoji.VALIDATED + emoji.COMPARED[:16], make_from_prompts)
     if what == "crowded":
         root, cases = WORK / "gates" / "crowded", [case for case in crowd() if case.idle]
         return [(c.name, lambda c=c: make_gates(world, c.concepts, root=root, idle=c.idle)) for c in cases]
@@ -127,11 +152,12 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
         return [job for family in FAMILIES for job in of(emoji.COMPARED, make_oracle, family)]
     cases = emoji.COMPARED if what == "families" else emoji.VALIDATED
     families = [f for f in FAMILIES if f != "flow" or what == "validation"]
-    return [job for family in families for job in of(cases, make_gates, family, WORK / "gates" / family)]
+    found = [job for family in families for job in of(cases, make_gates, family, WORK / "gates" / family)]
+    return found + of(cases, make_mixed)
 
 
 def main() -> None:
-    known = ["gates", "families", "blend", "crowded", "validation", "joint", "oracle", "unseen"]
+    known = ["gates", "families", "blend", "prompts", "crowded", "validation", "joint", "oracle", "unseen"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=known, help=f"of {known}; default: all")
     what = parser.parse_args().what
