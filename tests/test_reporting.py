@@ -57,6 +57,20 @@ def test_scores_are_told_by_kind_and_by_how_many_are_attached():
     assert table(CROWD[2:3]).startswith("| arm | CLIP-T |")  # one kind needs no name
 
 
+@pytest.mark.parametrize("report", [EMOJI, of_scores(["ink"])])
+def test_differences_are_told_with_cases_and_with_concepts_drawn(report):
+    """What one subject decides in three cases is less sure than three cases would be."""
+    better, worse = {"success": True, "clip_t": 0.75}, {"success": False, "clip_t": 0.25}
+    cases = [f"{subject}+{other}" for subject in ("fox", "hat") for other in ("ink", "oil", "owl")]
+    rows = [row("sum", case, **worse) for case in cases]
+    rows += [row("mean", case, **(better if case.startswith("fox") else worse)) for case in cases]
+    text = report.text(rows)
+    assert text.endswith(report.less(rows, "sum", resampled=tables.concepts_of))
+    by_cases, by_concepts = text.split("With concepts drawn in the place of the cases that share them")
+    assert report.less(rows, "sum") in by_cases
+    assert report.less(rows, "sum") not in by_concepts
+
+
 def test_a_frontier_of_scores_sets_subjects_against_styles(tmp_path):
     """Of cases that ask for both, and have pictures of both."""
     pytest.importorskip("matplotlib")

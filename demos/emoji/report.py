@@ -45,7 +45,7 @@ def document(found: dict[str, list[Row]], took: dict) -> str:
         "compared": tables.success_table(named(compared, MAIN)),
         "compared_paired": tables.paired_table(named(compared, MAIN), "sum"),
         "behind": tables.by_kind(named(compared, MAIN), tables.concept_table),
-        "cases": tables.case_table(named(compared, ("sum", "grid search", "np", TRAINED[0], BLENDED, *CEILINGS))),
+        "cases": tables.case_table(named(compared, ("sum", "grid search", "np", TRAINED[0], MIXED, BLENDED, *CEILINGS))),
         "crowded": crowd_table(found["crowded"]),
         "strict": tables.paired_table(named(compared, STRICT), "sum", resampled=tables.concepts_of),
         "regmean_paired": tables.paired_table(named(compared, STRICT), "regmean"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mole_diffusers import emoji
 from mole_diffusers.evaluation.plots import Limits, against_count, bars, frontier
@@ -16,9 +16,12 @@ from mole_diffusers.evaluation.tables import (
     SCORES,
     SEEN,
     SUCCESS,
+    Resampled,
     Value,
     by_kind,
+    cases_of,
     concept_table,
+    concepts_of,
     dino_by_role,
     paired_scores,
     paired_table,
@@ -27,6 +30,12 @@ from mole_diffusers.evaluation.tables import (
 )
 
 Table = Callable[[Sequence[Row]], str]
+
+
+class Less(Protocol):
+    """A table of every other arm less one."""
+
+    def __call__(self, rows: Sequence[Row], against: str, *, resampled: Resampled = cases_of) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Report:
     """
 
     tables: Sequence[Table]
-    less: Callable[[Sequence[Row], str], str]
+    less: Less
     values: Mapping[str, Value]
     roles: Mapping[str, Value]
     count: Mapping[str, Value]
@@ -52,10 +61,11 @@ class Report:
     styles: Collection[str]
 
     def text(self, rows: Sequence[Row]) -> str:
-        """The tables, and where there is a sum every other arm less it."""
+        """The tables, and where there is a sum every other arm less it, with cases and with concepts resampled."""
         parts = [table(rows) for table in self.tables]
         if any(row["arm"] == "sum" for row in rows):
-            parts.append(self.less(rows, "sum"))
+            drawn = "With concepts drawn in the place of the cases that share them, which errs on the wide side:"
+            parts += [self.less(rows, "sum"), drawn, self.less(rows, "sum", resampled=concepts_of)]
         return "\n\n".join(parts)
 
     def draw_bars(self, rows: Sequence[Row], path: Path) -> Any:
@@ -99,11 +109,15 @@ EMOJI = Report(
 )
 
 
+def _scores_less(rows: Sequence[Row], against: str, *, resampled: Resampled = cases_of) -> str:
+    return by_kind(rows, partial(paired_scores, against=against, resampled=resampled))
+
+
 def of_scores(styles: Collection[str]) -> Report:
     """Of a real checkpoint, where nothing says success: scores in its place."""
     return Report(
         tables=(partial(by_kind, table=score_table),),
-        less=lambda rows, arm: by_kind(rows, partial(paired_scores, against=arm)),
+        less=_scores_less,
         values=SCORES,
         roles=dino_by_role(styles),
         count={"DINO": SCORES["DINO"]},

@@ -22,7 +22,7 @@ def of_cases(count: int) -> Resample:
 
 def of_concepts(concepts: Sequence[Sequence[str]]) -> Resample:
     """Concepts in the place of the cases that share them: a case comes as often as all of its concepts came together, the
-    product of their counts (pigeonhole bootstrap; Owen, AoAS 2007, section 3). It errs on the wide side.
+    product of their counts (pigeonhole bootstrap; Owen, AoAS 2007). It errs on the wide side.
 
     Args:
         concepts: those of each of the G cases.

@@ -219,9 +219,11 @@ def score_table(rows: Sequence[Row]) -> str:
     return markdown(["arm", *SCORES], body)
 
 
-def paired_scores(rows: Sequence[Row], against: str) -> str:
+def paired_scores(rows: Sequence[Row], against: str, *, resampled: Resampled = cases_of) -> str:
     """Each arm's scores less those of `against` on the same prompt and noise."""
     less = [_less(rows, against, value) for value in SCORES.values()]
     paired = _paired(rows, against)
-    body = [[arm, *(interval(shared, value, digits=3) for value in less)] for arm, shared in paired.items()]
+    body = [
+        [arm, *(interval(shared, value, digits=3, resampled=resampled) for value in less)] for arm, shared in paired.items()
+    ]
     return markdown([f"arm, less {against}", *SCORES], body)
