@@ -53,7 +53,7 @@ def test_demos_run(script, arguments, monkeypatch, tmp_path, capsys):
 ROWS = {  # of the README's table, in the words of docs/results.md
     "each LoRA alone (mean)": "alone",
     "plain sum": "sum",
-    "mean (NLA)": "mean",
+    "mean, every LoRA at 1 / N": "mean",
     "strengths by grid search": "grid search",
     "NP-LoRA, training-free": "np",
     "SSR-Merge, training-free": "ssr",
@@ -65,7 +65,7 @@ ROWS = {  # of the README's table, in the words of docs/results.md
     "`retrieval` gates": "retrieval gates",
     "`flow` gates, by collages": "gates",
     "`flow` gates, by all three terms (the default)": "flow gates, mixed",
-    "`flow` gates trained on the true drawings": "flow oracle",
+    "`flow` gates trained on the true drawings, as long": "flow oracle",
     "one LoRA trained on all the concepts": "joint LoRA",
 }
 

@@ -13,7 +13,7 @@ from mole_diffusers.evaluation.runner import Arm, Bench, Case
 
 BLENDED = "flow gates, blended"  # LoRA-Flow's form, trained on blends of the LoRAs in place of collages
 PROMPTED = "flow gates, five prompts"  # of the composition, where the others have one
-MIXED = "flow gates, mixed"  # trained on blends and collages together
+MIXED = "flow gates, mixed"  # trained by all three terms: single LoRAs, their blends, and collages
 STILL = ("prompt",)  # it speaks once per prompt: no average over time
 
 

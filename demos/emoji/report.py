@@ -50,6 +50,9 @@ def document(found: dict[str, list[Row]], took: dict) -> str:
         "strict": tables.paired_table(named(compared, STRICT), "sum", resampled=tables.concepts_of),
         "regmean_paired": tables.paired_table(named(compared, STRICT), "regmean"),
         "regmean_strict": tables.paired_table(named(compared, STRICT), "regmean", resampled=tables.concepts_of),
+        "free_strict": tables.paired_table(
+            named(found["test"], ("sum", "ssr", "regmean")), "sum", resampled=tables.concepts_of
+        ),
         "controls": tables.success_table(compared),
         "validation": validation_table(named(found["validation"], (*FREE, TRAINED[0], MIXED, PROMPTED, *TRAINED[1:]))),
         "attempts": (HERE / "attempts.md").read_text().strip(),
@@ -117,11 +120,12 @@ def world_table(rows: list[Row]) -> str:
 
 
 def validation_table(rows: list[Row]) -> str:
-    """Success by arm and kind, and the mean of the kinds, which is what defaults are chosen by."""
+    """Success by arm and kind, and the mean of all kinds, which is what defaults are chosen by."""
     lines = tables.success_table(rows).splitlines()
-    kinds = [tables.by(group, "kind").values() for group in tables.by(tables.together(rows), "arm").values()]
-    means = [statistics.mean(statistics.mean(float(row["success"]) for row in own) for own in group) for group in kinds]
-    column = ["mean", "---", *(f"{mean:.2f}" for mean in means)]
+    groups = [tables.by(group, "kind") for group in tables.by(tables.together(rows), "arm").values()]
+    shares = [[statistics.mean(float(row["success"]) for row in own) for own in group.values()] for group in groups]
+    every = max(map(len, shares))
+    column = ["mean", "---", *(f"{statistics.mean(own):.2f}" if len(own) == every else "-" for own in shares)]
     return "\n".join(f"{line} {cell} |" for line, cell in zip(lines, column, strict=True))
 
 

@@ -2,7 +2,8 @@
 
     python demos/emoji/train_gates.py [gates] [families] [blend] [prompts] [crowded] [validation] [joint] [oracle] [unseen]
 
-`gates` writes assets/gates/NAME; the rest goes to work/. Results that exist are kept, so a cut-off run goes on.
+`gates` writes assets/gates/NAME; the rest goes to work/. `families` and `validation` make gates by all three terms, too.
+Results that exist are kept, so a cut-off run goes on.
 """
 
 import argparse
@@ -34,7 +35,7 @@ FAMILIES = {
 REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 BLENDS = {"single": 1.0, "composed": 1.0}  # terms of the single LoRAs, and of their blends
-BLEND = replace(TRAINING, terms=BLENDS)  # finds both subjects more often, and loses their style
+BLEND = replace(TRAINING, terms=BLENDS)  # without collages
 RATES = {"rank": 3e-3, "retrieval": 3e-3}  # best on validation (objectives.py), where that is another
 JOINT = ConceptConfig(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
@@ -73,7 +74,7 @@ def make_gates(
 
 
 def make_mixed(world, concepts):
-    """Gates by blends and collages together."""
+    """Gates by all three terms: single LoRAs, their blends, and collages."""
     usual = recipe(concepts, "flow")
     make_gates(world, concepts, root=WORK / "gates" / "mixed", training=replace(usual, terms=BLENDS | usual.terms))
 
