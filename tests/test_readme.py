@@ -65,7 +65,7 @@ ROWS = {  # of the README's table, in the words of docs/results.md
     "`retrieval` gates": "retrieval gates",
     "`flow` gates, by collages": "gates",
     "`flow` gates, by all three terms (the default)": "flow gates, mixed",
-    "`flow` gates trained on the true drawings, as long": "flow oracle",
+    "`flow` gates trained on the true drawings, 60 updates": "flow oracle",
     "one LoRA trained on all the concepts": "joint LoRA",
 }
 

@@ -193,8 +193,7 @@ def klora() -> Arm:
         return k_lora(bench.pipe, mixture, content=content, style=style)
 
     gates, options = GateConfig("static", granularity="matrix"), last_content.__kwdefaults__ or {}
-    order: Order = lambda bench, case: subjects_first(bench, case.experts)  # noqa: E731
-    arm = composed("k-lora", inside, gates=gates, order=order, **options)
+    arm = composed("k-lora", inside, gates=gates, order=lambda b, c: subjects_first(b, c.experts), **options)
     return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 

@@ -23,25 +23,18 @@ Limits = tuple[float | None, float | None]  # of an axis; None is where the valu
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
 def _save(figure: Any, path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return figure
 
 
-def _by_kind(rows: Sequence[Row], width: float, height: float) -> tuple[Any, list[tuple[Any, list[Row]]]]:
+def _panels(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, list[Row]]]]:
     """A figure, and a panel for every kind with its rows; the kinds are named where they are several."""
     from matplotlib.figure import Figure
 
     groups = by(rows, "kind")
-    figure = Figure((width * len(groups), height), layout="constrained")
+    figure = Figure((5 * len(groups), 4), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     if len(groups) > 1:
         for axes, kind in zip(panels, groups, strict=True):
@@ -98,7 +91,10 @@ def heat_map(trace: Trace, path: Path) -> Any:
 
 def lines(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, x: str, y: str) -> Any:
     """One line per name through its points, axes named `x` and `y`."""
-    figure, axes = _axes(7, 4)
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
     for i, (name, points) in enumerate(curves.items()):
         style = "-" if i < len(COLOURS) else "--"
         axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[i % len(COLOURS)], label=name)
@@ -134,7 +130,7 @@ def frontier(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SEEN
         values: the name and value of subjects, then of styles.
     """
     (x, _), (y, _) = values.items()
-    figure, panels = _by_kind(apart(rows), 5, 4)
+    figure, panels = _panels(apart(rows))
     for axes, own in panels:
         lines: dict[str, list[tuple[float, ...]]] = {}  # (share, subjects, styles)
         for arm, group in by(together(own), "arm").items():
@@ -152,7 +148,7 @@ def frontier(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SEEN
 def against_count(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SUCCESS, *, limits: Limits = (0, 1)) -> Any:
     """A named value against the number of experts that are attached, one line per arm, a panel per kind."""
     ((name, value),) = values.items()
-    figure, panels = _by_kind(rows, 5, 4)
+    figure, panels = _panels(rows)
     for axes, own in panels:
         for i, (arm, group) in enumerate(by(together(own), "arm").items()):
             found: dict[int, list[float]] = {}
