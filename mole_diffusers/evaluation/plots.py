@@ -47,6 +47,12 @@ def _spread(rows: Sequence[Row], value: Value) -> tuple[float, float, float]:
     return bootstrap(as_table([[value(r) for r in case] for case in cases]), cases_of(cases))
 
 
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """Arm -> its colour in every panel; the points of an arm as strength moves have one."""
+    names = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in together(rows))
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
 def bars(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SUCCESS, *, limits: Limits = (0, 1)) -> Any:
     """The means of every arm by kind with 95 % intervals, one panel per named value."""
     from matplotlib.figure import Figure
@@ -131,15 +137,16 @@ def frontier(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SEEN
     """
     (x, _), (y, _) = values.items()
     figure, panels = _panels(apart(rows))
+    colours = _colours(rows)
     for axes, own in panels:
         lines: dict[str, list[tuple[float, ...]]] = {}  # (share, subjects, styles)
         for arm, group in by(together(own), "arm").items():
             name, _, share = arm.partition(" @ ")
             means = (sum(map(value, group)) / len(group) for value in values.values())
             lines.setdefault(name, []).append((float(share or 0), *means))
-        for i, (name, points) in enumerate(lines.items()):
+        for name, points in lines.items():
             _, subjects, styles = zip(*sorted(points), strict=True)
-            axes.plot(subjects, styles, "o-", color=COLOURS[i % len(COLOURS)], label=name, markersize=4, clip_on=False)
+            axes.plot(subjects, styles, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
         axes.set(xlabel=x, ylabel=y, xlim=limits, ylim=limits)
         axes.legend(fontsize=7)
     return _save(figure, path)
@@ -149,13 +156,14 @@ def against_count(rows: Sequence[Row], path: Path, values: Mapping[str, Value] =
     """A named value against the number of experts that are attached, one line per arm, a panel per kind."""
     ((name, value),) = values.items()
     figure, panels = _panels(rows)
+    colours = _colours(rows)
     for axes, own in panels:
-        for i, (arm, group) in enumerate(by(together(own), "arm").items()):
+        for arm, group in by(together(own), "arm").items():
             found: dict[int, list[float]] = {}
             for r in group:
                 found.setdefault(attached(r), []).append(value(r))
             points = [(count, sum(found[count]) / len(found[count])) for count in sorted(found)]
-            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[i % len(COLOURS)], label=arm, clip_on=False)
+            axes.plot(*zip(*points, strict=True), "o-", color=colours[arm], label=arm, clip_on=False)
         axes.set(xlabel="experts", ylabel=name, ylim=limits, xticks=sorted({attached(r) for r in own}))
         axes.legend(fontsize=7)
     return _save(figure, path)
