@@ -5,7 +5,7 @@ Colours are Okabe and Ito's, safe for colour blindness.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,9 @@ def _spread(rows: Sequence[Row], value: Value) -> tuple[float, float, float]:
     return bootstrap(as_table([[value(r) for r in case] for case in cases]), cases_of(cases))
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Arm -> its colour in every panel; the points of an arm as strength moves have one."""
-    names = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in together(rows))
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """Name -> its colour in every panel."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
 
 
 def bars(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SUCCESS, *, limits: Limits = (0, 1)) -> Any:
@@ -137,7 +136,7 @@ def frontier(rows: Sequence[Row], path: Path, values: Mapping[str, Value] = SEEN
     """
     (x, _), (y, _) = values.items()
     figure, panels = _panels(apart(rows))
-    colours = _colours(rows)
+    colours = _colours(row["arm"].partition(" @ ")[0] for row in together(rows))
     for axes, own in panels:
         lines: dict[str, list[tuple[float, ...]]] = {}  # (share, subjects, styles)
         for arm, group in by(together(own), "arm").items():
@@ -156,7 +155,7 @@ def against_count(rows: Sequence[Row], path: Path, values: Mapping[str, Value] =
     """A named value against the number of experts that are attached, one line per arm, a panel per kind."""
     ((name, value),) = values.items()
     figure, panels = _panels(rows)
-    colours = _colours(rows)
+    colours = _colours(row["arm"] for row in together(rows))
     for axes, own in panels:
         for arm, group in by(together(own), "arm").items():
             found: dict[int, list[float]] = {}
