@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py --dtype bf16 --size sd15 --pixels 512
 
-One line per shape: the cost of either way over the host's product, and which one `mixing.folding_pays` chooses. A "!"
+One line per shape: the cost of either way over the host's product, and which one `functional.folding_pays` chooses. A "!"
 marks a choice that cost more than 2 % of the product.
 """
 
@@ -14,9 +14,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from mole_diffusers import mixing
-from mole_diffusers.bench.clock import interleaved, ratio, seconds
-from mole_diffusers.bench.settings import DTYPES
+from benchmarks.clock import interleaved, ratio, seconds
+from benchmarks.settings import DTYPES
+from mole_diffusers import functional
 
 TEXT = {"sd15": 768, "sdxl": 2048}
 LEVELS = {"sd15": ((320, 8), (640, 16), (1280, 32), (1280, 64)), "sdxl": ((640, 16), (1280, 32))}  # channels, pixels a token
@@ -38,12 +38,12 @@ def line(shape: tuple[int, int, int], experts: int, dtype: torch.dtype, *, repea
     down, up, factor = (torch.randn(s).to(dtype) for s in ((rank, inside), (out, rank), (2, 1, rank)))
     runs = {
         "host": lambda: F.linear(x, w, b),
-        "beside": lambda: mixing.added_low_rank(F.linear(x, w, b), mixing.scaled(F.linear(x, down), factor), up),
-        "inside": lambda: mixing.folded_linear(x, (w, b), (down, up * factor)),
+        "beside": lambda: functional.added_low_rank(F.linear(x, w, b), functional.scaled(F.linear(x, down), factor), up),
+        "inside": lambda: functional.folded_linear(x, (w, b), (down, up * factor)),
     }
     times = interleaved({way: partial(seconds, run, clock="cpu") for way, run in runs.items()}, repeats=repeats, warmup=2)
     costs = {way: ratio(times[way], times["host"])[0] - 1 for way in ("beside", "inside")}
-    chosen = "inside" if mixing.folding_pays(x, w, factor) else "beside"
+    chosen = "inside" if functional.folding_pays(x, w, factor) else "beside"
     flag = "!" if costs[chosen] > min(costs.values()) + 0.02 else ""
     return (
         f"{tokens:>6} x {inside:>4} -> {out:<5}{experts:>3}{costs['beside']:>9.3f}{costs['inside']:>9.3f}  {chosen} {flag}"

@@ -6,8 +6,8 @@ python demos/01_compose.py [OUT.png]
 import sys
 
 import mole_diffusers as mole
-from mole_diffusers.compare import compare
-from mole_diffusers.figures import grid
+from mole_diffusers.inspection.compare import compare
+from mole_diffusers.inspection.figures import grid
 
 world = mole.emoji_world()
 concepts = {name: world.loras[name] for name in ("sunflower", "doughnut")}

@@ -1,4 +1,4 @@
-"""docs/speed.md and docs/speed.png from what `mole bench --json` measured: the files in docs/speed/.
+"""docs/speed.md and docs/speed.png from what `python -m benchmarks --json` measured: the files in docs/speed/.
 
 python docs/make_speed.py
 
@@ -12,9 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mole_diffusers.bench.report import curve, share_table
-from mole_diffusers.bench.settings import Cost
-from mole_diffusers.bench.shares import Share
+from benchmarks.report import curve, share_table
+from benchmarks.settings import Cost
+from benchmarks.shares import Share
 
 HERE = Path(__file__).parent
 
@@ -40,7 +40,7 @@ Rounds = dict[tuple[str, int], tuple[list[float], list[float]]]  # (arm, N) -> s
 
 HEAD = """# What a mixture costs
 
-Made by `python docs/make_speed.py` from the files in `docs/speed/`, which `mole bench --json` wrote; do not edit.
+Made by `python docs/make_speed.py` from the files in `docs/speed/`, which `python -m benchmarks --json` wrote; do not edit.
 
 All numbers are ratios within one run: every arm runs once in a round, rounds take turns, and a ratio is taken round by
 round; medians, with quartiles in brackets. The UNet of Stable Diffusion 1.5, or of SDXL, with random weights, a batch of 2
@@ -74,7 +74,7 @@ SHARES = """
 
 ## Where the time goes
 
-Milliseconds of each operator in one step (`mole bench --what shares`, bf16, 256 pixels).
+Milliseconds of each operator in one step (`python -m benchmarks --what shares`, bf16, 256 pixels).
 
 - What gates and experts add: `baddbmm` writes a weight for each row (layers of 320 channels at 256 pixels), and `bmm` stands
   for the host's `mm` and `addmm` there; `addmm_` and smaller `mm` go down and up beside the host's product (640 and 1280

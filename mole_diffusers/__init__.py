@@ -1,12 +1,16 @@
 """Compose several concept LoRAs in one image: learned gates over experts, as a plugin for diffusers."""
 
-from mole_diffusers.attaching import attach, attached, detach
+from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.gates import GateConfig
-from mole_diffusers.gates.controls import Strongest
-from mole_diffusers.lora_files import Expert, read_expert
+from mole_diffusers.gates.transforms import Strongest
+from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora.safe_files import RefusedFileError
+from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.merge import merge
-from mole_diffusers.mixture import Mixture
+from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.patching.processor import MoLEAttnProcessor
+from mole_diffusers.patching.trace import Trace
 from mole_diffusers.pipelines import (
     MoLEPipeline,
     MoLEStableDiffusionControlNetImg2ImgPipeline,
@@ -22,11 +26,6 @@ from mole_diffusers.pipelines import (
     MoLEStableDiffusionXLInpaintPipeline,
     MoLEStableDiffusionXLPipeline,
 )
-from mole_diffusers.processor import MoLEAttnProcessor
-from mole_diffusers.safe_files import RefusedFileError
-from mole_diffusers.saving import save_expert
-from mole_diffusers.trace import Trace
-from mole_diffusers.world import EmojiWorld, emoji_world
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,9 +3,9 @@
 from contextlib import contextmanager
 
 from mole_diffusers.app.actions import Actions
-from mole_diffusers.drawing import Studio
-from mole_diffusers.recipe import Recipe
-from mole_diffusers.shelf import Shelf
+from mole_diffusers.studio.catalog import Shelf
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1>"

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mole_diffusers.lora_files import PARTS
+from mole_diffusers.lora import PARTS
 from mole_diffusers.testing import tiny_tokenizer
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -290,3 +290,15 @@ def assert_same(before, after):
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
         for old, new in rest:
             assert old == new
+
+
+def breaking(error, at):
+    """A function that raises when it is called for the `at`-th time, counted from 0, and else returns what is last."""
+    calls = iter(range(at + 1))
+
+    def call(*given):
+        if next(calls) == at:
+            raise error
+        return given[-1]
+
+    return call

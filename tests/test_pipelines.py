@@ -82,7 +82,7 @@ def test_bad_calls_change_nothing(dropin, loras, draw):
 
 
 def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatch):
-    from mole_diffusers import dropin as files
+    from mole_diffusers import pipelines as files
 
     asked = []
 

@@ -65,10 +65,10 @@ def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
 
 
 def test_a_failure_while_installing_undoes_what_was_done(pipe, loras, draw, monkeypatch):
-    from mole_diffusers import carrier
+    from mole_diffusers.patching import peft_injection
 
     base, before = draw(pipe), snapshot(pipe)
-    fill, calls = carrier._fill, []
+    fill, calls = peft_injection._fill, []
 
     def fail_on_the_fifth(*args):
         calls.append(args)
@@ -76,7 +76,7 @@ def test_a_failure_while_installing_undoes_what_was_done(pipe, loras, draw, monk
             raise RuntimeError("out of memory")
         return fill(*args)
 
-    monkeypatch.setattr(carrier, "_fill", fail_on_the_fifth)
+    monkeypatch.setattr(peft_injection, "_fill", fail_on_the_fifth)
     with pytest.raises(RuntimeError, match="out of memory"):
         mole.attach(pipe, loras, "mole")
     assert_same(before, snapshot(pipe))

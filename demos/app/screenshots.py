@@ -15,10 +15,10 @@ from PIL import Image
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.build import build, launch
 from mole_diffusers.cli.app import world_thumbnails
-from mole_diffusers.drawing import Studio
-from mole_diffusers.recipe import Recipe
-from mole_diffusers.shelf import world_shelf
-from mole_diffusers.world import emoji_world
+from mole_diffusers.emoji.world import emoji_world
+from mole_diffusers.studio.catalog import world_shelf
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
 
 PROMPT = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
 WAIT = 600  # seconds

@@ -24,13 +24,13 @@ from kept_rows import KEPT, pack, unpacked
 from loop import WORK, device, in_bf16
 from pages import fill
 
-from mole_diffusers import emoji, emoji_world, mixing
+from mole_diffusers import emoji, emoji_world, functional
 from mole_diffusers.evaluation import arms, emoji_protocol, plots, tables
 from mole_diffusers.evaluation.rows import Row, Rows, place
 from mole_diffusers.evaluation.runner import Arm, Bench, Case, evaluate
 from mole_diffusers.evaluation.runtime import Steps
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.trace import Trace
+from mole_diffusers.patching.trace import Trace
 
 FOLDER = WORK / "ablation"
 ENTROPY = KEPT / "ablation_entropy.json"
@@ -137,7 +137,7 @@ def wanted(world, what: str) -> list[Arm]:
 def entropies(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
     """Part -> steps -> the gates' mean entropy as a share of its most, ln N; layers that one expert lacks do not count."""
     spoken = [
-        (name, step, (mixing.entropy(weights).mean() / math.log(len(trace.experts))).item())
+        (name, step, (functional.entropy(weights).mean() / math.log(len(trace.experts))).item())
         for trace in traces
         for name, step, weights in trace.records
         if not name.endswith(")")

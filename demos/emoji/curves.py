@@ -22,8 +22,8 @@ from loop import WORK
 from make_loras import scenes
 
 from mole_diffusers import emoji
+from mole_diffusers.emoji.world import concept_files
 from mole_diffusers.evaluation import plots, tables
-from mole_diffusers.world import concept_files
 
 CASES = (("fox", "octopus"), ("fox", "octopus", "ink"))
 STEPS, LOOKS = 60, 20

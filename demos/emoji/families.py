@@ -20,10 +20,10 @@ from report import TRAINED, named, of_cases, ordered
 from train_gates import FAMILIES, RATES, TRAINING
 
 from mole_diffusers import GateConfig, emoji, emoji_world
-from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import arms, emoji_protocol, tables
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Case
+from mole_diffusers.inspection.compare import sample
 
 ROUNDS = 5
 

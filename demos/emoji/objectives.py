@@ -26,8 +26,8 @@ from objectives_report import document
 from train_gates import FAMILIES, REDRAW, TRAINING
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
-from mole_diffusers.compare import sample
 from mole_diffusers.evaluation import emoji_protocol
+from mole_diffusers.inspection.compare import sample
 from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.loop import train_gates

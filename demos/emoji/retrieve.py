@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from make_loras import scenes
 
 from mole_diffusers import emoji, emoji_world
+from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation import emoji_protocol
 from mole_diffusers.evaluation.tables import markdown
-from mole_diffusers.library.cards import SAMPLES, Card
-from mole_diffusers.library.encoders import Encoder, PipelineText
-from mole_diffusers.library.library import LoraLibrary
-from mole_diffusers.library.store import PROBE, Index
-from mole_diffusers.library.words import phrases, words
-from mole_diffusers.world import EmojiWorld
+from mole_diffusers.retrieval.cards import SAMPLES, Card
+from mole_diffusers.retrieval.encoders import Encoder, PipelineText
+from mole_diffusers.retrieval.library import LoraLibrary
+from mole_diffusers.retrieval.phrases import phrases, words
+from mole_diffusers.retrieval.store import PROBE, Index
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"

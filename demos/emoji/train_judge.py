@@ -16,7 +16,7 @@ from loop import device, fit, note
 from train_base import to_tensor, trained_vae
 
 from mole_diffusers import emoji
-from mole_diffusers.judge import Judge
+from mole_diffusers.emoji.judge import Judge
 
 BATCH = 48
 

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mole_diffusers import grids, infotext
 from mole_diffusers.app.finding import Finder
 from mole_diffusers.app.gate_files import gates_report, taken_in
 from mole_diffusers.app.jobs import Stopped, Tell, watched
 from mole_diffusers.app.looking import Look, Made, looked
 from mole_diffusers.app.previews import Previews
-from mole_diffusers.contributions import contributions
-from mole_diffusers.drawing import Studio
-from mole_diffusers.experts import match
-from mole_diffusers.library.library import Found
-from mole_diffusers.lora_files import PARTS
+from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.lora import PARTS
+from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.recipe import Recipe
+from mole_diffusers.retrieval.library import Found
+from mole_diffusers.studio import grids, infotext
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
 
 KEPT_FILES = 400  # pictures that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20

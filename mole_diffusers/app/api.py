@@ -1,6 +1,6 @@
 """The API: named endpoints for gradio_client and MCP, on the functions behind the page.
 
-A recipe is a dict with the fields of `mole_diffusers.recipe.Recipe`; "prompt" is needed, the rest has defaults.
+A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`; "prompt" is needed, the rest has defaults.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from mole_diffusers import infotext
 from mole_diffusers.app.actions import Progress, never
 from mole_diffusers.app.gate_files import gates_report, given_out
 from mole_diffusers.app.looking import Look
 from mole_diffusers.app.page import QUEUE, Page, say
 from mole_diffusers.app.teaching import Wanted, teach
-from mole_diffusers.as_code import as_code
-from mole_diffusers.prompt_syntax import parse
-from mole_diffusers.recipe import FORMAT, VERSION, Recipe
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
 
 FIELDS = (
     'an object with the fields of a recipe, {"prompt": "a fox <lora:fox:1>", "seed": 3} say. Left out: no negative prompt, '

@@ -16,7 +16,7 @@ from mole_diffusers.app.page import PRIVATE, Page
 from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
 from mole_diffusers.app.train_tab import build as train_tab
-from mole_diffusers.recipe import Recipe
+from mole_diffusers.studio.recipe import Recipe
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mole_diffusers.gate_figures import COLOURS
-from mole_diffusers.prompt_syntax import LoraTag, constant, parse
+from mole_diffusers.inspection.gate_figures import COLOURS
+from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
 
 Card = dict[str, Any]  # name, on, tag (its text), colour (a number of COLOURS)
 FIELDS = ("unet", "te", "lbw", "start", "stop")  # of a tag, as a card shows them

@@ -13,9 +13,9 @@ from mole_diffusers.app.cards import Card, added, cards_of
 from mole_diffusers.app.mixer import build as mixer
 from mole_diffusers.app.mixer import plainly
 from mole_diffusers.app.page import PRIVATE, QUEUE, Page, fresh, gallery, say, say_while, session, shown, stoppable
-from mole_diffusers.drawing import SAMPLERS
-from mole_diffusers.prompt_syntax import parse
-from mole_diffusers.shelf import UNTRAINED
+from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.render import SAMPLERS
 
 
 def build(page: Page) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mole_diffusers.drawing import Studio
-from mole_diffusers.library.composing import asked_for
-from mole_diffusers.library.encoders import PipelineText
-from mole_diffusers.library.library import Found, LoraLibrary
+from mole_diffusers.retrieval.composing import asked_for
+from mole_diffusers.retrieval.encoders import PipelineText
+from mole_diffusers.retrieval.library import Found, LoraLibrary
+from mole_diffusers.studio.render import Studio
 
 
 class Finder:

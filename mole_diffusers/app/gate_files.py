@@ -9,9 +9,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from mole_diffusers import checkpoint
-from mole_diffusers.gates import FAMILIES
-from mole_diffusers.shelf import Shelf
+from mole_diffusers.gates import FAMILIES, checkpoint
+from mole_diffusers.studio.catalog import Shelf
 
 MAX_WEIGHTS, MAX_ABOUT = 256 << 20, 1 << 20  # bytes of the two files
 NAME = re.compile(r"[\w+ -]{1,60}")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any
 
-from mole_diffusers.drawing import StoppedError
+from mole_diffusers.studio.render import StoppedError
 
 DONE = object()
 Tell = Callable[[Any], None]

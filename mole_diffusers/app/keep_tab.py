@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers import infotext
 from mole_diffusers.app.actions import Progress
 from mole_diffusers.app.cards import cards_of
 from mole_diffusers.app.page import PRIVATE, QUEUE, Page, fresh, picture, say, say_while, session, stoppable
-from mole_diffusers.as_code import as_code
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.as_code import as_code
 
 
 def build(page: Page) -> None:

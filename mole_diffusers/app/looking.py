@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mole_diffusers import gate_figures
-from mole_diffusers.contributions import Contributions
-from mole_diffusers.drawing import Studio
-from mole_diffusers.plan import TagPlan, block_names
-from mole_diffusers.recipe import Recipe
-from mole_diffusers.trace import Trace
+from mole_diffusers.inspection import gate_figures
+from mole_diffusers.inspection.contributions import Contributions
+from mole_diffusers.patching.trace import Trace
+from mole_diffusers.studio.block_weights import TagPlan, block_names
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import gradio as gr
 
 from mole_diffusers.app.cards import FIELDS, Card, fields_of, moved, set_card, with_fields, with_words, without
 from mole_diffusers.app.page import PRIVATE, Page, fresh, say
-from mole_diffusers.plan import PRESETS
+from mole_diffusers.studio.block_weights import PRESETS
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
 OPEN: dict[str, Any] = {"interactive": True}  # Gradio shuts what is drawn anew, unless it is told not to

@@ -13,8 +13,8 @@ import gradio as gr
 
 from mole_diffusers.app.actions import Actions, Made
 from mole_diffusers.app.jobs import Stops
-from mole_diffusers.drawing import StoppedError
-from mole_diffusers.recipe import Recipe
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import StoppedError
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own

@@ -24,9 +24,9 @@ from mole_diffusers.app.page import (
     shown,
     stoppable,
 )
-from mole_diffusers.drawing import MERGES
-from mole_diffusers.plan import PRESETS
-from mole_diffusers.prompt_syntax import parse
+from mole_diffusers.studio.block_weights import PRESETS
+from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.render import MERGES
 
 SHOWN = ("sum", "gates")  # what the slider compares at first
 NOTHING = "nothing: every gate decides"

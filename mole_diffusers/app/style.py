@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.gate_figures import COLOURS
+from mole_diffusers.inspection.gate_figures import COLOURS
 
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
 CSS = (

@@ -10,16 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from mole_diffusers import gate_figures
 from mole_diffusers.app.gate_files import checked_name
 from mole_diffusers.app.jobs import Stopped, Tell, watched
-from mole_diffusers.attaching import attach
-from mole_diffusers.compare import sample
-from mole_diffusers.drawing import Studio
 from mole_diffusers.gates import FAMILIES, GateConfig
-from mole_diffusers.mixture import Mixture
-from mole_diffusers.recipe import Recipe
-from mole_diffusers.shelf import UNTRAINED
+from mole_diffusers.inspection import gate_figures
+from mole_diffusers.inspection.compare import sample
+from mole_diffusers.mixture import Mixture, attach
+from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
 from mole_diffusers.training.loop import GateTraining, Lesson, train_gates
 
 MAX_STEPS, PICTURES = 2000, 4  # updates, and validation pictures of a run

@@ -13,8 +13,8 @@ from mole_diffusers.app.gate_files import given_out
 from mole_diffusers.app.mixer import plainly
 from mole_diffusers.app.page import PRIVATE, QUEUE, Page, gallery, picture, say, say_while, session, stoppable
 from mole_diffusers.app.teaching import TRAINED, WAYS, Wanted, curve, teach
-from mole_diffusers.prompt_syntax import parse
-from mole_diffusers.shelf import UNTRAINED
+from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.prompt_syntax import parse
 
 
 def build(page: Page) -> None:

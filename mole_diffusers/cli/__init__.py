@@ -7,9 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from mole_diffusers.cli import app, bench, compose, evaluate, grid, index, inspect, merge, retrieve, train, train_lora
+from mole_diffusers.cli import app, compose, evaluate, grid, index, inspect, merge, retrieve, train, train_lora
 
-COMMANDS = (inspect, compose, index, retrieve, grid, app, train, train_lora, evaluate, merge, bench)
+COMMANDS = (inspect, compose, index, retrieve, grid, app, train, train_lora, evaluate, merge)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

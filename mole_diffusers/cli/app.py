@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         extra = "mcp" if error.name == "mcp" else "app"
         raise ValueError(f"this needs {error.name}: pip install 'mole-diffusers[{extra}]'") from error
     from mole_diffusers.app.actions import Actions
-    from mole_diffusers.shelf import folder_gates
+    from mole_diffusers.studio.catalog import folder_gates
 
     place = studio(args)
     for name, folder in folder_gates(args.keep).items():

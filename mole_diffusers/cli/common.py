@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.lora_files import PARTS, Expert, read_expert
+from mole_diffusers.lora import PARTS, Expert, read_expert
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
-    from mole_diffusers.world import emoji_world
+    from mole_diffusers.emoji.world import emoji_world
 
     device = chosen_device(device)
     if base == "emoji":
@@ -66,7 +66,7 @@ def chosen_experts(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Exp
     elif args.base != "emoji":
         raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
     else:
-        from mole_diffusers.world import concept_files
+        from mole_diffusers.emoji.world import concept_files
 
         known = concept_files()
         chosen = {name: (path, 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}

@@ -10,7 +10,7 @@ from typing import Any
 
 from mole_diffusers.cli.common import add_experts, chosen_experts, parse_expert, pipeline
 from mole_diffusers.cli.libraries import add_search, in_words, opened
-from mole_diffusers.library.composing import MODES, composed, report
+from mole_diffusers.retrieval.composing import MODES, composed, report
 
 PROMPT = "noto drawing of a sunflower and a doughnut"
 
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
 def compose_picture(args: argparse.Namespace) -> int:
     """Draw the recipe of --from, or the prompt with its tags, and write a PNG that holds its recipe."""
-    from mole_diffusers import infotext
     from mole_diffusers.cli.studio import studio, wanted_recipe
+    from mole_diffusers.studio import infotext
 
     wanted = None if args.source is None else infotext.read_any(args.source)
     if wanted is not None and wanted.base not in ("", args.base):
@@ -65,7 +65,7 @@ def compose_picture(args: argparse.Namespace) -> int:
 
 def compose_found(args: argparse.Namespace) -> int:
     """Find the LoRAs that the prompt asks for, draw it without and with them, and say what was chosen and why."""
-    from mole_diffusers.compare import sample
+    from mole_diffusers.inspection.compare import sample
 
     if args.expert or args.source is not None or "<lora:" in args.prompt:
         raise ValueError("--library chooses the LoRAs; leave --expert, --from and <lora:...> tags out")
@@ -88,8 +88,8 @@ def compose_found(args: argparse.Namespace) -> int:
 
 def compose_grid(args: argparse.Namespace) -> int:
     """Write the comparison grid: rows are seeds, columns are base, each expert alone, sum and gated."""
-    from mole_diffusers.attaching import attach
-    from mole_diffusers.compare import compare
+    from mole_diffusers.inspection.compare import compare
+    from mole_diffusers.mixture import attach
 
     seeds = _seeds(args)
     experts = chosen_experts(args, args.prompt)
@@ -114,7 +114,7 @@ def _seeds(args: argparse.Namespace) -> list[int]:
 
 
 def _write_grid(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path) -> None:
-    from mole_diffusers.figures import grid
+    from mole_diffusers.inspection.figures import grid
 
     rows = [[images[i] for images in columns.values()] for i in range(len(seeds))]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _write_grid(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path
 def _own_gates(args: argparse.Namespace, experts: dict[str, Any]) -> str | Path:
     """The embedded world's gates for this set of experts, where it has them."""
     if args.base == "emoji" and not args.expert:
-        from mole_diffusers.world import gate_folders
+        from mole_diffusers.emoji.world import gate_folders
 
         for name, folder in gate_folders().items():
             if set(name.split("+")) == set(experts):

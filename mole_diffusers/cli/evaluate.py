@@ -124,7 +124,7 @@ def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
 
 def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
     from mole_diffusers import emoji
-    from mole_diffusers.world import emoji_world
+    from mole_diffusers.emoji.world import emoji_world
 
     if ignored := [f"--{name}" for name in REAL if getattr(args, name)]:
         raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")

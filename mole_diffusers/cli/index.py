@@ -9,8 +9,8 @@ from typing import Any
 
 from mole_diffusers.cli.common import pipeline
 from mole_diffusers.cli.libraries import ENCODER
-from mole_diffusers.library.encoders import encoder_for
-from mole_diffusers.library.library import LoraLibrary
+from mole_diffusers.retrieval.encoders import encoder_for
+from mole_diffusers.retrieval.library import LoraLibrary
 
 
 def add(commands: Any) -> None:

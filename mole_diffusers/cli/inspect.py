@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.cli.common import hosts
-from mole_diffusers.experts import match
-from mole_diffusers.lora_files import PARTS, Expert, described, read_expert, stated_base
-from mole_diffusers.safe_files import printable
+from mole_diffusers.lora import PARTS, Expert, described, read_expert, stated_base
+from mole_diffusers.lora.safe_files import printable
+from mole_diffusers.lora.stacking import match
 
 
 def add(commands: Any) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.library.encoders import encoder_for
-from mole_diffusers.library.library import THRESHOLD, Found, LoraLibrary
+from mole_diffusers.retrieval.encoders import encoder_for
+from mole_diffusers.retrieval.library import THRESHOLD, Found, LoraLibrary
 
 ENCODER = "a sentence-transformers model, by name or folder; default: the text encoder of --base"
 

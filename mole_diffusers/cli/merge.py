@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.cli.common import json_or_text, named_values, pipeline
-from mole_diffusers.lora_files import Expert, read_expert
-from mole_diffusers.lora_writing import FORMATS
+from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora.writing import FORMATS, save_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
-from mole_diffusers.saving import save_expert
 
 
 def add(commands: Any) -> None:

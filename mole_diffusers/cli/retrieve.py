@@ -8,7 +8,7 @@ from typing import Any
 
 from mole_diffusers.cli.common import pipeline
 from mole_diffusers.cli.libraries import add_search, in_words, opened
-from mole_diffusers.library.composing import asked_for, report
+from mole_diffusers.retrieval.composing import asked_for, report
 
 
 def add(commands: Any) -> None:

@@ -19,8 +19,8 @@ def add_studio(parser: argparse.ArgumentParser) -> None:
 
 def studio(args: argparse.Namespace) -> Any:
     """The pipeline of --base with the LoRAs of --loras and the gates of --trained on its shelf."""
-    from mole_diffusers.drawing import Studio
-    from mole_diffusers.shelf import Shelf, folder_gates, folder_loras, world_shelf
+    from mole_diffusers.studio.catalog import Shelf, folder_gates, folder_loras, world_shelf
+    from mole_diffusers.studio.render import Studio
 
     if args.base != "emoji" and args.loras is None:
         raise ValueError("give --loras FOLDER, the LoRA files for this base")
@@ -36,7 +36,7 @@ def studio(args: argparse.Namespace) -> Any:
 
 def default_recipe(place: Any) -> Any:
     """A first recipe for a studio, at the pipeline's own size."""
-    from mole_diffusers.recipe import Recipe
+    from mole_diffusers.studio.recipe import Recipe
 
     pipe = place.pipe
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -136,7 +136,7 @@ def _own_terms(lesson: Any) -> list[str]:
 
 
 def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
-    from mole_diffusers.attaching import attach
+    from mole_diffusers.mixture import attach
     from mole_diffusers.training.card import push, write_card
     from mole_diffusers.training.config import GateTraining
     from mole_diffusers.training.loop import train_gates
@@ -177,7 +177,7 @@ def _clip(pipe: Any, asked: Mapping[str, Any]) -> Any:
 def _emoji_success() -> Any:
     """The embedded world's judge: every subject of the prompt is there, in the prompt's style."""
     from mole_diffusers import emoji
-    from mole_diffusers.judge import Judge
+    from mole_diffusers.emoji.judge import Judge
 
     judge = Judge.load(emoji.default_folder() / "judge")
 

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 
-from mole_diffusers import checkpoint
-from mole_diffusers.attaching import Gates, attach, attached, detach
-from mole_diffusers.calls import DENOISERS
-from mole_diffusers.compare import sample
 from mole_diffusers.evaluation.digests import of_files, of_texts
 from mole_diffusers.evaluation.runner import Arm, Bench, Case
 from mole_diffusers.evaluation.runtime import composed_scores, k_lora, last_content, switched
-from mole_diffusers.gates import GateConfig
-from mole_diffusers.gates.controls import TimeAverage, frozen_random, hardened, uniform
+from mole_diffusers.gates import GateConfig, checkpoint
+from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
+from mole_diffusers.inspection.compare import sample
 from mole_diffusers.merging.merge import by_activations, merge, resolved
-from mole_diffusers.mixture import Mixture
-from mole_diffusers.trace import Trace
+from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.patching.denoiser_inputs import DENOISERS
+from mole_diffusers.patching.trace import Trace
 
 Weights = Callable[[Bench, Case], Mapping[str, float]]  # a weight per concept, which the user's own strength multiplies
 Inside = Callable[[Bench, Case, Mixture], AbstractContextManager[Any]]  # what holds while an attached mixture draws

@@ -21,7 +21,7 @@ from mole_diffusers.evaluation.digests import digest
 from mole_diffusers.evaluation.rows import PLACE, Row, place
 from mole_diffusers.evaluation.runner import Case, keep, picture_path
 from mole_diffusers.evaluation.tables import markdown
-from mole_diffusers.figures import grid
+from mole_diffusers.inspection.figures import grid
 from mole_diffusers.training.data import read_folder
 
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mole_diffusers import emoji
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation.digests import of_files
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import Bench, Case
-from mole_diffusers.judge import Judge
-from mole_diffusers.lora_files import read_expert
-from mole_diffusers.world import EmojiWorld
+from mole_diffusers.lora import read_expert
 
 
 def scene_of(concepts: Sequence[str], index: int) -> emoji.Scene:

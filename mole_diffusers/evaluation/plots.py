@@ -11,13 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from mole_diffusers.calls import DENOISERS
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import keep, picture_path
 from mole_diffusers.evaluation.statistics import as_table, bootstrap
 from mole_diffusers.evaluation.tables import SEEN, SUCCESS, Value, apart, attached, by, cases_of, together
-from mole_diffusers.figures import grid
-from mole_diffusers.trace import Trace
+from mole_diffusers.inspection.figures import grid
+from mole_diffusers.patching.denoiser_inputs import DENOISERS
+from mole_diffusers.patching.trace import Trace
 
 Limits = tuple[float | None, float | None]  # of an axis; None is where the values end
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from mole_diffusers.compare import sample
 from mole_diffusers.evaluation.digests import of_texts
 from mole_diffusers.evaluation.rows import Row, Rows, key
-from mole_diffusers.lora_files import Expert
+from mole_diffusers.inspection.compare import sample
+from mole_diffusers.lora import Expert
 from mole_diffusers.merging.activations import Activations
 
 

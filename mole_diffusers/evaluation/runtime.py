@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_diffusers.calls import CallReader
-from mole_diffusers.lora_files import layer_key
+from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.denoiser_inputs import CallReader
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 

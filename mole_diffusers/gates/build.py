@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from mole_diffusers.experts import Stack
 from mole_diffusers.gates.config import GateConfig
 from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
 from mole_diffusers.gates.rank import RankGate
 from mole_diffusers.gates.retrieval import RetrievalGate
+from mole_diffusers.lora.stacking import Stack
 
 
 def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | None = None) -> nn.Module:

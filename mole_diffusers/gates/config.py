@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from mole_diffusers import mixing
+from mole_diffusers import functional
 from mole_diffusers.gates.prompt import AXES, PROMPT_TOTALS
 from mole_diffusers.gates.retrieval import RETRIEVAL_TOTALS, SCORES
 
@@ -23,7 +23,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
-FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pooled": mixing.pooled, "flattened": mixing.flattened}
+FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "pooled": functional.pooled,
+    "flattened": functional.flattened,
+}
 INPUTS = ("hidden", "experts")
 STARTS = ("sum", "mean", "faithful")
 WHOLE = {"bins": (1, 1000), "top": (0, 1 << 16), "rank": (1, 128), "partition": (0, 1 << 16)}  # a stranger's config may ask
@@ -39,8 +42,8 @@ class GateConfig:
             compares the experts' outputs at every layer, and serves experts that it never saw; "rank" weighs
             each rank of each expert at every layer.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
-        total: (static, mole) what the weights sum to, see `mixing.gate_weights`; the paper's is "1". (prompt) "1", "N", or
-            "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
+        total: (static, mole) what the weights sum to, see `functional.gate_weights`; the paper's is "1". (prompt) "1", "N",
+            or "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
         inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
         bias: the mole gate adds a learned number per expert, which the paper has not; needed to start at other weights.
@@ -92,7 +95,7 @@ class GateConfig:
         known = {
             "family": FAMILIES,
             "granularity": GRANULARITIES,
-            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(str(self.family), mixing.TOTALS),
+            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(str(self.family), functional.TOTALS),
             "inputs": INPUTS,
             "features": tuple(FEATURES),
             "start": STARTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mole_diffusers import mixing
+from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context
 
 
@@ -19,7 +19,7 @@ class ConstantGate(nn.Module):
         self.total = total
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        return mixing.gate_weights(torch.zeros(context.mask.shape, device=hidden.device), context.mask, self.total)
+        return functional.gate_weights(torch.zeros(context.mask.shape, device=hidden.device), context.mask, self.total)
 
 
 class StaticGate(nn.Module):
@@ -35,9 +35,9 @@ class StaticGate(nn.Module):
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         bins = len(self.logits)
         index = (context.time * bins).long().clamp(0, bins - 1)  # [B]
-        return mixing.gate_weights(self.logits.float()[index], context.mask, self.total)  # [B, N]
+        return functional.gate_weights(self.logits.float()[index], context.mask, self.total)  # [B, N]
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
         """Start at `weights` [N] of the experts in `mask` [N] at every noise level, as near as `total` allows."""
-        self.logits.copy_(mixing.logits_for(weights, self.total).expand_as(self.logits))
+        self.logits.copy_(functional.logits_for(weights, self.total).expand_as(self.logits))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mole_diffusers import mixing
+from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context
 
 
@@ -41,8 +41,10 @@ class FlowGate(nn.Module):
         # A UNet's blocks hand over states that lie channel by channel: hidden @ W^T, or any matmul, would turn them first.
         rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
         logits = torch.bmm(rows, hidden.float().mT).mT  # [B, T, N]
-        shares = mixing.gate_weights(logits, context.mask, "1")
-        return (shares + mixing.over_tokens(self.bias(context.mask), shares)) * mixing.over_tokens(context.mask, shares)
+        shares = functional.gate_weights(logits, context.mask, "1")
+        return (shares + functional.over_tokens(self.bias(context.mask), shares)) * functional.over_tokens(
+            context.mask, shares
+        )
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mole_diffusers import mixing
+from mole_diffusers import functional
 from mole_diffusers.gates.config import FEATURES
 from mole_diffusers.gates.contract import Context
 
@@ -28,7 +28,7 @@ class MoLEGate(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(experts)) if bias else None)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        features = mixing.l2_normalized(self.features(hidden).float())  # [B, D]
+        features = functional.l2_normalized(self.features(hidden).float())  # [B, D]
         if features.shape[-1] != self.width:
             raise ValueError(
                 f"a gate with flattened features was built for {self.width} values and got {tuple(hidden.shape[1:])} "
@@ -37,7 +37,7 @@ class MoLEGate(nn.Module):
         logits = features @ self.matrix.float().T / self.log_tau.float().exp()  # [B, N]
         if self.bias is not None:
             logits = logits + self.bias.float()
-        return mixing.gate_weights(logits, context.mask, self.total)
+        return functional.gate_weights(logits, context.mask, self.total)
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
@@ -47,4 +47,4 @@ class MoLEGate(nn.Module):
         """
         if self.bias is None:
             raise ValueError("a mole gate needs a bias to start at other weights than equal ones: set the gate's bias")
-        self.bias.copy_(mixing.logits_for(weights, self.total))
+        self.bias.copy_(functional.logits_for(weights, self.total))

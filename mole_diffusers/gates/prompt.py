@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from mole_diffusers import mixing
+from mole_diffusers import functional
+from mole_diffusers.functional import version
 from mole_diffusers.gates.contract import Context
-from mole_diffusers.kept_products import version
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
 AXES = ("concept", "module", "both")
@@ -114,7 +114,7 @@ class PromptGate(nn.Module):
         return load_balance(*self._routed, over)
 
     def _shared(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        probabilities = mixing.gate_weights(logits, mask, "1")  # [B, E]
+        probabilities = functional.gate_weights(logits, mask, "1")  # [B, E]
         kept = largest(probabilities, self.top)
         if torch.is_grad_enabled():
             self._routed = probabilities, kept > 0

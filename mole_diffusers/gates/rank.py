@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mole_diffusers import mixing
-from mole_diffusers.experts import Stack
+from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context
-from mole_diffusers.lora_files import LoraWeights
+from mole_diffusers.lora import LoraWeights
+from mole_diffusers.lora.stacking import Stack
 
 
 def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def singular(stack: Stack) -> Stack:
     """
     rows: list[LoraWeights | None] = []
     for down, up in zip(stack.down.split(list(stack.ranks)), stack.up.split(list(stack.ranks), 1), strict=True):
-        rows.append(LoraWeights(*mixing.low_rank(down, up, len(down))[:2], 1.0) if len(down) else None)
+        rows.append(LoraWeights(*functional.low_rank(down, up, len(down))[:2], 1.0) if len(down) else None)
     return Stack(tuple(rows), stack.inner)
 
 
@@ -80,7 +80,7 @@ class RankGate(nn.Module):
         if context.layer is None:
             raise ValueError("a rank gate sits at one layer and needs its experts")
         scores = torch.sigmoid(hidden.float() @ self.weight.float().T)[..., self.group] + self.balance  # [B, T, R]
-        mask = mixing.over_tokens(context.mask[..., context.layer.segment], scores)
+        mask = functional.over_tokens(context.mask[..., context.layer.segment], scores)
         gates = shared_out(scores, mask, self.top)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._count(gates > 0, mask.expand_as(gates))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mole_diffusers import mixing
+from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context, Layer
 
 RETRIEVAL_TOTALS = ("1", "N")
@@ -22,7 +22,7 @@ def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts:
         router_up: B', [Cout, r].
     """
     between = router_up.T @ layer.up.flatten(1).float()  # [r, R]
-    by_rank = (query @ between) * mixing.as_tokens(layer.low).float()  # [B, T, R]
+    by_rank = (query @ between) * functional.as_tokens(layer.low).float()  # [B, T, R]
     return by_rank.new_zeros(*by_rank.shape[:-1], experts).index_add(-1, layer.segment, by_rank)
 
 
@@ -51,4 +51,4 @@ class RetrievalGate(nn.Module):
             raise ValueError("a retrieval gate sits at one layer and needs its experts")
         query = hidden.float() @ self.down.float().T  # [B, T, r]
         scores = answers(query, context.layer, self.up.float(), context.mask.shape[-1]) / len(self.down) ** 0.5
-        return mixing.gate_weights(scores.mean(1) if self.scores == "image" else scores, context.mask, self.total)
+        return functional.gate_weights(scores.mean(1) if self.scores == "image" else scores, context.mask, self.total)

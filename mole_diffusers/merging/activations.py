@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mole_diffusers.attaching import attach, attached, detach
-from mole_diffusers.experts import match
-from mole_diffusers.lora_files import PARTS, Expert, layer_key
+from mole_diffusers.lora import PARTS, Expert, layer_key
+from mole_diffusers.lora.stacking import match
+from mole_diffusers.mixture import attach, attached, detach
 
 TEXT = ("attn2.to_k", "attn2.to_v")  # layers of a UNet that read the text
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mole_diffusers.lora_files import Expert, LoraWeights
+from mole_diffusers.lora import Expert, LoraWeights
 from mole_diffusers.merging.factors import Merged, Pair
 
 Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and the user's strength

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from mole_diffusers import mixing
-from mole_diffusers.attaching import Source
-from mole_diffusers.lora_files import Expert, read_expert
+from mole_diffusers import functional
+from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
 from mole_diffusers.merging.layers import Weighted, as_expert, layers_of
@@ -21,6 +20,7 @@ from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
+from mole_diffusers.mixture import Source
 
 METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
@@ -149,7 +149,7 @@ def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) 
         whole += pair.energy()
         wanted = max(ranks) if rank is None and method == "svd" else rank
         if pair.rank > (wanted or sum(ranks)):
-            down, up, values = mixing.low_rank(pair.down, pair.folded().up, pair.rank)
+            down, up, values = functional.low_rank(pair.down, pair.folded().up, pair.rank)
             most = wanted or _enough(values)
             pair, lost = Pair(down[:most], up[:, :most]), lost + values[most:].square().sum().item()
         out[key] = pair

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mole_diffusers.card import upload
-from mole_diffusers.checkpoint import CONFIG, WEIGHTS
+from mole_diffusers.gates.checkpoint import CONFIG, WEIGHTS
+from mole_diffusers.gates.hub import upload
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.study import Lesson, triggers

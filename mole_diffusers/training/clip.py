@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mole_diffusers.devices import onto
+from mole_diffusers.functional import onto
 
 HALF = (0.5, 0.5, 0.5)
 

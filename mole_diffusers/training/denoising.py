@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 
-from mole_diffusers.devices import onto
+from mole_diffusers.functional import onto
 from mole_diffusers.training.data import Draw, Samples, token_ids
 
 

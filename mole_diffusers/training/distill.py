@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from mole_diffusers.devices import onto
+from mole_diffusers.functional import onto
 from mole_diffusers.training.data import Draw
 from mole_diffusers.training.denoising import latent_shape, predict, sample, training_scheduler
 from mole_diffusers.training.losses import recovery_error, separation_loss

@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from torch import nn
 
-from mole_diffusers import carrier
+from mole_diffusers.patching import peft_injection
 from mole_diffusers.training.beam import Ranks, importance
 
 CONCEPT = "concept"
@@ -107,7 +107,7 @@ def lora_layers(
     for part in parts:
         model = getattr(pipe, part)
         pattern = "|".join(LAYERS[kind] for kind in layers)
-        carrier.inject_trainable(model, CONCEPT, undo, pattern=pattern, rank=rank, alpha=alpha)
+        peft_injection.inject_trainable(model, CONCEPT, undo, pattern=pattern, rank=rank, alpha=alpha)
         cast_training_params(model)  # fp32 on a half base, too: its steps would be lost in rounding
         found = {n: m for n, m in model.named_modules() if CONCEPT in getattr(m, "lora_A", {})}
         modules |= {f"{part}.{name}": module for name, module in found.items()}

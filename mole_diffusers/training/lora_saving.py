@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.lora_files import PEFT_METADATA, family_of
-from mole_diffusers.whole_files import save_whole
+from mole_diffusers.lora import PEFT_METADATA, family_of
+from mole_diffusers.lora.writing import save_whole
 
 ARCHITECTURES = {"SD 1.x": "stable-diffusion-v1/lora", "SD 2.x": "stable-diffusion-v2-768-v/lora"}  # ModelSpec's words
 

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from mole_diffusers.lora.writing import save_whole
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.denoising import latent_shape, sample
-from mole_diffusers.whole_files import save_whole
 
 FILE = "prior.safetensors"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.devices import onto
+from mole_diffusers.functional import onto
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import decode, latent_shape, predict, sample, training_scheduler

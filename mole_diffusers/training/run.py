@@ -17,10 +17,10 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from mole_diffusers import mixing
-from mole_diffusers.devices import onto
+from mole_diffusers import functional
+from mole_diffusers.functional import onto
 from mole_diffusers.gates import PromptGate, RankGate
-from mole_diffusers.state import Decision
+from mole_diffusers.patching.runtime import Decision
 from mole_diffusers.training.checkpoints import write
 from mole_diffusers.training.config import PASSING, GateTraining
 from mole_diffusers.training.data import Draw
@@ -117,7 +117,7 @@ def _balance(run: Run, live: Sequence[Decision]) -> torch.Tensor:
     if own := [gate.balance_loss(partial(_over_processes, run)) for gate in gates if isinstance(gate, PromptGate)]:
         return torch.stack(own).mean()
     there = onto(torch.tensor([d.present for d in live]), live[0].gates.device)  # [blocks, N]
-    return mixing.balance_loss(_over_processes(run, mixing.mean_shares([d.gates for d in live], list(there))))
+    return functional.balance_loss(_over_processes(run, functional.mean_shares([d.gates for d in live], list(there))))
 
 
 def _over_processes(run: Run, own: torch.Tensor) -> torch.Tensor:

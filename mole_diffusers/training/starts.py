@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mole_diffusers.lora_files import layer_key
+from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Pair
 from mole_diffusers.merging.layers import layers_of

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
-from mole_diffusers.devices import onto
+from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import token_ids
 from mole_diffusers.training.denoising import latent_shape, predict, training_scheduler

@@ -1,0 +1,93 @@
+"""The cost of a mixture of N LoRAs beside the base and diffusers' own ways; see `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arms import ARMS
+from benchmarks.clock import CLOCKS
+from benchmarks.hosts import SIZES
+from benchmarks.memory import memory_costs
+from benchmarks.once import attach_costs, collapse_costs, update_costs
+from benchmarks.report import curve, machine, memory_table, share_table, table
+from benchmarks.settings import COMPILED, DTYPES, Settings
+from benchmarks.shares import step_shares
+from benchmarks.steps import step_costs
+from mole_diffusers.gates import FAMILIES, GateConfig
+
+WHAT: Mapping[str, Callable[[Settings, argparse.Namespace], list[Any]]] = {
+    "step": lambda settings, args: step_costs(settings, args.arms, args.experts),
+    "attach": lambda settings, args: attach_costs(settings, args.experts),
+    "collapse": lambda settings, args: collapse_costs(settings, args.experts),
+    "update": lambda settings, args: update_costs(settings, args.experts),
+    "memory": lambda settings, args: memory_costs(settings, args.arms, args.experts),
+    "shares": lambda settings, args: step_shares(settings, args.arms, args.experts),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    command.add_argument("--what", default="step", choices=list(WHAT), help="default: one step of the denoiser")
+    command.add_argument("--size", default="tiny", choices=list(SIZES))
+    command.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    command.add_argument("--pixels", type=int, default=0, help="side of the picture; default: the host's usual one")
+    command.add_argument("--experts", type=int, nargs="+", default=[1, 3, 8], metavar="N", help="default: 1 3 8")
+    command.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--repeats", type=int, default=6, help="rounds; in each everything runs once")
+    command.add_argument("--gates", default="mole", choices=FAMILIES)
+    command.add_argument(
+        "--compile", default="no", choices=list(COMPILED), help="the whole UNet, also in CUDA graphs, or its repeated blocks"
+    )
+    command.add_argument("--channels-last", action="store_true")
+    command.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: this process's own time alone")
+    command.add_argument("--threads", type=int, default=0, help="on the CPU; default: PyTorch's own choice")
+    command.add_argument("--device", default=None, help="default: cuda where there is one")
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--plot", type=Path, help="also draw cost against N, of steps")
+    return command
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print the table; ratios are to the base of the same round."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = ("size", "dtype", "pixels", "rank", "repeats", "compile", "channels_last", "clock")
+    settings = Settings(**{n: getattr(args, n) for n in names}, device=device, gates=GateConfig(args.gates))
+    if min(args.experts) < 1:
+        raise ValueError(f"the numbers of experts must be 1 or more, got {args.experts}")
+    costs = WHAT[args.what](settings, args)
+    if args.plot is not None:
+        curve(costs, args.plot)
+    if args.json:
+        about = {n: getattr(settings, n) for n in names} | {"pixels": settings.side, "gates": args.gates}
+        rows = [cost.row() for cost in costs]
+        print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": rows}))
+    else:
+        print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
+        tables: dict[str, Callable[[list[Any]], str]] = {"memory": memory_table, "shares": share_table}
+        print(tables.get(args.what, table)(costs))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 1 with one line on stderr for bad input."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,120 @@
+"""The arms of a measurement: ways of having N LoRAs on one host. Each is a context on a pipeline of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.hosts import ATTENTION
+from mole_diffusers.gates import GateConfig
+from mole_diffusers.gates.transforms import Strongest
+from mole_diffusers.mixture import Mixture, attach
+from mole_diffusers.patching import peft_injection
+
+Files = Mapping[str, Path]
+Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[None]]
+
+
+def twin(pipe: Any, *, own: bool = False) -> Any:
+    """The same pipeline with a UNet of its own that shares all weights; with `own`, all but the attention's."""
+    named = pipe.unet.named_parameters()
+    shared = {id(p): p for name, p in named if not (own and name.removesuffix(".weight").endswith(ATTENTION))}
+    other = copy.copy(pipe)
+    other.unet = copy.deepcopy(pipe.unet, shared)
+    return other
+
+
+@contextmanager
+def base(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """No LoRA."""
+    yield
+
+
+@contextmanager
+def set_adapters(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """diffusers' own stacking: every LoRA loaded, and active with weight 1."""
+    load(pipe, files)
+    pipe.set_adapters(list(files), [1.0] * len(files))
+    yield
+
+
+def load(pipe: Any, files: Files) -> None:
+    """Load the files as diffusers does."""
+    for name, path in files.items():
+        pipe.load_lora_weights(str(path), adapter_name=name)
+
+
+@contextmanager
+def fused(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """diffusers' own merging: every LoRA loaded, fused into the weights and unloaded. No gate can act any more."""
+    with set_adapters(pipe, files, gates):
+        pipe.fuse_lora(adapter_names=list(files))
+        pipe.unload_lora_weights()
+        yield
+
+
+@contextmanager
+def gated(pipe: Any, files: Files, gates: GateConfig, *, inside: bool | None = None) -> Iterator[None]:
+    """Gates, each layer in the cheaper of its two ways; or with `inside` every layer that can, or none, in its weight."""
+    awake(pipe, files, gates)
+    if inside is not None:
+        peft_injection.prefer(pipe.unet, lambda *_: inside)
+    yield
+
+
+@contextmanager
+def strongest(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """Gates of which the four largest of each row weigh something."""
+    with awake(pipe, files, gates).adjusted(Strongest(4)):
+        yield
+
+
+@contextmanager
+def new_text(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """Gates over a text that is another at every step, so that nothing of it can be kept."""
+    with gated(pipe, files, gates):
+        hook = pipe.unet.register_forward_pre_hook(_copied_text, prepend=True, with_kwargs=True)
+        yield
+        hook.remove()
+
+
+def _copied_text(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].clone()}
+
+
+@contextmanager
+def collapsed(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """Gates averaged over one step and folded into the weights."""
+    with awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64):
+        yield
+
+
+def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
+    """Gates that depend on what they read: untrained ones would weigh all alike."""
+    mixture, generator = attach(pipe, dict(files), gates), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            if parameter.dim() == 2:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
+    return mixture
+
+
+ARMS: Mapping[str, Arm] = {
+    "base": base,
+    "again": base,  # the base once more: how much of a ratio is noise
+    "set_adapters": set_adapters,
+    "fused": fused,
+    "gated": gated,
+    "gated-beside": partial(gated, inside=False),
+    "gated-inside": partial(gated, inside=True),
+    "gated-new-text": new_text,
+    "gated-strongest": strongest,
+    "collapsed": collapsed,
+}
+FOLDING = ("fused", "collapsed")  # they write into the weights

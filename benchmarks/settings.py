@@ -1,0 +1,88 @@
+"""What to measure on, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.clock import CLOCKS, median, ratio
+from benchmarks.hosts import SIZES
+from mole_diffusers.gates import GateConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED: dict[str, Callable[[Any], None]] = {
+    "no": lambda unet: None,
+    "whole": lambda unet: unet.compile(fullgraph=True),
+    "graphs": lambda unet: unet.compile(fullgraph=True, mode="reduce-overhead"),
+    "blocks": lambda unet: unet.compile_repeated_blocks(fullgraph=True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure on.
+
+    Attributes:
+        size: of the host, one of `hosts.SIZES`.
+        dtype: one of DTYPES.
+        pixels: side of the picture; 0 is the host's usual one.
+        rank: of each LoRA, which have all attention layers.
+        repeats: rounds; in each every arm runs once.
+        compile: "no", the UNet as a "whole", the same in CUDA "graphs", or its repeated "blocks"; each without a break.
+        channels_last: memory format of the UNet.
+        clock: "wall", or "cpu": the time that the process itself had, where other work shares its core.
+        gates: which gates the arms with gates have.
+    """
+
+    size: str = "tiny"
+    dtype: str = "fp32"
+    pixels: int = 0
+    rank: int = 16
+    repeats: int = 6
+    device: str = "cpu"
+    compile: str = "no"
+    channels_last: bool = False
+    clock: str = "wall"
+    gates: GateConfig = GateConfig("mole")
+
+    def __post_init__(self) -> None:
+        for name, known in (("size", SIZES), ("dtype", DTYPES), ("compile", COMPILED), ("clock", CLOCKS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {list(known)}")
+        if self.rank < 1 or self.repeats < 1 or self.pixels % 64:
+            raise ValueError(f"rank and repeats must be 1 or more and pixels a multiple of 64: {self}")
+
+    @property
+    def side(self) -> int:
+        """In pixels."""
+        return self.pixels or SIZES[self.size].pixels
+
+    def host(self) -> Any:
+        """A new pipeline."""
+        pipe = SIZES[self.size].build(DTYPES[self.dtype], self.device)
+        if self.channels_last:
+            pipe.unet.to(memory_format=torch.channels_last)
+        return pipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one arm took: in each round, its median, and the median and quartiles of its ratio to the base's by round."""
+
+    arm: str
+    experts: int
+    seconds: list[float]
+    ms: float
+    ratio: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, arm: str, experts: int, *, seconds: list[float], base: list[float]) -> Cost:
+        return cls(arm, experts, seconds, 1000 * median(seconds), *ratio(seconds, base))
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,67 @@
+"""`emoji_world()`: the embedded world as one object: base pipeline, LoRAs, gates, judge, CLIP, drawings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPModel
+
+from mole_diffusers.emoji import drawings as emoji
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
+
+
+@dataclass(frozen=True)
+class EmojiWorld:
+    """A real Stable Diffusion in small (64 x 64 pictures), with a ground truth for composition.
+
+    Attributes:
+        pipe: the base, a MoLEStableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
+        loras: concept -> LoRA file, for every held-out subject and style.
+        gates: "fox+ink" -> folder of gates trained for these experts.
+        drawings: the artists' drawings.
+    """
+
+    pipe: Any
+    loras: dict[str, Path]
+    gates: dict[str, Path]
+    drawings: emoji.Drawings
+    folder: Path
+
+    def judge(self) -> Judge:
+        """The evaluator; nothing of this world was trained with it."""
+        return Judge.load(self.folder / "judge")
+
+    def clip(self) -> CLIPModel:
+        """The CLIP of this world; shares nothing with the judge. Its tokenizer is the pipeline's."""
+        return CLIPModel.from_pretrained(self.folder / "clip", dtype=torch.float32).eval()
+
+
+def concept_files() -> dict[str, Path]:
+    """The world's LoRA files by concept."""
+    return {p.stem.replace("_", " "): p for p in sorted((emoji.default_folder() / "loras").glob("*.safetensors"))}
+
+
+def gate_folders() -> dict[str, Path]:
+    """The world's trained gates by composition, "fox+ink"."""
+    return {p.name.replace("_", " "): p for p in sorted((emoji.default_folder() / "gates").glob("*")) if p.is_dir()}
+
+
+def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EmojiWorld:
+    """Load the world from a checkout or an installed package; nothing is downloaded.
+
+    Raises FileNotFoundError where the installation does not hold it.
+    """
+    folder = emoji.default_folder()
+    pipe = MoLEStableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return EmojiWorld(
+        pipe=pipe,
+        loras=concept_files(),
+        gates=gate_folders(),
+        drawings=emoji.Drawings(folder),
+        folder=folder,
+    )

@@ -1,0 +1,273 @@
+"""The maths of a mixture: pure tensor functions. B batch, T tokens, C channels, R summed rank, N experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+COPY = 40  # ranks that writing one more weight is worth, see `folding_pays`
+TOTALS = ("1", "N", "sigmoid", "linear")
+
+
+def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.Tensor:
+    """Eq. 11 of MoLE (Wu et al., 2024) over the experts that are there; its masked mode is the same softmax.
+
+    Args:
+        logits: [..., N], already divided by the temperature.
+        mask: [N] or, where rows of the batch have experts of their own, [B, N] bool: those present and active.
+        total: "1" softmax; "N" softmax times the number of experts in `mask`, so that equal logits give the plain
+            sum; "sigmoid" 2 * sigmoid, independent, in 0..2; "linear" 1 + logits, free in sign and size.
+
+    Returns:
+        [..., N], zero outside `mask`.
+    """
+    if total not in TOTALS:
+        raise ValueError(f"unknown total {total!r}; known: {list(TOTALS)}")
+    mask = over_tokens(mask, logits)
+    if total == "sigmoid":
+        return 2 * torch.sigmoid(logits) * mask
+    if total == "linear":
+        return (1 + logits) * mask
+    # The lowest finite number, not -inf: an empty mask gives zeros instead of NaN, without a branch on device data.
+    weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), -1) * mask
+    return weights * mask.sum(-1, keepdim=True) if total == "N" else weights
+
+
+def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> torch.Tensor:
+    """Logits whose `gate_weights` are `weights`, [..., N] -> [..., N]: exact for "linear", the nearest within reach else.
+
+    A softmax reaches positive weights of one sum, so "1" and "N" keep their ratios alone, and "sigmoid" what lies between 0
+    and 2. Weights count as `least` at least (and for "sigmoid" as 2 - `least` at most), so that logits can still move.
+    """
+    if total == "linear":
+        return weights - 1
+    if total == "sigmoid":
+        return torch.logit(weights.clamp(least, 2 - least) / 2)
+    logits = weights.clamp_min(least).log()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def over_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What holds for a whole row of the batch, beside what holds per token: [N] or [B, N] broadcasts over `like`."""
+    return rows[:, None] if rows.dim() == 2 and like.dim() == 3 else rows
+
+
+def batch_rows(table: torch.Tensor, batch: int, images: int) -> torch.Tensor:
+    """LoraRetriever's mapping matrix (Zhao et al., 2024) over a batch as diffusers lays it out: [b, N] -> [batch, N].
+
+    The pictures of a prompt lie side by side, and guidance repeats the whole, so unconditional rows get their prompt's set.
+    """
+    rows = table.repeat_interleave(images, 0)  # [b * images, N]
+    if batch % len(rows):
+        raise ValueError(f"sets for {len(table)} prompts x {images} pictures do not divide a batch of {batch} rows")
+    return rows.repeat(batch // len(rows), 1)
+
+
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, C], [B, T, C] or [B, C, H, W] -> [B, T, C]."""
+    if x.dim() == 4:
+        return x.flatten(2).transpose(1, 2)
+    return x if x.dim() == 3 else x[:, None]
+
+
+def pooled(hidden: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens in fp32: [B, T, C] -> [B, C], for any number of tokens."""
+    return hidden.mean(1, dtype=torch.float32)
+
+
+def flattened(hidden: torch.Tensor) -> torch.Tensor:
+    """Eq. 10 of MoLE: [B, T, C] -> [B, T * C], tied to one number of tokens."""
+    return hidden.flatten(1)
+
+
+def l2_normalized(features: torch.Tensor) -> torch.Tensor:
+    """The unspecified Normalization of MoLE's eq. 9, read as the authors' code has it: L2 over the whole vector."""
+    return F.normalize(features, dim=-1)
+
+
+def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """Each expert's own output side by side, eq. 9 of MoLE: x [B, T, Cin] -> [B, T, N * Cout].
+
+    `down` [R, Cin] and `up` [Cout, R] are the stacked experts, `ranks` how R divides among the N.
+    """
+    hidden = F.linear(x, down).split(list(ranks), -1)  # N x [B, T, r]
+    return torch.cat([F.linear(h, u) for h, u in zip(hidden, up.split(list(ranks), 1), strict=True)], -1)
+
+
+def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Expert weights [N], [B, N] or [B, T, N] -> a factor that multiplies `like`.
+
+    Args:
+        segment: [R], the expert of each rank; None where the weights are by rank already.
+        like: [B, R], [B, T, R] or [B, R, H, W], whose tokens are H x W in rows.
+    """
+    factor = (weights if segment is None else weights.index_select(-1, segment)).to(like.dtype)  # [R], [B, R] or [B, T, R]
+    if factor.dim() == 3:
+        if like.dim() == 4:
+            return factor.transpose(1, 2).reshape(*factor.shape[::2], *like.shape[2:])  # [B, R, H, W]
+        return factor if like.dim() == 3 else factor[:, 0]
+    if like.dim() == 4:
+        return factor[..., None, None]  # [R, 1, 1] or [B, R, 1, 1]
+    return factor[:, None] if factor.dim() == 2 and like.dim() == 3 else factor
+
+
+def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
+    """Mean over each expert's ranks: [..., R] -> [..., N], 0 where an expert has none. `segment` [R] as in `over_ranks`."""
+    sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, segment, values)
+    counts = segment.new_zeros(experts).index_add(0, segment, torch.ones_like(segment))  # bincount waits for the device
+    return sums / counts.clamp_min(1)
+
+
+def scaled(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """z * factor, in the memory of `z` where no gradient needs it."""
+    return z * factor if torch.is_grad_enabled() else z.mul_(factor)
+
+
+def plus_low_rank(kept: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """kept + z up^T in one product, beside `kept`: [..., Cout]."""
+    return torch.addmm(kept.flatten(0, -2), z.flatten(0, -2), up.T).view_as(kept)
+
+
+def added_low_rank(result: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """result + z up^T in one product, in the memory of `result` where no gradient needs it: [..., Cout]."""
+    if torch.is_grad_enabled():
+        return plus_low_rank(result, z, up)
+    return result.flatten(0, -2).addmm_(z.flatten(0, -2), up.T).view_as(result)
+
+
+def folding_pays(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> bool:
+    """Whether the experts of a linear layer cost less inside its weight than beside it, from the shapes alone.
+
+    Beside: all B T tokens of x [B, T, Cin] go down and up again, B T R (Cin + Cout) products. Inside: a weight of its own
+    for each row of `factor` [R] or [B, 1, R], R Cin Cout products each; and to write a weight and to multiply by one per
+    row was measured to be worth COPY ranks more. With gradients, or weights by token, it never pays: the gradient of a
+    whole weight would be needed, or a weight for each token.
+    """
+    if torch.is_grad_enabled() or (factor.dim() == 3 and factor.shape[1] > 1):
+        return False
+    (out, inside), rows, rank = weight.shape, len(factor) if factor.dim() == 3 else 1, factor.shape[-1]
+    return rows * out * inside * (rank + COPY) < x.shape[0] * x.shape[1] * rank * (out + inside)
+
+
+def folded_linear(
+    x: torch.Tensor, host: tuple[torch.Tensor, torch.Tensor | None], expert: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """x (W + up down)^T + bias, without gradients: x [B, T, Cin] -> [B, T, Cout].
+
+    `host` is W [Cout, Cin] and its bias. `expert` is down [R, Cin] and up [Cout, R]; or up, or both, with an axis B in
+    front: another for each row.
+    """
+    (weight, bias), (down, up) = host, expert
+    if up.dim() == 2:
+        return F.linear(x, torch.addmm(weight, up, down), bias)
+    rows = len(up)
+    each = torch.baddbmm(weight.expand(rows, -1, -1), up, down.expand(rows, -1, -1))  # [B, Cout, Cin]
+    y = torch.bmm(x, each.mT)
+    return y if bias is None else y.add_(bias)
+
+
+class Few(NamedTuple):
+    """The ranks of the experts that weigh something, by row: their indices [B, K], and what multiplies them, [B, 1, K]."""
+
+    ranks: torch.Tensor
+    factor: torch.Tensor
+
+
+def few_ranks(weights: torch.Tensor, table: torch.Tensor, count: int) -> Few:
+    """The ranks of the `count` experts of the largest weights [B, N], for each row.
+
+    `table` [N, r] holds each expert's ranks, and -1 where it has fewer than r. K is count * r.
+    """
+    index = weights.abs().topk(count, -1).indices  # [B, count]
+    ranks = table[index].flatten(1)  # [B, K]
+    factor = weights.gather(-1, index).repeat_interleave(table.shape[1], -1) * (ranks >= 0)
+    return Few(ranks.clamp_min(0), factor[:, None])
+
+
+def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The nearest pair of lower rank to up @ down (Eckart-Young), without ever forming the product.
+
+    Args:
+        down: [R, Cin] or [R, Cin, k, k].
+        up: [Cout, R] or [Cout, R, 1, 1].
+
+    Returns:
+        down [r, ...] and up [Cout, r, ...] with r at most `rank`, and all singular values of the product.
+    """
+    left, a = torch.linalg.qr(up.flatten(1))  # [Cout, R], [R, R]
+    right, b = torch.linalg.qr(down.flatten(1).T)  # [Cin k k, R], [R, R]
+    u, values, v = torch.linalg.svd(a @ b.T)
+    u, root, v = u[:, :rank], values[:rank].sqrt(), v[:rank]
+    small_down = (right @ (root[:, None] * v).T).T  # [r, Cin k k]
+    small_up = left @ (u * root)  # [Cout, r]
+    return small_down.reshape(-1, *down.shape[1:]), small_up.reshape(up.shape[0], -1, *up.shape[2:]), values
+
+
+def rows(values: torch.Tensor, batch: int) -> torch.Tensor:
+    """Rows [have, ...] spread over, or thinned to, [batch, ...], where each stands for as many neighbours as any other.
+
+    A film's frames and an image's pixels are rows in some layers, one sample's after the other's.
+    """
+    have = values.shape[0]
+    return values if have == batch else values[torch.arange(batch, device=values.device) * have // batch]
+
+
+def of_batch(values: torch.Tensor, batch: int) -> torch.Tensor:
+    """A denoiser call's rows [have, ...] as a layer inside it has them: [batch, ...].
+
+    More rows are frames or pixels. Fewer are what perturbed-attention guidance (Ahn et al., 2024) splits off: without
+    perturbation the leading rows, perturbed the last, which are less than half where there is guidance, too.
+    """
+    have = values.shape[0]
+    if batch >= have:
+        return rows(values, batch)
+    return values[:batch] if 2 * batch >= have else values[-batch:]
+
+
+def entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Entropy of each gate in nats, 0 .. ln N: [..., N] -> [...]. Weights are brought to sum 1 first."""
+    share = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)
+    return -(share * share.clamp_min(1e-12).log()).sum(-1)
+
+
+def mean_shares(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) -> torch.Tensor:
+    """q of MoLE's eq. 15, [N]: each expert's mean share over blocks and batch.
+
+    Args:
+        gates: per gated block [..., N], before the user's strengths; negative weights count as none.
+        present: per block [N] bool. A block counts for the experts it has, by how far it is from their equal share.
+    """
+    q, blocks = torch.zeros(()), torch.zeros(())
+    for weights, there in zip(gates, present, strict=True):
+        share = weights.clamp_min(0) / weights.clamp_min(0).sum(-1, keepdim=True).clamp_min(1e-8)
+        share = share.reshape(-1, share.shape[-1]).mean(0)  # [N]
+        q, blocks = q + share * there.sum() / len(there), blocks + there
+    return q / blocks.clamp_min(1)
+
+
+def balance_loss(q: torch.Tensor) -> torch.Tensor:
+    """Eq. 14 of MoLE with a live gradient, less its minimum N ln N: 0 when experts share equally on average.
+
+    The mean `q` [N] is taken before the log, so single blocks may specialise. (The authors' code detaches it, which
+    leaves no gradient.)
+    """
+    return -(q.clamp_min(1e-8).log().sum()) - len(q) * math.log(len(q))
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, by a copy that waits for nothing.
+
+    A plain `.to` to a CUDA card waits until the card has done all it was given; pinned memory is copied beside that.
+    """
+    if device.type == "mps" or torch.compiler.is_compiling():  # there such copies may come late; a graph pins no memory
+        return tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -1,0 +1,133 @@
+"""Gates on disk: safetensors and a JSON config with named experts and named places; strict both ways."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mole_diffusers.gates import GateBank, GateConfig
+from mole_diffusers.lora import Expert
+from mole_diffusers.lora.safe_files import RefusedFileError, read_json, read_safetensors
+from mole_diffusers.lora.writing import save_whole
+
+VERSION = 1
+WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a gates folder holds."""
+
+    folder: Path
+    config: GateConfig
+    experts: dict[str, dict[str, str]]  # name -> {"sha256", "base"}, in the order of the gates' columns
+    tensors: dict[str, torch.Tensor]
+
+    def order(self, experts: Mapping[str, Expert]) -> list[str]:
+        """The experts' names in the gates' order; RefusedFileError where the sets differ.
+
+        Gates without parameters of single experts take any experts, in the order given.
+        """
+        if not self.config.of_experts:
+            return list(experts)
+        if set(experts) != set(self.experts):
+            raise RefusedFileError(
+                f"the gates in {self.folder} weigh {sorted(self.experts)}, but the experts given are {sorted(experts)}"
+            )
+        for name, expert in experts.items():
+            if expert.sha256 != self.experts[name]["sha256"]:
+                warnings.warn(
+                    f"expert {name!r} is not the file that the gates in {self.folder} were trained with", stacklevel=3
+                )
+        return list(self.experts)
+
+    def fill(self, banks: Mapping[str, GateBank]) -> None:
+        """Put the weights into `banks`; RefusedFileError naming places or shapes that differ.
+
+        Gates without parameters of single experts may hold places that none of these experts has; those are left out. They
+        may lack places, since they were trained with experts of fewer layers; there all experts weigh alike, with a warning.
+        """
+        wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
+        if missing := sorted(set(wanted) - set(self.tensors)):
+            lack = f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more"
+            if self.config.of_experts or len(missing) == len(wanted):
+                raise RefusedFileError(lack)
+            warnings.warn(f"{lack}: experts weigh alike there", stacklevel=3)
+            wanted = {name: tensor for name, tensor in wanted.items() if name in self.tensors}
+        if self.config.of_experts and (foreign := sorted(set(self.tensors) - set(wanted))):
+            raise RefusedFileError(
+                f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have"
+            )
+        for name, tensor in ((name, self.tensors[name]) for name in wanted):
+            if tensor.shape != wanted[name].shape:
+                shapes = f"{list(tensor.shape)}, expected {list(wanted[name].shape)}"
+                raise RefusedFileError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
+            wanted[name].copy_(tensor)
+
+
+def save(
+    folder: str | Path,
+    banks: Mapping[str, GateBank],
+    config: GateConfig,
+    *,
+    experts: Mapping[str, Expert],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the folder that `load` reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
+    named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
+    about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
+    save_whole(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def load(source: str | Path) -> Checkpoint:
+    """Read a gates folder, or fetch it from the hub where no such folder exists.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a hub id that can be reached.
+        RefusedFileError: a file that `safe_files` refuses, values that are not finite, another format, a newer version.
+    """
+    folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a gates folder: it has no {name}")
+    tensors = read_safetensors(folder / WEIGHTS).tensors
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise RefusedFileError(f"the gates in {folder}: {name!r} holds values that are not finite numbers")
+    return Checkpoint(folder, *_about(folder), tensors)
+
+
+def _about(folder: Path) -> tuple[GateConfig, dict[str, dict[str, str]]]:
+    """What config.json says: the gates' config, and the experts in the order of the columns."""
+    about = read_json(folder / CONFIG)
+    if not isinstance(about, dict) or about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
+        found = "of another kind" if not isinstance(about, dict) else f"{about.get('format')} version {about.get('version')}"
+        raise RefusedFileError(
+            f"the gates in {folder} are {found}; this release reads mole_diffusers.gates version {VERSION}"
+        )
+    try:
+        experts = {name: {"sha256": str(e["sha256"]), "base": str(e["base"])} for name, e in about["experts"].items()}
+        return GateConfig.from_dict(about["gates"]), experts
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RefusedFileError(f"the gates in {folder}: config.json is not complete: {error!r}") from error
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no gate family, no folder here and no hub repository that can be reached"
+        ) from error

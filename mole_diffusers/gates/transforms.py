@@ -1,0 +1,88 @@
+"""What a trained gate is compared with: the same totals without what the gate learned. Pure tensor functions.
+
+Each control is `control(place, gates, mask) -> gates` for `mixture.adjusted(control)`: gates [..., N] (or [..., R] where
+they are per rank) as the trained gate gave them, mask [N] or [B, N] bool the ones that may weigh something. A control
+keeps what the gates sum to, so that only their division among the experts differs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from mole_diffusers import functional
+
+Control = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def uniform(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """All experts alike: the gate decides nothing but the total."""
+    share = mask / mask.sum(-1, keepdim=True).clamp_min(1)
+    return gates.sum(-1, keepdim=True) * functional.over_tokens(share, gates)
+
+
+def hardened(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The largest gate takes everything (argmax): the gate as a switch."""
+    mask = functional.over_tokens(mask, gates)
+    best = gates.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+    return torch.zeros_like(gates).scatter(-1, best, gates.sum(-1, keepdim=True)) * mask
+
+
+class Strongest:
+    """Of each row (or token) the `count` largest gates; the others weigh nothing, and those kept sum to what all did.
+
+    Where a row's tokens share their gates, the experts that weigh nothing are not computed.
+    """
+
+    def __init__(self, count: int):
+        if count < 1:
+            raise ValueError(f"1 or more experts must weigh something, got {count}")
+        self.count = count
+
+    def __call__(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        index = gates.abs().topk(min(self.count, gates.shape[-1]), -1).indices
+        kept = torch.zeros_like(gates).scatter(-1, index, gates.gather(-1, index))
+        return kept * gates.abs().sum(-1, keepdim=True) / kept.abs().sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def frozen_random(seed: int) -> Control:
+    """Weights drawn once per place, softmax of standard normal logits: a gate that varies by place but learned nothing."""
+
+    def control(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {place}".encode()))
+        logits = torch.randn(mask.shape[-1], generator=generator).to(gates.device)
+        share = functional.gate_weights(logits.expand(mask.shape), mask, "1")  # as mask
+        return gates.sum(-1, keepdim=True) * functional.over_tokens(share, gates)
+
+    return control
+
+
+class TimeAverage:
+    """Each gate's mean over the denoising steps, row by row: the gate without its changes in time.
+
+    Draw once inside `mixture.adjusted(average.watch)`, which changes nothing, then inside `mixture.adjusted(average)`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple, torch.Tensor] = {}
+        self._counts: dict[tuple, int] = {}
+
+    def watch(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Remember `gates` and leave them as they are."""
+        key = self._key(place, mask)
+        self._sums[key] = self._sums[key] + gates if key in self._sums else gates
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return gates
+
+    def __call__(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The mean; ValueError where this gate was not watched, or in another batch or resolution."""
+        key = self._key(place, mask)
+        if key not in self._sums or self._sums[key].shape != gates.shape:
+            raise ValueError(f"the gate at {place!r} was not watched on the same batch; draw inside adjusted(watch) first")
+        return self._sums[key] / self._counts[key]
+
+    @staticmethod
+    def _key(place: str, mask: torch.Tensor) -> tuple:
+        return place, *mask.flatten().tolist()

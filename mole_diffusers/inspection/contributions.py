@@ -1,0 +1,88 @@
+"""Where in the picture each expert acts: the size of what it adds to the denoiser's layers, by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching import peft_injection
+
+FROM_TEXT = ("attn2.to_k", "attn2.to_v", "time_emb_proj", "linear_1", "linear_2")  # layers whose tokens are no places
+
+
+@dataclass
+class Contributions:
+    """Sums over layers and steps, by resolution.
+
+    Attributes:
+        experts: names, in the order of the first axis of a map.
+        sums: (h, w) -> [N, h, w], |up_n (g_n z_n)| of every layer at that resolution, the prompt's rows alone.
+    """
+
+    experts: list[str]
+    sums: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def add(self, size: tuple[int, int], norms: torch.Tensor) -> None:
+        """norms [N, h * w]"""
+        shaped = norms.unflatten(-1, size).float().cpu()
+        self.sums[size] = self.sums.get(size, torch.zeros(())) + shaped
+
+    def finest(self) -> tuple[tuple[int, int], torch.Tensor]:
+        """The finest resolution at which an expert acts, and the maps there, scaled so that the largest value is 1.
+
+        Raises ValueError where no expert has acted on places of the picture.
+        """
+        if not self.sums:
+            raise ValueError("no expert has acted on the picture: all are absent, or have layers in the text encoder alone")
+        size = max(self.sums, key=lambda hw: hw[0] * hw[1])
+        return size, self.sums[size] / self.sums[size].max().clamp_min(1e-12)
+
+
+@contextmanager
+def contributions(mixture: Mixture, unet: Any, size: tuple[int, int]) -> Iterator[Contributions]:
+    """Measure while the block runs.
+
+    Args:
+        unet: the denoiser that the mixture is on.
+        size: (height, width) of the picture, of which tokens have the shape.
+    """
+    found, handles = Contributions(list(mixture.experts)), []
+
+    def listen(module: Any, segment: torch.Tensor) -> Any:
+        def measure(_: Any, args: tuple) -> None:
+            z = args[0].detach()
+            flat = z.flatten(2).transpose(1, 2) if z.dim() == 4 else z  # [B, T, R]
+            if flat.dim() == 3:
+                height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
+                shape = (height, flat.shape[1] // height)
+                found.add(shape, norms(flat[flat.shape[0] // 2 :], module.weight, segment, len(found.experts)))
+
+        return module.register_forward_pre_hook(measure)
+
+    try:
+        for name, (module, segment) in peft_injection.ups(unet).items():
+            if not name.endswith(FROM_TEXT):
+                handles.append(listen(module, segment))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norms(z: torch.Tensor, up: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
+    """z [B, T, R], up [Cout, R] (or [Cout, R, 1, 1]), segment [R] -> [N, T]: |up_n z_n|, the mean over rows.
+
+    By the r x r matrix up_n' up_n, so that nothing of width Cout is made.
+    """
+    z, up = z.float(), up.float().flatten(1)
+    rows = []
+    for n in range(experts):
+        mine = segment == n
+        gram = up[:, mine].T @ up[:, mine]  # [r, r]
+        rows.append(((z[..., mine] @ gram) * z[..., mine]).sum(-1).clamp_min(0).sqrt().mean(0))  # [T]
+    return torch.stack(rows)

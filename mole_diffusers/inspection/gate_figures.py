@@ -1,0 +1,151 @@
+"""What the gates did, drawn: weights by block and step, shares over the steps, places in the picture. Needs matplotlib.
+
+One colour per expert everywhere, Okabe and Ito's, safe for colour blindness; names stand beside colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mole_diffusers.inspection.contributions import Contributions
+from mole_diffusers.patching.trace import Trace
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+DPI = 110
+
+
+def colours(names: Collection[str], shades: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A colour per name, the same whatever the order; `shades` has those that are chosen already."""
+    free = [colour for colour in COLOURS if colour not in (shades or {}).values()] or list(COLOURS)
+    others = sorted(name for name in names if name not in (shades or {}))
+    return {name: free[i % len(free)] for i, name in enumerate(others)} | dict(shades or {})
+
+
+def block_places(trace: Trace, names: Mapping[str, str]) -> dict[str, str]:
+    """{place: label} of the denoiser's places that spoke at every step, in the order of the network.
+
+    Args:
+        names: module name of a block -> its short name, see `plan.block_names`.
+    """
+    steps = max(len(trace.weights(place)) for place in trace.places)
+    found = {}
+    for place in trace.places:
+        part, _, module = place.partition(".")
+        fewer = place.endswith(")")  # layers of a place that lack an expert
+        if fewer or part.startswith("text_encoder") or len(trace.weights(place)) != steps:
+            continue
+        block = next((name for prefix in names if f"{module}.".startswith(f"{prefix}.") for name in [prefix]), None)
+        if block is None:
+            found[place] = module or "outside blocks"
+        else:
+            found[place] = f"{names[block]} {module.rpartition('transformer_blocks.')[2].partition('.')[2]}".strip()
+    return found
+
+
+def heat_map(
+    trace: Trace, labels: Mapping[str, str], *, locked: Collection[str] = (), shades: Mapping[str, str] | None = None
+) -> Image.Image:
+    """Applied weights, block by step, one panel per expert on one scale; blocks set by hand are marked.
+
+    Args:
+        labels: see `block_places`.
+        locked: places set by hand.
+        shades: expert -> its colour; see `colours`.
+    """
+    rows, high, low = list(labels), 0.0, 0.0
+    tables = {place: trace.weights(place) for place in rows}  # [steps, N]
+    for table in tables.values():
+        high, low = max(high, float(table.max())), min(low, float(table.min()))
+    figure, panels = _figure(1.3 + 2.6 * len(trace.experts), 1.1 + 0.24 * len(rows), len(trace.experts))
+    shades = colours(trace.experts, shades)
+    for n, (name, axes) in enumerate(zip(trace.experts, panels, strict=True)):
+        cells = np.array([tables[place][:, n].numpy() for place in rows])
+        shown = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=low, vmax=max(high, low + 1e-6))
+        axes.set_title(name, color=_readable(shades[name]), fontsize=11, fontweight="bold")
+        axes.set_xlabel("step")
+        texts = [f"{labels[place]}{' (set)' if place in locked else ''}" for place in rows]
+        axes.set_yticks(range(len(rows)), texts if n == 0 else [""] * len(rows), fontsize=8)
+    figure.colorbar(shown, ax=list(panels), label="weight")
+    return _picture(figure)
+
+
+def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str] | None = None) -> Image.Image:
+    """Each expert's share of all weights, over the steps."""
+    table = torch.stack([trace.weights(place).abs() for place in labels]).sum(0)  # [steps, N]
+    share = (table / table.sum(-1, keepdim=True).clamp_min(1e-12)).numpy()
+    figure, (axes,) = _figure(6.0, 2.8, 1)
+    for n, name in enumerate(trace.experts):
+        colour = colours(trace.experts, shades)[name]
+        axes.plot(range(len(share)), share[:, n], "o-", color=colour, markersize=3, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("share of the weights")
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=9, loc="best")
+    return _picture(figure)
+
+
+def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str] | None = None) -> dict[str, Image.Image]:
+    """Label -> picture: where each expert acts, brighter where more, and who acts most, in each one's colour."""
+    (h, w), maps = found.finest()  # [N, h, w] in 0..1
+    shades = colours(found.experts, shades)
+    pictures = {}
+    for name, values in zip(found.experts, maps, strict=True):
+        pictures[f"{name}: {h} x {w} tokens"] = _laid_over(image, _rgb(shades[name])[None, None], values.numpy())
+    most, table = maps.argmax(0).numpy(), np.stack([_rgb(shades[name]) for name in found.experts])
+    pictures[f"who acts most: {h} x {w} tokens"] = _laid_over(image, table[most], np.full((h, w), 1.0))
+    return pictures
+
+
+def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray, opacity: float = 0.65) -> Image.Image:
+    """colour [h, w, 3] or [1, 1, 3] over a grey picture where strength [h, w] is; tokens stay visible as squares."""
+    side = (max(image.width, 256), max(image.height, 256) * image.height // max(image.width, 1))
+    grey = np.asarray(image.convert("L").resize(side, Image.Resampling.NEAREST), np.float32)[..., None]
+    wide = Image.fromarray((strength * 255).clip(0, 255).astype(np.uint8)).resize(side, Image.Resampling.NEAREST)
+    alpha = np.asarray(wide, np.float32)[..., None] / 255 * opacity
+    tint = Image.fromarray(np.broadcast_to(colour, (*strength.shape, 3)).astype(np.uint8))
+    shown = grey * (1 - alpha) + np.asarray(tint.resize(side, Image.Resampling.NEAREST), np.float32) * alpha
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
+
+
+def losses(rows: Sequence[Mapping[str, float]]) -> Image.Image:
+    """The loss of a training run, every term of it, by update."""
+    figure, (axes,) = _figure(6.0, 2.8, 1)
+    for i, name in enumerate(key for key in rows[0] if key != "step"):
+        style = {"color": "#000000", "linewidth": 1.8} if name == "loss" else {"color": COLOURS[i % 7], "linewidth": 1.0}
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss")
+    axes.legend(fontsize=9)
+    return _picture(figure)
+
+
+def _rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
+
+
+def _readable(colour: str) -> str:
+    """The colour, darkened where it would not stand out on white as text."""
+    rgb = _rgb(colour)
+    return colour if rgb @ [0.299, 0.587, 0.114] < 130 else "#{:02x}{:02x}{:02x}".format(*(rgb * 0.6).astype(int))
+
+
+def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained", dpi=DPI)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _picture(figure: Any) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

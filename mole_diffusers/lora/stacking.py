@@ -1,0 +1,164 @@
+"""Experts -> stacks: for each host layer that any expert touches, all experts side by side in one pair of matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mole_diffusers.lora import Expert, LoraWeights, check_family, layer_key
+from mole_diffusers.lora.safe_files import RefusedFileError, check_memory
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Every expert's share of one host layer: y = W x + up (g[segment] * (down x)).
+
+    The matrices are put side by side whenever they are asked for, in fp32, so that the experts are not held twice.
+    """
+
+    rows: tuple[LoraWeights | None, ...]  # [N], None where an expert lacks the layer
+    inner: tuple[int, ...]  # what a row of the host's weight is shaped like
+
+    @property
+    def down(self) -> torch.Tensor:
+        """[R, Cin] or [R, Cin, k, k], alpha / r folded in."""
+        return torch.cat([(w.down.float() * w.scale).reshape(w.rank, *self.inner) for w in self.rows if w is not None])
+
+    @property
+    def up(self) -> torch.Tensor:
+        """[Cout, R] or [Cout, R, 1, 1]."""
+        ones = (1,) * (len(self.inner) - 1)
+        return torch.cat([w.up.float().reshape(-1, w.rank, *ones) for w in self.rows if w is not None], 1)
+
+    @property
+    def out(self) -> int:
+        """Cout."""
+        return next(w.up.shape[0] for w in self.rows if w is not None)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """[N], 0 where an expert lacks the layer."""
+        return tuple(w.rank if w is not None else 0 for w in self.rows)
+
+    @property
+    def segment(self) -> torch.Tensor:
+        """[R] -> index of the expert each rank belongs to."""
+        return torch.repeat_interleave(torch.tensor(self.ranks))
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """[N]: which experts have this layer."""
+        return tuple(r > 0 for r in self.ranks)
+
+
+@dataclass(frozen=True)
+class Match:
+    """How one expert's layers meet one pipeline's."""
+
+    layers: dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: weights}
+    unmatched: dict[str, str]  # layer key, part first -> why no host layer has it
+
+
+def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
+    """Find the host module of every layer of `expert`.
+
+    Args:
+        hosts: part name -> model, as a pipeline has them.
+
+    Raises:
+        RefusedFileError: the expert is of another family of models, a layer's shape does not fit the host (the message
+            names expert, layer and both shapes), its numbers would be infinite in half precision, or not one layer was
+            found.
+    """
+    about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
+    try:
+        check_family(expert.base, hosts)
+    except ValueError as error:
+        raise RefusedFileError(f"{about}: {error}") from None
+    found: dict[str, dict[str, LoraWeights]] = {}
+    unmatched: dict[str, str] = {}
+    for part, layers in expert.layers.items():
+        modules = _by_key(hosts[part]) if part in hosts else {}
+        for key, weights in layers.items():
+            if key not in modules:
+                unmatched[f"{part}.{key}"] = _missing(key, part, hosts.get(part))
+                continue
+            name, module = modules[key]
+            _check_shape(expert, f"{part}.{name}", weights, module)
+            _check_range(expert, f"{part}.{name}", weights, module)
+            found.setdefault(part, {})[name] = weights
+    if not found:
+        key, why = next(iter(unmatched.items()))
+        raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline, {key} since {why}")
+    return Match(found, unmatched)
+
+
+def _missing(key: str, part: str, host: nn.Module | None) -> str:
+    """Why a layer key has no layer in a host."""
+    if host is None:
+        return f"there is no {part}"
+    kind = next((type(m).__name__ for name, m in host.named_modules() if layer_key(name) == key), None)
+    return f"the {part} has no such layer" if kind is None else f"the {part} has a {kind} there, which takes no LoRA"
+
+
+def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
+    """{layer key: (module name, module)} of every layer a LoRA can sit on, seen through peft's wrappers."""
+    layers: dict[str, tuple[str, Any]] = {}
+    for name, module in host.named_modules():
+        module = getattr(module, "base_layer", module)
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".base_layer" not in name and ".lora_" not in name:
+            layers[layer_key(name)] = (name, module)
+    return layers
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    """[Cout, Cin] or [Cout, Cin, k, k] of a layer, whatever its weight is packed into."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+
+
+def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
+    host = _shape(module)
+    down, up = tuple(weights.down.shape), tuple(weights.up.shape)
+    # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape. LoHa and LoKr hold
+    # a convolution's channels and taps as one axis.
+    inner = math.prod(host[1:])
+    fits = up[0] == host[0] and math.prod(down[1:]) == inner and (len(down) == 2 or down[2:] == (host[2:] or (1, 1)))
+    if not fits:
+        raise RefusedFileError(
+            f"expert {expert.name!r} ({expert.source}, {expert.base}) does not fit layer {name}: "
+            f"the host's weight is {list(host)}, the LoRA's down is {list(down)} and up is {list(up)}"
+        )
+
+
+def _check_range(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
+    if module.weight.dtype == torch.float16 and (largest := weights.largest()) > torch.finfo(torch.float16).max:
+        raise RefusedFileError(
+            f"expert {expert.name!r} ({expert.source}): the numbers of layer {name} go up to {largest:.2g}, which float16 "
+            f"cannot hold; use the pipeline in bfloat16 or float32"
+        )
+
+
+def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
+    """The experts' weights for one host layer side by side, shaped as the host's own weight."""
+    return Stack(tuple(weights), tuple(_shape(host)[1:]))
+
+
+def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
+    """part -> {module name: Stack} over every layer that any expert has, in the host's order."""
+    all_weights = [w for m in matches for layers in m.layers.values() for w in layers.values()]
+    check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
+    stacks: dict[str, dict[str, Stack]] = {}
+    for part, host in hosts.items():
+        touched = {name for m in matches for name in m.layers.get(part, {})}
+        for name, module in _by_key(host).values():
+            if name in touched:
+                rows = [m.layers.get(part, {}).get(name) for m in matches]
+                stacks.setdefault(part, {})[name] = stack(rows, module)
+    return stacks

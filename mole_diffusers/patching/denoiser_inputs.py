@@ -1,0 +1,66 @@
+"""The models of a pipeline, and what its denoiser is called with: models name their inputs, and count their time, in
+different ways."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from mole_diffusers.lora import PARTS
+
+DENOISERS = ("unet", "transformer")
+
+
+class CallReader:
+    """Reads the arguments of one denoiser's forward, given by position or by name; ValueError where it lacks one."""
+
+    def __init__(self, denoiser: nn.Module):
+        self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+        if missing := [name for name in ("timestep", "encoder_hidden_states") if name not in self.names]:
+            raise ValueError(f"{type(denoiser).__name__} is not given {missing[0]!r}, which gates need")
+        self.pure_noise = 1 if isinstance(denoiser, FluxTransformer2DModel) else 1000  # the timestep of pure noise
+
+    def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
+        return kwargs[name] if name in kwargs else args[self.names.index(name)]
+
+    def time(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The noise level [B], 0..1, where 1 is pure noise."""
+        sample = self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
+        time = torch.as_tensor(self._read("timestep", args, kwargs), device=sample.device)
+        return time.float().reshape(-1).expand(sample.shape[0]) / self.pure_noise
+
+    def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The text states [B, T, C]; B may be a multiple of the samples' where the samples are films."""
+        return self._read("encoder_hidden_states", args, kwargs)
+
+
+def compiled_from(model: Any) -> Any:
+    """The model inside what `torch.compile(model)` returns; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The UNet or transformer of a pipeline; ValueError where it has none."""
+    for name in DENOISERS:
+        if (model := getattr(pipe, name, None)) is not None:
+            return compiled_from(model)
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+
+
+def hosts(pipe: Any) -> dict[str, nn.Module]:
+    """Part -> model of a pipeline that experts can sit on; ValueError where they could not act."""
+    unet = denoiser(pipe)
+    if any(_fused(module) for module in unet.modules()):
+        raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
+    return {part: compiled_from(model) for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+
+
+def _fused(module: Any) -> bool:
+    """Whether an attention multiplies by q, k and v at once; unfusing leaves the mark on those of UNets."""
+    marked = getattr(module, "fused_projections", False)
+    return marked and (not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused"))

@@ -1,0 +1,160 @@
+"""Gates that stand still, folded away: into the host's own weights, or into one ordinary LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from mole_diffusers import functional
+from mole_diffusers.lora import LoraWeights
+from mole_diffusers.lora.stacking import Stack
+from mole_diffusers.patching.component import GatedPart
+from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.runtime import Decision, Present
+
+Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
+Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: one LoRA's weights}
+
+
+class Averages:
+    """A listener: each gate's weights averaged over calls, batch rows and tokens."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, Present], tuple[torch.Tensor, int]] = {}
+
+    def __call__(self, decision: Decision) -> None:
+        weights = (decision.weights if decision.ranks is None else decision.ranks).detach().float()
+        key = decision.place, decision.present
+        total, count = self._sums.get(key, (torch.zeros(()), 0))
+        self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
+
+    @property
+    def weights(self) -> Weights:
+        """(place, present) -> [N] or [R]."""
+        return {key: total / count for key, (total, count) in self._sums.items()}
+
+
+def ask(pipe: Any, parts: Sequence[GatedPart], prompt: str | Sequence[str] | None, **call: Any) -> None:
+    """Have every gate speak, at no more cost than it takes: those that read nothing need no prompt, those that read the text
+    an encoded one, and others a picture.
+
+    Raises ValueError where a gate depends on what passes it, and there is no prompt.
+    """
+    rows = parts[0].state.rows
+    if prompt is None or (all(part.blind for part in parts) and rows is None):
+        for part in parts:
+            part.ask_still_gates()
+    elif all(part.fusible for part in parts) and not _compiled(pipe):
+        _encode(pipe, parts, prompt, **call)
+    else:
+        sample(pipe, prompt, **call)
+
+
+def _compiled(pipe: Any) -> bool:
+    """Whether the denoiser is one graph, which no hook of a layer can leave."""
+    model: Any = denoiser(pipe)
+    wrapped = getattr(pipe, "unet", getattr(pipe, "transformer", None)) is not model
+    return wrapped or getattr(model, "_compiled_call_impl", None) is not None
+
+
+class _HeardError(Exception):
+    """All gates have spoken; the picture is not wanted."""
+
+
+def _encode(pipe: Any, parts: Sequence[GatedPart], prompt: str | Sequence[str], **call: Any) -> None:
+    """Run the pipeline up to where its denoiser's first layer would begin: by then its weights are where they are used."""
+
+    def speak(*_: Any) -> None:
+        for part in parts:
+            part.speak()
+        raise _HeardError
+
+    model = denoiser(pipe)
+    processors = {module: module.processor for module in model.modules() if isinstance(module, Attention)}
+    hooks = [child.register_forward_pre_hook(speak) for child in model.children()]
+    try:
+        sample(pipe, prompt, **call)
+    except _HeardError:
+        pipe.maybe_free_model_hooks()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, found in processors.items():  # PAG puts its own there for a call, and was not let back
+            module.processor = found
+
+
+@torch.no_grad()
+def sample(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
+    """Run the pipeline without decoding, 10 steps from seed 0 unless `call` says otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
+
+
+def one_lora(parts: Iterable[GatedPart], weights: Weights) -> Folded:
+    """All experts, each at its place's weight, as one LoRA of summed rank. What weighs 0 is left out."""
+    layers: Folded = {}
+    for part in parts:
+        for name, stack in part.stacks.items():
+            factor = weights[part.place_of(name)].cpu()
+            if (lora := _weighed(stack, factor if part.ranked else factor[stack.segment])).rank:
+                layers.setdefault(part.name, {})[name] = lora
+    return layers
+
+
+def _weighed(stack: Stack, factor: torch.Tensor) -> LoraWeights:
+    """`factor` [R]."""
+    kept = factor != 0
+    up = stack.up[:, kept]
+    return LoraWeights(stack.down[kept], up * factor[kept].reshape(1, -1, *(1,) * (up.dim() - 2)), 1.0)
+
+
+def truncated(layers: Folded, rank: int) -> tuple[Folded, float]:
+    """The nearest LoRA of at most `rank` per layer (Eckart-Young), and its error |dW - dW'| / |dW| over all layers."""
+    if rank < 1:
+        raise ValueError(f"the rank of a LoRA must be 1 or more, got {rank}")
+    small: Folded = {}
+    lost = whole = 0.0
+    for part, modules in layers.items():
+        for name, weights in modules.items():
+            down, up, values = functional.low_rank(weights.down, weights.up * weights.scale, rank)
+            small.setdefault(part, {})[name] = LoraWeights(down, up, 1.0)
+            lost, whole = lost + values[rank:].square().sum().item(), whole + values.square().sum().item()
+    return small, (lost / whole) ** 0.5 if whole else 0.0
+
+
+@contextmanager
+def folded(parts: Iterable[GatedPart], layers: Folded) -> Iterator[None]:
+    """The hosts of `parts` with `layers` added to their weights in place while the block runs; then the very bits they had.
+
+    Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.
+    """
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for part in parts:
+            for name, weights in layers.get(part.name, {}).items():
+                weight = _writable(part.model.get_submodule(name), f"{part.name}.{name}")
+                before.append((weight, weight.clone()))
+                weight.copy_(weight.float() + _delta(weights, weight.device))
+        yield
+    finally:
+        for weight, kept in before:
+            weight.copy_(kept)
+
+
+def _delta(weights: LoraWeights, device: torch.device) -> torch.Tensor:
+    return LoraWeights(weights.down.to(device), weights.up.to(device), weights.scale).delta()
+
+
+def _writable(module: Any, name: str) -> torch.Tensor:
+    weight = getattr(module, "base_layer", module).weight.data
+    packed = type(weight) is not torch.Tensor or not weight.is_floating_point() or weight.element_size() < 2
+    if packed or weight.is_meta:
+        raise ValueError(
+            f"the weight of {name} ({weight.dtype} on {weight.device}) cannot take the experts: it is quantised or "
+            f"offloaded; keep the gates, or fold before that"
+        )
+    return weight

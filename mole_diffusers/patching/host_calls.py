@@ -1,0 +1,105 @@
+"""Calls of a host that would lose or break its experts: they meet the original host, or are refused in one sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import MethodType
+from typing import Any
+
+from diffusers import ModelMixin
+
+from mole_diffusers.patching.peft_injection import ADAPTER, adapted
+
+Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
+
+ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter", "set_adapters", "set_default_attn_processor")
+FUSED = "q, k and v of a pipeline with a mixture cannot be fused, its experts are beside each; detach first"
+MERGED = (
+    "LoRAs cannot be fused under a mixture, whose gated experts would be off in the layers; fuse them before attach, or "
+    "use mixture.collapsed() or mixture.export_lora() for the experts"
+)
+PARTIAL = "{name} carries the experts of a mixture; take its weights inside `with mixture.lifted():`"
+COPY = "this {kind} was copied with a mixture on it; copy it inside `with mixture.lifted():`"
+
+
+def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None:
+    """Watch the calls of a pipeline and of the models with experts.
+
+    Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
+    write peft's own names, which load as random weights, make the mixture's adapter inactive, and not know its attention
+    processors. Fusing is refused, and so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+
+    Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
+    the layers themselves keep the mixture's adapter active, and refuse to be fused.
+    """
+    _lend(pipe, "fuse_lora", _refusing(MERGED), undo)
+    for model in models:
+        for name in ON_THE_ORIGINAL:
+            _lend(model, name, functools.partial(_lifting, model, lift), undo)
+        _lend(model, "fuse_qkv_projections", _refusing(FUSED), undo)
+        _lend(model, "fuse_lora", _refusing(MERGED), undo)
+        for layer in adapted(model):
+            _lend(layer, "merge", _refusing(MERGED), undo)
+            if ADAPTER in layer.lora_A:
+                _lend(layer, "set_adapter", _keeping, undo)
+        if isinstance(model, ModelMixin):
+            _watch_parts(model, undo)
+        elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
+            # diffusers' `clip_skip` looks for a module that transformers 5.6 took away
+            undo.callback(vars(model).pop, "text_model", None)
+            vars(model)["text_model"] = model
+
+
+def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: ExitStack) -> None:
+    """Give one object a method of its own, `make(the method it has)`; does nothing where it has none.
+
+    A method that a subclass made its own, as a drop-in pipeline does, knows what it is about and stays.
+    """
+    found = getattr(type(owner), name, None)
+    if found is None or found.__module__.startswith("mole_diffusers"):
+        return
+    undo.callback(vars(owner).pop, name, None)
+    vars(owner)[name] = MethodType(functools.wraps(found)(make(found)), owner)
+
+
+def _lifting(model: Any, lift: Lift, found: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not model:
+            raise ValueError(COPY.format(kind=type(self).__name__))
+        # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
+        with nullcontext() if kwargs.get("hotswap") is True else lift():
+            return found(self, *args, **kwargs)
+
+    return call
+
+
+def _keeping(found: Any) -> Any:
+    def call(self: Any, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        return found(self, [*(name for name in chosen if name != ADAPTER), ADAPTER], *args, **kwargs)
+
+    return call
+
+
+def _refusing(why: str) -> Callable[[Any], Any]:
+    def make(_: Any) -> Any:
+        def call(*_: Any, **__: Any) -> None:
+            raise ValueError(why)
+
+        return call
+
+    return make
+
+
+def _watch_parts(model: Any, undo: ExitStack) -> None:
+    for name, child in model.named_children():
+        if any(ADAPTER in key for key, _ in child.named_parameters()):
+            undo.callback(child.register_state_dict_pre_hook(functools.partial(_whole_only, name)).remove)
+
+
+def _whole_only(name: str, _: Any, prefix: str, *__: Any) -> None:
+    """A state dict of the whole model has a prefix for each part."""
+    if not prefix:
+        raise ValueError(PARTIAL.format(name=name))

@@ -1,0 +1,182 @@
+"""How experts ride in a model: as one peft adapter whose rank space the gates scale. The only file that touches peft.
+
+peft calls a `LoraVariant` instead of its own LoRA arithmetic; that keeps `disable_lora`, the `scale` argument, other
+adapters, quantised layers and hooks of the host working. The extension point is private to peft.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from mole_diffusers.lora.stacking import Stack
+from mole_diffusers.patching.gated_linear import ADAPTER, GatedLayer
+from mole_diffusers.patching.kept_products import Together
+from mole_diffusers.patching.placement import TEXT_LAYERS
+from mole_diffusers.patching.processor import Slot
+
+ONE_INPUT = ("to_q", "to_k", "to_v")
+
+
+class GatedLinear(lora.Linear):
+    """peft's layer, where the experts may also do the host's own product."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.lora_variant[ADAPTER].whole(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
+    """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
+    before, active = _record(model, ADAPTER, undo)
+    targets = "|".join(re.escape(name) for name in stacks)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
+    inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+    model._hf_peft_config_loaded = True
+    for name, stack in stacks.items():
+        _fill(model.get_submodule(name), stack, GatedLayer(slots[name], stack, f"{slots[name].part}.{name}"))
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
+            hook = model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
+            undo.callback(hook.remove)
+    _join(model, stacks)
+    _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
+    for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
+        p.requires_grad_(flag)
+
+
+def prefer(model: nn.Module, pays: Callable[..., bool]) -> None:
+    """Have the injected layers of `model` choose between their two ways by `pays`, in place of `mixing.folding_pays`."""
+    for layer in model.modules():
+        if type(layer) is GatedLinear:
+            layer.lora_variant[ADAPTER].pays = pays
+
+
+def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """AnimateDiff's motion modules hand their projections `input` by name; peft's layers have another name for it."""
+    return ((kwargs["input"],), {}) if "input" in kwargs else None
+
+
+def inject_trainable(model: Any, adapter: str, undo: ExitStack, *, pattern: str, rank: int, alpha: float) -> None:
+    """An ordinary trainable LoRA on every layer whose name matches `pattern`; the host itself is frozen meanwhile."""
+    _record(model, adapter, undo)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights="gaussian")
+    inject_adapter_in_model(config, model, adapter)
+
+
+def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Parameter, bool], dict[str, list[str]]]:
+    """Note what injecting will change, gradients and active adapters, so that `undo` can give it back.
+
+    Raises ValueError where the adapter's name is taken, or where other adapters are disabled or fused: peft switches
+    whole layers, so ours would be off too.
+    """
+    if adapter in getattr(model, "peft_config", {}):
+        raise ValueError(f"{type(model).__name__} already has an adapter named {adapter!r}; delete or rename it")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise ValueError(f"the adapters of {type(model).__name__} are disabled; call pipe.enable_lora() first")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(
+            f"adapters are fused into {type(model).__name__}; call pipe.unfuse_lora() first, or "
+            f"pipe.unload_lora_weights(), which keeps what is fused"
+        )
+    gradients = {p: p.requires_grad for p in model.parameters()}
+    active = {name: list(layer.active_adapters) for name, layer in layers.items()}
+    undo.callback(lambda: [p.requires_grad_(flag) for p, flag in gradients.items()])
+    undo.callback(_activate, model, active)
+    undo.callback(_remove, model, adapter, hasattr(model, "peft_config"))
+    return gradients, active
+
+
+def _fill(layer: Any, stack: Stack, variant: GatedLayer) -> None:
+    weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
+    for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
+        half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
+    layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
+    rank = len(stack.segment)
+    layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
+    layer.lora_variant[ADAPTER] = variant
+    if type(layer) is lora.Linear:
+        layer.__class__ = GatedLinear
+    # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
+
+
+def _join(model: Any, names: Iterable[str]) -> None:
+    """Have the queries, keys and values of an attention that reads one input share one projection of it."""
+    groups: dict[str, list[GatedLinear]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(name)
+        if leaf in ONE_INPUT and not f"{parent}.to_k".endswith(TEXT_LAYERS) and type(layer) is GatedLinear:
+            groups.setdefault(parent, []).append(layer)
+    for layers in groups.values():
+        downs = [layer.lora_A[ADAPTER] for layer in layers]
+        if len({(down.weight.shape[1], down.weight.dtype, down.weight.device) for down in downs}) == 1:
+            together = Together(downs)
+            for index, layer in enumerate(layers):
+                layer.lora_variant[ADAPTER].together = together, index
+
+
+def _computed_in(module: Any) -> torch.dtype:
+    """What a layer's product is computed in: its weight may be stored in fewer bits."""
+    hook = getattr(module, "_diffusers_hook", None)
+    casting = hook and hook.get_hook("layerwise_casting")
+    said = (casting or module).__dict__.get("compute_dtype")  # layers of GGUF and bitsandbytes say it too
+    if said is not None:
+        return said
+    dtype = module.weight.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
+
+
+def _activate(model: nn.Module, active: Mapping[str, list[str]]) -> None:
+    """Set the active adapters of each named layer that is still there."""
+    for name, adapters in active.items():
+        if isinstance(layer := model.get_submodule(name), LoraLayer):
+            layer.set_adapter(adapters)
+
+
+def _remove(model: Any, adapter: str, had_config: bool) -> None:
+    carrying = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
+    for name, layer in carrying.items():
+        if len(layer.lora_A) > 1:
+            if type(layer) is GatedLinear:
+                layer.__class__ = lora.Linear
+            layer.delete_adapter(adapter)
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    config = getattr(model, "peft_config", {})
+    config.pop(adapter, None)
+    if not config and not had_config and hasattr(model, "peft_config"):
+        del model.peft_config
+        model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
+
+
+def adapted(model: nn.Module) -> list[Any]:
+    """The layers of a model that carry LoRAs, the mixture's experts or ordinary ones."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """down [R, Cin] and up [Cout, R] of an injected layer, where the host keeps them now.
+
+    The taps of a convolution are summed: applied to a mean input that gives its mean output, but for the borders.
+    """
+    layer = model.get_submodule(name)
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return (down.sum((2, 3)), up.sum((2, 3))) if down.dim() == 4 else (down, up)
+
+
+def ups(model: Any) -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    """layer -> (the module that holds `up`, segment [R]); what enters that module is z times the weights."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
+    return {name: (layer.lora_B[ADAPTER], layer.lora_A[ADAPTER].segment) for name, layer in layers.items()}

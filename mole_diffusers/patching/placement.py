@@ -1,0 +1,149 @@
+"""Where gates sit in a host: which place each layer belongs to, and what the gate there can read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mole_diffusers.lora.stacking import Stack
+
+NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
+TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
+FIRST = ("attn1", "self_attn", "SelfAttention", "proj_mlp", "attn")  # what a block enters first, by its name there
+ONE_STREAM = FIRST[:3]  # of these, the ones of blocks whose layers read one stream of tokens, but for TEXT_LAYERS
+TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # how a denoiser's config calls the channels of its text
+TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one gate sits.
+
+    Attributes:
+        name: the host's module name of the block, layer or matrix; "" for the network.
+        entry: the module whose input the gate reads; None where the layers hand their own input.
+        resets: the module at whose entry the gate's last weights end, whose layers share them; None where each layer
+            asks anew.
+        width: channels C of that input.
+        tokens: T at the host's default resolution, for flattened features; 0 where it is not fixed.
+    """
+
+    name: str
+    entry: str | None
+    resets: str | None
+    width: int
+    tokens: int
+
+
+def blocks(model: nn.Module) -> dict[str, str]:
+    """{name of a transformer block: name of the module that its input enters}, in UNets, transformers, text encoders.
+
+    That is the first attention; the single blocks of Flux and its kin run a feed-forward layer beside it.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if first := next((f for f in FIRST if hasattr(module, f)), None):
+            found[name] = f"{name}.{first}"
+    return found
+
+
+def owner(layer: str, layout: str, block_names: Iterable[str]) -> str:
+    """The name of the place that gates `layer`.
+
+    `layout` is a granularity; or "stream", a place for each stream of tokens in a block, the block's own and the text,
+    and for each layer outside blocks; or "whole", a place per block that reads all that enters it; or "module", the
+    same for each layer of the block.
+    """
+    if layout in ("matrix", "module"):
+        return layer
+    block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
+    if layout == "stream" and block == NETWORK:
+        return layer
+    if layout == "model" or block == NETWORK:
+        return NETWORK
+    if layout == "stream" and layer.endswith(TEXT_LAYERS):
+        return f"{block}.{TEXT_LAYERS[0]}"
+    return block if layout != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
+
+
+def place(name: str, layout: str, model: nn.Module) -> Place:
+    """Describe the place that `owner` named."""
+    if name == NETWORK:
+        return Place(name, None, None, _network_width(model), 1)
+    if layout in ("stream", "whole", "module"):
+        return _within(name, layout, model)
+    if layout == "matrix":
+        return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
+    entry = blocks(model)[name] if layout == "block" else name
+    return Place(name, entry, name, _in_width(model.get_submodule(entry)), _tokens(name, model))
+
+
+def _within(name: str, layout: str, model: nn.Module) -> Place:
+    """A place that reads its block's input as it enters, before any norm; of two streams the text as its layers have it."""
+    block = next((b for b in blocks(model) if name == b or name.startswith(f"{b}.")), None)
+    if layout == "stream":
+        if block is not None and not any(hasattr(model.get_submodule(block), first) for first in ONE_STREAM):
+            raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
+        return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)
+    width = _network_width(model) if block is None else _in_width(model.get_submodule(block))
+    return Place(name, block, block, width, 0)
+
+
+def _in_width(module: nn.Module) -> int:
+    """Channels that enter a module: those of its first linear or convolution layer."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            return child.in_features
+        if isinstance(child, nn.Conv2d):
+            return child.in_channels
+    raise ValueError(f"{type(module).__name__} has no layer that an expert could gate")
+
+
+def text_width(model: Any) -> int:
+    """Channels of the text that a denoiser reads, or of a text encoder's states."""
+    for name in (*TEXT_WIDTH, "hidden_size"):
+        if width := getattr(model.config, name, None):
+            return width
+    raise ValueError(f"a gate outside the blocks of {type(model).__name__} has no text states of known width to read")
+
+
+def _network_width(model: Any) -> int:
+    denoiser = any(getattr(model.config, name, None) for name in TEXT_WIDTH)
+    return text_width(model) + (TIME_WIDTH if denoiser else 0)
+
+
+def _tokens(name: str, model: Any) -> int:
+    """Tokens of a block at the host's default size: halved per side at each down block, mirrored going up."""
+    config = model.config
+    if not hasattr(config, "block_out_channels"):
+        return getattr(config, "max_position_embeddings", 0)
+    depth = len(config.block_out_channels) - 1
+    numbered = re.match(r"(down|up)_blocks\.(\d+)", name)
+    level = depth if numbered is None else int(numbered[2])
+    if numbered and numbered[1] == "up":
+        level = depth - level
+    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    return (side >> level) ** 2
+
+
+def probed(place: Place, stacks: Mapping[str, Stack]) -> list[str]:
+    """The expert layers that read the gate's own input, so that their outputs are known where the gate is asked.
+
+    Raises ValueError where no expert has one: the paper's input does not exist at that place.
+    """
+    if place.entry is None:
+        return [place.name]
+    ends: tuple[str, ...] = ("to_q", "q_proj", "net.0.proj", "fc1")
+    if not place.entry.endswith("attn2"):  # cross-attention reads keys and values from the text
+        ends += ("to_k", "to_v", "k_proj", "v_proj")
+    names = [name for name in stacks if name.startswith(f"{place.entry}.") and name.endswith(ends)]
+    if not names:
+        raise ValueError(
+            f"inputs='experts' needs an expert layer that reads the input of {place.entry}, and no expert has one; "
+            f"use inputs='hidden'"
+        )
+    return names

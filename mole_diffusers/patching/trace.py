@@ -1,0 +1,58 @@
+"""What the gates decided: weights by place, step, batch row and expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mole_diffusers import functional
+from mole_diffusers.patching.runtime import Decision, Present, State
+
+
+@dataclass
+class Trace:
+    """Recorded by `mixture.trace()`.
+
+    Attributes:
+        experts: names, in the order of the last axis.
+        records: (place, step, applied weights [N] or [B, N] on the CPU); step -1 is before the first denoiser call,
+            where text encoders run. Layers of a place that have fewer of the experts are recorded apart, as
+            "PLACE (fox, ink)".
+    """
+
+    experts: list[str]
+    state: State = field(repr=False)
+    records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
+    _largest: dict[str, Present] = field(default_factory=dict, repr=False)
+
+    def record(self, decision: Decision) -> None:
+        """Keep one gate's decision."""
+        place = decision.place
+        largest = self._largest.setdefault(place, decision.present)
+        if decision.present != largest:
+            names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
+            place = f"{place} ({', '.join(names)})"
+        self.records.append((place, self.state.step, decision.weights.detach().float().cpu()))
+
+    @property
+    def places(self) -> list[str]:
+        """Every gate that spoke, in the order of its first word."""
+        return list(dict.fromkeys(place for place, _, _ in self.records))
+
+    def weights(self, place: str) -> torch.Tensor:
+        """The weights at one place over its calls, mean over batch rows: [steps, N]."""
+        rows = [w.reshape(-1, w.shape[-1]).mean(0) for name, _, w in self.records if name == place]
+        if not rows:
+            raise ValueError(f"no gate spoke at {place!r}; known: {self.places}")
+        return torch.stack(rows)
+
+    def mean(self) -> dict[str, float]:
+        """Each expert's weight averaged over steps, rows and the places where it weighs anything."""
+        table = torch.stack([self.weights(place).mean(0) for place in self.places])  # [places, N]
+        average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
+        return dict(zip(self.experts, average.tolist(), strict=True))
+
+    def entropy(self) -> float:
+        """Mean entropy of the gates in nats; ln N where all experts share equally."""
+        return torch.cat([functional.entropy(w).reshape(-1) for _, _, w in self.records]).mean().item()

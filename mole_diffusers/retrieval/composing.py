@@ -1,0 +1,116 @@
+"""What is done with the LoRAs found: LoraRetriever's selection, mixture and fusion, for one prompt or a mixed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mole_diffusers.lora import PARTS, Expert, family_of
+from mole_diffusers.merging.factors import Pair, present
+from mole_diffusers.merging.layers import as_expert, layers_of
+from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.retrieval.library import THRESHOLD, Found, LoraLibrary
+
+MODES = ("selection", "mixture", "sum", "fusion")
+
+
+def asked_for(library: LoraLibrary, pipe: Any, prompt: str, *, k: int = 3, threshold: float = THRESHOLD) -> list[Found]:
+    """`LoraLibrary.retrieve` for a pipeline: LoRAs that are known to be for another family are passed over."""
+    base = family_of({part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None})
+    return library.retrieve(prompt, k=k, threshold=threshold, base=base)
+
+
+def report(library: LoraLibrary, found: Sequence[Found]) -> list[dict[str, Any]]:
+    """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), why."""
+    cards = {card.name: card for card in library.cards}
+    return [
+        {"file": cards[each.name].file, "base": cards[each.name].base, "why": each.why, **asdict(each)} for each in found
+    ]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What `composed` put on the pipeline.
+
+    Attributes:
+        found: for each prompt, what was found, best first.
+        sets: for each prompt, expert -> factor: the mapping matrix, row by row.
+        mixture: the attached experts; None where no prompt asked for any.
+    """
+
+    found: list[list[Found]]
+    sets: list[dict[str, float]]
+    mixture: Mixture | None
+
+
+@contextmanager
+def composed(
+    library: LoraLibrary,
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    mode: str = "sum",
+    k: int = 3,
+    threshold: float = THRESHOLD,
+    gates: Gates = "sum",
+    images: int = 1,
+) -> Iterator[Composition]:
+    """While the block runs, `pipe(prompts)` draws each prompt with the LoRAs that it asks for, and with no others.
+
+    Args:
+        prompts: what the pipeline will be called with, in this order.
+        mode: LoraRetriever's "selection" (the first alone), "mixture" (outputs averaged, 1 / k each) or "fusion" (down
+            and up matrices averaged apart, which adds cross terms), or "sum": weight 1 each, since 1 / k thins out what
+            each LoRA brings to a picture.
+        k, threshold: see `LoraLibrary.retrieve`; LoRAs of another family than the pipeline's are passed over.
+        gates: what weighs the experts of each prompt, as in `attach`.
+        images: the call's `num_images_per_prompt`.
+
+    Raises ValueError for an unknown mode, LoRAs that cannot be fused, or a pipeline that already has a mixture.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {list(MODES)}")
+    if attached(pipe) is not None:
+        raise ValueError("the pipeline already has a mixture; detach it first")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    found = [asked_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
+    experts, sets = _sets(library, [[each.name for each in row] for row in found], mode)
+    mixture = attach(pipe, experts, gates) if experts else None
+    try:
+        with nullcontext() if mixture is None else mixture.rows(sets, images=images):
+            yield Composition(found, sets, mixture)
+    finally:
+        detach(pipe)
+
+
+def _sets(
+    library: LoraLibrary, names: Sequence[Sequence[str]], mode: str
+) -> tuple[dict[str, Expert], list[dict[str, float]]]:
+    """The experts of all prompts, each once, and each prompt's own factors."""
+    if mode == "selection":
+        names = [row[:1] for row in names]
+    experts = {name: library.expert(name) for name in dict.fromkeys(name for row in names for name in row)}
+    if mode == "fusion":
+        whole = {"+".join(row): [experts[name] for name in row] for row in names if row}
+        return {name: fused(name, parts) for name, parts in whole.items()}, [{"+".join(r): 1.0} if r else {} for r in names]
+    return experts, [{name: 1 / len(row) if mode == "mixture" else 1.0 for name in row} for row in names]
+
+
+def fused(name: str, experts: Sequence[Expert]) -> Expert:
+    """LoraRetriever's fusion: delta W = (sum B / k)(sum A / k), cross terms and all; B carries its own alpha / r.
+
+    Raises ValueError where the experts differ in layers or ranks, which leaves nothing to average.
+    """
+    weighted = {expert.name: (expert, 1.0) for expert in experts}
+    merged = {}
+    for key, layer in layers_of(weighted).items():
+        ranks = {n: 0 if pair is None else pair.rank for n, pair in zip(weighted, layer, strict=True)}
+        if len(set(ranks.values())) > 1:
+            raise ValueError(f"{name} cannot be fused: the ranks of layer {key!r} are {ranks}; use mode 'mixture' or 'sum'")
+        pairs = present(layer)
+        merged[key] = Pair(torch.stack([p.down for p in pairs]).mean(0), torch.stack([p.up for p in pairs]).mean(0))
+    return as_expert(merged, weighted, name=name, metadata={})

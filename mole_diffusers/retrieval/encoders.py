@@ -1,0 +1,73 @@
+"""Text encoders of a library: texts -> unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from mole_diffusers.mixture import attached
+from mole_diffusers.retrieval.phrases import COMMON
+
+
+class Encoder(Protocol):
+    """`encoder(texts)` -> [n, D] fp32 on the CPU, each of unit length. `id` names it; an index remembers the id."""
+
+    id: str
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor: ...
+
+
+class PipelineText:
+    """A pipeline's own CLIP text encoder: the mean state of a text's tokens, less that of everyday words.
+
+    The end-of-text state, CLIP's own summary, tells concepts apart less well where the text encoder was not trained with
+    images side by side; and all states share a large common part, which `COMMON` measures. No LoRA speaks meanwhile.
+    """
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        config = pipe.text_encoder.config
+        self.id = f"{type(pipe.text_encoder).__name__} of {config.num_hidden_layers} layers and width {config.hidden_size}"
+        self._common: torch.Tensor | None = None  # [D]
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        if self._common is None:
+            self._common = self._means(COMMON).mean(0)
+        return F.normalize(self._means(texts) - self._common, dim=-1)
+
+    @torch.no_grad()
+    def _means(self, texts: Sequence[str]) -> torch.Tensor:
+        tokenizer, model = self.pipe.tokenizer, self.pipe.text_encoder
+        ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids  # [n, T]
+        mixture = attached(self.pipe)
+        with nullcontext() if mixture is None else mixture.fixed({}):
+            states = model(ids.to(model.device)).last_hidden_state.float().cpu()  # [n, T, D]
+        special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+        own = ~torch.isin(ids, special)
+        return (states * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp_min(1)
+
+
+class SentenceText:
+    """A sentence-transformers model, by name or folder. Needs that package: pip install mole-diffusers[library]."""
+
+    def __init__(self, name: str):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ValueError(
+                f"encoder {name!r} needs the package sentence-transformers: pip install mole-diffusers[library]"
+            ) from error
+        self.id, self.model = f"sentence-transformers {name}", SentenceTransformer(name)
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        vectors = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        return F.normalize(vectors.float().cpu(), dim=-1)
+
+
+def encoder_for(pipe: Any, name: str | None = None) -> Encoder:
+    """The pipeline's own text encoder, or the sentence-transformers model `name`."""
+    return PipelineText(pipe) if name is None else SentenceText(name)

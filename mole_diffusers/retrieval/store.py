@@ -1,0 +1,139 @@
+"""A library's index on disk: safetensors and JSON in a hidden folder beside the LoRAs, believed in nothing unchecked."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mole_diffusers.lora.safe_files import Contents, RefusedFileError, inside, read_json, read_safetensors
+from mole_diffusers.retrieval.cards import Card, card_from, read_card, stamps
+from mole_diffusers.retrieval.encoders import Encoder
+
+FORMAT, VERSION = "mole_diffusers.retrieval", 2
+FOLDER = ".mole_library"
+ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
+MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 cards of 20 captions take 15 MB
+PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
+PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below, another model far above
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index holds.
+
+    Attributes:
+        encoder: id of the encoder that made the embeddings.
+        probe: its embeddings [P, D] of `PROBE`, by which another encoder of the same id is told apart.
+        cards: every LoRA, in the order of the rows of `embeddings` [N, D].
+        skipped: file -> why it is not among them.
+    """
+
+    encoder: str
+    probe: torch.Tensor
+    cards: tuple[Card, ...]
+    embeddings: torch.Tensor
+    skipped: dict[str, str]
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every safetensors file in a folder and its subfolders, hidden ones left out, relative to it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    found = (path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def save(folder: Path, index: Index) -> None:
+    """Write an index; each file appears whole or not at all, and links are replaced, not followed."""
+    inside(folder, ABOUT).parent.mkdir(exist_ok=True)
+    vectors = {"embeddings": index.embeddings.contiguous(), "probe": index.probe.contiguous()}
+    with_vectors = folder / f"{VECTORS}.new"
+    with_vectors.unlink(missing_ok=True)
+    save_file(vectors, with_vectors, {"format": "pt"})
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "encoder": index.encoder,
+        "embeddings": read_safetensors(with_vectors).sha256,
+        "cards": [asdict(card) for card in index.cards],
+        "skipped": index.skipped,
+    }
+    with_about = folder / f"{ABOUT}.new"
+    with_about.unlink(missing_ok=True)
+    with_about.write_text(json.dumps(about, indent=1) + "\n")
+    os.replace(with_vectors, folder / VECTORS)
+    os.replace(with_about, folder / ABOUT)
+
+
+def load(folder: Path) -> Index:
+    """Read an index.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RefusedFileError: it cannot be read, is of another version, names files outside the folder, or its two files are not
+            from the same run.
+    """
+    try:
+        about = read_json(inside(folder, ABOUT), limit=MAX_ABOUT)
+        vectors = read_safetensors(inside(folder, VECTORS))
+        return _index(folder, about, vectors)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} has no index; make one with: mole index {folder}") from None
+    except ValueError as error:
+        raise again(folder, f"cannot be used: {error}") from None
+
+
+def _index(folder: Path, about: Any, vectors: Contents) -> Index:
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"it is not {FORMAT} version {VERSION}")
+    if about.get("embeddings") != vectors.sha256:
+        raise ValueError("its two files are not from the same run")
+    cards, skipped = about.get("cards"), about.get("skipped")
+    if not isinstance(cards, list) or not isinstance(skipped, dict):
+        raise ValueError("it lists no cards")
+    read = tuple(card_from(card) for card in cards)
+    for card in read:
+        inside(folder, card.file)
+    if len({card.name for card in read}) < len(read):
+        raise ValueError("two cards have one name")
+    embeddings, probe = (vectors.tensors.get(name, torch.empty(0)) for name in ("embeddings", "probe"))
+    shapes = (len(read), len(PROBE))
+    if any(t.dim() != 2 or t.dtype != torch.float32 or not t.isfinite().all() for t in (embeddings, probe)) or (
+        (len(embeddings), len(probe)) != shapes or embeddings.shape[1] != probe.shape[1]
+    ):
+        raise ValueError(f"its embeddings are not finite fp32 matrices with {shapes[0]} and {shapes[1]} rows of one width")
+    return Index(str(about.get("encoder")), probe, read, embeddings, {f: str(why) for f, why in skipped.items()})
+
+
+def check(folder: Path, index: Index, encoder: Encoder) -> None:
+    """Raise RefusedFileError in one sentence where the index is foreign (another encoder) or stale (other files)."""
+    check_encoder(folder, index, encoder)
+    there, known = set(files_of(folder)), {card.file for card in index.cards} | set(index.skipped)
+    if new := sorted(there - known):
+        raise again(folder, f"is stale: {new[0]!r} is new")
+    if gone := sorted(known - there):
+        raise again(folder, f"is stale: {gone[0]!r} is gone")
+    for card in index.cards:
+        # A copied folder has other times of change; only what the file says makes an index stale.
+        if stamps(folder, card.file) != card.stamps and not read_card(folder, card.file)[0].same(card):
+            raise again(folder, f"is stale: {card.file!r} has changed")
+
+
+def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
+    """Raise RefusedFileError where another encoder made the index, or other weights of one with the same id."""
+    if index.encoder != encoder.id:
+        raise again(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
+    probe = encoder(PROBE)
+    if probe.shape != index.probe.shape or (probe - index.probe).abs().max() > PROBE_TOLERANCE:
+        raise again(folder, f"was made with other weights of its encoder ({encoder.id})")
+
+
+def again(folder: Path, problem: str) -> RefusedFileError:
+    """The one sentence for an index that has to be made again."""
+    return RefusedFileError(f"the index of {folder} {problem}; make it again with: mole index {folder}")

@@ -1,0 +1,71 @@
+"""XY grids: one recipe, changed along two axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from mole_diffusers.inspection.figures import grid
+from mole_diffusers.studio.recipe import Recipe, with_strength
+
+KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "sampler": str, "weight": float}
+MAX_CELLS = 400
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What changes along one side of a grid."""
+
+    labels: tuple[str, ...]
+    changes: tuple[Callable[[Recipe], Recipe], ...]
+
+
+def parse_axis(text: str) -> Axis:
+    """`seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates and sampler.
+
+    Raises ValueError naming what is known.
+    """
+    left, equals, right = text.partition("=")
+    kind, _, about = left.strip().partition(" ")
+    values = [word.strip() for word in right.split(",") if word.strip()]
+    if not equals or not values or kind not in KINDS or bool(about) != (kind == "weight"):
+        known = ", ".join("weight NAME" if k == "weight" else k for k in KINDS)
+        raise ValueError(f"the axis {text!r} is not KIND=VALUE,VALUE,...; kinds: {known}")
+    try:
+        parsed = [KINDS[kind](word) for word in values]
+    except ValueError:
+        raise ValueError(f"the axis {text!r}: {kind} takes {KINDS[kind].__name__} values") from None
+    label = f"{about or kind} "
+    return Axis(
+        tuple(word if kind in ("arm", "gates", "sampler") else label + word for word in values),
+        tuple(_change(kind, about.strip(), value) for value in parsed),
+    )
+
+
+def _change(kind: str, about: str, value: object) -> Callable[[Recipe], Recipe]:
+    def change(recipe: Recipe) -> Recipe:
+        if kind != "weight":
+            changed: dict = {kind: value} | ({"gates_sha256": ""} if kind == "gates" else {})
+            return dataclasses.replace(recipe, **changed)
+        prompt = with_strength(recipe.prompt, about, float(value), recipe.experts)  # type: ignore[arg-type]
+        return dataclasses.replace(recipe, prompt=prompt)
+
+    return change
+
+
+def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
+    """A recipe per cell, rows first. Raises ValueError where there would be more than MAX_CELLS."""
+    if len(x.labels) * len(y.labels) > MAX_CELLS:
+        raise ValueError(f"a grid of {len(x.labels)} x {len(y.labels)} is too large: at most {MAX_CELLS} cells")
+    return [[across(down(recipe)) for across in x.changes] for down in y.changes]
+
+
+def sheet(pictures: Sequence[Sequence[Image.Image | None]], x: Axis, y: Axis) -> Image.Image:
+    """The grid with its labels; cells that were not drawn are grey."""
+    blank = Image.new("RGB", (64, 64), "#dddddd")
+    rows = [[image or blank for image in row] for row in pictures]
+    side = max((image.width for row in rows for image in row), default=64)
+    return grid(rows, list(x.labels), list(y.labels), cell=min(max(side, 128), 512))

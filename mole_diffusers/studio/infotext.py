@@ -1,0 +1,123 @@
+"""Recipes inside pictures: A1111's `parameters` text for every tool, and our own JSON that leaves nothing out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from mole_diffusers.studio.recipe import Recipe, load, loads
+
+PARAMETERS, OWN = "parameters", "mole_diffusers"  # the PNG's text chunks
+NEGATIVE = "Negative prompt: "
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20
+
+
+def parameters(recipe: Recipe) -> str:
+    """The text that A1111, Forge and Civitai read: prompt with tags, negative prompt, one line of settings.
+
+    `Lora hashes` are the first 12 digits of sha256 over the tensors, as A1111 and kohya compute them.
+    """
+    settings: dict[str, Any] = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.sampler or "Default",
+        "CFG scale": f"{recipe.guidance:g}",
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model": recipe.base or "unknown",
+        "RNG": "CPU",
+    }
+    if recipe.experts:
+        settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, digest in recipe.experts.items())
+    settings["Version"] = "mole_diffusers"
+    last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
+    return "\n".join([recipe.prompt, *([NEGATIVE + recipe.negative] if recipe.negative else []), last])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
+
+
+def read_parameters(text: str, where: str = "the text") -> Recipe:
+    """A recipe from A1111's text, as far as it says: hashes are cut to 12 digits and gates are not in it.
+
+    Raises ValueError where the last line holds fewer than three settings, or one that is out of range.
+    """
+    *lines, last = text.strip().split("\n")
+    found = {key: _unquoted(value) for key, value in PAIR.findall(last)}
+    if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
+        raise ValueError(f"{where} holds no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
+    at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(lines[at:]).removeprefix(NEGATIVE).strip()
+    width, _, height = found.get("Size", "512x512").partition("x")
+    pairs = [pair.partition(":") for pair in found.get("Lora hashes", "").split(",") if ":" in pair]
+    try:
+        return Recipe(
+            prompt="\n".join(lines[:at]).strip(),
+            negative=negative,
+            seed=int(found["Seed"]),
+            steps=int(found["Steps"]),
+            guidance=float(found.get("CFG scale", "7")),
+            width=int(width),
+            height=int(height),
+            sampler="" if found.get("Sampler") in (None, "Default") else found["Sampler"],
+            experts={name.strip(): digest.strip() for name, _, digest in pairs},
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value
+    try:
+        return str(json.loads(value))
+    except json.JSONDecodeError:
+        return value
+
+
+def save(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
+    """Write a PNG that holds its recipe, in both forms."""
+    about = PngInfo()
+    text = parameters(recipe)
+    (about.add_text if text.isascii() else about.add_itxt)(PARAMETERS, text)
+    about.add_text(OWN, json.dumps(recipe.to_dict()))
+    image.save(path, "PNG", pnginfo=about)
+
+
+def read(path: str | Path) -> Recipe:
+    """The recipe in a picture: ours where there is one, else what A1111's text says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a PNG, too large, or without a recipe.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{path.name} has more than {MAX_PIXELS >> 20} million pixels")
+            texts = dict(image.text)  # type: ignore[attr-defined]
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path.name} is not a PNG that can be read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path.name} has far more than {MAX_PIXELS >> 20} million pixels") from error
+    if any(len(text) > MAX_TEXT for text in texts.values()):
+        raise ValueError(f"{path.name} holds more text than a recipe has")
+    if OWN in texts:
+        return loads(texts[OWN], path.name)
+    if PARAMETERS not in texts:
+        raise ValueError(f"{path.name} holds no recipe: it has neither the text {OWN!r} nor {PARAMETERS!r}")
+    return read_parameters(texts[PARAMETERS], path.name)
+
+
+def read_any(path: str | Path) -> Recipe:
+    """The recipe in a PNG, or in a JSON file by its suffix."""
+    return load(path) if Path(path).suffix.lower() == ".json" else read(path)

@@ -1,0 +1,139 @@
+"""A recipe: everything that makes one picture, as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mole_diffusers.lora.safe_files import parse_json, read_json
+from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
+
+FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
+RANGES = {"seed": (0, 2**63 - 1), "steps": (1, 150), "guidance": (0.0, 50.0), "width": (16, 4096), "height": (16, 4096)}
+ARMS = ("gates", "sum", "base", "alone", "merge")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a picture; the same recipe gives the same pixels on the same machine.
+
+    Attributes:
+        prompt: with a `<lora:...>` tag for every LoRA that takes part.
+        negative: what guidance goes away from.
+        seed: of the CPU's generator, whatever the device.
+        steps, guidance, width, height: of the pipeline's call; sizes in pixels.
+        sampler: a name of `drawing.SAMPLERS`; "" is the pipeline's own.
+        gates: a family, "sum" say, or the name of trained gates.
+        arm: "gates"; for comparison "sum", "base", "alone NAME", or "merge METHOD" (see `merging.merge`).
+        locks: place -> {LoRA: weight} that stand in for the gate there.
+        experts: LoRA -> sha256 of its tensors, so that a file is found again whatever its name.
+        gates_sha256: of the trained gates, "" for a family.
+        base: the base pipeline's name.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 3.0
+    width: int = 64
+    height: int = 64
+    sampler: str = ""
+    gates: str = "sum"
+    arm: str = "gates"
+    locks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    experts: Mapping[str, str] = field(default_factory=dict)
+    gates_sha256: str = ""
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative", "sampler", "gates", "arm", "gates_sha256", "base"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+        for name, (low, high) in RANGES.items():
+            value, whole = getattr(self, name), name != "guidance"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+                raise ValueError(
+                    f"{name} must be {'a whole number' if whole else 'a number'} in {low}..{high}, got {value!r}"
+                )
+        if len(self.prompt) > 5000 or len(self.negative) > 5000:
+            raise ValueError("a prompt has at most 5000 characters")
+        if self.arm.partition(" ")[0] not in ARMS:
+            raise ValueError(f"unknown arm {self.arm!r}; known: {list(ARMS[:3])}, 'alone NAME', 'merge METHOD'")
+        _check_locks(self.locks)
+        if not _named(self.experts, str):
+            raise ValueError("experts must map LoRA names to hashes")
+
+    @property
+    def tags(self) -> tuple[LoraTag, ...]:
+        """What the prompt's tags ask for."""
+        return parse(self.prompt, self.experts).tags
+
+    @property
+    def text(self) -> str:
+        """The prompt without its tags."""
+        return parse(self.prompt, self.experts).text
+
+    def constant_strengths(self) -> dict[str, float]:
+        """LoRA -> its one strength. Raises ValueError where a tag changes it over parts, blocks or steps."""
+        tags = self.tags
+        plain = [tag for tag in tags if len(tag.te.points) == len(tag.unet.points) == 1 and tag.te == tag.unet]
+        if len(plain) != len(tags) or any(t.lbw or t.start or t.stop is not None for t in tags):
+            raise ValueError("one LoRA has one strength: take te=, unet=, lbw=, start=, stop= and step= out of the tags")
+        return {tag.name: tag.unet(0, 1) for tag in tags}
+
+    def to_dict(self) -> dict[str, Any]:
+        """With format and version, for a file."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "the recipe") -> Recipe:
+        """Raises ValueError for another format, an unknown or missing field, or a value out of range."""
+        if not isinstance(values, Mapping) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{where} is not a {FORMAT} of version {VERSION}")
+        given = {key: value for key, value in values.items() if key not in ("format", "version")}
+        if unknown := set(given) - {f.name for f in fields(cls)}:
+            raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
+        if "prompt" not in given:
+            raise ValueError(f"{where} has no prompt")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def load(path: str | Path) -> Recipe:
+    """Read what `Recipe.save` wrote. Raises ValueError naming the file and what is wrong."""
+    return Recipe.from_dict(read_json(path), str(Path(path).name))
+
+
+def loads(text: str, where: str) -> Recipe:
+    """A recipe from its JSON text."""
+    return Recipe.from_dict(parse_json(text, where), where)
+
+
+def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:
+    """The prompt with one LoRA at a plain strength, added where it has no tag; its blocks and steps stay."""
+    parsed = parse(prompt, known)
+    tags = {tag.name: tag for tag in parsed.tags}
+    tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
+    return str(replace(parsed, tags=tuple(tags.values())))
+
+
+def _named(values: Any, kind: type) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(k, str) and isinstance(v, kind) for k, v in values.items())
+
+
+def _check_locks(locks: Any) -> None:
+    if not _named(locks, Mapping) or not all(_named(row, int | float) for row in locks.values()):  # type: ignore[arg-type]
+        raise ValueError("locks must map places to weights by LoRA")
+    if not all(math.isfinite(weight) for row in locks.values() for weight in row.values()):
+        raise ValueError("a locked weight must be a finite number")

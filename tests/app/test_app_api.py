@@ -1,0 +1,149 @@
+"""Every endpoint of the app through gradio_client, with good and bad input."""
+
+import inspect
+
+import numpy as np
+import pytest
+from app_client import PROMPT, RECIPE, built
+from PIL import Image
+from safetensors.torch import load_file
+
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.catalog import Shelf
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def blocks(loras, tmp_path_factory):
+    return built(loras, tmp_path_factory.mktemp("built"))
+
+
+def test_every_button_gets_what_its_function_takes(blocks):
+    from gradio.helpers import special_args
+
+    events = [event for event in blocks.fns.values() if event.fn and event.api_visibility == "private"]
+    assert len(events) > 20
+    for event in events:
+        values, *_ = special_args(event.fn, [0] * len(event.inputs), "request")
+        inspect.signature(event.fn).bind(*values)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_every_endpoint_is_named_and_described(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    names = {"loras", "find", "upload", "compose", "redraw", "compare", "look", "grid", "read", "code", "export", "train"}
+    assert set(endpoints) == {f"/{name}" for name in names | {"gates", "download_gates", "upload_gates"}}
+    assert all(endpoint["description"] for endpoint in endpoints.values())
+
+
+def test_a_picture_goes_out_and_comes_back_the_same(client):
+    (first, second), (recipe, _) = client.predict(PROMPT, seed=3, count=2, api_name="/compose")
+    assert (recipe["seed"], recipe["gates"], set(recipe["experts"])) == (3, "sum", {"fox", "ink"})
+    assert infotext.read(first).to_dict() == recipe == client.predict(gradio_client.handle_file(first), api_name="/read")
+    assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(first))
+    assert not np.array_equal(pixels(second), pixels(first))
+
+
+def test_loras_are_reported_and_found(client):
+    fox = next(one for one in client.predict(api_name="/loras") if one["name"] == "fox")
+    assert (fox["matched"], fox["layers"], fox["problem"]) == (40, 40, "")
+    found = client.predict("an Ink fox! <lora:hat:1>", api_name="/find")
+    assert {one["name"]: one["why"] for one in found} == {
+        "ink": "the prompt says its trigger 'ink'",
+        "fox": "the prompt says its trigger 'fox'",
+    }
+    assert client.predict("", api_name="/find") == []
+
+
+def test_comparison(client):
+    labels, files = client.predict(RECIPE, api_name="/compare")
+    assert labels == ["base", "alone fox", "alone ink", "sum", "gates"]
+    base, _, _, summed, gated = map(pixels, files)
+    assert np.array_equal(summed, gated)  # these gates are the sum
+    assert not np.array_equal(base, gated)
+
+
+def test_merges_are_compared_too(client):
+    labels, files = client.predict(RECIPE, ["mean", "svd"], api_name="/compare")
+    assert labels[-2:] == ["merge mean", "merge svd"]
+    assert not np.array_equal(*map(pixels, files[-2:]))
+    one = {"prompt": "a fox in ink <lora:fox:0.8>", "seed": 3, "gates": "sum"}
+    alone, merged = (pixels(client.predict({**one, "arm": arm}, api_name="/redraw")) for arm in ("sum", "merge mean"))
+    assert np.abs(merged.astype(int) - alone).max() <= 1  # the mean of one is that one, by another route
+    code = client.predict({**RECIPE, "arm": "merge svd"}, api_name="/code")
+    assert "mole.merge({'fox': ('fox.safetensors', 0.8), 'ink': ('ink.safetensors', 1.0)}, 'svd')" in code
+    compile(code, "code", "exec")
+
+
+def test_what_the_gates_did(client):
+    locked = {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.25, "ink": 0.5}}
+    found, files = client.predict({**RECIPE, "locks": locked}, api_name="/look")
+    assert found["experts"] == ["fox", "ink"]
+    assert found["weights"]["M00"] == pytest.approx([0.2, 0.5])  # what was set by hand, times the tag's strength
+    assert all(row == pytest.approx([0.8, 1.0]) for block, row in found["weights"].items() if block != "M00")
+    assert found["pictures"][:2] == ["heat", "shares"]
+    assert found["pictures"][2:] == ["fox: 8 x 8 tokens", "ink: 8 x 8 tokens", "who acts most: 8 x 8 tokens"]
+    assert all(pixels(file).size for file in files)
+
+
+def test_grid(client):
+    sheet = pixels(client.predict(RECIPE, "weight fox=0,2", "seed=1,2", api_name="/grid"))
+    cells = [sheet[row : row + 120, column : column + 120] for row in (36, 170) for column in (90, 224)]
+    assert len({cell.tobytes() for cell in cells}) == 4
+
+
+def test_code_is_that_of_the_recipe(client):
+    code = client.predict({**RECIPE, "prompt": PROMPT + " <lora:hat:0.5:lbw=OUTALL>"}, api_name="/code")
+    assert "<lora:hat:0.5:lbw=OUTALL>" in code
+    compile(code, "code", "exec")
+
+
+def test_export_is_the_sum_as_one_file(client, loras):
+    path, error = client.predict(RECIPE, api_name="/export")
+    assert error == 0
+    assert len(load_file(path)) == len(load_file(loras["ink"]))  # ink has every layer that fox has
+    cut, error = client.predict(RECIPE, 1, api_name="/export")
+    assert 0 < error < 1
+
+
+def test_training_gives_gates_that_can_be_chosen(client):
+    singles, composed = {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"]
+    rows = client.predict(RECIPE, "mine", singles, composed, 2, api_name="/train")
+    assert [row["step"] for row in rows] == [0, 1]
+    _, (recipe,) = client.predict(PROMPT, gates="mine", api_name="/compose")
+    assert len(recipe["gates_sha256"]) == 64
+
+
+def test_training_that_was_stopped_goes_on(loras, tmp_path):
+    from mole_diffusers.app.teaching import Wanted, teach
+
+    def run(home, stop=lambda state: False, prompt=PROMPT):
+        seen = []  # one object, which the work itself changes
+        studio = Studio(tiny_pipeline(), Shelf(dict(loras), {}), "tiny")
+        wanted = Wanted("g", {"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"], steps=8)
+        recipe = Recipe(prompt, steps=2, width=32, height=32)
+        for state in teach(studio, recipe, wanted, home=home, stopped=lambda: bool(seen) and stop(seen[0])):
+            seen[:] = [state]
+        assert len(studio.pipe.unet._forward_pre_hooks) == 1  # the mixture's own
+        return seen[0]
+
+    early = run(tmp_path / "a", stop=lambda state: state.calls >= 1)
+    assert (early.finished, early.rows) == (False, [])  # heard while the teachers draw
+    cut = run(tmp_path / "a", stop=lambda state: len(state.rows) > 5)
+    assert not cut.finished
+    assert len(cut.rows) == 6
+    on, whole = run(tmp_path / "a"), run(tmp_path / "b")
+    assert on.finished
+    assert on.rows == whole.rows
+    with pytest.raises(ValueError, match="other settings") as error:
+        run(tmp_path / "a", prompt="a fox in ink <lora:fox:0.1> <lora:ink:1>")
+    assert str(tmp_path) not in str(error.value)

@@ -1,0 +1,146 @@
+"""What must not be done, for every endpoint of the app: one clear sentence, and the app goes on."""
+
+import json
+import struct
+import zlib
+
+import pytest
+from app_client import PROMPT, RECIPE
+from PIL import Image
+
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.testing import tiny_lora
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+
+
+def test_nothing_from_a_file_becomes_html():
+    from mole_diffusers.app.mixer import plainly
+    from mole_diffusers.app.page import said
+
+    evil = '<img src="http://x/y.png" onerror=alert(1)>'
+    assert "<" not in said(ValueError(evil), page=True).message
+    assert said(ValueError(evil), page=False).message == evil
+    assert plainly("![a](b) <i>") == "\\!\\[a\\]\\(b\\) \\<i\\>"
+
+
+def test_uploads(client, pipe, tmp_path):
+    file = tiny_lora(pipe, tmp_path / "owl & co.safetensors", rank=3)
+    report = client.predict(gradio_client.handle_file(file), api_name="/upload")
+    assert (report["name"].startswith("owl"), report["ranks"]) == (True, "3")
+    with pytest.raises(gradio_client.exceptions.AppError, match="already a LoRA"):
+        client.predict(gradio_client.handle_file(file), api_name="/upload")
+
+
+BLENDED = {"prompt": "<lora:fox:1>"}, "one", {"fox": ["a fox"]}, ["fox"], 2
+BAD = [
+    ("find", (5,), "the prompt must be text"),
+    ("find", ("<hypernet:x:1>",), "the only tag is <lora:NAME:STRENGTH>"),
+    ("compose", ("x <lora:owl:1>",), "there is no LoRA 'owl'; known: fox"),
+    ("compose", ("x <lora:fox:very>",), "'very' is not a number"),
+    ("compose", ("x <lora:fox:1:lbw=1,2>",), "lbw=1,2 is not a preset"),
+    ("compose", ("x <lora:fox:0@0,1@-1>",), "order of their points"),
+    ("compose", ("x <lora:fox:nan>",), "'nan' is not a finite number"),
+    ("compose", ("x <lora:../../etc/passwd:1>",), "there is no LoRA '../../etc/passwd'"),
+    ("compose", ("x", "", -5), "seed must be a whole number"),
+    ("compose", ("x", "", 0, "many"), "steps must be a whole number"),
+    ("compose", ("x", "", 0, 2, 99.0), "guidance must be a number"),
+    ("compose", ("x", "", 0, 2, 3.0, "../../etc"), "there are no gates '../../etc'"),
+    ("compose", ("x", "", 0, 2, 3.0, "sum", 1000), "the number of pictures must be in 1..16"),
+    ("compose", ("x", "", 0, 2, 3.0, "sum", "two"), "the number of pictures must be a whole number"),
+    ("compose", ("y" * 6000,), "at most 5000 characters"),
+    ("redraw", ({"prompt": "x", "width": 31},), "divisible by"),
+    ("redraw", ({"prompt": "x", "width": 4000},), "at most 2048"),
+    ("redraw", ({"seed": 1},), "prompt must be text"),
+    ("redraw", ({"prompt": "x", "colour": 1},), "unknown fields ['colour']"),
+    ("redraw", (["x"],), "a recipe is an object"),
+    ("redraw", ({"prompt": "<lora:fox:1>", "experts": {"fox": "0" * 64}},), "with hash 000000000000 is not here"),
+    ("redraw", ({"prompt": "<lora:fox:1>", "locks": {"unet.mid_block": "all"}},), "locks"),
+    ("look", ({"prompt": "x"},), "there is nothing to see"),
+    ("compare", ({"prompt": "x", "arm": "worst"},), "unknown arm 'worst'"),
+    ("compare", (RECIPE, ["best"]), "unknown merge 'best'; known: mean, svd"),
+    ("compare", (RECIPE, "svd"), "merges are a list of names"),
+    ("compare", ({"prompt": "<lora:fox:1:stop=1>"}, ["svd"]), "one LoRA has one strength"),
+    ("grid", (RECIPE, "weight fox", "seed=1"), "is not KIND=VALUE"),
+    ("grid", (RECIPE, 5, "seed=1"), "an axis must be text"),
+    ("grid", (RECIPE, "seed=" + ",".join("1" * 500), "seed=1"), "is too large"),
+    ("grid", (RECIPE, "gates=../x", "seed=1"), "there are no gates '../x'"),
+    ("code", ({"prompt": "x", "sampler": "Best"},), "unknown sampler 'Best'"),
+    ("export", ({"prompt": "x"},), "nothing to export"),
+    ("export", (RECIPE, -1), "rank"),
+    ("export", (RECIPE, "full"), "the rank must be a whole number"),
+    ("export", ({"prompt": "<lora:fox:1:stop=1>"},), "one LoRA has one strength"),
+    ("train", (RECIPE, "../up", {}, [], 2), "a name has letters"),
+    ("train", (RECIPE, "sum", {}, [], 2), "is the name of a family"),
+    ("train", BLENDED, "gates weigh two LoRAs or more"),
+    ("train", (RECIPE, "one", {}, [], 2), "a collage needs a prompt for each subject"),
+    ("train", (RECIPE, "one", {"fox": "a fox"}, ["x"], 2), "map a LoRA's name to a list of texts"),
+    ("train", (RECIPE, "one", {}, "x", 2), "are lists of texts"),
+    ("train", (RECIPE, "one", {}, [], 10**6), "the number of updates must be in"),
+    ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "best"), "unknown family 'best'; known: static"),
+    ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "flow", "by heart"), "unknown way 'by heart'"),
+    ("read", ("/etc/passwd",), "send the file itself"),
+    ("read", ({"path": __file__, "url": None, "orig_name": "x"},), "send the file itself"),
+    ("upload", ({"path": "/etc/passwd", "url": None, "orig_name": "x"},), "send the file itself"),
+    ("download_gates", ("../../etc",), "there are no trained gates '../../etc'"),
+    ("download_gates", (None,), "the name must be text"),
+    ("upload_gates", ("/etc/passwd", "/etc/passwd"), "send the file itself"),
+]
+
+
+def refused(client, name, *arguments):
+    """The sentence with which an endpoint refuses."""
+    with pytest.raises(gradio_client.exceptions.AppError) as error:
+        client.predict(*arguments, api_name=f"/{name}")
+    return str(error.value)
+
+
+def test_bad_input_gets_one_sentence_and_the_app_goes_on(client, tmp_path):
+    for name, arguments, message in BAD:
+        assert message in refused(client, name, *arguments), (name, arguments)
+    named = client.view_api(return_format="dict")["named_endpoints"]
+    assert {f"/{name}" for name, _, _ in BAD} == set(named) - {"/loras", "/gates"}  # these take nothing
+    assert len(client.predict(PROMPT, api_name="/compose")[0]) == 1
+
+
+FILES = {
+    "page.safetensors": b"<!DOCTYPE html><script>alert(1)</script>",
+    "half.safetensors": (1 << 40).to_bytes(8, "little") + b"{}",
+    "pickle.safetensors": b"\x80\x04\x95" + bytes(60),
+    "zip.safetensors": b"PK\x03\x04" + bytes(60),
+    "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "none.safetensors": b"",
+    "text.json": b"not JSON",
+    "deep.json": b"[" * 10**6,
+    "other.json": b'{"format": "something else"}',
+}
+
+
+def header(width, height):
+    """A PNG that claims a size and ends."""
+    chunks = b""
+    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")):
+        chunks += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_bad_files_get_one_sentence(client, tmp_path):
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+    Image.new("RGB", (8, 8)).save(tmp_path / "none.png")
+    (tmp_path / "wide.png").write_bytes(header(60000, 60000))
+    sent = {path.name: gradio_client.handle_file(path) for path in tmp_path.iterdir()}
+    for name in (name for name in FILES if name.endswith(".safetensors")):
+        assert name in (said := refused(client, "upload", sent[name]))
+        assert "/" not in said
+    for name in ("none.png", "wide.png", "text.json", "deep.json", "other.json"):
+        assert name in (said := refused(client, "read", sent[name]))
+        assert str(tmp_path) not in said
+    assert "one .safetensors and one .json" in refused(client, "upload_gates", sent["none.png"], sent["wide.png"])
+    assert client.predict(api_name="/gates") == []
+
+
+def test_a_recipe_file_is_read(client, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({**Recipe(PROMPT, steps=2, width=32, height=32).to_dict()}))
+    assert client.predict(gradio_client.handle_file(tmp_path / "r.json"), api_name="/read")["prompt"] == PROMPT

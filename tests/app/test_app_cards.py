@@ -1,0 +1,68 @@
+"""Cards in step with the prompt's tags, and what the app proposes."""
+
+import pytest
+
+from mole_diffusers.app import cards
+from mole_diffusers.inspection.gate_figures import COLOURS, colours
+
+KNOWN = ["fox", "ink", "hat", "a:b"]
+LIST = "a fox <lora:fox:0@0,1@0.4:lbw=OUTALL:start=2> <lora:ink:0.5:unet=1>"
+
+
+def test_a_tag_is_what_its_card_shows():
+    fox, ink = cards.cards_of(LIST, [], KNOWN)
+    shown = cards.fields_of(fox, KNOWN)
+    assert shown == {"unet": "0@0,1@0.4", "te": "0@0,1@0.4", "lbw": "OUTALL", "start": "2", "stop": ""}
+    assert (cards.fields_of(ink, KNOWN)["unet"], cards.fields_of(ink, KNOWN)["te"]) == ("1", "0.5")
+    assert cards.with_fields(fox, shown, KNOWN) == fox
+    assert cards.set_card(LIST, [fox, ink], fox, KNOWN) == (LIST, [fox, ink])
+
+
+def test_a_card_that_is_changed_changes_its_tag():
+    fox, ink = cards.cards_of(LIST, [], KNOWN)
+    new = cards.with_fields(ink, {**cards.fields_of(ink, KNOWN), "unet": "-7", "stop": "9"}, KNOWN)
+    text, found = cards.set_card(LIST, [fox, ink], new, KNOWN)
+    assert text == "a fox <lora:fox:0@0,1@0.4:lbw=OUTALL:start=2> <lora:ink:0.5:unet=-7:stop=9>"
+    assert found == [fox, new] == cards.cards_of(text, [], KNOWN)
+    assert cards.moved(fox, 2.5, KNOWN)["tag"] == "<lora:fox:2.5:lbw=OUTALL:start=2>"
+    for field, value, message in (("unet", "x", "is not a number"), ("lbw", "1:2", "end a tag"), ("stop", "-1", "a step")):
+        with pytest.raises(ValueError, match=message):
+            cards.with_fields(fox, {**cards.fields_of(fox, KNOWN), field: value}, KNOWN)
+
+
+def test_a_card_that_is_off_keeps_its_whole_tag():
+    fox, ink = cards.cards_of(LIST, [], KNOWN)
+    text, off = cards.set_card(LIST, [fox, ink], {**fox, "on": False}, KNOWN)
+    assert text == "a fox <lora:ink:0.5:unet=1>"
+    assert cards.cards_of(text, off, KNOWN) == off
+    text, on = cards.added(text, off, "fox", KNOWN)
+    assert on == [fox, ink]
+    assert "<lora:fox:0@0,1@0.4:lbw=OUTALL:start=2>" in text
+
+
+def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
+    found = cards.cards_of("<lora:ink:1> <lora:fox:1>", [], KNOWN)
+    assert cards.shades(found) == {"ink": COLOURS[0], "fox": COLOURS[1]}
+    _, found = cards.added("<lora:ink:1> <lora:fox:1>", found, "a:b", KNOWN)
+    found = [card for card in found if card["name"] != "ink"]
+    found = cards.cards_of("<lora:fox:1> <lora:a:b:1> <lora:hat:1>", found, KNOWN)
+    assert cards.shades(found) == {"fox": COLOURS[1], "a:b": COLOURS[2], "hat": COLOURS[0]}
+    drawn = colours(["fox", "hat", "new"], cards.shades(found))
+    assert (drawn["fox"], drawn["hat"]) == (COLOURS[1], COLOURS[0])
+    assert drawn["new"] not in cards.shades(found).values()
+
+
+def test_trigger_words_come_and_go():
+    assert cards.with_words("a cat <lora:fox:1>", ["sks fox"], ["sks fox"], KNOWN) == "a cat, sks fox <lora:fox:1>"
+    assert cards.with_words("a cat, sks fox <lora:fox:1>", ["sks fox"], [], KNOWN) == "a cat <lora:fox:1>"
+
+
+def test_a_prompt_for_one_lora_names_no_other():
+    pytest.importorskip("gradio")
+    from mole_diffusers.app.train_tab import alone
+
+    two = "noto drawing of a sunflower and a doughnut"
+    assert alone(two, ["doughnut"], keep=["sunflower"]) == "noto drawing of a sunflower"
+    assert alone(two, ["sunflower"], keep=["doughnut"]) == "noto drawing of a doughnut"
+    assert alone("ink drawing of a pink fox", ["ink"], keep=["fox"]) == "drawing of a pink fox"  # not of a "p fox"
+    assert alone("ink drawing of a fox", ["Fox"], keep=["ink"]) == "ink drawing"

@@ -1,0 +1,113 @@
+"""Trained gates as files: they go out, come back under another name, and say what they do not fit."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from app_client import PROMPT
+from PIL import Image
+
+from mole_diffusers.gates import GateConfig, checkpoint
+from mole_diffusers.mixture import attach
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def trained(loras, tmp_path_factory):
+    """Gates of fox and ink that are not their start."""
+    folder = tmp_path_factory.mktemp("trained")
+    mixture = attach(tiny_pipeline(), {name: loras[name] for name in ("fox", "ink")}, GateConfig("mole"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mixture.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator)
+    mixture.save_pretrained(folder)
+    return folder
+
+
+def files(folder):
+    """The two files as they are sent."""
+    return [gradio_client.handle_file(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.CONFIG)]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def drawn(client, gates):
+    (file,), (recipe,) = client.predict(PROMPT, gates=gates, api_name="/compose")
+    return pixels(file), recipe
+
+
+def test_gates_come_and_go(client, trained, tmp_path):
+    report = client.predict(*files(trained), api_name="/upload_gates")
+    assert report == {"name": "fox+ink", "family": "mole", "experts": ["fox", "ink"], "other_files": [], "missing": []}
+    assert client.predict(api_name="/gates") == [report]
+    picture, recipe = drawn(client, "auto")
+    assert recipe["gates"] == "fox+ink"  # they weigh exactly these
+    assert not np.array_equal(picture, drawn(client, "sum")[0])
+    weights, about = client.predict("fox+ink", api_name="/download_gates")
+    assert (weights.endswith("fox+ink.safetensors"), about.endswith("fox+ink.json")) == (True, True)
+    sent = gradio_client.handle_file(weights), gradio_client.handle_file(about)
+    assert client.predict(*sent, "again", api_name="/upload_gates")["name"] == "again"
+    again, recipe_again = drawn(client, "again")
+    assert np.array_equal(again, picture)
+    assert recipe_again["gates_sha256"] == recipe["gates_sha256"]
+
+
+def changed(folder, source, **about):
+    """The gates of a folder with fields of their config changed."""
+    shutil.copytree(source, folder)
+    found = json.loads((folder / checkpoint.CONFIG).read_text())
+    (folder / checkpoint.CONFIG).write_text(json.dumps(found | about))
+    return files(folder)
+
+
+def test_gates_that_are_not_good_are_refused_and_leave_nothing(client, trained, tmp_path):
+    experts = {name: {"sha256": "0", "base": "x"} for name in ("fox", "../../up")}
+    (tmp_path / "cut").mkdir()
+    shutil.copy(trained / checkpoint.CONFIG, tmp_path / "cut")
+    (tmp_path / "cut" / checkpoint.WEIGHTS).write_bytes((trained / checkpoint.WEIGHTS).read_bytes()[:-10])
+    before = client.predict(api_name="/gates")
+    weights, about = files(trained)
+    for sent, name, message in (
+        ([weights, about], "sum", "is the name of a family"),
+        ([weights, about], "../up", "a name has letters"),
+        ([weights, weights], "x", "one .safetensors and one .json"),
+        (changed(tmp_path / "a", trained, format="other"), "x", "this release reads mole_diffusers.gates"),
+        (changed(tmp_path / "b", trained, experts=experts), "", "a name has letters"),
+        (changed(tmp_path / "c", trained, experts={}, gates={"family": "best"}), "x", "unknown gate family 'best'"),
+        (files(tmp_path / "cut"), "x", "truncated"),
+    ):
+        with pytest.raises(gradio_client.exceptions.AppError) as error:
+            client.predict(*sent, name, api_name="/upload_gates")
+        assert message in str(error.value)
+        assert str(tmp_path.parent) not in str(error.value)
+    assert client.predict(api_name="/gates") == before
+
+
+def test_what_the_gates_were_not_trained_with_is_said(trained, loras, tmp_path):
+    from mole_diffusers.studio.catalog import Shelf
+    from mole_diffusers.studio.recipe import Recipe
+    from mole_diffusers.studio.render import Studio
+
+    pipe = tiny_pipeline()
+    files = {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", rank=2), "ink": loras["ink"]}
+    studio = Studio(pipe, Shelf(files, {"mine": trained}), "tiny")
+    recipe = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
+    assert studio.doubt(recipe) == "the gates 'mine' were trained with another file of 'fox'"
+    assert Studio(pipe, Shelf(loras, {"mine": trained}), "tiny").doubt(recipe) == ""
+    assert studio.doubt(studio.complete(Recipe(PROMPT, gates="sum"))) == ""
+
+    from mole_diffusers.app.actions import Actions, never
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        *_, last = Actions(studio, home=tmp_path / "home").compose(recipe, 1, never)
+    assert str(last) == "done; the gates 'mine' were trained with another file of 'fox'"

@@ -1,0 +1,218 @@
+"""What `python -m benchmarks` measures, at tiny size: what needs no clock, and that every arm is what it says."""
+
+import json
+import runpy
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mole_diffusers as mole
+from benchmarks import clock, once, settings, steps
+from benchmarks.__main__ import main
+from benchmarks.arms import ARMS, FOLDING, twin
+from benchmarks.hosts import inputs, lora_files
+
+ROOT = Path(__file__).parents[2]
+SUM = mole.GateConfig("sum")
+
+
+@pytest.fixture
+def outputs(pipe, tmp_path):
+    """outputs(arms, gates) -> what a step of each arm gives; the host must end as it began."""
+
+    @torch.no_grad()
+    def run(arms, gates=SUM):
+        files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, "tiny", pixels=64)
+        bits, found = {k: v.clone() for k, v in pipe.unet.state_dict().items()}, {}
+        for arm in arms:
+            with ExitStack() as stack:
+                other = twin(pipe, own=arm in FOLDING)
+                stack.enter_context(ARMS[arm](other, files, gates))
+                found[arm] = other.unet(**given)[0]
+        assert all(torch.equal(v, bits[k]) for k, v in pipe.unet.state_dict().items())
+        assert set(bits) == set(pipe.unet.state_dict())
+        return found
+
+    return run
+
+
+def test_every_arm_of_equal_gates_computes_the_same_step(outputs):
+    found = outputs(ARMS)
+    base = found.pop("base")
+    assert torch.equal(found.pop("again"), base)
+    for arm, y in found.items():
+        assert (y - base).abs().max() > 1e-3, arm
+        torch.testing.assert_close(y, found["set_adapters"], atol=1e-5, rtol=0)
+
+
+def test_gates_of_the_arms_depend_on_what_they_read(outputs):
+    equal, moving = outputs(["gated"])["gated"], outputs(["gated", "gated-inside"], mole.GateConfig("mole"))
+    assert (moving["gated"] - equal).abs().max() > 1e-4
+    torch.testing.assert_close(moving["gated-inside"], moving["gated"], atol=1e-5, rtol=0)
+
+
+def test_a_twin_shares_the_weights_but_those_it_owns(pipe):
+    where = {name: p.data_ptr() for name, p in pipe.unet.named_parameters()}
+    for own in (False, True):
+        other = dict(twin(pipe, own=own).unet.named_parameters())
+        kept = {name for name, p in other.items() if p.data_ptr() == where[name]}
+        assert {n for n in where if n not in kept} == {n for n in where if own and n.endswith(ENDS)}
+
+
+ENDS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+
+
+def test_rounds_take_turns_and_ratios_are_by_round():
+    order: list[str] = []
+    times = clock.interleaved({name: lambda n=name: order.append(n) or 1.0 for name in "abc"}, repeats=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert {len(t) for t in times.values()} == {3}
+    middle, low, high = clock.ratio([2, 6, 8, 5, 9], [1, 2, 2, 1, 3])  # 2, 3, 4, 5, 3
+    assert (middle, low, high) == (3, 3, 4)
+    assert clock.median([4, 1, 2, 9]) == 3
+
+
+def test_published_sizes(monkeypatch):
+    from benchmarks import hosts
+
+    monkeypatch.setattr(hosts, "random_weights", lambda build, *_: _on_meta(build))
+    assert sum(p.numel() for p in hosts.sd15(torch.float32).unet.parameters()) == 859_520_964
+    big = hosts.sdxl(torch.float32)
+    assert sum(p.numel() for p in big.unet.parameters()) == 2_567_463_684
+    assert sum(p.numel() for p in big.text_encoder_2.parameters()) == 694_659_840
+
+
+def _on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def test_random_weights_spread_as_pytorchs_own():
+    from benchmarks.hosts import random_weights
+
+    def build():
+        return torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.LayerNorm(200))
+
+    ours, own = random_weights(build, torch.float32, "cpu"), build()
+    assert ours[0].weight.std().item() == pytest.approx(own[0].weight.std().item(), rel=0.02)
+    assert ours[1].weight.eq(1).all()
+    assert ours[0].bias.eq(0).all()
+    half = random_weights(build, torch.bfloat16, "cpu")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_the_command(tmp_path, capsys):
+    small = ["--repeats", "1", "--arms", "set_adapters", "gated", "--experts", "1", "2", "--threads", "1"]
+    assert main([*small, "--json", "--plot", str(tmp_path / "curve.png")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(r["arm"], r["experts"]) for r in result["rows"]] == [
+        ("base", 0),
+        ("set_adapters", 1),
+        ("gated", 1),
+        ("set_adapters", 2),
+        ("gated", 2),
+    ]
+    assert result["rows"][0]["ratio"] == 1
+    assert all(r["ms"] > 0 and r["low"] <= r["ratio"] <= r["high"] for r in result["rows"])
+    assert result["machine"] == "1 CPU threads"
+    assert Image.open(tmp_path / "curve.png").width > 500
+    assert main([*small, "--dtype", "bf16", "--channels-last"]) == 0
+    assert "x base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "arms"),
+    [
+        ("attach", ["load", "attach"]),
+        ("collapse", ["30 steps", "collapse static", "collapse prompt"]),
+        ("update", ["base", "update"]),
+    ],
+)
+def test_what_is_paid_once(what, arms, capsys):
+    small = ["--what", what, "--repeats", "2", "--experts", "2", "--threads", "1", "--clock", "cpu"]
+    assert main([*small, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [r["arm"] for r in result["rows"]] == arms
+    assert result["rows"][0]["ratio"] == 1
+    for row in result["rows"]:
+        assert len(row["seconds"]) == 2
+        assert row["ms"] == pytest.approx(500 * sum(row["seconds"]))
+
+
+def test_attaching_and_folding_are_undone_between_rounds(pipe, tmp_path):
+    files, bits = lora_files(pipe.unet, tmp_path, 2, rank=4), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    small = settings.Settings(repeats=1)
+    for measures in (once._attaching(small, pipe, files), once._collapsing(small, pipe, files)):
+        for measure in measures.values():
+            assert measure() > 0
+    assert mole.attached(pipe) is None
+    assert all(torch.equal(v, bits[k]) for k, v in pipe.unet.state_dict().items())
+
+
+def test_memory_over_the_base(capsys):
+    small = ["--what", "memory", "--experts", "1", "4", "--arms", "set_adapters", "gated", "--threads", "1"]
+    assert main([*small, "--json"]) == 0
+    rows = {(r["arm"], r["experts"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
+    one, four = rows["gated", 1], rows["gated", 4]
+    assert four["own"] == 4 * one["own"]
+    assert 0.9 < (four["over"] - one["over"]) / (four["own"] - one["own"]) < 1.8
+    assert rows["set_adapters", 4]["over"] > 0.9 * rows["set_adapters", 4]["own"]
+    assert main(small) == 0
+    assert "MB over base" in capsys.readouterr().out
+
+
+def test_shares_of_a_step(capsys):
+    small = ["--what", "shares", "--repeats", "1", "--experts", "2", "--arms", "gated", "--threads", "1"]
+    assert main([*small, "--json"]) == 0
+    rows = {(r["arm"], r["operator"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
+    products = "aten::baddbmm", "aten::addmm_"
+    assert all(("base", name) not in rows for name in products)
+    ours = [row for (arm, name), row in rows.items() if arm == "gated" and name in products]
+    assert ours
+    assert all(row["calls"] > 0 and row["ms"] > 0 for row in ours)
+    assert main(small) == 0
+    assert "operator" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["whole", "graphs", "blocks"])
+def test_compiled(compile, capsys):
+    small = ["--repeats", "1", "--arms", "set_adapters", "gated", "--experts", "2", "--threads", "1", "--json"]
+    assert main([*small, "--compile", compile]) == 0
+    assert [r["arm"] for r in json.loads(capsys.readouterr().out)["rows"]] == ["base", "set_adapters", "gated"]
+
+
+def test_what_is_not_known_is_said(capsys):
+    assert main(["--experts", "0"]) == 1
+    assert "must be 1 or more, got [0]" in capsys.readouterr().err
+    assert main(["--pixels", "100"]) == 1
+    assert "a multiple of 64" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown dtype 'int8'; known: \['fp32'"):
+        settings.Settings(dtype="int8")
+    with pytest.raises(ValueError, match=r"unknown arms \['magic'\]; known"):
+        steps.step_costs(settings.Settings(), ["magic"], [1])
+
+
+def test_the_micro_benchmark_runs(monkeypatch, capsys):
+    arguments = ["layers.py", "--pixels", "64", "--experts", "1", "--repeats", "1", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "benchmarks" / "layers.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("->")[0].split() for line in lines][:2] == [["64", "x", "320"], ["77", "x", "768"]], lines
+    assert all("beside" in line or "inside" in line for line in lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["no", "whole", "graphs", "blocks"])
+def test_on_a_gpu(compile, capsys):
+    arms = ["set_adapters", "gated", "collapsed"]
+    given = ["--size", "sd15", "--dtype", "fp16", "--experts", "3", "8", "--arms", *arms, "--device", "cuda"]
+    assert main([*given, "--compile", compile, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["machine"] == torch.cuda.get_device_name("cuda")
+    ratios = {(r["arm"], r["experts"]): r["ratio"] for r in result["rows"]}
+    assert all(ratios["gated", n] < ratios["set_adapters", n] for n in (3, 8)), ratios

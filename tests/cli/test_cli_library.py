@@ -1,0 +1,102 @@
+"""`mole index`, `mole retrieve` and `mole compose --library`, on the embedded world's own LoRAs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusers.cli import main
+from mole_diffusers.emoji.world import concept_files
+from mole_diffusers.testing import tiny_pipeline
+
+DRAW = ["--rows", "2", "--steps", "2", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A library of five LoRAs and a page that is none."""
+    folder = tmp_path_factory.mktemp("library")
+    for name in ("fox", "cheese wedge", "birthday cake", "ink", "duotone"):
+        shutil.copy(concept_files()[name], folder)
+    (folder / "page.safetensors").write_text("<html>")
+    assert main(["index", str(folder)]) == 0
+    return folder
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_index_says_what_is_there_and_what_is_not(folder, capsys):
+    assert main(["index", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["loras"] == ["birthday_cake", "cheese_wedge", "duotone", "fox", "ink"]
+    assert "is an HTML page" in facts["skipped"]["page.safetensors"]
+    assert main(["index", str(folder)]) == 0
+    assert "5 LoRAs\nleft out page.safetensors: " in capsys.readouterr().out
+
+
+def test_retrieve_says_what_and_why(folder, capsys):
+    search = ["retrieve", "ink drawing of a birthday cake and a fox", "--library", str(folder), "--threshold", "0.9"]
+    assert main([*search, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["name"], each["trigger"]) for each in found] == [
+        ("ink", "ink"),
+        ("birthday_cake", "birthday cake"),
+        ("fox", "fox"),
+    ]
+    assert found[1]["file"] == "birthday_cake.safetensors"
+    assert main(search) == 0
+    assert "fox: the prompt says its trigger 'fox'\n" in capsys.readouterr().out
+    assert main(["retrieve", "joy drawing of cheese", "--library", str(folder), "--threshold", "0.9", "--k", "1"]) == 0
+    assert "cheese_wedge: 'cheese' is like its samples (0.9" in capsys.readouterr().out
+    assert main(["retrieve", "a bear", "--library", str(folder), "--threshold", "0.99"]) == 0
+    assert "the prompt asks for none of the 5 LoRAs" in capsys.readouterr().out
+
+
+def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, capsys):
+    prompt, out = "duotone drawing of a fox", tmp_path / "new" / "found.png"
+    found = ["--library", str(folder), "--threshold", "0.9", "--out", str(out)]
+    assert main(["compose", prompt, *found, *DRAW, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in facts["found"]] == ["duotone", "fox"]
+    assert (facts["weights"], facts["mode"], facts["gates"]) == ({"duotone": 1.0, "fox": 1.0}, "sum", "sum")
+    experts = [f"--expert={n}={concept_files()[n]}" for n in ("duotone", "fox")]
+    assert main(["compose", prompt, *experts, *DRAW, "--gates", "sum", "--out", str(tmp_path / "named.png")]) == 0
+    ours, named = pixels(out), pixels(tmp_path / "named.png")
+    first, second = slice(-2 * 134, -134), slice(-134, None)  # cells of 128 and a margin
+    assert np.array_equal(ours[30:, second], named[30:, -2 * 134 : -134])  # under "sum"
+    assert not np.array_equal(ours[30:, first], ours[30:, second])
+    capsys.readouterr()
+    assert main(["compose", prompt, *found, *DRAW, "--mode", "mixture", "--k", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "fox: the prompt says its trigger 'fox'\ndrawn with duotone x 0.5, fox x 0.5, mixture: " in said
+    assert main(["compose", "a bear", "--library", str(folder), "--threshold", "0.99", *DRAW, "--out", str(out)]) == 0
+    assert "drawn with the base alone" in capsys.readouterr().out
+    alone = pixels(out)
+    assert np.array_equal(alone[30:, first], alone[30:, second])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["index", "nowhere"], "no folder at nowhere"),
+        (["retrieve", "a fox", "--library", "nowhere"], "nowhere has no index; make one with: mole index nowhere"),
+        (["compose", "a fox", "--library", "x", "--expert", "fox=a.safetensors"], "--library chooses the LoRAs"),
+        (["compose", "a <lora:fox:1>", "--library", "x"], "--library chooses the LoRAs"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(argv, message, capsys):
+    assert main(argv) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_library_of_another_base_is_refused(folder, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path)
+    assert main(["retrieve", "a fox", "--library", str(folder), "--base", str(tmp_path)]) == 1
+    assert "was made with another encoder" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["retrieve", "a fox", "--library", str(folder), "--encoder", "none"]) == 1
+    assert "sentence-transformers" in capsys.readouterr().err

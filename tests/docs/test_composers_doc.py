@@ -1,0 +1,50 @@
+"""The guide to composers names every one that there is, in the table of its kind."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mole_diffusers.evaluation import choosing
+from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.merging.merge import METHODS, by_activations
+from mole_diffusers.retrieval.composing import MODES
+
+DOCS = Path(__file__).parents[2] / "docs"
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (DOCS / "composers.md").read_text(), re.DOTALL | re.MULTILINE))
+
+
+def rows(section):
+    """First cell of every row of a section's table."""
+    return re.findall(r"^\| `([\w-]+)` \|", SECTIONS[section], re.MULTILINE)
+
+
+def test_every_family_and_every_merge_has_its_row():
+    assert sorted(rows("Gates")) == sorted(FAMILIES)
+    assert sorted(rows("Merges")) == sorted(METHODS)
+    assert rows("Merges")[-4:] == [method for method in METHODS if by_activations(method)]
+
+
+@pytest.mark.parametrize("name", sorted(set(choosing.PLAIN) - {"base", "sum", "mean"}))
+def test_every_rival_while_sampling_is_there(name):
+    assert f"**{name}**" in SECTIONS["While sampling"].lower()
+
+
+def test_the_librarys_modes_are_there():
+    assert all(f"`{mode}`" in SECTIONS["LoraLibrary"] for mode in MODES)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("sum", "mean")])
+def test_what_is_said_of_a_family_can_be_set(family):
+    """Every `option=value` of a family's paragraph is one that its config takes."""
+    said = re.search(rf"- \*\*`{family}`\*\*(.*?)(?=\n- \*\*|\Z)", SECTIONS["Gates"], re.DOTALL)
+    for option, value in re.findall(r"`(\w+)=\"?(\w+)\"?`", said[1] if said else ""):
+        assert GateConfig(family, **{option: int(value) if value.isdigit() and option == "partition" else value})
+
+
+@pytest.mark.parametrize("name", ["composers.md", "retrieval.md"])
+def test_links_lead_somewhere(name):
+    for path, anchor in re.findall(r"\]\(([\w./]+)#?([\w-]*)\)", (DOCS / name).read_text()):
+        assert (DOCS / path).is_file(), path
+        if anchor:
+            assert re.search(rf"^#+ {anchor}$", (DOCS / path).read_text(), re.MULTILINE | re.IGNORECASE), anchor

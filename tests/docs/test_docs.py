@@ -1,0 +1,75 @@
+"""The documents: code that runs, a reference that is up to date, pictures that are there."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mole_diffusers.cli import main
+
+DOCS = Path(__file__).parents[2] / "docs"
+MINE = ("tutorial.md", "evaluation.md", "training.md", "speed.md")
+
+
+def blocks(name, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+
+
+def test_the_reference_is_up_to_date():
+    made = runpy.run_path(str(DOCS / "make_api.py"))["reference"]()
+    assert (DOCS / "api.md").read_text() == made, "run: python docs/make_api.py"
+    assert "## `attach`" in made
+
+
+def test_costs_are_what_was_measured():
+    made = runpy.run_path(str(DOCS / "make_speed.py"))["document"]()
+    assert (DOCS / "speed.md").read_text() == made, "run: python docs/make_speed.py"
+
+
+def shortened(code):
+    """The same code with fewer steps and trajectories."""
+    for long, short in (
+        ('"num_inference_steps": 20', '"num_inference_steps": 2'),
+        ('"seeds": 8, "steps": 20', '"seeds": 2, "steps": 3'),
+        ("steps=60", "steps=2"),
+        ("seeds=[1, 2]", "seeds=[1]"),
+        ('["seed 1", "seed 2"]', '["seed 1"]'),
+    ):
+        assert long in code
+        code = code.replace(long, short)
+    return code
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(shortened("\n".join(blocks("tutorial.md", "python"))), "tutorial.md", "exec"), {})
+    assert (tmp_path / "fox_and_octopus.safetensors").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in DOCS.glob("tutorial_*.png")}
+
+
+@pytest.mark.slow
+def test_the_evaluation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (command,) = blocks("evaluation.md", "bash")
+    words = command.replace("--seeds 2", "--seeds 1").split()
+    assert words[0] == "mole"
+    assert main([*words[1:], "--steps", "2"]) == 0
+    assert (tmp_path / "evaluation" / "table.md").is_file()
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_what_a_document_shows_is_there(name):
+    for path in re.findall(r"\]\(([^)#:]+)\)", (DOCS / name).read_text()):
+        assert (DOCS / path).is_file(), path
+    for path in DOCS.glob("*.png"):
+        assert path.stat().st_size < 200_000
+        with Image.open(path) as image:
+            image.verify()
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_the_tests_that_a_document_names_are_there(path):
+    for file, name in set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", path.read_text())):
+        assert f"\ndef {name}(" in (DOCS.parent / file).read_text(), f"{file}::{name}"

@@ -1,0 +1,77 @@
+"""docs/training.md: every command runs, at tiny size, and what is launched elsewhere at least parses."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mole_diffusers.cli import main, parser
+from mole_diffusers.lora import read_expert
+from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+
+
+def commands(language):
+    """The words of every command in blocks of a language."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.fixture
+def tiny(tmp_path, loras, monkeypatch):
+    """Flags that make a command small; of a flag given twice the last counts."""
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    size = ["--base", "base", "--steps", "2", "--batch", "2"]
+    experts = [f"--expert=fox={loras['fox']}", f"--expert=octopus={loras['hat']}", "--term", "collage,seeds=2,steps=2"]
+    prior = ["--prior-count", "2", "--prior-steps", "1"]
+    return {"train": [*size, *experts], "train-lora": [*size, *prior]}
+
+
+def test_every_command_runs(tiny, tmp_path):
+    found = commands("bash")
+    assert [words[:2] for words in found] == [["mole", "train"]] * 4 + [["mole", "train-lora"]]
+    for words in found:
+        name = words[1]
+        given = tiny[name] if "--config" not in words else []
+        if "tensorboard" in words:  # its pictures need no twenty steps
+            Path("quick.yaml").write_text(json.dumps({"training": {"validation": {"steps": 1, "seeds": 1}}}))
+            given = [*given, "--config", "quick.yaml"]
+        assert main([*words[1:], *given]) == 0
+    for out in ("fox-and-octopus", "watched", "kept"):
+        assert (tmp_path / out / "gates.safetensors").is_file()
+    assert len((tmp_path / "kept" / "log.jsonl").read_text().splitlines()) == 2
+    assert read_expert(tmp_path / "sks-fox" / "sks-fox.safetensors").triggers == ("sks fox",)
+
+
+def test_what_other_machines_are_needed_for_parses():
+    found = commands("sh")
+    assert len(found) == 5
+    for words in found:
+        own = words[words.index("mole_diffusers") + 1 :] if words[0] == "accelerate" else words[1:]
+        assert parser().parse_args(own).command == "train"
+
+
+def test_every_term_and_flag_is_there():
+    assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == {*OBJECTIVES, BALANCE}
+    helps = [p.format_help() for p in parser()._subparsers._group_actions[0].choices.values()]
+    launcher = {
+        "--cpu",
+        "--mpirun_hostfile",
+        "--multi_gpu",
+        "--num_processes",
+        "--num_machines",
+        "--machine_rank",
+        "--main_process_ip",
+        "--main_process_port",
+    }
+    for flag in set(re.findall(r"--[a-z][a-z_-]+", TEXT)) - launcher:
+        assert any(flag in text for text in helps), flag

@@ -1,0 +1,333 @@
+"""The protocol for real checkpoints, with tiny random CLIP and DINOv2 models: scores against the models' own calls."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from mole_diffusers import attach
+from mole_diffusers.cli import main
+from mole_diffusers.evaluation.checkpoint_protocol import Look, judged, judging_sheet, read_cases, windows
+from mole_diffusers.evaluation.plots import heat_map
+from mole_diffusers.evaluation.runner import Case, keep, picture_path
+from mole_diffusers.inspection.compare import sample
+from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a CLIP and a DINOv2 with random weights, as the hub has them."""
+    torch.manual_seed(0)
+    clip, dino, tokenizer = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("dino"), tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = sizes | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, projection_dim=8)
+    CLIPModel(config).save_pretrained(clip)
+    tokenizer.save_pretrained(clip)
+    pixels = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    CLIPImageProcessor(**pixels).save_pretrained(clip)
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28)).save_pretrained(
+        dino
+    )
+    BitImageProcessor(**pixels).save_pretrained(dino)
+    return str(clip), str(dino)
+
+
+def noise(seed, size=56):
+    values = torch.rand(size // 8, size // 8, 3, generator=torch.Generator().manual_seed(seed)) * 255
+    return Image.fromarray(values.byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """concept -> folder of its own pictures."""
+    folders = {}
+    for i, name in enumerate(("fox", "ink")):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for j in range(2):
+            noise(10 * i + j).save(folders[name] / f"{j}.png")
+    return folders
+
+
+def test_scores_are_the_models_own(models, own):
+    clip, look = CLIPModel.from_pretrained(models[0]), Look(*models, own)
+    picture, case = noise(99), Case(("fox", "ink", "hat"), "three", "a fox in ink")
+    (scores,) = look(case, [picture])
+    pixels = CLIPImageProcessor.from_pretrained(models[0])
+    joint = clip(
+        **look.tokenizer(["a fox in ink"], return_tensors="pt"),
+        pixel_values=pixels(picture, return_tensors="pt").pixel_values,
+    )
+    assert scores["clip_t"] == pytest.approx((joint.logits_per_image / clip.logit_scale.exp()).item(), abs=1e-5)
+    dino, processor = AutoModel.from_pretrained(models[1]), BitImageProcessor.from_pretrained(models[1])
+
+    def features(images):
+        return F.normalize(dino(processor(images, return_tensors="pt").pixel_values).last_hidden_state[:, 0], dim=-1)
+
+    wanted = (features(windows(picture)) @ features([noise(0), noise(1)]).T).mean(1).max().item()
+    assert scores["dino"]["fox"] == pytest.approx(wanted, abs=1e-5)
+    assert set(scores["clip_i"]) == set(scores["dino"]) == {"fox", "ink"}  # hat has no pictures of its own
+
+
+def test_a_concept_is_found_where_it_is(models, own):
+    """A concept's own picture in a corner scores as the picture alone does, by the window that holds it."""
+    look = Look(*models, own)
+    canvas = Image.new("RGB", (112, 112), "grey")
+    canvas.paste(noise(0), (56, 56))
+    (corner,) = look(Case(("fox",), "one", "a fox"), [canvas])
+    whole, itself = (look._dino([image]) @ look.own_dino["fox"].T for image in (canvas, noise(0)))  # [1, own pictures]
+    assert corner["dino"]["fox"] >= itself.mean().item() - 1e-5
+    assert corner["dino"]["fox"] > whole.mean().item() + 1e-3  # a look at the whole alone would miss it
+    assert [w.size for w in windows(canvas)] == [(112, 112)] + [(56, 56)] * 9
+    assert windows(canvas)[-1].tobytes() == noise(0).tobytes()
+
+
+def test_cases_are_read_and_checked(tmp_path):
+    path = tmp_path / "cases.jsonl"
+    path.write_text('{"concepts": ["fox", "ink"], "prompt": "p"}\n\n{"concepts": ["fox"], "prompt": "q", "kind": "one"}\n')
+    assert read_cases(path, ["fox", "ink"]) == [Case(("fox", "ink"), "2 concepts", "p"), Case(("fox",), "one", "q")]
+    for text, message in (
+        ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
+        ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            read_cases(path, ["ink", "fox"])
+        assert message in str(error.value)
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    """A sheet over three arms and two prompts of the same concepts; each arm has a colour."""
+    rows = []
+    for arm, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
+        for prompt in ("a fox in ink", "ink: a fox"):
+            rows.append({"arm": arm, "case": "fox+ink", "kind": "pair", "seed": 1, "prompt": prompt, "settings": {}})
+            keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, rows[-1]))
+    assert judging_sheet(tmp_path, rows) == 12
+    return tmp_path
+
+
+def test_the_sheet_asks_each_pair_in_both_orders_and_blind(sheet):
+    key = json.loads((sheet / "sheet" / "key.json").read_text())
+    asked = {(q["prompt"], q["left"], q["right"]) for q in key}
+    assert len(asked) == 12
+    assert {(s, b, a) for s, a, b in asked} == asked
+    colours = {"sum": (255, 0, 0), "mean": (0, 128, 0), "gates": (0, 0, 255)}
+    for number, question in enumerate(key):
+        image = Image.open(sheet / "sheet" / f"{number:04}.png")
+        left, right = (image.getpixel((image.width * x // 4, image.height // 2)) for x in (1, 3))
+        assert (left, right) == (colours[question["left"]], colours[question["right"]])
+    text = (sheet / "sheet" / "answers.csv").read_text()
+    assert not any(arm in text for arm in colours)
+
+
+def answer(sheet, choose):
+    path = sheet / "sheet" / "answers.csv"
+    lines = list(csv.reader(path.open()))
+    for line, question in zip(lines[1:], json.loads((sheet / "sheet" / "key.json").read_text()), strict=True):
+        line[2] = choose(question)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+
+
+def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
+    def choose(q):
+        if "gates" in (q["left"], q["right"]):
+            return "left" if q["left"] == "gates" else "Right "
+        return "left" if q["prompt"] == "a fox in ink" else ""  # sum against mean: always the left one, or no answer
+
+    answer(sheet, choose)
+    lines = judged(sheet).splitlines()
+    assert "| gates | sum | 4 | 0 | 0 | 1.00 |" in lines
+    assert "| gates | mean | 4 | 0 | 0 | 1.00 |" in lines
+    assert "| mean | sum | 1 | 1 | 0 | 0.00 |" in lines
+    assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    with pytest.raises(ValueError, match="holds answers: count them with --judged"):
+        judging_sheet(sheet, [])
+    answer(sheet, lambda q: "both")
+    with pytest.raises(ValueError, match="question 0000: 'both' is none of"):
+        judged(sheet)
+
+
+@pytest.fixture
+def checkpoint(models, own, loras, tmp_path):
+    """`mole evaluate` on a tiny pipeline in a folder, with what a real checkpoint needs."""
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "cases.jsonl").write_text('{"concepts": ["fox", "ink"], "prompt": "a fox in ink"}\n')
+    args = ["evaluate", "--base", str(tmp_path / "base"), "--device", "cpu", "--steps", "1", "--seeds", "2"]
+    for name in ("fox", "ink"):
+        args += ["--images", f"{name}={own[name]}"]
+    args += ["--cases", str(tmp_path / "cases.jsonl"), "--clip", models[0], "--dino", models[1]]
+    return [*args, "--expert", f"ink={loras['ink']}", "--style", "ink", "--out", str(tmp_path / "out")]
+
+
+def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]
+    args += [word for arm in ("base", "np", "ssr", "k-lora", "sum") for word in ("--arm", arm)]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("| arm | CLIP-T | CLIP-I | DINO |")
+    names = ["| base", "| np", "| ssr", "| k-lora"]
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == [*names, "| sum"]
+    paired = text.splitlines()[8:]
+    assert [line.split(" | ")[0] for line in paired[:6]] == ["| arm, less sum", "| ---", *names]
+    assert "40 questions" in text
+    assert (tmp_path / "out" / "samples.png").exists()
+    assert main([*args, "--search"]) == 1
+    assert main([*args, "--style", "cat"]) == 1
+    assert "no such experts" in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsys):
+    """And kinds of a table for those that stand by; the heat map is that of the gates in their folder."""
+    experts = {name: loras[name] for name in ("fox", "ink")}
+    awake(attach(tiny_pipeline(), experts, "mole"), size=0.5).save_pretrained(tmp_path / "gates" / "fox+ink")
+    args = [*checkpoint, *(word for name in ("fox", "hat") for word in ("--expert", f"{name}={loras[name]}"))]
+    args += ["--gates", str(tmp_path / "gates"), "--seeds", "1"]
+    assert main([*args, "--arm", "sum", "--arm", "gates", "--attached", "2", "--attached", "3"]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.endswith("concepts:") or line.endswith("LoRAs:")]
+    assert (
+        heads == ["2 concepts:", "2 concepts, 3 LoRAs:"] * 3
+    )  # scores, and less the sum with cases and with concepts drawn
+    out = tmp_path / "out"
+    assert {path.name for path in out.glob("*.png")} == {"samples.png", "bars.png", "experts.png", "gates.png"}
+    pipe = tiny_pipeline()
+    with attach(pipe, experts, tmp_path / "gates" / "fox+ink").trace() as trace:
+        sample(pipe, "a fox in ink", [0], num_inference_steps=1, guidance_scale=3.0)
+    heat_map(trace, tmp_path / "wanted.png")
+    assert (out / "gates.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+    moved = ["--arm", "sum", "--share", "0.3", "--share", "0.7"]
+    assert main([*args, *moved]) == 0
+    assert (out / "frontier.png").exists()
+    at = args.index("--style")
+    assert main([*args[:at], *args[at + 2 :], *moved, "--out", str(tmp_path / "other")]) == 0
+    assert "no frontier.png: no picture asks for both a subject and a style" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "other").glob("*.png")} == {"samples.png", "bars.png"}
+
+
+def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
+    """For a case's own kind; on any checkpoint they draw what the same strengths of the experts draw."""
+    path = tmp_path / "weights.json"
+    args = [*checkpoint, "--seeds", "1", "--json"]
+    chosen = [*args, "--expert", f"fox={loras['fox']}", "--arm", "grid search", "--weights", str(path)]
+    path.write_text('{"2 concepts": {"subject": 0.4, "style": 1.3}}')
+    assert main(chosen) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    pipe = tiny_pipeline()
+    attach(pipe, {"fox": (loras["fox"], 0.4), "ink": (loras["ink"], 1.3)}, "sum")
+    (image,) = sample(pipe, "a fox in ink", [1000], num_inference_steps=1, guidance_scale=3.0)
+    assert Image.open(picture_path(tmp_path / "out", row)).tobytes() == image.tobytes()
+    for text, message in (
+        ("{", "Expecting"), ("[]", 'not {"KIND"'), ("{}", 'not {"KIND"'),
+        ('{"subject": 0.4, "style": 1}', "'subject' has 0.4"),
+        ('{"pair": {"subject": 0.4}}', "'pair' has"), ('{"pair": {"subject": "1", "style": 1}}', "'pair' has"),
+        ('{"pair": {"subject": NaN, "style": 1}}', "'pair' has"),
+        ('{"pair": {"subject": 1, "style": 1}}', "none of the cases"),
+    ):  # fmt: skip
+        path.write_text(text)
+        assert main(chosen) == 1
+        assert message in capsys.readouterr().err, text
+
+
+def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, capsys):
+    assert main([*checkpoint, "--expert", f"fox={loras['fox']}:0.4", "--arm", "sum", "--arm", "mean", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {json.dumps(row["settings"]["strengths"]) for row in rows} == {'{"fox": 0.4, "ink": 1.0}'}
+    pipe = tiny_pipeline()
+    for arm, fox, ink in (("sum", 0.4, 1.0), ("mean", 0.2, 0.5)):
+        attach(pipe, {"fox": (loras["fox"], fox), "ink": (loras["ink"], ink)}, "sum")
+        (image,) = sample(pipe, "a fox in ink", [1000], num_inference_steps=1, guidance_scale=3.0)
+        row = next(row for row in rows if row["arm"] == arm and row["seed"] == 1000)
+        assert Image.open(picture_path(tmp_path / "out", row)).tobytes() == image.tobytes()
+
+
+def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys, monkeypatch):
+    fox = ["--expert", f"fox={loras['fox']}"]
+    for asked, message in (
+        (["--arm", "ssr"], "'ssr' runs every expert on prompts of its own, and there are none for ['fox', 'ink']"),
+        (["--arm", "grid search"], "'grid search' needs the weights of a search"),
+        (["--arm", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
+        (["--arm", "sum", "--arm", "gates", "--share", "0.5"], "'gates' needs a folder of trained gates"),
+    ):
+        assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("rows*"))
+    monkeypatch.setattr("mole_diffusers.cli.evaluate.ARMS", ("base", "ssr", "switch", "gates", "k-lora"))
+    assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert {row["arm"] for row in json.loads(out)} == {"base", "switch", "k-lora"}
+    assert "left out: 'ssr' runs every expert" in err
+    assert "left out: ['gates'] can draw none of the cases" in err
+
+
+def test_pictures_measured_by_other_models_are_other_rows(checkpoint, models, loras, tmp_path, capsys):
+    """A second CLIP, or another picture of a concept, does not answer with the first one's scores."""
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--seeds", "1", "--json"]
+    shutil.copytree(models[0], tmp_path / "clip")
+    (tmp_path / "fox").mkdir()
+    noise(7).save(tmp_path / "fox" / "0.png")
+    scores = []
+    for more in ([], ["--clip", str(tmp_path / "clip")], ["--images", f"fox={tmp_path / 'fox'}"], []):
+        assert main([*args, *more]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[3]
+    assert scores[0][0]["dino"]["fox"] != scores[2][0]["dino"]["fox"]
+    assert len((tmp_path / "out" / "rows-0.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_limit_is_of_each_kind(checkpoint, loras, tmp_path, capsys):
+    lines = [
+        {"concepts": concepts, "prompt": prompt}
+        for concepts, prompt in ((["fox"], "a fox"), (["fox"], "fox"), (["fox", "ink"], "a fox in ink"), (["ink"], "ink"))
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--seeds", "1", "--arm", "base", "--limit", "1", "--json"]
+    assert main(args) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["kind"], row["prompt"]) for row in rows] == [("1 concepts", "a fox"), ("2 concepts", "a fox in ink")]
+
+
+def test_a_sheet_needs_two_arms(checkpoint, loras, capsys):
+    assert main([*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--sheet"]) == 1
+    assert "a sheet needs two arms or more" in capsys.readouterr().err
+
+
+def test_the_card_is_taken_where_there_is_one(checkpoint, loras, monkeypatch):
+    """The pipeline and what measures alike; what they are put on is all that is looked at, since there may be no card."""
+    places = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: None)
+
+    def put(_, device):
+        places.append(device)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(CLIPModel, "to", put)
+    monkeypatch.setattr(StableDiffusionPipeline, "to", put)
+    given = [arg for arg in checkpoint if arg not in ("--device", "cpu")]
+    for command in ([*given, "--expert", f"fox={loras['fox']}"], ["evaluate"]):
+        assert main(command) == 1
+    assert places == ["cuda", "cuda"]
+
+
+def test_the_embedded_world_takes_no_parts_of_another(loras, capsys):
+    assert main(["evaluate", "--expert", f"fox={loras['fox']}:0.5", "--clip", "x"]) == 1
+    assert "--expert, --clip: the embedded world has its own" in capsys.readouterr().err

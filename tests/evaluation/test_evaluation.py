@@ -1,0 +1,339 @@
+"""The evaluation: intervals, rows that survive, arms that are what they say, tables that can be computed by hand."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusers import attach, detach, emoji
+from mole_diffusers.cli import main
+from mole_diffusers.evaluation import arms, search, tables
+from mole_diffusers.evaluation.rows import Rows
+from mole_diffusers.evaluation.runner import Bench, Case, evaluate, found, picture_path
+from mole_diffusers.evaluation.statistics import (
+    as_table,
+    bootstrap,
+    harmonic,
+    harmonic_mean,
+    of_cases,
+    of_concepts,
+    recovery,
+)
+from mole_diffusers.inspection.compare import sample
+from mole_diffusers.lora import read_expert
+
+OPTIONS = {"num_inference_steps": 1, "guidance_scale": 2.0}
+
+
+def test_bootstrap_of_a_constant_and_of_a_known_spread():
+    assert bootstrap(torch.full((3, 4), 0.25), of_cases(3)) == (0.25, 0.25, 0.25)
+    coins = torch.tensor([[0.0], [1.0]]).repeat(50, 1)  # 100 cases, half of them 1: standard error 0.05
+    mean, low, high = bootstrap(coins, of_cases(100))
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
+
+
+def test_bootstrap_resamples_cases_and_not_only_seeds():
+    apart = torch.tensor([[0.0] * 8, [1.0] * 8])  # no spread within a case, all of it between them
+    assert bootstrap(apart, of_cases(2))[1:] == (0.0, 1.0)
+
+
+def test_cases_that_share_a_concept_stand_and_fall_with_it():
+    """What one concept decides is as uncertain as its draw, in however many cases it comes."""
+    values = torch.tensor([[1.0]] * 20 + [[0.0]] * 20)
+    names = [str(i) for i in range(20)]
+    alone = bootstrap(values, of_cases(40))
+    shared = bootstrap(values, of_concepts([[side, name] for side in "ab" for name in names]))
+    assert alone[0] == shared[0] == 0.5
+    assert alone[1] > 0.3
+    assert alone[2] < 0.7
+    assert shared[1:] == (0.0, 1.0)
+
+
+def test_a_case_counts_as_often_as_all_of_its_concepts_came():
+    """Three cases of three concepts: all 27 draws counted by hand, those left out that hold no case."""
+    values, cases = (0.0, 1.0, 0.5), ((0, 1), (1, 2), (2, 2))
+    found = []
+    for drawn in itertools.product(range(3), repeat=3):
+        weights = [drawn.count(a) * drawn.count(b) for a, b in cases]
+        if sum(weights):
+            found.append(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
+    table = torch.tensor(values)[:, None]
+    mean, low, high = bootstrap(table, of_concepts([[str(c) for c in case] for case in cases]), draws=27000)
+    every = torch.quantile(torch.tensor(found).repeat(1000), torch.tensor([0.025, 0.975])).tolist()
+    assert (mean, [low, high]) == (0.5, pytest.approx(every))
+
+
+def test_harmonic_mean_is_as_small_as_the_worst():
+    shares = torch.tensor([[1.0, 0.5, torch.nan], [1.0, 0.0, 1.0]])
+    assert harmonic_mean(shares).tolist() == pytest.approx([2 / 3, 0])
+    assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]
+
+
+def rows_of(*cells):
+    """(arm, case, {concept: seen}) -> rows, seeds counted up."""
+    out = []
+    for arm, case, seen in cells:
+        seed = sum(r["arm"] == arm and r["case"] == case for r in out)
+        out.append(
+            {
+                "arm": arm, "case": case, "kind": "pair", "prompt": "p", "seed": seed, "settings": {}, "seen": seen,
+                "concepts": case.split("+"), "idle": [],
+                "success": all(seen.values()), "subjects": 1.0, "style": True, "background": False,
+                "likeness": {"fox": 0.25, "owl": 0.75}, "own_place": None,
+            }
+        )  # fmt: skip
+    return out
+
+
+def test_tables_by_hand():
+    rows = rows_of(
+        ("alone fox", "fox+ink", {"fox": True, "ink": False}),
+        ("alone fox", "fox+ink", {"fox": False, "ink": False}),
+        ("alone ink", "fox+ink", {"fox": False, "ink": True}),
+        ("sum", "fox+ink", {"fox": True, "ink": True}),
+        ("sum", "fox+ink", {"fox": False, "ink": True}),
+        ("mean", "fox+ink", {"fox": True, "ink": True}),
+        ("mean", "fox+ink", {"fox": True, "ink": True}),
+    )
+    assert tables.upper_bounds(rows) == {("fox+ink", "fox"): 0.5, ("fox+ink", "ink"): 1.0}
+    lines = tables.concept_table(rows).splitlines()
+    # Seen: fox .5, ink 1; recovered: fox .5 of .5, ink 1 of 1; harmonic mean 2 / (1 / .5 + 1 / 1).
+    # Two seeds give four samples: (fox, ink) are seen in shares (1, 1), (.5, 1) twice and (0, 1), beside fox alone's.
+    row = "| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] | 0.67 [0.00, 1.00] | 0.50 [0.50, 0.50] |"
+    assert next(line for line in lines if "| sum" in line).startswith(row)
+    assert "| mean | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in lines[4]
+    assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(rows)
+    assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(rows, "sum")
+    assert "| fox+ink | 0.00 | 0.50 | 1.00 |" in tables.case_table(rows)
+
+
+def test_intervals_behind_success_are_those_of_every_sample():
+    """One case of three seeds has 27 samples, and all of them can be counted."""
+    fox, ink, bound = (1.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)
+    table = torch.tensor([[[[f, i], [b, 1.0]] for f, i, b in zip(fox, ink, bound, strict=True)]])  # [1, 3, 2, 2]
+    recovered, harmonics = [], []
+    for chosen in itertools.product(range(3), repeat=3):
+        f, i, b = (sum(values[s] for s in chosen) / 3 for values in (fox, ink, bound))
+        parts = [i] + ([min(1.0, f / b)] if b else [])
+        recovered.append(sum(parts) / len(parts))
+        harmonics.append(2 / (1 / f + 1 / i) if f and i else 0.0)
+    for values, drawn in (
+        (recovered, bootstrap(table, of_cases(1), recovery)), (harmonics, bootstrap(table[:, :, 0], of_cases(1), harmonic))
+    ):  # fmt: skip
+        every = torch.tensor(values).repeat(1000)  # as often as so many draws would have them
+        wanted = torch.quantile(every, torch.tensor([0.025, 0.975])).tolist()
+        assert list(drawn[1:]) == pytest.approx(wanted, abs=1e-6)
+    assert bootstrap(table, of_cases(1), recovery)[0] == pytest.approx((1.0 + 2 / 3) / 2)
+    assert bootstrap(table[:, :, 0], of_cases(1), harmonic)[0] == pytest.approx(2 / 3)
+
+
+def test_single_loras_are_not_mixed_into_one_that_shows_every_concept():
+    """Each alone shows one of two concepts, so the harmonic mean is 0 for each, and 0 is their mean."""
+    rows = rows_of(
+        ("alone fox", "fox+ink", {"fox": True, "ink": False}), ("alone ink", "fox+ink", {"fox": False, "ink": True})
+    )
+    seen, recovered, harmonic = tables.concept_table(rows).splitlines()[2].split(" | ")[1:4]
+    assert (seen, recovered, harmonic) == ("0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]")
+
+
+def test_own_place_is_of_the_cases_that_have_places():
+    rows = rows_of(*[("sum", case, {"a": True}) for case in ("a+b", "a+b", "a+c", "a+ink")])
+    for row, value in zip(rows, (1.0, 0.5, 0.0, None), strict=True):
+        row["own_place"] = value
+    wanted = tables.interval(rows[:3], lambda r: r["own_place"])
+    assert tables.concept_table(rows).splitlines()[2].endswith(f"| {wanted} |")
+    assert wanted.startswith("0.38 [0.00, ")
+
+
+def test_scores_are_compared_on_the_same_noise():
+    """Pictures differ far more than arms do; only the difference on the same noise shows the arm."""
+    rows = []
+    for i, (case, seed) in enumerate(itertools.product(("a", "b", "c"), (1, 2))):
+        shared = {"case": case, "concepts": [case], "prompt": "p", "seed": seed}
+        scores = {"clip_t": 0.1 * i, "clip_i": {"fox": 0.2 * i, "ink": 0.0}, "dino": {}}
+        rows.append(shared | scores | {"arm": "sum"})
+        better = {"clip_t": 0.1 * i + 0.012, "clip_i": {"fox": 0.2 * i, "ink": -0.03}, "dino": {}}
+        rows.append(shared | better | {"arm": "gates"})
+    odd = {"arm": "gates", "case": "d", "concepts": ["d"], "prompt": "p", "seed": 1}
+    rows.append(odd | {"clip_t": 9.0, "clip_i": {}, "dino": {}})
+    lines = tables.paired_scores(rows, "sum").splitlines()
+    assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
+    assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
+    assert "| sum | 0.250 [" in tables.score_table(rows)
+
+
+@pytest.fixture
+def bench(pipe, loras):
+    return Bench(pipe, {name: read_expert(path, name) for name, path in loras.items()}, OPTIONS)
+
+
+def brightness(case, images):
+    return [{"light": sum(image.convert("L").getdata()) / image.width} for image in images]
+
+
+CASES = [Case(("fox", "ink"), "pair", "a fox in ink"), Case(("fox", "hat"), "pair", "a fox with a hat")]
+
+
+def test_a_killed_run_goes_on_where_it_was(bench, tmp_path):
+    some = [arms.base(), arms.summed()]
+    whole = evaluate(bench, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "a"))
+    evaluate(bench, some, CASES[:1], brightness, seeds=[1], rows=Rows(tmp_path / "b"))
+    with (tmp_path / "b" / "rows-0.jsonl").open("a") as file:
+        file.write('{"case": "fox+i')  # the line that was being written
+    again = evaluate(bench, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "b"))
+    order = lambda row: (row["arm"], row["case"], row["seed"])  # noqa: E731
+    assert sorted(again, key=order) == sorted(whole, key=order)
+    assert len((tmp_path / "b" / "rows-0.jsonl").read_text().splitlines()) == 8  # none was made twice
+
+
+def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
+    some = [arms.base(), arms.summed(), arms.mean()]
+    for process in (0, 1):
+        rows = Rows(tmp_path / "two", process)
+        evaluate(bench, some, CASES, brightness, seeds=[1], rows=rows, processes=2)
+    parts = [len(p.read_text().splitlines()) for p in sorted((tmp_path / "two").glob("rows-*.jsonl"))]
+    assert sum(parts) == 6
+    assert min(parts) > 0
+    one = evaluate(bench, some, CASES, brightness, seeds=[1], rows=Rows(tmp_path / "one"))
+    both = found(bench, some, CASES, seeds=[1], rows=Rows(tmp_path / "two", 1))  # of all processes, in the same order
+    assert one == both
+    assert found(bench, some[1:], CASES[:1], seeds=[1, 2], rows=Rows(tmp_path / "two")) == [
+        row for row in one if row["arm"] != "base" and row["case"] == CASES[0].name
+    ]
+
+
+def test_rows_that_say_less_of_their_case_are_still_its_rows(bench, tmp_path):
+    rows, path = Rows(tmp_path), tmp_path / "rows-0.jsonl"
+    made = evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows)
+    older = [{name: value for name, value in row.items() if name != "concepts"} for row in made]
+    path.write_text("".join(json.dumps(row) + "\n" for row in older))
+    assert evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows) == made
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_other_settings_are_other_rows(bench, tmp_path):
+    """Nor is a picture of other settings, seeds or prompts shown or overwritten."""
+    rows, wanted = Rows(tmp_path), []
+    twin = Case(CASES[0].concepts, CASES[0].kind, "ink: a fox")
+    for steps, seed, case in ((1, 1, CASES[0]), (2, 1, CASES[0]), (1, 2, CASES[0]), (1, 1, twin)):
+        bench.options = OPTIONS | {"num_inference_steps": steps}
+        (row,) = evaluate(bench, [arms.base()], [case], brightness, seeds=[seed], rows=rows)
+        assert (row["settings"]["num_inference_steps"], row["seed"], row["prompt"]) == (steps, seed, case.prompt)
+        wanted.append((row, sample(bench.pipe, case.prompt, [seed], **bench.options)[0].tobytes()))
+    assert len(rows.read()) == 4
+    assert len({picture for _, picture in wanted}) == 4
+    for row, picture in wanted:
+        assert Image.open(picture_path(tmp_path, row)).tobytes() == picture
+
+
+def test_arms_are_what_they_say_and_leave_nothing_behind(bench, tmp_path, loras):
+    case, before = CASES[0], sample(bench.pipe, "a fox in ink", [3], **OPTIONS)[0]
+
+    def drawn(arm):
+        with arm.draws(bench, case):
+            return sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+
+    mixture = attach(bench.pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mole")
+    mixture.save_pretrained(tmp_path / "fox+ink")
+    with mixture.only("fox", "ink"):
+        gated = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    with mixture.fixed({"fox": 0.5, "ink": 0.5}):
+        half = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    with mixture.fixed({"fox": 1.0}):
+        fox = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    detach(bench.pipe)
+    trained = arms.gated("gates", lambda case: tmp_path / case.name)
+    assert drawn(arms.mean()) == half
+    assert drawn(arms.alone("fox")) == fox
+    assert drawn(trained) == gated
+    assert (trained.covers(case), trained.covers(CASES[1])) == (True, False)
+    assert drawn(arms.from_file("one", lambda _: loras["fox"])) == fox
+    assert drawn(arms.base()) == before.tobytes()
+    assert sample(bench.pipe, "a fox in ink", [3], **OPTIONS)[0].tobytes() == before.tobytes()
+
+
+def test_splits_share_no_concept():
+    concepts = [{c for group in split.values() for case in group for c in case} for split in (emoji.VALIDATION, emoji.TEST)]
+    assert not concepts[0] & concepts[1]
+    assert concepts[0] | concepts[1] == set(emoji.HELD_OUT_SUBJECTS + emoji.HELD_OUT_STYLES)
+    assert {kind: len(group) for kind, group in emoji.TEST.items()} == {
+        "subject x style": 24, "subject + subject": 12, "two subjects + style": 12, "three subjects": 8
+    }  # fmt: skip
+    for split in (emoji.VALIDATION, emoji.TEST):
+        for group in split.values():
+            assert len({frozenset(case) for case in group}) == len(group)
+
+
+def test_evaluate_on_the_embedded_world(tmp_path, capsys):
+    args = ["evaluate", "--limit", "1", "--seeds", "2", "--steps", "2", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    assert main([*args, "--arm", "base", "--arm", "sum"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in emoji.VALIDATION}
+    assert (tmp_path / "table.md").read_text().startswith("| arm | subject x style |")
+    assert all(Image.open(picture_path(tmp_path, row)).size == (64, 64) for row in rows)
+    assert main([*args, "--arm", "best"]) == 1
+    assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
+
+
+WORLD = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
+
+
+def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.cli.evaluate.grid", lambda bench: search.grid(bench, (1.0, 1.3)))
+    assert main([*WORLD, "--search", "--out", str(tmp_path / "search")]) == 0
+    weights = json.loads((tmp_path / "search" / "weights.json").read_text())
+    assert set(weights) == set(emoji.VALIDATION)
+    assert all(set(found) == {"subject", "style"} for found in weights.values())
+    chosen = ["--weights", str(tmp_path / "search" / "weights.json"), "--arm", "grid search"]
+    assert main([*WORLD, *chosen, "--out", str(tmp_path / "used")]) == 0
+    rows = Rows(tmp_path / "used").read()
+    assert [r["settings"]["weights"] for r in rows] == [weights] * 3
+    capsys.readouterr()
+    assert main([*WORLD, "--search", "--split", "test", "--out", str(tmp_path / "none")]) == 1
+    assert "nothing is chosen on the test split" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_table_is_of_its_own_run_alone(tmp_path, capsys):
+    """The same folder with more steps: what was drawn before is neither in the table nor in the figures' rows."""
+    args = ["evaluate", "--limit", "1", "--seeds", "1", "--device", "cpu", "--arm", "base", "--out"]
+    assert main([*args, str(tmp_path / "one"), "--steps", "1"]) == 0
+    capsys.readouterr()
+    tables = []
+    for folder in ("one", "two"):
+        assert main([*args, str(tmp_path / folder), "--steps", "3", "--json"]) == 0
+        tables.append(((tmp_path / folder / "table.md").read_text(), json.loads(capsys.readouterr().out)))
+    assert tables[0] == tables[1]
+    assert (tmp_path / "one" / "samples.png").read_bytes() == (tmp_path / "two" / "samples.png").read_bytes()
+    assert len(Rows(tmp_path / "one").read()) == 2 * len(Rows(tmp_path / "two").read())
+
+
+def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
+    run = ["--arm", "sum", "--share", "0.3", "--share", "0.7", "--attached", "2", "--attached", "4", "--out", str(tmp_path)]
+    assert main([*WORLD, *run]) == 0
+    rows = Rows(tmp_path).read()
+    assert {(r["arm"], len(r["seen"]) + len(r["idle"])) for r in rows} == {
+        (f"sum @ {share}", count) for share in (0.3, 0.7) for count in (2, 4)
+    }
+    assert {p.name for p in tmp_path.glob("*.png")} == {"samples.png", "bars.png", "experts.png", "frontier.png"}
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_launcher_divides_a_run(tmp_path):
+    """torchrun sets what `accelerate launch` sets on GPUs, and on CPUs with `--multi_gpu`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mole_diffusers"]
+    command = [*launch, *WORLD, "--arm", "base", "--arm", "sum", "--arm", "mean", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(emoji.__file__).parent.parent)
+    made = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("rows-*.jsonl"))]
+    assert len(made) == 2
+    assert min(made) > 0
+    assert sum(made) == 9
+    assert (tmp_path / "table.md").exists()

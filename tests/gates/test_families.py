@@ -1,0 +1,147 @@
+"""What every gate family keeps, on a tiny real Stable Diffusion whose experts differ in rank and layers."""
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.gates import transforms
+from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.training.denoising import predict
+
+SUM = {  # start at the plain sum
+    "flow": mole.GateConfig("flow"),
+    "prompt": mole.GateConfig("prompt"),
+    "retrieval": mole.GateConfig("retrieval"),
+    "rank": mole.GateConfig("rank"),
+}
+SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together; not so for "rank"
+    "flow": mole.GateConfig("flow", start="mean"),
+    "prompt": mole.GateConfig("prompt", total="1"),
+    "retrieval": mole.GateConfig("retrieval", total="1"),
+}
+SIZE = {
+    "flow": 1.0,
+    "prompt": 1.0,
+    "retrieval": 0.3,
+    "rank": 1.0,
+}  # of random parameters; scores that are large only flip on rounding
+each = pytest.mark.parametrize("family", SUM)
+sharing = pytest.mark.parametrize("family", SHARE)
+
+
+@each
+def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, family):
+    mole.attach(pipe, loras, "sum")
+    plain = draw(pipe)
+    mixture = mole.attach(pipe, loras, SUM[family])
+    torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
+    awake(mixture, size=SIZE[family])
+    assert not torch.allclose(draw(pipe), plain, atol=1e-3)
+
+
+@sharing
+def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, family):
+    base = draw(pipe)
+    awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]), size=SIZE[family])
+    ours = draw(pipe)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
+    pipe.load_lora_weights(loras["hat"])
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+
+
+@sharing
+def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
+    mole.attach(pipe, {"a": loras["ink"]})
+    one = draw(pipe)
+    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[family]), size=SIZE[family])
+    torch.testing.assert_close(draw(pipe), one, atol=1e-5, rtol=0)
+
+
+@each
+def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    gated = draw(pipe)
+    with mixture.only("fox", "ink"):
+        masked = draw(pipe)
+    assert not torch.allclose(masked, gated, atol=1e-3)
+    with mixture.rows([{"fox": 1.0, "ink": 1.0}]):
+        torch.testing.assert_close(draw(pipe), masked, atol=1e-5, rtol=0)
+    with mixture.only("hat"):
+        alone = draw(pipe)
+    mixture.strength("hat", 0)
+    assert torch.equal(draw(pipe), masked)
+    with mixture.fixed({"fox": 0.5, "ink": 2.0}):
+        by_hand = draw(pipe)
+    mole.attach(pipe, {"fox": (loras["fox"], 0.5), "ink": (loras["ink"], 2.0)}, "sum")
+    torch.testing.assert_close(by_hand, draw(pipe), atol=1e-5, rtol=0)
+    if family in SHARE:
+        mole.attach(pipe, {"hat": loras["hat"]})
+        torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
+
+
+@each
+def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+
+    def images(prompts, seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return torch.from_numpy(pipe(prompts, generator=generators, num_inference_steps=2, output_type="np").images)
+
+    both = images(["a fox", "ink"], [1, 2])
+    torch.testing.assert_close(both[1:], images(["ink"], [2]), atol=1e-4, rtol=0)
+    with mixture.trace() as trace:
+        assert draw(pipe, height=48, width=32).shape == (1, 48, 32, 3)
+    rows = next(w for place, _, w in trace.records if place.startswith("unet.mid") and w.count_nonzero(-1).max() > 1)
+    assert rows.shape[0] == 2
+    assert not torch.allclose(rows[0], rows[1], atol=1e-5)
+    assert trace.entropy() >= 0
+    assert set(trace.mean()) == set(loras)
+
+
+@each
+def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
+    awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family]).save_pretrained(tmp_path)
+    image, fresh = draw(pipe), tiny_pipeline()
+    loaded = mole.attach(fresh, dict(reversed(loras.items())), tmp_path)
+    assert loaded.config == SUM[family]
+    torch.testing.assert_close(draw(fresh), image, atol=1e-5, rtol=0)
+
+
+@each
+def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
+    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, SUM[family]), size=SIZE[family])
+    gates = {id(p) for p in mixture.parameters()}
+    for model in (pipe.unet, pipe.text_encoder):
+        model.requires_grad_(False)
+    for parameter in mixture.parameters():
+        parameter.requires_grad_(True)
+    predict(pipe, torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), ["a fox", ""]).square().mean().backward()
+    in_blocks = {n: p for bank in mixture.banks.values() for n, p in bank.named_parameters() if "attn" in n}
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in in_blocks.values())
+    others = [p for model in (pipe.unet, pipe.text_encoder) for p in model.parameters() if id(p) not in gates]
+    assert all(p.grad is None for p in others)
+
+
+@each
+def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    pipe.to(dtype=torch.bfloat16)
+    seen = []
+    with mixture.listen(seen.append):
+        picture = pipe("a fox", num_inference_steps=1, output_type="np").images
+    assert torch.from_numpy(picture).isfinite().all()
+    assert {decision.gates.dtype for decision in seen} == {torch.float32}
+    assert {p.dtype for p in mixture.parameters()} == {torch.float32}
+
+
+@each
+def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
+    mole.attach(pipe, loras, "sum")
+    plain = draw(pipe)
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    with mixture.adjusted(transforms.uniform):
+        torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
+    for control in (transforms.hardened, transforms.frozen_random(0)):
+        with mixture.adjusted(control):
+            assert not torch.allclose(draw(pipe), plain, atol=1e-3)

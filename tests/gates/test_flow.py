@@ -1,0 +1,100 @@
+"""LoRA-Flow's own properties."""
+
+import math
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.gates import Context, FlowGate
+from mole_diffusers.patching.processor import Slot
+from mole_diffusers.testing import tiny_lora
+
+BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
+
+
+def test_softmax_then_bias_by_hand():
+    gate = FlowGate(2, 1, "mean")
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[math.log(3)], [0.0]]))
+        gate.offset.copy_(torch.tensor([0.5, -2.0]))
+    weights = gate(torch.tensor([[[1.0], [0.0]]]), BOTH)  # two tokens
+    torch.testing.assert_close(weights, torch.tensor([[[1.25, -1.75], [1.0, -1.5]]]))
+
+
+@pytest.mark.parametrize("start", ["sum", "mean", "faithful"])
+def test_weights_sum_to_one_and_the_bias(start):
+    torch.manual_seed(0)
+    gate = FlowGate(3, 4, start)
+    torch.nn.init.normal_(gate.weight)
+    torch.nn.init.normal_(gate.offset)
+    mask = torch.ones(3, dtype=torch.bool)
+    weights = gate(torch.randn(2, 5, 4), Context(mask, torch.zeros(2)))
+    torch.testing.assert_close(weights.sum(-1), (1 + gate.bias(mask).sum()).expand(2, 5))
+
+
+def test_states_that_lie_channel_by_channel_are_read_as_they_lie():
+    torch.manual_seed(0)
+    gate = FlowGate(2, 4, "sum")
+    torch.nn.init.normal_(gate.weight)
+    hidden = torch.randn(2, 4, 5).mT  # [B, T, C], as a UNet's block has it
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        weights = gate(hidden, BOTH)
+    torch.testing.assert_close(weights, gate(hidden.contiguous(), BOTH))
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert list(hidden.shape) not in copied
+
+
+def test_permuting_tokens_permutes_weights():
+    torch.manual_seed(0)
+    gate = FlowGate(2, 4, "sum")
+    torch.nn.init.normal_(gate.weight)
+    hidden, order = torch.randn(1, 5, 4), torch.randperm(5)
+    torch.testing.assert_close(gate(hidden[:, order], BOTH), gate(hidden, BOTH)[:, order])
+
+
+@pytest.mark.parametrize(
+    ("start", "bias", "weights"),
+    [("sum", [0.5, 0.5], [1.0, 1.0]), ("mean", [0.0, 0.0], [0.5, 0.5]), ("faithful", [-0.5, 0.5], [0.0, 1.0])],
+)
+def test_each_start_is_set_adapters_with_its_weights(pipe, loras, draw, tmp_path, start, bias, weights):
+    """The paper's start is the last LoRA alone."""
+    assert FlowGate(2, 1, start).bias(BOTH.mask).tolist() == bias
+    files = {"fox": loras["fox"], "owl": tiny_lora(pipe, tmp_path / "owl.safetensors", rank=8, seed=7)}
+    mole.attach(pipe, files, mole.GateConfig("flow", start=start))
+    ours = draw(pipe)
+    mole.detach(pipe)
+    for name, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(list(files), weights)
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, draw, monkeypatch):
+    seen, read = [], Slot.read
+
+    def note(slot, asking, x, layer):
+        seen.append((asking.layer, read(slot, asking, x, layer)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Slot, "read", note)
+    mole.attach(pipe, {"fox": loras["fox"]}, "flow")
+    draw(pipe, num_inference_steps=1)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0."
+    own = [w for name, w in seen if name.startswith(block) and not name.endswith(("attn2.to_k", "attn2.to_v"))]
+    text = [w for name, w in seen if name.startswith(block) and name.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert (len(own), len(text)) == (6, 2)
+    assert all(w is own[0] for w in own)
+    assert text[0] is text[1]
+    assert own[0].shape == (2, 64, 1)
+    assert text[0].shape == (2, 16, 1)
+
+
+def test_permuting_experts_with_their_rows_leaves_the_image(pipe, loras, draw, awake):
+    mixture = awake(mole.attach(pipe, loras, "flow"))
+    kept = {part: {k: v.clone() for k, v in bank.state_dict().items()} for part, bank in mixture.banks.items()}
+    image = draw(pipe)
+    turned = mole.attach(pipe, dict(reversed(loras.items())), "flow")
+    for part, bank in turned.banks.items():
+        bank.load_state_dict({k: v.flip(0) for k, v in kept[part].items()})
+    torch.testing.assert_close(draw(pipe), image, atol=1e-5, rtol=0)

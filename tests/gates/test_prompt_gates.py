@@ -1,0 +1,200 @@
+"""MiLoRA's own properties."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mole_diffusers as mole
+from mole_diffusers.gates import Context, PromptGate
+from mole_diffusers.gates.prompt import GELU, largest, load_balance, rational
+from mole_diffusers.patching.prompt_tokens import words
+
+BOTH, NOW = torch.tensor([True, True]), torch.zeros(1)
+LOGITS = torch.tensor([[math.log(5.0), math.log(3.0), math.log(2.0)]])
+
+
+def fixed(monkeypatch, logits):
+    """Routers that give `logits` whatever they read."""
+    monkeypatch.setattr(PromptGate, "route", lambda gate, hidden, tokens: logits.expand(len(hidden), -1))
+
+
+def test_the_activation_begins_near_gelu():
+    x = torch.linspace(-3, 3, 601)
+    assert (rational(x, *map(torch.tensor, GELU)) - F.gelu(x)).abs().max() < 0.01
+
+
+def test_an_unlearned_pooler_is_the_mean_of_the_words():
+    gate = PromptGate(4, [BOTH.tolist()], axis="concept", top=0, total="N")
+    hidden, tokens = torch.randn(2, 5, 4), torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    means = torch.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])
+    torch.testing.assert_close(gate.pooled(hidden, tokens), means)
+    with torch.no_grad():
+        gate.pooler.copy_(torch.tensor([100.0, 0, 0, 0]))
+    best = hidden[0, :3, 0].argmax()
+    torch.testing.assert_close(gate.pooled(hidden, tokens)[0], hidden[0, best], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("top", "total", "expected"),
+    [
+        (0, "none", [0.5, 0.3, 0.2]),
+        (3, "none", [0.5, 0.3, 0.2]),
+        (2, "none", [0.5, 0.3, 0]),
+        (2, "1", [0.625, 0.375, 0]),
+        (2, "N", [1.875, 1.125, 0]),
+    ],
+)
+def test_top_k_and_renormalisation_by_hand(monkeypatch, top, total, expected):
+    fixed(monkeypatch, LOGITS)
+    gate = PromptGate(4, [[True] * 3], axis="concept", top=top, total=total)
+    weights = gate(torch.zeros(1, 1, 4), Context(torch.tensor([True] * 3), NOW))
+    torch.testing.assert_close(weights, torch.tensor([expected]))
+
+
+def test_axes_by_hand(monkeypatch):
+    """Two layers, two concepts; the second layer lacks the first concept."""
+    presents, hidden = [[True, True], [False, True]], torch.zeros(1, 1, 4)
+    fixed(monkeypatch, torch.tensor([[math.log(3.0), 0.0]]))
+    weights = PromptGate(4, presents, axis="module", top=0, total="1")(hidden, Context(BOTH, NOW))
+    torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.75], [0.0, 0.25]]]))
+    fixed(monkeypatch, torch.tensor([[math.log(2.0), math.log(3.0), math.log(9.0), math.log(5.0)]]))
+    both = PromptGate(4, presents, axis="both", top=0, total="N")
+    torch.testing.assert_close(both(hidden, Context(BOTH, NOW)), torch.tensor([[[0.6, 0.9], [0.0, 1.5]]]))
+    one = both(hidden, Context(torch.tensor([True, False]), NOW))
+    torch.testing.assert_close(one, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
+
+
+def test_load_balance_over_processes_is_that_of_all_rows():
+    rows = torch.softmax(torch.randn(4, 3), -1)
+    own, others = rows.chunk(2)
+    theirs = iter([(largest(others, 1) > 0).float().mean(0), others.mean(0)])
+    found = load_balance(own, largest(own, 1) > 0, lambda mean: (mean + next(theirs)) / 2)
+    torch.testing.assert_close(found, load_balance(rows, largest(rows, 1) > 0))
+
+
+def test_load_balance_is_1_when_even_and_their_number_when_one_takes_all():
+    even, one = torch.full((6, 3), 1 / 3), torch.tensor([[1.0, 0.0, 0.0]]).expand(6, 3)
+    by_turns = torch.eye(3, dtype=torch.bool).repeat(2, 1)
+    assert load_balance(even, by_turns).item() == pytest.approx(1)
+    assert load_balance(one, one > 0).item() == pytest.approx(3)
+    assert largest(LOGITS.softmax(-1), 1).count_nonzero() == 1
+
+
+def test_the_balance_loss_lowers_what_is_chosen_too_often():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
+    probabilities = logits.softmax(-1)
+    load_balance(probabilities, largest(probabilities, 1) > 0).backward()
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1:] < 0).all()
+
+
+def test_words_are_what_comes_before_the_padding():
+    ids = torch.tensor([[7, 1, 2, 9, 9], [7, 1, 2, 3, 9], [7, 1, 9, 0, 0]])  # 9 ends; padded with it, or with 0
+    expected = [[True, True, True, False, False], [True] * 4 + [False], [True, True, False, False, False]]
+    assert words(ids, 9).tolist() == expected
+
+
+def test_padding_does_not_reach_the_gate(pipe, loras, draw, awake, monkeypatch):
+    awake(mole.attach(pipe, loras, "prompt"))
+    seen, route = [], PromptGate.route
+
+    def note(gate, hidden, tokens):
+        seen.append((tokens, route(gate, hidden, tokens), route(gate, hidden + 5 * ~tokens[..., None], tokens)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(PromptGate, "route", note)
+    draw(pipe, prompt="ab", num_images_per_prompt=2)
+    for tokens, logits, padded in seen:
+        torch.testing.assert_close(logits, padded, atol=1e-4, rtol=1e-4)
+        assert tokens.sum(1).tolist() in ([3], [1], [1, 1, 3, 3])  # the start of the text, and two words of one letter
+    assert {len(tokens) for tokens, _, _ in seen} == {1, 4}
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_routers_speak_once_per_prompt(pipe, loras, awake, monkeypatch, steps):
+    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "prompt"))
+    calls, route = [], PromptGate.route
+
+    def count(gate, hidden, tokens):
+        calls.append(gate)
+        return route(gate, hidden, tokens)
+
+    monkeypatch.setattr(PromptGate, "route", count)
+    pipe("a fox", num_inference_steps=steps, output_type="latent")
+    unet = list(mixture.banks["unet"].gates.values())
+    assert [calls.count(gate) for gate in unet] == [1] * len(unet)
+    assert len(calls) == len(unet) + 2 * len(mixture.banks["text_encoder"].gates)  # which read prompt and negative prompt
+
+
+def test_weights_changed_between_two_calls_are_heard(pipe, loras, awake, draw):
+    mixture = awake(mole.attach(pipe, loras, "prompt"))
+    texts = {
+        f"{n}prompt_embeds": e for n, e in zip(("", "negative_"), pipe.encode_prompt("ab", "cpu", 1, True), strict=True)
+    }
+    first = draw(pipe, prompt=None, **texts)
+    assert torch.equal(draw(pipe, prompt=None, **texts), first)
+    awake(mixture, seed=1)
+    assert not torch.allclose(draw(pipe, prompt=None, **texts), first, atol=1e-3)
+    texts["prompt_embeds"].mul_(1.5)
+    awake(mixture, seed=0)
+    assert not torch.allclose(draw(pipe, prompt=None, **texts), first, atol=1e-3)
+
+
+def test_folded_away_it_draws_the_same_and_leaves_the_same_bits(pipe, loras, draw, awake):
+    mixture = awake(mole.attach(pipe, loras, "prompt"), size=1.0)
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    unfolded = draw(pipe, prompt="ab", guidance_scale=1)
+    with mixture.collapsed("ab", guidance_scale=1, num_inference_steps=1):
+        torch.testing.assert_close(draw(pipe, prompt="ab", guidance_scale=1), unfolded, atol=1e-4, rtol=0)
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    with pytest.raises(ValueError, match="depends on the prompt; give a prompt"), mixture.collapsed():
+        pass
+
+
+def test_folded_away_the_prompt_decides_for_guidance_too(pipe, loras, draw, awake):
+    """The other route: live gates, whose rows without the prompt are overwritten by those with it."""
+    mixture, first = awake(mole.attach(pipe, loras, "prompt"), size=1.0), {}
+
+    def as_prompted(place, gates, mask):
+        if place.startswith("text"):  # it reads the prompt, then the negative prompt
+            return first.setdefault((place, *mask.tolist()), gates)
+        return gates[-1:].expand_as(gates)
+
+    own = draw(pipe, prompt="ab")
+    with mixture.adjusted(as_prompted):
+        prompted = draw(pipe, prompt="ab")
+    assert not torch.allclose(own, prompted, atol=1e-3)
+    with mixture.collapsed("ab", guidance_scale=1, num_inference_steps=1):
+        torch.testing.assert_close(draw(pipe, prompt="ab"), prompted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("axis", ["module", "both"])
+def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
+    mole.attach(pipe, loras, "sum")
+    plain = draw(pipe)
+    mixture = mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis))
+    torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
+    awake(mixture).save_pretrained(tmp_path)
+    with mixture.trace() as trace:
+        gated = draw(pipe)
+    assert not torch.allclose(gated, plain, atol=1e-3)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0."
+    layers = torch.stack([trace.weights(p)[0] for p in trace.places if p.startswith(block)])  # [M, N]
+    if axis == "both":  # 8 layers of three experts and 2 of one
+        assert layers.sum().item() == pytest.approx(26, rel=1e-4)
+    else:
+        assert layers.amax(1).sum().item() == pytest.approx(10, rel=1e-4)
+    mole.attach(pipe, loras, tmp_path)
+    assert torch.equal(draw(pipe), gated)
+
+
+def test_training_uses_its_own_balance_loss(pipe, loras):
+    from mole_diffusers.training.config import GateTraining
+    from mole_diffusers.training.loop import Lesson, train_gates
+
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("prompt", top=1))
+    config = GateTraining({"base": 1.0, "balance": 0.01}, steps=2, batch=2)
+    log = train_gates(pipe, mixture, Lesson(plain=["a b", "c"]), config=config)
+    assert 1 <= log[0]["balance"] <= 2

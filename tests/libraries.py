@@ -1,0 +1,34 @@
+"""LoRA libraries in memory, and an encoder that can be followed by hand."""
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+
+from mole_diffusers.retrieval import store
+from mole_diffusers.retrieval.cards import Card
+from mole_diffusers.retrieval.library import LoraLibrary, embedding
+
+
+class Words:
+    """An encoder that can be followed by hand: one axis per word."""
+
+    id = "words"
+
+    def __call__(self, texts):
+        rows = torch.zeros(len(texts), 4096)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.split():
+                row[zlib.crc32(word.encode()) % 4096] += 1
+        return F.normalize(rows, dim=-1)
+
+
+def library(samples, triggers=None, bases=None):
+    """A library in memory."""
+    encoder = Words()
+    cards = tuple(
+        Card(n, f"{n}.safetensors", (bases or {}).get(n, "SD 1.x"), tuple((triggers or {}).get(n, ())), tuple(s), "", ())
+        for n, s in samples.items()
+    )
+    rows = torch.stack([embedding(s, encoder) for s in samples.values()])
+    return LoraLibrary("loras", store.Index(encoder.id, encoder(store.PROBE), cards, rows, {}), encoder)

@@ -1,0 +1,78 @@
+"""Experts as files: every name of a real model is told from its key, and the file is the expert again."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from mole_diffusers import read_expert, save_expert
+from mole_diffusers.lora import layer_key
+from mole_diffusers.lora.writing import module_name
+
+
+def hosts():
+    """Models with every kind of layer name, without memory."""
+    with torch.device("meta"):
+        yield UNet2DConditionModel()  # as Stable Diffusion 1.5
+        yield UNet2DConditionModel(
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=2,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64,
+        )  # as SDXL
+        yield CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1))
+        yield T5EncoderModel(T5Config(num_layers=1, feed_forward_proj="gated-gelu"))
+        yield SD3Transformer2DModel(num_layers=2, dual_attention_layers=(0,))
+        yield FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+
+
+def test_every_layer_name_is_told_from_its_key():
+    for host in hosts():
+        names = [n for n, m in host.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        assert names
+        for name in names:
+            assert module_name(layer_key(name)) == name.removeprefix("text_model.")
+
+
+def test_a_name_that_no_model_has_is_an_error():
+    with pytest.raises(ValueError, match="layer 'down_blocks_0_magic' has words that no known model uses"):
+        module_name("down_blocks_0_magic")
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_saved_expert_is_the_expert(loras, tmp_path, format):
+    expert = read_expert(loras["hat"])
+    save_expert(expert, tmp_path / "x.safetensors", format=format, dtype=torch.float32)
+    again = read_expert(tmp_path / "x.safetensors")
+    assert set(again.layers["unet"]) == set(expert.layers["unet"])
+    for part, layers in expert.layers.items():
+        for key, weights in layers.items():
+            torch.testing.assert_close(again.layers[part][key].delta(), weights.delta())
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_saved_expert_of_flux_is_the_expert(tmp_path, format):
+    layers = {
+        "transformer": ("transformer_blocks.0.attn.to_add_out", "single_transformer_blocks.3.proj_mlp", "norm_out.linear"),
+        "text_encoder": ("encoder.layers.0.self_attn.q_proj",),
+        "text_encoder_2": ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0"),
+    }
+    halves = {"lora_A": (2, 4), "lora_B": (4, 2)}
+    names = [f"{part}.{name}.{half}.weight" for part, found in layers.items() for name in found for half in halves]
+    save_file({name: torch.randn(halves[name.split(".")[-2]]) for name in names}, tmp_path / "x")
+    expert = read_expert(tmp_path / "x")
+    assert {part: len(found) for part, found in expert.layers.items()} == {
+        part: len(found) for part, found in layers.items()
+    }
+    save_expert(expert, tmp_path / "y", format=format, dtype=torch.float32)
+    again = read_expert(tmp_path / "y")
+    assert again.base == expert.base == "Flux"
+    for part, found in expert.layers.items():
+        for key, weights in found.items():
+            torch.testing.assert_close(again.layers[part][key].delta(), weights.delta())

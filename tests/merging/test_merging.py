@@ -1,0 +1,210 @@
+"""Merges of real files: one ordinary LoRA that stock diffusers loads, and bad input."""
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.lora import layer_key, read_expert
+from mole_diffusers.merging.activations import as_rows
+from mole_diffusers.merging.merge import METHODS
+from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
+
+PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}
+TWO_STEPS = {"num_inference_steps": 2, "output_type": "np"}
+BY_ACTIVATIONS = ("ssr", "regmean", "iteris", "scalars")
+
+
+@pytest.fixture
+def activations(pipe):
+    return mole.Activations(pipe, PROMPTS, steps=2, rows=64)
+
+
+def merged(method, loras, pipe, **options):
+    if method in BY_ACTIVATIONS:
+        options["activations"] = mole.Activations(pipe, PROMPTS, steps=2, rows=64)
+    if method == "iteris":
+        options["rounds"] = 2
+    return mole.merge({"fox": loras["fox"], "ink": (loras["ink"], 0.5)}, method, **options)
+
+
+def picture(pipe):
+    return torch.from_numpy(pipe("a fox", generator=torch.Generator().manual_seed(0), **TWO_STEPS).images)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """Plain diffusers, and what it draws without a LoRA."""
+    pipe = tiny_pipeline()
+    return pipe, picture(pipe)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stock_diffusers_loads_every_merge(method, loras, tmp_path, stock):
+    pipe, _ = stock
+    expert = merged(method, loras, pipe)
+    assert mole.attached(pipe) is None
+    mole.save_expert(expert, tmp_path / "one.safetensors", dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    theirs = {
+        (part, layer_key(name)): module.get_delta_weight("one")
+        for part in ("unet", "text_encoder")
+        for name, module in getattr(pipe, part).named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    pipe.unload_lora_weights()
+    ours = {(part, key): w.delta() for part, layers in expert.layers.items() for key, w in layers.items()}
+    assert set(theirs) == set(ours)
+    for key, delta in ours.items():
+        torch.testing.assert_close(theirs[key], delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "options", "factor"), [("sum", {}, 1.0), ("lego", {"clusters": 10**6}, 0.5**0.5)])
+def test_convolutions_are_merged_too(loras, tmp_path, stock, method, options, factor):
+    """Against the mixture: LoRA-LEGO with as many clusters as ranks is the sum by the root of two."""
+    pipe, _ = stock
+    other = tiny_lora(pipe, tmp_path / "other.safetensors", rank=8, seed=5, ends=ATTENTION + CONVOLUTION)
+    expert = mole.merge({"hat": loras["hat"], "other": (other, 0.5)}, method, **options)
+    mole.save_expert(expert, tmp_path / "one.safetensors", dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    merged = picture(pipe)
+    pipe.unload_lora_weights()
+    mole.attach(pipe, {"hat": (loras["hat"], factor), "other": (other, 0.5 * factor)}, "sum")
+    both = picture(pipe)
+    mole.detach(pipe)
+    torch.testing.assert_close(merged, both, rtol=0, atol=2e-5)
+
+
+def test_stock_diffusers_draws_a_merge_as_we_do(loras, tmp_path, stock):
+    pipe, plain = stock
+    expert = merged("knots", loras, pipe)
+    mole.save_expert(expert, tmp_path / "one.safetensors", dtype=torch.float32)
+    mole.attach(pipe, {"merged": expert})
+    ours = picture(pipe)
+    mole.detach(pipe)
+    pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    theirs = picture(pipe)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+def test_the_sum_is_set_adapters_and_the_strength_counts(loras, stock):
+    pipe, _ = stock
+    mole.attach(pipe, {"merged": merged("sum", loras, pipe)})
+    ours = picture(pipe)
+    mole.detach(pipe)
+    for name in ("fox", "ink"):
+        pipe.load_lora_weights(loras[name], adapter_name=name)
+    pipe.set_adapters(["fox", "ink"], [1.0, 0.5])
+    theirs = picture(pipe)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
+
+
+def test_a_lower_rank_says_what_it_costs(loras, pipe):
+    whole, small = merged("sum", loras, pipe), merged("svd", loras, pipe)
+    assert whole.ranks == (2, 6)
+    assert small.ranks == (2, 4)
+    assert float(whole.metadata["mole.lost_energy"]) == 0
+    key = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    exact, near = (e.layers["unet"][key].delta() for e in (whole, small))
+    values = torch.linalg.svdvals(exact)
+    assert (exact - near).norm() == pytest.approx(values[4:].norm().item(), rel=1e-4)
+    lost = sum(
+        (whole.layers[p][k].delta() - w.delta()).square().sum() for p, ls in small.layers.items() for k, w in ls.items()
+    )
+    energy = sum(w.delta().square().sum() for ls in whole.layers.values() for w in ls.values())
+    assert float(small.metadata["mole.lost_energy"]) == pytest.approx(float(lost / energy), abs=1e-4)
+    assert merged("ties", loras, pipe, rank=1).ranks == (1, 1)
+
+
+def test_full_rank_merges_keep_nearly_all_of_their_energy(loras, pipe):
+    for method in ("ties", "dare"):
+        whole = merged(method, loras, pipe)
+        assert 0 < float(whole.metadata["mole.lost_energy"]) <= 0.01
+        full = merged(method, loras, pipe, rank=10**6)
+        assert float(full.metadata["mole.lost_energy"]) == 0
+        for part, layers in whole.layers.items():
+            for key, weights in layers.items():
+                squares = torch.linalg.svdvals(full.layers[part][key].delta()).square()
+                assert squares[: weights.rank].sum() >= 0.9899 * squares.sum()
+                assert squares[: weights.rank - 1].sum() < 0.9901 * squares.sum()
+
+
+def test_a_merge_file_says_what_it_is(loras, pipe, tmp_path):
+    expert = merged("dare", loras, pipe, drop=0.5)
+    expert = mole.Expert(**{**vars(expert), "triggers": ("fox", "ink")})
+    mole.save_expert(expert, tmp_path / "one.safetensors")
+    again = read_expert(tmp_path / "one.safetensors")
+    assert again.triggers == ("fox", "ink")
+    assert again.metadata["mole.method"] == "dare"
+    assert again.metadata["mole.options"] == '{"drop": 0.5}'
+    assert (again.base, again.format) == (expert.base, "peft")
+
+
+def test_activations_are_what_reaches_the_layer(pipe, loras, activations):
+    """Against a hand-made run: the LoRA alone, conditional rows, words up to the text's end."""
+    expert = read_expert(loras["fox"], "fox")
+    module = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    found = activations.own("fox", expert)
+    key = "unet.mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    mole.attach(pipe, {"fox": expert})
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    generators = [torch.Generator().manual_seed(42 + i) for i in range(2)]
+    pipe(PROMPTS["fox"], generator=generators, num_inference_steps=2, guidance_scale=1.0)
+    handle.remove()
+    mole.detach(pipe)
+    tokens = [len(pipe.tokenizer(prompt).input_ids) for prompt in PROMPTS["fox"]]  # with beginning and end
+    wanted = torch.cat([x[i, 1 : tokens[i]] for x in seen for i in range(2)])
+    torch.testing.assert_close(found[key], wanted)
+    assert activations.own("fox", expert) is found  # an expert is run once
+    assert activations.own("fox", expert, 0.5) is not found
+
+
+def test_rows_are_spaced_and_limited(pipe, loras):
+    few = mole.Activations(pipe, PROMPTS, steps=2, rows=5).own("ink", read_expert(loras["ink"]))
+    assert {len(x) for key, x in few.items() if key.startswith("unet.") and "attn1" in key} == {10}
+
+
+def test_running_experts_leaves_an_attached_mixture_in_place(pipe, loras, draw, activations):
+    mixture = mole.attach(pipe, {"ink": loras["ink"]})
+    before = draw(pipe)
+    activations.own("fox", read_expert(loras["fox"]))
+    assert mole.attached(pipe) is mixture
+    assert torch.equal(draw(pipe), before)
+
+
+def test_patches_of_a_convolution_are_what_its_matrix_multiplies():
+    conv = torch.nn.Conv2d(3, 5, 3, padding=1, stride=2, bias=False)
+    x = torch.randn(2, 3, 8, 8)
+    rows = as_rows(conv, x) @ conv.weight.flatten(1).T  # [B, T, Cout]
+    torch.testing.assert_close(rows.transpose(1, 2).reshape(2, 5, 4, 4), conv(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "best"}, "unknown merge method 'best'; known: ['sum',"),
+        ({"method": "ties", "drop": 0.5}, "unknown options ['drop'] of merge method 'ties'; known: ['share', 'scale']"),
+        ({"method": "ssr"}, "give activations=Activations(pipe, prompts)"),
+        ({"method": "np", "protect": ["cat"]}, "unknown experts ['cat'] to protect; given: ['fox', 'ink']"),
+        ({"rank": 0}, "the rank of a merge must be 1 or more"),
+    ],
+)
+def test_bad_input(loras, options, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        mole.merge({"fox": loras["fox"], "ink": loras["ink"]}, **options)
+    assert message in str(error.value)
+
+
+def test_bad_experts(loras, pipe, activations, tmp_path):
+    with pytest.raises(ValueError, match="at least one expert"):
+        mole.merge({})
+    with pytest.raises(ValueError, match="the strength of 'fox' must be a finite number"):
+        mole.merge({"fox": (loras["fox"], float("nan"))})
+    with pytest.raises(ValueError, match="no prompts for expert 'cat'"):
+        mole.merge({"cat": loras["fox"]}, "ssr", activations=activations)
+    wide = tiny_lora(tiny_pipeline(width=32), tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="do not fit one model: .* of layer 'text_encoder"):
+        mole.merge({"fox": loras["fox"], "wide": wide})

@@ -1,0 +1,53 @@
+"""Regional compilation: blocks that are alike share their code, with a mixture as without."""
+
+import pytest
+import torch
+import torch._dynamo
+from diffusers import UNet2DConditionModel
+
+import mole_diffusers as mole
+from benchmarks.hosts import lora_files
+from mole_diffusers.testing import tiny_pipeline
+
+
+def compiled(unet, step):
+    """(what a step gives, how many graphs were made for it and the next one)."""
+    torch.compiler.reset()
+    graphs = []
+    unet.compile_repeated_blocks(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        given = step()
+        step()
+    return given, len(graphs)
+
+
+def narrow(width):
+    """SD 1.5's sixteen blocks, few channels."""
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (8, 16, 16, 16), "attention_head_dim": 2, "norm_num_groups": 4}
+    return UNet2DConditionModel(sample_size=8, cross_attention_dim=width, **shape).eval()
+
+
+OTHERS = ("flow", "static", "prompt", "rank", "retrieval")
+
+
+@pytest.mark.parametrize("family", ["mole", *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)])
+def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_path):
+    pipe = tiny_pipeline()
+    width = pipe.unet.config.cross_attention_dim
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, width)
+
+    def step():
+        return pipe.unet(latents, 5, encoder_hidden_states=text, return_dict=False)[0]
+
+    pipe.register_modules(unet=narrow(width))
+    plain = compiled(pipe.unet, step)[1]
+    pipe.register_modules(unet=narrow(width))
+    mixture = awake(mole.attach(pipe, lora_files(pipe.unet, tmp_path, 3, rank=2), family))
+    with torch.no_grad():
+        expected = step()
+    given, graphs = compiled(pipe.unet, step)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+    assert graphs <= 2 * plain <= 8  # a gate of its own code before each kind of block, at most
+    with torch.no_grad(), mixture.only("lora0"):
+        assert (step() - expected).abs().max() > 1e-3

@@ -1,0 +1,190 @@
+"""Folding gates away: the same pictures by another route, and the host's very bits afterwards."""
+
+import math
+
+import pytest
+import torch
+from hosts import HOSTS
+from safetensors import safe_open
+
+import mole_diffusers as mole
+from mole_diffusers import functional
+from mole_diffusers.patching.folding import Averages, ask
+from mole_diffusers.testing import CONVOLUTION, tiny_lora, tiny_pipeline
+
+CLOSE = {"atol": 2e-5, "rtol": 0}
+
+
+def load_stock(path, draw):
+    """What stock diffusers draws with one LoRA file."""
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(path)
+    return draw(pipe)
+
+
+@pytest.mark.parametrize("family", ["sum", "mean", "static"])
+def test_collapsed_gates_draw_the_same_and_leave_no_trace(pipe, loras, draw, awake, family):
+    base, bits = draw(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    mixture = awake(mole.attach(pipe, loras, family))
+    gated = draw(pipe)
+    with mixture.collapsed():
+        assert mole.attached(pipe) is None
+        assert list(pipe.unet.state_dict()) == list(bits)
+        torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+    assert torch.equal(draw(pipe), gated)
+    mole.detach(pipe)
+    assert all(torch.equal(v, bits[k]) for k, v in pipe.unet.state_dict().items())
+    assert torch.equal(draw(pipe), base)
+
+
+def test_collapsed_respects_strength_and_only(pipe, loras, draw):
+    mixture = mole.attach(pipe, {"fox": (loras["fox"], -0.7), "ink": loras["ink"], "hat": loras["hat"]})
+    with mixture.only("fox", "hat"):
+        gated = draw(pipe)
+        with mixture.collapsed():
+            torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+
+
+def test_gates_that_move_collapse_to_their_average(pipe, loras, draw, awake):
+    """The other route: free static gates, set by hand to the mean of a trace of the moving ones."""
+    mixture = awake(mole.attach(pipe, loras, mole.GateConfig("mole", total="sigmoid")))
+    with mixture.trace() as trace:
+        pipe("a fox", num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="latent")
+    with mixture.collapsed("a fox"):
+        collapsed = draw(pipe)
+    still = mole.attach(pipe, loras, mole.GateConfig("static", total="linear"))
+    for part, bank in still.banks.items():
+        for key, gate in bank.gates.items():
+            name = part if key == "network" else f"{part}.{key.replace('/', '.')}"
+            weights = torch.stack([trace.weights(p).mean(0) for p in trace.places if p.split(" ")[0] == name])
+            gate.logits.data = weights.amax(0, keepdim=True) - 1  # an expert that a layer lacks has 0 there
+    torch.testing.assert_close(collapsed, draw(pipe), **CLOSE)
+
+
+@pytest.mark.parametrize("axis", ["concept", "both"])
+def test_gates_of_the_prompt_are_folded_without_drawing(pipe, loras, draw, awake, axis):
+    """The other route: what they say while a whole picture is drawn."""
+    mixture = awake(mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis)))
+    drawn, entered, call = Averages(), [], {"guidance_scale": 1.0}
+    with mixture.listen(drawn):
+        draw(pipe, num_inference_steps=3, **call)
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: entered.append(0))
+    asked = Averages()
+    with mixture.listen(asked):
+        ask(pipe, mixture._parts, "a fox in ink", **call)
+    assert not entered
+    assert asked.weights.keys() == drawn.weights.keys()
+    for key, weights in drawn.weights.items():
+        torch.testing.assert_close(asked.weights[key], weights, **CLOSE)
+    hook.remove()
+    gated = draw(pipe, **call)
+    with mixture.collapsed("a fox in ink", **call):
+        torch.testing.assert_close(draw(pipe, **call), gated, **CLOSE)
+    assert torch.equal(draw(pipe, **call), gated)
+
+
+def test_folding_a_prompt_leaves_the_processors_of_a_call_that_stopped(loras):
+    pipe, options = HOSTS["sd15-pag"]()
+    mixture = mole.attach(pipe, loras, "prompt")
+    before = dict(pipe.unet.attn_processors)
+    with mixture.collapsed("a fox", **options):
+        pass
+    assert all(pipe.unet.attn_processors[name].slot is p.slot for name, p in before.items() if hasattr(p, "slot"))
+    assert {n: type(p) for n, p in pipe.unet.attn_processors.items()} == {n: type(p) for n, p in before.items()}
+
+
+def test_still_gates_with_a_prompt_draw_nothing_either(pipe, loras, draw, awake):
+    mixture, entered = awake(mole.attach(pipe, loras, "static")), []
+    gated = draw(pipe)
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: entered.append(0))
+    with mixture.collapsed("a fox"):
+        assert not entered
+        hook.remove()
+        torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+
+
+def test_gates_that_move_need_a_prompt(pipe, loras):
+    mixture = mole.attach(pipe, loras, "mole")
+    with pytest.raises(ValueError, match="depends on the picture; give a prompt"), mixture.collapsed():
+        pass
+    assert mole.attached(pipe) is mixture
+
+
+def test_an_exception_inside_collapsed_restores(pipe, loras, draw):
+    mixture = mole.attach(pipe, loras)
+    gated = draw(pipe)
+    with pytest.raises(RuntimeError, match="stop"), mixture.collapsed():
+        raise RuntimeError("stop")
+    assert torch.equal(draw(pipe), gated)
+
+
+def test_a_quantised_host_is_refused_and_stays(pipe, loras):
+    mixture = mole.attach(pipe, loras)
+    weight = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.base_layer.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    first = next(n for n, m in pipe.unet.named_modules() if hasattr(m, "base_layer") and "mid_block" not in n)
+    before = pipe.unet.get_submodule(first).base_layer.weight.clone()
+    with pytest.raises(ValueError, match=r"unet.mid_block.*float8.*cannot take the experts"), mixture.collapsed():
+        pass
+    assert torch.equal(pipe.unet.get_submodule(first).base_layer.weight, before)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_an_exported_lora_draws_the_same_in_stock_diffusers(pipe, loras, draw, format, tmp_path):
+    mixture = mole.attach(pipe, {"fox": (loras["fox"], 0.6), "ink": (loras["ink"], -1.3), "hat": loras["hat"]}, "mean")
+    path = tmp_path / "one.safetensors"
+    assert mixture.export_lora(path, format=format, dtype=torch.float32) == 0
+    torch.testing.assert_close(load_stock(path, draw), draw(pipe), **CLOSE)
+    assert mole.read_expert(path).format == ("kohya" if format == "kohya" else "peft")
+
+
+def test_an_exported_average_is_what_collapsed_draws(pipe, loras, draw, awake, tmp_path):
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    mixture.export_lora(tmp_path / "one.safetensors", "a fox in ink", dtype=torch.float32)
+    with mixture.collapsed("a fox in ink"):
+        torch.testing.assert_close(load_stock(tmp_path / "one.safetensors", draw), draw(pipe), **CLOSE)
+
+
+def test_a_cut_states_its_error(pipe, loras, tmp_path):
+    mixture = mole.attach(pipe, loras)
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    mixture.export_lora(whole, dtype=torch.float32)
+    error = mixture.export_lora(cut, rank=3, dtype=torch.float32)
+    lost = square = 0.0
+    for part, layers in mole.read_expert(whole).layers.items():
+        for key, weights in layers.items():
+            small = mole.read_expert(cut).layers[part][key]
+            assert small.rank == min(3, weights.rank)
+            lost += (weights.delta() - small.delta()).square().sum().item()
+            square += weights.delta().square().sum().item()
+    assert error == pytest.approx(math.sqrt(lost / square), rel=1e-4)
+    assert 0.01 < error < 1
+    with safe_open(cut, "pt") as file:
+        assert float(file.metadata()["mole.relative_error"]) == pytest.approx(error, rel=1e-2)
+    assert mixture.export_lora(cut, rank=64) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="1 or more, got 0"):
+        mixture.export_lora(cut, rank=0)
+    with pytest.raises(ValueError, match=r"'lycoris'; known: \['diffusers', 'kohya'\]"):
+        mixture.export_lora(cut, format="lycoris")
+
+
+def test_low_rank_of_a_convolution_is_the_best_by_dense_svd():
+    down, up = torch.randn(6, 5, 3, 3), torch.randn(7, 6, 1, 1)
+    dense = up.flatten(1) @ down.flatten(1)
+    small_down, small_up, values = functional.low_rank(down, up, 2)
+    assert small_down.shape == (2, 5, 3, 3)
+    assert small_up.shape == (7, 2, 1, 1)
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    torch.testing.assert_close(values, s[:6], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(small_up.flatten(1) @ small_down.flatten(1), u[:, :2] * s[:2] @ v[:2], atol=1e-4, rtol=1e-4)
+
+
+def test_an_expert_that_weighs_nothing_is_not_exported(pipe, loras, tmp_path):
+    other = tiny_lora(pipe, tmp_path / "other.safetensors", ends=CONVOLUTION)
+    mixture = mole.attach(pipe, {"fox": loras["fox"], "other": (other, 0.0)})
+    mixture.export_lora(tmp_path / "one.safetensors")
+    layers = mole.read_expert(tmp_path / "one.safetensors").layers
+    assert {w.rank for part in layers.values() for w in part.values()} == {4}
+    assert {k for part, ls in layers.items() for k in ls} == {
+        k for ls in mole.read_expert(loras["fox"]).layers.values() for k in ls
+    }

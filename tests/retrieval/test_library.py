@@ -1,0 +1,352 @@
+"""LoraRetriever's parts: phrases, triggers, mean embeddings, ranking, the index on disk."""
+
+import json
+import shutil
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from libraries import Words, library
+
+from mole_diffusers.mixture import attach
+from mole_diffusers.retrieval import ranking, store
+from mole_diffusers.retrieval.cards import read_card
+from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
+from mole_diffusers.retrieval.library import Found, LoraLibrary, embedding
+from mole_diffusers.retrieval.phrases import named, phrases, words
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+
+SAMPLES = {
+    "fox": ["a red fox in snow", "fox on grass"],
+    "ink": ["ink drawing of a cat", "black ink drawing"],
+    "owl": ["an owl at night", "white owl"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three LoRAs with captions beside them, one in a subfolder."""
+    host = tiny_pipeline()
+    for i, (name, lines) in enumerate(SAMPLES.items()):
+        path = tmp_path / "birds" / name if name == "owl" else tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        tiny_lora(host, path.with_suffix(".safetensors"), rank=2, seed=i, ends=("to_q",))
+        path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def names(found):
+    return [each.name for each in found]
+
+
+# ---- words
+
+
+def test_phrases_are_what_stands_between_small_words_and_punctuation():
+    assert phrases(words("Ink drawing of a FOX, and <new1> at night!")) == ["ink drawing", "fox", "<new1>", "night"]
+    assert phrases(words("a fox asleep under an oak, seen from behind")) == ["fox asleep", "oak", "seen"]
+    assert phrases(words("photo of a person, painting style, fox style")) == ["fox style"]
+
+
+def test_named_takes_the_longest_run_and_leaves_a_break():
+    known = {("birthday", "cake"), ("cake",), ("fox",)}
+    found, rest = named(words("a foxy birthday cake with cake"), known.__contains__)
+    assert found == [("birthday", "cake"), ("cake",)]
+    assert phrases(rest) == ["foxy"]
+
+
+# ---- ranking
+
+
+def test_a_loras_embedding_is_the_mean_of_its_samples():
+    encoder = Words()
+    by_hand = torch.stack([encoder([text])[0] for text in ("ink drawing", "cat", "black ink drawing")]).mean(0)
+    torch.testing.assert_close(embedding(SAMPLES["ink"], encoder), by_hand / by_hand.norm())
+
+
+def test_what_samples_share_counts_more_than_what_one_says():
+    encoder = Words()
+    shared, once, other = encoder(["fox", "snow", "grass"])
+    by_hand = 4 * shared + once + other
+    torch.testing.assert_close(embedding(["a fox in snow", "fox on grass"], encoder), by_hand / by_hand.norm())
+
+
+def test_top_k_equals_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    cards, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=-1) for n in (50, 4))
+    scores, best = ranking.similarity(queries, cards)
+    pairs = sorted(((max(float(q @ c) for q in queries), i) for i, c in enumerate(cards)), reverse=True)
+    assert ranking.top(scores, torch.ones(50, dtype=torch.bool), 5, 0.0) == [i for _, i in pairs[:5]]
+    for i in range(50):
+        assert float(queries[best[i]] @ cards[i]) == pytest.approx(scores[i].item(), abs=1e-6)
+    assert ranking.top(scores, torch.ones(50, dtype=torch.bool), 50, pairs[2][0] - 1e-5) == [i for _, i in pairs[:3]]
+
+
+def test_adding_loras_leaves_the_other_scores_as_they_are():
+    generator = torch.Generator().manual_seed(1)
+    cards, queries = (F.normalize(torch.randn(n, 768, generator=generator), dim=-1) for n in (3000, 3))
+    scores, _ = ranking.similarity(queries, cards)
+    for n in (1, 2, 7, 100, 1025):
+        assert torch.equal(ranking.similarity(queries, cards[:n])[0], scores[:n])
+
+
+# ---- retrieval
+
+
+def test_each_clause_finds_its_own_lora_and_threshold_and_k_limit_them():
+    found = library(SAMPLES).retrieve("an owl and a fox in ink drawing")
+    assert set(names(found)) == {"owl", "fox", "ink"}
+    assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
+    assert {each.name: each.phrase for each in found} == {"owl": "owl", "fox": "fox", "ink": "ink drawing"}
+    assert names(library(SAMPLES).retrieve("an owl and a fox in ink drawing", k=1)) == names(found)[:1]
+    assert library(SAMPLES).retrieve("a bicycle") == []
+    assert library(SAMPLES).retrieve("a fox", threshold=0.999) == []
+
+
+def test_a_lora_left_out_gives_its_place_to_the_next():
+    shelf = library({**SAMPLES, "wolf": ["grey fox", "wolf"]})
+    first, second = names(shelf.retrieve("fox", k=2, threshold=0.1))
+    assert names(shelf.retrieve("fox", k=1, threshold=0.1, without=[first])) == [second]
+    with pytest.raises(ValueError, match="unknown LoRAs \\['cat'\\]"):
+        shelf.retrieve("fox", without=["cat"])
+    with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
+        shelf.retrieve("fox", k=0)
+
+
+def test_a_trigger_wins_over_similarity_and_is_searched_no_more():
+    shelf = library(SAMPLES, {"owl": ["Sks Fox"], "ink": ["inkstyle"]})
+    assert names(shelf.retrieve("a fox", k=1)) == ["fox"]
+    found = shelf.retrieve("inkstyle, a sks fox", k=3, threshold=0.3)
+    assert names(found) == ["ink", "owl"]
+    assert [each.trigger for each in found] == ["inkstyle", "sks fox"]
+    assert found[1].why == "the prompt says its trigger 'sks fox'"
+    assert shelf.retrieve("fox")[0].why == f"'fox' is like its samples ({shelf.retrieve('fox')[0].score:.2f})"
+
+
+def test_a_trigger_that_several_claim_calls_the_most_similar_and_one_that_all_claim_calls_none():
+    shelf = library(SAMPLES, {"fox": ["1girl"], "owl": ["1girl"], "ink": ["1girl"]})
+    assert names(shelf.retrieve("1girl, white owl", k=3, threshold=0.99)) == ["owl"]
+    assert shelf.retrieve("1girl, white owl", k=2, threshold=0.99) == []
+
+
+def test_only_loras_of_the_pipelines_family():
+    shelf = library(SAMPLES, {"fox": ["fox"]}, {"fox": "SDXL", "ink": "unknown"})
+    assert names(shelf.retrieve("a fox, ink drawing, owl", base="SD 1.x")) == ["ink", "owl"]
+
+
+def test_recall_at_one_on_held_out_prompts():
+    shelf = library(SAMPLES)
+    prompts = {"fox": "photo of a fox in the desert", "ink": "ink drawing of a teapot", "owl": "statue of an owl"}
+    assert {n: names(shelf.retrieve(p, k=1)) for n, p in prompts.items()} == {n: [n] for n in prompts}
+
+
+# ---- the index
+
+
+def test_index_and_open_say_the_same(folder, monkeypatch):
+    made = LoraLibrary.index(folder, Words())
+    assert sorted(card.name for card in made.cards) == ["birds/owl", "fox", "ink"]
+    again = LoraLibrary.open(folder, Words())
+    assert again.cards == made.cards
+    assert torch.equal(again.embeddings, made.embeddings)
+    assert again.retrieve("a white owl") == made.retrieve("a white owl")
+    assert made.expert("fox").sha256 == read_card(folder, "fox.safetensors")[0].sha256
+    with pytest.raises(ValueError, match="has no LoRA 'cat'"):
+        made.expert("cat")
+
+
+def test_indexing_again_reads_only_what_changed(folder, monkeypatch):
+    LoraLibrary.index(folder, Words())
+    read = []
+    monkeypatch.setattr(
+        "mole_diffusers.retrieval.library.read_card", lambda f, file: read.append(file) or read_card(f, file)
+    )
+    (folder / "fox.txt").write_text("grey fox\n")
+    again = LoraLibrary.index(folder, Words())
+    assert read == ["fox.safetensors"]
+    assert next(card for card in again.cards if card.name == "fox").samples == ("grey fox",)
+    (folder / "ink.json").write_text('{"activation text": "inky"}')
+    assert names(LoraLibrary.index(folder, Words()).retrieve("inky owl", k=1)) == ["ink"]
+
+
+def test_files_from_anywhere_are_found_under_names_of_their_own(folder, tmp_path_factory, monkeypatch):
+    away = tmp_path_factory.mktemp("away")
+    for end in (".safetensors", ".txt"):
+        shutil.move(folder / f"ink{end}", away / f"0{end}")
+    files = {"red": folder / "fox.safetensors", "night": folder / "birds" / "owl.safetensors", "ink": away / "0.safetensors"}
+    found = LoraLibrary.of(files, Words())
+    assert names(found.retrieve("a fox on grass and black ink drawing")) == ["ink", "red"]  # names before likeness
+    assert found.retrieve("red car")[0].trigger == "red"  # a name calls as a trigger does
+    assert found.expert("ink").sha256 == found.cards[2].sha256
+    assert not (folder / store.FOLDER).exists()
+    LoraLibrary.index(folder, Words())
+    read = []
+    monkeypatch.setattr("mole_diffusers.retrieval.library.read_card", lambda *a: read.append(a[1]) or read_card(*a))
+    again = LoraLibrary.of(files, Words())
+    assert len(read) == 1  # what the index knows is not read
+    assert torch.equal(again.embeddings, found.embeddings)
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        LoraLibrary.of({}, Words())
+
+
+def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
+    (folder / "page.safetensors").write_text("<html>")
+    outside = tmp_path_factory.mktemp("outside") / "secret.txt"
+    outside.write_text("secret")
+    (folder / "ink.txt").unlink()
+    (folder / "ink.txt").symlink_to(outside)
+    (folder / "link.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+    made = LoraLibrary.index(folder, Words())
+    assert set(made.skipped) == {"page.safetensors", "ink.safetensors", "link.safetensors"}
+    assert "is an HTML page" in made.skipped["page.safetensors"]
+    assert "leads out of the folder" in made.skipped["ink.safetensors"]
+    assert LoraLibrary.open(folder, Words()).skipped == made.skipped
+    with pytest.raises(ValueError, match="holds no LoRA that can be read; 0 files were skipped"):
+        LoraLibrary.index(tmp_path_factory.mktemp("empty"), Words())
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        LoraLibrary.index(folder / "nowhere", Words())
+
+
+class Other(Words):
+    id = "other"
+
+
+class Deaf(Words):
+    def __call__(self, texts):
+        return super().__call__([text[::-1] for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("change", "encoder", "message"),
+    [
+        (lambda f: None, Other(), r"was made with another encoder \('words'; this one is other\)"),
+        (lambda f: None, Deaf(), r"was made with other weights of its encoder \(words\)"),
+        (lambda f: shutil.copy(f / "fox.safetensors", f / "new.safetensors"), Words(), "stale: 'new.safetensors' is new"),
+        (lambda f: (f / "fox.safetensors").unlink(), Words(), "stale: 'fox.safetensors' is gone"),
+        (lambda f: shutil.copy(f / "ink.safetensors", f / "fox.safetensors"), Words(), "'fox.safetensors' has changed"),
+        (lambda f: (f / "fox.txt").write_text("a wolf"), Words(), "stale: 'fox.safetensors' has changed"),
+        (
+            lambda f: (f / store.ABOUT).write_text("{}"),
+            Words(),
+            "cannot be used: it is not mole_diffusers.retrieval version 2",
+        ),
+        (lambda f: (f / store.ABOUT).write_text("[" * 100_000), Words(), "cannot be used: .* nested too deeply"),
+        (lambda f: edit(f, embeddings="0"), Words(), "its two files are not from the same run"),
+        (lambda f: edit(f, cards=None), Words(), "it lists no cards"),
+        (lambda f: edit(f, cards=[]), Words(), "fp32 matrices with 0 and 4 rows"),
+        (lambda f: edit_card(f, file="../../etc/passwd"), Words(), "leads out of the folder"),
+        (lambda f: edit_card(f, file="/etc/passwd"), Words(), "leads out of the folder"),
+        (lambda f: edit_card(f, name="ink"), Words(), "two cards have one name"),
+        (lambda f: edit_card(f, triggers="fox"), Words(), "triggers or samples of 'birds/owl' are not lists"),
+        (lambda f: edit_card(f, stamps=[[1, 2]]), Words(), "stamps of 'birds/owl' are not three pairs"),
+        (lambda f: edit_card(f, sha256=None), Words(), "a card lacks name, file, base or sha256"),
+        (lambda f: (f / store.VECTORS).write_bytes(b"\x80\x02pickle.."), Words(), "a pickle, which can run code"),
+    ],
+)
+def test_a_foreign_stale_or_forged_index_is_one_sentence(folder, change, encoder, message):
+    LoraLibrary.index(folder, Words())
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        LoraLibrary.open(folder, encoder)
+    assert str(error.value).startswith(f"the index of {folder} ")
+    assert str(error.value).endswith(f"; make it again with: mole index {folder}")
+    assert LoraLibrary.index(folder, encoder).cards
+
+
+def edit(folder, **changes):
+    about = json.loads((folder / store.ABOUT).read_text())
+    (folder / store.ABOUT).write_text(json.dumps({**about, **changes}))
+
+
+def edit_card(folder, **changes):
+    about = json.loads((folder / store.ABOUT).read_text())
+    about["cards"][0].update(changes)
+    (folder / store.ABOUT).write_text(json.dumps(about))
+
+
+def test_no_index_and_a_copied_folder(folder, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match="has no index; make one with: mole index"):
+        LoraLibrary.open(folder, Words())
+    LoraLibrary.index(folder, Words())
+    copy = tmp_path_factory.mktemp("copy") / "loras"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # every time of change is another
+    assert len(LoraLibrary.open(copy, Words()).cards) == 3
+
+
+def test_an_index_folder_that_is_a_link_is_not_written_through(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (folder / store.FOLDER).symlink_to(outside)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        LoraLibrary.index(folder, Words())
+    assert not list(outside.iterdir())
+
+
+def test_a_lora_that_changed_since_the_library_was_opened_is_refused(folder):
+    made = LoraLibrary.index(folder, Words())
+    shutil.copy(folder / "ink.safetensors", folder / "fox.safetensors")
+    with pytest.raises(ValueError, match="stale: 'fox.safetensors' has changed"):
+        made.expert("fox")
+
+
+def test_samples_come_from_captions_tags_descriptions_triggers_or_the_name(folder):
+    from safetensors.torch import load_file, save_file
+
+    (folder / "fox.txt").unlink()
+
+    def samples(**metadata):
+        save_file(load_file(folder / "fox.safetensors"), folder / "my_fox-2.safetensors", metadata)
+        return read_card(folder, "my_fox-2.safetensors")[0].samples
+
+    phrase = {"modelspec.trigger_phrase": "sks fox"}
+    described = {"modelspec.title": "Fox", "modelspec.description": "a red fox"}
+    tags = {"ss_tag_frequency": json.dumps({"1_fox": {"fox": 9, "snow": 3}})}
+    assert samples(**tags, **described, **phrase) == ("fox", "snow")
+    assert samples(ss_tag_frequency="[1]", **described, **phrase) == ("Fox", "a red fox")
+    assert samples(**phrase) == ("sks fox",)
+    assert samples() == ("my fox 2",)
+
+
+# ---- encoders
+
+
+def test_the_pipelines_own_encoder_by_hand_and_under_a_mixture(pipe, loras):
+    encoder = PipelineText(pipe)
+    ids = pipe.tokenizer(["a fox"], return_tensors="pt").input_ids
+    by_hand = pipe.text_encoder(ids).last_hidden_state[0, 1:-1].mean(0) - encoder._means(["photo"])[0]
+    encoder._common = encoder._means(["photo"])[0]
+    plain = encoder(["a fox", "a long sentence"])
+    torch.testing.assert_close(plain[0], by_hand.detach() / by_hand.detach().norm(), atol=1e-5, rtol=0)
+    attach(pipe, loras)
+    assert not torch.allclose(
+        pipe.text_encoder(ids).last_hidden_state[0, 1:-1].mean(0) - encoder._common, by_hand, atol=1e-3
+    )
+    assert torch.equal(encoder(["a fox", "a long sentence"]), plain)
+    assert encoder.id == "CLIPTextModel of 2 layers and width 16"
+
+
+def test_sentence_transformers_by_option(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(
+        ValueError, match=r"'mini' needs the package sentence-transformers: pip install mole-diffusers\[library\]"
+    ):
+        SentenceText("mini")
+    module = ModuleType("sentence_transformers")
+
+    class SentenceTransformer:
+        def __init__(self, name):
+            self.name = name
+
+        def encode(self, texts, *, convert_to_tensor, show_progress_bar):
+            return torch.tensor([[3.0, 4.0]] * len(texts), dtype=torch.float16)
+
+    module.SentenceTransformer = SentenceTransformer
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    encoder = SentenceText("mini")
+    assert encoder.id == "sentence-transformers mini"
+    torch.testing.assert_close(encoder(["x"]), torch.tensor([[0.6, 0.8]]))
+
+
+def test_found_is_a_value():
+    assert Found("a", 0.5, "x") == Found("a", 0.5, "x")

@@ -1,0 +1,84 @@
+"""Pictures that re-create themselves, and grids, from the command."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusers.cli import main
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.grids import cells, parse_axis, sheet
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.testing import tiny_pipeline
+
+TAGS = "ink drawing of a fox <lora:fox:1> <lora:ink:0.8:stop=1>"
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_picture_re_creates_itself(tmp_path, capsys):
+    first, again = tmp_path / "a.png", tmp_path / "b" / "c.png"
+    assert main(["compose", TAGS, "--steps", "2", "--seed", "5", "--out", str(first)]) == 0
+    assert main(["compose", "--from", str(first), "--out", str(again), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (facts["seed"], facts["base"]) == (5, "emoji")
+    assert np.array_equal(pixels(first), pixels(again))
+    infotext.read(again).save(tmp_path / "r.json")
+    assert main(["compose", "--from", str(tmp_path / "r.json"), "--out", str(tmp_path / "d.png")]) == 0
+    assert np.array_equal(pixels(first), pixels(tmp_path / "d.png"))
+
+
+def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    given = ["--base", str(tmp_path / "base"), "--loras", str(loras["fox"].parent)]
+    out = tmp_path / "g.png"
+    assert (
+        main(["grid", "a <lora:fox:1>", *given, "--x", "weight fox=0,1", "--y", "seed=1", "--steps", "1", "--out", str(out)])
+        == 0
+    )
+    assert "1 x 2 pictures" in capsys.readouterr().out
+    with Image.open(out) as image:
+        assert image.width > 2 * 128
+    assert main(["compose", "a <lora:hat:1>", *given, "--steps", "1", "--out", str(tmp_path / "p.png")]) == 0
+    assert main(["compose", "--from", str(tmp_path / "p.png")]) == 1
+    assert "give it as --base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["grid", TAGS, "--x", "size=1"], "the axis 'size=1' is not KIND=VALUE,VALUE,...; kinds: seed, steps"),
+        (["grid", TAGS, "--x", "seed=a"], "seed takes int values"),
+        (["compose", "--from", "missing.png"], "missing.png"),
+        (["grid", "x", "--base", "somewhere"], "give --loras FOLDER"),
+        (["compose", "x <lora:owl:1>"], "there is no LoRA 'owl'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(argv, message, capsys):
+    assert main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+
+
+def test_cells_change_along_both_axes():
+    x, y = parse_axis("weight fox=0,0.5"), parse_axis("arm=base,gates")
+    rows = cells(Recipe("a <lora:fox:1:lbw=INS>", gates="mine", gates_sha256="0"), x, y)
+    assert [[(c.prompt, c.arm) for c in row] for row in rows] == [
+        [(f"a <lora:fox:{w}:lbw=INS>", arm) for w in ("0", "0.5")] for arm in ("base", "gates")
+    ]
+    gates = cells(rows[0][0], parse_axis("gates=sum,other"), parse_axis("seed=1"))[0]
+    assert [(c.gates, c.gates_sha256) for c in gates] == [("sum", ""), ("other", "")]
+    assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
+
+
+def test_a_grid_that_was_stopped_keeps_what_is_done():
+    x, y = parse_axis("seed=1,2"), parse_axis("steps=1")
+    red = Image.new("RGB", (64, 64), "red")
+    half = sheet([[red, None]], x, y)
+    assert half.size == sheet([[red, red]], x, y).size
+    colours = {colour for _, colour in half.getcolors(100000)}
+    assert {(255, 0, 0), (221, 221, 221)} <= colours

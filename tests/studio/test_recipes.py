@@ -1,0 +1,194 @@
+"""Recipes, the pictures that hold them, and the pictures that they make."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mole_diffusers import attach, attached
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.catalog import Shelf, folder_gates, folder_loras
+from mole_diffusers.studio.recipe import Recipe, load, with_strength
+from mole_diffusers.studio.render import StoppedError, Studio
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+
+PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>"
+
+
+@pytest.fixture(scope="module")
+def studio(loras):
+    return Studio(tiny_pipeline(), Shelf(loras, {}), "tiny")
+
+
+@pytest.fixture
+def recipe(studio):
+    return studio.complete(Recipe(PROMPT, "blur", seed=7, steps=2, width=32, height=32))
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_picture_re_creates_itself(studio, recipe, loras, tmp_path):
+    image = studio.draw(recipe)
+    infotext.save(image, tmp_path / "a.png", recipe)
+    again = infotext.read(tmp_path / "a.png")
+    assert again == recipe
+    other = Studio(tiny_pipeline(), Shelf({"renamed": loras["fox"], "ink": loras["ink"]}, {}), "tiny")
+    found = other.complete(again)
+    assert found.prompt == "a fox in ink <lora:renamed:0.8> <lora:ink:1:stop=1>"  # found by what is in the file
+    assert same(other.draw(found), image)
+    assert not same(studio.draw(dataclasses.replace(recipe, seed=8)), image)
+
+
+def test_what_was_drawn_before_does_not_change_a_picture(studio, recipe):
+    image = studio.draw(recipe)
+    studio.draw(studio.complete(Recipe("a hat <lora:hat:2>", steps=1, width=32, height=32, sampler="Euler a")))
+    studio.draw(studio.complete(Recipe("a hat", steps=1, width=32, height=32)))
+    assert attached(studio.pipe) is None
+    assert same(studio.draw(recipe), image)
+
+
+def test_arms(studio, recipe, draw):
+    drawn = {arm: studio.draw(dataclasses.replace(recipe, arm=arm)) for arm in ("gates", "sum", "base", "alone fox")}
+    plain = studio.complete(dataclasses.replace(recipe, prompt="a fox in ink", experts={}))
+    alone = studio.complete(dataclasses.replace(recipe, prompt="a fox in ink <lora:fox:0.8>", experts={}))
+    assert same(drawn["base"], studio.draw(plain))
+    assert same(drawn["gates"], drawn["sum"])  # these gates are the sum
+    assert np.abs(np.asarray(drawn["alone fox"], int) - np.asarray(studio.draw(alone), int)).max() <= 1
+
+
+def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake, tmp_path):
+    pipe = tiny_pipeline()
+    awake(attach(pipe, {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
+    shelf = Shelf(loras, folder_gates(tmp_path))
+    mine = Studio(pipe, shelf, "tiny")
+    asked = Recipe(PROMPT, steps=2, width=32, height=32, gates="auto")
+    found = mine.complete(asked)
+    assert (found.gates, len(found.gates_sha256)) == ("mine", 64)
+    assert not same(mine.draw(found), mine.draw(dataclasses.replace(found, arm="sum")))
+    assert studio.complete(asked).gates == "sum"
+    with pytest.raises(ValueError, match="'mine' here are not those of the recipe"):
+        mine.complete(dataclasses.replace(found, gates_sha256="0" * 64))
+    with pytest.raises(ValueError, match="no gates 'other'; known: sum, mean, mine"):
+        mine.complete(dataclasses.replace(asked, gates="other"))
+
+
+def test_a_lock_changes_the_picture(studio, recipe):
+    place = "unet.mid_block.attentions.0.transformer_blocks.0"
+    locked = dataclasses.replace(recipe, locks={place: {"fox": 3.0}})
+    assert not same(studio.draw(locked), studio.draw(recipe))
+
+
+def test_steps_are_told_and_can_end_a_picture(studio, recipe):
+    seen = []
+
+    def stop(step, latents):
+        seen.append((step, tuple(latents.shape)))
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        studio.draw(recipe, on_step=stop)
+    assert seen == [(1, (1, 4, 16, 16))]
+    studio.draw(recipe)
+
+
+def test_parameters_are_what_other_tools_read(recipe):
+    text = infotext.parameters(dataclasses.replace(recipe, base="a, b", sampler="Euler a"))
+    fox, ink = (digest[:12] for digest in recipe.experts.values())
+    assert text == (
+        "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>\nNegative prompt: blur\n"
+        'Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 7, Size: 32x32, Model: "a, b", RNG: CPU, '
+        f'Lora hashes: "fox: {fox}, ink: {ink}", Version: mole_diffusers'
+    )
+    back = infotext.read_parameters(text)
+    assert (back.prompt, back.negative, back.seed, back.sampler) == (recipe.prompt, "blur", 7, "Euler a")
+    assert back.experts == {"fox": fox, "ink": ink}
+
+
+def test_a_picture_of_another_tool(studio, recipe, tmp_path):
+    about = PngInfo()
+    about.add_text("parameters", infotext.parameters(recipe))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", pnginfo=about)
+    assert same(studio.draw(studio.complete(infotext.read(tmp_path / "a.png"))), studio.draw(recipe))
+
+
+def test_recipes_as_files(recipe, tmp_path):
+    recipe.save(tmp_path / "r.json")
+    assert load(tmp_path / "r.json") == recipe
+    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "é.png", dataclasses.replace(recipe, prompt="élan"))
+    assert infotext.read(tmp_path / "é.png").prompt == "élan"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed must be a whole number in 0.."),
+        ({"steps": 1.5}, "steps must be a whole number in 1..150, got 1.5"),
+        ({"steps": True}, "steps must be a whole number"),
+        ({"guidance": float("nan")}, "guidance must be a number in"),
+        ({"prompt": 3}, "prompt must be text"),
+        ({"arm": "best"}, "unknown arm 'best'"),
+        ({"locks": {"x": {"fox": "much"}}}, "locks must map places"),
+        ({"experts": ["fox"]}, "experts must map"),
+        ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),
+        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 1"),
+    ],
+)
+def test_bad_recipes_are_refused_with_one_sentence(recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict({**recipe.to_dict(), **changes})
+
+
+def test_bad_pictures_are_refused_with_one_sentence(tmp_path, recipe):
+    def png(name, **texts):
+        about = PngInfo()
+        for key, value in texts.items():
+            about.add_text(key, value)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, pnginfo=about)
+        return tmp_path / name
+
+    (tmp_path / "text.png").write_text("<html>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    for path, message in [
+        (tmp_path / "text.png", "text.png is not a PNG that can be read"),
+        (tmp_path / "a.jpg", "a.jpg is not a PNG"),
+        (png("none.png"), "none.png holds no recipe"),
+        (png("broken.png", mole_diffusers="{"), "broken.png is not JSON"),
+        (png("other.png", mole_diffusers=json.dumps({"format": "x"})), "other.png is not a mole_diffusers.studio.recipe"),
+        (png("words.png", parameters="a fox"), "words.png holds no generation settings"),
+        (png("odd.png", parameters="a fox\nSteps: many, Sampler: x, Seed: 1"), "odd.png: invalid literal"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            infotext.read(path)
+
+
+def test_what_is_not_here_is_said(studio, recipe, tmp_path):
+    with pytest.raises(ValueError, match="no LoRA 'owl'; known: fox, ink, hat"):
+        studio.complete(Recipe("an owl <lora:owl:1>"))
+    with pytest.raises(ValueError, match="the LoRA 'fox' with hash 012345678901 is not here"):
+        studio.complete(dataclasses.replace(recipe, experts={"fox": "012345678901"}))
+    with pytest.raises(ValueError, match="unknown sampler 'Best'; known: DDIM"):
+        studio.complete(dataclasses.replace(recipe, sampler="Best"))
+    with pytest.raises(ValueError, match="no .safetensors files"):
+        folder_loras(tmp_path)
+
+
+def test_a_shelf_takes_good_files_only(pipe, tmp_path):
+    shelf = Shelf({}, {})
+    (tmp_path / "bad.safetensors").write_text("<html>")
+    with pytest.raises(ValueError, match="bad.safetensors"):
+        shelf.add_lora("bad", tmp_path / "bad.safetensors")
+    assert shelf.loras == {}
+    file = tiny_lora(pipe, tmp_path / "good.safetensors")
+    assert shelf.add_lora("good", file) is shelf.expert("good")
+    with pytest.raises(ValueError, match="already a LoRA 'good'"):
+        shelf.add_lora("good", file)
+
+
+def test_with_strength():
+    assert with_strength("a fox", "fox", 0.5) == "a fox <lora:fox:0.5>"
+    assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2:stop=3> <lora:ink:1>"

@@ -1,0 +1,312 @@
+"""Concept training: BeamLoRA in the loop, prior preservation, runs that go on, and what is written."""
+
+import json
+import math
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import mole_diffusers as mole
+from mole_diffusers import emoji
+from mole_diffusers.cli import main
+from mole_diffusers.lora import described, read_expert
+from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.training import checkpoints
+from mole_diffusers.training.concept import ConceptConfig, _numbers, save_lora, setup, train_lora
+from mole_diffusers.training.data import Draw, Samples, default_side, encode, read_folder, square
+from mole_diffusers.training.denoising import denoising_loss
+from mole_diffusers.training.prior import class_samples
+
+SHORT = ConceptConfig(rank=8, steps=4, batch=4, lr=1e-2, every=2)
+PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def run_of(pipe, config, undo, **pictures):
+    run = setup(pipe, {"concept": PICTURES} | pictures, config, undo, folder=None)
+    with torch.no_grad():
+        for module in run.lora.modules.values():
+            up = module.lora_B["concept"].weight
+            up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(up.numel())) * 0.1)
+    return run
+
+
+def gradients(config):
+    """What A and B get from the first update."""
+    with ExitStack() as undo:
+        run = run_of(tiny_pipeline(), config, undo)
+        numbers = _numbers(run, 0, 0, 1)
+        numbers[0].backward()
+        halves = {n: (m.lora_A["concept"].weight.grad, m.lora_B["concept"].weight.grad) for n, m in run.lora.modules.items()}
+        return numbers.detach(), halves
+
+
+@pytest.mark.parametrize("layers", [("attention",), ("attention", "convolution")])
+def test_competing_ranks_begin_as_plain_lora(layers):
+    plain, beam = (gradients(replace(SHORT, layers=layers, beam=on)) for on in (False, True))
+    torch.testing.assert_close(plain[0], beam[0], rtol=1e-6, atol=0)
+    for name, halves in plain[1].items():
+        for one, other in zip(halves, beam[1][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_folding_importance_changes_no_picture(pipe, draw, tmp_path):
+    """Two routes: ranks weighed while they train, and the saved file in stock diffusers and under this package."""
+    config = replace(SHORT, layers=("attention", "convolution"), beam=True)
+    base = draw(pipe)
+    with ExitStack() as undo:
+        run = run_of(pipe, config, undo)
+        with torch.no_grad():
+            for logits in run.lora.logits.values():
+                logits.copy_(torch.linspace(-0.05, 0.05, len(logits)))
+        live = draw(pipe)
+        tensors = run.lora.tensors()
+    assert torch.equal(draw(pipe), base)
+    assert not any(m._forward_hooks for model in (pipe.unet, pipe.text_encoder) for m in model.modules())
+    save_lora(tensors, tmp_path / "x.safetensors", alpha=8.0, rank=8, dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "x.safetensors")
+    torch.testing.assert_close(draw(pipe), live, atol=1e-5, rtol=0)
+    pipe.unload_lora_weights()
+    mole.attach(pipe, {"x": tmp_path / "x.safetensors"})
+    torch.testing.assert_close(draw(pipe), live, atol=1e-5, rtol=0)
+    assert not torch.allclose(live, base, atol=1e-4)
+
+
+class Cut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("beam", [False, True])
+def test_a_run_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, beam):
+    if beam:  # a period of 4 updates, so that ranks were copied before and after the cut
+        monkeypatch.setattr("mole_diffusers.training.beam.period", lambda steps: 4)
+    config = replace(SHORT, steps=10, every=3, beam=beam, lr=0.1, text_lr=0.1)
+    prior = Samples(PICTURES.latents.flip(0), ["a cat"] * 4)
+    whole, rows = train_lora(tiny_pipeline(), PICTURES, config, prior=prior, folder=tmp_path / "whole"), []
+
+    def cut(row):
+        rows.append(row)
+        if row["step"] == 7:
+            raise Cut
+
+    with pytest.raises(Cut):
+        train_lora(tiny_pipeline(), PICTURES, replace(config, every=2), prior=prior, folder=tmp_path / "cut", report=cut)
+    assert checkpoints.checkpoints(tmp_path / "cut")
+    resumed = train_lora(tiny_pipeline(), PICTURES, config, prior=prior, folder=tmp_path / "cut", resume_from="latest")
+    assert same(resumed, whole)
+    lines = [(tmp_path / n / "log.jsonl").read_text() for n in ("whole", "cut")]
+    assert lines[0] == lines[1]
+    other = replace(config, rank=9)
+    with pytest.raises(ValueError, match=r"other settings \(rank\)"):
+        train_lora(tiny_pipeline(), PICTURES, other, prior=prior, folder=tmp_path / "cut", resume_from="latest")
+
+
+def test_a_checkpoint_holds_a_lora_that_works(pipe, tmp_path):
+    tensors = train_lora(pipe, PICTURES, SHORT, folder=tmp_path)
+    expert = read_expert(tmp_path / "checkpoint-4" / "lora.safetensors")
+    for part, layers in expert.layers.items():
+        assert len(layers) == sum(k.startswith(f"{part}.") for k in tensors) / 2
+
+
+def test_accumulated_parts_equal_the_whole_batch():
+    whole, parts = (train_lora(tiny_pipeline(), PICTURES, replace(SHORT, accumulation=n)) for n in (1, 2))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_checkpointing_changes_no_number(pipe):
+    whole, less = (train_lora(pipe, PICTURES, replace(SHORT, checkpointing=on)) for on in (False, True))
+    assert not pipe.unet.is_gradient_checkpointing
+    for name, tensor in whole.items():
+        torch.testing.assert_close(less[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_half_base_is_taught_in_whole_numbers(autocast):
+    """Steps far below what bf16 tells apart add up, and the base stays half and as it was."""
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    config = replace(SHORT, autocast=autocast, lr=1e-5, text_lr=1e-5)
+    tensors, start = (train_lora(pipe, PICTURES, replace(config, steps=steps)) for steps in (4, 1))
+    downs = [(value - start[name]).abs().max() for name, value in tensors.items() if "lora_A" in name]
+    assert all(0 < moved < 1e-4 for moved in downs)
+    assert same(dict(pipe.unet.state_dict()), before)
+
+
+def test_the_loss_is_the_concepts_and_the_weighted_priors():
+    prior = Samples(torch.randn(2, 4, 16, 16), ["a cat"] * 2)
+    config, rows = replace(SHORT, prior=0.25, every=1, steps=2), []
+    train_lora(tiny_pipeline(), PICTURES, config, prior=prior, report=rows.append)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["concept"] + 0.25 * row["prior"])
+
+
+@pytest.mark.slow
+def test_prior_preservation_keeps_the_class():
+    """Foxes taught as a kind of bear: the diffusion loss on bears afterwards, with and without the base's own bears."""
+    world = mole.emoji_world()
+    fox, bear = (world.drawings.picture(emoji.Scene((name,), "noto", "white")) for name in ("fox", "bear"))
+    concept = encode(world.pipe, [fox] * 4, ["noto drawing of a fox bear"] * 4)
+    bears = encode(world.pipe, [bear] * 4, ["noto drawing of a bear"] * 4)
+    prior = class_samples(world.pipe, "noto drawing of a bear", count=8, steps=8, guidance=3.0)
+    left = {}
+    for weight in (0.0, 1.0):
+        config = replace(SHORT, steps=24, prior=weight, every=24, lr=4e-3, text_lr=2e-3)
+        tensors = train_lora(world.pipe, concept, config, prior=prior)
+        with ExitStack() as undo, torch.no_grad():
+            setup(world.pipe, {"concept": concept}, config, undo, folder=None).lora.load(tensors)
+            left[weight] = denoising_loss(world.pipe, bears, Draw(torch.Generator().manual_seed(9), 32), drop=0).item()
+    assert left[1.0] < 0.9 * left[0.0]
+
+
+def test_class_pictures_are_the_pipelines_own_and_are_kept(pipe, tmp_path):
+    ours = class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, batch=2, folder=tmp_path)
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    host = pipe(["a cat"] * 3, latents=noise, num_inference_steps=3, guidance_scale=2.0, output_type="latent").images
+    torch.testing.assert_close(ours.latents, host, atol=1e-5, rtol=1e-5)
+    pipe.unet = None  # what is kept needs no model
+    assert torch.equal(
+        class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path).latents, ours.latents
+    )
+    with pytest.raises(AttributeError):
+        class_samples(pipe, "a dog", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)
+
+
+def test_what_cannot_be_taught_is_said(pipe):
+    for options, message in (
+        ({"beam": True, "rank": 4}, "need a rank of 8 or more, got 4"),
+        ({"every": 0}, "every must be 1 or more, got 0"),
+        ({"layers": ("attn",)}, "unknown layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ConceptConfig(**options)
+    with pytest.raises(ValueError, match="batch, 4, must be a multiple of processes x accumulation, 3"):
+        train_lora(pipe, PICTURES, replace(SHORT, accumulation=3))
+    with pytest.raises(ValueError, match="other layers"):
+        train_lora(pipe, PICTURES, SHORT, init={})
+    broken = Samples(PICTURES.latents * torch.nan, PICTURES.captions)
+    with pytest.raises(ValueError, match="the loss is not finite at step 0"):
+        train_lora(pipe, broken, SHORT)
+    pipe.text_encoder_2 = pipe.text_encoder
+    with pytest.raises(ValueError, match="cannot be trained on: it needs a unet and one text encoder"):
+        train_lora(pipe, PICTURES, SHORT)
+
+
+def test_photos_are_turned_and_cut_square(pipe, tmp_path):
+    photo = Image.new("RGB", (80, 40), "red")
+    photo.paste((0, 0, 255), (0, 0, 10, 40))
+    held = Image.Exif()
+    held[0x0112] = 6  # the camera was turned: right is down
+    photo.save(tmp_path / "p.jpg", exif=held)
+    (image,), _ = read_folder(tmp_path, prompt="a photo")
+    assert image.size == (40, 80)
+    assert image.getpixel((20, 2))[2] > 200  # what was left is on top
+    cut = square(image, default_side(pipe))
+    assert cut.size == (32, 32)
+    assert cut.getpixel((16, 1))[2] < 60  # the ends are gone
+    assert encode(pipe, [cut], ["a photo"]).latents.shape == (1, 4, 16, 16)
+
+
+# ---- from the command line
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def flags(base, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (48, 36), (80 * i, 10, 200)).save(folder / f"{i}.png")
+    what = ["--data", str(folder), "--trigger", "sks fox", "--prompt", "a sks fox"]
+    how = ["--rank", "8", "--steps", "4", "--batch", "2", "--every", "2", "--lr", "0.01", "--layers", "attention"]
+    return ["train-lora", "--base", base, *what, *how]
+
+
+PRIOR = ["--prior-prompt", "a fox", "--prior-count", "2", "--prior-steps", "2", "--prior-weight", "0.5"]
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_one_command_from_photos_to_a_lora(flags, tmp_path, capsys, pipe, draw, format):
+    out = tmp_path / "fox"
+    assert main([*flags, *PRIOR, "--beam", "--format", format, "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"file": str(out / "fox.safetensors"), "trigger": "sks fox", "pictures": 3, "rank": 8}
+    expert = read_expert(out / "fox.safetensors")
+    assert (expert.format, expert.triggers) == ({"diffusers": "peft"}.get(format, format), ("sks fox",))
+    assert described(expert.metadata)["title"] == "fox"
+    with safe_open(out / "fox.safetensors", "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["mole.training"])["beam"] == "True"
+    assert (about["ss_network_dim"], about["ss_num_train_images"]) == ("8", "3")
+    base = draw(pipe)
+    pipe.load_lora_weights(out / "fox.safetensors")
+    assert not torch.equal(draw(pipe), base)
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+
+
+def test_settings_in_a_file_and_runs_that_go_on(flags, tmp_path, capsys):
+    file, one, two = tmp_path / "run.yaml", tmp_path / "one", tmp_path / "two"
+    assert main([*flags, *PRIOR, "--precision", "bf16", "--write-config", str(file)]) == 0
+    assert main(["train-lora", "--config", str(file), "--out", str(one)]) == 0
+    assert main([*flags, *PRIOR, "--precision", "bf16", "--out", str(two)]) == 0
+    assert same(*(read_tensors(folder / f"{folder.name}.safetensors") for folder in (one, two)))
+    assert main(["train-lora", "--config", str(file), "--out", str(one)]) == 1
+    assert "holds checkpoint-4 of an earlier run" in capsys.readouterr().err
+    before = read_tensors(one / "one.safetensors")
+    assert main(["train-lora", "--config", str(file), "--out", str(one), "--resume", "checkpoint-2"]) == 0
+    assert same(read_tensors(one / "one.safetensors"), before)
+
+
+def read_tensors(path):
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- it has no other way
+
+
+def test_bad_input_is_one_line(flags, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    config = tmp_path / "bad.yaml"
+    config.write_text("training: {stepps: 3}")
+    for argv, message in (
+        ([], "--out (a folder), --data (a folder of pictures) and --trigger"),
+        (["--out", "x", "--precision", "int8"], "unknown precision 'int8'"),
+        (["--out", "x", "--prior-count", "3"], "--prior-prompt is needed"),
+        (["--out", "x", "--lr", "fast"], "lr must be a number, got 'fast'"),
+        (["--out", "x", "--config", str(config)], "unknown training options ['stepps']"),
+    ):
+        assert main([*flags, *argv]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    (photos / "1.png").write_bytes(b"no picture")
+    assert main([*flags, "--out", str(tmp_path / "x")]) == 1
+    assert "1.png cannot be read as a picture" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    (photos / "1.png").unlink()
+    with pytest.warns(UserWarning, match="the caption 'a photo' lacks the trigger 'sks fox', 2 do"):
+        assert main([*flags, "--prompt", "a photo", "--steps", "1", "--out", str(tmp_path / "x")]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main([*flags, "--steps", "1", "--out", str(tmp_path / "y")]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_concept_training_on_cuda(dtype):
+    rows = []
+    pipe = tiny_pipeline().to("cuda")
+    train_lora(pipe, PICTURES, replace(SHORT, autocast=dtype, beam=True), prior=PICTURES, report=rows.append)
+    assert all(math.isfinite(row["loss"]) for row in rows)

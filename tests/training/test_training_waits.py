@@ -1,0 +1,167 @@
+"""An update of training asks nothing of the device, so that a card is given its work ahead of time.
+
+It runs on torch's meta device: tensors there have no values, so whatever reads one (`item`, `tolist`, `if tensor`, picking
+by a mask, `cpu()`) fails, where it would make the CPU wait for a card. Copies to the device are watched.
+"""
+
+from contextlib import ExitStack, nullcontext
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mole_diffusers as mole
+from mole_diffusers.gates import FAMILIES
+from mole_diffusers.patching import processor
+from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.training import concept
+from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.data import Samples
+from mole_diffusers.training.loop import setup, train_gates, update
+from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training.run import only_gates_move, resume
+from mole_diffusers.training.study import Lesson, Study
+
+TEACH = {"seeds": 2, "steps": 2}
+OPTIONS = {
+    "single": TEACH,
+    "composed": TEACH | {"own": 1.0},
+    "base": TEACH,
+    "separate": {"steps": 2},
+    "denoise": {},
+    "clip": {"lengths": (3, 4), "start": 1.0},
+    "rollout": {"steps": 2},
+    "collage": {"pictures": 2, "seeds": 2, "steps": 2},
+}
+LIVE = ("clip", "rollout", "separate", "denoise")  # these prepare nothing by the models that would need values
+PICTURES = Samples(torch.randn(2, 4, 16, 16), ["a fox", "an ink"])
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes every copy to the meta device that is not of the kind that waits for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out, name = func(*args, **kwargs), func.name()
+        if name == "aten::_to_copy" and out.is_meta and not args[0].is_meta and not kwargs.get("non_blocking"):
+            self.waits.append(name)
+        return out
+
+
+class Called(TorchFunctionMode):
+    """Notes what hides such a copy: tensors made of numbers right on the meta device, and rows picked by numbers."""
+
+    def __init__(self, waits: list[str]):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and out.is_meta and not isinstance(args[0], torch.Tensor):
+            self.waits.append(func.__name__)
+        if func is torch.Tensor.__getitem__ and out.is_meta:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.waits += [
+                "picked" for i in indices if isinstance(i, list) or (isinstance(i, torch.Tensor) and not i.is_meta)
+            ]
+        return out
+
+
+def waits(step):
+    """What `step(i)` waits for in its second run, when all that is kept has been made."""
+    step(0)
+    watch = Dispatched()
+    with watch, Called(watch.waits):
+        step(1)
+    return watch.waits
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """A tiny pipeline and a CLIP, and `leave()`, which takes their values away."""
+    pipe, clip = tiny_pipeline(), Clip(tiny_clip().requires_grad_(False), tiny_tokenizer())
+
+    def leave():
+        for model in (pipe.unet, pipe.text_encoder, pipe.vae, clip.model):
+            model.to("meta")
+        monkeypatch.setattr(processor, "_full_precision", lambda _: nullcontext())  # meta has no autocast to ask for
+        monkeypatch.setattr(Clip, "text", lambda _, captions: torch.empty(len(captions), 8, device="meta"))
+
+    return pipe, clip, leave
+
+
+TERMS = [pytest.param(t, "mole", marks=[pytest.mark.slow] if t == "composed" else []) for t in OBJECTIVES]
+OTHERS = [pytest.param("denoise", f, marks=pytest.mark.slow) for f in FAMILIES if f not in ("sum", "mean", "mole")]
+
+
+@pytest.mark.parametrize(("term", "family"), [*TERMS, *OTHERS])
+def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
+    pipe, clip, leave = meta
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, family)
+    lesson = Lesson(
+        {"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"],
+        parts={"a fox in ink": ["a fox", "ink art"]}, samples=PICTURES,
+    )  # fmt: skip
+    study = Study(pipe, mixture, lesson, clip)
+    terms = {} if term in LIVE else {term: OBJECTIVES[term](study, **OPTIONS[term])}
+    leave()
+    terms = terms or {term: OBJECTIVES[term](study, **OPTIONS[term])}
+    config = GateTraining({term: 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
+    run = setup(study, config, folder=None, success=None)
+    run.terms = terms
+    with only_gates_move(run):
+        assert waits(lambda i: update(run, i)) == []
+    assert len(run.engine.pending) == 2
+
+
+@pytest.mark.filterwarnings("ignore:for gates")  # their values are gone
+def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
+    pipe, clip, leave = meta
+    files = {n: loras[n] for n in ("fox", "ink")}
+    lesson = Lesson(composed=["a fox in ink"], samples=PICTURES)
+    config = GateTraining({"clip": {"lengths": (3, 3), "start": 0.0}}, batch=2, steps=2, every=1, ema=0.9)
+    train_gates(pipe, mole.attach(pipe, files, "mole"), lesson, config=config, clip=clip, folder=tmp_path)
+    mole.detach(pipe)
+    mixture = mole.attach(pipe, files, "mole")
+    leave()
+    run = setup(Study(pipe, mixture, lesson, clip), config, folder=tmp_path, success=None)
+    resume(run, "checkpoint-1")
+    way, state = run.study.kept["clip 0"], run.engine.optimizer.state
+    found = [way["x"], way["looks"], *run.ema.shadow_params, *(state[p]["exp_avg"] for p in run.parameters)]
+    assert all(tensor.is_meta for tensor in found)
+    assert run.engine.device.type == "meta"
+    run.terms = {"clip": OBJECTIVES["clip"](run.study, lengths=(3, 3), start=0.0)}
+    with only_gates_move(run):
+        update(run, 1)
+
+
+def test_an_update_of_a_concept_waits_for_nothing(meta):
+    pipe, _, leave = meta
+    leave()
+    config = concept.ConceptConfig(rank=8, steps=2, batch=2, beam=True)
+    with ExitStack() as undo:
+        run = concept.setup(pipe, {"concept": PICTURES, "prior": PICTURES}, config, undo, folder=None)
+        update = lambda i: run.engine.update(lambda index, shares: concept._numbers(run, i, index, shares))  # noqa: E731
+        assert waits(update) == []
+
+
+def test_what_waits_is_noticed():
+    values = torch.ones(2, device="meta")
+    for step in (
+        lambda _: values.to("cpu"),
+        lambda _: values.sum().item(),
+        lambda _: values[values > 0],
+        lambda _: bool(values.any()),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            waits(step)
+    assert waits(lambda _: torch.ones(2).to("meta")) == ["aten::_to_copy"]
+    assert waits(lambda _: torch.tensor([1.0], device="meta")) == ["tensor"]
+    assert waits(lambda _: values[[0, 1]]) == ["picked"]
+    assert waits(lambda _: torch.ones(2).to("meta", non_blocking=True) + values) == []
