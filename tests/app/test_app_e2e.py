@@ -98,7 +98,7 @@ def test_a_picture_comes_back_from_itself(tiny, tmp_path):
     assert not tiny.errors()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_cards_and_tags_are_in_step(tiny, tmp_path):
     tiny.type("#prompt textarea", "ink <lora:ink:0@0,1@0.4:stop=2>")
     tiny.until(lambda: value(tiny, ".c1 .any") == "0@0,1@0.4", WAIT)
@@ -108,7 +108,7 @@ def test_cards_and_tags_are_in_step(tiny, tmp_path):
     assert infotext.read(composed(tiny, tmp_path, "negative.png")).tags[0].unet(0, 1) == -7
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_waits_in_the_queue_is_cancelled_at_once(tiny):
     tiny.type("#steps input[type=number]", "150")
     tiny.type("#count input[type=number]", "16")
@@ -128,7 +128,7 @@ def test_what_waits_in_the_queue_is_cancelled_at_once(tiny):
     tiny.until(lambda: tiny.text("#status").startswith("stopped after"), WAIT)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
     tiny.driver.set_window_size(500, 900)  # as narrow as Chromium's window gets
     for tab in ("See", "Train", "Keep", "Compose"):
@@ -141,7 +141,7 @@ def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
     assert [address for address in addresses if not address.startswith((tiny.url, "data:", "blob:"))] == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_visit_to_the_embedded_world(tmp_path):
     from mole_diffusers.emoji.world import emoji_world
     from mole_diffusers.studio.render import Studio

@@ -178,7 +178,7 @@ def test_shares_of_a_step(capsys):
     assert "operator" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", ["whole", "graphs", "blocks"])
 def test_compiled(compile, capsys):
     small = ["--repeats", "1", "--arms", "set_adapters", "gated", "--experts", "2", "--threads", "1", "--json"]

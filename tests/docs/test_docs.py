@@ -49,7 +49,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in DOCS.glob("tutorial_*.png")}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_evaluation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (command,) = blocks("evaluation.md", "bash")

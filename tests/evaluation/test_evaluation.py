@@ -326,7 +326,7 @@ def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_launcher_divides_a_run(tmp_path):
     """torchrun sets what `accelerate launch` sets on GPUs, and on CPUs with `--multi_gpu`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mole_diffusers"]

@@ -277,7 +277,7 @@ def outcome(run):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("amount", ["some", pytest.param("many", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("amount", ["some", pytest.param("many", marks=pytest.mark.thorough)])
 def test_broken_files_are_refused_or_work(kind, amount, host, valid, draw, bounded, tmp_path, capsys):
     picture = draw(host)
     cases = CASES[kind][amount == "many"]

@@ -31,7 +31,7 @@ def narrow(width):
 OTHERS = ("flow", "static", "prompt", "rank", "retrieval")
 
 
-@pytest.mark.parametrize("family", ["mole", *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)])
+@pytest.mark.parametrize("family", ["mole", *(pytest.param(family, marks=pytest.mark.thorough) for family in OTHERS)])
 def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_path):
     pipe = tiny_pipeline()
     width = pipe.unet.config.cross_attention_dim

@@ -58,7 +58,7 @@ class Case:
         return hosts.draw(self.pipe, self.options | more)
 
 
-SLOW = [pytest.param(n, o, e, marks=pytest.mark.slow) for n in ("sd21", "animatediff") for o in ORDERS for e in ENDS]
+SLOW = [pytest.param(n, o, e, marks=pytest.mark.thorough) for n in ("sd21", "animatediff") for o in ORDERS for e in ENDS]
 SOME = [
     ("sdxl", ORDERS[0], ENDS[0]),
     ("sdxl", ORDERS[1], ENDS[1]),
@@ -96,7 +96,7 @@ def test_an_ip_adapter_comes_and_goes_before_and_after_the_mixture(awake, tmp_pa
     assert kinds == {name: type(p) for name, p in denoiser.attn_processors.items()}
 
 
-MASKED = ["sd15", "sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd21", "animatediff"))]
+MASKED = ["sd15", "sdxl", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd21", "animatediff"))]
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -60,7 +60,7 @@ def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, dra
     assert torch.equal(draw(pipe), picture)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize("how", ["module", "wrapped first", "wrapped after", "blocks"])
 def test_compiled_whole(pipe, loras, draw, awake, how):
@@ -109,7 +109,7 @@ def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw
     torch.testing.assert_close(picture, draw(plain), **CLOSE)
 
 
-@pytest.mark.parametrize("how", ["whole", pytest.param("blocks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["whole", pytest.param("blocks", marks=pytest.mark.thorough)])
 def test_gates_strengths_and_masks_change_without_compiling_again(pipe, loras, draw, awake, how):
     torch.compiler.reset()
     mixture = awake(mole.attach(pipe, loras, "mole"))

@@ -122,7 +122,7 @@ CONTROLLERS = {  # the models that are made of a denoiser's weights; there is no
 }
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd21", "sd3"))])
+@pytest.mark.parametrize("name", ["sdxl", "flux", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("sd21", "sd3"))])
 def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     pipe, _ = hosts.HOSTS[name]()
     make, denoiser = CONTROLLERS[name], hosts.denoiser(pipe)
@@ -136,7 +136,7 @@ def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     assert all(torch.equal(made[k], v) for k, v in wanted.items())
 
 
-@pytest.mark.parametrize("name", ["sdxl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd21", "animatediff"))])
+@pytest.mark.parametrize("name", ["sdxl", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("sd21", "animatediff"))])
 def test_attention_slicing_on_and_off(name, awake, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     awake(mole.attach(pipe, {n: mole.testing.tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(HELD)}, "mole"))
@@ -147,7 +147,7 @@ def test_attention_slicing_on_and_off(name, awake, tmp_path):
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_compiled_in_one_graph(other):
     torch.compiler.reset()

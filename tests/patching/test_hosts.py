@@ -102,7 +102,7 @@ def test_a_denoiser_without_text_is_refused(tmp_path):
 
 
 FORMS = {name for name in hosts.HOSTS if "img2img" in name or "inpaint" in name} - {"sd15-img2img", "sd15-inpaint9"}
-OTHER_ROUTE = [pytest.param(name, marks=pytest.mark.slow) if name in FORMS else name for name in hosts.HOSTS]
+OTHER_ROUTE = [pytest.param(name, marks=pytest.mark.thorough) if name in FORMS else name for name in hosts.HOSTS]
 
 
 @pytest.mark.parametrize("name", OTHER_ROUTE)

@@ -9,7 +9,7 @@ import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 def sd15(dtype):

@@ -149,7 +149,7 @@ def test_the_loss_is_the_concepts_and_the_weighted_priors():
         assert row["loss"] == pytest.approx(row["concept"] + 0.25 * row["prior"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_prior_preservation_keeps_the_class():
     """Foxes taught as a kind of bear: the diffusion loss on bears afterwards, with and without the base's own bears."""
     world = mole.emoji_world()

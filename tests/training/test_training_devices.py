@@ -1,6 +1,6 @@
 """Training where it is meant to run: half precision, two processes on one card, a compiled UNet; on a CPU for want of one.
 
-`pytest -m gpu` runs them on a CUDA card, `pytest -m slow` on the CPU.
+`pytest -m gpu` runs them on a CUDA card, `pytest -m thorough` on the CPU.
 """
 
 import json
@@ -23,7 +23,7 @@ from mole_diffusers.training.run import only_gates_move, settle
 from mole_diffusers.training.study import Lesson, Study
 
 CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
-DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=CARD)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.thorough), pytest.param("cuda", marks=CARD)]
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox in ink"] * 4)
 SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)
 

@@ -18,7 +18,7 @@ from mole_diffusers.cli import main
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.checkpoints import STATE, checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # bits depend on how many threads add numbers up
 MODULE = [sys.executable, "-m", "mole_diffusers"]
 

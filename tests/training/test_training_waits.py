@@ -96,8 +96,8 @@ def meta(monkeypatch):
     return pipe, clip, leave
 
 
-TERMS = [pytest.param(t, "mole", marks=[pytest.mark.slow] if t == "composed" else []) for t in OBJECTIVES]
-OTHERS = [pytest.param("denoise", f, marks=pytest.mark.slow) for f in FAMILIES if f not in ("sum", "mean", "mole")]
+TERMS = [pytest.param(t, "mole", marks=[pytest.mark.thorough] if t == "composed" else []) for t in OBJECTIVES]
+OTHERS = [pytest.param("denoise", f, marks=pytest.mark.thorough) for f in FAMILIES if f not in ("sum", "mean", "mole")]
 
 
 @pytest.mark.parametrize(("term", "family"), [*TERMS, *OTHERS])
