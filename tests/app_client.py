@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 
 from mole_diffusers.app.actions import Actions
-from mole_diffusers.studio.catalog import Shelf
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
@@ -16,7 +16,7 @@ def built(loras, home):
     """The app's blocks."""
     from mole_diffusers.app.build import build
 
-    actions = Actions(Studio(tiny_pipeline(), Shelf(dict(loras), {}), "tiny"), home=home)
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=home)
     return build(actions, Recipe(PROMPT, steps=2, width=32, height=32, gates="auto", base="tiny"))
 
 

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mole_diffusers.lora import PARTS
+from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.testing import tiny_tokenizer
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -241,7 +241,7 @@ def draw(pipe, options, prompt="a fox in ink", *, steps=2):
 
 def models(pipe):
     """The models of a pipeline that experts can sit on, by part."""
-    return {part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+    return {part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
 
 
 def networks(pipe):

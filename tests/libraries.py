@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers.retrieval import store
-from mole_diffusers.retrieval.cards import Card
+from mole_diffusers.retrieval.entries import LibraryEntry
 from mole_diffusers.retrieval.library import LoraLibrary, embedding
 
 
-class Words:
+class WordEncoder:
     """An encoder that can be followed by hand: one axis per word."""
 
     id = "words"
@@ -25,9 +25,11 @@ class Words:
 
 def library(samples, triggers=None, bases=None):
     """A library in memory."""
-    encoder = Words()
+    encoder = WordEncoder()
     cards = tuple(
-        Card(n, f"{n}.safetensors", (bases or {}).get(n, "SD 1.x"), tuple((triggers or {}).get(n, ())), tuple(s), "", ())
+        LibraryEntry(
+            n, f"{n}.safetensors", (bases or {}).get(n, "SD 1.x"), tuple((triggers or {}).get(n, ())), tuple(s), "", ()
+        )
         for n, s in samples.items()
     )
     rows = torch.stack([embedding(s, encoder) for s in samples.values()])

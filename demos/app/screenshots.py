@@ -15,8 +15,8 @@ from PIL import Image
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.build import build, launch
 from mole_diffusers.cli.app import world_thumbnails
-from mole_diffusers.emoji.world import emoji_world
-from mole_diffusers.studio.catalog import world_shelf
+from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 
@@ -29,7 +29,9 @@ def main(folder: Path) -> None:
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as work:
-        actions = Actions(Studio(pipe, world_shelf(), "emoji"), home=Path(work), thumbnail=world_thumbnails())
+        actions = Actions(
+            Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), home=Path(work), thumbnail=world_thumbnails()
+        )
         blocks = build(actions, Recipe(PROMPT, seed=2, gates="auto", base="emoji"))
         _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
         try:

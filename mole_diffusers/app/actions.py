@@ -22,11 +22,11 @@ from mole_diffusers.app.jobs import Stopped, Tell, watched
 from mole_diffusers.app.looking import Look, Made, looked
 from mole_diffusers.app.previews import Previews
 from mole_diffusers.inspection.contributions import contributions
-from mole_diffusers.lora import PARTS
+from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.retrieval.library import Found
-from mole_diffusers.studio import grids, infotext
+from mole_diffusers.retrieval.library import RetrievedLora
+from mole_diffusers.studio import infotext, xy_grid
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 
@@ -72,8 +72,8 @@ class Actions:
 
     def report(self, name: str) -> dict[str, Any]:
         """What a LoRA's file says of itself, and how much of it this pipeline has."""
-        expert = self.studio.shelf.expert(name)
-        hosts = {part: model for part in PARTS if (model := getattr(self.studio.pipe, part, None)) is not None}
+        expert = self.studio.catalog.expert(name)
+        hosts = {part: model for part in COMPONENTS if (model := getattr(self.studio.pipe, part, None)) is not None}
         total = sum(len(layers) for layers in expert.layers.values())
         low, high = expert.ranks
         facts: dict[str, Any] = {"name": name, "base": expert.base, "format": expert.format, "sha256": expert.sha256}
@@ -83,26 +83,26 @@ class Actions:
         except ValueError as error:
             return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
 
-    def find(self, prompt: str) -> list[Found]:
+    def find(self, prompt: str) -> list[RetrievedLora]:
         """LoRAs that a prompt asks for, and why: it says their name or a trigger, or is like what they were made from."""
         return self._finder(prompt)
 
     def add_file(self, path: Path) -> str:
-        """Put an uploaded file on the shelf under its own name; raises ValueError for anything but a good LoRA file."""
+        """Put an uploaded file on the catalog under its own name; raises ValueError for anything but a good LoRA file."""
         stem = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
         kept = self.folder / f"{stem}.safetensors"
         data = path.read_bytes()
         kept.write_bytes(data)
         try:
-            self.studio.shelf.add_lora(stem, kept)
+            self.studio.catalog.add_lora(stem, kept)
         except ValueError as error:
             raise ValueError(str(error).replace(f"{self.folder}/", "")) from error
         return stem
 
     def add_gates(self, files: Sequence[Path], name: str) -> dict[str, Any]:
-        """Put uploaded gates on the shelf; what they are. See `gate_files.taken_in`."""
-        name = taken_in(self.studio.shelf, files, name, home=self.home)
-        return gates_report(self.studio.shelf, name)
+        """Put uploaded gates on the catalog; what they are. See `gate_files.taken_in`."""
+        name = taken_in(self.studio.catalog, files, name, home=self.home)
+        return gates_report(self.studio.catalog, name)
 
     # ---- what can be made
 
@@ -171,15 +171,15 @@ class Actions:
 
     def grid(self, recipe: Recipe, x: str, y: str, stopped: Stopped) -> Iterator[Progress | Image.Image]:
         """An XY grid; last comes the sheet, with grey cells where it was stopped."""
-        across, down = grids.parse_axis(x), grids.parse_axis(y)
-        rows = grids.cells(recipe, across, down)
+        across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
+        rows = xy_grid.cells(recipe, across, down)
         wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
         made: dict[str, Path] = {}
         for state in self.draw_all(wanted, stopped):
             made = {one.label: one.path for one in state.made}
             yield state
         pictures = [[_opened(made.get(f"{r},{c}")) for c in range(len(row))] for r, row in enumerate(rows)]
-        yield grids.sheet(pictures, across, down)
+        yield xy_grid.sheet(pictures, across, down)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
         """One ordinary LoRA at the gates' average weights for this prompt; its file, and the error of the cut.
@@ -206,7 +206,7 @@ class Actions:
         return Made(label, path, recipe)
 
     def _beside(self, name: str) -> Image.Image | None:
-        path = self.studio.shelf.loras[name].with_suffix(".png")
+        path = self.studio.catalog.loras[name].with_suffix(".png")
         if not path.is_file() or path.stat().st_size > MAX_THUMBNAIL:
             return None
         with Image.open(path, formats=["PNG"]) as image:

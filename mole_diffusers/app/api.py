@@ -77,7 +77,7 @@ def _shelved(page: Page) -> Iterator[Callable[..., Any]]:
 
     def loras() -> list[dict]:
         """What every LoRA's file says of itself, and how much of it the pipeline has."""
-        return [actions.report(name) for name in actions.studio.shelf.loras]
+        return [actions.report(name) for name in actions.studio.catalog.loras]
 
     def find(prompt: str) -> list[dict]:
         """LoRAs that a prompt asks for, best first: {"name", "why", "score"}, a likeness of -1..1.
@@ -85,7 +85,7 @@ def _shelved(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             prompt: any text; tags in it are passed over.
         """
-        text = parse(_text(prompt, "the prompt"), actions.studio.shelf.loras).text
+        text = parse(_text(prompt, "the prompt"), actions.studio.catalog.loras).text
         return [{"name": found.name, "why": found.why, "score": found.score} for found in actions.find(text)]
 
     def upload(file: gr.FileData) -> dict:
@@ -220,7 +220,7 @@ def _keeping(page: Page) -> Iterator[Callable[..., Any]]:
 
 
 def _taught(page: Page) -> Iterator[Callable[..., Any]]:
-    actions, shelf = page.actions, page.actions.studio.shelf
+    actions, catalog = page.actions, page.actions.studio.catalog
 
     def train(
         recipe: dict,
@@ -250,7 +250,7 @@ def _taught(page: Page) -> Iterator[Callable[..., Any]]:
 
     def gates() -> list[dict]:
         """Every trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing."""
-        return [gates_report(shelf, name) for name in shelf.gates]
+        return [gates_report(catalog, name) for name in catalog.gates]
 
     def download_gates(name: str) -> list[gr.FileData]:
         """Trained gates as two files, the weights and what they weigh.
@@ -258,7 +258,7 @@ def _taught(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             name: of the gates, as `gates` lists them.
         """
-        return [_file(path) for path in given_out(shelf, _text(name, "the name"), actions.folder)]
+        return [_file(path) for path in given_out(catalog, _text(name, "the name"), actions.folder)]
 
     def upload_gates(weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
         """Add trained gates from their two files; they are refused with one sentence where they are not good ones.

@@ -49,7 +49,7 @@ def opened(page: Page) -> Callable[[], tuple[list[Card], dict[str, Any]]]:
     """The cards that a fresh page shows."""
 
     def cards() -> tuple[list[Card], dict[str, Any]]:
-        found = cards_of(page.defaults.prompt, [], page.actions.studio.shelf.loras)
+        found = cards_of(page.defaults.prompt, [], page.actions.studio.catalog.loras)
         return found, fresh(found)
 
     return cards
@@ -72,7 +72,7 @@ def _adding(page: Page) -> dict[str, Any]:
     """The controls, by name."""
     with gr.Row(equal_height=True):
         add = gr.Dropdown(
-            list(page.actions.studio.shelf.loras), value=None, label="Add a LoRA", elem_id="add", min_width=120
+            list(page.actions.studio.catalog.loras), value=None, label="Add a LoRA", elem_id="add", min_width=120
         )
         with gr.Column(min_width=120):
             find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
@@ -84,7 +84,7 @@ def _adding(page: Page) -> dict[str, Any]:
 
 
 def _settings(page: Page) -> Any:
-    d, shelf = page.defaults, page.actions.studio.shelf
+    d, catalog = page.defaults, page.actions.studio.catalog
     with gr.Accordion("Settings", open=True):
         with gr.Row():
             with gr.Column(min_width=120):
@@ -100,7 +100,7 @@ def _settings(page: Page) -> Any:
             page.controls["height"] = gr.Number(d.height, label="Height", precision=0)
         with gr.Row():
             page.controls["sampler"] = gr.Dropdown(["default", *SAMPLERS], value="default", label="Sampler")
-            choices = ["auto", *UNTRAINED, *shelf.gates]
+            choices = ["auto", *UNTRAINED, *catalog.gates]
             page.controls["gates"] = gr.Dropdown(
                 choices,
                 value=d.gates,
@@ -129,19 +129,19 @@ def _composed(page: Page) -> Callable[..., Iterator[Any]]:
 def _typed(page: Page) -> Callable[..., Any]:
     @say
     def typed(prompt: str, cards: list[Card]) -> Any:
-        new = cards_of(prompt, cards, page.actions.studio.shelf.loras)
+        new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
         return (gr.skip(), gr.skip()) if new == cards else (new, fresh(new))
 
     return typed
 
 
 def _connect_adding(page: Page, *, find: Any, add: Any, upload: Any, why: Any) -> None:
-    shelf, prompt = page.actions.studio.shelf, page.controls["prompt"]
+    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
     changed = [prompt, page.cards, page.shown]
 
     def put(names: Iterable[str], text: str, cards: list[Card]) -> Any:
         for name in names:
-            text, cards = added(text, cards, name, shelf.loras)
+            text, cards = added(text, cards, name, catalog.loras)
         return text, cards, fresh(cards)
 
     @say
@@ -150,7 +150,7 @@ def _connect_adding(page: Page, *, find: Any, add: Any, upload: Any, why: Any) -
 
     @say
     def found(text: str, cards: list[Card]) -> Any:
-        plain = parse(text, shelf.loras).text
+        plain = parse(text, catalog.loras).text
         hits = page.actions.find(plain)
         words = "; ".join(f"**{plainly(hit.name)}**: {plainly(hit.why)}" for hit in hits)
         return (*put([hit.name for hit in hits], text, cards), words or "The prompt asks for none of the LoRAs here.")
@@ -158,7 +158,7 @@ def _connect_adding(page: Page, *, find: Any, add: Any, upload: Any, why: Any) -
     @say
     def uploaded(path: str, text: str, cards: list[Card]) -> Any:
         name = page.actions.add_file(Path(path))
-        return (*put([name], text, cards), gr.update(choices=list(shelf.loras)))
+        return (*put([name], text, cards), gr.update(choices=list(catalog.loras)))
 
     find.click(found, [prompt, page.cards], [*changed, why], **QUEUE, **PRIVATE)
     add.input(chosen, [add, prompt, page.cards], [*changed, add], **PRIVATE)

@@ -10,7 +10,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from mole_diffusers.gates import FAMILIES, checkpoint
-from mole_diffusers.studio.catalog import Shelf
+from mole_diffusers.studio.catalog import Catalog
 
 MAX_WEIGHTS, MAX_ABOUT = 256 << 20, 1 << 20  # bytes of the two files
 NAME = re.compile(r"[\w+ -]{1,60}")
@@ -25,29 +25,29 @@ def checked_name(name: str) -> str:
     return name
 
 
-def gates_report(shelf: Shelf, name: str) -> dict[str, Any]:
+def gates_report(catalog: Catalog, name: str) -> dict[str, Any]:
     """What trained gates are, which LoRAs they weigh, and which of these are another file here or not here at all."""
-    found = checkpoint.load(shelf.gates_source(name))
-    here = [expert for expert in found.experts if expert in shelf.loras]
+    found = checkpoint.load(catalog.gates_source(name))
+    here = [expert for expert in found.experts if expert in catalog.loras]
     return {
         "name": name,
         "family": found.config.family,
         "experts": list(found.experts),
-        "other_files": shelf.other_files(name, here),
+        "other_files": catalog.other_files(name, here),
         "missing": [expert for expert in found.experts if expert not in here],
     }
 
 
-def given_out(shelf: Shelf, name: str, folder: Path) -> list[Path]:
+def given_out(catalog: Catalog, name: str, folder: Path) -> list[Path]:
     """Copies of the two files in `folder`, called after the gates."""
-    if name not in shelf.gates:
-        raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(shelf.gates) or 'none'}")
+    if name not in catalog.gates:
+        raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(catalog.gates) or 'none'}")
     ends = {checkpoint.WEIGHTS: ".safetensors", checkpoint.CONFIG: ".json"}
-    return [Path(shutil.copyfile(shelf.gates[name] / file, folder / f"{name}{end}")) for file, end in ends.items()]
+    return [Path(shutil.copyfile(catalog.gates[name] / file, folder / f"{name}{end}")) for file, end in ends.items()]
 
 
-def taken_in(shelf: Shelf, files: Sequence[Path], name: str, *, home: Path) -> str:
-    """Put uploaded files on the shelf and into `home / name`; the name, which is "fox+ink" say where none is given.
+def taken_in(catalog: Catalog, files: Sequence[Path], name: str, *, home: Path) -> str:
+    """Put uploaded files on the catalog and into `home / name`; the name, which is "fox+ink" say where none is given.
 
     Raises ValueError for anything but one good pair of files, and for a name that is taken.
     """
@@ -59,14 +59,14 @@ def taken_in(shelf: Shelf, files: Sequence[Path], name: str, *, home: Path) -> s
         shutil.copyfile(about, folder / checkpoint.CONFIG)
         found = checkpoint.load(folder)
         name = checked_name(name.strip() or "+".join(sorted(found.experts)))
-        if name in shelf.gates or (home / name).exists():
+        if name in catalog.gates or (home / name).exists():
             raise ValueError(f"there are already gates {name!r}; give another name")
         folder.rename(home / name)
     except ValueError as error:
         raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "these files")) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    shelf.add_gates(name, home / name)
+    catalog.add_gates(name, home / name)
     return name
 
 

@@ -1,4 +1,4 @@
-"""The Keep tab: pictures and recipes in and out, code, one LoRA, XY grids."""
+"""The Keep tab: pictures and recipes in and out, code, one LoRA, XY xy_grid."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _loading(page: Page) -> None:
         if path is None:
             return [gr.skip()] * (len(page.inputs) + 3)
         found = page.actions.studio.complete(infotext.read_any(path))
-        cards = cards_of(found.prompt, [], page.actions.studio.shelf.loras)
+        cards = cards_of(found.prompt, [], page.actions.studio.catalog.loras)
         words = f"loaded: seed {found.seed}, {len(found.experts)} LoRAs, gates {found.gates}; now press Compose"
         return [*page.values(found), cards, fresh(cards), words]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.contributions import Contributions
 from mole_diffusers.patching.trace import Trace
-from mole_diffusers.studio.block_weights import TagPlan, block_names
+from mole_diffusers.studio.block_weights import StrengthSchedule, block_names
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 
@@ -61,7 +61,7 @@ def looked(
     """A trace, contributions and the picture that they are of, as one Look in the colours of `shades`."""
     recipe, unet = made.recipe, studio.pipe.unet
     labels = gate_figures.block_places(trace, block_names(unet))
-    plan = TagPlan(trace.experts, recipe.tags, unet=unet, steps=recipe.steps)
+    plan = StrengthSchedule(trace.experts, recipe.tags, unet=unet, steps=recipe.steps)
     return Look(
         made=made,
         experts=list(trace.experts),
@@ -75,7 +75,7 @@ def looked(
     )
 
 
-def before_tags(weights: torch.Tensor, plan: TagPlan, place: str) -> torch.Tensor:
+def before_tags(weights: torch.Tensor, plan: StrengthSchedule, place: str) -> torch.Tensor:
     """Applied weights [steps, N] at a place -> [N], the gates' means over the steps in which the tags let them speak.
 
     An expert that they never let speak has 0.

@@ -31,7 +31,7 @@ def build(page: Page) -> None:
 def _card(page: Page, card: Card, prompt: str) -> None:
     """One LoRA: switch, strength, trigger words, what its file says, and the rest of its tag."""
     name, report = card["name"], page.actions.report(card["name"])
-    typed = fields_of(card, page.actions.studio.shelf.loras)
+    typed = fields_of(card, page.actions.studio.catalog.loras)
     with gr.Column(elem_classes=["card", f"c{card['colour']}"]):
         with gr.Row(elem_classes="head"):
             _thumbnail(page, name)
@@ -104,7 +104,7 @@ def plainly(text: str) -> str:
 
 def _connect(page: Page, card: Card, *, on: Any, slider: Any, fields: dict[str, Any]) -> None:
     """Prompt, cards and fields in step with a change of one of them."""
-    known, prompt, name = page.actions.studio.shelf.loras, page.controls["prompt"], card["name"]
+    known, prompt, name = page.actions.studio.catalog.loras, page.controls["prompt"], card["name"]
 
     def changed(new: Card, text: str, cards: list[Card]) -> Any:
         typed = fields_of(new, known)
@@ -135,16 +135,16 @@ def _connect(page: Page, card: Card, *, on: Any, slider: Any, fields: dict[str, 
 
 
 def _connect_words(page: Page, name: str, *, remove: Any, chips: Any) -> None:
-    shelf, prompt = page.actions.studio.shelf, page.controls["prompt"]
+    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
     @say
     def gone(text: str, cards: list[Card]) -> Any:
         left = [other for other in cards if other["name"] != name]
-        return without(text, name, shelf.loras), left, fresh(left)
+        return without(text, name, catalog.loras), left, fresh(left)
 
     @say
     def worded(chosen: list[str], text: str) -> str:
-        return with_words(text, shelf.expert(name).triggers, chosen, shelf.loras)
+        return with_words(text, catalog.expert(name).triggers, chosen, catalog.loras)
 
     chips.input(worded, [chips, prompt], prompt, **QUIET)
     remove.click(gone, [prompt, page.cards], [prompt, page.cards, page.shown], **QUIET)

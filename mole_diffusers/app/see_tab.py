@@ -137,7 +137,7 @@ def _by_hand(page: Page) -> dict[str, Any]:
             free = gr.Button("Free all", size="sm", elem_id="free")
         held = gr.Textbox(NOTHING, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
         with gr.Row():
-            names = list(page.actions.studio.shelf.loras)
+            names = list(page.actions.studio.catalog.loras)
             name = gr.Dropdown(names, value=None, label="LoRA", info="whose blocks to scale", elem_id="lbw-name")
             preset = gr.Dropdown(["", *PRESETS, "ALL0.5"], value="", label="Block weights (lbw)", allow_custom_value=True,
                                  info="a preset, or numbers", elem_id="lbw")  # fmt: skip
@@ -147,21 +147,21 @@ def _by_hand(page: Page) -> dict[str, Any]:
 
 def _connect_by_hand(page: Page, hand: dict[str, Any], labels: Any, seen: Any) -> None:
     """labels: block -> place; seen: block -> the gates that were watched there, as they are typed."""
-    shelf, prompt = page.actions.studio.shelf, page.controls["prompt"]
+    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
     @say
     def lock(block: str | None, weights: str, scale: float | None, labels: dict, text: str, locks: dict) -> Any:
         if block not in labels:
             raise ValueError("watch the gates first, then choose a block")
-        names = [tag.name for tag in parse(text, shelf.loras).tags]
+        names = [tag.name for tag in parse(text, catalog.loras).tags]
         row = {name: weight * (1.0 if scale is None else scale) for name, weight in locks_of(weights, names).items()}
         changed = {**locks, labels[block]: row}
         return changed, _held(changed, labels)
 
     @say
     def preset(name: str | None, chosen: str, text: str, cards: list[Card]) -> Any:
-        text = with_preset(text, name or "", chosen, shelf.loras)
-        new = cards_of(text, cards, shelf.loras)
+        text = with_preset(text, name or "", chosen, catalog.loras)
+        new = cards_of(text, cards, catalog.loras)
         return text, new, fresh(new)
 
     shown = [page.locks, hand["held"]]

@@ -108,7 +108,7 @@ class Lessons:
 def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped: Stopped) -> Iterator[Lessons]:
     """Train gates for the LoRAs of a recipe; the same name and settings go on where a run was stopped.
 
-    The strengths of the recipe's tags count. Once finished, the gates are on the shelf and in `home / name`.
+    The strengths of the recipe's tags count. Once finished, the gates are on the catalog and in `home / name`.
     """
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
     if len(recipe.experts) < 2:
@@ -134,7 +134,7 @@ def teach(studio: Studio, recipe: Recipe, wanted: Wanted, *, home: Path, stopped
                 resume_from="latest", report=report,
             )  # fmt: skip
             mixture.save_pretrained(folder)
-            studio.shelf.add_gates(wanted.name, folder)
+            studio.catalog.add_gates(wanted.name, folder)
             lessons.rows, lessons.finished = log, True
 
     yield lessons
@@ -157,7 +157,7 @@ def _hooked(pipe: Any, called: Callable[..., None]) -> Iterator[None]:
 
 
 def _mixture(studio: Studio, recipe: Recipe, family: str) -> Mixture:
-    experts: dict[str, Any] = {tag.name: (studio.shelf.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
+    experts: dict[str, Any] = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
     studio.forget()
     return attach(studio.pipe, {name: experts[name] for name in sorted(experts)}, GateConfig(family))
 

@@ -46,7 +46,7 @@ def _fields(page: Page) -> list[Any]:
     )
     composed = gr.Textbox(label="Prompts with all of them", info="a line each", lines=2, max_length=5000, elem_id="composed")
     styles = gr.Dropdown(
-        list(page.actions.studio.shelf.loras), value=[], multiselect=True, label="Styles", info="they act everywhere"
+        list(page.actions.studio.catalog.loras), value=[], multiselect=True, label="Styles", info="they act everywhere"
     )
     steps = gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates")
     with gr.Row():
@@ -58,10 +58,10 @@ def _fields(page: Page) -> list[Any]:
 
 def _keeping(page: Page) -> Any:
     """Gates as files, in and out; the list of gates that there are."""
-    shelf = page.actions.studio.shelf
+    catalog = page.actions.studio.catalog
     with gr.Accordion("Gates as files", open=False, elem_id="gate-files"):
         with gr.Row():
-            which = gr.Dropdown(list(shelf.gates), value=None, label="Gates", elem_id="which-gates")
+            which = gr.Dropdown(list(catalog.gates), value=None, label="Gates", elem_id="which-gates")
             out = gr.Button("Give me the files", size="sm", elem_id="gates-out")
         files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="gates-given")
         with gr.Row():
@@ -78,7 +78,7 @@ def _keeping(page: Page) -> Any:
 
     @say
     def given(name: str | None) -> list[str]:
-        return [str(path) for path in given_out(shelf, name or "", page.actions.folder)]
+        return [str(path) for path in given_out(catalog, name or "", page.actions.folder)]
 
     @say
     def took(paths: list[str], name: str) -> Any:
@@ -100,18 +100,18 @@ def told_of(found: dict[str, Any]) -> str:
 
 def choices(page: Page, name: str) -> tuple[Any, Any]:
     """Both lists of gates after `name` has come."""
-    known = list(page.actions.studio.shelf.gates)
+    known = list(page.actions.studio.catalog.gates)
     return gr.update(choices=["auto", *UNTRAINED, *known], value=name), gr.update(choices=known, value=name)
 
 
 def _suggested(page: Page) -> Callable[[str], Any]:
-    shelf = page.actions.studio.shelf
+    catalog = page.actions.studio.catalog
 
     @say
     def suggested(prompt: str) -> Any:
-        parsed = parse(prompt, shelf.loras)
+        parsed = parse(prompt, catalog.loras)
         names = sorted(tag.name for tag in parsed.tags)
-        calls = {name: [name, *shelf.expert(name).triggers] for name in names}
+        calls = {name: [name, *catalog.expert(name).triggers] for name in names}
         lines = []
         for name in names:
             others = [call for other in names if other != name for call in calls[other]]

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     place = studio(args)
     for name, folder in folder_gates(args.keep).items():
-        place.shelf.add_gates(name, folder)
+        place.catalog.add_gates(name, folder)
     actions = Actions(place, home=args.keep, thumbnail=world_thumbnails() if args.base == "emoji" else None)
     where: dict[str, Any] = {"server_name": args.host, "server_port": args.port, "mcp_server": args.mcp}
     launch(build(actions, default_recipe(place)), **where)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.lora import PARTS, Expert, read_expert
+from mole_diffusers.lora import COMPONENTS, Expert, read_expert
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
 def hosts(base: str) -> dict[str, Any]:
     """Part -> model of a pipeline that LoRAs can be matched with."""
     pipe = pipeline(base)
-    return {part: getattr(pipe, part) for part in PARTS if getattr(pipe, part, None) is not None}
+    return {part: getattr(pipe, part) for part in COMPONENTS if getattr(pipe, part, None) is not None}
 
 
 def parse_expert(text: str) -> tuple[str, tuple[Path, float]]:

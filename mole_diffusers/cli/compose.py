@@ -55,7 +55,7 @@ def compose_picture(args: argparse.Namespace) -> int:
     args.gates = args.gates or "auto"
     place = studio(args)
     for name, (path, _) in (parse_expert(text) for text in args.expert):
-        place.shelf.add_lora(name, path)
+        place.catalog.add_lora(name, path)
     recipe = place.complete(wanted or wanted_recipe(place, args))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     infotext.save(place.draw(recipe), args.out, recipe)

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw every cell and write the sheet."""
-    from mole_diffusers.studio.grids import cells, parse_axis, sheet
+    from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 
     x, y = parse_axis(args.x), parse_axis(args.y)
     place = studio(args)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mole_diffusers.cli.common import pipeline
 from mole_diffusers.cli.libraries import ENCODER
-from mole_diffusers.retrieval.encoders import encoder_for
+from mole_diffusers.retrieval.encoders import text_encoder_for
 from mole_diffusers.retrieval.library import LoraLibrary
 
 
@@ -28,11 +28,11 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Index the folder; files that are no LoRAs are named and left out."""
-    library = LoraLibrary.index(args.library, encoder_for(pipeline(args.base, args.device), args.encoder))
+    library = LoraLibrary.index(args.library, text_encoder_for(pipeline(args.base, args.device), args.encoder))
     if args.json:
-        print(json.dumps({"loras": [card.name for card in library.cards], "skipped": library.skipped}))
+        print(json.dumps({"loras": [entry.name for entry in library.entries], "skipped": library.skipped}))
         return 0
-    print(f"{args.library}: {len(library.cards)} LoRAs")
+    print(f"{args.library}: {len(library.entries)} LoRAs")
     for file, why in library.skipped.items():
         print(f"left out {file}: {why}")
     return 0

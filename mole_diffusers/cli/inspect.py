@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.cli.common import hosts
-from mole_diffusers.lora import PARTS, Expert, described, read_expert, stated_base
+from mole_diffusers.lora import COMPONENTS, Expert, read_expert, stated_base, summarize
 from mole_diffusers.lora.safe_files import printable
 from mole_diffusers.lora.stacking import match
 
@@ -52,10 +52,10 @@ def describe(expert: Expert, path: Path, hosts: dict[str, Any]) -> dict[str, Any
         "base": expert.base + (f" (its metadata says {stated})" if stated not in (None, expert.base) else ""),
         "algorithm": ", ".join(f"{name} {count}" for name, count in expert.algorithms.items()),
         "ranks": str(low) if low == high else f"{low}..{high}",
-        "parts": ", ".join(f"{part} {len(expert.layers[part])}" for part in PARTS if part in expert.layers),
+        "parts": ", ".join(f"{part} {len(expert.layers[part])}" for part in COMPONENTS if part in expert.layers),
         "triggers": ", ".join(expert.triggers) or "none stated",
         "sha256": expert.sha256,
-        **described(expert.metadata),
+        **summarize(expert.metadata),
     }
     if error:
         report["cut"] = f"LoHa and LoKr layers to lower ranks, relative error at most {error:.2g}"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.retrieval.encoders import encoder_for
-from mole_diffusers.retrieval.library import THRESHOLD, Found, LoraLibrary
+from mole_diffusers.retrieval.encoders import text_encoder_for
+from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora
 
 ENCODER = "a sentence-transformers model, by name or folder; default: the text encoder of --base"
 
@@ -25,11 +25,11 @@ def add_search(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def opened(args: argparse.Namespace, pipe: Any) -> LoraLibrary:
     """The library of --library, read by the encoder of --encoder."""
-    return LoraLibrary.open(args.library, encoder_for(pipe, args.encoder))
+    return LoraLibrary.open(args.library, text_encoder_for(pipe, args.encoder))
 
 
-def in_words(found: Sequence[Found], library: LoraLibrary) -> str:
+def in_words(found: Sequence[RetrievedLora], library: LoraLibrary) -> str:
     """One line per LoRA: its name, and why it was chosen."""
     if not found:
-        return f"the prompt asks for none of the {len(library.cards)} LoRAs in {library.folder}"
+        return f"the prompt asks for none of the {len(library.entries)} LoRAs in {library.folder}"
     return "\n".join(f"{each.name}: {each.why}" for each in found)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mole_diffusers.cli.common import pipeline
 from mole_diffusers.cli.libraries import add_search, in_words, opened
-from mole_diffusers.retrieval.composing import asked_for, report
+from mole_diffusers.retrieval.composing import report, retrieve_for
 
 
 def add(commands: Any) -> None:
@@ -26,6 +26,6 @@ def run(args: argparse.Namespace) -> int:
     """Print what was found, best first after the triggers."""
     pipe = pipeline(args.base, args.device)
     library = opened(args, pipe)
-    found = asked_for(library, pipe, args.prompt, k=args.k, threshold=args.threshold)
+    found = retrieve_for(library, pipe, args.prompt, k=args.k, threshold=args.threshold)
     print(json.dumps(report(library, found), indent=1) if args.json else in_words(found, library))
     return 0

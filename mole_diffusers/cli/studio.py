@@ -1,4 +1,4 @@
-"""What the commands that draw recipes share: a pipeline with a shelf of LoRAs and gates."""
+"""What the commands that draw recipes share: a pipeline with a catalog of LoRAs and gates."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ def add_studio(parser: argparse.ArgumentParser) -> None:
 
 
 def studio(args: argparse.Namespace) -> Any:
-    """The pipeline of --base with the LoRAs of --loras and the gates of --trained on its shelf."""
-    from mole_diffusers.studio.catalog import Shelf, folder_gates, folder_loras, world_shelf
+    """The pipeline of --base with the LoRAs of --loras and the gates of --trained in its catalog."""
+    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
     from mole_diffusers.studio.render import Studio
 
     if args.base != "emoji" and args.loras is None:
         raise ValueError("give --loras FOLDER, the LoRA files for this base")
-    shelf = world_shelf() if args.base == "emoji" else Shelf({}, {})
+    catalog = Catalog({}, {})
+    if args.base == "emoji":
+        from mole_diffusers.emoji.world import concept_files, gate_folders
+
+        catalog = Catalog(concept_files(), gate_folders())
     if args.loras is not None:
-        shelf.loras |= folder_loras(args.loras)
+        catalog.loras |= folder_loras(args.loras)
     for name, folder in (folder_gates(args.trained) if args.trained else {}).items():
-        shelf.add_gates(name, folder)
+        catalog.add_gates(name, folder)
     pipe = pipeline(args.base, args.device)
     pipe.set_progress_bar_config(disable=True)
-    return Studio(pipe, shelf, args.base)
+    return Studio(pipe, catalog, args.base)
 
 
 def default_recipe(place: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from mole_diffusers.gates import GateBank, GateConfig
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json, read_safetensors
-from mole_diffusers.lora.writing import save_whole
+from mole_diffusers.lora.writing import save_atomically
 
 VERSION = 1
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
@@ -84,7 +84,7 @@ def save(
     tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
     about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
-    save_whole(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_atomically(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
 
 

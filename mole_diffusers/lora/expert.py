@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)

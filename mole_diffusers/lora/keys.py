@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mole_diffusers.lora.expert import PARTS
+from mole_diffusers.lora.expert import COMPONENTS
 from mole_diffusers.lora.transformer_names import is_original
 from mole_diffusers.lora.unet_names import from_sgm
 
@@ -104,10 +104,10 @@ def _place(stem: str, role: str) -> tuple[str, str, str]:
 
 def _diffusers(stem: str, role: str) -> tuple[str, str, str]:
     part, _, layer = stem.partition(".")
-    if part not in PARTS:  # written by one model's own save: the layer's name tells which
+    if part not in COMPONENTS:  # written by one model's own save: the layer's name tells which
         part, layer = next((p for p, names in OWN_NAMES.items() if stem.startswith(names)), ""), stem
     if not part:
-        known = [*(f"{p}." for p in PARTS), *KOHYA_PREFIXES, ONETRAINER_PREFIX, *DOTTED_PREFIXES]
+        known = [*(f"{p}." for p in COMPONENTS), *KOHYA_PREFIXES, ONETRAINER_PREFIX, *DOTTED_PREFIXES]
         raise ValueError(f"{stem!r} begins with none of {known}")
     if ".processor." in layer:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
         layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mole_diffusers.lora.expert import PARTS
+from mole_diffusers.lora.expert import COMPONENTS
 from mole_diffusers.lora.keys import layer_key
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json
 
@@ -47,7 +47,7 @@ ARCHITECTURES = {  # how modelspec.architecture or ss_base_model_version begins 
 }
 
 
-def described(metadata: Mapping[str, str]) -> dict[str, str]:
+def summarize(metadata: Mapping[str, str]) -> dict[str, str]:
     """What the header says in words for people: title, author, license, ... those that are there."""
     found = {name: next((metadata[k] for k in keys if metadata.get(k)), "") for name, keys in ABOUT.items()}
     return {name: text for name, text in found.items() if text and text != "None"}
@@ -121,7 +121,7 @@ def scalings(metadata: Mapping[str, str], beside: Mapping[str, Any] | None = Non
     Raises ValueError where it is not what PEFT writes, or says DoRA.
     """
     if PEFT_METADATA not in metadata:
-        return {} if beside is None else dict.fromkeys(PARTS, _scaling(beside, PEFT_CONFIG))
+        return {} if beside is None else dict.fromkeys(COMPONENTS, _scaling(beside, PEFT_CONFIG))
     flat = parse_json(metadata[PEFT_METADATA], f"its {PEFT_METADATA}")
     if not isinstance(flat, dict):
         raise ValueError(f"its {PEFT_METADATA} is not a JSON object")

@@ -66,7 +66,7 @@ def write_lora(
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_whole(tensors, path, {"format": "pt", **(metadata or {})})
+    save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
 
 
 def _diffusers(part: str, module: str) -> str:
@@ -112,7 +112,7 @@ def module_name(key: str) -> str:
     return ".".join(re.findall(f"({_WORD})(?:_|$)", key))
 
 
-def save_whole(tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+def save_atomically(tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write safetensors; a file that was at `path` stays until the new one is whole.
 
     Raises OSError where it cannot be written, the disk being full, say; safetensors' own error is not of that kind.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mole_diffusers.lora import PARTS, Expert, layer_key
+from mole_diffusers.lora import COMPONENTS, Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
 
@@ -75,7 +75,7 @@ class Activations:
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Hooks on the host layers of `expert`; what they keep is given out."""
-        hosts = {part: model for part in PARTS if (model := getattr(self.pipe, part, None)) is not None}
+        hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}
         words = self._words(self.prompts[name])
         found: dict[str, list[torch.Tensor]] = {}
         with ExitStack() as undo:

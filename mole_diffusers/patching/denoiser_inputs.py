@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from mole_diffusers.lora import PARTS
+from mole_diffusers.lora import COMPONENTS
 
 DENOISERS = ("unet", "transformer")
 
@@ -57,7 +57,7 @@ def hosts(pipe: Any) -> dict[str, nn.Module]:
     unet = denoiser(pipe)
     if any(_fused(module) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
-    return {part: compiled_from(model) for part in PARTS if (model := getattr(pipe, part, None)) is not None}
+    return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
 
 
 def _fused(module: Any) -> bool:

@@ -9,24 +9,26 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.lora import PARTS, Expert, family_of
+from mole_diffusers.lora import COMPONENTS, Expert, family_of
 from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
-from mole_diffusers.retrieval.library import THRESHOLD, Found, LoraLibrary
+from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora
 
 MODES = ("selection", "mixture", "sum", "fusion")
 
 
-def asked_for(library: LoraLibrary, pipe: Any, prompt: str, *, k: int = 3, threshold: float = THRESHOLD) -> list[Found]:
+def retrieve_for(
+    library: LoraLibrary, pipe: Any, prompt: str, *, k: int = 3, threshold: float = THRESHOLD
+) -> list[RetrievedLora]:
     """`LoraLibrary.retrieve` for a pipeline: LoRAs that are known to be for another family are passed over."""
-    base = family_of({part: model for part in PARTS if (model := getattr(pipe, part, None)) is not None})
+    base = family_of({part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None})
     return library.retrieve(prompt, k=k, threshold=threshold, base=base)
 
 
-def report(library: LoraLibrary, found: Sequence[Found]) -> list[dict[str, Any]]:
+def report(library: LoraLibrary, found: Sequence[RetrievedLora]) -> list[dict[str, Any]]:
     """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), why."""
-    cards = {card.name: card for card in library.cards}
+    cards = {card.name: card for card in library.entries}
     return [
         {"file": cards[each.name].file, "base": cards[each.name].base, "why": each.why, **asdict(each)} for each in found
     ]
@@ -42,7 +44,7 @@ class Composition:
         mixture: the attached experts; None where no prompt asked for any.
     """
 
-    found: list[list[Found]]
+    found: list[list[RetrievedLora]]
     sets: list[dict[str, float]]
     mixture: Mixture | None
 
@@ -77,7 +79,7 @@ def composed(
     if attached(pipe) is not None:
         raise ValueError("the pipeline already has a mixture; detach it first")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    found = [asked_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
+    found = [retrieve_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
     experts, sets = _sets(library, [[each.name for each in row] for row in found], mode)
     mixture = attach(pipe, experts, gates) if experts else None
     try:

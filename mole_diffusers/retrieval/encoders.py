@@ -68,6 +68,6 @@ class SentenceText:
         return F.normalize(vectors.float().cpu(), dim=-1)
 
 
-def encoder_for(pipe: Any, name: str | None = None) -> Encoder:
+def text_encoder_for(pipe: Any, name: str | None = None) -> Encoder:
     """The pipeline's own text encoder, or the sentence-transformers model `name`."""
     return PipelineText(pipe) if name is None else SentenceText(name)

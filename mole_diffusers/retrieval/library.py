@@ -11,18 +11,18 @@ import torch
 
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import FAMILIES
-from mole_diffusers.retrieval.cards import Card, read_card, stamps
 from mole_diffusers.retrieval.encoders import Encoder
-from mole_diffusers.retrieval.phrases import named, phrases, words
+from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
+from mole_diffusers.retrieval.phrases import find_triggers, phrases, tokenize
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
 from mole_diffusers.retrieval.store import FOLDER, PROBE, Index, again, check, check_encoder, files_of, load, save
 
-Known = dict[str, tuple[Card, torch.Tensor]]  # file -> its card and embedding
+Known = dict[str, tuple[LibraryEntry, torch.Tensor]]  # file -> its card and embedding
 THRESHOLD = 0.7  # the least that finds nothing for the emoji world's validation prompts that ask for nothing
 
 
 @dataclass(frozen=True)
-class Found:
+class RetrievedLora:
     """A LoRA that a prompt asks for.
 
     Attributes:
@@ -58,16 +58,16 @@ class LoraLibrary:
 
     def __init__(self, folder: str | Path, index: Index, encoder: Encoder):
         self.folder, self.encoder = Path(folder), encoder
-        self.cards, self.embeddings, self.skipped = index.cards, index.embeddings, index.skipped
-        self._rows = {card.name: row for row, card in enumerate(self.cards)}
+        self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
+        self._rows = {card.name: row for row, card in enumerate(self.entries)}
         self._claims: dict[tuple[str, ...], list[int]] = {}  # a trigger's words -> rows of the LoRAs that claim it
-        for row, card in enumerate(self.cards):
+        for row, card in enumerate(self.entries):
             for trigger in card.triggers:
                 self._claim(trigger, row)
 
     def _claim(self, trigger: str, row: int) -> None:
         """Have the words of a trigger call the LoRA of a row."""
-        if (spoken := words(trigger)) and row not in (rows := self._claims.setdefault(spoken, [])):
+        if (spoken := tokenize(trigger)) and row not in (rows := self._claims.setdefault(spoken, [])):
             rows.append(row)
 
     @classmethod
@@ -110,7 +110,7 @@ class LoraLibrary:
             if (path := folder / file) in paths
         }
         index = _gathered(root, list(names), known, encoder)
-        cards = tuple(replace(card, name=names[card.file]) for card in index.cards)
+        cards = tuple(replace(card, name=names[card.file]) for card in index.entries)
         library = cls(root, replace(index, cards=cards), encoder)
         for row, card in enumerate(cards):
             library._claim(card.name, row)
@@ -124,7 +124,7 @@ class LoraLibrary:
         threshold: float = THRESHOLD,
         without: Collection[str] = (),
         base: str | None = None,
-    ) -> list[Found]:
+    ) -> list[RetrievedLora]:
         """The LoRAs that a prompt asks for: first those whose trigger it says, in its order, then the most similar.
 
         A trigger that several LoRAs claim calls the one most like the prompt; one that more than k claim ("1girl") calls
@@ -139,11 +139,11 @@ class LoraLibrary:
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}")
         if unknown := set(without) - set(self._rows):
-            raise ValueError(f"unknown LoRAs {sorted(unknown)} in `without`; the library has {len(self.cards)} others")
+            raise ValueError(f"unknown LoRAs {sorted(unknown)} in `without`; the library has {len(self.entries)} others")
         others = FAMILIES - {base} if base is not None else ()
-        allowed = [card.name not in without and card.base not in others for card in self.cards]
-        spoken = words(prompt)
-        triggers, rest = named(spoken, lambda run: 1 <= sum(allowed[i] for i in self._claims.get(run, ())) <= k)
+        allowed = [card.name not in without and card.base not in others for card in self.entries]
+        spoken = tokenize(prompt)
+        triggers, rest = find_triggers(spoken, lambda run: 1 <= sum(allowed[i] for i in self._claims.get(run, ())) <= k)
         found = self._called(triggers, phrases(spoken), allowed)
         free = torch.tensor(allowed)
         free[[self._rows[each.name] for each in found]] = False
@@ -153,34 +153,36 @@ class LoraLibrary:
         """Read a LoRA of the library; ValueError for an unknown name, or a file that changed since it was indexed."""
         if name not in self._rows:
             raise ValueError(f"the library {self.folder} has no LoRA {name!r}")
-        card = self.cards[self._rows[name]]
-        now, expert = read_card(self.folder, card.file)
+        card = self.entries[self._rows[name]]
+        now, expert = read_entry(self.folder, card.file)
         if not now.same(card):
             raise again(self.folder, f"is stale: {card.file!r} has changed")
         return expert
 
-    def _called(self, triggers: Sequence[tuple[str, ...]], spoken: list[str], allowed: Sequence[bool]) -> list[Found]:
+    def _called(
+        self, triggers: Sequence[tuple[str, ...]], spoken: list[str], allowed: Sequence[bool]
+    ) -> list[RetrievedLora]:
         if not triggers:
             return []
         scores, best = similarity(self.encoder(spoken or [" ".join(triggers[0])]), self.embeddings)
-        found: dict[str, Found] = {}
+        found: dict[str, RetrievedLora] = {}
         for trigger in triggers:
             row = max((i for i in self._claims[trigger] if allowed[i]), key=lambda i: scores[i].item())
-            name = self.cards[row].name
-            found.setdefault(name, Found(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger)))
+            name = self.entries[row].name
+            found.setdefault(name, RetrievedLora(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger)))
         return list(found.values())
 
-    def _similar(self, left: list[str], free: torch.Tensor, *, k: int, threshold: float) -> list[Found]:
+    def _similar(self, left: list[str], free: torch.Tensor, *, k: int, threshold: float) -> list[RetrievedLora]:
         if not left or k < 1:
             return []
         scores, best = similarity(self.encoder(left), self.embeddings)
         rows = top(scores, free, k, threshold)
-        return [Found(self.cards[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
+        return [RetrievedLora(self.entries[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
 
 
 def _gathered(folder: Path, files: Sequence[str], known: Known, encoder: Encoder) -> Index:
     """The index of a folder's files; those that are `known` and have not changed since are not read."""
-    cards: list[Card] = []
+    cards: list[LibraryEntry] = []
     rows: list[torch.Tensor] = []
     skipped: dict[str, str] = {}
     for file in files:
@@ -210,11 +212,11 @@ def _known(folder: Path, encoder: Encoder) -> Known:
         check_encoder(folder, index, encoder)
     except (FileNotFoundError, ValueError):
         return {}  # it is about to be made anew
-    return {card.file: (card, row) for card, row in zip(index.cards, index.embeddings, strict=True)}
+    return {card.file: (card, row) for card, row in zip(index.entries, index.embeddings, strict=True)}
 
 
-def _read(folder: Path, file: str, encoder: Encoder) -> tuple[Card, torch.Tensor]:
-    card, _ = read_card(folder, file)
+def _read(folder: Path, file: str, encoder: Encoder) -> tuple[LibraryEntry, torch.Tensor]:
+    card, _ = read_entry(folder, file)
     return card, embedding(card.samples, encoder)
 
 
@@ -224,6 +226,6 @@ def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:
     A phrase counts by the square of how many samples say it, where the paper has a plain mean: what they share is what
     the LoRA is about, what few say is what stood beside it.
     """
-    parts = [phrase for sample in samples for phrase in phrases(words(sample))] or list(samples)
+    parts = [phrase for sample in samples for phrase in phrases(tokenize(sample))] or list(samples)
     texts = list(dict.fromkeys(parts))
     return centroid(encoder(texts), torch.tensor([float(parts.count(text) ** 2) for text in texts]))

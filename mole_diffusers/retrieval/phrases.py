@@ -14,7 +14,7 @@ COMMON = ("photo", "drawing", "painting", "picture", "background", "person", "an
 LONGEST = 8  # words of a trigger that are looked for
 
 
-def words(text: str) -> tuple[str, ...]:
+def tokenize(text: str) -> tuple[str, ...]:
     """Lower-case words and punctuation marks, in order; "<new1>" and "sks-dog" are one word each."""
     return tuple(WORD.findall(text.lower()))
 
@@ -33,7 +33,9 @@ def phrases(tokens: Sequence[str]) -> list[str]:
     return [" ".join(phrase) for phrase in found if set(phrase) - set(COMMON)]
 
 
-def named(tokens: Sequence[str], known: Callable[[tuple[str, ...]], bool]) -> tuple[list[tuple[str, ...]], list[str]]:
+def find_triggers(
+    tokens: Sequence[str], known: Callable[[tuple[str, ...]], bool]
+) -> tuple[list[tuple[str, ...]], list[str]]:
     """The runs of words that are `known`, longest first from left to right, and the tokens with each replaced by a comma."""
     found: list[tuple[str, ...]] = []
     rest: list[str] = []

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mole_diffusers.lora.safe_files import Contents, RefusedFileError, inside, read_json, read_safetensors
-from mole_diffusers.retrieval.cards import Card, card_from, read_card, stamps
 from mole_diffusers.retrieval.encoders import Encoder
+from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json, read_entry, stamps
 
 FORMAT, VERSION = "mole_diffusers.retrieval", 2
 FOLDER = ".mole_library"
@@ -36,7 +36,7 @@ class Index:
 
     encoder: str
     probe: torch.Tensor
-    cards: tuple[Card, ...]
+    entries: tuple[LibraryEntry, ...]
     embeddings: torch.Tensor
     skipped: dict[str, str]
 
@@ -61,7 +61,7 @@ def save(folder: Path, index: Index) -> None:
         "version": VERSION,
         "encoder": index.encoder,
         "embeddings": read_safetensors(with_vectors).sha256,
-        "cards": [asdict(card) for card in index.cards],
+        "cards": [asdict(card) for card in index.entries],
         "skipped": index.skipped,
     }
     with_about = folder / f"{ABOUT}.new"
@@ -96,12 +96,12 @@ def _index(folder: Path, about: Any, vectors: Contents) -> Index:
         raise ValueError("its two files are not from the same run")
     cards, skipped = about.get("cards"), about.get("skipped")
     if not isinstance(cards, list) or not isinstance(skipped, dict):
-        raise ValueError("it lists no cards")
-    read = tuple(card_from(card) for card in cards)
+        raise ValueError("it lists no LoRAs")
+    read = tuple(entry_from_json(card) for card in cards)
     for card in read:
         inside(folder, card.file)
     if len({card.name for card in read}) < len(read):
-        raise ValueError("two cards have one name")
+        raise ValueError("two entries have one name")
     embeddings, probe = (vectors.tensors.get(name, torch.empty(0)) for name in ("embeddings", "probe"))
     shapes = (len(read), len(PROBE))
     if any(t.dim() != 2 or t.dtype != torch.float32 or not t.isfinite().all() for t in (embeddings, probe)) or (
@@ -114,14 +114,14 @@ def _index(folder: Path, about: Any, vectors: Contents) -> Index:
 def check(folder: Path, index: Index, encoder: Encoder) -> None:
     """Raise RefusedFileError in one sentence where the index is foreign (another encoder) or stale (other files)."""
     check_encoder(folder, index, encoder)
-    there, known = set(files_of(folder)), {card.file for card in index.cards} | set(index.skipped)
+    there, known = set(files_of(folder)), {card.file for card in index.entries} | set(index.skipped)
     if new := sorted(there - known):
         raise again(folder, f"is stale: {new[0]!r} is new")
     if gone := sorted(known - there):
         raise again(folder, f"is stale: {gone[0]!r} is gone")
-    for card in index.cards:
+    for card in index.entries:
         # A copied folder has other times of change; only what the file says makes an index stale.
-        if stamps(folder, card.file) != card.stamps and not read_card(folder, card.file)[0].same(card):
+        if stamps(folder, card.file) != card.stamps and not read_entry(folder, card.file)[0].same(card):
             raise again(folder, f"is stale: {card.file!r} has changed")
 
 

@@ -39,7 +39,7 @@ def _mixture(recipe: Recipe) -> list[str]:
     files = ", ".join(f"{name!r}: {f'{name}.safetensors'!r}" for name in names)
     gates = recipe.gates if recipe.arm == "gates" else "sum"
     lines = [
-        "from mole_diffusers.studio.block_weights import TagPlan",
+        "from mole_diffusers.studio.block_weights import StrengthSchedule",
         "from mole_diffusers.studio.prompt_syntax import parse",
         "",
         f"mixture = mole.attach(pipe, {{{files}}}, gates={gates!r})",
@@ -47,7 +47,7 @@ def _mixture(recipe: Recipe) -> list[str]:
     ]
     given = {place: dict(row) for place, row in recipe.locks.items()}
     locks = f", locks={given}" if given else ""
-    return [*lines, f"plan = TagPlan(list(mixture.experts), tags, unet=pipe.unet, steps={recipe.steps}{locks})"]
+    return [*lines, f"plan = StrengthSchedule(list(mixture.experts), tags, unet=pipe.unet, steps={recipe.steps}{locks})"]
 
 
 def _call(recipe: Recipe) -> list[str]:

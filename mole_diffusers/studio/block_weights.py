@@ -102,7 +102,7 @@ def _preset(name: str, labels: Sequence[str]) -> dict[str, float]:
     return {label: float(label in kept) for label in labels}
 
 
-class TagPlan:
+class StrengthSchedule:
     """`state.Plan` of a set of tags. `step` says where sampling stands; whoever samples moves it.
 
     Args:

@@ -13,7 +13,7 @@ from mole_diffusers.lora import Expert, read_expert
 UNTRAINED = ("sum", "mean")  # families that need no training
 
 
-class Shelf:
+class Catalog:
     """What can be used by name. Files are read when asked for, and kept."""
 
     def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path]):
@@ -29,7 +29,7 @@ class Shelf:
         return self._read[name]
 
     def add_lora(self, name: str, path: Path) -> Expert:
-        """Put a file on the shelf under a name that is free; it is read at once, and refused if it is bad."""
+        """Put a file on the catalog under a name that is free; it is read at once, and refused if it is bad."""
         expert = read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
@@ -60,7 +60,7 @@ class Shelf:
         return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
 
     def add_gates(self, name: str, folder: Path) -> None:
-        """Put trained gates on the shelf; a name in use is replaced."""
+        """Put trained gates on the catalog; a name in use is replaced."""
         if name in FAMILIES:
             raise ValueError(f"{name!r} is the name of a family; choose another")
         self.gates[name] = folder
@@ -102,10 +102,3 @@ def folder_gates(folder: str | Path) -> dict[str, Path]:
 def gates_hash(folder: Path) -> str:
     """sha256 of the gates' weights as they lie in the file."""
     return hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
-
-
-def world_shelf() -> Shelf:
-    """The embedded world's LoRAs and gates."""
-    from mole_diffusers.emoji.world import concept_files, gate_folders
-
-    return Shelf(concept_files(), gate_folders())

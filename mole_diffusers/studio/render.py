@@ -14,8 +14,8 @@ from PIL import Image
 
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
-from mole_diffusers.studio.block_weights import TagPlan
-from mole_diffusers.studio.catalog import UNTRAINED, Shelf, gates_hash
+from mole_diffusers.studio.block_weights import StrengthSchedule
+from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.recipe import Recipe
 
@@ -38,8 +38,8 @@ class StoppedError(Exception):
 class Studio:
     """One pipeline, what can be put on it, and the lock that everyone who uses it holds."""
 
-    def __init__(self, pipe: Any, shelf: Shelf, base: str):
-        self.pipe, self.shelf, self.base = pipe, shelf, base
+    def __init__(self, pipe: Any, catalog: Catalog, base: str):
+        self.pipe, self.catalog, self.base = pipe, catalog, base
         self.lock = threading.RLock()
         self._own = pipe.scheduler
         self._key: tuple | None = None
@@ -49,11 +49,11 @@ class Studio:
 
         Raises ValueError for what is not here.
         """
-        names = {tag.name: self.shelf.named(tag.name, recipe.experts.get(tag.name, "")) for tag in recipe.tags}
+        names = {tag.name: self.catalog.named(tag.name, recipe.experts.get(tag.name, "")) for tag in recipe.tags}
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in recipe.tags]
         locks = {place: {names.get(n, n): w for n, w in row.items()} for place, row in recipe.locks.items()}
-        gates = self.shelf.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
-        source = self.shelf.gates_source(gates)
+        gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
+        source = self.catalog.gates_source(gates)
         digest = "" if source in UNTRAINED else gates_hash(source)  # type: ignore[arg-type]
         if recipe.gates_sha256 not in ("", digest):
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
@@ -68,13 +68,13 @@ class Studio:
             locks=locks,
             gates=gates,
             gates_sha256=digest,
-            experts={name: self.shelf.expert(name).sha256 for name in names.values()},
+            experts={name: self.catalog.expert(name).sha256 for name in names.values()},
             base=self.base,
         )
 
     def doubt(self, recipe: Recipe) -> str:
         """What may be wrong with a completed recipe though it can be drawn, in a sentence; "" where nothing is."""
-        others = self.shelf.other_files(recipe.gates, recipe.experts) if recipe.arm == "gates" else []
+        others = self.catalog.other_files(recipe.gates, recipe.experts) if recipe.arm == "gates" else []
         names = ", ".join(map(repr, others))
         return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
 
@@ -114,19 +114,19 @@ class Studio:
         return attached(self.pipe)
 
     def _attach(self, recipe: Recipe) -> None:
-        experts = {name: self.shelf.expert(name) for name in sorted(recipe.experts)}
+        experts = {name: self.catalog.expert(name) for name in sorted(recipe.experts)}
         if method := _of("merge", recipe):
             strengths = recipe.constant_strengths()
             one = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
             attach(self.pipe, {MERGED: one}, "sum")
         else:
-            attach(self.pipe, experts, self.shelf.gates_source(recipe.gates))  # type: ignore[arg-type]
+            attach(self.pipe, experts, self.catalog.gates_source(recipe.gates))  # type: ignore[arg-type]
 
-    def _plan(self, recipe: Recipe, names: list[str]) -> TagPlan:
+    def _plan(self, recipe: Recipe, names: list[str]) -> StrengthSchedule:
         unet = getattr(self.pipe, "unet", None)
         if _of("merge", recipe):  # the strengths are in the merge, and it has no gates to lock
-            return TagPlan(names, [LoraTag(name) for name in names], unet=unet, steps=recipe.steps)
-        return TagPlan(names, recipe.tags, unet=unet, steps=recipe.steps, locks=recipe.locks)
+            return StrengthSchedule(names, [LoraTag(name) for name in names], unet=unet, steps=recipe.steps)
+        return StrengthSchedule(names, recipe.tags, unet=unet, steps=recipe.steps, locks=recipe.locks)
 
     def forget(self) -> None:
         """Say that what is attached was changed by others, so that the next picture attaches anew."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mole_diffusers.lora import PEFT_METADATA, family_of
-from mole_diffusers.lora.writing import save_whole
+from mole_diffusers.lora.writing import save_atomically
 
 ARCHITECTURES = {"SD 1.x": "stable-diffusion-v1/lora", "SD 2.x": "stable-diffusion-v2-768-v/lora"}  # ModelSpec's words
 
@@ -70,4 +70,4 @@ def _save(
 ) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **about, "modelspec.trigger_phrase": triggers}
-    save_whole({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path, metadata)
+    save_atomically({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path, metadata)

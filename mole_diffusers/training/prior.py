@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from mole_diffusers.lora.writing import save_whole
+from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.training.data import Samples
 from mole_diffusers.training.denoising import latent_shape, sample
 
@@ -50,5 +50,5 @@ def class_samples(
     samples = Samples(torch.cat(drawn), [prompt] * count)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_whole({"latents": samples.latents}, kept, {"asked": asked})
+        save_atomically({"latents": samples.latents}, kept, {"asked": asked})
     return samples

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Shelf
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
@@ -128,7 +128,7 @@ def test_training_that_was_stopped_goes_on(loras, tmp_path):
 
     def run(home, stop=lambda state: False, prompt=PROMPT):
         seen = []  # one object, which the work itself changes
-        studio = Studio(tiny_pipeline(), Shelf(dict(loras), {}), "tiny")
+        studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
         wanted = Wanted("g", {"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"], steps=8)
         recipe = Recipe(prompt, steps=2, width=32, height=32)
         for state in teach(studio, recipe, wanted, home=home, stopped=lambda: bool(seen) and stop(seen[0])):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Shelf, world_shelf
+from mole_diffusers.studio.catalog import Catalog, world_shelf
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_pipeline
 
@@ -43,7 +43,7 @@ def visiting(studio, recipe, folder):
 def tiny(loras, tmp_path):
     from mole_diffusers.studio.render import Studio
 
-    studio = Studio(tiny_pipeline(), Shelf(dict(loras), {}), "tiny")
+    studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
     with visiting(studio, Recipe("a fox <lora:fox:1>", steps=2, width=32, height=32, gates="sum"), tmp_path) as page:
         yield page
 

@@ -93,16 +93,16 @@ def test_gates_that_are_not_good_are_refused_and_leave_nothing(client, trained, 
 
 
 def test_what_the_gates_were_not_trained_with_is_said(trained, loras, tmp_path):
-    from mole_diffusers.studio.catalog import Shelf
+    from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.recipe import Recipe
     from mole_diffusers.studio.render import Studio
 
     pipe = tiny_pipeline()
     files = {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", rank=2), "ink": loras["ink"]}
-    studio = Studio(pipe, Shelf(files, {"mine": trained}), "tiny")
+    studio = Studio(pipe, Catalog(files, {"mine": trained}), "tiny")
     recipe = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
     assert studio.doubt(recipe) == "the gates 'mine' were trained with another file of 'fox'"
-    assert Studio(pipe, Shelf(loras, {"mine": trained}), "tiny").doubt(recipe) == ""
+    assert Studio(pipe, Catalog(loras, {"mine": trained}), "tiny").doubt(recipe) == ""
     assert studio.doubt(studio.complete(Recipe(PROMPT, gates="sum"))) == ""
 
     from mole_diffusers.app.actions import Actions, never

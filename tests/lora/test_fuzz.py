@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from hosts import unet
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from libraries import Words
+from libraries import WordEncoder
 from mutations import json_mutated, safetensors_mutated
 from safetensors.torch import save_file
 
@@ -67,7 +67,7 @@ def valid(host, tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps({"activation text": f"{name}, {name} art", "weight": 1}))
         for file in folder.glob(f"{name}.*"):
             shutil.copy2(file, folder / "library")
-    LoraLibrary.index(folder / "library", Words())
+    LoraLibrary.index(folder / "library", WordEncoder())
     for family in FAMILIES:
         attach(host, loras(folder), family).save_pretrained(folder / family)
     keep(attached(host), folder / "kept")
@@ -166,7 +166,7 @@ def some_index(draw, change, host, folder):
     change(f"library/{draw(st.sampled_from([store.ABOUT, store.ABOUT, store.VECTORS]))}")
     if draw(st.booleans()):
         agree(folder / "library")
-    library = LoraLibrary.open(folder / "library", Words())
+    library = LoraLibrary.open(folder / "library", WordEncoder())
     for found in library.retrieve("a fox in snow, ink art"):
         library.expert(found.name)
 
@@ -184,8 +184,8 @@ def agree(folder):
 def some_folder(draw, change, host, folder):
     """A folder to be indexed: a LoRA, its captions or its note."""
     change(f"library/{draw(st.sampled_from(['fox.safetensors', 'fox.txt', 'fox.json']))}", "library/ink.safetensors")
-    library = LoraLibrary.index(folder / "library", Words())
-    assert "ink" in {card.name for card in library.cards}
+    library = LoraLibrary.index(folder / "library", WordEncoder())
+    assert "ink" in {card.name for card in library.entries}
     if library.skipped:
         raise RefusedFileError(library.skipped["fox.safetensors"])
 

@@ -12,7 +12,7 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from safetensors.torch import save_file
 
-from mole_diffusers.lora import described, read_expert, stated_base
+from mole_diffusers.lora import read_expert, stated_base, summarize
 from mole_diffusers.lora.stacking import match
 
 BLOCK = "down_blocks_0_attentions_0_transformer_blocks_0"
@@ -430,7 +430,7 @@ def test_what_the_header_and_the_note_beside_say(read, tmp_path):
     }  # fmt: skip
     tensors, _ = kohya(f"lora_unet_{BLOCK}_attn1_to_q", 8, 4)
     expert = read(tensors, header)
-    assert described(expert.metadata) == {"title": "Fox", "description": "three epochs", "license": "CC0"}
+    assert summarize(expert.metadata) == {"title": "Fox", "description": "three epochs", "license": "CC0"}
     assert expert.triggers == ("zwx fox",)
     assert expert.metadata == header
     (tmp_path / "x.json").write_text(json.dumps({"activation text": "fox, red", "notes": ""}))

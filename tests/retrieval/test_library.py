@@ -8,14 +8,14 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from libraries import Words, library
+from libraries import WordEncoder, library
 
 from mole_diffusers.mixture import attach
 from mole_diffusers.retrieval import ranking, store
-from mole_diffusers.retrieval.cards import read_card
 from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
-from mole_diffusers.retrieval.library import Found, LoraLibrary, embedding
-from mole_diffusers.retrieval.phrases import named, phrases, words
+from mole_diffusers.retrieval.entries import read_entry
+from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora, embedding
+from mole_diffusers.retrieval.phrases import find_triggers, phrases, tokenize
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 SAMPLES = {
@@ -45,14 +45,14 @@ def names(found):
 
 
 def test_phrases_are_what_stands_between_small_words_and_punctuation():
-    assert phrases(words("Ink drawing of a FOX, and <new1> at night!")) == ["ink drawing", "fox", "<new1>", "night"]
-    assert phrases(words("a fox asleep under an oak, seen from behind")) == ["fox asleep", "oak", "seen"]
-    assert phrases(words("photo of a person, painting style, fox style")) == ["fox style"]
+    assert phrases(tokenize("Ink drawing of a FOX, and <new1> at night!")) == ["ink drawing", "fox", "<new1>", "night"]
+    assert phrases(tokenize("a fox asleep under an oak, seen from behind")) == ["fox asleep", "oak", "seen"]
+    assert phrases(tokenize("photo of a person, painting style, fox style")) == ["fox style"]
 
 
 def test_named_takes_the_longest_run_and_leaves_a_break():
     known = {("birthday", "cake"), ("cake",), ("fox",)}
-    found, rest = named(words("a foxy birthday cake with cake"), known.__contains__)
+    found, rest = find_triggers(tokenize("a foxy birthday cake with cake"), known.__contains__)
     assert found == [("birthday", "cake"), ("cake",)]
     assert phrases(rest) == ["foxy"]
 
@@ -61,13 +61,13 @@ def test_named_takes_the_longest_run_and_leaves_a_break():
 
 
 def test_a_loras_embedding_is_the_mean_of_its_samples():
-    encoder = Words()
+    encoder = WordEncoder()
     by_hand = torch.stack([encoder([text])[0] for text in ("ink drawing", "cat", "black ink drawing")]).mean(0)
     torch.testing.assert_close(embedding(SAMPLES["ink"], encoder), by_hand / by_hand.norm())
 
 
 def test_what_samples_share_counts_more_than_what_one_says():
-    encoder = Words()
+    encoder = WordEncoder()
     shared, once, other = encoder(["fox", "snow", "grass"])
     by_hand = 4 * shared + once + other
     torch.testing.assert_close(embedding(["a fox in snow", "fox on grass"], encoder), by_hand / by_hand.norm())
@@ -106,69 +106,69 @@ def test_each_clause_finds_its_own_lora_and_threshold_and_k_limit_them():
 
 
 def test_a_lora_left_out_gives_its_place_to_the_next():
-    shelf = library({**SAMPLES, "wolf": ["grey fox", "wolf"]})
-    first, second = names(shelf.retrieve("fox", k=2, threshold=0.1))
-    assert names(shelf.retrieve("fox", k=1, threshold=0.1, without=[first])) == [second]
+    indexed = library({**SAMPLES, "wolf": ["grey fox", "wolf"]})
+    first, second = names(indexed.retrieve("fox", k=2, threshold=0.1))
+    assert names(indexed.retrieve("fox", k=1, threshold=0.1, without=[first])) == [second]
     with pytest.raises(ValueError, match="unknown LoRAs \\['cat'\\]"):
-        shelf.retrieve("fox", without=["cat"])
+        indexed.retrieve("fox", without=["cat"])
     with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
-        shelf.retrieve("fox", k=0)
+        indexed.retrieve("fox", k=0)
 
 
 def test_a_trigger_wins_over_similarity_and_is_searched_no_more():
-    shelf = library(SAMPLES, {"owl": ["Sks Fox"], "ink": ["inkstyle"]})
-    assert names(shelf.retrieve("a fox", k=1)) == ["fox"]
-    found = shelf.retrieve("inkstyle, a sks fox", k=3, threshold=0.3)
+    indexed = library(SAMPLES, {"owl": ["Sks Fox"], "ink": ["inkstyle"]})
+    assert names(indexed.retrieve("a fox", k=1)) == ["fox"]
+    found = indexed.retrieve("inkstyle, a sks fox", k=3, threshold=0.3)
     assert names(found) == ["ink", "owl"]
     assert [each.trigger for each in found] == ["inkstyle", "sks fox"]
     assert found[1].why == "the prompt says its trigger 'sks fox'"
-    assert shelf.retrieve("fox")[0].why == f"'fox' is like its samples ({shelf.retrieve('fox')[0].score:.2f})"
+    assert indexed.retrieve("fox")[0].why == f"'fox' is like its samples ({indexed.retrieve('fox')[0].score:.2f})"
 
 
 def test_a_trigger_that_several_claim_calls_the_most_similar_and_one_that_all_claim_calls_none():
-    shelf = library(SAMPLES, {"fox": ["1girl"], "owl": ["1girl"], "ink": ["1girl"]})
-    assert names(shelf.retrieve("1girl, white owl", k=3, threshold=0.99)) == ["owl"]
-    assert shelf.retrieve("1girl, white owl", k=2, threshold=0.99) == []
+    indexed = library(SAMPLES, {"fox": ["1girl"], "owl": ["1girl"], "ink": ["1girl"]})
+    assert names(indexed.retrieve("1girl, white owl", k=3, threshold=0.99)) == ["owl"]
+    assert indexed.retrieve("1girl, white owl", k=2, threshold=0.99) == []
 
 
 def test_only_loras_of_the_pipelines_family():
-    shelf = library(SAMPLES, {"fox": ["fox"]}, {"fox": "SDXL", "ink": "unknown"})
-    assert names(shelf.retrieve("a fox, ink drawing, owl", base="SD 1.x")) == ["ink", "owl"]
+    indexed = library(SAMPLES, {"fox": ["fox"]}, {"fox": "SDXL", "ink": "unknown"})
+    assert names(indexed.retrieve("a fox, ink drawing, owl", base="SD 1.x")) == ["ink", "owl"]
 
 
 def test_recall_at_one_on_held_out_prompts():
-    shelf = library(SAMPLES)
+    indexed = library(SAMPLES)
     prompts = {"fox": "photo of a fox in the desert", "ink": "ink drawing of a teapot", "owl": "statue of an owl"}
-    assert {n: names(shelf.retrieve(p, k=1)) for n, p in prompts.items()} == {n: [n] for n in prompts}
+    assert {n: names(indexed.retrieve(p, k=1)) for n, p in prompts.items()} == {n: [n] for n in prompts}
 
 
 # ---- the index
 
 
 def test_index_and_open_say_the_same(folder, monkeypatch):
-    made = LoraLibrary.index(folder, Words())
-    assert sorted(card.name for card in made.cards) == ["birds/owl", "fox", "ink"]
-    again = LoraLibrary.open(folder, Words())
-    assert again.cards == made.cards
+    made = LoraLibrary.index(folder, WordEncoder())
+    assert sorted(entry.name for entry in made.entries) == ["birds/owl", "fox", "ink"]
+    again = LoraLibrary.open(folder, WordEncoder())
+    assert again.entries == made.entries
     assert torch.equal(again.embeddings, made.embeddings)
     assert again.retrieve("a white owl") == made.retrieve("a white owl")
-    assert made.expert("fox").sha256 == read_card(folder, "fox.safetensors")[0].sha256
+    assert made.expert("fox").sha256 == read_entry(folder, "fox.safetensors")[0].sha256
     with pytest.raises(ValueError, match="has no LoRA 'cat'"):
         made.expert("cat")
 
 
 def test_indexing_again_reads_only_what_changed(folder, monkeypatch):
-    LoraLibrary.index(folder, Words())
+    LoraLibrary.index(folder, WordEncoder())
     read = []
     monkeypatch.setattr(
-        "mole_diffusers.retrieval.library.read_card", lambda f, file: read.append(file) or read_card(f, file)
+        "mole_diffusers.retrieval.library.read_entry", lambda f, file: read.append(file) or read_entry(f, file)
     )
     (folder / "fox.txt").write_text("grey fox\n")
-    again = LoraLibrary.index(folder, Words())
+    again = LoraLibrary.index(folder, WordEncoder())
     assert read == ["fox.safetensors"]
-    assert next(card for card in again.cards if card.name == "fox").samples == ("grey fox",)
+    assert next(entry for entry in again.entries if entry.name == "fox").samples == ("grey fox",)
     (folder / "ink.json").write_text('{"activation text": "inky"}')
-    assert names(LoraLibrary.index(folder, Words()).retrieve("inky owl", k=1)) == ["ink"]
+    assert names(LoraLibrary.index(folder, WordEncoder()).retrieve("inky owl", k=1)) == ["ink"]
 
 
 def test_files_from_anywhere_are_found_under_names_of_their_own(folder, tmp_path_factory, monkeypatch):
@@ -176,19 +176,19 @@ def test_files_from_anywhere_are_found_under_names_of_their_own(folder, tmp_path
     for end in (".safetensors", ".txt"):
         shutil.move(folder / f"ink{end}", away / f"0{end}")
     files = {"red": folder / "fox.safetensors", "night": folder / "birds" / "owl.safetensors", "ink": away / "0.safetensors"}
-    found = LoraLibrary.of(files, Words())
+    found = LoraLibrary.of(files, WordEncoder())
     assert names(found.retrieve("a fox on grass and black ink drawing")) == ["ink", "red"]  # names before likeness
     assert found.retrieve("red car")[0].trigger == "red"  # a name calls as a trigger does
-    assert found.expert("ink").sha256 == found.cards[2].sha256
+    assert found.expert("ink").sha256 == found.entries[2].sha256
     assert not (folder / store.FOLDER).exists()
-    LoraLibrary.index(folder, Words())
+    LoraLibrary.index(folder, WordEncoder())
     read = []
-    monkeypatch.setattr("mole_diffusers.retrieval.library.read_card", lambda *a: read.append(a[1]) or read_card(*a))
-    again = LoraLibrary.of(files, Words())
+    monkeypatch.setattr("mole_diffusers.retrieval.library.read_entry", lambda *a: read.append(a[1]) or read_entry(*a))
+    again = LoraLibrary.of(files, WordEncoder())
     assert len(read) == 1  # what the index knows is not read
     assert torch.equal(again.embeddings, found.embeddings)
     with pytest.raises(ValueError, match="holds no LoRA"):
-        LoraLibrary.of({}, Words())
+        LoraLibrary.of({}, WordEncoder())
 
 
 def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
@@ -198,22 +198,22 @@ def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
     (folder / "ink.txt").unlink()
     (folder / "ink.txt").symlink_to(outside)
     (folder / "link.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
-    made = LoraLibrary.index(folder, Words())
+    made = LoraLibrary.index(folder, WordEncoder())
     assert set(made.skipped) == {"page.safetensors", "ink.safetensors", "link.safetensors"}
     assert "is an HTML page" in made.skipped["page.safetensors"]
     assert "leads out of the folder" in made.skipped["ink.safetensors"]
-    assert LoraLibrary.open(folder, Words()).skipped == made.skipped
+    assert LoraLibrary.open(folder, WordEncoder()).skipped == made.skipped
     with pytest.raises(ValueError, match="holds no LoRA that can be read; 0 files were skipped"):
-        LoraLibrary.index(tmp_path_factory.mktemp("empty"), Words())
+        LoraLibrary.index(tmp_path_factory.mktemp("empty"), WordEncoder())
     with pytest.raises(FileNotFoundError, match="no folder at"):
-        LoraLibrary.index(folder / "nowhere", Words())
+        LoraLibrary.index(folder / "nowhere", WordEncoder())
 
 
-class Other(Words):
+class Other(WordEncoder):
     id = "other"
 
 
-class Deaf(Words):
+class Deaf(WordEncoder):
     def __call__(self, texts):
         return super().__call__([text[::-1] for text in texts])
 
@@ -223,36 +223,44 @@ class Deaf(Words):
     [
         (lambda f: None, Other(), r"was made with another encoder \('words'; this one is other\)"),
         (lambda f: None, Deaf(), r"was made with other weights of its encoder \(words\)"),
-        (lambda f: shutil.copy(f / "fox.safetensors", f / "new.safetensors"), Words(), "stale: 'new.safetensors' is new"),
-        (lambda f: (f / "fox.safetensors").unlink(), Words(), "stale: 'fox.safetensors' is gone"),
-        (lambda f: shutil.copy(f / "ink.safetensors", f / "fox.safetensors"), Words(), "'fox.safetensors' has changed"),
-        (lambda f: (f / "fox.txt").write_text("a wolf"), Words(), "stale: 'fox.safetensors' has changed"),
+        (
+            lambda f: shutil.copy(f / "fox.safetensors", f / "new.safetensors"),
+            WordEncoder(),
+            "stale: 'new.safetensors' is new",
+        ),
+        (lambda f: (f / "fox.safetensors").unlink(), WordEncoder(), "stale: 'fox.safetensors' is gone"),
+        (
+            lambda f: shutil.copy(f / "ink.safetensors", f / "fox.safetensors"),
+            WordEncoder(),
+            "'fox.safetensors' has changed",
+        ),
+        (lambda f: (f / "fox.txt").write_text("a wolf"), WordEncoder(), "stale: 'fox.safetensors' has changed"),
         (
             lambda f: (f / store.ABOUT).write_text("{}"),
-            Words(),
+            WordEncoder(),
             "cannot be used: it is not mole_diffusers.retrieval version 2",
         ),
-        (lambda f: (f / store.ABOUT).write_text("[" * 100_000), Words(), "cannot be used: .* nested too deeply"),
-        (lambda f: edit(f, embeddings="0"), Words(), "its two files are not from the same run"),
-        (lambda f: edit(f, cards=None), Words(), "it lists no cards"),
-        (lambda f: edit(f, cards=[]), Words(), "fp32 matrices with 0 and 4 rows"),
-        (lambda f: edit_card(f, file="../../etc/passwd"), Words(), "leads out of the folder"),
-        (lambda f: edit_card(f, file="/etc/passwd"), Words(), "leads out of the folder"),
-        (lambda f: edit_card(f, name="ink"), Words(), "two cards have one name"),
-        (lambda f: edit_card(f, triggers="fox"), Words(), "triggers or samples of 'birds/owl' are not lists"),
-        (lambda f: edit_card(f, stamps=[[1, 2]]), Words(), "stamps of 'birds/owl' are not three pairs"),
-        (lambda f: edit_card(f, sha256=None), Words(), "a card lacks name, file, base or sha256"),
-        (lambda f: (f / store.VECTORS).write_bytes(b"\x80\x02pickle.."), Words(), "a pickle, which can run code"),
+        (lambda f: (f / store.ABOUT).write_text("[" * 100_000), WordEncoder(), "cannot be used: .* nested too deeply"),
+        (lambda f: edit(f, embeddings="0"), WordEncoder(), "its two files are not from the same run"),
+        (lambda f: edit(f, cards=None), WordEncoder(), "it lists no LoRAs"),
+        (lambda f: edit(f, cards=[]), WordEncoder(), "fp32 matrices with 0 and 4 rows"),
+        (lambda f: edit_entry(f, file="../../etc/passwd"), WordEncoder(), "leads out of the folder"),
+        (lambda f: edit_entry(f, file="/etc/passwd"), WordEncoder(), "leads out of the folder"),
+        (lambda f: edit_entry(f, name="ink"), WordEncoder(), "two entries have one name"),
+        (lambda f: edit_entry(f, triggers="fox"), WordEncoder(), "triggers or samples of 'birds/owl' are not lists"),
+        (lambda f: edit_entry(f, stamps=[[1, 2]]), WordEncoder(), "stamps of 'birds/owl' are not three pairs"),
+        (lambda f: edit_entry(f, sha256=None), WordEncoder(), "an entry lacks name, file, base or sha256"),
+        (lambda f: (f / store.VECTORS).write_bytes(b"\x80\x02pickle.."), WordEncoder(), "a pickle, which can run code"),
     ],
 )
 def test_a_foreign_stale_or_forged_index_is_one_sentence(folder, change, encoder, message):
-    LoraLibrary.index(folder, Words())
+    LoraLibrary.index(folder, WordEncoder())
     change(folder)
     with pytest.raises(ValueError, match=message) as error:
         LoraLibrary.open(folder, encoder)
     assert str(error.value).startswith(f"the index of {folder} ")
     assert str(error.value).endswith(f"; make it again with: mole index {folder}")
-    assert LoraLibrary.index(folder, encoder).cards
+    assert LoraLibrary.index(folder, encoder).entries
 
 
 def edit(folder, **changes):
@@ -260,7 +268,7 @@ def edit(folder, **changes):
     (folder / store.ABOUT).write_text(json.dumps({**about, **changes}))
 
 
-def edit_card(folder, **changes):
+def edit_entry(folder, **changes):
     about = json.loads((folder / store.ABOUT).read_text())
     about["cards"][0].update(changes)
     (folder / store.ABOUT).write_text(json.dumps(about))
@@ -268,23 +276,23 @@ def edit_card(folder, **changes):
 
 def test_no_index_and_a_copied_folder(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="has no index; make one with: mole index"):
-        LoraLibrary.open(folder, Words())
-    LoraLibrary.index(folder, Words())
+        LoraLibrary.open(folder, WordEncoder())
+    LoraLibrary.index(folder, WordEncoder())
     copy = tmp_path_factory.mktemp("copy") / "loras"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # every time of change is another
-    assert len(LoraLibrary.open(copy, Words()).cards) == 3
+    assert len(LoraLibrary.open(copy, WordEncoder()).entries) == 3
 
 
 def test_an_index_folder_that_is_a_link_is_not_written_through(folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     (folder / store.FOLDER).symlink_to(outside)
     with pytest.raises(ValueError, match="leads out of the folder"):
-        LoraLibrary.index(folder, Words())
+        LoraLibrary.index(folder, WordEncoder())
     assert not list(outside.iterdir())
 
 
 def test_a_lora_that_changed_since_the_library_was_opened_is_refused(folder):
-    made = LoraLibrary.index(folder, Words())
+    made = LoraLibrary.index(folder, WordEncoder())
     shutil.copy(folder / "ink.safetensors", folder / "fox.safetensors")
     with pytest.raises(ValueError, match="stale: 'fox.safetensors' has changed"):
         made.expert("fox")
@@ -297,7 +305,7 @@ def test_samples_come_from_captions_tags_descriptions_triggers_or_the_name(folde
 
     def samples(**metadata):
         save_file(load_file(folder / "fox.safetensors"), folder / "my_fox-2.safetensors", metadata)
-        return read_card(folder, "my_fox-2.safetensors")[0].samples
+        return read_entry(folder, "my_fox-2.safetensors")[0].samples
 
     phrase = {"modelspec.trigger_phrase": "sks fox"}
     described = {"modelspec.title": "Fox", "modelspec.description": "a red fox"}
@@ -349,4 +357,4 @@ def test_sentence_transformers_by_option(monkeypatch):
 
 
 def test_found_is_a_value():
-    assert Found("a", 0.5, "x") == Found("a", 0.5, "x")
+    assert RetrievedLora("a", 0.5, "x") == RetrievedLora("a", 0.5, "x")

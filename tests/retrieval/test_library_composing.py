@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from libraries import Words
+from libraries import WordEncoder
 from safetensors.torch import load_file
 
 import mole_diffusers as mole
@@ -15,13 +15,13 @@ PROMPTS = ["a fox", "a hat in ink", "a teapot"]
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory):
+def lora_library(tmp_path_factory):
     """Three LoRAs of one rank, whose alpha / r is 1 / 2, 1 and 2."""
-    folder, host = tmp_path_factory.mktemp("shelf"), tiny_pipeline()
+    folder, host = tmp_path_factory.mktemp("loras"), tiny_pipeline()
     for i, name in enumerate(("fox", "hat", "ink")):
         path = tiny_lora(host, folder / f"{name}.safetensors", rank=2, seed=i, size=0.4)
         save_lora(load_file(path), path, alpha=2.0**i, rank=2, dtype=torch.float32)
-    return LoraLibrary.index(folder, Words())
+    return LoraLibrary.index(folder, WordEncoder())
 
 
 def pictures(pipe, prompts, seeds, **options):
@@ -35,13 +35,13 @@ def layer(expert):
 
 
 @pytest.mark.parametrize("mode", ["selection", "mixture", "sum", "fusion"])
-def test_a_mixed_batch_is_its_prompts_one_by_one(pipe, shelf, mode):
+def test_a_mixed_batch_is_its_prompts_one_by_one(pipe, lora_library, mode):
     base = pictures(pipe, PROMPTS[2:], [3])
-    with composed(shelf, pipe, PROMPTS, mode=mode) as composition:
+    with composed(lora_library, pipe, PROMPTS, mode=mode) as composition:
         together = pictures(pipe, PROMPTS, [1, 2, 3])
     assert [[each.name for each in row] for row in composition.found] == [["fox"], ["hat", "ink"], []]
     for i, prompt in enumerate(PROMPTS):
-        with composed(shelf, pipe, prompt, mode=mode):
+        with composed(lora_library, pipe, prompt, mode=mode):
             torch.testing.assert_close(together[i : i + 1], pictures(pipe, [prompt], [i + 1]), atol=1e-5, rtol=0)
     torch.testing.assert_close(together[2:], base, atol=1e-5, rtol=0)
     assert mole.attached(pipe) is None
@@ -49,56 +49,56 @@ def test_a_mixed_batch_is_its_prompts_one_by_one(pipe, shelf, mode):
 
 
 @pytest.mark.parametrize("mode", ["selection", "mixture", "sum", "fusion"])
-def test_one_lora_found_is_that_lora(pipe, shelf, draw, mode):
-    with composed(shelf, pipe, "a fox", mode=mode):
+def test_one_lora_found_is_that_lora(pipe, lora_library, draw, mode):
+    with composed(lora_library, pipe, "a fox", mode=mode):
         found = draw(pipe, "a fox")
-    pipe.load_lora_weights(shelf.folder / "fox.safetensors")
+    pipe.load_lora_weights(lora_library.folder / "fox.safetensors")
     torch.testing.assert_close(found, draw(pipe, "a fox"), atol=1e-5, rtol=0)
 
 
-def test_mixture_is_the_mean_gate_and_sum_is_the_plain_sum(pipe, shelf, draw):
-    files = {name: shelf.folder / f"{name}.safetensors" for name in ("hat", "ink")}
+def test_mixture_is_the_mean_gate_and_sum_is_the_plain_sum(pipe, lora_library, draw):
+    files = {name: lora_library.folder / f"{name}.safetensors" for name in ("hat", "ink")}
     for mode, gates in (("mixture", "mean"), ("sum", "sum")):
-        with composed(shelf, pipe, PROMPTS[1], mode=mode):
+        with composed(lora_library, pipe, PROMPTS[1], mode=mode):
             found = draw(pipe)
         mole.attach(pipe, files, gates)
         torch.testing.assert_close(found, draw(pipe), atol=1e-5, rtol=0)
         mole.detach(pipe)
-    with composed(shelf, pipe, PROMPTS[1], gates="mean", images=2):
+    with composed(lora_library, pipe, PROMPTS[1], gates="mean", images=2):
         gated = draw(pipe, num_images_per_prompt=2)
-    with composed(shelf, pipe, PROMPTS[1], mode="mixture", images=2) as composition:
+    with composed(lora_library, pipe, PROMPTS[1], mode="mixture", images=2) as composition:
         torch.testing.assert_close(gated, draw(pipe, num_images_per_prompt=2), atol=1e-5, rtol=0)
     assert composition.sets == [{"hat": 0.5, "ink": 0.5}]
 
 
-def test_fusion_is_the_mixture_less_a_quarter_of_the_cross_terms(shelf):
-    one, two = (shelf.expert(name) for name in ("hat", "ink"))
+def test_fusion_is_the_mixture_less_a_quarter_of_the_cross_terms(lora_library):
+    one, two = (lora_library.expert(name) for name in ("hat", "ink"))
     (a1, b1), (a2, b2) = ((layer(e).down, layer(e).scale * layer(e).up) for e in (one, two))
     mixture = (b1 @ a1 + b2 @ a2) / 2
     torch.testing.assert_close(layer(fused("both", [one, two])).delta() - mixture, -(b1 - b2) @ (a1 - a2) / 4)
     torch.testing.assert_close(layer(fused("one", [one])).delta(), layer(one).delta())
 
 
-def test_what_cannot_be_fused_or_composed_says_why(pipe, shelf, loras):
+def test_what_cannot_be_fused_or_composed_says_why(pipe, lora_library, loras):
     fox, ink = (mole.read_expert(loras[name], name) for name in ("fox", "ink"))
     with pytest.raises(ValueError, match=r"fox\+ink cannot be fused: the ranks of layer '.*' are \{'fox': 4, 'ink': 2\}"):
         fused("fox+ink", [fox, ink])
-    less = mole.read_expert(tiny_lora(pipe, shelf.folder.parent / "less.safetensors", rank=2, ends=("to_q",)), "less")
+    less = mole.read_expert(tiny_lora(pipe, lora_library.folder.parent / "less.safetensors", rank=2, ends=("to_q",)), "less")
     for pair in ([less, ink], [ink, less]):
         with pytest.raises(ValueError, match="'less': 0.*; use mode 'mixture' or 'sum'"):
             fused("both", pair)
     with (
         pytest.raises(ValueError, match="unknown mode 'best'; known: \\['selection'"),
-        composed(shelf, pipe, "x", mode="best"),
+        composed(lora_library, pipe, "x", mode="best"),
     ):
         pass
     mole.attach(pipe, loras)
-    with pytest.raises(ValueError, match="already has a mixture"), composed(shelf, pipe, "a fox"):
+    with pytest.raises(ValueError, match="already has a mixture"), composed(lora_library, pipe, "a fox"):
         pass
 
 
-def test_the_pipeline_comes_back_after_an_exception(pipe, shelf, draw):
+def test_the_pipeline_comes_back_after_an_exception(pipe, lora_library, draw):
     base = draw(pipe)
-    with pytest.raises(RuntimeError, match="stop"), composed(shelf, pipe, PROMPTS):
+    with pytest.raises(RuntimeError, match="stop"), composed(lora_library, pipe, PROMPTS):
         raise RuntimeError("stop")
     assert torch.equal(draw(pipe), base)

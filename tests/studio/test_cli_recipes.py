@@ -8,8 +8,8 @@ from PIL import Image
 
 from mole_diffusers.cli import main
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.grids import cells, parse_axis, sheet
 from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 from mole_diffusers.testing import tiny_pipeline
 
 TAGS = "ink drawing of a fox <lora:fox:1> <lora:ink:0.8:stop=1>"

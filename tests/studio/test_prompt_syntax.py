@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mole_diffusers import GateConfig, attach, detach
-from mole_diffusers.studio.block_weights import TagPlan, block_names, block_weights, layouts
+from mole_diffusers.studio.block_weights import StrengthSchedule, block_names, block_weights, layouts
 from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
 
 
@@ -104,7 +104,7 @@ def test_sd15_has_the_17_and_26_blocks_that_artists_know():
 
 
 def drawn(pipe, draw, mixture, tags, steps=3):
-    plan = TagPlan(list(mixture.experts), parse(tags).tags, unet=pipe.unet, steps=steps)
+    plan = StrengthSchedule(list(mixture.experts), parse(tags).tags, unet=pipe.unet, steps=steps)
     with mixture.planned(plan):
         return draw(pipe, num_inference_steps=steps, callback_on_step_end=plan.on_step())
 
@@ -155,7 +155,7 @@ def test_a_locked_gate_says_what_it_was_told(pipe, loras, draw):
     mixture = attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mean")
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
     tags = parse("<lora:fox:2> <lora:ink>").tags
-    plan = TagPlan(["fox", "ink"], tags, unet=pipe.unet, steps=2, locks={place: {"fox": 0.1, "ink": 0.9}})
+    plan = StrengthSchedule(["fox", "ink"], tags, unet=pipe.unet, steps=2, locks={place: {"fox": 0.1, "ink": 0.9}})
     with mixture.planned(plan), mixture.trace() as trace:
         draw(pipe, callback_on_step_end=plan.on_step())
     assert torch.allclose(trace.weights(place)[-1], torch.tensor([0.2, 0.9]))
@@ -164,4 +164,4 @@ def test_a_locked_gate_says_what_it_was_told(pipe, loras, draw):
 
 def test_a_tag_without_its_expert_is_an_error(pipe):
     with pytest.raises(ValueError, match=r"no expert for the tag <lora:owl:1>; there are \['fox'\]"):
-        TagPlan(["fox"], parse("<lora:owl>").tags, unet=pipe.unet, steps=2)
+        StrengthSchedule(["fox"], parse("<lora:owl>").tags, unet=pipe.unet, steps=2)

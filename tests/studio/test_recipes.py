@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers import attach, attached
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Shelf, folder_gates, folder_loras
+from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import Recipe, load, with_strength
 from mole_diffusers.studio.render import StoppedError, Studio
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -20,7 +20,7 @@ PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>"
 
 @pytest.fixture(scope="module")
 def studio(loras):
-    return Studio(tiny_pipeline(), Shelf(loras, {}), "tiny")
+    return Studio(tiny_pipeline(), Catalog(loras, {}), "tiny")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_picture_re_creates_itself(studio, recipe, loras, tmp_path):
     infotext.save(image, tmp_path / "a.png", recipe)
     again = infotext.read(tmp_path / "a.png")
     assert again == recipe
-    other = Studio(tiny_pipeline(), Shelf({"renamed": loras["fox"], "ink": loras["ink"]}, {}), "tiny")
+    other = Studio(tiny_pipeline(), Catalog({"renamed": loras["fox"], "ink": loras["ink"]}, {}), "tiny")
     found = other.complete(again)
     assert found.prompt == "a fox in ink <lora:renamed:0.8> <lora:ink:1:stop=1>"  # found by what is in the file
     assert same(other.draw(found), image)
@@ -64,8 +64,8 @@ def test_arms(studio, recipe, draw):
 def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake, tmp_path):
     pipe = tiny_pipeline()
     awake(attach(pipe, {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
-    shelf = Shelf(loras, folder_gates(tmp_path))
-    mine = Studio(pipe, shelf, "tiny")
+    catalog = Catalog(loras, folder_gates(tmp_path))
+    mine = Studio(pipe, catalog, "tiny")
     asked = Recipe(PROMPT, steps=2, width=32, height=32, gates="auto")
     found = mine.complete(asked)
     assert (found.gates, len(found.gates_sha256)) == ("mine", 64)
@@ -178,15 +178,15 @@ def test_what_is_not_here_is_said(studio, recipe, tmp_path):
 
 
 def test_a_shelf_takes_good_files_only(pipe, tmp_path):
-    shelf = Shelf({}, {})
+    catalog = Catalog({}, {})
     (tmp_path / "bad.safetensors").write_text("<html>")
     with pytest.raises(ValueError, match="bad.safetensors"):
-        shelf.add_lora("bad", tmp_path / "bad.safetensors")
-    assert shelf.loras == {}
+        catalog.add_lora("bad", tmp_path / "bad.safetensors")
+    assert catalog.loras == {}
     file = tiny_lora(pipe, tmp_path / "good.safetensors")
-    assert shelf.add_lora("good", file) is shelf.expert("good")
+    assert catalog.add_lora("good", file) is catalog.expert("good")
     with pytest.raises(ValueError, match="already a LoRA 'good'"):
-        shelf.add_lora("good", file)
+        catalog.add_lora("good", file)
 
 
 def test_with_strength():

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.cli import main
-from mole_diffusers.lora import described, read_expert
+from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import checkpoints
 from mole_diffusers.training.concept import ConceptConfig, _numbers, save_lora, setup, train_lora
@@ -247,7 +247,7 @@ def test_one_command_from_photos_to_a_lora(flags, tmp_path, capsys, pipe, draw, 
     assert facts == {"file": str(out / "fox.safetensors"), "trigger": "sks fox", "pictures": 3, "rank": 8}
     expert = read_expert(out / "fox.safetensors")
     assert (expert.format, expert.triggers) == ({"diffusers": "peft"}.get(format, format), ("sks fox",))
-    assert described(expert.metadata)["title"] == "fox"
+    assert summarize(expert.metadata)["title"] == "fox"
     with safe_open(out / "fox.safetensors", "pt") as file:
         about = file.metadata()
     assert json.loads(about["mole.training"])["beam"] == "True"

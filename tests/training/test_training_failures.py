@@ -11,7 +11,7 @@ from PIL import Image
 
 import mole_diffusers as mole
 from mole_diffusers.cli import main
-from mole_diffusers.lora.writing import save_whole
+from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import checkpoints
 from mole_diffusers.training.concept import ConceptConfig, train_lora
@@ -71,10 +71,10 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(loras, tmp_path, train, w
 
 def test_a_file_that_was_there_stays_where_the_new_one_does_not_fit(tmp_path):
     path = tmp_path / "x.safetensors"
-    save_whole({"a": torch.ones(2)}, path, {"format": "pt"})
+    save_atomically({"a": torch.ones(2)}, path, {"format": "pt"})
     before = path.read_bytes()
     with files_of(1000), pytest.raises(OSError, match=r"x\.safetensors cannot be written: "):
-        save_whole({"a": torch.ones(10_000)}, path, {})
+        save_atomically({"a": torch.ones(10_000)}, path, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 

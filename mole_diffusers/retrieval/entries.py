@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mole_diffusers.lora import Expert, read_expert
-from mole_diffusers.lora.metadata import described, training_tags
+from mole_diffusers.lora.metadata import summarize, training_tags
 from mole_diffusers.lora.safe_files import RefusedFileError, inside
 
 SAMPLES = 20  # texts that stand for a LoRA at most, as in LoraRetriever's code
@@ -18,7 +18,7 @@ Stamps = tuple[Stamp, Stamp, Stamp]
 
 
 @dataclass(frozen=True)
-class Card:
+class LibraryEntry:
     """One LoRA of a library.
 
     Attributes:
@@ -39,13 +39,13 @@ class Card:
     sha256: str
     stamps: Stamps
 
-    def same(self, other: Card) -> bool:
+    def same(self, other: LibraryEntry) -> bool:
         """Whether both say the same of the LoRA, whenever the files were written."""
         mine, theirs = ((c.base, c.triggers, c.samples, c.sha256) for c in (self, other))
         return mine == theirs
 
 
-def read_card(folder: Path, file: str) -> tuple[Card, Expert]:
+def read_entry(folder: Path, file: str) -> tuple[LibraryEntry, Expert]:
     """Read one LoRA of a folder. Its samples are the lines of the text file beside it ("fox.txt" for "fox.safetensors"),
     else kohya's training tags, ModelSpec's title and description, the triggers, or the file's name.
 
@@ -62,7 +62,7 @@ def read_card(folder: Path, file: str) -> tuple[Card, Expert]:
         or expert.triggers
         or (_plain(name),)
     )
-    return Card(name, file, expert.base, expert.triggers, samples[:SAMPLES], expert.sha256, taken), expert
+    return LibraryEntry(name, file, expert.base, expert.triggers, samples[:SAMPLES], expert.sha256, taken), expert
 
 
 def stamps(folder: Path, file: str) -> Stamps:
@@ -96,7 +96,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 def _described(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    about = described(metadata)
+    about = summarize(metadata)
     return tuple(about[key] for key in ("title", "description") if key in about)
 
 
@@ -104,11 +104,11 @@ def _plain(name: str) -> str:
     return name.rpartition("/")[2].replace("_", " ").replace("-", " ")
 
 
-def card_from(value: Any) -> Card:
+def entry_from_json(value: Any) -> LibraryEntry:
     """A card as an index has it; ValueError where a field is missing or of another kind."""
     names = ("name", "file", "base", "sha256")
     if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in names):
-        raise ValueError("a card lacks name, file, base or sha256")
+        raise ValueError("an entry lacks name, file, base or sha256")
     triggers, samples, marks = (value.get(n) for n in ("triggers", "samples", "stamps"))
     if not _list_of(triggers, str) or not _list_of(samples, str):
         raise ValueError(f"the triggers or samples of {value['name']!r} are not lists of texts")
@@ -116,7 +116,7 @@ def card_from(value: Any) -> Card:
         raise ValueError(f"the stamps of {value['name']!r} are not three pairs of numbers")
     own, captions, note = ((size, time) for size, time in marks)
     texts = (tuple(triggers), tuple(samples))
-    return Card(value["name"], value["file"], value["base"], *texts, value["sha256"], (own, captions, note))
+    return LibraryEntry(value["name"], value["file"], value["base"], *texts, value["sha256"], (own, captions, note))
 
 
 def _list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
