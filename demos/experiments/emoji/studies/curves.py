@@ -1,6 +1,6 @@
 """Gates for a pair and a triple under every objective, from the command line alone, with success on the way.
 
-    python demos/emoji/curves.py [OBJECTIVE ...]
+    python demos/experiments/emoji/studies/curves.py [OBJECTIVE ...]
 
 Each run is one `mole train --config FILE`, whose files stay under work/curves/; runs that exist are not made again, and a
 run that was cut off goes on. Then docs/training_curves.md and its figure are written from the runs that exist.
@@ -14,12 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+
 import numpy as np
 import yaml
 from compose import lesson, name_of
 from evaluate import DOCS
+from kept_rows import KEPT
 from loop import WORK
 from make_loras import scenes
+from pages import fill
 
 from mole_diffusers import emoji
 from mole_diffusers.emoji.world import concept_files
@@ -101,23 +105,8 @@ def write() -> None:
         [name, *_cells(curves[name]), f"{json.loads((folder / 'seconds.json').read_text()):.0f}"]
         for name, folder in found.items()
     ]
-    text = f"""# Objectives on the way
-
-Made by `python demos/emoji/curves.py`: gates of LoRA-Flow's form for a pair and a triple of the validation concepts, each
-run one `mole train` from a file of settings. Success is the share of 8 pictures of fixed noise (12 steps, guidance 3) in
-which the judge sees every subject and the style of the prompt, so one picture is 0.12 and small differences mean nothing.
-`distill` is the two terms `single` and `composed`. Seconds are processor time of the whole command on one CPU core, loading,
-teachers' pictures and validation included.
-
-On the pair every objective ends with something of both animals in most pictures; only the collage's gates keep their shapes
-and the flat colours of the style that the prompt asks for, which is what the zeros of the others are about. On two subjects
-and a style all fail.
-
-{tables.markdown(["objective, concepts", "success (updates)", "seconds"], body)}
-
-![Success by update](training_curves.png)
-"""
-    (DOCS / "training_curves.md").write_text(text)
+    table = tables.markdown(["objective, concepts", "success (updates)", "seconds"], body)
+    (DOCS / "training_curves.md").write_text(fill((KEPT.parent / "curves_text.md").read_text(), {"runs": table}))
     plots.lines(curves, DOCS / "training_curves.png", x="updates", y="success")
 
 

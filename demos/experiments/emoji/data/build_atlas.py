@@ -1,6 +1,6 @@
 """Render the open emoji sets into one lossless atlas: every animal, plant and food that the sets drew.
 
-    python demos/emoji/build_data.py
+    python demos/experiments/emoji/data/build_atlas.py
 
 Fetches the sets with `npm pack`, renders each icon at 64 x 64 RGBA and writes `atlas.webp` (lossless),
 `atlas.json` (subjects, styles, licences, layout) and `LICENSES.md` beside it.
@@ -19,7 +19,7 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[3] / "emoji" / "assets"
 SIZE, COLUMNS = 64, 36
 SETS = {  # style word: (npm package, version, licence, authors)
     "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0", "Google Inc., Noto Emoji"),

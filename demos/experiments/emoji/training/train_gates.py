@@ -1,6 +1,6 @@
 """Train what the compositions are compared with: gates of every family (data-free), and the ceilings.
 
-    python demos/emoji/train_gates.py [gates] [families] [blend] [prompts] [crowded] [validation] [joint] [oracle] [unseen]
+    python demos/experiments/emoji/training/train_gates.py [WHAT ...]
 
 `gates` writes assets/gates/NAME; the rest goes to work/. `families` and `validation` make gates by all three terms, too.
 Results that exist are kept, so a cut-off run goes on.

@@ -1,7 +1,7 @@
 """What gates learn under each objective, gate and start: trained and judged on validation compositions, cell by cell.
 
-    python demos/emoji/objectives.py [SETTING ...]
-    python demos/emoji/objectives.py report
+    python demos/experiments/emoji/studies/objectives.py [SETTING ...]
+    python demos/experiments/emoji/studies/objectives.py report
 
 A cell is one setting on one composition and lies in work/objectives/ as its own file; cells that exist, those packed in
 rows/ too, are not made again, and several processes may work side by side. `report` writes docs/training_table.md from all
@@ -12,21 +12,26 @@ import argparse
 import fcntl
 import gzip
 import json
+import math
+import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+
 from compose import joint_samples, lesson, name_of
 from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
 from kept_rows import KEPT
 from loop import WORK, device, small_attention
-from objectives_report import document
+from pages import fill
 from train_gates import FAMILIES, REDRAW, TRAINING
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
-from mole_diffusers.evaluation import emoji_protocol
+from mole_diffusers.evaluation import emoji_protocol, tables
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.config import GateTraining
@@ -34,6 +39,8 @@ from mole_diffusers.training.loop import train_gates
 from mole_diffusers.training.starts import STARTS
 
 FOLDER = WORK / "objectives"
+PAIRS = "subject + subject"
+REFERENCE = "flow, collage"  # whose training time is 1
 PACKED = KEPT / "objectives.json.gz"
 EACH, ALL = 3, 6  # compositions of each kind; for what is in MORE, pairs of subjects
 MORE = ("sum", "flow, collage", "flow, single and composed", "flow, single, composed and collage")
@@ -189,8 +196,49 @@ def pack(cells: Mapping[str, dict]) -> None:
 
 def report() -> str:
     """docs/training_table.md from all cells."""
-    drawn = {"steps": OPTIONS["num_inference_steps"], "guidance": OPTIONS["guidance_scale"]}
-    return document([cell for _, cell in sorted(known().items())], list(SETTINGS), **drawn)
+    found = [cell for _, cell in sorted(known().items())]
+    groups = {s: [cell for cell in found if cell["setting"] == s] for s in SETTINGS}
+    alone = [row for cell in found for row in cell["rows"] if row["arm"].startswith("alone ")]
+    kinds = list(tables.by((row for cell in found for row in cell["rows"]), "kind"))
+    reference = {_case_name(cell): cell["seconds"] for cell in groups[REFERENCE]}
+    body = [
+        [s, *_values(cells, kinds, bounds=tables.upper_bounds(alone), reference=reference)]
+        for s, cells in groups.items()
+        if cells
+    ]
+    head = ["setting", *kinds, "in style", "recovery", "entropy", "time"]
+    return fill((KEPT.parent / "objectives_text.md").read_text(), {"cells": tables.markdown(head, body)})
+
+
+def _values(cells: Sequence[dict], kinds: Sequence[str], *, bounds: dict, reference: dict) -> list[str]:
+    rows = [row for cell in cells for row in cell["rows"] if row["arm"] == cell["setting"]]
+    shown = [f"{tables.interval(own, lambda r: float(r['success']))} of {len(tables.by(own, 'case'))}" for own in (
+        [row for row in rows if row["kind"] == kind] for kind in kinds
+    )]  # fmt: skip
+    entropy = statistics.mean(cell["entropy"] for cell in cells) / math.log(2)
+    times = [
+        cell["seconds"] / reference[_case_name(cell)]
+        for cell in cells
+        if cell["log"] and _case_name(cell) in reference
+    ]
+    time = f"{statistics.median(times):.2f}" if times else "-"
+    pairs = [row for row in rows if row["kind"] == PAIRS]
+    styled = tables.interval(pairs, lambda r: float(r["success"] and r["style"]))
+    return [*shown, styled, _recovery(rows, bounds), f"{entropy:.2f}", time]
+
+
+def _recovery(rows: Sequence[dict], bounds: dict) -> str:
+    shares = [
+        min(1.0, sum(row["seen"][concept] for row in group) / len(group) / bounds[case, concept])
+        for case, group in tables.by(rows, "case").items()
+        for concept in group[0]["seen"]
+        if bounds.get((case, concept))
+    ]
+    return f"{statistics.mean(shares):.2f}" if shares else "-"
+
+
+def _case_name(cell: dict) -> str:
+    return cell["rows"][0]["case"]
 
 
 def main() -> None:

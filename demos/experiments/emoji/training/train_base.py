@@ -1,6 +1,6 @@
 """Train the emoji world's base: autoencoder, then UNet and text encoder together, saved as an ordinary pipeline.
 
-    python demos/emoji/train_base.py [--steps 12000]
+    python demos/experiments/emoji/training/train_base.py [--steps 12000]
 
 Resumable: run it again and it goes on from the last checkpoint. Writes `assets/base/` (fp16).
 The autoencoder sees every drawing, as Stable Diffusion's own saw far more than its UNet is asked for;

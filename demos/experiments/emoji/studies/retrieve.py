@@ -1,11 +1,12 @@
 """Does a library find the LoRAs that a prompt asks for, and how fast: all LoRAs of the emoji world.
 
-    python demos/emoji/retrieve.py
+    python demos/experiments/emoji/studies/retrieve.py
 
 Needs no training and about a minute. Writes docs/retrieval.md; its words beside the tables are in retrieve_text.md.
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from itertools import cycle
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 import numpy as np
 import torch
@@ -23,14 +26,14 @@ from mole_diffusers import emoji, emoji_world
 from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation import emoji_protocol
 from mole_diffusers.evaluation.tables import markdown
-from mole_diffusers.retrieval.cards import SAMPLES, Card
 from mole_diffusers.retrieval.encoders import Encoder, PipelineText
+from mole_diffusers.retrieval.entries import SAMPLES, LibraryEntry
 from mole_diffusers.retrieval.library import LoraLibrary
-from mole_diffusers.retrieval.phrases import phrases, words
+from mole_diffusers.retrieval.phrases import phrases, tokenize
 from mole_diffusers.retrieval.store import PROBE, Index
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent.parent / "docs"
+DOCS = HERE.parents[3] / "docs"
 FREE = {  # prompts in nobody's captions: for a subject with its article, for a style
     True: (
         "{} asleep under a tree", "postcard with {} in the snow", "portrait of {}, evening light",
@@ -119,23 +122,24 @@ def libraries(world: EmojiWorld, folder: Path) -> dict[str, LoraLibrary]:
 
 
 def without_triggers(library: LoraLibrary) -> LoraLibrary:
-    """The same cards without their trigger words."""
-    cards = tuple(replace(card, triggers=()) for card in library.cards)
-    return LoraLibrary(library.folder, index_of(cards, library.embeddings, library.encoder), library.encoder)
+    """The same entries without their trigger words."""
+    entries = tuple(replace(entry, triggers=()) for entry in library.entries)
+    return LoraLibrary(library.folder, index_of(entries, library.embeddings, library.encoder), library.encoder)
 
 
-def index_of(cards: tuple[Card, ...], embeddings: torch.Tensor, encoder: Encoder) -> Index:
-    return Index(encoder.id, encoder(PROBE), cards, embeddings, {})
+def index_of(entries: tuple[LibraryEntry, ...], embeddings: torch.Tensor, encoder: Encoder) -> Index:
+    return Index(encoder.id, encoder(PROBE), entries, embeddings, {})
 
 
 def synthetic(encoder: Encoder, count: int) -> LoraLibrary:
     """`count` made-up LoRAs: random directions as embeddings, one made-up trigger each."""
     generator = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(count, encoder(PROBE).shape[1], generator=generator), dim=-1)
-    cards = tuple(
-        Card(f"lora {i}", f"{i}.safetensors", "unknown", (f"trigger{i}",), (), "", ((0, 0),) * 3) for i in range(count)
+    entries = tuple(
+        LibraryEntry(f"lora {i}", f"{i}.safetensors", "unknown", (f"trigger{i}",), (), "", ((0, 0),) * 3)
+        for i in range(count)
     )
-    return LoraLibrary("nowhere", index_of(cards, rows, encoder), encoder)
+    return LoraLibrary("nowhere", index_of(entries, rows, encoder), encoder)
 
 
 # ---- what is measured
@@ -217,7 +221,7 @@ def time_table(encoder: Encoder, sizes: Sequence[int], prompts: Sequence[str], *
 
     turn = cycle(prompts)
     calls = {f"{n:,}": query(synthetic(encoder, n)) for n in sizes}
-    calls["the text encoder alone"] = lambda: encoder(phrases(words(next(turn))))
+    calls["the text encoder alone"] = lambda: encoder(phrases(tokenize(next(turn))))
     spent = milliseconds(calls, rounds=rounds)
     smallest = spent[f"{sizes[0]:,}"]
     body = [[name, f"{value:.1f}", f"{value / smallest:.2f}"] for name, value in spent.items()]

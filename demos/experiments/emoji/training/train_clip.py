@@ -1,6 +1,6 @@
 """Train a small CLIPModel of the emoji world, for CLIP objectives. It shares no weights with the judge.
 
-    python demos/emoji/train_clip.py [--steps 4800]
+    python demos/experiments/emoji/training/train_clip.py [--steps 4800]
 
 Contrastive (Radford et al., 2021) on pictures of every subject and style with their captions, degraded as the judge's are,
 since it is asked about soft pictures. After `MIXED` steps a batch holds few styles, and often few subjects: what it is

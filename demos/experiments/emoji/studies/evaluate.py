@@ -1,6 +1,6 @@
 """Judge the world and every composer on it, and write the tables and figures of docs/results.md.
 
-    python demos/emoji/evaluate.py [world] [search] [validation] [test] [moved] [crowded] [report]
+    python demos/experiments/emoji/studies/evaluate.py [world] [search] [validation] [test] [moved] [crowded] [report]
 
 `search` looks for the best strengths on the validation split; the arm "grid search" of the other steps has them. `moved`
 follows subject and style as strength goes from one to the other, `crowded` adds experts that nobody asked for.
@@ -11,7 +11,10 @@ Rows are appended under work/evaluation/; rows that exist, those packed in rows/
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 from accelerate import PartialState
 from arms import all_arms, gates_in_a_crowd
@@ -39,7 +42,7 @@ SPLITS = {
     "crowded": (COMPARED_PAIRS, SEEDS[:4]),
 }
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the strength that is the style's
-DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCS = Path(__file__).parents[4] / "docs"
 
 
 def world_cases() -> list[tuple[Case, emoji.Scene, str | None]]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-WORK = Path(__file__).parent / "work"  # checkpoints and encoded samples; not committed
+WORK = Path(__file__).parents[1] / "work"  # checkpoints and encoded samples; not committed
 
 
 def device() -> torch.device:

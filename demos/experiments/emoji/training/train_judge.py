@@ -1,6 +1,6 @@
 """Train the evaluator: which subjects, which style, which background. It never trains anything else.
 
-    python demos/emoji/train_judge.py [--steps 1600]
+    python demos/experiments/emoji/training/train_judge.py [--steps 1600]
 
 Sees real drawings of every subject and style of the world, singles and pairs, blurred, noised, shifted in colour, and
 half of them through the base's autoencoder, whose softness all generated pictures share. Resumable.

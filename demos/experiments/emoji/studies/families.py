@@ -1,6 +1,6 @@
 """docs/families.md: every family of gates beside its controls, how decided they are, what they cost, and LoRAs never seen.
 
-    python demos/emoji/families.py
+    python demos/experiments/emoji/studies/families.py
 
 Reads the rows of `evaluate.py test`; entropy and cost are measured here, once, and kept.
 """
@@ -8,7 +8,11 @@ Reads the rows of `evaluate.py test`; entropy and cost are measured here, once, 
 import json
 import math
 import statistics
+import sys
 import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 from arms import unseen
 from compose import name_of

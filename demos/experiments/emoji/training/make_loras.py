@@ -1,6 +1,6 @@
 """Teach the base what it has never seen: a LoRA per held-out subject and style, by the project's concept training.
 
-    python demos/emoji/make_loras.py [NAME ...]
+    python demos/experiments/emoji/training/make_loras.py [NAME ...]
 
 A subject is shown in every base style, alone and beside base subjects; a style over every base subject. No LoRA sees a
 held-out subject in a held-out style. Ranks 4, 8 and 16 and two sets of layers are mixed; two files are in kohya's

@@ -1,6 +1,6 @@
 """Where and when LoRAs matter, and what their gates learned: maps over stages of the UNet and quarters of the steps.
 
-    python demos/emoji/ablation.py [sum] [gates] [styled] [report]
+    python demos/experiments/emoji/studies/ablation.py [sum] [gates] [styled] [report]
 
 `sum` switches the LoRAs of the plain sum off in one stage during one quarter, on validation pairs of a subject and a style.
 `gates` puts 1 in the place of every weight of the trained gates there, or everywhere else, on the test's pairs of subjects,
@@ -14,9 +14,13 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 from compose import COMPARED_PAIRS, name_of
 from evaluate import DOCS, OPTIONS, SEEDS, VALIDATION_SEEDS
