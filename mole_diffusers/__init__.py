@@ -1,31 +1,38 @@
-"""Compose several concept LoRAs in one image: learned gates over experts, as a plugin for diffusers."""
+"""Compose several concept LoRAs in one image: learned gates over experts, as a plugin for diffusers.
 
-from mole_diffusers.emoji.world import EmojiWorld, emoji_world
-from mole_diffusers.gates import GateConfig
-from mole_diffusers.gates.transforms import Strongest
-from mole_diffusers.lora import Expert, read_expert
-from mole_diffusers.lora.safe_files import RefusedFileError
-from mole_diffusers.lora.writing import save_expert
-from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.merge import merge
-from mole_diffusers.mixture import Mixture, attach, attached, detach
-from mole_diffusers.patching.processor import MoLEAttnProcessor
-from mole_diffusers.patching.trace import Trace
-from mole_diffusers.pipelines import (
-    MoLEPipeline,
-    MoLEStableDiffusionControlNetImg2ImgPipeline,
-    MoLEStableDiffusionControlNetInpaintPipeline,
-    MoLEStableDiffusionControlNetPipeline,
-    MoLEStableDiffusionImg2ImgPipeline,
-    MoLEStableDiffusionInpaintPipeline,
-    MoLEStableDiffusionPipeline,
-    MoLEStableDiffusionXLControlNetImg2ImgPipeline,
-    MoLEStableDiffusionXLControlNetInpaintPipeline,
-    MoLEStableDiffusionXLControlNetPipeline,
-    MoLEStableDiffusionXLImg2ImgPipeline,
-    MoLEStableDiffusionXLInpaintPipeline,
-    MoLEStableDiffusionXLPipeline,
-)
+A public name is imported when it is first used (PEP 562), so that importing the package itself takes no time.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mole_diffusers.emoji.world import EmojiWorld, emoji_world
+    from mole_diffusers.gates import GateConfig
+    from mole_diffusers.gates.transforms import Strongest
+    from mole_diffusers.lora import Expert, read_expert
+    from mole_diffusers.lora.safe_files import RefusedFileError
+    from mole_diffusers.lora.writing import save_expert
+    from mole_diffusers.merging.activations import Activations
+    from mole_diffusers.merging.merge import merge
+    from mole_diffusers.mixture import Mixture, attach, attached, detach
+    from mole_diffusers.patching.processor import MoLEAttnProcessor
+    from mole_diffusers.patching.trace import Trace
+    from mole_diffusers.pipelines import (
+        MoLEPipeline,
+        MoLEStableDiffusionControlNetImg2ImgPipeline,
+        MoLEStableDiffusionControlNetInpaintPipeline,
+        MoLEStableDiffusionControlNetPipeline,
+        MoLEStableDiffusionImg2ImgPipeline,
+        MoLEStableDiffusionInpaintPipeline,
+        MoLEStableDiffusionPipeline,
+        MoLEStableDiffusionXLControlNetImg2ImgPipeline,
+        MoLEStableDiffusionXLControlNetInpaintPipeline,
+        MoLEStableDiffusionXLControlNetPipeline,
+        MoLEStableDiffusionXLImg2ImgPipeline,
+        MoLEStableDiffusionXLInpaintPipeline,
+        MoLEStableDiffusionXLPipeline,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -59,3 +66,37 @@ __all__ = [
     "read_expert",
     "save_expert",
 ]
+
+_MODULES = {
+    "emoji.world": ("EmojiWorld", "emoji_world"),
+    "gates": ("GateConfig",),
+    "gates.transforms": ("Strongest",),
+    "lora": ("Expert", "read_expert"),
+    "lora.safe_files": ("RefusedFileError",),
+    "lora.writing": ("save_expert",),
+    "merging.activations": ("Activations",),
+    "merging.merge": ("merge",),
+    "mixture": ("Mixture", "attach", "attached", "detach"),
+    "patching.processor": ("MoLEAttnProcessor",),
+    "patching.trace": ("Trace",),
+    "pipelines": tuple(name for name in __all__ if name.endswith("Pipeline")),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and should know an unknown name
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a submodule such as `mole_diffusers.emoji`."""
+        path = f"{__name__}.{_HOME.get(name, name)}"
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        globals()[name] = value = getattr(module, name) if name in _HOME else module
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
