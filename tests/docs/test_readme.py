@@ -24,12 +24,6 @@ def test_python_blocks_run(code, monkeypatch):
     assert isinstance(names["image"], Image.Image)
 
 
-def test_ci_runs_the_readmes_command():
-    see, test = (block.strip() for block in blocks("bash")[:2])
-    assert see.endswith(".venv/bin/mole compose")
-    assert (ROOT / ".ci" / "run").read_text().strip().endswith(test)
-
-
 def test_the_pictures_it_shows_exist():
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert shown

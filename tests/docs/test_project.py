@@ -1,0 +1,62 @@
+"""What stands around the code: metadata of the wheel, CI, pre-commit and the citation agree with the README and the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mole_diffusers as mole
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it under its older name
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+SEE, TEST = (block.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[:2])
+
+
+def commands(workflow_or_hooks):
+    """All values of `run` and `entry` in a YAML file, however deep."""
+    if isinstance(workflow_or_hooks, dict):
+        yield from (str(v) for k, v in workflow_or_hooks.items() if k in ("run", "entry"))
+        workflow_or_hooks = workflow_or_hooks.values()
+    elif not isinstance(workflow_or_hooks, list):
+        return
+    for inner in workflow_or_hooks:
+        yield from commands(inner)
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    ran = list(commands(yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())))
+    assert SEE.endswith(".venv/bin/mole compose")
+    assert (ROOT / ".ci" / "run").read_text().strip().endswith(TEST)
+    assert {".ci/run", SEE, ".venv/bin/pytest -m thorough"} == set(ran)
+
+
+def test_pre_commit_runs_the_checks_of_the_readmes_test_command():
+    hooks = list(commands(yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())))
+    assert hooks == TEST.split(" && ")[2:]
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (mole.__version__, PROJECT["license"])
+    assert cited["repository-code"] == PROJECT["urls"]["Source"]
+    assert [paper["url"] for paper in cited["references"]] == ["https://arxiv.org/abs/2404.13628"]
+
+
+def test_the_changelog_knows_this_version_and_its_date():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    released = yaml.safe_load((ROOT / "CITATION.cff").read_text())["date-released"]
+    assert f"## {mole.__version__}, {released}" in text
+    newest = text.split("\n## ")[1]
+    assert re.findall(r"^### (\w+)", newest, re.MULTILINE) == ["Added", "Changed", "Fixed", "Removed"]
+
+
+@pytest.mark.parametrize("path", [*PROJECT["license-files"], "mole_diffusers/py.typed", PROJECT["readme"]])
+def test_what_the_wheel_takes_along_is_there(path):
+    assert (ROOT / path).is_file()
