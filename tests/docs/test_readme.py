@@ -47,19 +47,10 @@ def test_demos_run(script, arguments, monkeypatch, tmp_path, capsys):
 ROWS = {  # of the README's table, in the words of docs/results.md
     "each LoRA alone (mean)": "alone",
     "plain sum": "sum",
-    "mean, every LoRA at 1 / N": "mean",
     "strengths by grid search": "grid search",
-    "NP-LoRA, training-free": "np",
-    "SSR-Merge, training-free": "ssr",
-    "best scalars per layer, training-free": "scalars",
     "RegMean, training-free": "regmean",
     "`paper` gates, one softmax per block (MoLE)": "paper gates",
-    "`mole` gates, per layer": "mole gates",
-    "`rank` gates": "rank gates",
-    "`retrieval` gates": "retrieval gates",
-    "`flow` gates, by collages": "gates",
     "`flow` gates, by all three terms (the default)": "flow gates, mixed",
-    "`flow` gates trained on the true drawings, 60 updates": "flow oracle",
     "one LoRA trained on all the concepts": "joint LoRA",
 }
 
