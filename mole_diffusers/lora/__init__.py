@@ -1,9 +1,9 @@
-"""LoRA files -> Expert: whatever tool wrote them, every layer with its own scale, from the raw file."""
+"""LoRA files -> Expert: from whichever tool wrote them, each layer with its own scale as stored in the file."""
 
 from mole_diffusers.lora.expert import COMPONENTS, Expert, LoraWeights
-from mole_diffusers.lora.families import check_family, family_of
+from mole_diffusers.lora.families import check_family, family_of, stated_base
 from mole_diffusers.lora.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
-from mole_diffusers.lora.metadata import PEFT_METADATA, stated_base, summarize
+from mole_diffusers.lora.metadata import PEFT_METADATA, summarize
 from mole_diffusers.lora.reading import read_expert
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The tensors of one layer -> LoraWeights, by the algorithm that their names tell: LoRA, LoCon, LoHa or LoKr.
+"""The tensors of one layer -> LoraWeights, by the algorithm that their names imply: LoRA, LoCon, LoHa or LoKr.
 
-Shapes are checked before anything is multiplied, so that a small file cannot ask for a large matrix.
+Shapes are checked before anything is multiplied, so that a small file cannot demand a large matrix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Scale = Callable[[int], float]  # rank of the file's own factors -> alpha / r
 MAX_RANK = 4096
 MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's hosts have a sixth of it
 MAX_WEIGHT = 1 << 27  # numbers in a layer's change of weight
-MAX_PRODUCT = 1024  # rank of a LoHa's product, 32 x 32: what cutting it costs grows with the cube
+MAX_LOHA_RANK = 1024  # of the product of its halves, 32 x 32; the cost of cutting it grows with the cube
 MAX_NUMBER = 1e12  # in a change of weight; squares of larger ones, which decompositions take, would be infinite
 
 
@@ -34,35 +34,40 @@ def layer_weights(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str
         if not tensor.is_floating_point():
             raise ValueError(f"{role} is stored as {str(tensor.dtype).removeprefix('torch.')}, not as floating point")
         if tensor.dim() not in (2, 4) or 0 in tensor.shape:
-            raise ValueError(f"{role} has shape {list(tensor.shape)}, which no factor of a weight has")
-    algorithm, weights = _made(tensors, scale, tolerance)
+            raise ValueError(f"{role} has shape {list(tensor.shape)}, which is not the shape of a LoRA factor")
+    if any(role.startswith("hada") for role in tensors):
+        algorithm, weights = "LoHa", _loha({role: t.float() for role, t in tensors.items()}, scale, tolerance)
+    elif any(role.startswith("lokr") for role in tensors):
+        algorithm, weights = "LoKr", _lokr({role: t.float() for role, t in tensors.items()}, scale, tolerance)
+    else:
+        weights = _lora(tensors, scale)
+        algorithm = "LoCon" if weights.down.dim() == 4 and weights.down.shape[2:] != (1, 1) else "LoRA"
     if not weights.largest() <= MAX_NUMBER:
         raise ValueError(
-            f"its numbers go up to {weights.largest():.2g}, which no weight does: at most {MAX_NUMBER:g} is read"
+            f"its numbers go up to {weights.largest():.2g}, too large for a weight: at most {MAX_NUMBER:g} is accepted"
         )
     return algorithm, weights
 
 
-def _made(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str, LoraWeights]:
-    if any(role.startswith("hada") for role in tensors):
-        return "LoHa", _loha({role: t.float() for role, t in tensors.items()}, scale, tolerance)
-    if any(role.startswith("lokr") for role in tensors):
-        return "LoKr", _lokr({role: t.float() for role, t in tensors.items()}, scale, tolerance)
-    weights = _lora(tensors, scale)
-    return "LoCon" if weights.down.dim() == 4 and weights.down.shape[2:] != (1, 1) else "LoRA", weights
+def alpha_value(tensor: torch.Tensor) -> float:
+    """The number in an alpha tensor; ValueError if it is not one number."""
+    if tensor.numel() != 1 or tensor.dtype == torch.bool:
+        raise ValueError("alpha is not one number")
+    return float(tensor)
 
 
-def _needs(tensors: Tensors, *roles: str, may: tuple[str, ...] = ()) -> list[torch.Tensor]:
+def _required(tensors: Tensors, *roles: str, optional: tuple[str, ...] = ()) -> list[torch.Tensor]:
+    """The tensors of these roles; ValueError if one is missing or a role is there that does not belong."""
     if missing := [role for role in roles if role not in tensors]:
         raise ValueError(f"it has no {missing[0]} matrix")
-    if foreign := sorted(set(tensors) - set(roles) - set(may)):
+    if foreign := sorted(set(tensors) - set(roles) - set(optional)):
         raise ValueError(f"its {foreign[0]} does not go with the rest")
     return [tensors[role] for role in roles]
 
 
 def _check_size(rank: int, rows: int, columns: int) -> None:
     if rank > MAX_RANK:
-        raise ValueError(f"its rank {rank} is absurd: at most {MAX_RANK} is read")
+        raise ValueError(f"its rank {rank} is too large: at most {MAX_RANK} is accepted")
     if max(rows, columns) > MAX_SIDE or rows * columns > MAX_WEIGHT:
         raise ValueError(f"it changes a weight of {rows} x {columns}, larger than any layer has")
 
@@ -71,7 +76,7 @@ def _check_size(rank: int, rows: int, columns: int) -> None:
 
 
 def _lora(tensors: Tensors, scale: Scale) -> LoraWeights:
-    down, up = _needs(tensors, "down", "up", may=("mid",))
+    down, up = _required(tensors, "down", "up", optional=("mid",))
     if "mid" in tensors:
         down = _tucker(tensors["mid"], down)
     if up.dim() != down.dim() or up.shape[1] != down.shape[0]:
@@ -96,28 +101,28 @@ def _tucker(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def _loha(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
-    _needs(tensors, *(f"hada_w{i}_{half}" for i in (1, 2) for half in "ab"), may=("hada_t1", "hada_t2"))
+    _required(tensors, *(f"hada_w{i}_{half}" for i in (1, 2) for half in "ab"), optional=("hada_t1", "hada_t2"))
     if ("hada_t1" in tensors) != ("hada_t2" in tensors):
         raise ValueError("it has one of hada_t1 and hada_t2 and not the other")
-    first, second = (_half(tensors, i) for i in (1, 2))
+    first, second = (_loha_half(tensors, i) for i in (1, 2))
     rows, columns = len(first[0]), first[1][0].numel()
     if (len(second[0]), second[1].shape[1:]) != (rows, first[1].shape[1:]):
         raise ValueError(f"its halves change weights of {rows} x {columns} and {len(second[0])} x {second[1][0].numel()}")
     _check_size(1, rows, columns)
-    if (rank := len(first[1]) * len(second[1])) > MAX_PRODUCT:
-        raise ValueError(f"the product of its ranks, {rank}, is absurd: at most {MAX_PRODUCT} is read")
+    if (rank := len(first[1]) * len(second[1])) > MAX_LOHA_RANK:
+        raise ValueError(f"the product of its ranks, {rank}, is too large: at most {MAX_LOHA_RANK} is accepted")
     check_memory(12 * rank * (rows + columns), "the factors of a LoHa layer take")
     up, down = hadamard(*((u, d.flatten(1)) for u, d in (first, second)))
-    (up, down), error = _decomposed(cut, up, down, tolerance)
+    (up, down), error = _finite(cut, up, down, tolerance)
     return _shaped(up, down, first[1].shape[1:], scale=scale(len(first[1])), error=error)
 
 
-def _half(tensors: Tensors, i: int) -> Factors:
+def _loha_half(tensors: Tensors, i: int) -> Factors:
     """One of LoHa's two low-rank matrices: up [O, r], down [r, I], or [r, Cin, k, k] with a core."""
     up, down, core = tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"], tensors.get(f"hada_t{i}")
     if up.dim() != 2 or down.dim() != 2:
         raise ValueError(f"hada_w{i}_a and hada_w{i}_b are not matrices")
-    if core is not None:  # stored as [r, O] then
+    if core is not None:  # up is stored as [r, O] then
         up, down = up.T, _tucker(core, down)
     if up.shape[1] != down.shape[0]:
         raise ValueError(f"hada_w{i}_a {list(up.shape)} and hada_w{i}_b {list(down.shape)} are not a low-rank pair")
@@ -129,30 +134,34 @@ def _half(tensors: Tensors, i: int) -> Factors:
 
 def _lokr(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
     known = tuple(f"lokr_w{i}{half}" for i in (1, 2) for half in ("", "_a", "_b"))
-    _needs(tensors, may=(*known, "lokr_t2"))
-    (first, rank1), (second, rank2) = (_block(tensors, i) for i in (1, 2))
+    _required(tensors, optional=(*known, "lokr_t2"))
+    (first, rank1), (second, rank2) = (_lokr_factor(tensors, i) for i in (1, 2))
     if first[1].dim() != 2:
         raise ValueError("lokr_w1 is not a matrix")
     rows, columns = (len(first[0]) * len(second[0]), first[1].shape[1] * second[1][0].numel())
     _check_size(1, rows, columns)
-    kept = min(len(first[1]), len(first[0]), first[1].shape[1]) * min(len(second[1]), len(second[0]), second[1][0].numel())
-    check_memory(12 * kept * (rows + columns), "the factors of a LoKr layer take")
-    (up, down), error = _decomposed(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
+    most = min(len(first[1]), len(first[0]), first[1].shape[1]) * min(len(second[1]), len(second[0]), second[1][0].numel())
+    check_memory(12 * most * (rows + columns), "the factors of a LoKr layer take")
+    (up, down), error = _finite(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
     inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])
-    rank = rank2 or rank1  # two full blocks have no rank, and no alpha then
+    rank = rank2 or rank1  # two full matrices have no rank, and no alpha then
     return _shaped(up, down, inner, scale=scale(rank) if rank else 1.0, error=error)
 
 
-def _block(tensors: Tensors, i: int) -> tuple[Factors, int]:
-    """One of LoKr's two blocks as up [O, r], down [r, I] or [r, Cin, k, k], and the rank in the file (0: it is whole)."""
-    whole = tensors.get(f"lokr_w{i}")
+def _lokr_factor(tensors: Tensors, i: int) -> tuple[Factors, int]:
+    """One of LoKr's two matrices as up [O, r], down [r, I] or [r, Cin, k, k], and its rank in the file (0: stored full)."""
+    full = tensors.get(f"lokr_w{i}")
     halves = (f"lokr_w{i}_a", f"lokr_w{i}_b")
-    if whole is not None:
+    if full is not None:
         if any(half in tensors for half in halves):
             raise ValueError(f"it has lokr_w{i} both whole and in factors")
-        _check_size(min(len(whole), whole[0].numel()), len(whole), whole[0].numel())
-        return _as_factors(whole), 0
-    up, down = _needs({role: tensors[role] for role in halves if role in tensors}, *halves)
+        columns = full[0].numel()
+        _check_size(min(len(full), columns), len(full), columns)
+        # The identity of the shorter side is the other factor.
+        if len(full) <= columns:
+            return (torch.eye(len(full)), full), 0
+        return (full.flatten(1), torch.eye(columns).reshape(columns, *full.shape[1:])), 0
+    up, down = _required({role: tensors[role] for role in halves if role in tensors}, *halves)
     core = tensors.get("lokr_t2") if i == 2 else None
     if core is not None:  # up is stored as [r, O] then
         up, down = up.T if up.dim() == 2 else up, _tucker(core, down)
@@ -162,14 +171,8 @@ def _block(tensors: Tensors, i: int) -> tuple[Factors, int]:
     return (up, down), len(down)
 
 
-def _as_factors(whole: torch.Tensor) -> Factors:
-    """A matrix [O, I], or a convolution [O, Cin, k, k], and the identity of its shorter side."""
-    if len(whole) <= (columns := whole[0].numel()):
-        return torch.eye(len(whole)), whole
-    return whole.flatten(1), torch.eye(columns).reshape(columns, *whole.shape[1:])
-
-
-def _decomposed(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
+def _finite(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
+    """What `decompose` returns; ValueError if its factors overflow."""
     try:
         made, error = decompose(*matrices)
     except torch.linalg.LinAlgError:
@@ -180,13 +183,6 @@ def _decomposed(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
 
 
 def _shaped(up: torch.Tensor, down: torch.Tensor, inner: tuple[int, ...], *, scale: float, error: float) -> LoraWeights:
-    """Factors as a linear layer's, or as a convolution's where the file tells its taps."""
+    """Factors in the shape of a linear layer's, or of a convolution's where the file tells its kernel."""
     down = down.reshape(len(down), *inner)
     return LoraWeights(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), scale, error)
-
-
-def one_number(tensor: torch.Tensor) -> float:
-    """The one number of an alpha."""
-    if tensor.numel() != 1 or tensor.dtype == torch.bool:
-        raise ValueError("alpha is not one number")
-    return float(tensor)

@@ -1,4 +1,4 @@
-"""What a LoRA file becomes: an Expert, layer by layer a low-rank change of weight."""
+"""Expert: one concept LoRA in memory, a low-rank change of weight per layer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 class LoraWeights:
     """One layer of one LoRA: delta W = scale * up @ down."""
 
-    down: torch.Tensor  # [r, Cin] or [r, Cin, k, k]; [r, Cin k k] where the file does not say k
+    down: torch.Tensor  # [r, Cin] or [r, Cin, k, k]; [r, Cin k k] if the file does not tell k
     up: torch.Tensor  # [Cout, r] or [Cout, r, 1, 1]
     scale: float  # alpha / r of this layer
-    error: float = 0.0  # |delta W of the file - this| / |delta W|: not 0 where LoHa or LoKr was cut to a lower rank
+    error: float = 0.0  # |delta W of the file - this| / |delta W|: not 0 if LoHa or LoKr was cut to a lower rank
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     def largest(self) -> float:
-        """No number of scale * down, of up, or of the change of weight is larger than this."""
+        """An upper bound on every number in scale * down, in up, and in the change of weight."""
         down, up = (float(half.float().abs().max()) for half in (self.down, self.up))
         return max(abs(self.scale) * down * max(1.0, up * self.rank), up)
 
@@ -35,9 +35,9 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class Expert:
-    """One concept LoRA: every layer of its file, and what the file says of itself.
+    """One concept LoRA: every layer of its file, and what the file says about itself.
 
-    `layers` maps a part ("unet", "text_encoder", ...) to {layer key: LoraWeights}. A layer key is the host module's
+    `layers` maps a component ("unet", "text_encoder", ...) to {layer key: LoraWeights}. A layer key is the host module's
     name with dots as underscores, the one form that all files share.
     """
 
@@ -55,5 +55,5 @@ class Expert:
     @property
     def ranks(self) -> tuple[int, int]:
         """Smallest and largest rank over all layers."""
-        ranks = [w.rank for part in self.layers.values() for w in part.values()]
+        ranks = [w.rank for layers in self.layers.values() for w in layers.values()]
         return min(ranks), max(ranks)

@@ -1,11 +1,13 @@
-"""LoHa, LoKr and Tucker convolutions as up @ down: exact, then cut to a rank by singular values with the error stated.
+"""LoHa, LoKr and Tucker convolutions as up @ down: exact, then cut to a lower rank with the error stated.
 
-Names as in LyCORIS (Yeh et al., 2024). Everything is fp32; a convolution's Cin and taps are one axis, I = Cin k k.
+Names as in LyCORIS (Yeh et al., 2024). Everything is fp32; a convolution's Cin and kernel are one axis, I = Cin k k.
 """
 
 from __future__ import annotations
 
 import torch
+
+from mole_diffusers.functional import low_rank
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # up [O, R], down [R, I]
 
@@ -23,44 +25,39 @@ def hadamard(first: Factors, second: Factors) -> Factors:
     return up.flatten(1), down.flatten(0, 1)
 
 
-def singular(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [O, q], singular values [q] and V [q, I] of up @ down, which is never formed.
-
-    They are those of the small core between the orthogonal factors of both.
-    """
-    left, core_left = torch.linalg.qr(up)  # [O, p], [p, R]
-    right, core_right = torch.linalg.qr(down.T)  # [I, r], [r, R]
-    u, values, v = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
-    return left @ u, values, v @ right.T
-
-
 def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
-    """The smallest rank whose relative Frobenius error is within `tolerance`, and that error."""
-    u, values, v = singular(up, down)
-    rank, error = _rank(values, tolerance)
-    return (u[:, :rank] * values[:rank], v[:rank]), error
+    """The pair of the smallest rank whose relative Frobenius error is within `tolerance`, and that error."""
+    up, down, values = _decomposed(up, down)
+    rank, error = _smallest_rank(values, tolerance)
+    return (up[:, :rank], down[:rank]), error
 
 
 def kronecker(first: Factors, second: Factors, tolerance: float) -> tuple[Factors, float]:
     """W1 [a, b] (x) W2 [c, D], which is LoKr, each as factors, -> up [a c, R], down [R, b D], cut as `cut` does.
 
-    Its singular values are all products of one of W1's and one of W2's, its vectors their Kronecker products, so the
-    large matrix is never decomposed.
+    Its singular values are the products of one of W1's and one of W2's, its vectors their Kronecker products, so the large
+    matrix itself is never decomposed.
     """
-    u1, values1, v1 = singular(*first)
-    u2, values2, v2 = singular(*second)
+    up1, down1, values1 = _decomposed(*first)
+    up2, down2, values2 = _decomposed(*second)
     values, order = torch.outer(values1, values2).flatten().sort(descending=True)
-    rank, error = _rank(values, tolerance)
+    rank, error = _smallest_rank(values, tolerance)
     i, j = order[:rank] // len(values2), order[:rank] % len(values2)
-    up = u1[:, None, i] * u2[None, :, j] * values[:rank]  # [a, c, R]
-    down = v1[i, :, None] * v2[j, None, :]  # [R, b, D]
+    up = up1[:, None, i] * up2[None, :, j]  # [a, c, R]
+    down = down1[i, :, None] * down2[j, None, :]  # [R, b, D]
     return (up.flatten(0, 1), down.flatten(1)), error
 
 
-def _rank(values: torch.Tensor, tolerance: float) -> tuple[int, float]:
-    """How many of the falling singular values to keep, at least one, and the relative error of leaving out the rest."""
+def _decomposed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """up [O, q], down [q, I] along the singular vectors, largest first, and the singular values [q]."""
+    down, up, values = low_rank(down, up, min(*up.shape, *down.shape))
+    return up, down, values
+
+
+def _smallest_rank(values: torch.Tensor, tolerance: float) -> tuple[int, float]:
+    """How many of the descending singular values to keep, at least one, and the relative error of dropping the rest."""
     energy = values.double() ** 2
-    left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])  # [R + 1], energy behind each rank
-    errors = (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    dropped = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])  # [R + 1], energy beyond each rank
+    errors = (dropped / dropped[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
     rank = max(1, int((errors > tolerance).sum()))
     return rank, float(errors[rank])

@@ -1,4 +1,4 @@
-"""Which family of models a LoRA was made for and a pipeline is: by the shapes that only one family has."""
+"""The model family of a LoRA (by shapes that only one family has, else by its header) and of a pipeline."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from mole_diffusers.lora.expert import LoraWeights
-from mole_diffusers.lora.keys import of_flux
+from mole_diffusers.lora.keys import is_flux
 
-BY_TEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # what cross-attention reads
-BY_INNER_WIDTH = {1536: "SD 3", 2432: "SD 3", 3072: "Flux"}  # of a transformer with text and picture streams
+BY_TEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # of cross-attention's input
+BY_INNER_WIDTH = {1536: "SD 3", 2432: "SD 3", 3072: "Flux"}  # of a transformer with text and image streams
 BY_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "SD 3"}
 FAMILIES = {*BY_TEXT_WIDTH.values(), *BY_INNER_WIDTH.values()}
+ARCHITECTURES = {  # how modelspec.architecture or ss_base_model_version begins -> family
+    "stable-diffusion-xl-v1-refiner": "SDXL refiner",
+    "stable-diffusion-xl": "SDXL",
+    "sdxl": "SDXL",
+    "stable-diffusion-v1": "SD 1.x",
+    "sd_v1": "SD 1.x",
+    "sd_1": "SD 1.x",
+    "stable-diffusion-v2": "SD 2.x",
+    "sd_v2": "SD 2.x",
+    "stable-diffusion-3": "SD 3",
+    "stable-diffusion-v3": "SD 3",
+    "sd3": "SD 3",
+    "flux": "Flux",
+}
 
 
-def base_of(layers: Mapping[str, Mapping[str, LoraWeights]], stated: str | None) -> str:
-    """The family of a LoRA by its shapes, else the one its metadata states, else "unknown"."""
-    return _by_shapes(layers) or stated or "unknown"
+def base_of(layers: Mapping[str, Mapping[str, LoraWeights]], metadata: Mapping[str, str]) -> str:
+    """The family of a LoRA by its shapes, else the one its header states, else "unknown"."""
+    return _by_shapes(layers) or stated_base(metadata) or "unknown"
 
 
 def _by_shapes(layers: Mapping[str, Mapping[str, LoraWeights]]) -> str | None:
-    if of_flux((part, layer) for part, named in layers.items() for layer in named):
+    if is_flux((component, layer) for component, named in layers.items() for layer in named):
         return "Flux"
     for layer, weights in layers.get("unet", {}).items():
         if layer.endswith(("attn2_to_k", "attn2_to_v")):
@@ -32,9 +46,18 @@ def _by_shapes(layers: Mapping[str, Mapping[str, LoraWeights]]) -> str | None:
     return None
 
 
+def stated_base(metadata: Mapping[str, str]) -> str | None:
+    """The family that a file's header states; ModelSpec's field counts before kohya's."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        stated = metadata.get(key, "").lower()
+        if family := next((f for start, f in ARCHITECTURES.items() if stated.startswith(start)), None):
+            return family
+    return {"true": "SD 2.x"}.get(metadata.get("ss_v2", "").lower())
+
+
 def family_of(hosts: Mapping[str, Any]) -> str | None:
-    """The family of a pipeline's models (part -> model), None where it is none of the known ones."""
-    for model in (hosts[part] for part in ("unet", "transformer") if part in hosts):
+    """The family of a pipeline's models (component -> model); None if it is not a known one."""
+    for model in (hosts[name] for name in ("unet", "transformer") if name in hosts):
         if (name := type(model).__name__) in BY_CLASS:
             return BY_CLASS[name]
         width = getattr(getattr(model, "config", None), "cross_attention_dim", None)
@@ -43,7 +66,7 @@ def family_of(hosts: Mapping[str, Any]) -> str | None:
 
 
 def check_family(base: str, hosts: Mapping[str, Any]) -> None:
-    """Raises ValueError where both families are known and differ."""
+    """Raises ValueError if both families are known and differ."""
     family = family_of(hosts)
     if family is not None and base in FAMILIES and base != family:
         raise ValueError(f"it is made for {base} and this pipeline is {family}")

@@ -1,4 +1,4 @@
-"""Keys of LoRA files -> which part, which layer, and what the tensor is to that layer."""
+"""Keys of LoRA files -> which component, which layer, and what the tensor is to that layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mole_diffusers.lora.expert import COMPONENTS
-from mole_diffusers.lora.transformer_names import is_original
-from mole_diffusers.lora.unet_names import from_sgm
+from mole_diffusers.lora.original_names import is_original_transformer, unet_name
 
 KOHYA_PREFIXES = {
     "lora_unet_": "unet",
@@ -18,7 +17,7 @@ KOHYA_PREFIXES = {
     "lora_te3_": "text_encoder_3",
 }
 ONETRAINER_PREFIX = "lora_transformer_"
-DOTTED_PREFIXES = {  # of OMI and of ComfyUI; diffusers' are the parts' names
+DOTTED_PREFIXES = {  # of OMI and of ComfyUI; diffusers' prefixes are the components' names
     "clip_l.": ("text_encoder", "omi"),
     "clip_g.": ("text_encoder_2", "omi"),
     "t5.": ("text_encoder_3", "omi"),
@@ -27,7 +26,7 @@ DOTTED_PREFIXES = {  # of OMI and of ComfyUI; diffusers' are the parts' names
     "text_encoders.clip_g.transformer.": ("text_encoder_2", "comfy"),
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "comfy"),
 }
-OWN_NAMES = {
+LAYER_STARTS = {  # component -> how its layers' names begin, for files without a prefix
     "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
     "transformer": (
         "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "time_text_embed.",
@@ -35,17 +34,18 @@ OWN_NAMES = {
     ),
     "text_encoder": ("text_model.", "encoder.layers."),
 }  # fmt: skip
-TRANSFORMER_NAMES = ("transformer_blocks_", "single_transformer_blocks_")
+TRANSFORMER_BLOCKS = ("transformer_blocks_", "single_transformer_blocks_")
+FLUX_BLOCKS = ("double_blocks_", "single_blocks_", "single_transformer_blocks_")
 ROLES = {  # how a key ends -> what its tensor is
     r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight": "down",
     r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight": "up",
     r"lora_mid\.weight": "mid",
     r"alpha": "alpha",
-    r"hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|hada_t1|hada_t2": "",  # the name says it
+    r"hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|hada_t1|hada_t2": "",  # the ending is the role
     r"lokr_w1|lokr_w1_a|lokr_w1_b|lokr_w2|lokr_w2_a|lokr_w2_b|lokr_t2": "",
 }
 ROLE = re.compile(rf"(?:^|[._])(?P<role>{'|'.join(ROLES)})$")
-UNSUPPORTED = {  # how a key ends -> whose it is
+UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"dora_scale|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?": "DoRA, whose change depends on the base's own weights",
     r"diff": "a full weight difference",
     r"diff_b|lora_B(?:\.\w+)?\.bias|lora_up\.bias": "a trained bias",
@@ -59,85 +59,88 @@ UNSUPPORTED = {  # how a key ends -> whose it is
     r"set_weight": "a replaced weight",
 }
 FOREIGN = re.compile("|".join(rf"(?P<_{i}>(?:^|[._])(?:{end})$)" for i, end in enumerate(UNSUPPORTED)))
-ALONGSIDE = {"bundle_emb.": "an embedding of a trigger word, which is no part of the LoRA"}
+IGNORED = {"bundle_emb.": "an embedding of a trigger word, which is no part of the LoRA"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a file, understood."""
+    """A parsed key of a file.
 
-    part: str
-    layer: str  # the layer key; of a transformer, it may still be an original name that stands for several layers
+    Attributes:
+        component: "unet", "text_encoder", ...
+        layer: the layer key; for a transformer it may still be an original name that stands for several layers.
+        role: "down", "up", "mid", "alpha", or LyCORIS's own name ("hada_w1_a", ...).
+        format: of the file, as in `Expert.format`.
+    """
+
+    component: str
+    layer: str
     role: str
-    form: str
+    format: str
 
 
-def alongside(key: str) -> str | None:
-    """Why a key that is no LoRA's may be left out."""
-    return next((why for prefix, why in ALONGSIDE.items() if key.startswith(prefix)), None)
+def ignored(key: str) -> str | None:
+    """Why a key that does not belong to a LoRA may be left out; None for all others."""
+    return next((why for prefix, why in IGNORED.items() if key.startswith(prefix)), None)
 
 
-def understood(key: str) -> Key:
-    """Raises ValueError saying what the key is instead, and what is known."""
+def parse_key(key: str) -> Key:
+    """Parse one key. Raises ValueError saying what the key is instead, and what is known."""
     if found := ROLE.search(key):
         role = next((r for pattern, r in ROLES.items() if r and re.fullmatch(pattern, found["role"])), found["role"])
-        part, layer, form = _place(key[: found.start()], found["role"])
-        return Key(part, layer, role, form)
+        component, layer, form = _located(key[: found.start()], found["role"])
+        return Key(component, layer, role, form)
     if (foreign := FOREIGN.search(key)) and foreign.lastgroup:
         what = list(UNSUPPORTED.values())[int(foreign.lastgroup[1:])]
         raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
     raise ValueError(f"{key!r} is not a LoRA key")
 
 
-def _place(stem: str, role: str) -> tuple[str, str, str]:
-    """A key without its role -> (part, layer key, format)."""
+def _located(stem: str, role: str) -> tuple[str, str, str]:
+    """A key without its role -> (component, layer key, format)."""
     if stem.startswith(ONETRAINER_PREFIX):
-        return "transformer", _underscored(stem.removeprefix(ONETRAINER_PREFIX)), "onetrainer"
-    for prefix, part in KOHYA_PREFIXES.items():
+        return "transformer", layer_key(stem.removeprefix(ONETRAINER_PREFIX)), "onetrainer"
+    for prefix, component in KOHYA_PREFIXES.items():
         if stem.startswith(prefix):
-            return *_denoiser(part, _underscored(stem.removeprefix(prefix))), "kohya"
-    for prefix, (part, form) in DOTTED_PREFIXES.items():
+            return *_renamed(component, layer_key(stem.removeprefix(prefix))), "kohya"
+    for prefix, (component, form) in DOTTED_PREFIXES.items():
         if stem.startswith(prefix):
-            return *_denoiser(part, _underscored(stem.removeprefix(prefix))), form
-    return _diffusers(stem.removeprefix("base_model.model."), role)
+            return *_renamed(component, layer_key(stem.removeprefix(prefix))), form
+    return _located_by_diffusers(stem.removeprefix("base_model.model."), role)
 
 
-def _diffusers(stem: str, role: str) -> tuple[str, str, str]:
-    part, _, layer = stem.partition(".")
-    if part not in COMPONENTS:  # written by one model's own save: the layer's name tells which
-        part, layer = next((p for p, names in OWN_NAMES.items() if stem.startswith(names)), ""), stem
-    if not part:
-        known = [*(f"{p}." for p in COMPONENTS), *KOHYA_PREFIXES, ONETRAINER_PREFIX, *DOTTED_PREFIXES]
+def _located_by_diffusers(stem: str, role: str) -> tuple[str, str, str]:
+    component, _, layer = stem.partition(".")
+    if component not in COMPONENTS:  # saved from a single model: the layer's name tells which
+        component, layer = next((c for c, starts in LAYER_STARTS.items() if stem.startswith(starts)), ""), stem
+    if not component:
+        known = [*(f"{c}." for c in COMPONENTS), *KOHYA_PREFIXES, ONETRAINER_PREFIX, *DOTTED_PREFIXES]
         raise ValueError(f"{stem!r} begins with none of {known}")
     if ".processor." in layer:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
         layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))
-    key = _underscored(layer)
-    renamed = _denoiser(part, key)
-    if renamed[1] != key or is_original(key):
+    key = layer_key(layer)
+    renamed = _renamed(component, key)
+    if renamed[1] != key or is_original_transformer(key):
         return *renamed, "omi"
-    return part, key, "peft" if role.startswith(("lora_A", "lora_B")) else "diffusers"
+    return component, key, "peft" if role.startswith(("lora_A", "lora_B")) else "diffusers"
 
 
-def _denoiser(part: str, layer: str) -> tuple[str, str]:
-    """kohya and ComfyUI call a transformer a UNet too, and name the layers of both as the original code did."""
-    if part != "unet":
-        return part, layer
-    if layer.startswith(TRANSFORMER_NAMES) or is_original(layer):
+def _renamed(component: str, layer: str) -> tuple[str, str]:
+    """(component, layer) in diffusers' terms: kohya and ComfyUI file a transformer under "unet" too, and name the layers of
+    both as the original code did."""
+    if component != "unet":
+        return component, layer
+    if layer.startswith(TRANSFORMER_BLOCKS) or is_original_transformer(layer):
         return "transformer", layer
-    return "unet", from_sgm(layer)
+    return "unet", unet_name(layer)
 
 
-def of_flux(layers: Iterable[tuple[str, str]]) -> bool:
-    """Whether (part, layer) pairs are Flux's, whose T5 is its second text encoder."""
-    names = ("double_blocks_", "single_blocks_", "single_transformer_blocks_")
-    return any(part == "transformer" and layer.startswith(names) for part, layer in layers)
-
-
-def _underscored(name: str) -> str:
-    # CLIPTextModel lost its `text_model` level in transformers 5.6; files exist in both forms.
-    return name.replace(".", "_").removeprefix("text_model_")
+def is_flux(layers: Iterable[tuple[str, str]]) -> bool:
+    """Whether (component, layer) pairs belong to Flux, whose T5 is its second text encoder."""
+    return any(component == "transformer" and layer.startswith(FLUX_BLOCKS) for component, layer in layers)
 
 
 def layer_key(module_name: str) -> str:
     """The layer key of a host module's dotted name."""
-    return _underscored(module_name)
+    # CLIPTextModel lost its `text_model` level in transformers 5.6; files exist in both forms.
+    return module_name.replace(".", "_").removeprefix("text_model_")

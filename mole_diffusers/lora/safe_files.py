@@ -1,6 +1,6 @@
-"""Files from strangers: safetensors and JSON, judged by content, every size known before anything is allocated.
+"""Reading untrusted files: safetensors and JSON, judged by content, with every size checked before memory is allocated.
 
-One error type says what is wrong with a file; nothing else comes out of here for a file that exists.
+One error type, RefusedFileError, says what is wrong with a file; a file that exists raises nothing else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import torch
 
-MAX_HEADER = 8 << 20  # bytes; a LoRA's header with all its training tags and a thumbnail is far below
+MAX_HEADER = 8 << 20  # bytes; far more than a LoRA's header with all training tags and a thumbnail
 MAX_TENSORS = 20_000
-MAX_MARKS = 500_000  # opening brackets and colons, so that parsing a header stays cheap whatever it holds
+MAX_MARKS = 500_000  # opening brackets and colons; keeps parsing a header cheap whatever it contains
 MAX_DIMS = 8
-LONGEST = 1000  # characters of a message
+MAX_MESSAGE = 1000  # characters of an error message
 MAX_DEPTH = 8  # of nested lists and objects in a JSON file
 
 DTYPES = {
@@ -32,21 +32,21 @@ DTYPES = {
 
 
 class RefusedFileError(ValueError):
-    """A file from outside that is not what it should be; the message, one line, names the file and says what is wrong."""
+    """An untrusted file that is not what it should be; the message, one line, names the file and says what is wrong."""
 
     def __init__(self, message: str):
-        # A file's own words stand in the message, which may be as long as the file and hold anything.
-        super().__init__(printable(message if len(message) <= LONGEST else f"{message[:LONGEST]} ..."))
+        # The message quotes the file, which may contain anything, at any length.
+        super().__init__(printable(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."))
 
 
 def printable(text: str) -> str:
-    """A stranger's words on one line, without the codes that move a terminal's cursor or colour it."""
+    """Untrusted text on one line, without terminal control codes."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What one safetensors file holds."""
+    """The contents of one safetensors file."""
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
@@ -55,7 +55,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of a header: where its bytes lie and what they are."""
+    """One tensor of a header: where its bytes are and what they mean."""
 
     key: str
     dtype: torch.dtype
@@ -65,21 +65,21 @@ class _Entry:
 
 
 def read_safetensors(path: str | Path) -> Contents:
-    """Read a whole safetensors file; the content decides, not the suffix. Pickle is never read.
+    """Read a whole safetensors file; the content decides, not the suffix. Pickle is never loaded.
 
     Raises:
         FileNotFoundError: no such file.
         RefusedFileError: empty, truncated, a Git LFS pointer, an HTML page, a zip or pickle; a header too large, with
-            too many tensors, duplicate keys or broken JSON; offsets that overlap, leave holes or pass the end; more
-            than free memory holds.
+            too many tensors, duplicate keys or broken JSON; offsets that overlap, leave gaps or pass the end; more
+            than the free memory.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
-    with _opened(path) as file:
+    with _open(path) as file:
         size = path.stat().st_size
         entries, metadata = _header(file, size, path)
-        stacked = sum(4 * math.prod(entry.shape) for entry in entries)  # experts are computed with in fp32
+        stacked = sum(4 * math.prod(entry.shape) for entry in entries)  # experts are stacked in fp32
         check_memory(size + stacked, f"{path}, once read and once stacked for the host, takes")
         return _tensors(file, entries, metadata, path)
 
@@ -94,7 +94,7 @@ def read_json(path: str | Path, *, limit: int = 1 << 20) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
-    with _opened(path) as file:
+    with _open(path) as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise RefusedFileError(f"{path} is too large: JSON of at most {limit} bytes is read")
@@ -105,11 +105,11 @@ def read_json(path: str | Path, *, limit: int = 1 << 20) -> Any:
 
 
 def parse_json(raw: bytes | str, where: str) -> Any:
-    """JSON text -> value; `where` begins the message of the RefusedFileError for anything else."""
+    """JSON text -> value; RefusedFileError, whose message begins with `where`, for anything else."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be parsed but never printed
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair can be parsed but not printed
     except RecursionError:
         raise RefusedFileError(f"{where} is nested too deeply") from None
     except UnicodeError:
@@ -119,8 +119,8 @@ def parse_json(raw: bytes | str, where: str) -> Any:
     return value
 
 
-def inside(folder: str | Path, name: Any) -> Path:
-    """The file that an index calls `name`: a relative path that stays in `folder`, its links followed.
+def path_inside(folder: str | Path, name: Any) -> Path:
+    """The file `name` of an index: a relative path that stays inside `folder` with symbolic links resolved.
 
     Raises RefusedFileError for an absolute path, "..", a drive, a backslash, or a link that leads out.
     """
@@ -140,7 +140,7 @@ def inside(folder: str | Path, name: Any) -> Path:
     return path
 
 
-def _opened(path: Path) -> BufferedReader:
+def _open(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _opened(path: Path) -> BufferedReader:
 
 
 def _header(file: BufferedReader, size: int, path: Path) -> tuple[list[_Entry], dict[str, str]]:
-    """The checked entries in the order of their bytes, which fill the rest of the file exactly, and the metadata."""
+    """The checked entries in the order of their bytes, and the metadata."""
     head = file.read(64)
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or head[8:9] != b"{":
@@ -178,21 +178,21 @@ def _header(file: BufferedReader, size: int, path: Path) -> tuple[list[_Entry], 
 
 
 def _kind(head: bytes) -> str:
-    """What a file that is not safetensors is instead, in words."""
+    """What a file that is not safetensors is instead."""
     text = head.lstrip().lower()
     if not head:
         return "empty"
     if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
+        return "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "an HTML page, which a download that wants a login leaves; download it again"
+        return "an HTML page, as a download without the needed login leaves; download it again"
     if head.startswith(b"PK"):
-        return "a zip archive, as PyTorch's pickle files are, and those can run code; only safetensors are read"
+        return "a zip archive, as PyTorch's pickle files are, which can run code; only safetensors are read"
     if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "a pickle, which can run code; only safetensors are read"
     if len(head) < 9:
         return f"truncated: it has {len(head)} bytes"
-    return "not a safetensors file, the only kind that is read"
+    return "not a safetensors file, the only format that is read"
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -208,7 +208,7 @@ def _entry(key: str, value: Any, path: Path) -> _Entry:
     if not isinstance(name, str) or name not in DTYPES:
         raise RefusedFileError(f"{path}: tensor {key!r} has dtype {name!r}; known: {list(DTYPES)}")
     if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise RefusedFileError(f"{path}: tensor {key!r} has a shape that is not up to {MAX_DIMS} whole numbers")
+        raise RefusedFileError(f"{path}: tensor {key!r} has a shape that is not a list of at most {MAX_DIMS} whole numbers")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise RefusedFileError(f"{path}: tensor {key!r} has offsets that are not a begin and an end")
     if (wanted := math.prod(shape) * DTYPES[name].itemsize) != offsets[1] - offsets[0]:
@@ -220,25 +220,25 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _check_layout(entries: list[_Entry], held: int, path: Path) -> None:
-    """The tensors' bytes follow one another without overlap or hole, from 0 to the end of the file."""
+def _check_layout(entries: list[_Entry], present: int, path: Path) -> None:
+    """Check that the tensors' bytes are contiguous, without overlap or gap, from 0 to the end of the file."""
     end = 0
     for entry in entries:
         if entry.begin != end:
-            how = "overlaps the one before it" if entry.begin < end else "leaves a hole before it"
+            how = "overlaps the one before it" if entry.begin < end else "leaves a gap before it"
             raise RefusedFileError(f"{path}: tensor {entry.key!r} {how}: it begins at byte {entry.begin}, not {end}")
         end = entry.end
-    if end > held:
-        raise RefusedFileError(f"{path} is truncated: its offsets go to byte {end} of the tensors, {held} are there")
-    if end < held:
-        raise RefusedFileError(f"{path}: {held - end} bytes after the last tensor belong to none")
+    if end > present:
+        raise RefusedFileError(f"{path} is truncated: its tensors need {end} bytes, {present} are there")
+    if end < present:
+        raise RefusedFileError(f"{path}: {present - end} bytes after the last tensor belong to none")
 
 
 # ---- the tensors
 
 
 def check_memory(size: int, what: str) -> None:
-    """Raises RefusedFileError where `size` bytes are more than free memory holds; `what` ... takes them."""
+    """Raises RefusedFileError if `size` bytes exceed the free memory; `what` begins the message ("the experts take")."""
     if size > (free := psutil.virtual_memory().available):
         raise RefusedFileError(f"{what} {size} bytes, more than the {free} bytes of free memory")
 

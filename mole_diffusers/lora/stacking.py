@@ -1,4 +1,4 @@
-"""Experts -> stacks: for each host layer that any expert touches, all experts side by side in one pair of matrices."""
+"""Experts -> stacks: for each host layer that any expert changes, all experts concatenated in one pair of matrices."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mole_diffusers.lora.safe_files import RefusedFileError, check_memory
 
 @dataclass(frozen=True)
 class Stack:
-    """Every expert's share of one host layer: y = W x + up (g[segment] * (down x)).
+    """All experts' weights for one host layer: y = W x + up (g[segment] * (down x)).
 
-    The matrices are put side by side whenever they are asked for, in fp32, so that the experts are not held twice.
+    The matrices are concatenated on each access, in fp32, so that the experts are not in memory twice.
     """
 
-    rows: tuple[LoraWeights | None, ...]  # [N], None where an expert lacks the layer
-    inner: tuple[int, ...]  # what a row of the host's weight is shaped like
+    rows: tuple[LoraWeights | None, ...]  # [N], None if an expert lacks the layer
+    inner: tuple[int, ...]  # shape of a row of the host's weight: (Cin,) or (Cin, k, k)
 
     @property
     def down(self) -> torch.Tensor:
@@ -42,7 +42,7 @@ class Stack:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """[N], 0 where an expert lacks the layer."""
+        """[N], 0 if an expert lacks the layer."""
         return tuple(w.rank if w is not None else 0 for w in self.rows)
 
     @property
@@ -58,22 +58,21 @@ class Stack:
 
 @dataclass(frozen=True)
 class Match:
-    """How one expert's layers meet one pipeline's."""
+    """How one expert's layers match a pipeline's."""
 
-    layers: dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: weights}
-    unmatched: dict[str, str]  # layer key, part first -> why no host layer has it
+    layers: dict[str, dict[str, LoraWeights]]  # component -> {module name in the host: weights}
+    unmatched: dict[str, str]  # layer key, component first -> why the host has no such layer
 
 
 def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
     """Find the host module of every layer of `expert`.
 
     Args:
-        hosts: part name -> model, as a pipeline has them.
+        hosts: component name -> model, as a pipeline has them.
 
     Raises:
-        RefusedFileError: the expert is of another family of models, a layer's shape does not fit the host (the message
-            names expert, layer and both shapes), its numbers would be infinite in half precision, or not one layer was
-            found.
+        RefusedFileError: the expert is for another model family, a layer's shape does not fit the host (the message
+            names expert, layer and both shapes), its numbers would overflow in half precision, or no layer matched.
     """
     about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
     try:
@@ -82,32 +81,33 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
         raise RefusedFileError(f"{about}: {error}") from None
     found: dict[str, dict[str, LoraWeights]] = {}
     unmatched: dict[str, str] = {}
-    for part, layers in expert.layers.items():
-        modules = _by_key(hosts[part]) if part in hosts else {}
+    for component, layers in expert.layers.items():
+        modules = _modules_by_key(hosts[component]) if component in hosts else {}
         for key, weights in layers.items():
             if key not in modules:
-                unmatched[f"{part}.{key}"] = _missing(key, part, hosts.get(part))
+                unmatched[f"{component}.{key}"] = _why_unmatched(key, component, hosts.get(component))
                 continue
             name, module = modules[key]
-            _check_shape(expert, f"{part}.{name}", weights, module)
-            _check_range(expert, f"{part}.{name}", weights, module)
-            found.setdefault(part, {})[name] = weights
+            _check_shape(expert, f"{component}.{name}", weights, module)
+            _check_range(expert, f"{component}.{name}", weights, module)
+            found.setdefault(component, {})[name] = weights
     if not found:
         key, why = next(iter(unmatched.items()))
         raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline, {key} since {why}")
     return Match(found, unmatched)
 
 
-def _missing(key: str, part: str, host: nn.Module | None) -> str:
-    """Why a layer key has no layer in a host."""
+def _why_unmatched(key: str, component: str, host: nn.Module | None) -> str:
     if host is None:
-        return f"there is no {part}"
+        return f"there is no {component}"
     kind = next((type(m).__name__ for name, m in host.named_modules() if layer_key(name) == key), None)
-    return f"the {part} has no such layer" if kind is None else f"the {part} has a {kind} there, which takes no LoRA"
+    return (
+        f"the {component} has no such layer" if kind is None else f"the {component} has a {kind} there, which takes no LoRA"
+    )
 
 
-def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
-    """{layer key: (module name, module)} of every layer a LoRA can sit on, seen through peft's wrappers."""
+def _modules_by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
+    """{layer key: (module name, module)} of every layer that can have a LoRA, unwrapped from peft's own layers."""
     layers: dict[str, tuple[str, Any]] = {}
     for name, module in host.named_modules():
         module = getattr(module, "base_layer", module)
@@ -117,7 +117,7 @@ def _by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    """[Cout, Cin] or [Cout, Cin, k, k] of a layer, whatever its weight is packed into."""
+    """[Cout, Cin] or [Cout, Cin, k, k] of a layer, even if its weight is packed (quantised)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return module.out_channels, module.in_channels // module.groups, *module.kernel_size
@@ -126,8 +126,8 @@ def _shape(module: Any) -> tuple[int, ...]:
 def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
     host = _shape(module)
     down, up = tuple(weights.down.shape), tuple(weights.up.shape)
-    # A 1 x 1 convolution and a linear layer hold the same matrix; both are saved in either shape. LoHa and LoKr hold
-    # a convolution's channels and taps as one axis.
+    # A 1 x 1 convolution and a linear layer have the same matrix; both are saved in either shape. LoHa and LoKr store
+    # a convolution's channels and kernel as one axis.
     inner = math.prod(host[1:])
     fits = up[0] == host[0] and math.prod(down[1:]) == inner and (len(down) == 2 or down[2:] == (host[2:] or (1, 1)))
     if not fits:
@@ -145,20 +145,15 @@ def _check_range(expert: Expert, name: str, weights: LoraWeights, module: Any) -
         )
 
 
-def stack(weights: Sequence[LoraWeights | None], host: Any) -> Stack:
-    """The experts' weights for one host layer side by side, shaped as the host's own weight."""
-    return Stack(tuple(weights), tuple(_shape(host)[1:]))
-
-
 def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
-    """part -> {module name: Stack} over every layer that any expert has, in the host's order."""
+    """component -> {module name: Stack} over every layer that any expert has, in the host's order."""
     all_weights = [w for m in matches for layers in m.layers.values() for w in layers.values()]
     check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
     stacks: dict[str, dict[str, Stack]] = {}
-    for part, host in hosts.items():
-        touched = {name for m in matches for name in m.layers.get(part, {})}
-        for name, module in _by_key(host).values():
-            if name in touched:
-                rows = [m.layers.get(part, {}).get(name) for m in matches]
-                stacks.setdefault(part, {})[name] = stack(rows, module)
+    for component, host in hosts.items():
+        changed = {name for m in matches for name in m.layers.get(component, {})}
+        for name, module in _modules_by_key(host).values():
+            if name in changed:
+                rows = tuple(m.layers.get(component, {}).get(name) for m in matches)
+                stacks.setdefault(component, {})[name] = Stack(rows, _shape(module)[1:])
     return stacks

@@ -1,5 +1,5 @@
-"""Experts and LoRA weights -> an ordinary LoRA file that diffusers, kohya-format tools and `read_expert` load; written whole
-or not at all."""
+"""Experts and LoRA weights -> an ordinary LoRA file that diffusers, kohya-format tools and `read_expert` load; written
+atomically."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 from mole_diffusers.lora import KOHYA_PREFIXES, ONETRAINER_PREFIX, PEFT_METADATA, Expert, LoraWeights
 
-Layers = Mapping[str, Mapping[str, LoraWeights]]  # part -> {module name of the host: weights}
+Layers = Mapping[str, Mapping[str, LoraWeights]]  # component -> {module name in the host: weights}
 FORMATS = ("diffusers", "kohya")
 TRIGGERS = "modelspec.trigger_phrase"
-# No longer true of the file that is written: scales are folded, so PEFT's alphas are none; hashes are of other bytes.
+# Not true of the new file: scales are folded in, so PEFT's alphas no longer apply; hashes are of other bytes.
 OUTDATED = {PEFT_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
-# A layer key has "_" for every dot; these are the words of diffusers' and transformers' models that hold one of their own.
-WORDS = (
+# A layer key has "_" for every dot; these are the words in diffusers' and transformers' module names.
+MODULE_WORDS = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks",
     "to_q", "to_k", "to_v", "to_out", "to_add_out", "add_q_proj", "add_k_proj", "add_v_proj", "proj_in", "proj_out",
     "proj_mlp", "conv_in", "conv_out", "conv_shortcut", "time_embedding", "add_embedding", "time_emb_proj", "linear_1",
@@ -30,7 +30,7 @@ WORDS = (
     "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
     "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi_0", "wi_1", "wo",
 )  # fmt: skip
-_WORD = f"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))}|\\d+)"
+_WORD = f"(?:{'|'.join(sorted(MODULE_WORDS, key=len, reverse=True))}|\\d+)"
 
 
 def write_lora(
@@ -41,27 +41,29 @@ def write_lora(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one ordinary LoRA. Every scale is folded into the up matrix: alpha equals the rank, the readers' default, so
-    that no reader can take one layer's alpha for another's.
+    """Write one ordinary LoRA. Every scale is folded into the up matrix, so alpha equals the rank: the default of all
+    readers, which leaves them nothing to mix up between layers.
 
     Args:
         format: "diffusers" keys, or "kohya" keys.
         dtype: of the tensors in the file.
-        metadata: strings for the file's header.
+        metadata: strings for the file header.
 
     Raises:
         ValueError: an unknown format, no layers, or a number that `dtype` cannot hold.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown LoRA format {format!r}; known: {list(FORMATS)}")
-    name, (down, up) = (_kohya, ("lora_down", "lora_up")) if format == "kohya" else (_diffusers, ("lora_A", "lora_B"))
+    down, up = ("lora_down", "lora_up") if format == "kohya" else ("lora_A", "lora_B")
     tensors = {}
-    for part, modules in layers.items():
+    for component, modules in layers.items():
         for module, weights in modules.items():
-            stem = name(part, module)
+            # CLIPTextModel lost its `text_model` level in transformers 5.6; readers of every age know the name with it.
+            full = f"text_model.{module}" if module.startswith("encoder.layers.") else module
+            stem = _kohya_prefix(component) + full.replace(".", "_") if format == "kohya" else f"{component}.{full}"
             for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * weights.scale)):
                 if matrix.abs().max() > torch.finfo(dtype).max:
-                    raise ValueError(f"the layer {part}.{module} holds numbers that {dtype} cannot; write a wider one")
+                    raise ValueError(f"the layer {component}.{module} holds numbers that {dtype} cannot; use a wider dtype")
                 tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
@@ -69,60 +71,51 @@ def write_lora(
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
 
 
-def _diffusers(part: str, module: str) -> str:
-    return f"{part}.{_full(module)}"
-
-
-def _kohya(part: str, module: str) -> str:
-    # kohya has no name for a transformer's layers as diffusers has them; OneTrainer's is what other tools know.
+def _kohya_prefix(component: str) -> str:
+    # kohya has no name for a transformer's layers as diffusers splits them; other tools know OneTrainer's.
     prefixes = {known: prefix for prefix, known in reversed(KOHYA_PREFIXES.items())} | {"transformer": ONETRAINER_PREFIX}
-    return prefixes[part] + _full(module).replace(".", "_")
-
-
-def _full(module: str) -> str:
-    # CLIPTextModel lost its `text_model` level in transformers 5.6; readers of every age know the name with it.
-    return f"text_model.{module}" if module.startswith("encoder.layers.") else module
+    return prefixes[component]
 
 
 def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", dtype: torch.dtype = torch.float16) -> None:
-    """Write an expert, a merge say, as one ordinary LoRA file with its trigger words and what its header said.
+    """Write an expert (for example a merge) as one ordinary LoRA file, with its trigger words and its header's metadata.
 
     Args:
         format: "diffusers" or "kohya" keys.
         dtype: of the tensors in the file.
 
     Raises:
-        ValueError: an unknown format; a layer whose name in the model cannot be told from its key; a number that
-            `dtype` cannot hold.
+        ValueError: an unknown format; a layer whose module name cannot be derived from its key; a number that `dtype`
+            cannot hold.
     """
-    layers = {part: {module_name(key): w for key, w in found.items()} for part, found in expert.layers.items()}
-    said = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
+    layers = {component: {module_name(key): w for key, w in found.items()} for component, found in expert.layers.items()}
+    metadata = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
     if expert.triggers:
-        said[TRIGGERS] = ", ".join(expert.triggers)
-    write_lora(layers, path, format=format, dtype=dtype, metadata=said)
+        metadata[TRIGGERS] = ", ".join(expert.triggers)
+    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata)
 
 
 def module_name(key: str) -> str:
     """The dotted module name of a layer key: "mid_block_attentions_0_proj_in" -> "mid_block.attentions.0.proj_in".
 
-    Raises ValueError for a key with words that no known model has, since its dots would be a guess.
+    Raises ValueError for a key with words that no known model has, because the dots would be a guess.
     """
     if not re.fullmatch(f"{_WORD}(?:_{_WORD})*", key):
-        raise ValueError(f"the layer {key!r} has words that no known model uses, so its module's name cannot be told")
+        raise ValueError(f"the layer {key!r} has words that no known model uses, so its module name cannot be derived")
     return ".".join(re.findall(f"({_WORD})(?:_|$)", key))
 
 
 def save_atomically(tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write safetensors; a file that was at `path` stays until the new one is whole.
+    """Write safetensors; a file already at `path` stays until the new one is complete.
 
-    Raises OSError where it cannot be written, the disk being full, say; safetensors' own error is not of that kind.
+    Raises OSError if it cannot be written, for example because the disk is full (safetensors raises its own type).
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    temporary = path.with_name(f"{path.name}.part")
     try:
-        save_file(dict(tensors), part, dict(metadata))
-        part.replace(path)
+        save_file(dict(tensors), temporary, dict(metadata))
+        temporary.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is done with the LoRAs found: LoraRetriever's selection, mixture and fusion, for one prompt or a mixed batch."""
+"""Composing the LoRAs that were found: LoraRetriever's selection, mixture and fusion, for one prompt or a mixed batch."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ MODES = ("selection", "mixture", "sum", "fusion")
 def retrieve_for(
     library: LoraLibrary, pipe: Any, prompt: str, *, k: int = 3, threshold: float = THRESHOLD
 ) -> list[RetrievedLora]:
-    """`LoraLibrary.retrieve` for a pipeline: LoRAs that are known to be for another family are passed over."""
-    base = family_of({part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None})
+    """`LoraLibrary.retrieve` for a pipeline: LoRAs known to be for another model family are skipped."""
+    base = family_of({name: model for name in COMPONENTS if (model := getattr(pipe, name, None)) is not None})
     return library.retrieve(prompt, k=k, threshold=threshold, base=base)
 
 
 def report(library: LoraLibrary, found: Sequence[RetrievedLora]) -> list[dict[str, Any]]:
     """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), why."""
-    cards = {card.name: card for card in library.entries}
+    entries = {entry.name: entry for entry in library.entries}
     return [
-        {"file": cards[each.name].file, "base": cards[each.name].base, "why": each.why, **asdict(each)} for each in found
+        {"file": entries[each.name].file, "base": entries[each.name].base, "why": each.why, **asdict(each)} for each in found
     ]
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What `composed` put on the pipeline.
+    """What `composed` attached to the pipeline.
 
     Attributes:
-        found: for each prompt, what was found, best first.
-        sets: for each prompt, expert -> factor: the mapping matrix, row by row.
-        mixture: the attached experts; None where no prompt asked for any.
+        found: for each prompt, the LoRAs found, best first.
+        sets: for each prompt, expert -> factor: the rows of the mapping matrix.
+        mixture: the attached experts; None if no prompt asked for any.
     """
 
     found: list[list[RetrievedLora]]
@@ -61,14 +61,14 @@ def composed(
     gates: Gates = "sum",
     images: int = 1,
 ) -> Iterator[Composition]:
-    """While the block runs, `pipe(prompts)` draws each prompt with the LoRAs that it asks for, and with no others.
+    """Inside this context, `pipe(prompts)` draws each prompt with the LoRAs it asks for and with no others.
 
     Args:
         prompts: what the pipeline will be called with, in this order.
-        mode: LoraRetriever's "selection" (the first alone), "mixture" (outputs averaged, 1 / k each) or "fusion" (down
-            and up matrices averaged apart, which adds cross terms), or "sum": weight 1 each, since 1 / k thins out what
-            each LoRA brings to a picture.
-        k, threshold: see `LoraLibrary.retrieve`; LoRAs of another family than the pipeline's are passed over.
+        mode: LoraRetriever's "selection" (the first LoRA only), "mixture" (outputs averaged, 1 / k each) or "fusion" (down
+            and up matrices averaged separately, which adds cross terms); or "sum": weight 1 each, because 1 / k weakens
+            what each LoRA adds to a picture.
+        k, threshold: see `LoraLibrary.retrieve`; LoRAs of another model family are skipped.
         gates: what weighs the experts of each prompt, as in `attach`.
         images: the call's `num_images_per_prompt`.
 
@@ -80,7 +80,7 @@ def composed(
         raise ValueError("the pipeline already has a mixture; detach it first")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     found = [retrieve_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
-    experts, sets = _sets(library, [[each.name for each in row] for row in found], mode)
+    experts, sets = _experts_and_sets(library, [[each.name for each in row] for row in found], mode)
     mixture = attach(pipe, experts, gates) if experts else None
     try:
         with nullcontext() if mixture is None else mixture.rows(sets, images=images):
@@ -89,23 +89,24 @@ def composed(
         detach(pipe)
 
 
-def _sets(
+def _experts_and_sets(
     library: LoraLibrary, names: Sequence[Sequence[str]], mode: str
 ) -> tuple[dict[str, Expert], list[dict[str, float]]]:
-    """The experts of all prompts, each once, and each prompt's own factors."""
+    """The experts of all prompts, each once, and for each prompt its own factors."""
     if mode == "selection":
         names = [row[:1] for row in names]
     experts = {name: library.expert(name) for name in dict.fromkeys(name for row in names for name in row)}
     if mode == "fusion":
-        whole = {"+".join(row): [experts[name] for name in row] for row in names if row}
-        return {name: fused(name, parts) for name, parts in whole.items()}, [{"+".join(r): 1.0} if r else {} for r in names]
+        groups = {"+".join(row): [experts[name] for name in row] for row in names if row}
+        sets = [{"+".join(row): 1.0} if row else {} for row in names]
+        return {name: fused(name, group) for name, group in groups.items()}, sets
     return experts, [{name: 1 / len(row) if mode == "mixture" else 1.0 for name in row} for row in names]
 
 
 def fused(name: str, experts: Sequence[Expert]) -> Expert:
-    """LoraRetriever's fusion: delta W = (sum B / k)(sum A / k), cross terms and all; B carries its own alpha / r.
+    """LoraRetriever's fusion: delta W = (sum B / k)(sum A / k), cross terms included; B carries its own alpha / r.
 
-    Raises ValueError where the experts differ in layers or ranks, which leaves nothing to average.
+    Raises ValueError if the experts differ in layers or ranks, since such matrices cannot be averaged.
     """
     weighted = {expert.name: (expert, 1.0) for expert in experts}
     merged = {}

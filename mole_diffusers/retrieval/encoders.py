@@ -14,7 +14,7 @@ from mole_diffusers.retrieval.phrases import COMMON
 
 
 class Encoder(Protocol):
-    """`encoder(texts)` -> [n, D] fp32 on the CPU, each of unit length. `id` names it; an index remembers the id."""
+    """`encoder(texts)` -> [n, D] fp32 on the CPU, each row of unit length. An index stores the encoder's `id`."""
 
     id: str
 
@@ -22,10 +22,10 @@ class Encoder(Protocol):
 
 
 class PipelineText:
-    """A pipeline's own CLIP text encoder: the mean state of a text's tokens, less that of everyday words.
+    """A pipeline's own CLIP text encoder: the mean state of a text's tokens, minus that of everyday words.
 
-    The end-of-text state, CLIP's own summary, tells concepts apart less well where the text encoder was not trained with
-    images side by side; and all states share a large common part, which `COMMON` measures. No LoRA speaks meanwhile.
+    The end-of-text state, CLIP's own summary, separates concepts less well if the text encoder was not trained jointly with
+    images; and all states share a large common part, which `COMMON` estimates. Attached LoRAs are switched off meanwhile.
     """
 
     def __init__(self, pipe: Any):
@@ -36,11 +36,11 @@ class PipelineText:
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         if self._common is None:
-            self._common = self._means(COMMON).mean(0)
-        return F.normalize(self._means(texts) - self._common, dim=-1)
+            self._common = self._mean_states(COMMON).mean(0)
+        return F.normalize(self._mean_states(texts) - self._common, dim=-1)
 
     @torch.no_grad()
-    def _means(self, texts: Sequence[str]) -> torch.Tensor:
+    def _mean_states(self, texts: Sequence[str]) -> torch.Tensor:
         tokenizer, model = self.pipe.tokenizer, self.pipe.text_encoder
         ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids  # [n, T]
         mixture = attached(self.pipe)

@@ -1,19 +1,18 @@
-"""What a library knows of one LoRA, and where it takes that from."""
+"""One LoRA of a library: what is known about it, and which files say so."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.metadata import summarize, training_tags
-from mole_diffusers.lora.safe_files import RefusedFileError, inside
+from mole_diffusers.lora.safe_files import RefusedFileError, path_inside
 
-SAMPLES = 20  # texts that stand for a LoRA at most, as in LoraRetriever's code
-SIDECAR_LIMIT = 1 << 20  # bytes
-Stamp = tuple[int, int]  # bytes and time of change; (0, 0) where there is no file
+SAMPLES = 20  # texts per LoRA at most, as in LoraRetriever's code
+CAPTIONS_LIMIT = 1 << 20  # bytes
+Stamp = tuple[int, int]  # size in bytes and modification time in ns; (0, 0) if there is no file
 Stamps = tuple[Stamp, Stamp, Stamp]
 
 
@@ -22,13 +21,13 @@ class LibraryEntry:
     """One LoRA of a library.
 
     Attributes:
-        name: the file without folder and suffix; of files in subfolders with the folder, "people/anna".
-        file: relative to the library's folder.
-        base: the family it was made for.
-        triggers: words that call it.
-        samples: texts that it was trained with or that describe it.
+        name: the file name without suffix; in a subfolder with the folder, "people/anna".
+        file: path relative to the library's folder.
+        base: the model family it was made for.
+        triggers: its trigger words.
+        samples: texts it was trained with, or that describe it.
         sha256: of its tensors.
-        stamps: of the file, and of the captions and the note beside it, to see cheaply whether they changed.
+        stamps: of the LoRA file, its captions file and its note; a cheap way to see whether they changed.
     """
 
     name: str
@@ -39,39 +38,42 @@ class LibraryEntry:
     sha256: str
     stamps: Stamps
 
-    def same(self, other: LibraryEntry) -> bool:
-        """Whether both say the same of the LoRA, whenever the files were written."""
-        mine, theirs = ((c.base, c.triggers, c.samples, c.sha256) for c in (self, other))
+    def same_content(self, other: LibraryEntry) -> bool:
+        """Whether both say the same about the LoRA, whatever the stamps of their files."""
+        mine, theirs = ((e.base, e.triggers, e.samples, e.sha256) for e in (self, other))
         return mine == theirs
 
 
 def read_entry(folder: Path, file: str) -> tuple[LibraryEntry, Expert]:
-    """Read one LoRA of a folder. Its samples are the lines of the text file beside it ("fox.txt" for "fox.safetensors"),
-    else kohya's training tags, ModelSpec's title and description, the triggers, or the file's name.
+    """Read one LoRA of a folder.
 
-    Raises ValueError for a file that is no LoRA, or lies outside the folder.
+    Its samples are the lines of the text file beside it ("fox.txt" for "fox.safetensors"), or else kohya's training tags,
+    ModelSpec's title and description, the triggers, or the file name.
+
+    Raises ValueError if the file is not a LoRA or lies outside the folder.
     """
-    path, captions = inside(folder, file), _beside(folder, file, ".txt")
-    taken = stamps(folder, file)  # before reading: what changes meanwhile is seen next time
+    path, captions = path_inside(folder, file), _beside(folder, file, ".txt")
+    before = stamps(folder, file)  # taken before reading, so that a change during it is noticed next time
     name = file.removesuffix(".safetensors")
     expert = read_expert(path, name)
+    summary = summarize(expert.metadata)
     samples = (
         _lines(captions)
         or training_tags(expert.metadata)
-        or _described(expert.metadata)
+        or tuple(summary[key] for key in ("title", "description") if key in summary)
         or expert.triggers
-        or (_plain(name),)
+        or (name.rpartition("/")[2].replace("_", " ").replace("-", " "),)
     )
-    return LibraryEntry(name, file, expert.base, expert.triggers, samples[:SAMPLES], expert.sha256, taken), expert
+    return LibraryEntry(name, file, expert.base, expert.triggers, samples[:SAMPLES], expert.sha256, before), expert
 
 
 def stamps(folder: Path, file: str) -> Stamps:
-    """The stamps of a LoRA, of its captions, and of the note in which A1111 keeps its triggers."""
-    return _stamp(inside(folder, file)), _stamp(_beside(folder, file, ".txt")), _stamp(_beside(folder, file, ".json"))
+    """The stamps of a LoRA, of its captions (.txt), and of the note in which A1111 stores its triggers (.json)."""
+    return _stamp(path_inside(folder, file)), _stamp(_beside(folder, file, ".txt")), _stamp(_beside(folder, file, ".json"))
 
 
 def _beside(folder: Path, file: str, suffix: str) -> Path:
-    return inside(folder, file.removesuffix(".safetensors") + suffix)
+    return path_inside(folder, file.removesuffix(".safetensors") + suffix)
 
 
 def _stamp(path: Path) -> Stamp:
@@ -85,9 +87,9 @@ def _lines(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     with path.open("rb") as file:
-        raw = file.read(SIDECAR_LIMIT + 1)
-    if len(raw) > SIDECAR_LIMIT:
-        raise RefusedFileError(f"{path} is too large: at most {SIDECAR_LIMIT} bytes of samples are read")
+        raw = file.read(CAPTIONS_LIMIT + 1)
+    if len(raw) > CAPTIONS_LIMIT:
+        raise RefusedFileError(f"{path} is too large: captions may have at most {CAPTIONS_LIMIT} bytes")
     try:
         lines = raw.decode().splitlines()
     except UnicodeError:
@@ -95,17 +97,8 @@ def _lines(path: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _described(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    about = summarize(metadata)
-    return tuple(about[key] for key in ("title", "description") if key in about)
-
-
-def _plain(name: str) -> str:
-    return name.rpartition("/")[2].replace("_", " ").replace("-", " ")
-
-
 def entry_from_json(value: Any) -> LibraryEntry:
-    """A card as an index has it; ValueError where a field is missing or of another kind."""
+    """An entry from an index file; ValueError if a field is missing or has the wrong type."""
     names = ("name", "file", "base", "sha256")
     if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in names):
         raise ValueError("an entry lacks name, file, base or sha256")

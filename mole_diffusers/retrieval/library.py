@@ -13,12 +13,21 @@ from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import FAMILIES
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
-from mole_diffusers.retrieval.phrases import find_triggers, phrases, tokenize
+from mole_diffusers.retrieval.phrases import Words, find_triggers, phrases, tokenize
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
-from mole_diffusers.retrieval.store import FOLDER, PROBE, Index, again, check, check_encoder, files_of, load, save
+from mole_diffusers.retrieval.store import (
+    FOLDER,
+    PROBE,
+    Index,
+    check_current,
+    check_encoder,
+    load,
+    lora_files,
+    reindex_error,
+    save,
+)
 
-Known = dict[str, tuple[LibraryEntry, torch.Tensor]]  # file -> its card and embedding
-THRESHOLD = 0.7  # the least that finds nothing for the emoji world's validation prompts that ask for nothing
+THRESHOLD = 0.7  # the lowest that finds nothing for the emoji world's validation prompts that ask for nothing
 
 
 @dataclass(frozen=True)
@@ -26,10 +35,10 @@ class RetrievedLora:
     """A LoRA that a prompt asks for.
 
     Attributes:
-        name: the card's.
-        score: cosine of the LoRA's mean sample and the phrase of the prompt that is most like it, -1..1.
+        name: of its library entry.
+        score: cosine of the LoRA's mean sample and the most similar phrase of the prompt, -1..1.
         phrase: that phrase.
-        trigger: the trigger word that the prompt says; None where the score alone decided.
+        trigger: the trigger word in the prompt; None if the score alone decided.
     """
 
     name: str
@@ -46,38 +55,37 @@ class RetrievedLora:
 
 
 class LoraLibrary:
-    """LoraRetriever's index (Zhao et al., 2024): a mean text embedding per LoRA, and the triggers before it.
+    """LoraRetriever's index (Zhao et al., 2024): a mean text embedding per LoRA; triggers come first.
 
-    `LoraLibrary.index(folder, encoder)` makes one and keeps it in the folder, `LoraLibrary.open` reads it.
+    `LoraLibrary.index(folder, encoder)` makes an index and saves it in the folder, `LoraLibrary.open` reads it.
 
     Attributes:
-        cards: what is known of each LoRA.
-        embeddings: [N, D], their rows.
-        skipped: file -> why it is not a card.
+        entries: what is known about each LoRA.
+        embeddings: [N, D], in the order of `entries`.
+        skipped: file -> why it is not an entry.
     """
 
     def __init__(self, folder: str | Path, index: Index, encoder: Encoder):
         self.folder, self.encoder = Path(folder), encoder
         self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
-        self._rows = {card.name: row for row, card in enumerate(self.entries)}
-        self._claims: dict[tuple[str, ...], list[int]] = {}  # a trigger's words -> rows of the LoRAs that claim it
-        for row, card in enumerate(self.entries):
-            for trigger in card.triggers:
-                self._claim(trigger, row)
+        self._rows = {entry.name: row for row, entry in enumerate(self.entries)}
+        self._trigger_rows: dict[Words, list[int]] = {}  # a trigger's words -> rows of the LoRAs that have it
+        for row, entry in enumerate(self.entries):
+            for trigger in entry.triggers:
+                self._add_trigger(trigger, row)
 
-    def _claim(self, trigger: str, row: int) -> None:
-        """Have the words of a trigger call the LoRA of a row."""
-        if (spoken := tokenize(trigger)) and row not in (rows := self._claims.setdefault(spoken, [])):
+    def _add_trigger(self, trigger: str, row: int) -> None:
+        if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
             rows.append(row)
 
     @classmethod
     def index(cls, folder: str | Path, encoder: Encoder) -> LoraLibrary:
-        """Index every LoRA of a folder and its subfolders. Those unchanged since the last time are not read again.
+        """Index every LoRA of a folder and its subfolders. Files unchanged since the last time are not read again.
 
-        A file that is no readable LoRA is left out and named in `skipped`.
+        A file that is not a readable LoRA is left out and named in `skipped`.
         """
         folder = Path(folder)
-        index = _gathered(folder, files_of(folder), _known(folder, encoder), encoder)
+        index = _build_index(folder, lora_files(folder), _indexed_before(folder, encoder), encoder)
         save(folder, index)
         return cls(folder, index, encoder)
 
@@ -87,33 +95,33 @@ class LoraLibrary:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it was made with another encoder, files have come, gone or changed since, or it cannot be trusted.
+            ValueError: another encoder made it, files have come, gone or changed since, or it fails its checks.
         """
         index = load(Path(folder))
-        check(Path(folder), index, encoder)
+        check_current(Path(folder), index, encoder)
         return cls(folder, index, encoder)
 
     @classmethod
     def of(cls, files: Mapping[str, Path], encoder: Encoder) -> LoraLibrary:
-        """LoRAs from anywhere under names of your own, which call them as triggers do. Nothing is written.
+        """A library in memory: LoRAs from anywhere, under names that also act as triggers. Nothing is written.
 
-        What the index of a folder that holds a file knows of it is not read again. Raises ValueError where no file can
-        be read.
+        Entries are taken from indexes of the files' folders where there are any. Raises ValueError if no file can be read.
         """
         paths = {Path(path).resolve(): name for name, path in files.items()}
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
         names = {path.relative_to(root).as_posix(): name for path, name in paths.items()}
+        around = {folder for path in paths for folder in path.parents if (folder / FOLDER).is_dir()}
         known = {
             path.relative_to(root).as_posix(): pair
-            for folder in _indexed(paths)
-            for file, pair in _known(folder, encoder).items()
+            for folder in sorted(around, key=lambda folder: len(folder.parts))  # the nearest index wins
+            for file, pair in _indexed_before(folder, encoder).items()
             if (path := folder / file) in paths
         }
-        index = _gathered(root, list(names), known, encoder)
-        cards = tuple(replace(card, name=names[card.file]) for card in index.entries)
-        library = cls(root, replace(index, cards=cards), encoder)
-        for row, card in enumerate(cards):
-            library._claim(card.name, row)
+        index = _build_index(root, list(names), known, encoder)
+        entries = tuple(replace(entry, name=names[entry.file]) for entry in index.entries)
+        library = cls(root, replace(index, entries=entries), encoder)
+        for row, entry in enumerate(entries):
+            library._add_trigger(entry.name, row)
         return library
 
     def retrieve(
@@ -125,106 +133,102 @@ class LoraLibrary:
         without: Collection[str] = (),
         base: str | None = None,
     ) -> list[RetrievedLora]:
-        """The LoRAs that a prompt asks for: first those whose trigger it says, in its order, then the most similar.
+        """The LoRAs that a prompt asks for: first those whose trigger it contains, in its order, then the most similar.
 
-        A trigger that several LoRAs claim calls the one most like the prompt; one that more than k claim ("1girl") calls
-        none. What triggers name is taken out of the prompt; its phrases that are left are each compared with every LoRA.
+        A trigger that several LoRAs share selects the one most similar to the prompt; one that more than k share ("1girl")
+        selects none. Triggers found are removed from the prompt; each remaining phrase is compared with every LoRA.
 
         Args:
-            k: so many at most, 1 or more; triggers all count, so that a prompt that says more than k gets them all.
-            threshold: least cosine of those without a trigger; higher finds fewer.
-            without: names that are left out; the next ones take their place.
-            base: the pipeline's family, "SDXL" say; LoRAs that are known to be for another one are passed over.
+            k: how many at most, 1 or more. Triggers always count, so a prompt with more than k of them gets them all.
+            threshold: lowest cosine for LoRAs without a trigger; higher finds fewer.
+            without: names to leave out; the next ones take their place.
+            base: the pipeline's family, for example "SDXL"; LoRAs known to be for another one are skipped.
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}")
         if unknown := set(without) - set(self._rows):
             raise ValueError(f"unknown LoRAs {sorted(unknown)} in `without`; the library has {len(self.entries)} others")
-        others = FAMILIES - {base} if base is not None else ()
-        allowed = [card.name not in without and card.base not in others for card in self.entries]
-        spoken = tokenize(prompt)
-        triggers, rest = find_triggers(spoken, lambda run: 1 <= sum(allowed[i] for i in self._claims.get(run, ())) <= k)
-        found = self._called(triggers, phrases(spoken), allowed)
+        other_families = FAMILIES - {base} if base is not None else ()
+        allowed = [entry.name not in without and entry.base not in other_families for entry in self.entries]
+
+        def selects(words: Words) -> bool:
+            return 1 <= sum(allowed[row] for row in self._trigger_rows.get(words, ())) <= k
+
+        tokens = tokenize(prompt)
+        triggers, rest = find_triggers(tokens, selects)
+        found = self._by_trigger(triggers, phrases(tokens), allowed)
         free = torch.tensor(allowed)
         free[[self._rows[each.name] for each in found]] = False
-        return found + self._similar(phrases(rest), free, k=k - len(found), threshold=threshold)
+        left = phrases(rest)
+        if not left or k <= len(found):
+            return found
+        scores, best = similarity(self.encoder(left), self.embeddings)
+        rows = top(scores, free, k - len(found), threshold)
+        return found + [RetrievedLora(self.entries[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
 
-    def expert(self, name: str) -> Expert:
-        """Read a LoRA of the library; ValueError for an unknown name, or a file that changed since it was indexed."""
-        if name not in self._rows:
-            raise ValueError(f"the library {self.folder} has no LoRA {name!r}")
-        card = self.entries[self._rows[name]]
-        now, expert = read_entry(self.folder, card.file)
-        if not now.same(card):
-            raise again(self.folder, f"is stale: {card.file!r} has changed")
-        return expert
-
-    def _called(
-        self, triggers: Sequence[tuple[str, ...]], spoken: list[str], allowed: Sequence[bool]
-    ) -> list[RetrievedLora]:
+    def _by_trigger(self, triggers: Sequence[Words], spoken: list[str], allowed: Sequence[bool]) -> list[RetrievedLora]:
+        """For each trigger the LoRA that has it, the most similar one if several do; `spoken` are the prompt's phrases."""
         if not triggers:
             return []
-        scores, best = similarity(self.encoder(spoken or [" ".join(triggers[0])]), self.embeddings)
+        spoken = spoken or [" ".join(triggers[0])]
+        scores, best = similarity(self.encoder(spoken), self.embeddings)
         found: dict[str, RetrievedLora] = {}
         for trigger in triggers:
-            row = max((i for i in self._claims[trigger] if allowed[i]), key=lambda i: scores[i].item())
+            row = max((i for i in self._trigger_rows[trigger] if allowed[i]), key=lambda i: scores[i].item())
             name = self.entries[row].name
             found.setdefault(name, RetrievedLora(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger)))
         return list(found.values())
 
-    def _similar(self, left: list[str], free: torch.Tensor, *, k: int, threshold: float) -> list[RetrievedLora]:
-        if not left or k < 1:
-            return []
-        scores, best = similarity(self.encoder(left), self.embeddings)
-        rows = top(scores, free, k, threshold)
-        return [RetrievedLora(self.entries[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
+    def expert(self, name: str) -> Expert:
+        """Read a LoRA of the library; ValueError if the name is unknown or the file has changed since it was indexed."""
+        if name not in self._rows:
+            raise ValueError(f"the library {self.folder} has no LoRA {name!r}")
+        entry = self.entries[self._rows[name]]
+        now, expert = read_entry(self.folder, entry.file)
+        if not now.same_content(entry):
+            raise reindex_error(self.folder, f"is stale: {entry.file!r} has changed")
+        return expert
 
 
-def _gathered(folder: Path, files: Sequence[str], known: Known, encoder: Encoder) -> Index:
-    """The index of a folder's files; those that are `known` and have not changed since are not read."""
-    cards: list[LibraryEntry] = []
+def _build_index(
+    folder: Path, files: Sequence[str], known: Mapping[str, tuple[LibraryEntry, torch.Tensor]], encoder: Encoder
+) -> Index:
+    """The index of a folder's files; those in `known` (file -> entry, embedding) with unchanged stamps are not read."""
+    entries: list[LibraryEntry] = []
     rows: list[torch.Tensor] = []
     skipped: dict[str, str] = {}
     for file in files:
         try:
-            old = known.get(file)
-            card, row = old if old and old[0].stamps == stamps(folder, file) else _read(folder, file, encoder)
+            if file in known and known[file][0].stamps == stamps(folder, file):
+                entry, row = known[file]
+            else:
+                entry, _ = read_entry(folder, file)
+                row = embedding(entry.samples, encoder)
         except ValueError as error:
             skipped[file] = str(error)
             continue
-        cards.append(replace(card, file=file))
+        entries.append(replace(entry, file=file))
         rows.append(row)
-    if not cards:
+    if not entries:
         raise ValueError(f"{folder} holds no LoRA that can be read; {len(skipped)} files were skipped")
-    return Index(encoder.id, encoder(PROBE), tuple(cards), torch.stack(rows), skipped)
+    return Index(encoder.id, encoder(PROBE), tuple(entries), torch.stack(rows), skipped)
 
 
-def _indexed(paths: Collection[Path]) -> list[Path]:
-    """The folders around files that have an index, the nearest last."""
-    around = {folder for parent in {path.parent for path in paths} for folder in (parent, *parent.parents)}
-    return sorted((folder for folder in around if (folder / FOLDER).is_dir()), key=lambda folder: len(folder.parts))
-
-
-def _known(folder: Path, encoder: Encoder) -> Known:
-    """file -> card and embedding of the index that is there, where the same encoder made it."""
+def _indexed_before(folder: Path, encoder: Encoder) -> dict[str, tuple[LibraryEntry, torch.Tensor]]:
+    """file -> entry and embedding in the folder's present index; empty if that is missing, broken or by another encoder."""
     try:
         index = load(folder)
         check_encoder(folder, index, encoder)
     except (FileNotFoundError, ValueError):
-        return {}  # it is about to be made anew
-    return {card.file: (card, row) for card, row in zip(index.entries, index.embeddings, strict=True)}
-
-
-def _read(folder: Path, file: str, encoder: Encoder) -> tuple[LibraryEntry, torch.Tensor]:
-    card, _ = read_entry(folder, file)
-    return card, embedding(card.samples, encoder)
+        return {}
+    return {entry.file: (entry, row) for entry, row in zip(index.entries, index.embeddings, strict=True)}
 
 
 def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:
-    """[D]: LoraRetriever's E(phi) over the phrases of a LoRA's samples, cut as prompts are.
+    """[D]: LoraRetriever's E(phi) over the phrases of a LoRA's samples, split as prompts are.
 
-    A phrase counts by the square of how many samples say it, where the paper has a plain mean: what they share is what
-    the LoRA is about, what few say is what stood beside it.
+    A phrase counts by the square of how many samples contain it, where the paper takes a plain mean: what the samples share
+    is what the LoRA is about; what few contain just happened to be in the picture.
     """
     parts = [phrase for sample in samples for phrase in phrases(tokenize(sample))] or list(samples)
     texts = list(dict.fromkeys(parts))

@@ -1,4 +1,4 @@
-"""Prompts as words: the phrases in them, and the trigger words that they say."""
+"""Prompts as words: the phrases in them, and the trigger words they contain."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ BREAKS = frozenset(
      "to", "for", "as", "into"]
 )  # fmt: skip
 COMMON = ("photo", "drawing", "painting", "picture", "background", "person", "animal", "object", "style")
-LONGEST = 8  # words of a trigger that are looked for
+MAX_TRIGGER_WORDS = 8
+
+Words = tuple[str, ...]
 
 
-def tokenize(text: str) -> tuple[str, ...]:
+def tokenize(text: str) -> Words:
     """Lower-case words and punctuation marks, in order; "<new1>" and "sks-dog" are one word each."""
     return tuple(WORD.findall(text.lower()))
 
 
 def phrases(tokens: Sequence[str]) -> list[str]:
-    """What stands between punctuation and small words: "ink drawing of a fox, at night" -> ink drawing; fox; night.
+    """The text between punctuation and function words: "ink drawing of a fox, at night" -> ink drawing; fox; night.
 
-    A phrase of everyday words alone, "drawing", asks for no LoRA and is left out.
+    A phrase made only of everyday words ("drawing") does not ask for a LoRA and is left out.
     """
     found: list[list[str]] = [[]]
     for token in tokens:
@@ -33,18 +35,17 @@ def phrases(tokens: Sequence[str]) -> list[str]:
     return [" ".join(phrase) for phrase in found if set(phrase) - set(COMMON)]
 
 
-def find_triggers(
-    tokens: Sequence[str], known: Callable[[tuple[str, ...]], bool]
-) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The runs of words that are `known`, longest first from left to right, and the tokens with each replaced by a comma."""
-    found: list[tuple[str, ...]] = []
+def find_triggers(tokens: Sequence[str], is_trigger: Callable[[Words], bool]) -> tuple[list[Words], list[str]]:
+    """The triggers in a prompt, longest match first from left to right, and the tokens with each trigger replaced by a
+    comma."""
+    found: list[Words] = []
     rest: list[str] = []
     at = 0
     while at < len(tokens):
-        runs = (tuple(tokens[at : at + n]) for n in range(min(LONGEST, len(tokens) - at), 0, -1))
-        run = next((run for run in runs if known(run)), None)
+        runs = (tuple(tokens[at : at + n]) for n in range(min(MAX_TRIGGER_WORDS, len(tokens) - at), 0, -1))
+        run = next((run for run in runs if is_trigger(run)), None)
         if run is not None:
             found.append(run)
         rest.append(tokens[at] if run is None else ",")
-        at += len(run or (at,))
+        at += 1 if run is None else len(run)
     return found, rest

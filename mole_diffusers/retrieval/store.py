@@ -1,4 +1,4 @@
-"""A library's index on disk: safetensors and JSON in a hidden folder beside the LoRAs, believed in nothing unchecked."""
+"""A library's index on disk: safetensors and JSON in a hidden folder beside the LoRAs. Everything read back is checked."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mole_diffusers.lora.safe_files import Contents, RefusedFileError, inside, read_json, read_safetensors
+from mole_diffusers.lora.safe_files import Contents, RefusedFileError, path_inside, read_json, read_safetensors
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json, read_entry, stamps
 
 FORMAT, VERSION = "mole_diffusers.retrieval", 2
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 cards of 20 captions take 15 MB
+MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 entries of 20 captions take 15 MB
 PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
 PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below, another model far above
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an index holds.
+    """The contents of an index.
 
     Attributes:
         encoder: id of the encoder that made the embeddings.
-        probe: its embeddings [P, D] of `PROBE`, by which another encoder of the same id is told apart.
-        cards: every LoRA, in the order of the rows of `embeddings` [N, D].
+        probe: its embeddings [P, D] of `PROBE`, which tell another encoder with the same id apart.
+        entries: every LoRA, in the order of the rows of `embeddings` [N, D].
         skipped: file -> why it is not among them.
     """
 
@@ -41,8 +41,8 @@ class Index:
     skipped: dict[str, str]
 
 
-def files_of(folder: Path) -> list[str]:
-    """Every safetensors file in a folder and its subfolders, hidden ones left out, relative to it."""
+def lora_files(folder: Path) -> list[str]:
+    """Every safetensors file in a folder and its subfolders except hidden ones, as paths relative to it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
     found = (path.relative_to(folder) for path in folder.rglob("*.safetensors"))
@@ -50,25 +50,25 @@ def files_of(folder: Path) -> list[str]:
 
 
 def save(folder: Path, index: Index) -> None:
-    """Write an index; each file appears whole or not at all, and links are replaced, not followed."""
-    inside(folder, ABOUT).parent.mkdir(exist_ok=True)
+    """Write an index. Each file appears complete or not at all; symbolic links are replaced, not followed."""
+    path_inside(folder, ABOUT).parent.mkdir(exist_ok=True)
     vectors = {"embeddings": index.embeddings.contiguous(), "probe": index.probe.contiguous()}
-    with_vectors = folder / f"{VECTORS}.new"
-    with_vectors.unlink(missing_ok=True)
-    save_file(vectors, with_vectors, {"format": "pt"})
+    new_vectors = folder / f"{VECTORS}.new"
+    new_vectors.unlink(missing_ok=True)
+    save_file(vectors, new_vectors, {"format": "pt"})
     about = {
         "format": FORMAT,
         "version": VERSION,
         "encoder": index.encoder,
-        "embeddings": read_safetensors(with_vectors).sha256,
-        "cards": [asdict(card) for card in index.entries],
+        "embeddings": read_safetensors(new_vectors).sha256,
+        "cards": [asdict(entry) for entry in index.entries],
         "skipped": index.skipped,
     }
-    with_about = folder / f"{ABOUT}.new"
-    with_about.unlink(missing_ok=True)
-    with_about.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(with_vectors, folder / VECTORS)
-    os.replace(with_about, folder / ABOUT)
+    new_about = folder / f"{ABOUT}.new"
+    new_about.unlink(missing_ok=True)
+    new_about.write_text(json.dumps(about, indent=1) + "\n")
+    os.replace(new_vectors, folder / VECTORS)
+    os.replace(new_about, folder / ABOUT)
 
 
 def load(folder: Path) -> Index:
@@ -76,64 +76,64 @@ def load(folder: Path) -> Index:
 
     Raises:
         FileNotFoundError: there is none.
-        RefusedFileError: it cannot be read, is of another version, names files outside the folder, or its two files are not
-            from the same run.
+        RefusedFileError: it cannot be read, has another version, names files outside the folder, or its two files were
+            not written together.
     """
     try:
-        about = read_json(inside(folder, ABOUT), limit=MAX_ABOUT)
-        vectors = read_safetensors(inside(folder, VECTORS))
-        return _index(folder, about, vectors)
+        about = read_json(path_inside(folder, ABOUT), limit=MAX_ABOUT)
+        vectors = read_safetensors(path_inside(folder, VECTORS))
+        return _checked(folder, about, vectors)
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} has no index; make one with: mole index {folder}") from None
     except ValueError as error:
-        raise again(folder, f"cannot be used: {error}") from None
+        raise reindex_error(folder, f"cannot be used: {error}") from None
 
 
-def _index(folder: Path, about: Any, vectors: Contents) -> Index:
+def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"it is not {FORMAT} version {VERSION}")
     if about.get("embeddings") != vectors.sha256:
         raise ValueError("its two files are not from the same run")
-    cards, skipped = about.get("cards"), about.get("skipped")
-    if not isinstance(cards, list) or not isinstance(skipped, dict):
+    listed, skipped = about.get("cards"), about.get("skipped")
+    if not isinstance(listed, list) or not isinstance(skipped, dict):
         raise ValueError("it lists no LoRAs")
-    read = tuple(entry_from_json(card) for card in cards)
-    for card in read:
-        inside(folder, card.file)
-    if len({card.name for card in read}) < len(read):
+    entries = tuple(entry_from_json(value) for value in listed)
+    for entry in entries:
+        path_inside(folder, entry.file)
+    if len({entry.name for entry in entries}) < len(entries):
         raise ValueError("two entries have one name")
     embeddings, probe = (vectors.tensors.get(name, torch.empty(0)) for name in ("embeddings", "probe"))
-    shapes = (len(read), len(PROBE))
+    shapes = (len(entries), len(PROBE))
     if any(t.dim() != 2 or t.dtype != torch.float32 or not t.isfinite().all() for t in (embeddings, probe)) or (
         (len(embeddings), len(probe)) != shapes or embeddings.shape[1] != probe.shape[1]
     ):
         raise ValueError(f"its embeddings are not finite fp32 matrices with {shapes[0]} and {shapes[1]} rows of one width")
-    return Index(str(about.get("encoder")), probe, read, embeddings, {f: str(why) for f, why in skipped.items()})
+    return Index(str(about.get("encoder")), probe, entries, embeddings, {f: str(why) for f, why in skipped.items()})
 
 
-def check(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise RefusedFileError in one sentence where the index is foreign (another encoder) or stale (other files)."""
+def check_current(folder: Path, index: Index, encoder: Encoder) -> None:
+    """Raise RefusedFileError, in one sentence, if another encoder made the index or the folder's files have changed."""
     check_encoder(folder, index, encoder)
-    there, known = set(files_of(folder)), {card.file for card in index.entries} | set(index.skipped)
+    there, known = set(lora_files(folder)), {entry.file for entry in index.entries} | set(index.skipped)
     if new := sorted(there - known):
-        raise again(folder, f"is stale: {new[0]!r} is new")
+        raise reindex_error(folder, f"is stale: {new[0]!r} is new")
     if gone := sorted(known - there):
-        raise again(folder, f"is stale: {gone[0]!r} is gone")
-    for card in index.entries:
-        # A copied folder has other times of change; only what the file says makes an index stale.
-        if stamps(folder, card.file) != card.stamps and not read_entry(folder, card.file)[0].same(card):
-            raise again(folder, f"is stale: {card.file!r} has changed")
+        raise reindex_error(folder, f"is stale: {gone[0]!r} is gone")
+    for entry in index.entries:
+        # A copied folder has other modification times; an index is stale only if the contents changed.
+        if stamps(folder, entry.file) != entry.stamps and not read_entry(folder, entry.file)[0].same_content(entry):
+            raise reindex_error(folder, f"is stale: {entry.file!r} has changed")
 
 
 def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise RefusedFileError where another encoder made the index, or other weights of one with the same id."""
+    """Raise RefusedFileError if another encoder made the index, or one with the same id and other weights."""
     if index.encoder != encoder.id:
-        raise again(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
+        raise reindex_error(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
     probe = encoder(PROBE)
     if probe.shape != index.probe.shape or (probe - index.probe).abs().max() > PROBE_TOLERANCE:
-        raise again(folder, f"was made with other weights of its encoder ({encoder.id})")
+        raise reindex_error(folder, f"was made with other weights of its encoder ({encoder.id})")
 
 
-def again(folder: Path, problem: str) -> RefusedFileError:
-    """The one sentence for an index that has to be made again."""
+def reindex_error(folder: Path, problem: str) -> RefusedFileError:
+    """The error for an index that has to be made again."""
     return RefusedFileError(f"the index of {folder} {problem}; make it again with: mole index {folder}")

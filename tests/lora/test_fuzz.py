@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from mole_diffusers import RefusedFileError, attach, attached, detach, read_expert
 from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE, PEFT_METADATA
-from mole_diffusers.lora.safe_files import LONGEST, read_safetensors
+from mole_diffusers.lora.safe_files import MAX_MESSAGE, read_safetensors
 from mole_diffusers.pipelines import attach_kept, keep
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.library import LoraLibrary
@@ -28,7 +28,7 @@ from mole_diffusers.testing import lora_layers, tiny_lora, tiny_pipeline
 
 SECONDS = 2.0  # of the processor, for one file
 ROOM = 1 << 30  # bytes of address space beyond what the process has
-SENTENCE = LONGEST + 4
+SENTENCE = MAX_MESSAGE + 4
 FAMILIES = ("static", "mole", "flow", "prompt", "retrieval", "rank")
 CASES = {"loras": (300, 12_000), "gates": (90, 3_000), "kept": (50, 2_000), "index": (70, 2_500), "folder": (30, 1_000)}
 

@@ -16,7 +16,7 @@ from mole_diffusers.lora.safe_files import (
     MAX_HEADER,
     MAX_TENSORS,
     RefusedFileError,
-    inside,
+    path_inside,
     read_json,
     read_safetensors,
 )
@@ -54,7 +54,7 @@ BAD = {
     "empty": (b"", "is empty"),
     "cut in the length": (GOOD[:5], "is truncated"),
     "cut in the header": (GOOD[:40], "is truncated: its header"),
-    "cut in the tensors": (GOOD[:-4], "is truncated: its offsets go to byte"),
+    "cut in the tensors": (GOOD[:-4], "is truncated: its tensors need"),
     "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "is a Git LFS pointer"),
     "html page": (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "is an HTML page"),
     "zip": (torch_zip(), "is a zip archive"),
@@ -67,9 +67,9 @@ BAD = {
     "brackets": (raw(b'{"a":' + b"[]," * 600_000), "brackets and colons"),
     "nesting": (raw(b'{"a":' * 100_000), "nested too deeply"),
     "nested metadata": (raw({"__metadata__": {"a": {"b": "c"}}}), "metadata is not a flat object"),
-    "past the end": (raw({"a": ONE | {"shape": [4], "data_offsets": [0, 16]}}), "is truncated: its offsets"),
+    "past the end": (raw({"a": ONE | {"shape": [4], "data_offsets": [0, 16]}}), "is truncated: its tensors need"),
     "overlap": (raw({"a": ONE, "b": ONE | {"data_offsets": [4, 12]}}, b"\0" * 12), "'b' overlaps"),
-    "hole": (raw({"a": ONE, "b": ONE | {"data_offsets": [12, 20]}}, b"\0" * 20), "'b' leaves a hole"),
+    "hole": (raw({"a": ONE, "b": ONE | {"data_offsets": [12, 20]}}, b"\0" * 20), "'b' leaves a gap"),
     "trailing bytes": (GOOD + b"\0", "1 bytes after the last tensor"),
     "duplicate key": (raw(b'{"a": %s, "a": %s}' % ((json.dumps(ONE).encode(),) * 2)), "the key 'a' is there twice"),
     "size and shape": (raw({"a": ONE | {"shape": [3]}}), "takes 12 bytes"),
@@ -147,9 +147,9 @@ def test_an_index_names_files_inside_its_folder_only(tmp_path):
     (folder / "link").symlink_to(tmp_path / "secret")
     (folder / "sub" / "near").symlink_to(folder / "sub" / "a.safetensors")
     (folder / "loop").symlink_to(folder / "loop")
-    assert inside(folder, "sub/a.safetensors") == (folder / "sub" / "a.safetensors").resolve()
-    assert inside(folder, "sub/near") == (folder / "sub" / "a.safetensors").resolve()
+    assert path_inside(folder, "sub/a.safetensors") == (folder / "sub" / "a.safetensors").resolve()
+    assert path_inside(folder, "sub/near") == (folder / "sub" / "a.safetensors").resolve()
     bad = ["", None, 3, "/etc/passwd", "../secret", "sub/../../secret", "C:\\x", "a\\b", "c:x", "a\0b", "link", "loop"]
     for name in bad:
         with pytest.raises(RefusedFileError, match="in the index of"):
-            inside(folder, name)
+            path_inside(folder, name)

@@ -322,8 +322,8 @@ def test_samples_come_from_captions_tags_descriptions_triggers_or_the_name(folde
 def test_the_pipelines_own_encoder_by_hand_and_under_a_mixture(pipe, loras):
     encoder = PipelineText(pipe)
     ids = pipe.tokenizer(["a fox"], return_tensors="pt").input_ids
-    by_hand = pipe.text_encoder(ids).last_hidden_state[0, 1:-1].mean(0) - encoder._means(["photo"])[0]
-    encoder._common = encoder._means(["photo"])[0]
+    by_hand = pipe.text_encoder(ids).last_hidden_state[0, 1:-1].mean(0) - encoder._mean_states(["photo"])[0]
+    encoder._common = encoder._mean_states(["photo"])[0]
     plain = encoder(["a fox", "a long sentence"])
     torch.testing.assert_close(plain[0], by_hand.detach() / by_hand.detach().norm(), atol=1e-5, rtol=0)
     attach(pipe, loras)

@@ -1,0 +1,182 @@
+"""Layer names of the original Stable Diffusion, Flux and SD 3 code -> diffusers' names, both with underscores.
+
+The original UNet ("sgm" names; SD 1.x, SD 2.x, SDXL) numbers its blocks consecutively; each of diffusers' blocks is two
+resnets and a downsampler going down, three resnets with the upsampler in the last going up.
+
+The original transformers hold q, k and v (and the feed-forward of a single block) in one matrix, which diffusers splits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from mole_diffusers.lora.expert import LoraWeights
+
+Layers = dict[str, LoraWeights]
+Split = Callable[[LoraWeights, tuple[str, ...]], Layers]
+
+# ---- the UNet
+
+PER_BLOCK = 3
+UNET_OUTSIDE_BLOCKS = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_2": "conv_out",
+}
+RESNET = {
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+MIDDLE = {"0": "mid_block_resnets_0", "1": "mid_block_attentions_0", "2": "mid_block_resnets_1"}
+MIDDLE_BLOCK = re.compile(r"middle_block_([012])_(\w+)$")
+NUMBERED_BLOCK = re.compile(r"(?P<way>input|output)_blocks_(?P<block>\d{1,2})_(?P<inner>\d)_(?P<rest>\w+)$")
+
+
+def unet_name(layer: str) -> str:
+    """The diffusers name of an original UNet layer; any other name unchanged."""
+    if layer in UNET_OUTSIDE_BLOCKS:
+        return UNET_OUTSIDE_BLOCKS[layer]
+    if found := MIDDLE_BLOCK.match(layer):
+        return f"{MIDDLE[found[1]]}_{RESNET.get(found[2], found[2])}"
+    if not (found := NUMBERED_BLOCK.match(layer)):
+        return layer
+    down, rest = found["way"] == "input", found["rest"]
+    block, index = divmod(int(found["block"]) - (1 if down else 0), PER_BLOCK)
+    if down and rest == "op":
+        return f"down_blocks_{block}_downsamplers_0_conv"
+    if not down and rest == "conv":  # after the attention if there is one, else in its place
+        return f"up_blocks_{block}_upsamplers_0_conv"
+    inner = "resnets" if found["inner"] == "0" else "attentions"
+    return f"{'down' if down else 'up'}_blocks_{block}_{inner}_{index}_{RESNET.get(rest, rest)}"
+
+
+# ---- the transformers
+
+ATTENTION = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+OUT = {"img": "to_out_0", "txt": "to_add_out"}
+CONTEXT = {"img": "", "txt": "_context"}
+STREAM = {"x": "img", "context": "txt"}
+TRANSFORMER_OUTSIDE_BLOCKS = {
+    "img_in": "x_embedder", "img_in_proj": "x_embedder", "txt_in": "context_embedder", "x_embedder_proj": "pos_embed_proj",
+    "final_layer_linear": "proj_out",
+    "t_embedder_mlp_0": "time_text_embed_timestep_embedder_linear_1",
+    "t_embedder_mlp_2": "time_text_embed_timestep_embedder_linear_2",
+    "y_embedder_mlp_0": "time_text_embed_text_embedder_linear_1",
+    "y_embedder_mlp_2": "time_text_embed_text_embedder_linear_2",
+    "time_in_in_layer": "time_text_embed_timestep_embedder_linear_1",
+    "time_in_out_layer": "time_text_embed_timestep_embedder_linear_2",
+    "vector_in_in_layer": "time_text_embed_text_embedder_linear_1",
+    "vector_in_out_layer": "time_text_embed_text_embedder_linear_2",
+    "guidance_in_in_layer": "time_text_embed_guidance_embedder_linear_1",
+    "guidance_in_out_layer": "time_text_embed_guidance_embedder_linear_2",
+}  # fmt: skip
+DOUBLE = re.compile(r"double_blocks_(\d{1,3})_(img|txt)_(\w+)$")
+SINGLE = re.compile(r"single_blocks_(\d{1,3})_(\w+)$")
+JOINT = re.compile(r"joint_blocks_(\d{1,3})_(x|context)_block_(\w+)$")
+FEED_FORWARD = {"mlp_0": "net_0_proj", "mlp_2": "net_2", "mlp_fc1": "net_0_proj", "mlp_fc2": "net_2"}
+
+
+def is_original_transformer(layer: str) -> bool:
+    """Whether this is a layer name of an original transformer."""
+    return _transformer_targets(layer)[0] != (layer,)
+
+
+def split_fused(layer: str, weights: LoraWeights) -> Layers:
+    """A transformer layer of a file -> diffusers' layers: several for a fused matrix; other names are kept as they are."""
+    targets, how = _transformer_targets(layer)
+    return how(weights, targets)
+
+
+def _transformer_targets(layer: str) -> tuple[tuple[str, ...], Split]:
+    """diffusers' layer names, and how the rows of the up matrix are divided among them."""
+    unknown = (layer,), _whole
+    if layer in TRANSFORMER_OUTSIDE_BLOCKS:
+        return (TRANSFORMER_OUTSIDE_BLOCKS[layer],), _whole
+    if layer == "final_layer_adaLN_modulation_1":
+        return ("norm_out_linear",), _swapped
+    if found := SINGLE.match(layer):
+        return _single_block_targets(f"single_transformer_blocks_{found[1]}", found[2]) or unknown
+    if found := DOUBLE.match(layer):
+        return _stream_targets(f"transformer_blocks_{found[1]}", found[2], found[3]) or unknown
+    if found := JOINT.match(layer):
+        return _stream_targets(f"transformer_blocks_{found[1]}", STREAM[found[2]], found[3]) or unknown
+    return unknown
+
+
+def _single_block_targets(block: str, rest: str) -> tuple[tuple[str, ...], Split] | None:
+    """A layer of a block with one stream; None for an unknown name."""
+    names = tuple(f"{block}_{name}" for name in ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"))
+    if rest == "linear1":
+        return names, _square_then_rest
+    if found := re.match(r"linear1_([0-3])$", rest):
+        return (names[int(found[1])],), _whole
+    known = {"linear2": "proj_out", "modulation_lin": "norm_linear"}
+    return ((f"{block}_{known[rest]}",), _whole) if rest in known else None
+
+
+def _stream_targets(block: str, stream: str, rest: str) -> tuple[tuple[str, ...], Split] | None:
+    """A layer of one stream, image or text, of a block with both; None for an unknown name."""
+    if found := re.match(r"(attn2?)_qkv(?:_([0-2]))?$", rest):
+        names = tuple(f"{block}_{found[1]}_{name}" for name in ATTENTION[stream])
+        return (names, _equal) if found[2] is None else ((names[int(found[2])],), _whole)
+    if found := re.match(r"(attn2?)_proj$", rest):
+        return (f"{block}_{found[1]}_{OUT[stream]}",), _whole
+    if rest in FEED_FORWARD:
+        return (f"{block}_ff{CONTEXT[stream]}_{FEED_FORWARD[rest]}",), _whole
+    if rest in ("mod_lin", "adaLN_modulation_1"):
+        return (f"{block}_norm1{CONTEXT[stream]}_linear",), _modulation
+    return None
+
+
+# ---- how the rows of a fused up matrix are divided
+
+
+def _whole(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
+    return {names[0]: weights}
+
+
+def _equal(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
+    if weights.up.shape[0] % len(names):
+        raise ValueError(f"{weights.up.shape[0]} rows are not {len(names)} equal parts")
+    return _rows(weights, dict.fromkeys(names, weights.up.shape[0] // len(names)))
+
+
+def _square_then_rest(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
+    """q, k and v are as wide as the input; the feed-forward takes the remaining rows."""
+    *square, last = names
+    sizes = dict.fromkeys(square, weights.down.shape[1])
+    rest = weights.up.shape[0] - sum(sizes.values())
+    if rest <= 0:
+        raise ValueError(f"{weights.up.shape[0]} rows do not hold q, k, v and a feed-forward of {weights.down.shape[1]}")
+    return _rows(weights, sizes | {last: rest})
+
+
+def _rows(weights: LoraWeights, sizes: dict[str, int]) -> Layers:
+    """Divide the up matrix's rows. A trainer that kept q, k and v apart left columns of zeros for the ranks of the others;
+    these are dropped."""
+    layers = {}
+    for name, up in zip(sizes, weights.up.split(list(sizes.values())), strict=True):
+        used = up.float().transpose(0, 1).flatten(1).any(1)  # [r]
+        used[0] |= not used.any()
+        layers[name] = LoraWeights(weights.down[used].clone(), up[:, used].clone(), weights.scale, weights.error)
+    return layers
+
+
+def _swapped(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
+    """diffusers has scale before shift in its last normalisation."""
+    shift, scale = weights.up.chunk(2)
+    return {names[0]: LoraWeights(weights.down, torch.cat([scale, shift]), weights.scale, weights.error)}
+
+
+def _modulation(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
+    """Six values per channel in order; the text stream of SD 3's last block has only the two of a last normalisation."""
+    last = weights.up.shape[0] == 2 * weights.down.shape[1]
+    return (_swapped if last else _whole)(weights, names)
