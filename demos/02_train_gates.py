@@ -6,9 +6,7 @@ python demos/02_train_gates.py FOLDER [STEPS]
 import sys
 
 import mole_diffusers as mole
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.loop import train_gates
-from mole_diffusers.training.study import Lesson
+from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 60
 world = mole.emoji_world()
@@ -16,7 +14,7 @@ concepts = {name: world.loras[name] for name in ("octopus", "koala")}
 mixture = mole.attach(world.pipe, concepts, "flow")
 
 prompt = "noto drawing of an octopus and a koala"
-lesson = Lesson(composed=[prompt], parts={prompt: ["noto drawing of an octopus", "noto drawing of a koala"]})
+lesson = TrainingData(composed=[prompt], parts={prompt: ["noto drawing of an octopus", "noto drawing of a koala"]})
 config = GateTraining(terms={"collage": {"seeds": 6}}, steps=steps, lr=1e-2, batch=6)
 log = train_gates(world.pipe, mixture, lesson, config=config, folder=folder)
 print(f"loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")

@@ -1,4 +1,4 @@
-"""What goes to the hub: the model card of a mixture, and the way there."""
+"""What goes to the hub: the model card of a mixture, and its upload."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora import Expert
 
+CARD = "README.md"
 PIPELINE_USE = """\
 from mole_diffusers import MoLEPipeline
 
@@ -19,53 +20,73 @@ import mole_diffusers as mole
 
 mixture = mole.attach(pipe, {experts}, gates="{repo}")
 image = pipe("{prompt}").images[0]"""
-CARD = """\
+TEXT = """\
 ---
-library_name: diffusers
-tags:
-- lora
-- mixture-of-loras
-- mole-diffusers
+{about}
 ---
-# {repo}
+
+# {title}
 
 {what} by [mole_diffusers](https://pypi.org/project/mole-diffusers/): {count} concept LoRAs in one picture, weighed by
-`{family}` gates, one per {granularity}.
+`{family}` gates, one per {granularity}.{missing}
 
-| expert | strength | trigger words | trained for | file (sha256 of its tensors) |
+| expert | strength | trigger words | trained for | SHA-256 of its file |
 |---|---|---|---|---|
 {rows}
 
 ```python
 {use}
 ```
-"""
+{training}"""
 
 
-def model_card(experts: Mapping[str, tuple[Expert, float]], config: GateConfig, repo: str, *, pipeline: bool) -> str:
-    """README.md of a repository that holds a whole pipeline, or gates alone."""
-    prompt = " ".join(trigger for expert, _ in experts.values() for trigger in expert.triggers[:1]) or "a prompt"
+def model_card(
+    experts: Mapping[str, tuple[Expert, float]],
+    config: GateConfig,
+    repo: str = "this repository",
+    *,
+    pipeline: bool = False,
+    prompt: str | None = None,
+    base: str | None = None,
+    training: str = "",
+) -> str:
+    """README.md of a repository that holds a whole pipeline, or gates alone.
+
+    Args:
+        experts: name -> (expert, strength).
+        repo: its id, for the example.
+        prompt: of the example; by default the experts' trigger words.
+        base: hub id of the base model.
+        training: how the gates were trained, as text.
+    """
+    from huggingface_hub import ModelCardData
+
+    prompt = prompt or " ".join(t for expert, _ in experts.values() for t in expert.triggers[:1]) or "a prompt"
     files = ", ".join(f'"{name}": "{name}.safetensors"' for name in experts)
-    use = PIPELINE_USE if pipeline else GATES_USE
     rows = (
-        f"| {name} | {strength:g} | {', '.join(e.triggers)} | {e.base} | `{e.sha256[:12]}` |"
+        f"| {name} | {strength:g} | {', '.join(e.triggers)} | {e.base} | `{e.sha256}` |"
         for name, (e, strength) in experts.items()
     )
-    return CARD.format(
-        repo=repo,
+    use = PIPELINE_USE if pipeline else GATES_USE
+    tags = ["lora", "text-to-image", "mixture-of-loras", "mole-diffusers"]
+    return TEXT.format(
+        about=ModelCardData(library_name="diffusers", tags=tags, base_model=base).to_yaml(),
+        title=f"{'Pipeline' if pipeline else 'Gates'} for {' + '.join(experts)}",
         what="A pipeline" if pipeline else "Gates",
         count=len(experts),
         family=config.family,
         granularity=config.granularity,
+        missing="" if pipeline else " The LoRAs are not included.",
         rows="\n".join(rows),
         use=use.format(repo=repo, prompt=prompt, experts=f"{{{files}}}"),
+        training=f"\n{training}\n" if training else "",
     )
 
 
 def upload(folder: str | Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
-    """Make the repository where it is missing and put a folder there; returns the commit's address.
+    """Create the repository if it is missing and upload a folder; returns the commit's address.
 
-    `private` is for a repository that is made here; `options` go to `HfApi.upload_folder`.
+    `private` is for a repository that is created here; `options` go to `HfApi.upload_folder`.
     """
     from huggingface_hub import HfApi
 

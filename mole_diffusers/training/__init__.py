@@ -1,1 +1,45 @@
-"""Training: concept LoRAs from pictures, and gates over finished LoRAs from pictures or from prompts alone."""
+"""Training: gates over finished LoRAs, from prompts or pictures, and concept LoRAs from pictures."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mole_diffusers.training.config import GateTraining, LoraTraining, Validation
+    from mole_diffusers.training.data import Samples, TrainingData, encode, read_folder
+    from mole_diffusers.training.gate_trainer import train_gates
+    from mole_diffusers.training.lora_adapter import save_kohya, save_lora
+    from mole_diffusers.training.lora_trainer import class_samples, train_lora
+    from mole_diffusers.training.rewards import Clip, read_clip
+
+_FILES = {
+    "config": ("GateTraining", "LoraTraining", "Validation"),
+    "data": ("Samples", "TrainingData", "encode", "read_folder"),
+    "gate_trainer": ("train_gates",),
+    "lora_adapter": ("save_kohya", "save_lora"),
+    "lora_trainer": ("class_samples", "train_lora"),
+    "rewards": ("Clip", "read_clip"),
+}
+_HOME = {name: file for file, names in _FILES.items() for name in names}
+__all__ = [
+    "Clip",
+    "GateTraining",
+    "LoraTraining",
+    "Samples",
+    "TrainingData",
+    "Validation",
+    "class_samples",
+    "encode",
+    "read_clip",
+    "read_folder",
+    "save_kohya",
+    "save_lora",
+    "train_gates",
+    "train_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: a config is read without loading diffusers."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

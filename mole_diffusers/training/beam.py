@@ -1,7 +1,7 @@
 """BeamLoRA (arXiv 2502.13604, ACL 2025): the ranks of a LoRA in training compete, copies of strong ones replace weak ones.
 
-A layer's change is up (pi * (down x)) with pi = r softmax(g / tau) over its r ranks; g starts at zero, which is plain LoRA.
-The number of ranks never changes, and pi is folded into `down` when the LoRA is saved.
+A layer's change is up (pi * (down x)) with pi = r softmax(g / temperature) over its r ranks; g starts at zero, which is
+plain LoRA. The number of ranks never changes, and pi is folded into `down` when the LoRA is saved.
 """
 
 from __future__ import annotations
@@ -9,26 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-LEAST = 8  # ranks: of fewer, one is too large a share to be given up
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter
 
 
 class Ranks(NamedTuple):
-    """One layer in training."""
+    """The ranks of one layer in training."""
 
     logits: nn.Parameter  # g, [r]
     down: nn.Parameter  # [r, Cin, ...]
     up: nn.Parameter  # [Cout, r, ...]
 
 
-def importance(logits: torch.Tensor, tau: float) -> torch.Tensor:
+def importance(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """pi [r], mean 1: how much each rank counts."""
-    return len(logits) * torch.softmax(logits / tau, 0)
+    return len(logits) * torch.softmax(logits / temperature, 0)
 
 
 def kept_share(step: int, end: float) -> float:
@@ -67,7 +66,7 @@ class Beams:
 
     Attributes:
         steps: updates of the whole training, which sets the schedule.
-        tau: temperature; the paper's is 0.05 for rates of 1e-4 and more, 0.03 below.
+        temperature: of the softmax over ranks; the paper's is 0.05 for rates of 1e-4 and more, 0.03 below.
         past: layer -> down, up and their moments half a period ago, ranks first. A copy is the source as it was then: the
             same values twice would get the same gradients and stay the same.
     """
@@ -76,20 +75,28 @@ class Beams:
     optimizer: torch.optim.Optimizer
     steps: int
     seed: int = 0
-    tau: float = 0.05
+    temperature: float = 0.05
     past: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def after(self, step: int) -> None:
-        """To be called after each update, the first being step 1."""
+        """Call it after each update; the first is step 1."""
         every = period(self.steps)
         if step % every == every // 2:
             self.past = {name: [v.clone() for v in self._by_rank(ranks)] for name, ranks in self.layers.items()}
         if step % every == 0 and self.steps - step >= every:
             self._expand(step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return self.past
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set it to what `state_dict` returned."""
+        self.past = state
+
     def _expand(self, step: int) -> None:
-        pis = [importance(ranks.logits, self.tau) for ranks in self.layers.values()]
+        pis = [importance(ranks.logits, self.temperature) for ranks in self.layers.values()]
         generator = torch.Generator().manual_seed(self.seed + step)
         for (name, ranks), pi, slots in zip(
             self.layers.items(), pis, pruned(pis, kept_share(step, self.steps * 2 / 3)), strict=True
@@ -100,7 +107,7 @@ class Beams:
                 self._replace(name, ranks, slots, [best[i] for i in pairs])
 
     def _replace(self, name: str, ranks: Ranks, slots: list[int], sources: list[int]) -> None:
-        """Each slot becomes its source as it was; the two share their importance, and g's moments begin anew."""
+        """Each slot becomes its source as it was; the two share their importance, and the moments of g are reset."""
         for values, past in zip(self._by_rank(ranks), self.past[name], strict=True):
             values[slots] = past[sources].to(values.device)
         shared = (ranks.logits[slots] + ranks.logits[sources]) / 2
@@ -109,7 +116,7 @@ class Beams:
             self.optimizer.state[ranks.logits][moment].zero_()
 
     def _by_rank(self, ranks: Ranks) -> list[torch.Tensor]:
-        """Views of all that goes with a rank, [r, ...] each."""
+        """Views of everything that a rank has, [r, ...] each."""
         kept = self.optimizer.state
         down = [ranks.down.data, *(kept[ranks.down][moment] for moment in MOMENTS)]
         up = [ranks.up.data, *(kept[ranks.up][moment] for moment in MOMENTS)]

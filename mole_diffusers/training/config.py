@@ -1,26 +1,177 @@
-"""How gates are trained, as plain data that a YAML or JSON file can hold."""
+"""How gates and LoRAs are trained: plain data, checked when it is made, that a YAML or JSON file can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
-
-from mole_diffusers.training.objectives import BALANCE, OBJECTIVES, Weighted, parse
-from mole_diffusers.training.starts import STARTS
 
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts")
-PASSING = ("every", "keep", "tracker", "validation")  # what a run may change when it goes on
+INITIAL = ("uniform", "scalars", "ssr")  # initial weights of gates, see `initialization`
+LORA_LAYERS = ("attention", "feed-forward", "convolution")
+LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
+
+
+# ---- the terms of the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of the loss of gate training; its objective is the function of that name in `objectives.OBJECTIVES`.
+
+    Attributes:
+        weight: factor of the term in the loss, 0 or more; 0 leaves it out.
+        batch: rows per update; None takes `GateTraining.batch`.
+    """
+
+    weight: float = 1.0
+    batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTerm(Term):
+    """ "single" and "base": match a teacher's predictions on its own trajectories.
+
+    Attributes:
+        seeds: trajectories, at least one per prompt.
+        steps, guidance: of the sampler.
+    """
+
+    seeds: int = 8
+    steps: int = 20
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedTerm(DistillationTerm):
+    """ "composed": match the masked blend of all experts.
+
+    Attributes:
+        own: share of updates, 0..1, on trajectories of the gates themselves instead of the teacher's. There the gates meet
+            their own mistakes, and the teacher is run in every such update.
+    """
+
+    own: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparateTerm(Term):
+    """ "separate": keep the subjects' cross-attention apart.
+
+    Attributes:
+        steps, guidance: of the pictures, whose attention is read after a random number of steps.
+    """
+
+    steps: int = 10
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseTerm(Term):
+    """ "denoise": the diffusion loss on your own pictures.
+
+    Attributes:
+        guidance: other than 1 fits the guided prediction to the pictures.
+    """
+
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollageTerm(Term):
+    """ "collage": the diffusion loss on collages of the subjects, each drawn alone.
+
+    Attributes:
+        pictures: collages per composed prompt.
+        seeds, steps, guidance: pictures per subject, and how they are sampled. The loss is that of the guided prediction:
+            fitted to the unguided one, pictures drawn with guidance would be guided twice.
+        redraw: share of the noise levels, 0..1, over which the plain sum of all experts redraws the collages under the
+            composed prompt (SDEdit; Meng et al., ICLR 2022).
+    """
+
+    pictures: int = 32
+    seeds: int = 12
+    steps: int = 12
+    guidance: float = 3.0
+    redraw: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTerm(Term):
+    """ "clip": MoLE's own objective, with a CLIP that looks at each step of a trajectory.
+
+    Attributes:
+        lengths: least and most steps of a trajectory, drawn uniformly.
+        start: the first step lies within this share of the trajectory, 0..1; 0.1 is t >= 0.9 T.
+        steps: denoising steps per update, whose losses are summed.
+        last: the loss counts in this last share of the trajectory, 0..1; the authors' is 1.
+        clean: look at the predicted clean picture instead of the partly denoised one.
+        templates: text features are averaged over these ("a photo of {}"); the authors took ImageNet's.
+    """
+
+    lengths: Sequence[int] = (20, 50)
+    start: float = 0.1
+    steps: int = 2
+    last: float = 1.0
+    clean: bool = False
+    templates: Sequence[str] = ("{}",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutTerm(Term):
+    """ "rollout": a CLIP's reward on finished pictures.
+
+    Attributes:
+        steps: of the rollout; time and memory grow in proportion.
+        guidance: classifier-free guidance; 1 is without.
+        checkpointing: keep the activations of one step at a time, for about a third more time.
+    """
+
+    steps: int = 8
+    guidance: float = 3.0
+    checkpointing: bool = False
+
+
+BALANCE = "balance"  # the one term without an objective of its own: it reads the gates while the others run
+TERMS: dict[str, type[Term]] = {
+    "single": DistillationTerm,
+    "composed": ComposedTerm,
+    "base": DistillationTerm,
+    "separate": SeparateTerm,
+    "denoise": DenoiseTerm,
+    "clip": ClipTerm,
+    "collage": CollageTerm,
+    "rollout": RolloutTerm,
+    BALANCE: Term,
+}
+
+
+def parse_term(name: str, given: float | Mapping[str, Any]) -> Term:
+    """A weight, or {"weight", "batch", option: value} -> the term. Raises ValueError for an unknown name or option."""
+    if name not in TERMS:
+        raise ValueError(f"unknown term {name!r}; known: {list(TERMS)}")
+    options: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"weight": given}
+    known = [f.name for f in fields(TERMS[name])]
+    if unknown := set(options) - set(known):
+        raise ValueError(f"unknown options {sorted(unknown)} of the {name} term; known: {known}")
+    term = TERMS[name](**options)
+    if not isinstance(term.weight, int | float) or not term.weight >= 0:
+        raise ValueError(f"the weight of the {name} term must be 0 or more, got {term.weight!r}")
+    return term
+
+
+# ---- gates
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Pictures on the way, of fixed noise.
+    """Pictures drawn during training, from the same noise each time.
 
     Attributes:
-        every: updates between looks; 0 never looks.
-        prompts: what is drawn; empty means the lesson's composed prompts.
+        every: updates between validations; 0 is never.
+        prompts: what is drawn; empty means the composed prompts of the training data.
         seeds: pictures per prompt.
         steps, guidance: of the sampler.
     """
@@ -37,24 +188,25 @@ class GateTraining:
     """How gates are trained.
 
     Attributes:
-        terms: objective -> weight, or {"weight": ..., "batch": ..., option: ...}; see `objectives.OBJECTIVES` for names and
-            options. "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance
-            loss for "prompt" gates (0.01 there).
-        initial: the gates' weights before the first update: "uniform", as the gates begin by themselves; "scalars", the best
-            weights per gate on the experts' own activations; "ssr", those nearest to SSR-Merge. See `starts.begin`.
+        terms: name -> weight, or {"weight": ..., "batch": ..., option: ...}; `TERMS` has the names and their options.
+            "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance loss for
+            "prompt" gates (0.01 there).
+        initial: the gates' weights before the first update: "uniform", equal weights; "scalars", the best weights per gate
+            on the experts' own activations; "ssr", those nearest to SSR-Merge. See `initialization.initialize`.
         steps: updates.
         batch: rows per term and update, over all processes and accumulated parts together.
         accumulation: parts that a batch is computed in, for less memory.
         drop: chance of each expert to sit out an update, never all of them (RAMoLE: 0.5).
-        lr: AdamW's peak rate; None takes what suits each gate, see `rates.rates`.
-        schedule, warmup: a diffusers schedule of the rate by name, and its first updates of growing rate.
-        weight_decay, max_norm: AdamW's decay, and the gradient's greatest length (0 does not clip it).
-        ema: decay of a running mean of the gates, which is what is saved in the end; 0 keeps none.
+        lr: AdamW's peak rate; None takes what suits each gate, see `gate_trainer.parameter_groups`.
+        schedule, warmup: a diffusers schedule of the rate by name, and its number of warm-up updates.
+        weight_decay, max_norm: AdamW's decay, and the length that gradients are clipped to (0 does not clip).
+        ema: decay of an exponential moving average of the gates, which is then drawn with and saved; 0 is none.
         precision: "no", "bf16" or "fp16" (with loss scaling) of the forward pass; gates stay fp32.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
         seed: of every random choice.
         every, keep: updates between checkpoints, and how many are kept.
         tracker: a tracker that Accelerate knows ("tensorboard", "wandb"), or None.
+        validation: pictures drawn on the way.
     """
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
@@ -78,22 +230,21 @@ class GateTraining:
     validation: Validation = Validation()
 
     def __post_init__(self) -> None:
-        if not any(weighted.weight for name, weighted in self.parsed().items() if name != BALANCE):
-            raise ValueError(f"at least one term of {list(OBJECTIVES)} needs a weight, got {dict(self.terms)}")
-        counts = ("steps", "batch", "accumulation", "every", "keep")
-        if small := [name for name in counts if getattr(self, name) < 1]:
-            raise ValueError(f"{small[0]} must be 1 or more, got {getattr(self, small[0])}")
-        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("initial", tuple(STARTS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {list(known)}")
+        if not set(self.parsed) - {BALANCE}:
+            objectives = [name for name in TERMS if name != BALANCE]
+            raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
+        _at_least_1(self, "steps", "batch", "accumulation", "every", "keep")
+        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("initial", INITIAL)):
+            _one_of(self, name, known)
         for name in ("ema", "drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0 or more and less than 1, got {getattr(self, name)}")
 
-    def parsed(self) -> dict[str, Weighted]:
-        """The terms with a weight."""
-        found = {name: parse(name, given) for name, given in self.terms.items()}
-        return {name: weighted for name, weighted in found.items() if weighted.weight}
+    @cached_property
+    def parsed(self) -> dict[str, Term]:
+        """The terms whose weight is above 0."""
+        found = {name: parse_term(name, given) for name, given in self.terms.items()}
+        return {name: term for name, term in found.items() if term.weight}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which `from_dict` reads."""
@@ -101,13 +252,82 @@ class GateTraining:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
-        """Raises ValueError naming what is unknown."""
-        values, looks = dict(values), dict(values.get("validation", {}))
-        for given, kind in ((values, cls), (looks, Validation)):
+        """Raises ValueError for unknown options."""
+        values, validation = dict(values), dict(values.get("validation", {}))
+        for given, kind in ((values, cls), (validation, Validation)):
             known = [f.name for f in fields(kind)]
             if unknown := set(given) - set(known):
                 raise ValueError(f"unknown training options {sorted(unknown)}; known: {known}")
         if values.get("precision") is False:  # what YAML makes of a bare no
             values["precision"] = "no"
-        looks["prompts"] = tuple(looks.get("prompts", ()))
-        return cls(**values | {"validation": Validation(**looks)})
+        validation["prompts"] = tuple(validation.get("prompts", ()))
+        return cls(**values | {"validation": Validation(**validation)})
+
+
+# ---- LoRAs
+
+
+@dataclass(frozen=True)
+class LoraTraining:
+    """How a concept LoRA is trained.
+
+    Attributes:
+        rank: rank of every layer, 1 or more.
+        alpha: the scale is alpha / rank.
+        layers: which of `LORA_LAYERS` get a LoRA.
+        steps: updates.
+        batch: pictures per update, over all processes and accumulated parts together; as many class pictures beside them.
+        lr: AdamW's peak rate; cosine down to a tenth.
+        text_lr: the same for the text encoder; 0 leaves it out.
+        seed: of every random choice.
+        precision: "no", "bf16" or "fp16" (with loss scaling) of the forward pass; the LoRA stays fp32.
+        prior: weight of the loss on class pictures (DreamBooth's prior preservation), where there are any.
+        beam: let ranks compete (BeamLoRA); needs a rank of 8 or more.
+        accumulation: parts that a batch is computed in, for less memory.
+        checkpointing: compute activations again in the backward pass, for less memory and more time.
+        every, keep: updates between checkpoints, and how many are kept.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    layers: tuple[str, ...] = ("attention",)
+    steps: int = 300
+    batch: int = 16
+    lr: float = 1e-3
+    text_lr: float = 5e-4
+    seed: int = 0
+    precision: str = "no"
+    prior: float = 1.0
+    beam: bool = False
+    accumulation: int = 1
+    checkpointing: bool = False
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least_1(self, "rank", "steps", "batch", "accumulation", "every", "keep")
+        _one_of(self, "precision", PRECISIONS)
+        if not self.layers or (unknown := set(self.layers) - set(LORA_LAYERS)):
+            raise ValueError(f"unknown layers {sorted(unknown) if self.layers else []}; known: {list(LORA_LAYERS)}")
+        if self.beam and self.rank < LEAST_BEAM_RANK:
+            raise ValueError(f"ranks that compete need a rank of {LEAST_BEAM_RANK} or more, got {self.rank}")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Component of the pipeline -> its learning rate, of those that are trained."""
+        return {part: lr for part, lr in (("unet", self.lr), ("text_encoder", self.text_lr)) if lr}
+
+    @property
+    def temperature(self) -> float:
+        """BeamLoRA's temperature for this learning rate."""
+        return 0.05 if self.lr >= 1e-4 else 0.03
+
+
+def _at_least_1(config: Any, *names: str) -> None:
+    if small := [name for name in names if getattr(config, name) < 1]:
+        raise ValueError(f"{small[0]} must be 1 or more, got {getattr(config, small[0])}")
+
+
+def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
+    if getattr(config, name) not in known:
+        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")

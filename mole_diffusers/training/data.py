@@ -1,10 +1,10 @@
-"""Pictures with captions -> latents; a folder of pictures -> pictures with captions."""
+"""Training data: prompts, pictures with captions as latents, and the random batch of one update."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The random choices of one update: made for all `batch` rows alike everywhere; share `index` of `count` is ours.
-
-    So processes and accumulated parts divide a batch among them, and together do what one would do alone.
-    """
-
-    generator: torch.Generator
-    batch: int
-    index: int = 0
-    count: int = 1
-
-    def own(self, drawn: torch.Tensor) -> torch.Tensor:
-        """[batch, ...] -> our rows of it."""
-        return drawn[self.index :: self.count]
-
-    def choice(self, among: int) -> list[int]:
-        """One of 0 .. among - 1 for each of our rows."""
-        return self.own(torch.randint(0, among, (self.batch,), generator=self.generator)).tolist()
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """[own rows, *shape] in 0..1."""
-        return self.own(torch.rand(self.batch, *shape, generator=self.generator))
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """[own rows, *shape], standard normal."""
-        return self.own(torch.randn(self.batch, *shape, generator=self.generator))
-
-
-@dataclass(frozen=True)
 class Samples:
-    """Training pictures of one concept, encoded once."""
+    """Training pictures with captions, encoded once."""
 
     latents: torch.Tensor  # [S, C, H, W], scaled as the UNet expects them, on the CPU
     captions: list[str]  # S
@@ -53,6 +24,35 @@ class Samples:
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.captions):
             raise ValueError(f"{len(self.latents)} latents but {len(self.captions)} captions")
+
+
+@dataclass
+class TrainingData:
+    """What gates are trained on: prompts, and pictures if there are any.
+
+    Attributes:
+        singles: expert -> prompts that name it and no other expert.
+        composed: prompts that name all experts.
+        others: expert -> words that can replace its trigger ("fox": ["bear", "lemon"]), for captions that lack its concept.
+        plain: prompts that name no expert.
+        styles: experts that act on the whole picture, without a mask.
+        parts: composed prompt -> a prompt for each of its subjects alone, left to right.
+        samples: pictures with captions.
+    """
+
+    singles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    composed: Sequence[str] = ()
+    others: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    plain: Sequence[str] = ()
+    styles: Sequence[str] = ()
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    samples: Samples | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that tells whether two runs have the same training data: the pictures by their captions."""
+        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others", "parts")}
+        lists = {n: list(getattr(self, n)) for n in ("composed", "plain", "styles")}
+        return mappings | lists | {"pictures": self.samples.captions if self.samples else None}
 
 
 def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
@@ -125,3 +125,37 @@ def token_ids(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
     return padded.input_ids
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random choices of one update, of which this process and accumulated part takes its share of the rows.
+
+    Every share draws the numbers of the whole batch and takes every `count`-th row from `index` on, so that together the
+    shares do what one process would do alone.
+
+    Attributes:
+        generator: of the update, on the CPU.
+        batch: rows of the whole batch.
+        index, count: which share, of how many.
+    """
+
+    generator: torch.Generator
+    batch: int
+    index: int = 0
+    count: int = 1
+
+    def choice(self, among: int) -> list[int]:
+        """One of 0 .. among - 1 for each row of the share."""
+        return self._share(torch.randint(0, among, (self.batch,), generator=self.generator)).tolist()
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """[rows of the share, *shape] in 0..1."""
+        return self._share(torch.rand(self.batch, *shape, generator=self.generator))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """[rows of the share, *shape], standard normal."""
+        return self._share(torch.randn(self.batch, *shape, generator=self.generator))
+
+    def _share(self, drawn: torch.Tensor) -> torch.Tensor:
+        return drawn[self.index :: self.count]

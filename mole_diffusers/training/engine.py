@@ -1,9 +1,14 @@
-"""What every training loop shares: an update over processes and accumulated parts, its numbers, what a checkpoint keeps."""
+"""What both training loops share: an update over processes and accumulated parts, its log, and checkpoints of all state.
+
+An update never waits for the device: its numbers stay there until `Engine.read_log`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,41 +19,46 @@ from accelerate import Accelerator
 from accelerate.state import is_initialized
 from torch import nn
 
-from mole_diffusers.training.checkpoints import STATE, find
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast, by the name of a precision
-Part = Callable[[int, int], torch.Tensor]  # (index, count) -> [loss, terms...] of share `index` of `count` of a batch
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
+READ_EVERY = 10  # updates between looks at their numbers, each of which waits for the device
+STATE = "training.pt"
+LOG = "log.jsonl"
+LATEST = "latest"
+ShareLoss = Callable[[int, int], torch.Tensor]  # (index, count) -> [loss, terms...] of share `index` of `count` of a batch
 
 
 @dataclass
 class Engine:
-    """The optimizer and all that belongs to it.
+    """The optimizer and all that goes with it.
 
     Attributes:
-        dtype: of autocast in the forward pass, None for none; float16 scales the loss.
+        precision: of the forward pass, "no", "bf16" or "fp16"; fp16 scales the loss.
         accumulation: parts that a process computes its share of a batch in.
-        max_norm: the gradient's greatest length; 0 does not clip it.
-        log: one row of numbers per update.
-        pending: the numbers of updates that nobody has looked at yet, on the device.
-        good: the parameters at the last look.
+        max_norm: the length that gradients are clipped to; 0 does not clip.
+        log: one row of numbers per update, as far as they were read.
+        pending: the numbers of updates that were not read yet, on the device.
+        good: the parameters when they were last known to be finite.
+        stateful: name -> everything else with a `state_dict` that a checkpoint must hold.
     """
 
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     schedule: Any
-    dtype: torch.dtype | None = None
+    precision: str = "no"
     accumulation: int = 1
     max_norm: float = 1.0
     log: list[dict] = field(default_factory=list)
     pending: list[torch.Tensor] = field(default_factory=list)
     good: list[torch.Tensor] = field(default_factory=list)
+    stateful: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.stateful |= {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are; what an Accelerator says is of the first run of its process."""
+        """Of the parameters; an Accelerator's own is that of the first run in its process."""
         return self.parameters[0].device
 
     @property
@@ -57,7 +67,7 @@ class Engine:
 
     @property
     def shares(self) -> int:
-        """Into how many parts a batch is divided, over processes and accumulated parts."""
+        """Into how many shares a batch is divided, over processes and accumulated parts."""
         return self.accelerator.num_processes * self.accumulation
 
     def check_batch(self, rows: int, what: str) -> None:
@@ -66,13 +76,16 @@ class Engine:
             raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {self.shares}")
 
     def autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+        dtype = DTYPES.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def update(self, part: Part) -> None:
+    # ---- one update, and its numbers
+
+    def update(self, share_loss: ShareLoss) -> None:
         """One step of the optimizer, without waiting for the device."""
         totals = []
         for i in range(self.accumulation):
-            numbers = part(i * self.accelerator.num_processes + self.accelerator.process_index, self.shares)
+            numbers = share_loss(i * self.accelerator.num_processes + self.accelerator.process_index, self.shares)
             self.scaler.scale(numbers[0] / self.accumulation).backward()
             totals.append(numbers.detach())
         self._average_gradients()
@@ -86,18 +99,22 @@ class Engine:
         self.pending.append(torch.stack(totals).mean(0))
 
     def _average_gradients(self) -> None:
-        """Make every process's gradients the mean over processes."""
+        """Make the gradients of every process their mean over processes."""
         if self.accelerator.num_processes > 1:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.reshape(gradient.shape))
 
-    def settle(self, names: Sequence[str], culprit: Callable[[], str]) -> dict[str, float]:
-        """Log the updates since the last look, and return the last row. This waits for the device.
+    def read_log(self, names: Sequence[str], diagnose: Callable[[], str]) -> dict[str, float]:
+        """Log the pending updates and return the last row. This waits for the device.
 
-        Raises ValueError for a loss, or parameters, that are not finite, with `culprit()` in its message, and the parameters
-        set back to where they stood at the last look.
+        Args:
+            names: of the numbers of an update.
+            diagnose: what the error below adds.
+
+        Raises ValueError for a loss, or parameters, that are not finite, with the parameters set back to where they were
+        when last known to be finite.
         """
         rows = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
         start = len(self.log)
@@ -105,62 +122,115 @@ class Engine:
         for i, row in enumerate(rows):
             named = dict(zip(names, row, strict=True))
             if not all(map(torch.isfinite, torch.tensor(row))):
-                self._stop(f"the loss is not finite at step {start + i}: {named}; {culprit()}")
+                self._stop(f"the loss is not finite at step {start + i}: {named}; {diagnose()}")
             self.log.append({"step": start + i, **named})
             if self.accelerator.trackers:
                 self.accelerator.log(named, step=start + i)
         if rows and not torch.stack([p.isfinite().all() for p in self.parameters]).all():
-            self._stop(f"the gradient is not finite at step {self.log[-1]['step']}: {self.log[-1]}; {culprit()}")
-        self.remember()
+            self._stop(f"the gradient is not finite at step {self.log[-1]['step']}: {self.log[-1]}; {diagnose()}")
+        self._mark_good()
         return self.log[-1] if self.log else {}
 
+    @torch.no_grad()
     def _stop(self, why: str) -> NoReturn:
-        _set(self.parameters, self.good)
+        for parameter, value in zip(self.parameters, self.good, strict=True):
+            parameter.copy_(value)
         raise ValueError(why)
 
-    def remember(self) -> None:
-        """Note the parameters as good."""
+    def _mark_good(self) -> None:
         self.good = [p.detach().clone() for p in self.parameters]
 
-    def parts(self) -> dict[str, Any]:
-        """All that has a state of its own."""
-        return {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+    # ---- checkpoints
+
+    def save(
+        self, folder: Path, step: int, *, weights: Callable[[Path], None], keep: int, identity: dict[str, Any], **state: Any
+    ) -> None:
+        """Write checkpoint-`step` and the log, in one process while the others wait.
+
+        Args:
+            weights: writes what was trained into a folder.
+            keep: checkpoints to keep.
+            identity: what must be the same for a run to resume here.
+            state: what else `resume` should return.
+        """
+        if self.accelerator.is_main_process:
+            state |= {name: part.state_dict() for name, part in self.stateful.items()}
+            state |= {"log": self.log, "run": json.dumps(identity)}
+            write_checkpoint(folder, step, state, weights=weights, keep=keep)
+            (folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in self.log))
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, folder: Path | None, asked: str | None, *, identity: dict[str, Any]) -> dict[str, Any]:
+        """Set everything to where a checkpoint left it, and return what it holds; {} for a new run, which stays as it is.
+
+        Raises ValueError for a checkpoint of a run with another `identity`, and as `find_checkpoint` does.
+        """
+        path = find_checkpoint(folder, asked) if folder else None
+        state: dict[str, Any] = {}
+        if path is not None:
+            state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+            before, now = json.loads(state["run"]), json.loads(json.dumps(identity))
+            if changed := [name for name, value in now.items() if before.get(name) != value]:
+                raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
+            for name, part in self.stateful.items():
+                part.load_state_dict(state[name])
+            self.log = state["log"]
+        self._mark_good()
+        return state
 
 
-def joined(device: torch.device, **options: Any) -> Accelerator:
-    """This process among those that act as one. Who is among them its first run tells, on whatever device it was."""
+def join_processes(device: torch.device, **options: Any) -> Accelerator:
+    """This process among those that `accelerate launch` started; the first run of a process decides which these are."""
     return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no", **options)
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:
-    """AdamW; on a CUDA card the kind that skips an update by itself where loss scaling asks it to: others wait to know."""
+    """AdamW; on CUDA the fused one, which skips updates with overflows by itself, where others make the CPU wait to know."""
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
-def refuse_changed(before: dict[str, Any], now: dict[str, Any], where: object) -> None:
-    """Raises ValueError where a run with the settings `now` cannot go on with what one with `before` left."""
-    if changed := [name for name, value in now.items() if before.get(name) != value]:
-        raise ValueError(f"{where} is of a run with other settings ({', '.join(changed)}); use another folder")
+# ---- folders checkpoint-N that are there whole or not at all
 
 
-def restored(
-    folder: Path | None, asked: str | None, *, parts: Mapping[str, Any], identity: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What the asked checkpoint of a run holds, with `parts` set to it; None for a new run.
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).exists()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
-    Raises ValueError where it is of a run with another `identity`, and what `checkpoints.find` raises.
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, weights: Callable[[Path], None], keep: int) -> None:
+    """Write checkpoint-`step` with `state` and what `weights(path)` writes; then delete all but the last `keep`.
+
+    Raises OSError where it cannot be written (a full disk, say); earlier checkpoints stay.
     """
-    path = find(folder, asked) if folder else None
-    if path is None:
+    path, part = folder / f"checkpoint-{step}", folder / "checkpoint.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        weights(part)
+        torch.save(state, part / STATE)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        shutil.rmtree(part, ignore_errors=True)
+        whole = [p.name for p in checkpoints(folder)]
+        raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def find_checkpoint(folder: Path, asked: str | None) -> Path | None:
+    """The checkpoint to resume from: None for a new run, also where "latest" finds none.
+
+    Raises ValueError for a checkpoint that is not there, or a new run in the folder of an old one.
+    """
+    known = checkpoints(folder)
+    if asked is None:
+        if known:
+            raise ValueError(f"{folder} holds {known[-1].name} of an earlier run: resume 'latest', or use another folder")
         return None
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    refuse_changed(json.loads(state["run"]), json.loads(json.dumps(identity)), path)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state
-
-
-@torch.no_grad()
-def _set(parameters: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, to, strict=True):
-        parameter.copy_(value)
+    if asked == LATEST:
+        return known[-1] if known else None
+    if folder / asked not in known:
+        raise ValueError(f"no checkpoint {asked!r} in {folder}; known: {[LATEST, *(p.name for p in known)]}")
+    return folder / asked

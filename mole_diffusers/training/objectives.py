@@ -1,26 +1,84 @@
-"""Every term of gate training by name. Each is a function of what there is to study, and of its own options."""
+"""Every objective of gate training by name: the context and a term -> its loss. Those on pictures are here."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from mole_diffusers.training.collage import collage
-from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.distill import base, composed, separate, single
+import torch
+
+from mole_diffusers.training.config import CollageTerm, DenoiseTerm
+from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, require
+from mole_diffusers.training.data import Samples, encode_pixels
+from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample, training_scheduler
+from mole_diffusers.training.distillation import base, composed, separate, single
+from mole_diffusers.training.losses import side_by_side
 from mole_diffusers.training.rewards import clip, rollout
-from mole_diffusers.training.study import Study, Term, need
 
 
-def denoise(study: Study, *, guidance: float = 1.0) -> Term:
-    """The diffusion loss on pictures with captions; `guidance` other than 1 fits the guided prediction to them."""
-    samples = need(study.lesson.samples, "denoise", "pictures")
-    return lambda draw: denoising_loss(study.pipe, samples, draw, guidance=guidance)
+def denoise(context: TrainingContext, term: DenoiseTerm) -> LossFn:
+    """The diffusion loss on pictures with captions."""
+    samples = require(context.data.samples, "denoise", "pictures")
+    return lambda draw: denoising_loss(context.pipe, samples, draw, guidance=term.guidance)
 
 
-OBJECTIVES: dict[str, Callable[..., Term]] = {
+def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
+    """The diffusion loss on collages: each subject of a prompt drawn with its own experts, shrunk, set side by side. Ours.
+
+    A sum of LoRAs mixes subjects up. A collage shows each subject as its own LoRA draws it, under the composed prompt, so
+    the gates learn to keep them apart. It needs the `parts` of a composed prompt. Where these leave out a style, `redraw`
+    draws it over the collage, which then is where the style starts: subjects first, the style in the remaining steps.
+
+    Raises ValueError for training data without parts, or a `redraw` outside 0..1.
+    """
+    if not 0 <= term.redraw <= 1:
+        raise ValueError(f"redraw must be from 0 to 1, got {term.redraw}")
+    prompts = require(context.data.parts, "collage", "the parts of composed prompts")
+    generator = torch.Generator().manual_seed(context.seed)
+    sampler: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance}
+    latents, captions = [], []
+    for prompt, parts in prompts.items():
+        drawn = [
+            draw_part(context, part, generator, seeds=term.seeds, **sampler)
+            for part in context.bar(parts, "pictures of each subject")
+        ]
+        picks = torch.randint(0, term.seeds, (len(parts), term.pictures), generator=generator)
+        sheets = side_by_side(torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)]))
+        sheets = encode_pixels(context.pipe, sheets)  # [pictures, C, h, w]
+        if redrawn := round(term.steps * term.redraw):
+            sheets = redraw(context, sheets, prompt, generator, start=term.steps - redrawn, **sampler)
+        latents.append(sheets)
+        captions += [prompt] * term.pictures
+    samples = Samples(torch.cat(latents), captions)
+    return lambda draw: denoising_loss(context.pipe, samples, draw, guidance=term.guidance)
+
+
+@torch.no_grad()
+def draw_part(
+    context: TrainingContext, prompt: str, generator: torch.Generator, *, seeds: int, steps: int, guidance: float
+) -> torch.Tensor:
+    """Pictures [seeds, 3, H, W] of a prompt, drawn with the experts whose triggers it has, at their strengths."""
+    pipe, mixture = context.pipe, context.mixture
+    noise = torch.randn(seeds, *latent_shape(pipe), generator=generator).to(pipe.device)
+    with mixture.fixed({name: mixture.strength(name) for name in experts_in(mixture, prompt)}):
+        return decode(pipe, sample(pipe, noise, [prompt] * seeds, steps=steps, guidance=guidance))
+
+
+@torch.no_grad()
+def redraw(
+    context: TrainingContext, latents: torch.Tensor, prompt: str, generator: torch.Generator, *, start: int, **sampler: Any
+) -> torch.Tensor:
+    """Latents [B, C, h, w] noised to the level of step `start` and drawn from there with the plain sum of all experts."""
+    pipe, mixture = context.pipe, context.mixture
+    scheduler = training_scheduler(pipe)
+    scheduler.set_timesteps(sampler["steps"])
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = scheduler.add_noise(latents, noise, scheduler.timesteps[start].expand(len(latents)))
+    with mixture.fixed({name: mixture.strength(name) for name in mixture.experts}):
+        return sample(pipe, noisy.to(pipe.device), [prompt] * len(latents), start=start, **sampler).cpu()
+
+
+OBJECTIVES: dict[str, Callable[[TrainingContext, Any], LossFn]] = {
     "single": single,
     "composed": composed,
     "base": base,
@@ -30,27 +88,3 @@ OBJECTIVES: dict[str, Callable[..., Term]] = {
     "collage": collage,
     "rollout": rollout,
 }
-BALANCE = "balance"  # reads the gates while the other terms run
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """How one term takes part: its weight, its rows per update (None: the run's), and its own options."""
-
-    weight: float
-    batch: int | None
-    options: dict[str, Any]
-
-
-def parse(name: str, given: float | Mapping[str, Any]) -> Weighted:
-    """A weight, or {"weight", "batch", option: value} -> Weighted; ValueError names what is known."""
-    options: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"weight": given}
-    if name not in (*OBJECTIVES, BALANCE):
-        raise ValueError(f"unknown term {name!r}; known: {[*OBJECTIVES, BALANCE]}")
-    weight, batch = options.pop("weight", 1.0), options.pop("batch", None)
-    known = [*inspect.signature(OBJECTIVES[name]).parameters][1:] if name in OBJECTIVES else []
-    if unknown := set(options) - set(known):
-        raise ValueError(f"unknown options {sorted(unknown)} of the {name} term; known: {['weight', 'batch', *known]}")
-    if not isinstance(weight, int | float) or not weight >= 0:
-        raise ValueError(f"the weight of the {name} term must be 0 or more, got {weight!r}")
-    return Weighted(float(weight), batch, options)

@@ -1,95 +1,139 @@
-"""Objectives that look at pictures: what a CLIP says of them, with its gradient."""
+"""Objectives in which a CLIP looks at the pictures that the gates draw, with its gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mole_diffusers.functional import onto
-from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.config import ClipTerm, RolloutTerm
+from mole_diffusers.training.context import LossFn, TrainingContext, negatives, require
 from mole_diffusers.training.data import Draw, Samples
 from mole_diffusers.training.denoising import decode, latent_shape, predict, sample, training_scheduler
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
-from mole_diffusers.training.study import Study, Term, need, negatives
+
+HALF = (0.5, 0.5, 0.5)
 
 
-def rollout(study: Study, *, steps: int = 8, guidance: float = 3.0, checkpointing: bool = False) -> Term:
+@dataclass(frozen=True)
+class Clip:
+    """A frozen transformers CLIPModel with its tokenizer, and the mean and deviation of its pictures in 0..1."""
+
+    model: Any
+    tokenizer: Any
+    mean: Sequence[float] = HALF
+    std: Sequence[float] = HALF
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The learned inverse temperature: logits are this times the cosines."""
+        return self.model.logit_scale.exp()
+
+    @torch.no_grad()
+    def text(self, captions: Sequence[str]) -> torch.Tensor:
+        """[P, D] features of length 1."""
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = ids.to(self.model.device)
+        pooled = self.model.text_model(**ids).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in -1..1, as the autoencoder decodes them -> [B, D] features of length 1, with gradient."""
+        mean, std = (onto(torch.tensor(v), pixels.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
+        side = self.model.config.vision_config.image_size
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        x = ((pixels / 2 + 0.5).clamp(0, 1) - mean) / std
+        pooled = self.model.vision_model(pixel_values=x.to(self.model.dtype)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+
+def read_clip(source: str | Path, *, device: Any = "cpu", tokenizer: Any = None) -> Clip:
+    """Load a CLIP from a folder or hub id, frozen, fp32.
+
+    Args:
+        tokenizer: instead of that of `source`, where it has none.
+
+    Raises:
+        OSError: there is no CLIP, or it has no tokenizer.
+    """
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    if tokenizer is None:
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    try:
+        processor = CLIPImageProcessor.from_pretrained(source)
+    except OSError:  # it has none: pictures in -1..1
+        return Clip(model, tokenizer)
+    return Clip(model, tokenizer, tuple(processor.image_mean), tuple(processor.image_std))
+
+
+# ---- the whole rollout
+
+
+def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
     """DRaFT (Clark et al., 2023): a whole guided DDIM rollout from noise, differentiated through every step.
 
     The reward is a CLIP's: of the composed caption and captions that each lack one concept, which fits the picture?
-    Cross-entropy, 0 when it is sure of the composed one. Pictures are shifted, blurred and noised a little before they are
-    judged, so that no pattern of single pixels can please the CLIP.
-
-    Args:
-        steps: of the rollout; more cost memory and time in proportion.
-        guidance: classifier-free guidance, 1 is without.
-        checkpointing: keep one step's activations at a time, for about a third more time.
+    Cross-entropy, 0 when it is sure of the composed one. Pictures are shifted, blurred and noised a little before the CLIP
+    sees them, so that no pattern of single pixels can please it.
     """
-    clip: Clip = need(study.clip, "rollout", "a CLIP")
-    prompts = list(need(study.lesson.composed, "rollout", "composed prompts"))
-    captions = [clip.text([prompt, *negatives(study, prompt)]) for prompt in prompts]  # [1 + negatives, D] each
+    clip: Clip = require(context.clip, "rollout", "a CLIP")
+    prompts = list(require(context.data.composed, "rollout", "composed prompts"))
+    captions = [clip.text([prompt, *negatives(context, prompt)]) for prompt in prompts]  # [1 + negatives, D] each
 
-    def term(draw: Draw) -> torch.Tensor:
+    def loss(draw: Draw) -> torch.Tensor:
         which = draw.choice(len(prompts))
-        noise = onto(draw.normal(*latent_shape(study.pipe)), study.pipe.device)
-        texts = [prompts[i] for i in which]
-        x = sample(study.pipe, noise, texts, steps=steps, guidance=guidance, checkpointing=checkpointing)
-        features = clip.image(_softened(decode(study.pipe, x), draw))  # [B, D]
+        noise = onto(draw.normal(*latent_shape(context.pipe)), context.pipe.device)
+        options: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance, "checkpointing": term.checkpointing}
+        x = sample(context.pipe, noise, [prompts[i] for i in which], **options)
+        features = clip.image(_augmented(decode(context.pipe, x), draw))  # [B, D]
         losses = [caption_loss(row, captions[i], clip.scale) for row, i in zip(features, which, strict=True)]
         return torch.stack(losses).mean()
 
-    return term
+    return loss
 
 
-def _softened(pictures: torch.Tensor, draw: Draw) -> torch.Tensor:
+def _augmented(pictures: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Moved by up to 4 % of the side, blurred a little or not at all, with noise of up to 5 % of the range."""
     shift, blur = 0.08 * (draw.uniform(2) - 0.5), draw.uniform()
     noise = 0.1 * draw.uniform(1, 1, 1) * draw.normal(*pictures.shape[1:])
     return softened(pictures, *(onto(v, pictures.device) for v in (shift, blur, noise)))
 
 
-def clip(
-    study: Study,
-    *,
-    lengths: Sequence[int] = (20, 50),
-    start: float = 0.1,
-    steps: int = 2,
-    last: float = 1.0,
-    clean: bool = False,
-    templates: Sequence[str] = ("{}",),
-) -> Term:
-    """MoLE's L_D as its authors ran it: a CLIP looks at every step on the way from a noised concept picture.
+# ---- step by step, as in MoLE
+
+
+def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
+    """MoLE's L_D as its authors ran it: a CLIP looks at every step from a noised concept picture to a composed one.
 
     A trajectory of ancestral sampling without guidance starts from a concept picture, almost all noise, and follows the
     composed prompt to its end over several updates. The gradient goes through one step of the UNet at a time.
-
-    Args:
-        lengths: least and most steps of a trajectory, drawn evenly.
-        start: the first step lies within this share of the trajectory, 0..1; 0.1 is t >= 0.9 T.
-        steps: denoising steps per update, whose losses are summed.
-        last: the loss counts in this last share of the trajectory, 0..1; the authors' is 1.
-        clean: look at the predicted clean picture instead of the half-denoised one.
-        templates: texts are averaged over these ("a photo of {}"); the authors took ImageNet's.
     """
-    judge: Clip = need(study.clip, "clip", "a CLIP")
-    prompts = list(need(study.lesson.composed, "clip", "composed prompts"))
-    samples: Samples = need(study.lesson.samples, "clip", "pictures")
-    captions, sources = (_text(judge, texts, templates) for texts in (prompts, samples.captions))  # [P, D], [S, D]
+    judge: Clip = require(context.clip, "clip", "a CLIP")
+    prompts = list(require(context.data.composed, "clip", "composed prompts"))
+    samples: Samples = require(context.data.samples, "clip", "pictures")
+    captions, sources = (_text(judge, texts, term.templates) for texts in (prompts, samples.captions))  # [P, D], [S, D]
 
-    def term(draw: Draw) -> torch.Tensor:
-        losses, mine = [], f"clip {draw.index}"
-        for _ in range(steps):
-            way = study.kept.get(mine) or _begin(study, judge, draw, lengths=lengths, start=start, last=last)
-            following, seen = _advance(study, draw, way, clean=clean)
-            pictures = judge.image(decode(study.pipe, seen))
-            texts = torch.stack([captions[i] for i in way["prompts"]]), torch.stack([sources[i] for i in way["pictures"]])
-            losses.append(mole_clip_loss(pictures, way["looks"], *texts))
-            study.kept[mine] = following if following["at"] < following["length"] else None
+    def loss(draw: Draw) -> torch.Tensor:
+        losses, key = [], f"clip {draw.index}"
+        for _ in range(term.steps):
+            now = context.state.get(key) or _start(context, judge, draw, term)
+            after, latents = _advance(context, draw, now, clean=term.clean)
+            pictures = judge.image(decode(context.pipe, latents))
+            texts = torch.stack([captions[i] for i in now["prompts"]]), torch.stack([sources[i] for i in now["pictures"]])
+            losses.append(mole_clip_loss(pictures, now["looks"], *texts))
+            context.state[key] = after if after["at"] < after["length"] else None
         return torch.stack(losses).sum()
 
-    return term
+    return loss
 
 
 def _text(judge: Clip, captions: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
@@ -97,32 +141,38 @@ def _text(judge: Clip, captions: Sequence[str], templates: Sequence[str]) -> tor
 
 
 @torch.no_grad()
-def _begin(study: Study, judge: Clip, draw: Draw, *, lengths: Sequence[int], start: float, last: float) -> dict[str, Any]:
-    """A trajectory from concept pictures, brought to the first step that counts, and what the CLIP sees in the pictures."""
-    pipe, samples, prompts = study.pipe, study.lesson.samples, study.lesson.composed
+def _start(context: TrainingContext, judge: Clip, draw: Draw, term: ClipTerm) -> dict[str, Any]:
+    """A new trajectory, at the first step that counts: tensors and numbers, which checkpoints save.
+
+    "x" are the latents [B, C, H, W] after "at" of "length" steps, "pictures" and "prompts" say from where to where, and
+    "looks" are the CLIP's features [B, D] of those pictures.
+    """
+    pipe, samples, prompts = context.pipe, context.data.samples, context.data.composed
     assert samples is not None
-    length = int(torch.randint(lengths[0], lengths[1] + 1, (), generator=draw.generator))
-    at = int(torch.randint(0, int(start * (length - 1)) + 1, (), generator=draw.generator))
+    length = int(torch.randint(term.lengths[0], term.lengths[1] + 1, (), generator=draw.generator))
+    at = int(torch.randint(0, int(term.start * (length - 1)) + 1, (), generator=draw.generator))
     pictures, texts = draw.choice(len(samples.latents)), draw.choice(len(prompts))
     latents, scheduler = samples.latents[pictures], training_scheduler(pipe)
     scheduler.set_timesteps(length)
     noise = draw.normal(*latents.shape[1:])
     x = onto(scheduler.add_noise(latents, noise, scheduler.timesteps[at].expand(len(latents))), pipe.device)
-    looks = judge.image(decode(pipe, onto(latents, pipe.device)))  # [B, D]
-    way: dict[str, Any] = {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
-    while way["at"] < int((1 - last) * length):
-        way, _ = _advance(study, draw, way)
-    return way
+    looks = judge.image(decode(pipe, onto(latents, pipe.device)))
+    now: dict[str, Any] = {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
+    while now["at"] < int((1 - term.last) * length):
+        now, _ = _advance(context, draw, now)
+    return now
 
 
-def _advance(study: Study, draw: Draw, way: dict[str, Any], *, clean: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
-    """One step of ancestral sampling (DDIM with eta 1): the trajectory after it, and the latents that are looked at."""
-    scheduler = training_scheduler(study.pipe)
-    scheduler.set_timesteps(way["length"])
-    x, t = way["x"], scheduler.timesteps[way["at"]]
-    timesteps, prompts = onto(t.expand(len(x)), x.device), [study.lesson.composed[i] for i in way["prompts"]]
-    prediction = predict(study.pipe, x, timesteps, prompts)
+def _advance(
+    context: TrainingContext, draw: Draw, now: dict[str, Any], *, clean: bool = False
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """One step of ancestral sampling (DDIM with eta 1): the trajectory after it, and the latents that the CLIP sees."""
+    scheduler = training_scheduler(context.pipe)
+    scheduler.set_timesteps(now["length"])
+    x, t = now["x"], scheduler.timesteps[now["at"]]
+    timesteps, prompts = onto(t.expand(len(x)), x.device), [context.data.composed[i] for i in now["prompts"]]
+    prediction = predict(context.pipe, x, timesteps, prompts)
     noise = onto(draw.normal(*x.shape[1:]), x.device)
-    after = scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise)
-    following = way | {"x": after.prev_sample.detach(), "at": way["at"] + 1}
-    return following, after.pred_original_sample if clean else after.prev_sample
+    step = scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise)
+    after = now | {"x": step.prev_sample.detach(), "at": now["at"] + 1}
+    return after, step.pred_original_sample if clean else step.prev_sample

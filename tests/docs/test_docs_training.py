@@ -11,7 +11,8 @@ from PIL import Image
 from mole_diffusers.cli import main, parser
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import tiny_pipeline
-from mole_diffusers.training.objectives import BALANCE, OBJECTIVES
+from mole_diffusers.training.config import BALANCE
+from mole_diffusers.training.objectives import OBJECTIVES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 

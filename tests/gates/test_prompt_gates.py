@@ -192,9 +192,10 @@ def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
 
 def test_training_uses_its_own_balance_loss(pipe, loras):
     from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.loop import Lesson, train_gates
+    from mole_diffusers.training.data import TrainingData
+    from mole_diffusers.training.gate_trainer import train_gates
 
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("prompt", top=1))
     config = GateTraining({"base": 1.0, "balance": 0.01}, steps=2, batch=2)
-    log = train_gates(pipe, mixture, Lesson(plain=["a b", "c"]), config=config)
+    log = train_gates(pipe, mixture, TrainingData(plain=["a b", "c"]), config=config)
     assert 1 <= log[0]["balance"] <= 2

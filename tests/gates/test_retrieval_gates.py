@@ -8,8 +8,8 @@ from mole_diffusers.gates import Context, Layer, RetrievalGate, transforms
 from mole_diffusers.gates.retrieval import answers
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.loop import Lesson, train_gates
-from mole_diffusers.training.run import kept
+from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training.gate_trainer import drop_experts, train_gates
 
 RANKS, CIN, COUT, ROUTER = (2, 3, 1), 6, 5, 4
 MASK, NOW = torch.tensor([True, True, True]), torch.zeros(1)
@@ -93,12 +93,12 @@ def test_attaching_leaves_the_global_generator_alone(pipe, loras):
 
 def test_expert_dropout_never_leaves_none():
     generator, names = torch.Generator().manual_seed(0), ["a", "b", "c"]
-    draws = [kept(names, 0.9, generator) for _ in range(300)]
+    draws = [drop_experts(names, 0.9, generator) for _ in range(300)]
     assert {len(d) for d in draws} == {1, 2, 3}
-    half = [kept(names, 0.5, generator) for _ in range(600)]
+    half = [drop_experts(names, 0.5, generator) for _ in range(600)]
     # each stays with chance 1/2, or as the one that always does: 1/2 + 1/8 * 1/3
     assert sum("b" in d for d in half) / 600 == pytest.approx(0.5 + 1 / 24, abs=0.06)
-    assert kept(names, 0, generator) == names
+    assert drop_experts(names, 0, generator) == names
 
 
 def test_experts_that_sit_out_weigh_nothing_in_that_update(pipe, loras):
@@ -106,7 +106,7 @@ def test_experts_that_sit_out_weigh_nothing_in_that_update(pipe, loras):
     seen = []
     with mixture.listen(lambda d: seen.append(d.gates) if d.gates.requires_grad else None):
         config = GateTraining({"base": {"weight": 1.0, "seeds": 1, "steps": 1}}, steps=6, batch=2, drop=0.6)
-        train_gates(pipe, mixture, Lesson(plain=["a b"]), config=config)
+        train_gates(pipe, mixture, TrainingData(plain=["a b"]), config=config)
     active = {tuple((g.detach() != 0).flatten(0, -2).any(0).tolist()) for g in seen if g.count_nonzero()}
     assert len(active) > 1
     with pytest.raises(ValueError, match="drop must be 0 or more and less than 1, got 1"):

@@ -9,7 +9,7 @@ import mole_diffusers as mole
 from mole_diffusers.retrieval.composing import composed, fused
 from mole_diffusers.retrieval.library import LoraLibrary
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
-from mole_diffusers.training.lora_saving import save_lora
+from mole_diffusers.training.lora_adapter import save_lora
 
 PROMPTS = ["a fox", "a hat in ink", "a teapot"]
 

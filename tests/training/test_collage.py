@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers.training.collage import _again, _alone, collage
-from mole_diffusers.training.data import Draw, Samples, encode_pixels
+from mole_diffusers.training.config import CollageTerm
+from mole_diffusers.training.context import TrainingContext, experts_in
+from mole_diffusers.training.data import Draw, Samples, TrainingData, encode_pixels
 from mole_diffusers.training.denoising import decode, denoising_loss, predict, sample, training_scheduler
 from mole_diffusers.training.losses import side_by_side
-from mole_diffusers.training.study import Lesson, Study, named
+from mole_diffusers.training.objectives import collage, draw_part, redraw
 
 PROMPT = "a fox and a hat in ink"
-LESSON = Lesson(composed=[PROMPT], parts={PROMPT: ["a fox in ink", "a hat"]})
+DATA = TrainingData(composed=[PROMPT], parts={PROMPT: ["a fox in ink", "a hat"]})
 
 
 def test_pictures_stand_side_by_side_on_their_ground():
@@ -30,11 +31,10 @@ def test_pictures_stand_side_by_side_on_their_ground():
 
 def test_each_part_is_drawn_by_the_experts_that_it_names(pipe, loras):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "hat", "ink")}, "mole")
-    assert named(mixture, "a fox in ink") == ["fox", "ink"]
-    assert named(mixture, "a foxglove") == []
-    drawn = _alone(
-        Study(pipe, mixture, LESSON), "a fox in ink", torch.Generator().manual_seed(1), seeds=2, steps=2, guidance=2.0
-    )
+    assert experts_in(mixture, "a fox in ink") == ["fox", "ink"]
+    assert experts_in(mixture, "a foxglove") == []
+    context, generator = TrainingContext(pipe, mixture, DATA), torch.Generator().manual_seed(1)
+    drawn = draw_part(context, "a fox in ink", generator, seeds=2, steps=2, guidance=2.0)
     mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "sum")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -44,10 +44,10 @@ def test_each_part_is_drawn_by_the_experts_that_it_names(pipe, loras):
 
 def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, loras):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "hat", "ink")}, "mole")
-    study = Study(pipe, mixture, LESSON)
-    term = collage(study, pictures=3, seeds=1, steps=2)
+    context = TrainingContext(pipe, mixture, DATA)
+    term = collage(context, CollageTerm(pictures=3, seeds=1, steps=2))
     draw = torch.Generator().manual_seed(0)
-    parts = [_alone(study, part, draw, seeds=1, steps=2, guidance=3.0) for part in LESSON.parts[PROMPT]]
+    parts = [draw_part(context, part, draw, seeds=1, steps=2, guidance=3.0) for part in DATA.parts[PROMPT]]
     sheet = encode_pixels(pipe, side_by_side(torch.stack(parts)))
     samples = Samples(sheet.repeat(3, 1, 1, 1), [PROMPT] * 3)
     wanted = denoising_loss(pipe, samples, Draw(torch.Generator().manual_seed(5), 4), guidance=3.0)
@@ -56,15 +56,15 @@ def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, 
     gradients = torch.autograd.grad(found, mixture.parameters(), allow_unused=True)
     assert any(g is not None and g.abs().sum() > 0 for g in gradients)
     with pytest.raises(ValueError, match="collage term needs the parts"):
-        collage(replace(study, lesson=Lesson(composed=[PROMPT])))
+        collage(replace(context, data=TrainingData(composed=[PROMPT])), CollageTerm())
 
 
 def test_a_collage_is_redrawn_by_the_sum_from_the_asked_noise_level(pipe, loras):
     names = ("fox", "hat", "ink")
     mixture = mole.attach(pipe, {n: loras[n] for n in names}, "mole")
     latents, generator = torch.randn(1, 4, 16, 16), torch.Generator()
-    study = Study(pipe, mixture, LESSON)
-    found = _again(study, latents, PROMPT, generator.manual_seed(3), steps=4, start=2, guidance=2.0)
+    context = TrainingContext(pipe, mixture, DATA)
+    found = redraw(context, latents, PROMPT, generator.manual_seed(3), steps=4, start=2, guidance=2.0)
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(4)
     noise = torch.randn(1, 4, 16, 16, generator=generator.manual_seed(3))
@@ -76,7 +76,7 @@ def test_a_collage_is_redrawn_by_the_sum_from_the_asked_noise_level(pipe, loras)
             x = scheduler.step(empty + 2.0 * (full - empty), t, x).prev_sample
     torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="redraw must be from 0 to 1, got 2"):
-        collage(study, redraw=2)
+        collage(context, CollageTerm(redraw=2))
 
 
 def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):

@@ -7,17 +7,24 @@ from safetensors.torch import load_file
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
-from mole_diffusers.training.concept import ConceptConfig, save_kohya, save_lora, train_lora
-from mole_diffusers.training.data import Samples, encode, read_folder
+from mole_diffusers.training.config import DistillationTerm, LoraTraining
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import Samples, TrainingData, encode, read_folder
 from mole_diffusers.training.denoising import predict
+from mole_diffusers.training.distillation import (
+    attention_maps,
+    composed_teacher,
+    sample_trajectories,
+    single_teacher,
+    trigger_tokens,
+)
+from mole_diffusers.training.lora_adapter import save_kohya, save_lora
+from mole_diffusers.training.lora_trainer import train_lora
 from mole_diffusers.training.losses import composed_target, recovery_error, territory
-from mole_diffusers.training.study import Lesson
-from mole_diffusers.training.teachers import attention_maps, composed_teacher, remember, single_teacher, trigger_tokens
 
 TEACH = {"seeds": 2, "steps": 3}
 BOTH = {"single": TEACH, "composed": TEACH}
 SHORT = {"batch": 4, "steps": 6, "every": 3}
-LESSON = Lesson({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"])
 
 
 def gates_of(mixture):
@@ -101,27 +108,30 @@ def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
         torch.testing.assert_close(predict(pipe, x, t, prompts), fox, atol=1e-6, rtol=0)
 
 
-def test_what_is_remembered_is_what_the_teacher_says(pipe, loras):
+def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     teach = single_teacher(pipe, mixture, "fox")
-    memory = remember(pipe, teach, ["a fox"], seeds=2, steps=3, guidance=3.0, seed=0)
-    assert memory.x.shape == (3 * 2 * 2, 4, 16, 16)
+    context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    assert stored.x.shape == (3 * 2 * 2, 4, 16, 16)
     with torch.no_grad():
-        live, base = teach(memory.x[4:8], memory.timesteps[4:8], memory.prompts[4:8])
-    torch.testing.assert_close(live, memory.targets[4:8], atol=1e-5, rtol=1e-4)
-    assert memory.norms[4].item() == pytest.approx((live - base)[:2].square().mean().item(), rel=1e-4)
+        live, base = teach(stored.x[4:8], stored.timesteps[4:8], stored.prompts[4:8])
+    torch.testing.assert_close(live, stored.targets[4:8], atol=1e-5, rtol=1e-4)
+    assert stored.norms[4].item() == pytest.approx((live - base)[:2].square().mean().item(), rel=1e-4)
 
 
 def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     """L1 of an ungated single expert is 0, and 1 where the expert weighs nothing."""
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    memory = remember(pipe, single_teacher(pipe, mixture, "fox"), ["a fox"], seeds=2, steps=2, guidance=2.0, seed=0)
+    term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
+    context, teach = TrainingContext(pipe, mixture, TrainingData()), single_teacher(pipe, mixture, "fox")
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
     with torch.no_grad():
-        student = predict(pipe, memory.x, memory.timesteps, memory.prompts)
-        assert recovery_error(student, memory.targets, memory.norms).item() == pytest.approx(0, abs=1e-6)
+        student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
+        assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(0, abs=1e-6)
         with mixture.fixed({}):
-            student = predict(pipe, memory.x, memory.timesteps, memory.prompts)
-        assert recovery_error(student, memory.targets, memory.norms).item() == pytest.approx(1, rel=1e-4)
+            student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
+        assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(1, rel=1e-4)
 
 
 def pictures(folder, count=3):
@@ -153,7 +163,7 @@ def test_a_folder_of_pictures(pipe, tmp_path):
 def test_concept_training_gives_an_ordinary_lora(pipe, draw, tmp_path, save):
     base, keys = draw(pipe), list(pipe.unet.state_dict())
     samples = Samples(torch.randn(4, 4, 16, 16), ["a fox"] * 4)
-    config = ConceptConfig(rank=2, alpha=1.0, layers=("attention", "feed-forward", "convolution"), steps=4, batch=2, lr=1e-2)
+    config = LoraTraining(rank=2, alpha=1.0, layers=("attention", "feed-forward", "convolution"), steps=4, batch=2, lr=1e-2)
     tensors = train_lora(pipe, samples, config)
     assert torch.equal(draw(pipe), base)
     assert list(pipe.unet.state_dict()) == keys
@@ -173,16 +183,14 @@ def test_concept_training_gives_an_ordinary_lora(pipe, draw, tmp_path, save):
 
 def test_concept_training_from_an_earlier_lora(pipe, tmp_path):
     samples = Samples(torch.randn(4, 4, 16, 16), ["a fox"] * 4)
-    config = ConceptConfig(rank=2, alpha=2.0, steps=3, batch=2)
+    config = LoraTraining(rank=2, alpha=2.0, steps=3, batch=2)
     first = train_lora(pipe, samples, config)
-    still = train_lora(
-        pipe, samples, ConceptConfig(rank=2, alpha=2.0, steps=1, batch=2, lr=1e-12, text_lr=1e-12), init=first
-    )
+    still = train_lora(pipe, samples, LoraTraining(rank=2, alpha=2.0, steps=1, batch=2, lr=1e-12, text_lr=1e-12), init=first)
     for key, tensor in first.items():
         torch.testing.assert_close(still[key], tensor, atol=1e-6, rtol=1e-4)
     save_lora(first, tmp_path / "x.safetensors", alpha=2.0, rank=2)
     assert load_file(tmp_path / "x.safetensors").keys() == first.keys()
     with pytest.raises(ValueError, match="unknown layers"):
-        ConceptConfig(layers=("attn",))
+        LoraTraining(layers=("attn",))
     with pytest.raises(ValueError, match="1 or more"):
-        ConceptConfig(rank=0)
+        LoraTraining(rank=0)

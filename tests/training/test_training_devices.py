@@ -15,12 +15,11 @@ import torch
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import Samples
-from mole_diffusers.training.loop import setup, train_gates, update
+from mole_diffusers.training.config import DenoiseTerm, GateTraining
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.run import only_gates_move, settle
-from mole_diffusers.training.study import Lesson, Study
 
 CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 DEVICES = [pytest.param("cpu", marks=pytest.mark.thorough), pytest.param("cuda", marks=CARD)]
@@ -34,7 +33,7 @@ def train(files, device, config=SHORT, *, folder=None, compile=None, resume=None
     mixture = mole.attach(pipe, files, "mole")
     if compile is not None:
         pipe.unet.compile(backend=compile)
-    log = train_gates(pipe, mixture, Lesson(samples=PICTURES), config=config, folder=folder, resume_from=resume)
+    log = train_gates(pipe, mixture, TrainingData(samples=PICTURES), config=config, folder=folder, resume_from=resume)
     return {f"{p}.{k}": v.cpu() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}, log
 
 
@@ -74,17 +73,18 @@ def test_a_compiled_unet_learns_the_same(loras, device):
 def test_an_update_waits_for_no_card(loras, precision):
     """The driver's own word; `test_training_waits.py` asks the same of the meta device."""
     pipe = tiny_pipeline().to("cuda")
-    study = Study(pipe, mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole"), Lesson(samples=PICTURES))
-    run = setup(study, replace(SHORT, precision=precision, ema=0.9), folder=None, success=None)
-    run.terms = {"denoise": OBJECTIVES["denoise"](study)}
-    with only_gates_move(run):
-        update(run, 0)
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES))
+    trainer = GateTrainer(context, replace(SHORT, precision=precision, ema=0.9))
+    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, DenoiseTerm())}
+    with trainer.only_gates_learn():
+        trainer.update(0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            update(run, 1)
+            trainer.update(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert len(settle(run)) == 4
+        assert len(trainer.read_log()) == 4
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,15 +13,14 @@ import mole_diffusers as mole
 from mole_diffusers.cli import main
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.testing import tiny_pipeline
-from mole_diffusers.training import checkpoints
-from mole_diffusers.training.concept import ConceptConfig, train_lora
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import Samples
-from mole_diffusers.training.loop import train_gates
-from mole_diffusers.training.study import Lesson
+from mole_diffusers.training import engine
+from mole_diffusers.training.config import GateTraining, LoraTraining
+from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.lora_trainer import train_lora
 
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
-CONCEPT = ConceptConfig(rank=4, steps=4, batch=2, lr=1e-2, every=2)
+CONCEPT = LoraTraining(rank=4, steps=4, batch=2, lr=1e-2, every=2)
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def gates(loras, folder, **options):
     mixture = mole.attach(tiny_pipeline(), {n: loras[n] for n in ("fox", "ink")}, "mole")
     config = GateTraining({"denoise": 1.0}, batch=2, steps=4, every=2)
     pipe = mixture._pipe
-    train_gates(pipe, mixture, Lesson(samples=PICTURES), config=config, folder=folder, **options)
+    train_gates(pipe, mixture, TrainingData(samples=PICTURES), config=config, folder=folder, **options)
     return {f"{part}.{k}": v.clone() for part, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
@@ -51,7 +50,7 @@ def concept(loras, folder, **options):
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(loras, tmp_path, train, weights):
     """Full at the weights, and at the state beside them; both later go on to what an undisturbed run gives."""
     wanted = train(loras, tmp_path / "whole")
-    sizes = [(tmp_path / "whole" / "checkpoint-2" / name).stat().st_size for name in (weights, checkpoints.STATE)]
+    sizes = [(tmp_path / "whole" / "checkpoint-2" / name).stat().st_size for name in (weights, engine.STATE)]
     for size in (sizes[0] // 2, (sizes[0] + sizes[1]) // 2):
         folder = tmp_path / str(size)
 
@@ -83,7 +82,7 @@ def test_a_concept_that_goes_wrong_stops_keeps_its_checkpoint_and_is_named(tmp_p
     wild = replace(CONCEPT, lr=1e30, every=1)
     with pytest.raises(ValueError, match=r"the loss is not finite at step 1: .*; sks fox: a lower rate"):
         train_lora(tiny_pipeline(), PICTURES, wild, name="sks fox", folder=tmp_path)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [p.name for p in engine.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 

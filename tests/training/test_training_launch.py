@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mole_diffusers.cli import main
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
-from mole_diffusers.training.checkpoints import STATE, checkpoints
+from mole_diffusers.training.engine import STATE, checkpoints
 
 pytestmark = pytest.mark.thorough
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # bits depend on how many threads add numbers up

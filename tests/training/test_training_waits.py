@@ -15,14 +15,13 @@ import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching import processor
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
-from mole_diffusers.training import concept
-from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import Samples
-from mole_diffusers.training.loop import setup, train_gates, update
+from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
+from mole_diffusers.training.lora_trainer import LoraTrainer
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.run import only_gates_move, resume
-from mole_diffusers.training.study import Lesson, Study
+from mole_diffusers.training.rewards import Clip
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {
@@ -96,59 +95,58 @@ def meta(monkeypatch):
     return pipe, clip, leave
 
 
-TERMS = [pytest.param(t, "mole", marks=[pytest.mark.thorough] if t == "composed" else []) for t in OBJECTIVES]
+EACH = [pytest.param(t, "mole", marks=[pytest.mark.thorough] if t == "composed" else []) for t in OBJECTIVES]
 OTHERS = [pytest.param("denoise", f, marks=pytest.mark.thorough) for f in FAMILIES if f not in ("sum", "mean", "mole")]
 
 
-@pytest.mark.parametrize(("term", "family"), [*TERMS, *OTHERS])
+@pytest.mark.parametrize(("term", "family"), [*EACH, *OTHERS])
 def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
     pipe, clip, leave = meta
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, family)
-    lesson = Lesson(
+    data = TrainingData(
         {"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"],
         parts={"a fox in ink": ["a fox", "ink art"]}, samples=PICTURES,
     )  # fmt: skip
-    study = Study(pipe, mixture, lesson, clip)
-    terms = {} if term in LIVE else {term: OBJECTIVES[term](study, **OPTIONS[term])}
+    context = TrainingContext(pipe, mixture, data, clip)
+    terms = {} if term in LIVE else {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
     leave()
-    terms = terms or {term: OBJECTIVES[term](study, **OPTIONS[term])}
+    terms = terms or {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
     config = GateTraining({term: 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
-    run = setup(study, config, folder=None, success=None)
-    run.terms = terms
-    with only_gates_move(run):
-        assert waits(lambda i: update(run, i)) == []
-    assert len(run.engine.pending) == 2
+    trainer = GateTrainer(context, config)
+    trainer.loss_fns = terms
+    with trainer.only_gates_learn():
+        assert waits(lambda i: trainer.update(i)) == []
+    assert len(trainer.engine.pending) == 2
 
 
 @pytest.mark.filterwarnings("ignore:for gates")  # their values are gone
 def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
     pipe, clip, leave = meta
     files = {n: loras[n] for n in ("fox", "ink")}
-    lesson = Lesson(composed=["a fox in ink"], samples=PICTURES)
+    data = TrainingData(composed=["a fox in ink"], samples=PICTURES)
     config = GateTraining({"clip": {"lengths": (3, 3), "start": 0.0}}, batch=2, steps=2, every=1, ema=0.9)
-    train_gates(pipe, mole.attach(pipe, files, "mole"), lesson, config=config, clip=clip, folder=tmp_path)
+    train_gates(pipe, mole.attach(pipe, files, "mole"), data, config=config, clip=clip, folder=tmp_path)
     mole.detach(pipe)
     mixture = mole.attach(pipe, files, "mole")
     leave()
-    run = setup(Study(pipe, mixture, lesson, clip), config, folder=tmp_path, success=None)
-    resume(run, "checkpoint-1")
-    way, state = run.study.kept["clip 0"], run.engine.optimizer.state
-    found = [way["x"], way["looks"], *run.ema.shadow_params, *(state[p]["exp_avg"] for p in run.parameters)]
+    trainer = GateTrainer(TrainingContext(pipe, mixture, data, clip), config, folder=tmp_path)
+    trainer.resume("checkpoint-1")
+    way, state = trainer.context.state["clip 0"], trainer.engine.optimizer.state
+    found = [way["x"], way["looks"], *trainer.ema.shadow_params, *(state[p]["exp_avg"] for p in trainer.engine.parameters)]
     assert all(tensor.is_meta for tensor in found)
-    assert run.engine.device.type == "meta"
-    run.terms = {"clip": OBJECTIVES["clip"](run.study, lengths=(3, 3), start=0.0)}
-    with only_gates_move(run):
-        update(run, 1)
+    assert trainer.engine.device.type == "meta"
+    trainer.loss_fns = {"clip": OBJECTIVES["clip"](trainer.context, ClipTerm(lengths=(3, 3), start=0.0))}
+    with trainer.only_gates_learn():
+        trainer.update(1)
 
 
 def test_an_update_of_a_concept_waits_for_nothing(meta):
     pipe, _, leave = meta
     leave()
-    config = concept.ConceptConfig(rank=8, steps=2, batch=2, beam=True)
+    config = LoraTraining(rank=8, steps=2, batch=2, beam=True)
     with ExitStack() as undo:
-        run = concept.setup(pipe, {"concept": PICTURES, "prior": PICTURES}, config, undo, folder=None)
-        update = lambda i: run.engine.update(lambda index, shares: concept._numbers(run, i, index, shares))  # noqa: E731
-        assert waits(update) == []
+        trainer = LoraTrainer(pipe, {"concept": PICTURES, "prior": PICTURES}, config, undo)
+        assert waits(trainer.update) == []
 
 
 def test_what_waits_is_noticed():

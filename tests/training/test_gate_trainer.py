@@ -12,20 +12,18 @@ from PIL import Image
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
-from mole_diffusers.training import checkpoints
-from mole_diffusers.training.clip import Clip
+from mole_diffusers.training import engine
 from mole_diffusers.training.config import GateTraining, Validation
-from mole_diffusers.training.data import Samples
-from mole_diffusers.training.loop import train_gates
+from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.gate_trainer import parameter_groups, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rates import rates
-from mole_diffusers.training.study import Lesson
+from mole_diffusers.training.rewards import Clip
 
 TEACH = {"seeds": 2, "steps": 2}
 BOTH = {"single": TEACH, "composed": TEACH}
-LESSON = Lesson({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], others={"fox": ["cat"]})
+DATA = TrainingData({"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], others={"fox": ["cat"]})
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
-DRAWN = replace(LESSON, samples=PICTURES)
+DRAWN = replace(DATA, samples=PICTURES)
 SHORT = {"batch": 4, "steps": 4, "every": 2}
 DENOISE = GateTraining({"denoise": 1.0}, **SHORT)  # the cheapest term
 
@@ -82,9 +80,9 @@ def test_the_other_terms_move_only_gates(pipe, loras, clip):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="N"))
     before = {f"{i}.{n}": v.clone() for i, m in enumerate((pipe.unet, pipe.text_encoder, pipe.vae)) for n, v in state(m)}
     gates = gates_of(mixture)
-    lesson = replace(DRAWN, plain=["a cat"], parts={"a fox in ink": ["a fox", "ink art"]})
+    data = replace(DRAWN, plain=["a cat"], parts={"a fox in ink": ["a fox", "ink art"]})
     terms = {"base": TEACH, "separate": {"steps": 2}, "collage": {"pictures": 2, "seeds": 1, "steps": 1}}
-    train_gates(pipe, mixture, lesson, config=GateTraining(terms, steps=2, batch=2))
+    train_gates(pipe, mixture, data, config=GateTraining(terms, steps=2, batch=2))
     assert same(before, {f"{i}.{n}": v for i, m in enumerate((pipe.unet, pipe.text_encoder, pipe.vae)) for n, v in state(m)})
     assert any("lora_A" in name for name in before)
     assert not same(gates_of(mixture), gates)
@@ -95,11 +93,11 @@ def state(model):
     return [(name, value) for name, value in model.state_dict().items() if "mole_gates" not in name]
 
 
-def train(loras, folder, *, config=DENOISE, lesson=DRAWN, **options):
+def train(loras, folder, *, config=DENOISE, data=DRAWN, **options):
     """A run on a pipeline of its own; returns its gates and log."""
     pipe = tiny_pipeline()
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    log = train_gates(pipe, mixture, lesson, config=config, folder=folder, **options)
+    log = train_gates(pipe, mixture, data, config=config, folder=folder, **options)
     return gates_of(mixture), log
 
 
@@ -192,7 +190,7 @@ def test_rates_move_every_gates_logits_alike(loras):
         "retrieval": mole.GateConfig("retrieval"),
     }.items():
         mixture = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}, gates)
-        groups = rates(mixture.banks.values(), None)
+        groups = parameter_groups(mixture.banks.values(), None)
         assert sum(len(g["params"]) for g in groups) == len(mixture.parameters())
         found[name] = min(g["lr"] for g in groups)
     assert found["static"] == 0.05
@@ -200,7 +198,7 @@ def test_rates_move_every_gates_logits_alike(loras):
     assert found["flattened"] == pytest.approx(0.05 / 32)  # and 64 tokens of them
     assert found["flow"] == pytest.approx(0.05 / 16)  # raw states, whose entries are of size 1 each
     assert found["retrieval"] == pytest.approx(0.05 / 16)
-    assert {g["lr"] for g in rates(mixture.banks.values(), 1e-3)} == {1e-3}
+    assert {g["lr"] for g in parameter_groups(mixture.banks.values(), 1e-3)} == {1e-3}
 
 
 def test_ema_is_what_is_kept(loras, tmp_path):
@@ -208,7 +206,7 @@ def test_ema_is_what_is_kept(loras, tmp_path):
     averaged = train(loras, tmp_path, config=replace(DENOISE, ema=0.5))[0]
     first = train(loras, None, config=replace(DENOISE, steps=1, schedule="constant"))[0]
     assert not same(plain, averaged)
-    saved = torch.load(tmp_path / "checkpoint-4" / checkpoints.STATE, weights_only=True)
+    saved = torch.load(tmp_path / "checkpoint-4" / engine.STATE, weights_only=True)
     raw = {f"{p}.{k}": v for p in ("unet", "text_encoder") for k, v in saved[f"gates of {p}"].items()}
     assert same(raw, plain)
     assert first.keys() == plain.keys()
@@ -268,7 +266,7 @@ def test_weights_and_biases_gets_the_same(pipe, mixture, tmp_path, monkeypatch):
 
 def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
     train(loras, tmp_path, config=replace(DENOISE, every=1, keep=2))
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    assert [p.name for p in engine.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
     with pytest.raises(ValueError, match="holds checkpoint-4 of an earlier run: resume 'latest'"):
         train(loras, tmp_path)
     with pytest.raises(ValueError, match=r"no checkpoint 'checkpoint-9' .*\['latest', 'checkpoint-3', 'checkpoint-4'\]"):
@@ -276,9 +274,9 @@ def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train(loras, tmp_path, config=replace(DENOISE, lr=1.0), resume_from="latest")
     with pytest.raises(ValueError, match=r"other settings \(pictures\)"):
-        train(loras, tmp_path, lesson=replace(DRAWN, samples=replace(PICTURES, captions=["ink"] * 4)), resume_from="latest")
+        train(loras, tmp_path, data=replace(DRAWN, samples=replace(PICTURES, captions=["ink"] * 4)), resume_from="latest")
     with pytest.raises(ValueError, match=r"other settings \(composed\)"):
-        train(loras, tmp_path, lesson=replace(DRAWN, composed=["fox ink"]), resume_from="checkpoint-3")
+        train(loras, tmp_path, data=replace(DRAWN, composed=["fox ink"]), resume_from="checkpoint-3")
     more = replace(DENOISE, every=4, keep=1)
     assert same(*(train(loras, tmp_path, config=more, resume_from=name)[0] for name in ("checkpoint-3", "latest")))
 
@@ -306,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, 
     wrong = replace(DENOISE, lr=1e30, every=1)
     with pytest.raises(ValueError, match=r"not finite at step 1: .*'denoise'.*; every expert alone is finite"):
         train_gates(pipe, free, DRAWN, config=wrong, folder=tmp_path)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [p.name for p in engine.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert all(torch.isfinite(v).all() for v in gates_of(free).values())
     free.strength("ink", 1e38)
     with pytest.raises(ValueError, match=r"not finite at step 0: .*; expert 'ink' alone predicts what is not finite"):
@@ -323,37 +321,37 @@ def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(loras, tmp_path, mon
         near = float(len(updates) != 2)  # the root's slope at 0 is 1 / 0
         return sum((p - p.detach() + near).square().sum() for p in mixture.parameters()).sqrt()
 
-    monkeypatch.setitem(OBJECTIVES, "denoise", lambda study: rooted)
+    monkeypatch.setitem(OBJECTIVES, "denoise", lambda context, term: rooted)
     with pytest.raises(ValueError, match=r"the gradient is not finite at step 1: .*; every expert alone is finite"):
         train_gates(mixture._pipe, mixture, DRAWN, config=DENOISE, folder=tmp_path)
-    assert not checkpoints.checkpoints(tmp_path)
+    assert not engine.checkpoints(tmp_path)
     assert all(torch.isfinite(v).all() for v in gates_of(mixture).values())
 
 
-def test_bad_lessons_are_named(pipe, loras):
+def test_bad_training_data_are_named(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    fox = Lesson({"fox": ["a fox"]}, ["a fox"])
-    for terms, lesson, message in (
-        (BOTH, Lesson({}, ["a fox"]), "single term needs prompts"),
-        (BOTH, Lesson({"fox": ["a fox"]}), "composed term needs"),
+    fox = TrainingData({"fox": ["a fox"]}, ["a fox"])
+    for terms, data, message in (
+        (BOTH, TrainingData({}, ["a fox"]), "single term needs prompts"),
+        (BOTH, TrainingData({"fox": ["a fox"]}), "composed term needs"),
         ({"base": 1.0}, fox, "base term needs plain prompts"),
         ({"denoise": 1.0}, fox, "denoise term needs pictures"),
         ({"rollout": 1.0}, fox, "rollout term needs a CLIP"),
         ({"separate": 1.0}, fox, "separate term needs two experts"),
         (BOTH, replace(fox, styles=["oil"]), "unknown expert 'oil'"),
         (BOTH, replace(fox, others={"oil": ["chalk"]}), "unknown expert 'oil'"),
-        (BOTH, Lesson({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
+        (BOTH, TrainingData({"cat": ["a cat"]}, ["a cat"]), "unknown expert 'cat'"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_gates(pipe, mixture, lesson, config=GateTraining(terms, **SHORT))
+            train_gates(pipe, mixture, data, config=GateTraining(terms, **SHORT))
     with pytest.raises(ValueError, match="'sum' have nothing to train"):
         train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
 
 
 def test_prompts_without_a_trigger_are_warned_of(pipe, mixture):
-    lesson = replace(DRAWN, composed=["a fox"], singles={"ink": ["oil paint"]})
+    data = replace(DRAWN, composed=["a fox"], singles={"ink": ["oil paint"]})
     with pytest.warns(UserWarning, match="has no trigger of expert") as caught:
-        train_gates(pipe, mixture, lesson, config=replace(DENOISE, steps=1))
+        train_gates(pipe, mixture, data, config=replace(DENOISE, steps=1))
     assert [str(w.message) for w in caught] == [
         "the prompt 'a fox' has no trigger of expert 'ink': ['ink']",
         "the prompt 'oil paint' has no trigger of expert 'ink': ['ink']",

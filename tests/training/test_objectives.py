@@ -11,16 +11,14 @@ from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_tokenizer
-from mole_diffusers.training.clip import Clip, read_clip
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import Draw, Samples
+from mole_diffusers.training.config import TERMS, ClipTerm, ComposedTerm, DenoiseTerm, DistillationTerm, GateTraining
+from mole_diffusers.training.context import TrainingContext, negatives, replace_word
+from mole_diffusers.training.data import Draw, Samples, TrainingData
 from mole_diffusers.training.denoising import predict, sample
-from mole_diffusers.training.loop import setup
+from mole_diffusers.training.gate_trainer import GateTrainer
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, separation_loss, softened
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rewards import _advance, _begin
-from mole_diffusers.training.run import values
-from mole_diffusers.training.study import Lesson, Study, negatives, swap
+from mole_diffusers.training.rewards import Clip, _advance, _start, read_clip
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {
@@ -36,21 +34,21 @@ OPTIONS = {
 
 
 @pytest.fixture
-def study(pipe, loras, awake):
+def context(pipe, loras, awake):
     """Two experts with live gates, words, pictures and a CLIP."""
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("mole", total="linear"))
     awake(mixture, size=1.0)
     generator = torch.Generator().manual_seed(5)
     samples = Samples(torch.randn(4, 4, 16, 16, generator=generator), ["a fox", "fox", "ink", "an ink"])
     parts = {"a fox in ink": ["a fox", "ink art"]}
-    lesson = Lesson(
+    data = TrainingData(
         {"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], parts=parts, samples=samples
     )
     for model in (pipe.unet, pipe.text_encoder, pipe.vae):
         model.requires_grad_(False)
     for parameter in mixture.parameters():
         parameter.requires_grad_(True)
-    return Study(pipe, mixture, lesson, Clip(tiny_clip().requires_grad_(False), tiny_tokenizer()))
+    return TrainingContext(pipe, mixture, data, Clip(tiny_clip().requires_grad_(False), tiny_tokenizer()))
 
 
 def draw_of(seed=0, batch=2, **share):
@@ -66,14 +64,14 @@ VARIANTS = {name: (name, {}, ()) for name in OBJECTIVES} | {
 
 
 @pytest.mark.parametrize(("name", "options", "styles"), VARIANTS.values(), ids=VARIANTS)
-def test_gradient_equals_the_difference_of_values(study, name, options, styles):
+def test_gradient_equals_the_difference_of_values(context, name, options, styles):
     """Along its own gradient a term must change by the gradient's length."""
-    study.lesson = replace(study.lesson, styles=styles)
-    term, parameters = OBJECTIVES[name](study, **OPTIONS[name] | options), study.mixture.parameters()
-    kept = copy.deepcopy(study.kept)
+    context.data = replace(context.data, styles=styles)
+    term, parameters = OBJECTIVES[name](context, TERMS[name](**OPTIONS[name] | options)), context.mixture.parameters()
+    kept = copy.deepcopy(context.state)
 
     def value():
-        study.kept = copy.deepcopy(kept)
+        context.state = copy.deepcopy(kept)
         return term(draw_of())
 
     value().backward()
@@ -95,31 +93,31 @@ def test_gradient_equals_the_difference_of_values(study, name, options, styles):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_shares_of_a_batch_add_up(study, name):
+def test_shares_of_a_batch_add_up(context, name):
     """The mean over two shares is the value of the whole batch."""
-    term = OBJECTIVES[name](study, **OPTIONS[name])
+    term = OBJECTIVES[name](context, TERMS[name](**OPTIONS[name]))
     with torch.no_grad():
         whole = term(draw_of(batch=4))
-        study.kept.clear()
+        context.state.clear()
         halves = [term(draw_of(batch=4, index=i, count=2)) for i in range(2)]
     assert torch.stack(halves).mean().item() == pytest.approx(whole.item(), rel=1e-4)
 
 
-def test_base_term_is_0_without_experts_and_1_for_their_sum(study):
-    term, names = OBJECTIVES["base"](study, **TEACH), study.mixture.experts
+def test_base_term_is_0_without_experts_and_1_for_their_sum(context):
+    term, names = OBJECTIVES["base"](context, DistillationTerm(**TEACH)), context.mixture.experts
     with torch.no_grad():
-        with study.mixture.fixed({}):
+        with context.mixture.fixed({}):
             assert term(draw_of()).item() == pytest.approx(0, abs=1e-6)
-        with study.mixture.fixed(dict.fromkeys(names, 1.0)):
+        with context.mixture.fixed(dict.fromkeys(names, 1.0)):
             values = [term(draw_of(seed, batch=16)).item() for seed in range(4)]
     assert sum(values) / 4 == pytest.approx(1, rel=0.2)
 
 
-def test_composed_on_the_gates_own_way(study):
+def test_composed_on_the_gates_own_way(context):
     """With equal gates the student of two styles is close to their score addition, without experts it is the base: 1."""
-    styled = replace(study, lesson=replace(study.lesson, styles=["ink", "fox"]))
-    term = OBJECTIVES["composed"](styled, **TEACH, own=1.0)
-    with torch.no_grad(), study.mixture.only():
+    styled = replace(context, data=replace(context.data, styles=["ink", "fox"]))
+    term = OBJECTIVES["composed"](styled, ComposedTerm(**TEACH, own=1.0))
+    with torch.no_grad(), context.mixture.only():
         assert term(draw_of()).item() == pytest.approx(1, rel=1e-4)
     assert term(draw_of()).item() != pytest.approx(1, rel=1e-2)
 
@@ -139,51 +137,52 @@ def test_mole_clip_loss_by_hand():
     assert mole_clip_loss(x, torch.zeros(1, 2), (x + y) / 2**0.5, y).item() > -math.log(1.25)
 
 
-def test_clip_trajectories_end_and_begin_anew(study):
-    term = OBJECTIVES["clip"](study, lengths=(3, 3), start=0.0, steps=2)
+def test_clip_trajectories_end_and_begin_anew(context):
+    term = OBJECTIVES["clip"](context, ClipTerm(lengths=(3, 3), start=0.0, steps=2))
     seen = []
     for _ in range(3):
         term(draw_of())
-        seen.append((study.kept["clip 0"] or {"at": None})["at"])
+        seen.append((context.state["clip 0"] or {"at": None})["at"])
     assert seen == [2, 1, None]
 
 
-def test_a_clip_trajectory_equals_ddpm(study):
+def test_a_clip_trajectory_equals_ddpm(context):
     """Two routes: the term's own steps, and diffusers' DDPM scheduler with the same noise."""
-    way = _begin(study, study.clip, draw_of(), lengths=(4, 4), start=0.0, last=1.0)
-    scheduler = DDPMScheduler.from_config(study.pipe.scheduler.config)
+    now = _start(context, context.clip, draw_of(), ClipTerm(lengths=(4, 4), start=0.0, last=1.0))
+    scheduler = DDPMScheduler.from_config(context.pipe.scheduler.config)
     scheduler.set_timesteps(4)
-    x, draw, generator = way["x"], draw_of(9), torch.Generator().manual_seed(9)
+    x, draw, generator = now["x"], draw_of(9), torch.Generator().manual_seed(9)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            way, seen = _advance(study, draw, way)
+            now, seen = _advance(context, draw, now)
             x = scheduler.step(
-                predict(study.pipe, x, t.expand(2), ["a fox in ink"] * 2), t, x, generator=generator
+                predict(context.pipe, x, t.expand(2), ["a fox in ink"] * 2), t, x, generator=generator
             ).prev_sample
             torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)
-    clean = _begin(study, study.clip, draw_of(), lengths=(4, 4), start=0.0, last=0.5)
+    clean = _start(context, context.clip, draw_of(), ClipTerm(lengths=(4, 4), start=0.0, last=0.5))
     assert clean["at"] == 2
 
 
-def test_clip_looks_at_clean_pictures_where_asked(study):
+def test_clip_looks_at_clean_pictures_where_asked(context):
     torch.manual_seed(0)
-    values = [OBJECTIVES["clip"](study, **OPTIONS["clip"], clean=clean)(draw_of()).item() for clean in (False, True)]
+    terms = [ClipTerm(**OPTIONS["clip"], clean=clean) for clean in (False, True)]
+    values = [OBJECTIVES["clip"](context, term)(draw_of()).item() for term in terms]
     assert values[0] != values[1]
 
 
 def test_words_are_swapped_with_their_article():
-    assert swap("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
-    assert swap("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
-    assert swap("ink drawing", "ink", "oil") == "oil drawing"
+    assert replace_word("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
+    assert replace_word("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
+    assert replace_word("ink drawing", "ink", "oil") == "oil drawing"
 
 
 def test_negatives_lack_a_concept_each(pipe, loras):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    lesson = Lesson({"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["owl", "cat"], "ink": ["oil"]})
-    study = Study(pipe, mixture, lesson)
-    assert negatives(study, "a fox in ink") == ["an owl in ink", "a cat in ink", "a fox in oil", "a fox"]
+    data = TrainingData({"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["owl", "cat"], "ink": ["oil"]})
+    context = TrainingContext(pipe, mixture, data)
+    assert negatives(context, "a fox in ink") == ["an owl in ink", "a cat in ink", "a fox in oil", "a fox"]
     with pytest.raises(ValueError, match="no caption to be told from"):
-        negatives(replace(study, lesson=Lesson(composed=["a fox"])), "a fox")
+        negatives(replace(context, data=TrainingData(composed=["a fox"])), "a fox")
 
 
 def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
@@ -245,16 +244,16 @@ def test_caption_loss_by_hand():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(2)))
 
 
-def test_the_balance_losss_gradient_equals_the_difference_of_values(study):
+def test_the_balance_losss_gradient_equals_the_difference_of_values(context):
     """The one term that reads the gates of others: as the loop computes it, with what it is beside held apart."""
     config = GateTraining({"denoise": 1.0, "balance": 1.0}, batch=2, steps=1)
-    run = setup(study, config, folder=None, success=None)
-    run.terms = {"denoise": OBJECTIVES["denoise"](study)}
+    trainer = GateTrainer(context, config)
+    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, DenoiseTerm())}
 
     def value():
-        return values(run, 0, index=0, shares=1)["balance"]
+        return trainer.losses(0, index=0, shares=1)["balance"]
 
-    parameters = study.mixture.parameters()
+    parameters = context.mixture.parameters()
     gradients = torch.autograd.grad(value(), parameters, allow_unused=True, materialize_grads=True)
     length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     assert length > 1e-5

@@ -16,13 +16,14 @@ from mole_diffusers import emoji
 from mole_diffusers.cli import main
 from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.testing import tiny_pipeline
-from mole_diffusers.training import checkpoints
-from mole_diffusers.training.concept import ConceptConfig, _numbers, save_lora, setup, train_lora
+from mole_diffusers.training import engine
+from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import Draw, Samples, default_side, encode, read_folder, square
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.prior import class_samples
+from mole_diffusers.training.lora_adapter import save_lora
+from mole_diffusers.training.lora_trainer import LoraTrainer, class_samples, train_lora
 
-SHORT = ConceptConfig(rank=8, steps=4, batch=4, lr=1e-2, every=2)
+SHORT = LoraTraining(rank=8, steps=4, batch=4, lr=1e-2, every=2)
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
 
 
@@ -30,22 +31,24 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def run_of(pipe, config, undo, **pictures):
-    run = setup(pipe, {"concept": PICTURES} | pictures, config, undo, folder=None)
+def trainer_of(pipe, config, undo, **pictures):
+    trainer = LoraTrainer(pipe, {"concept": PICTURES} | pictures, config, undo)
     with torch.no_grad():
-        for module in run.lora.modules.values():
+        for module in trainer.lora.modules.values():
             up = module.lora_B["concept"].weight
             up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(up.numel())) * 0.1)
-    return run
+    return trainer
 
 
 def gradients(config):
     """What A and B get from the first update."""
     with ExitStack() as undo:
-        run = run_of(tiny_pipeline(), config, undo)
-        numbers = _numbers(run, 0, 0, 1)
+        trainer = trainer_of(tiny_pipeline(), config, undo)
+        numbers = trainer.losses(0, index=0, shares=1)
         numbers[0].backward()
-        halves = {n: (m.lora_A["concept"].weight.grad, m.lora_B["concept"].weight.grad) for n, m in run.lora.modules.items()}
+        halves = {
+            n: (m.lora_A["concept"].weight.grad, m.lora_B["concept"].weight.grad) for n, m in trainer.lora.modules.items()
+        }
         return numbers.detach(), halves
 
 
@@ -63,12 +66,12 @@ def test_folding_importance_changes_no_picture(pipe, draw, tmp_path):
     config = replace(SHORT, layers=("attention", "convolution"), beam=True)
     base = draw(pipe)
     with ExitStack() as undo:
-        run = run_of(pipe, config, undo)
+        trainer = trainer_of(pipe, config, undo)
         with torch.no_grad():
-            for logits in run.lora.logits.values():
+            for logits in trainer.lora.logits.values():
                 logits.copy_(torch.linspace(-0.05, 0.05, len(logits)))
         live = draw(pipe)
-        tensors = run.lora.tensors()
+        tensors = trainer.lora.tensors()
     assert torch.equal(draw(pipe), base)
     assert not any(m._forward_hooks for model in (pipe.unet, pipe.text_encoder) for m in model.modules())
     save_lora(tensors, tmp_path / "x.safetensors", alpha=8.0, rank=8, dtype=torch.float32)
@@ -99,7 +102,7 @@ def test_a_run_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, beam):
 
     with pytest.raises(Cut):
         train_lora(tiny_pipeline(), PICTURES, replace(config, every=2), prior=prior, folder=tmp_path / "cut", report=cut)
-    assert checkpoints.checkpoints(tmp_path / "cut")
+    assert engine.checkpoints(tmp_path / "cut")
     resumed = train_lora(tiny_pipeline(), PICTURES, config, prior=prior, folder=tmp_path / "cut", resume_from="latest")
     assert same(resumed, whole)
     lines = [(tmp_path / n / "log.jsonl").read_text() for n in ("whole", "cut")]
@@ -129,12 +132,12 @@ def test_checkpointing_changes_no_number(pipe):
         torch.testing.assert_close(less[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_half_base_is_taught_in_whole_numbers(autocast):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_half_base_is_taught_in_fp32(precision):
     """Steps far below what bf16 tells apart add up, and the base stays half and as it was."""
     pipe = tiny_pipeline().to(torch.bfloat16)
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    config = replace(SHORT, autocast=autocast, lr=1e-5, text_lr=1e-5)
+    config = replace(SHORT, precision=precision, lr=1e-5, text_lr=1e-5)
     tensors, start = (train_lora(pipe, PICTURES, replace(config, steps=steps)) for steps in (4, 1))
     downs = [(value - start[name]).abs().max() for name, value in tensors.items() if "lora_A" in name]
     assert all(0 < moved < 1e-4 for moved in downs)
@@ -162,7 +165,7 @@ def test_prior_preservation_keeps_the_class():
         config = replace(SHORT, steps=24, prior=weight, every=24, lr=4e-3, text_lr=2e-3)
         tensors = train_lora(world.pipe, concept, config, prior=prior)
         with ExitStack() as undo, torch.no_grad():
-            setup(world.pipe, {"concept": concept}, config, undo, folder=None).lora.load(tensors)
+            LoraTrainer(world.pipe, {"concept": concept}, config, undo).lora.load(tensors)
             left[weight] = denoising_loss(world.pipe, bears, Draw(torch.Generator().manual_seed(9), 32), drop=0).item()
     assert left[1.0] < 0.9 * left[0.0]
 
@@ -187,7 +190,7 @@ def test_what_cannot_be_taught_is_said(pipe):
         ({"layers": ("attn",)}, "unknown layers"),
     ):
         with pytest.raises(ValueError, match=message):
-            ConceptConfig(**options)
+            LoraTraining(**options)
     with pytest.raises(ValueError, match="batch, 4, must be a multiple of processes x accumulation, 3"):
         train_lora(pipe, PICTURES, replace(SHORT, accumulation=3))
     with pytest.raises(ValueError, match="other layers"):
@@ -304,9 +307,9 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_concept_training_on_cuda(dtype):
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_concept_training_on_cuda(precision):
     rows = []
     pipe = tiny_pipeline().to("cuda")
-    train_lora(pipe, PICTURES, replace(SHORT, autocast=dtype, beam=True), prior=PICTURES, report=rows.append)
+    train_lora(pipe, PICTURES, replace(SHORT, precision=precision, beam=True), prior=PICTURES, report=rows.append)
     assert all(math.isfinite(row["loss"]) for row in rows)

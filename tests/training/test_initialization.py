@@ -11,21 +11,21 @@ from mole_diffusers.gates import Context, FlowGate, GateConfig, MoLEGate, Static
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.merging.merge import merge
-from mole_diffusers.training import starts
+from mole_diffusers.training import initialization
 from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import Samples
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import Samples, TrainingData
 from mole_diffusers.training.denoising import predict
-from mole_diffusers.training.loop import train_gates
-from mole_diffusers.training.starts import begin
-from mole_diffusers.training.study import Lesson, Study
+from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.initialization import initialize, merge_key
 
 SINGLES = {"fox": ["a fox", "fox"], "ink": ["ink art", "ink"], "hat": ["a hat"]}
 HERE, ONE = torch.tensor([True, True]), torch.zeros(1)
 
 
-def study_of(pipe, loras, gates, names=("fox", "ink")):
+def context_of(pipe, loras, gates, names=("fox", "ink")):
     mixture = mole.attach(pipe, {n: (loras[n], 0.7 if n == "ink" else 1.0) for n in names}, gates)
-    return Study(pipe, mixture, Lesson({n: SINGLES[n] for n in names}, ["a fox in ink"]))
+    return TrainingContext(pipe, mixture, TrainingData({n: SINGLES[n] for n in names}, ["a fox in ink"]))
 
 
 def test_logits_give_the_weights_that_a_total_can_reach():
@@ -53,16 +53,16 @@ def test_every_family_that_can_begins_where_told(start):
 
 
 def test_scalars_of_a_gate_equal_brute_force_over_its_layers(pipe, loras):
-    study = study_of(pipe, loras, GateConfig("static", granularity="layer", total="linear"))
-    begin(study, "scalars")
-    weighed = study.mixture.weighed()
-    activations, layers = Activations(pipe, study.lesson.singles), layers_of(weighed)
+    context = context_of(pipe, loras, GateConfig("static", granularity="layer", total="linear"))
+    initialize(context, "scalars")
+    weighed = context.mixture.weighed()
+    activations, layers = Activations(pipe, context.data.singles), layers_of(weighed)
     own = [activations.own(n, e, s) for n, (e, s) in weighed.items()]
-    gates = [(g, names) for g, names in study.mixture.layers_by_gate() if len(names) > 1]
+    gates = [(g, names) for g, names in context.mixture.layers_by_gate() if len(names) > 1]
     assert len(gates) > 8
     for gate, names in gates[::5]:
         rows, wanted = [], []
-        for key in map(starts._key, names):
+        for key in map(merge_key, names):
             deltas = [None if pair is None else pair.delta() for pair in layers[key]]
             for k, x in enumerate(activation.get(key) for activation in own):
                 if deltas[k] is not None:
@@ -77,53 +77,53 @@ def test_scalars_of_a_gate_equal_brute_force_over_its_layers(pipe, loras):
 
 def test_one_gate_per_matrix_from_scalars_draws_as_that_merge(pipe, loras):
     """Two routes to one picture: the started mixture, and the training-free merge of the same experts."""
-    study = study_of(pipe, loras, GateConfig("mole", granularity="matrix", total="linear", bias=True))
-    weighed, x, t = study.mixture.weighed(), torch.randn(2, 4, 16, 16), torch.tensor([5, 800])
-    begin(study, "scalars")
+    context = context_of(pipe, loras, GateConfig("mole", granularity="matrix", total="linear", bias=True))
+    weighed, x, t = context.mixture.weighed(), torch.randn(2, 4, 16, 16), torch.tensor([5, 800])
+    initialize(context, "scalars")
     with torch.no_grad():
         found = predict(pipe, x, t, ["a fox", "ink"])
-        merged = merge(weighed, "scalars", activations=Activations(pipe, study.lesson.singles))
+        merged = merge(weighed, "scalars", activations=Activations(pipe, context.data.singles))
         mole.attach(pipe, {"merged": merged})
         torch.testing.assert_close(found, predict(pipe, x, t, ["a fox", "ink"]), atol=1e-4, rtol=1e-4)
 
 
 def test_ssr_is_the_weights_nearest_to_that_merge(pipe, loras, monkeypatch):
-    study = study_of(pipe, loras, GateConfig("static", granularity="matrix", total="linear"))
-    begin(study, "ssr")
-    weighed = study.mixture.weighed()
-    activations, layers = Activations(pipe, study.lesson.singles), layers_of(weighed)
+    context = context_of(pipe, loras, GateConfig("static", granularity="matrix", total="linear"))
+    initialize(context, "ssr")
+    weighed = context.mixture.weighed()
+    activations, layers = Activations(pipe, context.data.singles), layers_of(weighed)
     merged = layers_of({"m": (merge(weighed, "ssr", activations=activations), 1.0)})
     own = [activations.own(n, e, s) for n, (e, s) in weighed.items()]
-    shared = [(g, starts._key(n[0])) for g, n in study.mixture.layers_by_gate() if None not in layers[starts._key(n[0])]]
+    shared = [(g, merge_key(n[0])) for g, n in context.mixture.layers_by_gate() if None not in layers[merge_key(n[0])]]
     for gate, key in shared[::7]:
         x = torch.cat([activation[key] for activation in own]).double()
         each = torch.stack([(x @ pair.delta().T).flatten() for pair in layers[key]], 1)
         brute = torch.linalg.lstsq(each, (x @ merged[key][0].delta().T).flatten()).solution
         torch.testing.assert_close(1 + gate.logits[0].detach().double(), brute, atol=1e-4, rtol=1e-3)
     ridged = shared[-1][0].logits.clone()
-    monkeypatch.setattr(starts, "RIDGE", 1e-9)
-    begin(study, "ssr")
+    monkeypatch.setattr(initialization, "RIDGE", 1e-9)
+    initialize(context, "ssr")
     free = shared[-1][0].logits.clone()
-    begin(study, "scalars")
+    initialize(context, "scalars")
     torch.testing.assert_close(free, shared[-1][0].logits, atol=1e-4, rtol=0)
     assert not torch.allclose(free, ridged, atol=3e-4, rtol=0)
 
 
 def test_training_starts_there_and_a_resumed_run_does_not_start_again(pipe, loras, tmp_path):
     gates = GateConfig("flow")
-    study = study_of(pipe, loras, gates)
-    begin(study, "scalars")
-    wanted = [p.detach().clone() for p in study.mixture.parameters()]
+    context = context_of(pipe, loras, gates)
+    initialize(context, "scalars")
+    wanted = [p.detach().clone() for p in context.mixture.parameters()]
     samples = Samples(torch.randn(2, 4, 16, 16), ["a fox in ink"] * 2)
-    lesson = replace(study.lesson, samples=samples)
+    data = replace(context.data, samples=samples)
     config = GateTraining({"denoise": 1.0}, initial="scalars", steps=2, batch=2, lr=1e-9, every=1)
-    mixture = study_of(pipe, loras, gates).mixture
-    train_gates(pipe, mixture, lesson, config=config, folder=tmp_path)
+    mixture = context_of(pipe, loras, gates).mixture
+    train_gates(pipe, mixture, data, config=config, folder=tmp_path)
     for found, value in zip(mixture.parameters(), wanted, strict=True):
         torch.testing.assert_close(found, value, atol=1e-6, rtol=0)
     whole = [p.detach().clone() for p in mixture.parameters()]
-    mixture = study_of(pipe, loras, gates).mixture
-    train_gates(pipe, mixture, lesson, config=config, folder=tmp_path, resume_from="checkpoint-1")
+    mixture = context_of(pipe, loras, gates).mixture
+    train_gates(pipe, mixture, data, config=config, folder=tmp_path, resume_from="checkpoint-1")
     assert all(torch.equal(a, b) for a, b in zip(mixture.parameters(), whole, strict=True))
 
 
@@ -134,10 +134,10 @@ def test_what_cannot_start_elsewhere_is_said(pipe, loras):
         (GateConfig("prompt"), "gates of family 'prompt' can only start 'uniform'"),
     ):
         with pytest.raises(ValueError, match=message):
-            begin(study_of(pipe, loras, gates), "ssr")
-    study = study_of(pipe, loras, GateConfig("flow"))
+            initialize(context_of(pipe, loras, gates), "ssr")
+    context = context_of(pipe, loras, GateConfig("flow"))
     with pytest.raises(ValueError, match="need single prompts of every expert, and 'ink' has none"):
-        begin(replace(study, lesson=Lesson({"fox": ["a fox"]})), "scalars")
+        initialize(replace(context, data=TrainingData({"fox": ["a fox"]})), "scalars")
     with pytest.raises(ValueError, match=r"unknown initial 'ties'; known: \['uniform', 'scalars', 'ssr'\]"):
         GateTraining(initial="ties")
     with pytest.raises(ValueError, match="'bias' must be true or false, got 'yes'"):

@@ -1,0 +1,105 @@
+"""What the objectives of gate training are built from, and the captions that they derive from its prompts."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.training.data import Draw, TrainingData
+
+if TYPE_CHECKING:
+    from mole_diffusers.training.rewards import Clip
+
+LossFn = Callable[[Draw], torch.Tensor]  # the value of one term on the rows of a draw
+
+
+@dataclass
+class TrainingContext:
+    """The pipeline with its mixture, and what its gates are trained on.
+
+    Attributes:
+        clip: for the objectives that need one.
+        state: what losses keep from one update to the next; checkpoints save it.
+        progress: show progress bars while objectives are prepared.
+    """
+
+    pipe: Any
+    mixture: Mixture
+    data: TrainingData
+    clip: Clip | None = None
+    seed: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    progress: bool = False
+
+    def bar(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+        """`items`, with a progress bar that goes away at the end."""
+        return iter(tqdm(items, desc=what, disable=not self.progress, leave=False))
+
+
+def require(found: Any, term: str, what: str) -> Any:
+    """`found`; raises ValueError where it is None or empty."""
+    if not found:
+        raise ValueError(f"the {term} term needs {what}")
+    return found
+
+
+def triggers(mixture: Mixture, expert: str) -> list[str]:
+    """The trigger words of an expert: those in its file, and its name."""
+    return [*dict.fromkeys((*mixture.experts[expert].triggers, expert))]
+
+
+def experts_in(mixture: Mixture, prompt: str) -> list[str]:
+    """The experts that have a trigger word in a prompt."""
+    return [e for e in mixture.experts if any(_pattern(word).search(prompt) for word in triggers(mixture, e))]
+
+
+def warn_of_missing_triggers(context: TrainingContext) -> None:
+    """Warn of prompts without any trigger word of an expert that they are meant for: it cannot show its concept there."""
+    data, mixture = context.data, context.mixture
+    meant = [(prompt, list(mixture.experts)) for prompt in data.composed]
+    meant += [(prompt, [name]) for name, prompts in data.singles.items() for prompt in prompts]
+    for prompt, names in meant:
+        for name in names:
+            if name not in experts_in(mixture, prompt):
+                words = triggers(mixture, name)
+                warnings.warn(f"the prompt {prompt!r} has no trigger of expert {name!r}: {words}", stacklevel=4)
+
+
+def negatives(context: TrainingContext, prompt: str) -> list[str]:
+    """Captions that each lack a concept of `prompt`: with one trigger replaced by another word, and the single prompts.
+
+    Raises ValueError where there are none.
+    """
+    data = context.data
+    replaced = [
+        replace_word(prompt, word, other)
+        for expert, others in data.others.items()
+        for word in triggers(context.mixture, expert)
+        for other in others
+    ]
+    found = [*dict.fromkeys([*replaced, *(p for prompts in data.singles.values() for p in prompts)])]
+    found = [caption for caption in found if caption != prompt]
+    if not found:
+        raise ValueError(f"{prompt!r} has no caption to be told from: give single prompts, or other words for its concepts")
+    return found
+
+
+def replace_word(prompt: str, word: str, other: str) -> str:
+    """`prompt` with `other` instead of `word`, and the article before it to match; unchanged where it lacks the word."""
+
+    def put(found: re.Match) -> str:
+        article = found[1] and ("an " if other[0].lower() in "aeiou" else "a ")
+        return f"{article or ''}{other}"
+
+    return _pattern(word).sub(put, prompt)
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    return re.compile(rf"\b(an? )?{re.escape(word)}(?!\w)")

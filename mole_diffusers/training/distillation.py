@@ -1,0 +1,280 @@
+"""Objectives without pictures: gates learn to predict what single experts, their masked blend and the base predict.
+
+A teacher's sampling already computes every target, so its trajectories are stored with their targets, and the gates train on
+them without running the teacher again. Values are recovery errors: 0 is the teacher, 1 is as far from it as base and teacher
+are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+
+from mole_diffusers.functional import onto
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.training.config import ComposedTerm, DistillationTerm, SeparateTerm
+from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
+from mole_diffusers.training.data import Draw, token_ids
+from mole_diffusers.training.denoising import latent_shape, predict, sample, training_scheduler
+from mole_diffusers.training.losses import composed_target, recovery_error, separation_loss, territory
+
+# (x [B, C, H, W], timesteps [B], prompts) -> the prediction to match, and the one that counts as error 1
+Teacher = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+# ---- objectives
+
+
+def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
+    """L1: under the prompt of one concept, predict what its LoRA alone predicts."""
+    parts = []
+    for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
+        teacher = single_teacher(context.pipe, context.mixture, name)
+        parts.append(sample_trajectories(context, teacher, prompts, term, seed=context.seed + i, name=name))
+    return _match(context, Trajectories.join(parts))
+
+
+def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
+    """L2 and L3: under a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
+    prompts = list(require(context.data.composed, "composed", "composed prompts"))
+    teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
+    stored = sample_trajectories(context, teacher, prompts, term, seed=context.seed + 99, name="the blend")
+    match_stored = _match(context, stored)
+
+    def loss(draw: Draw) -> torch.Tensor:
+        if float(torch.rand((), generator=draw.generator)) >= term.own:
+            return match_stored(draw)
+        x, timesteps, texts = own_trajectory(context, draw, prompts, steps=term.steps, guidance=term.guidance)
+        x, timesteps, texts = torch.cat([x, x]), torch.cat([timesteps] * 2), ["" for _ in texts] + texts
+        with torch.no_grad():
+            target, base = teacher(x, timesteps, texts)
+        norm = (target - base).square().mean().expand(len(x))
+        return recovery_error(predict(context.pipe, x, timesteps, texts), target, norm)
+
+    return loss
+
+
+def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
+    """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
+    prompts, teacher = require(context.data.plain, "base", "plain prompts"), base_teacher(context.pipe, context.mixture)
+    return _match(context, sample_trajectories(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
+
+
+def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
+    """L5: keep the cross-attention of different concepts' trigger words apart, in pictures of the current gates."""
+    prompts = list(require(context.data.composed, "separate", "composed prompts"))
+    subjects = [name for name in context.mixture.experts if name not in context.data.styles]
+    if len(subjects) < 2:
+        raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
+
+    def loss(draw: Draw) -> torch.Tensor:
+        x, timesteps, texts = own_trajectory(context, draw, prompts, steps=term.steps, guidance=term.guidance)
+        found = [trigger_tokens(context.pipe, context.mixture, name, texts) for name in subjects]
+        with attention_maps(context.pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
+            predict(context.pipe, x, timesteps, texts)
+        return separation_loss(torch.stack(maps, 1))
+
+    return loss
+
+
+def _match(context: TrainingContext, stored: Trajectories) -> LossFn:
+    """The recovery error on random rows of stored trajectories."""
+
+    def loss(draw: Draw) -> torch.Tensor:
+        pick = draw.choice(len(stored.x))
+        rows = (stored.x, stored.timesteps, stored.targets, stored.norms)
+        x, timesteps, targets, norms = (onto(row[pick], context.pipe.device) for row in rows)
+        return recovery_error(predict(context.pipe, x, timesteps, [stored.prompts[i] for i in pick]), targets, norms)
+
+    return loss
+
+
+# ---- trajectories
+
+
+@dataclass
+class Trajectories:
+    """Rows of sampled trajectories, on the CPU: at `x`, `timesteps`, `prompts` the gates should predict `targets`."""
+
+    x: torch.Tensor  # [S, C, H, W]
+    timesteps: torch.Tensor  # [S]
+    targets: torch.Tensor  # [S, C, H, W]
+    norms: torch.Tensor  # [S], the expected squared change from base to teacher, by trajectory set and timestep
+    prompts: list[str]  # S
+
+    @staticmethod
+    def join(parts: Sequence[Trajectories]) -> Trajectories:
+        """All rows, in order."""
+        names = ("x", "timesteps", "targets", "norms")
+        tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+        return Trajectories(**tensors, prompts=[t for p in parts for t in p.prompts])
+
+
+@torch.no_grad()
+def sample_trajectories(
+    context: TrainingContext, teacher: Teacher, prompts: Sequence[str], term: DistillationTerm, *, seed: int, name: str
+) -> Trajectories:
+    """Sample `term.seeds` trajectories with a teacher, cycling through `prompts` (each gets one), and keep every row.
+
+    Both rows of guidance are kept: guidance would amplify the error of an unconditional row that was not trained on.
+
+    Args:
+        seed: of the noise.
+        name: of the teacher, beside the progress bar.
+    """
+    scheduler, device = training_scheduler(context.pipe), context.pipe.device
+    seeds = max(term.seeds, len(prompts))
+    scheduler.set_timesteps(term.steps, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(seeds, *latent_shape(context.pipe), generator=generator).to(device) * scheduler.init_noise_sigma
+    texts = [prompts[i % len(prompts)] for i in range(seeds)]
+    both = ["" for _ in texts] + texts
+    rows = []
+    for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
+        scaled = torch.cat([scheduler.scale_model_input(x, t)] * 2)
+        timesteps = t.expand(2 * seeds)
+        prediction, base = teacher(scaled, timesteps, both)
+        norm = (prediction - base).square().flatten(1).mean(1)  # [2B], unconditional rows first
+        norm = norm.unflatten(0, (2, seeds)).mean(1).repeat_interleave(seeds)
+        rows.append(Trajectories(scaled.cpu(), timesteps.cpu(), prediction.cpu(), norm.cpu(), both))
+        empty, full = prediction.chunk(2)
+        x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
+    return Trajectories.join(rows)
+
+
+@torch.no_grad()
+def own_trajectory(
+    context: TrainingContext, draw: Draw, prompts: list[str], *, steps: int, guidance: float
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Sample with the gates as they are: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
+    texts = [prompts[i] for i in draw.choice(len(prompts))]
+    noise = onto(draw.normal(*latent_shape(context.pipe)), context.pipe.device)
+    stop = int(torch.randint(0, steps, (), generator=draw.generator))
+    scheduler = training_scheduler(context.pipe)
+    scheduler.set_timesteps(steps)
+    x = sample(context.pipe, noise, texts, steps=steps, guidance=guidance, stop=stop)
+    return x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts
+
+
+# ---- teachers
+
+
+def single_teacher(pipe: Any, mixture: Mixture, expert: str) -> Teacher:
+    """Predicts with `expert` alone at its strength; error 1 is the base."""
+
+    def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with mixture.fixed({}):
+            base = predict(pipe, x, timesteps, prompts)
+        with mixture.fixed({expert: mixture.strength(expert)}):
+            return predict(pipe, x, timesteps, prompts), base
+
+    return predict_both
+
+
+def base_teacher(pipe: Any, mixture: Mixture) -> Teacher:
+    """Predicts without experts; error 1 is every expert at its strength."""
+
+    def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with mixture.fixed({name: mixture.strength(name) for name in mixture.experts}):
+            everything = predict(pipe, x, timesteps, prompts)
+        with mixture.fixed({}):
+            return predict(pipe, x, timesteps, prompts), everything
+
+    return predict_both
+
+
+def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teacher:
+    """Predicts e_0 + sum_k s_k M_k (e_k - e_0); error 1 is the base, e_0.
+
+    Experts in `styles` act everywhere. Two or more others share the picture by their own cross-attention to their
+    trigger words; a single other one has all of it.
+    """
+    names = list(mixture.experts)
+    subjects = [n for n in names if n not in styles]
+
+    def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with mixture.fixed({}):
+            base = predict(pipe, x, timesteps, prompts)
+        masks = {n: torch.ones(len(x), 1, *x.shape[2:], device=x.device) for n in names}
+        predictions, maps = [], []
+        for name in names:
+            masked = name in subjects and len(subjects) > 1
+            tokens = trigger_tokens(pipe, mixture, name, prompts)[None] if masked else None
+            with mixture.fixed({name: 1.0}), attention_maps(pipe.unet, x.shape[2:], tokens) as layers:
+                predictions.append(predict(pipe, x, timesteps, prompts))
+            if masked:
+                maps.append(torch.stack(layers).mean(0)[0])
+        if maps:
+            masks |= dict(zip(subjects, territory(torch.stack(maps)), strict=True))
+        strengths = onto(torch.tensor([mixture.strength(n) for n in names]), x.device)
+        stacked = torch.stack([masks[n] for n in names])
+        return composed_target(base, torch.stack(predictions), stacked, strengths), base
+
+    return predict_both
+
+
+# ---- cross-attention
+
+
+def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str]) -> torch.Tensor:
+    """[B, T] 1 where a prompt has a trigger word of the expert; all 1 for an empty prompt.
+
+    Raises ValueError for a prompt that is not empty and has none.
+    """
+    words = triggers(mixture, name)
+    ids = token_ids(pipe, prompts)
+    found = torch.zeros_like(ids, dtype=torch.float32)
+    for row, (prompt, tokens) in enumerate(zip(prompts, ids.tolist(), strict=True)):
+        for wanted in (pipe.tokenizer(t, add_special_tokens=False).input_ids for t in words):
+            for start in range(len(tokens) - len(wanted) + 1):
+                if tokens[start : start + len(wanted)] == wanted:
+                    found[row, start : start + len(wanted)] = 1
+        if not prompt:
+            found[row] = 1
+        elif not found[row].any():
+            raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {words}")
+    return onto(found, pipe.device)
+
+
+@contextmanager
+def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """Collect cross-attention to the tokens that `tokens` [K, B, T] marks: maps [K, B, H, W] per layer, mean over heads.
+
+    Queries and keys are read where their projections return them, so any attention processor will do. None collects nothing.
+    """
+    maps: list[torch.Tensor] = []
+    handles: list[Any] = []
+    queries: dict[Any, torch.Tensor] = {}
+    if tokens is not None:
+        crosses = [m for n, m in unet.named_modules() if n.endswith("attn2") and isinstance(m, Attention)]
+        for attention in crosses:
+
+            def keep(_: Any, __: Any, query: torch.Tensor, attention: Any = attention) -> None:
+                queries[attention] = query
+
+            def collect(_: Any, __: Any, key: torch.Tensor, attention: Any = attention) -> None:
+                maps.append(_attention_map(attention, queries.pop(attention), key, tokens=tokens, size=size))
+
+            handles += [attention.to_q.register_forward_hook(keep), attention.to_k.register_forward_hook(collect)]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_map(
+    attention: Attention, query: torch.Tensor, key: torch.Tensor, *, tokens: torch.Tensor, size: Sequence[int]
+) -> torch.Tensor:
+    """query [B, T, C], key [B, S, C], tokens [K, B, S] -> [K, B, H, W]."""
+    q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))  # [B, heads, ., c]
+    shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S]
+    flat = torch.einsum("bts,kbs->kbt", shares, tokens)
+    height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
+    return F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear")

@@ -1,0 +1,363 @@
+"""Gate training: setup -> fit -> validate. Only the gates' parameters change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object, send_to_device
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from mole_diffusers import functional
+from mole_diffusers.functional import onto
+from mole_diffusers.gates import PromptGate, RankGate
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.runtime import Decision
+from mole_diffusers.training.config import BALANCE, GateTraining
+from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
+from mole_diffusers.training.data import Draw, TrainingData
+from mole_diffusers.training.denoising import latent_shape, predict
+from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
+from mole_diffusers.training.initialization import initialize
+from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training.rewards import Clip
+
+Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
+TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it wants pictures
+MAY_CHANGE = ("every", "keep", "tracker", "validation")  # settings that a resumed run may change
+REACH = 0.05  # how far one update may move a gate's logit
+
+
+def train_gates(
+    pipe: Any,
+    mixture: Mixture,
+    data: TrainingData,
+    *,
+    config: GateTraining,
+    clip: Clip | None = None,
+    folder: str | Path | None = None,
+    resume_from: str | None = None,
+    success: Success | None = None,
+    report: Callable[[dict], None] | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """Train the gates of an attached mixture; base and experts stay as they are.
+
+    Under `accelerate launch` every process calls this with the same arguments and takes its share of each batch.
+
+    Args:
+        clip: for the objectives that need one.
+        folder: checkpoints, `log.jsonl`, validation pictures and in the end the gates are written here.
+        resume_from: "latest" or "checkpoint-N" resumes there, "latest" without a checkpoint starts anew; None starts anew.
+        success: judges validation pictures; its mean over prompts is logged as "success".
+        report: called with every update's row, after its checkpoint; what it raises ends the run.
+        progress: show progress bars.
+
+    Returns:
+        One {"step", "loss", term: value} per update.
+
+    Raises:
+        ValueError: a term without what it needs, an unknown expert, a loss that is not finite (the last checkpoint stays).
+        OSError: a checkpoint cannot be written; earlier ones stay.
+    """
+    context = TrainingContext(pipe, mixture, data, clip, config.seed, progress=progress)
+    trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
+    with trainer.only_gates_learn():
+        trainer.resume(resume_from)
+        trainer.prepare()
+        trainer.fit(report)
+    return trainer.engine.log
+
+
+class GateTrainer:
+    """One training run, in the order of its methods."""
+
+    # ---- setup
+
+    def __init__(
+        self, context: TrainingContext, config: GateTraining, *, folder: Path | None = None, success: Success | None = None
+    ):
+        """Check the settings and make what an update needs. Under `accelerate launch` this joins the other processes."""
+        self.context, self.config, self.folder, self.success = context, config, folder, success
+        self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
+        if not self.mixture.parameters():
+            raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
+        for name in (*self.data.singles, *self.data.others, *self.data.styles):
+            self.mixture.strength(name)  # raises for an unknown expert
+        warn_of_missing_triggers(context)
+        known = [name for name in map(str, get_available_trackers()) if name in TRACKERS]
+        if config.tracker and config.tracker not in known:
+            raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
+        self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
+        context.progress = context.progress and self.accelerator.is_main_process
+        initialize(context, config.initial)
+        self.engine = self._engine()
+        for name, term in config.parsed.items():
+            self.engine.check_batch(term.batch or config.batch, f"the {name} term's batch")
+        self.engine.stateful |= {f"gates of {part}": bank for part, bank in self.mixture.banks.items()}
+        self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
+        self.engine.stateful |= {"ema": self.ema} if self.ema else {}
+        self.loss_fns: dict[str, LossFn] = {}
+
+    def _engine(self) -> Engine:
+        config, device = self.config, self.pipe.device
+        groups = parameter_groups(self.mixture.banks.values(), config.lr)
+        optimizer = adamw(groups, device, weight_decay=config.weight_decay)
+        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        return Engine(self.accelerator, optimizer, schedule, config.precision, config.accumulation, config.max_norm)
+
+    @contextmanager
+    def only_gates_learn(self) -> Iterator[None]:
+        """Gradients for the gates alone while the block runs; the pipeline is given back as it was."""
+        unet, clip = self.pipe.unet, self.context.clip
+        models = (unet, self.pipe.text_encoder, self.pipe.vae, *([clip.model] if clip else []))
+        flags = {p: p.requires_grad for model in models for p in model.parameters()}
+        gates, was_checkpointing = {id(p) for p in self.mixture.parameters()}, unet.is_gradient_checkpointing
+        for p in flags:
+            p.requires_grad_(id(p) in gates)
+        if self.config.checkpointing:
+            unet.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
+            if self.config.checkpointing and not was_checkpointing:
+                unet.disable_gradient_checkpointing()
+
+    def prepare(self) -> None:
+        """Make the loss of each term; the teachers' pictures are drawn here."""
+        with self.engine.autocast():
+            for name, term in self.config.parsed.items():
+                if name != BALANCE:
+                    self.loss_fns[name] = OBJECTIVES[name](self.context, term)
+
+    # ---- fit
+
+    def fit(self, report: Callable[[dict], None] | None = None) -> None:
+        """The loop. Random choices follow from the seed and the number of an update, so that resuming changes nothing."""
+        config, log = self.config, self.engine.log
+        start = reported = len(log)
+        if config.tracker:
+            self.accelerator.init_trackers("mole")
+        bar = tqdm(initial=start, total=config.steps, desc="gates", disable=not self.context.progress, mininterval=1)
+        for step in range(start, config.steps):
+            self.update(step)
+            done, last = step + 1, step + 1 == config.steps
+            save = last or done % config.every == 0
+            validate = bool(config.validation.every) and (last or done % config.validation.every == 0)
+            if save or validate or done % READ_EVERY == 0:
+                bar.set_postfix({k: f"{v:.3f}" for k, v in self.read_log().items() if k != "step"}, refresh=False)
+            if validate:
+                self.validate(done)
+            if save:
+                self.save(done)
+            for row in log[reported:]:
+                if report is not None:
+                    report(row)
+            reported = len(log)
+            bar.update()
+        bar.close()
+        self.finish()
+
+    def update(self, step: int) -> None:
+        """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
+        weights = {name: term.weight for name, term in self.config.parsed.items()}
+
+        def share_loss(index: int, shares: int) -> torch.Tensor:
+            found = self.losses(step, index=index, shares=shares)
+            return torch.stack([torch.stack([weights[name] * v for name, v in found.items()]).sum(), *found.values()])
+
+        with self._loads_counted():
+            self.engine.update(share_loss)
+        if self.ema is not None:
+            self.ema.step(self.mixture.parameters())
+
+    def losses(self, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
+        """Each term, without its weight, on share `index` of `shares` of the batch of update `step`."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        mixture, terms, decisions = self.mixture, self.config.parsed, list[Decision]()
+        names = drop_experts(list(mixture.experts), self.config.drop, generator) if self.config.drop else None
+        dropout = mixture.only(*names) if names is not None else nullcontext()
+        found = {}
+        with self.engine.autocast(), dropout, mixture.listen(decisions.append):
+            for name, loss in self.loss_fns.items():
+                found[name] = loss(Draw(generator, terms[name].batch or self.config.batch, index, shares))
+        if BALANCE in terms:
+            found[BALANCE] = self._balance([d for d in decisions if d.gates.requires_grad])  # not those of teachers
+        return found
+
+    def _balance(self, decisions: Sequence[Decision]) -> torch.Tensor:
+        """The family's own balance loss where it has one, MoLE's otherwise."""
+        if own := [g.balance_loss(self._over_processes) for g in self._gates() if isinstance(g, PromptGate)]:
+            return torch.stack(own).mean()
+        present = onto(torch.tensor([d.present for d in decisions]), decisions[0].gates.device)  # [blocks, N]
+        shares = functional.mean_shares([d.gates for d in decisions], list(present))
+        return functional.balance_loss(self._over_processes(shares))
+
+    def _over_processes(self, own: torch.Tensor) -> torch.Tensor:
+        """The mean of `own` over processes, with the gradient of `own`: averaged gradients then are those of the mean."""
+        if self.accelerator.num_processes == 1:
+            return own
+        return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
+
+    @contextmanager
+    def _loads_counted(self) -> Iterator[None]:
+        """Rank gates even out their loads once, after the update, over the rows of all its parts and processes."""
+        gates = [gate for gate in self._gates() if isinstance(gate, RankGate)]
+        for gate in gates:
+            gate.held = True
+        try:
+            yield
+        finally:
+            for gate in gates:
+                gate.held = False
+        for gate in gates:
+            if gate.load is not None:
+                gate.load = self.accelerator.reduce(gate.load)
+            gate.rebalance()
+
+    def _gates(self) -> list[Any]:
+        return [gate for bank in self.mixture.banks.values() for gate in bank.gates.values()]
+
+    def read_log(self) -> dict[str, float]:
+        """Log the pending updates and return the last row; see `Engine.read_log`."""
+        names = ["loss", *self.loss_fns, *([BALANCE] if BALANCE in self.config.parsed else [])]
+        return self.engine.read_log(names, self._diagnose)
+
+    @torch.no_grad()
+    def _diagnose(self) -> str:
+        """Which expert alone already predicts what is not finite."""
+        broken = []
+        x = torch.randn(1, *latent_shape(self.pipe), generator=torch.Generator().manual_seed(0)).to(self.pipe.device)
+        timestep = torch.tensor([500], device=self.pipe.device)
+        for name in self.mixture.experts:
+            with self.engine.autocast(), self.mixture.fixed({name: self.mixture.strength(name)}):
+                if not torch.isfinite(predict(self.pipe, x, timestep, [name])).all():
+                    broken.append(name)
+        if broken:
+            return f"expert {' and '.join(map(repr, broken))} alone predicts what is not finite"
+        return "every expert alone is finite: a lower lr or precision 'no' may help"
+
+    # ---- validate
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Draw the validation prompts from fixed noise; log the share that is right, save and track the pictures."""
+        if not self.accelerator.is_main_process:
+            return
+        how, images, shares = self.config.validation, [], []
+        for prompt in how.prompts or self.data.composed:
+            noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
+            with self._averaged(), self.engine.autocast():
+                drawn = self.pipe(
+                    [prompt] * how.seeds, generator=noise, num_inference_steps=how.steps, guidance_scale=how.guidance
+                ).images
+            images += drawn
+            shares += [self.success(drawn, prompt)] if self.success else []
+        if shares:
+            row = self.engine.log[-1]
+            row["success"] = sum(shares) / len(shares)
+            self.accelerator.log({"success": row["success"]}, step=step - 1)
+        if self.folder:
+            path = self.folder / "validation" / f"step-{step}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_image_grid(images, len(images) // how.seeds, how.seeds).save(path)
+        for tracker in self.accelerator.trackers:
+            pixels = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": pixels}, step=step - 1, **TRACKERS[tracker.name])
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The gates' moving average instead of the gates, where there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.mixture.parameters())
+        self.ema.copy_to(self.mixture.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.mixture.parameters())
+
+    # ---- save, resume, finish
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to resume."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in MAY_CHANGE}
+        experts = {name: [expert.sha256, strength] for name, (expert, strength) in self.mixture.weighed().items()}
+        return {**settings, **self.data.to_dict(), "gates": self.mixture.config.to_dict(), "experts": experts}
+
+    def save(self, step: int) -> None:
+        """Write checkpoint-`step`."""
+        if self.folder is None:
+            return
+        state: dict[str, Any] = send_to_device(self.context.state, "cpu")  # another machine may lack this device
+        if self.accelerator.num_processes > 1:
+            state = {name: value for part in gather_object([state]) for name, value in part.items()}
+        options: dict[str, Any] = {"keep": self.config.keep, "identity": self.identity(), "kept": state}
+        self.engine.save(self.folder, step, weights=self.mixture.save_pretrained, **options)
+
+    def resume(self, asked: str | None) -> None:
+        """Set everything to where a checkpoint left it; a new run stays as it is."""
+        if state := self.engine.resume(self.folder, asked, identity=self.identity()):
+            self.context.state = send_to_device(state["kept"], self.pipe.device)
+            if self.ema is not None:
+                self.ema.to(self.pipe.device)
+
+    def finish(self) -> None:
+        """Leave the gates as they will be used, save them, and close the trackers."""
+        if self.ema is not None:
+            self.ema.copy_to(self.mixture.parameters())
+        if self.folder and self.accelerator.is_main_process:
+            self.mixture.save_pretrained(self.folder)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def summary(config: GateTraining, log: Sequence[dict]) -> str:
+    """How gates were trained and what came of it, as a sentence or two for their model card."""
+    terms = ", ".join(f"{name} (weight {term.weight:g})" for name, term in config.parsed.items())
+    reached = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
+    return f"Trained for {len(log)} updates on {terms}. Last update: {reached}."
+
+
+def drop_experts(experts: Sequence[str], drop: float, generator: torch.Generator) -> list[str]:
+    """The experts of one update: each sits out with chance `drop`, but one always stays (RAMoLE's expert dropout)."""
+    draws = torch.rand(len(experts), generator=generator)
+    return [name for name, draw in zip(experts, draws, strict=True) if draw >= drop or draw == draws.max()]
+
+
+def parameter_groups(banks: Iterable[nn.Module], lr: float | None) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer; with `lr` None one update moves the logits of any gate about as far.
+
+    Adam moves every entry by about the rate, so a logit over D features of length 1 moves by up to rate * sqrt(D): the
+    right rate for one number per expert is too much for a vector of 320, and far too much for a flattened state of a
+    million. So a matrix over features gets 0.05 / sqrt(D). What reads raw states, whose D entries are of size 1 rather than
+    the whole, gets 0.05 / D, and all else 0.05.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for bank in banks:
+        for name, parameter in bank.named_parameters():
+            rate = REACH / _sensitivity(name.rpartition(".")[2], parameter) if lr is None else lr
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def _sensitivity(name: str, parameter: nn.Parameter) -> float:
+    """How far a change of 1 in every entry moves a gate's logits."""
+    if name == "matrix":
+        return parameter.shape[-1] ** 0.5
+    if name == "up":  # of a router, [Cout, r]
+        return parameter.shape[0]
+    return parameter.shape[-1] if name in ("weight", "pooler", "down") else 1

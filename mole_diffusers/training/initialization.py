@@ -1,0 +1,77 @@
+"""Initial weights of gates: equal ones, or the best constant ones by least squares on the experts' own activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mole_diffusers.lora import layer_key
+from mole_diffusers.merging.activations import Activations
+from mole_diffusers.merging.factors import Pair
+from mole_diffusers.merging.layers import layers_of
+from mole_diffusers.merging.regression import best_router, own_answers, scalar_equations, solved
+from mole_diffusers.training.context import TrainingContext
+
+Answers = Callable[[Sequence[Pair], Sequence[torch.Tensor]], list[torch.Tensor]]  # the `answers` of `scalar_equations`
+RIDGE = 0.01  # of SSR-Merge, its own default
+
+
+def _router(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [best_router(pairs, inputs, RIDGE)] * len(pairs)
+
+
+ANSWERS: dict[str, Answers] = {"scalars": lambda pairs, _: own_answers(pairs), "ssr": _router}
+
+
+def initialize(context: TrainingContext, initial: str) -> None:
+    """Set every gate to the constant weights that are best on the inputs X_k that its layers get from each expert k alone.
+
+    "uniform" changes nothing. "scalars" are min_a sum_k |sum_j a_j delta_j X_k - delta_k X_k|^2 over all layers of a gate:
+    LoRA Soups' CAT, solved exactly. "ssr" replaces delta_k X_k by the output of SSR-Merge: the weights nearest to that
+    merge. Without its ridge the two are the same, as SSR solves the same problem over more matrices; the ridge pulls
+    towards the mean.
+
+    The experts run the single prompts of the training data, 4 steps each. An expert that changes nothing keeps weight 1.
+
+    Raises ValueError for an expert without single prompts, or for gates that cannot start at other than equal weights.
+    """
+    if initial == "uniform":
+        return
+    gates = context.mixture.layers_by_gate()
+    if not all(hasattr(gate, "begin") for gate, _ in gates) or not gates:
+        raise ValueError(f"gates of family {context.mixture.config.family!r} can only start 'uniform', not {initial!r}")
+    equations = _equations(context, ANSWERS[initial])
+    for gate, layers in gates:
+        parts = [equations[key] for key in map(merge_key, layers)]
+        normal, wanted = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+        idle = normal.diagonal() == 0
+        weights = torch.where(idle, torch.ones_like(wanted), solved(normal, wanted))
+        gate.begin(weights.float(), ~idle)
+
+
+def _equations(context: TrainingContext, answers: Answers) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer key -> normal equations (H [N, N], g [N]) over all experts; zeros where an expert lacks the layer."""
+    weighed, singles = context.mixture.weighed(), context.data.singles
+    if missing := [name for name in weighed if not singles.get(name)]:
+        raise ValueError(f"weights to start at need single prompts of every expert, and {missing[0]!r} has none")
+    activations = Activations(context.pipe, singles)
+    experts = context.bar(weighed.items(), "activations of each expert")
+    own = [activations.own(name, expert, strength) for name, (expert, strength) in experts]
+    found = {}
+    for key, layer in layers_of(weighed).items():
+        there = [i for i, pair in enumerate(layer) if pair is not None and key in own[i]]
+        pairs = [pair.folded() for i in there if (pair := layer[i]) is not None]
+        inputs = [own[i][key].double() for i in there]
+        normal, wanted = torch.zeros(len(layer), len(layer)).double(), torch.zeros(len(layer)).double()
+        if pairs:
+            index = torch.tensor(there)
+            normal[index[:, None], index], wanted[index] = scalar_equations(pairs, inputs, answers(pairs, inputs))
+        found[key] = (normal, wanted)
+    return found
+
+
+def merge_key(layer: str) -> str:
+    """ "unet.down_blocks.0..." -> the layer's key in `layers_of`."""
+    part, _, name = layer.partition(".")
+    return f"{part}.{layer_key(name)}"

@@ -1,0 +1,225 @@
+"""Concept LoRAs: one low-rank adapter on UNet and text encoder, trained from pictures. setup -> fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from mole_diffusers.lora.writing import save_atomically
+from mole_diffusers.training.beam import Beams
+from mole_diffusers.training.config import LoraTraining
+from mole_diffusers.training.data import Draw, Samples
+from mole_diffusers.training.denoising import denoising_loss, latent_shape, sample
+from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
+from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
+
+PRIOR_FILE = "prior.safetensors"
+MAY_CHANGE = ("every", "keep", "accumulation", "checkpointing")  # settings that a resumed run may change
+
+
+def train_lora(
+    pipe: Any,
+    samples: Samples,
+    config: LoraTraining,
+    *,
+    prior: Samples | None = None,
+    name: str = "",
+    init: dict[str, torch.Tensor] | None = None,
+    folder: str | Path | None = None,
+    resume_from: str | None = None,
+    report: Callable[[dict], None] | None = None,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Train a LoRA for one concept; the pipeline is given back as it was.
+
+    Under `accelerate launch` every process calls this with the same arguments and takes its share of each batch.
+
+    Args:
+        prior: pictures of the concept's class, see `class_samples`.
+        name: beside the progress bar, and in error messages.
+        init: an earlier LoRA of the same layers and rank to start from.
+        folder: checkpoints and `log.jsonl` are written here.
+        resume_from: "latest" or "checkpoint-N" resumes there, "latest" without a checkpoint starts anew; None starts anew.
+        report: called with every update's row, after its checkpoint; what it raises ends the run.
+        progress: show a progress bar.
+
+    Returns:
+        Diffusers' keys -> fp32 tensors, "unet.<layer>.lora_A.weight" say; `save_lora` and `save_kohya` write them.
+
+    Raises:
+        ValueError: a pipeline that cannot be trained on, a loss that is not finite (the last checkpoint stays).
+        OSError: a checkpoint cannot be written; earlier ones stay.
+    """
+    pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
+    with ExitStack() as undo:
+        trainer = LoraTrainer(pipe, pictures, config, undo, folder=Path(folder) if folder else None)
+        undo.enter_context(_checkpointing(pipe, config.checkpointing))
+        if init is not None:
+            trainer.lora.load(init)
+        trainer.resume(resume_from)
+        trainer.fit(name=name, report=report, progress=progress)
+        return trainer.lora.tensors()
+
+
+class LoraTrainer:
+    """One training run, in the order of its methods."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        pictures: dict[str, Samples],
+        config: LoraTraining,
+        undo: ExitStack,
+        *,
+        folder: Path | None = None,
+    ):
+        """Put the LoRA on the pipeline and make what an update needs. Under `accelerate launch` this joins the others.
+
+        Args:
+            pictures: those of the "concept", and of the "prior" where there are any.
+            undo: takes the LoRA off again.
+        """
+        if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
+            raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and one text encoder")
+        self.pipe, self.pictures, self.config, self.folder = pipe, pictures, config, folder
+        accelerator = join_processes(pipe.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(config.seed)
+            self.lora = add_lora(pipe, config, undo)
+        optimizer = adamw([g for part, lr in config.rates.items() for g in _groups(self.lora, part, lr)], pipe.device)
+        cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
+        self.engine = Engine(accelerator, optimizer, cosine, config.precision, config.accumulation)
+        self.engine.check_batch(config.batch, "the batch")
+        self.engine.stateful["lora"] = self.lora
+        self.beams: Beams | None = None
+        if config.beam:
+            self.beams = Beams(self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
+            self.engine.stateful["past"] = self.beams
+
+    def fit(self, *, name: str = "", report: Callable[[dict], None] | None = None, progress: bool = True) -> None:
+        """The loop. Random choices follow from the seed and the number of an update, so that resuming changes nothing."""
+        config, engine, what = self.config, self.engine, name or "the concept"
+        start = reported = len(engine.log)
+        hidden = not (progress and engine.accelerator.is_main_process)
+        bar = tqdm(initial=start, total=config.steps, desc=name or "concept", disable=hidden, mininterval=1)
+        for step in range(start, config.steps):
+            self.update(step)
+            done = step + 1
+            save = done == config.steps or done % config.every == 0
+            if save or done % READ_EVERY == 0:
+                advice = f"{what}: a lower rate or no half precision may help"
+                row = engine.read_log(["loss", *self.pictures], lambda: advice)  # noqa: B023 -- called at once
+                bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if k != "step"}, refresh=False)
+            if save:
+                self.save(done)
+            for row in engine.log[reported:]:
+                if report is not None:
+                    report(row)
+            reported = len(engine.log)
+            bar.update()
+        bar.close()
+
+    def update(self, step: int) -> None:
+        """One step of the optimizer, and of the competition among ranks."""
+        self.engine.update(lambda index, shares: self.losses(step, index=index, shares=shares))
+        if self.beams is not None:
+            self.beams.after(step + 1)
+
+    def losses(self, step: int, *, index: int, shares: int) -> torch.Tensor:
+        """[loss, concept, prior] on share `index` of `shares` of the batch of update `step`."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        draws = [Draw(generator, self.config.batch, index, shares) for _ in self.pictures]
+        with self.engine.autocast():
+            found = [denoising_loss(self.pipe, p, d) for p, d in zip(self.pictures.values(), draws, strict=True)]
+        loss = found[0] + self.config.prior * found[1] if len(found) > 1 else found[0]
+        return torch.stack([loss, *found])
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to resume."""
+        settings = {n: str(v) for n, v in asdict(self.config).items() if n not in MAY_CHANGE}
+        return settings | {f"{name} pictures": samples.captions for name, samples in self.pictures.items()}
+
+    def save(self, step: int) -> None:
+        """Write checkpoint-`step` with the LoRA as it is now."""
+        if self.folder is None:
+            return
+
+        def weights(path: Path) -> None:
+            save_lora(self.lora.tensors(), path / "lora.safetensors", alpha=self.config.alpha, rank=self.config.rank)
+
+        self.engine.save(self.folder, step, weights=weights, keep=self.config.keep, identity=self.identity())
+
+    def resume(self, asked: str | None) -> None:
+        """Set everything to where a checkpoint left it; a new run stays as it is."""
+        self.engine.resume(self.folder, asked, identity=self.identity())
+
+
+def _groups(lora: LoraLayers, part: str, lr: float) -> list[dict[str, Any]]:
+    logits = [g for name, g in lora.logits.items() if name.startswith(f"{part}.")]
+    groups = [{"params": lora.weights(part), "lr": lr, "weight_decay": 1e-2}]
+    return groups + ([{"params": logits, "lr": lr, "weight_decay": 0.0}] if logits else [])
+
+
+@contextmanager
+def _checkpointing(pipe: Any, wanted: bool) -> Iterator[None]:
+    if not wanted or pipe.unet.is_gradient_checkpointing:
+        yield
+        return
+    pipe.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        pipe.unet.disable_gradient_checkpointing()
+
+
+# ---- prior preservation
+
+
+@torch.no_grad()
+def class_samples(
+    pipe: Any,
+    prompt: str,
+    *,
+    count: int = 64,
+    steps: int = 25,
+    guidance: float = 7.5,
+    seed: int = 0,
+    batch: int = 4,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> Samples:
+    """Pictures of a concept's class, drawn by the base, for DreamBooth's prior preservation (Ruiz et al., 2023).
+
+    Args:
+        prompt: of the class: "a photo of a dog".
+        count: pictures; latents, never decoded.
+        steps, guidance: of the sampler.
+        batch: pictures at a time.
+        folder: where they are saved, and found by a run that resumes.
+        progress: show a progress bar.
+    """
+    file, asked = folder / PRIOR_FILE if folder else None, json.dumps([prompt, count, steps, guidance, seed])
+    if file is not None and file.exists():
+        with safe_open(file, "pt") as saved:
+            if (saved.metadata() or {}).get("asked") == asked:
+                return Samples(saved.get_tensor("latents"), [prompt] * count)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, *latent_shape(pipe), generator=generator)  # [count, C, H, W]
+    drawn = [
+        sample(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
+        for rows in tqdm(noise.split(batch), desc="class pictures", disable=not progress)
+    ]
+    samples = Samples(torch.cat(drawn), [prompt] * count)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically({"latents": samples.latents}, file, {"asked": asked})
+    return samples
