@@ -1,1 +1,1 @@
-"""Training-free composers that give one ordinary LoRA: the maths in files that know torch alone, then experts in and out."""
+"""Training-free merges: several LoRAs become one ordinary LoRA. The maths imports torch only."""

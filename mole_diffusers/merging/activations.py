@@ -1,4 +1,4 @@
-"""What reaches each layer while one LoRA alone runs its own prompts; what merges by least squares start from."""
+"""The input of each layer while one LoRA alone runs its own prompts: the data of merges by least squares."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mole_diffusers.lora import COMPONENTS, Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
 
-TEXT = ("attn2.to_k", "attn2.to_v")  # layers of a UNet that read the text
+TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a UNet: their input is the text
 
 
 class Activations:
-    """Runs experts on a pipeline and keeps the inputs of their layers; each expert is run once and remembered.
+    """Runs experts on a pipeline and records the inputs of their layers; an expert is run once, then cached.
 
-    Conditional rows only, since the unconditional prompt is the same for every expert; of a text, the tokens up to its
-    end, since padding is the same too.
+    Only conditional rows are recorded, since the unconditional prompt is the same for every expert; of a text, only the
+    tokens up to its end, since padding is the same too.
     """
 
     def __init__(
@@ -35,24 +35,24 @@ class Activations:
     ):
         """
         Args:
-            pipe: the pipeline to run; a mixture on it is put back afterwards.
-            prompts: expert name -> its own prompts, without the other experts' concepts.
+            pipe: the pipeline to run; a mixture on it is attached again afterwards.
+            prompts: expert name -> prompts for it, without the other experts' concepts.
             steps: of sampling from pure noise, without guidance.
-            rows: at most so many of a layer's tokens are kept per step, evenly spaced.
+            rows: how many of a layer's tokens are recorded per step at most, evenly spaced.
             seed: of the noise.
         """
         self.pipe, self.prompts, self.steps, self.rows, self.seed = pipe, dict(prompts), steps, rows, seed
         self._own: dict[tuple[str, str, float], dict[str, torch.Tensor]] = {}
 
     def own(self, name: str, expert: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
-        """ "part.layer" -> [n, Cin]: what reaches the expert's layers while it runs alone."""
+        """ "component.layer" -> [n, Cin]: the inputs of the expert's layers while it runs alone."""
         key = (name, expert.sha256, strength)
         if key not in self._own:
             self._own[key] = self.run(name, expert, expert, strength)
         return self._own[key]
 
     def run(self, name: str, expert: Expert, running: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
-        """The same while another LoRA, a merge say, runs the expert's prompts from the same noise.
+        """The same while another LoRA (a merge, say) runs the expert's prompts from the same noise.
 
         Raises ValueError where the expert has no prompts.
         """
@@ -74,21 +74,21 @@ class Activations:
 
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
-        """Hooks on the host layers of `expert`; what they keep is given out."""
+        """Record the inputs of the host layers of `expert` while the block runs."""
         hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}
-        words = self._words(self.prompts[name])
+        text_tokens = self._text_tokens(self.prompts[name])
         found: dict[str, list[torch.Tensor]] = {}
         with ExitStack() as undo:
             for part, modules in match(expert, hosts).layers.items():
                 for module in modules:
-                    tokens = words if part.startswith("text") or module.endswith(TEXT) else None
+                    tokens = text_tokens if part.startswith("text") or module.endswith(TEXT_LAYERS) else None
                     pieces = found.setdefault(f"{part}.{layer_key(module)}", [])
                     hook = _keeper(pieces, tokens, self.rows)
                     undo.callback(hosts[part].get_submodule(module).register_forward_pre_hook(hook).remove)
             yield found
 
-    def _words(self, prompts: Sequence[str]) -> torch.Tensor:
-        """[P, T] bool: the tokens after the beginning of a text and up to its end."""
+    def _text_tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[P, T] bool: the tokens between the start and the end token of a text, the latter included."""
         tokenizer = self.pipe.tokenizer
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
@@ -108,7 +108,7 @@ def _keeper(pieces: list[torch.Tensor], tokens: torch.Tensor | None, rows: int) 
 
 
 def as_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """A layer's input as what its flattened weight is multiplied with: [B, T, Cin]; the patches of a convolution."""
+    """A layer's input as its flattened weight multiplies it: [B, T, Cin]; for a convolution, its patches."""
     if isinstance(module, nn.Conv2d):
         sizes: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
         return F.unfold(x, *sizes).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What every merge works on. One layer: N experts, R the sum of their ranks. Convolutions are flattened to matrices."""
+"""The pairs of factors that merges work on. N experts, R the sum of their ranks; convolutions are flattened to matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Pair(NamedTuple):
-    """One expert's share of one layer, or what a merge made of all: delta W = scale * up @ down."""
+    """The low-rank change of one layer by one expert, or by a merge: delta W = scale * up @ down."""
 
     down: torch.Tensor  # [r, Cin]
     up: torch.Tensor  # [Cout, r]
@@ -28,7 +28,7 @@ class Pair(NamedTuple):
         return self.scale * self.up @ self.down
 
     def energy(self) -> float:
-        """|delta W|^2 of Frobenius, by the r x r Gram matrices."""
+        """The squared Frobenius norm |delta W|^2, from the r x r Gram matrices."""
         return self.scale**2 * ((self.up.T @ self.up) * (self.down @ self.down.T)).sum().item()
 
 
@@ -38,7 +38,7 @@ Merged = dict[str, Pair]
 
 
 def present(layer: Layer) -> list[Pair]:
-    """The experts that have the layer, scales folded in."""
+    """The pairs of the experts that have the layer, scales folded in."""
     return [pair.folded() for pair in layer if pair is not None]
 
 
@@ -48,7 +48,7 @@ def concatenated(pairs: Sequence[Pair]) -> Pair:
 
 
 def dense(delta: torch.Tensor) -> Pair:
-    """A full matrix [Cout, Cin] as a pair of full rank, the smaller side's."""
+    """A full matrix [Cout, Cin] as a pair; its rank is that of the smaller side."""
     rows, columns = delta.shape
     if rows <= columns:
         return Pair(delta, torch.eye(rows, dtype=delta.dtype))

@@ -1,4 +1,4 @@
-"""Experts -> layers of pairs, and back: one merge as one Expert."""
+"""Experts -> pairs by layer, and a merge back to one Expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mole_diffusers.lora import Expert, LoraWeights
 from mole_diffusers.merging.factors import Merged, Pair
 
-Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and the user's strength
+Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
 
 
 def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
@@ -42,7 +42,7 @@ def _weights(expert: Expert, key: str) -> LoraWeights | None:
 
 
 def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping[str, str]) -> Expert:
-    """One ordinary LoRA in fp32, shaped as the experts' own layers, with all their trigger words."""
+    """A merge as one ordinary LoRA in fp32, in the shapes of the experts' layers, with all their trigger words."""
     parts: dict[str, dict[str, LoraWeights]] = {}
     for key, pair in merged.items():
         part, _, layer = key.partition(".")
@@ -62,7 +62,7 @@ def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping
 
 
 def _shaped(pair: Pair, inputs: Sequence[int]) -> LoraWeights:
-    """A pair as a layer with `inputs` (Cin,) or (Cin, k, k)."""
+    """A pair as a layer whose input is (Cin,), or (Cin, k, k) for a convolution."""
     down, up = pair.down.float(), (pair.up * pair.scale).float()
     if len(inputs) == 1:
         return LoraWeights(down, up, 1.0)

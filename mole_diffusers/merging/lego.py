@@ -22,8 +22,8 @@ def lego(
     """LoRA-LEGO: a unit is a row of down with its column of up; units are clustered by k-means, and each cluster's mean,
     brought back to the size of its members, is one rank of the result.
 
-    Independent experts have nearly orthogonal units, so that with fewer clusters than ranks a cluster's mean is none of
-    them: expect concepts to be lost.
+    Units of independent experts are nearly orthogonal, so with fewer clusters than ranks a cluster's mean is close to none
+    of them: expect concepts to be lost.
 
     Args:
         clusters: ranks of the result, at most as many as units; by default the largest rank among the experts.
@@ -48,7 +48,7 @@ def lego(
 
 
 def _units(layer: Layer, canonical: bool) -> tuple[torch.Tensor, int]:
-    """[R, Cin + Cout] rows [a; b], the root of the scale in each half, and Cin. Sorted, so that no order matters."""
+    """[R, Cin + Cout] rows [a; b], the root of the scale in each half, and Cin. Sorted: the experts' order must not matter."""
     pairs = [p for p in layer if p is not None]
     rows = []
     for pair in pairs:

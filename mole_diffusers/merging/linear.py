@@ -47,8 +47,7 @@ def _projected(layer: Layer, protect: Sequence[int], share: float) -> Pair:
 
 
 def directions(pairs: Sequence[Pair]) -> torch.Tensor:
-    """An orthonormal basis [Cin, Q] of the inputs that any of the pairs responds to; weaker than 1e-6 of the strongest
-    counts as none."""
+    """An orthonormal basis [Cin, Q] of the inputs that any pair responds to, by more than 1e-6 of the strongest response."""
     rows = torch.cat([torch.linalg.qr(p.up).R @ p.down for p in pairs])  # as long as the responses: |rows x| = |delta x|
     _, values, v = torch.linalg.svd(rows, full_matrices=False)
     return v[values > 1e-6 * values[0]].T

@@ -26,8 +26,8 @@ METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
     "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
 }  # fmt: skip
-KEPT = 0.99  # share of a full-rank merge's energy that is kept where no rank is asked for
-GIVEN = ("inputs", "rerun", "protect")  # what `merge` hands to the methods that ask for it
+ENERGY = 0.99  # share of a full-rank merge's energy to keep where no rank is asked for
+GIVEN = ("inputs", "rerun", "protect")  # arguments of methods that are no options: `merge` fills them in
 
 
 def merge(
@@ -58,7 +58,8 @@ def merge(
         An Expert; its metadata says how it was made, and which share of |delta W|^2 the rank cost ("mole.lost_energy").
 
     Raises:
-        ValueError: an unknown method, option or expert; a method without what it needs; experts of different models.
+        ValueError: an unknown method, option or expert; a method without the activations that it needs; experts of
+            different models.
     """
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}; known: {list(METHODS)}")
@@ -66,7 +67,7 @@ def merge(
         raise ValueError("a merge needs at least one expert")
     read = {n: _weighted(n, given) for n, given in experts.items()}
     layers = layers_of(read)
-    given = _given(METHODS[method], read, layers, protect=protect, activations=activations)
+    given = _filled_in(METHODS[method], read, layers, protect=protect, activations=activations)
     merged, lost = truncated(METHODS[method](layers, **given, **resolved(method, options)), layers, method=method, rank=rank)
     about = {"mole.method": method, "mole.experts": ", ".join(read), "mole.options": json.dumps(options)}
     about["mole.lost_energy"] = f"{lost:.4f}"
@@ -76,8 +77,8 @@ def merge(
 
 
 def by_activations(method: str) -> bool:
-    """Whether the method needs to run the experts."""
-    return "inputs" in _asks(METHODS[method])
+    """Whether a method needs the experts' activations, so a pipeline to run them on."""
+    return "inputs" in _arguments(METHODS[method])
 
 
 def _weighted(name: str, given: Source | tuple[Source, float]) -> tuple[Expert, float]:
@@ -87,23 +88,23 @@ def _weighted(name: str, given: Source | tuple[Source, float]) -> tuple[Expert, 
     return (source if isinstance(source, Expert) else read_expert(source, name)), float(strength)
 
 
-def _asks(method: Callable[..., Merged]) -> dict[str, Any]:
-    """What a method takes beside the layers -> its default."""
+def _arguments(method: Callable[..., Merged]) -> dict[str, Any]:
+    """The keyword arguments of a method -> their defaults."""
     return {p.name: p.default for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options that a method runs with: those given, and the defaults of the others.
+    """All options of a method: those given, and the defaults of the others.
 
-    Raises ValueError for an option that it does not have.
+    Raises ValueError for an unknown option.
     """
-    defaults = {name: value for name, value in _asks(METHODS[method]).items() if name not in GIVEN}
+    defaults = {name: value for name, value in _arguments(METHODS[method]).items() if name not in GIVEN}
     if unknown := sorted(set(options) - set(defaults)):
         raise ValueError(f"unknown options {unknown} of merge method {method!r}; known: {list(defaults)}")
     return defaults | dict(options)
 
 
-def _given(
+def _filled_in(
     method: Callable[..., Merged],
     experts: Weighted,
     layers: Layers,
@@ -111,8 +112,8 @@ def _given(
     protect: Sequence[str],
     activations: Activations | None,
 ) -> dict[str, Any]:
-    """What the method asks for beside its options."""
-    asked, names = _asks(method), list(experts)
+    """The arguments of a method that are no options, see `GIVEN`."""
+    asked, names = _arguments(method), list(experts)
     given: dict[str, Any] = {}
     if unknown := sorted(set(protect) - set(names)):
         raise ValueError(f"unknown experts {unknown} to protect; given: {names}")
@@ -140,7 +141,7 @@ def _rerun(experts: Weighted, layers: Layers, activations: Activations, merged: 
 
 
 def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) -> tuple[Merged, float]:
-    """The merge at `rank`, and the share of its energy that this cost."""
+    """The merge at `rank`, and the share of its energy that is lost by it."""
     if rank is not None and rank < 1:
         raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
     out, lost, whole = {}, 0.0, 0.0
@@ -157,12 +158,12 @@ def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) 
 
 
 def _enough(values: torch.Tensor) -> int:
-    """The smallest rank that keeps the energy `KEPT`, by singular values."""
+    """The smallest rank that keeps the share `ENERGY`, by singular values."""
     share = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
-    return int((share < KEPT).sum()) + 1
+    return int((share < ENERGY).sum()) + 1
 
 
 def _loss(layers: Layers, inputs: Inputs, merged: Merged) -> float:
-    """Mean over layers that several experts share."""
+    """The relative loss, mean over the layers that several experts have."""
     shared = [key for key, layer in layers.items() if sum(p is not None for p in layer) > 1]
     return sum(relative_loss(layers[key], inputs[key], merged[key]) for key in shared) / max(1, len(shared))

@@ -1,4 +1,4 @@
-"""Merges that drop entries: TIES, DARE, KnOTS. Their results have full rank, KnOTS' the summed rank."""
+"""Merges that drop entries: TIES, DARE, KnOTS. Results have full rank, for KnOTS the summed rank."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def ties(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
     """TIES (Yadav et al., 2023) on delta W: trim, elect a sign per entry, average what agrees with it.
 
     Args:
-        share: of each expert's entries that stays, the largest over the whole model, as in the paper (peft trims layer
-            by layer).
+        share: of each expert's entries to keep, the largest over the whole model as in the paper (peft trims layer by
+            layer).
         scale: of the result; the paper's lambda.
     """
     elected = _elected(_trimmed(_deltas(layers), share))
@@ -95,7 +95,7 @@ def _threshold(deltas: Sequence[torch.Tensor | None], share: float) -> float:
 
 
 def _elected(deltas: Deltas) -> dict[str, torch.Tensor]:
-    """TIES' second and third step: the sign of the sum, then the mean of the entries that have it."""
+    """Steps 2 and 3 of TIES: the sign of the sum, then the mean of the entries with that sign."""
     sums = {key: torch.stack(_there(row)).sum(0) for key, row in deltas.items()}
     majority = torch.stack([s.sign().sum() for s in sums.values()]).sum().sign()  # where a sum is 0
     out = {}
