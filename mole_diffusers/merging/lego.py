@@ -48,7 +48,7 @@ def lego(
 
 
 def _units(layer: Layer, canonical: bool) -> tuple[torch.Tensor, int]:
-    """[R, Cin + Cout] rows [a; b], the root of the scale in each half, and Cin. Sorted: the experts' order must not matter."""
+    """[R, Cin + Cout] rows [a; b], the root of the scale in each half, and Cin. Sorted, so no order matters."""
     pairs = [p for p in layer if p is not None]
     rows = []
     for pair in pairs:
