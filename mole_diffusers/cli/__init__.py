@@ -1,32 +1,70 @@
-"""The `mole` command. Each file holds one command: `add(commands)` states its arguments, and the function that it sets as
-`run` does the work."""
+"""The `mole` command. Each file is one command: the arguments of its function are the options, its docstring is the help."""
 
 from __future__ import annotations
 
-import argparse
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from inspect import getdoc
+from typing import Annotated, Any
 
-from mole_diffusers.cli import app, compose, evaluate, grid, index, inspect, merge, retrieve, train, train_lora
+import typer
 
-COMMANDS = (inspect, compose, index, retrieve, grid, app, train, train_lora, evaluate, merge)
+from mole_diffusers import __version__
+from mole_diffusers.cli.app import app
+from mole_diffusers.cli.compose import compose
+from mole_diffusers.cli.compose_library import compose_library
+from mole_diffusers.cli.draw import draw
+from mole_diffusers.cli.evaluate import evaluate
+from mole_diffusers.cli.grid import grid
+from mole_diffusers.cli.index import index
+from mole_diffusers.cli.inspect import inspect
+from mole_diffusers.cli.merge import merge
+from mole_diffusers.cli.redraw import redraw
+from mole_diffusers.cli.retrieve import retrieve
+from mole_diffusers.cli.train import train
+from mole_diffusers.cli.train_lora import train_lora
+
+COMMANDS = {
+    "Make pictures": (compose, draw, redraw, grid, app),
+    "Train": (train, train_lora),
+    "Work with LoRA files": (inspect, merge, index, retrieve, compose_library),
+    "Measure": (evaluate,),
+}
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"mole {__version__}")
+        raise typer.Exit
+
+
+def mole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compose several concept LoRAs in one picture. Each command has its own help: mole COMMAND --help."""
+
+
+def parser() -> Any:
+    """All commands as one, for typer."""
+    whole = typer.Typer(add_completion=False)
+    whole.callback()(mole)
+    for panel, commands in COMMANDS.items():
+        for command in commands:
+            about = re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or "")  # lines of a paragraph as one
+            whole.command(command.__name__.replace("_", "-"), help=about, rich_help_panel=panel)(command)
+    return typer.main.get_command(whole)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 with one line on stderr for bad input."""
-    args = parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = args.run
+    """Run one command. Returns the exit status: 0, or 1 with one line on stderr for bad input."""
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        return command(args)
-    except (ValueError, OSError) as error:
-        print(f"mole {args.command}: {error}", file=sys.stderr)
+        return parser().main(words, prog_name="mole", standalone_mode=False) or 0
+    except (typer.TyperException, ValueError, OSError) as error:
+        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        name = f"mole {words[0]}" if words and not words[0].startswith("-") else "mole"
+        print(f"{name}: {text}", file=sys.stderr)
         return 1
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
-    whole = argparse.ArgumentParser(prog="mole", description="Compose concept LoRAs by learned gates.")
-    commands = whole.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
-        command.add(commands)
-    return whole

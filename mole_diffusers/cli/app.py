@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mole_diffusers.cli.studio import add_studio, default_recipe, studio
+from typer import Option
+
+from mole_diffusers.cli.common import (
+    WORLD,
+    BaseOption,
+    DeviceOption,
+    LorasOption,
+    TrainedOption,
+    VerboseOption,
+    first_recipe,
+    open_studio,
+)
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    command = commands.add_parser("app", help="the app in the browser: compose, see why, train, keep")
-    add_studio(command)
-    command.add_argument("--keep", type=Path, default=Path("mole_gates"), help="folder of the gates that the app trains")
-    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows it to the network; there is no password")
-    command.add_argument("--port", type=int, default=7860)
-    command.add_argument("--mcp", action="store_true", help="also serve the endpoints as MCP tools, at /gradio_api/mcp/")
-    command.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Serve the app until it is interrupted."""
+def app(
+    base: BaseOption = WORLD,
+    loras: LorasOption = None,
+    trained: TrainedOption = None,
+    keep: Annotated[Path, Option(metavar="FOLDER", help="Gates that the app trains are kept here.")] = Path("mole_gates"),
+    host: Annotated[str, Option(help="0.0.0.0 shows the app to your network. There is no password.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="The app is at http://HOST:PORT.")] = 7860,
+    mcp: Annotated[bool, Option("--mcp", help="Also serve the actions as MCP tools, at /gradio_api/mcp/.")] = False,
+    device: DeviceOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes."""
     try:
         from mole_diffusers.app.build import build, launch
 
-        if args.mcp:
-            import mcp  # noqa: F401
+        if mcp:
+            import mcp as _  # noqa: F401
     except ImportError as error:
         extra = "mcp" if error.name == "mcp" else "app"
         raise ValueError(f"this needs {error.name}: pip install 'mole-diffusers[{extra}]'") from error
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.studio.catalog import folder_gates
 
-    place = studio(args)
-    for name, folder in folder_gates(args.keep).items():
-        place.catalog.add_gates(name, folder)
-    actions = Actions(place, home=args.keep, thumbnail=world_thumbnails() if args.base == "emoji" else None)
-    where: dict[str, Any] = {"server_name": args.host, "server_port": args.port, "mcp_server": args.mcp}
-    launch(build(actions, default_recipe(place)), **where)
-    return 0
+    studio = open_studio(base, device, loras=loras, trained=trained)
+    studio.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
+    for name, folder in folder_gates(keep).items():
+        studio.catalog.add_gates(name, folder)
+    if base == WORLD:
+        recipe = first_recipe(
+            studio, prompt="noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
+        )
+    else:
+        recipe = first_recipe(studio, guidance=7.0)
+    actions = Actions(studio, home=keep, thumbnail=world_thumbnails() if base == WORLD else None)
+    launch(build(actions, recipe), server_name=host, server_port=port, mcp_server=mcp)
 
 
 def world_thumbnails() -> Any:

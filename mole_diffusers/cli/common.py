@@ -1,147 +1,208 @@
-"""What several commands share: the base pipeline, and the experts that were asked for."""
+"""What the commands share: options, and how pipelines, LoRAs, libraries and pictures are opened and written.
+
+Nothing here or in a command imports torch before the command runs, so that `mole --help` answers at once.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mole_diffusers.lora import COMPONENTS, Expert, read_expert
+from typer import Context, Option
+
+if TYPE_CHECKING:
+    from mole_diffusers.lora import Expert
+    from mole_diffusers.studio.recipe import Recipe
+    from mole_diffusers.studio.render import Studio
+
+WORLD = "emoji"  # as a base: the embedded world
+THRESHOLD = 0.7  # as in retrieval.library, which needs torch
+NONE: list[str] = []  # default of an option that may be repeated
 
 
-def add_experts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--expert", action="append", default=[], metavar="NAME=FILE[:STRENGTH]", help="repeatable")
-    parser.add_argument("--base", default="emoji", help="a diffusers pipeline; default: the embedded world")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one")
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings, notices and loading bars of other libraries off the console; warnings of our own are one line."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
+        as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
+        from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
+        from huggingface_hub.utils import enable_progress_bars as show_downloads
+        from transformers.utils.logging import disable_progress_bar as hide_weight_bars
+
+        hide_pipeline_bars()
+        hide_weight_bars()
+        show_downloads()  # which transformers hides with its own
+        try:
+            yield
+        finally:
+            warnings.formatwarning = as_before
+            logging.disable(logging.NOTSET)
+
+
+def _speak(ctx: Context, verbose: bool) -> None:
+    if not verbose:
+        ctx.with_resource(quiet())
+
+
+BaseOption = Annotated[
+    str,
+    Option(metavar="MODEL", help="A diffusers pipeline: a folder or a hub id; emoji is the world in this package."),
+]
+DeviceOption = Annotated[str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")]
+ExpertOption = Annotated[
+    list[str], Option("--expert", metavar="NAME=FILE[:STRENGTH]", help="A LoRA file and the name you give it. Repeatable.")
+]
+TagExpertOption = Annotated[
+    list[str], Option("--expert", metavar="NAME=FILE", help="One more LoRA file that tags may name. Repeatable.")
+]
+LorasOption = Annotated[
+    Path | None,
+    Option(metavar="FOLDER", help="LoRA files that tags may name. The emoji world has its own."),
+]
+NamedGatesOption = Annotated[
+    str,
+    Option("--gates", help="Trained gates by name, sum or mean; auto takes those trained for these LoRAs, else sum."),
+]
+TrainedOption = Annotated[Path | None, Option(metavar="FOLDER", help="Trained gates that may be named: a folder each.")]
+LibraryOption = Annotated[Path, Option(metavar="FOLDER", help="A folder that `mole index` has indexed.")]
+EncoderOption = Annotated[
+    str | None,
+    Option(metavar="MODEL", help="A sentence-transformers model that reads texts. Default: the text encoder of --base."),
+]
+CountOption = Annotated[int, Option("--k", help="At most so many LoRAs; those whose trigger words are said all count.")]
+ThresholdOption = Annotated[float, Option(help="Similarity that a LoRA needs whose trigger words are not said.")]
+SeedOption = Annotated[int, Option(help="The same seed gives the same picture.")]
+StepsOption = Annotated[int, Option(help="Steps of the sampler: more take longer.")]
+GuidanceOption = Annotated[float, Option(help="How strictly the prompt is followed.")]
+JsonOption = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+
+VerboseOption = Annotated[
+    bool,
+    Option("--verbose", "-v", help="Show what the libraries beneath say: warnings, notices, loading bars.", callback=_speak),
+]
 
 
 def chosen_device(device: str | None) -> str:
-    """What `--device` means: without it the card, where there is one."""
+    """The device of --device: by default the GPU, where there is one."""
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
-    """The pipeline of `--base`; "emoji" is the embedded world."""
+    """The pipeline of --base, in half precision on a GPU. Calls that take two seconds or more show a bar."""
     import torch
-    from diffusers import DiffusionPipeline
-
-    from mole_diffusers.emoji.world import emoji_world
 
     device = chosen_device(device)
-    if base == "emoji":
-        return emoji_world(device=device).pipe
-    dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
-    return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
+    if base == WORLD:
+        from mole_diffusers.emoji.world import emoji_world
 
-
-def hosts(base: str) -> dict[str, Any]:
-    """Part -> model of a pipeline that LoRAs can be matched with."""
-    pipe = pipeline(base)
-    return {part: getattr(pipe, part) for part in COMPONENTS if getattr(pipe, part, None) is not None}
-
-
-def parse_expert(text: str) -> tuple[str, tuple[Path, float]]:
-    """NAME=FILE[:STRENGTH] -> (name, (file, strength)); ValueError says what is wrong."""
-    name, separator, file = text.partition("=")
-    if not separator or not name or not file:
-        raise ValueError(f"--expert {text!r} is not NAME=FILE[:STRENGTH]")
-    stem, colon, strength = file.rpartition(":")
-    if colon and "/" not in strength and "\\" not in strength and not strength.endswith(".safetensors"):
-        try:
-            return name, (Path(stem), float(strength))
-        except ValueError:
-            raise ValueError(f"--expert {text!r}: strength {strength!r} is not a number") from None
-    return name, (Path(file), 1.0)
-
-
-def chosen_experts(args: argparse.Namespace, prompt: str) -> dict[str, tuple[Expert, float]]:
-    """The experts asked for, else those of the embedded world that the prompt names; read before a model is loaded."""
-    if args.expert:
-        chosen = dict(parse_expert(text) for text in args.expert)
-    elif args.base != "emoji":
-        raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
+        pipe = emoji_world(device=device).pipe
     else:
-        from mole_diffusers.emoji.world import concept_files
+        from diffusers import DiffusionPipeline
 
-        known = concept_files()
-        chosen = {name: (path, 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
-        if not chosen:
-            raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
-    return {name: (read_expert(path, name), strength) for name, (path, strength) in chosen.items()}
+        dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(delay=2, leave=False)
+    return pipe
 
 
 def named_values(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
-    """NAME=VALUE texts as pairs; ValueError names the option and the text that is not one."""
-    pairs = [text.partition("=") for text in texts]
-    if bad := next(
-        (t for t, (name, equals, value) in zip(texts, pairs, strict=True) if not (name and equals and value)), None
-    ):
-        raise ValueError(f"{option} {bad!r} is not NAME=VALUE")
-    return [(name, value) for name, _, value in pairs]
+    """NAME=VALUE texts as pairs. Raises ValueError with the option and the text that is not one."""
+    pairs = []
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ValueError(f"{option} {text!r} is not NAME=VALUE")
+        pairs.append((name, value))
+    return pairs
+
+
+def grouped_values(texts: Sequence[str], option: str) -> dict[str, list[str]]:
+    """NAME=VALUE texts as name -> values. Raises ValueError as `named_values` does."""
+    groups: dict[str, list[str]] = {}
+    for name, value in named_values(texts, option):
+        groups.setdefault(name, []).append(value)
+    return groups
 
 
 def json_or_text(text: str) -> Any:
-    """A number, list or the like as JSON has it; anything else is the text itself."""
+    """A number, a list and so on as in JSON; anything else is the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
 
 
-def read_settings(path: Path, sections: Sequence[str]) -> dict[str, Any]:
-    """A YAML or JSON file of settings; ValueError names an unknown section."""
-    import yaml
-
+def parse_file(text: str) -> tuple[Path, float]:
+    """FILE[:STRENGTH] as file and strength, 1 by default. Raises ValueError for a strength that is no number."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):  # a drive's colon, say
+        return Path(text), 1.0
     try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold sections of {list(sections)}")
-    if unknown := set(found) - set(sections):
-        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; known: {list(sections)}")
-    return found
+        return Path(file), float(strength)
+    except ValueError:
+        raise ValueError(f"{text!r}: the strength {strength!r} is not a number") from None
 
 
-def write_settings(path: Path, asked: Mapping[str, Any]) -> None:
-    """The same, written: JSON where the name says so, else YAML."""
-    import yaml
+def read_experts(files: Mapping[str, str]) -> dict[str, tuple[Expert, float]]:
+    """Name -> FILE[:STRENGTH], as name -> (LoRA, strength)."""
+    from mole_diffusers.lora import read_expert
 
-    plain = json.loads(json.dumps(asked))
-    as_json = path.suffix == ".json"
-    path.write_text(json.dumps(plain, indent=2) + "\n" if as_json else yaml.safe_dump(plain, sort_keys=False))
-
-
-def given(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a section was asked for."""
-    return {name: value for name, value in section.items() if value is not None and value not in ([], {})}
+    parsed = {name: parse_file(text) for name, text in files.items()}
+    return {name: (read_expert(path, name), strength) for name, (path, strength) in parsed.items()}
 
 
-def own_device() -> str | None:
-    """Under `accelerate launch` each process has a card of its own."""
-    import torch
+def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, tuple[Expert, float]]:
+    """The LoRAs that were asked for; in the embedded world, where none were, those that the prompt names."""
+    if files:
+        return read_experts(files)
+    if base != WORLD:
+        raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
+    from mole_diffusers.emoji.world import concept_files
 
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+    known = concept_files()
+    found = {name: str(path) for name, path in known.items() if f" {name} " in f" {prompt} "}
+    if not found:
+        raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
+    return read_experts(found)
 
 
-def is_main_process() -> bool:
-    """Whether this process writes what all made together; MPICH and Open MPI number processes under names of their own."""
-    ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
-    return next((rank for rank in ranks if rank is not None), "0") == "0"
+def open_studio(
+    base: str, device: str | None, *, loras: Path | None, trained: Path | None, experts: Sequence[str] = ()
+) -> Studio:
+    """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
+    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
+    from mole_diffusers.studio.render import Studio
+
+    if base == WORLD:
+        from mole_diffusers.emoji.world import concept_files, gate_folders
+
+        catalog = Catalog(concept_files(), gate_folders())
+    elif loras is None and not experts:
+        raise ValueError("give --loras FOLDER, the LoRA files for this base")
+    else:
+        catalog = Catalog({}, {})
+    if loras is not None:
+        catalog.loras |= folder_loras(loras)
+    for name, file in named_values(experts, "--expert"):
+        catalog.add_lora(name, Path(file))
+    for name, folder in (folder_gates(trained) if trained else {}).items():
+        catalog.add_gates(name, folder)
+    return Studio(pipeline(base, device), catalog, base)
 
 
-def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, side: int | None = None) -> Any:
-    """The pictures of folders as the pipeline's latents, cut to squares of `side` pixels; None without folders."""
-    from mole_diffusers.training.data import default_side, encode, read_folder, square
+def first_recipe(studio: Studio, **changes: Any) -> Recipe:
+    """A recipe at the pipeline's own picture size, with `changes`."""
+    from mole_diffusers.studio.recipe import Recipe
 
-    pairs = [pair for folder in folders for pair in zip(*read_folder(folder, prompt=prompt), strict=True)]
-    if not pairs:
-        return None
-    images, captions = zip(*pairs, strict=True)
-    return encode(pipe, [square(image, side or default_side(pipe)) for image in images], captions)
+    pipe = studio.pipe
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return Recipe(**{"prompt": "", "width": side, "height": side, "gates": "auto", "base": studio.base, **changes})

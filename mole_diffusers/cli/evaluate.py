@@ -2,201 +2,266 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mole_diffusers.cli.common import add_experts, chosen_device, chosen_experts, named_values, pipeline
-from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, plots
-from mole_diffusers.evaluation.arms import gates_of, traced
-from mole_diffusers.evaluation.checkpoint_protocol import judged, judging_sheet
-from mole_diffusers.evaluation.choosing import ARMS, chosen_arms, moved, obstacles
-from mole_diffusers.evaluation.reporting import EMOJI, Report, of_scores
-from mole_diffusers.evaluation.rows import Row, Rows
-from mole_diffusers.evaluation.runner import Arm, Bench, Case, crowded, evaluate, found
-from mole_diffusers.evaluation.search import best_weights, grid, read_weights
+from typer import Option
 
-REAL = ("expert", "cases", "images", "own", "style", "clip", "dino")  # what only a real checkpoint is asked for
+from mole_diffusers.cli.common import (
+    NONE,
+    WORLD,
+    BaseOption,
+    DeviceOption,
+    ExpertOption,
+    GuidanceOption,
+    JsonOption,
+    StepsOption,
+    VerboseOption,
+    chosen_device,
+    experts_for,
+    grouped_values,
+    named_values,
+    pipeline,
+)
 
+if TYPE_CHECKING:
+    from mole_diffusers.evaluation.report import Report
+    from mole_diffusers.evaluation.rows import Row
+    from mole_diffusers.evaluation.runner import Arm, Case, Setup
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    command = commands.add_parser(
-        "evaluate", help="compare composers; a killed run goes on; accelerate launch or torchrun divide it"
-    )
-    add_experts(command)
-    command.add_argument("--arm", action="append", metavar="NAME", help=f"repeatable; of {', '.join(ARMS)}; default: all")
-    command.add_argument("--split", choices=["validation", "test"], default="validation", help="of the embedded world")
-    command.add_argument("--limit", type=int, help="cases per kind; default: all")
-    command.add_argument(
-        "--cases", type=Path, help='JSON lines of {"concepts": [..], "prompt": ".."}, for a real checkpoint'
-    )
-    command.add_argument("--images", action="append", default=[], metavar="NAME=FOLDER", help="a concept's own pictures")
-    command.add_argument("--own", action="append", default=[], metavar="NAME=PROMPT", help="a concept's own prompt")
-    command.add_argument("--gates", type=Path, help="folder of trained gates, one folder per case, named a+b")
-    command.add_argument("--style", action="append", default=[], metavar="NAME", help="a concept that is a style")
-    command.add_argument(
-        "--share", action="append", type=float, default=[], help="repeatable; strength moves from subjects, 0, to styles, 1"
-    )
-    command.add_argument("--attached", action="append", type=int, default=[], help="repeatable; so many experts, some idle")
-    command.add_argument("--search", action="store_true", help="search strengths on the split; writes weights.json in --out")
-    command.add_argument("--weights", type=Path, help="strengths by kind for the arm 'grid search': weights.json")
-    command.add_argument("--clip", help="a CLIP model, for a real checkpoint")
-    command.add_argument("--dino", help="a DINO model, for a real checkpoint")
-    command.add_argument("--sheet", action="store_true", help="write a sheet to judge pairs of arms on, in both orders")
-    command.add_argument("--judged", action="store_true", help="count the answers on the sheet in --out, and nothing else")
-    command.add_argument("--seeds", type=int, default=8)
-    command.add_argument("--seed", type=int, default=1000, help="the first seed")
-    command.add_argument("--steps", type=int, default=20)
-    command.add_argument("--guidance", type=float, default=3.0)
-    command.add_argument("--out", type=Path, default=Path("evaluation"))
-    command.add_argument("--json", action="store_true", help="print the rows")
-    command.set_defaults(run=run)
+REAL, CHOICE = "A checkpoint of your own", "Choose and judge"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Draw and measure what --out does not hold yet, then write the tables, the figures and the sheet."""
+def evaluate(
+    arm: Annotated[
+        list[str],
+        Option(
+            metavar="NAME",
+            help="A composer: base, alone, sum, mean, 'grid search', the methods of merge, switch, composite, k-lora, "
+            "gates, 'gates uniform', 'gates random', 'gates hardened', 'gates averaged'. Repeatable. Default: all of them.",
+        ),
+    ] = NONE,
+    gates: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Trained gates, one folder per case, named a+b. The world has its own.")
+    ] = None,
+    split: Annotated[
+        Literal["validation", "test"], Option(help="Which cases of the emoji world. Choose on validation; run test once.")
+    ] = "validation",
+    limit: Annotated[int | None, Option(help="Cases per kind. Default: all.")] = None,
+    attached: Annotated[
+        list[int], Option(metavar="N", help="Attach N LoRAs, some of which the prompt does not ask for. Repeatable.")
+    ] = [],  # noqa: B006
+    share: Annotated[
+        list[float],
+        Option(metavar="SHARE", help="Move strength from subjects, 0, to styles, 1. For sum, gates and merges. Repeatable."),
+    ] = [],  # noqa: B006
+    seeds: Annotated[int, Option(help="Pictures per case.")] = 8,
+    seed: Annotated[int, Option(help="The first seed.")] = 1000,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = 3.0,
+    device: DeviceOption = None,
+    out: Annotated[Path, Option(metavar="FOLDER", help="Pictures, rows, tables and figures go here.")] = Path("evaluation"),
+    as_json: JsonOption = False,
+    base: BaseOption = WORLD,
+    expert: ExpertOption = NONE,
+    cases: Annotated[
+        Path | None,
+        Option(metavar="FILE", help='JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.', rich_help_panel=REAL),
+    ] = None,
+    images: Annotated[
+        list[str], Option(metavar="NAME=FOLDER", help="A concept's own pictures. Repeatable.", rich_help_panel=REAL)
+    ] = NONE,
+    own: Annotated[
+        list[str], Option(metavar="NAME=PROMPT", help="A prompt of one concept alone. Repeatable.", rich_help_panel=REAL)
+    ] = NONE,
+    style: Annotated[
+        list[str], Option(metavar="NAME", help="A concept that is a style. Repeatable.", rich_help_panel=REAL)
+    ] = NONE,
+    clip: Annotated[str | None, Option(metavar="MODEL", help="A CLIP to measure with.", rich_help_panel=REAL)] = None,
+    dino: Annotated[str | None, Option(metavar="MODEL", help="A DINO to measure with.", rich_help_panel=REAL)] = None,
+    search: Annotated[
+        bool,
+        Option("--search", help="Find the best strengths on validation, for weights.json.", rich_help_panel=CHOICE),
+    ] = False,
+    weights: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Strengths for the arm 'grid search', as in weights.json.", rich_help_panel=CHOICE),
+    ] = None,
+    sheet: Annotated[
+        bool, Option("--sheet", help="Write a sheet on which people choose between two arms.", rich_help_panel=CHOICE)
+    ] = False,
+    judged: Annotated[
+        bool,
+        Option("--judged", help="Count the answers on the sheet in --out, and stop.", rich_help_panel=CHOICE),
+    ] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare ways to compose LoRAs, on many prompts and seeds, with intervals.
+
+    A run that was cut off goes on where it was. `accelerate launch` and `torchrun` divide it over processes.
+    """
     from accelerate import PartialState
 
-    if args.judged:
-        print(judged(args.out))
-        return 0
-    if args.limit is not None and args.limit < 1 or args.seeds < 1:
-        raise ValueError("--limit and --seeds must be 1 or more")
-    if args.search and args.base != "emoji":
-        raise ValueError("--search counts successes, which only the judge of the embedded world tells")
-    if args.search and args.split == "test":
-        raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
-    state = PartialState(cpu=args.device == "cpu")
-    bench, cases, look, gates = _emoji(args) if args.base == "emoji" else _checkpoint(args)
-    if args.attached:
-        cases = crowded(cases, sorted(bench.experts), args.attached)
-    arms = _arms(args, bench, gates, cases=cases)
-    seeds = range(args.seed, args.seed + args.seeds)
-    rows = Rows(args.out, state.process_index)
-    evaluate(bench, arms, cases, look, seeds=seeds, rows=rows, processes=state.num_processes)
+    from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, judging_sheet, runner
+    from mole_diffusers.evaluation.rows import Rows
+    from mole_diffusers.evaluation.strength_search import best_weights, search_arms
+
+    if judged:
+        print(judging_sheet.count_answers(out))
+        return
+    _refuse(limit, seeds, search=search, base=base, split=split)
+    state = PartialState(cpu=device == "cpu")
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    real = {"expert": expert, "cases": cases, "images": images, "own": own, "style": style, "clip": clip, "dino": dino}
+    if base == WORLD:
+        setup, chosen, metrics, gates = _world(real, call, split=split, limit=limit, gates=gates, device=device)
+    else:
+        setup, chosen, metrics = _checkpoint(real, call, base=base, limit=limit, device=device)
+    if attached:
+        chosen = runner.add_idle_experts(chosen, sorted(setup.experts), attached)
+    arms = search_arms(setup) if search else _arms(arm, setup, chosen, gates=gates, shares=share, weights=weights)
+    asked: Any = {"seeds": range(seed, seed + seeds), "rows": Rows(out, state.process_index)}
+    runner.evaluate(setup, arms, chosen, metrics, **asked, processes=state.num_processes)
     state.wait_for_everyone()
-    if state.is_main_process:
-        own = found(bench, arms, cases, seeds=seeds, rows=rows)
-        report = EMOJI if args.base == "emoji" else of_scores(bench.styles)
-        _write(args, own, report)
-        if find_spec("matplotlib") is None:
-            print("figures need matplotlib: pip install 'mole-diffusers[plot]'", file=sys.stderr)
-            return 0
-        _figures(args, own, report)
-        _heat_map(args.out / "gates.png", bench, arms, cases)
-    return 0
+    if not state.is_main_process:
+        return
+    rows = runner.requested_rows(setup, arms, chosen, **asked)
+    report = emoji_protocol.REPORT if base == WORLD else checkpoint_protocol.report(setup.styles)
+    text = report.text(rows)
+    (out / "table.md").write_text(text + "\n")
+    print(json.dumps(rows) if as_json else text)
+    if search:
+        (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
+    if sheet:
+        print(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
+    if find_spec("matplotlib") is None:
+        _say("figures need matplotlib: pip install 'mole-diffusers[plot]'")
+        return
+    _figures(out, rows, report, attached=bool(attached), share=bool(share))
+    _heat_map(out / "gates.png", setup, arms, chosen)
 
 
-def _arms(args: argparse.Namespace, bench: Bench, gates: Path | None, *, cases: Sequence[Case]) -> list[Arm]:
-    """The arms that were asked for, or of all of them those that can be drawn; what is left out is said."""
-    if args.search:
-        return grid(bench)
-    weights = read_weights(args.weights) if args.weights else None
-    names = args.arm or (["sum", "gates"] if args.share else list(ARMS))
-    kept = obstacles(names, bench, gates, weights=weights) if not args.arm else {}
-    for reason in kept.values():
-        print(f"left out: {reason}", file=sys.stderr)
-    names = [name for name in names if name not in kept]
-    arms = moved(names, bench, gates, shares=args.share) if args.share else chosen_arms(names, bench, gates, weights=weights)
-    idle = [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]
-    if idle:
-        reason = (
-            f"{idle} can draw none of the cases (gates: {gates}, where {gates_of(Path())(cases[0])} is the first's folder)"
-        )
-        if args.arm:
-            raise ValueError(reason)
-        print(f"left out: {reason}", file=sys.stderr)
-    return arms
+def _refuse(limit: int | None, seeds: int, *, search: bool, base: str, split: str) -> None:
+    """Raises ValueError for options that do not go together."""
+    if (limit is not None and limit < 1) or seeds < 1:
+        raise ValueError("--limit and --seeds must be 1 or more")
+    if search and base != WORLD:
+        raise ValueError("--search counts successes, which only the judge of the embedded world tells")
+    if search and split == "test":
+        raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
-def _first(groups: Any, limit: int | None) -> dict[str, Sequence]:
-    return {kind: group[:limit] for kind, group in groups.items()}
-
-
-def _emoji(args: argparse.Namespace) -> tuple[Bench, list, Any, Path]:
+def _world(
+    real: dict[str, Any], call: dict[str, Any], *, split: str, limit: int | None, gates: Path | None, device: str | None
+) -> tuple[Setup, list[Case], Any, Path]:
+    """Experts, cases, judge and gates of the embedded world."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
+    from mole_diffusers.evaluation import emoji_protocol
 
-    if ignored := [f"--{name}" for name in REAL if getattr(args, name)]:
+    if ignored := [f"--{name}" for name, value in real.items() if value]:
         raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")
-    world = emoji_world(device=chosen_device(args.device))
-    split = emoji.TEST if args.split == "test" else emoji.VALIDATION
-    found = emoji_protocol.cases(_first(split, args.limit))
-    look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
-    return (
-        emoji_protocol.bench(world, _options(args)),
-        [case for case, _ in found],
-        look,
-        args.gates or world.folder / "gates",
-    )
+    world = emoji_world(device=chosen_device(device))
+    groups = emoji.TEST if split == "test" else emoji.VALIDATION
+    found = emoji_protocol.cases({kind: group[:limit] for kind, group in groups.items()})
+    metrics = emoji_protocol.JudgeMetrics(world, {case.prompt: scene for case, scene in found})
+    return emoji_protocol.setup(world, call), [case for case, _ in found], metrics, gates or world.folder / "gates"
 
 
-def _checkpoint(args: argparse.Namespace) -> tuple[Bench, list, Any, Path | None]:
-    if missing := [f"--{name}" for name in ("cases", "clip", "dino") if getattr(args, name) is None]:
+def _checkpoint(
+    real: dict[str, Any], call: dict[str, Any], *, base: str, limit: int | None, device: str | None
+) -> tuple[Setup, list[Case], Any]:
+    """Experts, cases and measures of a checkpoint of the user's own."""
+    from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
+    from mole_diffusers.evaluation.runner import Setup
+
+    if missing := [f"--{name}" for name in ("cases", "clip", "dino") if real[name] is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    chosen = chosen_experts(args, "")
-    experts = {name: expert for name, (expert, _) in chosen.items()}
-    strengths = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
-    cases = checkpoint_protocol.read_cases(args.cases, list(experts))
-    folders = {name: Path(folder) for name, folder in named_values(args.images, "--images")}
-    look = checkpoint_protocol.Look(args.clip, args.dino, folders, device=chosen_device(args.device))
-    prompts: dict[str, list[str]] = {}
-    for name, prompt in named_values(args.own, "--own"):
-        prompts.setdefault(name, []).append(prompt)
-    if unknown := set(args.style) - set(experts):
-        raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(experts)}")
-    pipe, styles = pipeline(args.base, args.device), frozenset(args.style)
-    bench = Bench(
-        pipe,
-        experts,
-        _options(args),
-        args.base,
-        prompts=prompts,
-        styles=styles,
-        strengths=strengths,
-        measured=look.said,
+    chosen = experts_for(base, dict(named_values(real["expert"], "--expert")), "")
+    cases = read_cases(real["cases"], list(chosen))
+    folders = {name: Path(folder) for name, folder in named_values(real["images"], "--images")}
+    metrics = ClipDinoMetrics(real["clip"], real["dino"], folders, device=chosen_device(device))
+    if unknown := set(real["style"]) - set(chosen):
+        raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(chosen)}")
+    setup = Setup(
+        pipeline(base, device),
+        {name: expert for name, (expert, _) in chosen.items()},
+        call,
+        base,
+        prompts=grouped_values(real["own"], "--own"),
+        styles=frozenset(real["style"]),
+        strengths={name: strength for name, (_, strength) in chosen.items() if strength != 1},
+        metrics=metrics.settings,
     )
     kinds: dict[str, list[Case]] = {}
     for case in cases:
         kinds.setdefault(case.kind, []).append(case)
-    return bench, [case for group in _first(kinds, args.limit).values() for case in group], look, args.gates
+    return setup, [case for group in kinds.values() for case in group[:limit]], metrics
 
 
-def _write(args: argparse.Namespace, rows: list[Row], report: Report) -> None:
-    """The table, printed too, and what was asked for beside it."""
-    text = report.text(rows)
-    (args.out / "table.md").write_text(text + "\n")
-    print(json.dumps(rows) if args.json else text)
-    if args.search:
-        (args.out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
-    if args.sheet:
-        print(f"{judging_sheet(args.out, rows)} questions in {args.out / 'sheet'}")
+def _arms(
+    asked: Sequence[str],
+    setup: Setup,
+    cases: Sequence[Case],
+    *,
+    gates: Path | None,
+    shares: Sequence[float],
+    weights: Path | None,
+) -> list[Arm]:
+    """The arms that were asked for, or all that can be drawn; what is left out is said."""
+    from mole_diffusers.evaluation import arms as known
+    from mole_diffusers.evaluation.strength_search import read_weights
+
+    strengths = read_weights(weights) if weights else None
+    names = list(asked) or (["sum", "gates"] if shares else list(known.ARMS))
+    if not asked:
+        blocked = known.obstacles(names, setup, gates, weights=strengths)
+        for reason in blocked.values():
+            _say(f"left out: {reason}")
+        names = [name for name in names if name not in blocked]
+    if shares:
+        arms = known.moved_arms(names, setup, gates, shares=shares)
+    else:
+        arms = known.chosen_arms(names, setup, gates, weights=strengths)
+    idle = [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]
+    if idle:
+        first = known.gates_of(Path())(cases[0])
+        reason = f"{idle} can draw none of the cases (gates: {gates}, where {first} is the first's folder)"
+        if asked:
+            raise ValueError(reason)
+        _say(f"left out: {reason}")
+    return arms
 
 
-def _figures(args: argparse.Namespace, rows: list[Row], report: Report) -> None:
-    """Every figure that the rows allow, beside them; one that they do not allow is said."""
-    plots.sample_grid(rows, args.out, args.out / "samples.png", case=rows[0]["case"])
-    report.draw_bars(rows, args.out / "bars.png")
-    asked = {"experts": (args.attached, report.draw_count), "frontier": (args.share, report.draw_frontier)}
+def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, share: bool) -> None:
+    """Every figure that the rows allow; one that was asked for and is not possible is said."""
+    from mole_diffusers.evaluation import plots
+
+    plots.sample_grid(rows, out, out / "samples.png", case=rows[0]["case"])
+    report.draw_bars(rows, out / "bars.png")
+    asked = {"experts": (attached, report.draw_count), "frontier": (share, report.draw_frontier)}
     for name, (wanted, draw) in asked.items():
         try:
             if wanted:
-                draw(rows, args.out / f"{name}.png")
+                draw(rows, out / f"{name}.png")
         except ValueError as error:
-            print(f"no {name}.png: {error}", file=sys.stderr)
+            _say(f"no {name}.png: {error}")
 
 
-def _heat_map(path: Path, bench: Bench, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
+def _heat_map(path: Path, setup: Setup, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
     """What trained gates decide, for the first case that has them."""
+    from mole_diffusers.evaluation.arms import traced
+    from mole_diffusers.inspection.gate_figures import block_places, heat_map
+
     seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
     if seen is not None:
-        plots.heat_map(traced(bench, *seen), path)
+        trace = traced(setup, *seen)
+        heat_map(trace, block_places(trace)).save(path)

@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from mole_diffusers.cli.studio import add_studio, studio, wanted_recipe
+from typer import Argument, Option
+
+from mole_diffusers.cli.common import (
+    WORLD,
+    BaseOption,
+    DeviceOption,
+    GuidanceOption,
+    LorasOption,
+    NamedGatesOption,
+    SeedOption,
+    StepsOption,
+    TrainedOption,
+    VerboseOption,
+    first_recipe,
+    open_studio,
+)
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    command = commands.add_parser("grid", help="a grid of one picture changed along two axes: weight, seed, arm, ...")
-    command.add_argument("prompt", help="with <lora:name:strength> tags")
-    add_studio(command)
-    for side, default in (("x", "arm=base,sum,gates"), ("y", "seed=0,1,2")):
-        command.add_argument(f"--{side}", default=default, help=f"'weight fox=0,0.5,1', 'seed=1,2', ...; default {default}")
-    command.add_argument("--gates", default="auto", help="auto, sum, mean, or the name of trained gates")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=int, default=20)
-    command.add_argument("--guidance", type=float, default=3.0)
-    command.add_argument("--out", type=Path, default=Path("grid.png"))
-    command.set_defaults(run=run)
+def grid(
+    prompt: Annotated[str, Argument(help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.")],
+    x: Annotated[
+        str, Option("--x", metavar="AXIS", help="What changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...")
+    ] = "arm=base,sum,gates",
+    y: Annotated[str, Option("--y", metavar="AXIS", help="What changes from top to bottom.")] = "seed=0,1,2",
+    loras: LorasOption = None,
+    gates: NamedGatesOption = "auto",
+    trained: TrainedOption = None,
+    base: BaseOption = WORLD,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = 3.0,
+    out: Annotated[Path, Option(metavar="PNG", help="Where the grid goes.")] = Path("grid.png"),
+    verbose: VerboseOption = False,
+) -> None:
+    """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, steps, guidance or sampler."""
+    from tqdm import tqdm
 
-
-def run(args: argparse.Namespace) -> int:
-    """Draw every cell and write the sheet."""
     from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 
-    x, y = parse_axis(args.x), parse_axis(args.y)
-    place = studio(args)
-    recipe = place.complete(wanted_recipe(place, args))
-    rows = cells(recipe, x, y)
-    pictures = [[place.draw(place.complete(cell)) for cell in row] for row in rows]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pictures, x, y).save(args.out)
-    print(f"{len(rows)} x {len(rows[0])} pictures: {args.out}")
-    return 0
+    across, down = parse_axis(x), parse_axis(y)
+    studio = open_studio(base, device, loras=loras, trained=trained)
+    first = first_recipe(studio, prompt=prompt, gates=gates, seed=seed, steps=steps, guidance=guidance)
+    rows = cells(studio.complete(first), across, down)
+    with tqdm(total=len(rows) * len(rows[0]), desc="pictures", delay=2, leave=False) as bar:
+        pictures = []
+        for row in rows:
+            drawn = []
+            for cell in row:
+                drawn.append(studio.draw(studio.complete(cell)))
+                bar.update()
+            pictures.append(drawn)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet(pictures, across, down).save(out)
+    print(f"{len(rows)} x {len(rows[0])} pictures: {out}")

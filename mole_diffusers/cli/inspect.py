@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mole_diffusers.cli.common import hosts
-from mole_diffusers.lora import COMPONENTS, Expert, read_expert, stated_base, summarize
-from mole_diffusers.lora.safe_files import printable
-from mole_diffusers.lora.stacking import match
+from typer import Argument, Exit, Option
 
+from mole_diffusers.cli.common import JsonOption, VerboseOption, pipeline
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    look = commands.add_parser("inspect", help="what is in a LoRA file")
-    look.add_argument("files", nargs="+", type=Path)
-    look.add_argument("--base", help="a pipeline to match the layers against; 'emoji' is the embedded world")
-    look.add_argument("--json", action="store_true")
-    look.set_defaults(run=inspect)
+if TYPE_CHECKING:
+    from mole_diffusers.lora import Expert
 
 
-def inspect(args: argparse.Namespace) -> int:
-    """One report per file; files that cannot be read are reported and make the status 1."""
-    models = hosts(args.base) if args.base else {}
-    reports, status = [], 0
-    for path in args.files:
+def inspect(
+    files: Annotated[list[Path], Argument(metavar="FILE", help="LoRA files.")],
+    base: Annotated[str | None, Option(metavar="MODEL", help="A pipeline to match the layers with.")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what is in LoRA files: format, base model, trigger words, and what cannot be used."""
+    from mole_diffusers.lora import COMPONENTS, read_expert
+    from mole_diffusers.lora.safe_files import printable
+
+    pipe = pipeline(base) if base else None
+    models = {part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
+    reports, failed = list[dict[str, Any]](), False
+    for path in files:
         try:
             reports.append(describe(read_expert(path), path, models))
         except (ValueError, FileNotFoundError) as error:
-            status = 1
+            failed = True
             reports.append({"file": str(path), "error": str(error)})
-    if args.json:
+    if as_json:
         print(json.dumps(reports, indent=1))
     else:
         for report in reports:
             print("\n".join(f"{key:>9}  {printable(str(value))}" for key, value in report.items()) + "\n")
-    return status
+    if failed:
+        raise Exit(1)
 
 
-def describe(expert: Expert, path: Path, hosts: dict[str, Any]) -> dict[str, Any]:
-    """The honest report of one file: what it holds and, with hosts, how much of it they have, and why not the rest."""
+def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, Any]:
+    """What one file holds and, where models are given, how many of its layers they have and why not the rest."""
+    from mole_diffusers.lora import COMPONENTS, stated_base, summarize
+    from mole_diffusers.lora.stacking import match
+
     low, high = expert.ranks
     stated = stated_base(expert.metadata)
     error = max(w.error for layers in expert.layers.values() for w in layers.values())
@@ -61,8 +66,8 @@ def describe(expert: Expert, path: Path, hosts: dict[str, Any]) -> dict[str, Any
         report["cut"] = f"LoHa and LoKr layers to lower ranks, relative error at most {error:.2g}"
     if expert.left_out:
         report["left out"] = _reasons(expert.left_out)
-    if hosts:
-        missing = match(expert, hosts).unmatched
+    if models:
+        missing = match(expert, models).unmatched
         total = sum(len(layers) for layers in expert.layers.values())
         report["matched"] = f"{total - len(missing)} of {total} layers"
         if missing:

@@ -2,69 +2,70 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from mole_diffusers.cli.common import json_or_text, named_values, pipeline
-from mole_diffusers.lora import Expert, read_expert
-from mole_diffusers.lora.writing import FORMATS, save_expert
-from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.merge import METHODS, by_activations, merge
+from typer import Argument, Option
 
+from mole_diffusers.cli.common import (
+    NONE,
+    DeviceOption,
+    JsonOption,
+    VerboseOption,
+    grouped_values,
+    json_or_text,
+    named_values,
+    parse_file,
+    pipeline,
+    read_experts,
+)
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    command = commands.add_parser("merge", help="several LoRA files as one ordinary LoRA file, without training")
-    command.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]")
-    command.add_argument("--method", default="svd", choices=list(METHODS))
-    command.add_argument("--out", type=Path, required=True, help="the file to write")
-    command.add_argument("--rank", type=int, help="of the result at most")
-    command.add_argument("--protect", action="append", default=[], metavar="NAME", help="np: leave this one as it is")
-    command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method; VALUE is JSON")
-    command.add_argument("--format", default="diffusers", choices=FORMATS)
-    command.add_argument("--base", help="ssr, regmean, iteris, scalars: the pipeline to run; 'emoji' is the embedded world")
-    command.add_argument("--own", action="append", default=[], metavar="NAME=PROMPT", help="an expert's own prompt")
-    command.add_argument("--device", default=None, help="default: cuda where there is one")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=run)
+Method = Literal[
+    "sum", "mean", "svd", "ties", "dare", "knots", "lego", "np", "ssr", "regmean", "iteris", "scalars"
+]  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Merge and write; a LoRA is named as its file, without the suffix."""
-    experts = {}
-    for text in args.files:
-        path, strength = parse_file(text)
-        if path.stem in experts:
+def merge(
+    files: Annotated[list[str], Argument(metavar="FILE[:STRENGTH]", help="LoRA files; each is named as its file.")],
+    out: Annotated[Path, Option(metavar="FILE", help="The file to write.")],
+    method: Annotated[
+        Method, Option(help="How. The last four run the LoRAs on a pipeline and need --base.", show_choices=True)
+    ] = "svd",
+    rank: Annotated[int | None, Option(help="The rank of the result, at most.")] = None,
+    protect: Annotated[list[str], Option(metavar="NAME", help="np: leave this LoRA as it is. Repeatable.")] = NONE,
+    option: Annotated[list[str], Option(metavar="KEY=VALUE", help="Of the method: drop=0.5. Repeatable.")] = NONE,
+    format: Annotated[Literal["diffusers", "kohya"], Option(help="kohya is for A1111 and ComfyUI.")] = "diffusers",
+    base: Annotated[str | None, Option(metavar="MODEL", help="The pipeline to run the LoRAs on.")] = None,
+    own: Annotated[
+        list[str],
+        Option(metavar="NAME=PROMPT", help="A prompt for one LoRA alone. Default: its trigger words. Repeatable."),
+    ] = NONE,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Merge several LoRA files into one ordinary LoRA file, without training."""
+    from mole_diffusers.lora.writing import save_expert
+    from mole_diffusers.merging.activations import Activations
+    from mole_diffusers.merging.merge import by_activations
+    from mole_diffusers.merging.merge import merge as merge_experts
+
+    named = {}
+    for text in files:
+        path, _ = parse_file(text)
+        if path.stem in named:
             raise ValueError(f"two files are named {path.stem!r}; rename one")
-        experts[path.stem] = (read_expert(path, path.stem), strength)
-    options = {key: json_or_text(value) for key, value in named_values(args.option, "--option")}
-    activations = _activations(args, experts) if by_activations(args.method) else None
-    one = merge(experts, args.method, rank=args.rank, protect=args.protect, activations=activations, **options)
-    save_expert(one, args.out, format=args.format)
-    low, high = one.ranks
-    facts = {"file": str(args.out), "ranks": [low, high], "triggers": list(one.triggers), **one.metadata}
-    print(json.dumps(facts) if args.json else "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))
-    return 0
-
-
-def _activations(args: argparse.Namespace, experts: Mapping[str, tuple[Expert, float]]) -> Activations:
-    """Run on --base with the prompts given, else with the trigger words in the files."""
-    if args.base is None:
-        raise ValueError(f"--method {args.method} runs the experts: give --base")
-    prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
-    given: dict[str, list[str]] = {}
-    for name, prompt in named_values(args.own, "--own"):
-        given.setdefault(name, []).append(prompt)
-    return Activations(pipeline(args.base, args.device), prompts | given)
-
-
-def parse_file(text: str) -> tuple[Path, float]:
-    """FILE[:STRENGTH]; what follows the last colon is a strength where it is a number."""
-    stem, colon, strength = text.rpartition(":")
-    try:
-        return (Path(stem), float(strength)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
+        named[path.stem] = text
+    experts = read_experts(named)
+    options = {key: json_or_text(value) for key, value in named_values(option, "--option")}
+    activations = None
+    if by_activations(method):
+        if base is None:
+            raise ValueError(f"--method {method} runs the LoRAs: give --base")
+        prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
+        activations = Activations(pipeline(base, device), prompts | grouped_values(own, "--own"))
+    merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **options)
+    save_expert(merged, out, format=format)
+    facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
+    print(json.dumps(facts) if as_json else "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))

@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mole_diffusers.cli.common import pipeline
-from mole_diffusers.cli.libraries import add_search, in_words, opened
-from mole_diffusers.retrieval.composing import report, retrieve_for
+from typer import Argument
+
+from mole_diffusers.cli.common import (
+    THRESHOLD,
+    WORLD,
+    BaseOption,
+    CountOption,
+    DeviceOption,
+    EncoderOption,
+    JsonOption,
+    LibraryOption,
+    ThresholdOption,
+    VerboseOption,
+    pipeline,
+)
+
+if TYPE_CHECKING:
+    from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    command = commands.add_parser("retrieve", help="the LoRAs of a library that a prompt asks for, and why")
-    command.add_argument("prompt")
-    add_search(command, required=True)
-    command.add_argument("--base", default="emoji", help="the pipeline they are for; default: the embedded world")
-    command.add_argument("--device", default=None, help="default: cuda where there is one")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=run)
+def retrieve(
+    prompt: Annotated[str, Argument(help="What you want to draw.")],
+    library: LibraryOption,
+    k: CountOption = 3,
+    threshold: ThresholdOption = THRESHOLD,
+    encoder: EncoderOption = None,
+    base: BaseOption = WORLD,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show which LoRAs of a library a prompt asks for, and why."""
+    from mole_diffusers.retrieval.composing import report, retrieve_for
+
+    pipe = pipeline(base, device)
+    opened = open_library(library, pipe, encoder)
+    found = retrieve_for(opened, pipe, prompt, k=k, threshold=threshold)
+    print(json.dumps(report(opened, found), indent=1) if as_json else in_words(found, opened))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print what was found, best first after the triggers."""
-    pipe = pipeline(args.base, args.device)
-    library = opened(args, pipe)
-    found = retrieve_for(library, pipe, args.prompt, k=args.k, threshold=args.threshold)
-    print(json.dumps(report(library, found), indent=1) if args.json else in_words(found, library))
-    return 0
+def open_library(folder: Path, pipe: Any, encoder: str | None) -> LoraLibrary:
+    """The library of --library, read by the encoder of --encoder."""
+    from mole_diffusers.retrieval.encoders import text_encoder_for
+    from mole_diffusers.retrieval.library import LoraLibrary
+
+    return LoraLibrary.open(folder, text_encoder_for(pipe, encoder))
+
+
+def in_words(found: Sequence[RetrievedLora], library: LoraLibrary) -> str:
+    """One line per LoRA: its name, and why it was chosen."""
+    if not found:
+        return f"the prompt asks for none of the {len(library.entries)} LoRAs in {library.folder}"
+    return "\n".join(f"{each.name}: {each.why}" for each in found)

@@ -1,180 +1,236 @@
-"""`mole train`: train gates for a set of LoRAs. A file can hold every setting; flags go before it."""
+"""`mole train`: train gates for a set of LoRAs. A file can hold every setting; options override it."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Context, Option
 
 from mole_diffusers.cli.common import (
-    add_experts,
-    chosen_experts,
-    given,
-    is_main_process,
+    NONE,
+    WORLD,
+    DeviceOption,
+    ExpertOption,
+    JsonOption,
+    VerboseOption,
+    experts_for,
+    grouped_values,
     json_or_text,
     named_values,
-    own_device,
     pipeline,
+)
+from mole_diffusers.cli.training_runs import (
+    PICTURES,
+    UPDATES,
+    ConfigOption,
+    OutOption,
+    ResumeOption,
+    WriteConfigOption,
+    fields_of,
+    given,
+    is_main_process,
+    own_device,
     read_settings,
     samples,
+    setting,
     write_settings,
 )
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.training.config import GateTraining
 
-TRAINING = (
-    "initial", "steps", "batch", "accumulation", "drop", "lr", "schedule", "warmup", "weight_decay", "max_norm", "ema",
-    "precision", "seed", "every", "keep", "tracker",
-)  # fmt: skip
-RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
 SECTIONS = ("base", "experts", "gates", "lesson", "data", "clip", "training")
+RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
+GATES = "Which gates"
+update = partial(setting, GateTraining)
+learn = partial(Option, rich_help_panel=PICTURES)
+gate = partial(Option, rich_help_panel=GATES)
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    train = commands.add_parser("train", help="train gates for a set of LoRAs; `accelerate launch` divides the work")
-    add_experts(train)
-    train.set_defaults(base=None)
-    train.add_argument("--out", type=Path, help="gates, checkpoints, log and pictures go here")
-    train.add_argument("--config", type=Path, help="YAML or JSON with every setting; flags go before it")
-    train.add_argument("--write-config", type=Path, metavar="FILE", help="write the settings as YAML or JSON, and stop")
-    train.add_argument("--resume", metavar="latest|checkpoint-N", help="go on with the run in --out")
-    words = train.add_argument_group("what there is to learn from")
-    words.add_argument("--prompt", action="append", default=[], help="a composed prompt; repeatable, as all below")
-    words.add_argument("--single", action="append", default=[], metavar="NAME=PROMPT", help="one expert's prompt")
-    words.add_argument(
-        "--part", action="append", default=[], metavar="PROMPT", help="a subject of the prompt, left to right"
-    )
-    words.add_argument("--other", action="append", default=[], metavar="NAME=WORD", help="may stand in the expert's place")
-    words.add_argument("--plain", action="append", default=[], metavar="PROMPT", help="names no expert")
-    words.add_argument("--style", action="append", default=[], metavar="NAME", help="an expert that acts everywhere")
-    words.add_argument("--data", action="append", default=[], metavar="FOLDER", help="pictures with captions")
-    words.add_argument("--clip", help="a CLIP of transformers, folder or hub id; the embedded world has its own")
-    how = train.add_argument_group("how")
-    how.add_argument("--term", action="append", default=[], metavar="NAME[=WEIGHT][,OPTION=VALUE]", help="an objective")
-    how.add_argument("--validate", type=int, metavar="N", help="draw the composed prompts every N updates")
-    how.add_argument("--checkpointing", action="store_true", default=None, help="less memory, more time")
-    for name in TRAINING:
-        how.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE")
-    gates = train.add_argument_group("gates")
-    for field in fields(GateConfig):
-        families = f"of {[f for f in FAMILIES if f not in ('sum', 'mean')]}; default: {RECOMMENDED}"
-        known = families if field.name == "family" else None
-        kind = json_or_text if isinstance(field.default, bool) else type(field.default)
-        gates.add_argument(f"--{field.name}", type=kind, metavar="VALUE", help=known)
-    train.add_argument("--push-to-hub", metavar="REPO", help="upload the gates with a card")
-    train.add_argument("--json", action="store_true")
-    train.set_defaults(run=run)
+def train(
+    ctx: Context,
+    expert: ExpertOption = NONE,
+    base: Annotated[
+        str | None, Option(metavar="MODEL", help="A diffusers pipeline: a folder or a hub id.", show_default=WORLD)
+    ] = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    config: ConfigOption = None,
+    write_config: WriteConfigOption = None,
+    resume: ResumeOption = None,
+    push_to_hub: Annotated[str | None, Option(metavar="REPO", help="Upload the gates, with a model card.")] = None,
+    as_json: JsonOption = False,
+    # What to learn from
+    prompt: Annotated[list[str], learn(help="A prompt that names all LoRAs. Repeatable, as all of these are.")] = NONE,
+    part: Annotated[list[str], learn(metavar="PROMPT", help="One subject of the --prompt, from left to right.")] = NONE,
+    single: Annotated[list[str], learn(metavar="NAME=PROMPT", help="A prompt that names one LoRA alone.")] = NONE,
+    style: Annotated[list[str], learn(metavar="NAME", help="A LoRA that is a style: it acts on the whole picture.")] = NONE,
+    plain: Annotated[list[str], learn(metavar="PROMPT", help="A prompt that names no LoRA.")] = NONE,
+    other: Annotated[list[str], learn(metavar="NAME=WORD", help="A word that may replace this LoRA's trigger.")] = NONE,
+    data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures with captions.")] = NONE,
+    clip: Annotated[
+        str | None, learn(metavar="MODEL", help="A CLIP of transformers, a folder or a hub id. The emoji world has its own.")
+    ] = None,
+    # How to train
+    term: Annotated[
+        list[str],
+        Option(
+            metavar="NAME[=WEIGHT][,OPTION=VALUE]",
+            help="A goal: collage, single, composed, base, separate, denoise, clip, rollout, balance. "
+            "Repeatable. Default: what there are prompts for.",
+            rich_help_panel=UPDATES,
+        ),
+    ] = NONE,
+    steps: Annotated[int | None, update("steps", "Updates.")] = None,
+    batch: Annotated[int | None, update("batch", "Examples per update and term, over all processes.")] = None,
+    lr: Annotated[float | None, update("lr", "Learning rate. Default: what suits each gate.")] = None,
+    schedule: Annotated[str | None, update("schedule", "Of the learning rate: cosine, linear, constant, ...")] = None,
+    warmup: Annotated[int | None, update("warmup", "First updates, in which the learning rate grows.")] = None,
+    weight_decay: Annotated[float | None, update("weight_decay", "Of AdamW.")] = None,
+    max_norm: Annotated[float | None, update("max_norm", "Gradients are clipped to this length; 0 does not clip.")] = None,
+    ema: Annotated[float | None, update("ema", "Keep a moving average of the gates with this decay, 0.99 say.")] = None,
+    drop: Annotated[float | None, update("drop", "Chance of each LoRA to sit out an update.")] = None,
+    initial: Annotated[str | None, update("initial", "Weights before the first update: uniform, scalars or ssr.")] = None,
+    seed: Annotated[int | None, update("seed", "The same seed gives the same gates.")] = None,
+    precision: Annotated[str | None, update("precision", "no (full), bf16 or fp16.")] = None,
+    accumulation: Annotated[int | None, update("accumulation", "Compute a batch in so many parts, for less memory.")] = None,
+    checkpointing: Annotated[
+        bool | None, Option("--checkpointing", help="Less memory, more time.", rich_help_panel=UPDATES)
+    ] = None,
+    validate: Annotated[
+        int | None, Option(metavar="N", help="Draw the prompts every N updates.", rich_help_panel=UPDATES)
+    ] = None,
+    every: Annotated[int | None, update("every", "Updates between checkpoints.")] = None,
+    keep: Annotated[int | None, update("keep", "How many checkpoints are kept.")] = None,
+    tracker: Annotated[str | None, update("tracker", "tensorboard or wandb.")] = None,
+    # Which gates
+    family: Annotated[
+        str | None, gate(help="flow, mole, static, prompt, rank or retrieval.", show_default=RECOMMENDED)
+    ] = None,
+    granularity: Annotated[str | None, gate(help="static, mole: one gate per model, block, layer or matrix.")] = None,
+    total: Annotated[str | None, gate(help="What the weights add up to: 1, N, sigmoid, linear or none, by family.")] = None,
+    inputs: Annotated[str | None, gate(help="mole: reads the hidden state, or the experts' outputs.")] = None,
+    features: Annotated[str | None, gate(help="mole: reads tokens pooled or flattened.")] = None,
+    bias: Annotated[Any, gate(parser=json_or_text, metavar="true|false", help="mole: adds a number per LoRA.")] = None,
+    bins: Annotated[int | None, gate(help="static: sets of weights over the noise levels.")] = None,
+    start: Annotated[str | None, gate(help="flow: weights before training: sum, mean or faithful.")] = None,
+    axis: Annotated[str | None, gate(help="prompt: shares among LoRAs (concept), layers (module) or both.")] = None,
+    top: Annotated[int | None, gate(help="prompt, rank: how many weigh something; 0 is all.")] = None,
+    rank: Annotated[int | None, gate(help="retrieval: rank of the router.")] = None,
+    scores: Annotated[str | None, gate(help="retrieval: weights per token or per image.")] = None,
+    partition: Annotated[int | None, gate(help="rank: ranks that share a weight; 0 is all of a LoRA.")] = None,
+    refactor: Annotated[
+        Any, gate(parser=json_or_text, metavar="true|false", help="rank: turn ranks to singular directions first.")
+    ] = None,
+    rate: Annotated[float | None, gate(help="rank: how fast the load is evened out.")] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train gates for a set of LoRAs: how much each one acts, where and when.
 
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked, as plain data: the file's, with the flags' on top."""
-    found = read_settings(args.config, SECTIONS) if args.config else {}
-    lesson = {"composed": args.prompt, "plain": args.plain, "styles": args.style}
-    lesson |= {"singles": _grouped(args.single, "--single"), "others": _grouped(args.other, "--other")}
-    lesson |= {"parts": _parts(args)}
-    training = {name: getattr(args, name) for name in (*TRAINING, "checkpointing")}
-    training |= {"terms": dict(_term(text) for text in args.term)}
-    if args.validate is not None:
-        training["validation"] = found.get("training", {}).get("validation", {}) | {"every": args.validate}
-    flags = {
-        "experts": dict(named_values(args.expert, "--expert")),
-        "gates": {field.name: getattr(args, field.name) for field in fields(GateConfig)},
-        "lesson": lesson,
-        "training": training,
-    }
-    merged = {name: found.get(name, {}) | given(section) for name, section in flags.items()}
-    merged["gates"] = {"family": RECOMMENDED} | merged["gates"]
-    alone = {"base": args.base, "data": args.data, "clip": args.clip}
-    return {"base": "emoji", "data": [], "clip": None} | found | merged | given(alone)
-
-
-def _parts(args: argparse.Namespace) -> dict[str, list[str]]:
-    if args.part and len(args.prompt) != 1:
-        raise ValueError(f"--part tells the subjects of one --prompt, got {len(args.prompt)} prompts")
-    return {args.prompt[0]: args.part} if args.part else {}
-
-
-def _grouped(texts: list[str], option: str) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, value in named_values(texts, option):
-        groups.setdefault(name, []).append(value)
-    return groups
-
-
-def _term(text: str) -> tuple[str, Any]:
-    """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
-    first, *rest = re.split(r",(?![^\[]*\])", text)  # commas of a list, lengths=[20,50], divide no options
-    name, _, weight = first.partition("=")
-    return name, {"weight": json_or_text(weight or "1")} | {k: json_or_text(v) for k, v in named_values(rest, "--term")}
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train gates and write them to --out."""
-    asked = settings(args)
-    if args.write_config:
-        write_settings(args.write_config, asked)
-        return 0
-    if args.out is None:
+    Prompts are enough: the LoRAs themselves are the teachers. Without --expert, those of the emoji world that the prompts
+    name are taken. `accelerate launch -m mole_diffusers train` divides the work over GPUs.
+    """
+    asked = settings(ctx.params)
+    if write_config:
+        write_settings(write_config, asked)
+        return
+    if out is None:
         raise ValueError("--out is needed: the folder for gates, checkpoints and log")
-    log = _train(args, asked)
+    log = _train(asked, device, out, resume=resume, repo=push_to_hub)
     from accelerate import PartialState
 
     if PartialState().is_main_process:
         first, last = log[0]["loss"], log[-1]["loss"]
-        print(json.dumps({"out": str(args.out), **log[-1]}) if args.json else f"{args.out}: loss {first:.3f} -> {last:.3f}")
-    return 0
+        print(json.dumps({"out": str(out), **log[-1]}) if as_json else f"{out}: loss {first:.3f} -> {last:.3f}")
 
 
-def _own_terms(lesson: Any) -> list[str]:
-    """The terms of a lesson that names none: all that it has words for, or collages alone where no LoRA has own prompts."""
-    taught = {"single": lesson.singles, "composed": lesson.composed, "collage": lesson.parts}
-    return ["collage"] if lesson.parts and not lesson.singles else [name for name, words in taught.items() if words]
+def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was asked, as plain data: what the file says, overridden by the flags."""
+    from mole_diffusers.gates import GateConfig
+
+    file = read_settings(flags["config"], SECTIONS) if flags["config"] else {}
+    training = fields_of(GateTraining, flags) | {"terms": dict(map(_term, flags["term"]))}
+    if flags["validate"] is not None:
+        training["validation"] = file.get("training", {}).get("validation", {}) | {"every": flags["validate"]}
+    sections = {
+        "experts": dict(named_values(flags["expert"], "--expert")),
+        "gates": fields_of(GateConfig, flags),
+        "lesson": {
+            "composed": flags["prompt"],
+            "plain": flags["plain"],
+            "styles": flags["style"],
+            "singles": grouped_values(flags["single"], "--single"),
+            "others": grouped_values(flags["other"], "--other"),
+            "parts": _parts(flags["prompt"], flags["part"]),
+        },
+        "training": training,
+    }
+    merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
+    merged["gates"] = {"family": RECOMMENDED} | merged["gates"]
+    alone = given({name: flags[name] for name in ("base", "data", "clip")})
+    return {"base": WORLD, "data": [], "clip": None} | file | merged | alone
 
 
-def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> list[dict]:
+def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]:
+    if parts and len(prompts) != 1:
+        raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
+    return {prompts[0]: list(parts)} if parts else {}
+
+
+def _term(text: str) -> tuple[str, Any]:
+    """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
+    first, *rest = re.split(r",(?![^\[]*\])", text)  # not at the commas of a list, as in lengths=[20,50]
+    name, _, weight = first.partition("=")
+    return name, {"weight": json_or_text(weight or "1")} | {k: json_or_text(v) for k, v in named_values(rest, "--term")}
+
+
+def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None, repo: str | None) -> list[dict]:
+    from mole_diffusers.gates import GateConfig, checkpoint, hub
     from mole_diffusers.mixture import attach
-    from mole_diffusers.training.card import push, write_card
-    from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.loop import train_gates
-    from mole_diffusers.training.study import Lesson
+    from mole_diffusers.training import TrainingData, train_gates
+    from mole_diffusers.training.gate_trainer import summary
 
-    lesson = Lesson(**asked["lesson"])
-    terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(lesson), 1.0)
+    base, data = asked["base"], TrainingData(**asked["lesson"])
+    terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**asked["training"], "terms": terms})
-    args.base, args.expert = asked["base"], [f"{name}={file}" for name, file in asked["experts"].items()]
-    experts, gates = chosen_experts(args, " ".join(lesson.composed)), GateConfig.from_dict(asked["gates"])
-    pipe = pipeline(args.base, args.device or own_device(), half=False)
-    pipe.set_progress_bar_config(disable=True)
+    gates = GateConfig.from_dict(asked["gates"])
+    experts = experts_for(base, asked["experts"], " ".join(data.composed))
+    pipe = pipeline(base, device or own_device(), half=False)
     mixture = attach(pipe, experts, gates)
-    lesson.samples = samples(pipe, asked["data"])
-    log = train_gates(
-        pipe, mixture, lesson, config=config, clip=_clip(pipe, asked), folder=args.out, resume_from=args.resume,
-        success=_emoji_success() if args.base == "emoji" and config.validation.every else None,
-    )  # fmt: skip
+    data.samples = samples(pipe, asked["data"])
+    success = _judge() if base == WORLD and config.validation.every else None
+    clip = _clip(pipe, asked["clip"] or (WORLD if base == WORLD else None))
+    log = train_gates(pipe, mixture, data, config=config, clip=clip, folder=out, resume_from=resume, success=success)
     if is_main_process():
-        write_card(args.out, mixture, lesson, base=args.base, config=config, log=log)
-        if args.push_to_hub:
-            push(args.out, args.push_to_hub)
+        about = {"prompt": next(iter(data.composed), None), "base": base, "training": summary(config, log)}
+        (out / hub.CARD).write_text(hub.model_card(mixture.weighed(), mixture.config, **about))
+        if repo:
+            hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
     return log
 
 
-def _clip(pipe: Any, asked: Mapping[str, Any]) -> Any:
-    from mole_diffusers import emoji
-    from mole_diffusers.training.clip import read_clip
+def _own_terms(data: Any) -> list[str]:
+    """The terms where none is named: those that there are prompts for, or collages alone where no LoRA has own prompts."""
+    learned = {"single": data.singles, "composed": data.composed, "collage": data.parts}
+    return ["collage"] if data.parts and not data.singles else [name for name, prompts in learned.items() if prompts]
 
-    source = asked["clip"] or ("emoji" if asked["base"] == "emoji" else None)
+
+def _clip(pipe: Any, source: str | None) -> Any:
+    """The CLIP of --clip, if any."""
+    from mole_diffusers import emoji
+    from mole_diffusers.training import read_clip
+
     if source is None:
         return None
-    own = source == "emoji"
-    folder = emoji.default_folder() / "clip" if own else source
-    return read_clip(folder, device=pipe.device, tokenizer=pipe.tokenizer if own else None)
+    if source == WORLD:
+        return read_clip(emoji.default_folder() / "clip", device=pipe.device, tokenizer=pipe.tokenizer)
+    return read_clip(source, device=pipe.device)
 
 
-def _emoji_success() -> Any:
+def _judge() -> Callable[[Any, str], float]:
     """The embedded world's judge: every subject of the prompt is there, in the prompt's style."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.judge import Judge

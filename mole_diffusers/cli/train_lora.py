@@ -2,156 +2,188 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mole_diffusers.cli.common import (
+from typer import Context, Option
+
+from mole_diffusers.cli.common import NONE, WORLD, DeviceOption, JsonOption, VerboseOption, pipeline
+from mole_diffusers.cli.training_runs import (
+    PICTURES,
+    UPDATES,
+    ConfigOption,
+    OutOption,
+    ResumeOption,
+    WriteConfigOption,
+    fields_of,
     given,
     is_main_process,
-    json_or_text,
     own_device,
-    pipeline,
     read_settings,
     samples,
+    setting,
     write_settings,
 )
+from mole_diffusers.training.config import LoraTraining
 
 SECTIONS = ("base", "data", "concept", "prior", "training")
-OWN = ("trigger", "prompt", "resolution", "format")
+CONCEPT = ("trigger", "prompt", "resolution", "format")
 PRIOR = ("prompt", "data", "count", "steps", "guidance")
-TRAINING = (
-    "rank", "alpha", "layers", "steps", "batch", "lr", "text_lr", "seed", "precision", "accumulation", "every", "keep",
-)  # fmt: skip
+CLASS = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
+update = partial(setting, LoraTraining)
+learn = partial(Option, rich_help_panel=PICTURES)
+class_picture = partial(Option, rich_help_panel=CLASS)
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    command = commands.add_parser(
-        "train-lora", help="teach a base one concept from pictures, as a LoRA; `accelerate launch` divides the work"
-    )
-    command.add_argument("--base", help="a diffusers pipeline; default: the embedded world")
-    command.add_argument("--device", default=None, help="default: cuda where there is one")
-    command.add_argument("--out", type=Path, help="folder of the LoRA (named as the folder), checkpoints and log")
-    command.add_argument("--config", type=Path, help="YAML or JSON with every setting; flags go before it")
-    command.add_argument("--write-config", type=Path, metavar="FILE", help="write the settings as YAML or JSON, and stop")
-    command.add_argument("--resume", metavar="latest|checkpoint-N", help="go on with the run in --out")
-    what = command.add_argument_group("the concept")
-    what.add_argument("--data", action="append", default=[], metavar="FOLDER", help="pictures, with captions or without")
-    what.add_argument("--trigger", help="the words that will call the concept, written into the file")
-    what.add_argument("--prompt", help="caption of pictures without one; default: the trigger")
-    what.add_argument("--resolution", type=int, metavar="PIXELS", help="squares of this side; default: the base's own")
-    what.add_argument("--format", choices=["diffusers", "kohya"], help="of the file's keys; default: diffusers")
-    prior = command.add_argument_group("prior preservation: pictures of the class on which the base is to stay as it is")
-    prior.add_argument("--prior-prompt", help='what the base draws for it: "a photo of a dog"')
-    prior.add_argument("--prior-data", action="append", default=[], metavar="FOLDER", help="or pictures of your own")
-    prior.add_argument("--prior-count", type=int, metavar="N", help="pictures to draw; default 64")
-    prior.add_argument("--prior-steps", type=int, metavar="N", help="of the sampler; default 25")
-    prior.add_argument("--prior-guidance", type=float, metavar="SCALE", help="default 7.5")
-    prior.add_argument("--prior-weight", type=float, metavar="WEIGHT", help="of its loss; default 1")
-    how = command.add_argument_group("how")
-    how.add_argument("--layers", action="append", default=[], metavar="KIND", help="repeatable; attention, feed-forward, ..")
-    for name in (n for n in TRAINING if n != "layers"):
-        how.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE")
-    how.add_argument("--beam", action="store_true", default=None, help="let ranks compete (BeamLoRA); rank 8 or more")
-    how.add_argument("--checkpointing", action="store_true", default=None, help="less memory, more time")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=run)
+def train_lora(
+    ctx: Context,
+    base: Annotated[
+        str | None, Option(metavar="MODEL", help="A diffusers pipeline: a folder or a hub id.", show_default=WORLD)
+    ] = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    config: ConfigOption = None,
+    write_config: WriteConfigOption = None,
+    resume: ResumeOption = None,
+    as_json: JsonOption = False,
+    # What to learn from
+    data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures, with captions or without. Repeatable.")] = NONE,
+    trigger: Annotated[str | None, learn(metavar="WORDS", help="What will call the concept.")] = None,
+    prompt: Annotated[str | None, learn(help="Caption of pictures without one. Default: the trigger.")] = None,
+    resolution: Annotated[
+        int | None, learn(metavar="PIXELS", help="Pictures are cut to squares of this side. Default: the base's own.")
+    ] = None,
+    format: Annotated[
+        Literal["diffusers", "kohya"] | None,
+        learn(help="kohya is for A1111 and ComfyUI.", show_default="diffusers"),
+    ] = None,
+    # Prior preservation
+    prior_prompt: Annotated[str | None, class_picture(help="What the base draws: 'a photo of a dog'.")] = None,
+    prior_data: Annotated[list[str], class_picture(metavar="FOLDER", help="Or pictures of your own. Repeatable.")] = NONE,
+    prior_count: Annotated[int | None, class_picture(metavar="N", help="Pictures to draw.", show_default="64")] = None,
+    prior_steps: Annotated[int | None, class_picture(metavar="N", help="Steps of the sampler.", show_default="25")] = None,
+    prior_guidance: Annotated[
+        float | None, class_picture(metavar="SCALE", help="How strictly the prompt is followed.", show_default="7.5")
+    ] = None,
+    prior_weight: Annotated[
+        float | None,
+        class_picture(metavar="WEIGHT", help="How much they count.", show_default=str(LoraTraining.prior)),
+    ] = None,
+    # How to train
+    rank: Annotated[int | None, update("rank", "Size of the LoRA.")] = None,
+    alpha: Annotated[float | None, Option(help="Scale times rank. Default: the rank.", rich_help_panel=UPDATES)] = None,
+    layers: Annotated[
+        list[str],
+        Option(
+            metavar="KIND",
+            help="Which layers: attention, feed-forward, convolution. Repeatable. Default: attention.",
+            rich_help_panel=UPDATES,
+        ),
+    ] = NONE,
+    steps: Annotated[int | None, update("steps", "Updates.")] = None,
+    batch: Annotated[int | None, update("batch", "Pictures per update, over all processes.")] = None,
+    lr: Annotated[float | None, update("lr", "Learning rate.")] = None,
+    text_lr: Annotated[float | None, update("text_lr", "Learning rate of the text encoder; 0 leaves it alone.")] = None,
+    beam: Annotated[
+        bool | None, Option("--beam", help="Let ranks compete (BeamLoRA); from rank 8 on.", rich_help_panel=UPDATES)
+    ] = None,
+    seed: Annotated[int | None, update("seed", "The same seed gives the same LoRA.")] = None,
+    precision: Annotated[str | None, update("precision", "no (full), bf16 or fp16.")] = None,
+    accumulation: Annotated[int | None, update("accumulation", "Compute a batch in so many parts, for less memory.")] = None,
+    checkpointing: Annotated[
+        bool | None, Option("--checkpointing", help="Less memory, more time.", rich_help_panel=UPDATES)
+    ] = None,
+    every: Annotated[int | None, update("every", "Updates between checkpoints.")] = None,
+    keep: Annotated[int | None, update("keep", "How many checkpoints are kept.")] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Teach a base one concept from pictures. The result is an ordinary LoRA file, named as the folder --out.
 
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked, as plain data: the file's, with the flags' on top."""
-    found = read_settings(args.config, SECTIONS) if args.config else {}
-    training = {name: getattr(args, name) for name in (*TRAINING, "beam", "checkpointing")} | {"prior": args.prior_weight}
-    flags = {
-        "concept": {name: getattr(args, name) for name in OWN},
-        "prior": {name: getattr(args, f"prior_{name}") for name in PRIOR},
-        "training": training,
-    }
-    merged = {name: found.get(name, {}) | given(section) for name, section in flags.items()}
-    for name, known in (("concept", OWN), ("prior", PRIOR), ("training", list(training))):
-        if unknown := set(merged[name]) - set(known):
-            raise ValueError(f"unknown {name} options {sorted(unknown)}; known: {list(known)}")
-    return {"base": "emoji", "data": []} | found | merged | given({"base": args.base, "data": args.data})
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train the LoRA and write it to --out."""
-    asked = settings(args)
-    if args.write_config:
-        write_settings(args.write_config, asked)
-        return 0
-    if args.out is None or not asked["data"] or not asked["concept"].get("trigger"):
+    `accelerate launch -m mole_diffusers train-lora` divides the work over GPUs.
+    """
+    asked = settings(ctx.params)
+    if write_config:
+        write_settings(write_config, asked)
+        return
+    if out is None or not asked["data"] or not asked["concept"].get("trigger"):
         raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
     prior = asked["prior"]
     if prior and not prior.get("data") and not prior.get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
-    facts = _train(args, asked)
+    facts = _train(asked, device, out, resume=resume)
     if is_main_process():
-        print(json.dumps(facts) if args.json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
-    return 0
+        print(json.dumps(facts) if as_json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
 
 
-def _train(args: argparse.Namespace, asked: Mapping[str, Any]) -> dict[str, Any]:
-    from mole_diffusers.training.concept import train_lora
+def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was asked, as plain data: what the file says, overridden by the flags."""
+    file = read_settings(flags["config"], SECTIONS) if flags["config"] else {}
+    sections = {
+        "concept": {name: flags[name] for name in CONCEPT},
+        "prior": {name: flags[f"prior_{name}"] for name in PRIOR},
+        "training": fields_of(LoraTraining, flags) | {"prior": flags["prior_weight"]},
+    }
+    merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
+    for name, known in (("concept", CONCEPT), ("prior", PRIOR), ("training", [f.name for f in fields(LoraTraining)])):
+        if unknown := set(merged[name]) - set(known):
+            raise ValueError(f"unknown {name} options {sorted(unknown)}; known: {list(known)}")
+    return {"base": WORLD, "data": []} | file | merged | given({name: flags[name] for name in ("base", "data")})
+
+
+def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None) -> dict[str, Any]:
+    from mole_diffusers.training import train_lora as fit
 
     concept, config = asked["concept"], _config(asked["training"])
-    pipe = pipeline(asked["base"], args.device or own_device(), half=False)
-    pipe.set_progress_bar_config(disable=True)
-    prompt = concept.get("prompt") or concept["trigger"]
-    pictures = samples(pipe, asked["data"], prompt=prompt, side=concept.get("resolution"))
-    if mute := [caption for caption in pictures.captions if concept["trigger"] not in caption]:
-        warnings.warn(f"the caption {mute[0]!r} lacks the trigger {concept['trigger']!r}, {len(mute)} do", stacklevel=2)
-    prior = _prior(pipe, asked, args.out if is_main_process() else None, side=concept.get("resolution"), seed=config.seed)
-    name, folder = args.out.name, args.out
-    tensors = train_lora(pipe, pictures, config, prior=prior, name=name, folder=folder, resume_from=args.resume)
-    path = args.out / f"{args.out.name}.safetensors"
+    pipe, trigger, side = (
+        pipeline(asked["base"], device or own_device(), half=False),
+        concept["trigger"],
+        concept.get("resolution"),
+    )
+    pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
+    if mute := [caption for caption in pictures.captions if trigger not in caption]:
+        warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
+    prior = _prior(pipe, asked["prior"], out if is_main_process() else None, side=side, seed=config.seed)
+    tensors = fit(pipe, pictures, config, prior=prior, name=out.name, folder=out, resume_from=resume)
+    path = out / f"{out.name}.safetensors"
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
-    return {"file": str(path), "trigger": concept["trigger"], "pictures": len(pictures.captions), "rank": config.rank}
+    return {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
 
 
-def _config(training: Mapping[str, Any]) -> Any:
-    """The training section as a ConceptConfig; "precision" is the name of autocast's dtype."""
-    from mole_diffusers.training.concept import ConceptConfig
-    from mole_diffusers.training.config import PRECISIONS
-    from mole_diffusers.training.engine import DTYPES
-
-    options: dict[str, Any] = {name: tuple(value) if name == "layers" else value for name, value in training.items()}
-    precision = options.pop("precision", "no") or "no"  # a bare no is False in YAML
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {list(PRECISIONS)}")
-    numbers = [f.name for f in fields(ConceptConfig) if f.type in ("int", "float") and f.name in options]
-    if bad := [n for n in numbers if isinstance(options[n], str)]:
-        raise ValueError(f"{bad[0]} must be a number, got {options[bad[0]]!r}")
-    if "rank" in options:
-        options.setdefault("alpha", options["rank"])
-    return ConceptConfig(**options, autocast=DTYPES.get(precision))
+def _config(training: Mapping[str, Any]) -> LoraTraining:
+    """The training section, checked; alpha is the rank unless it is given."""
+    options: dict[str, Any] = {"alpha": training.get("rank", LoraTraining.alpha), **training}
+    if "layers" in options:
+        options["layers"] = tuple(options["layers"])
+    options["precision"] = options.get("precision") or "no"  # a bare no is False in YAML
+    for field in fields(LoraTraining):
+        if field.type in ("int", "float") and isinstance(value := options.get(field.name), str):
+            raise ValueError(f"{field.name} must be a number, got {value!r}")
+    return LoraTraining(**options)
 
 
 def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:
     """Pictures of the class: the user's, else those that the base draws, else none."""
-    from mole_diffusers.training.prior import class_samples
+    from mole_diffusers.training import class_samples
 
-    options = dict(asked["prior"])
+    options = dict(asked)
     prompt, folders = options.pop("prompt", None), options.pop("data", [])
     if folders:
         return samples(pipe, folders, prompt=prompt, side=side)
-    if prompt is None:
-        return None
-    return class_samples(pipe, prompt, seed=seed, folder=folder, **options)
+    return class_samples(pipe, prompt, seed=seed, folder=folder, **options) if prompt else None
 
 
-def _save(pipe: Any, tensors: Any, path: Path, config: Any, *, concept: Mapping[str, Any], pictures: int) -> None:
-    from mole_diffusers.training.lora_saving import header, save_kohya, save_lora
+def _save(pipe: Any, tensors: Any, path: Path, config: LoraTraining, *, concept: Mapping[str, Any], pictures: int) -> None:
+    from mole_diffusers.training.lora_adapter import header, save_kohya, save_lora
 
     about = header(pipe, title=path.stem, rank=config.rank, alpha=config.alpha, pictures=pictures)
     about["mole.training"] = json.dumps({name: str(value) for name, value in asdict(config).items()})
-    if concept.get("format", "diffusers") == "kohya":
+    if concept.get("format") == "kohya":
         save_kohya(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about)
     else:
         save_lora(tensors, path, alpha=config.alpha, rank=config.rank, triggers=concept["trigger"], about=about)

@@ -1,15 +1,19 @@
 """The `mole` command, as a user calls it."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers import emoji_world, merge, read_expert
-from mole_diffusers.cli import main
-from mole_diffusers.cli.common import parse_expert
+from mole_diffusers import merge, read_expert
+from mole_diffusers.cli import main, parser
+from mole_diffusers.cli.common import THRESHOLD, parse_file
+from mole_diffusers.cli.compose_library import Mode
+from mole_diffusers.cli.merge import Method
 from mole_diffusers.testing import tiny_pipeline
 
 
@@ -94,11 +98,16 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
     [
         (["compose", "a cat", "--out", "x.png"], "names none of the world's concepts: "),
         (["compose", "a fox", "--rows", "0"], "--rows must be 1 or more"),
-        (["compose", "a fox", "--expert", "fox"], "is not NAME=FILE"),
+        (["compose", "a fox", "--expert", "fox"], "--expert 'fox' is not NAME=VALUE"),
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
         (["compose", "a fox", "--base", "somewhere"], "give at least one --expert"),
-        (["merge", "a.safetensors", "b/a.safetensors", "--out", "x"], "no LoRA file at a.safetensors"),
+        (["merge", "a.safetensors", "b/a.safetensors", "--out", "x"], "two files are named 'a'; rename one"),
+        (["merge", "a.safetensors", "--method", "bits", "--out", "x"], "'bits' is not one of 'sum', 'mean', 'svd'"),
+        (["compose", "a fox", "--rows", "x"], "Invalid value for '--rows'"),
+        (["compose", "a fox", "--sead", "1"], "No such option: --sead"),
+        (["compose", "a <lora:fox:1>"], "a prompt with <lora:...> tags is for mole draw"),
+        (["compos"], "No such command 'compos'"),
         (["merge", "a.safetensors", "--method", "np", "--option", "mu", "--out", "x"], "no LoRA file at"),
         (["train", "--prompt", "a fox", "--out", "g", "--single", "fox"], "--single 'fox' is not NAME=VALUE"),
     ],
@@ -110,8 +119,37 @@ def test_bad_input_is_one_line_and_status_1(capsys, argv, message):
     assert error.count("\n") == 1
 
 
-def test_expert_arguments():
-    assert parse_expert("a=x.safetensors") == ("a", (Path("x.safetensors"), 1.0))
-    assert parse_expert("a=x.safetensors:-0.5") == ("a", (Path("x.safetensors"), -0.5))
-    assert parse_expert("a=C:/x.safetensors") == ("a", (Path("C:/x.safetensors"), 1.0))
-    assert "fox" in emoji_world().loras
+def test_a_file_may_have_a_strength():
+    assert parse_file("x.safetensors") == (Path("x.safetensors"), 1.0)
+    assert parse_file("x.safetensors:-0.5") == (Path("x.safetensors"), -0.5)
+    assert parse_file("C:/x.safetensors") == (Path("C:/x.safetensors"), 1.0)
+
+
+def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
+    from mole_diffusers.evaluation.arms import ARMS
+    from mole_diffusers.gates import FAMILIES
+    from mole_diffusers.merging.merge import METHODS
+    from mole_diffusers.retrieval import composing, library
+    from mole_diffusers.training.config import TERMS
+
+    assert get_args(Method) == tuple(METHODS)
+    assert set(get_args(Mode)) == set(composing.MODES)
+    assert THRESHOLD == library.THRESHOLD
+    said = {name: " ".join(option.help or "" for option in parser().commands[name].params) for name in parser().commands}
+    assert [arm for arm in ARMS if arm not in (*METHODS, "base") and arm not in said["evaluate"]] == []
+    assert [name for name in TERMS if f" {name}" not in said["train"]] == []
+    assert [name for name in FAMILIES if name not in ("sum", "mean") and name not in said["train"]] == []
+
+
+def test_a_flag_for_every_setting_of_a_training_run():
+    """And of the type of the setting, or of one that it may be left out of."""
+    from mole_diffusers.gates import GateConfig
+    from mole_diffusers.training.config import GateTraining, LoraTraining
+
+    for command, configs, elsewhere in (
+        ("train", (GateConfig, GateTraining), {"terms": "term", "validation": "validate"}),
+        ("train-lora", (LoraTraining,), {"prior": "prior_weight"}),
+    ):
+        flags = {option.name for option in parser().commands[command].params}
+        wanted = {elsewhere.get(field.name, field.name) for config in configs for field in fields(config)}
+        assert wanted <= flags, command

@@ -1,4 +1,4 @@
-"""`mole index`, `mole retrieve` and `mole compose --library`, on the embedded world's own LoRAs."""
+"""`mole index`, `mole retrieve` and `mole compose-library`, on the embedded world's own LoRAs."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_retrieve_says_what_and_why(folder, capsys):
 def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, capsys):
     prompt, out = "duotone drawing of a fox", tmp_path / "new" / "found.png"
     found = ["--library", str(folder), "--threshold", "0.9", "--out", str(out)]
-    assert main(["compose", prompt, *found, *DRAW, "--json"]) == 0
+    assert main(["compose-library", prompt, *found, *DRAW, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in facts["found"]] == ["duotone", "fox"]
     assert (facts["weights"], facts["mode"], facts["gates"]) == ({"duotone": 1.0, "fox": 1.0}, "sum", "sum")
@@ -71,10 +71,12 @@ def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, 
     assert np.array_equal(ours[30:, second], named[30:, -2 * 134 : -134])  # under "sum"
     assert not np.array_equal(ours[30:, first], ours[30:, second])
     capsys.readouterr()
-    assert main(["compose", prompt, *found, *DRAW, "--mode", "mixture", "--k", "2"]) == 0
+    assert main(["compose-library", prompt, *found, *DRAW, "--mode", "mixture", "--k", "2"]) == 0
     said = capsys.readouterr().out
     assert "fox: the prompt says its trigger 'fox'\ndrawn with duotone x 0.5, fox x 0.5, mixture: " in said
-    assert main(["compose", "a bear", "--library", str(folder), "--threshold", "0.99", *DRAW, "--out", str(out)]) == 0
+    assert (
+        main(["compose-library", "a bear", "--library", str(folder), "--threshold", "0.99", *DRAW, "--out", str(out)]) == 0
+    )
     assert "drawn with the base alone" in capsys.readouterr().out
     alone = pixels(out)
     assert np.array_equal(alone[30:, first], alone[30:, second])
@@ -85,8 +87,9 @@ def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, 
     [
         (["index", "nowhere"], "no folder at nowhere"),
         (["retrieve", "a fox", "--library", "nowhere"], "nowhere has no index; make one with: mole index nowhere"),
-        (["compose", "a fox", "--library", "x", "--expert", "fox=a.safetensors"], "--library chooses the LoRAs"),
-        (["compose", "a <lora:fox:1>", "--library", "x"], "--library chooses the LoRAs"),
+        (["compose-library", "a <lora:fox:1>", "--library", "x"], "the library chooses the LoRAs"),
+        (["compose-library", "a fox", "--library", "x", "--mode", "both"], "'both' is not one of 'selection', 'mixture'"),
+        (["retrieve", "a fox"], "Missing option '--library'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(argv, message, capsys):

@@ -22,13 +22,13 @@ def pixels(path):
 
 def test_a_picture_re_creates_itself(tmp_path, capsys):
     first, again = tmp_path / "a.png", tmp_path / "b" / "c.png"
-    assert main(["compose", TAGS, "--steps", "2", "--seed", "5", "--out", str(first)]) == 0
-    assert main(["compose", "--from", str(first), "--out", str(again), "--json"]) == 0
+    assert main(["draw", TAGS, "--steps", "2", "--seed", "5", "--out", str(first)]) == 0
+    assert main(["redraw", str(first), "--out", str(again), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (facts["seed"], facts["base"]) == (5, "emoji")
     assert np.array_equal(pixels(first), pixels(again))
     infotext.read(again).save(tmp_path / "r.json")
-    assert main(["compose", "--from", str(tmp_path / "r.json"), "--out", str(tmp_path / "d.png")]) == 0
+    assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "d.png")]) == 0
     assert np.array_equal(pixels(first), pixels(tmp_path / "d.png"))
 
 
@@ -43,9 +43,12 @@ def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
     assert "1 x 2 pictures" in capsys.readouterr().out
     with Image.open(out) as image:
         assert image.width > 2 * 128
-    assert main(["compose", "a <lora:hat:1>", *given, "--steps", "1", "--out", str(tmp_path / "p.png")]) == 0
-    assert main(["compose", "--from", str(tmp_path / "p.png")]) == 1
+    assert main(["draw", "a <lora:hat:1>", *given, "--steps", "1", "--out", str(tmp_path / "p.png")]) == 0
+    assert main(["redraw", str(tmp_path / "p.png")]) == 1
     assert "give it as --base" in capsys.readouterr().err
+    one = ["--base", str(tmp_path / "base"), "--expert", f"hat={loras['hat']}"]
+    assert main(["draw", "a <lora:hat:1>", *one, "--steps", "1", "--out", str(tmp_path / "q.png")]) == 0
+    assert np.array_equal(pixels(tmp_path / "p.png"), pixels(tmp_path / "q.png"))
 
 
 @pytest.mark.parametrize(
@@ -53,9 +56,9 @@ def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
     [
         (["grid", TAGS, "--x", "size=1"], "the axis 'size=1' is not KIND=VALUE,VALUE,...; kinds: seed, steps"),
         (["grid", TAGS, "--x", "seed=a"], "seed takes int values"),
-        (["compose", "--from", "missing.png"], "missing.png"),
+        (["redraw", "missing.png"], "missing.png"),
         (["grid", "x", "--base", "somewhere"], "give --loras FOLDER"),
-        (["compose", "x <lora:owl:1>"], "there is no LoRA 'owl'"),
+        (["draw", "x <lora:owl:1>"], "there is no LoRA 'owl'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(argv, message, capsys):

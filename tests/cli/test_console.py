@@ -1,0 +1,65 @@
+"""What the console shows: help at once, bars for what takes time, and nothing that other libraries say."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import mole_diffusers as mole
+from mole_diffusers.cli import main
+
+SLOW = ("torch", "diffusers", "transformers", "matplotlib", "gradio")
+
+
+def shell(code):
+    """What a new Python prints to stdout and stderr."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["evaluate", "--help"]])
+def test_help_loads_no_model_library(argv):
+    asked = f"from mole_diffusers.cli import main; import sys; assert main({argv}) == 0; "
+    out, _ = shell(f"{asked}print([name for name in {SLOW} if name in sys.modules])")
+    assert out.splitlines()[-1] == "[]"
+    assert len(out.splitlines()) > 1
+
+
+def test_importing_the_package_loads_no_model_library():
+    out, err = shell(f"import sys, mole_diffusers; print([name for name in {SLOW} if name in sys.modules])")
+    assert (out, err) == ("[]\n", "")
+
+
+def test_every_public_name_and_submodule_is_there():
+    assert {name: getattr(mole, name).__name__ for name in mole.__all__} == {name: name for name in mole.__all__}
+    assert set(mole.__all__) <= set(dir(mole))
+    assert mole.functional.gate_weights
+    assert mole.emoji.BASE_STYLES
+    with pytest.raises(AttributeError, match="module 'mole_diffusers' has no attribute 'compose'"):
+        _ = mole.compose
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mole {mole.__version__}\n"
+
+
+def test_other_libraries_are_silent_unless_asked(tmp_path):
+    argv = ["draw", "a <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png"]
+    out, err = shell(f"from mole_diffusers.cli import main; main({argv})")
+    assert out == f"a <lora:fox:1>: {tmp_path}/x.png\n"
+    assert [line for line in re.split(r"[\r\n]+ *", err) if line and "%| " not in line] == []  # its own bar, if it took long
+    assert "Loading" not in err
+    out, err = shell(f"from mole_diffusers.cli import main; main({[*argv, '-v']})")
+    assert out == f"a <lora:fox:1>: {tmp_path}/x.png\n"
+    assert "Loading pipeline components" in err
+
+
+def test_our_own_warnings_are_one_line(tmp_path):
+    for i in range(2):
+        Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    argv = ["train-lora", "--data", str(tmp_path), "--trigger", "sks", "--prompt", "a fox", "--steps", "1", "--batch", "1"]
+    _, err = shell(f"from mole_diffusers.cli import main; main({[*argv, '--out', str(tmp_path / 'sks')]})")
+    assert err.splitlines()[0] == "warning: the caption 'a fox' lacks the trigger 'sks', 2 do"
