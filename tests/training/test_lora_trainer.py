@@ -283,11 +283,14 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys):
     photos = tmp_path / "photos"
     config = tmp_path / "bad.yaml"
     config.write_text("training: {stepps: 3}")
+    words = tmp_path / "words.yaml"
+    words.write_text("training: {alpha: big}")
     for argv, message in (
         ([], "--out (a folder), --data (a folder of pictures) and --trigger"),
         (["--out", "x", "--precision", "int8"], "unknown precision 'int8'"),
         (["--out", "x", "--prior-count", "3"], "--prior-prompt is needed"),
-        (["--out", "x", "--lr", "fast"], "lr must be a number, got 'fast'"),
+        (["--out", "x", "--lr", "fast"], "Invalid value for '--lr'"),
+        (["--out", "x", "--config", str(words)], "alpha must be a number, got 'big'"),
         (["--out", "x", "--config", str(config)], "unknown training options ['stepps']"),
     ):
         assert main([*flags, *argv]) == 1

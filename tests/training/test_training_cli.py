@@ -89,7 +89,9 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
     sha = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}).experts["fox"].sha256
     for part in (
         "# Gates for fox + ink",
-        f"| fox | fox | `{sha}` |",
+        "| fox | 1 | ",
+        "| ink | 0.7 | ",
+        f"`{sha}` |",
         "single (weight 1), balance (weight 0.5)",
         "4 updates",
     ):
@@ -104,6 +106,9 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         ("trainning: {}", [], r"unknown sections ['trainning']; known: ['base', 'experts'"),
         ("training: {stepps: 1, terms: {single: 1}}", [], "unknown training options ['stepps']"),
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
+        ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
+        ("{}", ["--lr", "fast"], "Invalid value for '--lr'"),
+        ("{}", ["--bias", "yes"], "must be true or false, got 'yes'"),
         ("{}", ["--term", "single,seeds"], "--term 'seeds' is not NAME=VALUE"),
         ("{}", ["--term", "single=much"], "weight of the single term must be 0 or more, got 'much'"),
     ],
