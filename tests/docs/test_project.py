@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_layout import STAGES
 
 import mole_diffusers as mole
 
@@ -60,3 +61,16 @@ def test_the_changelog_knows_this_version_and_its_date():
 @pytest.mark.parametrize("path", [*PROJECT["license-files"], "mole_diffusers/py.typed", PROJECT["readme"]])
 def test_what_the_wheel_takes_along_is_there(path):
     assert (ROOT / path).is_file()
+
+
+def test_the_map_of_contributing_names_every_folder_and_only_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    package = text.partition("| in `mole_diffusers/` |")[2].partition("\n\n")[0]
+    stages = [re.sub(r"/$|\.py$", "", name) for name in re.findall(r"^\| `(.+?)` \|", package, re.MULTILINE)]
+    assert stages == list(STAGES)
+    beside = text.partition("| beside it |")[2].partition("\n\n")[0]
+    for name in re.findall(r"^\| `(.+?)/` \|", beside, re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+    near = (ROOT, ROOT / "mole_diffusers", ROOT / "mole_diffusers" / "merging", ROOT / "demos", ROOT / "tests" / "lora")
+    for path in set(re.findall(r"`([\w/.]+/[\w.]*|\w+\.py)`", text)) - {"tests/x.py"}:
+        assert any((folder / path).exists() for folder in near), path
