@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.training.data import Draw, TrainingData
+from mole_diffusers.training.data import RandomBatch, TrainingData
 
 if TYPE_CHECKING:
     from mole_diffusers.training.rewards import Clip
 
-LossFn = Callable[[Draw], torch.Tensor]  # the value of one term on the rows of a draw
+LossFn = Callable[[RandomBatch], torch.Tensor]  # the value of one term on a share of a batch
 
 
 @dataclass

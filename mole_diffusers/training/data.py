@@ -56,13 +56,13 @@ class TrainingData:
 
 
 def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
-    """Pictures of a folder with their captions.
+    """Read the pictures of a folder with their captions.
 
     A caption comes from metadata.jsonl ({"file_name", "text"}), else from a .txt file of the same stem, else it is
     `prompt`.
 
     Raises:
-        ValueError: no pictures, a broken picture or one without a caption; the message names the file.
+        ValueError: no pictures, a broken picture, or one without a caption; the message names the file.
     """
     folder = Path(folder)
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
@@ -78,7 +78,7 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
 
 def _open(path: Path) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # cameras note how they were held
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # photos say how the camera was held
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
@@ -92,12 +92,12 @@ def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
 
 
 def default_side(pipe: Any) -> int:
-    """Pixels on a side of the pictures that a pipeline was made for."""
+    """The side of a pipeline's own pictures, in pixels."""
     return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The middle of a picture, [side, side] pixels; nothing is squeezed."""
+    """The centre crop of a picture, resized to [side, side] pixels."""
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
@@ -109,7 +109,7 @@ def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:
-    """Encode pictures with the pipeline's autoencoder; sizes must agree and be what the pipeline can take."""
+    """Encode pictures with the pipeline's autoencoder, `batch` at a time, all resized to the first one's size."""
     size = images[0].size
     latents = []
     for start in range(0, len(images), batch):
@@ -128,7 +128,7 @@ def token_ids(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomBatch:
     """The random choices of one update, of which this process and accumulated part takes its share of the rows.
 
     Every share draws the numbers of the whole batch and takes every `count`-th row from `index` on, so that together the
@@ -136,26 +136,26 @@ class Draw:
 
     Attributes:
         generator: of the update, on the CPU.
-        batch: rows of the whole batch.
+        rows: of the whole batch.
         index, count: which share, of how many.
     """
 
     generator: torch.Generator
-    batch: int
+    rows: int
     index: int = 0
     count: int = 1
 
     def choice(self, among: int) -> list[int]:
         """One of 0 .. among - 1 for each row of the share."""
-        return self._share(torch.randint(0, among, (self.batch,), generator=self.generator)).tolist()
+        return self._share(torch.randint(0, among, (self.rows,), generator=self.generator)).tolist()
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """[rows of the share, *shape] in 0..1."""
-        return self._share(torch.rand(self.batch, *shape, generator=self.generator))
+        return self._share(torch.rand(self.rows, *shape, generator=self.generator))
 
     def normal(self, *shape: int) -> torch.Tensor:
         """[rows of the share, *shape], standard normal."""
-        return self._share(torch.randn(self.batch, *shape, generator=self.generator))
+        return self._share(torch.randn(self.rows, *shape, generator=self.generator))
 
     def _share(self, drawn: torch.Tensor) -> torch.Tensor:
         return drawn[self.index :: self.count]

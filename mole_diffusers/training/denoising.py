@@ -1,4 +1,4 @@
-"""The diffusion side of training: noising, what the model should predict, and its answer in one form for all."""
+"""The diffusion side of training: the model's prediction, sampling with gradients, and the diffusion loss."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 
 from mole_diffusers.functional import onto
-from mole_diffusers.training.data import Draw, Samples, token_ids
+from mole_diffusers.training.data import RandomBatch, Samples, token_ids
 
 
 def training_scheduler(pipe: Any) -> DDIMScheduler:
-    """The pipeline's noise schedule as DDIM: any sampler's own may take other arguments, and none loses its state."""
+    """The pipeline's noise schedule as DDIM, whatever the sampler; the pipeline's own scheduler keeps its state."""
     return DDIMScheduler.from_config(pipe.scheduler.config)
 
 
 def embed(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """[B, T, C] what the text encoder makes of prompts."""
+    """Hidden states of the text encoder for prompts, [B, T, C]."""
     return pipe.text_encoder(onto(token_ids(pipe, prompts), pipe.device))[0]
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """What the UNet predicts for noisy latents x [B, C, H, W] under one prompt each, in its own parametrisation, fp32."""
+    """The UNet's prediction for noisy latents x [B, C, H, W] under one prompt each, in its own parametrisation, fp32."""
     return _predict(pipe, x, timesteps, embed(pipe, prompts))
 
 
@@ -34,13 +34,13 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Te
         return pipe.unet(x.to(text.dtype), timesteps, text).sample.float()
 
     if torch.is_grad_enabled() and pipe.unet.is_gradient_checkpointing:
-        # Each call tells the gates its noise level; blocks computed again alone would be told that of the last call.
+        # Gates learn the noise level from the call; a block that is recomputed alone would see that of the last call.
         return checkpoint(call, x, use_reentrant=False)
     return call(x)
 
 
 def _guided_text(pipe: Any, prompts: Sequence[str], guidance: float) -> torch.Tensor:
-    """Text states [2B, T, C], the empty prompt's before each prompt's; [B, T, C] where guidance is 1."""
+    """Hidden states of the empty prompt, then of the prompts, [2B, T, C]; at guidance 1 of the prompts alone, [B, T, C]."""
     return embed(pipe, [*([""] * len(prompts) if guidance != 1 else []), *prompts])
 
 
@@ -53,7 +53,7 @@ def _guided(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Ten
 
 
 def latent_shape(pipe: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the latents that the UNet was made for."""
+    """(C, H, W) of the latents at the UNet's own size."""
     config = pipe.unet.config
     side = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
     return (config.in_channels, *side)
@@ -73,12 +73,12 @@ def sample(
     """Deterministic DDIM (Song et al., 2021) from noise x [B, C, H, W] to clean latents, with the gradient of every step.
 
     Args:
-        guidance: classifier-free guidance; 1 leaves the unconditional row out.
+        guidance: classifier-free guidance; 1 runs no unconditional row.
         checkpointing: compute each step's activations again in the backward pass.
-        start, stop: the steps to take, from..to; x has the noise of `start`; None goes to the end.
+        start, stop: run the steps start..stop - 1, x having the noise of `start`; None runs to the end.
     """
     scheduler = training_scheduler(pipe)
-    scheduler.set_timesteps(steps)  # its numbers stay on the CPU, where to read one waits for no device
+    scheduler.set_timesteps(steps)  # timesteps stay on the CPU, where reading one waits for no device
     text = _guided_text(pipe, prompts, guidance)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the model should predict: the noise, or the velocity (Salimans & Ho 2022), as the scheduler is set."""
+    """What the model should predict, by the scheduler's config: the noise, or the velocity (Salimans & Ho, 2022)."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -105,21 +105,23 @@ def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps
     raise ValueError(f"prediction type {kind!r} cannot be trained; known: ['epsilon', 'v_prediction']")
 
 
-def denoising_loss(pipe: Any, samples: Samples, draw: Draw, *, drop: float = 0.1, guidance: float = 1.0) -> torch.Tensor:
+def denoising_loss(
+    pipe: Any, samples: Samples, batch: RandomBatch, *, drop: float = 0.1, guidance: float = 1.0
+) -> torch.Tensor:
     """The diffusion training loss on a random batch: MSE of the prediction, uniform timesteps.
 
     Args:
-        drop: share of captions replaced by the empty prompt, so that guidance keeps its unconditional side; none are where
+        drop: share of captions replaced by the empty prompt, so that the unconditional prediction is trained too; 0 where
             the prediction is guided.
-        guidance: what the prediction is guided by. 1 is the plain loss, right for pictures that are to be imitated by the
-            conditional model; pictures that a guided sampler made ask for the guidance that they will be drawn with.
+        guidance: of the prediction. 1 is the plain loss, for photos and other pictures that the conditional model is to
+            imitate; pictures from a guided sampler need the guidance that will be used later.
     """
-    pick = draw.choice(len(samples.latents))
-    dropped = draw.uniform() < (drop if guidance == 1 else 0.0)
+    pick = batch.choice(len(samples.latents))
+    dropped = batch.uniform() < (drop if guidance == 1 else 0.0)
     prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick, dropped.tolist(), strict=True)]
     latents = samples.latents[pick]
-    noise, scheduler = draw.normal(*latents.shape[1:]), training_scheduler(pipe)
-    timesteps = torch.tensor(draw.choice(scheduler.config.num_train_timesteps))
+    noise, scheduler = batch.normal(*latents.shape[1:]), training_scheduler(pipe)
+    timesteps = torch.tensor(batch.choice(scheduler.config.num_train_timesteps))
     rows = scheduler.add_noise(latents, noise, timesteps), timesteps, target(scheduler, latents, noise, timesteps)
     noisy, timesteps, wanted = (onto(row, pipe.device) for row in rows)
     prediction = _guided(pipe, noisy, timesteps, _guided_text(pipe, prompts, guidance), guidance=guidance)

@@ -20,7 +20,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.config import ComposedTerm, DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
-from mole_diffusers.training.data import Draw, token_ids
+from mole_diffusers.training.data import RandomBatch, token_ids
 from mole_diffusers.training.denoising import latent_shape, predict, sample, training_scheduler
 from mole_diffusers.training.losses import composed_target, recovery_error, separation_loss, territory
 
@@ -47,10 +47,10 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
     stored = sample_trajectories(context, teacher, prompts, term, seed=context.seed + 99, name="the blend")
     match_stored = _match(context, stored)
 
-    def loss(draw: Draw) -> torch.Tensor:
-        if float(torch.rand((), generator=draw.generator)) >= term.own:
-            return match_stored(draw)
-        x, timesteps, texts = own_trajectory(context, draw, prompts, steps=term.steps, guidance=term.guidance)
+    def loss(batch: RandomBatch) -> torch.Tensor:
+        if float(torch.rand((), generator=batch.generator)) >= term.own:
+            return match_stored(batch)
+        x, timesteps, texts = own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance)
         x, timesteps, texts = torch.cat([x, x]), torch.cat([timesteps] * 2), ["" for _ in texts] + texts
         with torch.no_grad():
             target, base = teacher(x, timesteps, texts)
@@ -73,8 +73,8 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
     if len(subjects) < 2:
         raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
 
-    def loss(draw: Draw) -> torch.Tensor:
-        x, timesteps, texts = own_trajectory(context, draw, prompts, steps=term.steps, guidance=term.guidance)
+    def loss(batch: RandomBatch) -> torch.Tensor:
+        x, timesteps, texts = own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance)
         found = [trigger_tokens(context.pipe, context.mixture, name, texts) for name in subjects]
         with attention_maps(context.pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
             predict(context.pipe, x, timesteps, texts)
@@ -86,8 +86,8 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
 def _match(context: TrainingContext, stored: Trajectories) -> LossFn:
     """The recovery error on random rows of stored trajectories."""
 
-    def loss(draw: Draw) -> torch.Tensor:
-        pick = draw.choice(len(stored.x))
+    def loss(batch: RandomBatch) -> torch.Tensor:
+        pick = batch.choice(len(stored.x))
         rows = (stored.x, stored.timesteps, stored.targets, stored.norms)
         x, timesteps, targets, norms = (onto(row[pick], context.pipe.device) for row in rows)
         return recovery_error(predict(context.pipe, x, timesteps, [stored.prompts[i] for i in pick]), targets, norms)
@@ -150,12 +150,12 @@ def sample_trajectories(
 
 @torch.no_grad()
 def own_trajectory(
-    context: TrainingContext, draw: Draw, prompts: list[str], *, steps: int, guidance: float
+    context: TrainingContext, batch: RandomBatch, prompts: list[str], *, steps: int, guidance: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Sample with the gates as they are: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
-    texts = [prompts[i] for i in draw.choice(len(prompts))]
-    noise = onto(draw.normal(*latent_shape(context.pipe)), context.pipe.device)
-    stop = int(torch.randint(0, steps, (), generator=draw.generator))
+    texts = [prompts[i] for i in batch.choice(len(prompts))]
+    noise = onto(batch.normal(*latent_shape(context.pipe)), context.pipe.device)
+    stop = int(torch.randint(0, steps, (), generator=batch.generator))
     scheduler = training_scheduler(context.pipe)
     scheduler.set_timesteps(steps)
     x = sample(context.pipe, noise, texts, steps=steps, guidance=guidance, stop=stop)

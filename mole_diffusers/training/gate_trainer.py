@@ -25,7 +25,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
-from mole_diffusers.training.data import Draw, TrainingData
+from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import latent_shape, predict
 from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
 from mole_diffusers.training.initialization import initialize
@@ -95,8 +95,7 @@ class GateTrainer:
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
         warn_of_missing_triggers(context)
-        known = [name for name in map(str, get_available_trackers()) if name in TRACKERS]
-        if config.tracker and config.tracker not in known:
+        if config.tracker and config.tracker not in (known := [t for t in map(str, get_available_trackers()) if t in TRACKERS]):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         context.progress = context.progress and self.accelerator.is_main_process
@@ -192,7 +191,7 @@ class GateTrainer:
         found = {}
         with self.engine.autocast(), dropout, mixture.listen(decisions.append):
             for name, loss in self.loss_fns.items():
-                found[name] = loss(Draw(generator, terms[name].batch or self.config.batch, index, shares))
+                found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
         if BALANCE in terms:
             found[BALANCE] = self._balance([d for d in decisions if d.gates.requires_grad])  # not those of teachers
         return found
@@ -253,7 +252,7 @@ class GateTrainer:
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
-        """Draw the validation prompts from fixed noise; log the share that is right, save and track the pictures."""
+        """RandomBatch the validation prompts from fixed noise; log the share that is right, save and track the pictures."""
         if not self.accelerator.is_main_process:
             return
         how, images, shares = self.config.validation, [], []

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
-from mole_diffusers.training.data import Draw, Samples
+from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss, latent_shape, sample
 from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
@@ -137,7 +137,7 @@ class LoraTrainer:
     def losses(self, step: int, *, index: int, shares: int) -> torch.Tensor:
         """[loss, concept, prior] on share `index` of `shares` of the batch of update `step`."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        draws = [Draw(generator, self.config.batch, index, shares) for _ in self.pictures]
+        draws = [RandomBatch(generator, self.config.batch, index, shares) for _ in self.pictures]
         with self.engine.autocast():
             found = [denoising_loss(self.pipe, p, d) for p, d in zip(self.pictures.values(), draws, strict=True)]
         loss = found[0] + self.config.prior * found[1] if len(found) > 1 else found[0]

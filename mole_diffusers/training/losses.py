@@ -1,4 +1,4 @@
-"""The terms of gate training, one function each: pure tensor functions. B batch, C channels, N experts."""
+"""The maths of the losses, in torch alone. B batch, C channels, N experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """How much of what the teacher changed is missing: ||student - teacher||^2 / E ||teacher - base||^2, mean over B.
 
-    0 is perfect, 1 is the base model; 1 minus this is a recovery that can be compared across experts and timesteps.
+    0 is the teacher, 1 is the base; 1 minus this is a recovery that can be compared across experts and timesteps.
 
     Args:
         student, teacher: predictions [B, C, H, W].
@@ -20,7 +20,7 @@ def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Ten
 
 
 def composed_target(base: torch.Tensor, experts: torch.Tensor, masks: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """e_0 + sum_k s_k M_k (e_k - e_0): what each expert changes, where it belongs.
+    """e_0 + sum_k s_k M_k (e_k - e_0): each expert's change of the base, inside its mask.
 
     Masked blending as in FreeFuse and CLoRA for subjects; with a mask of ones, score addition (Liu et al., 2022) for
     a style.
@@ -38,8 +38,8 @@ def composed_target(base: torch.Tensor, experts: torch.Tensor, masks: torch.Tens
 def territory(maps: torch.Tensor) -> torch.Tensor:
     """Attention maps of N competing concepts [N, B, H, W] -> soft masks [N, B, 1, H, W] that sum to 1 at each pixel.
 
-    Each map is brought to mean 0 and standard deviation 1 over the picture, then the concepts compete by softmax, so
-    that a concept with faint attention still holds the ground where it is strongest.
+    Each map is normalised to mean 0 and standard deviation 1 over the picture, then a softmax over concepts: a concept
+    with weak attention still gets the region where it is strongest.
     """
     mean, std = maps.mean((2, 3), keepdim=True), maps.std((2, 3), keepdim=True)
     return torch.softmax(3 * (maps - mean) / (std + 1e-6), 0)[:, :, None]
@@ -53,7 +53,7 @@ def caption_loss(picture: torch.Tensor, captions: torch.Tensor, scale: torch.Ten
 def softened(pictures: torch.Tensor, shift: torch.Tensor, blur: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, H, W] moved by `shift` [B, 2] (in sides), mixed by `blur` [B] with a 3 x 3 mean, plus `noise`.
 
-    A reward that reads these cannot be pleased by a pattern of single pixels.
+    A reward on these cannot be increased by a pattern of single pixels.
     """
     placed = torch.eye(2, 3, device=pictures.device).repeat(len(pictures), 1, 1)  # [B, 2, 3]
     placed[:, :, 2] = 2 * shift  # an affine grid's sides are 2 long
@@ -91,19 +91,19 @@ def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tenso
     owner = torch.arange(concepts, device=maps.device).repeat_interleave(layers)
     same = (owner[:, None] == owner[None]) & ~itself  # [K * L, K * L]
     logits = (rows @ rows.transpose(1, 2) / temperature).masked_fill(itself, -torch.inf)
-    shares = torch.log_softmax(logits, -1).masked_fill(~same, 0)  # to pick them out would wait for the device
+    shares = torch.log_softmax(logits, -1).masked_fill(~same, 0)  # picking them out would wait for the device
     return -shares.sum() / (len(rows) * concepts * layers * (layers - 1))
 
 
 def side_by_side(pictures: torch.Tensor) -> torch.Tensor:
-    """N pictures each [N, B, 3, H, W] as one [B, 3, H, W]: shrunk to 1 / N, left to right, half way up, on their own ground.
+    """Collages [B, 3, H, W] of N pictures each [N, B, 3, H, W]: shrunk to 1 / N, left to right, centred vertically.
 
-    The ground is the median colour of the pictures' edges.
+    The background is the median colour of the pictures' edges.
     """
     count, batch, _, height, width = pictures.shape
     edges = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1)  # [N, B, 3, E]
-    ground = edges.transpose(0, 1).transpose(1, 2).flatten(2).median(-1).values  # [B, 3]
-    sheet = ground[..., None, None].expand(batch, 3, height, width).clone()
+    background = edges.transpose(0, 1).transpose(1, 2).flatten(2).median(-1).values  # [B, 3]
+    sheet = background[..., None, None].expand(batch, 3, height, width).clone()
     high, wide = height // count, width // count
     top = (height - high) // 2
     for i, picture in enumerate(pictures):

@@ -19,7 +19,7 @@ from mole_diffusers.training.rewards import clip, rollout
 def denoise(context: TrainingContext, term: DenoiseTerm) -> LossFn:
     """The diffusion loss on pictures with captions."""
     samples = require(context.data.samples, "denoise", "pictures")
-    return lambda draw: denoising_loss(context.pipe, samples, draw, guidance=term.guidance)
+    return lambda batch: denoising_loss(context.pipe, samples, batch, guidance=term.guidance)
 
 
 def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
@@ -50,7 +50,7 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
         latents.append(sheets)
         captions += [prompt] * term.pictures
     samples = Samples(torch.cat(latents), captions)
-    return lambda draw: denoising_loss(context.pipe, samples, draw, guidance=term.guidance)
+    return lambda batch: denoising_loss(context.pipe, samples, batch, guidance=term.guidance)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Objectives in which a CLIP looks at the pictures that the gates draw, with its gradient."""
+"""Objectives in which a CLIP looks at the pictures that the gates batch, with its gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mole_diffusers.functional import onto
 from mole_diffusers.training.config import ClipTerm, RolloutTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, negatives, require
-from mole_diffusers.training.data import Draw, Samples
+from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import decode, latent_shape, predict, sample, training_scheduler
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
 
@@ -89,22 +89,22 @@ def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
     prompts = list(require(context.data.composed, "rollout", "composed prompts"))
     captions = [clip.text([prompt, *negatives(context, prompt)]) for prompt in prompts]  # [1 + negatives, D] each
 
-    def loss(draw: Draw) -> torch.Tensor:
-        which = draw.choice(len(prompts))
-        noise = onto(draw.normal(*latent_shape(context.pipe)), context.pipe.device)
+    def loss(batch: RandomBatch) -> torch.Tensor:
+        which = batch.choice(len(prompts))
+        noise = onto(batch.normal(*latent_shape(context.pipe)), context.pipe.device)
         options: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance, "checkpointing": term.checkpointing}
         x = sample(context.pipe, noise, [prompts[i] for i in which], **options)
-        features = clip.image(_augmented(decode(context.pipe, x), draw))  # [B, D]
+        features = clip.image(_augmented(decode(context.pipe, x), batch))  # [B, D]
         losses = [caption_loss(row, captions[i], clip.scale) for row, i in zip(features, which, strict=True)]
         return torch.stack(losses).mean()
 
     return loss
 
 
-def _augmented(pictures: torch.Tensor, draw: Draw) -> torch.Tensor:
+def _augmented(pictures: torch.Tensor, batch: RandomBatch) -> torch.Tensor:
     """Moved by up to 4 % of the side, blurred a little or not at all, with noise of up to 5 % of the range."""
-    shift, blur = 0.08 * (draw.uniform(2) - 0.5), draw.uniform()
-    noise = 0.1 * draw.uniform(1, 1, 1) * draw.normal(*pictures.shape[1:])
+    shift, blur = 0.08 * (batch.uniform(2) - 0.5), batch.uniform()
+    noise = 0.1 * batch.uniform(1, 1, 1) * batch.normal(*pictures.shape[1:])
     return softened(pictures, *(onto(v, pictures.device) for v in (shift, blur, noise)))
 
 
@@ -122,11 +122,11 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
     samples: Samples = require(context.data.samples, "clip", "pictures")
     captions, sources = (_text(judge, texts, term.templates) for texts in (prompts, samples.captions))  # [P, D], [S, D]
 
-    def loss(draw: Draw) -> torch.Tensor:
-        losses, key = [], f"clip {draw.index}"
+    def loss(batch: RandomBatch) -> torch.Tensor:
+        losses, key = [], f"clip {batch.index}"
         for _ in range(term.steps):
-            now = context.state.get(key) or _start(context, judge, draw, term)
-            after, latents = _advance(context, draw, now, clean=term.clean)
+            now = context.state.get(key) or _start(context, judge, batch, term)
+            after, latents = _advance(context, batch, now, clean=term.clean)
             pictures = judge.image(decode(context.pipe, latents))
             texts = torch.stack([captions[i] for i in now["prompts"]]), torch.stack([sources[i] for i in now["pictures"]])
             losses.append(mole_clip_loss(pictures, now["looks"], *texts))
@@ -141,7 +141,7 @@ def _text(judge: Clip, captions: Sequence[str], templates: Sequence[str]) -> tor
 
 
 @torch.no_grad()
-def _start(context: TrainingContext, judge: Clip, draw: Draw, term: ClipTerm) -> dict[str, Any]:
+def _start(context: TrainingContext, judge: Clip, batch: RandomBatch, term: ClipTerm) -> dict[str, Any]:
     """A new trajectory, at the first step that counts: tensors and numbers, which checkpoints save.
 
     "x" are the latents [B, C, H, W] after "at" of "length" steps, "pictures" and "prompts" say from where to where, and
@@ -149,22 +149,22 @@ def _start(context: TrainingContext, judge: Clip, draw: Draw, term: ClipTerm) ->
     """
     pipe, samples, prompts = context.pipe, context.data.samples, context.data.composed
     assert samples is not None
-    length = int(torch.randint(term.lengths[0], term.lengths[1] + 1, (), generator=draw.generator))
-    at = int(torch.randint(0, int(term.start * (length - 1)) + 1, (), generator=draw.generator))
-    pictures, texts = draw.choice(len(samples.latents)), draw.choice(len(prompts))
+    length = int(torch.randint(term.lengths[0], term.lengths[1] + 1, (), generator=batch.generator))
+    at = int(torch.randint(0, int(term.start * (length - 1)) + 1, (), generator=batch.generator))
+    pictures, texts = batch.choice(len(samples.latents)), batch.choice(len(prompts))
     latents, scheduler = samples.latents[pictures], training_scheduler(pipe)
     scheduler.set_timesteps(length)
-    noise = draw.normal(*latents.shape[1:])
+    noise = batch.normal(*latents.shape[1:])
     x = onto(scheduler.add_noise(latents, noise, scheduler.timesteps[at].expand(len(latents))), pipe.device)
     looks = judge.image(decode(pipe, onto(latents, pipe.device)))
     now: dict[str, Any] = {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
     while now["at"] < int((1 - term.last) * length):
-        now, _ = _advance(context, draw, now)
+        now, _ = _advance(context, batch, now)
     return now
 
 
 def _advance(
-    context: TrainingContext, draw: Draw, now: dict[str, Any], *, clean: bool = False
+    context: TrainingContext, batch: RandomBatch, now: dict[str, Any], *, clean: bool = False
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """One step of ancestral sampling (DDIM with eta 1): the trajectory after it, and the latents that the CLIP sees."""
     scheduler = training_scheduler(context.pipe)
@@ -172,7 +172,7 @@ def _advance(
     x, t = now["x"], scheduler.timesteps[now["at"]]
     timesteps, prompts = onto(t.expand(len(x)), x.device), [context.data.composed[i] for i in now["prompts"]]
     prediction = predict(context.pipe, x, timesteps, prompts)
-    noise = onto(draw.normal(*x.shape[1:]), x.device)
+    noise = onto(batch.normal(*x.shape[1:]), x.device)
     step = scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise)
     after = now | {"x": step.prev_sample.detach(), "at": now["at"] + 1}
     return after, step.pred_original_sample if clean else step.prev_sample

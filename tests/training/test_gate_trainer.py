@@ -348,6 +348,14 @@ def test_bad_training_data_are_named(pipe, loras):
         train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_bars_show_the_teachers_pictures_and_the_updates(pipe, mixture, capsys, progress):
+    config = GateTraining({"single": TEACH}, batch=2, steps=2, initial="uniform")
+    train_gates(pipe, mixture, DATA, config=config, progress=progress)
+    shown = capsys.readouterr().err
+    assert [bar in shown for bar in ("pictures of fox", "pictures of ink", "gates: 100%")] == [progress] * 3
+
+
 def test_prompts_without_a_trigger_are_warned_of(pipe, mixture):
     data = replace(DRAWN, composed=["a fox"], singles={"ink": ["oil paint"]})
     with pytest.warns(UserWarning, match="has no trigger of expert") as caught:
@@ -356,29 +364,6 @@ def test_prompts_without_a_trigger_are_warned_of(pipe, mixture):
         "the prompt 'a fox' has no trigger of expert 'ink': ['ink']",
         "the prompt 'oil paint' has no trigger of expert 'ink': ['ink']",
     ]
-
-
-def test_settings_are_checked_and_survive_json():
-    for options, message in (
-        ({"terms": {"single": 0.0, "balance": 1.0}}, "at least one term"),
-        ({"terms": {"sigle": 1.0}}, r"unknown term 'sigle'; known: \['single'"),
-        (
-            {"terms": {"rollout": {"step": 3}}},
-            r"unknown options \['step'\] of the rollout term; known: \['weight'",
-        ),
-        ({"terms": {"single": -1.0}}, "must be 0 or more"),
-        ({"batch": 0}, "batch must be 1 or more, got 0"),
-        ({"precision": "int8"}, "unknown precision 'int8'; known: "),
-        ({"schedule": "steep"}, "unknown schedule 'steep'; known: "),
-        ({"ema": 1.0}, "ema must be 0 or more and less than 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            GateTraining(**options)
-    config = GateTraining({"rollout": {"steps": 4}}, lr=0.1, validation=Validation(every=3, prompts=("a fox",)))
-    assert GateTraining.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    for given in ({"stepps": 3}, {"validation": {"stepps": 3}}):
-        with pytest.raises(ValueError, match=r"unknown training options \['stepps'\]; known: \["):
-            GateTraining.from_dict(given)
 
 
 def test_a_batch_that_cannot_be_divided(pipe, mixture):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
@@ -18,9 +19,9 @@ from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import LoraTraining
-from mole_diffusers.training.data import Draw, Samples, default_side, encode, read_folder, square
+from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.lora_adapter import save_lora
+from mole_diffusers.training.lora_adapter import save_kohya, save_lora
 from mole_diffusers.training.lora_trainer import LoraTrainer, class_samples, train_lora
 
 SHORT = LoraTraining(rank=8, steps=4, batch=4, lr=1e-2, every=2)
@@ -166,7 +167,9 @@ def test_prior_preservation_keeps_the_class():
         tensors = train_lora(world.pipe, concept, config, prior=prior)
         with ExitStack() as undo, torch.no_grad():
             LoraTrainer(world.pipe, {"concept": concept}, config, undo).lora.load(tensors)
-            left[weight] = denoising_loss(world.pipe, bears, Draw(torch.Generator().manual_seed(9), 32), drop=0).item()
+            left[weight] = denoising_loss(
+                world.pipe, bears, RandomBatch(torch.Generator().manual_seed(9), 32), drop=0
+            ).item()
     assert left[1.0] < 0.9 * left[0.0]
 
 
@@ -201,21 +204,6 @@ def test_what_cannot_be_taught_is_said(pipe):
     pipe.text_encoder_2 = pipe.text_encoder
     with pytest.raises(ValueError, match="cannot be trained on: it needs a unet and one text encoder"):
         train_lora(pipe, PICTURES, SHORT)
-
-
-def test_photos_are_turned_and_cut_square(pipe, tmp_path):
-    photo = Image.new("RGB", (80, 40), "red")
-    photo.paste((0, 0, 255), (0, 0, 10, 40))
-    held = Image.Exif()
-    held[0x0112] = 6  # the camera was turned: right is down
-    photo.save(tmp_path / "p.jpg", exif=held)
-    (image,), _ = read_folder(tmp_path, prompt="a photo")
-    assert image.size == (40, 80)
-    assert image.getpixel((20, 2))[2] > 200  # what was left is on top
-    cut = square(image, default_side(pipe))
-    assert cut.size == (32, 32)
-    assert cut.getpixel((16, 1))[2] < 60  # the ends are gone
-    assert encode(pipe, [cut], ["a photo"]).latents.shape == (1, 4, 16, 16)
 
 
 # ---- from the command line
@@ -316,3 +304,40 @@ def test_concept_training_on_cuda(precision):
     pipe = tiny_pipeline().to("cuda")
     train_lora(pipe, PICTURES, replace(SHORT, precision=precision, beam=True), prior=PICTURES, report=rows.append)
     assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.parametrize("save", [save_lora, save_kohya])
+def test_concept_training_gives_an_ordinary_lora(pipe, draw, tmp_path, save):
+    base, keys = draw(pipe), list(pipe.unet.state_dict())
+    samples = Samples(torch.randn(4, 4, 16, 16), ["a fox"] * 4)
+    config = LoraTraining(rank=2, alpha=1.0, layers=("attention", "feed-forward", "convolution"), steps=4, batch=2, lr=1e-2)
+    tensors = train_lora(pipe, samples, config)
+    assert torch.equal(draw(pipe), base)
+    assert list(pipe.unet.state_dict()) == keys
+    assert any(v.abs().sum() > 0 for k, v in tensors.items() if "lora_B" in k)
+    options = {"alpha": 1.0, "triggers": "fox", "dtype": torch.float32} | ({"rank": 2} if save is save_lora else {})
+    save(tensors, tmp_path / "x.safetensors", **options)
+    expert = read_expert(tmp_path / "x.safetensors")
+    assert expert.triggers == ("fox",)
+    assert all(w.scale == 0.5 for part in expert.layers.values() for w in part.values())
+    mole.attach(pipe, {"x": expert})
+    ours = draw(pipe)
+    mole.detach(pipe)
+    pipe.load_lora_weights(tmp_path / "x.safetensors")
+    torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
+    assert not torch.allclose(ours, base, atol=1e-5)
+
+
+def test_concept_training_from_an_earlier_lora(pipe, tmp_path):
+    samples = Samples(torch.randn(4, 4, 16, 16), ["a fox"] * 4)
+    config = LoraTraining(rank=2, alpha=2.0, steps=3, batch=2)
+    first = train_lora(pipe, samples, config)
+    still = train_lora(pipe, samples, LoraTraining(rank=2, alpha=2.0, steps=1, batch=2, lr=1e-12, text_lr=1e-12), init=first)
+    for key, tensor in first.items():
+        torch.testing.assert_close(still[key], tensor, atol=1e-6, rtol=1e-4)
+    save_lora(first, tmp_path / "x.safetensors", alpha=2.0, rank=2)
+    assert load_file(tmp_path / "x.safetensors").keys() == first.keys()
+    with pytest.raises(ValueError, match="unknown layers"):
+        LoraTraining(layers=("attn",))
+    with pytest.raises(ValueError, match="1 or more"):
+        LoraTraining(rank=0)

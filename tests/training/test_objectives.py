@@ -1,7 +1,6 @@
 """Every term of gate training: its gradient against differences of its value, and its value by another route."""
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,11 +11,10 @@ from transformers import CLIPImageProcessor
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_tokenizer
 from mole_diffusers.training.config import TERMS, ClipTerm, ComposedTerm, DenoiseTerm, DistillationTerm, GateTraining
-from mole_diffusers.training.context import TrainingContext, negatives, replace_word
-from mole_diffusers.training.data import Draw, Samples, TrainingData
-from mole_diffusers.training.denoising import predict, sample
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
+from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import GateTrainer
-from mole_diffusers.training.losses import caption_loss, mole_clip_loss, separation_loss, softened
 from mole_diffusers.training.objectives import OBJECTIVES
 from mole_diffusers.training.rewards import Clip, _advance, _start, read_clip
 
@@ -52,7 +50,7 @@ def context(pipe, loras, awake):
 
 
 def draw_of(seed=0, batch=2, **share):
-    return Draw(torch.Generator().manual_seed(seed), batch, **share)
+    return RandomBatch(torch.Generator().manual_seed(seed), batch, **share)
 
 
 VARIANTS = {name: (name, {}, ()) for name in OBJECTIVES} | {
@@ -122,21 +120,6 @@ def test_composed_on_the_gates_own_way(context):
     assert term(draw_of()).item() != pytest.approx(1, rel=1e-2)
 
 
-def test_separation_by_hand():
-    apart = torch.zeros(2, 2, 1, 1, 2)
-    apart[0, ..., 0] = apart[1, ..., 1] = 1.0  # two layers each, concepts in different corners
-    expected = -math.log(math.exp(2) / (math.exp(2) + 2))
-    assert separation_loss(apart).item() == pytest.approx(expected)
-    assert separation_loss(torch.ones(2, 2, 1, 1, 2)).item() == pytest.approx(math.log(3))
-
-
-def test_mole_clip_loss_by_hand():
-    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert mole_clip_loss(x, y, x, y).item() == pytest.approx(-math.log(1.25))
-    assert mole_clip_loss(y, x, x, y).item() == pytest.approx(-math.log(1e-3 / 2))  # 1 + 2 > 2.5
-    assert mole_clip_loss(x, torch.zeros(1, 2), (x + y) / 2**0.5, y).item() > -math.log(1.25)
-
-
 def test_clip_trajectories_end_and_begin_anew(context):
     term = OBJECTIVES["clip"](context, ClipTerm(lengths=(3, 3), start=0.0, steps=2))
     seen = []
@@ -170,59 +153,6 @@ def test_clip_looks_at_clean_pictures_where_asked(context):
     assert values[0] != values[1]
 
 
-def test_words_are_swapped_with_their_article():
-    assert replace_word("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
-    assert replace_word("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
-    assert replace_word("ink drawing", "ink", "oil") == "oil drawing"
-
-
-def test_negatives_lack_a_concept_each(pipe, loras):
-    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    data = TrainingData({"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["owl", "cat"], "ink": ["oil"]})
-    context = TrainingContext(pipe, mixture, data)
-    assert negatives(context, "a fox in ink") == ["an owl in ink", "a cat in ink", "a fox in oil", "a fox"]
-    with pytest.raises(ValueError, match="no caption to be told from"):
-        negatives(replace(context, data=TrainingData(composed=["a fox"])), "a fox")
-
-
-def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
-    """Two routes: the differentiable sampler, and StableDiffusionPipeline with the same noise."""
-    mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    noise = torch.randn(2, 4, 16, 16)
-    for guidance in (1.0, 3.0):
-        host = pipe(
-            ["a fox", "fox"], latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="latent"
-        ).images
-        for checkpointing in (False, True):
-            with torch.no_grad():
-                ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
-            torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
-
-
-def test_a_draw_is_divided_among_shares():
-    whole = Draw(torch.Generator().manual_seed(0), 6)
-    rows = whole.normal(2), whole.choice(100), whole.uniform()
-    parts = []
-    for index in range(3):
-        part = Draw(torch.Generator().manual_seed(0), 6, index, 3)
-        parts.append((part.normal(2), part.choice(100), part.uniform()))
-    for index, (normal, choice, uniform) in enumerate(parts):
-        assert torch.equal(normal, rows[0][index::3])
-        assert choice == rows[1][index::3]
-        assert torch.equal(uniform, rows[2][index::3])
-
-
-def test_softened_by_hand():
-    pictures = torch.zeros(1, 1, 8, 8)
-    pictures[0, 0, 4, 4] = 9.0
-    still, none = torch.zeros(1, 2), torch.zeros(1)
-    torch.testing.assert_close(softened(pictures, still, none, torch.zeros(())), pictures, atol=1e-5, rtol=0)
-    blurred = softened(pictures, still, none + 1, torch.ones(()))
-    torch.testing.assert_close(blurred[0, 0, 3:6, 3:6], torch.full((3, 3), 2.0), atol=1e-5, rtol=0)
-    moved = softened(pictures, torch.tensor([[1 / 8, 0.0]]), none, torch.zeros(()))
-    assert moved[0, 0].argmax().item() == 4 * 8 + 3  # what stood at column 4 is found from column 3
-
-
 def test_clip_features_equal_transformers_own(tmp_path):
     model = tiny_clip()
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -236,12 +166,6 @@ def test_clip_features_equal_transformers_own(tmp_path):
     expected = model(pixel_values=(pixels / 2 + 0.4) / 0.2, **ids).logits_per_image
     torch.testing.assert_close(read.scale * read.image(pixels) @ read.text(["a fox", "ink"]).T, expected)
     assert not any(p.requires_grad for p in read.model.parameters())
-
-
-def test_caption_loss_by_hand():
-    captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    loss = caption_loss(torch.tensor([0.6, 0.8]), captions, torch.tensor(10.0))
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(2)))
 
 
 def test_the_balance_losss_gradient_equals_the_difference_of_values(context):

@@ -1,0 +1,74 @@
+"""Settings: plain data that is checked when it is made."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from mole_diffusers import training
+from mole_diffusers.training.config import (
+    BALANCE,
+    INITIAL,
+    LORA_LAYERS,
+    TERMS,
+    CollageTerm,
+    DistillationTerm,
+    GateTraining,
+    Term,
+    Validation,
+)
+from mole_diffusers.training.initialization import ANSWERS
+from mole_diffusers.training.lora_adapter import LAYERS
+from mole_diffusers.training.objectives import OBJECTIVES
+
+
+def test_settings_are_checked_and_survive_json():
+    for options, message in (
+        ({"terms": {"single": 0.0, "balance": 1.0}}, "at least one term"),
+        ({"terms": {"sigle": 1.0}}, r"unknown term 'sigle'; known: \['single'"),
+        (
+            {"terms": {"rollout": {"step": 3}}},
+            r"unknown options \['step'\] of the rollout term; known: \['weight'",
+        ),
+        ({"terms": {"single": -1.0}}, "must be 0 or more"),
+        ({"batch": 0}, "batch must be 1 or more, got 0"),
+        ({"precision": "int8"}, "unknown precision 'int8'; known: "),
+        ({"schedule": "steep"}, "unknown schedule 'steep'; known: "),
+        ({"ema": 1.0}, "ema must be 0 or more and less than 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GateTraining(**options)
+    config = GateTraining({"rollout": {"steps": 4}}, lr=0.1, validation=Validation(every=3, prompts=("a fox",)))
+    assert GateTraining.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for given in ({"stepps": 3}, {"validation": {"stepps": 3}}):
+        with pytest.raises(ValueError, match=r"unknown training options \['stepps'\]; known: \["):
+            GateTraining.from_dict(given)
+
+
+def test_every_term_has_an_objective_and_only_balance_has_none():
+    assert TERMS.keys() == {*OBJECTIVES, BALANCE}
+    assert LAYERS.keys() == set(LORA_LAYERS)
+    assert set(INITIAL) == {"uniform", *ANSWERS}
+
+
+def test_terms_are_read_once_and_keep_their_defaults():
+    config = GateTraining({"collage": {"weight": 2, "redraw": 0.5}, "single": 0.0, "balance": 0.1})
+    assert config.parsed == {"collage": CollageTerm(weight=2, redraw=0.5), "balance": Term(weight=0.1)}
+    assert config.parsed is config.parsed
+    assert replace(config, terms={"single": 1.0}).parsed == {"single": DistillationTerm()}
+
+
+def test_configs_import_nothing_of_what_they_configure():
+    """So that a command can say what is wrong with them, and print its help, before torch is loaded."""
+    code = (
+        "import sys, mole_diffusers.training.config as c; c.GateTraining(); print({'torch', 'diffusers'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(training, name) for name in training.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Lesson'"):
+        training.Lesson  # noqa: B018

@@ -1,0 +1,24 @@
+"""Captions that lack a concept."""
+
+from dataclasses import replace
+
+import pytest
+
+import mole_diffusers as mole
+from mole_diffusers.training.context import TrainingContext, negatives, replace_word
+from mole_diffusers.training.data import TrainingData
+
+
+def test_words_are_swapped_with_their_article():
+    assert replace_word("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
+    assert replace_word("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
+    assert replace_word("ink drawing", "ink", "oil") == "oil drawing"
+
+
+def test_negatives_lack_a_concept_each(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    data = TrainingData({"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["owl", "cat"], "ink": ["oil"]})
+    context = TrainingContext(pipe, mixture, data)
+    assert negatives(context, "a fox in ink") == ["an owl in ink", "a cat in ink", "a fox in oil", "a fox"]
+    with pytest.raises(ValueError, match="no caption to be told from"):
+        negatives(replace(context, data=TrainingData(composed=["a fox"])), "a fox")

@@ -1,0 +1,60 @@
+"""Pictures from folders, and the random batch of an update."""
+
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusers.training.data import RandomBatch, default_side, encode, read_folder, square
+
+
+def pictures(folder, count=3):
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (32, 32), (80 * i, 10, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def test_a_folder_of_pictures(pipe, tmp_path):
+    folder = pictures(tmp_path / "p")
+    (folder / "0.txt").unlink()
+    with pytest.raises(ValueError, match=r"0\.png has no caption"):
+        read_folder(folder)
+    (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n')
+    images, captions = read_folder(folder, prompt="none")
+    assert captions == ["none", "one", "picture 2"]
+    samples = encode(pipe, images, captions, batch=2)
+    assert samples.latents.shape == (3, 4, 16, 16)
+    (folder / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1\.png cannot be read as a picture"):
+        read_folder(folder)
+    with pytest.raises(ValueError, match="no pictures in"):
+        read_folder(tmp_path / "empty")
+
+
+def test_photos_are_turned_and_cut_square(pipe, tmp_path):
+    photo = Image.new("RGB", (80, 40), "red")
+    photo.paste((0, 0, 255), (0, 0, 10, 40))
+    held = Image.Exif()
+    held[0x0112] = 6  # the camera was turned: right is down
+    photo.save(tmp_path / "p.jpg", exif=held)
+    (image,), _ = read_folder(tmp_path, prompt="a photo")
+    assert image.size == (40, 80)
+    assert image.getpixel((20, 2))[2] > 200  # what was left is on top
+    cut = square(image, default_side(pipe))
+    assert cut.size == (32, 32)
+    assert cut.getpixel((16, 1))[2] < 60  # the ends are gone
+    assert encode(pipe, [cut], ["a photo"]).latents.shape == (1, 4, 16, 16)
+
+
+def test_a_draw_is_divided_among_shares():
+    whole = RandomBatch(torch.Generator().manual_seed(0), 6)
+    rows = whole.normal(2), whole.choice(100), whole.uniform()
+    parts = []
+    for index in range(3):
+        part = RandomBatch(torch.Generator().manual_seed(0), 6, index, 3)
+        parts.append((part.normal(2), part.choice(100), part.uniform()))
+    for index, (normal, choice, uniform) in enumerate(parts):
+        assert torch.equal(normal, rows[0][index::3])
+        assert choice == rows[1][index::3]
+        assert torch.equal(uniform, rows[2][index::3])

@@ -1,0 +1,36 @@
+"""Sampling and the diffusion loss against the pipeline's own."""
+
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.training.data import RandomBatch, Samples
+from mole_diffusers.training.denoising import denoising_loss, predict, sample, training_scheduler
+
+
+def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
+    """Two routes: the differentiable sampler, and StableDiffusionPipeline with the same noise."""
+    mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    noise = torch.randn(2, 4, 16, 16)
+    for guidance in (1.0, 3.0):
+        host = pipe(
+            ["a fox", "fox"], latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="latent"
+        ).images
+        for checkpointing in (False, True):
+            with torch.no_grad():
+                ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
+            torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
+
+
+def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):
+    """Two routes: the loss, and the guided prediction put together by hand from single calls."""
+    mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    samples = Samples(torch.randn(1, 4, 16, 16), ["a fox"])
+    draw = RandomBatch(torch.Generator().manual_seed(2), 2)
+    with torch.no_grad():
+        found = denoising_loss(pipe, samples, RandomBatch(torch.Generator().manual_seed(2), 2), guidance=2.5)
+        draw.choice(1), draw.uniform()
+        noise, timesteps = draw.normal(4, 16, 16), torch.tensor(draw.choice(1000))
+        noisy = training_scheduler(pipe).add_noise(samples.latents.expand(2, -1, -1, -1), noise, timesteps)
+        empty, full = (predict(pipe, noisy, timesteps, [text] * 2) for text in ("", "a fox"))
+    wanted = (empty + 2.5 * (full - empty) - noise).square().mean()
+    torch.testing.assert_close(found, wanted)

@@ -1,0 +1,94 @@
+"""Teachers, their stored trajectories, and the cross-attention that masks them."""
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.training.config import DistillationTerm
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training.denoising import predict
+from mole_diffusers.training.distillation import (
+    attention_maps,
+    composed_teacher,
+    sample_trajectories,
+    single_teacher,
+    trigger_tokens,
+)
+from mole_diffusers.training.losses import recovery_error
+
+
+def test_attention_maps_equal_the_hosts_own_attention(pipe):
+    """Two routes: read from the projections, and computed by diffusers' own get_attention_scores."""
+    x, t, prompts = torch.randn(2, 4, 16, 16), torch.tensor([5, 800]), ["a fox", "an ink"]
+    positions = torch.zeros(1, 2, 16)
+    positions[..., 3] = 1
+    attention = next(
+        m for n, m in pipe.unet.named_modules() if n.endswith("mid_block.attentions.0.transformer_blocks.0.attn2")
+    )
+    scores = []
+
+    def keep(_, args, kwargs):
+        q, k = attention.to_q(args[0]), attention.to_k(kwargs["encoder_hidden_states"])
+        q, k = attention.head_to_batch_dim(q), attention.head_to_batch_dim(k)
+        scores.append(attention.get_attention_scores(q, k).unflatten(0, (2, -1)).mean(1)[..., 3])
+
+    with attention_maps(pipe.unet, (8, 8), positions) as seen:
+        handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+        predict(pipe, x, t, prompts)
+        handle.remove()
+    assert len(seen) == 4 + 1  # the mid block's projections ran once more for the check
+    ours = [m for m in seen if torch.allclose(m[0].flatten(1), scores[0], atol=1e-5)]
+    assert len(ours) == 2
+    assert not any(m._forward_hooks for m in pipe.unet.modules())
+
+
+def test_trigger_tokens_are_found_or_missed_by_name(pipe, loras):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    found = trigger_tokens(pipe, mixture, "fox", ["a fox", ""])
+    assert found[0].nonzero().flatten().tolist() == [2, 3, 4]  # start, a, f o x
+    assert found[1].all()
+    with pytest.raises(ValueError, match=r"lacks every trigger of expert 'fox': \['fox'\]"):
+        trigger_tokens(pipe, mixture, "fox", ["a cat"])
+
+
+def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    x, t, prompts = torch.randn(2, 4, 16, 16), torch.tensor([5, 800]), ["a fox in ink", ""]
+    with torch.no_grad():
+        fox, base = single_teacher(pipe, mixture, "fox")(x, t, prompts)
+        ink, _ = single_teacher(pipe, mixture, "ink")(x, t, prompts)
+        both, _ = composed_teacher(pipe, mixture, ["ink"])(x, t, prompts)
+        torch.testing.assert_close(both, fox + ink - base, atol=1e-5, rtol=0)
+        masked, _ = composed_teacher(pipe, mixture, [])(x, t, prompts)
+        assert not torch.allclose(masked, both, atol=1e-3)
+        mole.detach(pipe)
+        torch.testing.assert_close(predict(pipe, x, t, prompts), base)
+        mole.attach(pipe, {"fox": loras["fox"]})
+        torch.testing.assert_close(predict(pipe, x, t, prompts), fox, atol=1e-6, rtol=0)
+
+
+def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    teach = single_teacher(pipe, mixture, "fox")
+    context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    assert stored.x.shape == (3 * 2 * 2, 4, 16, 16)
+    with torch.no_grad():
+        live, base = teach(stored.x[4:8], stored.timesteps[4:8], stored.prompts[4:8])
+    torch.testing.assert_close(live, stored.targets[4:8], atol=1e-5, rtol=1e-4)
+    assert stored.norms[4].item() == pytest.approx((live - base)[:2].square().mean().item(), rel=1e-4)
+
+
+def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
+    """L1 of an ungated single expert is 0, and 1 where the expert weighs nothing."""
+    mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
+    term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
+    context, teach = TrainingContext(pipe, mixture, TrainingData()), single_teacher(pipe, mixture, "fox")
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    with torch.no_grad():
+        student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
+        assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(0, abs=1e-6)
+        with mixture.fixed({}):
+            student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
+        assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(1, rel=1e-4)
