@@ -95,7 +95,9 @@ class GateTrainer:
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
         warn_of_missing_triggers(context)
-        if config.tracker and config.tracker not in (known := [t for t in map(str, get_available_trackers()) if t in TRACKERS]):
+        if config.tracker and config.tracker not in (
+            known := [t for t in map(str, get_available_trackers()) if t in TRACKERS]
+        ):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         context.progress = context.progress and self.accelerator.is_main_process
@@ -105,7 +107,8 @@ class GateTrainer:
             self.engine.check_batch(term.batch or config.batch, f"the {name} term's batch")
         self.engine.stateful |= {f"gates of {part}": bank for part, bank in self.mixture.banks.items()}
         self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
-        self.engine.stateful |= {"ema": self.ema} if self.ema else {}
+        if self.ema is not None:
+            self.engine.stateful["ema"] = self.ema
         self.loss_fns: dict[str, LossFn] = {}
 
     def _engine(self) -> Engine:
