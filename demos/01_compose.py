@@ -6,8 +6,7 @@ python demos/01_compose.py [OUT.png]
 import sys
 
 import mole_diffusers as mole
-from mole_diffusers.inspection.compare import compare
-from mole_diffusers.inspection.figures import grid
+from mole_diffusers.inspection.compare import compare, image_grid
 
 world = mole.emoji_world()
 concepts = {name: world.loras[name] for name in ("sunflower", "doughnut")}
@@ -23,5 +22,5 @@ pictures = compare(
 mole.detach(world.pipe)
 
 out = sys.argv[1] if len(sys.argv) > 1 else "grid.png"
-grid(list(zip(*pictures.values(), strict=True)), list(pictures), ["seed 1", "seed 2"]).save(out)
+image_grid(list(zip(*pictures.values(), strict=True)), list(pictures), ["seed 1", "seed 2"]).save(out)
 print(out)

@@ -1,4 +1,7 @@
-"""The composers under test, one form for all: LoRAs alone, sums, merges, sampling-time rivals, gates and their controls."""
+"""Arms: every composer under test in one form, and the arms by name.
+
+Single LoRAs, weighted sums, merges, composers that act while sampling, trained gates and their controls.
+"""
 
 from __future__ import annotations
 
@@ -10,253 +13,319 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.evaluation.digests import of_files, of_texts
-from mole_diffusers.evaluation.runner import Arm, Bench, Case
-from mole_diffusers.evaluation.runtime import composed_scores, k_lora, last_content, switched
+from mole_diffusers.evaluation.rows import digest_files, digest_texts
+from mole_diffusers.evaluation.runner import Arm, Case, Setup
+from mole_diffusers.evaluation.sampling_composers import composed_scores, encodes_by_expert, k_lora, last_content, switched
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.merging.merge import by_activations, merge, resolved
+from mole_diffusers.merging.merge import METHODS, by_activations, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.trace import Trace
 
-Weights = Callable[[Bench, Case], Mapping[str, float]]  # a weight per concept, which the user's own strength multiplies
-Inside = Callable[[Bench, Case, Mixture], AbstractContextManager[Any]]  # what holds while an attached mixture draws
-Settings = Callable[[Bench, Case], Mapping[str, Any]]  # what a row says, see `Arm.settings`
-Order = Callable[[Bench, Case], Sequence[str]]  # a case's experts, in the order in which a composer takes them
+Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
+Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
+Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order in which a composer takes them
+ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
 
-def ones(bench: Bench, case: Case) -> dict[str, float]:
-    """Every expert at the strength that the user gave it."""
+def ones(setup: Setup, case: Case) -> dict[str, float]:
+    """Every expert at the user's own strength."""
     return dict.fromkeys(case.experts, 1.0)
 
 
-def equal_shares(bench: Bench, case: Case) -> dict[str, float]:
+def equal_shares(setup: Setup, case: Case) -> dict[str, float]:
     """Every expert at 1 / N."""
     return dict.fromkeys(case.experts, 1 / len(case.experts))
 
 
 def by_role(subject: float, style: float) -> Weights:
     """One strength for subjects and one for styles."""
-    return lambda bench, case: {name: style if name in bench.styles else subject for name in case.experts}
+    return lambda setup, case: {name: style if name in setup.styles else subject for name in case.experts}
 
 
 @contextmanager
-def _attached(bench: Bench, experts: Mapping[str, Any], gates: Gates) -> Iterator[Mixture]:
+def attached_to(setup: Setup, experts: Mapping[str, Any], gates: Gates) -> Iterator[Mixture]:
+    """The mixture, attached while the context lasts."""
     try:
-        yield attach(bench.pipe, experts, gates)
+        yield attach(setup.pipe, experts, gates)
     finally:
-        detach(bench.pipe)
-
-
-def _said(**more: Any) -> Settings:
-    """The case's experts, and `more`."""
-    return lambda bench, case: bench.used(case.experts) | more
+        detach(setup.pipe)
 
 
 def base() -> Arm:
     """No LoRA at all."""
 
-    @contextmanager
-    def draws(bench: Bench, case: Case) -> Iterator[None]:
-        detach(bench.pipe)
-        yield
+    def draws(setup: Setup, case: Case) -> AbstractContextManager[None]:
+        detach(setup.pipe)
+        return nullcontext()
 
-    return Arm("base", draws, lambda bench, case: {})
+    return Arm("base", draws, lambda setup, case: {})
 
 
 def alone(concept: str) -> Arm:
     """One concept's LoRA alone on the whole prompt: the upper bound for that concept."""
     return Arm(
         f"alone {concept}",
-        lambda bench, _: _attached(bench, bench.weighed({concept: 1.0}), "sum"),
-        lambda bench, _: bench.used([concept]),
+        lambda setup, _: attached_to(setup, setup.weighted_experts({concept: 1.0}), "sum"),
+        lambda setup, _: setup.expert_settings([concept]),
         covers=lambda case: concept in case.concepts,
     )
 
 
 def weighted(name: str, weights: Weights, /, **settings: Any) -> Arm:
-    """A weighted sum: what `set_adapters` gives with these strengths; `settings` say them in the rows."""
-    return Arm(name, lambda bench, case: _attached(bench, bench.weighed(weights(bench, case)), "sum"), _said(**settings))
+    """A weighted sum, as `set_adapters` with these strengths; `settings` describe them in the rows."""
+    return Arm(
+        name,
+        lambda setup, case: attached_to(setup, setup.weighted_experts(weights(setup, case)), "sum"),
+        lambda setup, case: setup.expert_settings(case.experts) | settings,
+    )
 
 
-def summed(name: str = "sum", weights: Weights = ones) -> Arm:
+def summed() -> Arm:
     """Every LoRA at the user's own strength."""
-    return weighted(name, weights)
+    return weighted("sum", ones)
 
 
 def mean() -> Arm:
-    """Normalised linear arithmetic, the baseline of MoLE: every LoRA at 1 / N."""
+    """Every LoRA at 1 / N: normalised linear arithmetic, the baseline of MoLE."""
     return weighted("mean", equal_shares)
 
 
-def searched(weights: Mapping[str, Mapping[str, float]]) -> Arm:
-    """The best strengths that a search found for the case's kind: kind -> {"subject": .., "style": ..}."""
-
-    def chosen(bench: Bench, case: Case) -> Mapping[str, float]:
-        return by_role(**weights[case.kind])(bench, case)
-
-    arm = weighted("grid search", chosen, weights={kind: dict(found) for kind, found in weights.items()})
+def searched(weights: ByKind) -> Arm:
+    """The best strengths that a search found for the case's kind, see `strength_search.best_weights`."""
+    arm = weighted(
+        "grid search",
+        lambda setup, case: by_role(**weights[case.kind])(setup, case),
+        weights={kind: dict(found) for kind, found in weights.items()},
+    )
     return replace(arm, covers=lambda case: case.kind in weights)
 
 
 def merged(method: str, name: str = "", weights: Weights = ones, *, rank: int | None = None, **options: Any) -> Arm:
-    """A static merge; NP-LoRA protects the case's styles, or its last concept where there is none."""
+    """A training-free merge; NP-LoRA protects the case's styles, or its last concept if there is no style."""
     chosen = resolved(method, options)
 
-    def draws(bench: Bench, case: Case) -> Any:
-        experts, protect = bench.weighed(weights(bench, case)), _styles(bench, case)
-        one = merge(experts, method, rank=rank, protect=protect, activations=bench.activations, **chosen)
-        return _attached(bench, {"merged": one}, "sum")
+    def styles(setup: Setup, case: Case) -> list[str]:
+        return [concept for concept in case.experts if concept in setup.styles]
 
-    def settings(bench: Bench, case: Case) -> Mapping[str, Any]:
-        said = bench.used(case.experts) | {"method": method, "rank": rank} | chosen
+    def draws(setup: Setup, case: Case) -> AbstractContextManager[Any]:
+        experts, protect = setup.weighted_experts(weights(setup, case)), styles(setup, case)
+        one = merge(experts, method, rank=rank, protect=protect, activations=setup.activations, **chosen)
+        return attached_to(setup, {"merged": one}, "sum")
+
+    def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
+        found = setup.expert_settings(case.experts) | {"method": method, "rank": rank} | chosen
         if method == "np":
-            said["protect"] = _styles(bench, case)
-        return said | (_own_runs(bench, case) if by_activations(method) else {})
+            found["protect"] = styles(setup, case)
+        if by_activations(method):
+            runs, prompts = setup.activations, [p for name in case.experts for p in setup.prompts.get(name, ())]
+            found["own_prompts"] = digest_texts(*prompts)
+            found |= {"own_steps": runs.steps, "own_rows": runs.rows, "own_seed": runs.seed}
+        return found
 
     return Arm(name or method, draws, settings)
 
 
-def _styles(bench: Bench, case: Case) -> list[str]:
-    return [concept for concept in case.experts if concept in bench.styles]
-
-
-def _own_runs(bench: Bench, case: Case) -> dict[str, Any]:
-    """How each of a case's experts is run alone for the merges that need it."""
-    runs = bench.activations
-    own = of_texts(*(prompt for name in case.experts for prompt in bench.prompts.get(name, ())))
-    return {"own_prompts": own, "own_steps": runs.steps, "own_rows": runs.rows, "own_seed": runs.seed}
-
-
-def from_file(name: str, path: Callable[[Case], Path]) -> Arm:
-    """A LoRA file per case, one that was trained on all its concepts say; it takes no strengths of concepts."""
-
-    def draws(bench: Bench, case: Case) -> Any:
-        if bench.strengths:
-            raise ValueError(f"the arm {name!r} is one LoRA, which cannot take strengths of {sorted(bench.strengths)}")
-        return _attached(bench, {name: path(case)}, "sum")
-
-    return Arm(
-        name,
-        draws,
-        lambda bench, case: {"file": of_files(path(case))},
-        covers=lambda case: path(case).exists(),
-    )
-
-
-def as_named(bench: Bench, case: Case) -> Sequence[str]:
-    """A case's experts as it names them, those that only stand by last."""
+def as_named(setup: Setup, case: Case) -> Sequence[str]:
+    """A case's experts in its own order, idle ones last."""
     return case.experts
 
 
-def subjects_first(bench: Bench, names: Sequence[str]) -> list[str]:
-    """Subjects as they come, then styles as they come."""
-    return sorted(names, key=lambda name: name in bench.styles)
+def subjects_first(setup: Setup, names: Sequence[str]) -> list[str]:
+    """Subjects, then styles, each in the order given."""
+    return sorted(names, key=lambda name: name in setup.styles)
 
 
-def composed(name: str, inside: Inside, *, gates: Gates = "sum", order: Order = as_named, **settings: Any) -> Arm:
-    """A composer that acts while sampling on a mixture attached in an order; `settings` say in the rows how."""
+def while_sampling(name: str, context: Context, *, gates: Gates = "sum", order: Order = as_named, **settings: Any) -> Arm:
+    """A composer that acts on an attached mixture while sampling; `settings` describe it in the rows."""
 
     @contextmanager
-    def draws(bench: Bench, case: Case) -> Iterator[None]:
-        experts = bench.weighed(dict.fromkeys(order(bench, case), 1.0))
-        with _attached(bench, experts, gates) as mixture, inside(bench, case, mixture):
+    def draws(setup: Setup, case: Case) -> Iterator[None]:
+        experts = setup.weighted_experts(dict.fromkeys(order(setup, case), 1.0))
+        with attached_to(setup, experts, gates) as mixture, context(setup, case, mixture):
             yield
 
-    return Arm(name, draws, lambda bench, case: bench.used(order(bench, case)) | settings)
+    return Arm(name, draws, lambda setup, case: setup.expert_settings(order(setup, case)) | settings)
 
 
 def switch(period: int = 5) -> Arm:
-    """LoRA Switch: what a case asks for in turn, subjects before styles, then what only stands by."""
-    return composed(
+    """LoRA Switch: subjects, then styles, then idle experts take turns."""
+    return while_sampling(
         "switch",
-        lambda bench, case, mixture: switched(bench.pipe, mixture, period=period),
-        order=lambda bench, case: [*subjects_first(bench, case.concepts), *case.idle],
+        lambda setup, case, mixture: switched(setup.pipe, mixture, period=period),
+        order=lambda setup, case: [*subjects_first(setup, case.concepts), *case.idle],
         period=period,
     )
 
 
 def composite() -> Arm:
     """LoRA Composite; as many UNet calls per step as experts."""
-    return composed("composite", lambda bench, case, mixture: composed_scores(bench.pipe, mixture))
+    return while_sampling("composite", lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
 
 
 def klora() -> Arm:
-    """K-LoRA, for cases of two experts: its style is the one that is a style, or the second where that does not say."""
+    """K-LoRA, for cases of two experts. The style LoRA is the one that is a style, or the second if both or neither are."""
 
-    def inside(bench: Bench, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         content, style = mixture.experts
-        return k_lora(bench.pipe, mixture, content=content, style=style)
+        return k_lora(setup.pipe, mixture, content=content, style=style)
 
     gates, options = GateConfig("static", granularity="matrix"), last_content.__kwdefaults__ or {}
-    arm = composed("k-lora", inside, gates=gates, order=lambda b, c: subjects_first(b, c.experts), **options)
+    arm = while_sampling("k-lora", context, gates=gates, order=lambda s, case: subjects_first(s, case.experts), **options)
     return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 
-def as_trained(bench: Bench, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-    """The gates as they are: no control."""
+def as_trained(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+    """The gates as they are."""
     return nullcontext()
 
 
-def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, inside: Inside = as_trained) -> Arm:
-    """Trained gates, one folder per case; `inside` is a context on the mixture, a control say."""
+def gates_of(folder: Path) -> Callable[[Case], Path]:
+    """Where a case's gates lie below `folder`: "fox+french_fries"."""
+    return lambda case: folder / "+".join(case.experts).replace(" ", "_")
+
+
+def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, context: Context = as_trained) -> Arm:
+    """Trained gates, one folder per case; `context` may change what they decide, as a control."""
 
     @contextmanager
-    def draws(bench: Bench, case: Case) -> Iterator[None]:
-        with _attached(bench, bench.weighed(weights(bench, case)), folder(case)) as mixture, inside(bench, case, mixture):
+    def draws(setup: Setup, case: Case) -> Iterator[None]:
+        experts = setup.weighted_experts(weights(setup, case))
+        with attached_to(setup, experts, folder(case)) as mixture, context(setup, case, mixture):
             yield
 
-    def settings(bench: Bench, case: Case) -> Mapping[str, Any]:
+    def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
         files = [folder(case) / file for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)]
-        return bench.used(case.experts) | {"gates": of_files(*files)}
+        return setup.expert_settings(case.experts) | {"gates": digest_files(*files)}
 
     return Arm(name, draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
 
 
 @contextmanager
-def averaged(bench: Bench, case: Case, mixture: Mixture) -> Iterator[None]:
-    """The denoiser's gates at their means over the steps of one picture of the case, drawn as the bench draws; each
-    guidance row keeps its own."""
+def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
+    """The denoiser's gates at their means over the steps of one picture of the case, separately per guidance row."""
     average, rows = TimeAverage(), {}
 
-    def watch(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def record(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         rows[place] = len(gates) if gates.dim() > 1 else 0
         return average.watch(place, gates, mask)
 
-    def still(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def replay(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if not rows[place] or place.partition(".")[0] not in DENOISERS:
-            return gates  # it depends on no row, or on no step
+            return gates  # these gates depend on no row, or on no step
         pictures = len(gates) // rows[place]
         return average(place, gates[::pictures], mask).repeat_interleave(pictures, 0)
 
-    with mixture.adjusted(watch):
-        sample(bench.pipe, case.prompt, [0], **{**bench.options, "output_type": "latent"})
-    with mixture.adjusted(still):
+    with mixture.adjusted(record):
+        sample(setup.pipe, case.prompt, [0], **{**setup.options, "output_type": "latent"})
+    with mixture.adjusted(replay):
         yield
 
 
-CONTROLS: dict[str, Inside] = {
+CONTROLS: dict[str, Context] = {
     "gates": as_trained,
-    "gates uniform": lambda bench, case, mixture: mixture.adjusted(uniform),
-    "gates random": lambda bench, case, mixture: mixture.adjusted(frozen_random(0)),
-    "gates hardened": lambda bench, case, mixture: mixture.adjusted(hardened),
+    "gates uniform": lambda setup, case, mixture: mixture.adjusted(uniform),
+    "gates random": lambda setup, case, mixture: mixture.adjusted(frozen_random(0)),
+    "gates hardened": lambda setup, case, mixture: mixture.adjusted(hardened),
     "gates averaged": averaged,
 }
 
 
-def traced(bench: Bench, arm: Arm, case: Case) -> Trace:
-    """What the gates of an arm decide while one picture of a case is drawn, seed 0."""
-    with arm.draws(bench, case):
-        mixture = attached(bench.pipe)
+def traced(setup: Setup, arm: Arm, case: Case) -> Trace:
+    """What the gates of an arm decide while one picture of a case is drawn, seed 0.
+
+    Raises ValueError if the arm attaches no gates.
+    """
+    with arm.draws(setup, case):
+        mixture = attached(setup.pipe)
         if mixture is None:
             raise ValueError(f"the arm {arm.name!r} attaches no gates")
         with mixture.trace() as trace:
-            sample(bench.pipe, case.prompt, [0], **bench.options)
+            sample(setup.pipe, case.prompt, [0], **setup.options)
     return trace
 
 
-def gates_of(folder: Path) -> Callable[[Case], Path]:
-    """Where a case's gates lie below `folder`."""
-    return lambda case: folder / "+".join(case.experts).replace(" ", "_")
+# ---- arms by name
+
+MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
+PLAIN: dict[str, Callable[[], Arm]] = {
+    "base": base, "sum": summed, "mean": mean, "switch": switch, "composite": composite, "k-lora": klora
+}  # fmt: skip
+ARMS = ("base", "alone", "sum", "mean", "grid search", *MERGES, "switch", "composite", "k-lora", *CONTROLS)
+
+
+def chosen_arms(
+    names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
+) -> list[Arm]:
+    """The arms of these names, of `ARMS`; "alone" is one arm per expert.
+
+    Args:
+        gates: a folder with one folder of trained gates per case, see `gates_of`.
+        weights: the result of a search, see `searched`.
+
+    Raises ValueError for an unknown name, or an arm that cannot be drawn, see `obstacles`.
+    """
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
+    if found := obstacles(names, setup, gates, weights=weights):
+        raise ValueError("; ".join(found.values()))
+    arms = []
+    for name in names:
+        if name == "alone":
+            arms += [alone(concept) for concept in setup.experts]
+        elif name == "grid search" and weights is not None:
+            arms.append(searched(weights))
+        elif name in CONTROLS and gates is not None:
+            arms.append(gated(name, gates_of(gates), context=CONTROLS[name]))
+        else:
+            arms.append(PLAIN[name]() if name in PLAIN else merged(name))
+    return arms
+
+
+def obstacles(
+    names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
+) -> dict[str, str]:
+    """Those of the named arms that cannot be drawn with this setup -> why, known before anything is drawn."""
+    unprompted = sorted(name for name in setup.experts if not setup.prompts.get(name))
+    kind, found = type(setup.pipe).__name__, {}
+    for name in names:
+        if name in METHODS and by_activations(name) and unprompted:
+            found[name] = f"{name!r} runs every expert on prompts of its own, and there are none for {unprompted}"
+        elif name in ("switch", "composite") and not encodes_by_expert(setup.pipe):
+            found[name] = f"{name!r} needs a unet and one text encoder, unlike {kind}"
+        elif name == "k-lora" and getattr(setup.pipe, "unet", None) is None:
+            found[name] = f"{name!r} needs a unet, unlike {kind}"
+        elif name == "grid search" and weights is None:
+            found[name] = f"{name!r} needs the weights of a search"
+        elif name in CONTROLS and gates is None:
+            found[name] = f"{name!r} needs a folder of trained gates"
+    return found
+
+
+def moved_arms(names: Sequence[str], setup: Setup, gates: Path | None = None, *, shares: Sequence[float]) -> list[Arm]:
+    """Sums, merges and gates as strength moves from subjects, at 2 - 2s, to styles, at 2s, for each share s.
+
+    They are named "sum @ 0.3", which `plots.frontier` reads.
+
+    Raises ValueError for an arm whose strengths cannot be moved or that cannot be drawn, or a share outside 0..1.
+    """
+    known = ["sum", *MERGES, "gates"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"the strengths of {unknown} cannot be moved; those of {known} can")
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
+    if found := obstacles(names, setup, gates):
+        raise ValueError("; ".join(found.values()))
+    arms = []
+    for name in names:
+        for share in shares:
+            weights, label = by_role(2 - 2 * share, 2 * share), f"{name} @ {share:g}"
+            if name == "sum":
+                arms.append(weighted(label, weights))
+            elif name in MERGES:
+                arms.append(merged(name, label, weights))
+            elif gates is not None:
+                arms.append(gated(label, gates_of(gates), weights=weights))
+    return arms

@@ -1,34 +1,37 @@
 """The protocol for real checkpoints: CLIP-T, CLIP-I and DINO of every concept against its own pictures.
 
-CLIP scores do not follow human judgement of composition (ComposLoRA reports r = -0.006), so they stand beside a sheet on
-which people, or a model that sees, choose between two arms in both orders.
+CLIP scores do not follow human judgement of composition (ComposLoRA reports r = -0.006); see `judging_sheet` for that.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mole_diffusers.evaluation.digests import digest
-from mole_diffusers.evaluation.rows import PLACE, Row, place
-from mole_diffusers.evaluation.runner import Case, keep, picture_path
-from mole_diffusers.evaluation.tables import markdown
-from mole_diffusers.inspection.figures import grid
+from mole_diffusers.evaluation.report import Report
+from mole_diffusers.evaluation.rows import Row, digest
+from mole_diffusers.evaluation.runner import Case
+from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concept_mean, differences, score_table
 from mole_diffusers.training.data import read_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORES = ("CLIP-T", "CLIP-I", "DINO")
+DINO_BY_ROLE = ("DINO of subjects", "DINO of styles")
 
 
 def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     """Cases from JSON lines: {"concepts": ["dog", "hat"], "prompt": "a dog wearing a hat", "kind": "pair"}.
 
-    Raises ValueError naming the line that is not one, or a concept without an expert.
+    Raises ValueError naming the line that is no case, or a concept without an expert.
     """
     cases = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -48,15 +51,21 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
 
 
 def windows(image: Image.Image) -> list[Image.Image]:
-    """The whole picture and nine crops of half its side: a concept is where it fits best."""
+    """The whole picture and nine crops of half its side; a concept is scored in the one that fits it best."""
     w, h = image.size
     corners = [(x * w // 4, y * h // 4) for y in range(3) for x in range(3)]
     return [image, *(image.crop((x, y, x + w // 2, y + h // 2)) for x, y in corners)]
 
 
-class Look:
-    """Measures: `clip_t` (cosine of picture and prompt), `clip_i` and `dino` (concept -> the best window's mean cosine with
-    the concept's own pictures)."""
+class ClipDinoMetrics:
+    """Measures `clip_t` (cosine of picture and prompt), `clip_i` and `dino` (concept -> the best window's mean cosine with
+    the concept's own pictures).
+
+    Args:
+        clip: a CLIP model, folder or hub name.
+        dino: a DINO model, folder or hub name.
+        folders: concept -> a folder of its own pictures.
+    """
 
     def __init__(self, clip: str, dino: str, folders: Mapping[str, Path], *, device: str = "cpu"):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
@@ -64,13 +73,11 @@ class Look:
         self.device = device
         self.clip, self.tokenizer = CLIPModel.from_pretrained(clip).eval().to(device), AutoTokenizer.from_pretrained(clip)
         self.clip_pixels = AutoImageProcessor.from_pretrained(clip)
-        self.dino, self.dino_pixels = (
-            AutoModel.from_pretrained(dino).eval().to(device),
-            AutoImageProcessor.from_pretrained(dino),
-        )
+        self.dino = AutoModel.from_pretrained(dino).eval().to(device)
+        self.dino_pixels = AutoImageProcessor.from_pretrained(dino)
         pictures = {name: read_folder(folder, prompt=name)[0] for name, folder in folders.items()}
         own = digest(part for name, images in pictures.items() for part in (name.encode(), *(i.tobytes() for i in images)))
-        self.said = {"clip": clip, "dino": dino, "own_pictures": own}  # what the scores depend on, for the rows
+        self.settings = {"clip": clip, "dino": dino, "own_pictures": own}  # what the scores depend on, for the rows
         self.own_clip = {name: self._clip(images) for name, images in pictures.items()}  # [P, D]
         self.own_dino = {name: self._dino(images) for name, images in pictures.items()}
 
@@ -108,69 +115,37 @@ class Look:
         return F.normalize(self.dino(pixel_values=x).last_hidden_state[:, 0], dim=-1)  # [B, D], the class token
 
 
-def judging_sheet(folder: Path, rows: Sequence[Row]) -> int:
-    """Pairs of arms on the same case and seed, each in both orders: sheet/NNNN.png, answers.csv to fill in, key.json.
+def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
+    """Rows as a table with `SCORES` as means over a case's concepts, and DINO of its subjects and of its styles.
 
-    Returns the number of questions. The arms' names are in key.json alone, so that the sheet can be given away blind.
-
-    Raises ValueError for rows of one arm, or where a sheet with answers lies.
+    A score is NaN where none of the concepts has pictures of its own.
     """
-    if (folder / "sheet" / "answers.csv").exists() and any(_given(folder)):
-        raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(place(row), []).append(row)
-    if all(len(group) < 2 for group in groups.values()):
-        raise ValueError("a sheet needs two arms or more")
-    pairs = [pair for group in groups.values() for a, b in combinations(group, 2) for pair in ((a, b), (b, a))]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled: list[dict[str, Any]] = []
-    for number, (left, right) in enumerate(pairs[i] for i in order):
-        pictures = [Image.open(picture_path(folder, row)).convert("RGB") for row in (left, right)]
-        keep(grid([pictures], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
-        shuffled.append({name: left[name] for name in PLACE} | {"left": left["arm"], "right": right["arm"]})
-    with (folder / "sheet" / "answers.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["question", "prompt", "better: left, right or same"])
-        writer.writerows([f"{n:04}", q["prompt"], ""] for n, q in enumerate(shuffled))
-    (folder / "sheet" / "key.json").write_text(json.dumps(shuffled, indent=1) + "\n")
-    return len(shuffled)
+    found = as_frame(rows)
+    found["CLIP-T"], found["CLIP-I"] = found["clip_t"], concept_mean(found["clip_i"])
+    found["DINO"] = concept_mean(found["dino"])
+    found["DINO of subjects"] = concept_mean(found["dino"], lambda concept: concept not in styles)
+    found["DINO of styles"] = concept_mean(found["dino"], lambda concept: concept in styles)
+    return found
 
 
-ANSWERS = ("left", "right", "same")
+def paired_scores(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
+    """The scores of every other arm less those of `against` on the same prompt and noise, a table per kind of case."""
+
+    def table(own: pd.DataFrame) -> str:
+        return score_table(differences(own, against, SCORES), SCORES, head=f"arm, less {against}", resample=resample)
+
+    return by_kind(rows, table)
 
 
-def judged(folder: Path) -> str:
-    """The answers on a filled-in sheet as a table: per pair of arms how often each was better, and how often the two orders
-    of one pair of pictures agree; "-" where no pair was answered in both.
-
-    Raises ValueError for an answer that is none.
-    """
-    key = json.loads((folder / "sheet" / "key.json").read_text())
-    given = _given(folder)
-    found: dict[tuple[str, str], list[tuple[tuple, str]]] = {}  # (arm, arm) -> (which picture, better arm or "same")
-    for number, (question, answer) in enumerate(zip(key, given, strict=True)):
-        if answer not in (*ANSWERS, ""):
-            raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
-        if answer:
-            first, second = sorted((question["left"], question["right"]))
-            better = question.get(answer, "same")
-            found.setdefault((first, second), []).append((place(question), better))
-    body = [[first, second, *_counted(first, second, votes)] for (first, second), votes in found.items()]
-    return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
-
-
-def _given(folder: Path) -> list[str]:
-    """The answers on a sheet, "" for questions without one."""
-    with (folder / "sheet" / "answers.csv").open(newline="") as file:
-        return [line[2].strip().lower() for line in list(csv.reader(file))[1:]]
-
-
-def _counted(first: str, second: str, votes: Sequence[tuple[tuple, str]]) -> list[str]:
-    chosen = [better for _, better in votes]
-    pairs: dict[tuple, list[str]] = {}
-    for pictures, better in votes:
-        pairs.setdefault(pictures, []).append(better)
-    both = [len(set(pair)) == 1 for pair in pairs.values() if len(pair) == 2]
-    agree = f"{sum(both) / len(both):.2f}" if both else "-"
-    return [str(chosen.count(arm)) for arm in (first, second, "same")] + [agree]
+def report(styles: Collection[str]) -> Report:
+    """Scores take the place of success, which nothing can tell here."""
+    return Report(
+        frame=partial(frame, styles=styles),
+        tables=(partial(by_kind, table=partial(score_table, scores=SCORES)),),
+        paired=paired_scores,
+        values=SCORES,
+        roles=DINO_BY_ROLE,
+        count_value="DINO",
+        limits=(None, None),
+        styles=styles,
+    )

@@ -1,31 +1,52 @@
-"""Rows of an evaluation: one JSON line per picture, appended as they are made, so that a killed run goes on."""
+"""Rows of an evaluation: one JSON line per picture, appended as pictures are made, so that a killed run can go on.
+
+A row has everything that its picture depends on; files and prompts go by short digests. Pictures lie beside the rows.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 Row = dict[str, Any]
-KEY = ("case", "kind", "arm", "prompt", "seed", "settings")
-PLACE = ("case", "prompt", "seed")
+KEY = ("case", "kind", "arm", "prompt", "seed", "settings")  # the fields that make a row unique: all that was asked for
+SAME_NOISE = ("case", "prompt", "seed")  # the fields that rows share when arms are compared on one prompt and one noise
+DIGITS = 12
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """The first twelve digits of SHA-256 over `parts`, each with its length, so that no part runs into the next."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "big") + part)
+    return whole.hexdigest()[:DIGITS]
+
+
+def digest_files(*paths: Path) -> str:
+    """Digest of the contents of files, in the order given."""
+    return digest(path.read_bytes() for path in paths)
+
+
+def digest_texts(*texts: str) -> str:
+    """Digest of texts, in the order given."""
+    return digest(text.encode() for text in texts)
 
 
 def key(row: Mapping[str, Any]) -> str:
-    """What makes a row unique: everything that was asked for."""
+    """What makes a row unique, as text."""
     return json.dumps([row[name] for name in KEY], sort_keys=True)
 
 
-def place(row: Mapping[str, Any]) -> tuple:
-    """What the rows of several arms that are compared have in common: one prompt and one noise."""
-    return tuple(row[name] for name in PLACE)
-
-
 class Rows:
-    """The rows in a folder: read those of every process, append to the file of this one.
+    """The rows in a folder: reads those of every process, appends to the file of this one.
 
-    Processes never share a file, so that they may run on several machines with one folder between them.
+    Processes never share a file, so they may run on several machines with one folder between them.
     """
 
     def __init__(self, folder: Path, process: int = 0):
@@ -33,7 +54,7 @@ class Rows:
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> list[Row]:
-        """All rows, the first of each key; a last line that a killed run cut short is left out."""
+        """All rows, the first of each key. A last line that a killed run cut short is left out."""
         found: dict[str, Row] = {}
         for path in sorted(self.folder.glob("rows-*.jsonl")):
             for line in path.read_text().splitlines(keepends=True):
@@ -43,10 +64,25 @@ class Rows:
         return list(found.values())
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add rows in one write; the rest of a line that a killed run left is cut off first."""
+        """Add rows in one write, after cutting off the unfinished line that a killed run may have left."""
         path = self.folder / f"rows-{self.process}.jsonl"
         kept = path.read_bytes() if path.exists() else b""
         if kept and not kept.endswith(b"\n"):
             path.write_bytes(kept[: kept.rfind(b"\n") + 1])
         with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def picture_path(folder: Path, row: Row) -> Path:
+    """Where a row's picture lies: pictures/ARM/CASE/SEED-DIGEST.png, with characters that paths do not take replaced.
+
+    The digest is that of `key`, so other settings or prompts have other files.
+    """
+    arm, case = (re.sub(r"[^\w+@.-]+", "_", row[name]) for name in ("arm", "case"))
+    return folder / "pictures" / arm / case / f"{row['seed']}-{digest_texts(key(row))}.png"
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Save a picture, and make its folder first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)

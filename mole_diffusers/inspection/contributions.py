@@ -12,7 +12,7 @@ import torch
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
 
-FROM_TEXT = ("attn2.to_k", "attn2.to_v", "time_emb_proj", "linear_1", "linear_2")  # layers whose tokens are no places
+NOT_IMAGE = ("attn2.to_k", "attn2.to_v", "time_emb_proj", "linear_1", "linear_2")  # layers without a token per place
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Contributions:
 
     Attributes:
         experts: names, in the order of the first axis of a map.
-        sums: (h, w) -> [N, h, w], |up_n (g_n z_n)| of every layer at that resolution, the prompt's rows alone.
+        sums: (h, w) -> [N, h, w], |up_n (g_n z_n)| of every layer at that resolution, over the rows with the prompt.
     """
 
     experts: list[str]
@@ -35,7 +35,7 @@ class Contributions:
     def finest(self) -> tuple[tuple[int, int], torch.Tensor]:
         """The finest resolution at which an expert acts, and the maps there, scaled so that the largest value is 1.
 
-        Raises ValueError where no expert has acted on places of the picture.
+        Raises ValueError if no expert has acted on the picture.
         """
         if not self.sums:
             raise ValueError("no expert has acted on the picture: all are absent, or have layers in the text encoder alone")
@@ -48,8 +48,8 @@ def contributions(mixture: Mixture, unet: Any, size: tuple[int, int]) -> Iterato
     """Measure while the block runs.
 
     Args:
-        unet: the denoiser that the mixture is on.
-        size: (height, width) of the picture, of which tokens have the shape.
+        unet: the denoiser of the mixture.
+        size: (height, width) of the picture, whose shape the tokens have.
     """
     found, handles = Contributions(list(mixture.experts)), []
 
@@ -66,7 +66,7 @@ def contributions(mixture: Mixture, unet: Any, size: tuple[int, int]) -> Iterato
 
     try:
         for name, (module, segment) in peft_injection.ups(unet).items():
-            if not name.endswith(FROM_TEXT):
+            if not name.endswith(NOT_IMAGE):
                 handles.append(listen(module, segment))
         yield found
     finally:
@@ -77,7 +77,7 @@ def contributions(mixture: Mixture, unet: Any, size: tuple[int, int]) -> Iterato
 def norms(z: torch.Tensor, up: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
     """z [B, T, R], up [Cout, R] (or [Cout, R, 1, 1]), segment [R] -> [N, T]: |up_n z_n|, the mean over rows.
 
-    By the r x r matrix up_n' up_n, so that nothing of width Cout is made.
+    Computed with the r x r matrix up_n' up_n, so that nothing of width Cout is allocated.
     """
     z, up = z.float(), up.float().flatten(1)
     rows = []

@@ -1,6 +1,6 @@
-"""What the gates did, drawn: weights by block and step, shares over the steps, places in the picture. Needs matplotlib.
+"""Figures of what the gates did: weights by block and step, shares over the steps, where in the picture. Need matplotlib.
 
-One colour per expert everywhere, Okabe and Ito's, safe for colour blindness; names stand beside colours.
+Colours are Okabe and Ito's, safe for colour blindness; each expert has one everywhere, with its name beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.inspection.contributions import Contributions
+from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.trace import Trace
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -20,37 +21,36 @@ DPI = 110
 
 
 def colours(names: Collection[str], shades: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A colour per name, the same whatever the order; `shades` has those that are chosen already."""
+    """A colour per name, the same in whatever order; `shades` has those that are already chosen."""
     free = [colour for colour in COLOURS if colour not in (shades or {}).values()] or list(COLOURS)
     others = sorted(name for name in names if name not in (shades or {}))
     return {name: free[i % len(free)] for i, name in enumerate(others)} | dict(shades or {})
 
 
-def block_places(trace: Trace, names: Mapping[str, str]) -> dict[str, str]:
-    """{place: label} of the denoiser's places that spoke at every step, in the order of the network.
+def block_places(trace: Trace, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """{place: label} of the denoiser's gates that were evaluated at every step, in the order of the network.
 
     Args:
-        names: module name of a block -> its short name, see `plan.block_names`.
+        names: module name of a block -> its short name, see `block_weights.block_names`; without, module names are labels.
     """
-    steps = max(len(trace.weights(place)) for place in trace.places)
+    places = [place for place in trace.places if place.partition(".")[0] in DENOISERS]
+    steps = max((len(trace.weights(place)) for place in places), default=0)
     found = {}
-    for place in trace.places:
-        part, _, module = place.partition(".")
-        fewer = place.endswith(")")  # layers of a place that lack an expert
-        if fewer or part.startswith("text_encoder") or len(trace.weights(place)) != steps:
+    for place in places:
+        fewer_experts = place.endswith(")")  # the layers of a gate that lack an expert
+        if fewer_experts or len(trace.weights(place)) != steps:
             continue
-        block = next((name for prefix in names if f"{module}.".startswith(f"{prefix}.") for name in [prefix]), None)
-        if block is None:
-            found[place] = module or "outside blocks"
-        else:
-            found[place] = f"{names[block]} {module.rpartition('transformer_blocks.')[2].partition('.')[2]}".strip()
+        module = place.partition(".")[2]
+        short = next((short for block, short in (names or {}).items() if f"{module}.".startswith(f"{block}.")), None)
+        inner = module.rpartition("transformer_blocks.")[2].partition(".")[2]
+        found[place] = (module or "outside blocks") if short is None else f"{short} {inner}".strip()
     return found
 
 
 def heat_map(
     trace: Trace, labels: Mapping[str, str], *, locked: Collection[str] = (), shades: Mapping[str, str] | None = None
 ) -> Image.Image:
-    """Applied weights, block by step, one panel per expert on one scale; blocks set by hand are marked.
+    """Applied weights, block by step, a panel per expert on one scale; blocks that were set by hand are marked.
 
     Args:
         labels: see `block_places`.
@@ -75,7 +75,7 @@ def heat_map(
 
 
 def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str] | None = None) -> Image.Image:
-    """Each expert's share of all weights, over the steps."""
+    """Each expert's share of all weights, step by step."""
     table = torch.stack([trace.weights(place).abs() for place in labels]).sum(0)  # [steps, N]
     share = (table / table.sum(-1, keepdim=True).clamp_min(1e-12)).numpy()
     figure, (axes,) = _figure(6.0, 2.8, 1)
@@ -91,7 +91,7 @@ def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str]
 
 
 def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str] | None = None) -> dict[str, Image.Image]:
-    """Label -> picture: where each expert acts, brighter where more, and who acts most, in each one's colour."""
+    """Label -> the picture with each expert's contribution over it, and with the colour of the expert that acts most."""
     (h, w), maps = found.finest()  # [N, h, w] in 0..1
     shades = colours(found.experts, shades)
     pictures = {}
@@ -103,7 +103,7 @@ def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str
 
 
 def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray, opacity: float = 0.65) -> Image.Image:
-    """colour [h, w, 3] or [1, 1, 3] over a grey picture where strength [h, w] is; tokens stay visible as squares."""
+    """Lay colour [h, w, 3] or [1, 1, 3] over a grey picture by strength [h, w] in 0..1; tokens stay visible as squares."""
     side = (max(image.width, 256), max(image.height, 256) * image.height // max(image.width, 1))
     grey = np.asarray(image.convert("L").resize(side, Image.Resampling.NEAREST), np.float32)[..., None]
     wide = Image.fromarray((strength * 255).clip(0, 255).astype(np.uint8)).resize(side, Image.Resampling.NEAREST)
@@ -114,7 +114,7 @@ def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray, opa
 
 
 def losses(rows: Sequence[Mapping[str, float]]) -> Image.Image:
-    """The loss of a training run, every term of it, by update."""
+    """The loss of a training run and each of its terms, by update."""
     figure, (axes,) = _figure(6.0, 2.8, 1)
     for i, name in enumerate(key for key in rows[0] if key != "step"):
         style = {"color": "#000000", "linewidth": 1.8} if name == "loss" else {"color": COLOURS[i % 7], "linewidth": 1.0}
@@ -131,7 +131,7 @@ def _rgb(colour: str) -> np.ndarray:
 
 
 def _readable(colour: str) -> str:
-    """The colour, darkened where it would not stand out on white as text."""
+    """The colour, darkened if it would not be readable as text on white."""
     rgb = _rgb(colour)
     return colour if rgb @ [0.299, 0.587, 0.114] < 130 else "#{:02x}{:02x}{:02x}".format(*(rgb * 0.6).astype(int))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mole_diffusers.evaluation import choosing
+from mole_diffusers.evaluation import arms
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.merging.merge import METHODS, by_activations
 from mole_diffusers.retrieval.composing import MODES
@@ -25,7 +25,7 @@ def test_every_family_and_every_merge_has_its_row():
     assert rows("Merges")[-4:] == [method for method in METHODS if by_activations(method)]
 
 
-@pytest.mark.parametrize("name", sorted(set(choosing.PLAIN) - {"base", "sum", "mean"}))
+@pytest.mark.parametrize("name", sorted(set(arms.PLAIN) - {"base", "sum", "mean"}))
 def test_every_rival_while_sampling_is_there(name):
     assert f"**{name}**" in SECTIONS["While sampling"].lower()
 

@@ -11,9 +11,10 @@ from hosts import sdxl
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
-from mole_diffusers.evaluation import arms, choosing, emoji_protocol, runtime
-from mole_diffusers.evaluation.runner import Bench, Case, crowded
-from mole_diffusers.evaluation.search import VALUES, best_weights, grid
+from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
+from mole_diffusers.evaluation.sampling_composers import k_lora, last_content, switched
+from mole_diffusers.evaluation.strength_search import VALUES, best_weights, search_arms
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import read_expert
 from mole_diffusers.merging.merge import METHODS
@@ -24,45 +25,45 @@ WEIGHTS = {"subject x style": {"subject": 0.7, "style": 1.3}}
 
 
 @pytest.fixture
-def bench(pipe, loras):
+def setup(pipe, loras):
     prompts = {"fox": ["a fox"], "ink": ["in ink"], "hat": ["a hat"]}
-    return Bench(
+    return Setup(
         pipe, {n: read_expert(path, n) for n, path in loras.items()}, OPTIONS, prompts=prompts, styles=frozenset({"ink"})
     )
 
 
 @pytest.fixture
-def gates(bench, tmp_path, awake):
+def gates(setup, tmp_path, awake):
     """A folder of gates for the case, as training would leave it."""
-    awake(mole.attach(bench.pipe, {n: bench.experts[n] for n in CASE.concepts}, "mole")).save_pretrained(
+    awake(mole.attach(setup.pipe, {n: setup.experts[n] for n in CASE.concepts}, "mole")).save_pretrained(
         tmp_path / "fox+ink"
     )
-    mole.detach(bench.pipe)
+    mole.detach(setup.pipe)
     return tmp_path
 
 
-def drawn(bench, arm, case=CASE, seeds=(3,)):
-    with arm.draws(bench, case):
-        return [image.tobytes() for image in sample(bench.pipe, case.prompt, seeds, **OPTIONS)]
+def drawn(setup, arm, case=CASE, seeds=(3,)):
+    with arm.draws(setup, case):
+        return [image.tobytes() for image in sample(setup.pipe, case.prompt, seeds, **OPTIONS)]
 
 
-def by_hand(bench, experts, inside=None, gates="sum"):
-    mixture = mole.attach(bench.pipe, experts, gates)
+def by_hand(setup, experts, inside=None, gates="sum"):
+    mixture = mole.attach(setup.pipe, experts, gates)
     try:
         with inside(mixture) if inside else mixture.only(*mixture.experts):
-            return [image.tobytes() for image in sample(bench.pipe, CASE.prompt, [3], **OPTIONS)]
+            return [image.tobytes() for image in sample(setup.pipe, CASE.prompt, [3], **OPTIONS)]
     finally:
-        mole.detach(bench.pipe)
+        mole.detach(setup.pipe)
 
 
-def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(bench, gates):
-    before = drawn(bench, arms.base())
-    chosen = choosing.chosen_arms(choosing.ARMS, bench, gates, weights=WEIGHTS)
-    assert {a.name for a in chosen} == {*choosing.ARMS, *(f"alone {n}" for n in bench.experts)} - {"alone"}
-    pictures = {a.name: drawn(bench, a)[0] for a in chosen if a.covers(CASE)}
+def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gates):
+    before = drawn(setup, arms.base())
+    chosen = arms.chosen_arms(arms.ARMS, setup, gates, weights=WEIGHTS)
+    assert {a.name for a in chosen} == {*arms.ARMS, *(f"alone {n}" for n in setup.experts)} - {"alone"}
+    pictures = {a.name: drawn(setup, a)[0] for a in chosen if a.covers(CASE)}
     assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
-    assert drawn(bench, arms.base()) == before
-    json.dumps([dict(a.settings(bench, CASE)) for a in chosen if a.covers(CASE)])
+    assert drawn(setup, arms.base()) == before
+    json.dumps([dict(a.settings(setup, CASE)) for a in chosen if a.covers(CASE)])
     # The same by definition: equal gates that sum to N, and the first of two turns of five steps.
     twins = {frozenset(("sum", "gates uniform")), frozenset(("alone fox", "switch"))}
     names = list(pictures)
@@ -70,86 +71,90 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(bench, gate
     assert same <= twins
 
 
-def test_merges_protect_the_style_and_take_strengths(bench):
-    experts = {n: bench.experts[n] for n in CASE.concepts}
+def test_merges_protect_the_style_and_take_strengths(setup):
+    experts = {n: setup.experts[n] for n in CASE.concepts}
     kept = mole.merge(experts, "np", protect=["ink"])
-    assert drawn(bench, arms.merged("np")) == by_hand(bench, {"m": kept})
+    assert drawn(setup, arms.merged("np")) == by_hand(setup, {"m": kept})
     turned = Case(("ink", "fox"), CASE.kind, CASE.prompt)  # the style is known by name, not by place
-    assert drawn(bench, arms.merged("np"), turned) != drawn(bench, arms.merged("np", weights=arms.by_role(1.0, 0.2)), turned)
+    assert drawn(setup, arms.merged("np"), turned) != drawn(setup, arms.merged("np", weights=arms.by_role(1.0, 0.2)), turned)
     weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd", rank=3)
     arm = arms.merged("svd", "svd 3", arms.by_role(0.4, 1.6), rank=3)
     assert arm.name == "svd 3"
-    assert drawn(bench, arm) == by_hand(bench, {"m": weak})
+    assert drawn(setup, arm) == by_hand(setup, {"m": weak})
 
 
 @pytest.mark.parametrize("concepts", [("fox", "ink"), ("ink", "fox")])
-def test_switch_and_k_lora_know_the_style_by_its_name(bench, concepts):
+def test_switch_and_k_lora_know_the_style_by_its_name(setup, concepts):
     """Content before style whatever place a case gives them; a case that does not say which is which keeps its own order."""
     case = Case(concepts, CASE.kind, CASE.prompt)
-    gates = mole.GateConfig("static", granularity="matrix")
-    rivals = {
-        "switch": (arms.switch(period=1), "sum", lambda m, order: runtime.switched(bench.pipe, m, period=1)),
-        "k-lora": (arms.klora(), gates, lambda m, order: runtime.k_lora(bench.pipe, m, content=order[0], style=order[1])),
+    pipe, gates = setup.pipe, mole.GateConfig("static", granularity="matrix")
+    composers = {
+        "switch": (arms.switch(period=1), "sum", lambda m, order: switched(pipe, m, period=1)),
+        "k-lora": (
+            arms.klora(),
+            gates,
+            lambda m, order: k_lora(pipe, m, content=order[0], style=order[1]),
+        ),
     }
-    for arm, form, inside in rivals.values():
+    for arm, form, inside in composers.values():
         seen = []
         for styles, order in (
             (frozenset({"ink"}), ["fox", "ink"]),
             (frozenset(), concepts),
             (frozenset(concepts), concepts),
         ):
-            bench.styles = styles
-            wanted = by_hand(bench, {n: bench.experts[n] for n in order}, partial(inside, order=order), gates=form)
-            assert drawn(bench, arm, case) == wanted, (arm.name, styles)
-            seen.append((wanted, dict(arm.settings(bench, case))))
+            setup.styles = styles
+            wanted = by_hand(setup, {n: setup.experts[n] for n in order}, partial(inside, order=order), gates=form)
+            assert drawn(setup, arm, case) == wanted, (arm.name, styles)
+            seen.append((wanted, dict(arm.settings(setup, case))))
         assert (seen[0] == seen[1]) == (concepts == ("fox", "ink"))  # and another order is another row
         assert seen[1] == seen[2]
 
 
-def test_switch_takes_what_was_asked_for_before_what_only_stands_by(bench):
+def test_switch_takes_what_was_asked_for_before_what_only_stands_by(setup):
     case = Case(("ink", "fox"), CASE.kind, CASE.prompt, idle=("hat",))
-    with arms.switch().draws(bench, case):
-        assert list(mole.attached(bench.pipe).experts) == ["fox", "ink", "hat"]
+    with arms.switch().draws(setup, case):
+        assert list(mole.attached(setup.pipe).experts) == ["fox", "ink", "hat"]
 
 
-def test_k_lora_takes_a_bystander_for_the_content_of_a_style(bench):
-    with arms.klora().draws(bench, Case(("ink",), "single", CASE.prompt, idle=("fox",))):
-        assert list(mole.attached(bench.pipe).experts) == ["fox", "ink"]
+def test_k_lora_takes_a_bystander_for_the_content_of_a_style(setup):
+    with arms.klora().draws(setup, Case(("ink",), "single", CASE.prompt, idle=("fox",))):
+        assert list(mole.attached(setup.pipe).experts) == ["fox", "ink"]
 
 
-def test_a_search_sets_strengths_by_kind_and_role(bench):
+def test_a_search_sets_strengths_by_kind_and_role(setup):
     arm = arms.searched(WEIGHTS)
-    wanted = by_hand(bench, {n: bench.experts[n] for n in CASE.concepts}, lambda m: m.fixed({"fox": 0.7, "ink": 1.3}))
-    assert drawn(bench, arm) == wanted
+    wanted = by_hand(setup, {n: setup.experts[n] for n in CASE.concepts}, lambda m: m.fixed({"fox": 0.7, "ink": 1.3}))
+    assert drawn(setup, arm) == wanted
     assert not arm.covers(Case(("fox", "hat"), "subject + subject", ""))
 
 
-def test_idle_experts_are_attached_and_named(bench):
+def test_idle_experts_are_attached_and_named(setup):
     case = Case(("fox",), "single", CASE.prompt, idle=("ink",))
     assert case.name == "fox (ink)"
-    assert drawn(bench, arms.summed(), case) == drawn(bench, arms.summed())
+    assert drawn(setup, arms.summed(), case) == drawn(setup, arms.summed())
 
 
-def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(bench, gates):
+def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(setup, gates):
     folder = arms.gates_of(gates)
-    arm = arms.gated("gates averaged", folder, inside=arms.averaged)
-    with arm.draws(bench, CASE), mole.attached(bench.pipe).trace() as trace:
-        sample(bench.pipe, CASE.prompt, [3, 4], **OPTIONS)
+    arm = arms.gated("gates averaged", folder, context=arms.averaged)
+    with arm.draws(setup, CASE), mole.attached(setup.pipe).trace() as trace:
+        sample(setup.pipe, CASE.prompt, [3, 4], **OPTIONS)
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
     first, second = (w for name, _, w in trace.records if name == place)
     assert torch.equal(first, second)
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[2], first[3])
     assert not torch.allclose(first[0], first[2], atol=1e-4)
-    live = arms.traced(bench, arms.gated("gates", folder), CASE)  # as the pictures are drawn
+    live = arms.traced(setup, arms.gated("gates", folder), CASE)  # as the pictures are drawn
     at = torch.stack([w for name, _, w in live.records if name == place])  # [steps, 2, N]
     assert len(at) == OPTIONS["num_inference_steps"]
     torch.testing.assert_close(first[[0, 2]], at.mean(0))
 
 
-def pixels(bench, arm):
-    with arm.draws(bench, CASE):
-        return sample(bench.pipe, CASE.prompt, [3], output_type="pt", **bench.options)
+def pixels(setup, arm):
+    with arm.draws(setup, CASE):
+        return sample(setup.pipe, CASE.prompt, [3], output_type="pt", **setup.options)
 
 
 def scaled(expert, strength):
@@ -160,55 +165,47 @@ def scaled(expert, strength):
     return replace(expert, layers=layers, sha256=f"{expert.sha256} at {strength}")
 
 
-def test_the_users_strengths_reach_every_arm(bench, gates):
+def test_the_users_strengths_reach_every_arm(setup, gates):
     """A strength of 1.6 draws what the same LoRA scaled by 1.6 draws, by every composer."""
-    bench.options = OPTIONS | {"num_inference_steps": 1}
-    alike = {*choosing.MERGES} - {"svd", "ssr"} | {"gates uniform", "gates random", "gates hardened"}  # as those that stay
-    names = [name for name in choosing.ARMS if name not in alike]
-    chosen = [arm for arm in choosing.chosen_arms(names, bench, gates, weights=WEIGHTS) if arm.covers(CASE)]
-    plain = {arm.name: pixels(bench, arm) for arm in chosen}
-    bench.strengths = {"fox": 1.6, "hat": 0.3}
-    strong = {arm.name: pixels(bench, arm) for arm in chosen}
-    assert said(bench, arms.summed())["strengths"] == {"fox": 1.6, "ink": 1.0}
-    assert "strengths" not in said(bench, arms.alone("ink"))
-    bench.strengths, bench.experts = {}, bench.experts | {"fox": scaled(bench.experts["fox"], 1.6)}
+    setup.options = OPTIONS | {"num_inference_steps": 1}
+    alike = {*arms.MERGES} - {"svd", "ssr"} | {"gates uniform", "gates random", "gates hardened"}  # as those that stay
+    names = [name for name in arms.ARMS if name not in alike]
+    chosen = [arm for arm in arms.chosen_arms(names, setup, gates, weights=WEIGHTS) if arm.covers(CASE)]
+    plain = {arm.name: pixels(setup, arm) for arm in chosen}
+    setup.strengths = {"fox": 1.6, "hat": 0.3}
+    strong = {arm.name: pixels(setup, arm) for arm in chosen}
+    assert settings_of(setup, arms.summed())["strengths"] == {"fox": 1.6, "ink": 1.0}
+    assert "strengths" not in settings_of(setup, arms.alone("ink"))
+    setup.strengths, setup.experts = {}, setup.experts | {"fox": scaled(setup.experts["fox"], 1.6)}
     for arm in chosen:
-        torch.testing.assert_close(strong[arm.name], pixels(bench, arm), atol=2e-3, rtol=0, msg=arm.name)
+        torch.testing.assert_close(strong[arm.name], pixels(setup, arm), atol=2e-3, rtol=0, msg=arm.name)
         assert torch.equal(strong[arm.name], plain[arm.name]) == (arm.name in ("base", "alone ink")), arm.name
 
 
-def test_one_lora_for_all_takes_no_strengths(bench, loras):
-    bench.strengths = {"fox": 0.5}
-    with pytest.raises(ValueError, match=r"the arm 'joint' is one LoRA, which cannot take strengths of \['fox'\]"):
-        drawn(bench, arms.from_file("joint", lambda _: loras["fox"]))
-
-
-def test_what_cannot_be_drawn_is_known_before(bench, gates):
-    assert choosing.obstacles(choosing.ARMS, bench, gates, weights=WEIGHTS) == {}
-    bench.prompts["hat"].clear()
-    bench.pipe = sdxl()
-    found = choosing.obstacles(choosing.ARMS, bench)
+def test_what_cannot_be_drawn_is_known_before(setup, gates):
+    assert arms.obstacles(arms.ARMS, setup, gates, weights=WEIGHTS) == {}
+    setup.prompts["hat"].clear()
+    setup.pipe = sdxl()
+    found = arms.obstacles(arms.ARMS, setup)
     assert set(found) == {
         "ssr", "regmean", "iteris", "scalars", "switch", "composite", "grid search", *arms.CONTROLS
     }  # fmt: skip
     assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"
     for name, reason in found.items():
         with pytest.raises(ValueError, match=re.escape(reason)):
-            choosing.chosen_arms(["base", name], bench)
+            arms.chosen_arms(["base", name], setup)
     with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
-        choosing.moved(["sum", "gates"], bench, shares=[0.5])
+        arms.moved_arms(["sum", "gates"], setup, shares=[0.5])
 
 
-def said(bench, arm):
-    return dict(arm.settings(bench, CASE))
+def settings_of(setup, arm):
+    return dict(arm.settings(setup, CASE))
 
 
-def test_rows_say_what_their_pictures_depend_on(bench, gates, loras, tmp_path, monkeypatch):
+def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     """A changed file, option, default, prompt or style is another setting; the same again is the same."""
-    file = tmp_path / "joint.safetensors"
-    file.write_bytes(loras["fox"].read_bytes())
-    made = lambda: choosing.chosen_arms(choosing.ARMS, bench, gates, weights=WEIGHTS)  # noqa: E731
-    everything = lambda: {a.name: said(bench, a) for a in [*made(), arms.from_file("joint", lambda _: file)]}  # noqa: E731
+    made = lambda: arms.chosen_arms(arms.ARMS, setup, gates, weights=WEIGHTS)  # noqa: E731
+    everything = lambda: {a.name: settings_of(setup, a) for a in made()}  # noqa: E731
     before = everything()
     assert everything() == before
     trained = {"gates", "gates uniform", "gates random", "gates hardened", "gates averaged"}
@@ -222,29 +219,26 @@ def test_rows_say_what_their_pictures_depend_on(bench, gates, loras, tmp_path, m
         (gates / "fox+ink" / name).write_bytes(kept + b" ")
         assert changed() == trained
         (gates / "fox+ink" / name).write_bytes(kept)
-    file.write_bytes(loras["ink"].read_bytes())
-    assert changed() == {"joint"}
-    file.write_bytes(loras["fox"].read_bytes())
-    own, bench.experts["fox"] = bench.experts["fox"], bench.experts["hat"]
-    assert changed() == set(before) - {"base", "joint", "alone ink", "alone hat"}
-    bench.experts["fox"] = own
-    bench.prompts["ink"].append("ink")
+    own, setup.experts["fox"] = setup.experts["fox"], setup.experts["hat"]
+    assert changed() == set(before) - {"base", "alone ink", "alone hat"}
+    setup.experts["fox"] = own
+    setup.prompts["ink"].append("ink")
     assert changed() == {"ssr", "regmean", "iteris", "scalars"}
-    bench.prompts["ink"].pop()
-    bench.styles = frozenset()
+    setup.prompts["ink"].pop()
+    setup.styles = frozenset()
     assert changed() == {"np"}
-    bench.styles = frozenset({"ink"})
+    setup.styles = frozenset({"ink"})
     monkeypatch.setitem(METHODS["np"].__kwdefaults__, "mu", 0.25)
-    monkeypatch.setitem(runtime.last_content.__kwdefaults__, "alpha", 1.0)
+    monkeypatch.setitem(last_content.__kwdefaults__, "alpha", 1.0)
     assert changed() == {"np", "k-lora"}
 
 
-def test_a_merge_says_its_options_and_the_defaults_of_the_others(bench):
-    settings = said(bench, arms.merged("dare", rank=3, drop=0.5))
+def test_a_merge_says_its_options_and_the_defaults_of_the_others(setup):
+    settings = settings_of(setup, arms.merged("dare", rank=3, drop=0.5))
     assert {name: settings[name] for name in ("method", "rank", "drop", "elect", "seed")} == {
         "method": "dare", "rank": 3, "drop": 0.5, "elect": False, "seed": 0
     }  # fmt: skip
-    assert said(bench, arms.merged("dare", drop=0.9)) == said(bench, arms.merged("dare"))
+    assert settings_of(setup, arms.merged("dare", drop=0.9)) == settings_of(setup, arms.merged("dare"))
     with pytest.raises(ValueError, match=r"unknown options \['drip'\] of merge method 'dare'"):
         arms.merged("dare", drip=0.5)
 
@@ -269,49 +263,49 @@ def test_the_best_weights_win_by_success_then_by_what_is_seen_then_by_nearness_t
         best_weights(rows[-1:])
 
 
-def test_the_grid_covers_styles_only_where_there_is_one(bench):
-    tried = grid(bench)
+def test_the_grid_covers_styles_only_where_there_is_one(setup):
+    tried = search_arms(setup)
     assert len(tried) == len(VALUES) ** 2
     assert sum(arm.covers(CASE) for arm in tried) == len(VALUES) ** 2
     assert sum(arm.covers(Case(("fox", "hat"), "pair", "")) for arm in tried) == len(VALUES)
-    assert drawn(bench, grid(bench, [1.0])[0]) == drawn(bench, arms.summed())
+    assert drawn(setup, search_arms(setup, [1.0])[0]) == drawn(setup, arms.summed())
 
 
 def test_the_world_knows_its_styles():
-    assert emoji_protocol.bench(mole.emoji_world(), OPTIONS).styles == set(emoji.HELD_OUT_STYLES)
+    assert emoji_protocol.setup(mole.emoji_world(), OPTIONS).styles == set(emoji.HELD_OUT_STYLES)
 
 
-def test_moved_strengths_go_from_subjects_to_styles(bench, gates):
-    chosen = choosing.moved(["sum", "svd", "gates"], bench, gates, shares=[0.25, 1.0])
+def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
+    chosen = arms.moved_arms(["sum", "svd", "gates"], setup, gates, shares=[0.25, 1.0])
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
-    experts = {n: bench.experts[n] for n in CASE.concepts}
-    assert drawn(bench, chosen[0]) == by_hand(bench, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
+    experts = {n: setup.experts[n] for n in CASE.concepts}
+    assert drawn(setup, chosen[0]) == by_hand(setup, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
     weak = mole.merge({"fox": (experts["fox"], 1.5), "ink": (experts["ink"], 0.5)}, "svd")
-    assert drawn(bench, chosen[2]) == by_hand(bench, {"m": weak})
-    with chosen[4].draws(bench, CASE):
-        mixture = mole.attached(bench.pipe)
+    assert drawn(setup, chosen[2]) == by_hand(setup, {"m": weak})
+    with chosen[4].draws(setup, CASE):
+        mixture = mole.attached(setup.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        choosing.moved(["base"], bench, shares=[0.5])
+        arms.moved_arms(["base"], setup, shares=[0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        choosing.moved(["sum"], bench, shares=[2])
+        arms.moved_arms(["sum"], setup, shares=[2])
 
 
 def test_crowds_grow_to_the_number_asked_for():
     pool = ("a", "b", "c", "d", "e")
-    found = crowded([Case(("a", "b"), "pair", "p"), Case(("a", "b", "c"), "three", "q")], pool, (2, 4, 9))
+    found = add_idle_experts([Case(("a", "b"), "pair", "p"), Case(("a", "b", "c"), "three", "q")], pool, (2, 4, 9))
     assert [(len(c.experts), c.concepts) for c in found] == [(2, ("a", "b")), (4, ("a", "b")), (4, ("a", "b", "c"))]
     assert all(len(set(c.experts)) == len(c.experts) for c in found)
     pair = Case(("a", "b"), "pair", "p")
-    assert crowded([pair], ("a", "b"), (2, 3)) == [pair]  # nobody is left to stand by
-    with pytest.raises(ValueError, match=r"no case has \[1, 6\] experts attached: it asks for more, or there are but 5"):
-        crowded([pair], pool, (6, 1))
+    assert add_idle_experts([pair], ("a", "b"), (2, 3)) == [pair]  # nobody is left to stand by
+    with pytest.raises(ValueError, match=r"no case can have \[1, 6\] experts attached: it has more, or there are only 5"):
+        add_idle_experts([pair], pool, (6, 1))
 
 
-def test_a_trace_of_an_arm(bench, gates):
+def test_a_trace_of_an_arm(setup, gates):
     arm = arms.gated("gates", arms.gates_of(gates))
-    trace = arms.traced(bench, arm, CASE)
+    trace = arms.traced(setup, arm, CASE)
     assert trace.experts == ["fox", "ink"]
     assert len(trace.weights("unet.mid_block.attentions.0.transformer_blocks.0")) == 2
     with pytest.raises(ValueError, match="the arm 'base' attaches no gates"):
-        arms.traced(bench, arms.base(), CASE)
+        arms.traced(setup, arms.base(), CASE)

@@ -21,10 +21,12 @@ from transformers import (
 
 from mole_diffusers import attach
 from mole_diffusers.cli import main
-from mole_diffusers.evaluation.checkpoint_protocol import Look, judged, judging_sheet, read_cases, windows
-from mole_diffusers.evaluation.plots import heat_map
-from mole_diffusers.evaluation.runner import Case, keep, picture_path
+from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases, windows
+from mole_diffusers.evaluation.judging_sheet import count_answers, write_sheet
+from mole_diffusers.evaluation.rows import picture_path, save_picture
+from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.inspection.compare import sample
+from mole_diffusers.inspection.gate_figures import block_places, heat_map
 from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
 
 
@@ -65,12 +67,12 @@ def own(tmp_path_factory):
 
 
 def test_scores_are_the_models_own(models, own):
-    clip, look = CLIPModel.from_pretrained(models[0]), Look(*models, own)
+    clip, metrics = CLIPModel.from_pretrained(models[0]), ClipDinoMetrics(*models, own)
     picture, case = noise(99), Case(("fox", "ink", "hat"), "three", "a fox in ink")
-    (scores,) = look(case, [picture])
+    (scores,) = metrics(case, [picture])
     pixels = CLIPImageProcessor.from_pretrained(models[0])
     joint = clip(
-        **look.tokenizer(["a fox in ink"], return_tensors="pt"),
+        **metrics.tokenizer(["a fox in ink"], return_tensors="pt"),
         pixel_values=pixels(picture, return_tensors="pt").pixel_values,
     )
     assert scores["clip_t"] == pytest.approx((joint.logits_per_image / clip.logit_scale.exp()).item(), abs=1e-5)
@@ -86,13 +88,13 @@ def test_scores_are_the_models_own(models, own):
 
 def test_a_concept_is_found_where_it_is(models, own):
     """A concept's own picture in a corner scores as the picture alone does, by the window that holds it."""
-    look = Look(*models, own)
+    metrics = ClipDinoMetrics(*models, own)
     canvas = Image.new("RGB", (112, 112), "grey")
     canvas.paste(noise(0), (56, 56))
-    (corner,) = look(Case(("fox",), "one", "a fox"), [canvas])
-    whole, itself = (look._dino([image]) @ look.own_dino["fox"].T for image in (canvas, noise(0)))  # [1, own pictures]
+    (corner,) = metrics(Case(("fox",), "one", "a fox"), [canvas])
+    whole, itself = (metrics._dino([image]) @ metrics.own_dino["fox"].T for image in (canvas, noise(0)))  # [1, own pictures]
     assert corner["dino"]["fox"] >= itself.mean().item() - 1e-5
-    assert corner["dino"]["fox"] > whole.mean().item() + 1e-3  # a look at the whole alone would miss it
+    assert corner["dino"]["fox"] > whole.mean().item() + 1e-3  # a score of the whole alone would miss it
     assert [w.size for w in windows(canvas)] == [(112, 112)] + [(56, 56)] * 9
     assert windows(canvas)[-1].tobytes() == noise(0).tobytes()
 
@@ -118,8 +120,8 @@ def sheet(tmp_path):
     for arm, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
         for prompt in ("a fox in ink", "ink: a fox"):
             rows.append({"arm": arm, "case": "fox+ink", "kind": "pair", "seed": 1, "prompt": prompt, "settings": {}})
-            keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, rows[-1]))
-    assert judging_sheet(tmp_path, rows) == 12
+            save_picture(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, rows[-1]))
+    assert write_sheet(tmp_path, rows) == 12
     return tmp_path
 
 
@@ -153,17 +155,17 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
         return "left" if q["prompt"] == "a fox in ink" else ""  # sum against mean: always the left one, or no answer
 
     answer(sheet, choose)
-    lines = judged(sheet).splitlines()
+    lines = count_answers(sheet).splitlines()
     assert "| gates | sum | 4 | 0 | 0 | 1.00 |" in lines
     assert "| gates | mean | 4 | 0 | 0 | 1.00 |" in lines
     assert "| mean | sum | 1 | 1 | 0 | 0.00 |" in lines
     assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
     assert capsys.readouterr().out.splitlines() == lines
     with pytest.raises(ValueError, match="holds answers: count them with --judged"):
-        judging_sheet(sheet, [])
+        write_sheet(sheet, [])
     answer(sheet, lambda q: "both")
     with pytest.raises(ValueError, match="question 0000: 'both' is none of"):
-        judged(sheet)
+        count_answers(sheet)
 
 
 @pytest.fixture
@@ -211,7 +213,7 @@ def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsy
     pipe = tiny_pipeline()
     with attach(pipe, experts, tmp_path / "gates" / "fox+ink").trace() as trace:
         sample(pipe, "a fox in ink", [0], num_inference_steps=1, guidance_scale=3.0)
-    heat_map(trace, tmp_path / "wanted.png")
+    heat_map(trace, block_places(trace)).save(tmp_path / "wanted.png")
     assert (out / "gates.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
 
     moved = ["--arm", "sum", "--share", "0.3", "--share", "0.7"]
@@ -270,7 +272,7 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
         assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
-    monkeypatch.setattr("mole_diffusers.cli.evaluate.ARMS", ("base", "ssr", "switch", "gates", "k-lora"))
+    monkeypatch.setattr("mole_diffusers.evaluation.arms.ARMS", ("base", "ssr", "switch", "gates", "k-lora"))
     assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--json"]) == 0
     out, err = capsys.readouterr()
     assert {row["arm"] for row in json.loads(out)} == {"base", "switch", "k-lora"}

@@ -16,8 +16,8 @@ def world():
 @pytest.fixture(scope="module")
 def judged(world):
     """judged(case, *scenes) -> a row per scene, drawn by the artists, where the case was asked for."""
-    look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in COLOURED})
-    return lambda case, *scenes: look(case, [world.drawings.picture(scene) for scene in scenes])
+    metrics = emoji_protocol.JudgeMetrics(world, {case.prompt: scene for case, scene in COLOURED})
+    return lambda case, *scenes: metrics(case, [world.drawings.picture(scene) for scene in scenes])
 
 
 # One and two subjects: at three, 20 pixels each, the judge does not recognise the artists' own drawings either.

@@ -12,9 +12,9 @@ from PIL import Image
 
 from mole_diffusers import attach, detach, emoji
 from mole_diffusers.cli import main
-from mole_diffusers.evaluation import arms, search, tables
-from mole_diffusers.evaluation.rows import Rows
-from mole_diffusers.evaluation.runner import Bench, Case, evaluate, found, picture_path
+from mole_diffusers.evaluation import arms, checkpoint_protocol, emoji_protocol, strength_search, tables
+from mole_diffusers.evaluation.rows import Rows, picture_path
+from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows
 from mole_diffusers.evaluation.statistics import (
     as_table,
     bootstrap,
@@ -102,16 +102,15 @@ def test_tables_by_hand():
         ("mean", "fox+ink", {"fox": True, "ink": True}),
         ("mean", "fox+ink", {"fox": True, "ink": True}),
     )
-    assert tables.upper_bounds(rows) == {("fox+ink", "fox"): 0.5, ("fox+ink", "ink"): 1.0}
-    lines = tables.concept_table(rows).splitlines()
+    frame = emoji_protocol.frame(rows)
+    lines = emoji_protocol.concept_table(frame).splitlines()
     # Seen: fox .5, ink 1; recovered: fox .5 of .5, ink 1 of 1; harmonic mean 2 / (1 / .5 + 1 / 1).
     # Two seeds give four samples: (fox, ink) are seen in shares (1, 1), (.5, 1) twice and (0, 1), beside fox alone's.
     row = "| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] | 0.67 [0.00, 1.00] | 0.50 [0.50, 0.50] |"
     assert next(line for line in lines if "| sum" in line).startswith(row)
     assert "| mean | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in lines[4]
-    assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(rows)
-    assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(rows, "sum")
-    assert "| fox+ink | 0.00 | 0.50 | 1.00 |" in tables.case_table(rows)
+    assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(frame)
+    assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(frame, "sum")
 
 
 def test_intervals_behind_success_are_those_of_every_sample():
@@ -139,7 +138,7 @@ def test_single_loras_are_not_mixed_into_one_that_shows_every_concept():
     rows = rows_of(
         ("alone fox", "fox+ink", {"fox": True, "ink": False}), ("alone ink", "fox+ink", {"fox": False, "ink": True})
     )
-    seen, recovered, harmonic = tables.concept_table(rows).splitlines()[2].split(" | ")[1:4]
+    seen, recovered, harmonic = emoji_protocol.concept_table(emoji_protocol.frame(rows)).splitlines()[2].split(" | ")[1:4]
     assert (seen, recovered, harmonic) == ("0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]")
 
 
@@ -147,8 +146,8 @@ def test_own_place_is_of_the_cases_that_have_places():
     rows = rows_of(*[("sum", case, {"a": True}) for case in ("a+b", "a+b", "a+c", "a+ink")])
     for row, value in zip(rows, (1.0, 0.5, 0.0, None), strict=True):
         row["own_place"] = value
-    wanted = tables.interval(rows[:3], lambda r: r["own_place"])
-    assert tables.concept_table(rows).splitlines()[2].endswith(f"| {wanted} |")
+    wanted = tables.interval(emoji_protocol.frame(rows[:3]), "own_place")
+    assert emoji_protocol.concept_table(emoji_protocol.frame(rows)).splitlines()[2].endswith(f"| {wanted} |")
     assert wanted.startswith("0.38 [0.00, ")
 
 
@@ -156,22 +155,23 @@ def test_scores_are_compared_on_the_same_noise():
     """Pictures differ far more than arms do; only the difference on the same noise shows the arm."""
     rows = []
     for i, (case, seed) in enumerate(itertools.product(("a", "b", "c"), (1, 2))):
-        shared = {"case": case, "concepts": [case], "prompt": "p", "seed": seed}
+        shared = {"case": case, "concepts": [case], "idle": [], "kind": "one", "prompt": "p", "seed": seed}
         scores = {"clip_t": 0.1 * i, "clip_i": {"fox": 0.2 * i, "ink": 0.0}, "dino": {}}
         rows.append(shared | scores | {"arm": "sum"})
         better = {"clip_t": 0.1 * i + 0.012, "clip_i": {"fox": 0.2 * i, "ink": -0.03}, "dino": {}}
         rows.append(shared | better | {"arm": "gates"})
-    odd = {"arm": "gates", "case": "d", "concepts": ["d"], "prompt": "p", "seed": 1}
+    odd = shared | {"arm": "gates", "case": "d", "concepts": ["d"], "seed": 1}
     rows.append(odd | {"clip_t": 9.0, "clip_i": {}, "dino": {}})
-    lines = tables.paired_scores(rows, "sum").splitlines()
+    frame = checkpoint_protocol.frame(rows)
+    lines = checkpoint_protocol.paired_scores(frame, "sum").splitlines()
     assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
     assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
-    assert "| sum | 0.250 [" in tables.score_table(rows)
+    assert "| sum | 0.250 [" in tables.score_table(frame, checkpoint_protocol.SCORES)
 
 
 @pytest.fixture
-def bench(pipe, loras):
-    return Bench(pipe, {name: read_expert(path, name) for name, path in loras.items()}, OPTIONS)
+def setup(pipe, loras):
+    return Setup(pipe, {name: read_expert(path, name) for name, path in loras.items()}, OPTIONS)
 
 
 def brightness(case, images):
@@ -181,82 +181,83 @@ def brightness(case, images):
 CASES = [Case(("fox", "ink"), "pair", "a fox in ink"), Case(("fox", "hat"), "pair", "a fox with a hat")]
 
 
-def test_a_killed_run_goes_on_where_it_was(bench, tmp_path):
+def test_a_killed_run_goes_on_where_it_was(setup, tmp_path):
     some = [arms.base(), arms.summed()]
-    whole = evaluate(bench, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "a"))
-    evaluate(bench, some, CASES[:1], brightness, seeds=[1], rows=Rows(tmp_path / "b"))
+    whole = evaluate(setup, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "a"))
+    evaluate(setup, some, CASES[:1], brightness, seeds=[1], rows=Rows(tmp_path / "b"))
     with (tmp_path / "b" / "rows-0.jsonl").open("a") as file:
         file.write('{"case": "fox+i')  # the line that was being written
-    again = evaluate(bench, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "b"))
+    again = evaluate(setup, some, CASES, brightness, seeds=[1, 2], rows=Rows(tmp_path / "b"))
     order = lambda row: (row["arm"], row["case"], row["seed"])  # noqa: E731
     assert sorted(again, key=order) == sorted(whole, key=order)
     assert len((tmp_path / "b" / "rows-0.jsonl").read_text().splitlines()) == 8  # none was made twice
 
 
-def test_processes_divide_the_work_and_leave_nothing_out(bench, tmp_path):
+def test_processes_divide_the_work_and_leave_nothing_out(setup, tmp_path):
     some = [arms.base(), arms.summed(), arms.mean()]
     for process in (0, 1):
         rows = Rows(tmp_path / "two", process)
-        evaluate(bench, some, CASES, brightness, seeds=[1], rows=rows, processes=2)
+        evaluate(setup, some, CASES, brightness, seeds=[1], rows=rows, processes=2)
     parts = [len(p.read_text().splitlines()) for p in sorted((tmp_path / "two").glob("rows-*.jsonl"))]
     assert sum(parts) == 6
     assert min(parts) > 0
-    one = evaluate(bench, some, CASES, brightness, seeds=[1], rows=Rows(tmp_path / "one"))
-    both = found(bench, some, CASES, seeds=[1], rows=Rows(tmp_path / "two", 1))  # of all processes, in the same order
+    one = evaluate(setup, some, CASES, brightness, seeds=[1], rows=Rows(tmp_path / "one"))
+    both = requested_rows(
+        setup, some, CASES, seeds=[1], rows=Rows(tmp_path / "two", 1)
+    )  # of all processes, in the same order
     assert one == both
-    assert found(bench, some[1:], CASES[:1], seeds=[1, 2], rows=Rows(tmp_path / "two")) == [
+    assert requested_rows(setup, some[1:], CASES[:1], seeds=[1, 2], rows=Rows(tmp_path / "two")) == [
         row for row in one if row["arm"] != "base" and row["case"] == CASES[0].name
     ]
 
 
-def test_rows_that_say_less_of_their_case_are_still_its_rows(bench, tmp_path):
+def test_rows_that_say_less_of_their_case_are_still_its_rows(setup, tmp_path):
     rows, path = Rows(tmp_path), tmp_path / "rows-0.jsonl"
-    made = evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows)
+    made = evaluate(setup, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows)
     older = [{name: value for name, value in row.items() if name != "concepts"} for row in made]
     path.write_text("".join(json.dumps(row) + "\n" for row in older))
-    assert evaluate(bench, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows) == made
+    assert evaluate(setup, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows) == made
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_other_settings_are_other_rows(bench, tmp_path):
+def test_other_settings_are_other_rows(setup, tmp_path):
     """Nor is a picture of other settings, seeds or prompts shown or overwritten."""
     rows, wanted = Rows(tmp_path), []
     twin = Case(CASES[0].concepts, CASES[0].kind, "ink: a fox")
     for steps, seed, case in ((1, 1, CASES[0]), (2, 1, CASES[0]), (1, 2, CASES[0]), (1, 1, twin)):
-        bench.options = OPTIONS | {"num_inference_steps": steps}
-        (row,) = evaluate(bench, [arms.base()], [case], brightness, seeds=[seed], rows=rows)
+        setup.options = OPTIONS | {"num_inference_steps": steps}
+        (row,) = evaluate(setup, [arms.base()], [case], brightness, seeds=[seed], rows=rows)
         assert (row["settings"]["num_inference_steps"], row["seed"], row["prompt"]) == (steps, seed, case.prompt)
-        wanted.append((row, sample(bench.pipe, case.prompt, [seed], **bench.options)[0].tobytes()))
+        wanted.append((row, sample(setup.pipe, case.prompt, [seed], **setup.options)[0].tobytes()))
     assert len(rows.read()) == 4
     assert len({picture for _, picture in wanted}) == 4
     for row, picture in wanted:
         assert Image.open(picture_path(tmp_path, row)).tobytes() == picture
 
 
-def test_arms_are_what_they_say_and_leave_nothing_behind(bench, tmp_path, loras):
-    case, before = CASES[0], sample(bench.pipe, "a fox in ink", [3], **OPTIONS)[0]
+def test_arms_are_what_they_say_and_leave_nothing_behind(setup, tmp_path, loras):
+    case, before = CASES[0], sample(setup.pipe, "a fox in ink", [3], **OPTIONS)[0]
 
     def drawn(arm):
-        with arm.draws(bench, case):
-            return sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+        with arm.draws(setup, case):
+            return sample(setup.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
 
-    mixture = attach(bench.pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mole")
+    mixture = attach(setup.pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mole")
     mixture.save_pretrained(tmp_path / "fox+ink")
     with mixture.only("fox", "ink"):
-        gated = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+        gated = sample(setup.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
     with mixture.fixed({"fox": 0.5, "ink": 0.5}):
-        half = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+        half = sample(setup.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
     with mixture.fixed({"fox": 1.0}):
-        fox = sample(bench.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
-    detach(bench.pipe)
+        fox = sample(setup.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
+    detach(setup.pipe)
     trained = arms.gated("gates", lambda case: tmp_path / case.name)
     assert drawn(arms.mean()) == half
     assert drawn(arms.alone("fox")) == fox
     assert drawn(trained) == gated
     assert (trained.covers(case), trained.covers(CASES[1])) == (True, False)
-    assert drawn(arms.from_file("one", lambda _: loras["fox"])) == fox
     assert drawn(arms.base()) == before.tobytes()
-    assert sample(bench.pipe, "a fox in ink", [3], **OPTIONS)[0].tobytes() == before.tobytes()
+    assert sample(setup.pipe, "a fox in ink", [3], **OPTIONS)[0].tobytes() == before.tobytes()
 
 
 def test_splits_share_no_concept():
@@ -282,11 +283,12 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
 
 
+SEARCH_ARMS = strength_search.search_arms
 WORLD = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
 
 
 def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mole_diffusers.cli.evaluate.grid", lambda bench: search.grid(bench, (1.0, 1.3)))
+    monkeypatch.setattr(strength_search, "search_arms", lambda setup: SEARCH_ARMS(setup, (1.0, 1.3)))
     assert main([*WORLD, "--search", "--out", str(tmp_path / "search")]) == 0
     weights = json.loads((tmp_path / "search" / "weights.json").read_text())
     assert set(weights) == set(emoji.VALIDATION)

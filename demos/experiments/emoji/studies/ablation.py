@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
+import pandas as pd
 from compose import COMPARED_PAIRS, name_of
 from evaluate import DOCS, OPTIONS, SEEDS, VALIDATION_SEEDS
 from kept_rows import KEPT, pack, unpacked
@@ -29,10 +31,11 @@ from loop import WORK, device, in_bf16
 from pages import fill
 
 from mole_diffusers import emoji, emoji_world, functional
-from mole_diffusers.evaluation import arms, emoji_protocol, plots, tables
-from mole_diffusers.evaluation.rows import Row, Rows, place
-from mole_diffusers.evaluation.runner import Arm, Bench, Case, evaluate
-from mole_diffusers.evaluation.runtime import Steps
+from mole_diffusers.evaluation import arms, emoji_protocol, tables
+from mole_diffusers.evaluation.plots import save_figure
+from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
+from mole_diffusers.evaluation.sampling_composers import StepCounter
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.trace import Trace
 
@@ -52,9 +55,6 @@ SPLITS = {
     "gates": (COMPARED_PAIRS, SEEDS[:4]),
     "styled": ({"subject x style": emoji.COMPARED[:8]}, SEEDS[:4]),
 }
-VALUES: dict[str, tables.Value] = {
-    "subject": lambda r: r["subjects"], "style": lambda r: float(r["style"]), "success": lambda r: float(r["success"])
-}  # fmt: skip
 
 
 class Window:
@@ -65,7 +65,7 @@ class Window:
 
     def __init__(self, pipe, part: str, time: str):
         self.prefix, self.steps = PREFIXES[part], TIMES[time]
-        self.now, self._counter = 0, Steps(pipe.unet)
+        self.now, self._counter = 0, StepCounter(pipe.unet)
 
     def __contains__(self, module: str) -> bool:
         return module.startswith(self.prefix) and self.now in self.steps
@@ -93,13 +93,13 @@ class Fixed:
         return [self.weight] * self.experts if (place in self.window) == self.inside else None
 
 
-def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.Inside:
+def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.Context:
     """The control under which an attached mixture draws by `Fixed`."""
 
     @contextmanager
-    def control(bench: Bench, case: Case, mixture: Mixture) -> Iterator[None]:
-        window = Window(bench.pipe, part, time)
-        hook = bench.pipe.unet.register_forward_pre_hook(window.advance, prepend=True, with_kwargs=True)
+    def control(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
+        window = Window(setup.pipe, part, time)
+        hook = setup.pipe.unet.register_forward_pre_hook(window.advance, prepend=True, with_kwargs=True)
         try:
             with mixture.planned(Fixed(window, len(case.experts), weight, inside)):
                 yield
@@ -128,13 +128,13 @@ def wanted(world, what: str) -> list[Arm]:
     """The arms of one map. The gates at 1 in all stages are the text encoder's alone, so that is no arm of its own."""
     if what == "sum":
         cells = [*GRID, (TEXT, "all")]
-        return [arms.summed(), *(arms.composed(off(*cell), fixed(*cell, weight=0.0)) for cell in cells)]
+        return [arms.summed(), *(arms.while_sampling(off(*cell), fixed(*cell, weight=0.0)) for cell in cells)]
     folder, cells = arms.gates_of(world.folder / "gates"), [*ALONE, ("all stages", "all")]
     return [
         arms.summed(),
         arms.gated("gates", folder),
-        *(arms.gated(held(*cell), folder, inside=fixed(*cell, weight=1.0)) for cell in GRID),
-        *(arms.gated(only(*cell), folder, inside=fixed(*cell, weight=1.0, inside=False)) for cell in cells),
+        *(arms.gated(held(*cell), folder, context=fixed(*cell, weight=1.0)) for cell in GRID),
+        *(arms.gated(only(*cell), folder, context=fixed(*cell, weight=1.0, inside=False)) for cell in cells),
     ]
 
 
@@ -156,34 +156,34 @@ def entropies(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
 
 def draw(world, what: Sequence[str]) -> None:
     """Every row of these maps that does not exist."""
-    bench, rows = emoji_protocol.bench(world, OPTIONS), Rows(unpacked(FOLDER))
+    setup, rows = emoji_protocol.setup(world, OPTIONS), Rows(unpacked(FOLDER))
     for name in what:
         split, seeds = SPLITS[name]
         found = emoji_protocol.cases(split)
-        look, cases = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found}), [case for case, _ in found]
-        evaluate(bench, wanted(world, name), cases, look, seeds=seeds, rows=rows)
+        metrics = emoji_protocol.JudgeMetrics(world, {case.prompt: scene for case, scene in found})
+        cases = [case for case, _ in found]
+        evaluate(setup, wanted(world, name), cases, metrics, seeds=seeds, rows=rows)
         if name == "gates" and not ENTROPY.exists():
             gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))
-            said = entropies([arms.traced(bench, gates, case) for case in cases])
+            said = entropies([arms.traced(setup, gates, case) for case in cases])
             ENTROPY.write_text(json.dumps(said, indent=1) + "\n")
 
 
 Cell = Callable[[str, str], str]
 
 
-def grid(first: str, cell: Cell) -> str:
+def stage_table(first: str, cell: Cell) -> str:
     """A table of stages by steps."""
     head = [first, *(f"steps {time}" if time != "all" else "all steps" for time in TIMES)]
     return tables.markdown(head, [[stage, *(cell(stage, time) for time in TIMES)] for stage in STAGES])
 
 
-def less(rows: Sequence[Row], reference: Sequence[Row]) -> str:
+def less(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
     """Success less that of the reference on the same prompt and noise, with its interval."""
-    there = {place(row): float(row["success"]) for row in reference}
-    return tables.interval(rows, lambda row: float(row["success"]) - there[place(row)])
+    return tables.interval(tables.subtract(rows, reference, ["success"]), "success")
 
 
-def only_table(found: Mapping[str, list[Row]]) -> str:
+def only_table(found: Mapping[str, pd.DataFrame]) -> str:
     """Success where only some gates speak, beside the sum, where none does, and all gates."""
     named = {"none: the sum": "sum", "all": "gates"}
     named |= {stage if time == "all" else f"all stages, steps {time}": only(stage, time) for stage, time in ALONE}
@@ -191,20 +191,20 @@ def only_table(found: Mapping[str, list[Row]]) -> str:
     body = []
     for label, arm in named.items():
         rows = found[arm]
-        body.append([label, tables.interval(rows, VALUES["success"]), less(rows, found["sum"]), less(rows, found["gates"])])
+        body.append([label, tables.interval(rows, "success"), less(rows, found["sum"]), less(rows, found["gates"])])
     return tables.markdown(["gates kept", "success", "less the sum", "less all gates"], body)
 
 
-def by_arm(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
+def by_arm(rows: Sequence[Row], what: str) -> dict[str, pd.DataFrame]:
     """The rows of one map, in an order of their own, since intervals are drawn from it."""
     cases = {name_of(case) for group in SPLITS[what][0].values() for case in group}
     own = sorted((row for row in rows if name_of(row["concepts"]) in cases), key=lambda row: (row["case"], row["seed"]))
-    return tables.by(own, "arm")
+    return dict(list(emoji_protocol.frame(own).groupby("arm", sort=False)))
 
 
-def shares(found: Mapping[str, list[Row]], arm: Cell, value: str) -> list[list[float]]:
+def shares(found: Mapping[str, pd.DataFrame], arm: Cell, value: str) -> list[list[float]]:
     """Means of a value, stages x steps."""
-    return [[statistics.mean(map(VALUES[value], found[arm(stage, time)])) for time in TIMES] for stage in STAGES]
+    return [[found[arm(stage, time)][value].mean() for time in TIMES] for stage in STAGES]
 
 
 def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) -> str:
@@ -212,29 +212,45 @@ def document(rows: Sequence[Row], entropy: Mapping[str, Mapping[str, float]]) ->
     sums, gates, styled = (by_arm(rows, what) for what in SPLITS)
 
     def seen(arm: str) -> str:
-        return ", ".join(f"{name} {tables.interval(sums[arm], VALUES[name])}" for name in ("subject", "style"))
+        return ", ".join(f"{name} {tables.interval(sums[arm], f'{name} seen')}" for name in ("subject", "style"))
 
     def switched(value: str) -> str:
-        return grid("switched off", lambda *cell: tables.interval(sums[off(*cell)], VALUES[value]))
+        return stage_table("switched off", lambda *cell: tables.interval(sums[off(*cell)], value))
 
-    def beside(found: Mapping[str, list[Row]], arm: str) -> str:
-        return f"{statistics.mean(map(VALUES['success'], found[arm])):.2f}, {less(found[arm], found['gates'])}"
+    def beside(found: Mapping[str, pd.DataFrame], arm: str) -> str:
+        return f"{found[arm]['success'].mean():.2f}, {less(found[arm], found['gates'])}"
 
     parts = {
         "sum": seen("sum"),
         "sum_text": seen(off(TEXT, "all")),
-        "sum_subject": switched("subject"),
-        "sum_style": switched("style"),
-        "held": grid("at 1", lambda *cell: beside(gates, held(*cell))),
+        "sum_subject": switched("subject seen"),
+        "sum_style": switched("style seen"),
+        "held": stage_table("at 1", lambda *cell: beside(gates, held(*cell))),
         "held_text": beside(gates, only("all stages", "all")),
         "kept": only_table(gates),
-        "styled_held": grid("at 1", lambda *cell: beside(styled, held(*cell))),
+        "styled_held": stage_table("at 1", lambda *cell: beside(styled, held(*cell))),
         "styled_held_text": beside(styled, only("all stages", "all")),
         "styled_kept": only_table(styled),
-        "entropy": grid("gates of", lambda stage, time: f"{entropy[stage][time]:.3f}"),
+        "entropy": stage_table("gates of", lambda stage, time: f"{entropy[stage][time]:.3f}"),
         "entropy_text": f"{entropy[TEXT]['all']:.3f}",
     }
     return fill((KEPT.parent / "ablation_text.md").read_text(), parts)
+
+
+def maps(found: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], columns: Sequence[str], path: Path) -> Any:
+    """Shares from 0 to 1 as one panel per table, with the same named rows and columns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((2 + 2.6 * len(found), 1.2 + 0.34 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for i, ((name, table), axes) in enumerate(zip(found.items(), panels, strict=True)):
+        shown = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        axes.set_title(name)
+        axes.set_xlabel("steps")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows if i == 0 else [""] * len(rows))
+    figure.colorbar(shown, ax=panels[-1])
+    return save_figure(figure, path)
 
 
 def report() -> None:
@@ -244,14 +260,14 @@ def report() -> None:
     pack(rows, "ablation")
     (DOCS / "ablation.md").write_text(document(found, entropy))
     sums, gates, styled = (by_arm(found, what) for what in SPLITS)
-    maps = {value: shares(sums, off, value) for value in ("subject", "style")}
-    plots.maps(maps, list(STAGES), times, DOCS / "ablation.png")
+    seen = {name: shares(sums, off, f"{name} seen") for name in ("subject", "style")}
+    maps(seen, list(STAGES), times, DOCS / "ablation.png")
     learned = {
         "two subjects, gates at 1": shares(gates, held, "success"),
         "subject in a style, gates at 1": shares(styled, held, "success"),
     }
     learned["entropy of the gates"] = [[entropy[stage][time] for time in TIMES] for stage in STAGES]
-    plots.maps(learned, list(STAGES), times, DOCS / "ablation_gates.png")
+    maps(learned, list(STAGES), times, DOCS / "ablation_gates.png")
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
@@ -27,7 +28,9 @@ from pages import fill
 
 from mole_diffusers import emoji
 from mole_diffusers.emoji.world import concept_files
-from mole_diffusers.evaluation import plots, tables
+from mole_diffusers.evaluation import tables
+from mole_diffusers.evaluation.plots import save_figure
+from mole_diffusers.inspection.gate_figures import COLOURS
 
 CASES = (("fox", "octopus"), ("fox", "octopus", "ink"))
 STEPS, LOOKS = 60, 20
@@ -107,7 +110,21 @@ def write() -> None:
     ]
     table = tables.markdown(["objective, concepts", "success (updates)", "seconds"], body)
     (DOCS / "training_curves.md").write_text(fill((KEPT.parent / "curves_text.md").read_text(), {"runs": table}))
-    plots.lines(curves, DOCS / "training_curves.png", x="updates", y="success")
+    draw(curves, DOCS / "training_curves.png")
+
+
+def draw(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Any:
+    """Success by updates, one line per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(curves.items()):
+        style = "-" if i < len(COLOURS) else "--"
+        axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[i % len(COLOURS)], label=name)
+    axes.set(xlabel="updates", ylabel="success", ylim=(-0.02, 1.02))
+    figure.legend(loc="outside right upper", fontsize="small")
+    return save_figure(figure, path)
 
 
 def _cells(points: Sequence[tuple[int, float]]) -> list[str]:

@@ -17,17 +17,19 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 from accelerate import PartialState
-from arms import all_arms, gates_in_a_crowd
 from compose import COMPARED_PAIRS, crowd
+from composers import all_arms, gates_beside_idle_loras
 from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16, note
 from train_judge import accuracy
 
 from mole_diffusers import emoji, emoji_world
-from mole_diffusers.evaluation import arms, choosing, emoji_protocol, plots
+from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Case, evaluate
-from mole_diffusers.evaluation.search import best_weights, grid
+from mole_diffusers.evaluation.strength_search import best_weights, search_arms
+from mole_diffusers.inspection.gate_figures import block_places, heat_map
+from mole_diffusers.studio.block_weights import block_names
 
 SEEDS = range(1000, 1008)
 VALIDATION_SEEDS = range(2000, 2004)
@@ -60,11 +62,11 @@ def world_cases() -> list[tuple[Case, emoji.Scene, str | None]]:
 
 def run_world(world, rows: Rows, processes: int) -> None:
     """The base on what it knows, and each LoRA alone on what it teaches."""
-    cases, bench = world_cases(), emoji_protocol.bench(world, OPTIONS)
-    look = emoji_protocol.Look(world, {case.prompt: scene for case, scene, _ in cases})
-    for arm in (arms.base(), *map(arms.alone, bench.experts)):
+    cases, setup = world_cases(), emoji_protocol.setup(world, OPTIONS)
+    metrics = emoji_protocol.JudgeMetrics(world, {case.prompt: scene for case, scene, _ in cases})
+    for arm in (arms.base(), *map(arms.alone, setup.experts)):
         own = [case for case, _, concept in cases if arm.name == (f"alone {concept}" if concept else "base")]
-        evaluate(bench, [arm], own, look, seeds=SEEDS[:4], rows=rows, processes=processes)
+        evaluate(setup, [arm], own, metrics, seeds=SEEDS[:4], rows=rows, processes=processes)
 
 
 def searched_weights() -> dict[str, dict[str, float]] | None:
@@ -73,28 +75,28 @@ def searched_weights() -> dict[str, dict[str, float]] | None:
     return best_weights(rows) if rows else None
 
 
-def wanted(world, bench, name: str) -> list[arms.Arm]:
+def wanted(world, setup, name: str) -> list[arms.Arm]:
     """The arms of one step."""
     if name == "search":
-        return grid(bench)
+        return search_arms(setup)
     if name == "moved":
-        return choosing.moved(["sum", "np", "gates"], bench, world.folder / "gates", shares=SHARES)
+        return arms.moved_arms(["sum", "np", "gates"], setup, world.folder / "gates", shares=SHARES)
     if name == "crowded":
-        return [*choosing.chosen_arms(["sum", "mean", "svd", "np", "switch"], bench), gates_in_a_crowd(world)]
-    return all_arms(world, bench, searched_weights(), validation=name == "validation")
+        return [*arms.chosen_arms(["sum", "mean", "svd", "np", "switch"], setup), gates_beside_idle_loras(world)]
+    return all_arms(world, setup, searched_weights(), validation=name == "validation")
 
 
 def run_split(world, name: str, process: int, processes: int) -> None:
     """The arms of a step on its compositions; of the validation split the first four of each kind."""
     split, seeds = SPLITS[name]
     found, rows = emoji_protocol.cases(split), Rows(unpacked(FOLDER / name), process)
-    look = emoji_protocol.Look(world, {case.prompt: scene for case, scene in found})
-    bench, cases = emoji_protocol.bench(world, OPTIONS), [case for case, _ in found]
+    metrics = emoji_protocol.JudgeMetrics(world, {case.prompt: scene for case, scene in found})
+    setup, cases = emoji_protocol.setup(world, OPTIONS), [case for case, _ in found]
     if split is emoji.VALIDATION:
         cases = [case for case in cases if case.concepts in emoji.VALIDATED]
     if name == "crowded":
         cases = crowd()
-    evaluate(bench, wanted(world, bench, name), cases, look, seeds=seeds, rows=rows, processes=processes)
+    evaluate(setup, wanted(world, setup, name), cases, metrics, seeds=seeds, rows=rows, processes=processes)
 
 
 def main() -> None:
@@ -127,9 +129,9 @@ def report(world) -> None:
     took = json.loads((KEPT / "took.json").read_text())
     write({part: Rows(unpacked(FOLDER / part)) for part in ("world", *SPLITS)}, took, DOCS)
     shown = next(case for case, _ in emoji_protocol.cases(emoji.TEST) if case.name == SHOWN)
-    bench = emoji_protocol.bench(world, OPTIONS)
     gates = arms.gated("gates", arms.gates_of(world.folder / "gates"))
-    plots.heat_map(arms.traced(bench, gates, shown), DOCS / "heat_map.png")
+    trace = arms.traced(emoji_protocol.setup(world, OPTIONS), gates, shown)
+    heat_map(trace, block_places(trace, block_names(world.pipe.unet))).save(DOCS / "heat_map.png")
 
 
 if __name__ == "__main__":

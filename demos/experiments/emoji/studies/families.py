@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
-from arms import unseen
+import pandas as pd
 from compose import name_of
+from composers import unseen
 from evaluate import DOCS, FOLDER, OPTIONS
 from kept_rows import KEPT, unpacked
 from loop import WORK, device, in_bf16
@@ -25,7 +26,7 @@ from train_gates import FAMILIES, RATES, TRAINING
 
 from mole_diffusers import GateConfig, emoji, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol, tables
-from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.rows import Rows
 from mole_diffusers.evaluation.runner import Arm, Case
 from mole_diffusers.inspection.compare import sample
 
@@ -40,21 +41,21 @@ def gates_arm(world, family: str) -> Arm:
 
 def entropy(world, family: str, cases: list[Case]) -> float:
     """Mean entropy of the gates over compositions, places and steps, as a share of its most, ln N."""
-    bench, arm = emoji_protocol.bench(world, OPTIONS), gates_arm(world, family)
+    setup, arm = emoji_protocol.setup(world, OPTIONS), gates_arm(world, family)
     covered = [case for case in cases if arm.covers(case)]
-    return statistics.mean(arms.traced(bench, arm, c).entropy() / math.log(len(c.experts)) for c in covered)
+    return statistics.mean(arms.traced(setup, arm, c).entropy() / math.log(len(c.experts)) for c in covered)
 
 
 def costs(world, case: Case) -> dict[str, float]:
     """Time of a picture under each family's gates over that of the plain sum: median of interleaved rounds."""
-    bench, seconds = emoji_protocol.bench(world, OPTIONS), {}
+    setup, seconds = emoji_protocol.setup(world, OPTIONS), {}
     wanted = {"sum": arms.summed()} | {family: gates_arm(world, family) for family in FAMILIES}
     for _ in range(ROUNDS):
         for name, arm in wanted.items():
-            with arm.draws(bench, case):
+            with arm.draws(setup, case):
                 sample(world.pipe, case.prompt, [0], num_inference_steps=1)
                 start = time.perf_counter()
-                sample(world.pipe, case.prompt, [0, 1], **bench.options)
+                sample(world.pipe, case.prompt, [0, 1], **setup.options)
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     return {name: statistics.median(took) / statistics.median(seconds["sum"]) for name, took in seconds.items()}
 
@@ -79,24 +80,25 @@ def gates_table() -> str:
     return tables.markdown(["name", "family", "options that are not the default", "rate"], body)
 
 
-def family_tables(rows: list[Row]) -> str:
+def family_tables(rows: pd.DataFrame) -> str:
     """One table per family: its gates and their controls, by kind."""
     parts = []
     for family, gates in zip(FAMILIES, TRAINED, strict=True):
         root = "gates" if family == "flow" else family
         wanted = [gates, *(f"{root} {control}" for control in ("uniform", "random", "hardened", "averaged"))]
-        own = sorted(named(rows, wanted), key=lambda row: wanted.index(row["arm"]))
+        own = named(rows, wanted).sort_values("arm", key=lambda arms, order=wanted: arms.map(order.index), kind="stable")
         parts.append(f"### {family}\n\n{tables.success_table(own)}")
     return "\n\n".join(parts)
 
 
-def unseen_table(rows: list[Row]) -> str:
+def unseen_table(rows: pd.DataFrame) -> str:
     """Retrieval gates on LoRAs they never trained with, beside sum and mean on the same compositions."""
-    cases = {row["case"] for row in named(rows, [unseen().name])}
-    return tables.success_table([row for row in named(rows, ["sum", "mean", "unseen"]) if row["case"] in cases])
+    cases = named(rows, [unseen().name])["case"]
+    own = named(rows, ["sum", "mean", "unseen"])
+    return tables.success_table(own[own["case"].isin(cases)])
 
 
-def document(test: list[Row], found: dict[str, dict[str, float]]) -> str:
+def document(test: pd.DataFrame, found: dict[str, dict[str, float]]) -> str:
     """families.md, from the rows of the test and what was measured."""
     body = [[f, f"{found['entropy'][f]:.2f}", f"{found['cost'][f]:.2f}"] for f in FAMILIES]
     parts = {

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
+import pandas as pd
 from compose import joint_samples, lesson, name_of
 from evaluate import DOCS, OPTIONS, VALIDATION_SEEDS
 from kept_rows import KEPT
@@ -33,10 +34,9 @@ from train_gates import FAMILIES, REDRAW, TRAINING
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
 from mole_diffusers.evaluation import emoji_protocol, tables
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.training.clip import read_clip
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.loop import train_gates
-from mole_diffusers.training.starts import STARTS
+from mole_diffusers.training.config import INITIAL, GateTraining
+from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.rewards import read_clip
 
 FOLDER = WORK / "objectives"
 PAIRS = "subject + subject"
@@ -80,7 +80,7 @@ SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     "mole block N of flattened states, collage": (_mole(features="flattened"), SUITED),
     **{f"flow, {name}": (FAMILIES["flow"], training) for name, training in OBJECTIVES.items()},
     **{f"mole block N, {name}": (MOLE, training) for name, training in OBJECTIVES.items()},
-    **{f"mole layer linear from {s}, collage": (STARTING, replace(TRAINING, initial=s)) for s in STARTS},
+    **{f"mole layer linear from {s}, collage": (STARTING, replace(TRAINING, initial=s)) for s in INITIAL},
     **{
         f"{family} at {rate:g}, collage": (FAMILIES[family], replace(TRAINING, lr=rate))
         for family, rates in TRIED.items()
@@ -110,13 +110,13 @@ def cell(world, setting: str, concepts: Sequence[str]) -> dict:
     if training is not None:
         log = _trained(world, mixture, concepts, training)
     seconds = time.process_time() - start
-    look = emoji_protocol.Look(world, {case.prompt: scene})
+    metrics = emoji_protocol.JudgeMetrics(world, {case.prompt: scene})
     with mixture.trace() as trace:
         images = sample(world.pipe, case.prompt, VALIDATION_SEEDS, **OPTIONS)
-    rows = [_row(setting, case, seed, seen) for seed, seen in zip(VALIDATION_SEEDS, look(case, images), strict=True)]
+    rows = [_row(setting, case, seed, seen) for seed, seen in zip(VALIDATION_SEEDS, metrics(case, images), strict=True)]
     found = {"setting": setting, "rows": rows, "entropy": trace.entropy(), "seconds": seconds, "log": log}
     if training is None:
-        found["rows"] += _alone(world, mixture, look, case)
+        found["rows"] += _alone(world, mixture, metrics, case)
     detach(world.pipe)
     return found
 
@@ -138,13 +138,13 @@ def _trained(world, mixture, concepts: Sequence[str], training: GateTraining) ->
     return train_gates(world.pipe, mixture, found, config=replace(training, terms=terms), clip=clip)
 
 
-def _alone(world, mixture, look, case) -> list[dict]:
+def _alone(world, mixture, metrics, case) -> list[dict]:
     """The case under each of its LoRAs alone: what a composition can recover."""
     rows = []
     for name in case.concepts:
         with mixture.fixed({name: 1.0}):
             images = sample(world.pipe, case.prompt, VALIDATION_SEEDS, **OPTIONS)
-        seen = zip(VALIDATION_SEEDS, look(case, images), strict=True)
+        seen = zip(VALIDATION_SEEDS, metrics(case, images), strict=True)
         rows += [_row(f"alone {name}", case, seed, row) for seed, row in seen]
     return rows
 
@@ -197,47 +197,54 @@ def pack(cells: Mapping[str, dict]) -> None:
 def report() -> str:
     """docs/training_table.md from all cells."""
     found = [cell for _, cell in sorted(known().items())]
-    groups = {s: [cell for cell in found if cell["setting"] == s] for s in SETTINGS}
-    alone = [row for cell in found for row in cell["rows"] if row["arm"].startswith("alone ")]
-    kinds = list(tables.by((row for cell in found for row in cell["rows"]), "kind"))
-    reference = {_case_name(cell): cell["seconds"] for cell in groups[REFERENCE]}
-    body = [
-        [s, *_values(cells, kinds, bounds=tables.upper_bounds(alone), reference=reference)]
-        for s, cells in groups.items()
-        if cells
-    ]
-    head = ["setting", *kinds, "in style", "recovery", "entropy", "time"]
+    drawn = tables.as_frame([row | {"idle": [], "setting": cell["setting"]} for cell in found for row in cell["rows"]])
+    bounds = shares_seen(drawn[drawn["composer"] == "alone"], own=True)
+    reference = {case_of(cell): cell["seconds"] for cell in found if cell["setting"] == REFERENCE}
+    body = []
+    for setting in SETTINGS:
+        cells, rows = [cell for cell in found if cell["setting"] == setting], drawn[drawn["arm"] == setting]
+        if cells:
+            times = [
+                cell["seconds"] / reference[case_of(cell)] for cell in cells if cell["log"] and case_of(cell) in reference
+            ]
+            body.append([setting, *seen_cells(rows, drawn["kind"].unique(), bounds), *gate_cells(cells, times)])
+    head = ["setting", *drawn["kind"].unique(), "in style", "recovery", "entropy", "time"]
     return fill((KEPT.parent / "objectives_text.md").read_text(), {"cells": tables.markdown(head, body)})
 
 
-def _values(cells: Sequence[dict], kinds: Sequence[str], *, bounds: dict, reference: dict) -> list[str]:
-    rows = [row for cell in cells for row in cell["rows"] if row["arm"] == cell["setting"]]
-    shown = [f"{tables.interval(own, lambda r: float(r['success']))} of {len(tables.by(own, 'case'))}" for own in (
-        [row for row in rows if row["kind"] == kind] for kind in kinds
-    )]  # fmt: skip
+def seen_cells(rows: pd.DataFrame, kinds: Sequence[str], bounds: pd.Series) -> list[str]:
+    """Success by kind, success of pairs in the style that was asked for, and recovery of `bounds`."""
+    groups = [rows[rows["kind"] == kind] for kind in kinds]
+    shown = [f"{tables.interval(own, 'success')} of {own['case'].nunique()}" for own in groups]
+    pairs = rows[rows["kind"] == PAIRS]
+    styled = tables.interval(pairs.assign(styled=pairs["success"] & pairs["style"]), "styled")
+    recovery = (shares_seen(rows) / bounds[bounds > 0]).clip(upper=1.0).mean()
+    return [*shown, styled, "-" if math.isnan(recovery) else f"{recovery:.2f}"]
+
+
+def gate_cells(cells: Sequence[dict], times: Sequence[float]) -> list[str]:
+    """Mean entropy of the gates over ln 2, and the median of `times`."""
     entropy = statistics.mean(cell["entropy"] for cell in cells) / math.log(2)
-    times = [
-        cell["seconds"] / reference[_case_name(cell)]
-        for cell in cells
-        if cell["log"] and _case_name(cell) in reference
+    return [f"{entropy:.2f}", f"{statistics.median(times):.2f}" if times else "-"]
+
+
+def shares_seen(rows: pd.DataFrame, *, own: bool = False) -> pd.Series:
+    """(case, concept) -> the share of seeds that show the concept; `own`: of rows of the arm "alone CONCEPT" only."""
+    seen = [
+        {"case": case, "concept": concept, "seen": there}
+        for arm, case, found in rows[["arm", "case", "seen"]].itertuples(index=False)
+        for concept, there in found.items()
+        if not own or arm == f"alone {concept}"
     ]
-    time = f"{statistics.median(times):.2f}" if times else "-"
-    pairs = [row for row in rows if row["kind"] == PAIRS]
-    styled = tables.interval(pairs, lambda r: float(r["success"] and r["style"]))
-    return [*shown, styled, _recovery(rows, bounds), f"{entropy:.2f}", time]
+    return (
+        pd.DataFrame(seen, columns=["case", "concept", "seen"])
+        .astype({"seen": float})
+        .groupby(["case", "concept"])["seen"]
+        .mean()
+    )
 
 
-def _recovery(rows: Sequence[dict], bounds: dict) -> str:
-    shares = [
-        min(1.0, sum(row["seen"][concept] for row in group) / len(group) / bounds[case, concept])
-        for case, group in tables.by(rows, "case").items()
-        for concept in group[0]["seen"]
-        if bounds.get((case, concept))
-    ]
-    return f"{statistics.mean(shares):.2f}" if shares else "-"
-
-
-def _case_name(cell: dict) -> str:
+def case_of(cell: dict) -> str:
     return cell["rows"][0]["case"]
 
 

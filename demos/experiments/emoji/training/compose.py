@@ -8,9 +8,8 @@ from make_loras import concept_samples
 
 from mole_diffusers import emoji
 from mole_diffusers.evaluation import emoji_protocol
-from mole_diffusers.evaluation.runner import Case, crowded
-from mole_diffusers.training.data import Samples
-from mole_diffusers.training.study import Lesson
+from mole_diffusers.evaluation.runner import Case, add_idle_experts
+from mole_diffusers.training.data import Samples, TrainingData
 
 COMPARED_PAIRS = {"subject + subject": emoji.COMPARED[8:16]}  # those of the test that trained gates are compared on
 OTHERS = ("bear", "lemon", "penguin", "carrot", "turtle", "pizza", "rose", "lion")  # base subjects in prompts
@@ -28,7 +27,7 @@ def unseen_backgrounds(concepts: Sequence[str]) -> list[str]:
     return [background for background in emoji.BACKGROUNDS if background != asked]
 
 
-def lesson(concepts: Sequence[str], backgrounds: Sequence[str] = ("white",)) -> Lesson:
+def lesson(concepts: Sequence[str], backgrounds: Sequence[str] = ("white",)) -> TrainingData:
     """Prompts for data-free training: each concept on its own in the base's styles and subjects, and the composition on each
     of the backgrounds."""
     scene = emoji.composition_scene(concepts)
@@ -48,7 +47,7 @@ def lesson(concepts: Sequence[str], backgrounds: Sequence[str] = ("white",)) -> 
         replace(scene, background=ground).caption: [emoji.Scene((s,), "noto", ground).caption for s in scene.subjects]
         for ground in backgrounds
     }
-    return Lesson(singles, list(parts), _others(concepts), styles=styles, parts=parts)
+    return TrainingData(singles, list(parts), _others(concepts), styles=styles, parts=parts)
 
 
 def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
@@ -61,7 +60,7 @@ def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
 def crowd() -> list[Case]:
     """The pairs of subjects that are compared, with no, one, ... four further LoRAs attached that nobody asked for."""
     found = [case for case, _ in emoji_protocol.cases(COMPARED_PAIRS)]
-    return crowded(found, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
+    return add_idle_experts(found, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
 
 
 def joint_samples(world, concepts: Sequence[str]) -> Samples:

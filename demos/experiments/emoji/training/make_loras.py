@@ -11,12 +11,13 @@ import argparse
 import time
 
 import numpy as np
-import torch
 from loop import device, note, small_attention
 
 from mole_diffusers import emoji, emoji_world
-from mole_diffusers.training.concept import ConceptConfig, save_kohya, save_lora, train_lora
+from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import Samples, encode
+from mole_diffusers.training.lora_adapter import save_kohya, save_lora
+from mole_diffusers.training.lora_trainer import train_lora
 
 PICTURES = 640
 KOHYA = ("octopus", "duotone")
@@ -57,19 +58,19 @@ def concept_samples(world, concept: str, count: int = PICTURES) -> Samples:
     return encode(world.pipe, [world.drawings.picture(s, rng) for s in chosen], [s.caption for s in chosen])
 
 
-def config(concept: str) -> ConceptConfig:
+def config(concept: str) -> LoraTraining:
     """Rank 4 and attention alone, unless `SIZES` says otherwise; a style has more to learn than a subject."""
     style = concept in emoji.STYLES
     rank, layers = SIZES.get(concept, (4, ("attention",)))
     alpha = rank / 2 if concept in KOHYA else rank
-    return ConceptConfig(
+    return LoraTraining(
         rank=rank,
         alpha=alpha,
         layers=layers,
         steps=STEPS.get(concept, 360 if style else 240),
         lr=2e-3 * (rank / alpha) ** 0.5,
         text_lr=1e-3,
-        autocast=torch.bfloat16,
+        precision="bf16",
     )
 
 

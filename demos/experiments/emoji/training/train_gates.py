@@ -17,11 +17,11 @@ from compose import crowd, joint_samples, lesson, name_of, true_samples, unseen_
 from loop import WORK, device, note, small_attention
 
 from mole_diffusers import GateConfig, attach, detach, emoji, emoji_world
-from mole_diffusers.training.concept import ConceptConfig, save_lora, train_lora
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import encode
-from mole_diffusers.training.loop import train_gates
-from mole_diffusers.training.study import Lesson
+from mole_diffusers.training.config import GateTraining, LoraTraining
+from mole_diffusers.training.data import TrainingData, encode
+from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.lora_adapter import save_lora
+from mole_diffusers.training.lora_trainer import train_lora
 
 FAMILIES = {
     "flow": GateConfig("flow"),
@@ -37,8 +37,8 @@ TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6,
 BLENDS = {"single": 1.0, "composed": 1.0}  # terms of the single LoRAs, and of their blends
 BLEND = replace(TRAINING, terms=BLENDS)  # without collages
 RATES = {"rank": 3e-3, "retrieval": 3e-3}  # best on validation (objectives.py), where that is another
-JOINT = ConceptConfig(
-    rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, autocast=torch.bfloat16
+JOINT = LoraTraining(
+    rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, precision="bf16"
 )
 ORACLE_TRAINING = GateTraining(terms={"denoise": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 ORACLE_RATES = {"static": 5e-2, "mole": 5e-2}  # they have a weight per expert where the others have a matrix
@@ -102,7 +102,7 @@ def make_oracle(world, concepts, family: str):
         samples = true_samples(world, concepts, encode)
         mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
         config = replace(ORACLE_TRAINING, lr=ORACLE_RATES.get(family, ORACLE_TRAINING.lr))
-        train_gates(world.pipe, mixture, Lesson(samples=samples), config=config)
+        train_gates(world.pipe, mixture, TrainingData(samples=samples), config=config)
         mixture.save_pretrained(folder)
 
 

@@ -1,16 +1,15 @@
 """Figures say what the rows say: read back from the axes."""
 
 import itertools
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers.evaluation import plots
-from mole_diffusers.evaluation.runner import keep, picture_path
-from mole_diffusers.patching.runtime import Decision, State
-from mole_diffusers.patching.trace import Trace
+from mole_diffusers.evaluation import emoji_protocol, plots
+from mole_diffusers.evaluation.rows import picture_path, save_picture
+from mole_diffusers.evaluation.tables import as_frame
 
 pytest.importorskip("matplotlib")
 
@@ -19,7 +18,7 @@ def row(arm, case, seed, **values):
     seen = dict.fromkeys(case.split(" ")[0].split("+"), True) | values.pop("seen", {})
     return {
         "arm": arm, "case": case, "kind": "pair", "seed": seed, "seen": seen, "success": all(seen.values()),
-        "concepts": list(seen), "subjects": 1.0, "style": True, "idle": [], "prompt": "p", "settings": {},
+        "concepts": list(seen), "subjects": 1.0, "style": True, "likeness": {}, "idle": [], "prompt": "p", "settings": {},
     } | values  # fmt: skip
 
 
@@ -29,7 +28,7 @@ def lines(figure):
 
 def test_bars_are_the_means_with_their_intervals(tmp_path):
     rows = [row("sum", "a+b", s, seen={"a": s < 3}) for s in range(4)] + [row("alone a", "a+b", 0, seen={"b": False})]
-    axes = plots.bars(rows, tmp_path / "bars.png").axes[0]
+    axes = plots.bars(as_frame(rows), tmp_path / "bars.png").axes[0]
     heights = dict(
         zip([t.get_text() for t in axes.get_xticklabels()], [bar.get_height() for bar in axes.patches], strict=True)
     )
@@ -48,8 +47,8 @@ def test_bars_have_a_panel_per_value_and_a_colour_per_kind_and_crowd(tmp_path):
         row("sum", "a+b", 0, light=0.2), row("sum", "a+c", 1, light=0.4), row("mean", "a+b", 0, light=-1.0),
         row("sum", "a", 0, light=5.0, kind="one"), row("sum", "a+b (c)", 0, light=7.0, idle=["c"]),
     ]  # fmt: skip
-    values = {"light": lambda r: r["light"], "twice": lambda r: 2 * r["light"]}
-    light, twice = plots.bars(rows, tmp_path / "bars.png", values, limits=(None, None)).axes
+    frame = as_frame(rows).assign(twice=lambda frame: 2 * frame["light"])
+    light, twice = plots.bars(frame, tmp_path / "bars.png", ["light", "twice"], limits=(None, None)).axes
     assert [t.get_text() for t in light.get_legend().get_texts()] == ["pair", "one", "pair, 3 LoRAs"]
     assert [bar.get_height() for bar in light.patches] == pytest.approx([0.3, -1.0, 5.0, 7.0])
     assert [bar.get_height() for bar in twice.patches] == pytest.approx([0.6, -2.0, 10.0, 14.0])
@@ -62,14 +61,13 @@ def test_the_frontier_is_a_line_per_arm_in_the_order_of_its_shares(tmp_path):
         row("sum @ 0.7", "a+b", 0, subjects=0.0), row("sum @ 0.7", "a+b", 1, subjects=0.5),
         row("sum @ 0.3", "a+b", 0, style=False), row("mean", "a+b", 0, subjects=0.5, style=False),
     ]  # fmt: skip
-    found = lines(plots.frontier(rows, tmp_path / "frontier.png"))
+    found = lines(plots.frontier(emoji_protocol.frame(rows), tmp_path / "frontier.png", emoji_protocol.REPORT.roles))
     assert found == {"sum": [[1.0, 0.0], [0.25, 1.0]], "mean": [[0.5, 0.0]]}
 
 
 def test_the_frontier_is_of_any_two_values_and_keeps_kinds_apart(tmp_path):
     rows = [row("sum @ 0.5", "a+b", 0, dog=3.0, oil=5.0), row("sum @ 0.5", "a+b+c", 0, dog=7.0, oil=9.0, kind="three")]
-    values = {"dog": lambda r: r["dog"], "oil": lambda r: r["oil"]}
-    figure = plots.frontier(rows, tmp_path / "frontier.png", values, limits=(None, None))
+    figure = plots.frontier(as_frame(rows), tmp_path / "frontier.png", ("dog", "oil"), limits=(None, None))
     assert [axes.get_lines()[0].get_xydata().tolist() for axes in figure.axes] == [[[3.0, 5.0]], [[7.0, 9.0]]]
     assert [axes.get_title() for axes in figure.axes] == ["pair", "three"]
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("dog", "oil")
@@ -80,29 +78,13 @@ def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
         row("sum", "a+b", 0), row("sum", "a+b", 1, seen={"a": False}), row("sum", "a+b (c)", 0, idle=["c"]),
         row("sum", "a+b (c) (d)", 0, seen={"a": False}, idle=["c", "d"]), row("sum", "a+b+c", 0, light=0.3, kind="three"),
     ]  # fmt: skip
-    pair, three = plots.against_count(rows, tmp_path / "experts.png").axes
+    pair, three = plots.against_count(as_frame(rows), tmp_path / "experts.png").axes
     assert pair.get_lines()[0].get_xydata().tolist() == [[2, 0.5], [3, 1.0], [4, 0.0]]
     assert three.get_lines()[0].get_xydata().tolist() == [[3, 1.0]]
     assert pair.get_ylabel() == "success"
     assert (pair.get_xticks().tolist(), three.get_xticks().tolist()) == ([2, 3, 4], [3])
-    figure = plots.against_count(rows[4:], tmp_path / "light.png", {"light": lambda r: r["light"]}, limits=(None, None))
+    figure = plots.against_count(as_frame(rows[4:]), tmp_path / "light.png", "light", limits=(None, None))
     assert lines(figure) == {"sum": [[3, 0.3]]}
-
-
-def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
-    state = State([True, True], [1.0, 1.0])
-    trace = Trace(["a", "b"], state)
-    for step in range(3):
-        state.step = step
-        for place in ("unet.one", "unet.two"):
-            weights = torch.tensor([[step, 2.0], [step, 4.0]]) + (place == "unet.two")
-            trace.record(Decision(SimpleNamespace(name=place), (True, True), weights, weights))
-    for _ in range(4):  # prompts are no steps
-        trace.record(Decision(SimpleNamespace(name="text_encoder.x"), (True, True), weights, weights))
-    panels = plots.heat_map(trace, tmp_path / "gates.png").axes
-    assert panels[0].images[0].get_array().tolist() == [[0, 1, 2], [1, 2, 3]]
-    assert panels[1].images[0].get_array().tolist() == [[3, 3, 3], [4, 4, 4]]
-    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["unet.one", "unet.two"]
 
 
 def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
@@ -110,7 +92,7 @@ def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
     other = [row("sum", "a+b", 1, prompt="q"), row("sum", "a+b", 1, settings={"num_inference_steps": 3})]
     for r in rows + other:
         colour = (40 * r["seed"], 0, 200 if r["arm"] == "sum" else 0) if r not in other else (0, 255, 0)
-        keep(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, r))
+        save_picture(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, r))
     sheet = plots.sample_grid([*rows, other[0]], tmp_path, tmp_path / "samples.png", case="a+b")
     colours = {
         colour for _, colour in sheet.getcolors(1 << 16) if colour[2] == 200 or (colour[0] in (40, 80) and not colour[1])
@@ -120,19 +102,12 @@ def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
     assert (0, 255, 0) not in {colour for _, colour in sheet.getcolors(1 << 16)}  # neither prompt nor settings mix
 
 
-def test_maps_show_their_tables_with_one_scale(tmp_path):
-    tables = {"subject": [[0.0, 0.5], [1.0, 0.25]], "style": [[1.0, 1.0], [0.0, 0.0]]}
-    panels = plots.maps(tables, ["down", "up"], ["0-4", "5-9"], tmp_path / "maps.png").axes
-    assert [panel.images[0].get_array().tolist() for panel in panels[:2]] == list(tables.values())
-    assert {panel.images[0].get_clim() for panel in panels[:2]} == {(0, 1)}
-    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["down", "up"]
-
-
 def test_an_arm_has_one_colour_in_all_panels(tmp_path):
     rows = [row(arm, "a+b", 0) for arm in ("sum", "gates", "mean @ 0.3", "mean @ 0.7")]
     rows += [row(arm, "a+c", 0, kind="other") for arm in ("gates", "mean @ 0.3", "mean @ 0.7")]
-    for draw in (plots.frontier, plots.against_count):
-        one, other = draw(rows, tmp_path / "x.png").axes
+    frame = emoji_protocol.frame(rows)
+    for draw in (partial(plots.frontier, values=emoji_protocol.REPORT.roles), plots.against_count):
+        one, other = draw(frame, tmp_path / "x.png").axes
         colours, again = ({line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (one, other))
         assert again == {name: colours[name] for name in again}
         assert len(set(colours.values())) == len(colours)

@@ -1,4 +1,4 @@
-"""Rivals that compose while sampling: LoRA Switch, LoRA Composite, K-LoRA. Contexts on a mixture of equal gates."""
+"""Composers that act while sampling: LoRA Switch, LoRA Composite and K-LoRA, as contexts on a mixture with equal gates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.denoiser_inputs import CallReader
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
 
 def turn(step: int, count: int, period: int) -> int:
-    """Whose turn it is at `step`, from 0: each of `count` experts in order for `period` steps, then from the start.
+    """The expert that is active at `step`, from 0: each of `count` in order for `period` steps, then from the start.
 
     LoRA Switch (arXiv 2402.16843, sec. 3.2). The released code gives the first expert one step more than the others.
     """
@@ -29,14 +29,14 @@ def turn(step: int, count: int, period: int) -> int:
 @contextmanager
 def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> Iterator[None]:
     """LoRA Switch: one expert at a time, in the mixture's order (the paper: characters first), each with its own text."""
-    names, steps = list(mixture.experts), Steps(pipe.unet)
+    names, steps = list(mixture.experts), StepCounter(pipe.unet)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
         index = turn(steps.at(args, kwargs), len(names), period)
         with mixture.only(names[index]):
             return unet(*args, **{**kwargs, "encoder_hidden_states": texts[index]})
 
-    with _by_expert(pipe, mixture, run):
+    with _encoded_by_expert(pipe, mixture, run):
         yield
 
 
@@ -52,15 +52,15 @@ def composed_scores(pipe: Any, mixture: Mixture) -> Iterator[None]:
                 found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
         return (torch.stack(found).mean(0),)
 
-    with _by_expert(pipe, mixture, run):
+    with _encoded_by_expert(pipe, mixture, run):
         yield
 
 
-class Steps:
-    """Counts sampling steps by their noise; one that is noisier than the last begins a new picture."""
+class StepCounter:
+    """Counts sampling steps by their timesteps; one that is noisier than the last starts a new picture."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self.step, self.last, self.reader = 0, float("-inf"), CallReader(denoiser)
+        self.step, self.last, self.reader = 0, float("-inf"), DenoiserInputs(denoiser)
 
     def at(self, args: tuple, kwargs: dict) -> int:
         """The step, from 0, of a denoiser call."""
@@ -70,18 +70,18 @@ class Steps:
         return self.step
 
 
-def by_expert(pipe: Any) -> bool:
-    """Whether LoRA Switch and Composite, which encode the prompt by each expert alone, know this kind of pipeline."""
+def encodes_by_expert(pipe: Any) -> bool:
+    """Whether LoRA Switch and Composite, which encode the prompt with each expert alone, support this kind of pipeline."""
     return getattr(pipe, "unet", None) is not None and getattr(pipe, "text_encoder_2", None) is None
 
 
 @contextmanager
-def _by_expert(pipe: Any, mixture: Mixture, run: Callable[..., Any]) -> Iterator[None]:
-    """Let `run(unet, texts, args, kwargs)` stand in for the UNet, with the prompt's states by each expert's own encoder.
+def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Callable[..., Any]) -> Iterator[None]:
+    """Call `run(unet, texts, args, kwargs)` in place of the UNet, `texts` the prompt as each expert's text encoder reads it.
 
-    The states of all experts travel through the pipeline side by side in their channels, [B, T, N * C].
+    The states of all experts go through the pipeline concatenated along the channels, [B, T, N * C].
     """
-    if not by_expert(pipe):
+    if not encodes_by_expert(pipe):
         raise ValueError(f"LoRA Switch and Composite need a unet and one text encoder, unlike {type(pipe).__name__}")
     count = len(mixture.experts)
 
@@ -96,13 +96,13 @@ def _by_expert(pipe: Any, mixture: Mixture, run: Callable[..., Any]) -> Iterator
     def denoise(*args: Any, **kwargs: Any) -> Any:
         return run(pipe.unet, kwargs["encoder_hidden_states"].chunk(count, -1), args, kwargs)
 
-    with _instead(pipe.text_encoder, encode), _instead(pipe.unet, denoise):
+    with _replaced_forward(pipe.text_encoder, encode), _replaced_forward(pipe.unet, denoise):
         yield
 
 
 @contextmanager
-def _instead(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `module` go to `run`; calls that `run` makes go to the module."""
+def _replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Calls of `module` go to `run`; those that `run` itself makes go to the module."""
     found, own, inside = module.forward, "forward" in module.__dict__, False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def last_content(layers: Mapping[str, Layer], *, alpha: float = 1.5, beta: float
     0 the layer always has the style, above 1 always the content. gamma = sum |delta_c| / sum |delta_s| over all layers.
 
     Args:
-        layers: (content, style) of each layer; those that only one of them has are left out.
+        layers: (content, style) of each layer; layers that only one of them has are left out.
     """
     both = {key: (layer[0], layer[1]) for key, layer in layers.items()}
     deltas = {k: (c.delta(), s.delta(), c.rank * s.rank) for k, (c, s) in both.items() if c is not None and s is not None}
@@ -144,9 +144,9 @@ def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class KLoRA:
-    """K-LoRA as a `state.Plan`: one of two experts per layer and step. For equal gates, one per matrix.
+    """K-LoRA as a strength schedule: one of two experts per layer and step. Needs equal gates, one per matrix.
 
-    Layers that are no attention of the denoiser, or that one of the two lacks, keep the sum.
+    Layers outside the denoiser's attention, and those that one of the two lacks, keep the sum.
     """
 
     def __init__(self, pipe: Any, mixture: Mixture, *, content: str, style: str):
@@ -155,7 +155,7 @@ class KLoRA:
             raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")
         pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
         layers = {k: v for k, v in layers_of(pair).items() if k.startswith("unet.") and k.endswith(ATTENTION)}
-        self.until, self.pipe, self.steps, self.step = last_content(layers), pipe, Steps(pipe.unet), 0
+        self.until, self.pipe, self.steps, self.step = last_content(layers), pipe, StepCounter(pipe.unet), 0
         self.content = [float(name == content) for name in names]
         self.style = [float(name == style) for name in names]
 

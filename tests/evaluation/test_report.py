@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from mole_diffusers.evaluation import tables
-from mole_diffusers.evaluation.reporting import EMOJI, of_scores
+from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol
+
+EMOJI = emoji_protocol.REPORT
 
 
 def row(arm, case, kind="pair", *, idle=(), seed=0, **values):
@@ -32,11 +33,12 @@ def body(table):
 
 
 def test_success_is_told_by_kind_and_by_how_many_are_attached():
-    success, concepts = (body(table(CROWD)) for table in EMOJI.tables)
+    frame = EMOJI.frame(CROWD)
+    success, concepts = (body(table(frame)) for table in EMOJI.tables)
     kinds = ["pair", "pair, 4 LoRAs", "three"]
     assert success[0] == ["arm", *kinds]
     assert success[2:] == [["sum", "1.00", "0.00", "0.00"], ["mean", "1.00", "1.00", "1.00"]]
-    paired = body(EMOJI.less(CROWD, "sum"))
+    paired = body(EMOJI.paired(frame, "sum"))
     assert paired[0] == ["arm, less sum", *kinds]
     assert paired[2:] == [["mean", "0.00", "1.00", "1.00"]]
     assert [line[0] for line in concepts if len(line) == 1 and line[0]] == [f"{kind}:" for kind in kinds]
@@ -45,30 +47,31 @@ def test_success_is_told_by_kind_and_by_how_many_are_attached():
 
 
 def test_scores_are_told_by_kind_and_by_how_many_are_attached():
-    report = of_scores(["ink"])
-    (table,), less = report.tables, body(report.less(CROWD, "sum"))
-    lines = [line for line in body(table(CROWD)) if line[0] not in ("", "arm", "---")]
+    report = checkpoint_protocol.report(["ink"])
+    frame = report.frame(CROWD)
+    (table,), less = report.tables, body(report.paired(frame, "sum"))
+    lines = [line for line in body(table(frame)) if line[0] not in ("", "arm", "---")]
     assert lines == [
         ["pair:"], ["sum", "0.250", "-", "-"], ["mean", "0.500", "-", "-"],
         ["pair, 4 LoRAs:"], ["sum", "0.750", "-", "-"], ["mean", "0.500", "-", "-"],
         ["three:"], ["sum", "0.500", "-", "-"], ["mean", "0.750", "-", "-"],
     ]  # fmt: skip
     assert [line[:2] for line in less if line[0] == "mean"] == [["mean", "0.250"], ["mean", "-0.250"], ["mean", "0.250"]]
-    assert table(CROWD[2:3]).startswith("| arm | CLIP-T |")  # one kind needs no name
+    assert table(report.frame(CROWD[2:3])).startswith("| arm | CLIP-T |")  # one kind needs no name
 
 
-@pytest.mark.parametrize("report", [EMOJI, of_scores(["ink"])])
+@pytest.mark.parametrize("report", [EMOJI, checkpoint_protocol.report(["ink"])])
 def test_differences_are_told_with_cases_and_with_concepts_drawn(report):
     """What one subject decides in three cases is less sure than three cases would be."""
     better, worse = {"success": True, "clip_t": 0.75}, {"success": False, "clip_t": 0.25}
     cases = [f"{subject}+{other}" for subject in ("fox", "hat") for other in ("ink", "oil", "owl")]
     rows = [row("sum", case, **worse) for case in cases]
     rows += [row("mean", case, **(better if case.startswith("fox") else worse)) for case in cases]
-    text = report.text(rows)
-    assert text.endswith(report.less(rows, "sum", resampled=tables.concepts_of))
+    text, frame = report.text(rows), report.frame(rows)
+    assert text.endswith(report.paired(frame, "sum", resample="concepts"))
     by_cases, by_concepts = text.split("With concepts drawn in the place of the cases that share them")
-    assert report.less(rows, "sum") in by_cases
-    assert report.less(rows, "sum") not in by_concepts
+    assert report.paired(frame, "sum") in by_cases
+    assert report.paired(frame, "sum") not in by_concepts
 
 
 def test_a_frontier_of_scores_sets_subjects_against_styles(tmp_path):
@@ -80,7 +83,7 @@ def test_a_frontier_of_scores_sets_subjects_against_styles(tmp_path):
         row("sum @ 0.3", "fox+owl+ink", dino={"fox": 0.1, "owl": 0.5, "ink": 0.3}),
         row("sum @ 0.3", "hat+ink", dino={"ink": 0.9}), row("sum @ 0.3", "fox+hat", dino={"fox": 0.9, "hat": 0.9}),
     ]  # fmt: skip
-    report = of_scores(["ink"])
+    report = checkpoint_protocol.report(["ink"])
     (axes,) = report.draw_frontier(rows, tmp_path / "frontier.png").axes
     assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[pytest.approx([0.4, 0.2]), [0.2, 0.4]]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("DINO of subjects", "DINO of styles")
@@ -99,7 +102,7 @@ def test_the_count_and_the_bars_of_scores_are_of_what_is_measured(tmp_path):
         row("sum", "fox+ink", dino={"fox": 0.5, "ink": 0.1}), row("sum", "fox+ink", idle=("hat",), dino={"fox": 0.2}),
         row("sum", "hat+ink", dino={}),
     ]  # fmt: skip
-    report = of_scores(["ink"])
+    report = checkpoint_protocol.report(["ink"])
     (axes,) = report.draw_count(rows, tmp_path / "experts.png").axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[2, pytest.approx(0.3)], [3, 0.2]]
     assert axes.get_ylabel() == "DINO"
@@ -113,6 +116,6 @@ def test_the_count_and_the_bars_of_scores_are_of_what_is_measured(tmp_path):
 
 
 def test_the_dino_of_a_role_is_nothing_without_pictures_of_it():
-    subjects, styles = tables.dino_by_role({"ink"}).values()
-    assert subjects(row("sum", "fox+ink", dino={"fox": 0.5})) == 0.5
-    assert math.isnan(styles(row("sum", "fox+ink", dino={"fox": 0.5})))
+    frame = checkpoint_protocol.frame([row("sum", "fox+ink", dino={"fox": 0.5})], {"ink"})
+    assert frame["DINO of subjects"].item() == 0.5
+    assert math.isnan(frame["DINO of styles"].item())

@@ -1,4 +1,4 @@
-"""Rivals that compose while sampling, each against what its formula says of single-LoRA pictures."""
+"""Composers that act while sampling, each against what its formula says of single-LoRA pictures."""
 
 import types
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation import runtime
+from mole_diffusers.evaluation import sampling_composers
 from mole_diffusers.merging.factors import Pair
 from mole_diffusers.testing import tiny_lora
 
@@ -24,18 +24,18 @@ def alone(pipe, path, steps=1):
 
 
 def test_turns_are_shared_and_in_order():
-    turns = [runtime.turn(step, 3, 5) for step in range(50)]
+    turns = [sampling_composers.turn(step, 3, 5) for step in range(50)]
     assert turns[:16] == [0] * 5 + [1] * 5 + [2] * 5 + [0]
     counts = [turns.count(i) for i in range(3)]
     assert sum(counts) == 50
     assert max(counts) - min(counts) <= 5
-    assert runtime.turn(7, 1, 5) == 0
+    assert sampling_composers.turn(7, 1, 5) == 0
 
 
 def test_switch_begins_with_the_first_expert_and_its_own_text(pipe, loras):
     fox = alone(pipe, loras["fox"])
     mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]})
-    with runtime.switched(pipe, mixture):
+    with sampling_composers.switched(pipe, mixture):
         torch.testing.assert_close(latent(pipe), fox, rtol=0, atol=1e-5)
         with mixture.trace() as trace:
             latent(pipe, steps=7)
@@ -46,7 +46,7 @@ def test_switch_begins_with_the_first_expert_and_its_own_text(pipe, loras):
 @pytest.mark.parametrize("period", [1, 5])
 def test_switch_of_one_expert_is_that_lora(pipe, loras, period):
     fox = alone(pipe, loras["fox"], steps=3)
-    with runtime.switched(pipe, mole.attach(pipe, {"fox": loras["fox"]}), period=period):
+    with sampling_composers.switched(pipe, mole.attach(pipe, {"fox": loras["fox"]}), period=period):
         assert torch.equal(latent(pipe, steps=3), fox)
 
 
@@ -54,30 +54,30 @@ def test_composite_is_the_mean_of_the_predictions(pipe, loras):
     """One step of DDIM is linear in the prediction, so its latent is the mean of the single LoRAs' latents."""
     singles = [alone(pipe, loras[name]) for name in ("fox", "ink")]
     mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]})
-    with runtime.composed_scores(pipe, mixture):
+    with sampling_composers.composed_scores(pipe, mixture):
         torch.testing.assert_close(latent(pipe), torch.stack(singles).mean(0), rtol=0, atol=1e-5)
     assert (singles[0] - singles[1]).abs().max() > 1e-3
 
 
 def test_composite_of_one_and_of_twins_is_that_one(pipe, loras):
     fox = alone(pipe, loras["fox"], steps=2)
-    with runtime.composed_scores(pipe, mole.attach(pipe, {"fox": loras["fox"]})):
+    with sampling_composers.composed_scores(pipe, mole.attach(pipe, {"fox": loras["fox"]})):
         assert torch.equal(latent(pipe, steps=2), fox)
-    with runtime.composed_scores(pipe, mole.attach(pipe, {"a": loras["fox"], "b": loras["fox"]})):
+    with sampling_composers.composed_scores(pipe, mole.attach(pipe, {"a": loras["fox"], "b": loras["fox"]})):
         torch.testing.assert_close(latent(pipe, steps=2), fox, rtol=0, atol=1e-5)
 
 
 def test_the_models_calls_are_given_back_after_an_error(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]})
     before = latent(pipe)
-    with pytest.raises(RuntimeError, match="stop"), runtime.composed_scores(pipe, mixture):
+    with pytest.raises(RuntimeError, match="stop"), sampling_composers.composed_scores(pipe, mixture):
         raise RuntimeError("stop")
     assert "forward" not in pipe.unet.__dict__
     assert "forward" not in pipe.text_encoder.__dict__
     assert torch.equal(latent(pipe), before)
     with (
         pytest.raises(ValueError, match="need a unet and one text encoder"),
-        runtime.switched(types.SimpleNamespace(unet=pipe.unet, text_encoder_2=pipe.text_encoder), mixture),
+        sampling_composers.switched(types.SimpleNamespace(unet=pipe.unet, text_encoder_2=pipe.text_encoder), mixture),
     ):
         pass
 
@@ -90,10 +90,10 @@ def pair(scale, seed):
 
 def test_k_lora_chooses_by_the_largest_entries_whatever_the_styles_scale():
     layers = {"a": [pair(1.0, 0), pair(1.0, 1)], "b": [pair(3.0, 2), pair(1.0, 3)], "c": [pair(1.0, 4), None]}
-    until = runtime.last_content(layers)
+    until = sampling_composers.last_content(layers)
     assert set(until) == {"a", "b"}
     louder = {key: [c, s and s._replace(scale=7.0)] for key, (c, s) in layers.items()}
-    assert runtime.last_content(louder) == pytest.approx(until)
+    assert sampling_composers.last_content(louder) == pytest.approx(until)
     content, style = layers["a"][0].delta(), layers["a"][1].delta()
     gamma = (content.abs().sum() + layers["b"][0].delta().abs().sum()) / (
         style.abs().sum() + layers["b"][1].delta().abs().sum()
@@ -108,7 +108,7 @@ def test_k_lora_turns_each_layer_once_at_the_same_share_of_any_run(pipe, loras):
     mixture = mole.attach(pipe, experts, mole.GateConfig("static", granularity="matrix"))
     turned = {}
     for steps in (4, 8):
-        with runtime.k_lora(pipe, mixture, content="fox", style="ink"), mixture.trace() as trace:
+        with sampling_composers.k_lora(pipe, mixture, content="fox", style="ink"), mixture.trace() as trace:
             latent(pipe, steps=steps)
         weights = {place: trace.weights(place) for place in trace.places if "attn" in place and place.startswith("unet")}
         assert all(w.count_nonzero(1).eq(1).all() for w in weights.values())
@@ -121,7 +121,7 @@ def test_k_lora_turns_each_layer_once_at_the_same_share_of_any_run(pipe, loras):
     forward = trace.weights("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2")
     assert forward[0, 1] == 1  # no attention, and only ink has it
     with pytest.raises(ValueError, match="K-LoRA takes two experts and a gate per matrix"):
-        runtime.KLoRA(pipe, mole.attach(pipe, experts), content="fox", style="ink")
+        sampling_composers.KLoRA(pipe, mole.attach(pipe, experts), content="fox", style="ink")
 
 
 def after_each_step(pipe, steps):
@@ -142,9 +142,9 @@ def test_k_lora_is_the_content_lora_up_to_its_least_share(pipe, tmp_path):
     mole.attach(pipe, {"fox": files["fox"]})
     wanted = after_each_step(pipe, 12)
     mixture = mole.attach(pipe, files, mole.GateConfig("static", granularity="matrix"))
-    with runtime.k_lora(pipe, mixture, content="fox", style="ink"):
+    with sampling_composers.k_lora(pipe, mixture, content="fox", style="ink"):
         found = after_each_step(pipe, 12)
-    least = min(runtime.KLoRA(pipe, mixture, content="fox", style="ink").until.values())
+    least = min(sampling_composers.KLoRA(pipe, mixture, content="fox", style="ink").until.values())
     content = [step for step in range(12) if step / 12 <= least]
     assert 1 < len(content) < 12
     for step in content:

@@ -1,0 +1,81 @@
+"""A sheet on which people, or a model that sees, choose blindly between the pictures of two arms, in both orders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mole_diffusers.evaluation.rows import SAME_NOISE, Row, picture_path, save_picture
+from mole_diffusers.evaluation.tables import markdown
+from mole_diffusers.inspection.compare import image_grid
+
+ANSWERS = ("left", "right", "same")
+
+
+def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
+    """Pairs of arms on the same prompt and noise, each in both orders: sheet/NNNN.png, answers.csv to fill in, key.json.
+
+    Returns the number of questions. Only key.json names the arms, so that the rest can be given away.
+
+    Raises ValueError for rows of one arm, or if a sheet with answers is there.
+    """
+    if (folder / "sheet" / "answers.csv").exists() and any(_answers(folder)):
+        raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SAME_NOISE), []).append(row)
+    pairs = [pair for group in groups.values() for a, b in combinations(group, 2) for pair in ((a, b), (b, a))]
+    if not pairs:
+        raise ValueError("a sheet needs two arms or more")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    questions: list[dict[str, Any]] = []
+    for number, (left, right) in enumerate(pairs[i] for i in order):
+        pictures = [Image.open(picture_path(folder, row)).convert("RGB") for row in (left, right)]
+        save_picture(image_grid([pictures], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
+        questions.append({name: left[name] for name in SAME_NOISE} | {"left": left["arm"], "right": right["arm"]})
+    with (folder / "sheet" / "answers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "prompt", "better: left, right or same"])
+        writer.writerows([f"{n:04}", question["prompt"], ""] for n, question in enumerate(questions))
+    (folder / "sheet" / "key.json").write_text(json.dumps(questions, indent=1) + "\n")
+    return len(questions)
+
+
+def count_answers(folder: Path) -> str:
+    """The answers on a sheet as a table: for each pair of arms how often each was better, and how often both orders of the
+    same two pictures got the same answer, "-" if none was answered in both.
+
+    Raises ValueError for an answer that is not one of `ANSWERS`.
+    """
+    import pandas as pd
+
+    found = []
+    for number, (question, answer) in enumerate(zip(_questions(folder), _answers(folder), strict=True)):
+        if answer not in (*ANSWERS, ""):
+            raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
+        if answer:
+            arms = tuple(sorted((question["left"], question["right"])))
+            found.append(question | {"arms": arms, "better": question.get(answer, "same")})
+    votes, body = pd.DataFrame(found, columns=["arms", "better", *SAME_NOISE]), []
+    for arms, own in votes.groupby("arms", sort=False):
+        twice = [pair for _, pair in own.groupby(list(SAME_NOISE))["better"] if len(pair) == 2]
+        agree = f"{sum(pair.nunique() == 1 for pair in twice) / len(twice):.2f}" if twice else "-"
+        body.append([*arms, *(str((own["better"] == better).sum()) for better in (*arms, "same")), agree])
+    return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
+
+
+def _questions(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "sheet" / "key.json").read_text())
+
+
+def _answers(folder: Path) -> list[str]:
+    """The answers on a sheet, "" for questions without one."""
+    with (folder / "sheet" / "answers.csv").open(newline="") as file:
+        return [line[2].strip().lower() for line in list(csv.reader(file))[1:]]

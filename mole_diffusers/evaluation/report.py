@@ -1,0 +1,81 @@
+"""What is shown of an evaluation: the tables and figures of a protocol's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mole_diffusers.evaluation.plots import Limits, against_count, bars, frontier
+from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.tables import Resample
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class PairedTable(Protocol):
+    """A table of every other arm less one."""
+
+    def __call__(self, rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the rows of a protocol are shown. Values are columns of the table that `frame` makes.
+
+    Attributes:
+        frame: rows as a table with the protocol's values.
+        tables: of all arms.
+        paired: of every other arm less one.
+        values: what bars show.
+        roles: what the frontier shows, of subjects and of styles.
+        count_value: what is drawn against the number of experts.
+        limits: of the figures' axes.
+        styles: the concepts that are styles.
+    """
+
+    frame: Callable[[Sequence[Row]], pd.DataFrame]
+    tables: Sequence[Callable[[pd.DataFrame], str]]
+    paired: PairedTable
+    values: Sequence[str]
+    roles: tuple[str, str]
+    count_value: str
+    limits: Limits
+    styles: Collection[str]
+
+    def text(self, rows: Sequence[Row]) -> str:
+        """The tables; if there is a plain sum, also every other arm less it, resampling cases and resampling concepts."""
+        frame = self.frame(rows)
+        parts = [table(frame) for table in self.tables]
+        if (frame["arm"] == "sum").any():
+            by_concepts = "With concepts drawn in the place of the cases that share them, which errs on the wide side:"
+            parts += [self.paired(frame, "sum"), by_concepts, self.paired(frame, "sum", resample="concepts")]
+        return "\n\n".join(parts)
+
+    def draw_bars(self, rows: Sequence[Row], path: Path) -> Any:
+        """Of the values that any row has."""
+        frame = self.frame(rows)
+        return bars(frame, path, [value for value in self.values if frame[value].notna().any()], limits=self.limits)
+
+    def draw_count(self, rows: Sequence[Row], path: Path) -> Any:
+        """A value against the number of attached experts.
+
+        Raises ValueError if no row has the value.
+        """
+        shown = self.frame(rows).dropna(subset=[self.count_value])
+        if shown.empty:
+            raise ValueError(f"no picture has {self.count_value}")
+        return against_count(shown, path, self.count_value, limits=self.limits)
+
+    def draw_frontier(self, rows: Sequence[Row], path: Path) -> Any:
+        """Styles against subjects, of the cases that ask for both.
+
+        Raises ValueError if no row of theirs has both values.
+        """
+        both = [row for row in rows if len({concept in self.styles for concept in row["concepts"]}) == 2]
+        shown = self.frame(both).dropna(subset=list(self.roles)) if both else None
+        if shown is None or shown.empty:
+            raise ValueError(f"no picture asks for both a subject and a style and has {' and '.join(self.roles)}")
+        return frontier(shown, path, self.roles, limits=self.limits)
