@@ -95,9 +95,7 @@ class GateTrainer:
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
         warn_of_missing_triggers(context)
-        if config.tracker and config.tracker not in (
-            known := [t for t in map(str, get_available_trackers()) if t in TRACKERS]
-        ):
+        if config.tracker and config.tracker not in (known := installed_trackers()):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         context.progress = context.progress and self.accelerator.is_main_process
@@ -325,6 +323,11 @@ class GateTrainer:
             self.mixture.save_pretrained(self.folder)
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def installed_trackers() -> list[str]:
+    """Of `TRACKERS`."""
+    return [name for name in map(str, get_available_trackers()) if name in TRACKERS]
 
 
 def summary(config: GateTraining, log: Sequence[dict]) -> str:
