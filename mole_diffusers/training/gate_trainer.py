@@ -253,7 +253,7 @@ class GateTrainer:
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
-        """RandomBatch the validation prompts from fixed noise; log the share that is right, save and track the pictures."""
+        """Draw the validation prompts from fixed noise; log the share that is right, save and track the pictures."""
         if not self.accelerator.is_main_process:
             return
         how, images, shares = self.config.validation, [], []
