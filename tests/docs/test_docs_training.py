@@ -66,6 +66,7 @@ def test_what_other_machines_are_needed_for_parses():
 def test_every_term_and_flag_is_there():
     assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == {*OBJECTIVES, BALANCE}
     flags = {flag for command in parser().commands.values() for option in command.params for flag in option.opts}
+    flags |= {"--help"}  # of click itself
     launcher = {
         "--cpu",
         "--mpirun_hostfile",
