@@ -9,10 +9,11 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.console import Console
 from typer import Context, Option
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ THRESHOLD = 0.7  # as in retrieval.library, which needs torch
 NONE: list[str] = []  # default of an option that may be repeated
 
 
+def busy(what: str) -> AbstractContextManager[Any]:
+    """A sign on the terminal that something is going on whose length is not known."""
+    return Console(stderr=True).status(what)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings, notices and loading bars of other libraries off the console; warnings of our own are one line."""
@@ -32,9 +38,10 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
         as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
-        from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
-        from huggingface_hub.utils import enable_progress_bars as show_downloads
-        from transformers.utils.logging import disable_progress_bar as hide_weight_bars
+        with busy("starting"):
+            from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
+            from huggingface_hub.utils import enable_progress_bars as show_downloads
+            from transformers.utils.logging import disable_progress_bar as hide_weight_bars
 
         hide_pipeline_bars()
         hide_weight_bars()
@@ -101,15 +108,16 @@ def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
     import torch
 
     device = chosen_device(device)
-    if base == WORLD:
-        from mole_diffusers.emoji.world import emoji_world
+    with busy(f"loading {base}"):
+        if base == WORLD:
+            from mole_diffusers.emoji.world import emoji_world
 
-        pipe = emoji_world(device=device).pipe
-    else:
-        from diffusers import DiffusionPipeline
+            pipe = emoji_world(device=device).pipe
+        else:
+            from diffusers import DiffusionPipeline
 
-        dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
+            dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
+            pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(delay=2, leave=False)
     return pipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from mole_diffusers.cli.common import (
     DeviceOption,
     JsonOption,
     VerboseOption,
+    busy,
     grouped_values,
     json_or_text,
     named_values,
@@ -29,9 +31,7 @@ Method = Literal[
 def merge(
     files: Annotated[list[str], Argument(metavar="FILE[:STRENGTH]", help="LoRA files; each is named as its file.")],
     out: Annotated[Path, Option(metavar="FILE", help="The file to write.")],
-    method: Annotated[
-        Method, Option(help="How. The last four run the LoRAs on a pipeline and need --base.", show_choices=True)
-    ] = "svd",
+    method: Annotated[Method, Option(help="How. The last four run the LoRAs on a pipeline and need --base.")] = "svd",
     rank: Annotated[int | None, Option(help="The rank of the result, at most.")] = None,
     protect: Annotated[list[str], Option(metavar="NAME", help="np: leave this LoRA as it is. Repeatable.")] = NONE,
     option: Annotated[list[str], Option(metavar="KEY=VALUE", help="Of the method: drop=0.5. Repeatable.")] = NONE,
@@ -65,7 +65,8 @@ def merge(
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
         prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
         activations = Activations(pipeline(base, device), prompts | grouped_values(own, "--own"))
-    merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **options)
+    with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline has bars of its own
+        merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **options)
     save_expert(merged, out, format=format)
     facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
     print(json.dumps(facts) if as_json else "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import FAMILIES
@@ -197,7 +198,7 @@ def _build_index(
     entries: list[LibraryEntry] = []
     rows: list[torch.Tensor] = []
     skipped: dict[str, str] = {}
-    for file in files:
+    for file in tqdm(files, desc="LoRAs", delay=2, leave=False):
         try:
             if file in known and known[file][0].stamps == stamps(folder, file):
                 entry, row = known[file]
