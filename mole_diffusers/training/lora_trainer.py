@@ -107,7 +107,8 @@ class LoraTrainer:
 
     def fit(self, *, name: str = "", report: Callable[[dict], None] | None = None, progress: bool = True) -> None:
         """The loop. Random choices follow from the seed and the number of an update, so that resuming changes nothing."""
-        config, engine, what = self.config, self.engine, name or "the concept"
+        config, engine = self.config, self.engine
+        advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
         start = reported = len(engine.log)
         hidden = not (progress and engine.accelerator.is_main_process)
         bar = tqdm(initial=start, total=config.steps, desc=name or "concept", disable=hidden, mininterval=1)
@@ -116,8 +117,7 @@ class LoraTrainer:
             done = step + 1
             save = done == config.steps or done % config.every == 0
             if save or done % READ_EVERY == 0:
-                advice = f"{what}: a lower rate or no half precision may help"
-                row = engine.read_log(["loss", *self.pictures], lambda: advice)  # noqa: B023 -- called at once
+                row = engine.read_log(["loss", *self.pictures], lambda: advice)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if k != "step"}, refresh=False)
             if save:
                 self.save(done)
