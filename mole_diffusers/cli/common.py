@@ -34,26 +34,25 @@ def busy(what: str) -> AbstractContextManager[Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings, notices and loading bars of other libraries off the console; warnings of our own are one line."""
-    logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
         as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
-        with busy("starting"):
-            from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
-            from huggingface_hub.utils import enable_progress_bars as show_downloads
-            from transformers.utils.logging import disable_progress_bar as hide_weight_bars
-
-        hide_pipeline_bars()
-        hide_weight_bars()
-        show_downloads()  # which transformers hides with its own
+        logging.disable(logging.WARNING)
         try:
+            with busy("starting"):
+                from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
+                from huggingface_hub.utils import enable_progress_bars as show_downloads
+                from transformers.utils.logging import disable_progress_bar as hide_weight_bars
+            hide_pipeline_bars()
+            hide_weight_bars()
+            show_downloads()  # which transformers hides with its own
             yield
         finally:
             warnings.formatwarning = as_before
             logging.disable(logging.NOTSET)
 
 
-def _speak(ctx: Context, verbose: bool) -> None:
+def _be_quiet_unless(ctx: Context, verbose: bool) -> None:
     if not verbose:
         ctx.with_resource(quiet())
 
@@ -92,7 +91,12 @@ JsonOption = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 VerboseOption = Annotated[
     bool,
-    Option("--verbose", "-v", help="Show what the libraries beneath say: warnings, notices, loading bars.", callback=_speak),
+    Option(
+        "--verbose",
+        "-v",
+        help="Show warnings, notices and loading bars of other libraries.",
+        callback=_be_quiet_unless,
+    ),
 ]
 
 
