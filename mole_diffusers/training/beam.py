@@ -1,4 +1,4 @@
-"""BeamLoRA (arXiv 2502.13604, ACL 2025): the ranks of a LoRA in training compete, copies of strong ones replace weak ones.
+"""BeamLoRA (arXiv 2502.13604, ACL 2025): ranks of a LoRA compete in training, copies of strong ones replace weak ones.
 
 A layer's change is up (pi * (down x)) with pi = r softmax(g / temperature) over its r ranks; g starts at zero, which is
 plain LoRA. The number of ranks never changes, and pi is folded into `down` when the LoRA is saved.
@@ -31,18 +31,20 @@ def importance(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def kept_share(step: int, end: float) -> float:
-    """p: the share of all importance that pruning leaves, 0.95 at step 0 and on a half cosine up to 1 at `end`."""
+    """p: the share of all importance that pruning keeps, from 0.95 at step 0 on a half cosine to 1 at `end`."""
     return 1.0 if step >= end else 1 - 0.05 * (1 + math.cos(math.pi * step / end)) / 2
 
 
 def period(steps: int) -> int:
-    """Updates between prunings: the paper's 3000 of 37 000, but 50 at least, and even."""
+    """Updates between prunings: 8 % of all, as in the paper (3000 of 37 000), but at least 50, and even."""
     return 2 * round(max(50, 0.08 * steps) / 2)
 
 
 def pruned(importances: Sequence[torch.Tensor], share: float) -> list[list[int]]:
-    """The ranks of each layer that go, the weakest first: of all layers' importances [r] in falling order, those from where
-    their sum passes `share` of the whole. Never more than half of a layer, so that each has a rank to copy.
+    """The ranks of each layer to replace, the weakest first.
+
+    Of all layers' importances [r] in falling order, these are the ones from where the sum passes `share` of the whole; at
+    most half of a layer, so that each has a rank to copy.
     """
     if share >= 1:
         return [[] for _ in importances]
@@ -56,19 +58,19 @@ def pruned(importances: Sequence[torch.Tensor], share: float) -> list[list[int]]
 
 
 def ranked(importances: torch.Tensor) -> list[int]:
-    """[r] -> indices, the strongest first; of equals the earlier, so that no rank is among both ends."""
+    """Indices of importances [r], the strongest first; of equals the earlier, so that no rank is at both ends."""
     return importances.argsort(descending=True, stable=True).tolist()
 
 
 @dataclass
 class Beams:
-    """The competition among the ranks of all layers of one LoRA.
+    """The competition among the ranks of one LoRA, over all its layers.
 
     Attributes:
-        steps: updates of the whole training, which sets the schedule.
+        steps: updates of the whole training, which determine the schedule.
         temperature: of the softmax over ranks; the paper's is 0.05 for rates of 1e-4 and more, 0.03 below.
-        past: layer -> down, up and their moments half a period ago, ranks first. A copy is the source as it was then: the
-            same values twice would get the same gradients and stay the same.
+        past: layer -> down, up and their moments half a period ago, ranks first. A copy is made of the source as it was
+            then: two equal ranks would get equal gradients and stay equal.
     """
 
     layers: Mapping[str, Ranks]
@@ -107,7 +109,7 @@ class Beams:
                 self._replace(name, ranks, slots, [best[i] for i in pairs])
 
     def _replace(self, name: str, ranks: Ranks, slots: list[int], sources: list[int]) -> None:
-        """Each slot becomes its source as it was; the two share their importance, and the moments of g are reset."""
+        """Replace each slot by its source as it was; the two share their importance, and the moments of g are reset."""
         for values, past in zip(self._by_rank(ranks), self.past[name], strict=True):
             values[slots] = past[sources].to(values.device)
         shared = (ranks.logits[slots] + ranks.logits[sources]) / 2

@@ -32,7 +32,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationTerm(Term):
-    """ "single" and "base": match a teacher's predictions on its own trajectories.
+    """Terms "single" and "base": match a teacher's predictions on its own trajectories.
 
     Attributes:
         seeds: trajectories, at least one per prompt.
@@ -46,7 +46,7 @@ class DistillationTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class ComposedTerm(DistillationTerm):
-    """ "composed": match the masked blend of all experts.
+    """Term "composed": match the masked blend of all experts.
 
     Attributes:
         own: share of updates, 0..1, on trajectories of the gates themselves instead of the teacher's. There the gates meet
@@ -58,7 +58,7 @@ class ComposedTerm(DistillationTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class SeparateTerm(Term):
-    """ "separate": keep the subjects' cross-attention apart.
+    """Term "separate": keep the subjects' cross-attention apart.
 
     Attributes:
         steps, guidance: of the pictures, whose attention is read after a random number of steps.
@@ -70,7 +70,7 @@ class SeparateTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseTerm(Term):
-    """ "denoise": the diffusion loss on your own pictures.
+    """Term "denoise": the diffusion loss on your own pictures.
 
     Attributes:
         guidance: other than 1 fits the guided prediction to the pictures.
@@ -81,7 +81,7 @@ class DenoiseTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class CollageTerm(Term):
-    """ "collage": the diffusion loss on collages of the subjects, each drawn alone.
+    """Term "collage": the diffusion loss on collages of the subjects, each drawn alone.
 
     Attributes:
         pictures: collages per composed prompt.
@@ -100,7 +100,7 @@ class CollageTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTerm(Term):
-    """ "clip": MoLE's own objective, with a CLIP that looks at each step of a trajectory.
+    """Term "clip": MoLE's own objective, with a CLIP that looks at each step of a trajectory.
 
     Attributes:
         lengths: least and most steps of a trajectory, drawn uniformly.
@@ -121,7 +121,7 @@ class ClipTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTerm(Term):
-    """ "rollout": a CLIP's reward on finished pictures.
+    """Term "rollout": a CLIP's reward on finished pictures.
 
     Attributes:
         steps: of the rollout; time and memory grow in proportion.
