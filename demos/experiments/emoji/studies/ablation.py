@@ -58,9 +58,9 @@ SPLITS = {
 
 
 class Window:
-    """A part of the pipeline during some of the steps: holds module names, part first, while sampling stands there.
+    """A part of the pipeline during some of the steps: contains the module names of that part while sampling is there.
 
-    A text encoder speaks before the first step, which for it is as the first.
+    A text encoder runs before the first step, which counts as the first.
     """
 
     def __init__(self, pipe, part: str, time: str):
@@ -76,7 +76,7 @@ class Window:
 
 @dataclass
 class Fixed:
-    """A `state.Plan`: one weight for all experts at the places in a window, or at those not in it; elsewhere the gates'."""
+    """A strength schedule: one weight for all experts inside a window or outside it, the gates' own elsewhere."""
 
     window: Window
     experts: int
@@ -94,7 +94,7 @@ class Fixed:
 
 
 def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.Context:
-    """The control under which an attached mixture draws by `Fixed`."""
+    """The context in which an attached mixture draws with `Fixed`."""
 
     @contextmanager
     def control(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
@@ -110,22 +110,22 @@ def fixed(part: str, time: str, *, weight: float, inside: bool = True) -> arms.C
 
 
 def off(part: str, time: str) -> str:
-    """The arm of the sum without LoRAs there."""
+    """Name of the arm with the sum, without LoRAs there."""
     return f"sum without {part}, steps {time}"
 
 
 def held(part: str, time: str) -> str:
-    """The arm of the gates at 1 there."""
+    """Name of the arm with the gates at 1 there."""
     return f"gates at 1 in {part}, steps {time}"
 
 
 def only(part: str, time: str) -> str:
-    """The arm of the gates at 1 everywhere else."""
+    """Name of the arm with the gates at 1 everywhere else."""
     return f"gates only in {part}, steps {time}"
 
 
 def wanted(world, what: str) -> list[Arm]:
-    """The arms of one map. The gates at 1 in all stages are the text encoder's alone, so that is no arm of its own."""
+    """The arms of one map. The gates at 1 in all stages are the text encoder's alone, which needs no arm of its own."""
     if what == "sum":
         cells = [*GRID, (TEXT, "all")]
         return [arms.summed(), *(arms.while_sampling(off(*cell), fixed(*cell, weight=0.0)) for cell in cells)]
@@ -139,8 +139,8 @@ def wanted(world, what: str) -> list[Arm]:
 
 
 def entropies(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
-    """Part -> steps -> the gates' mean entropy as a share of its most, ln N; layers that one expert lacks do not count."""
-    spoken = [
+    """Part -> steps -> the gates' mean entropy over ln N, its maximum; layers that one expert lacks are left out."""
+    recorded = [
         (name, step, (functional.entropy(weights).mean() / math.log(len(trace.experts))).item())
         for trace in traces
         for name, step, weights in trace.records
@@ -148,14 +148,14 @@ def entropies(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
     ]
 
     def mean(part: str, steps: range) -> float:
-        return statistics.mean(e for name, step, e in spoken if name.startswith(PREFIXES[part]) and max(step, 0) in steps)
+        return statistics.mean(e for name, step, e in recorded if name.startswith(PREFIXES[part]) and max(step, 0) in steps)
 
     times = {part: TIMES if part != TEXT else {"all": TIMES["all"]} for part in PREFIXES}
     return {part: {time: mean(part, steps) for time, steps in times[part].items()} for part in PREFIXES}
 
 
 def draw(world, what: Sequence[str]) -> None:
-    """Every row of these maps that does not exist."""
+    """Make every row of these maps that does not exist yet."""
     setup, rows = emoji_protocol.setup(world, OPTIONS), Rows(unpacked(FOLDER))
     for name in what:
         split, seeds = SPLITS[name]
@@ -184,7 +184,7 @@ def less(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
 
 
 def only_table(found: Mapping[str, pd.DataFrame]) -> str:
-    """Success where only some gates speak, beside the sum, where none does, and all gates."""
+    """Success if only some gates are used, beside the sum, which uses none, and all gates."""
     named = {"none: the sum": "sum", "all": "gates"}
     named |= {stage if time == "all" else f"all stages, steps {time}": only(stage, time) for stage, time in ALONE}
     named |= {"all stages": only("all stages", "all"), TEXT: held("all stages", "all")}
@@ -196,7 +196,7 @@ def only_table(found: Mapping[str, pd.DataFrame]) -> str:
 
 
 def by_arm(rows: Sequence[Row], what: str) -> dict[str, pd.DataFrame]:
-    """The rows of one map, in an order of their own, since intervals are drawn from it."""
+    """The rows of one map by arm, sorted, since intervals depend on the order of the rows."""
     cases = {name_of(case) for group in SPLITS[what][0].values() for case in group}
     own = sorted((row for row in rows if name_of(row["concepts"]) in cases), key=lambda row: (row["case"], row["seed"]))
     return dict(list(emoji_protocol.frame(own).groupby("arm", sort=False)))

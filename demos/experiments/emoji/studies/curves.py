@@ -33,7 +33,7 @@ from mole_diffusers.evaluation.plots import save_figure
 from mole_diffusers.inspection.gate_figures import COLOURS
 
 CASES = (("fox", "octopus"), ("fox", "octopus", "ink"))
-STEPS, LOOKS = 60, 20
+STEPS, EVERY = 60, 20
 PICTURES = 96  # of each concept, for the objectives that need some
 TERMS = {  # objective -> its terms, the rows of an update, and updates
     "collage": ({"collage": {"guidance": 3.0}}, 6, STEPS),
@@ -46,7 +46,7 @@ FOLDER = WORK / "curves"
 
 
 def pictures(concept: str) -> Path:
-    """A folder of one concept's pictures with captions, as a user brings it."""
+    """A folder of one concept's pictures with captions, as a user would have it."""
     folder = FOLDER / "pictures" / concept
     if not (folder / "metadata.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,17 +59,17 @@ def pictures(concept: str) -> Path:
 
 
 def settings(objective: str, concepts: Sequence[str]) -> dict:
-    """What the file of `mole train --config` holds."""
+    """The contents of the file for `mole train --config`."""
     terms, batch, steps = TERMS[objective]
     found = lesson(concepts)
     if "collage" in terms and found.styles:
         terms = {"collage": terms["collage"] | {"redraw": 0.55}}
-    looks = {"every": LOOKS if steps == STEPS else LOOKS // 4, "seeds": 8, "steps": 12, "guidance": 3.0}
-    training = {"terms": terms, "steps": steps, "batch": batch, "lr": 1e-2, "precision": "bf16", "validation": looks}
+    validation = {"every": EVERY if steps == STEPS else EVERY // 4, "seeds": 8, "steps": 12, "guidance": 3.0}
+    training = {"terms": terms, "steps": steps, "batch": batch, "lr": 1e-2, "precision": "bf16", "validation": validation}
     return {
         "experts": {name: str(concept_files()[name]) for name in concepts},
         "gates": {"family": "flow"},
-        "lesson": found.words(),
+        "lesson": {name: words for name, words in found.to_dict().items() if name != "pictures"},
         "data": [str(pictures(name)) for name in concepts] if terms.keys() & {"denoise", "clip"} else [],
         "training": training,
     }
@@ -90,13 +90,13 @@ def run(objective: str, concepts: Sequence[str]) -> Path:
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
-    """(updates, success) of every look."""
+    """(updates, success) of every validation."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [(row["step"] + 1, row["success"]) for row in rows if "success" in row]
 
 
 def write() -> None:
-    """docs/training_curves.md and .png from the runs that exist."""
+    """Write docs/training_curves.md and .png from the runs that exist."""
     found = {
         f"{objective}, {'+'.join(concepts)}": FOLDER / f"{objective} {name_of(concepts)}"
         for concepts in CASES

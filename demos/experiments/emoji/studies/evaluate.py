@@ -3,7 +3,7 @@
     python demos/experiments/emoji/studies/evaluate.py [world] [search] [validation] [test] [moved] [crowded] [report]
 
 `search` looks for the best strengths on the validation split; the arm "grid search" of the other steps has them. `moved`
-follows subject and style as strength goes from one to the other, `crowded` adds experts that nobody asked for.
+follows subject and style as strength goes from one to the other, `crowded` attaches experts that no prompt asks for.
 
 Rows are appended under work/evaluation/; rows that exist, those packed in rows/ too, are not made again.
 `accelerate launch` divides the work.
@@ -48,7 +48,7 @@ DOCS = Path(__file__).parents[4] / "docs"
 
 
 def world_cases() -> list[tuple[Case, emoji.Scene, str | None]]:
-    """(case, scene, the expert that draws it) of everything the world's own report needs."""
+    """(case, scene, the expert that draws it or None for the base) for the world's own table."""
     styles, subjects = emoji.BASE_STYLES, emoji.BASE_SUBJECTS
     scenes = [("base", None, emoji.Scene((s,), styles[i % len(styles)])) for i, s in enumerate(subjects)]
     for concept in emoji.HELD_OUT_SUBJECTS:
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def report(world) -> None:
-    """docs/results.md and its figures, from the rows there are."""
+    """Write docs/results.md and its figures, from the rows that exist."""
     from report import SHOWN, write
 
     took = json.loads((KEPT / "took.json").read_text())

@@ -40,14 +40,14 @@ def gates_arm(world, family: str) -> Arm:
 
 
 def entropy(world, family: str, cases: list[Case]) -> float:
-    """Mean entropy of the gates over compositions, places and steps, as a share of its most, ln N."""
+    """Mean entropy of the gates over compositions, places and steps, over ln N, its maximum."""
     setup, arm = emoji_protocol.setup(world, OPTIONS), gates_arm(world, family)
     covered = [case for case in cases if arm.covers(case)]
     return statistics.mean(arms.traced(setup, arm, c).entropy() / math.log(len(c.experts)) for c in covered)
 
 
 def costs(world, case: Case) -> dict[str, float]:
-    """Time of a picture under each family's gates over that of the plain sum: median of interleaved rounds."""
+    """Time of a picture with each family's gates over that with the plain sum: medians of interleaved rounds."""
     setup, seconds = emoji_protocol.setup(world, OPTIONS), {}
     wanted = {"sum": arms.summed()} | {family: gates_arm(world, family) for family in FAMILIES}
     for _ in range(ROUNDS):
@@ -92,7 +92,7 @@ def family_tables(rows: pd.DataFrame) -> str:
 
 
 def unseen_table(rows: pd.DataFrame) -> str:
-    """Retrieval gates on LoRAs they never trained with, beside sum and mean on the same compositions."""
+    """Retrieval gates on LoRAs that they were not trained with, beside sum and mean on the same compositions."""
     cases = named(rows, [unseen().name])["case"]
     own = named(rows, ["sum", "mean", "unseen"])
     return tables.success_table(own[own["case"].isin(cases)])

@@ -11,9 +11,9 @@ KEPT = Path(__file__).parent / "rows"
 
 
 def pack(rows: Rows, name: str) -> None:
-    """All rows as rows/NAME.jsonl.gz, the same bytes for the same rows.
+    """Write all rows to rows/NAME.jsonl.gz, the same bytes for the same rows.
 
-    Raises ValueError where an arm has two rows of one picture, drawn with other gates or settings: drop those that were.
+    Raises ValueError if an arm has two rows of one picture, with different gates or settings; delete the outdated ones.
     """
     found = rows.read()
     counts = Counter((row["arm"], row["case"], row["prompt"], row["seed"]) for row in found)
@@ -26,7 +26,7 @@ def pack(rows: Rows, name: str) -> None:
 
 
 def unpacked(folder: Path) -> Path:
-    """`folder` with the packed rows of its name in it; what was drawn since is not touched."""
+    """`folder`, after unpacking the rows of its name into it; rows that were drawn since then stay."""
     packed, path = KEPT / f"{folder.name}.jsonl.gz", folder / "rows-kept.jsonl"
     if packed.exists() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ MORE = ("sum", "flow, collage", "flow, single and composed", "flow, single, comp
 KINDS = ("subject x style", "subject + subject")
 MOLE = GateConfig("mole", granularity="block", total="N")
 STARTING = GateConfig("mole", granularity="layer", total="linear", bias=True)
-SUITED = replace(TRAINING, lr=None)  # each gate's own rate: 1e-2 is too much for features of a thousand entries and more
+OWN_RATE = replace(TRAINING, lr=None)  # each gate's own rate: 1e-2 is too much for features of a thousand entries and more
 
 
 def _mole(**options) -> GateConfig:
@@ -76,8 +76,8 @@ SETTINGS: dict[str, tuple[GateConfig, GateTraining | None]] = {
     **{f"mole {g} N, collage": (_mole(granularity=g), TRAINING) for g in ("model", "block", "layer", "matrix")},
     **{f"mole block {t}, collage": (_mole(total=t), TRAINING) for t in ("1", "sigmoid", "linear")},
     "mole block 1, collage and balance": (_mole(total="1"), _on(COLLAGE | {"balance": 0.5})),
-    "mole block N of expert outputs, collage": (_mole(inputs="experts"), SUITED),
-    "mole block N of flattened states, collage": (_mole(features="flattened"), SUITED),
+    "mole block N of expert outputs, collage": (_mole(inputs="experts"), OWN_RATE),
+    "mole block N of flattened states, collage": (_mole(features="flattened"), OWN_RATE),
     **{f"flow, {name}": (FAMILIES["flow"], training) for name, training in OBJECTIVES.items()},
     **{f"mole block N, {name}": (MOLE, training) for name, training in OBJECTIVES.items()},
     **{f"mole layer linear from {s}, collage": (STARTING, replace(TRAINING, initial=s)) for s in INITIAL},
@@ -102,7 +102,7 @@ def path_of(setting: str, concepts: Sequence[str]) -> Path:
 
 
 def cell(world, setting: str, concepts: Sequence[str]) -> dict:
-    """Train the gates of one setting for one composition, draw it, and say what is seen and what it took."""
+    """Train the gates of one setting for one composition, draw it, and return what is seen and what it took."""
     case, scene = _case(concepts)
     config, training = SETTINGS[setting]
     mixture = attach(world.pipe, {name: world.loras[name] for name in concepts}, config)
@@ -139,7 +139,7 @@ def _trained(world, mixture, concepts: Sequence[str], training: GateTraining) ->
 
 
 def _alone(world, mixture, metrics, case) -> list[dict]:
-    """The case under each of its LoRAs alone: what a composition can recover."""
+    """The case with each of its LoRAs alone: what a composition can recover."""
     rows = []
     for name in case.concepts:
         with mixture.fixed({name: 1.0}):
@@ -155,7 +155,7 @@ def _row(arm: str, case, seed: int, seen: Mapping) -> dict:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may make the file; a claim ends with its process, however that ends."""
+    """Whether this process may make the file; the claim ends with the process, however that ends."""
     with path.with_suffix(".claim").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -166,7 +166,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def make(world, settings: Sequence[str]) -> None:
-    """Every cell of `settings` that does not exist and that no other process is making."""
+    """Make every cell of `settings` that does not exist and that no other process is making."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     made = known()
     for setting, kind, i in cells():
@@ -184,7 +184,7 @@ def make(world, settings: Sequence[str]) -> None:
 
 
 def known() -> dict[str, dict]:
-    """Name -> cell, the packed ones and those made since, which come first."""
+    """Name -> cell: the packed ones, and those made since, which take precedence."""
     packed = json.loads(gzip.decompress(PACKED.read_bytes())) if PACKED.exists() else {}
     return packed | {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 

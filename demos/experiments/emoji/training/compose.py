@@ -21,7 +21,7 @@ def name_of(concepts: Sequence[str]) -> str:
 
 
 def unseen_backgrounds(concepts: Sequence[str]) -> list[str]:
-    """All backgrounds but the one that the composition is evaluated on, so that no prompt of an evaluation is trained on."""
+    """All backgrounds except the one that the composition is evaluated on, so that no evaluated prompt is trained on."""
     found = [pair for split in (emoji.TEST, emoji.VALIDATION) for pair in emoji_protocol.cases(split)]
     (asked,) = (scene.background for case, scene in found if case.concepts == tuple(concepts))
     return [background for background in emoji.BACKGROUNDS if background != asked]
@@ -51,14 +51,14 @@ def lesson(concepts: Sequence[str], backgrounds: Sequence[str] = ("white",)) -> 
 
 
 def _others(concepts: Sequence[str]) -> dict[str, list[str]]:
-    """Words that may stand in the place of each concept: others of its kind, those of the composition too."""
+    """Words that can replace each concept in a prompt: others of its kind, also those of the composition."""
     kinds = {c: emoji.BASE_STYLES if c in emoji.STYLES else OTHERS[:4] for c in concepts}
     rivals = {c: [o for o in concepts if o != c and o not in emoji.STYLES and c not in emoji.STYLES] for c in concepts}
     return {c: [*rivals[c], *kinds[c]] for c in concepts}
 
 
 def crowd() -> list[Case]:
-    """The pairs of subjects that are compared, with no, one, ... four further LoRAs attached that nobody asked for."""
+    """The compared pairs of subjects, with zero to four idle LoRAs attached."""
     found = [case for case, _ in emoji_protocol.cases(COMPARED_PAIRS)]
     return add_idle_experts(found, emoji.TEST_SUBJECTS + emoji.TEST_STYLES, range(2, 7))
 
@@ -70,7 +70,7 @@ def joint_samples(world, concepts: Sequence[str]) -> Samples:
 
 
 def true_samples(world, concepts: Sequence[str], encode, count: int = 96) -> Samples:
-    """The composition's own drawings, which no composer may see: for the oracle alone."""
+    """The composition's own drawings, which no composer may see. Only the oracle is trained on them."""
     import numpy as np
 
     rng, scene = np.random.default_rng(7), emoji.composition_scene(concepts)

@@ -21,12 +21,12 @@ def device() -> torch.device:
 
 
 def small_attention() -> AbstractContextManager:
-    """On a CPU the plain kernel trains a fifth faster than the fused one at this world's token counts."""
+    """The plain attention kernel on a CPU, which trains a fifth faster than the fused one at this world's token counts."""
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()
 
 
 def in_bf16(unet: nn.Module) -> None:
-    """Weights and arithmetic in bf16, what goes in and comes out in fp32: a third faster, the sampler stays exact."""
+    """Run the UNet in bf16, with inputs and outputs in fp32: a third faster, and the sampler stays exact."""
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return tuple(map(_half, args)), {name: _half(value) for name, value in kwargs.items()}
@@ -45,7 +45,7 @@ def _half(value: object) -> object:
 
 
 class Ema:
-    """Exponential moving average of parameters; early steps average over what there is."""
+    """Exponential moving average of a module's state, with a shorter memory in the first steps."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
@@ -111,7 +111,7 @@ def fit(
 
 
 def note(name: str, **facts: object) -> None:
-    """What a run took, kept in work/took.json and printed."""
+    """Print what a run took, and keep it in work/took.json."""
     path = WORK / "took.json"
     took = json.loads(path.read_text()) if path.exists() else {}
     took[name] = facts

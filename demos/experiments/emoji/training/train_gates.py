@@ -32,11 +32,11 @@ FAMILIES = {
     "rank": GateConfig("rank"),
     "retrieval": GateConfig("retrieval", total="N"),
 }
-REDRAW = 0.55  # of the noise levels, where a style comes over subjects that were drawn without it
+REDRAW = 0.55  # share of the noise levels in which a style is drawn over subjects that were drawn without it
 TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
 BLENDS = {"single": 1.0, "composed": 1.0}  # terms of the single LoRAs, and of their blends
 BLEND = replace(TRAINING, terms=BLENDS)  # without collages
-RATES = {"rank": 3e-3, "retrieval": 3e-3}  # best on validation (objectives.py), where that is another
+RATES = {"rank": 3e-3, "retrieval": 3e-3}  # best on validation (objectives.py), if not 1e-2
 JOINT = LoraTraining(
     rank=16, alpha=16.0, layers=("attention", "feed-forward"), steps=200, lr=3e-3, text_lr=1.5e-3, precision="bf16"
 )
@@ -113,7 +113,7 @@ def seen_compositions() -> list[emoji.Concepts]:
 
 
 def make_unseen(world):
-    """Retrieval gates that learn from half of the LoRAs, a composition at a time; they serve the other half.
+    """Retrieval gates that learn from half of the LoRAs, one composition at a time, to be used on the other half.
 
     All of the half are attached, so that there are gates for every layer that any of them has.
     """
@@ -130,7 +130,7 @@ def make_unseen(world):
 
 
 def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
-    """Name and maker of everything that one word asks for."""
+    """Name and function of each thing to make for one of the words on the command line."""
 
     def of(cases, maker, *arguments):
         return [(name_of(c), lambda c=c: maker(world, c, *arguments)) for c in cases]
