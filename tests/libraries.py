@@ -1,4 +1,4 @@
-"""LoRA libraries in memory, and an encoder that can be followed by hand."""
+"""LoRA libraries in memory, and an encoder that can be checked by hand."""
 
 import zlib
 
@@ -11,7 +11,7 @@ from mole_diffusers.retrieval.library import LoraLibrary, embedding
 
 
 class WordEncoder:
-    """An encoder that can be followed by hand: one axis per word."""
+    """An encoder that can be checked by hand: one axis per word."""
 
     id = "words"
 
@@ -26,11 +26,11 @@ class WordEncoder:
 def library(samples, triggers=None, bases=None):
     """A library in memory."""
     encoder = WordEncoder()
-    cards = tuple(
+    entries = tuple(
         LibraryEntry(
             n, f"{n}.safetensors", (bases or {}).get(n, "SD 1.x"), tuple((triggers or {}).get(n, ())), tuple(s), "", ()
         )
         for n, s in samples.items()
     )
     rows = torch.stack([embedding(s, encoder) for s in samples.values()])
-    return LoraLibrary("loras", store.Index(encoder.id, encoder(store.PROBE), cards, rows, {}), encoder)
+    return LoraLibrary("loras", store.Index(encoder.id, encoder(store.PROBE), entries, rows, {}), encoder)

@@ -1,10 +1,9 @@
-"""What the app does, without a page: the page, the API and the tests call these."""
+"""What the app does, without a page: called by the page, the API and the tests."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,62 +15,74 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mole_diffusers.app.finding import Finder
-from mole_diffusers.app.gate_files import gates_report, taken_in
-from mole_diffusers.app.jobs import Stopped, Tell, watched
-from mole_diffusers.app.looking import Look, Made, looked
-from mole_diffusers.app.previews import Previews
+from mole_diffusers.app import files
+from mole_diffusers.app.gate_report import GateReport, gate_report
+from mole_diffusers.app.jobs import IsStopped, Report, run_job
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.retrieval.library import RetrievedLora
+from mole_diffusers.retrieval.composing import retrieve_for
+from mole_diffusers.retrieval.encoders import PipelineText
+from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import infotext, xy_grid
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 
-KEPT_FILES = 400  # pictures that stay in the app's own folder; the browser has copies
+MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
+PREVIEW_SHARE = 0.2  # of the drawing time that may go into previews
 
 Thumbnail = Callable[[str], Image.Image | None]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, and the recipe it was drawn from."""
+
+    label: str
+    path: Path
+    recipe: Recipe
+
+
 @dataclass
 class Progress:
-    """How far some work has come."""
+    """How far a job is."""
 
     done: int
     total: int
     seconds_left: float | None = None
     preview: Image.Image | None = None
-    made: list[Made] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
         state = f"{self.done} of {self.total} steps{left}" if self.done < self.total else "done"
-        return "; ".join([state, *self.doubts])
+        return "; ".join([state, *self.warnings])
 
 
 class Actions:
-    """Everything on one studio. `folder` holds what was made, until the app ends.
+    """Everything the app can do with one studio. `folder` holds the pictures until the app ends.
 
     Args:
-        home: where trained gates are kept; by default they end with the app.
-        thumbnail: a small picture of a LoRA by name; by default the PNG beside its file, as other tools keep it.
+        home: folder of the trained gates; by default they are deleted when the app ends.
+        thumbnail: a small picture of a LoRA by name; by default the PNG beside its file, as in other tools.
     """
 
     def __init__(self, studio: Studio, *, home: Path | None = None, thumbnail: Thumbnail | None = None):
-        self.studio, self.thumbnail = studio, thumbnail or self._beside
+        self.studio, self.thumbnail = studio, thumbnail or self._png_beside
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
-        self._previews, self._finder = Previews(studio.pipe), Finder(studio)
+        self._preview = PreviewDecoder(studio.pipe)
+        self._library: LoraLibrary | None = None  # of the files below
+        self._library_files: dict[str, Path] = {}
 
-    # ---- what there is
+    # ---- LoRAs and gates
 
     def report(self, name: str) -> dict[str, Any]:
-        """What a LoRA's file says of itself, and how much of it this pipeline has."""
+        """What a LoRA's file says about itself, and how many of its layers this pipeline has."""
         expert = self.studio.catalog.expert(name)
         hosts = {part: model for part in COMPONENTS if (model := getattr(self.studio.pipe, part, None)) is not None}
         total = sum(len(layers) for layers in expert.layers.values())
@@ -84,128 +95,28 @@ class Actions:
             return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
 
     def find(self, prompt: str) -> list[RetrievedLora]:
-        """LoRAs that a prompt asks for, and why: it says their name or a trigger, or is like what they were made from."""
-        return self._finder(prompt)
+        """The LoRAs of the catalog that a prompt asks for: it contains their name or a trigger, or resembles their samples.
 
-    def add_file(self, path: Path) -> str:
-        """Put an uploaded file on the catalog under its own name; raises ValueError for anything but a good LoRA file."""
-        stem = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
-        kept = self.folder / f"{stem}.safetensors"
-        data = path.read_bytes()
-        kept.write_bytes(data)
-        try:
-            self.studio.catalog.add_lora(stem, kept)
-        except ValueError as error:
-            raise ValueError(str(error).replace(f"{self.folder}/", "")) from error
-        return stem
-
-    def add_gates(self, files: Sequence[Path], name: str) -> dict[str, Any]:
-        """Put uploaded gates on the catalog; what they are. See `gate_files.taken_in`."""
-        name = taken_in(self.studio.catalog, files, name, home=self.home)
-        return gates_report(self.studio.catalog, name)
-
-    # ---- what can be made
-
-    def compose(self, recipe: Recipe, count: int, stopped: Stopped) -> Iterator[Progress]:
-        """`count` pictures of seeds that follow one another; where it is stopped, those that are done stay."""
-        if not 1 <= count <= MAX_COUNT:
-            raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
-        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
-        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], stopped)
-
-    def compare(self, recipe: Recipe, stopped: Stopped, merges: Sequence[str] = ()) -> Iterator[Progress]:
-        """The same seed from the base, each LoRA alone, the plain sum, the gates and any of `drawing.MERGES`."""
-        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", "gates"]
-        arms += [f"merge {method}" for method in merges if recipe.tags]
-        return self.draw_all([(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms], stopped)
-
-    def draw_all(self, wanted: Sequence[tuple[str, Recipe]], stopped: Stopped) -> Iterator[Progress]:
-        """Draw one after the other. The last progress holds what was done, also where it was stopped."""
-        recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
-        total, begun, made = sum(r.steps for _, r in recipes), time.monotonic(), list[Made]()
-        doubts = [doubt for doubt in dict.fromkeys(self.studio.doubt(recipe) for _, recipe in recipes) if doubt]
-        state = Progress(0, total, made=made, doubts=doubts)
-
-        def work(tell: Tell) -> None:
-            for label, recipe in recipes:
-                image = self.studio.draw(recipe, on_step=lambda _, latents: step(tell, latents))
-                made.append(self.keep(image, label, recipe))
-                tell(dataclasses.replace(state, preview=None))
-
-        def step(tell: Tell, latents: torch.Tensor) -> None:
-            state.done += 1
-            state.seconds_left = (time.monotonic() - begun) / state.done * (total - state.done)
-            tell(dataclasses.replace(state, preview=self._previews(latents)))
-
-        for event in watched(work, stopped):
-            if event is not None:
-                yield event
-        yield dataclasses.replace(state, preview=None)
-
-    def look(self, recipe: Recipe, stopped: Stopped, shades: Mapping[str, str] | None = None) -> Iterator[Progress | Look]:
-        """Draw once more and watch the gates: last comes the Look, in the LoRAs' colours where `shades` has them."""
-        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
-        if not recipe.experts:
-            raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
-        seen: dict[str, Any] = {}
-        state = Progress(0, recipe.steps)
-
-        @contextmanager
-        def inside(mixture: Mixture) -> Iterator[None]:
-            with ExitStack() as stack:
-                seen["trace"] = stack.enter_context(mixture.trace())
-                size = (recipe.height, recipe.width)
-                seen["found"] = stack.enter_context(contributions(mixture, self.studio.pipe.unet, size))
-                yield
-
-        def work(tell: Tell) -> None:
-            def step(done: int, _: torch.Tensor) -> None:
-                state.done = done
-                tell(dataclasses.replace(state))
-
-            seen["image"] = self.studio.draw(recipe, on_step=step, inside=inside)
-
-        yield from (event for event in watched(work, stopped) if event is not None)
-        if "image" in seen:
-            yield looked(self.studio, self.keep(seen["image"], "gates", recipe), shades, **seen)
-
-    def grid(self, recipe: Recipe, x: str, y: str, stopped: Stopped) -> Iterator[Progress | Image.Image]:
-        """An XY grid; last comes the sheet, with grey cells where it was stopped."""
-        across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
-        rows = xy_grid.cells(recipe, across, down)
-        wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
-        made: dict[str, Path] = {}
-        for state in self.draw_all(wanted, stopped):
-            made = {one.label: one.path for one in state.made}
-            yield state
-        pictures = [[_opened(made.get(f"{r},{c}")) for c in range(len(row))] for r, row in enumerate(rows)]
-        yield xy_grid.sheet(pictures, across, down)
-
-    def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
-        """One ordinary LoRA at the gates' average weights for this prompt; its file, and the error of the cut.
-
-        Raises ValueError where strengths change over steps or blocks, which one LoRA cannot hold.
+        The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed.
         """
-        recipe = self._completed(recipe)
-        wanted = recipe.constant_strengths()
-        path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
+        loras = dict(self.studio.catalog.loras)
+        if not loras:
+            return []
         with self.studio.lock:
-            mixture = self.studio.prepared(recipe)
-            if mixture is None:
-                raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
-            with strengths(mixture, wanted):
-                return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
+            if self._library is None or loras != self._library_files:
+                self._library, self._library_files = LoraLibrary.of(loras, PipelineText(self.studio.pipe)), loras
+            return retrieve_for(self._library, self.studio.pipe, prompt)
 
-    def keep(self, image: Image.Image, label: str, recipe: Recipe) -> Made:
-        """Write a picture with its recipe inside."""
-        for old in sorted(self.folder.glob("*.png"), key=lambda p: p.stat().st_mtime)[:-KEPT_FILES]:
-            old.unlink(missing_ok=True)
-        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:10]
-        path = self.folder / f"{recipe.seed}-{digest}.png"
-        infotext.save(image, path, recipe)
-        return Made(label, path, recipe)
+    def add_lora(self, path: Path) -> str:
+        """Add an uploaded LoRA; its name. See `files.add_lora`."""
+        return files.add_lora(self.studio.catalog, path, self.folder)
 
-    def _beside(self, name: str) -> Image.Image | None:
+    def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
+        """Add uploaded gates; their description. See `files.import_gates`."""
+        name = files.import_gates(self.studio.catalog, paths, name, home=self.home)
+        return files.describe_gates(self.studio.catalog, name)
+
+    def _png_beside(self, name: str) -> Image.Image | None:
         path = self.studio.catalog.loras[name].with_suffix(".png")
         if not path.is_file() or path.stat().st_size > MAX_THUMBNAIL:
             return None
@@ -215,32 +126,131 @@ class Actions:
             image.thumbnail((128, 128), Image.Resampling.NEAREST)
             return image.convert("RGB")
 
+    # ---- pictures
+
+    def compose(self, recipe: Recipe, count: int, is_stopped: IsStopped) -> Iterator[Progress]:
+        """Draw `count` pictures with consecutive seeds; if stopped, those that are done stay."""
+        if not 1 <= count <= MAX_COUNT:
+            raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
+        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
+        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], is_stopped)
+
+    def compare(self, recipe: Recipe, is_stopped: IsStopped, merges: Sequence[str] = ()) -> Iterator[Progress]:
+        """Draw the same seed with the base, each LoRA alone, the plain sum, the gates, and any of `render.MERGES`."""
+        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", "gates"]
+        arms += [f"merge {method}" for method in merges if recipe.tags]
+        return self.draw_all([(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms], is_stopped)
+
+    def draw_all(self, wanted: Sequence[tuple[str, Recipe]], is_stopped: IsStopped) -> Iterator[Progress]:
+        """Draw labelled recipes one after the other. The last progress has the pictures that were drawn, also if stopped."""
+        recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
+        warnings = dict.fromkeys(self.studio.warning(recipe) for _, recipe in recipes)
+        state = Progress(0, sum(r.steps for _, r in recipes), warnings=[warning for warning in warnings if warning])
+        begun = time.monotonic()
+
+        def work(report: Report) -> None:
+            def on_step(_: int, latents: torch.Tensor) -> None:
+                state.done += 1
+                state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
+                report(dataclasses.replace(state, preview=self._preview(latents)))
+
+            for label, recipe in recipes:
+                image = self.studio.draw(recipe, on_step=on_step)
+                state.pictures.append(self._save(image, label, recipe))
+                report(dataclasses.replace(state))
+
+        yield from (event for event in run_job(work, is_stopped) if event is not None)
+        yield dataclasses.replace(state)
+
+    def look(
+        self, recipe: Recipe, is_stopped: IsStopped, shades: Mapping[str, str] | None = None
+    ) -> Iterator[Progress | GateReport]:
+        """Draw again and trace the gates; a GateReport comes last, with the LoRAs' colours of `shades`."""
+        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
+        if not recipe.experts:
+            raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
+        traced: dict[str, Any] = {}
+        images: list[Image.Image] = []
+        state = Progress(0, recipe.steps)
+
+        @contextmanager
+        def tracing(mixture: Mixture) -> Iterator[None]:
+            with ExitStack() as stack:
+                size = (recipe.height, recipe.width)
+                traced["trace"] = stack.enter_context(mixture.trace())
+                traced["contributions"] = stack.enter_context(contributions(mixture, self.studio.pipe.unet, size))
+                yield
+
+        def work(report: Report) -> None:
+            def on_step(done: int, _: torch.Tensor) -> None:
+                state.done = done
+                report(dataclasses.replace(state))
+
+            images.append(self.studio.draw(recipe, on_step=on_step, inside=tracing))
+
+        yield from (event for event in run_job(work, is_stopped) if event is not None)
+        for image in images:  # none if it was stopped
+            picture = self._save(image, "gates", recipe)
+            yield gate_report(self.studio, recipe, image, picture.path, shades=shades, **traced)
+
+    def grid(self, recipe: Recipe, x: str, y: str, is_stopped: IsStopped) -> Iterator[Progress | Image.Image]:
+        """Draw an XY grid; the sheet comes last, with grey cells if it was stopped."""
+        across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
+        rows = xy_grid.cells(recipe, across, down)
+        wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
+        drawn: dict[str, Image.Image] = {}
+        for state in self.draw_all(wanted, is_stopped):
+            yield state
+        for picture in state.pictures:
+            with Image.open(picture.path) as image:
+                drawn[picture.label] = image.convert("RGB")
+        cells = [[drawn.get(f"{r},{c}") for c in range(len(row))] for r, row in enumerate(rows)]
+        yield xy_grid.sheet(cells, across, down)
+
+    def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
+        """Write one ordinary LoRA with the gates' average weights for this prompt; its file, and the error of the cut.
+
+        Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
+        """
+        recipe = self._completed(recipe)
+        strengths = recipe.constant_strengths()
+        path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
+        with self.studio.lock:
+            mixture = self.studio.attach_for(recipe)
+            if mixture is None:
+                raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
+            with mixture.strengths(strengths):
+                return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
+
+    def _save(self, image: Image.Image, label: str, recipe: Recipe) -> Picture:
+        """Write a picture with its recipe inside; the oldest pictures are deleted."""
+        for old in sorted(self.folder.glob("*.png"), key=lambda p: p.stat().st_mtime)[:-MAX_PICTURES]:
+            old.unlink(missing_ok=True)
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:10]
+        path = self.folder / f"{recipe.seed}-{digest}.png"
+        infotext.save(image, path, recipe)
+        return Picture(label, path, recipe)
+
     def _completed(self, recipe: Recipe) -> Recipe:
         if max(recipe.width, recipe.height) > MAX_SIDE:
             raise ValueError(f"width and height are at most {MAX_SIDE} here, got {recipe.width} x {recipe.height}")
         return self.studio.complete(recipe)
 
 
-@contextmanager
-def strengths(mixture: Mixture, wanted: dict[str, float]) -> Iterator[None]:
-    """Set strengths while the block runs."""
-    before = {name: mixture.strength(name) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            mixture.strength(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            mixture.strength(name, value)
+class PreviewDecoder:
+    """Latents [1, C, h, w] -> picture, or None where decoding now would exceed PREVIEW_SHARE of the time."""
 
+    def __init__(self, pipe: Any):
+        self.pipe, self._cost, self._last = pipe, 0.0, 0.0  # seconds that one takes; when the last was made
 
-def _opened(path: Path | None) -> Image.Image | None:
-    if path is None:
-        return None
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def never() -> bool:
-    """For work that nobody can stop."""
-    return False
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor) -> Image.Image | None:
+        begun = time.monotonic()
+        if begun - self._last < self._cost / PREVIEW_SHARE:
+            return None
+        vae = self.pipe.vae
+        decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor).sample
+        image: Image.Image = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+        self._last = time.monotonic()
+        self._cost = self._last - begun
+        return image

@@ -1,4 +1,4 @@
-"""The page: the tabs in a row, and how it is served."""
+"""The whole page with its tabs, and serving it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import gradio as gr
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import add as add_api
 from mole_diffusers.app.compose_tab import build as compose_tab
-from mole_diffusers.app.compose_tab import opened
-from mole_diffusers.app.jobs import Stops
+from mole_diffusers.app.compose_tab import first_cards
+from mole_diffusers.app.jobs import RunningJobs
 from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.page import PRIVATE, Page
 from mole_diffusers.app.see_tab import build as see_tab
@@ -21,25 +21,25 @@ from mole_diffusers.studio.recipe import Recipe
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     """The whole app; `launch` shows it."""
-    # Files of visitors go after an hour, checked every ten minutes.
+    # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
-        page = Page(actions, Stops(), defaults)
-        add_api(page)  # first, so that its names are free
+        page = Page(actions, RunningJobs(), defaults)
+        add_api(page)  # first, while its endpoint names are free
         gr.Markdown("# mole\nSeveral concept LoRAs in one picture, weighed by learned gates.", elem_id="title")
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})
-        page.locks, page.made = gr.State({}), gr.State(None)
+        page.locks, page.drawn = gr.State({}), gr.State(None)
         with gr.Tabs(elem_id="tabs"):
             for name, tab in (("Compose", compose_tab), ("See", see_tab), ("Train", train_tab), ("Keep", keep_tab)):
                 with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name):
                     tab(page)
-        blocks.load(opened(page), None, [page.cards, page.shown], **PRIVATE)
+        blocks.load(first_cards(page), None, [page.cards, page.shown], **PRIVATE)
     return blocks
 
 
 def launch(blocks: gr.Blocks, **options: Any) -> Any:
-    """Serve it: to this machine alone unless `options` say otherwise. Nothing goes to the network by itself.
+    """Serve the app, to this machine only unless `options` say otherwise. It sends nothing to the network by itself.
 
-    With `mcp_server=True` every endpoint is an MCP tool as well.
+    With `mcp_server=True` every endpoint is also an MCP tool.
     """
     blocks.queue(max_size=32)
     return blocks.launch(

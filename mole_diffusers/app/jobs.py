@@ -1,4 +1,4 @@
-"""Work that is watched while it goes on, and can be stopped: a thread that tells, and a generator that listens."""
+"""Jobs: work in a thread that reports events while it runs, and can be stopped."""
 
 from __future__ import annotations
 
@@ -11,69 +11,73 @@ from typing import Any
 from mole_diffusers.studio.render import StoppedError
 
 DONE = object()
-Tell = Callable[[Any], None]
-Stopped = Callable[[], bool]
+Report = Callable[[Any], None]
+IsStopped = Callable[[], bool]
 
 
-def watched(work: Callable[[Tell], None], stopped: Stopped) -> Iterator[Any]:
-    """What `work(tell)` tells, as it tells it; an exception in `work` comes out here.
+def never_stopped() -> bool:
+    """For jobs that nobody can stop."""
+    return False
 
-    `tell` raises StoppedError once `stopped()` says so; work that it ends counts as done. Where nothing is told for a
-    while, None comes out, so that whoever iterates can look around. Work that nobody listens to any more is stopped.
+
+def run_job(work: Callable[[Report], None], is_stopped: IsStopped) -> Iterator[Any]:
+    """Run `work(report)` in a thread and yield what it reports; an exception in `work` is raised here.
+
+    `report` raises StoppedError once `is_stopped()` is true, or once nobody iterates any more; work ended by it counts as
+    done. If nothing is reported for a second, None is yielded, so that the caller can do something else in between.
     """
-    heard: Queue[Any] = Queue()
-    left = threading.Event()
+    events: Queue[Any] = Queue()
+    abandoned = threading.Event()
 
-    def tell(event: Any) -> None:
-        heard.put(event)
-        if stopped() or left.is_set():
+    def report(event: Any) -> None:
+        events.put(event)
+        if is_stopped() or abandoned.is_set():
             raise StoppedError
 
     def run() -> None:
         try:
-            work(tell)
+            work(report)
         except StoppedError:
             pass
         except BaseException as error:
-            heard.put(error)
+            events.put(error)
         finally:
-            heard.put(DONE)
+            events.put(DONE)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        while (event := _next(heard)) is not DONE:
+        while True:
+            try:
+                event = events.get(timeout=1.0)
+            except Empty:
+                event = None
+            if event is DONE:
+                return
             if isinstance(event, BaseException):
                 raise event
             yield event
     finally:
-        left.set()
+        abandoned.set()
 
 
-def _next(heard: Queue[Any]) -> Any:
-    try:
-        return heard.get(timeout=1.0)
-    except Empty:
-        return None
-
-
-class Stops:
-    """Who asked to stop, by session."""
+class RunningJobs:
+    """The running job of each session, and who asked to stop it."""
 
     def __init__(self) -> None:
-        self._running: dict[str, threading.Event] = {}
+        self._stop_events: dict[str, threading.Event] = {}
 
     @contextmanager
-    def job(self, session: str) -> Iterator[Stopped]:
-        """A job of a session; what it gives says whether `stop` was called meanwhile."""
-        event = self._running[session] = threading.Event()
+    def job(self, session: str) -> Iterator[IsStopped]:
+        """Register a job of a session; yields a function that tells whether `stop` was called meanwhile."""
+        event = self._stop_events[session] = threading.Event()
         try:
             yield event.is_set
         finally:
-            self._running.pop(session, None)
+            self._stop_events.pop(session, None)
 
     def stop(self, session: str) -> bool:
-        """End the session's job at its next step; False where none is running."""
-        if (event := self._running.get(session)) is None:
+        """End the session's job at its next report; False if none is running."""
+        if (event := self._stop_events.get(session)) is None:
             return False
         event.set()
         return True

@@ -1,15 +1,25 @@
-"""The Keep tab: pictures and recipes in and out, code, one LoRA, XY xy_grid."""
+"""The Keep tab: load pictures and recipes, save recipes, code and one merged LoRA, make XY grids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app.actions import Progress
-from mole_diffusers.app.cards import cards_of
-from mole_diffusers.app.page import PRIVATE, QUEUE, Page, fresh, picture, say, say_while, session, stoppable
+from mole_diffusers.app.mixer_cards import cards_of
+from mole_diffusers.app.page import (
+    PRIVATE,
+    QUEUE,
+    Page,
+    connect_stop,
+    figure,
+    redraw,
+    session,
+    with_errors,
+    with_errors_streaming,
+)
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 
@@ -28,18 +38,18 @@ def _loading(page: Page) -> None:
     dropped = gr.File(
         label="Drop a picture or a recipe: it fills every field", file_types=[".png", ".json"], elem_id="dropped"
     )
-    told = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
+    status = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
 
-    @say
+    @with_errors
     def load(path: str | None) -> Any:
         if path is None:
             return [gr.skip()] * (len(page.inputs) + 3)
-        found = page.actions.studio.complete(infotext.read_any(path))
-        cards = cards_of(found.prompt, [], page.actions.studio.catalog.loras)
-        words = f"loaded: seed {found.seed}, {len(found.experts)} LoRAs, gates {found.gates}; now press Compose"
-        return [*page.values(found), cards, fresh(cards), words]
+        recipe = page.actions.studio.complete(infotext.read_any(path))
+        cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
+        words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
+        return [*page.values(recipe), cards, redraw(cards), words]
 
-    dropped.upload(load, dropped, [*page.inputs, page.cards, page.shown, told], **PRIVATE)
+    dropped.upload(load, dropped, [*page.inputs, page.cards, page.shown, status], **PRIVATE)
 
 
 def _saving(page: Page) -> None:
@@ -47,31 +57,31 @@ def _saving(page: Page) -> None:
         save = gr.Button("Recipe as a file", elem_id="save")
         code = gr.Button("As diffusers code", elem_id="code")
         export = gr.Button("Export to one LoRA", elem_id="export")
-    rank = gr.Number(0, label="Rank of the LoRA", info="0: ranks add up, nothing is lost", precision=0, minimum=0)
-    files = gr.File(label="File", interactive=False, elem_id="files")
-    told = gr.Markdown("", elem_id="keep-status", elem_classes="status")
-    shown = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
+    rank = gr.Number(0, label="Rank of the LoRA", info="0: the sum of all ranks, without loss", precision=0, minimum=0)
+    file = gr.File(label="File", interactive=False, elem_id="files")
+    status = gr.Markdown("", elem_id="keep-status", elem_classes="status")
+    text = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
 
-    @say
-    def saved(*values: Any) -> str:
-        found = page.actions.studio.complete(page.recipe(*values))
-        path = page.actions.folder / f"recipe-{found.seed}.json"
-        found.save(path)
+    @with_errors
+    def recipe_file(*values: Any) -> str:
+        recipe = page.actions.studio.complete(page.recipe(*values))
+        path = page.actions.folder / f"recipe-{recipe.seed}.json"
+        recipe.save(path)
         return str(path)
 
-    @say
-    def coded(*values: Any) -> str:
+    @with_errors
+    def script(*values: Any) -> str:
         return as_code(page.actions.studio.complete(page.recipe(*values)))
 
-    @say
+    @with_errors
     def exported(*values: Any) -> tuple[str, str]:
         *given, rank = values
         path, error = page.actions.export(page.recipe(*given), int(rank) if rank else None)
-        return str(path), f"written at the gates' average weights; error of the cut {error:.3f}"
+        return str(path), f"written with the gates' average weights; error of the cut {error:.3f}"
 
-    save.click(saved, page.inputs, files, **PRIVATE)
-    code.click(coded, page.inputs, shown, **PRIVATE)
-    export.click(exported, [*page.inputs, rank], [files, told], **QUEUE, **PRIVATE)
+    save.click(recipe_file, page.inputs, file, **PRIVATE)
+    code.click(script, page.inputs, text, **PRIVATE)
+    export.click(exported, [*page.inputs, rank], [file, status], **QUEUE, **PRIVATE)
 
 
 def _grid(page: Page) -> None:
@@ -83,22 +93,14 @@ def _grid(page: Page) -> None:
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
-    sheet = picture("Grid", elem_id="sheet")
-    work = make.click(_gridded(page), [*page.inputs, x, y], [status, sheet], **QUEUE, **PRIVATE)
-    stoppable(page, cancel, status, [work])
+    sheet = figure("Grid", elem_id="sheet")
 
-
-def _gridded(page: Page) -> Callable[..., Iterator[Any]]:
-    @say_while
-    def gridded(request: gr.Request, *values: Any) -> Iterator[Any]:
+    @with_errors_streaming
+    def draw(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, x, y = values
-        with page.stops.job(session(request)) as stopped:
-            words = ""
-            for event in page.actions.grid(page.recipe(*given), x, y, stopped):
-                if isinstance(event, Progress):
-                    words = str(event)
-                    yield words, gr.skip()
-                else:
-                    yield words, event
+        with page.jobs.job(session(request)) as is_stopped:
+            for event in page.actions.grid(page.recipe(*given), x, y, is_stopped):
+                yield (str(event), gr.skip()) if isinstance(event, Progress) else (gr.skip(), event)
 
-    return gridded
+    work = make.click(draw, [*page.inputs, x, y], [status, sheet], **QUEUE, **PRIVATE)
+    connect_stop(page, cancel, status, [work])

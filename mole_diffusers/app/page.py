@@ -1,9 +1,10 @@
-"""What the tabs share: controls, states, and how errors are told."""
+"""What the tabs share: controls, states, error messages, and components."""
 
 from __future__ import annotations
 
 import functools
 import html
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +12,15 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.actions import Actions, Made
-from mole_diffusers.app.jobs import Stops
+from mole_diffusers.app.actions import Actions, Picture
+from mole_diffusers.app.jobs import RunningJobs
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import StoppedError
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
-KNOWN_ERRORS = (ValueError, FileNotFoundError)  # what bad input raises; anything else is a fault of ours and is logged
+USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged
 NUMBERS = ("seed", "steps", "guidance", "width", "height")
 
 
@@ -28,28 +29,31 @@ class Page:
     """What the tabs share.
 
     Attributes:
+        jobs: which visitor's job is running.
+        defaults: the recipe of a fresh page.
         controls: field of a Recipe -> its component.
-        cards, shown: the mixer's cards, and the ones that are drawn.
-        locks: gates set by hand, as a Recipe holds them.
-        made: the last picture's recipe as plain data.
+        cards: state: the mixer's cards.
+        shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
+        locks: state: gates set by hand, as in a Recipe.
+        drawn: state: the last picture's recipe as plain data.
     """
 
     actions: Actions
-    stops: Stops
+    jobs: RunningJobs
     defaults: Recipe
     controls: dict[str, Any] = field(default_factory=dict)
     cards: Any = None
     shown: Any = None
     locks: Any = None
-    made: Any = None
+    drawn: Any = None
 
     @property
     def inputs(self) -> list[Any]:
-        """The components that `recipe` takes the values of."""
+        """The components whose values `recipe` takes."""
         return [*self.controls.values(), self.locks]
 
     def recipe(self, *values: Any) -> Recipe:
-        """The recipe that the controls say. Raises ValueError for values out of range."""
+        """The recipe in the controls. Raises ValueError for values out of range."""
         *given, locks = values
         named = dict(zip(self.controls, given, strict=True))
         for name in NUMBERS:
@@ -60,7 +64,7 @@ class Page:
         return Recipe(**named, locks=locks)
 
     def values(self, recipe: Recipe) -> list[Any]:
-        """Values of the controls and the locks for a recipe."""
+        """The values of `inputs` for a recipe."""
         shown = {name: getattr(recipe, name) for name in self.controls}
         return [*(shown | {"sampler": recipe.sampler or "default"}).values(), dict(recipe.locks)]
 
@@ -70,52 +74,63 @@ def session(request: gr.Request | None) -> str:
     return str(getattr(request, "session_hash", "") or "")
 
 
-def said(error: Exception, *, page: bool) -> gr.Error:
-    """What a visitor is told. A page shows it as HTML, so what a file or a prompt says there is escaped."""
+# ---- errors
+
+
+def user_error(error: Exception, *, page: bool) -> gr.Error:
+    """The error a visitor sees. A page shows it as HTML, so text from a file or prompt is escaped there."""
     text = html.escape(str(error), quote=False) if page else str(error)
     return gr.Error(text, duration=12, print_exception=False)
 
 
-def say(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., Any]:
-    """Errors of bad input as one sentence on the page, or to a client of the API."""
+def with_errors(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., Any]:
+    """Show errors of bad input as one sentence, on the page or to a client of the API."""
 
     @functools.wraps(fn)
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return fn(*args, **kwargs)
-        except KNOWN_ERRORS as error:
-            raise said(error, page=page) from error
+        except USER_ERRORS as error:
+            raise user_error(error, page=page) from error
 
-    return called
+    return wrapped
 
 
-def say_while(fn: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`say` for a generator."""
+def with_errors_streaming(fn: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """`with_errors` for a generator; a stopped picture just ends it."""
 
     @functools.wraps(fn)
-    def called(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Iterator[Any]:
         try:
             yield from fn(*args, **kwargs)
         except StoppedError:
             return
-        except KNOWN_ERRORS as error:
-            raise said(error, page=True) from error
+        except USER_ERRORS as error:
+            raise user_error(error, page=True) from error
 
-    return called
+    return wrapped
 
 
-def fresh(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cards to draw anew, also where they are what was drawn last."""
+# ---- values and components
+
+
+def markdown(text: str) -> str:
+    """Text from a file or prompt, escaped for Markdown so that it shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|<>~$:/&-])", r"\\\1", " ".join(text.split()))
+
+
+def redraw(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """A value for `Page.shown` that redraws the cards, even if they are the same as before."""
     return {"cards": cards, "at": time.monotonic_ns()}
 
 
-def shown(made: list[Made]) -> list[tuple[str, str]]:
-    """What a gallery shows of pictures: the files as they are, so that recipes stay inside."""
-    return [(str(one.path), one.label) for one in made]
+def gallery_items(pictures: list[Picture]) -> list[tuple[str, str]]:
+    """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
+    return [(str(picture.path), picture.label) for picture in pictures]
 
 
 def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True) -> Any:
-    """Pictures side by side, as they are: PNGs keep the recipes inside.
+    """A gallery of PNG files.
 
     Args:
         pixel: show pixels as squares, not smoothed.
@@ -133,20 +148,20 @@ def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True) -> An
     )
 
 
-def picture(label: str, *, elem_id: str) -> Any:
+def figure(label: str, *, elem_id: str) -> Any:
     """One figure."""
     return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)
 
 
-def stoppable(page: Page, button: Any, status: Any, works: Sequence[Any]) -> None:
-    """Have a button end what `works`, events of the session, do: what runs at its next step, what waits at once."""
+def connect_stop(page: Page, button: Any, status: Any, events: Sequence[Any]) -> None:
+    """Let a button stop the session's jobs started by `events`: a running one at its next step, a queued one at once."""
     waiting = gr.State(0)
 
     def stop(request: gr.Request, asked: int) -> tuple[str, int]:
-        if page.stops.stop(session(request)):
+        if page.jobs.stop(session(request)):
             return "stopping", asked
-        return "nothing of yours is running; what waited in the queue was taken out", asked + 1
+        return "nothing of yours is running; queued jobs were cancelled", asked + 1
 
-    # Gradio tells a page of a changed State only through its queue, where this waits for nothing.
+    # Gradio tells a page about a changed State only through its queue; without a limit this never waits there.
     button.click(stop, waiting, [status, waiting], concurrency_limit=None, **PRIVATE)
-    waiting.change(None, None, None, cancels=list(works), **PRIVATE)
+    waiting.change(None, None, None, cancels=list(events), **PRIVATE)

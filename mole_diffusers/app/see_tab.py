@@ -1,35 +1,34 @@
-"""The See tab: the same seed by every arm, what the gates did, and gates set by hand."""
+"""The See tab: one seed with every way to combine the LoRAs, what the gates did, and gates set by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.actions import Progress
-from mole_diffusers.app.cards import Card, cards_of, locks_of, shades, with_preset
-from mole_diffusers.app.looking import Look
+from mole_diffusers.app.gate_report import GateReport
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of, parse_lock, shades, with_block_weights
 from mole_diffusers.app.page import (
     BUTTONS,
     PRIVATE,
     QUEUE,
     Page,
-    fresh,
+    connect_stop,
+    figure,
     gallery,
-    picture,
-    say,
-    say_while,
+    gallery_items,
+    redraw,
     session,
-    shown,
-    stoppable,
+    with_errors,
+    with_errors_streaming,
 )
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.render import MERGES
 
-SHOWN = ("sum", "gates")  # what the slider compares at first
-NOTHING = "nothing: every gate decides"
+COMPARED = ("sum", "gates")  # left and right of the slider at first
+NO_LOCKS = "nothing: every gate decides"
 
 
 def build(page: Page) -> None:
@@ -40,8 +39,8 @@ def build(page: Page) -> None:
         cancel = gr.Button("Cancel", elem_id="see-cancel")
     status = gr.Markdown("", elem_id="see-status", elem_classes="status")
     with gr.Row(elem_classes="phone-column"):
-        works = [_comparison(page, compare, status), _watching(page, look, status)]
-    stoppable(page, cancel, status, works)
+        works = [_comparison(page, compare, status), _gate_report(page, look, status)]
+    connect_stop(page, cancel, status, works)
 
 
 def _comparison(page: Page, compare: Any, status: Any) -> Any:
@@ -59,125 +58,95 @@ def _comparison(page: Page, compare: Any, status: Any) -> Any:
             label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_classes="pixel", elem_id="slider"
         )
         with gr.Row():
-            left = gr.Dropdown(list(SHOWN), value=SHOWN[0], label="Left", elem_id="left")
-            right = gr.Dropdown(list(SHOWN), value=SHOWN[1], label="Right", elem_id="right")
-        found = gr.State({})
-    outputs = [status, arms, slider, left, right, found]
-    for side in (left, right):
-        side.input(_sides, [found, left, right], slider, **PRIVATE)
-    return compare.click(_compared(page), [*page.inputs, merges], outputs, **QUEUE, **PRIVATE)
+            left = gr.Dropdown(list(COMPARED), value=COMPARED[0], label="Left", elem_id="left")
+            right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
+        drawn = gr.State({})  # label -> picture file
 
+    def sides(drawn: dict[str, str], left: str, right: str) -> Any:
+        return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
-def _sides(found: dict[str, str], left: str, right: str) -> Any:
-    return (found[left], found[right]) if left in found and right in found else gr.skip()
-
-
-def _compared(page: Page) -> Callable[..., Iterator[Any]]:
-    @say_while
-    def compared(request: gr.Request, *values: Any) -> Iterator[Any]:
+    @with_errors_streaming
+    def draw(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, merges = values
-        with page.stops.job(session(request)) as stopped:
-            for state in page.actions.compare(page.recipe(*given), stopped, merges):
-                found = {one.label: str(one.path) for one in state.made}
-                choices = gr.update(choices=list(found))
-                yield str(state), shown(state.made), _sides(found, *SHOWN), choices, choices, found
+        with page.jobs.job(session(request)) as is_stopped:
+            for state in page.actions.compare(page.recipe(*given), is_stopped, merges):
+                drawn = {picture.label: str(picture.path) for picture in state.pictures}
+                choices = gr.update(choices=list(drawn))
+                yield str(state), gallery_items(state.pictures), sides(drawn, *COMPARED), choices, choices, drawn
 
-    return compared
+    for side in (left, right):
+        side.input(sides, [drawn, left, right], slider, **PRIVATE)
+    return compare.click(draw, [*page.inputs, merges], [status, arms, slider, left, right, drawn], **QUEUE, **PRIVATE)
 
 
-def _watching(page: Page, look: Any, status: Any) -> Any:
+def _gate_report(page: Page, look: Any, status: Any) -> Any:
     with gr.Column():
-        heat = picture("Weights by block and step", elem_id="heat")
-        shares = picture("Share over the steps", elem_id="shares")
+        heat = figure("Weights by block and step", elem_id="heat")
+        shares = figure("Share over the steps", elem_id="shares")
         places = gallery("Where each LoRA acts", columns=3, elem_id="places", pixel=False)
-        hand = _by_hand(page)
-        labels, seen = gr.State({}), gr.State({})
-    outputs = [status, heat, shares, places, labels, seen, hand["block"]]
-    _connect_by_hand(page, hand, labels, seen)
-    return look.click(_looked(page), [*page.inputs, page.cards], outputs, **QUEUE, **PRIVATE)
+        sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
+        block = _by_hand(page, sites, gates)
 
-
-def _looked(page: Page) -> Callable[..., Iterator[Any]]:
-    @say_while
-    def looked(request: gr.Request, *values: Any) -> Iterator[Any]:
+    @with_errors_streaming
+    def watch(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, cards = values
-        nothing = [gr.skip()] * 6
-        with page.stops.job(session(request)) as stopped:
-            for event in page.actions.look(page.recipe(*given), stopped, shades(cards)):
-                if isinstance(event, Progress):
-                    yield [str(event), *nothing]
-                elif isinstance(event, Look):
-                    spots = [(image, label) for label, image in event.places.items()]
-                    rows = event.gates.items()
-                    gates = {label: _typed(dict(zip(event.experts, row, strict=True))) for label, row in rows}
-                    blocks = gr.update(choices=list(event.labels), value=next(iter(event.labels)))
-                    yield [_means(event), event.heat, event.shares, spots, event.labels, gates, blocks]
+        with page.jobs.job(session(request)) as is_stopped:
+            for event in page.actions.look(page.recipe(*given), is_stopped, shades(cards)):
+                if not isinstance(event, GateReport):
+                    yield [str(event), *[gr.skip()] * 6]
+                    continue
+                maps = [(image, label) for label, image in event.places.items()]
+                rows = event.gates.items()
+                typed = {label: _typed(dict(zip(event.experts, row, strict=True))) for label, row in rows}
+                blocks = gr.update(choices=list(event.labels), value=next(iter(event.labels)))
+                yield [event.summary(), event.heat, event.shares, maps, event.labels, typed, blocks]
 
-    return looked
-
-
-def _means(look: Look) -> str:
-    """Each LoRA's mean weight in words, for those who do not see the picture."""
-    rows = list(look.weights.values())
-    means = [sum(row[n] for row in rows) / len(rows) for n in range(len(look.experts))]
-    words = "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(look.experts, means, strict=True))
-    return f"{words}; {look.doubt}" if look.doubt else words
+    outputs = [status, heat, shares, places, sites, gates, block]
+    return look.click(watch, [*page.inputs, page.cards], outputs, **QUEUE, **PRIVATE)
 
 
-def _by_hand(page: Page) -> dict[str, Any]:
-    """The controls, by name."""
+def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
+    """Weights that replace a gate, and block weights of a LoRA; returns the choice of the block."""
     with gr.Accordion("Change it by hand", open=True):
         with gr.Row():
             block = gr.Dropdown([], label="Block", info="watch the gates first", elem_id="block")
-            weights = gr.Textbox(label="Weights", info="as they are, to change", placeholder="fox=1, ink=0.2",
-                                 max_length=500, elem_id="weights")  # fmt: skip
-            scale = gr.Number(1.0, label="Times", info="all of them", step=0.1, min_width=80, elem_id="times")
+            weights = gr.Textbox(label="Weights", info="as they are now", placeholder="fox=1, ink=0.2", max_length=500,
+                                 elem_id="weights")  # fmt: skip
+            factor = gr.Number(1.0, label="Times", info="all of them", step=0.1, min_width=80, elem_id="times")
         with gr.Row():
             lock = gr.Button("Set the block", size="sm", elem_id="lock")
             free = gr.Button("Free all", size="sm", elem_id="free")
-        held = gr.Textbox(NOTHING, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
+        locked = gr.Textbox(NO_LOCKS, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
         with gr.Row():
             names = list(page.actions.studio.catalog.loras)
             name = gr.Dropdown(names, value=None, label="LoRA", info="whose blocks to scale", elem_id="lbw-name")
-            preset = gr.Dropdown(["", *PRESETS, "ALL0.5"], value="", label="Block weights (lbw)", allow_custom_value=True,
-                                 info="a preset, or numbers", elem_id="lbw")  # fmt: skip
-    found = {"block": block, "weights": weights, "scale": scale, "lock": lock, "free": free, "held": held}
-    return found | {"name": name, "preset": preset}
-
-
-def _connect_by_hand(page: Page, hand: dict[str, Any], labels: Any, seen: Any) -> None:
-    """labels: block -> place; seen: block -> the gates that were watched there, as they are typed."""
+            lbw = gr.Dropdown(["", *PRESETS, "ALL0.5"], value="", label="Block weights (lbw)", allow_custom_value=True,
+                              info="a preset, or numbers", elem_id="lbw")  # fmt: skip
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @say
-    def lock(block: str | None, weights: str, scale: float | None, labels: dict, text: str, locks: dict) -> Any:
-        if block not in labels:
+    @with_errors
+    def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Any:
+        if block not in sites:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse(text, catalog.loras).tags]
-        row = {name: weight * (1.0 if scale is None else scale) for name, weight in locks_of(weights, names).items()}
-        changed = {**locks, labels[block]: row}
-        return changed, _held(changed, labels)
+        row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
+        changed = {**locks, sites[block]: row}
+        labels = {site: label for label, site in sites.items()}
+        return changed, "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in changed.items())
 
-    @say
-    def preset(name: str | None, chosen: str, text: str, cards: list[Card]) -> Any:
-        text = with_preset(text, name or "", chosen, catalog.loras)
+    @with_errors
+    def set_block_weights(name: str | None, lbw: str, text: str, cards: list[MixerCard]) -> Any:
+        text = with_block_weights(text, name or "", lbw, catalog.loras)
         new = cards_of(text, cards, catalog.loras)
-        return text, new, fresh(new)
+        return text, new, redraw(new)
 
-    shown = [page.locks, hand["held"]]
-    given = [hand["block"], hand["weights"], hand["scale"], labels, prompt, page.locks]
-    hand["lock"].click(lock, given, shown, **PRIVATE)
-    hand["free"].click(lambda: ({}, NOTHING), None, shown, **PRIVATE)
-    hand["block"].change(lambda block, seen: seen.get(block, ""), [hand["block"], seen], hand["weights"], **PRIVATE)
-    inputs = [hand["name"], hand["preset"], prompt, page.cards]
-    hand["preset"].input(preset, inputs, [prompt, page.cards, page.shown], **PRIVATE)
-
-
-def _held(locks: dict[str, dict[str, float]], labels: dict[str, str]) -> str:
-    """Locks in words, a block a line."""
-    names = {place: label for label, place in labels.items()}
-    return "\n".join(f"{names.get(place, place)}: {_typed(row)}" for place, row in locks.items())
+    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, locked], **PRIVATE)
+    free.click(lambda: ({}, NO_LOCKS), None, [page.locks, locked], **PRIVATE)
+    block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights, **PRIVATE)
+    lbw.input(set_block_weights, [name, lbw, prompt, page.cards], [prompt, page.cards, page.shown], **PRIVATE)
+    return block
 
 
 def _typed(row: dict[str, float]) -> str:
+    """Weights as they are typed."""
     return ", ".join(f"{name}={weight:.3g}" for name, weight in row.items())

@@ -1,4 +1,4 @@
-"""How the page looks: colours of LoRAs, a phone's width, and keys that change a weight."""
+"""The page's style: colours of the LoRAs, layout on a phone, and keys that change a weight."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CSS = (
     + """
 .pixel img { image-rendering: pixelated; }
 #now img, .pixel .thumbnail-item img { width: 100%; height: 100%; object-fit: contain; }
-.figure img { padding-top: 34px; object-fit: contain; }  /* the label and the buttons lie over the top */
+.figure img { padding-top: 34px; object-fit: contain; }  /* the label and the buttons cover the top */
 .grid-wrap.fixed-height { min-height: 0 !important; max-height: none !important; overflow-y: visible !important;
-  padding-top: 34px !important; }  /* as high as its pictures, and the label beside them */
+  padding-top: 34px !important; }  /* as high as its pictures plus the label */
 .gallery-container:has(.preview) { min-height: 420px; }
 .caption-label { white-space: normal !important; max-width: 100% !important; }
 .card .thumb img { width: 56px; height: 56px; object-fit: contain; }
@@ -24,7 +24,7 @@ CSS = (
   gap: 8px; background: var(--background-fill-primary); }
 .card .head { align-items: center; flex-wrap: nowrap; }
 .card .head label { font-weight: 600; }
-.card .strength .tab-like-container { display: none; }  /* the number beside the slider takes any value */
+.card .strength .tab-like-container { display: none; }  /* the number field beside the slider takes any value */
 .card .facts, .card .facts p { font-size: var(--text-sm); margin: 0; }
 #title h1 { margin-bottom: 0; }
 .status p { font-variant-numeric: tabular-nums; margin: 4px 0; }
@@ -33,12 +33,12 @@ CSS = (
   .gradio-container { padding: 6px !important; }
   .phone-column { flex-direction: column !important; }
   .phone-column > * { min-width: 100% !important; }
-  .results { order: -1; }  /* what was made comes right below the button */
+  .results { order: -1; }  /* results come right below the button */
 }
 """
 )
 
-# Ctrl+Up and Ctrl+Down change the number of the tag under the cursor by 0.05, as artists know it.
+# Ctrl+Up and Ctrl+Down change the strength of the tag under the cursor by 0.05, as in A1111.
 HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {
@@ -61,10 +61,10 @@ document.addEventListener("keydown", (event) => {
 
 
 def theme() -> Any:
-    """Fonts of the system: nothing is fetched."""
+    """A theme with system fonts, so that nothing is downloaded."""
     fonts = ["system-ui", "sans-serif"]
     plain = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"])
-    return plain.set(  # what is small stays readable: 7:1 on white, and on black in the dark
+    return plain.set(  # small text stays readable: a contrast of 7:1 on white, and on black in dark mode
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700",

@@ -1,4 +1,4 @@
-"""Recipe -> the lines of Python that draw the same picture with diffusers."""
+"""Recipe -> Python code that draws the same picture with diffusers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,37 @@ from mole_diffusers.studio.render import SAMPLERS
 
 
 def as_code(recipe: Recipe) -> str:
-    """A script for a completed recipe. Files are named by what they are called here, without folders."""
-    lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    lines += _pipeline(recipe)
-    call = [repr(recipe.text), *_call(recipe)]
-    body = f"image = pipe({', '.join(call)}).images[0]"
-    if recipe.experts and recipe.arm.startswith("merge "):
-        lines += _merged(recipe)
-    elif _planned(recipe):
-        lines += _mixture(recipe)
-        body = f"with mixture.planned(plan):\n    {body}"
-    return "\n".join([*lines, body, 'image.save("picture.png")', ""])
+    """A script for a completed recipe. LoRA files have their names here, without folders."""
+    lines = [*_pipeline(recipe), ""]
+    kind, _, about = recipe.arm.partition(" ")
+    callback, indent = "", ""
+    if recipe.experts and kind == "merge":
+        files = {name: (f"{name}.safetensors", weight) for name, weight in sorted(recipe.constant_strengths().items())}
+        lines += [f"merged = mole.merge({files}, {about!r})", 'mole.attach(pipe, {"merged": merged}, gates="sum")']
+    elif recipe.experts and kind != "base":
+        lines += _mixture(recipe, [about] if kind == "alone" else sorted(recipe.experts))
+        lines.append("with mixture.planned(schedule):")
+        callback, indent = "callback_on_step_end=schedule.on_step()", "    "
+    arguments = [
+        repr(recipe.text),
+        f"negative_prompt={recipe.negative!r}" if recipe.negative else "",
+        f"num_inference_steps={recipe.steps}",
+        f"guidance_scale={recipe.guidance!r}",
+        f"width={recipe.width}",
+        f"height={recipe.height}",
+        f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
+        callback,
+    ]
+    lines.append(f"{indent}image = pipe({', '.join(filter(None, arguments))}).images[0]")
+    return "\n".join([*lines, 'image.save("picture.png")', ""])
 
 
 def _pipeline(recipe: Recipe) -> list[str]:
+    lines = ["import torch", "from diffusers import DiffusionPipeline", "import mole_diffusers as mole", ""]
     if recipe.base == "emoji":
-        lines = ["import mole_diffusers as mole", "", "pipe = mole.emoji_world().pipe"]
+        lines.append("pipe = mole.emoji_world().pipe")
     else:
-        lines = ["import mole_diffusers as mole", "", f"pipe = DiffusionPipeline.from_pretrained({recipe.base!r})"]
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({recipe.base!r})")
     if recipe.sampler:
         kind, options = SAMPLERS[recipe.sampler]
         given = "".join(f", {key}={value!r}" for key, value in options.items())
@@ -32,44 +45,18 @@ def _pipeline(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _mixture(recipe: Recipe) -> list[str]:
-    alone = recipe.arm.partition(" ")[2]
-    names = [alone] if alone else sorted(recipe.experts)
+def _mixture(recipe: Recipe, names: list[str]) -> list[str]:
+    """Lines that attach these LoRAs and make the schedule of their tags."""
+    files = {name: f"{name}.safetensors" for name in names}
     tags = " ".join(str(tag) for tag in recipe.tags if tag.name in names)
-    files = ", ".join(f"{name!r}: {f'{name}.safetensors'!r}" for name in names)
     gates = recipe.gates if recipe.arm == "gates" else "sum"
-    lines = [
-        "from mole_diffusers.studio.block_weights import StrengthSchedule",
-        "from mole_diffusers.studio.prompt_syntax import parse",
-        "",
-        f"mixture = mole.attach(pipe, {{{files}}}, gates={gates!r})",
-        f"tags = parse({tags!r}).tags",
-    ]
-    given = {place: dict(row) for place, row in recipe.locks.items()}
-    locks = f", locks={given}" if given else ""
-    return [*lines, f"plan = StrengthSchedule(list(mixture.experts), tags, unet=pipe.unet, steps={recipe.steps}{locks})"]
-
-
-def _call(recipe: Recipe) -> list[str]:
-    given = [f"negative_prompt={recipe.negative!r}"] if recipe.negative else []
-    given += [f"num_inference_steps={recipe.steps}", f"guidance_scale={recipe.guidance!r}"]
-    given += [
-        f"width={recipe.width}",
-        f"height={recipe.height}",
-        f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
-    ]
-    return given + (["callback_on_step_end=plan.on_step()"] if _planned(recipe) else [])
-
-
-def _planned(recipe: Recipe) -> bool:
-    """Whether there are gates and tags at work: neither the base alone nor a merge."""
-    return bool(recipe.experts) and recipe.arm != "base" and not recipe.arm.startswith("merge ")
-
-
-def _merged(recipe: Recipe) -> list[str]:
-    files = {name: (f"{name}.safetensors", strength) for name, strength in sorted(recipe.constant_strengths().items())}
+    locks = {place: dict(row) for place, row in recipe.locks.items()}
+    given = f", locks={locks}" if locks else ""
     return [
+        "from mole_diffusers.studio.prompt_syntax import parse",
+        "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",
-        f"merged = mole.merge({files}, {recipe.arm.partition(' ')[2]!r})",
-        'mole.attach(pipe, {"merged": merged}, gates="sum")',
+        f"mixture = mole.attach(pipe, {files}, gates={gates!r})",
+        f"tags = parse({tags!r}).tags",
+        f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=pipe.unet, steps={recipe.steps}{given})",
     ]

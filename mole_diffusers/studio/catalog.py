@@ -1,4 +1,4 @@
-"""LoRA files and gates by name: the one place where a name from outside becomes a path."""
+"""LoRA files and trained gates by name: the one place where a name from outside becomes a path."""
 
 from __future__ import annotations
 
@@ -14,62 +14,39 @@ UNTRAINED = ("sum", "mean")  # families that need no training
 
 
 class Catalog:
-    """What can be used by name. Files are read when asked for, and kept."""
+    """The LoRAs and gates that can be used by name. LoRA files are read on first use, then cached.
+
+    Attributes:
+        loras: name -> file.
+        gates: name -> folder of trained gates.
+    """
 
     def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path]):
         self.loras, self.gates = dict(loras), dict(gates)
-        self._read: dict[str, Expert] = {}
+        self._experts: dict[str, Expert] = {}
+
+    # ---- LoRAs
 
     def expert(self, name: str) -> Expert:
-        """Raises ValueError for an unknown name, and all that `read_expert` raises."""
+        """A LoRA by name. Raises ValueError for an unknown name, and what `read_expert` raises."""
         if name not in self.loras:
             raise ValueError(f"there is no LoRA {name!r}; known: {', '.join(self.loras) or 'none'}")
-        if name not in self._read:
-            self._read[name] = read_expert(self.loras[name], name)
-        return self._read[name]
+        if name not in self._experts:
+            self._experts[name] = read_expert(self.loras[name], name)
+        return self._experts[name]
 
     def add_lora(self, name: str, path: Path) -> Expert:
-        """Put a file on the catalog under a name that is free; it is read at once, and refused if it is bad."""
+        """Add a file; it is read at once, and refused if it is bad or the name is taken."""
         expert = read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
-        self.loras[name], self._read[name] = path, expert
+        self.loras[name], self._experts[name] = path, expert
         return expert
 
-    def gates_source(self, name: str) -> str | Path:
-        """What `attach` takes for a family's name or that of trained gates."""
-        if name in UNTRAINED:
-            return name
-        if name not in self.gates:
-            raise ValueError(f"there are no gates {name!r}; known: {', '.join((*UNTRAINED, *self.gates))}")
-        return self.gates[name]
+    def local_name(self, name: str, sha256: str) -> str:
+        """The name that a recipe's LoRA has here: found by hash, or by name if the recipe has no hash.
 
-    def gates_for(self, experts: Iterable[str]) -> str:
-        """The first trained gates that weigh exactly these files, else LoRAs of these names, else "sum"."""
-        wanted = {name: self.expert(name).sha256 for name in experts}
-        same = [g for g, found in self._weighed.items() if set(found.values()) == set(wanted.values())]
-        named = [g for g, found in self._weighed.items() if set(found) == set(wanted)]
-        return next(iter(same + named), "sum")
-
-    def other_files(self, gates: str, experts: Iterable[str]) -> list[str]:
-        """LoRAs of these whose file is not the one that the gates were trained with; they act, but not as trained."""
-        if gates not in self.gates:
-            return []
-        found = checkpoint.load(self.gates[gates])
-        known = found.experts if found.config.of_experts else {}
-        return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
-
-    def add_gates(self, name: str, folder: Path) -> None:
-        """Put trained gates on the catalog; a name in use is replaced."""
-        if name in FAMILIES:
-            raise ValueError(f"{name!r} is the name of a family; choose another")
-        self.gates[name] = folder
-        self.__dict__.pop("_weighed", None)
-
-    def named(self, name: str, sha256: str) -> str:
-        """The name under which a recipe's LoRA is here: by hash, else by name where the recipe has no hash.
-
-        A hash may be the first 10 digits or more, as pictures of other tools hold it. Raises ValueError where it is missing.
+        A hash may be cut to its first digits, as in pictures of other tools. Raises ValueError if the LoRA is not here.
         """
         if not sha256:
             self.expert(name)
@@ -79,15 +56,47 @@ class Catalog:
             raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; known: {', '.join(self.loras)}")
         return found
 
+    # ---- gates
+
+    def gates_source(self, name: str) -> str | Path:
+        """What `attach` takes for the name of a family or of trained gates; ValueError for an unknown name."""
+        if name in UNTRAINED:
+            return name
+        if name not in self.gates:
+            raise ValueError(f"there are no gates {name!r}; known: {', '.join((*UNTRAINED, *self.gates))}")
+        return self.gates[name]
+
+    def gates_for(self, experts: Iterable[str]) -> str:
+        """The first gates trained with exactly these files, else with LoRAs of these names, else "sum"."""
+        wanted = {name: self.expert(name).sha256 for name in experts}
+        same_files = [g for g, hashes in self._trained_with.items() if set(hashes.values()) == set(wanted.values())]
+        same_names = [g for g, hashes in self._trained_with.items() if set(hashes) == set(wanted)]
+        return next(iter(same_files + same_names), "sum")
+
+    def other_files(self, gates: str, experts: Iterable[str]) -> list[str]:
+        """Those of the LoRAs whose file is not the one the gates were trained with."""
+        if gates not in self.gates:
+            return []
+        saved = checkpoint.load(self.gates[gates])
+        known = saved.experts if saved.config.of_experts else {}
+        return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
+
+    def add_gates(self, name: str, folder: Path) -> None:
+        """Add trained gates, replacing any of the same name; ValueError if it is a family's name."""
+        if name in FAMILIES:
+            raise ValueError(f"{name!r} is the name of a family; choose another")
+        self.gates[name] = folder
+        self.__dict__.pop("_trained_with", None)
+
     @cached_property
-    def _weighed(self) -> dict[str, dict[str, str]]:
-        """Gates -> {LoRA that they weigh: its hash}."""
+    def _trained_with(self) -> dict[str, dict[str, str]]:
+        """Gates -> {LoRA they were trained with: its hash}."""
         loaded = {name: checkpoint.load(folder).experts for name, folder in self.gates.items()}
         return {name: {n: expert["sha256"] for n, expert in experts.items()} for name, experts in loaded.items()}
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:
-    """{file stem: path} of the safetensors files below a folder. Raises ValueError where there are none."""
+    """{file stem: path} of the safetensors files below a folder. Raises ValueError if there are none."""
     found = {path.stem: path for path in sorted(Path(folder).rglob("*.safetensors"), reverse=True)}
     if not found:
         raise ValueError(f"no .safetensors files in {folder}")
@@ -100,5 +109,5 @@ def folder_gates(folder: str | Path) -> dict[str, Path]:
 
 
 def gates_hash(folder: Path) -> str:
-    """sha256 of the gates' weights as they lie in the file."""
+    """sha256 of the gates' weights file."""
     return hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()

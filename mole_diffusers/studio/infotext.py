@@ -1,4 +1,4 @@
-"""Recipes inside pictures: A1111's `parameters` text for every tool, and our own JSON that leaves nothing out."""
+"""Recipes inside PNG files: as A1111's `parameters` text, which other tools read, and as our own complete JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.studio.recipe import Recipe, load, loads
 
-PARAMETERS, OWN = "parameters", "mole_diffusers"  # the PNG's text chunks
+PARAMETERS, OWN = "parameters", "mole_diffusers"  # names of the PNG's text chunks
 NEGATIVE = "Negative prompt: "
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20
@@ -32,26 +32,26 @@ def parameters(recipe: Recipe) -> str:
         "Model": recipe.base or "unknown",
         "RNG": "CPU",
     }
+
+    def quoted(value: str) -> str:
+        return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
+
     if recipe.experts:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, digest in recipe.experts.items())
     settings["Version"] = "mole_diffusers"
-    last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
+    last = ", ".join(f"{key}: {quoted(str(value))}" for key, value in settings.items())
     return "\n".join([recipe.prompt, *([NEGATIVE + recipe.negative] if recipe.negative else []), last])
 
 
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
-
-
 def read_parameters(text: str, where: str = "the text") -> Recipe:
-    """A recipe from A1111's text, as far as it says: hashes are cut to 12 digits and gates are not in it.
+    """A recipe from A1111's text, which is incomplete: hashes are cut to 12 digits, and there are no gates.
 
-    Raises ValueError where the last line holds fewer than three settings, or one that is out of range.
+    Raises ValueError if the last line has fewer than three settings, or one is out of range.
     """
     *lines, last = text.strip().split("\n")
     found = {key: _unquoted(value) for key, value in PAIR.findall(last)}
     if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
-        raise ValueError(f"{where} holds no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
+        raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
     at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     negative = "\n".join(lines[at:]).removeprefix(NEGATIVE).strip()
     width, _, height = found.get("Size", "512x512").partition("x")
@@ -82,7 +82,7 @@ def _unquoted(value: str) -> str:
 
 
 def save(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
-    """Write a PNG that holds its recipe, in both forms."""
+    """Write a PNG with its recipe inside, in both forms."""
     about = PngInfo()
     text = parameters(recipe)
     (about.add_text if text.isascii() else about.add_itxt)(PARAMETERS, text)
@@ -91,7 +91,7 @@ def save(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
 
 
 def read(path: str | Path) -> Recipe:
-    """The recipe in a picture: ours where there is one, else what A1111's text says.
+    """The recipe in a picture: our own if there is one, else from A1111's text.
 
     Raises:
         FileNotFoundError: no such file.
@@ -110,14 +110,14 @@ def read(path: str | Path) -> Recipe:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path.name} has far more than {MAX_PIXELS >> 20} million pixels") from error
     if any(len(text) > MAX_TEXT for text in texts.values()):
-        raise ValueError(f"{path.name} holds more text than a recipe has")
+        raise ValueError(f"{path.name} has more text than a recipe")
     if OWN in texts:
         return loads(texts[OWN], path.name)
     if PARAMETERS not in texts:
-        raise ValueError(f"{path.name} holds no recipe: it has neither the text {OWN!r} nor {PARAMETERS!r}")
+        raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
     return read_parameters(texts[PARAMETERS], path.name)
 
 
 def read_any(path: str | Path) -> Recipe:
-    """The recipe in a PNG, or in a JSON file by its suffix."""
+    """The recipe in a PNG, or in a JSON file (by the suffix)."""
     return load(path) if Path(path).suffix.lower() == ".json" else read(path)

@@ -1,20 +1,20 @@
-"""Prompt text -> prompt without tags, and what each `<lora:...>` tag asks for: by part, block and step."""
+"""Prompt text -> the prompt without tags, and what each `<lora:...>` tag asks for, by component, block and step."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
-NAMED = ("te", "unet", "lbw", "start", "stop", "step")
+ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A strength over the steps: (point, value) pairs, linear between them, the first and last held outside.
+    """A strength over the steps: (point, value) pairs, linear in between, constant before the first and after the last.
 
-    As sd-webui-loractl reads `value@point`: a point up to 1 is a share of the run, where 1 is the last step; a larger
+    As sd-webui-loractl reads `value@point`: a point up to 1 is a fraction of the run, where 1 is the last step; a larger
     one is a step, counted from 0.
     """
 
@@ -22,11 +22,11 @@ class Curve:
 
     def __call__(self, step: int, steps: int) -> float:
         """The value at `step` of a run of `steps`."""
-        places = [(p * (steps - 1) if p <= 1 else p, value) for p, value in self.points]
-        for (before, low), (after, high) in zip(places, places[1:], strict=False):
+        knots = [(p * (steps - 1) if p <= 1 else p, value) for p, value in self.points]
+        for (before, low), (after, high) in zip(knots, knots[1:], strict=False):
             if before <= step < after:
                 return low + (high - low) * (step - before) / (after - before)
-        return places[0][1] if step < places[0][0] else places[-1][1]
+        return knots[0][1] if step < knots[0][0] else knots[-1][1]
 
     def __str__(self) -> str:
         if len(self.points) == 1 and self.points[0][0] == 0:
@@ -45,9 +45,9 @@ class LoraTag:
 
     Attributes:
         name: the LoRA.
-        te, unet: strength in the text encoders and in the denoiser. Text encoders speak once, before the first step.
-        lbw: block weights as typed, a preset's name or numbers; "" leaves every block at 1. See `plan.block_weights`.
-        start, stop: the denoiser has the LoRA in steps start <= step < stop, counted from 0; None is the end.
+        te, unet: strength in the text encoders and in the denoiser. Text encoders run once, before the first step.
+        lbw: block weights as typed, a preset's name or numbers; "" leaves every block at 1. See `block_weights`.
+        start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None is the end.
     """
 
     name: str
@@ -57,12 +57,12 @@ class LoraTag:
     start: int = 0
     stop: int | None = None
 
-    def strength(self, part: str, step: int, steps: int) -> float:
-        """The strength in a part, "unet" or "text_encoder" say, at `step` of `steps`; 0 outside start..stop."""
-        if part.startswith("text_encoder"):
+    def strength(self, component: str, step: int, steps: int) -> float:
+        """The strength in a component ("unet", "text_encoder", ...) at `step` of `steps`; 0 outside start..stop."""
+        if component.startswith("text_encoder"):
             return self.te(0, steps)
-        there = self.start <= step < (steps if self.stop is None else self.stop)
-        return self.unet(step, steps) if there else 0.0
+        active = self.start <= step < (steps if self.stop is None else self.stop)
+        return self.unet(step, steps) if active else 0.0
 
     def __str__(self) -> str:
         words = [f"<lora:{self.name}", str(self.te)]
@@ -79,7 +79,7 @@ class LoraTag:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A prompt taken apart: the text that is encoded, and the tags in their order."""
+    """A parsed prompt: the text for the text encoders, and the tags in order."""
 
     text: str
     tags: tuple[LoraTag, ...]
@@ -89,16 +89,16 @@ class Parsed:
 
 
 def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
-    """Take the tags out of a prompt.
+    """Separate a prompt from its tags.
 
     `<lora:NAME[:TE[:UNET]]>` as in A1111, with the named arguments te=, unet=, lbw=, start=, stop=, step=A-B. A strength
-    is a number or a list "0@0,1@0.4" (also with ; and ~). UNET is TE and TE is 1 where they are left out.
+    is a number or a list "0@0,1@0.4" (also with ; and ~). TE defaults to 1, UNET to TE.
 
     Args:
-        known: names of LoRAs; one that holds ":" is found only among them.
+        known: names of LoRAs; needed for names that contain ":".
 
     Raises:
-        ValueError: another kind of tag, an unknown argument, a value that is no number, one name twice.
+        ValueError: another kind of tag, an unknown argument, a value that is not a number, one name twice.
     """
     tags: dict[str, LoraTag] = {}
     for kind, body in TAG.findall(prompt):
@@ -117,10 +117,10 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
     words = [word.strip() for word in body.removeprefix(name).removeprefix(":").split(":") if word.strip()]
     bare, named = [w for w in words if "=" not in w], [w.partition("=")[::2] for w in words if "=" in w]
     if len(bare) > 2:
-        raise ValueError(f"{where}: {bare[2]!r} is one number too many; the rest is named: {', '.join(NAMED)}")
+        raise ValueError(f"{where}: {bare[2]!r} is one number too many; other arguments are named: {', '.join(ARGUMENTS)}")
     given = dict(named)
-    if unknown := [key for key in given if key not in NAMED]:
-        raise ValueError(f"{where}: unknown argument {unknown[0]!r}; known: {', '.join(NAMED)}")
+    if unknown := [key for key in given if key not in ARGUMENTS]:
+        raise ValueError(f"{where}: unknown argument {unknown[0]!r}; known: {', '.join(ARGUMENTS)}")
     if "step" in given and given.keys() & {"start", "stop"}:
         raise ValueError(f"{where}: step= already says where it starts and stops")
     te = _curve(given.get("te", bare[0] if bare else "1"), where)
@@ -128,11 +128,12 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
     name = name.strip().removesuffix(".safetensors")
     if not name:
         raise ValueError(f"{where} names no LoRA")
-    return replace(_span(given, where), name=name, te=te, unet=unet, lbw=given.get("lbw", ""))
+    start, stop = _steps(given, where)
+    return LoraTag(name, te, unet, given.get("lbw", ""), start, stop)
 
 
-def _span(given: dict[str, str], where: str) -> LoraTag:
-    """The steps that a tag asks for."""
+def _steps(given: dict[str, str], where: str) -> tuple[int, int | None]:
+    """The first step and the one after the last that a tag asks for."""
     start, stop = given.get("start", "0"), given.get("stop")
     if "step" in given:
         start, dash, stop = given["step"].partition("-")
@@ -140,7 +141,7 @@ def _span(given: dict[str, str], where: str) -> LoraTag:
             raise ValueError(f"{where}: step={given['step']} is not FIRST-LAST")
     if not start.isdecimal() or not (stop is None or stop.isdecimal()):
         raise ValueError(f"{where}: a step is a whole number from 0, got {start!r} and {stop!r}")
-    return LoraTag("", start=int(start), stop=None if stop is None else int(stop))
+    return int(start), None if stop is None else int(stop)
 
 
 def _curve(text: str, where: str) -> Curve:

@@ -1,4 +1,4 @@
-"""A recipe: everything that makes one picture, as plain data."""
+"""A recipe: everything that determines one picture, as plain data."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ ARMS = ("gates", "sum", "base", "alone", "merge")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a picture; the same recipe gives the same pixels on the same machine.
+    """What determines a picture; the same recipe gives the same pixels on the same machine.
 
     Attributes:
-        prompt: with a `<lora:...>` tag for every LoRA that takes part.
-        negative: what guidance goes away from.
-        seed: of the CPU's generator, whatever the device.
-        steps, guidance, width, height: of the pipeline's call; sizes in pixels.
-        sampler: a name of `drawing.SAMPLERS`; "" is the pipeline's own.
-        gates: a family, "sum" say, or the name of trained gates.
-        arm: "gates"; for comparison "sum", "base", "alone NAME", or "merge METHOD" (see `merging.merge`).
-        locks: place -> {LoRA: weight} that stand in for the gate there.
-        experts: LoRA -> sha256 of its tensors, so that a file is found again whatever its name.
+        prompt: with a `<lora:...>` tag for every LoRA.
+        negative: the negative prompt.
+        seed: of a generator on the CPU, whatever the device.
+        steps, guidance, width, height: arguments of the pipeline call; sizes in pixels.
+        sampler: a name in `render.SAMPLERS`; "" is the pipeline's own.
+        gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto" before it is completed.
+        arm: how the LoRAs are combined: "gates"; for comparison "sum", "base" (no LoRA), "alone NAME", or "merge METHOD"
+            (see `merging.merge`).
+        locks: gate site -> {LoRA: weight}, used instead of the gate there.
+        experts: LoRA -> sha256 of its tensors, by which a file is found again under any name.
         gates_sha256: of the trained gates, "" for a family.
         base: the base pipeline's name.
     """
@@ -64,13 +65,16 @@ class Recipe:
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm.partition(" ")[0] not in ARMS:
             raise ValueError(f"unknown arm {self.arm!r}; known: {list(ARMS[:3])}, 'alone NAME', 'merge METHOD'")
-        _check_locks(self.locks)
-        if not _named(self.experts, str):
+        if not _maps_to(self.locks, Mapping) or not all(_maps_to(row, int | float) for row in self.locks.values()):
+            raise ValueError("locks must map gate sites to weights by LoRA")
+        if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
+            raise ValueError("a locked weight must be a finite number")
+        if not _maps_to(self.experts, str):
             raise ValueError("experts must map LoRA names to hashes")
 
     @property
     def tags(self) -> tuple[LoraTag, ...]:
-        """What the prompt's tags ask for."""
+        """The LoRA tags of the prompt."""
         return parse(self.prompt, self.experts).tags
 
     @property
@@ -79,7 +83,7 @@ class Recipe:
         return parse(self.prompt, self.experts).text
 
     def constant_strengths(self) -> dict[str, float]:
-        """LoRA -> its one strength. Raises ValueError where a tag changes it over parts, blocks or steps."""
+        """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""
         tags = self.tags
         plain = [tag for tag in tags if len(tag.te.points) == len(tag.unet.points) == 1 and tag.te == tag.unet]
         if len(plain) != len(tags) or any(t.lbw or t.start or t.stop is not None for t in tags):
@@ -87,12 +91,15 @@ class Recipe:
         return {tag.name: tag.unet(0, 1) for tag in tags}
 
     def to_dict(self) -> dict[str, Any]:
-        """With format and version, for a file."""
+        """As plain data with format and version, for a file."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "the recipe") -> Recipe:
-        """Raises ValueError for another format, an unknown or missing field, or a value out of range."""
+        """The inverse of `to_dict`.
+
+        Raises ValueError for another format, an unknown or missing field, or a value out of range.
+        """
         if not isinstance(values, Mapping) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{where} is not a {FORMAT} of version {VERSION}")
         given = {key: value for key, value in values.items() if key not in ("format", "version")}
@@ -116,24 +123,18 @@ def load(path: str | Path) -> Recipe:
 
 
 def loads(text: str, where: str) -> Recipe:
-    """A recipe from its JSON text."""
+    """A recipe from its JSON text; errors begin with `where`."""
     return Recipe.from_dict(parse_json(text, where), where)
 
 
 def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:
-    """The prompt with one LoRA at a plain strength, added where it has no tag; its blocks and steps stay."""
+    """The prompt with one LoRA at a constant strength; a tag is added if there is none, its blocks and steps are kept."""
     parsed = parse(prompt, known)
     tags = {tag.name: tag for tag in parsed.tags}
     tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
     return str(replace(parsed, tags=tuple(tags.values())))
 
 
-def _named(values: Any, kind: type) -> bool:
+def _maps_to(values: Any, kind: Any) -> bool:
+    """Whether this is a mapping from texts to values of this type."""
     return isinstance(values, Mapping) and all(isinstance(k, str) and isinstance(v, kind) for k, v in values.items())
-
-
-def _check_locks(locks: Any) -> None:
-    if not _named(locks, Mapping) or not all(_named(row, int | float) for row in locks.values()):  # type: ignore[arg-type]
-        raise ValueError("locks must map places to weights by LoRA")
-    if not all(math.isfinite(weight) for row in locks.values() for weight in row.values()):
-        raise ValueError("a locked weight must be a finite number")

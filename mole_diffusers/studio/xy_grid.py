@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mole_diffusers.inspection.figures import grid
+from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.studio.recipe import Recipe, with_strength
 
 KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "sampler": str, "weight": float}
@@ -17,16 +17,16 @@ MAX_CELLS = 400
 
 @dataclass(frozen=True)
 class Axis:
-    """What changes along one side of a grid."""
+    """What varies along one side of a grid."""
 
     labels: tuple[str, ...]
-    changes: tuple[Callable[[Recipe], Recipe], ...]
+    changes: tuple[Callable[[Recipe], Recipe], ...]  # one per label
 
 
 def parse_axis(text: str) -> Axis:
-    """`seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates and sampler.
+    """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates and sampler.
 
-    Raises ValueError naming what is known.
+    Raises ValueError naming the kinds.
     """
     left, equals, right = text.partition("=")
     kind, _, about = left.strip().partition(" ")
@@ -57,15 +57,15 @@ def _change(kind: str, about: str, value: object) -> Callable[[Recipe], Recipe]:
 
 
 def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
-    """A recipe per cell, rows first. Raises ValueError where there would be more than MAX_CELLS."""
+    """A recipe per cell, row by row. Raises ValueError for more than MAX_CELLS."""
     if len(x.labels) * len(y.labels) > MAX_CELLS:
         raise ValueError(f"a grid of {len(x.labels)} x {len(y.labels)} is too large: at most {MAX_CELLS} cells")
     return [[across(down(recipe)) for across in x.changes] for down in y.changes]
 
 
 def sheet(pictures: Sequence[Sequence[Image.Image | None]], x: Axis, y: Axis) -> Image.Image:
-    """The grid with its labels; cells that were not drawn are grey."""
+    """The labelled grid as one picture; cells that were not drawn are grey."""
     blank = Image.new("RGB", (64, 64), "#dddddd")
     rows = [[image or blank for image in row] for row in pictures]
     side = max((image.width for row in rows for image in row), default=64)
-    return grid(rows, list(x.labels), list(y.labels), cell=min(max(side, 128), 512))
+    return image_grid(rows, list(x.labels), list(y.labels), cell=min(max(side, 128), 512))

@@ -124,14 +124,14 @@ def test_training_gives_gates_that_can_be_chosen(client):
 
 
 def test_training_that_was_stopped_goes_on(loras, tmp_path):
-    from mole_diffusers.app.teaching import Wanted, teach
+    from mole_diffusers.app.gate_training import TrainingRequest, train
 
     def run(home, stop=lambda state: False, prompt=PROMPT):
         seen = []  # one object, which the work itself changes
         studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
-        wanted = Wanted("g", {"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"], steps=8)
+        wanted = TrainingRequest("g", {"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"], steps=8)
         recipe = Recipe(prompt, steps=2, width=32, height=32)
-        for state in teach(studio, recipe, wanted, home=home, stopped=lambda: bool(seen) and stop(seen[0])):
+        for state in train(studio, recipe, wanted, home=home, is_stopped=lambda: bool(seen) and stop(seen[0])):
             seen[:] = [state]
         assert len(studio.pipe.unet._forward_pre_hooks) == 1  # the mixture's own
         return seen[0]

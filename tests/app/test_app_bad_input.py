@@ -16,13 +16,12 @@ pytest.importorskip("gradio")
 
 
 def test_nothing_from_a_file_becomes_html():
-    from mole_diffusers.app.mixer import plainly
-    from mole_diffusers.app.page import said
+    from mole_diffusers.app.page import markdown, user_error
 
     evil = '<img src="http://x/y.png" onerror=alert(1)>'
-    assert "<" not in said(ValueError(evil), page=True).message
-    assert said(ValueError(evil), page=False).message == evil
-    assert plainly("![a](b) <i>") == "\\!\\[a\\]\\(b\\) \\<i\\>"
+    assert "<" not in user_error(ValueError(evil), page=True).message
+    assert user_error(ValueError(evil), page=False).message == evil
+    assert markdown("![a](b) <i>") == "\\!\\[a\\]\\(b\\) \\<i\\>"
 
 
 def test_uploads(client, pipe, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mole_diffusers.app import cards
+from mole_diffusers.app import mixer_cards as cards
 from mole_diffusers.inspection.gate_figures import COLOURS, colours
 
 KNOWN = ["fox", "ink", "hat", "a:b"]
@@ -24,7 +24,7 @@ def test_a_card_that_is_changed_changes_its_tag():
     text, found = cards.set_card(LIST, [fox, ink], new, KNOWN)
     assert text == "a fox <lora:fox:0@0,1@0.4:lbw=OUTALL:start=2> <lora:ink:0.5:unet=-7:stop=9>"
     assert found == [fox, new] == cards.cards_of(text, [], KNOWN)
-    assert cards.moved(fox, 2.5, KNOWN)["tag"] == "<lora:fox:2.5:lbw=OUTALL:start=2>"
+    assert cards.at_strength(fox, 2.5, KNOWN)["tag"] == "<lora:fox:2.5:lbw=OUTALL:start=2>"
     for field, value, message in (("unet", "x", "is not a number"), ("lbw", "1:2", "end a tag"), ("stop", "-1", "a step")):
         with pytest.raises(ValueError, match=message):
             cards.with_fields(fox, {**cards.fields_of(fox, KNOWN), field: value}, KNOWN)
@@ -35,7 +35,7 @@ def test_a_card_that_is_off_keeps_its_whole_tag():
     text, off = cards.set_card(LIST, [fox, ink], {**fox, "on": False}, KNOWN)
     assert text == "a fox <lora:ink:0.5:unet=1>"
     assert cards.cards_of(text, off, KNOWN) == off
-    text, on = cards.added(text, off, "fox", KNOWN)
+    text, on = cards.add_card(text, off, "fox", KNOWN)
     assert on == [fox, ink]
     assert "<lora:fox:0@0,1@0.4:lbw=OUTALL:start=2>" in text
 
@@ -43,7 +43,7 @@ def test_a_card_that_is_off_keeps_its_whole_tag():
 def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
     found = cards.cards_of("<lora:ink:1> <lora:fox:1>", [], KNOWN)
     assert cards.shades(found) == {"ink": COLOURS[0], "fox": COLOURS[1]}
-    _, found = cards.added("<lora:ink:1> <lora:fox:1>", found, "a:b", KNOWN)
+    _, found = cards.add_card("<lora:ink:1> <lora:fox:1>", found, "a:b", KNOWN)
     found = [card for card in found if card["name"] != "ink"]
     found = cards.cards_of("<lora:fox:1> <lora:a:b:1> <lora:hat:1>", found, KNOWN)
     assert cards.shades(found) == {"fox": COLOURS[1], "a:b": COLOURS[2], "hat": COLOURS[0]}
@@ -53,16 +53,16 @@ def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
 
 
 def test_trigger_words_come_and_go():
-    assert cards.with_words("a cat <lora:fox:1>", ["sks fox"], ["sks fox"], KNOWN) == "a cat, sks fox <lora:fox:1>"
-    assert cards.with_words("a cat, sks fox <lora:fox:1>", ["sks fox"], [], KNOWN) == "a cat <lora:fox:1>"
+    assert cards.with_triggers("a cat <lora:fox:1>", ["sks fox"], ["sks fox"], KNOWN) == "a cat, sks fox <lora:fox:1>"
+    assert cards.with_triggers("a cat, sks fox <lora:fox:1>", ["sks fox"], [], KNOWN) == "a cat <lora:fox:1>"
 
 
 def test_a_prompt_for_one_lora_names_no_other():
     pytest.importorskip("gradio")
-    from mole_diffusers.app.train_tab import alone
+    from mole_diffusers.app.train_tab import single_prompt
 
     two = "noto drawing of a sunflower and a doughnut"
-    assert alone(two, ["doughnut"], keep=["sunflower"]) == "noto drawing of a sunflower"
-    assert alone(two, ["sunflower"], keep=["doughnut"]) == "noto drawing of a doughnut"
-    assert alone("ink drawing of a pink fox", ["ink"], keep=["fox"]) == "drawing of a pink fox"  # not of a "p fox"
-    assert alone("ink drawing of a fox", ["Fox"], keep=["ink"]) == "ink drawing"
+    assert single_prompt(two, ["doughnut"], keep=["sunflower"]) == "noto drawing of a sunflower"
+    assert single_prompt(two, ["sunflower"], keep=["doughnut"]) == "noto drawing of a doughnut"
+    assert single_prompt("ink drawing of a pink fox", ["ink"], keep=["fox"]) == "drawing of a pink fox"  # not of a "p fox"
+    assert single_prompt("ink drawing of a fox", ["Fox"], keep=["ink"]) == "ink drawing"

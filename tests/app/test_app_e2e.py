@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Catalog, world_shelf
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_pipeline
 
@@ -143,13 +143,13 @@ def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
 
 @pytest.mark.thorough
 def test_a_visit_to_the_embedded_world(tmp_path):
-    from mole_diffusers.emoji.world import emoji_world
+    from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
     from mole_diffusers.studio.render import Studio
 
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
     recipe = Recipe("ink drawing of a fox <lora:fox:1> <lora:ink:1>", steps=4, gates="auto", base="emoji")
-    with visiting(Studio(pipe, world_shelf(), "emoji"), recipe, tmp_path) as page:
+    with visiting(Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), recipe, tmp_path) as page:
         first = composed(page, tmp_path, "first.png")
         _compares(page)
         _watches(page)

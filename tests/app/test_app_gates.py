@@ -101,13 +101,14 @@ def test_what_the_gates_were_not_trained_with_is_said(trained, loras, tmp_path):
     files = {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", rank=2), "ink": loras["ink"]}
     studio = Studio(pipe, Catalog(files, {"mine": trained}), "tiny")
     recipe = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
-    assert studio.doubt(recipe) == "the gates 'mine' were trained with another file of 'fox'"
-    assert Studio(pipe, Catalog(loras, {"mine": trained}), "tiny").doubt(recipe) == ""
-    assert studio.doubt(studio.complete(Recipe(PROMPT, gates="sum"))) == ""
+    assert studio.warning(recipe) == "the gates 'mine' were trained with another file of 'fox'"
+    assert Studio(pipe, Catalog(loras, {"mine": trained}), "tiny").warning(recipe) == ""
+    assert studio.warning(studio.complete(Recipe(PROMPT, gates="sum"))) == ""
 
-    from mole_diffusers.app.actions import Actions, never
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.app.jobs import never_stopped
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        *_, last = Actions(studio, home=tmp_path / "home").compose(recipe, 1, never)
+        *_, last = Actions(studio, home=tmp_path / "home").compose(recipe, 1, never_stopped)
     assert str(last) == "done; the gates 'mine' were trained with another file of 'fox'"

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mole_diffusers.app.jobs import Stops, watched
+from mole_diffusers.app.jobs import RunningJobs, run_job
 
 
 def counting(seen, steps=200):
@@ -19,7 +19,7 @@ def counting(seen, steps=200):
 
 
 def test_what_is_told_comes_out_in_order():
-    assert [event for event in watched(counting([], 5), lambda: False) if event is not None] == [0, 1, 2, 3, 4]
+    assert [event for event in run_job(counting([], 5), lambda: False) if event is not None] == [0, 1, 2, 3, 4]
 
 
 def test_an_error_in_the_work_comes_out():
@@ -27,17 +27,17 @@ def test_an_error_in_the_work_comes_out():
         tell(1)
         raise ValueError("bad")
 
-    heard = watched(work, lambda: False)
+    heard = run_job(work, lambda: False)
     assert next(heard) == 1
     with pytest.raises(ValueError, match="bad"):
         list(heard)
 
 
 def test_a_stop_ends_the_work_of_one_session():
-    stops, seen = Stops(), []
+    stops, seen = RunningJobs(), []
     assert not stops.stop("me")
     with stops.job("me") as stopped, stops.job("you") as other:
-        for event in watched(counting(seen), stopped):
+        for event in run_job(counting(seen), stopped):
             if event == 3:
                 assert stops.stop("me")
         assert not other()
@@ -46,7 +46,7 @@ def test_a_stop_ends_the_work_of_one_session():
 
 def test_work_that_nobody_listens_to_stops():
     seen, before = [], threading.active_count()
-    heard = watched(counting(seen), lambda: False)
+    heard = run_job(counting(seen), lambda: False)
     next(heard)
     heard.close()  # the visitor has left
     until = time.monotonic() + 20

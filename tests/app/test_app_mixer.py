@@ -3,7 +3,7 @@
 import pytest
 from app_client import built
 
-from mole_diffusers.app.cards import FIELDS, cards_of, fields_of
+from mole_diffusers.app.mixer_cards import FIELDS, cards_of, fields_of
 
 gr = pytest.importorskip("gradio")
 TEXT = "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5>"
@@ -58,5 +58,5 @@ def test_what_is_typed_and_moved_stays_in_step(drawn, loras):
 
 def test_cards_go(drawn):
     cards, _, events = drawn
-    text, left, shown = named(events, "gone")[0](TEXT, cards)
+    text, left, shown = named(events, "removed")[0](TEXT, cards)
     assert (text, left, shown["cards"]) == ("a fox <lora:ink:0.5>", cards[1:], cards[1:])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mole_diffusers import GateConfig, attach, detach
-from mole_diffusers.studio.block_weights import StrengthSchedule, block_names, block_weights, layouts
+from mole_diffusers.studio.block_weights import block_names, block_weights, layouts
 from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
+from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
 
 def strengths(text, part="unet", steps=5):
@@ -64,7 +65,7 @@ def test_names():
         ("<hypernet:x:1>", "the only tag is <lora:NAME:STRENGTH>"),
         ("<lora:x:big>", "'big' is not a number"),
         ("<lora:x:nan>", "'nan' is not a finite number"),
-        ("<lora:x:1:1:IN02>", "'IN02' is one number too many; the rest is named: te, unet, lbw"),
+        ("<lora:x:1:1:IN02>", "'IN02' is one number too many; other arguments are named: te, unet, lbw"),
         ("<lora:x:1:hr=1>", "unknown argument 'hr'; known: te"),
         ("<lora:x:1:step=3>", "is not FIRST-LAST"),
         ("<lora:x:1:step=1-3:start=2>", "step= already says"),

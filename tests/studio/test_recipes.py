@@ -132,7 +132,7 @@ def test_recipes_as_files(recipe, tmp_path):
         ({"guidance": float("nan")}, "guidance must be a number in"),
         ({"prompt": 3}, "prompt must be text"),
         ({"arm": "best"}, "unknown arm 'best'"),
-        ({"locks": {"x": {"fox": "much"}}}, "locks must map places"),
+        ({"locks": {"x": {"fox": "much"}}}, "locks must map gate sites"),
         ({"experts": ["fox"]}, "experts must map"),
         ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),
         ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 1"),
@@ -156,10 +156,10 @@ def test_bad_pictures_are_refused_with_one_sentence(tmp_path, recipe):
     for path, message in [
         (tmp_path / "text.png", "text.png is not a PNG that can be read"),
         (tmp_path / "a.jpg", "a.jpg is not a PNG"),
-        (png("none.png"), "none.png holds no recipe"),
+        (png("none.png"), "none.png has no recipe"),
         (png("broken.png", mole_diffusers="{"), "broken.png is not JSON"),
         (png("other.png", mole_diffusers=json.dumps({"format": "x"})), "other.png is not a mole_diffusers.studio.recipe"),
-        (png("words.png", parameters="a fox"), "words.png holds no generation settings"),
+        (png("words.png", parameters="a fox"), "words.png has no generation settings"),
         (png("odd.png", parameters="a fox\nSteps: many, Sampler: x, Seed: 1"), "odd.png: invalid literal"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -177,7 +177,7 @@ def test_what_is_not_here_is_said(studio, recipe, tmp_path):
         folder_loras(tmp_path)
 
 
-def test_a_shelf_takes_good_files_only(pipe, tmp_path):
+def test_a_catalog_takes_good_files_only(pipe, tmp_path):
     catalog = Catalog({}, {})
     (tmp_path / "bad.safetensors").write_text("<html>")
     with pytest.raises(ValueError, match="bad.safetensors"):

@@ -1,0 +1,92 @@
+"""Files that visitors upload and download: LoRAs, and trained gates as a pair (.safetensors with the weights, .json with
+their config)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from mole_diffusers.gates import FAMILIES, checkpoint
+from mole_diffusers.studio.catalog import Catalog
+
+MAX_WEIGHTS, MAX_CONFIG = 256 << 20, 1 << 20  # bytes of the two files of gates
+GATES_NAME = re.compile(r"[\w+ -]{1,60}")
+
+
+def add_lora(catalog: Catalog, path: Path, folder: Path) -> str:
+    """Copy an uploaded LoRA into `folder`, add it to the catalog under its file name, and return that name.
+
+    Raises ValueError for anything but a good LoRA file, and for a name that is taken.
+    """
+    name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
+    copy = folder / f"{name}.safetensors"
+    copy.write_bytes(path.read_bytes())
+    try:
+        catalog.add_lora(name, copy)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}/", "")) from error
+    return name
+
+
+def check_gates_name(name: str) -> str:
+    """The name, if gates (and their folder) can have it. Raises ValueError if not."""
+    if not GATES_NAME.fullmatch(name) or name != name.strip():
+        raise ValueError(f"a name has letters, digits, spaces, + - and _, at most 60, got {name!r}")
+    if name in FAMILIES:
+        raise ValueError(f"{name!r} is the name of a family; choose another")
+    return name
+
+
+def describe_gates(catalog: Catalog, name: str) -> dict[str, Any]:
+    """Name and family of trained gates, the LoRAs they weigh, and which of these are another file here or missing."""
+    saved = checkpoint.load(catalog.gates_source(name))
+    here = [expert for expert in saved.experts if expert in catalog.loras]
+    return {
+        "name": name,
+        "family": saved.config.family,
+        "experts": list(saved.experts),
+        "other_files": catalog.other_files(name, here),
+        "missing": [expert for expert in saved.experts if expert not in here],
+    }
+
+
+def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
+    """Copies of the two files of trained gates in `folder`, named after the gates."""
+    if name not in catalog.gates:
+        raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(catalog.gates) or 'none'}")
+    suffixes = {checkpoint.WEIGHTS: ".safetensors", checkpoint.CONFIG: ".json"}
+    copies = {folder / f"{name}{suffix}": catalog.gates[name] / file for file, suffix in suffixes.items()}
+    return [Path(shutil.copyfile(source, copy)) for copy, source in copies.items()]
+
+
+def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Path) -> str:
+    """Copy uploaded gates to `home / name`, add them to the catalog, and return the name ("fox+ink" if it was "").
+
+    Raises ValueError for anything but one good pair of files, and for a name that is taken.
+    """
+    by_suffix = {path.suffix.lower(): path for path in files}
+    if len(files) != 2 or set(by_suffix) != {".safetensors", ".json"}:
+        raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
+    for suffix, limit in ((".safetensors", MAX_WEIGHTS), (".json", MAX_CONFIG)):
+        if by_suffix[suffix].stat().st_size > limit:
+            raise ValueError(f"{by_suffix[suffix].name} is larger than {limit >> 20} MiB")
+    home.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=".new-", dir=home))  # a folder of its own: two visitors may upload at once
+    try:
+        shutil.copyfile(by_suffix[".safetensors"], folder / checkpoint.WEIGHTS)
+        shutil.copyfile(by_suffix[".json"], folder / checkpoint.CONFIG)
+        saved = checkpoint.load(folder)
+        name = check_gates_name(name.strip() or "+".join(sorted(saved.experts)))
+        if name in catalog.gates or (home / name).exists():
+            raise ValueError(f"there are already gates {name!r}; give another name")
+        folder.rename(home / name)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "these files")) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    catalog.add_gates(name, home / name)
+    return name

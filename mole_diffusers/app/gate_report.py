@@ -1,0 +1,92 @@
+"""What the gates did for one picture, as figures and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mole_diffusers.inspection import gate_figures
+from mole_diffusers.inspection.contributions import Contributions
+from mole_diffusers.patching.trace import Trace
+from mole_diffusers.studio.block_weights import block_names
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.studio.strength_schedule import StrengthSchedule
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gates did.
+
+    Attributes:
+        picture: file of the picture.
+        experts: the LoRAs, in the order of all weights.
+        heat, shares, places: figures, see `gate_figures`.
+        labels: block's short name -> gate site.
+        weights: block's short name -> mean weight of each expert, as applied.
+        gates: the same before the tags' strengths, block weights and steps: the values that can be set by hand.
+        warning: see `Studio.warning`.
+    """
+
+    picture: Path
+    experts: list[str]
+    heat: Image.Image
+    shares: Image.Image
+    places: dict[str, Image.Image]
+    labels: dict[str, str]
+    weights: dict[str, list[float]]
+    gates: dict[str, list[float]]
+    warning: str
+
+    def summary(self) -> str:
+        """Each LoRA's mean weight in words, for those who do not see the figures."""
+        rows = list(self.weights.values())
+        means = [sum(row[n] for row in rows) / len(rows) for n in range(len(self.experts))]
+        words = "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(self.experts, means, strict=True))
+        return f"{words}; {self.warning}" if self.warning else words
+
+
+def gate_report(
+    studio: Studio,
+    recipe: Recipe,
+    image: Image.Image,
+    picture: Path,
+    *,
+    trace: Trace,
+    contributions: Contributions,
+    shades: Mapping[str, str] | None,
+) -> GateReport:
+    """The report of a picture that was drawn under a trace; `shades` has the LoRAs' colours."""
+    unet = studio.pipe.unet
+    labels = gate_figures.block_places(trace, block_names(unet))
+    schedule = StrengthSchedule(trace.experts, recipe.tags, unet=unet, steps=recipe.steps)
+    return GateReport(
+        picture=picture,
+        experts=list(trace.experts),
+        heat=gate_figures.heat_map(trace, labels, locked=recipe.locks, shades=shades),
+        shares=gate_figures.shares(trace, labels, shades=shades),
+        places=gate_figures.places(image, contributions, shades=shades),
+        labels={label: place for place, label in labels.items()},
+        weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
+        gates={label: before_tags(trace.weights(place), schedule, place).tolist() for place, label in labels.items()},
+        warning=studio.warning(recipe),
+    )
+
+
+def before_tags(weights: torch.Tensor, schedule: StrengthSchedule, place: str) -> torch.Tensor:
+    """Applied weights [steps, N] at a gate site -> [N], the gates' own means over the steps in which the tags are not 0.
+
+    An expert whose tag is 0 at every step gets 0.
+    """
+    block, factors = torch.tensor(schedule.block(place)), []
+    for step in range(len(weights)):
+        schedule.step = step
+        factors.append(torch.tensor(schedule.part("unet")) * block)
+    factor = torch.stack(factors)  # [steps, N]
+    active = factor != 0
+    gates = torch.where(active, weights / torch.where(active, factor, 1), 0)
+    return gates.sum(0) / active.sum(0).clamp_min(1)

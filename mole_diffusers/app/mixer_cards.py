@@ -1,0 +1,130 @@
+"""The mixer's cards, one per LoRA: a view of the prompt's tags.
+
+The prompt is the source of truth. A card that is switched off keeps its whole tag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mole_diffusers.inspection.gate_figures import COLOURS
+from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
+
+MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
+FIELDS = ("unet", "te", "lbw", "start", "stop")  # of a tag, as a card shows them
+
+
+def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
+    """The cards after the prompt has changed: each takes its tag from the prompt, a card without a tag there is off."""
+    tags = {tag.name: str(tag) for tag in parse(prompt, known).tags}
+    if unknown := [name for name in tags if name not in known]:
+        raise ValueError(f"there is no LoRA {unknown[0]!r}; known: {', '.join(known)}")
+    found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]
+    for name in tags:
+        if name not in [card["name"] for card in found]:
+            found.append({"name": name, "on": True, "tag": tags[name], "colour": _free_colour(found)})
+    return found
+
+
+def _free_colour(cards: Sequence[MixerCard]) -> int:
+    """The first colour that no card has, so that a LoRA keeps its own while others come and go."""
+    taken = [card["colour"] for card in cards]
+    return min(range(len(COLOURS)), key=lambda i: (taken.count(i), i))
+
+
+def shades(cards: Sequence[MixerCard]) -> dict[str, str]:
+    """LoRA -> its colour."""
+    return {card["name"]: COLOURS[card["colour"]] for card in cards}
+
+
+def tag_of(card: MixerCard, known: Collection[str]) -> LoraTag:
+    """The tag of a card. Raises ValueError for a name that cannot stand in a tag."""
+    if not (tags := parse(card["tag"], known).tags):
+        raise ValueError(f"the name {card['name']!r} contains < or >, which end a tag; rename the file")
+    return tags[0]
+
+
+def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, str]:
+    """A card's tag field by field, as typed; "unet" is the strength, a number or a list over the steps."""
+    tag = tag_of(card, known)
+    stop = "" if tag.stop is None else str(tag.stop)
+    return {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, "start": str(tag.start or ""), "stop": stop}
+
+
+def with_fields(card: MixerCard, fields: Mapping[str, str], known: Collection[str]) -> MixerCard:
+    """The card with the tag that the fields describe. Raises ValueError for fields that no tag can have."""
+    arguments = [f"{key}={fields[key].replace(' ', '')}" for key in FIELDS if fields[key].strip()]
+    if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
+        raise ValueError(f"{bad!r} contains one of : < >, which end a tag")
+    (tag,) = parse(f"<lora:{':'.join([card['name'], *arguments])}>", known).tags
+    return {**card, "tag": str(tag)}
+
+
+def at_strength(card: MixerCard, strength: float, known: Collection[str]) -> MixerCard:
+    """The card at one strength in every component; blocks and steps stay."""
+    tag = tag_of(card, known)
+    return {**card, "tag": str(replace(tag, te=constant(strength), unet=constant(strength)))}
+
+
+def set_card(
+    prompt: str, cards: Sequence[MixerCard], card: MixerCard, known: Collection[str]
+) -> tuple[str, list[MixerCard]]:
+    """Prompt and cards after one card was edited or switched."""
+    parsed = parse(prompt, known)
+    tags = {tag.name: tag for tag in parsed.tags} | {card["name"]: tag_of(card, known)}
+    if not card["on"]:
+        del tags[card["name"]]
+    changed = [card if old["name"] == card["name"] else old for old in cards]
+    return str(replace(parsed, tags=tuple(tags.values()))), changed
+
+
+def add_card(prompt: str, cards: Sequence[MixerCard], name: str, known: Collection[str]) -> tuple[str, list[MixerCard]]:
+    """Prompt and cards with one LoRA switched on: at strength 1 if it is new, else with the tag of its card."""
+    card = next((card for card in cards if card["name"] == name), None)
+    if card is None:
+        card = {"name": name, "on": True, "tag": str(LoraTag(name)), "colour": _free_colour(cards)}
+        cards = [*cards, card]
+    return set_card(prompt, cards, {**card, "on": True}, known)
+
+
+def without(prompt: str, name: str, known: Collection[str]) -> str:
+    """The prompt without the tag of one LoRA."""
+    parsed = parse(prompt, known)
+    return str(replace(parsed, tags=tuple(tag for tag in parsed.tags if tag.name != name)))
+
+
+def with_block_weights(prompt: str, name: str, lbw: str, known: Collection[str]) -> str:
+    """The prompt with the block weights of one LoRA's tag set; "" removes them. Raises ValueError if it has no tag."""
+    parsed = parse(prompt, known)
+    if name not in [tag.name for tag in parsed.tags]:
+        raise ValueError(f"the prompt has no tag for {name!r}")
+    return str(replace(parsed, tags=tuple(replace(t, lbw=lbw) if t.name == name else t for t in parsed.tags)))
+
+
+def with_triggers(prompt: str, triggers: Collection[str], chosen: Collection[str], known: Collection[str]) -> str:
+    """The prompt with the chosen trigger words in it, and the others removed."""
+    parsed = parse(prompt, known)
+    text = parsed.text
+    for trigger in triggers:
+        if trigger in chosen and trigger not in text:
+            text = f"{text}, {trigger}".removeprefix(", ")
+        elif trigger not in chosen and trigger in text:
+            text = re.sub(rf",?\s*{re.escape(trigger)}", "", text, count=1).strip(" ,")
+    return str(replace(parsed, text=text))
+
+
+def parse_lock(text: str, experts: Collection[str]) -> dict[str, float]:
+    """Weights set by hand: "fox=1, ink=0.2" -> {"fox": 1.0, "ink": 0.2}. Raises ValueError naming what is known."""
+    weights = {}
+    for pair in text.split(","):
+        name, equals, value = (word.strip() for word in pair.partition("="))
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{pair.strip()!r} is not NAME=WEIGHT; the LoRAs are {', '.join(experts)}") from None
+        if name not in experts:
+            raise ValueError(f"there is no LoRA {name!r} in this picture; the LoRAs are {', '.join(experts)}")
+    return weights

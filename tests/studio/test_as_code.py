@@ -1,0 +1,47 @@
+"""The script of a recipe draws the picture of the recipe."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)
+LOCKED = {"locks": {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.2, "ink": 0.4}}}
+
+
+@pytest.fixture(scope="module")
+def folder(loras, tmp_path_factory):
+    """A folder with what the scripts load: the base, and the LoRA files by name."""
+    folder = tmp_path_factory.mktemp("code")
+    tiny_pipeline().save_pretrained(folder / "base")
+    for name in ("fox", "ink"):
+        (folder / f"{name}.safetensors").symlink_to(loras[name])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"arm": "base"},
+        {"arm": "alone fox"},
+        {"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"},
+        {"prompt": "a fox"},
+        {"sampler": "Euler", **LOCKED},
+    ],
+)
+def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    studio = Studio(DiffusionPipeline.from_pretrained("base"), Catalog(loras, {}), "base")
+    recipe = studio.complete(dataclasses.replace(RECIPE, **changes))
+    exec(compile(as_code(recipe), "script", "exec"), {})
+    with Image.open("picture.png") as image:
+        assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe), int)).max() <= 1
