@@ -27,12 +27,10 @@ ResumeOption = Annotated[
 ]
 
 
-def setting(config: type, name: str, help: str, **options: Any) -> Any:
+def setting(config: type, name: str, help: str) -> Any:
     """The option for one field of a config, whose default the help shows."""
     default = getattr(config, name)
-    return Option(
-        help=help, show_default=str(default) if default not in (None, "") else False, rich_help_panel=UPDATES, **options
-    )
+    return Option(help=help, show_default=False if default is None else str(default), rich_help_panel=UPDATES)
 
 
 def read_settings(path: Path, sections: Sequence[str]) -> dict[str, Any]:

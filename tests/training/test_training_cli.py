@@ -108,7 +108,7 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
         ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
         ("{}", ["--lr", "fast"], "Invalid value for '--lr'"),
-        ("{}", ["--bias", "yes"], "must be true or false, got 'yes'"),
+        ("{}", ["--family", "mole", "--bias", "yes"], "must be true or false, got 'yes'"),
         ("{}", ["--term", "single,seeds"], "--term 'seeds' is not NAME=VALUE"),
         ("{}", ["--term", "single=much"], "weight of the single term must be 0 or more, got 'much'"),
     ],
