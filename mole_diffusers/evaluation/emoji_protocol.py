@@ -17,12 +17,12 @@ from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row, digest_files
 from mole_diffusers.evaluation.runner import Case, Setup
-from mole_diffusers.evaluation.statistics import bootstrap, harmonic, of_cases, recovery, share
+from mole_diffusers.evaluation.statistics import bootstrap, harmonic, recovery, resample_cases, share
 from mole_diffusers.evaluation.tables import (
     as_frame,
+    as_text,
     by_kind,
     concept_mean,
-    in_words,
     interval,
     markdown,
     paired_table,
@@ -168,13 +168,13 @@ def concept_table(rows: pd.DataFrame) -> str:
     body = []
     for arm, own in rows.groupby("composer", sort=False):
         cases = [case for _, case in own.groupby(["arm", "case"], sort=False)]  # each single LoRA on each case by itself
-        seen, drawn = _seen(cases, alone), of_cases(len(cases))  # [G, S, 2, C]
+        seen, drawn = _seen(cases, alone), resample_cases(len(cases))  # [G, S, 2, C]
         body.append(
             [
                 arm,
-                in_words(bootstrap(seen[:, :, 0], drawn, share)),
-                in_words(bootstrap(seen, drawn, recovery)),
-                in_words(bootstrap(seen[:, :, 0], drawn, harmonic)),
+                as_text(bootstrap(seen[:, :, 0], drawn, share)),
+                as_text(bootstrap(seen, drawn, recovery)),
+                as_text(bootstrap(seen[:, :, 0], drawn, harmonic)),
                 *(interval(own, value) for value in ("likeness", "style", "background")),
                 interval(own.dropna(subset=["own_place"]), "own_place"),
             ]

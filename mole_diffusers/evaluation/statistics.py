@@ -1,4 +1,4 @@
-"""Intervals and summaries of an evaluation: pure functions. G cases (compositions), S seeds."""
+"""Bootstrap intervals and summaries of an evaluation: pure functions. G cases (compositions), S seeds, D samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 Statistic = Callable[[torch.Tensor], torch.Tensor]  # [D, G, S, ...], D samples of the seeds of G cases -> [D, G]
-Resample = Callable[[int, torch.Generator], torch.Tensor]  # a number of draws -> how often each case comes, [draws, G]
+Resampler = Callable[[int, torch.Generator], torch.Tensor]  # a number of draws -> how often each case is drawn, [draws, G]
 
 
 def overall(samples: torch.Tensor) -> torch.Tensor:
@@ -15,14 +15,16 @@ def overall(samples: torch.Tensor) -> torch.Tensor:
     return samples.flatten(2).nanmean(2)
 
 
-def of_cases(count: int) -> Resample:
-    """As many cases as there are, with replacement, as if they were independent (Efron, 1979)."""
+def resample_cases(count: int) -> Resampler:
+    """Draw as many cases as there are, with replacement, as if they were independent (Efron, 1979)."""
     return lambda draws, generator: _counts(count, draws, generator)
 
 
-def of_concepts(concepts: Sequence[Sequence[str]]) -> Resample:
-    """Concepts in the place of the cases that share them: a case comes as often as all of its concepts came together, the
-    product of their counts (pigeonhole bootstrap; Owen, AoAS 2007). It errs on the wide side.
+def resample_concepts(concepts: Sequence[Sequence[str]]) -> Resampler:
+    """Draw concepts instead of the cases that share them (pigeonhole bootstrap; Owen, AoAS 2007).
+
+    A case counts as often as all of its concepts were drawn together, the product of their counts. The intervals err on the
+    wide side.
 
     Args:
         concepts: those of each of the G cases.
@@ -38,12 +40,13 @@ def of_concepts(concepts: Sequence[Sequence[str]]) -> Resample:
 
 
 def bootstrap(
-    table: torch.Tensor, resample: Resample, statistic: Statistic = overall, *, draws: int = 2000, seed: int = 0
+    table: torch.Tensor, resample: Resampler, statistic: Statistic = overall, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The mean of a statistic over cases and its 95 % percentile interval, resampling as said and, in each case, the seeds.
+    """The mean of a statistic over cases and its 95 % percentile interval; the seeds are resampled within each case.
 
     Args:
         table: [G, S, ...] values, NaN where a case has fewer seeds than another.
+        resample: how cases are drawn.
     """
     values, generator = table.double(), torch.Generator().manual_seed(seed)
     cases, seeds = table.shape[:2]
@@ -55,7 +58,7 @@ def bootstrap(
 
 
 def _counts(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
-    """[draws, count]: how often each of `count` things comes in as many draws of one with replacement."""
+    """[draws, count]: how often each of `count` things is drawn in `count` draws with replacement."""
     drawn = torch.randint(0, count, (draws, count), generator=generator)
     return torch.nn.functional.one_hot(drawn, count).sum(1).double()
 
@@ -86,11 +89,11 @@ def harmonic(samples: torch.Tensor) -> torch.Tensor:
 
 
 def harmonic_mean(shares: torch.Tensor) -> torch.Tensor:
-    """n / sum(1 / share): as small as the worst of the concepts asks; 0 where one is 0. [..., C] -> [...], NaN left out."""
+    """n / sum(1 / share), which is 0 if one concept is never seen: [..., C] -> [...], NaN left out."""
     return (~shares.isnan()).sum(-1) / (1 / shares).nansum(-1)
 
 
 def as_table(groups: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Values by case, of different lengths, as [G, S] filled up with NaN."""
+    """Values by case, of different lengths, as a table [G, S] padded with NaN."""
     width = max(map(len, groups))
     return torch.tensor([[*group, *[float("nan")] * (width - len(group))] for group in groups], dtype=torch.float64)

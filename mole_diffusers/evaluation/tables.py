@@ -7,13 +7,13 @@ from math import isnan, nan
 from typing import TYPE_CHECKING, Literal
 
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row
-from mole_diffusers.evaluation.statistics import as_table, bootstrap, of_cases, of_concepts
+from mole_diffusers.evaluation.statistics import as_table, bootstrap, resample_cases, resample_concepts
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Estimate = tuple[float, float, float]  # a mean and both ends of its interval
-Resample = Literal["cases", "concepts"]  # what the bootstrap draws, see `statistics.of_cases` and `of_concepts`
+Resample = Literal["cases", "concepts"]  # what the bootstrap draws, see `statistics.resample_cases` and `resample_concepts`
 
 
 def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -59,19 +59,20 @@ def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.D
 def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") -> Estimate:
     """The mean of a column over cases and seeds, with its 95 % bootstrap interval."""
     cases = [case for _, case in rows.groupby("case", sort=False)]
-    drawn = of_cases(len(cases)) if resample == "cases" else of_concepts([case["concepts"].iloc[0] for case in cases])
+    concepts = [case["concepts"].iloc[0] for case in cases]
+    drawn = resample_cases(len(cases)) if resample == "cases" else resample_concepts(concepts)
     return bootstrap(as_table([case[value].astype(float).tolist() for case in cases]), drawn)
 
 
-def in_words(found: Estimate, digits: int = 2) -> str:
-    """ "0.52 [0.28, 0.75]", or "-" for NaN."""
+def as_text(found: Estimate, digits: int = 2) -> str:
+    """As "0.52 [0.28, 0.75]", or "-" for NaN."""
     mean, low, high = (f"{number:.{digits}f}" for number in found)
     return "-" if isnan(found[0]) else f"{mean} [{low}, {high}]"
 
 
 def interval(rows: pd.DataFrame, value: str, *, digits: int = 2, resample: Resample = "cases") -> str:
-    """`estimate` in words; "-" without rows."""
-    return in_words(estimate(rows, value, resample=resample), digits) if len(rows) else "-"
+    """`estimate` as text; "-" without rows."""
+    return as_text(estimate(rows, value, resample=resample), digits) if len(rows) else "-"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
