@@ -27,7 +27,7 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
         add_api(page)  # first, while its endpoint names are free
         gr.Markdown("# mole\nSeveral concept LoRAs in one picture, weighed by learned gates.", elem_id="title")
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})
-        page.locks, page.drawn = gr.State({}), gr.State(None)
+        page.locks = gr.State({})
         with gr.Tabs(elem_id="tabs"):
             for name, tab in (("Compose", compose_tab), ("See", see_tab), ("Train", train_tab), ("Keep", keep_tab)):
                 with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name):

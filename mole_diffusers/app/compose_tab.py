@@ -22,7 +22,6 @@ from mole_diffusers.app.page import (
     redraw,
     session,
     with_errors,
-    with_errors_streaming,
 )
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
@@ -46,7 +45,7 @@ def build(page: Page) -> None:
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
             )
             pictures = gallery("Pictures", columns=2, elem_id="pictures")
-    inputs, outputs = [*page.inputs, count], [status, preview, pictures, page.drawn]
+    inputs, outputs = [*page.inputs, count], [status, preview, pictures]
     work = gr.on([compose.click, prompt.submit], _composing(page), inputs, outputs, **QUEUE, **PRIVATE)
     connect_stop(page, cancel, status, [work])
     for event in (prompt.blur, prompt.submit):
@@ -144,16 +143,15 @@ def _settings(page: Page) -> Any:
 
 
 def _composing(page: Page) -> Callable[..., Iterator[Any]]:
-    @with_errors_streaming
+    @with_errors
     def compose(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, count = values
         with page.jobs.job(session(request)) as is_stopped:
             for state in page.actions.compose(page.recipe(*given), int(count), is_stopped):
-                last = state.pictures[-1].recipe.to_dict() if state.pictures else None
                 now = gr.skip() if state.preview is None else state.preview
-                yield str(state), now, gallery_items(state.pictures), last
+                yield str(state), now, gallery_items(state.pictures)
             if len(state.pictures) < int(count):
-                yield f"stopped after {len(state.pictures)} of {int(count)} pictures", gr.skip(), gr.skip(), gr.skip()
+                yield f"stopped after {len(state.pictures)} of {int(count)} pictures", gr.skip(), gr.skip()
 
     return compose
 

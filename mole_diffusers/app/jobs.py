@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any
 
-from mole_diffusers.studio.render import StoppedError
-
 DONE = object()
 Report = Callable[[Any], None]
 IsStopped = Callable[[], bool]
+
+
+class StoppedError(Exception):
+    """Raised inside a job to end it."""
 
 
 def never_stopped() -> bool:

@@ -18,7 +18,6 @@ from mole_diffusers.app.page import (
     redraw,
     session,
     with_errors,
-    with_errors_streaming,
 )
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
@@ -95,7 +94,7 @@ def _grid(page: Page) -> None:
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
     sheet = figure("Grid", elem_id="sheet")
 
-    @with_errors_streaming
+    @with_errors
     def draw(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, x, y = values
         with page.jobs.job(session(request)) as is_stopped:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import html
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,6 @@ import gradio as gr
 from mole_diffusers.app.actions import Actions, Picture
 from mole_diffusers.app.jobs import RunningJobs
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import StoppedError
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
@@ -35,7 +36,6 @@ class Page:
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         locks: state: gates set by hand, as in a Recipe.
-        drawn: state: the last picture's recipe as plain data.
     """
 
     actions: Actions
@@ -45,7 +45,6 @@ class Page:
     cards: Any = None
     shown: Any = None
     locks: Any = None
-    drawn: Any = None
 
     @property
     def inputs(self) -> list[Any]:
@@ -83,32 +82,28 @@ def user_error(error: Exception, *, page: bool) -> gr.Error:
     return gr.Error(text, duration=12, print_exception=False)
 
 
+@contextmanager
+def _user_errors(*, page: bool) -> Iterator[None]:
+    try:
+        yield
+    except USER_ERRORS as error:
+        raise user_error(error, page=page) from error
+
+
 def with_errors(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., Any]:
-    """Show errors of bad input as one sentence, on the page or to a client of the API."""
+    """Show errors of bad input as one sentence, on the page or to a client of the API; for functions and generators."""
 
     @functools.wraps(fn)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _user_errors(page=page):
             return fn(*args, **kwargs)
-        except USER_ERRORS as error:
-            raise user_error(error, page=page) from error
-
-    return wrapped
-
-
-def with_errors_streaming(fn: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`with_errors` for a generator; a stopped picture just ends it."""
 
     @functools.wraps(fn)
-    def wrapped(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        try:
+    def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with _user_errors(page=page):
             yield from fn(*args, **kwargs)
-        except StoppedError:
-            return
-        except USER_ERRORS as error:
-            raise user_error(error, page=True) from error
 
-    return wrapped
+    return stream if inspect.isgeneratorfunction(fn) else call
 
 
 # ---- values and components

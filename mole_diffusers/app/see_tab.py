@@ -21,7 +21,6 @@ from mole_diffusers.app.page import (
     redraw,
     session,
     with_errors,
-    with_errors_streaming,
 )
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import parse
@@ -65,7 +64,7 @@ def _comparison(page: Page, compare: Any, status: Any) -> Any:
     def sides(drawn: dict[str, str], left: str, right: str) -> Any:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
-    @with_errors_streaming
+    @with_errors
     def draw(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, merges = values
         with page.jobs.job(session(request)) as is_stopped:
@@ -87,7 +86,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> Any:
         sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
         block = _by_hand(page, sites, gates)
 
-    @with_errors_streaming
+    @with_errors
     def watch(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, cards = values
         with page.jobs.job(session(request)) as is_stopped:

@@ -21,7 +21,6 @@ from mole_diffusers.app.page import (
     markdown,
     session,
     with_errors,
-    with_errors_streaming,
 )
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
@@ -44,7 +43,7 @@ def build(page: Page) -> None:
             pictures = gallery("The prompt's picture during training", columns=4, elem_id="validation")
             saved = _gate_files(page)
 
-    @with_errors_streaming
+    @with_errors
     def training(request: gr.Request, *values: Any) -> Iterator[Any]:
         *given, name, singles, composed, styles, steps, family, way = values
         options = {"styles": styles or [], "steps": int(steps), "family": family, "way": way}

@@ -32,10 +32,6 @@ MERGED = "merged"  # name of a merge on the pipeline
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
 
 
-class StoppedError(Exception):
-    """Raised by a callback to end a picture early."""
-
-
 class Studio:
     """One pipeline with a catalog of LoRAs and gates for it.
 

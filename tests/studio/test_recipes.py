@@ -12,7 +12,7 @@ from mole_diffusers import attach, attached
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import Recipe, load, with_strength
-from mole_diffusers.studio.render import StoppedError, Studio
+from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>"
@@ -84,13 +84,16 @@ def test_a_lock_changes_the_picture(studio, recipe):
 
 
 def test_steps_are_told_and_can_end_a_picture(studio, recipe):
+    class StopError(Exception):
+        pass
+
     seen = []
 
     def stop(step, latents):
         seen.append((step, tuple(latents.shape)))
-        raise StoppedError
+        raise StopError
 
-    with pytest.raises(StoppedError):
+    with pytest.raises(StopError):
         studio.draw(recipe, on_step=stop)
     assert seen == [(1, (1, 4, 16, 16))]
     studio.draw(recipe)
