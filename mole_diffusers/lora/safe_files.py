@@ -169,7 +169,9 @@ def _header(file: BufferedReader, size: int, path: Path) -> tuple[list[_Entry], 
     values = parse_json(raw, f"{path}: its header")
     if not isinstance(values, dict):
         raise RefusedFileError(f"{path}: its header is not a JSON object")
-    metadata = _metadata(values.pop("__metadata__", {}), path)
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise RefusedFileError(f"{path}: its metadata is not a flat object of strings")
     if len(values) > MAX_TENSORS:
         raise RefusedFileError(f"{path}: its header lists {len(values)} tensors; at most {MAX_TENSORS} are read")
     entries = sorted((_entry(k, v, path) for k, v in values.items()), key=lambda e: (e.begin, e.end))
@@ -193,12 +195,6 @@ def _kind(head: bytes) -> str:
     if len(head) < 9:
         return f"truncated: it has {len(head)} bytes"
     return "not a safetensors file, the only format that is read"
-
-
-def _metadata(value: Any, path: Path) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise RefusedFileError(f"{path}: its metadata is not a flat object of strings")
-    return value
 
 
 def _entry(key: str, value: Any, path: Path) -> _Entry:

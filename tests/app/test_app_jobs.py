@@ -1,4 +1,4 @@
-"""Work that is watched: it can be stopped, and it stops when nobody listens."""
+"""Jobs: they can be stopped, and they stop when nobody iterates any more."""
 
 import threading
 import time
@@ -9,46 +9,46 @@ from mole_diffusers.app.jobs import RunningJobs, run_job
 
 
 def counting(seen, steps=200):
-    def work(tell):
+    def work(report):
         for i in range(steps):
             seen.append(i)
-            tell(i)
+            report(i)
             time.sleep(0.005)
 
     return work
 
 
-def test_what_is_told_comes_out_in_order():
+def test_reports_come_out_in_order():
     assert [event for event in run_job(counting([], 5), lambda: False) if event is not None] == [0, 1, 2, 3, 4]
 
 
-def test_an_error_in_the_work_comes_out():
-    def work(tell):
-        tell(1)
+def test_an_error_in_a_job_comes_out():
+    def work(report):
+        report(1)
         raise ValueError("bad")
 
-    heard = run_job(work, lambda: False)
-    assert next(heard) == 1
+    events = run_job(work, lambda: False)
+    assert next(events) == 1
     with pytest.raises(ValueError, match="bad"):
-        list(heard)
+        list(events)
 
 
-def test_a_stop_ends_the_work_of_one_session():
-    stops, seen = RunningJobs(), []
-    assert not stops.stop("me")
-    with stops.job("me") as stopped, stops.job("you") as other:
+def test_a_stop_ends_the_job_of_one_session():
+    jobs, seen = RunningJobs(), []
+    assert not jobs.stop("me")
+    with jobs.job("me") as stopped, jobs.job("you") as other:
         for event in run_job(counting(seen), stopped):
             if event == 3:
-                assert stops.stop("me")
+                assert jobs.stop("me")
         assert not other()
     assert 3 < len(seen) < 200
 
 
-def test_work_that_nobody_listens_to_stops():
+def test_a_job_that_nobody_listens_to_stops():
     seen, before = [], threading.active_count()
-    heard = run_job(counting(seen), lambda: False)
-    next(heard)
-    heard.close()  # the visitor has left
+    events = run_job(counting(seen), lambda: False)
+    next(events)
+    events.close()  # the visitor has left
     until = time.monotonic() + 20
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.01)
