@@ -13,7 +13,7 @@ from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.denoiser_inputs import CallReader
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
@@ -60,7 +60,7 @@ class Steps:
     """Counts sampling steps by their noise; one that is noisier than the last begins a new picture."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self.step, self.last, self.reader = 0, float("-inf"), CallReader(denoiser)
+        self.step, self.last, self.reader = 0, float("-inf"), DenoiserInputs(denoiser)
 
     def at(self, args: tuple, kwargs: dict) -> int:
         """The step, from 0, of a denoiser call."""

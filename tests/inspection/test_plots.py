@@ -9,7 +9,7 @@ from PIL import Image
 
 from mole_diffusers.evaluation import plots
 from mole_diffusers.evaluation.runner import keep, picture_path
-from mole_diffusers.patching.runtime import Decision, State
+from mole_diffusers.patching.runtime import Decision, Runtime
 from mole_diffusers.patching.trace import Trace
 
 pytest.importorskip("matplotlib")
@@ -90,7 +90,7 @@ def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
 
 
 def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
-    state = State([True, True], [1.0, 1.0])
+    state = Runtime([True, True], [1.0, 1.0])
     trace = Trace(["a", "b"], state)
     for step in range(3):
         state.step = step
