@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from benchmarks.shares import step_shares
 from benchmarks.steps import step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
+DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow")
 WHAT: Mapping[str, Callable[[Settings, argparse.Namespace], list[Any]]] = {
     "step": lambda settings, args: step_costs(settings, args.arms, args.experts),
+    "dispatch": lambda settings, args: step_costs(replace(settings, size="thin", rank=4), DISPATCH, args.experts),
     "attach": lambda settings, args: attach_costs(settings, args.experts),
     "collapse": lambda settings, args: collapse_costs(settings, args.experts),
     "update": lambda settings, args: update_costs(settings, args.experts),
@@ -35,7 +38,12 @@ WHAT: Mapping[str, Callable[[Settings, argparse.Namespace], list[Any]]] = {
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    command.add_argument("--what", default="step", choices=list(WHAT), help="default: one step of the denoiser")
+    command.add_argument(
+        "--what",
+        default="step",
+        choices=list(WHAT),
+        help="default: one step; dispatch: one of a very narrow UNet (with --threads 1 --clock cpu)",
+    )
     command.add_argument("--size", default="tiny", choices=list(SIZES))
     command.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     command.add_argument("--pixels", type=int, default=0, help="side of the picture; default: the host's usual one")

@@ -13,9 +13,7 @@ import torch
 
 from benchmarks.hosts import ATTENTION
 from mole_diffusers.gates import GateConfig
-from mole_diffusers.gates.transforms import Strongest
 from mole_diffusers.mixture import Mixture, attach
-from mole_diffusers.patching import peft_injection
 
 Files = Mapping[str, Path]
 Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[None]]
@@ -60,32 +58,17 @@ def fused(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
 
 
 @contextmanager
-def gated(pipe: Any, files: Files, gates: GateConfig, *, inside: bool | None = None) -> Iterator[None]:
-    """Gates, each layer in the cheaper of its two ways; or with `inside` every layer that can, or none, in its weight."""
+def gated(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+    """Gates."""
     awake(pipe, files, gates)
-    if inside is not None:
-        peft_injection.prefer(pipe.unet, lambda *_: inside)
     yield
 
 
 @contextmanager
-def strongest(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
-    """Gates of which the four largest of each row weigh something."""
-    with awake(pipe, files, gates).adjusted(Strongest(4)):
-        yield
-
-
-@contextmanager
-def new_text(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
-    """Gates over a text that is another at every step, so that nothing of it can be kept."""
-    with gated(pipe, files, gates):
-        hook = pipe.unet.register_forward_pre_hook(_copied_text, prepend=True, with_kwargs=True)
-        yield
-        hook.remove()
-
-
-def _copied_text(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].clone()}
+def family(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator[None]:
+    """Gates of one family, whatever family the run is set to."""
+    awake(pipe, files, GateConfig(name))
+    yield
 
 
 @contextmanager
@@ -110,11 +93,10 @@ ARMS: Mapping[str, Arm] = {
     "again": base,  # the base once more: how much of a ratio is noise
     "set_adapters": set_adapters,
     "fused": fused,
+    "sum": partial(family, name="sum"),
+    "mole": partial(family, name="mole"),
+    "flow": partial(family, name="flow"),
     "gated": gated,
-    "gated-beside": partial(gated, inside=False),
-    "gated-inside": partial(gated, inside=True),
-    "gated-new-text": new_text,
-    "gated-strongest": strongest,
     "collapsed": collapsed,
 }
 FOLDING = ("fused", "collapsed")  # they write into the weights

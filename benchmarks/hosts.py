@@ -100,6 +100,23 @@ def sdxl(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionXLPipeline:
     return pipe
 
 
+def thin(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
+    """SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does."""
+    shape = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
+    pipe = StableDiffusionPipeline(
+        unet=random_weights(lambda: UNet2DConditionModel(sample_size=64, **shape), dtype, device),
+        text_encoder=random_weights(lambda: _text(8, 2, 2), dtype, device),
+        vae=random_weights(_vae, dtype, device),
+        tokenizer=tiny_tokenizer(),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _tiny(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     return tiny_pipeline().to(device, dtype)
 
@@ -113,7 +130,12 @@ class Size:
     factor: int = 8
 
 
-SIZES: Mapping[str, Size] = {"tiny": Size(_tiny, 32, 2), "sd15": Size(sd15, 512), "sdxl": Size(sdxl, 1024)}
+SIZES: Mapping[str, Size] = {
+    "tiny": Size(_tiny, 32, 2),
+    "thin": Size(thin, 64),
+    "sd15": Size(sd15, 512),
+    "sdxl": Size(sdxl, 1024),
+}
 
 
 def inputs(pipe: Any, size: str, *, pixels: int, batch: int = 2) -> dict[str, Any]:

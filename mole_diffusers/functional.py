@@ -1,24 +1,23 @@
-"""The maths of a mixture: pure tensor functions. B batch, T tokens, C channels, R summed rank, N experts."""
+"""The maths of a mixture, as functions of tensors. B batch, T tokens, C channels, R summed rank, N experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-COPY = 40  # ranks that writing one more weight is worth, see `folding_pays`
 TOTALS = ("1", "N", "sigmoid", "linear")
 
 
-def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.Tensor:
+def gate_weights(logits: torch.Tensor, mask: torch.Tensor | None, total: str) -> torch.Tensor:
     """Eq. 11 of MoLE (Wu et al., 2024) over the experts that are there; its masked mode is the same softmax.
 
     Args:
         logits: [..., N], already divided by the temperature.
-        mask: [N] or, where rows of the batch have experts of their own, [B, N] bool: those present and active.
+        mask: [N] or, where rows of the batch have experts of their own, [B, N] bool: those present and active; None where
+            all are.
         total: "1" softmax; "N" softmax times the number of experts in `mask`, so that equal logits give the plain
             sum; "sigmoid" 2 * sigmoid, independent, in 0..2; "linear" 1 + logits, free in sign and size.
 
@@ -27,14 +26,19 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor, total: str) -> torch.
     """
     if total not in TOTALS:
         raise ValueError(f"unknown total {total!r}; known: {list(TOTALS)}")
+    if mask is None:
+        if total in ("1", "N"):
+            weights = torch.softmax(logits, -1)
+            return weights if total == "1" else weights * logits.shape[-1]
+        return 2 * torch.sigmoid(logits) if total == "sigmoid" else 1 + logits
     mask = over_tokens(mask, logits)
     if total == "sigmoid":
         return 2 * torch.sigmoid(logits) * mask
     if total == "linear":
         return (1 + logits) * mask
     # The lowest finite number, not -inf: an empty mask gives zeros instead of NaN, without a branch on device data.
-    weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), -1) * mask
-    return weights * mask.sum(-1, keepdim=True) if total == "N" else weights
+    weights = torch.softmax(torch.where(mask, logits, torch.finfo(logits.dtype).min), -1)
+    return weights * (mask.sum(-1, keepdim=True) if total == "N" else mask)
 
 
 def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> torch.Tensor:
@@ -86,7 +90,7 @@ def flattened(hidden: torch.Tensor) -> torch.Tensor:
 
 def l2_normalized(features: torch.Tensor) -> torch.Tensor:
     """The unspecified Normalization of MoLE's eq. 9, read as the authors' code has it: L2 over the whole vector."""
-    return F.normalize(features, dim=-1)
+    return features / features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
@@ -122,70 +126,19 @@ def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torc
     return sums / counts.clamp_min(1)
 
 
-def scaled(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """z * factor, in the memory of `z` where no gradient needs it."""
-    return z * factor if torch.is_grad_enabled() else z.mul_(factor)
+def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """result + (factor * low) up^T; without gradients in the memory of `result` and `low`.
 
-
-def plus_low_rank(kept: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """kept + z up^T in one product, beside `kept`: [..., Cout]."""
-    return torch.addmm(kept.flatten(0, -2), z.flatten(0, -2), up.T).view_as(kept)
-
-
-def added_low_rank(result: torch.Tensor, z: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """result + z up^T in one product, in the memory of `result` where no gradient needs it: [..., Cout]."""
+    Args:
+        result: W x, [B, T, Cout].
+        low: A x, [B, T, R].
+        factor: broadcasts over `low`.
+        up: B, [Cout, R].
+    """
     if torch.is_grad_enabled():
-        return plus_low_rank(result, z, up)
-    return result.flatten(0, -2).addmm_(z.flatten(0, -2), up.T).view_as(result)
-
-
-def folding_pays(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> bool:
-    """Whether the experts of a linear layer cost less inside its weight than beside it, from the shapes alone.
-
-    Beside: all B T tokens of x [B, T, Cin] go down and up again, B T R (Cin + Cout) products. Inside: a weight of its own
-    for each row of `factor` [R] or [B, 1, R], R Cin Cout products each; and to write a weight and to multiply by one per
-    row was measured to be worth COPY ranks more. With gradients, or weights by token, it never pays: the gradient of a
-    whole weight would be needed, or a weight for each token.
-    """
-    if torch.is_grad_enabled() or (factor.dim() == 3 and factor.shape[1] > 1):
-        return False
-    (out, inside), rows, rank = weight.shape, len(factor) if factor.dim() == 3 else 1, factor.shape[-1]
-    return rows * out * inside * (rank + COPY) < x.shape[0] * x.shape[1] * rank * (out + inside)
-
-
-def folded_linear(
-    x: torch.Tensor, host: tuple[torch.Tensor, torch.Tensor | None], expert: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """x (W + up down)^T + bias, without gradients: x [B, T, Cin] -> [B, T, Cout].
-
-    `host` is W [Cout, Cin] and its bias. `expert` is down [R, Cin] and up [Cout, R]; or up, or both, with an axis B in
-    front: another for each row.
-    """
-    (weight, bias), (down, up) = host, expert
-    if up.dim() == 2:
-        return F.linear(x, torch.addmm(weight, up, down), bias)
-    rows = len(up)
-    each = torch.baddbmm(weight.expand(rows, -1, -1), up, down.expand(rows, -1, -1))  # [B, Cout, Cin]
-    y = torch.bmm(x, each.mT)
-    return y if bias is None else y.add_(bias)
-
-
-class Few(NamedTuple):
-    """The ranks of the experts that weigh something, by row: their indices [B, K], and what multiplies them, [B, 1, K]."""
-
-    ranks: torch.Tensor
-    factor: torch.Tensor
-
-
-def few_ranks(weights: torch.Tensor, table: torch.Tensor, count: int) -> Few:
-    """The ranks of the `count` experts of the largest weights [B, N], for each row.
-
-    `table` [N, r] holds each expert's ranks, and -1 where it has fewer than r. K is count * r.
-    """
-    index = weights.abs().topk(count, -1).indices  # [B, count]
-    ranks = table[index].flatten(1)  # [B, K]
-    factor = weights.gather(-1, index).repeat_interleave(table.shape[1], -1) * (ranks >= 0)
-    return Few(ranks.clamp_min(0), factor[:, None])
+        return torch.addmm(result.flatten(0, -2), (low * factor).flatten(0, -2), up.T).view_as(result)
+    result.flatten(0, -2).addmm_(low.mul_(factor).flatten(0, -2), up.T)
+    return result
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,13 +18,13 @@ from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.writing import write_lora
-from mole_diffusers.patching.component import GatedPart
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, CallReader, denoiser, hosts
-from mole_diffusers.patching.folding import Averages, Folded, ask, folded, one_lora, truncated
+from mole_diffusers.patching.component import Component
+from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, denoiser, hosts
+from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
-from mole_diffusers.patching.pipeline_lock import Turn, take_turns
-from mole_diffusers.patching.runtime import Decision, Plan, State
+from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls
+from mole_diffusers.patching.runtime import Decision, Plan, Runtime
 from mole_diffusers.patching.trace import Trace
 
 Source = str | Path | Expert
@@ -47,36 +47,36 @@ class Mixture:
     """
 
     def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
-        self._pipe, parts = pipe, hosts(pipe)
-        matches = [match(expert, parts) for expert in experts.values()]
+        self._pipe, models = pipe, hosts(pipe)
+        matches = [match(expert, models) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
-        self._state = State([True] * len(experts), [1.0] * len(experts))
-        self._turn, self._undo = Turn(), ExitStack()
+        self._runtime = Runtime([True] * len(experts), [1.0] * len(experts))
+        self._lock, self._undo = PipelineLock(), ExitStack()
         self._denoiser = denoiser(pipe)
-        self._call = CallReader(self._denoiser)
-        self._parts = [
-            GatedPart(part, parts[part], stacks, config=config, state=self._state)
-            for part, stacks in stack_all(matches, parts).items()
+        self._inputs = DenoiserInputs(self._denoiser)
+        self._components = [
+            Component(name, models[name], stacks, config=config, runtime=self._runtime)
+            for name, stacks in stack_all(matches, models).items()
         ]
-        self.banks = {part.name: part.bank for part in self._parts}
+        self.banks = {part.name: part.bank for part in self._components}
 
     # ---- what a user does with it
 
     def strength(self, name: str, value: float | None = None) -> float:
         """The user's factor of one expert; with `value`, set it (any sign and size; 0 means absent)."""
         index = self._index(name)
-        with self._turn:
+        with self._lock:
             if value is not None:
-                self._state.strength[index] = self._finite(name, value)
-                self._state.settle()
-            return self._state.strength[index]
+                self._runtime.strength[index] = self._finite(name, value)
+                self._runtime.changed()
+            return self._runtime.strength[index]
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """These factors while the block runs; experts not named keep theirs."""
         changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
-        with self._turn, self._lent(strength=[changed.get(i, s) for i, s in enumerate(self._state.strength)]):
+        with self._lock, self._lent(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]):
             yield
 
     @contextmanager
@@ -115,13 +115,13 @@ class Mixture:
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
-        """Strengths by part, block and moment, or gates by hand, while the block runs; see `state.Plan`."""
+        """Strengths by part, block and moment, or gates by hand, while the block runs; see `patching.runtime.Plan`."""
         with self._lent(plan=plan):
             yield
 
     @contextmanager
     def adjusted(self, control: Control) -> Iterator[None]:
-        """Put `control(place, gates, mask) -> gates` behind every gate, before the strengths; see `gates.controls`."""
+        """Put `control(place, gates, mask) -> gates` behind every gate, before the strengths; see `gates.transforms`."""
         with self._lent(control=control):
             yield
 
@@ -139,15 +139,15 @@ class Mixture:
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights as they are made."""
-        with self._turn, self._lent(listeners=[*self._state.listeners, listener]):
+        with self._lock, self._lent(listeners=[*self._runtime.listeners, listener]):
             yield
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
         """Record every gate's weights while the block runs: by place, step, batch row and expert."""
-        trace = Trace(list(self.experts), self._state)
+        trace = Trace(list(self.experts), self._runtime)
         with self.listen(trace.record):
-            self._state.step = -1
+            self._runtime.step = -1
             yield trace
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
@@ -160,15 +160,15 @@ class Mixture:
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate and the layers that take its weights, as "unet.down_blocks.0.attentions.0.proj_in"."""
-        return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._parts for g, layers in p.layers_by_gate()]
+        return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._components for g, layers in p.layers_by_gate()]
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""
-        with self._turn, ExitStack() as turns:
-            turns.callback(self._install)
+        with self._lock, ExitStack() as undo:
+            undo.callback(self._install)
             self._uninstall()
-            take_turns(self._pipe, self._turn, turns)
+            lock_calls(self._pipe, self._lock, undo)
             yield
 
     @contextmanager
@@ -186,9 +186,9 @@ class Mixture:
         Raises:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host.
         """
-        with self._turn:
+        with self._lock:
             layers = self._one_lora(prompt, call)
-            with self.lifted(), folded(self._parts, layers):
+            with self.lifted(), folded(self._components, layers):
                 yield
 
     def export_lora(
@@ -204,10 +204,11 @@ class Mixture:
         """Write the mixture at its gates' average weights as one ordinary LoRA, for any tool.
 
         Args:
-            prompt, call: as for `collapsed`.
+            prompt: what the averages are taken over, as for `collapsed`.
             rank: cut every layer to this rank by singular values; by default ranks add up and nothing is lost.
             format: "diffusers" or "kohya" keys.
             dtype: of the tensors in the file.
+            **call: options of that call, as for `collapsed`.
 
         Returns:
             The relative error |dW - dW'| / |dW| of the cut over all layers, 0 without one; it is in the file's header.
@@ -222,8 +223,8 @@ class Mixture:
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
         averages = Averages()
         with self.listen(averages):
-            ask(self._pipe, self._parts, prompt, **call)
-        return one_lora(self._parts, averages.weights)
+            evaluate_gates(self._pipe, self._components, prompt, **call)
+        return one_lora(self._components, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes and a model card; returns the commit's address.
@@ -237,19 +238,19 @@ class Mixture:
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them."""
-        with self._turn, loaded(self._pipe):  # offloaded gates have no values where they are between calls
+        with self._lock, loaded(self._pipe):  # offloaded gates have no values where they are between calls
             checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
 
     @contextmanager
     def _lent(self, **values: Any) -> Iterator[None]:
         """Keep other threads out and change the shared state while the block runs."""
-        with self._turn:
-            before = {name: getattr(self._state, name) for name in values}
+        with self._lock:
+            before = {name: getattr(self._runtime, name) for name in values}
             try:
-                self._state.set(**values)
+                self._runtime.set(**values)
                 yield
             finally:
-                self._state.set(**before)
+                self._runtime.set(**before)
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
@@ -268,7 +269,7 @@ class Mixture:
         """Take the place of `before`, or leave it there."""
         if before is None:
             return self._install()
-        self._turn = before._turn
+        self._lock = before._lock
         before._uninstall()
         try:
             self._install()
@@ -283,11 +284,11 @@ class Mixture:
             if self.config.family == "prompt":
                 for name, model in hosts(self._pipe).items():
                     if name not in DENOISERS:
-                        self._state.words.watch(model, undo)
-            for part in self._parts:
+                        self._runtime.tokens.watch(model, undo)
+            for part in self._components:
                 part.install(undo)
-            guard(self._pipe, [part.model for part in self._parts], self.lifted, undo)
-            take_turns(self._pipe, self._turn, undo)
+            guard(self._pipe, [part.model for part in self._components], self.lifted, undo)
+            lock_calls(self._pipe, self._lock, undo)
             undo.callback(self._denoiser.__dict__.pop, HANDLE, None)
             object.__setattr__(self._denoiser, HANDLE, self)
             self._undo = undo.pop_all()
@@ -297,7 +298,7 @@ class Mixture:
             self._undo.close()
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._state.entered(self._call.time(args, kwargs), self._call.text(args, kwargs))
+        self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), self._inputs.text(args, kwargs))
 
 
 def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates = "sum") -> Mixture:
@@ -362,5 +363,5 @@ def attached(pipe: Any) -> Mixture | None:
 def _held(pipe: Any) -> Iterator[Mixture | None]:
     """The mixture on a pipeline, with all other threads kept out; one that takes its place takes over its turns."""
     before = attached(pipe)
-    with nullcontext() if before is None else before._turn:
+    with nullcontext() if before is None else before._lock:
         yield attached(pipe)

@@ -12,14 +12,14 @@ from mole_diffusers.gates.contract import Context
 class ConstantGate(nn.Module):
     """`sum` (total "N": weight 1 each) and `mean` (total "1": NLA, eq. 2 of MoLE with equal weights)."""
 
-    fusible, blind, steady, ranked = True, True, True, False
+    step_invariant, input_free, ranked = True, True, False
 
     def __init__(self, total: str):
         super().__init__()
         self.total = total
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        return functional.gate_weights(torch.zeros(context.mask.shape, device=hidden.device), context.mask, self.total)
+        return functional.gate_weights(torch.zeros(context.mask.shape, device=hidden.device), context.masked, self.total)
 
 
 class StaticGate(nn.Module):
@@ -29,13 +29,13 @@ class StaticGate(nn.Module):
 
     def __init__(self, experts: int, total: str, bins: int):
         super().__init__()
-        self.total, self.fusible, self.blind, self.steady = total, bins == 1, bins == 1, bins == 1
+        self.total, self.step_invariant, self.input_free = total, bins == 1, bins == 1
         self.logits = nn.Parameter(torch.zeros(bins, experts))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         bins = len(self.logits)
         index = (context.time * bins).long().clamp(0, bins - 1)  # [B]
-        return functional.gate_weights(self.logits.float()[index], context.mask, self.total)  # [B, N]
+        return functional.gate_weights(self.logits.float()[index], context.masked, self.total)  # [B, N]
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The contract of every gate family: what a gate is told, and what it answers."""
+"""The contract of every gate family: what a gate gets, and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,61 +11,60 @@ import torch
 
 @dataclass
 class Layer:
-    """The experts of the one layer that a gate weighs.
+    """The experts of the one layer that a gate sits at.
 
     Attributes:
-        project: gives A x; asked only where somebody reads `low`.
+        low: A x: [B, R], [B, T, R] or [B, R, H, W].
         up: [Cout, R] or [Cout, R, 1, 1].
         segment: [R] -> index of the expert each rank belongs to.
     """
 
-    project: Callable[[], torch.Tensor]
+    low: torch.Tensor
     up: torch.Tensor
     segment: torch.Tensor
-    _low: torch.Tensor | None = None
-
-    @property
-    def low(self) -> torch.Tensor:
-        """A x: [B, R], [B, T, R] or [B, R, H, W]."""
-        if self._low is None:
-            self._low = self.project()
-        return self._low
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Context:
-    """What a gate is told beside the state it reads.
+    """What a gate gets beside the state it reads.
 
     Attributes:
         mask: [N] bool, the experts that are present and active; [B, N] where each row of the batch has a set of its own.
         time: [B] in 0..1, the noise level (1 is pure noise).
         layer: the layer's own experts, where the gate sits at one layer.
         tokens: [B, T] bool, the tokens of a text that count; None where all do.
+        everyone: whether `mask` is true for all experts, known without asking the device.
     """
 
     mask: torch.Tensor
     time: torch.Tensor
     layer: Layer | None = None
     tokens: torch.Tensor | None = None
+    everyone: bool = False
+
+    @property
+    def masked(self) -> torch.Tensor | None:
+        """`mask`, or None where nobody is masked: gates save operations then."""
+        return None if self.everyone else self.mask
 
 
 class Gate(Protocol):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
-    hidden [B, T, C] is what the gate's place hands it, in the host's precision. `total` is what the weights sum to;
-    `fusible` is true when they depend on nothing that changes while sampling, `blind` when on no state at all, `steady` when
-    on nothing but state and mask, so that a text's weights stand from step to step; `ranked` when they are per rank of the
-    layer instead, [B, T, R].
+    hidden [B, T, C] is what enters the gate's site, in the host's precision.
+
+    Attributes:
+        total: what the weights sum to.
+        step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
+        input_free: the weights depend on no state at all.
+        ranked: the weights are per rank of the layer instead, [B, T, R].
     """
 
     total: str
-    fusible: bool
-    blind: bool
-    steady: bool
+    step_invariant: bool
+    input_free: bool
     ranked: bool
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-
-    def buffers(self) -> Iterator[torch.Tensor]: ...
 
     def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor: ...

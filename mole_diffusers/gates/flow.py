@@ -20,7 +20,7 @@ class FlowGate(nn.Module):
         start: the weights before training: "sum" 1 each, "mean" 1/n each, "faithful" (the paper) the last expert alone.
     """
 
-    total, fusible, blind, steady, ranked = "free", False, False, True, False
+    total, step_invariant, input_free, ranked = "free", False, False, False
 
     def __init__(self, experts: int, width: int, start: str):
         super().__init__()
@@ -33,18 +33,18 @@ class FlowGate(nn.Module):
         return self._start(mask) - _share(mask) + self.offset.float()
 
     def _start(self, mask: torch.Tensor) -> torch.Tensor:
-        share = _share(mask)
-        last = torch.arange(mask.shape[-1], device=mask.device) == mask.shape[-1] - 1
-        return {"sum": torch.ones_like(share), "mean": share, "faithful": last.float()}[self.start]
+        if self.start == "faithful":
+            return (torch.arange(mask.shape[-1], device=mask.device) == mask.shape[-1] - 1).float()
+        return _share(mask) if self.start == "mean" else torch.ones_like(_share(mask))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         # A UNet's blocks hand over states that lie channel by channel: hidden @ W^T, or any matmul, would turn them first.
         rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
-        logits = torch.bmm(rows, hidden.float().mT).mT  # [B, T, N]
-        shares = functional.gate_weights(logits, context.mask, "1")
-        return (shares + functional.over_tokens(self.bias(context.mask), shares)) * functional.over_tokens(
-            context.mask, shares
-        )
+        shares = functional.gate_weights(torch.bmm(rows, hidden.float().mT).mT, context.masked, "1")  # [B, T, N]
+        if context.everyone and self.start == "sum":  # the same in one operation
+            return shares + (self.offset.float() + (1 - 1 / shares.shape[-1]))
+        mask = functional.over_tokens(context.mask, shares)
+        return (shares + functional.over_tokens(self.bias(context.mask), shares)) * mask
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers import functional
@@ -17,7 +18,7 @@ class MoLEGate(nn.Module):
     expert beside what the features say, so that the gate can start at any weights.
     """
 
-    fusible, blind, steady, ranked = False, False, True, False
+    step_invariant, input_free, ranked = False, False, False
     bias: nn.Parameter | None
 
     def __init__(self, experts: int, width: int, total: str, features: str, *, bias: bool = False):
@@ -34,10 +35,10 @@ class MoLEGate(nn.Module):
                 f"a gate with flattened features was built for {self.width} values and got {tuple(hidden.shape[1:])} "
                 f"(tokens x channels): it is tied to one resolution; use features='pooled' for any other"
             )
-        logits = features @ self.matrix.float().T / self.log_tau.float().exp()  # [B, N]
+        logits = F.linear(features, self.matrix.float()) / self.log_tau.float().exp()  # [B, N]
         if self.bias is not None:
             logits = logits + self.bias.float()
-        return functional.gate_weights(logits, context.mask, self.total)
+        return functional.gate_weights(logits, context.masked, self.total)
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -70,7 +70,7 @@ class PromptGate(nn.Module):
         top: how many of them are kept; 0 keeps all.
     """
 
-    fusible, blind, steady, ranked = True, False, True, False
+    step_invariant, input_free, ranked = True, False, False
     present: torch.Tensor
 
     def __init__(self, width: int, presents: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
@@ -124,7 +124,7 @@ class PromptGate(nn.Module):
         return share * mask.sum(-1, keepdim=True) if self.total == "N" else share
 
     def _once(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden.is_inference():  # whose changes do not show
             return self.route(hidden, tokens)
         versions = version(hidden) + sum(version(p) for p in self.parameters())
         if self._last is None or self._last[0] is not hidden or self._last[1] != versions:
@@ -135,16 +135,13 @@ class PromptGate(nn.Module):
 class Column:
     """One layer's weights of a prompt gate that weighs modules: [B, N]."""
 
-    fusible, blind, steady, ranked = True, False, True, False
+    step_invariant, input_free, ranked = True, False, False
 
     def __init__(self, gate: PromptGate, module: int):
         self.gate, self.module, self.total = gate, module, gate.total
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.gate.parameters()
-
-    def buffers(self) -> Iterator[torch.Tensor]:
-        return self.gate.buffers()
 
     def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         return self.gate(hidden, context)[:, self.module]

@@ -61,7 +61,7 @@ class RankGate(nn.Module):
             compete.
     """
 
-    total, fusible, blind, steady, ranked = "k", False, False, True, True
+    total, step_invariant, input_free, ranked = "k", False, False, True
     group: torch.Tensor
     balance: torch.Tensor
 

@@ -37,7 +37,7 @@ class RetrievalGate(nn.Module):
         scores: each "token" has its own weights (the paper), or scores are averaged over the "image" first.
     """
 
-    fusible, blind, steady, ranked = False, False, False, False
+    step_invariant, input_free, ranked = False, False, False
 
     def __init__(self, width: int, out: int, *, rank: int, total: str, scores: str):
         super().__init__()

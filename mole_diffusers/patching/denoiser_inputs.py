@@ -16,8 +16,8 @@ from mole_diffusers.lora import COMPONENTS
 DENOISERS = ("unet", "transformer")
 
 
-class CallReader:
-    """Reads the arguments of one denoiser's forward, given by position or by name; ValueError where it lacks one."""
+class DenoiserInputs:
+    """Reads the arguments of one denoiser's forward, given by position or by name; ValueError where it takes no such one."""
 
     def __init__(self, denoiser: nn.Module):
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]

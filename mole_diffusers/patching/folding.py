@@ -1,4 +1,4 @@
-"""Gates that stand still, folded away: into the host's own weights, or into one ordinary LoRA."""
+"""Gates averaged over a prompt and folded away: into the host's own weights, or into one ordinary LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from mole_diffusers import functional
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
-from mole_diffusers.patching.component import GatedPart
+from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.runtime import Decision, Present
 
@@ -27,7 +27,7 @@ class Averages:
         self._sums: dict[tuple[str, Present], tuple[torch.Tensor, int]] = {}
 
     def __call__(self, decision: Decision) -> None:
-        weights = (decision.weights if decision.ranks is None else decision.ranks).detach().float()
+        weights = decision.applied.detach().float()
         key = decision.place, decision.present
         total, count = self._sums.get(key, (torch.zeros(()), 0))
         self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
@@ -38,17 +38,17 @@ class Averages:
         return {key: total / count for key, (total, count) in self._sums.items()}
 
 
-def ask(pipe: Any, parts: Sequence[GatedPart], prompt: str | Sequence[str] | None, **call: Any) -> None:
-    """Have every gate speak, at no more cost than it takes: those that read nothing need no prompt, those that read the text
-    an encoded one, and others a picture.
+def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str] | None, **call: Any) -> None:
+    """Evaluate every gate as cheaply as it allows: those that read nothing need no prompt, those that read the text an
+    encoded one, and others a picture.
 
     Raises ValueError where a gate depends on what passes it, and there is no prompt.
     """
-    rows = parts[0].state.rows
-    if prompt is None or (all(part.blind for part in parts) and rows is None):
+    rows = parts[0].runtime.rows
+    if prompt is None or (all(part.input_free for part in parts) and rows is None):
         for part in parts:
-            part.ask_still_gates()
-    elif all(part.fusible for part in parts) and not _compiled(pipe):
+            part.evaluate_input_free()
+    elif all(part.step_invariant for part in parts) and not _compiled(pipe):
         _encode(pipe, parts, prompt, **call)
     else:
         sample(pipe, prompt, **call)
@@ -61,24 +61,24 @@ def _compiled(pipe: Any) -> bool:
     return wrapped or getattr(model, "_compiled_call_impl", None) is not None
 
 
-class _HeardError(Exception):
-    """All gates have spoken; the picture is not wanted."""
+class _EvaluatedError(Exception):
+    """All gates are evaluated; the picture is not wanted."""
 
 
-def _encode(pipe: Any, parts: Sequence[GatedPart], prompt: str | Sequence[str], **call: Any) -> None:
+def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], **call: Any) -> None:
     """Run the pipeline up to where its denoiser's first layer would begin: by then its weights are where they are used."""
 
-    def speak(*_: Any) -> None:
+    def evaluate(*_: Any) -> None:
         for part in parts:
-            part.speak()
-        raise _HeardError
+            part.evaluate_deferred()
+        raise _EvaluatedError
 
     model = denoiser(pipe)
     processors = {module: module.processor for module in model.modules() if isinstance(module, Attention)}
-    hooks = [child.register_forward_pre_hook(speak) for child in model.children()]
+    hooks = [child.register_forward_pre_hook(evaluate) for child in model.children()]
     try:
         sample(pipe, prompt, **call)
-    except _HeardError:
+    except _EvaluatedError:
         pipe.maybe_free_model_hooks()
     finally:
         for hook in hooks:
@@ -94,7 +94,7 @@ def sample(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
     pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
 
 
-def one_lora(parts: Iterable[GatedPart], weights: Weights) -> Folded:
+def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
     """All experts, each at its place's weight, as one LoRA of summed rank. What weighs 0 is left out."""
     layers: Folded = {}
     for part in parts:
@@ -127,7 +127,7 @@ def truncated(layers: Folded, rank: int) -> tuple[Folded, float]:
 
 
 @contextmanager
-def folded(parts: Iterable[GatedPart], layers: Folded) -> Iterator[None]:
+def folded(parts: Iterable[Component], layers: Folded) -> Iterator[None]:
     """The hosts of `parts` with `layers` added to their weights in place while the block runs; then the very bits they had.
 
     Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.

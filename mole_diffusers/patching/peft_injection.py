@@ -7,7 +7,7 @@ adapters, quantised layers and hooks of the host working. The extension point is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,23 +19,21 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mole_diffusers.lora.stacking import Stack
-from mole_diffusers.patching.gated_linear import ADAPTER, GatedLayer
-from mole_diffusers.patching.kept_products import Together
-from mole_diffusers.patching.placement import TEXT_LAYERS
-from mole_diffusers.patching.processor import Slot
-
-ONE_INPUT = ("to_q", "to_k", "to_v")
+from mole_diffusers.patching.gate_site import GateSite
+from mole_diffusers.patching.gated_linear import ADAPTER, GatedExperts
 
 
 class GatedLinear(lora.Linear):
-    """peft's layer, where the experts may also do the host's own product."""
+    """peft's linear layer; where nothing but the experts is added to a plain weight, their arithmetic is all of it."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.lora_variant[ADAPTER].whole(self, x)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        experts = self.lora_variant[ADAPTER]
+        if experts.are_all(self, x):
+            return experts.linear(self, x)
+        return super().forward(x, *args, **kwargs)
 
 
-def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], undo: ExitStack) -> None:
+def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite], undo: ExitStack) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
@@ -43,21 +41,13 @@ def inject(model: Any, stacks: Mapping[str, Stack], slots: Mapping[str, Slot], u
     inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
-        _fill(model.get_submodule(name), stack, GatedLayer(slots[name], stack, f"{slots[name].part}.{name}"))
+        _fill(model.get_submodule(name), stack, sites[name], name)
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
             hook = model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
             undo.callback(hook.remove)
-    _join(model, stacks)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
-
-
-def prefer(model: nn.Module, pays: Callable[..., bool]) -> None:
-    """Have the injected layers of `model` choose between their two ways by `pays`, in place of `mixing.folding_pays`."""
-    for layer in model.modules():
-        if type(layer) is GatedLinear:
-            layer.lora_variant[ADAPTER].pays = pays
 
 
 def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -96,34 +86,18 @@ def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Paramete
     return gradients, active
 
 
-def _fill(layer: Any, stack: Stack, variant: GatedLayer) -> None:
+def _fill(layer: Any, stack: Stack, site: GateSite, name: str) -> None:
     weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
     for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
         half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
     layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
     rank = len(stack.segment)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
-    layer.lora_variant[ADAPTER] = variant
-    if type(layer) is lora.Linear:
+    layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{site.name.partition('.')[0]}.{name}")
+    if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A", "lora_B")}
-
-
-def _join(model: Any, names: Iterable[str]) -> None:
-    """Have the queries, keys and values of an attention that reads one input share one projection of it."""
-    groups: dict[str, list[GatedLinear]] = {}
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        layer = model.get_submodule(name)
-        if leaf in ONE_INPUT and not f"{parent}.to_k".endswith(TEXT_LAYERS) and type(layer) is GatedLinear:
-            groups.setdefault(parent, []).append(layer)
-    for layers in groups.values():
-        downs = [layer.lora_A[ADAPTER] for layer in layers]
-        if len({(down.weight.shape[1], down.weight.dtype, down.weight.device) for down in downs}) == 1:
-            together = Together(downs)
-            for index, layer in enumerate(layers):
-                layer.lora_variant[ADAPTER].together = together, index
 
 
 def _computed_in(module: Any) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Taking turns: calls of one pipeline wait for one another, whatever threads they come from."""
+"""One lock for a pipeline: its calls wait for one another, whatever threads they come from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from threading import RLock
 from typing import Any
 
 
-def take_turns(pipe: Any, lock: Any, undo: ExitStack) -> None:
+def lock_calls(pipe: Any, lock: Any, undo: ExitStack) -> None:
     """Have every call of `pipe` hold `lock`. A call is looked up on the type, so the object gets a type of its own.
 
     A scheduler holds the state of one call, so calls of one pipeline could not overlap without a mixture either.
@@ -26,8 +26,8 @@ def take_turns(pipe: Any, lock: Any, undo: ExitStack) -> None:
     object.__setattr__(pipe, "__class__", alike)
 
 
-class Turn:
-    """A lock that one thread holds as often as it likes; a copy of a model that refers to it has its own."""
+class PipelineLock:
+    """A lock that one thread may take any number of times; a copy of a model that refers to it gets its own."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -38,5 +38,5 @@ class Turn:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def __deepcopy__(self, _: dict) -> Turn:
-        return Turn()
+    def __deepcopy__(self, _: dict) -> PipelineLock:
+        return PipelineLock()

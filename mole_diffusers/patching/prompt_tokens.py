@@ -1,23 +1,27 @@
-"""Which tokens of a text's states are its words: noted when a text encoder runs, and found again by the states."""
+"""Which tokens of a text's states are words of the prompt: noted when a text encoder runs, found again by the states."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from mole_diffusers.functional import version
 
-def words(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
-    """Token ids [B, T] -> bool [B, T]: what comes before the padding (the last token, repeated), less `end`'s tokens."""
+
+def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
+    """Token ids [B, T] -> bool [B, T]: the tokens before the padding (the last token, repeated), without `end` tokens."""
     padding = (ids == ids[:, -1:]).flip(1).int().cumprod(1).flip(1).bool()
     return ~padding if end is None else ~padding & (ids != end)
 
 
-class Words:
-    """The words of the last texts that were encoded.
+class PromptTokens:
+    """The word masks of the last texts that were encoded.
 
     Attributes:
         current: [B, T] bool, of the text that a text encoder is reading or read last; None before the first.
@@ -26,15 +30,16 @@ class Words:
     def __init__(self, memory: int = 8):
         self.current: torch.Tensor | None = None
         self._known: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=memory)
+        self._asked: tuple[Callable[[], torch.Tensor | None], int, torch.Tensor | None] = (lambda: None, 0, None)
 
     def watch(self, encoder: Any, undo: ExitStack) -> None:
-        """Note what `encoder` is given and what it makes of it."""
+        """Note the token ids that `encoder` reads and the states that it makes of them."""
         end = getattr(encoder.config, "eos_token_id", None)
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
             ids = args[0] if args else kwargs["input_ids"]
             attended = kwargs.get("attention_mask")
-            self.current = words(ids, end) if attended is None else words(ids, end) & attended.bool()
+            self.current = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended.bool()
 
         def after(_: nn.Module, __: tuple, output: Any) -> None:
             states = [output[0], *(getattr(output, "hidden_states", None) or ())]
@@ -44,13 +49,20 @@ class Words:
         undo.callback(encoder.register_forward_hook(after).remove)
 
     def of(self, text: torch.Tensor) -> torch.Tensor | None:
-        """The words of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known.
+        """The word mask of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known.
 
         A row is found by its values: guidance puts rows of several texts together, several pictures repeat them, and
-        SDXL joins two encoders' channels.
+        SDXL joins two encoders' channels. A text that comes again, as at every step, is not searched again.
         """
+        asked, seen, mask = self._asked
+        if asked() is not text or seen != version(text) or text.is_inference():
+            mask = self._found(text)
+            self._asked = weakref.ref(text), version(text), mask
+        return mask
+
+    def _found(self, text: torch.Tensor) -> torch.Tensor | None:
         for states, known in reversed(self._known):
-            if _are(states, text):
+            if _same_memory(states, text):
                 return known.to(text.device)
         rows = [self._row(row) for row in text.detach()]
         found = [row for row in rows if row is not None]
@@ -66,7 +78,7 @@ class Words:
         return None
 
 
-def _are(states: torch.Tensor, text: torch.Tensor) -> bool:
-    """Whether the two are the same memory, so that no device must be waited for to compare them."""
+def _same_memory(states: torch.Tensor, text: torch.Tensor) -> bool:
+    """Whether the two are the same memory, which is known without waiting for a device."""
     alike = (states.shape, states.stride(), states.dtype) == (text.shape, text.stride(), text.dtype)
     return alike and states.data_ptr() == text.data_ptr()

@@ -1,4 +1,4 @@
-"""What the gates decided: weights by place, step, batch row and expert."""
+"""What the gates decided while a block ran: weights by place, step, batch row and expert."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mole_diffusers import functional
-from mole_diffusers.patching.runtime import Decision, Present, State
+from mole_diffusers.patching.runtime import Decision, Present, Runtime
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Trace:
     """
 
     experts: list[str]
-    state: State = field(repr=False)
+    runtime: Runtime = field(repr=False)
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
@@ -33,18 +33,18 @@ class Trace:
         if decision.present != largest:
             names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
             place = f"{place} ({', '.join(names)})"
-        self.records.append((place, self.state.step, decision.weights.detach().float().cpu()))
+        self.records.append((place, self.runtime.step, decision.weights.detach().float().cpu()))
 
     @property
     def places(self) -> list[str]:
-        """Every gate that spoke, in the order of its first word."""
+        """Every gate that was evaluated, in the order of its first evaluation."""
         return list(dict.fromkeys(place for place, _, _ in self.records))
 
     def weights(self, place: str) -> torch.Tensor:
         """The weights at one place over its calls, mean over batch rows: [steps, N]."""
         rows = [w.reshape(-1, w.shape[-1]).mean(0) for name, _, w in self.records if name == place]
         if not rows:
-            raise ValueError(f"no gate spoke at {place!r}; known: {self.places}")
+            raise ValueError(f"no gate was evaluated at {place!r}; known: {self.places}")
         return torch.stack(rows)
 
     def mean(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, FlowGate
-from mole_diffusers.patching.processor import Slot
+from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.testing import tiny_lora
 
 BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
@@ -71,13 +71,13 @@ def test_each_start_is_set_adapters_with_its_weights(pipe, loras, draw, tmp_path
 
 
 def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, draw, monkeypatch):
-    seen, read = [], Slot.read
+    seen, read = [], GateSite.factor
 
     def note(slot, asking, x, layer):
-        seen.append((asking.layer, read(slot, asking, x, layer)))
+        seen.append((asking.name, read(slot, asking, x, layer)))
         return seen[-1][1]
 
-    monkeypatch.setattr(Slot, "read", note)
+    monkeypatch.setattr(GateSite, "factor", note)
     mole.attach(pipe, {"fox": loras["fox"]}, "flow")
     draw(pipe, num_inference_steps=1)
     block = "unet.mid_block.attentions.0.transformer_blocks.0."
@@ -86,8 +86,8 @@ def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, dr
     assert (len(own), len(text)) == (6, 2)
     assert all(w is own[0] for w in own)
     assert text[0] is text[1]
-    assert own[0].shape == (2, 64, 1)
-    assert text[0].shape == (2, 16, 1)
+    assert own[0].shape == (2, 64, 4)
+    assert text[0].shape == (2, 16, 4)
 
 
 def test_permuting_experts_with_their_rows_leaves_the_image(pipe, loras, draw, awake):

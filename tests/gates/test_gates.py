@@ -41,8 +41,8 @@ def test_static_gate_changes_with_time_bins():
         gate.logits.copy_(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     weights = gate(torch.zeros(3, 1, 1), Context(ALL.mask, torch.tensor([0.1, 0.6, 1.0])))
     assert weights.tolist() == [[1, 2], [3, 4], [3, 4]]
-    assert not gate.fusible
-    assert StaticGate(2, "1", bins=1).fusible
+    assert not gate.step_invariant
+    assert StaticGate(2, "1", bins=1).step_invariant
 
 
 def test_the_temperature_stays_positive_and_sharpens():
@@ -229,7 +229,7 @@ def test_trace_by_hand(pipe, loras, draw):
     assert trace.mean() == pytest.approx({"fox": 0.5, "hat": (0.25 * 6 + 0.5) / 7})  # alone in the network's own layers
     assert trace.weights("unet.mid_block.attentions.0.transformer_blocks.0").shape == (2, 2)
     assert {step for place, step, _ in trace.records if place.startswith("unet")} == {0, 1}
-    with pytest.raises(ValueError, match="no gate spoke at 'nowhere'"):
+    with pytest.raises(ValueError, match="no gate was evaluated at 'nowhere'"):
         trace.weights("nowhere")
 
 

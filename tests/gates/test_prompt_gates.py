@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, PromptGate
 from mole_diffusers.gates.prompt import GELU, largest, load_balance, rational
-from mole_diffusers.patching.prompt_tokens import words
+from mole_diffusers.patching.prompt_tokens import word_mask
 
 BOTH, NOW = torch.tensor([True, True]), torch.zeros(1)
 LOGITS = torch.tensor([[math.log(5.0), math.log(3.0), math.log(2.0)]])
@@ -93,7 +93,7 @@ def test_the_balance_loss_lowers_what_is_chosen_too_often():
 def test_words_are_what_comes_before_the_padding():
     ids = torch.tensor([[7, 1, 2, 9, 9], [7, 1, 2, 3, 9], [7, 1, 9, 0, 0]])  # 9 ends; padded with it, or with 0
     expected = [[True, True, True, False, False], [True] * 4 + [False], [True, True, False, False, False]]
-    assert words(ids, 9).tolist() == expected
+    assert word_mask(ids, 9).tolist() == expected
 
 
 def test_padding_does_not_reach_the_gate(pipe, loras, draw, awake, monkeypatch):

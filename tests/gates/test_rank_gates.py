@@ -18,7 +18,7 @@ def layer(seed=0):
     """Two rows of four tokens, and the layer's experts side by side."""
     generator = torch.Generator().manual_seed(seed)
     x, down, up = (torch.randn(s, generator=generator) for s in ((2, 4, CIN), (sum(RANKS), CIN), (COUT, sum(RANKS))))
-    return x, down, up, Context(MASK, NOW, Layer(lambda: x @ down.T, up, SEGMENT))
+    return x, down, up, Context(MASK, NOW, Layer(x @ down.T, up, SEGMENT))
 
 
 def gate(ranks=RANKS, *, learned=True, **options):
@@ -61,7 +61,7 @@ def test_by_hand_and_the_bias_enters_the_value():
     router = RankGate(1, (2, 1), top=2, partition=1, rate=0.0)
     with torch.no_grad():
         router.balance.copy_(torch.tensor([0.1, -0.2, 0.3]))  # z = .6, .3, .8
-    known = Layer(lambda: torch.zeros(1, 1, 3), torch.zeros(1, 3), torch.tensor([0, 0, 1]))
+    known = Layer(torch.zeros(1, 1, 3), torch.zeros(1, 3), torch.tensor([0, 0, 1]))
     gates = router(torch.zeros(1, 1, 1), Context(torch.tensor([True, True]), NOW, known))
     torch.testing.assert_close(gates, torch.tensor([[[1.2 / 1.4, 0.0, 1.6 / 1.4]]]))
 
@@ -92,7 +92,7 @@ def test_partition_over_whole_experts_is_a_top_k_mixture_of_loras():
     down, up = torch.randn(count, rank, CIN, generator=generator), torch.randn(count, COUT, rank, generator=generator)
     router = gate((rank,) * count, top=k * rank, partition=rank)
     segment = torch.arange(count).repeat_interleave(rank)
-    known = Layer(lambda: x @ down.flatten(0, 1).T, up, segment)
+    known = Layer(x @ down.flatten(0, 1).T, up, segment)
     ours = router(x, Context(torch.ones(count, dtype=torch.bool), NOW, known))
     assert torch.equal(
         ours, gate((rank,) * count, top=k * rank, partition=0)(x, Context(MASK[:1].expand(count), NOW, known))

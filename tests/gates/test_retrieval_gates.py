@@ -20,7 +20,7 @@ def experts(seed=0):
     """Two rows of four tokens, and the layer's experts side by side."""
     generator = torch.Generator().manual_seed(seed)
     x, down, up = (torch.randn(s, generator=generator) for s in ((2, 4, CIN), (sum(RANKS), CIN), (COUT, sum(RANKS))))
-    return x, Layer(lambda: x @ down.T, up, SEGMENT)
+    return x, Layer(x @ down.T, up, SEGMENT)
 
 
 def gate(**options):

@@ -65,3 +65,12 @@ def test_time_average_is_the_mean_of_the_traced_weights(pipe, loras, draw, awake
     assert torch.equal(after[0], after[1])
     with pytest.raises(ValueError, match="not watched on the same batch"), mixture.adjusted(average):
         draw(pipe, prompt=["a", "b"])
+
+
+def test_the_strongest_by_hand():
+    gates, mask = torch.tensor([[0.5, 2.0, 1.5], [1.0, -3.0, 0.0]]), torch.tensor([True, True, True])
+    assert transforms.Strongest(2)("a", gates, mask).tolist() == [[0, pytest.approx(16 / 7), pytest.approx(12 / 7)], [1, -3, 0]]
+    assert transforms.Strongest(1)("a", gates, mask).tolist() == [[0, 4, 0], [0, -4, 0]]
+    assert torch.equal(transforms.Strongest(9)("a", gates, mask), gates)
+    with pytest.raises(ValueError, match="got 0"):
+        transforms.Strongest(0)

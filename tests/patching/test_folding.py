@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import mole_diffusers as mole
 from mole_diffusers import functional
-from mole_diffusers.patching.folding import Averages, ask
+from mole_diffusers.patching.folding import Averages, evaluate_gates
 from mole_diffusers.testing import CONVOLUTION, tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -71,7 +71,7 @@ def test_gates_of_the_prompt_are_folded_without_drawing(pipe, loras, draw, awake
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: entered.append(0))
     asked = Averages()
     with mixture.listen(asked):
-        ask(pipe, mixture._parts, "a fox in ink", **call)
+        evaluate_gates(pipe, mixture._components, "a fox in ink", **call)
     assert not entered
     assert asked.weights.keys() == drawn.weights.keys()
     for key, weights in drawn.weights.items():
@@ -89,7 +89,7 @@ def test_folding_a_prompt_leaves_the_processors_of_a_call_that_stopped(loras):
     before = dict(pipe.unet.attn_processors)
     with mixture.collapsed("a fox", **options):
         pass
-    assert all(pipe.unet.attn_processors[name].slot is p.slot for name, p in before.items() if hasattr(p, "slot"))
+    assert all(pipe.unet.attn_processors[name].site is p.site for name, p in before.items() if hasattr(p, "site"))
     assert {n: type(p) for n, p in pipe.unet.attn_processors.items()} == {n: type(p) for n, p in before.items()}
 
 

@@ -7,7 +7,7 @@ import torch
 from hosts import assert_same, snapshot
 
 import mole_diffusers as mole
-from mole_diffusers.patching.denoiser_inputs import CallReader
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora
 
 EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "SelfAttention.q", "linear_1", "norm.linear")
@@ -70,7 +70,7 @@ def test_attach_train_save_reload_detach(host, experts, tmp_path):
 def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     pipe, options = hosts.HOSTS[name]()
     denoiser, levels = hosts.denoiser(pipe), []
-    call = CallReader(denoiser)
+    call = DenoiserInputs(denoiser)
     denoiser.register_forward_pre_hook(lambda _, args, kwargs: levels.append(call.time(args, kwargs)), with_kwargs=True)
     hosts.draw(pipe, options, steps=4)
     assert all(len(level) == len(levels[0]) for level in levels)

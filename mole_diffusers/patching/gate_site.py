@@ -1,0 +1,235 @@
+"""A gate at its site in a host: evaluated where the block begins, read by every expert layer of the block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from mole_diffusers import functional
+from mole_diffusers.functional import onto
+from mole_diffusers.gates import Context, Gate, Layer
+from mole_diffusers.patching.runtime import Decision, Present, Runtime, Share
+
+
+class ReadingLayer(Protocol):
+    """A layer with experts that reads a gate's weights.
+
+    `name` (component first) is read only under a strength schedule: a name would make torch.compile compile every block
+    anew.
+    """
+
+    name: str
+    present: Present
+    ranks: tuple[int, ...]
+
+    def described(self, low: torch.Tensor) -> Layer: ...
+
+
+class GateSite:
+    """One gate, and the weights that it last gave for each set of experts.
+
+    Args:
+        name: the module name of the site, component first.
+        presents: the sets of experts that the site's layers have, the largest first.
+        shared: the layers of the site use one evaluation; otherwise each layer evaluates the gate on its own input.
+        timed: the site knows the noise level; a text encoder does not.
+        whole: the site spans blocks, so each layer multiplies its own block's strength from a schedule.
+        elsewhere: no layer's input can replace what the gate reads.
+        scope: the experts that the gate shares among, where that is more than the layers' own.
+        probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        gate: Gate,
+        runtime: Runtime,
+        *,
+        presents: Sequence[Present],
+        shared: bool,
+        timed: bool,
+        whole: bool = False,
+        elsewhere: bool = False,
+        scope: Present | None = None,
+        probe: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.name, self.gate, self.runtime = name, gate, runtime
+        self.presents, self.scope, self.probe = tuple(presents), scope, probe
+        self.shared, self.timed, self.whole, self.elsewhere = shared, timed, whole, elsewhere
+        self._constant = gate.input_free and not list(gate.parameters())
+        self._decisions: list[Decision] = []
+        self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
+        self._factors: dict[tuple[int, ...], torch.Tensor] = {}  # ranks of a layer -> weights spread over them
+        self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
+        self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    # ---- evaluating
+
+    def clear(self) -> None:
+        """The block begins: weights of the call before no longer count."""
+        self._batch = 0
+
+    def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
+        """Evaluate the gate on `hidden` [B, T, C].
+
+        Args:
+            layer: given where the gate sits at one layer.
+            tokens: [B, T] bool, the tokens of a text that count.
+        """
+        valid_for = self._validity(hidden)
+        if valid_for is None or valid_for != self._valid_for:
+            self._decisions, self._factors = self._decide(hidden, layer, tokens), {}
+            self._valid_for = valid_for
+        for listener in self.runtime.listeners:
+            for decision in self._decisions:
+                listener(decision)
+        self._batch = hidden.shape[0]
+
+    def defer(self, hidden: torch.Tensor, *, tokens: torch.Tensor | None = None) -> None:
+        """Keep what the gate is to read, [B, T, C], until the first layer asks.
+
+        At the entry of a whole model the gate may still be on another device: offloading brings it when the model's forward
+        begins. With gradients it is evaluated here: inside a checkpointed block it would be evaluated only the first time.
+        """
+        if torch.is_grad_enabled():
+            self.evaluate(hidden, tokens=tokens)
+            return
+        self._deferred, self._batch = (hidden, tokens), hidden.shape[0]
+
+    def evaluate_deferred(self) -> None:
+        """Evaluate the gate on what was deferred, if anything was."""
+        if self._deferred is not None:
+            (hidden, tokens), self._deferred = self._deferred, None
+            self.evaluate(hidden, tokens=tokens)
+
+    def _validity(self, hidden: torch.Tensor) -> tuple[Any, ...] | None:
+        """What decisions hold for: as long as it stays equal, the gate need not be evaluated. None: for this call only."""
+        runtime = self.runtime
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or runtime.plan is not None
+            or runtime.control is not None
+        ):
+            return None
+        if self._constant and runtime.rows is None:
+            return runtime.changes, hidden.device
+        if self.timed and runtime.every > 1:
+            return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
+        return None
+
+    def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
+        """One decision for each set of experts among the site's layers."""
+        runtime, fixed = self.runtime, self._fixed()
+        segment = layer.segment if layer is not None and self.gate.ranked else None
+        if fixed is not None:
+            return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
+        time = runtime.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
+        time = functional.rows(time, len(hidden))  # PAG gives single layers a part of the batch, films their frames
+        decisions = []
+        with _full_precision(hidden.device):
+            features = hidden if self.probe is None else self.probe(hidden.float())
+            for present in self.presents:
+                share = self._share(present, hidden)
+                among = share if self.scope is None else self._share(self.scope, hidden)
+                everyone = not torch.compiler.is_compiling() and among.everyone  # a flag would be part of compiled code
+                gates = self.gate(features, Context(among.mask, time, layer, tokens, everyone))
+                if runtime.control is not None:
+                    gates = runtime.control(self.name, gates, share.mask if segment is None else share.mask[..., segment])
+                decisions.append(self._decision(present, gates, share, segment))
+        return decisions
+
+    def _decision(self, present: Present, gates: torch.Tensor, share: Share, segment: torch.Tensor | None) -> Decision:
+        """Gates times the users' strengths; with `segment` [R] the gates are per rank."""
+        if segment is None:
+            if not torch.compiler.is_compiling() and share.unit:
+                return Decision(self, present, gates, gates)
+            return Decision(self, present, gates, gates * functional.over_tokens(share.factor, gates))
+        mean = functional.by_expert(gates, segment, len(present))
+        ranks = gates * functional.over_tokens(share.factor[..., segment], gates)
+        return Decision(self, present, mean, mean * functional.over_tokens(share.factor, mean), ranks)
+
+    def _by_hand(
+        self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
+    ) -> Decision:
+        gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
+        return self._decision(present, gates if segment is None else gates[segment], self._share(present, hidden), segment)
+
+    def _fixed(self) -> Sequence[float] | None:
+        """The weights that replace the gate's, if any."""
+        runtime = self.runtime
+        return runtime.plan.gates(self.name) if runtime.fixed is None and runtime.plan is not None else runtime.fixed
+
+    def _share(self, present: Present, hidden: torch.Tensor) -> Share:
+        """Who the gate divides its weight among here and now, under a schedule and with sets of their own for some rows."""
+        runtime, plan = self.runtime, self.runtime.plan
+        if plan is None and runtime.fixed is None:
+            share = runtime.shared(present, hidden.device)
+        else:
+            strengths = runtime.strength if runtime.fixed is None else [1.0] * len(present)
+            if plan is not None:
+                part = plan.part(self.name.partition(".")[0])
+                factors = [part] if self.whole else [part, plan.block(self.name)]
+                strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
+            share = runtime.share(present, strengths, hidden.device)
+        if runtime.rows is None:
+            return share
+        images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, however many pictures it gets
+        rows = functional.batch_rows(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
+        return Share(share.mask & (rows != 0), share.factor * rows, everyone=False, unit=False)
+
+    # ---- reading
+
+    def factor(self, layer: ReadingLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """What multiplies A x of a layer, rank by rank.
+
+        Where nobody evaluated the gate for this batch it is evaluated on `x`: each layer has a gate of its own, or another
+        processor took the place of ours (IP-Adapter, PAG) or splits the batch.
+
+        Args:
+            x: the layer's input, [B, Cin], [B, T, Cin] or [B, Cin, H, W].
+            low: A x, [B, R], [B, T, R] or [B, R, H, W].
+
+        Returns:
+            a tensor that broadcasts over `low`, in its dtype.
+        """
+        if self._deferred is not None:
+            self.evaluate_deferred()
+        if not self.shared or (self._batch != x.shape[0] and not (self.elsewhere and self._batch)):
+            self._evaluate_on_input(layer, x, low)
+        factor = self._factors.get(layer.ranks)
+        if factor is None or factor.dtype != low.dtype or low.dim() != 3:
+            factor = self._spread(layer, low)
+        return factor
+
+    def _evaluate_on_input(self, layer: ReadingLayer, x: torch.Tensor, low: torch.Tensor) -> None:
+        if x.dim() == 4 and x.shape[2:] != low.shape[2:]:  # a strided convolution
+            x = F.interpolate(x, low.shape[2:])  # nearest, so that every token keeps its own weights
+        self.evaluate(functional.as_tokens(x), None if self.shared else layer.described(low))
+
+    def _spread(self, layer: ReadingLayer, low: torch.Tensor) -> torch.Tensor:
+        """The weights of a layer's experts over their ranks; layers of a block with the same ranks share the result."""
+        weights = next(d.applied for d in self._decisions if d.present == layer.present)
+        segment = layer.described(low).segment
+        spans_layers = self.whole or self.elsewhere
+        if self.elsewhere and weights.dim() > 1:
+            weights = functional.of_batch(weights, low.shape[0])
+        if self.whole and self.runtime.plan is not None:
+            block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
+            weights = weights * (block[segment] if self.gate.ranked else block)
+        factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)
+        # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
+        if low.dim() == 3 and not spans_layers and not weights.requires_grad:
+            self._factors[layer.ranks] = factor
+        return factor
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast. Entering that context takes as long as a small gate, so only where autocast is on."""
+    casts = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if casts else nullcontext()
