@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
-from mole_diffusers.patching import processor
+from mole_diffusers.patching import gate_site
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
 from mole_diffusers.training.context import TrainingContext
@@ -89,7 +89,7 @@ def meta(monkeypatch):
     def leave():
         for model in (pipe.unet, pipe.text_encoder, pipe.vae, clip.model):
             model.to("meta")
-        monkeypatch.setattr(processor, "_full_precision", lambda _: nullcontext())  # meta has no autocast to ask for
+        monkeypatch.setattr(gate_site, "_full_precision", lambda _: nullcontext())  # meta has no autocast to ask for
         monkeypatch.setattr(Clip, "text", lambda _, captions: torch.empty(len(captions), 8, device="meta"))
 
     return pipe, clip, leave
