@@ -7,16 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-<<<<<<< HEAD:tests/evaluation/test_plots.py
 from mole_diffusers.evaluation import emoji_protocol, plots
 from mole_diffusers.evaluation.rows import picture_path, save_picture
 from mole_diffusers.evaluation.tables import as_frame
-=======
-from mole_diffusers.evaluation import plots
-from mole_diffusers.evaluation.runner import keep, picture_path
-from mole_diffusers.patching.runtime import Decision, Runtime
-from mole_diffusers.patching.trace import Trace
->>>>>>> f9a122fafa65b7918cfd4933bd3639111e863ed5:tests/inspection/test_plots.py
 
 pytest.importorskip("matplotlib")
 
@@ -94,25 +87,6 @@ def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
     assert lines(figure) == {"sum": [[3, 0.3]]}
 
 
-<<<<<<< HEAD:tests/evaluation/test_plots.py
-=======
-def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(tmp_path):
-    state = Runtime([True, True], [1.0, 1.0])
-    trace = Trace(["a", "b"], state)
-    for step in range(3):
-        state.step = step
-        for place in ("unet.one", "unet.two"):
-            weights = torch.tensor([[step, 2.0], [step, 4.0]]) + (place == "unet.two")
-            trace.record(Decision(SimpleNamespace(name=place), (True, True), weights, weights))
-    for _ in range(4):  # prompts are no steps
-        trace.record(Decision(SimpleNamespace(name="text_encoder.x"), (True, True), weights, weights))
-    panels = plots.heat_map(trace, tmp_path / "gates.png").axes
-    assert panels[0].images[0].get_array().tolist() == [[0, 1, 2], [1, 2, 3]]
-    assert panels[1].images[0].get_array().tolist() == [[3, 3, 3], [4, 4, 4]]
-    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["unet.one", "unet.two"]
-
-
->>>>>>> f9a122fafa65b7918cfd4933bd3639111e863ed5:tests/inspection/test_plots.py
 def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
     rows = [row(arm, "a+b", seed) for arm in ("sum", "mean") for seed in (1, 2)] + [row("half", "a+b", 1)]
     other = [row("sum", "a+b", 1, prompt="q"), row("sum", "a+b", 1, settings={"num_inference_steps": 3})]
