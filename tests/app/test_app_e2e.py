@@ -121,7 +121,7 @@ def test_what_waits_in_the_queue_is_cancelled_at_once(tiny):
     waits = lambda: "queue" in tiny.text("#now") + tiny.text("#pictures")  # noqa: E731
     tiny.until(waits, WAIT)
     tiny.click("#cancel")
-    tiny.until(lambda: "taken out" in tiny.text("#status") and not waits(), WAIT)
+    tiny.until(lambda: "cancelled" in tiny.text("#status") and not waits(), WAIT)
     tiny.driver.switch_to.window(running)
     assert "left" in tiny.text("#status")  # the other visitor's work goes on
     tiny.click("#cancel")
