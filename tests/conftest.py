@@ -76,7 +76,7 @@ def awake():
     return wake
 
 
-OTHERS = ["sdxl", "flux", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd21", "sd3", "animatediff"))]
+OTHERS = ["flux", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd21", "sd3", "animatediff"))]
 
 
 @pytest.fixture(params=OTHERS)

@@ -37,6 +37,7 @@ def tiny(tmp_path, loras, monkeypatch):
     return {"train": [*size, *experts], "train-lora": [*size, *prior]}
 
 
+@pytest.mark.thorough
 def test_every_command_runs(tiny, tmp_path):
     found = commands("bash")
     assert [words[:2] for words in found] == [["mole", "train"]] * 4 + [["mole", "train-lora"]]

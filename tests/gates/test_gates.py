@@ -67,7 +67,14 @@ CONFIGS = [
 ] + [GateConfig("static", granularity, "N", bins=2) for granularity in ("model", "block", "layer", "matrix")]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.to_dict().values())))
+def tier(config):
+    """Every granularity and input with one normalisation, every normalisation with one gate; the products are thorough."""
+    fast = config.total == "N" or (config.granularity, config.inputs, config.features) == ("block", "hidden", "pooled")
+    name = "-".join(map(str, config.to_dict().values()))
+    return pytest.param(config, id=name, marks=[] if fast else [pytest.mark.thorough])
+
+
+@pytest.mark.parametrize("config", map(tier, CONFIGS))
 def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, config):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe, num_inference_steps=1)

@@ -223,11 +223,13 @@ def check_same(before, after):
 
 @pytest.fixture
 def bounded():
-    """Let nothing take more than `ROOM` bytes beyond what is there."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    """At most `ROOM` bytes beyond what is there, and one thread: threads that wait use the processor, too."""
+    threads, before = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_AS)
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
+    torch.set_num_threads(threads)
 
 
 def fuzz(kind, cases, host, valid, folder):

@@ -12,8 +12,10 @@ from mole_diffusers.testing import tiny_pipeline
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", OFFLOADS)
+LATER = [pytest.param(name, False, marks=[] if name == "sequential" else [pytest.mark.thorough]) for name in OFFLOADS]
+
+
+@pytest.mark.parametrize(("name", "first"), [*((name, True) for name in OFFLOADS), *LATER])
 def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, name, first):
     base = draw(pipe)
     awake(mole.attach(pipe, loras, "mole")).save_pretrained(tmp_path)

@@ -13,7 +13,12 @@ from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lo
 EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "SelfAttention.q", "linear_1", "norm.linear")
 
 
-@pytest.fixture(params=hosts.HOSTS)
+# One of each kind; the others, forms of these, are in the thorough tier.
+FAST = ("sd15", "sd15-controlnet", "sd15-ip-adapter", "sd15-pag", "sd15-t2i-adapter", "sdxl", "sd3", "flux")
+TIERS = [name if name in FAST else pytest.param(name, marks=pytest.mark.thorough) for name in hosts.HOSTS]
+
+
+@pytest.fixture(params=TIERS)
 def host(request):
     return hosts.HOSTS[request.param]()
 
@@ -101,11 +106,7 @@ def test_a_denoiser_without_text_is_refused(tmp_path):
         mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))})
 
 
-FORMS = {name for name in hosts.HOSTS if "img2img" in name or "inpaint" in name} - {"sd15-img2img", "sd15-inpaint9"}
-OTHER_ROUTE = [pytest.param(name, marks=pytest.mark.thorough) if name in FORMS else name for name in hosts.HOSTS]
-
-
-@pytest.mark.parametrize("name", OTHER_ROUTE)
+@pytest.mark.parametrize("name", TIERS)
 def test_weights_held_are_those_of_diffusers_own_adapters(name, awake, tmp_path):
     """What the host adds, residuals, masks, image prompts, perturbed rows, meets the experts as it meets plain LoRAs."""
     pipe, options = hosts.HOSTS[name]()

@@ -75,8 +75,18 @@ PLACES = {  # what is interrupted -> the module in which it happens
 }
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", [*PLACES, "callback"])
+FAST = [
+    (RuntimeError, "expert"),
+    (KeyboardInterrupt, "text encoder"),
+    (KeyboardInterrupt, "gate"),
+    (RuntimeError, "callback"),
+]
+BREAKS = [(error, place) for place in [*PLACES, "callback"] for error in (RuntimeError, KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize(
+    ("error", "place"), [*FAST, *(pytest.param(*b, marks=pytest.mark.thorough) for b in BREAKS if b not in FAST)]
+)
 def test_a_call_interrupted_anywhere_leaves_a_usable_pipeline(pipe, loras, draw, awake, error, place):
     """At each of the calls of a place in turn, three steps long."""
     base = draw(pipe)
@@ -126,7 +136,9 @@ def test_a_denoiser_with_a_mixture_can_be_copied(pipe, loras):
     assert twin.state_dict().keys() == pipe.unet.state_dict().keys()
 
 
-@pytest.mark.parametrize("share", [0.02, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97])
+@pytest.mark.parametrize(
+    "share", [0.2, 0.6, 0.97, *(pytest.param(s, marks=pytest.mark.thorough) for s in (0.02, 0.4, 0.8, 0.9))]
+)
 def test_an_interrupted_attach_is_undone(pipe, loras, share):
     """Ctrl-C at the entry of some function of ours, the same share of the way through attaching."""
     experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}

@@ -230,7 +230,7 @@ def flags(base, tmp_path):
 PRIOR = ["--prior-prompt", "a fox", "--prior-count", "2", "--prior-steps", "2", "--prior-weight", "0.5"]
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("format", ["diffusers", pytest.param("kohya", marks=pytest.mark.thorough)])
 def test_one_command_from_photos_to_a_lora(flags, tmp_path, capsys, pipe, draw, format):
     out = tmp_path / "fox"
     assert main([*flags, *PRIOR, "--beam", "--format", format, "--out", str(out), "--json"]) == 0
