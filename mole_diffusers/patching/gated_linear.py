@@ -28,11 +28,13 @@ class GatedExperts:
     def __init__(self, site: GateSite, stack: Stack, layer: Any, name: str):
         self.site, self.present, self.ranks, self.name = site, stack.present, stack.ranks, name
         self.base, self.down, self.up = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        # A module looks its weight up in slow ways first; the dicts that hold the weights are read directly.
+        self._base, self._down, self._up = (matrix._parameters for matrix in (self.base, self.down, self.up))
 
     def are_all(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether these experts are all that is added to W, and nobody hooked the three matrices: then `linear` may read
         them. Offloading and quantisation bring weights to where they are used in hooks."""
-        if layer.disable_adapters or layer.merged_adapters or layer.active_adapters != ALONE or x.dim() != 3:
+        if layer._disable_adapters or layer.merged_adapters or layer._active_adapter != ALONE or x.dim() != 3:
             return False
         for matrix in (self.base, self.down, self.up):
             if matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in matrix.__dict__:
@@ -41,9 +43,9 @@ class GatedExperts:
 
     def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """The whole layer, x [B, T, Cin] -> [B, T, Cout]."""
-        low = F.linear(x, self.down.weight)  # A x, [B, T, R]
+        low = F.linear(x, self._down["weight"])  # A x, [B, T, R]
         factor = self._factor(layer, x, low)
-        y, up = F.linear(x, self.base.weight, self.base.bias), self.up.weight  # y is W x, [B, T, Cout]
+        y, up = F.linear(x, self._base["weight"], self._base["bias"]), self._up["weight"]  # y is W x, [B, T, Cout]
         if y.dtype != up.dtype:  # autocast
             return y + F.linear(low * factor, up)
         return functional.add_low_rank(y, low, factor, up)
