@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.patching.pipeline_lock import PipelineLock
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.recipe import Recipe
@@ -41,7 +41,7 @@ class Studio:
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str):
         self.pipe, self.catalog, self.base = pipe, catalog, base
-        self.lock = threading.RLock()
+        self.lock = PipelineLock()
         self._own_scheduler = pipe.scheduler
         self._attached_key: tuple | None = None  # what is attached; None: unknown
 
