@@ -1,7 +1,6 @@
 """Gates: what turns the state of a block, a layer or the prompt (or nothing) into one weight per expert."""
 
-from mole_diffusers.gates.bank import GateBank
-from mole_diffusers.gates.build import build_gate
+from mole_diffusers.gates.bank import GateBank, build_gate
 from mole_diffusers.gates.config import FAMILIES, FEATURES, GRANULARITIES, INPUTS, GateConfig
 from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.contract import Context, Gate, Layer

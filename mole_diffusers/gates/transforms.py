@@ -31,10 +31,7 @@ def hardened(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 
 
 class Strongest:
-    """Of each row (or token) the `count` largest gates; the others weigh nothing, and those kept sum to what all did.
-
-    Where a row's tokens share their gates, the experts that weigh nothing are not computed.
-    """
+    """Of each row (or token) the `count` largest gates; the others weigh nothing, and those kept sum to what all did."""
 
     def __init__(self, count: int):
         if count < 1:
