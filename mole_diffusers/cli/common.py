@@ -179,12 +179,13 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     if base != WORLD:
         raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
     from mole_diffusers.emoji.world import concept_files
+    from mole_diffusers.lora import read_expert
 
     known = concept_files()
-    found = {name: str(path) for name, path in known.items() if f" {name} " in f" {prompt} "}
+    found = {name: (read_expert(path, name), 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
     if not found:
         raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
-    return read_experts(found)
+    return found
 
 
 def open_studio(
