@@ -1,0 +1,128 @@
+"""Styles that are exact functions of a drawing, so that their ground truth exists for every subject.
+
+Each takes and gives RGBA as float32 [H, W, 4] in 0..255, at the size that the picture shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+Colour = tuple[int, int, int]
+Filter = Callable[[np.ndarray], np.ndarray]
+
+
+def _ramp(rgba: np.ndarray, *stops: Colour) -> np.ndarray:
+    """Luminance looked up on a piecewise linear ramp of colours, dark to light."""
+    luma = rgba[..., :3] @ LUMA
+    at = np.linspace(0, 255, len(stops))
+    return np.dstack([*(np.interp(luma, at, [s[c] for s in stops]) for c in range(3)), rgba[..., 3]])
+
+
+def _edges(rgba: np.ndarray) -> np.ndarray:
+    """Edge strength [H, W] in 0..1: the largest step of luminance or alpha between neighbours."""
+    planes = np.stack([rgba[..., :3] @ LUMA * (rgba[..., 3] / 255), rgba[..., 3]], -1)  # [H, W, 2]
+    dy = np.abs(np.diff(planes, axis=0, prepend=planes[:1]))
+    dx = np.abs(np.diff(planes, axis=1, prepend=planes[:, :1]))
+    return np.clip(np.maximum(dx, dy).max(-1) / 90, 0, 1)
+
+
+def _lines(rgba: np.ndarray, body: np.ndarray | Colour, line: Colour) -> np.ndarray:
+    """Edges in one colour over `body`, one colour or [H, W, 3]."""
+    body = np.asarray(body, np.float32)
+    return np.dstack([body + (np.asarray(line) - body) * _edges(rgba)[..., None], rgba[..., 3]])
+
+
+def _filtered(rgba: np.ndarray, *steps: ImageFilter.Filter) -> np.ndarray:
+    """Pillow's filters on colour and alpha."""
+    image = Image.fromarray(rgba.clip(0, 255).astype(np.uint8), "RGBA")
+    for step in steps:
+        image = image.filter(step)
+    return np.asarray(image, np.float32)
+
+
+def sepia(rgba: np.ndarray) -> np.ndarray:
+    """Browns of an old photograph."""
+    return _ramp(rgba, (40, 22, 8), (150, 100, 55), (250, 232, 195))
+
+
+def negative(rgba: np.ndarray) -> np.ndarray:
+    """Every colour channel inverted."""
+    return np.dstack([255 - rgba[..., :3], rgba[..., 3]])
+
+
+def mosaic(rgba: np.ndarray) -> np.ndarray:
+    """12 x 12 tiles, each the mean of what it covers."""
+    height, width = rgba.shape[:2]
+    image = Image.fromarray(rgba.clip(0, 255).astype(np.uint8), "RGBA").resize((12, 12), Image.Resampling.BOX)
+    tiles = np.array(image)
+    tiles[..., 3] = np.where(tiles[..., 3] > 90, 255, 0)
+    return np.asarray(Image.fromarray(tiles, "RGBA").resize((width, height), Image.Resampling.NEAREST), np.float32)
+
+
+def neon(rgba: np.ndarray) -> np.ndarray:
+    """Glowing edges on near black: edges keep a saturated form of the colour around them."""
+    rgb = rgba[..., :3]
+    vivid = np.clip((rgb - rgb.min(-1, keepdims=True)) * 2.2 + 60, 0, 255)
+    return np.dstack([18 + (vivid - 18) * _edges(rgba)[..., None], rgba[..., 3]])
+
+
+def outline(rgba: np.ndarray) -> np.ndarray:
+    """A thick black line around the drawing, as on a sticker."""
+    alpha = np.asarray(Image.fromarray(rgba[..., 3].astype(np.uint8)).filter(ImageFilter.MaxFilter(5)), np.float32)
+    return np.dstack([rgba[..., :3] * (rgba[..., 3:] / 255), alpha])
+
+
+def pastel(rgba: np.ndarray) -> np.ndarray:
+    """Pale colours: halfway to a warm white."""
+    return np.dstack([rgba[..., :3] * 0.5 + np.array([115, 105, 120]), rgba[..., 3]])
+
+
+def poster(rgba: np.ndarray) -> np.ndarray:
+    """Three flat steps of each colour, as in cheap print."""
+    return np.dstack([np.round(rgba[..., :3] / 127.5) * 127.5, rgba[..., 3]])
+
+
+def emerald(rgba: np.ndarray) -> np.ndarray:
+    """Greens of a gem, deep to pale."""
+    return _ramp(rgba, (0, 45, 40), (20, 150, 95), (215, 255, 205))
+
+
+def violet(rgba: np.ndarray) -> np.ndarray:
+    """Bluish violets, light where the drawing is dark."""
+    return _ramp(rgba, (235, 220, 255), (150, 110, 220), (45, 15, 95))
+
+
+def sketch(rgba: np.ndarray) -> np.ndarray:
+    """Dark pencil lines on grey paper."""
+    return _lines(rgba, (222, 222, 214), (50, 50, 60))
+
+
+def watercolour(rgba: np.ndarray) -> np.ndarray:
+    """Colours that ran: softened, washed out, darker at the rim."""
+    soft = _filtered(rgba, ImageFilter.MedianFilter(3), ImageFilter.GaussianBlur(0.8))
+    wet = soft[..., :3] * 0.62 + 92
+    rim = np.clip(1 - np.abs(soft[..., 3] - 140) / 110, 0, 1)[..., None]
+    return np.dstack([wet * (1 - 0.4 * rim), np.clip(soft[..., 3] * 1.15, 0, 255)])
+
+
+def duotone(rgba: np.ndarray) -> np.ndarray:
+    """Two printing inks: luminance from deep violet to orange."""
+    return _ramp(rgba, (50, 10, 110), (255, 160, 40))
+
+
+def thermal(rgba: np.ndarray) -> np.ndarray:
+    """A heat camera's palette over luminance: blue, magenta, red, yellow."""
+    return _ramp(rgba, (10, 10, 140), (190, 20, 170), (250, 70, 30), (255, 245, 90))
+
+
+def blueprint(rgba: np.ndarray) -> np.ndarray:
+    """Pale lines on blue."""
+    return _lines(rgba, (25, 70, 160), (225, 240, 255))
+
+
+BASE_FILTERS = (sepia, negative, mosaic, neon, outline, pastel, poster, emerald, sketch, violet, watercolour)
+FILTERS: dict[str, Filter] = {f.__name__: f for f in (*BASE_FILTERS, duotone, thermal, blueprint)}

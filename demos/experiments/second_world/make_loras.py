@@ -1,0 +1,141 @@
+"""Teach the base what it has never seen: a LoRA per held-out subject and style, or of any other drawn subject by name.
+
+    python demos/experiments/second_world/make_loras.py [NAME ...]
+
+A subject is shown in every base style, alone and beside base subjects on wide and tall canvases; a style over the base
+subjects. No LoRA sees a held-out subject in a held-out style. Ranks 4, 8 and 16 and two sets of layers are mixed; two files
+are in kohya's format with alpha != rank. Files that exist are kept, so an interrupted run goes on.
+"""
+
+import argparse
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import train_base
+import words
+from drawings import Drawings, default_folder
+from loop import device, note, small_attention
+from mole_diffusers.training.lora_layers import lora_layers
+from mole_diffusers.training.lora_saving import save_kohya, save_lora
+from scenes import Scene, draw_scene
+from torch import nn
+
+from mole_diffusers.training.data import Draw, Samples, encode
+from mole_diffusers.training.denoising import denoising_loss
+
+PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded per canvas
+BATCH = {"one": 16, "wide": 8, "tall": 8}  # per update
+TURNS = ("wide", "tall", "one", "wide", "tall")  # four fifths pairs: else a LoRA colours its neighbour
+KOHYA = ("octopus", "duotone")
+WIDE = ("attention", "feed-forward")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one concept is taught; alpha is rank, or half of it where the file is in kohya's format."""
+
+    rank: int = 8
+    layers: tuple[str, ...] = ("attention",)
+    steps: int = 450
+    lr: float = 1.5e-3
+    text_lr: float = 0.0  # a subject LoRA's part in the text encoder pushes the style word away
+
+
+RECIPES = {  # ranks and layers mixed as artists' files are
+    "octopus": Recipe(),
+    "sunflower": Recipe(rank=16),
+    "doughnut": Recipe(rank=4, layers=WIDE),
+    "tiger": Recipe(rank=16),
+    "koala": Recipe(rank=4, layers=WIDE),
+    "glossy": Recipe(layers=WIDE, steps=600),
+    "flat": Recipe(steps=600),
+    "ink": Recipe(steps=600),
+    "duotone": Recipe(steps=450),
+    "thermal": Recipe(rank=4, steps=450),
+    "blueprint": Recipe(rank=4, layers=WIDE, steps=450),
+}
+
+
+def recipe(concept: str) -> Recipe:
+    return RECIPES.get(concept, Recipe())
+
+
+def concept_scene(concept: str, shape: str, rng: np.random.Generator) -> Scene:
+    """One training scene: a style over base subjects, or a subject in a base style, alone or beside a base subject."""
+    while True:
+        count = 1 if shape == "one" else 2
+        if concept in words.STYLES:
+            scene = draw_scene(words.BASE_SUBJECTS, (concept,), rng, count=count)
+        else:
+            scene = draw_scene(words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=count)
+            slot = int(rng.integers(count))
+            subjects = tuple(concept if i == slot else s for i, s in enumerate(scene.subjects))
+            scene = Scene(subjects, scene.style, scene.background, scene.relation, scene.upright)
+        width, height = scene.size
+        if {"wide": width > height, "tall": height > width}.get(shape, True):
+            return scene
+
+
+def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict[str, Samples]:
+    """Pictures of the concepts, each by itself, as latents with captions, by canvas."""
+    rng = np.random.default_rng([sum(map(ord, c)) for c in concepts])
+    found = {}
+    for shape, count in PICTURES.items():
+        scenes = [concept_scene(concepts[i % len(concepts)], shape, rng) for i in range(count * len(concepts))]
+        found[shape] = encode(pipe, [drawings.picture(s, rng) for s in scenes], [s.caption for s in scenes])
+    return found
+
+
+def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> dict[str, torch.Tensor]:
+    """Tensors of a LoRA trained on the canvases in turn; the pipeline is given back as it was."""
+    rates = {part: lr for part, lr in (("unet", chosen.lr), ("text_encoder", chosen.text_lr)) if lr}
+    with ExitStack() as undo, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        options = {"layers": chosen.layers, "rank": chosen.rank, "alpha": alpha, "tau": 1.0, "beam": False}
+        lora = lora_layers(pipe, list(rates), undo, **options)
+        groups = [{"params": lora.weights(part), "lr": lr * (chosen.rank / alpha) ** 0.5} for part, lr in rates.items()]
+        optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
+        fall = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1, (i + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * i / chosen.steps))
+        )
+        generator = torch.Generator().manual_seed(0)
+        for step in range(chosen.steps):
+            shape = TURNS[step % len(TURNS)]
+            with small_attention(), torch.autocast(device().type, torch.bfloat16):
+                loss = denoising_loss(pipe, samples[shape], Draw(generator, BATCH[shape]))
+            loss.backward()
+            for group in groups:
+                nn.utils.clip_grad_norm_(group["params"], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            fall.step()
+        return lora.tensors()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=[*words.HELD_OUT_SUBJECTS, *words.HELD_OUT_STYLES])
+    names = parser.parse_args().names
+    pipe, drawings = train_base.trained(), Drawings(default_folder())
+    folder = default_folder() / "loras"
+    for name in names:
+        path = folder / f"{name.replace(' ', '_')}.safetensors"
+        if path.exists():
+            continue
+        path.parent.mkdir(exist_ok=True)
+        start, chosen = time.time(), recipe(name)
+        alpha = chosen.rank / 2 if name in KOHYA else chosen.rank
+        tensors = train(pipe, concept_samples(pipe, drawings, (name,)), chosen, alpha)
+        if name in KOHYA:
+            save_kohya(tensors, path, alpha=alpha, triggers=name)
+        else:
+            save_lora(tensors, path, alpha=alpha, rank=chosen.rank, triggers=name)
+        note(f"lora {name}", rank=chosen.rank, steps=chosen.steps, seconds=round(time.time() - start))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Train the emoji world's base, UNet and text encoder together, on pictures of one to four subjects.
+
+    python demos/experiments/second_world/train_base.py [--steps 40000] [--decay 0]
+    python demos/experiments/second_world/train_base.py --save
+
+Resumable: run it again and it goes on from the last checkpoint; it can be stopped at any time. The rate stays at its peak;
+the last `--decay` steps of `--steps` bring it down to nothing, so give `--decay 3000` with the run that is to be the last.
+`--save` writes the averaged weights of the last checkpoint as an ordinary pipeline, `assets/base/` (fp16).
+It needs no autoencoder; `--save` does.
+"""
+
+import argparse
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+import train_autoencoder
+import words
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from drawings import Drawings, default_folder
+from encoder import CHANNELS
+from latents import Pool
+from loop import WORK, averaged, constant_then_decay, device, fit, small_attention
+from scenes import SIDE
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TOKENS, WIDTH = 32, 160
+TURNS = ("one", "wide", "one", "tall", "one", "square")  # canvases, in turn
+BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
+RATE, EMPTY = 6e-4, 0.1  # peak rate; share of empty captions
+CHUNKS, GROWN, EVERY = 16, 80, 150  # chunks of the pool at first and at last; updates from one chunk to the next
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(64, 144, 224),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR: flat backgrounds need the mean colour to be free at the first step."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer in which every word of the world's captions is one token."""
+    named = [*words.STYLES, *words.BACKGROUNDS, *words.SUBJECTS]
+    text = [
+        f"{w} drawing of a an and on background left right above below photo picture style the in with {w}" for w in named
+    ]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(text, trainer)
+    vocab = bpe.get_vocab()
+    for letter in alphabet:
+        vocab.setdefault(f"{letter}</w>", len(vocab))
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_both(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device())
+
+
+def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> StableDiffusionPipeline:
+    """An ordinary pipeline of a run's averaged weights."""
+    tokenizer = build_tokenizer()
+    both = build_both(tokenizer)
+    both.load_state_dict(weights)
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=both["text_encoder"].eval(),
+        tokenizer=tokenizer,
+        unet=both["unet"].eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def trained() -> StableDiffusionPipeline:
+    """The base as it stands: of the last checkpoint, else the committed one."""
+    if (WORK / "base.pt").exists():
+        return pipeline(averaged("base"), train_autoencoder.trained())
+    return StableDiffusionPipeline.from_pretrained(default_folder() / "base", torch_dtype=torch.float32).to(device())
+
+
+def train(steps: int, decay: int) -> None:
+    """Plain v loss on the canvases in turn."""
+    tokenizer, scheduler = build_tokenizer(), build_scheduler()
+    pool = Pool(Drawings(default_folder()))
+    pool.grow(CHUNKS)
+    both = build_both(tokenizer)
+    print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
+    generator = torch.Generator().manual_seed(2)
+
+    def loss_at(step: int) -> torch.Tensor:
+        if step % EVERY == 0:
+            pool.grow(min(GROWN, CHUNKS + step // EVERY))
+        shape = TURNS[step % len(TURNS)]
+        x, captions = pool.batch(shape, BATCH[shape], generator)
+        empty = torch.rand(len(captions), generator=generator) < EMPTY
+        captions = ["" if e else c for e, c in zip(empty, captions, strict=True)]
+        noise = torch.randn(x.shape, generator=generator)
+        t = torch.randint(0, 1000, (len(x),), generator=generator)
+        ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+        x, noise, t, ids = x.to(device()), noise.to(device()), t.to(device()), ids.to(device())
+        with torch.autocast(device().type, torch.bfloat16):
+            v = both["unet"](scheduler.add_noise(x, noise, t), t, both["text_encoder"](ids)[0]).sample
+        return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))
+
+    def share(step: int) -> float:
+        return constant_then_decay(step, steps=steps, warmup=200, decay=max(1, decay))
+
+    with small_attention():
+        fit("base", both, loss_at, steps=steps, lr=RATE, share=share, decay=0.999, generator=generator)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40000, help="updates in all, earlier runs included")
+    parser.add_argument("--decay", type=int, default=0, help="of them, those that bring the rate down, the last ones")
+    parser.add_argument("--save", action="store_true", help="write the pipeline instead of training")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    if args.save:
+        pipe = pipeline(averaged("base"), train_autoencoder.trained())
+        pipe.to(dtype=torch.float16).save_pretrained(default_folder() / "base")
+    else:
+        train(args.steps, args.decay)
+
+
+if __name__ == "__main__":
+    main()
