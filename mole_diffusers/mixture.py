@@ -76,23 +76,23 @@ class Mixture:
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """These factors while the block runs; experts not named keep theirs."""
         changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
-        with self._lock, self._lent(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]):
+        with self._lock, self._with_settings(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]):
             yield
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
         """MoLE's second inference mode: mask the other experts, renormalise the gates, restore on exit."""
         kept = {self._index(name) for name in names}
-        with self._lent(active=[i in kept for i in range(len(self.experts))]):
+        with self._with_settings(active=[i in kept for i in range(len(self.experts))]):
             yield
 
     @contextmanager
     def fixed(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Stand in for every gate: these weights everywhere, 0 for experts not named; strengths do not count."""
+        """Replace every gate: these weights everywhere, 0 for experts not named; strengths do not count."""
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
             values[self._index(name)] = float(weight)
-        with self._lent(fixed=values):
+        with self._with_settings(fixed=values):
             yield
 
     @contextmanager
@@ -110,36 +110,36 @@ class Mixture:
         for row, chosen in enumerate(sets):
             for name, factor in chosen.items():
                 table[row, self._index(name)] = factor
-        with self._lent(rows=table, images=images):
+        with self._with_settings(rows=table, images=images):
             yield
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
-        """Strengths by part, block and moment, or gates by hand, while the block runs; see `patching.runtime.Plan`."""
-        with self._lent(plan=plan):
+        """A strength schedule by component, block and step, or gates by hand, while the block runs; see `patching.runtime.Plan`."""
+        with self._with_settings(plan=plan):
             yield
 
     @contextmanager
     def adjusted(self, control: Control) -> Iterator[None]:
-        """Put `control(place, gates, mask) -> gates` behind every gate, before the strengths; see `gates.transforms`."""
-        with self._lent(control=control):
+        """Transform what every gate gives: `control(place, gates, mask) -> gates`, before the strengths; see `gates.transforms`."""
+        with self._with_settings(control=control):
             yield
 
     @contextmanager
     def every(self, calls: int) -> Iterator[None]:
-        """Ask the denoiser's gates in one of `calls` of its calls, and let their weights stand in the others.
+        """Evaluate the denoiser's gates in one of `calls` of its calls, and keep their weights in the others.
 
-        A new text begins anew. With gradients, and in a compiled model, they are asked in each.
+        A new text starts over. With gradients, and in a compiled model, they are evaluated in each.
         """
         if calls < 1:
-            raise ValueError(f"gates can be asked in one of 1 or more calls, got {calls}")
-        with self._lent(every=calls):
+            raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")
+        with self._with_settings(every=calls):
             yield
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights as they are made."""
-        with self._lock, self._lent(listeners=[*self._runtime.listeners, listener]):
+        with self._lock, self._with_settings(listeners=[*self._runtime.listeners, listener]):
             yield
 
     @contextmanager
@@ -242,8 +242,8 @@ class Mixture:
             checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
 
     @contextmanager
-    def _lent(self, **values: Any) -> Iterator[None]:
-        """Keep other threads out and change the shared state while the block runs."""
+    def _with_settings(self, **values: Any) -> Iterator[None]:
+        """Keep other threads out and change the runtime settings while the block runs."""
         with self._lock:
             before = {name: getattr(self._runtime, name) for name in values}
             try:
@@ -361,7 +361,7 @@ def attached(pipe: Any) -> Mixture | None:
 
 @contextmanager
 def _held(pipe: Any) -> Iterator[Mixture | None]:
-    """The mixture on a pipeline, with all other threads kept out; one that takes its place takes over its turns."""
+    """The mixture on a pipeline, with all other threads kept out; a mixture that replaces it takes over its lock."""
     before = attached(pipe)
     with nullcontext() if before is None else before._lock:
         yield attached(pipe)

@@ -38,7 +38,7 @@ class FlowGate(nn.Module):
         return _share(mask) if self.start == "mean" else torch.ones_like(_share(mask))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        # A UNet's blocks hand over states that lie channel by channel: hidden @ W^T, or any matmul, would turn them first.
+        # A UNet's blocks give states stored channel by channel: hidden @ W^T, or any matmul, would copy them first.
         rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
         shares = functional.gate_weights(torch.bmm(rows, hidden.float().mT).mT, context.masked, "1")  # [B, T, N]
         if context.everyone and self.start == "sum":  # the same in one operation

@@ -56,8 +56,8 @@ def largest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
 class PromptGate(nn.Module):
     """softmax(W g(h)) of the prompt's tokens pooled by self-attention, h = softmax(H w)^T H (MiLoRA, eq. 5-8), then top-k.
 
-    Begins even: w and W are zero, g is close to GELU. Every place has its own w, W and g. The router speaks once per
-    prompt: asked again with the very same states it gives the same logits; masks and strengths may change meanwhile.
+    Begins even: w and W are zero, g is close to GELU. Every place has its own w, W and g. The router is
+    evaluated once per prompt: for the very same states it gives the same logits; masks and strengths may change meanwhile.
 
     The paper does not say whether the kept probabilities are renormalised; `total` is "none" (as they are), "1" or "N"
     (they sum to as many as the mask holds). With guidance every row has its own prompt's weights. Where the conditional

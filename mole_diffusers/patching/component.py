@@ -82,7 +82,7 @@ class Component:
             site.evaluate_deferred()
 
     def evaluate_input_free(self) -> None:
-        """Evaluate gates that read nothing, outside of any sampling, for whoever listens.
+        """Evaluate gates that read nothing, outside of any sampling, for the listeners.
 
         Raises ValueError where a gate depends on its input.
         """

@@ -131,7 +131,7 @@ def _tokens(name: str, model: Any) -> int:
 
 
 def probed(place: Place, stacks: Mapping[str, Stack]) -> list[str]:
-    """The expert layers that read the gate's own input, so that their outputs are known where the gate is asked.
+    """The expert layers that read the gate's own input, so that their outputs are known where the gate is evaluated.
 
     Raises ValueError where no expert has one: the paper's input does not exist at that place.
     """
