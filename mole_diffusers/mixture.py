@@ -115,13 +115,13 @@ class Mixture:
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
-        """A strength schedule by component, block and step, or gates by hand, while the block runs; see `patching.runtime.Plan`."""
+        """Strengths by component, block and step, or gates by hand, while the block runs; see `patching.runtime.Plan`."""
         with self._with_settings(plan=plan):
             yield
 
     @contextmanager
     def adjusted(self, control: Control) -> Iterator[None]:
-        """Transform what every gate gives: `control(place, gates, mask) -> gates`, before the strengths; see `gates.transforms`."""
+        """Transform the gates, `control(place, gates, mask) -> gates`, before the strengths; see `gates.transforms`."""
         with self._with_settings(control=control):
             yield
 
