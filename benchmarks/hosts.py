@@ -102,7 +102,7 @@ def sdxl(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionXLPipeline:
 
 def thin(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     """SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does."""
-    shape = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
+    shape = {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
     pipe = StableDiffusionPipeline(
         unet=random_weights(lambda: UNet2DConditionModel(sample_size=64, **shape), dtype, device),
         text_encoder=random_weights(lambda: _text(8, 2, 2), dtype, device),

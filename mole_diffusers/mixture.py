@@ -229,7 +229,7 @@ class Mixture:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes and a model card; returns the commit's address.
 
-        `options` are those of `card.upload`: private, token, commit_message, ...
+        `options` are those of `gates.hub.upload`: private, token, commit_message, ...
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)

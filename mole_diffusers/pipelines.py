@@ -180,7 +180,7 @@ class DropIn:
         return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes, with a model card; `options` are those of `card.upload`."""
+        """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
         mixture = self._require()
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)

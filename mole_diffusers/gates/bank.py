@@ -52,4 +52,6 @@ def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | N
         return RetrievalGate(width, stack.out, rank=config.rank, total=config.total, scores=config.scores)
     if config.family == "rank" and stack is not None:
         return RankGate(width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate)
-    return MoLEGate(experts, width, config.total, config.features, bias=config.bias)
+    if config.family == "mole":
+        return MoLEGate(experts, width, config.total, config.features, bias=config.bias)
+    raise ValueError(f"{config.family!r} gates sit at one layer and need its experts")

@@ -29,7 +29,12 @@ FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 INPUTS = ("hidden", "experts")
 STARTS = ("sum", "mean", "faithful")
-WHOLE = {"bins": (1, 1000), "top": (0, 1 << 16), "rank": (1, 128), "partition": (0, 1 << 16)}  # a stranger's config may ask
+INTEGER_RANGES = {
+    "bins": (1, 1000),
+    "top": (0, 1 << 16),
+    "rank": (1, 128),
+    "partition": (0, 1 << 16),
+}  # a stranger's config may ask
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class GateConfig:
             raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
 
     def _check_numbers(self) -> None:
-        for name, (low, high) in WHOLE.items():
+        for name, (low, high) in INTEGER_RANGES.items():
             if type(value := getattr(self, name)) is not int or not low <= value <= high:
                 raise ValueError(f"the gate option {name!r} must be a whole number in {low}..{high}, got {value!r}")
         if type(self.rate) not in (int, float) or not 0 <= self.rate <= 1:
@@ -111,9 +116,9 @@ class GateConfig:
 
     @property
     def layout(self) -> str:
-        """Where the gates sit, see `places.owner`."""
+        """Where the gates sit, see `patching.placement.place_name`."""
         if self.family == "prompt":
-            return "whole" if self.axis == "concept" else "module"
+            return "block_input" if self.axis == "concept" else "module"
         return {"flow": "stream", "retrieval": "matrix", "rank": "matrix"}.get(self.family, self.granularity)
 
     @property

@@ -19,7 +19,9 @@ class ConstantGate(nn.Module):
         self.total = total
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        return functional.gate_weights(torch.zeros(context.mask.shape, device=hidden.device), context.masked, self.total)
+        return functional.gate_weights(
+            torch.zeros(context.mask.shape, device=hidden.device), context.mask_or_none, self.total
+        )
 
 
 class StaticGate(nn.Module):
@@ -35,7 +37,7 @@ class StaticGate(nn.Module):
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         bins = len(self.logits)
         index = (context.time * bins).long().clamp(0, bins - 1)  # [B]
-        return functional.gate_weights(self.logits.float()[index], context.masked, self.total)  # [B, N]
+        return functional.gate_weights(self.logits.float()[index], context.mask_or_none, self.total)  # [B, N]
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -33,19 +33,19 @@ class Context:
         time: [B] in 0..1, the noise level (1 is pure noise).
         layer: the layer's own experts, where the gate sits at one layer.
         tokens: [B, T] bool, the tokens of a text that count; None where all do.
-        everyone: whether `mask` is true for all experts, known without asking the device.
+        all_active: whether `mask` is true for all experts, known without asking the device.
     """
 
     mask: torch.Tensor
     time: torch.Tensor
     layer: Layer | None = None
     tokens: torch.Tensor | None = None
-    everyone: bool = False
+    all_active: bool = False
 
     @property
-    def masked(self) -> torch.Tensor | None:
-        """`mask`, or None where nobody is masked: gates save operations then."""
-        return None if self.everyone else self.mask
+    def mask_or_none(self) -> torch.Tensor | None:
+        """`mask`, or None where it is true for all, which saves operations."""
+        return None if self.all_active else self.mask
 
 
 class Gate(Protocol):

@@ -30,18 +30,18 @@ class FlowGate(nn.Module):
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
         """b as the paper has it, [N] (or as `mask`)."""
-        return self._start(mask) - _share(mask) + self.offset.float()
+        return self._start(mask) - _equal_share(mask) + self.offset.float()
 
     def _start(self, mask: torch.Tensor) -> torch.Tensor:
         if self.start == "faithful":
             return (torch.arange(mask.shape[-1], device=mask.device) == mask.shape[-1] - 1).float()
-        return _share(mask) if self.start == "mean" else torch.ones_like(_share(mask))
+        return _equal_share(mask) if self.start == "mean" else torch.ones_like(_equal_share(mask))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         # A UNet's blocks give states stored channel by channel: hidden @ W^T, or any matmul, would copy them first.
         rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
-        shares = functional.gate_weights(torch.bmm(rows, hidden.float().mT).mT, context.masked, "1")  # [B, T, N]
-        if context.everyone and self.start == "sum":  # the same in one operation
+        shares = functional.gate_weights(torch.bmm(rows, hidden.float().mT).mT, context.mask_or_none, "1")  # [B, T, N]
+        if context.all_active and self.start == "sum":  # the same in one operation
             return shares + (self.offset.float() + (1 - 1 / shares.shape[-1]))
         mask = functional.over_tokens(context.mask, shares)
         return (shares + functional.over_tokens(self.bias(context.mask), shares)) * mask
@@ -52,6 +52,6 @@ class FlowGate(nn.Module):
         self.offset.copy_(weights - self._start(mask))
 
 
-def _share(mask: torch.Tensor) -> torch.Tensor:
+def _equal_share(mask: torch.Tensor) -> torch.Tensor:
     """1 / n, [1] (or [B, 1]), of the n experts in `mask`."""
     return 1 / mask.sum(-1, keepdim=True).clamp_min(1)

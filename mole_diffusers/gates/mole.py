@@ -38,7 +38,7 @@ class MoLEGate(nn.Module):
         logits = F.linear(features, self.matrix.float()) / self.log_tau.float().exp()  # [B, N]
         if self.bias is not None:
             logits = logits + self.bias.float()
-        return functional.gate_weights(logits, context.masked, self.total)
+        return functional.gate_weights(logits, context.mask_or_none, self.total)
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -21,7 +21,16 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs
 from mole_diffusers.patching.gate_site import GateSite
-from mole_diffusers.patching.placement import NETWORK, TIME_WIDTH, Place, blocks, owner, place, probed, text_width
+from mole_diffusers.patching.placement import (
+    NETWORK,
+    TIME_WIDTH,
+    Place,
+    blocks,
+    describe_place,
+    place_name,
+    probed,
+    text_width,
+)
 from mole_diffusers.patching.processor import MoLEAttnProcessor
 from mole_diffusers.patching.runtime import Present, Runtime
 
@@ -39,12 +48,12 @@ class Component:
         if self.ranked and config.refactor:
             self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
         names = list(blocks(model))
-        self.owners = {layer: owner(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
-        self.places = {name: place(name, config.layout, model) for name in dict.fromkeys(self.owners.values())}
+        self.owners = {layer: place_name(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
+        self.places = {name: describe_place(name, config.layout, model) for name in dict.fromkeys(self.owners.values())}
         self.columns: dict[str, list[str]] = {}  # block -> its layers, where one gate weighs them all
         if config.layout == "module":
             for layer in stacks:
-                self.columns.setdefault(owner(layer, "whole", names), []).append(layer)
+                self.columns.setdefault(place_name(layer, "block_input", names), []).append(layer)
         self.bank = GateBank(self._gates())
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
@@ -122,7 +131,7 @@ class Component:
         return {name: self._prompt_gate(name, rows.get(name, [everyone])) for name in rows or self.places}
 
     def _prompt_gate(self, name: str, presents: Sequence[Sequence[bool]]) -> nn.Module:
-        width = text_width(self.model) if self.name in DENOISERS else place(name, "whole", self.model).width
+        width = text_width(self.model) if self.name in DENOISERS else describe_place(name, "block_input", self.model).width
         config = self.config
         return PromptGate(width, presents, axis=config.axis, top=config.top, total=config.total)
 
@@ -148,10 +157,10 @@ class Component:
             gate,
             self.runtime,
             presents=sorted(presents, key=lambda present: (sum(present), present), reverse=True),
-            shared=whole or at.resets is not None or self.config.family == "prompt",
+            one_evaluation=whole or at.block is not None or self.config.family == "prompt",
             timed=timed,
-            whole=whole,
-            elsewhere=whole or (timed and self.config.family == "prompt"),
+            spans_blocks=whole,
+            reads_model_input=whole or (timed and self.config.family == "prompt"),
             scope=scope,
             probe=self._probe(at),
         )
@@ -184,11 +193,11 @@ class Component:
 
     def _hook(self, at: Place, site: GateSite, undo: ExitStack) -> None:
         """Evaluate the site's gate whenever sampling enters its place."""
-        if at.name == NETWORK or (site.shared and at.resets is None):
+        if at.name == NETWORK or (site.one_evaluation and at.block is None):
             self._hook_network(site, undo)
             return
-        if at.resets is not None:
-            block = self.model.get_submodule(at.resets)
+        if at.block is not None:
+            block = self.model.get_submodule(at.block)
             undo.callback(block.register_forward_pre_hook(lambda *_: site.clear()).remove)
         if at.entry is not None:
             entry = self.model.get_submodule(at.entry)

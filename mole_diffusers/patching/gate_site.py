@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
-from mole_diffusers.patching.runtime import Decision, Present, Runtime, Share
+from mole_diffusers.patching.runtime import ActiveExperts, Decision, Present, Runtime
 
 
 class ReadingLayer(Protocol):
@@ -36,10 +36,10 @@ class GateSite:
     Args:
         name: the module name of the site, component first.
         presents: the sets of experts that the site's layers have, the largest first.
-        shared: the layers of the site use one evaluation; otherwise each layer evaluates the gate on its own input.
+        one_evaluation: the layers of the site use one evaluation; otherwise each evaluates the gate on its own input.
         timed: the site knows the noise level; a text encoder does not.
-        whole: the site spans blocks, so each layer multiplies its own block's strength from a schedule.
-        elsewhere: no layer's input can replace what the gate reads.
+        spans_blocks: each layer multiplies its own block's strength from a schedule.
+        reads_model_input: the gate reads the text or the noise level, so a layer's own input is no substitute.
         scope: the experts that the gate shares among, where that is more than the layers' own.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
@@ -51,16 +51,17 @@ class GateSite:
         runtime: Runtime,
         *,
         presents: Sequence[Present],
-        shared: bool,
+        one_evaluation: bool,
         timed: bool,
-        whole: bool = False,
-        elsewhere: bool = False,
+        spans_blocks: bool = False,
+        reads_model_input: bool = False,
         scope: Present | None = None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.name, self.gate, self.runtime = name, gate, runtime
         self.presents, self.scope, self.probe = tuple(presents), scope, probe
-        self.shared, self.timed, self.whole, self.elsewhere = shared, timed, whole, elsewhere
+        self.one_evaluation, self.timed = one_evaluation, timed
+        self.spans_blocks, self.reads_model_input = spans_blocks, reads_model_input
         self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
@@ -135,53 +136,56 @@ class GateSite:
         with _full_precision(hidden.device):
             features = hidden if self.probe is None else self.probe(hidden.float())
             for present in self.presents:
-                share = self._share(present, hidden)
-                among = share if self.scope is None else self._share(self.scope, hidden)
-                everyone = not torch.compiler.is_compiling() and among.everyone  # a flag would be part of compiled code
-                gates = self.gate(features, Context(among.mask, time, layer, tokens, everyone))
+                active = self._active_experts(present, hidden)
+                among = active if self.scope is None else self._active_experts(self.scope, hidden)
+                all_active = not torch.compiler.is_compiling() and among.all_active  # a flag would be part of compiled code
+                gates = self.gate(features, Context(among.mask, time, layer, tokens, all_active))
                 if runtime.control is not None:
-                    gates = runtime.control(self.name, gates, share.mask if segment is None else share.mask[..., segment])
-                decisions.append(self._decision(present, gates, share, segment))
+                    gates = runtime.control(self.name, gates, active.mask if segment is None else active.mask[..., segment])
+                decisions.append(self._decision(present, gates, active, segment))
         return decisions
 
-    def _decision(self, present: Present, gates: torch.Tensor, share: Share, segment: torch.Tensor | None) -> Decision:
+    def _decision(
+        self, present: Present, gates: torch.Tensor, active: ActiveExperts, segment: torch.Tensor | None
+    ) -> Decision:
         """Gates times the users' strengths; with `segment` [R] the gates are per rank."""
         if segment is None:
-            if not torch.compiler.is_compiling() and share.unit:
+            if not torch.compiler.is_compiling() and active.unit_strengths:
                 return Decision(self, present, gates, gates)
-            return Decision(self, present, gates, gates * functional.over_tokens(share.factor, gates))
+            return Decision(self, present, gates, gates * functional.over_tokens(active.strengths, gates))
         mean = functional.by_expert(gates, segment, len(present))
-        ranks = gates * functional.over_tokens(share.factor[..., segment], gates)
-        return Decision(self, present, mean, mean * functional.over_tokens(share.factor, mean), ranks)
+        ranks = gates * functional.over_tokens(active.strengths[..., segment], gates)
+        return Decision(self, present, mean, mean * functional.over_tokens(active.strengths, mean), ranks)
 
     def _by_hand(
         self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
     ) -> Decision:
-        gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
-        return self._decision(present, gates if segment is None else gates[segment], self._share(present, hidden), segment)
+        active = self._active_experts(present, hidden)
+        gates = onto(torch.tensor(list(fixed)), hidden.device) * active.mask
+        return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
 
     def _fixed(self) -> Sequence[float] | None:
         """The weights that replace the gate's, if any."""
         runtime = self.runtime
         return runtime.plan.gates(self.name) if runtime.fixed is None and runtime.plan is not None else runtime.fixed
 
-    def _share(self, present: Present, hidden: torch.Tensor) -> Share:
-        """Who the gate divides its weight among here and now, under a schedule and with sets of their own for some rows."""
+    def _active_experts(self, present: Present, hidden: torch.Tensor) -> ActiveExperts:
+        """The experts that the gate weighs at this step, under a schedule and with other sets for some rows."""
         runtime, plan = self.runtime, self.runtime.plan
         if plan is None and runtime.fixed is None:
-            share = runtime.shared(present, hidden.device)
+            active = runtime.active_experts(present, hidden.device)
         else:
             strengths = runtime.strength if runtime.fixed is None else [1.0] * len(present)
             if plan is not None:
                 part = plan.part(self.name.partition(".")[0])
-                factors = [part] if self.whole else [part, plan.block(self.name)]
+                factors = [part] if self.spans_blocks else [part, plan.block(self.name)]
                 strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
-            share = runtime.share(present, strengths, hidden.device)
+            active = runtime.compute_active(present, strengths, hidden.device)
         if runtime.rows is None:
-            return share
+            return active
         images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, however many pictures it gets
         rows = functional.batch_rows(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
-        return Share(share.mask & (rows != 0), share.factor * rows, everyone=False, unit=False)
+        return ActiveExperts(active.mask & (rows != 0), active.strengths * rows, all_active=False, unit_strengths=False)
 
     # ---- reading
 
@@ -200,7 +204,7 @@ class GateSite:
         """
         if self._deferred is not None:
             self.evaluate_deferred()
-        if not self.shared or (self._batch != x.shape[0] and not (self.elsewhere and self._batch)):
+        if not self.one_evaluation or (self._batch != x.shape[0] and not (self.reads_model_input and self._batch)):
             self._evaluate_on_input(layer, x, low)
         factor = self._factors.get(layer.ranks)
         if factor is None or factor.dtype != low.dtype or low.dim() != 3:
@@ -210,16 +214,16 @@ class GateSite:
     def _evaluate_on_input(self, layer: ReadingLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         if x.dim() == 4 and x.shape[2:] != low.shape[2:]:  # a strided convolution
             x = F.interpolate(x, low.shape[2:])  # nearest, so that every token keeps its own weights
-        self.evaluate(functional.as_tokens(x), None if self.shared else layer.described(low))
+        self.evaluate(functional.as_tokens(x), None if self.one_evaluation else layer.described(low))
 
     def _spread(self, layer: ReadingLayer, low: torch.Tensor) -> torch.Tensor:
-        """The weights of a layer's experts over their ranks; layers of a block with the same ranks share the result."""
+        """The weights of a layer's experts over their ranks; layers of a block with the same ranks active the result."""
         weights = next(d.applied for d in self._decisions if d.present == layer.present)
         segment = layer.described(low).segment
-        spans_layers = self.whole or self.elsewhere
-        if self.elsewhere and weights.dim() > 1:
+        spans_layers = self.spans_blocks or self.reads_model_input
+        if self.reads_model_input and weights.dim() > 1:
             weights = functional.of_batch(weights, low.shape[0])
-        if self.whole and self.runtime.plan is not None:
+        if self.spans_blocks and self.runtime.plan is not None:
             block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
             weights = weights * (block[segment] if self.gate.ranked else block)
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)

@@ -25,16 +25,16 @@ class Place:
 
     Attributes:
         name: the host's module name of the block, layer or matrix; "" for the network.
-        entry: the module whose input the gate reads; None where the layers hand their own input.
-        resets: the module at whose entry the gate's last weights end, whose layers share them; None where each layer
-            asks anew.
+        entry: the module whose input the gate reads; None where each layer gives its own input.
+        block: on entering this module the weights of the call before are dropped, and its layers share the new ones; None
+            where every layer evaluates the gate for itself.
         width: channels C of that input.
         tokens: T at the host's default resolution, for flattened features; 0 where it is not fixed.
     """
 
     name: str
     entry: str | None
-    resets: str | None
+    block: str | None
     width: int
     tokens: int
 
@@ -51,11 +51,11 @@ def blocks(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def owner(layer: str, layout: str, block_names: Iterable[str]) -> str:
+def place_name(layer: str, layout: str, block_names: Iterable[str]) -> str:
     """The name of the place that gates `layer`.
 
     `layout` is a granularity; or "stream", a place for each stream of tokens in a block, the block's own and the text,
-    and for each layer outside blocks; or "whole", a place per block that reads all that enters it; or "module", the
+    and for each layer outside blocks; or "block_input", a place per block that reads all that enters it; or "module", the
     same for each layer of the block.
     """
     if layout in ("matrix", "module"):
@@ -70,11 +70,11 @@ def owner(layer: str, layout: str, block_names: Iterable[str]) -> str:
     return block if layout != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
 
 
-def place(name: str, layout: str, model: nn.Module) -> Place:
-    """Describe the place that `owner` named."""
+def describe_place(name: str, layout: str, model: nn.Module) -> Place:
+    """Describe the place that `place_name` named."""
     if name == NETWORK:
         return Place(name, None, None, _network_width(model), 1)
-    if layout in ("stream", "whole", "module"):
+    if layout in ("stream", "block_input", "module"):
         return _within(name, layout, model)
     if layout == "matrix":
         return Place(name, None, None, _in_width(model.get_submodule(name)), 0)

@@ -30,14 +30,14 @@ class Decision(NamedTuple):
         present: which experts these layers have; a site's first decision is for the largest set.
         gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
         weights: the same times the user's strengths, which is what the layers are multiplied by.
-        ranks: what they are multiplied by instead where the gate weighs ranks, [R] or [B, T, R].
+        per_rank: what they are multiplied by instead where the gate weighs ranks, [R] or [B, T, R].
     """
 
     of: Named
     present: Present
     gates: torch.Tensor
     weights: torch.Tensor
-    ranks: torch.Tensor | None = None
+    per_rank: torch.Tensor | None = None
 
     @property
     def place(self) -> str:
@@ -47,23 +47,23 @@ class Decision(NamedTuple):
     @property
     def applied(self) -> torch.Tensor:
         """What the layers are multiplied by, per expert or per rank."""
-        return self.weights if self.ranks is None else self.ranks
+        return self.weights if self.per_rank is None else self.per_rank
 
 
-class Share(NamedTuple):
-    """Who a gate divides its weight among, and the strengths beside it.
+class ActiveExperts(NamedTuple):
+    """The experts that a gate weighs, and their strengths.
 
     Attributes:
         mask: [N] or [B, N] bool: experts that are present, active and not at strength 0.
-        factor: [N] or [B, N], each expert's strength.
-        everyone: whether the mask is true for all, known without asking the device.
-        unit: whether all strengths are 1.
+        strengths: [N] or [B, N].
+        all_active: whether the mask is true for all, known without asking the device.
+        unit_strengths: whether all strengths are 1.
     """
 
     mask: torch.Tensor
-    factor: torch.Tensor
-    everyone: bool
-    unit: bool
+    strengths: torch.Tensor
+    all_active: bool
+    unit_strengths: bool
 
 
 class Plan(Protocol):
@@ -87,7 +87,7 @@ class Plan(Protocol):
 
 @dataclass
 class Runtime:
-    """Who is active, how strong, and where sampling stands; call `changed` after setting anything.
+    """Which experts are active, how strong, and how far sampling has come; call `changed` after setting anything.
 
     The gates read `active` and `strength` as tensors: as numbers they would become part of what torch.compile compiles, and
     every change of a slider would compile anew.
@@ -108,7 +108,7 @@ class Runtime:
     plan: Plan | None = None
     tokens: PromptTokens = field(default_factory=PromptTokens)
     changes: int = 0
-    _shares: dict[tuple[Present, torch.device], Share] = field(default_factory=dict)
+    _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
 
     def set(self, **values: Any) -> None:
@@ -119,8 +119,8 @@ class Runtime:
     def changed(self) -> None:
         """Bring what gates read up to date."""
         self.changes += 1
-        for present, device in self._shares:
-            self._shares[present, device] = self.share(present, self.strength, device)
+        for present, device in self._active:
+            self._active[present, device] = self.compute_active(present, self.strength, device)
 
     def on_denoiser_call(self, time: torch.Tensor, text: torch.Tensor) -> None:
         """Count a step; another text begins another run."""
@@ -132,15 +132,15 @@ class Runtime:
         if self._text() is not text:
             self.run, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
-    def shared(self, present: Present, device: torch.device) -> Share:
-        """What the gate of layers with the experts `present` divides, by the users' strengths."""
-        found = self._shares.get((present, device))
+    def active_experts(self, present: Present, device: torch.device) -> ActiveExperts:
+        """Which of the experts `present` are active, with the user's strengths; kept until a setting changes."""
+        found = self._active.get((present, device))
         if found is None:
-            found = self._shares[present, device] = self.share(present, self.strength, device)
+            found = self._active[present, device] = self.compute_active(present, self.strength, device)
         return found
 
-    def share(self, present: Present, strengths: Sequence[float], device: torch.device) -> Share:
-        """The same by any strengths."""
+    def compute_active(self, present: Present, strengths: Sequence[float], device: torch.device) -> ActiveExperts:
+        """The same with any strengths [N]."""
         there = [p and a and s != 0 for p, a, s in zip(present, self.active, strengths, strict=True)]
         mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
-        return Share(mask, factor, all(there), all(s == 1 for s in strengths))
+        return ActiveExperts(mask, factor, all(there), all(s == 1 for s in strengths))
