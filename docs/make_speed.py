@@ -13,7 +13,7 @@ from benchmarks.report import curve
 from benchmarks.settings import Cost
 
 HERE = Path(__file__).parent
-NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "tiny": "tiny", "thin": "SD 1.5's modules, 8 to 24 channels wide"}
+NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "tiny": "tiny", "thin": "SD 1.5's modules, narrow"}
 HEAD = """# What a mixture costs
 
 Made by `python docs/make_speed.py` from the files in `docs/speed/`, which `python -m benchmarks --json` wrote; do not edit.
@@ -34,10 +34,10 @@ at hand; the same commands measure one.
 DISPATCH = """
 ## Dispatch
 
-What a step costs where arithmetic is next to nothing: the UNet of Stable Diffusion 1.5 module for module, 8 to 24 channels wide,
-16 tokens of text, LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`). On a GPU this is what
-the host's thread does while the card computes. "before" is the layer that cached products and chose between two routes;
-both were measured on one machine, one after the other.
+What a step costs where arithmetic is next to nothing: the UNet of Stable Diffusion 1.5 module for module, 8 to 24 channels
+wide, 16 tokens of text, LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`). On a GPU this is
+what the host's thread does while the card computes. "before" is the layer that cached products and chose between two
+routes; both were measured on one machine, one after the other.
 
 | arm | N | before | now | goal |
 |---|---|---|---|---|

@@ -234,3 +234,13 @@ def test_a_text_of_inference_mode_that_changed_in_place_is_routed_anew(pipe, lor
         text.mul_(-2)
         assert (step(text) - before).abs().max() > 1e-3
         torch.testing.assert_close(step(text), step(text.clone()), **CLOSE)
+
+
+def test_only_masks_weights_given_by_hand(pipe, loras, step):
+    mixture = mole.attach(pipe, loras, "mole")
+    with mixture.fixed({"fox": 0.7}):
+        alone = step()
+    with mixture.fixed({"fox": 0.7, "ink": 0.4}), mixture.only("fox"):
+        torch.testing.assert_close(step(), alone, **CLOSE)
+    with mixture.fixed({"fox": 0.7, "ink": 0.4}):
+        assert (step() - alone).abs().max() > 1e-4
