@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from threads import SpareThreads
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -100,9 +99,7 @@ def fit(
             generator.set_state(saved["generator"].cpu())
     begun = written = spoken = time.time()
     recent: list[torch.Tensor] = []
-    spare_threads = SpareThreads()
     for step in range(start, steps):
-        spare_threads()
         for group in optimizer.param_groups:
             group["lr"] = lr * share(step)
         loss = loss_at(step)
@@ -114,7 +111,8 @@ def fit(
         recent.append(loss.detach())
         now, last = time.time(), step + 1 == steps
         if now - spoken > 30 or last:
-            _say(name, step + 1, steps, torch.stack(recent).mean().item(), (now - spoken) / len(recent), lr * share(step))
+            average, each = torch.stack(recent).mean().item(), (now - spoken) / len(recent)
+            _say(name, f"{step + 1}/{steps} loss {average:.4f} {each:.3f} s/step rate {lr * share(step):.1e}")
             recent, spoken = [], now
         if now - written > CHECKPOINT_SECONDS or last:
             state = {"module": module.state_dict(), "ema": ema.state, "step": step + 1, "seconds": seconds + now - begun}
@@ -124,10 +122,8 @@ def fit(
     return ema.state
 
 
-def _say(name: str, step: int, steps: int, loss: float, each: float, rate: float) -> None:
-    threads = torch.get_num_threads()
-    clock = time.strftime("%H:%M:%S")
-    line = f"{clock} {name} {step}/{steps} loss {loss:.4f} {each:.3f} s/step rate {rate:.1e} threads {threads}"
+def _say(name: str, line: str) -> None:
+    line = f"{time.strftime('%H:%M:%S')} {name} {line}"
     print(line, flush=True)
     with (WORK / f"{name}.log").open("a") as log:
         log.write(line + "\n")

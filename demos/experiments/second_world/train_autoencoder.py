@@ -9,7 +9,6 @@ convolutional, so half the pictures it learns from are 64 x 64 pieces of larger 
 
 import argparse
 import math
-import os
 
 import numpy as np
 import torch
@@ -88,7 +87,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     steps = parser.parse_args().steps
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
     drawings, rng = Drawings(default_folder()), np.random.default_rng(0)
     decoder, linear = build(drawings).decoder.to(device(), memory_format=torch.channels_last), patches(drawings)
 

@@ -11,7 +11,6 @@ It needs no autoencoder; `--save` does.
 
 import argparse
 import json
-import os
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +166,6 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the pipeline instead of training")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
     if args.save:
         pipe = pipeline(averaged("base"), train_autoencoder.trained())
         pipe.to(dtype=torch.float16).save_pretrained(default_folder() / "base")

@@ -7,7 +7,6 @@ and a fifth of them through the base's autoencoder, whose softness all generated
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +107,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     steps = parser.parse_args().steps
     torch.manual_seed(3)
-    torch.set_num_threads(os.cpu_count() or 1)
     rng = np.random.default_rng(3)
     drawings = Drawings(default_folder())
     coding = patches(drawings), train_autoencoder.trained()
