@@ -60,7 +60,7 @@ def over_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows[:, None] if rows.dim() == 2 and like.dim() == 3 else rows
 
 
-def batch_rows(table: torch.Tensor, batch: int, images: int) -> torch.Tensor:
+def rows_per_prompt(table: torch.Tensor, batch: int, images: int) -> torch.Tensor:
     """LoraRetriever's mapping matrix (Zhao et al., 2024) over a batch as diffusers lays it out: [b, N] -> [batch, N].
 
     The pictures of a prompt lie side by side, and guidance repeats the whole, so unconditional rows get their prompt's set.
@@ -160,7 +160,7 @@ def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Ten
     return small_down.reshape(-1, *down.shape[1:]), small_up.reshape(up.shape[0], -1, *up.shape[2:]), values
 
 
-def rows(values: torch.Tensor, batch: int) -> torch.Tensor:
+def resample_rows(values: torch.Tensor, batch: int) -> torch.Tensor:
     """Rows [have, ...] spread over, or thinned to, [batch, ...], where each stands for as many neighbours as any other.
 
     A film's frames and an image's pixels are rows in some layers, one sample's after the other's.
@@ -169,7 +169,7 @@ def rows(values: torch.Tensor, batch: int) -> torch.Tensor:
     return values if have == batch else values[torch.arange(batch, device=values.device) * have // batch]
 
 
-def of_batch(values: torch.Tensor, batch: int) -> torch.Tensor:
+def rows_for_layer(values: torch.Tensor, batch: int) -> torch.Tensor:
     """A denoiser call's rows [have, ...] as a layer inside it has them: [batch, ...].
 
     More rows are frames or pixels. Fewer are what perturbed-attention guidance (Ahn et al., 2024) splits off: without
@@ -177,7 +177,7 @@ def of_batch(values: torch.Tensor, batch: int) -> torch.Tensor:
     """
     have = values.shape[0]
     if batch >= have:
-        return rows(values, batch)
+        return resample_rows(values, batch)
     return values[:batch] if 2 * batch >= have else values[-batch:]
 
 

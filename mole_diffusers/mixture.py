@@ -281,7 +281,7 @@ class Mixture:
         with loaded(self._pipe), ExitStack() as undo:
             # First of all hooks: the network's own gate already needs the time of this call.
             undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
-            if self.config.family == "prompt":
+            if self.config.reads_prompt:
                 for name, model in hosts(self._pipe).items():
                     if name not in DENOISERS:
                         self._runtime.tokens.watch(model, undo)

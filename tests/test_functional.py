@@ -105,13 +105,13 @@ def test_balance_has_a_live_gradient_that_evens_out():
 
 def test_rows_stand_for_as_many_neighbours_each():
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert functional.rows(values, 2) is values
-    assert functional.rows(values, 6).tolist() == [[1, 2]] * 3 + [[3, 4]] * 3
-    assert functional.rows(functional.rows(values, 6), 2).tolist() == values.tolist()
+    assert functional.resample_rows(values, 2) is values
+    assert functional.resample_rows(values, 6).tolist() == [[1, 2]] * 3 + [[3, 4]] * 3
+    assert functional.resample_rows(functional.resample_rows(values, 6), 2).tolist() == values.tolist()
 
 
 def test_pieces_of_a_batch_keep_their_own_rows():
     guided = torch.tensor([[0.0], [1.0], [2.0]])  # without text, with text, perturbed
-    assert functional.of_batch(guided, 2).tolist() == [[0], [1]]
-    assert functional.of_batch(guided, 1).tolist() == [[2]]
-    assert functional.of_batch(guided, 6).tolist() == [[0], [0], [1], [1], [2], [2]]
+    assert functional.rows_for_layer(guided, 2).tolist() == [[0], [1]]
+    assert functional.rows_for_layer(guided, 1).tolist() == [[2]]
+    assert functional.rows_for_layer(guided, 6).tolist() == [[0], [0], [1], [1], [2], [2]]

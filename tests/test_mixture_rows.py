@@ -76,7 +76,7 @@ def test_rows_restore_and_refuse_what_does_not_fit(pipe, loras, draw):
 def test_batch_rows_by_hand():
     table = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     expected = [[1, 0], [1, 0], [0.5, 0.5], [0.5, 0.5]] * 2  # two pictures each, then guidance's second half
-    assert functional.batch_rows(table, 8, 2).tolist() == expected
+    assert functional.rows_per_prompt(table, 8, 2).tolist() == expected
 
 
 def test_a_row_of_tokens_takes_its_row_s_mask():

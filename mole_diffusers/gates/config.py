@@ -115,9 +115,14 @@ class GateConfig:
             raise ValueError(f"{self.family!r} gates have no option {foreign[0]!r}; their options: {list(own[1:])}")
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether the gates read the prompt's text states instead of the state of their block."""
+        return self.family == "prompt"
+
+    @property
     def layout(self) -> str:
         """Where the gates sit, see `patching.placement.place_name`."""
-        if self.family == "prompt":
+        if self.reads_prompt:
             return "block_input" if self.axis == "concept" else "module"
         return {"flow": "stream", "retrieval": "matrix", "rank": "matrix"}.get(self.family, self.granularity)
 

@@ -63,7 +63,7 @@ class Component:
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         sites = {layer: self.sites[name] for layer, name in self.owners.items()}
         peft_injection.inject(self.model, self.stacks, sites, undo)
-        if self.config.family == "prompt" and self.name in DENOISERS:
+        if self.config.reads_prompt and self.name in DENOISERS:
             hook = _defer_text(list(self.sites.values()), DenoiserInputs(self.model))
             undo.callback(self.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
             return
@@ -110,7 +110,7 @@ class Component:
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate and the layers that take its weights; none for "prompt", whose gates weigh several places at once."""
-        if self.config.family == "prompt":
+        if self.config.reads_prompt:
             return []
         return [(self.bank[name], [layer for layer in self.stacks if self.owners[layer] == name]) for name in self.places]
 
@@ -124,7 +124,7 @@ class Component:
         return self.config.family == "mole" and self.config.inputs == "experts"
 
     def _gates(self) -> dict[str, nn.Module]:
-        if self.config.family != "prompt":
+        if not self.config.reads_prompt:
             return {name: self._gate(at) for name, at in self.places.items()}
         rows = {block: [self.stacks[layer].present for layer in layers] for block, layers in self.columns.items()}
         everyone = tuple(True for _ in self.runtime.active)
@@ -157,10 +157,10 @@ class Component:
             gate,
             self.runtime,
             presents=sorted(presents, key=lambda present: (sum(present), present), reverse=True),
-            one_evaluation=whole or at.block is not None or self.config.family == "prompt",
+            one_evaluation=whole or at.block is not None or self.config.reads_prompt,
             timed=timed,
             spans_blocks=whole,
-            reads_model_input=whole or (timed and self.config.family == "prompt"),
+            reads_model_input=whole or (timed and self.config.reads_prompt),
             scope=scope,
             probe=self._probe(at),
         )
@@ -226,7 +226,7 @@ class Component:
 def _defer_text_and_time(site: GateSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
         time = inputs.time(args, kwargs)  # [B]
-        text = functional.rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a film has its text once a frame
+        text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a film has its text once a frame
         time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
         site.defer(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
 

@@ -131,7 +131,7 @@ class GateSite:
         if fixed is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
         time = runtime.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
-        time = functional.rows(time, len(hidden))  # PAG gives single layers a part of the batch, films their frames
+        time = functional.resample_rows(time, len(hidden))  # PAG gives single layers a part of the batch, films their frames
         decisions = []
         with _full_precision(hidden.device):
             features = hidden if self.probe is None else self.probe(hidden.float())
@@ -184,7 +184,7 @@ class GateSite:
         if runtime.rows is None:
             return active
         images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, however many pictures it gets
-        rows = functional.batch_rows(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
+        rows = functional.rows_per_prompt(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
         return ActiveExperts(active.mask & (rows != 0), active.strengths * rows, all_active=False, unit_strengths=False)
 
     # ---- reading
@@ -222,7 +222,7 @@ class GateSite:
         segment = layer.described(low).segment
         spans_layers = self.spans_blocks or self.reads_model_input
         if self.reads_model_input and weights.dim() > 1:
-            weights = functional.of_batch(weights, low.shape[0])
+            weights = functional.rows_for_layer(weights, low.shape[0])
         if self.spans_blocks and self.runtime.plan is not None:
             block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
             weights = weights * (block[segment] if self.gate.ranked else block)

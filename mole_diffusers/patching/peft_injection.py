@@ -1,4 +1,4 @@
-"""How experts ride in a model: as one peft adapter whose rank space the gates scale. The only file that touches peft.
+"""How experts ride in a model: as one peft adapter whose rank space the gates scale. The only file that imports peft.
 
 peft calls a `LoraVariant` instead of its own LoRA arithmetic; that keeps `disable_lora`, the `scale` argument, other
 adapters, quantised layers and hooks of the host working. The extension point is private to peft.

@@ -13,8 +13,10 @@ from mole_diffusers.lora.stacking import Stack
 
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
-FIRST = ("attn1", "self_attn", "SelfAttention", "proj_mlp", "attn")  # what a block enters first, by its name there
-ONE_STREAM = FIRST[:3]  # of these, the ones of blocks whose layers read one stream of tokens, but for TEXT_LAYERS
+# The module that a block's input enters first: in UNets, CLIP and T5, whose layers read one stream of tokens but for
+# TEXT_LAYERS; and in Flux's single blocks, SD 3 and Flux, where picture and text are read together.
+ONE_STREAM = ("attn1", "self_attn", "SelfAttention")
+JOINT_STREAM = ("proj_mlp", "attn")
 TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # how a denoiser's config calls the channels of its text
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
@@ -46,7 +48,7 @@ def blocks(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, module in model.named_modules():
-        if first := next((f for f in FIRST if hasattr(module, f)), None):
+        if first := next((f for f in (*ONE_STREAM, *JOINT_STREAM) if hasattr(module, f)), None):
             found[name] = f"{name}.{first}"
     return found
 
