@@ -88,7 +88,7 @@ class Mixture:
 
     @contextmanager
     def fixed(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Replace every gate: these weights everywhere, 0 for experts not named; strengths do not count."""
+        """Replace every gate: these weights everywhere, 0 for experts not named; strengths and `only` do not count."""
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
             values[self._index(name)] = float(weight)

@@ -160,9 +160,9 @@ class GateSite:
     def _by_hand(
         self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
     ) -> Decision:
+        gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         active = self._active_experts(present, hidden)
-        gates = onto(torch.tensor(list(fixed)), hidden.device) * active.mask
-        return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
+        return self._decision(present, gates if segment is None else gates[segment], active, segment)
 
     def _fixed(self) -> Sequence[float] | None:
         """The weights that replace the gate's, if any."""
