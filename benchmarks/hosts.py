@@ -68,13 +68,12 @@ def _scheduler() -> DDIMScheduler:
     return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 
 
-def sd15(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
-    """SD 1.5's UNet (859.5 M) and text encoder from their published configurations."""
+def _stable_diffusion(unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, tokenizer: Any) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
-        unet=random_weights(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768), dtype, device),
-        text_encoder=random_weights(lambda: _text(768, 12, 12), dtype, device),
-        vae=random_weights(_vae, dtype, device),
-        tokenizer=_tokenizer(),
+        unet=unet,
+        text_encoder=text_encoder,
+        vae=vae,
+        tokenizer=tokenizer,
         scheduler=_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -82,6 +81,13 @@ def sd15(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sd15(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
+    """SD 1.5's UNet (859.5 M) and text encoder from their published configurations."""
+    unet = random_weights(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768), dtype, device)
+    text_encoder = random_weights(lambda: _text(768, 12, 12), dtype, device)
+    return _stable_diffusion(unet, text_encoder, random_weights(_vae, dtype, device), _tokenizer())
 
 
 def sdxl(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionXLPipeline:
@@ -102,19 +108,12 @@ def sdxl(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionXLPipeline:
 
 def thin(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     """SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does."""
-    shape = {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
-    pipe = StableDiffusionPipeline(
-        unet=random_weights(lambda: UNet2DConditionModel(sample_size=64, **shape), dtype, device),
-        text_encoder=random_weights(lambda: _text(8, 2, 2), dtype, device),
-        vae=random_weights(_vae, dtype, device),
-        tokenizer=tiny_tokenizer(),
-        scheduler=_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    heads = {"norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
+    unet = random_weights(
+        lambda: UNet2DConditionModel(sample_size=64, block_out_channels=(8, 16, 24, 24), **heads), dtype, device
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    text_encoder = random_weights(lambda: _text(8, 2, 2), dtype, device)
+    return _stable_diffusion(unet, text_encoder, random_weights(_vae, dtype, device), tiny_tokenizer())
 
 
 def _tiny(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
