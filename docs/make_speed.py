@@ -50,6 +50,20 @@ The goals are not met. With the last two of these operations taken out, as a tri
 form is nine small operations per block. Fewer operations would take weights that are joined with the host's own, which this
 plugin does not touch.
 """
+STEPS = """
+## Steps at real size
+
+`python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), with `--arms`, `--experts`
+and `--gates` as the tables say.
+"""
+ONCE = """
+## Once, and memory
+
+The same command with `--what attach`, `update`, `collapse` or `memory`.
+
+| | measured | goal |
+|---|---|---|
+"""
 GOALS = {"sum": 1.15, "mole": 1.20, "flow": 1.25}
 STEP_GOALS = {3: 1.03, 8: 1.05}
 
@@ -89,7 +103,7 @@ def dispatch() -> str:
 
 def steps() -> str:
     """Steps at real size, one table for each setting."""
-    text = "\n## Steps at real size\n"
+    text = STEPS
     for result in load("step-*.json"):
         size, gates = NAMES[result["size"]], result["gates"]
         text += f"\n### {size}, {result['dtype']}, {result['pixels']} pixels, `{gates}` gates\n\n"
@@ -107,7 +121,7 @@ def steps() -> str:
 
 def once() -> str:
     """What is done once, and memory."""
-    text = "\n## Once, and memory\n\n| | measured | goal |\n|---|---|---|\n"
+    text = ONCE
     rows = (
         ("attach.json", ("attach", 8), "attach / diffusers' loading, N=8", 1.0),
         ("update.json", ("update", 3), "an update of the gates / forward and backward of the frozen base, N=3", 1.15),
