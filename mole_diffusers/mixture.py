@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.writing import write_lora
+from mole_diffusers.patching import cross_attention
 from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, denoiser, hosts
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
@@ -25,6 +28,7 @@ from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
+from mole_diffusers.patching.token_masks import Layout, TokenMasks
 from mole_diffusers.patching.trace import Trace
 
 Source = str | Path | Expert
@@ -52,6 +56,10 @@ class Mixture:
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
         self._runtime = Runtime([True] * len(experts), [1.0] * len(experts))
+        self._tokenizers = {
+            name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in models if name not in DENOISERS
+        }
+        self._calling: Any = None  # the pipeline, while a call of it runs
         self._lock, self._undo = PipelineLock(), ExitStack()
         self._denoiser = denoiser(pipe)
         self._inputs = DenoiserInputs(self._denoiser)
@@ -149,6 +157,7 @@ class Mixture:
         with self.listen(trace.record):
             self._runtime.step = -1
             yield trace
+            trace.layouts = self.layouts
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
@@ -168,14 +177,15 @@ class Mixture:
         with self._lock, ExitStack() as undo:
             undo.callback(self._install)
             self._uninstall()
-            lock_calls(self._pipe, self._lock, undo)
+            lock_calls(self._pipe, self._call, undo)
             yield
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
         """The gates' average weights folded into the host's own weights: no cost per step. Undone bit for bit.
 
-        The pipeline carries nothing of the mixture while the block runs. In half precision the folded weights are rounded
+        The pipeline carries nothing of the mixture while the block runs: an expert acts on every word and in the whole
+        picture then, or nowhere where its words are not in `prompt`. In half precision the folded weights are rounded
         as the host's own are.
 
         Args:
@@ -221,8 +231,13 @@ class Mixture:
         return error
 
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
-        averages = Averages()
-        with self.listen(averages):
+        averages, binding = Averages(), self.binding or {}
+        if len(binding) > 1 and any(b.words or b.region not in (AUTO, EVERYWHERE) for b in binding.values()):
+            warnings.warn(
+                "folded experts act on every word and in the whole picture: weights cannot hold words or places",
+                stacklevel=4,
+            )
+        with self.listen(averages), nullcontext() if prompt is not None else self.bound(None):
             evaluate_gates(self._pipe, self._components, prompt, **call)
         return one_lora(self._components, averages.weights)
 
@@ -263,6 +278,43 @@ class Mixture:
             raise ValueError(f"unknown expert {name!r}; attached: {list(self.experts)}")
         return list(self.experts).index(name)
 
+    # ---- binding
+
+    @property
+    def binding(self) -> dict[str, Bound] | None:
+        """Each expert's words and region; None where nothing is bound."""
+        return None if self._runtime.binding is None else dict(self._runtime.binding.bound)
+
+    def bind(self, binding: Mapping[str, Any] | None) -> None:
+        """Say which words and which place are whose; experts that are not named keep theirs.
+
+        Args:
+            binding: name -> words, "a fox" or ["a fox", "foxes"]; or (words, region), where words may be None for those of
+                the file; or "everywhere", on every word and in the whole picture. A region is "auto", found from attention,
+                "left", "right", "top", "bottom", "center", "top left", ..., a box (left, top, right, bottom) in shares of
+                the picture, or a mask picture, white where the expert acts. None: no expert is bound.
+
+        Raises ValueError for an unknown name or region; nothing is changed then.
+        """
+        with self._lock:
+            self._runtime.set(binding=self._masks(self._bound(binding)))
+
+    @contextmanager
+    def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
+        """`bind` while the block runs."""
+        with self._with_settings(binding=self._masks(self._bound(binding))):
+            yield
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Where each expert acts in the pictures that were drawn last, or are being drawn: one for each picture."""
+        return [] if self._runtime.binding is None else self._runtime.binding.layouts
+
+    def _bound(self, binding: Mapping[str, Any] | None) -> dict[str, Bound] | None:
+        if binding is None:
+            return None
+        return bindings(binding, self.experts, self.binding or files_bindings(self.experts))
+
     # ---- putting it on the hosts and taking it off
 
     def _replace(self, before: Mixture | None) -> None:
@@ -281,14 +333,14 @@ class Mixture:
         with loaded(self._pipe), ExitStack() as undo:
             # First of all hooks: the network's own gate already needs the time of this call.
             undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
-            if self.config.reads_prompt:
-                for name, model in hosts(self._pipe).items():
-                    if name not in DENOISERS:
-                        self._runtime.tokens.watch(model, undo)
+            for name, model in hosts(self._pipe).items():
+                if name not in DENOISERS:
+                    self._runtime.tokens.watch(name, model, undo, self._on_text)
+            cross_attention.hook(self._denoiser, self._runtime, undo)
             for part in self._components:
                 part.install(undo)
             guard(self._pipe, [part.model for part in self._components], self.lifted, undo)
-            lock_calls(self._pipe, self._lock, undo)
+            lock_calls(self._pipe, self._call, undo)
             undo.callback(self._denoiser.__dict__.pop, HANDLE, None)
             object.__setattr__(self._denoiser, HANDLE, self)
             self._undo = undo.pop_all()
@@ -297,11 +349,50 @@ class Mixture:
         with loaded(self._pipe):
             self._undo.close()
 
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """A call of the pipeline: other threads wait, and a layout of the picture is planned anew."""
+        with self._lock:
+            before, self._calling = self._calling, self._pipe
+            if self._runtime.binding is not None:
+                self._runtime.binding.begin()
+            try:
+                yield
+            finally:
+                self._calling = before
+
+    def _on_text(self, encoder: str, ids: torch.Tensor) -> None:
+        if self._runtime.masks is not None:
+            self._runtime.masks.on_text(encoder, ids)
+
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), self._inputs.text(args, kwargs))
+        text = self._inputs.text(args, kwargs)
+        self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), text)
+        if (masks := self._runtime.masks) is not None and not torch.compiler.is_compiling():
+            rows = self._inputs.rows(args, kwargs)
+            masks.on_denoiser(text, self._inputs.side(args, kwargs), self._guided_rows(rows))
+
+    def _guided_rows(self, rows: int) -> int | None:
+        """How many rows of a batch are unconditional and come first; None outside of the pipeline's own call."""
+        guided = getattr(self._calling, "do_classifier_free_guidance", None)
+        if guided is None:
+            return None
+        perturbed = bool(getattr(self._calling, "do_perturbed_attention_guidance", False))
+        return rows // (2 + perturbed) if guided else 0
+
+    def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
+        if binding is None:
+            return None
+        return TokenMasks(binding, self._tokenizers, self._runtime.tokens, self._runtime.changed)
 
 
-def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates = "sum") -> Mixture:
+def attach(
+    pipe: Any,
+    experts: Mapping[str, Source | tuple[Source, float]],
+    gates: Gates = "sum",
+    *,
+    binding: Mapping[str, Any] | str | None = "auto",
+) -> Mixture:
     """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces; `detach` gives the original back.
 
     Args:
@@ -309,6 +400,8 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
         experts: name -> file, or (file, strength). Strength is the user's own factor: any sign and size, 1 by default,
             0 means absent.
         gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
+        binding: which words and which place are whose, as `Mixture.bind` takes it. "auto" takes the trigger words of the
+            files and finds places from attention; None binds nothing, so that `gates="sum"` is the plain sum.
 
     Returns:
         The mixture, the handle for strengths, masks, traces, training and saving.
@@ -317,7 +410,7 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
         ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
     """
     with _held(pipe) as before:
-        mixture = _prepared(pipe, experts, gates)
+        mixture = _prepared(pipe, experts, gates, binding)
         mixture._replace(before)
     for name, keys in mixture.unmatched.items():
         if keys:
@@ -327,7 +420,9 @@ def attach(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gate
     return mixture
 
 
-def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates) -> Mixture:
+def _prepared(
+    pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates, binding: Mapping[str, Any] | str | None
+) -> Mixture:
     """Read and check everything; nothing of the pipeline is changed."""
     read, strengths = {}, {}
     for name, given in experts.items():
@@ -344,6 +439,9 @@ def _prepared(pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], g
         saved.fill(mixture.banks)
     for name, strength in strengths.items():
         mixture.strength(name, strength)
+    if isinstance(binding, str) and binding != AUTO:
+        raise ValueError(f"binding is {AUTO!r}, a mapping from experts to words, or None, got {binding!r}")
+    mixture.bind({} if isinstance(binding, str) else binding)
     return mixture
 
 

@@ -35,6 +35,8 @@ from diffusers import (
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from mole_diffusers.binding.config import Bound, from_json, to_json
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.lora import Expert, read_expert
@@ -57,7 +59,8 @@ FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; a name ma
 class DropIn:
     """Put before a diffusers pipeline class: `load_lora_weights` adds an expert to a mixture.
 
-    Until `load_gates` is called the experts are summed, as `set_adapters` with weights 1 does.
+    Each expert acts on its own words and in its own place, see `Mixture.bind`. All weigh 1 until
+    `load_gates` is called; with `pipe.mixture.bind(None)` they are summed as `set_adapters` does.
     """
 
     @property
@@ -84,7 +87,7 @@ class DropIn:
         expert = source if isinstance(source, Expert) else read_expert(_lora_file(source, **kwargs), name)
         if self.mixture is not None and self.mixture.parameters():
             warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
-        attach(self, {**experts, name: (expert, 1.0)})
+        attach(self, {**experts, name: (expert, 1.0)}, binding=self._binding())
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
         """Set the strength of the named experts; those not named get strength 0.
@@ -107,7 +110,7 @@ class DropIn:
     def load_gates(self, gates: Gates) -> None:
         """Weigh the loaded experts by `gates`: a folder, a hub id, a family name or a GateConfig."""
         self._require()
-        attach(self, self._experts(), gates)
+        attach(self, self._experts(), gates, binding=self._binding())
 
     def get_active_adapters(self) -> list[str]:
         """The experts of a strength other than 0."""
@@ -129,7 +132,9 @@ class DropIn:
             raise ValueError(f"unknown adapters {sorted(unknown)}; loaded: {list(experts)}")
         left = {name: expert for name, expert in experts.items() if name not in gone}
         if left:
-            attach(self, left)
+            binding = self._binding()
+            kept = {name: bound for name, bound in binding.items() if name in left} if isinstance(binding, dict) else binding
+            attach(self, left, binding=kept)
         else:
             detach(self)
 
@@ -195,6 +200,10 @@ class DropIn:
 
     def _experts(self) -> dict[str, tuple[Expert, float]]:
         return {} if self.mixture is None else self.mixture.weighed()
+
+    def _binding(self) -> dict[str, Bound] | str | None:
+        """How the experts are bound, for attaching them again."""
+        return AUTO if self.mixture is None else self.mixture.binding
 
     def _require(self) -> Mixture:
         if self.mixture is None:
@@ -313,6 +322,8 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
         file = f"{i}.safetensors"
         kept[name] = _keep_expert(expert, folder / EXPERTS / file)
         rows.append({"name": name, "file": file, "strength": strength})
+        if mixture.binding is not None:
+            rows[-1]["binding"] = to_json(mixture.binding[name])
     checkpoint.save(folder / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
     about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
     (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n")
@@ -333,21 +344,25 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     Raises FileNotFoundError or RefusedFileError for what is no such folder, and all that `attach` raises.
     """
     folder = Path(folder)
-    return attach(pipe, _kept_experts(folder), folder / GATES_FOLDER)
+    experts, binding = _kept_experts(folder)
+    return attach(pipe, experts, folder / GATES_FOLDER, binding=binding)
 
 
-def _kept_experts(folder: Path) -> dict[str, tuple[str | Path | Expert, float]]:
-    """name -> (file, strength), from mixture.json."""
+def _kept_experts(folder: Path) -> tuple[dict[str, tuple[str | Path | Expert, float]], dict[str, Bound] | None]:
+    """name -> (file, strength), and name -> binding (None where nothing is bound), from mixture.json."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
     about = read_json(folder / INDEX)
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
     found: dict[str, tuple[str | Path | Expert, float]] = {}
+    binding: dict[str, Bound] = {}
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
             name, file, strength = str(row["name"]), row["file"], float(row["strength"])
+            if "binding" in row:
+                binding[name] = from_json(row["binding"], name)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
         if not isinstance(file, str) or not FILE.fullmatch(file):
@@ -357,4 +372,4 @@ def _kept_experts(folder: Path) -> dict[str, tuple[str | Path | Expert, float]]:
                 f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
             )
         found[name] = folder / EXPERTS / file, strength
-    return found
+    return found, binding or None

@@ -7,6 +7,7 @@ import diffusers
 import hosts
 import pytest
 import torch
+from PIL import Image
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
@@ -43,12 +44,15 @@ def test_a_folder_keeps_experts_gates_and_strengths(kind, awake, tmp_path):
     assert isinstance(pipe, getattr(diffusers, type(pipe).__name__.removeprefix("MoLE")))
     base = hosts.draw(pipe, options)
     load_two(pipe, tmp_path, awake)
+    pipe.mixture.bind({"fox": (None, "left"), "ink/2": (None, Image.new("L", (8, 8), 255))})
     image = hosts.draw(pipe, options)
     assert not torch.allclose(image, base, atol=1e-2)
     pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(hosts.draw(pipe, options), image)
     again = hosts.quiet(mole.MoLEPipeline.from_pretrained(tmp_path / "saved"))
     assert again.mixture.strength("ink/2") == -0.5
+    assert again.mixture.binding["fox"].region == "left"
+    assert again.mixture.binding["ink/2"].region.getpixel((1, 1)) == 255
     same(hosts.draw(again, options), image)
     plain = hosts.quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved"))
     assert type(plain) is next(k for k in type(again).__mro__ if k.__module__.startswith("diffusers"))

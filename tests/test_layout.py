@@ -8,6 +8,7 @@ STAGES = (
     "functional",
     "lora",
     "gates",
+    "binding",
     "patching",
     "mixture",
     "merging",
@@ -25,6 +26,7 @@ STAGES = (
 TORCH_ONLY = (
     "functional.py",
     "lora/factors.py",
+    "binding/layout.py",
     "merging/factors.py",
     "merging/linear.py",
     "merging/sparse.py",
@@ -63,7 +65,7 @@ def test_a_stage_imports_only_from_those_above_it():
 
 
 def test_maths_imports_torch_only():
-    allowed = {"__future__", "collections", "math", "typing", "torch"}
+    allowed = {"__future__", "collections", "itertools", "math", "typing", "torch"}
     for name in TORCH_ONLY:
         others = {"mole_diffusers.functional", "mole_diffusers.merging.factors"}  # torch-only themselves
         roots = {n.split(".")[0] for n in imports(PACKAGE / name) if n not in others}

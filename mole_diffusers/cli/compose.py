@@ -39,6 +39,15 @@ def compose(
         str | None,
         Option(help="Trained gates, a folder or a hub id, or a family such as mean. Default: the world's own, else sum."),
     ] = None,
+    bind: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=WORDS[@REGION]",
+            help="Words of the prompt that are a LoRA's, and where it acts: fox=a fox@left, fox=@0,0,0.5,1, fox=everywhere, "
+            "fox=fox@mask.png. Default: the file's trigger words, and places found from attention. Repeatable.",
+        ),
+    ] = NONE,
+    unbound: Annotated[bool, Option("--unbound", help="Let every LoRA act on every word and in the whole picture.")] = False,
     base: BaseOption = WORLD,
     device: DeviceOption = None,
     seed: FirstSeedOption = 0,
@@ -51,6 +60,8 @@ def compose(
 ) -> None:
     """Draw a prompt with several LoRAs, beside the base, each LoRA alone and the plain sum.
 
+    Each LoRA is bound to its own words of the prompt and to a place of its own.
+
     Without --expert, the LoRAs of the emoji world that the prompt names are taken.
     """
     from tqdm import tqdm
@@ -59,12 +70,16 @@ def compose(
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
     seeds = row_seeds(seed, rows)
     experts = experts_for(base, dict(named_values(expert, "--expert")), prompt)
+    from mole_diffusers.binding.config import parse_binding
     from mole_diffusers.inspection.compare import columns, sample
     from mole_diffusers.mixture import attach
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = pipeline(base, device)
-    mixture: Mixture = attach(pipe, experts, gates or own)
+    if unbound and bind:
+        raise ValueError("--bind and --unbound exclude each other")
+    binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
+    mixture: Mixture = attach(pipe, experts, gates or own, binding=binding)
     pictures = {}
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():

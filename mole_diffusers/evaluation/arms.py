@@ -46,10 +46,12 @@ def by_role(subject: float, style: float) -> Weights:
 
 
 @contextmanager
-def attached_to(setup: Setup, experts: Mapping[str, Any], gates: Gates) -> Iterator[Mixture]:
-    """The mixture, attached while the context lasts."""
+def attached_to(
+    setup: Setup, experts: Mapping[str, Any], gates: Gates, binding: Mapping[str, Any] | None = None
+) -> Iterator[Mixture]:
+    """The mixture, attached while the context lasts; not bound, unless `binding` says how."""
     try:
-        yield attach(setup.pipe, experts, gates)
+        yield attach(setup.pipe, experts, gates, binding=binding)
     finally:
         detach(setup.pipe)
 

@@ -9,17 +9,30 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from mole_diffusers import functional
 from mole_diffusers.mixture import Mixture
 
 MARGIN = 6  # pixels around a cell of a sheet
 
 
 def columns(mixture: Mixture) -> dict[str, Callable[[], AbstractContextManager]]:
-    """What to compare on one attached mixture: label -> context in which the pipeline is called."""
+    """What to compare on one attached mixture: label -> context in which the pipeline is called.
+
+    "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place.
+    """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"{n} alone": _fixed(mixture, {n: s}) for n, s in strengths.items()}
-    gated = f"gated ({mixture.config.family})"
-    return {"base": _fixed(mixture, {}), **alone, "sum": _fixed(mixture, strengths), gated: lambda: mixture.only(*strengths)}
+    found = {"base": _fixed(mixture, {}), **alone, "sum": _fixed(mixture, strengths)}
+    if mixture.binding is not None:
+        found["bound"] = lambda: mixture.adjusted(_ones)
+    if mixture.binding is None or mixture.parameters():
+        found[f"gated ({mixture.config.family})"] = lambda: mixture.only(*strengths)
+    return found
+
+
+def _ones(_: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Gates of 1, as those of the plain sum."""
+    return torch.ones_like(gates) * functional.over_tokens(mask, gates)
 
 
 def _fixed(mixture: Mixture, weights: Mapping[str, float]) -> Callable[[], AbstractContextManager]:

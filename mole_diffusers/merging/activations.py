@@ -60,7 +60,7 @@ class Activations:
             raise ValueError(f"no prompts for expert {name!r}; there are some for {sorted(self.prompts)}")
         before = attached(self.pipe)
         with nullcontext() if before is None else before.lifted(), self._recording(name, expert) as found:
-            attach(self.pipe, {name: (running, strength)}, "sum")
+            attach(self.pipe, {name: (running, strength)}, "sum", binding=None)
             try:
                 self._sample(self.prompts[name])
             finally:

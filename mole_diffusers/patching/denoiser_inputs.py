@@ -23,6 +23,7 @@ class DenoiserInputs:
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         if missing := [name for name in ("timestep", "encoder_hidden_states") if name not in self.names]:
             raise ValueError(f"{type(denoiser).__name__} is not given {missing[0]!r}, which gates need")
+        self.patch = getattr(getattr(denoiser, "config", None), "patch_size", 1)
         self.pure_noise = 1 if isinstance(denoiser, FluxTransformer2DModel) else 1000  # the timestep of pure noise
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -33,6 +34,24 @@ class DenoiserInputs:
         sample = self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
         time = torch.as_tensor(self._read("timestep", args, kwargs), device=sample.device)
         return time.float().reshape(-1).expand(sample.shape[0]) / self.pure_noise
+
+    def side(self, args: tuple, kwargs: dict) -> tuple[int, int] | None:
+        """Height and width of the latents, in the denoiser's tokens; None where their layout is not known."""
+        if "sample" in self.names:
+            height, width = self._read("sample", args, kwargs).shape[-2:]
+            return height, width
+        hidden = self._read("hidden_states", args, kwargs)
+        if hidden.dim() == 4:
+            return hidden.shape[2] // self.patch, hidden.shape[3] // self.patch
+        if "img_ids" not in self.names:
+            return None
+        ids = self._read("img_ids", args, kwargs)
+        height, width = (ids.reshape(-1, 3)[:, 1:].amax(0).long() + 1).tolist()
+        return height, width
+
+    def rows(self, args: tuple, kwargs: dict) -> int:
+        """Rows of the latents' batch."""
+        return self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs).shape[0]
 
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The text states [B, T, C]; B may be a multiple of the samples' where the samples are films."""

@@ -44,8 +44,8 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
 
     Raises ValueError where a gate depends on what passes it, and there is no prompt.
     """
-    rows = parts[0].runtime.rows
-    if prompt is None or (all(part.input_free for part in parts) and rows is None):
+    runtime = parts[0].runtime
+    if prompt is None or (all(part.input_free for part in parts) and runtime.rows is None and runtime.masks is None):
         for part in parts:
             part.evaluate_input_free()
     elif all(part.step_invariant for part in parts) and not _compiled(pipe):
@@ -70,7 +70,10 @@ def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], 
 
     def evaluate(*_: Any) -> None:
         for part in parts:
-            part.evaluate_deferred()
+            if part.input_free:  # the prompt says which experts are there at all
+                part.evaluate_input_free()
+            else:
+                part.evaluate_deferred()
         raise _EvaluatedError
 
     model = denoiser(pipe)

@@ -26,6 +26,7 @@ class ReadingLayer(Protocol):
     name: str
     present: Present
     ranks: tuple[int, ...]
+    stream: str | None
 
     def described(self, low: torch.Tensor) -> Layer: ...
 
@@ -65,7 +66,9 @@ class GateSite:
         self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
-        self._factors: dict[tuple[int, ...], torch.Tensor] = {}  # ranks of a layer -> weights spread over them
+        self._factors: dict[
+            tuple[tuple[int, ...], str | None], torch.Tensor
+        ] = {}  # ranks and stream of a layer -> its factor
         self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
         self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
@@ -118,7 +121,7 @@ class GateSite:
             or runtime.control is not None
         ):
             return None
-        if self._constant and runtime.rows is None:
+        if self._constant and runtime.rows is None and (runtime.masks is None or runtime.masks.row_silent is None):
             return runtime.changes, hidden.device
         if self.timed and runtime.every > 1:
             return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
@@ -181,6 +184,9 @@ class GateSite:
                 factors = [part] if self.spans_blocks else [part, plan.block(self.name)]
                 strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
             active = runtime.compute_active(present, strengths, hidden.device)
+        if runtime.masks is not None and (silent := runtime.masks.row_silent) is not None:
+            there = ~functional.rows_for_layer(silent.to(hidden.device), len(hidden))  # [B, N]
+            active = ActiveExperts(active.mask & there, active.strengths, all_active=False, unit_strengths=False)
         if runtime.rows is None:
             return active
         images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, however many pictures it gets
@@ -206,7 +212,7 @@ class GateSite:
             self.evaluate_deferred()
         if not self.one_evaluation or (self._batch != x.shape[0] and not (self.reads_model_input and self._batch)):
             self._evaluate_on_input(layer, x, low)
-        factor = self._factors.get(layer.ranks)
+        factor = self._factors.get((layer.ranks, layer.stream))
         if factor is None or factor.dtype != low.dtype or low.dim() != 3:
             factor = self._spread(layer, low)
         return factor
@@ -227,9 +233,12 @@ class GateSite:
             block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
             weights = weights * (block[segment] if self.gate.ranked else block)
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)
+        if (masks := self.runtime.masks) is not None:
+            mask = masks.over_ranks(layer.stream, low, segment, layer.ranks)
+            factor = factor if mask is None else factor * mask
         # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
         if low.dim() == 3 and not spans_layers and not weights.requires_grad:
-            self._factors[layer.ranks] = factor
+            self._factors[layer.ranks, layer.stream] = factor
         return factor
 
 

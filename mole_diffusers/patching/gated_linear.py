@@ -23,9 +23,11 @@ class GatedExperts:
         layer: peft's layer, whose `base_layer` is W and whose adapter holds A [R, Cin] in `lora_A` and B [Cout, R] in
             `lora_B`.
         name: of the layer, component first.
+        stream: which tokens it reads, see `placement.stream_of`.
     """
 
-    def __init__(self, site: GateSite, stack: Stack, layer: Any, name: str):
+    def __init__(self, site: GateSite, stack: Stack, layer: Any, name: str, stream: str | None):
+        self.stream = stream
         self.site, self.present, self.ranks, self.name = site, stack.present, stack.ranks, name
         self.base, self.down, self.up = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         # A module looks its weight up in slow ways first; the dicts that hold the weights are read directly.

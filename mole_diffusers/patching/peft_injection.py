@@ -21,6 +21,7 @@ from torch import nn
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.patching.gated_linear import ADAPTER, GatedExperts
+from mole_diffusers.patching.placement import stream_of
 
 
 class GatedLinear(lora.Linear):
@@ -93,7 +94,8 @@ def _fill(layer: Any, stack: Stack, site: GateSite, name: str) -> None:
     layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
     rank = len(stack.segment)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
-    layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{site.name.partition('.')[0]}.{name}")
+    component = site.name.partition(".")[0]
+    layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{component}.{name}", stream_of(component, name))
     if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.

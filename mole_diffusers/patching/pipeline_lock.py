@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from threading import RLock
 from typing import Any
 
 
-def lock_calls(pipe: Any, lock: Any, undo: ExitStack) -> None:
-    """Have every call of `pipe` hold `lock`. A call is looked up on the type, so the object gets a type of its own.
+def lock_calls(pipe: Any, during: Callable[[], AbstractContextManager[None]], undo: ExitStack) -> None:
+    """Have every call of `pipe` run inside `during()`, which holds a lock.
+
+    A call is looked up on the type, so the object gets a type of its own.
 
     A scheduler holds the state of one call, so calls of one pipeline could not overlap without a mixture either.
     """
@@ -17,7 +20,7 @@ def lock_calls(pipe: Any, lock: Any, undo: ExitStack) -> None:
 
     @functools.wraps(found.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with lock:
+        with during():
             return found.__call__(self, *args, **kwargs)
 
     names = ("__module__", "__qualname__", "__doc__")

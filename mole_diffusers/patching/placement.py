@@ -13,6 +13,7 @@ from mole_diffusers.lora.stacking import Stack
 
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
+TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
 # The module that a block's input enters first: in UNets, CLIP and T5, whose layers read one stream of tokens but for
 # TEXT_LAYERS; and in Flux's single blocks, SD 3 and Flux, where picture and text are read together.
 ONE_STREAM = ("attn1", "self_attn", "SelfAttention")
@@ -81,7 +82,7 @@ def describe_place(name: str, layout: str, model: nn.Module) -> Place:
     if layout == "matrix":
         return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
     entry = blocks(model)[name] if layout == "block" else name
-    return Place(name, entry, name, _in_width(model.get_submodule(entry)), _tokens(name, model))
+    return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
 def _within(name: str, layout: str, model: nn.Module) -> Place:
@@ -93,6 +94,19 @@ def _within(name: str, layout: str, model: nn.Module) -> Place:
         return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)
     width = _network_width(model) if block is None else _in_width(model.get_submodule(block))
     return Place(name, block, block, width, 0)
+
+
+def stream_of(component: str, layer: str) -> str | None:
+    """Which tokens a layer reads: "encoding" in a text encoder; in a denoiser "image", "text" (keys and values of
+    cross-attention, and the text's own layers in SD 3 and Flux), or "joint", the text's and then the picture's; None where
+    its tokens are neither (the frames of a film)."""
+    if component.startswith("text_encoder"):
+        return "encoding"
+    if layer.endswith(TEXT_LAYERS) or any(f".{name}" in f".{layer}" for name in TEXT_STREAM):
+        return "text"
+    if layer.startswith("single_transformer_blocks."):
+        return "joint"
+    return None if "motion_modules" in layer else "image"
 
 
 def _in_width(module: nn.Module) -> int:
@@ -118,7 +132,7 @@ def _network_width(model: Any) -> int:
     return text_width(model) + (TIME_WIDTH if denoiser else 0)
 
 
-def _tokens(name: str, model: Any) -> int:
+def tokens_of(name: str, model: Any) -> int:
     """Tokens of a block at the host's default size: halved per side at each down block, mirrored going up."""
     config = model.config
     if not hasattr(config, "block_out_channels"):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers.functional import version
+
+ALIKE = 0.8  # mean cosine from which states count as those of a text: weighted, or taken from another layer
 
 
 def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
@@ -20,65 +24,119 @@ def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
     return ~padding if end is None else ~padding & (ids != end)
 
 
-class PromptTokens:
-    """The word masks of the last texts that were encoded.
+@dataclass(frozen=True)
+class Encoded:
+    """What one run of a text encoder read and made.
 
     Attributes:
-        current: [B, T] bool, of the text that a text encoder is reading or read last; None before the first.
+        encoder: its name in the pipeline.
+        ids: [B, T], on the CPU.
+        words: [B, T] bool, the tokens before the padding.
+        states: the outputs that a denoiser may be given, [B, T, C] each.
+    """
+
+    encoder: str
+    ids: torch.Tensor
+    words: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+
+
+# The runs that one row of a text is made of, token after token, and the row in each; none for a row of zeros.
+Row = list[tuple[Encoded, int]]
+
+
+class PromptTokens:
+    """The last texts that were encoded.
+
+    Attributes:
+        current: [B, T] bool, the words of the text that a text encoder is reading or read last; None before the first.
     """
 
     def __init__(self, memory: int = 8):
         self.current: torch.Tensor | None = None
-        self._known: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=memory)
-        self._asked: tuple[Callable[[], torch.Tensor | None], int, torch.Tensor | None] = (lambda: None, 0, None)
+        self._known: deque[Encoded] = deque(maxlen=memory)
+        self._asked: tuple[Callable[[], torch.Tensor | None], int, list[Row] | None] = (lambda: None, 0, None)
 
-    def watch(self, encoder: Any, undo: ExitStack) -> None:
-        """Note the token ids that `encoder` reads and the states that it makes of them."""
+    def watch(self, name: str, encoder: Any, undo: ExitStack, on_text: Callable[[str, torch.Tensor], None]) -> None:
+        """Note the token ids that `encoder` reads and the states that it makes of them; `on_text(name, ids)` comes first."""
         end = getattr(encoder.config, "eos_token_id", None)
+        reading: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
             ids = args[0] if args else kwargs["input_ids"]
             attended = kwargs.get("attention_mask")
             self.current = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended.bool()
+            reading[:] = [(ids.cpu(), self.current)]
+            on_text(name, reading[0][0])
 
         def after(_: nn.Module, __: tuple, output: Any) -> None:
-            states = [output[0], *(getattr(output, "hidden_states", None) or ())]
-            self._known += [(s.detach(), self.current) for s in states if s.dim() == 3 and self.current is not None]
+            states = [output[0], *(getattr(output, "hidden_states", None) or ())[-4:]]
+            texts = tuple(s.detach() for s in states if s.dim() == 3)
+            if reading and texts:
+                self._known.append(Encoded(name, *reading[0], texts))
 
         undo.callback(encoder.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(encoder.register_forward_hook(after).remove)
 
     def of(self, text: torch.Tensor) -> torch.Tensor | None:
-        """The word mask of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known.
+        """The words of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known."""
+        rows = self.rows(text)
+        if rows is None:
+            return None
+        every = torch.ones(text.shape[1], dtype=torch.bool, device=text.device)
+        return torch.stack([torch.cat([run.words[i].to(text.device) for run, i in row]) if row else every for row in rows])
 
-        A row is found by its values: guidance puts rows of several texts together, several pictures repeat them, and
-        SDXL joins two encoders' channels. A text that comes again, as at every step, is not searched again.
+    def rows(self, text: torch.Tensor) -> list[Row] | None:
+        """The runs that each row of states [B, T, C] comes from, or None where a row is not known.
+
+        A row is found by its values: guidance puts rows of several texts together, several pictures repeat them, SDXL joins
+        two encoders' channels, and SD 3 and long prompts join runs token after token. A text that comes again, as at every
+        step, is not searched again.
         """
-        asked, seen, mask = self._asked
+        asked, seen, rows = self._asked
         if asked() is not text or seen != version(text) or text.is_inference():
-            mask = self._found(text)
-            self._asked = weakref.ref(text), version(text), mask
-        return mask
+            found = [self._row(row) for row in text.detach()]
+            rows = [row for row in found if row is not None]
+            rows = rows if len(rows) == len(found) else None
+            self._asked = weakref.ref(text), version(text), rows
+        return rows
 
-    def _found(self, text: torch.Tensor) -> torch.Tensor | None:
-        for states, known in reversed(self._known):
-            if _same_memory(states, text):
-                return known.to(text.device)
-        rows = [self._row(row) for row in text.detach()]
-        found = [row for row in rows if row is not None]
-        return torch.stack(found) if len(found) == len(rows) else None
-
-    def _row(self, row: torch.Tensor) -> torch.Tensor | None:
-        for states, known in reversed(self._known):
-            width = states.shape[-1]
-            if states.shape[1] == len(row) and width <= row.shape[-1]:
-                same = (states.to(row.device, row.dtype) == row[:, :width]).flatten(1).all(1)  # [b]
-                if same.any():
-                    return known.to(row.device)[same.int().argmax()]
-        return None
+    def _row(self, row: torch.Tensor) -> Row | None:
+        runs: Row = []
+        if not row.any():  # SDXL's empty negative prompt
+            return runs
+        at = 0
+        while at < len(row):
+            found = _same(self._known, row[at:]) or _most_alike(self._known, row[at:])
+            if found is None:
+                return None
+            runs.append(found)
+            at += found[0].ids.shape[1]
+        return runs
 
 
-def _same_memory(states: torch.Tensor, text: torch.Tensor) -> bool:
-    """Whether the two are the same memory, which is known without waiting for a device."""
-    alike = (states.shape, states.stride(), states.dtype) == (text.shape, text.stride(), text.dtype)
-    return alike and states.data_ptr() == text.data_ptr()
+def _candidates(known: Sequence[Encoded], rest: torch.Tensor) -> list[tuple[Encoded, torch.Tensor]]:
+    """The states, newest first, that rest [T, C] may begin with: as many tokens at most, and as many channels."""
+    tokens, width = rest.shape
+    return [(e, s) for e in reversed(known) for s in e.states if s.shape[1] <= tokens and s.shape[2] <= width]
+
+
+def _same(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] | None:
+    for encoded, states in _candidates(known, rest):
+        tokens, width = states.shape[1:]
+        same = (states.to(rest.device, rest.dtype) == rest[:tokens, :width]).flatten(1).all(1)  # [b]
+        if same.any():
+            return encoded, int(same.int().argmax())
+    return None
+
+
+def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] | None:
+    """The text whose states point the same way: prompt weighting scales them, and `clip_skip` puts another norm on them."""
+    best: tuple[float, Encoded, int] | None = None
+    for encoded, states in _candidates(known, rest):
+        tokens, width = states.shape[1:]
+        cosine = F.cosine_similarity(states.to(rest.device).float(), rest[:tokens, :width].float(), dim=-1).mean(1)  # [b]
+        value, index = cosine.max(0)
+        if value >= ALIKE and (best is None or value > best[0]):
+            best = float(value), encoded, int(index)
+    return best and best[1:]

@@ -12,6 +12,7 @@ import torch
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
+from mole_diffusers.patching.token_masks import TokenMasks
 
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
@@ -107,6 +108,8 @@ class Runtime:
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
     plan: Plan | None = None
     tokens: PromptTokens = field(default_factory=PromptTokens)
+    binding: TokenMasks | None = None
+    masks: TokenMasks | None = None  # the binding, where it counts: weights by hand hold on every token
     changes: int = 0
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
@@ -119,6 +122,7 @@ class Runtime:
     def changed(self) -> None:
         """Bring what gates read up to date."""
         self.changes += 1
+        self.masks = self.binding if self.fixed is None else None
         for present, device in self._active:
             self._active[present, device] = self.compute_active(present, self.strength, device)
 
@@ -141,6 +145,9 @@ class Runtime:
 
     def compute_active(self, present: Present, strengths: Sequence[float], device: torch.device) -> ActiveExperts:
         """The same with any strengths [N]."""
-        there = [p and a and s != 0 for p, a, s in zip(present, self.active, strengths, strict=True)]
+        silent = self.masks.silent if self.masks is not None else (False,) * len(present)
+        there = [
+            p and a and s != 0 and not mute for p, a, s, mute in zip(present, self.active, strengths, silent, strict=True)
+        ]
         mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
         return ActiveExperts(mask, factor, all(there), all(s == 1 for s in strengths))

@@ -8,6 +8,7 @@ import torch
 
 from mole_diffusers import functional
 from mole_diffusers.patching.runtime import Decision, Present, Runtime
+from mole_diffusers.patching.token_masks import Layout
 
 
 @dataclass
@@ -19,11 +20,13 @@ class Trace:
         records: (place, step, applied weights [N] or [B, N] on the CPU); step -1 is before the first denoiser call,
             where text encoders run. Layers of a place that have fewer of the experts are recorded apart, as
             "PLACE (fox, ink)".
+        layouts: where each expert acted, for each picture of the last call; there when the block has ended.
     """
 
     experts: list[str]
     runtime: Runtime = field(repr=False)
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
+    layouts: list[Layout] = field(default_factory=list, repr=False)
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import SAMPLERS
 
@@ -52,11 +54,14 @@ def _mixture(recipe: Recipe, names: list[str]) -> list[str]:
     gates = recipe.gates if recipe.arm == "gates" else "sum"
     locks = {place: dict(row) for place, row in recipe.locks.items()}
     given = f", locks={locks}" if locks else ""
+    binding: Any = {name: bound for name, bound in recipe.tag_bindings().items() if name in names} or "auto"
+    if recipe.binding == "none" or recipe.arm != "gates":
+        binding = None
     return [
         "from mole_diffusers.studio.prompt_syntax import parse",
         "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",
-        f"mixture = mole.attach(pipe, {files}, gates={gates!r})",
+        f"mixture = mole.attach(pipe, {files}, gates={gates!r}, binding={binding!r})",
         f"tags = parse({tags!r}).tags",
         f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=pipe.unet, steps={recipe.steps}{given})",
     ]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from mole_diffusers.binding.config import parse_phrases, parse_region
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
-ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step")
+ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step", "word", "region")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class LoraTag:
         te, unet: strength in the text encoders and in the denoiser. Text encoders run once, before the first step.
         lbw: block weights as typed, a preset's name or numbers; "" leaves every block at 1. See `block_weights`.
         start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None is the end.
+        word: phrases of the prompt that are its own, separated by |; "" leaves those of its file.
+        region: where it acts, see `binding.config.parse_region`; "" finds that from attention.
     """
 
     name: str
@@ -56,6 +62,8 @@ class LoraTag:
     lbw: str = ""
     start: int = 0
     stop: int | None = None
+    word: str = ""
+    region: str = ""
 
     def strength(self, component: str, step: int, steps: int) -> float:
         """The strength in a component ("unet", "text_encoder", ...) at `step` of `steps`; 0 outside start..stop."""
@@ -63,6 +71,15 @@ class LoraTag:
             return self.te(0, steps)
         active = self.start <= step < (steps if self.stop is None else self.stop)
         return self.unet(step, steps) if active else 0.0
+
+    @property
+    def binding(self) -> Any:
+        """What `Mixture.bind` takes for it; None where the tag says nothing."""
+        if not self.word and not self.region:
+            return None
+        if self.region == EVERYWHERE and not self.word:
+            return EVERYWHERE
+        return parse_phrases(self.word), parse_region(self.region or AUTO)
 
     def __str__(self) -> str:
         words = [f"<lora:{self.name}", str(self.te)]
@@ -74,6 +91,7 @@ class LoraTag:
             words.append(f"start={self.start}")
         if self.stop is not None:
             words.append(f"stop={self.stop}")
+        words += [f"{key}={value}" for key, value in (("word", self.word), ("region", self.region)) if value]
         return ":".join(words) + ">"
 
 
@@ -91,8 +109,8 @@ class Parsed:
 def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
     """Separate a prompt from its tags.
 
-    `<lora:NAME[:TE[:UNET]]>` as in A1111, with the named arguments te=, unet=, lbw=, start=, stop=, step=A-B. A strength
-    is a number or a list "0@0,1@0.4" (also with ; and ~). TE defaults to 1, UNET to TE.
+    `<lora:NAME[:TE[:UNET]]>` as in A1111, with the named arguments te=, unet=, lbw=, start=, stop=, step=A-B, word=,
+    region=. A strength is a number or a list "0@0,1@0.4" (also with ; and ~). TE defaults to 1, UNET to TE.
 
     Args:
         known: names of LoRAs; needed for names that contain ":".
@@ -129,7 +147,10 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
     if not name:
         raise ValueError(f"{where} names no LoRA")
     start, stop = _steps(given, where)
-    return LoraTag(name, te, unet, given.get("lbw", ""), start, stop)
+    word, region = given.get("word", ""), given.get("region", "")
+    if region:
+        checked_region(parse_region(region), name)
+    return LoraTag(name, te, unet, given.get("lbw", ""), start, stop, word, region)
 
 
 def _steps(given: dict[str, str], where: str) -> tuple[int, int | None]:

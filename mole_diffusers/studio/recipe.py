@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import parse_json, read_json
 from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
 
-FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
+FORMAT, VERSION = "mole_diffusers.studio.recipe", 2
 RANGES = {"seed": (0, 2**63 - 1), "steps": (1, 150), "guidance": (0.0, 50.0), "width": (16, 4096), "height": (16, 4096)}
+BINDINGS = (AUTO, "none")
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
 
@@ -34,6 +36,7 @@ class Recipe:
         experts: LoRA -> sha256 of its tensors, by which a file is found again under any name.
         gates_sha256: of the trained gates, "" for a family.
         base: the base pipeline's name.
+        binding: "auto", each LoRA on its own words and in its own place, or "none".
     """
 
     prompt: str
@@ -50,6 +53,7 @@ class Recipe:
     experts: Mapping[str, str] = field(default_factory=dict)
     gates_sha256: str = ""
     base: str = ""
+    binding: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "sampler", "gates", "arm", "gates_sha256", "base"):
@@ -63,8 +67,9 @@ class Recipe:
                 )
         if len(self.prompt) > 5000 or len(self.negative) > 5000:
             raise ValueError("a prompt has at most 5000 characters")
-        if self.arm.partition(" ")[0] not in ARMS:
-            raise ValueError(f"unknown arm {self.arm!r}; known: {list(ARMS[:3])}, 'alone NAME', 'merge METHOD'")
+        if self.arm.partition(" ")[0] not in ARMS or self.binding not in BINDINGS:
+            arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
+            raise ValueError(f"unknown arm {self.arm!r} or binding {self.binding!r}; known: {arms}; {list(BINDINGS)}")
         if not _maps_to(self.locks, Mapping) or not all(_maps_to(row, int | float) for row in self.locks.values()):
             raise ValueError("locks must map gate sites to weights by LoRA")
         if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
@@ -90,6 +95,10 @@ class Recipe:
             raise ValueError("one LoRA has one strength: take te=, unet=, lbw=, start=, stop= and step= out of the tags")
         return {tag.name: tag.unet(0, 1) for tag in tags}
 
+    def tag_bindings(self) -> dict[str, Any]:
+        """LoRA -> what its tag says about words and region, as `Mixture.bind` takes it."""
+        return {tag.name: tag.binding for tag in self.tags if tag.binding is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data with format and version, for a file."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -100,9 +109,12 @@ class Recipe:
 
         Raises ValueError for another format, an unknown or missing field, or a value out of range.
         """
-        if not isinstance(values, Mapping) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        versions = range(1, VERSION + 1)
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT or values.get("version") not in versions:
             raise ValueError(f"{where} is not a {FORMAT} of version {VERSION}")
         given = {key: value for key, value in values.items() if key not in ("format", "version")}
+        if values["version"] == 1:  # before LoRAs could be bound
+            given["binding"] = "none"
         if unknown := set(given) - {f.name for f in fields(cls)}:
             raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         if "prompt" not in given:

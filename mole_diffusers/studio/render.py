@@ -12,6 +12,7 @@ import diffusers
 import torch
 from PIL import Image
 
+from mole_diffusers.binding.config import files_bindings
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.pipeline_lock import PipelineLock
@@ -118,8 +119,11 @@ class Studio:
         method = recipe.arm.removeprefix("merge ") if recipe.arm.startswith("merge ") else ""
         strengths = recipe.constant_strengths() if method else {}
         key = (list(recipe.experts.items()), recipe.gates, recipe.gates_sha256, method, list(strengths.items()))
+        binding = recipe.tag_bindings() if recipe.binding != "none" and not method else None
         if key == self._attached_key and (attached(self.pipe) is None) == (not recipe.experts):
-            return attached(self.pipe)
+            if (mixture := attached(self.pipe)) is not None:
+                mixture.bind(None if binding is None else files_bindings(mixture.experts) | binding)
+            return mixture
         self.forget_attached()
         # In the order of the tags, which a file's name here does not change: the order decides the last bits of a sum.
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
@@ -127,9 +131,9 @@ class Studio:
             detach(self.pipe)
         elif method:
             merged = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
-            attach(self.pipe, {MERGED: merged}, "sum")
+            attach(self.pipe, {MERGED: merged}, "sum", binding=None)
         else:
-            attach(self.pipe, experts, self.catalog.gates_source(recipe.gates))
+            attach(self.pipe, experts, self.catalog.gates_source(recipe.gates), binding=binding)
         self._attached_key = key
         return attached(self.pipe)
 

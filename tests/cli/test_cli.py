@@ -153,3 +153,20 @@ def test_a_flag_for_every_setting_of_a_training_run():
         flags = {option.name for option in parser().commands[command].params}
         wanted = {elsewhere.get(field.name, field.name) for config in configs for field in fields(config)}
         assert wanted <= flags, command
+
+
+def test_compose_binds_words_and_places(loras, base, tmp_path, capsys):
+    experts = [word for name in ("fox", "ink") for word in ("--expert", f"{name}={loras[name]}")]
+    compose = ["compose", "a fox in ink", *experts, "--base", str(base), "--steps", "1", "--rows", "1"]
+    pictures = {}
+    for name, options in {
+        "bound": ["--bind", "fox=fox@left", "--bind", "ink=everywhere"],
+        "unbound": ["--unbound"],
+    }.items():
+        assert main([*compose, *options, "--out", str(tmp_path / f"{name}.png")]) == 0
+        pictures[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert pictures["bound"] != pictures["unbound"]
+    assert main([*compose, "--bind", "cat=cat"]) == 1
+    assert "unknown expert 'cat'; attached: ['fox', 'ink']" in capsys.readouterr().err
+    assert main([*compose, "--bind", "fox=fox", "--unbound"]) == 1
+    assert "exclude each other" in capsys.readouterr().err

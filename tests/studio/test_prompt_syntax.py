@@ -46,11 +46,26 @@ def test_strength_by_part_and_step(text, te, unet):
 
 
 @pytest.mark.parametrize(
-    "text", ["<lora:x:0.5:unet=0@0,1@0.4:lbw=OUTD:start=1:stop=4>", "<lora:a b.v1:-1.5>", "<lora:x:1:lbw=1,0,0.5>"]
+    "text",
+    [
+        "<lora:x:1:word=a fox|foxes:region=top left>",
+        "<lora:x:1:region=0,0,0.5,1>",
+        "<lora:x:0.5:unet=0@0,1@0.4:lbw=OUTD:start=1:stop=4>",
+        "<lora:a b.v1:-1.5>",
+        "<lora:x:1:lbw=1,0,0.5>",
+    ],
 )
 def test_writing_a_tag_and_reading_it_again_gives_the_same_tag(text):
     (tag,) = parse(text).tags
     assert parse(str(tag)).tags == (tag,)
+
+
+def test_a_tag_says_words_and_a_region():
+    assert parse("<lora:x:1>").tags[0].binding is None
+    assert parse("<lora:x:1:word=a fox|foxes>").tags[0].binding == (["a fox", "foxes"], "auto")
+    assert parse("<lora:x:region=0,0,0.5,1>").tags[0].binding == (None, (0.0, 0.0, 0.5, 1.0))
+    assert parse("<lora:x:0.8:word=fox:region=left>").tags[0].binding == (["fox"], "left")
+    assert parse("<lora:x:region=everywhere>").tags[0].binding == "everywhere"
 
 
 def test_names():
@@ -74,6 +89,8 @@ def test_names():
         ("<lora:x:1,2>", "is not a list of STRENGTH@POINT"),
         ("<lora:x:1@-1>", "a point is 0 or more"),
         ("<lora::1>", "names no LoRA"),
+        ("<lora:x:1:region=nowhere>", "the region of 'x' is 'nowhere'; a region is 'auto'"),
+        ("<lora:x:1:region=mask.png>", "the region of 'x' is 'mask.png'"),  # a stranger's prompt opens no file
         ("<lora:x:1> <lora:x:2>", "two tags for 'x'"),
     ],
 )

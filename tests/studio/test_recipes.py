@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers import attach, attached
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import Recipe, load, with_strength
@@ -59,6 +60,20 @@ def test_arms(studio, recipe, draw):
     assert same(drawn["base"], studio.draw(plain))
     assert same(drawn["gates"], drawn["sum"])  # these gates are the sum
     assert np.abs(np.asarray(drawn["alone fox"], int) - np.asarray(studio.draw(alone), int)).max() <= 1
+
+
+def test_words_and_regions_of_tags_bind(studio, recipe):
+    """As `bind` on the mixture; a recipe from before LoRAs could be bound, or that says none, is not bound."""
+    unbound = studio.draw(recipe)
+    tags = "a fox in ink <lora:fox:0.8:word=fox:region=left> <lora:ink:1:stop=1:region=everywhere>"
+    bound = dataclasses.replace(recipe, prompt=tags)
+    picture = studio.draw(bound)
+    assert attached(studio.pipe).binding["fox"] == Bound(("fox",), "left")
+    assert not same(picture, unbound)
+    assert same(studio.draw(dataclasses.replace(bound, binding="none")), unbound)
+    assert same(studio.draw(recipe), unbound)  # the tag's binding does not stay
+    old = {key: value for key, value in bound.to_dict().items() if key != "binding"} | {"version": 1}
+    assert Recipe.from_dict(old).binding == "none"
 
 
 def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake, tmp_path):
@@ -138,7 +153,7 @@ def test_recipes_as_files(recipe, tmp_path):
         ({"locks": {"x": {"fox": "much"}}}, "locks must map gate sites"),
         ({"experts": ["fox"]}, "experts must map"),
         ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),
-        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 1"),
+        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 2"),
     ],
 )
 def test_bad_recipes_are_refused_with_one_sentence(recipe, changes, message):

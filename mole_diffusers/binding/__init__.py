@@ -1,0 +1,1 @@
+"""Which words and which places are whose."""

@@ -1,0 +1,149 @@
+"""What a user says about binding: each expert's words, and where in the picture it acts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
+from mole_diffusers.lora import Expert
+from mole_diffusers.lora.metadata import training_tags
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # ends of a mask's file name
+MASK, MOST_PIXELS = "png:", 16 << 20
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How one expert is bound.
+
+    Attributes:
+        words: phrases that are its own; none: it acts on every word that is nobody else's.
+        region: where it acts; "auto" is found from attention, where it has words of a thing. "everywhere" is the whole
+            picture, and without words every word, those of others included.
+        required: whether it is silent where the text has none of its words. Words that were only guessed from training
+            tags are not required: without them it acts as if it had none.
+    """
+
+    words: tuple[str, ...] = ()
+    region: Region = AUTO
+    required: bool = True
+
+
+def from_file(expert: Expert) -> Bound:
+    """The words that an expert's file gives: trigger words, or else its most frequent training tags."""
+    guessed = bool(expert.triggers) and expert.triggers == training_tags(expert.metadata)[:3]
+    return Bound(expert.triggers, required=not guessed)
+
+
+def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
+    """Every expert bound as its file says."""
+    return {name: from_file(expert) for name, expert in experts.items()}
+
+
+def bound(given: Any, name: str, expert: Expert) -> Bound:
+    """What a user gave for one expert, as `Bound`.
+
+    Args:
+        given: words, "a fox" or ["a fox", "foxes"]; or (words, region), where words may be None for those of the file; or
+            "everywhere", on every word and in the whole picture.
+
+    Raises ValueError, naming the expert, for anything else.
+    """
+    if isinstance(given, Bound):
+        return given
+    if given == EVERYWHERE:
+        return Bound((), EVERYWHERE)
+    words: Any = given
+    region: Region = AUTO
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise ValueError(f"the binding of {name!r} is words, or (words, region), got {given!r}")
+        words, region = given
+    own = from_file(expert)
+    region = checked_region(region, name)
+    if words is None:
+        return Bound(own.words, region, own.required)
+    words = (words,) if isinstance(words, str) else tuple(words) if isinstance(words, Sequence) else (words,)
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"the words of {name!r} are one or more phrases, got {given!r}")
+    return Bound(tuple(_without_article(word) for word in words), region)
+
+
+def _without_article(phrase: str) -> str:
+    first, _, rest = phrase.strip().partition(" ")
+    return rest.strip() if first.lower() in ("a", "an", "the") and rest.strip() else phrase.strip()
+
+
+def bindings(given: Mapping[str, Any], experts: Mapping[str, Expert], before: Mapping[str, Bound]) -> dict[str, Bound]:
+    """`before` with what was given. Raises ValueError for a name that is no expert's."""
+    if unknown := [name for name in given if name not in experts]:
+        raise ValueError(f"unknown expert {unknown[0]!r}; attached: {list(experts)}")
+    return {name: bound(given[name], name, experts[name]) if name in given else before[name] for name in experts}
+
+
+def parse_binding(text: str, option: str) -> tuple[str, Any]:
+    """NAME=WORDS[@REGION] as (name, what `bound` takes); several phrases are separated by |, a box is 0,0,0.5,1.
+
+    Raises ValueError naming `option`.
+    """
+    name, sign, rest = text.partition("=")
+    if not sign or not name or not rest:
+        raise ValueError(f"{option} {text!r} is not NAME=WORDS[@REGION]")
+    if rest == EVERYWHERE:
+        return name, EVERYWHERE
+    words, at, region = rest.partition("@")
+    if not at:
+        return name, parse_phrases(words)
+    if region.lower().endswith(PICTURES):
+        with Image.open(region) as image:
+            return name, (parse_phrases(words), image.convert("L"))
+    return name, (parse_phrases(words), parse_region(region))
+
+
+def parse_phrases(text: str) -> list[str] | None:
+    """Phrases separated by |; None, which stands for those of the file, if there are none."""
+    return [word for word in text.split("|") if word.strip()] or None
+
+
+def parse_region(text: str) -> Region:
+    """A region as it is typed: a name, or four numbers with commas."""
+    if text.count(",") == 3:
+        try:
+            left, top, right, bottom = map(float, text.split(","))
+            return left, top, right, bottom
+        except ValueError:
+            raise ValueError(f"{text!r} is not a box: LEFT,TOP,RIGHT,BOTTOM in shares of the picture") from None
+    return text
+
+
+def to_json(bound: Bound) -> dict[str, Any]:
+    """As plain data for a file; a mask picture is its PNG in base64."""
+    region: Any = bound.region
+    if isinstance(region, Image.Image):
+        file = io.BytesIO()
+        region.convert("L").save(file, "PNG")
+        region = MASK + base64.b64encode(file.getvalue()).decode()
+    return {"words": list(bound.words), "region": region, "required": bound.required}
+
+
+def from_json(values: Any, name: str) -> Bound:
+    """The inverse of `to_json`. Raises ValueError naming the expert for anything else."""
+    try:
+        words, region, required = values["words"], values["region"], values["required"]
+        if isinstance(region, str) and region.startswith(MASK):
+            file = io.BytesIO(base64.b64decode(region.removeprefix(MASK), validate=True))
+            with Image.open(file, formats=["PNG"]) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError("a mask that is too large")
+                region = image.convert("L")
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words) or not isinstance(required, bool):
+            raise ValueError("words that are no texts")
+    except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        raise ValueError(f"the binding of {name!r} cannot be read: {error}") from error
+    return Bound(tuple(words), checked_region(region, name), required)

@@ -1,0 +1,85 @@
+"""A layout from attention: which part of the picture each thing gets, decided once and then imposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+
+VIOLATED = 10.0  # what an assignment against the prompt's place words costs; scores are at most 1
+
+
+def strips(count: int, height: int, width: int, *, along: str | None = None) -> torch.Tensor:
+    """`count` equal strips across the longer side, [count, height, width] in 0..1; side by side where it is a square."""
+    along = along or ("y" if height > width else "x")
+    length = height if along == "y" else width
+    edges = torch.arange(length) / length
+    inside = torch.stack([((edges + 0.5 / length) * count).floor() == i for i in range(count)]).float()  # [count, length]
+    return inside[:, :, None].expand(-1, -1, width) if along == "y" else inside[:, None].expand(-1, height, -1)
+
+
+def quadrants(height: int, width: int) -> torch.Tensor:
+    """The four quarters of a picture, [4, height, width]."""
+    rows, columns = strips(2, height, width, along="y"), strips(2, height, width, along="x")
+    return torch.stack([r * c for r in rows for c in columns])
+
+
+def candidates(count: int, height: int, width: int, axes: Sequence[str] = ()) -> list[torch.Tensor]:
+    """Partitions [cells, height, width] that `count` things may be put on.
+
+    Args:
+        axes: "x" or "y" for each relation of the prompt's place words: strips must lie along one of them.
+    """
+    square = max(height, width) < 1.5 * min(height, width)
+    if axes:
+        return [strips(count, height, width, along=axis) for axis in dict.fromkeys(axes)]
+    if square and count >= 3:
+        return [quadrants(height, width)] if count <= 4 else [strips(count, height, width)]
+    return [strips(count, height, width)]
+
+
+def assign(
+    maps: torch.Tensor, cells: torch.Tensor, relations: Sequence[tuple[int, int, str]] = ()
+) -> tuple[list[int], float, float]:
+    """Which cell each thing gets, so that its words' attention lies in its cell as far as possible.
+
+    Args:
+        maps: [K, H, W], attention of each thing's words.
+        cells: [C, H, W] with C >= K.
+        relations: (first, second, axis): the first has the smaller coordinate, which counts more than any map.
+
+    Returns:
+        the cell of each thing; the mean share of a map that its cell has; by how much the next assignment is worse.
+    """
+    share = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
+    score = torch.einsum("khw,chw->kc", share, cells)  # [K, C]
+    orders = torch.tensor(list(permutations(range(len(cells)), len(maps))))  # [P, K]
+    value = score[torch.arange(len(maps)), orders].mean(1)  # [P]
+    for i, j, axis in relations:
+        centre = _centres(cells, axis)  # [C]
+        value = value - VIOLATED * (centre[orders[:, i]] >= centre[orders[:, j]])
+    best = value.topk(min(2, len(value)))
+    margin = float(best.values[0] - best.values[-1])
+    return orders[best.indices[0]].tolist(), float(best.values[0]), margin
+
+
+def _centres(cells: torch.Tensor, axis: str) -> torch.Tensor:
+    """[C]: the mean coordinate of each cell."""
+    along = cells.sum(1 if axis == "x" else 2)  # [C, length]
+    return (along * torch.arange(along.shape[1])).sum(1) / along.sum(1)
+
+
+def planned(
+    maps: torch.Tensor, height: int, width: int, relations: Sequence[tuple[int, int, str]] = ()
+) -> tuple[torch.Tensor, float]:
+    """The region of each thing, [K, height, width], from its words' attention `maps` [K, h, w], and how sure that is: the
+    share of attention by which the next assignment is worse."""
+    options = []
+    h, w = maps.shape[1:]
+    for cells in candidates(len(maps), h, w, [axis for _, _, axis in relations]):
+        cell, score, margin = assign(maps, cells, relations)
+        options.append((score * len(cells), cells[cell], margin))
+    _, regions, margin = max(options, key=lambda option: option[0])
+    return F.interpolate(regions[None], (height, width), mode="area")[0], margin

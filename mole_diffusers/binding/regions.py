@@ -1,0 +1,51 @@
+"""Regions that a user gives: names, boxes and masks, as the share of each place that lies inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+Box = tuple[float, float, float, float]
+Region = str | Box | Image.Image
+
+AUTO, EVERYWHERE = "auto", "everywhere"
+BOXES: dict[str, Box] = {  # left, top, right, bottom, in shares of width and height
+    "left": (0, 0, 0.5, 1), "right": (0.5, 0, 1, 1), "top": (0, 0, 1, 0.5), "bottom": (0, 0.5, 1, 1),
+    "center": (0.25, 0.25, 0.75, 0.75), "top left": (0, 0, 0.5, 0.5), "top right": (0.5, 0, 1, 0.5),
+    "bottom left": (0, 0.5, 0.5, 1), "bottom right": (0.5, 0.5, 1, 1),
+}  # fmt: skip
+KNOWN = (
+    f"{AUTO!r}, {EVERYWHERE!r}, {', '.join(map(repr, BOXES))}, a box (left, top, right, bottom) in 0..1, or a mask picture"
+)
+
+
+def checked_region(region: Region, whose: str) -> Region:
+    """The region, boxes as tuples of floats. Raises ValueError naming what a region can be."""
+    if isinstance(region, Image.Image):
+        return region
+    if isinstance(region, str):
+        if region in (AUTO, EVERYWHERE, *BOXES):
+            return region
+    elif isinstance(region, Sequence) and len(region) == 4 and all(isinstance(v, int | float) for v in region):
+        left, top, right, bottom = map(float, region)
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return left, top, right, bottom
+    raise ValueError(f"the region of {whose!r} is {region!r}; a region is {KNOWN}")
+
+
+def region_mask(region: Region, height: int, width: int) -> torch.Tensor:
+    """[height, width] in 0..1: how much of each place lies inside a named region, a box or a mask picture."""
+    if isinstance(region, Image.Image):
+        grey = region.convert("L").resize((width, height), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(grey, np.float32) / 255)
+    left, top, right, bottom = BOXES[region] if isinstance(region, str) else region
+    return _covered(top, bottom, height)[:, None] * _covered(left, right, width)
+
+
+def _covered(low: float, high: float, places: int) -> torch.Tensor:
+    """[places]: how much of each of `places` equal parts of 0..1 lies between `low` and `high`."""
+    edges = torch.arange(places + 1.0)
+    return (edges[1:].clamp(max=high * places) - edges[:-1].clamp(min=low * places)).clamp(min=0)

@@ -1,0 +1,189 @@
+"""Which tokens of a prompt belong to which expert, and which of its words name things that have a place in the picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+MEDIA = (
+    "drawing|painting|photo|photograph|picture|image|illustration|sketch|render|rendering|portrait|poster|sticker|icon|print|"
+    "comic|cartoon|artwork|art|style"
+)
+FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
+# A style stands before a medium, "ink drawing of", or after a word that says how or where: "in ink", "in the style of ink".
+BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?\b")
+AFTER_STYLE_WORD = re.compile(r"\b(?:in|by|style of|made of|as|on)\s+(?:(?:an?|the)\s+)?$")
+RELATIONS = {  # words between two things -> (axis, whether the first has the smaller coordinate)
+    "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
+    "under": ("y", False), "beneath": ("y", False),
+}  # fmt: skip
+RELATION = re.compile(
+    r"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?(left of|right of|above|over|below|under|beneath)\s+(?:an?\s+|the\s+)?"
+)
+# Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
+BREAK = re.compile(r"[,;.&+\n]|\b(?:and|beside|next to|near|(?:to the )?(?:left|right) of|above|over|below|under|beneath)\b")
+NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something that the text says is in the picture.
+
+    Attributes:
+        name: its words, as the text has them.
+        expert: its index, or None for a noun that no expert owns.
+        tokens: [T] bool, the tokens of its words.
+    """
+
+    name: str
+    expert: int | None
+    tokens: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One text as binding reads it.
+
+    Attributes:
+        own: [N][T] bool: the tokens of each expert's words.
+        things: what has a place in the picture: experts' words that are not said of the whole picture, and nouns beside
+            them that no expert owns.
+        relations: (first thing, second thing, "x" or "y"): the first has the smaller coordinate.
+    """
+
+    own: tuple[tuple[bool, ...], ...]
+    things: tuple[Thing, ...] = ()
+    relations: tuple[tuple[int, int, str], ...] = ()
+
+    @property
+    def said(self) -> tuple[bool, ...]:
+        """[N]: whose words the text has."""
+        return tuple(any(tokens) for tokens in self.own)
+
+
+def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -> Reading:
+    """Find the words of every expert in a tokenised text: whole words of any case, or their plurals.
+
+    Where phrases of two experts overlap the longer one counts; a word that both name belongs to both.
+
+    Args:
+        ids: of one row, [T].
+        phrases: [N], each expert's words; none for an expert that has none.
+    """
+    special = set(tokenizer.all_special_tokens)
+    pieces = ["\n" if token in special else _as_text(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
+    ends = list(accumulate(map(len, pieces)))
+    text = "".join(pieces).lower()
+
+    def tokens(span: tuple[int, int]) -> tuple[bool, ...]:
+        return tuple(
+            end > span[0] and end - len(piece) < span[1] and piece.strip() != ""
+            for piece, end in zip(pieces, ends, strict=True)
+        )
+
+    spans = _spans(text, [[_surface(phrase, tokenizer) for phrase in each] for each in phrases])
+    own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
+    located = [(span, k) for k, each in enumerate(spans) for span in each if not _is_style(text, span)]
+    named = {k: _union([tokens(span) for span, j in located if j == k], len(pieces)) for _, k in located}
+    first = {k: text[slice(*span)] for span, k in reversed(located)}
+    things = [Thing(first[k], k, own_tokens) for k, own_tokens in named.items()]
+    places: dict[int, tuple[int, int]] = {}
+    for span, k in located:
+        places.setdefault(list(named).index(k), span)
+    for span in _other_nouns(text, [span for each in spans for span in each], [span for span, _ in located]):
+        places[len(things)] = span
+        things.append(Thing(text[slice(*span)].strip(), None, tokens(span)))
+    return Reading(own, tuple(things), tuple(_relations(text, places)))
+
+
+def joined(readings: Sequence[Reading]) -> Reading:
+    """Texts token after token: of several encoders, or parts of a long prompt. What both name is one thing."""
+    if len(readings) == 1:
+        return readings[0]
+    lengths = [len(reading.own[0]) for reading in readings]
+    own = tuple(tuple(flag for reading in readings for flag in reading.own[k]) for k in range(len(readings[0].own)))
+    things: dict[tuple[int | None, str], list[tuple[bool, ...]]] = {}
+    for i, reading in enumerate(readings):
+        for thing in reading.things:
+            key = thing.expert, thing.name if thing.expert is None else ""
+            parts = things.setdefault(key, [(False,) * length for length in lengths])
+            parts[i] = thing.tokens
+    names = {(t.expert, t.name if t.expert is None else ""): t.name for r in reversed(readings) for t in r.things}
+    merged = tuple(Thing(names[key], key[0], tuple(f for part in parts for f in part)) for key, parts in things.items())
+    return Reading(own, merged, readings[0].relations)
+
+
+def _as_text(token: str) -> str:
+    """A token as the text it stands for; CLIP ends words with a mark, T5 and byte-level tokenizers begin them with one."""
+    return token.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
+
+
+def _surface(phrase: str, tokenizer: Any) -> str:
+    return "".join(map(_as_text, tokenizer.tokenize(phrase))).strip().lower()
+
+
+def _pattern(phrase: str) -> re.Pattern[str]:
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    if phrase[-1:] == "y":
+        words = f"{words[:-1]}(?:y|ies)"
+    plural = r"(?:'?e?s)?" if phrase[-1:].isalpha() else ""
+    return re.compile(rf"(?<!\w){words}{plural}(?!\w)")
+
+
+def _spans(text: str, phrases: Sequence[Sequence[str]]) -> list[list[tuple[int, int]]]:
+    """[N]: where each expert's phrases stand in the text; a phrase inside a longer one of another expert does not count."""
+    found = [
+        (match.span(), k)
+        for k, each in enumerate(phrases)
+        for phrase in each
+        if phrase
+        for match in _pattern(phrase).finditer(text)
+    ]
+    spans: list[list[tuple[int, int]]] = [[] for _ in phrases]
+    for (a, b), k in sorted(set(found)):
+        if not any(c <= a and b <= d and (d - c) > (b - a) for (c, d), _ in found):
+            spans[k].append((a, b))
+    return spans
+
+
+def _union(masks: Sequence[tuple[bool, ...]], length: int) -> tuple[bool, ...]:
+    return tuple(map(any, zip(*masks, strict=True))) if masks else (False,) * length
+
+
+def _is_style(text: str, span: tuple[int, int]) -> bool:
+    """Whether words are said of the whole picture: a style or a setting."""
+    return bool(
+        BEFORE_MEDIUM.match(text, span[1])
+        or AFTER_STYLE_WORD.search(text[: span[0]])
+        or re.search(rf"\b(?:{MEDIA})\b", text[slice(*span)])
+    )
+
+
+def _other_nouns(
+    text: str, owned: Sequence[tuple[int, int]], located: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Noun phrases with an article that stand beside those of the experts, and are no expert's."""
+    edges = [0, *(edge for match in BREAK.finditer(text) for edge in match.span()), len(text)]
+    if not located:
+        return
+    for a, b in zip(edges[::2], edges[1::2], strict=True):
+        noun = NOUN.match(text[a:b])
+        if noun is None:
+            noun = re.search(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)", text[a:b])
+        if noun is None or any(a <= c < b for c, _ in owned if (c, _) in located):
+            continue
+        start, end = a + noun.start(1), a + noun.end(1)
+        if not any(c < end and start < d for c, d in owned) and not noun[1].strip().endswith("background"):
+            yield start, end
+
+
+def _relations(text: str, places: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, str]]:
+    for i, (_, end) in places.items():
+        between = RELATION.match(text, end)
+        second = next((j for j, (start, _) in places.items() if between and between.end() == start and j != i), None)
+        if between and second is not None:
+            axis, first_is_smaller = RELATIONS[between[1]]
+            yield (i, second, axis) if first_is_smaller else (second, i, axis)

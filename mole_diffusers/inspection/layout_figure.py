@@ -1,0 +1,44 @@
+"""Each expert's region drawn over its picture."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mole_diffusers.patching.token_masks import Layout
+
+COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 60), (148, 80, 190), (230, 145, 30), (0, 150, 150))
+TINT, EDGE = 0.28, 2  # share of a region's colour over the picture; width of its outline in pixels
+
+
+def overlay(picture: Image.Image, layout: Layout, *, side: int = 384) -> Image.Image:
+    """The picture, enlarged so that its longer side has `side` pixels, under the tinted regions and their names."""
+    scale = side / max(picture.size)
+    size = round(picture.width * scale), round(picture.height * scale)
+    filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    image = picture.convert("RGB").resize(size, filter_)
+    names = []
+    for i, (name, region) in enumerate(layout.regions.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        grey = Image.fromarray((region.numpy() * 255).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        image = Image.composite(Image.blend(image, Image.new("RGB", size, colour), TINT), image, grey)
+        inside = np.asarray(grey) > 127
+        image = _outlined(image, inside, colour)
+        rows, columns = np.nonzero(inside)
+        if len(rows):
+            names.append((name, (int(columns.mean()), int(rows.min()) + 6), colour))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, side // 22))
+    for name, at, colour in names:
+        draw.text(at, name, "white", font, anchor="ma", stroke_width=3, stroke_fill=colour)
+    return image
+
+
+def _outlined(image: Image.Image, inside: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture with a line along the inner edge of a region, [H, W] bool."""
+    edge = np.zeros_like(inside)
+    for axis in (0, 1):
+        for shift in (-EDGE, EDGE):
+            edge |= inside & ~np.roll(inside, shift, axis)
+    pixels = np.asarray(image).copy()
+    pixels[edge] = colour
+    return Image.fromarray(pixels)

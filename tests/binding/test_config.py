@@ -1,0 +1,74 @@
+"""What a user says about binding."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from mole_diffusers.binding.config import Bound, bindings, bound, files_bindings, parse_binding
+from mole_diffusers.lora import Expert
+
+
+def expert(name, triggers=(), **metadata):
+    return Expert(name, {}, "peft", "unknown", triggers, "file", "", metadata)
+
+
+def test_words_are_those_of_the_file_unless_others_are_given():
+    fox = expert("fox", ("sks fox",))
+    assert files_bindings({"fox": fox, "ink": expert("ink")}) == {
+        "fox": Bound(("sks fox",)), "ink": Bound(())
+    }  # fmt: skip
+    assert bound("a fox", "fox", fox) == Bound(("fox",))
+    assert bound(["a fox", "foxes"], "fox", fox) == Bound(("fox", "foxes"))
+    assert bound((None, "left"), "fox", fox) == Bound(("sks fox",), "left")
+    assert bound(("the fox", (0, 0, 0.5, 1)), "fox", fox) == Bound(("fox",), (0.0, 0.0, 0.5, 1.0))
+    assert bound("everywhere", "fox", fox) == Bound((), "everywhere")
+
+
+def test_words_guessed_from_training_tags_do_not_silence():
+    tags = json.dumps({"folder": {"1girl": 10, "hat": 9, "solo": 8, "smile": 1}})
+    assert (
+        files_bindings({"girl": expert("girl", ("1girl", "hat", "solo"), ss_tag_frequency=tags)})["girl"].required is False
+    )
+    assert files_bindings({"girl": expert("girl", ("1girl",), ss_tag_frequency=tags)})["girl"].required is True
+
+
+def test_experts_that_are_not_named_keep_theirs():
+    experts = {"fox": expert("fox", ("fox",)), "ink": expert("ink", ("ink",))}
+    before = files_bindings(experts)
+    assert bindings({"ink": "everywhere"}, experts, before) == {"fox": before["fox"], "ink": Bound((), "everywhere")}
+    with pytest.raises(ValueError, match="unknown expert 'cat'; attached: .'fox', 'ink'"):
+        bindings({"cat": "cat"}, experts, before)
+
+
+@pytest.mark.parametrize("bad", [3, [], ["", "fox"], ("fox", "left", 1), [3], ("fox", "nowhere")])
+def test_what_is_no_binding_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match="'fox'"):
+        bound(bad, "fox", expert("fox"))
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("fox=a fox", ["a fox"]),
+        ("fox=a fox|foxes@left", (["a fox", "foxes"], "left")),
+        ("fox=@top right", (None, "top right")),
+        ("fox=a fox@0,0,0.5,1", (["a fox"], (0.0, 0.0, 0.5, 1.0))),
+        ("fox=everywhere", "everywhere"),
+    ],
+)
+def test_a_binding_can_be_typed(text, given):
+    assert parse_binding(text, "--bind") == ("fox", given)
+
+
+def test_a_mask_picture_is_typed_as_a_file(tmp_path):
+    Image.new("L", (4, 4), 255).save(tmp_path / "mask.png")
+    _, (words, region) = parse_binding(f"fox=fox@{tmp_path / 'mask.png'}", "--bind")
+    assert words == ["fox"]
+    assert region.getpixel((1, 1)) == 255
+
+
+@pytest.mark.parametrize("bad", ["fox", "=fox", "fox=", "fox=fox@0,0,x,1"])
+def test_what_cannot_be_read_is_refused(bad):
+    with pytest.raises(ValueError, match=r"--bind|not a box"):
+        parse_binding(bad, "--bind")

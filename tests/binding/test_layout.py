@@ -1,0 +1,70 @@
+"""A layout from maps."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from mole_diffusers.binding.layout import assign, planned, quadrants, strips
+
+
+def bump(height, width, y, x):
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    return torch.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 4.0)
+
+
+def test_strips_lie_along_the_longer_side_and_share_the_picture():
+    wide, tall = strips(2, 4, 8), strips(2, 8, 4)
+    assert wide[0, :, :4].eq(1).all()
+    assert tall[0, :4].eq(1).all()
+    for cells in (wide, tall, strips(3, 5, 7), quadrants(6, 6)):
+        assert torch.equal(cells.sum(0), torch.ones(cells.shape[1:]))
+
+
+def test_each_thing_gets_the_part_that_its_words_attend_to():
+    maps = torch.stack([bump(8, 16, 4, 12), bump(8, 16, 4, 3)])
+    regions, margin = planned(maps, 16, 32)
+    assert regions[0, :, 16:].eq(1).all()
+    assert regions[1, :, :16].eq(1).all()
+    assert margin > 0.5
+    swapped, _ = planned(maps.flip(0), 16, 32)
+    assert torch.equal(swapped, regions.flip(0))
+
+
+def test_a_plan_breaks_the_tie_where_both_attend_to_the_same_place():
+    maps = torch.stack([bump(8, 16, 4, 4), bump(8, 16, 4, 5)])
+    regions, margin = planned(maps, 8, 16)
+    assert regions[0, :, :8].eq(1).all()
+    assert regions[1, :, 8:].eq(1).all()
+    assert margin < 0.3
+
+
+def test_the_assignment_is_the_best_of_all():
+    torch.manual_seed(0)
+    maps, cells = torch.rand(3, 6, 6), quadrants(6, 6)
+    share = maps / maps.sum((1, 2), keepdim=True)
+
+    def value(order):
+        return sum((share[k] * cells[c]).sum().item() for k, c in enumerate(order)) / 3
+
+    found, score, margin = assign(maps, cells)
+    ranked = sorted((value(order) for order in permutations(range(4), 3)), reverse=True)
+    assert score == pytest.approx(value(found)) == pytest.approx(ranked[0])
+    assert margin == pytest.approx(ranked[0] - ranked[1], abs=1e-6)
+
+
+def test_place_words_win_over_maps_and_choose_the_strips():
+    maps = torch.stack([bump(8, 8, 4, 6), bump(8, 8, 4, 1)])
+    regions, _ = planned(maps, 8, 8, [(0, 1, "x")])
+    assert regions[0, :, :4].eq(1).all()
+    regions, _ = planned(maps, 8, 8, [(1, 0, "y")])
+    assert regions[1, :4].eq(1).all()
+    assert regions[0, 4:].eq(1).all()
+
+
+def test_three_things_of_a_square_get_a_quarter_each():
+    maps = torch.stack([bump(8, 8, 1, 1), bump(8, 8, 1, 6), bump(8, 8, 6, 6)])
+    regions, _ = planned(maps, 16, 16)
+    assert regions[0, :8, :8].eq(1).all()
+    assert regions[1, :8, 8:].eq(1).all()
+    assert regions[2, 8:, 8:].eq(1).all()

@@ -1,0 +1,373 @@
+"""Binding on real hosts: which expert acts on which token, against the same sums written out here."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import mole_diffusers as mole
+from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.patching.token_masks import TokenMasks
+
+PROMPT = "a fox an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 7..9
+FOX, OWL = range(2, 5), range(7, 10)
+WORDS = {"fox": "fox", "ink": "owl", "hat": "everywhere"}
+HALVES = {"fox": ("fox", "left"), "ink": ("owl", "right"), "hat": "everywhere"}
+
+
+@pytest.fixture
+def attach(pipe, loras):
+    def attach(binding, gates="sum", names=("fox", "ink", "hat")):
+        return mole.attach(pipe, {name: loras[name] for name in names}, gates, binding=binding)
+
+    return attach
+
+
+def own_words(tokens=16):
+    """[T, 3] by hand: the words of fox and owl are closed to the other, and the third expert acts on every word."""
+    mask = torch.ones(tokens, 3)
+    mask[list(OWL), 0] = 0
+    mask[list(FOX), 1] = 0
+    return mask
+
+
+# ---- nothing is bound
+
+
+def test_every_word_and_the_whole_picture_are_no_binding(attach, pipe, draw):
+    attach(None)
+    unbound = draw(pipe, PROMPT)
+    for bound in ("everywhere", (None, (0.0, 0.0, 1.0, 1.0)), (None, Image.new("L", (8, 8), 255))):
+        attach(dict.fromkeys(("fox", "ink", "hat"), bound))
+        assert torch.equal(draw(pipe, PROMPT), unbound)
+
+
+def test_files_without_trigger_words_are_not_bound(attach, pipe, draw):
+    attach(None)
+    unbound = draw(pipe, PROMPT)
+    assert torch.equal(draw(attach("auto")._pipe, PROMPT), unbound)
+
+
+def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
+    """`fixed` is how one expert alone and the plain sum are drawn beside a mixture."""
+    weights = {"fox": 1.0, "ink": 0.5, "hat": 0.0}
+    with attach(None).fixed(weights):
+        unbound = draw(pipe, PROMPT)
+    mixture = attach(HALVES)
+    with mixture.fixed(weights):
+        assert torch.equal(draw(pipe, PROMPT), unbound)
+    assert not torch.equal(draw(pipe, PROMPT), unbound)
+
+
+# ---- words
+
+
+@pytest.mark.parametrize("gates", ["sum", "mole", "flow", "prompt", "rank", "retrieval", "static"])
+def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
+    mixture = awake(attach({"fox": "fox", "ink": "cat", "hat": "everywhere"}, gates))
+    with pytest.warns(UserWarning, match="expert 'ink' is silent: the prompt has none of its words, cat"):
+        absent = draw(pipe, PROMPT)
+    mixture.bind({"ink": "everywhere"})
+    mixture.strength("ink", 0)
+    assert torch.equal(draw(pipe, PROMPT), absent)
+
+
+def test_prompts_of_a_batch_silence_experts_row_by_row(attach, pipe, draw):
+    """The same pictures as one by one, whichever words each prompt has."""
+    attach({"fox": "fox", "ink": "owl", "hat": "cat"})
+    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
+    prompts = ["a fox", "a cat owl", "a house"]
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together = torch.from_numpy(pipe(prompts, generator=generators, **options).images)
+        alone = torch.cat([draw(pipe, prompt) for prompt in prompts])
+        mole.detach(pipe)
+        base = draw(pipe, "a house")
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+    torch.testing.assert_close(together[2:], base, atol=2e-5, rtol=0)  # the base, though others of the batch have experts
+
+
+def test_a_word_of_two_experts_is_shared(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "fox", "hat": "everywhere"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe(PROMPT, num_inference_steps=1, output_type="latent")
+    text = mixture._runtime.binding._text[-1]
+    assert torch.equal(text[:, 0], text[:, 1])
+    assert text[list(FOX), 0].all()
+
+
+def test_negative_prompts_are_read_by_their_own_words(attach, pipe):
+    mixture = attach(WORDS)
+    pipe(PROMPT, negative_prompt="an owl", num_inference_steps=1, output_type="latent")
+    negative, positive = mixture._runtime.binding._text.float()
+    torch.testing.assert_close(positive, own_words())
+    assert negative[:, 0].sum() == 0  # no fox there
+    assert negative[:, 1].all()
+
+
+# ---- places
+
+
+def test_outside_its_half_an_expert_changes_no_layer(attach, pipe):
+    """Layer by layer, before attention mixes places: the outputs of expert layers on the same input."""
+    mixture = attach({"fox": (None, "left")}, names=("fox",))
+    seen = {}
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = pipe.unet.get_submodule(name)
+    hook = layer.register_forward_hook(lambda m, args, out: seen.update(x=args[0].detach().clone(), y=out.detach().clone()))
+    pipe(PROMPT, num_inference_steps=1, output_type="latent")
+    hook.remove()
+    plain = layer.get_base_layer()(seen["x"])
+    inside = region_mask("left", 8, 8).flatten().bool()
+    torch.testing.assert_close(seen["y"][:, ~inside], plain[:, ~inside], atol=1e-6, rtol=0)
+    assert (seen["y"][:, inside] - plain[:, inside]).abs().amax() > 1e-3
+    assert mixture.binding["fox"].region == "left"
+
+
+def test_swapping_two_experts_words_swaps_their_regions(attach, pipe):
+    regions = []
+    for words in ({"fox": "fox", "ink": "owl"}, {"fox": "owl", "ink": "fox"}):
+        mixture = attach(words, names=("fox", "ink"))
+        generator = torch.Generator().manual_seed(0)
+        pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=generator, guidance_scale=1)
+        picture = mixture._runtime.binding.picture
+        things, masks = picture.regions[0]
+        regions.append({thing.name: (thing.expert, mask) for thing, mask in zip(things, masks, strict=True)})
+    first, second = regions
+    assert first["fox"][0] == second["owl"][0] == 0
+    assert first["owl"][0] == second["fox"][0] == 1
+    assert not torch.equal(first["fox"][1], first["owl"][1])
+
+
+def test_permuting_experts_changes_nothing(attach, pipe, draw):
+    pictures = []
+    for names in (("fox", "ink", "hat"), ("hat", "ink", "fox")):
+        attach(HALVES, names=names)
+        pictures.append(draw(pipe, PROMPT))
+    torch.testing.assert_close(*pictures, atol=2e-5, rtol=0)
+
+
+def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
+    masks = mixture._runtime.binding
+    probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    masks.picture.maps.clear()
+    masks.add_maps(probabilities, [0])
+    by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
+    low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(masks.picture.maps[0], (by_hand - low) / (high - low))
+
+
+def test_maps_are_the_hosts_own_attention(pipe, attach):
+    """Probabilities of the base's cross-attention, from its own processor's scores by hand."""
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    read, inputs = [], []
+
+    def keep(_, args, kwargs):
+        inputs.append((args[0], kwargs["encoder_hidden_states"]))
+
+    mixture._runtime.binding.add_maps = lambda probabilities, rows: read.append(probabilities)
+    attention = pipe.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2")
+    hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
+    hook.remove()
+    x, text = inputs[0]
+    q, k = attention.to_q.get_base_layer()(x), attention.to_k.get_base_layer()(text)
+    q, k = (v.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for v in (q, k))
+    by_hand = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+    torch.testing.assert_close(read[0], by_hand, atol=1e-6, rtol=1e-5)
+
+
+def test_a_region_of_one_and_attention_for_the_others(attach, pipe):
+    mixture = attach({"fox": ("fox", "right"), "ink": "owl"}, names=("fox", "ink"))
+    pipe(PROMPT, num_inference_steps=2, output_type="latent", guidance_scale=1)
+    fox, owl = mixture._runtime.binding._image[0]
+    assert torch.equal(fox, region_mask("right", 16, 16))
+    assert (owl * fox).sum() == 0
+    assert owl.sum() > 0
+
+
+def test_one_thing_alone_has_the_whole_picture(attach, pipe):
+    mixture = attach({"fox": "fox"}, names=("fox",))
+    pipe("a fox", num_inference_steps=2, output_type="latent")
+    assert mixture._runtime.binding._image is None
+
+
+# ---- the same sums written out
+
+
+class Reference:
+    """The base with every expert's change added layer by layer, token by token, and closed words in cross-attention."""
+
+    def __init__(self, pipe, files, text_masks, regions, closing):
+        self.pipe, self.text_masks, self.regions, self.closing = pipe, text_masks, regions, closing
+        self.experts = [mole.read_expert(path, name) for name, path in files.items()]
+        self.encoding = iter(())
+        for part in ("unet", "text_encoder"):
+            model = getattr(pipe, part)
+            for name, module in model.named_modules():
+                key = name.replace(".", "_")
+                deltas = [
+                    (k, e.layers[part][key].delta()) for k, e in enumerate(self.experts) if key in e.layers.get(part, {})
+                ]
+                if deltas:
+                    module.register_forward_hook(self.add(part, name, deltas))
+        pipe.text_encoder.register_forward_pre_hook(lambda *_: setattr(self, "text", next(self.encoding)))
+        for name, module in pipe.unet.named_modules():
+            if name.endswith("attn2"):
+                module.set_processor(self.cross)
+
+    def add(self, part, name, deltas):
+        def hook(module, args, out):
+            x = args[0]
+            for k, delta in deltas:
+                if isinstance(module, nn.Conv2d):
+                    change = nn.functional.conv2d(x, delta.reshape(module.weight.shape), None, module.stride, module.padding)
+                    mask = torch.stack([region_mask(self.regions[k], *change.shape[2:])])[:, None]
+                elif x.dim() == 2:
+                    change, mask = nn.functional.linear(x, delta), torch.ones(())
+                else:
+                    change = nn.functional.linear(x, delta)
+                    if part == "text_encoder":
+                        mask = self.text_masks[self.text][None, :, k, None]
+                    elif name.endswith(("attn2.to_k", "attn2.to_v")):
+                        mask = torch.stack([m[:, k, None] for m in self.text_masks])
+                    else:
+                        side = int(x.shape[1] ** 0.5)
+                        mask = region_mask(self.regions[k], side, side).reshape(1, -1, 1)
+                out = out + change * mask
+            return out
+
+        return hook
+
+    def cross(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        side = int(hidden_states.shape[1] ** 0.5)
+        for row in range(1, len(logits)):  # the first row is unconditional
+            for words, region in ((FOX, "left"), (OWL, "right")):
+                outside = 1 - region_mask(region, side, side).flatten()
+                logits[row, :, :, list(words)] -= self.closing * outside[:, None]
+        return attn.to_out[1](attn.to_out[0]((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    def __call__(self, draw):
+        self.encoding = iter((1, 0))  # the prompt is encoded first, then the empty one
+        return draw(self.pipe, PROMPT)
+
+
+@pytest.mark.parametrize("closing", [0.0, 8.0])
+def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, closing):
+    host = copy.deepcopy(pipe)
+    mixture = attach(HALVES)
+    mixture._runtime.binding.closing = closing
+    bound = draw(pipe, PROMPT)
+    empty = torch.zeros(16, 3)
+    empty[:, 2] = 1
+    reference = Reference(host, loras, [empty, own_words()], ["left", "right", (0.0, 0.0, 1.0, 1.0)], closing)
+    torch.testing.assert_close(bound, reference(draw), atol=2e-5, rtol=0)
+
+
+# ---- how it is used
+
+
+def test_several_pictures_of_a_prompt_each_have_their_own_layout(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    pipe(PROMPT, num_inference_steps=2, num_images_per_prompt=3, output_type="latent")
+    assert sorted(mixture._runtime.binding.picture.regions) == [3, 4, 5]  # conditional rows; the others borrow from them
+    assert torch.equal(mixture._runtime.binding._image[0], mixture._runtime.binding._image[3])
+
+
+def test_each_call_plans_its_own_layout(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    embeds, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+    plans, found = [], TokenMasks._plan
+    mixture._runtime.binding._plan = lambda device: (plans.append(1), found(mixture._runtime.binding, device))
+    for _ in range(2):
+        pipe(prompt_embeds=embeds, num_inference_steps=3, output_type="latent", guidance_scale=1)
+    assert len(plans) == 2
+
+
+def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
+    mixture = attach(HALVES)
+    with pytest.warns(UserWarning, match="words are not known"):
+        pipe(prompt_embeds=torch.randn(1, 16, 16), num_inference_steps=1, output_type="latent", guidance_scale=1)
+    assert mixture._runtime.binding._text is None
+
+
+def test_weighted_words_are_found_by_their_direction(attach, pipe):
+    mixture = attach(WORDS)
+    embeds, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+    pipe(prompt_embeds=1.3 * embeds, num_inference_steps=1, output_type="latent", guidance_scale=1)
+    torch.testing.assert_close(mixture._runtime.binding._text[0].float(), own_words())
+
+
+def test_a_long_prompt_is_read_in_parts(attach, pipe):
+    mixture = attach(WORDS)
+    parts = [pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("a house", PROMPT)]
+    pipe(prompt_embeds=torch.cat(parts, 1), num_inference_steps=1, output_type="latent", guidance_scale=1)
+    text = mixture._runtime.binding._text[0].float()
+    torch.testing.assert_close(text[16:], own_words())
+    assert text[:16].all()
+
+
+def test_clip_skip_finds_the_words(attach, pipe):
+    mixture = attach(WORDS)
+    pipe(PROMPT, clip_skip=1, num_inference_steps=1, output_type="latent", guidance_scale=1)
+    torch.testing.assert_close(mixture._runtime.binding._text[0].float(), own_words())
+
+
+def test_bound_is_for_a_block_and_bind_stays(attach, pipe, draw):
+    mixture = attach(None)
+    unbound = draw(pipe, PROMPT)
+    with mixture.bound(HALVES):
+        inside = draw(pipe, PROMPT)
+        assert mixture.binding["fox"].region == "left"
+    assert mixture.binding is None
+    assert torch.equal(draw(pipe, PROMPT), unbound)
+    mixture.bind(HALVES)
+    assert torch.equal(draw(pipe, PROMPT), inside)
+    mixture.bind(None)
+    assert torch.equal(draw(pipe, PROMPT), unbound)
+    with pytest.raises(ValueError, match="region of 'fox'"):
+        mixture.bind({"fox": ("fox", "nowhere")})
+    assert mixture.binding is None
+
+
+def test_gates_learn_under_binding(attach, pipe, awake):
+    """Gradients reach the gates through the masks, and nothing else."""
+    mixture = awake(attach(WORDS, "mole"))
+    ids = pipe.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    text = pipe.text_encoder(ids)[0]
+    pipe.unet(torch.randn(1, 4, 16, 16), torch.tensor([10]), text).sample.square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in mixture.parameters())
+    assert all(p.grad is None for n, p in pipe.unet.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("slicing", [False, True])
+def test_closed_words_reach_every_attention_processor(attach, pipe, draw, slicing):
+    attach(HALVES)
+    expected = draw(pipe, PROMPT)
+    if slicing:
+        pipe.enable_attention_slicing(1)
+    else:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        for module in pipe.unet.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(AttnProcessor())
+    torch.testing.assert_close(draw(pipe, PROMPT), expected, atol=2e-5, rtol=0)
+
+
+def test_detach_is_exact_after_bound_pictures(attach, pipe, draw):
+    before = draw(pipe, PROMPT)
+    attach(HALVES)
+    draw(pipe, PROMPT)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe, PROMPT), before)
