@@ -20,7 +20,7 @@ from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.writing import write_lora
-from mole_diffusers.patching import cross_attention
+from mole_diffusers.patching import cross_attention, joint_attention
 from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, denoiser, hosts
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
@@ -158,6 +158,10 @@ class Mixture:
             self._runtime.step = -1
             yield trace
             trace.layouts = self.layouts
+
+    def announce_text(self, ids: torch.Tensor) -> None:
+        """Token ids [B, T] on the CPU that a text encoder is about to be given; so they are not read back from a device."""
+        self._runtime.tokens.announce(ids)
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
@@ -337,6 +341,7 @@ class Mixture:
                 if name not in DENOISERS:
                     self._runtime.tokens.watch(name, model, undo, self._on_text)
             cross_attention.hook(self._denoiser, self._runtime, undo)
+            joint_attention.hook(self._denoiser, self._runtime, undo)
             for part in self._components:
                 part.install(undo)
             guard(self._pipe, [part.model for part in self._components], self.lifted, undo)
@@ -361,16 +366,16 @@ class Mixture:
             finally:
                 self._calling = before
 
-    def _on_text(self, encoder: str, ids: torch.Tensor) -> None:
+    def _on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
         if self._runtime.masks is not None:
-            self._runtime.masks.on_text(encoder, ids)
+            self._runtime.masks.on_text(encoder, ids, device)
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         text = self._inputs.text(args, kwargs)
         self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), text)
         if (masks := self._runtime.masks) is not None and not torch.compiler.is_compiling():
             rows = self._inputs.rows(args, kwargs)
-            masks.on_denoiser(text, self._inputs.side(args, kwargs), self._guided_rows(rows))
+            masks.on_denoiser(text, lambda: self._inputs.side(args, kwargs), self._guided_rows(rows))
 
     def _guided_rows(self, rows: int) -> int | None:
         """How many rows of a batch are unconditional and come first; None outside of the pipeline's own call."""

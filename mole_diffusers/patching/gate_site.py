@@ -66,9 +66,7 @@ class GateSite:
         self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
-        self._factors: dict[
-            tuple[tuple[int, ...], str | None], torch.Tensor
-        ] = {}  # ranks and stream of a layer -> its factor
+        self._factors: dict[tuple[tuple[int, ...], str | None, torch.Size], torch.Tensor] = {}  # see `factor`
         self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
         self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
@@ -212,9 +210,13 @@ class GateSite:
             self.evaluate_deferred()
         if not self.one_evaluation or (self._batch != x.shape[0] and not (self.reads_model_input and self._batch)):
             self._evaluate_on_input(layer, x, low)
-        factor = self._factors.get((layer.ranks, layer.stream))
+        key = layer.ranks, layer.stream, low.shape[:2]  # PAG gives single layers a part of the batch's rows
+        factor = self._factors.get(key)
         if factor is None or factor.dtype != low.dtype or low.dim() != 3:
             factor = self._spread(layer, low)
+            # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
+            if low.dim() == 3 and not self.spans_blocks and not self.reads_model_input and not factor.requires_grad:
+                self._factors[key] = factor
         return factor
 
     def _evaluate_on_input(self, layer: ReadingLayer, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -223,10 +225,9 @@ class GateSite:
         self.evaluate(functional.as_tokens(x), None if self.one_evaluation else layer.described(low))
 
     def _spread(self, layer: ReadingLayer, low: torch.Tensor) -> torch.Tensor:
-        """The weights of a layer's experts over their ranks; layers of a block with the same ranks active the result."""
+        """The weights of a layer's experts over their ranks, times the masks of its tokens where experts are bound."""
         weights = next(d.applied for d in self._decisions if d.present == layer.present)
         segment = layer.described(low).segment
-        spans_layers = self.spans_blocks or self.reads_model_input
         if self.reads_model_input and weights.dim() > 1:
             weights = functional.rows_for_layer(weights, low.shape[0])
         if self.spans_blocks and self.runtime.plan is not None:
@@ -236,9 +237,6 @@ class GateSite:
         if (masks := self.runtime.masks) is not None:
             mask = masks.over_ranks(layer.stream, low, segment, layer.ranks)
             factor = factor if mask is None else factor * mask
-        # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
-        if low.dim() == 3 and not spans_layers and not weights.requires_grad:
-            self._factors[layer.ranks, layer.stream] = factor
         return factor
 
 

@@ -30,7 +30,7 @@ class Encoded:
 
     Attributes:
         encoder: its name in the pipeline.
-        ids: [B, T], on the CPU.
+        ids: [B, T].
         words: [B, T] bool, the tokens before the padding.
         states: the outputs that a denoiser may be given, [B, T, C] each.
     """
@@ -41,7 +41,8 @@ class Encoded:
     states: tuple[torch.Tensor, ...]
 
 
-# The runs that one row of a text is made of, token after token, and the row in each; none for a row of zeros.
+OnText = Callable[[str, torch.Tensor, torch.device], None]  # (encoder, ids [B, T], where the encoder is)
+# The runs that one row of a text is made of, token after token, and the row in each; what is left of the text is zeros.
 Row = list[tuple[Encoded, int]]
 
 
@@ -54,11 +55,16 @@ class PromptTokens:
 
     def __init__(self, memory: int = 8):
         self.current: torch.Tensor | None = None
+        self._announced: torch.Tensor | None = None
         self._known: deque[Encoded] = deque(maxlen=memory)
         self._asked: tuple[Callable[[], torch.Tensor | None], int, list[Row] | None] = (lambda: None, 0, None)
 
-    def watch(self, name: str, encoder: Any, undo: ExitStack, on_text: Callable[[str, torch.Tensor], None]) -> None:
-        """Note the token ids that `encoder` reads and the states that it makes of them; `on_text(name, ids)` comes first."""
+    def announce(self, ids: torch.Tensor) -> None:
+        """What a text encoder is about to read, [B, T] on the CPU, so that nobody has to wait for a device to know it."""
+        self._announced = ids
+
+    def watch(self, name: str, encoder: Any, undo: ExitStack, on_text: OnText) -> None:
+        """Note the token ids that `encoder` reads and the states that it makes of them; `on_text` comes first."""
         end = getattr(encoder.config, "eos_token_id", None)
         reading: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -66,8 +72,10 @@ class PromptTokens:
             ids = args[0] if args else kwargs["input_ids"]
             attended = kwargs.get("attention_mask")
             self.current = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended.bool()
-            reading[:] = [(ids.cpu(), self.current)]
-            on_text(name, reading[0][0])
+            announced, self._announced = self._announced, None
+            known = ids if announced is None or announced.shape != ids.shape else announced
+            reading[:] = [(known, self.current)]
+            on_text(name, known, ids.device)
 
         def after(_: nn.Module, __: tuple, output: Any) -> None:
             states = [output[0], *(getattr(output, "hidden_states", None) or ())[-4:]]
@@ -83,8 +91,11 @@ class PromptTokens:
         rows = self.rows(text)
         if rows is None:
             return None
-        every = torch.ones(text.shape[1], dtype=torch.bool, device=text.device)
-        return torch.stack([torch.cat([run.words[i].to(text.device) for run, i in row]) if row else every for row in rows])
+        masks = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
+        for mask, row in zip(masks, rows, strict=True):
+            words = [run.words[i].to(text.device) for run, i in row]
+            mask[: sum(map(len, words))] = torch.cat(words) if words else True
+        return masks
 
     def rows(self, text: torch.Tensor) -> list[Row] | None:
         """The runs that each row of states [B, T, C] comes from, or None where a row is not known.
@@ -95,18 +106,22 @@ class PromptTokens:
         """
         asked, seen, rows = self._asked
         if asked() is not text or seen != version(text) or text.is_inference():
-            found = [self._row(row) for row in text.detach()]
-            rows = [row for row in found if row is not None]
-            rows = rows if len(rows) == len(found) else None
+            rows = self._found(text)
             self._asked = weakref.ref(text), version(text), rows
         return rows
 
+    def _found(self, text: torch.Tensor) -> list[Row] | None:
+        for encoded in reversed(self._known):
+            if any(_same_memory(states, text) for states in encoded.states):
+                return [[(encoded, i)] for i in range(len(text))]
+        found = [self._row(row) for row in text.detach()]
+        rows = [row for row in found if row is not None]
+        return rows if len(rows) == len(found) else None
+
     def _row(self, row: torch.Tensor) -> Row | None:
         runs: Row = []
-        if not row.any():  # SDXL's empty negative prompt
-            return runs
         at = 0
-        while at < len(row):
+        while at < len(row) and row[at:].any():  # zeros are SDXL's empty negative prompt, and SD 3's text without a T5
             found = _same(self._known, row[at:]) or _most_alike(self._known, row[at:])
             if found is None:
                 return None
@@ -140,3 +155,9 @@ def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, 
         if value >= ALIKE and (best is None or value > best[0]):
             best = float(value), encoded, int(index)
     return best and best[1:]
+
+
+def _same_memory(states: torch.Tensor, text: torch.Tensor) -> bool:
+    """Whether the two are the same memory, which is known without waiting for a device."""
+    alike = (states.shape, states.stride(), states.dtype) == (text.shape, text.stride(), text.dtype)
+    return alike and not text.is_meta and states.data_ptr() == text.data_ptr()

@@ -106,6 +106,8 @@ class TokenMasks:
 
     def _mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer whose tokens are those of `low`."""
+        if stream == "text" and low.dim() == 3 and low.shape[1] != self.text_tokens:
+            stream = "image"  # SD 3.5 calls a second attention of the picture what others call cross-attention
         if stream == "image":
             side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(low.shape[1])
             mask = None if side is None else self._image_tokens(side)
@@ -142,15 +144,18 @@ class TokenMasks:
 
     # ---- texts
 
-    def on_text(self, encoder: str, ids: torch.Tensor) -> None:
-        """A text encoder is about to read `ids` [B, T]."""
+    def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
+        """A text encoder on `device` is about to read `ids` [B, T]."""
+        if not self._has_words:
+            return
         readings = self._readings([[(encoder, row)] for row in ids.tolist()])
-        self._encoding = self._own_tokens(readings)
+        own = self._own_tokens(readings)
+        self._encoding = None if own is None else onto(own, device)
         self._made = {key: mask for key, mask in self._made.items() if key[0] != "encoding"}
         self._set_silent(readings, list(range(len(readings))))
 
     def _readings(self, rows: Sequence[Sequence[tuple[str, list[int]]]], tokens: int = 0) -> list[Reading]:
-        """A row is (encoder, its ids), ..., token after token, or nothing, which stands for `tokens` of no text."""
+        """A row is (encoder, its ids), ..., token after token; what is left of `tokens` has no words."""
         known: dict[tuple, Reading] = {}
         phrases = [bound.words for bound in self.bound.values()]
         readings = []
@@ -158,7 +163,8 @@ class TokenMasks:
             key = tuple((encoder, *ids) for encoder, ids in row)
             if key not in known:
                 texts = [read(ids, self.tokenizers[encoder], phrases) for encoder, ids in row]
-                known[key] = joined(texts or [Reading(((False,) * tokens,) * len(phrases))])
+                left = max(0, tokens - sum(len(ids) for _, ids in row))
+                known[key] = joined([*texts, Reading(((False,) * left,) * len(phrases))] if left else texts)
             readings.append(known[key])
         return readings
 
@@ -167,7 +173,7 @@ class TokenMasks:
 
         One that is to act everywhere acts on those, too. None: every expert acts on every token.
         """
-        if not any(bound.words for bound in self.bound.values()):
+        if not self._has_words:
             return None
         bounds, rows = list(self.bound.values()), []
         everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
@@ -179,6 +185,10 @@ class TokenMasks:
             nobodys = ~own.any(1, keepdim=True)  # [T, 1]
             rows.append(acts & (own | nobodys | everywhere))
         return torch.stack(rows)
+
+    @property
+    def _has_words(self) -> bool:
+        return any(bound.words for bound in self.bound.values())
 
     @staticmethod
     def _needs_words(bound: Bound) -> bool:
@@ -205,7 +215,7 @@ class TokenMasks:
         """A call of the pipeline begins: its layout is planned anew."""
         self._fresh = True
 
-    def on_denoiser(self, text: torch.Tensor, side: Side | None, guided: int | None) -> None:
+    def on_denoiser(self, text: torch.Tensor, side: Callable[[], Side | None], guided: int | None) -> None:
         """The denoiser is about to run.
 
         Args:
@@ -216,19 +226,18 @@ class TokenMasks:
         new_text = self._last_text() is not text
         if new_text:
             self._last_text = weakref.ref(text)
-            self._begin_text(text, side, guided)
+            self._begin_text(text, side(), guided)
         elif self._fresh:
-            self._begin_picture(side)
+            self._begin_picture(side())
         elif self.picture is not None and self.picture.maps and not self.picture.regions:
             self._plan(text.device)
         self._fresh = False
 
     def _begin_text(self, text: torch.Tensor, side: Side | None, guided: int | None) -> None:
-        found = self.tokens.rows(text)
-        readings = None
-        if found is None:
+        found, readings = self.tokens.rows(text) if self._has_words else None, None
+        if found is None and self._has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
-        else:
+        if found is not None:
             rows = [[(run.encoder, run.ids[i].tolist()) for run, i in row] for row in found]
             readings = self._readings(rows, tokens=text.shape[1])
         before = self.picture
@@ -272,6 +281,22 @@ class TokenMasks:
         ]
         auto = [t for t in things if t.expert is not None and self.bound[names[t.expert]].region == AUTO]
         return things[:MOST_THINGS] if auto and len(things) > 1 else []
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether any expert is kept to a part of the picture."""
+        return self._image is not None
+
+    @property
+    def prompt_rows(self) -> list[int]:
+        """For each row of the denoiser's batch, the row whose prompt says what its picture shows."""
+        return [] if self.picture is None else self.picture.prompt_of
+
+    @property
+    def text_tokens(self) -> int:
+        """S, of the text that the denoiser reads; 0 where it is not known."""
+        picture = self.picture
+        return 0 if picture is None or not picture.readings else len(picture.readings[0].own[0])
 
     @property
     def layouts(self) -> list[Layout]:
@@ -386,19 +411,38 @@ class TokenMasks:
             text: [B, S, C].
         """
         picture = self.picture
-        if picture is None or not self.closing or self._image is None or picture.readings is None:
+        if picture is None or not self.closing or not self.has_regions or picture.readings is None:
             return None
         key = "bias", tokens, text.dtype, text.shape[:2]
         if key not in self._made:
-            self._made[key] = self._bias(tokens, text)
+            bias = self._bias(tokens, *text.shape[:2])
+            self._made[key] = None if bias is None else onto(bias.to(text.dtype), text.device)
         return self._made[key]
 
-    def _bias(self, tokens: int, text: torch.Tensor) -> torch.Tensor | None:
+    def joint_bias(
+        self, tokens: int, picture: slice, text: slice, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor | None:
+        """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
+        if not self.has_regions or not self.closing:
+            return None
+        key = "joint bias", tokens, dtype, device, picture.start
+        if key not in self._made:
+            bias = self._bias(tokens - self.text_tokens, len(self.prompt_rows), self.text_tokens)
+            whole = None
+            if bias is not None:
+                whole = torch.zeros(len(bias), 1, tokens, tokens)
+                whole[:, 0, picture, text] = bias
+                whole = onto(whole.to(dtype), device)
+            self._made[key] = whole
+        return self._made[key]
+
+    def _bias(self, tokens: int, rows: int, words: int) -> torch.Tensor | None:
+        """[rows, tokens, words], on the CPU."""
         picture, side, names = self.picture, self.side_of(tokens), list(self.bound)
-        if picture is None or picture.readings is None or side is None or text.shape[0] != len(picture.readings):
+        if picture is None or picture.readings is None or side is None or rows != len(picture.readings):
             return None
         assert picture.side is not None
-        bias = torch.zeros(text.shape[0], tokens, text.shape[1])
+        bias = torch.zeros(rows, tokens, words)
         for row, prompt in enumerate(picture.prompt_of):
             if row != prompt:
                 continue
@@ -414,7 +458,7 @@ class TokenMasks:
             inside = F.adaptive_avg_pool2d(regions[None], side)[0].flatten(1)  # [K, T]
             own = torch.tensor([t.tokens for t in things], dtype=torch.float32)  # [K, S]
             bias[row] = -self.closing * (1 - inside).T @ own
-        return onto(bias.clamp_min(-self.closing).to(text.dtype), text.device)
+        return bias.clamp_min(-self.closing)
 
     def _warn(self, message: str) -> None:
         """Once for each message."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from mole_diffusers.binding.config import files_bindings
 from mole_diffusers.lora import COMPONENTS, Expert, family_of
 from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
@@ -81,7 +82,10 @@ def composed(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     found = [retrieve_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
     experts, sets = _experts_and_sets(library, [[each.name for each in row] for row in found], mode)
-    mixture = attach(pipe, experts, gates) if experts else None
+    # A LoRA that was found by its meaning acts, though the prompt has none of its words.
+    by_meaning = {each.name for row in found for each in row if each.trigger is None}
+    binding = {name: replace(b, required=name not in by_meaning) for name, b in files_bindings(experts).items()}
+    mixture = attach(pipe, experts, gates, binding=binding) if experts else None
     try:
         with nullcontext() if mixture is None else mixture.rows(sets, images=images):
             yield Composition(found, sets, mixture)

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 
 from mole_diffusers.functional import onto
+from mole_diffusers.mixture import attached
 from mole_diffusers.training.data import RandomBatch, Samples, token_ids
 
 
@@ -21,7 +22,10 @@ def training_scheduler(pipe: Any) -> DDIMScheduler:
 
 def embed(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
     """Hidden states of the text encoder for prompts, [B, T, C]."""
-    return pipe.text_encoder(onto(token_ids(pipe, prompts), pipe.device))[0]
+    ids = token_ids(pipe, prompts)
+    if (mixture := attached(pipe)) is not None:
+        mixture.announce_text(ids)
+    return pipe.text_encoder(onto(ids, pipe.device))[0]
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

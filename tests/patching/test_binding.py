@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import hosts
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from torch import nn
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.patching.token_masks import TokenMasks
+from mole_diffusers.testing import tiny_lora
 
 PROMPT = "a fox an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 7..9
 FOX, OWL = range(2, 5), range(7, 10)
@@ -371,3 +373,114 @@ def test_detach_is_exact_after_bound_pictures(attach, pipe, draw):
     draw(pipe, PROMPT)
     mole.detach(pipe)
     assert torch.equal(draw(pipe, PROMPT), before)
+
+
+# ---- other hosts
+
+
+def draw_other(other, steps=2):
+    words = {"max_sequence_length": 16} if other.name == "flux" else {}  # T5 has a token per letter, too
+    return hosts.draw(other.pipe, other.options | words, PROMPT, steps=steps)
+
+
+def bound_pictures(other, binding, steps=2):
+    mixture = mole.attach(other.pipe, other.files, binding=binding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return mixture, draw_other(other, steps=steps)
+
+
+def test_all_words_and_places_are_no_binding_on_any_host(other):
+    _, unbound = bound_pictures(other, None)
+    _, everywhere = bound_pictures(other, dict.fromkeys(other.files, "everywhere"))
+    _, whole = bound_pictures(other, dict.fromkeys(other.files, (None, (0.0, 0.0, 1.0, 1.0))))
+    assert torch.equal(everywhere, unbound)
+    torch.testing.assert_close(whole, unbound, atol=1e-5, rtol=0)
+
+
+def test_an_absent_word_is_strength_0_on_any_host(other):
+    mixture, absent = bound_pictures(other, {"fox": "fox", "ink": "cat"})
+    mixture.bind({"ink": "everywhere"})
+    mixture.strength("ink", 0)
+    torch.testing.assert_close(draw_other(other), absent, atol=1e-5, rtol=0)
+
+
+def test_a_layout_is_planned_on_any_host(other):
+    mixture, picture = bound_pictures(other, {"fox": "fox", "ink": "owl"}, steps=3)
+    (layout,) = mixture.layouts
+    assert set(layout.regions) == {"fox", "ink"}
+    assert torch.equal(layout.regions["fox"] + layout.regions["ink"], torch.ones_like(layout.regions["fox"]))
+    assert all(map.shape[0] * map.shape[1] >= 4 and map.max() > 0 for map in layout.maps.values())
+    _, unbound = bound_pictures(other, None, steps=3)
+    assert (picture - unbound).abs().max() > 1e-3
+    mole.detach(other.pipe)
+    base = draw_other(other, steps=3)
+    mole.attach(other.pipe, other.files, binding={"fox": "cat", "ink": "dog"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(draw_other(other, steps=3), base, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("other", ["flux", "sd3"], indirect=True)
+def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatch):
+    """Logits of the picture's tokens to other experts' words, lowered by hand in a plain attention."""
+    binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
+    mixture, closed = bound_pictures(other, binding)
+    masks = mixture._runtime.binding
+    own = torch.tensor(masks.picture.readings[-1].own).float()  # [N, S]
+    conditional = [row for row, prompt in enumerate(masks.picture.prompt_of) if row == prompt]
+    height, width = masks.picture.side
+    words, tokens = own.shape[1], height * width
+    outside = 1 - torch.stack([region_mask(side, height, width).flatten() for side in ("left", "right")])  # [N, T]
+    closing = -8.0 * outside.T @ own  # [T, S]
+
+    hosts_own = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, *args, **kwargs):
+        if query.shape[2] != words + tokens:
+            return hosts_own(query, key, value, *args, **kwargs)
+        picture, text = slice(words, None), slice(0, words)
+        if other.name == "sd3":
+            picture, text = slice(0, tokens), slice(tokens, None)
+        logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        for row in conditional:
+            logits[row, :, picture, text] += closing
+        return logits.softmax(-1) @ value
+
+    masks.closing = 0.0
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    by_hand = draw_other(other)
+    torch.testing.assert_close(by_hand, closed, atol=1e-4, rtol=0)
+    monkeypatch.undo()
+    assert (draw_other(other) - closed).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("other", ["flux"], indirect=True)
+def test_closed_words_do_not_depend_on_the_attention_backend(other):
+    binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
+    _, native = bound_pictures(other, binding)
+    mole.detach(other.pipe)
+    other.pipe.transformer.set_attention_backend("_native_flash")  # which refuses masks
+    _, other_backend = bound_pictures(other, binding)
+    torch.testing.assert_close(other_backend, native, atol=1e-5, rtol=0)
+    assert all(p._attention_backend == "_native_flash" for p in other.pipe.transformer.attn_processors.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["sd15-img2img", "sd15-inpaint", "sd15-controlnet", "sd15-ip-adapter", "sd15-pag", "sdxl-img2img"]
+)
+def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
+    """The layout is planned, and closing everything everywhere gives the unbound picture."""
+    pipe, options = hosts.HOSTS[name]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bound = hosts.draw(pipe, options, "a fox an owl", steps=3)
+        assert set(mixture.layouts[0].regions) == {"fox", "ink"}
+        with mixture.bound(dict.fromkeys(files, "everywhere")):
+            everywhere = hosts.draw(pipe, options, "a fox an owl", steps=3)
+        with mixture.bound(None):
+            unbound = hosts.draw(pipe, options, "a fox an owl", steps=3)
+    assert torch.equal(everywhere, unbound)
+    assert not torch.equal(bound, unbound)

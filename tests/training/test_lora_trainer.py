@@ -79,7 +79,7 @@ def test_folding_importance_changes_no_picture(pipe, draw, tmp_path):
     pipe.load_lora_weights(tmp_path / "x.safetensors")
     torch.testing.assert_close(draw(pipe), live, atol=1e-5, rtol=0)
     pipe.unload_lora_weights()
-    mole.attach(pipe, {"x": tmp_path / "x.safetensors"})
+    mole.attach(pipe, {"x": tmp_path / "x.safetensors"}, binding=None)
     torch.testing.assert_close(draw(pipe), live, atol=1e-5, rtol=0)
     assert not torch.allclose(live, base, atol=1e-4)
 
@@ -320,7 +320,7 @@ def test_concept_training_gives_an_ordinary_lora(pipe, draw, tmp_path, save):
     expert = read_expert(tmp_path / "x.safetensors")
     assert expert.triggers == ("fox",)
     assert all(w.scale == 0.5 for part in expert.layers.values() for w in part.values())
-    mole.attach(pipe, {"x": expert})
+    mole.attach(pipe, {"x": expert}, binding=None)
     ours = draw(pipe)
     mole.detach(pipe)
     pipe.load_lora_weights(tmp_path / "x.safetensors")

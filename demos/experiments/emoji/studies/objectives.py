@@ -105,7 +105,7 @@ def cell(world, setting: str, concepts: Sequence[str]) -> dict:
     """Train the gates of one setting for one composition, draw it, and return what is seen and what it took."""
     case, scene = _case(concepts)
     config, training = SETTINGS[setting]
-    mixture = attach(world.pipe, {name: world.loras[name] for name in concepts}, config)
+    mixture = attach(world.pipe, {name: world.loras[name] for name in concepts}, config, binding=None)
     start, log = time.process_time(), []
     if training is not None:
         log = _trained(world, mixture, concepts, training)

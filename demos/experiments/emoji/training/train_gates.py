@@ -67,7 +67,7 @@ def make_gates(
     folder = (root or world.folder / "gates") / name_of(concepts + idle)
     if not (folder / "config.json").exists():
         detach(world.pipe)
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts + idle}, FAMILIES[family])
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts + idle}, FAMILIES[family], binding=None)
         found = lesson(concepts, backgrounds)
         train_gates(world.pipe, mixture, found, config=training or recipe(concepts, family))
         mixture.save_pretrained(folder, dtype=torch.float16)
@@ -100,7 +100,7 @@ def make_oracle(world, concepts, family: str):
     if not (folder / "config.json").exists():
         detach(world.pipe)
         samples = true_samples(world, concepts, encode)
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family])
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts}, FAMILIES[family], binding=None)
         config = replace(ORACLE_TRAINING, lr=ORACLE_RATES.get(family, ORACLE_TRAINING.lr))
         train_gates(world.pipe, mixture, TrainingData(samples=samples), config=config)
         mixture.save_pretrained(folder)
@@ -121,7 +121,7 @@ def make_unseen(world):
     if (folder / "config.json").exists():
         return
     detach(world.pipe)
-    mixture = attach(world.pipe, {c: world.loras[c] for c in UNSEEN}, FAMILIES["retrieval"])
+    mixture = attach(world.pipe, {c: world.loras[c] for c in UNSEEN}, FAMILIES["retrieval"], binding=None)
     for i, concepts in enumerate(seen_compositions()):
         with mixture.only(*concepts):
             config = replace(recipe(concepts, "retrieval"), steps=UPDATES, seed=i)

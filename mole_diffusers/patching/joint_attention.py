@@ -1,0 +1,106 @@
+"""Hooks on attention that reads text and picture together (SD 3, Flux): they read maps, and close words.
+
+That happens where the host calls PyTorch's attention, so that norms and rotary embeddings are those of the host.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mole_diffusers.patching.placement import JOINT_STREAM, blocks
+from mole_diffusers.patching.runtime import Runtime
+from mole_diffusers.patching.token_masks import TokenMasks
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
+
+
+def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
+    """Hook the joint attention of every block of a transformer; the middle half of the blocks is read for maps."""
+    joint = JOINT_STREAM[-1]
+    layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
+    for i, layer in enumerate(layers):
+        _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    return isinstance(getattr(block, name, None), nn.Module)
+
+
+class _Hooks:
+    """Around one attention: PyTorch's function is watched while it runs, by the one implementation that takes any mask."""
+
+    def __init__(self, runtime: Runtime, layer: Any, *, reads_maps: bool):
+        self.runtime, self.layer, self.reads_maps = runtime, layer, reads_maps
+        self.picture_first = isinstance(layer, Attention)  # SD 3's; Flux and its kin have the text first
+        self._running: list[ExitStack] = []
+
+    def install(self, undo: ExitStack) -> None:
+        undo.callback(self.layer.register_forward_pre_hook(self._before).remove)
+        undo.callback(self.layer.register_forward_hook(self._after, always_call=True).remove)
+
+    def _before(self, *_: object) -> None:
+        masks, stack = self.runtime.masks, ExitStack()
+        self._running.append(stack)
+        if (
+            masks is None
+            or torch.compiler.is_compiling()
+            or not (masks.has_regions or (self.reads_maps and masks.reads_maps))
+        ):
+            return
+        processor = self.layer.processor
+        if (backend := getattr(processor, "_attention_backend", None)) is not None:
+            stack.callback(setattr, processor, "_attention_backend", backend)
+            processor._attention_backend = None
+        stack.enter_context(attention_backend("native"))
+        stack.enter_context(_Watched(masks, self.picture_first, self.reads_maps))
+
+    def _after(self, *_: object) -> None:
+        self._running.pop().close()
+
+
+class _Watched(TorchFunctionMode):
+    """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
+
+    def __init__(self, masks: TokenMasks, picture_first: bool, reads_maps: bool):
+        super().__init__()
+        self.masks, self.picture_first, self.reads_maps = masks, picture_first, reads_maps
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | (
+            kwargs or {}
+        )
+        query, key = given["query"], given["key"]  # [B, heads, S, D]
+        words = self.masks.text_tokens
+        picture = slice(0, -words) if self.picture_first else slice(words, None)
+        text = slice(-words, None) if self.picture_first else slice(0, words)
+        if words and query.shape[2] == key.shape[2] > words:
+            if self.reads_maps and self.masks.reads_maps:
+                self._read(query[:, :, picture], key[:, :, text])
+            bias = self.masks.joint_bias(query.shape[2], picture, text, query.dtype, query.device)
+            if bias is not None and len(bias) == len(query):
+                before = given.get("attn_mask")
+                given["attn_mask"] = bias if before is None else bias + before
+        return func(**given)
+
+    @torch.no_grad()
+    def _read(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Shares of the text's tokens in what the picture's attend to: query [B, heads, T, D], key [B, heads, S, D]."""
+        rows = sorted(set(self.masks.prompt_rows))
+        if len(query) != len(self.masks.prompt_rows):
+            return
+        heads = query.shape[1]
+        total = query.new_zeros(len(rows), query.shape[2], key.shape[2])
+        for head in range(heads):  # all heads at once would be as large as the attention that hosts avoid
+            logits = query[rows, head] @ key[rows, head].transpose(1, 2) / query.shape[-1] ** 0.5
+            total += logits.softmax(-1) / heads
+        self.masks.add_maps(total, rows)
