@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import composed_scores, encodes_by_expert, k_lora, last_content, switched
@@ -26,6 +27,7 @@ from mole_diffusers.patching.trace import Trace
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
+Binding = Callable[[Setup, Case], Mapping[str, Any]]  # what is said about words and regions, as `Mixture.bind` takes it
 Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order in which a composer takes them
 ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
@@ -93,6 +95,40 @@ def summed() -> Arm:
 def mean() -> Arm:
     """Every LoRA at 1 / N: normalised linear arithmetic, the baseline of MoLE."""
     return weighted("mean", equal_shares)
+
+
+def bound(
+    name: str = "bound",
+    binding: Binding = lambda setup, case: {},
+    gates: Callable[[Case], Gates] = lambda case: "sum",
+    covers: Callable[[Case], bool] = lambda case: True,
+) -> Arm:
+    """Every LoRA at the user's own strength, on its own words and in its own place; see `Mixture.bind`.
+
+    Args:
+        binding: what is said beyond the trigger words of the files, for example a region.
+        gates: what weighs them.
+    """
+
+    def draws(setup: Setup, case: Case) -> AbstractContextManager[Mixture]:
+        return attached_to(setup, setup.weighted_experts(ones(setup, case)), gates(case), binding(setup, case))
+
+    def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
+        said, folder = dict(binding(setup, case)), gates(case)
+        found = setup.expert_settings(case.experts) | {"binding": {name: as_json(value) for name, value in said.items()}}
+        return found | ({"gates": _digest(folder)} if isinstance(folder, Path) else {})
+
+    return Arm(name, draws, settings, covers)
+
+
+def as_json(value: Any) -> Any:
+    """A binding as rows hold it."""
+    return to_json(value) if isinstance(value, Bound) else list(value) if isinstance(value, tuple) else value
+
+
+def words_only() -> Arm:
+    """Every LoRA on its own words, and in the whole picture."""
+    return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
 
 
 def searched(weights: ByKind) -> Arm:
@@ -199,10 +235,18 @@ def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones,
             yield
 
     def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
-        files = [folder(case) / file for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)]
-        return setup.expert_settings(case.experts) | {"gates": digest_files(*files)}
+        return setup.expert_settings(case.experts) | {"gates": _digest(folder(case))}
 
     return Arm(name, draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
+
+
+def bound_gates(folder: Callable[[Case], Path]) -> Arm:
+    """Trained gates, with every LoRA on its own words and in its own place."""
+    return bound("bound gates", gates=folder, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
+
+
+def _digest(gates: Path) -> str:
+    return digest_files(*(gates / file for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)))
 
 
 @contextmanager
@@ -253,9 +297,14 @@ def traced(setup: Setup, arm: Arm, case: Case) -> Trace:
 
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
 PLAIN: dict[str, Callable[[], Arm]] = {
-    "base": base, "sum": summed, "mean": mean, "switch": switch, "composite": composite, "k-lora": klora
+    "base": base, "sum": summed, "mean": mean, "bound": bound, "words only": words_only, "switch": switch,
+    "composite": composite, "k-lora": klora,
 }  # fmt: skip
-ARMS = ("base", "alone", "sum", "mean", "grid search", *MERGES, "switch", "composite", "k-lora", *CONTROLS)
+BOUND_GATES = "bound gates"
+ARMS = (
+    "base", "alone", "sum", "mean", "bound", "words only", "grid search", *MERGES, "switch", "composite", "k-lora",
+    *CONTROLS, BOUND_GATES,
+)  # fmt: skip
 
 
 def chosen_arms(
@@ -281,6 +330,8 @@ def chosen_arms(
             arms.append(searched(weights))
         elif name in CONTROLS and gates is not None:
             arms.append(gated(name, gates_of(gates), context=CONTROLS[name]))
+        elif name == BOUND_GATES and gates is not None:
+            arms.append(bound_gates(gates_of(gates)))
         else:
             arms.append(PLAIN[name]() if name in PLAIN else merged(name))
     return arms
@@ -301,7 +352,7 @@ def obstacles(
             found[name] = f"{name!r} needs a unet, unlike {kind}"
         elif name == "grid search" and weights is None:
             found[name] = f"{name!r} needs the weights of a search"
-        elif name in CONTROLS and gates is None:
+        elif name in (*CONTROLS, BOUND_GATES) and gates is None:
             found[name] = f"{name!r} needs a folder of trained gates"
     return found
 
