@@ -23,7 +23,7 @@ from benchmarks.shares import step_shares
 from benchmarks.steps import step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
-DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow")
+DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole")
 WHAT: Mapping[str, Callable[[Settings, argparse.Namespace], list[Any]]] = {
     "step": lambda settings, args: step_costs(settings, args.arms, args.experts),
     "dispatch": lambda settings, args: step_costs(replace(settings, size="thin", rank=4), DISPATCH, args.experts),

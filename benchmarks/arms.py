@@ -16,7 +16,9 @@ from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture, attach
 
 Files = Mapping[str, Path]
-Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[None]]
+# What the context gives, if anything, replaces arguments of the denoiser's call.
+Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[dict[str, torch.Tensor] | None]]
+WORDS = "bcdefghk"  # a word of one letter for each LoRA
 
 
 def twin(pipe: Any, *, own: bool = False) -> Any:
@@ -72,6 +74,16 @@ def family(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator
 
 
 @contextmanager
+def bound(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Gates of one family, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
+    mixture, n = awake(pipe, files, GateConfig(name)), len(files)
+    boxes = {file: (i / n, 0.0, (i + 1) / n, 1.0) for i, file in enumerate(files)}
+    mixture.bind({file: (WORDS[i % len(WORDS)], boxes[file]) for i, file in enumerate(files)})
+    positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
+    yield {"encoder_hidden_states": torch.cat([negative, positive])}
+
+
+@contextmanager
 def collapsed(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
     """Gates averaged over one step and folded into the weights."""
     with awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64):
@@ -96,6 +108,8 @@ ARMS: Mapping[str, Arm] = {
     "sum": partial(family, name="sum"),
     "mole": partial(family, name="mole"),
     "flow": partial(family, name="flow"),
+    "bound sum": partial(bound, name="sum"),
+    "bound mole": partial(bound, name="mole"),
     "gated": gated,
     "collapsed": collapsed,
 }

@@ -32,8 +32,8 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
         measures = {}
         for arm, n in wanted:
             other = twin(pipe, own=arm in FOLDING)
-            stack.enter_context(ARMS[arm](other, dict(list(files.items())[:n]), settings.gates))
+            changed = stack.enter_context(ARMS[arm](other, dict(list(files.items())[:n]), settings.gates)) or {}
             COMPILED[settings.compile](other.unet)
-            measures[f"{arm} {n}"] = partial(seconds, partial(other.unet, **given), clock=settings.clock)
+            measures[f"{arm} {n}"] = partial(seconds, partial(other.unet, **given | changed), clock=settings.clock)
         times = interleaved(measures, repeats=settings.repeats, warmup=2)  # a text is kept when it comes again
     return [Cost.of(arm, n, seconds=times[f"{arm} {n}"], base=times["base 0"]) for arm, n in wanted]

@@ -6,6 +6,7 @@ Hooks, since other tools replace processors (IP-Adapter, attention slicing) and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,27 +29,56 @@ def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
     }
     sizes = {name: tokens_of(name, model) for name in layers}
     nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
+    reading = [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
     for name, module in layers.items():
-        reads = bool(sizes[name]) and abs(math.log(sizes[name] / MAP_TOKENS)) == nearest
-        undo.callback(module.register_forward_pre_hook(_attend(runtime, reads), with_kwargs=True).remove)
+        undo.callback(module.register_forward_pre_hook(_attend(runtime, name in reading), with_kwargs=True).remove)
+    around = [
+        module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
+    ]
+    compiled = _Uncompiled(runtime, around)
+    undo.callback(model.register_forward_pre_hook(compiled.before).remove)
+    undo.callback(model.register_forward_hook(compiled.after, always_call=True).remove)
+
+
+class _Uncompiled:
+    """Blocks that were compiled one by one run as they are while maps are read in them."""
+
+    def __init__(self, runtime: Runtime, blocks: Sequence[nn.Module]):
+        self.runtime, self.blocks = runtime, blocks
+        self._calls: list[tuple[nn.Module, Any]] = []
+
+    def before(self, *_: object) -> None:
+        if torch.compiler.is_compiling() or self.runtime.masks is None or not self.runtime.masks.reads_maps:
+            return
+        found = [(block, call) for block in self.blocks if (call := getattr(block, "_compiled_call_impl", None)) is not None]
+        self._calls = found
+        for block, _call in found:
+            block._compiled_call_impl = None
+
+    def after(self, *_: object) -> None:
+        for block, call in self._calls:
+            block._compiled_call_impl = call
+        self._calls = []
 
 
 def _attend(runtime: Runtime, reads_maps: bool) -> Any:
     def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         masks = runtime.masks
-        if masks is None or masks.picture is None or torch.compiler.is_compiling():
+        if masks is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         text = text[0] if isinstance(text, tuple) else text  # IP-Adapter's pictures come beside the text
         if text is None or hidden.dim() != 3:
             return None
-        if reads_maps and masks.reads_maps:
-            rows = sorted(set(masks.picture.prompt_of))
-            if len(hidden) == len(masks.picture.prompt_of):
-                masks.add_maps(_probabilities(attention, hidden[rows], text[rows]), rows)
-        bias = masks.bias(hidden.shape[1], text)
-        if bias is None or len(bias) != len(hidden):
+        if reads_maps and not torch.compiler.is_compiling() and masks.reads_maps:
+            rows, frames = sorted(set(masks.prompt_rows)), len(hidden) // len(masks.prompt_rows)
+            if frames and len(hidden) == frames * len(masks.prompt_rows):
+                drawn = [row * frames + frame for row in rows for frame in range(frames)]
+                shares = _probabilities(attention, hidden[drawn], text[drawn])
+                masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1), rows)  # a film has one layout
+        bias = masks.bias(hidden.shape[1], hidden.shape[0])
+        if bias is None or bias.shape[2] != text.shape[1]:
             return None
         given = kwargs.get("attention_mask")
         return args, {**kwargs, "attention_mask": bias if given is None else given + bias}

@@ -234,7 +234,7 @@ class GateSite:
             block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
             weights = weights * (block[segment] if self.gate.ranked else block)
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)
-        if (masks := self.runtime.masks) is not None:
+        if (masks := self.runtime.masks) is not None and masks.binds:
             mask = masks.over_ranks(layer.stream, low, segment, layer.ranks)
             factor = factor if mask is None else factor * mask
         return factor

@@ -86,10 +86,10 @@ class _Watched(TorchFunctionMode):
         if words and query.shape[2] == key.shape[2] > words:
             if self.reads_maps and self.masks.reads_maps:
                 self._read(query[:, :, picture], key[:, :, text])
-            bias = self.masks.joint_bias(query.shape[2], picture, text, query.dtype, query.device)
-            if bias is not None and len(bias) == len(query):
+            bias = self.masks.joint_bias(query.shape[2], len(query), picture, text)
+            if bias is not None:
                 before = given.get("attn_mask")
-                given["attn_mask"] = bias if before is None else bias + before
+                given["attn_mask"] = bias.to(query.dtype) if before is None else bias.to(query.dtype) + before
         return func(**given)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,9 +79,10 @@ class TokenMasks:
         self._encoding: torch.Tensor | None = None  # [B, T, N] bool, while a text encoder runs
         self._text: torch.Tensor | None = None  # [B, S, N] bool
         self._image: torch.Tensor | None = None  # [B, N, H, W]
+        self._biases: dict[int, torch.Tensor] = {}  # tokens of the picture -> [B, T, S]
+        self._dtype = torch.float32  # of the text
         self._made: dict[tuple, torch.Tensor | None] = {}
         self._last_text: Callable[[], torch.Tensor | None] = lambda: None
-        self._fresh = False  # a call of the pipeline has begun, and its first step has not
         self._warned: set[str] = set()
 
     # ---- what layers ask
@@ -137,10 +138,7 @@ class TokenMasks:
         """Height and width of a layer that has so many tokens of the picture; None where it has others."""
         if self.picture is None or self.picture.side is None:
             return None
-        height, width = self.picture.side
-        while height * width > tokens and height * width > 1:
-            height, width = -(-height // 2), -(-width // 2)
-        return (height, width) if height * width == tokens else None
+        return next((side for side in _sides(self.picture.side) if side[0] * side[1] == tokens), None)
 
     # ---- texts
 
@@ -212,8 +210,11 @@ class TokenMasks:
     # ---- the picture
 
     def begin(self) -> None:
-        """A call of the pipeline begins: its layout is planned anew."""
-        self._fresh = True
+        """A call of the pipeline begins: its text is read, and its layout is planned, anew."""
+        self.picture, self._text, self._image, self._last_text = None, None, None, lambda: None
+        self._made, self._biases = {}, {}
+        self.silent, self.row_silent = (False,) * len(self.bound), None
+        self._changed()
 
     def on_denoiser(self, text: torch.Tensor, side: Callable[[], Side | None], guided: int | None) -> None:
         """The denoiser is about to run.
@@ -223,15 +224,11 @@ class TokenMasks:
             side: of the latents; None where it is not known, and nothing has a place.
             guided: rows of unconditional texts that come first; None where that is not known.
         """
-        new_text = self._last_text() is not text
-        if new_text:
-            self._last_text = weakref.ref(text)
+        if self._last_text() is not text:
+            self._last_text, self._dtype = weakref.ref(text), text.dtype
             self._begin_text(text, side(), guided)
-        elif self._fresh:
-            self._begin_picture(side())
         elif self.picture is not None and self.picture.maps and not self.picture.regions:
             self._plan(text.device)
-        self._fresh = False
 
     def _begin_text(self, text: torch.Tensor, side: Side | None, guided: int | None) -> None:
         found, readings = self.tokens.rows(text) if self._has_words else None, None
@@ -252,7 +249,7 @@ class TokenMasks:
             for name, bound, silent in zip(self.bound, self.bound.values(), self.silent, strict=True):
                 if silent:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
-        if not self._fresh and before is not None and before.regions and self._same_things(before):
+        if before is not None and before.regions and self._same_things(before):
             self.picture.regions = before.regions  # the prompt changes while drawing; the layout stays
         self._set_image(text.device)
 
@@ -262,12 +259,6 @@ class TokenMasks:
             return [[thing.name for thing in readings[i].things] for i in picture.prompt_of]
 
         return self.picture is not None and things(before) == things(self.picture) and before.side == self.picture.side
-
-    def _begin_picture(self, side: Side | None) -> None:
-        if self.picture is not None:
-            device = None if self._text is None else self._text.device
-            self.picture = Picture(self.picture.readings, self.picture.prompt_of, side)
-            self._set_image(device or torch.device("cpu"))
 
     def located(self, row: int) -> list[Thing]:
         """What of a row's text gets a place of its own: at least two things, or a user's own region."""
@@ -281,6 +272,11 @@ class TokenMasks:
         ]
         auto = [t for t in things if t.expert is not None and self.bound[names[t.expert]].region == AUTO]
         return things[:MOST_THINGS] if auto and len(things) > 1 else []
+
+    @property
+    def binds(self) -> bool:
+        """Whether any expert is kept from any token."""
+        return self._encoding is not None or self._text is not None or self._image is not None
 
     @property
     def has_regions(self) -> bool:
@@ -375,8 +371,11 @@ class TokenMasks:
 
     def _set_image(self, device: torch.device) -> None:
         """Masks of the picture from the regions that are known."""
-        image = self._regions_by_row()
-        self._image = None if image is None else onto(image, device)
+        image, picture = self._regions_by_row(), self.picture
+        self._image, self._biases = None if image is None else onto(image, device), {}
+        if image is not None and picture is not None and picture.readings is not None and self.closing:
+            for side in _sides(picture.side):
+                self._biases[side[0] * side[1]] = onto(self._bias_at(side).to(self._dtype), device)
         self._made = {key: mask for key, mask in self._made.items() if key[0] == "encoding"}
         self._changed()
 
@@ -401,48 +400,37 @@ class TokenMasks:
             rows.append(mask)
         return torch.stack(rows)
 
-    def bias(self, tokens: int, text: torch.Tensor) -> torch.Tensor | None:
+    def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: nothing is.
 
         Unconditional rows are left alone.
 
         Args:
             tokens: T.
-            text: [B, S, C].
+            rows: B, of the layer; a film's frames are rows of their own there.
         """
-        picture = self.picture
-        if picture is None or not self.closing or not self.has_regions or picture.readings is None:
-            return None
-        key = "bias", tokens, text.dtype, text.shape[:2]
-        if key not in self._made:
-            bias = self._bias(tokens, *text.shape[:2])
-            self._made[key] = None if bias is None else onto(bias.to(text.dtype), text.device)
-        return self._made[key]
+        bias = self._biases.get(tokens)
+        return None if bias is None or rows % bias.shape[0] else functional.resample_rows(bias, rows)
 
-    def joint_bias(
-        self, tokens: int, picture: slice, text: slice, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor | None:
+    def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
         """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
-        if not self.has_regions or not self.closing:
+        bias = self.bias(tokens - self.text_tokens, rows)
+        if bias is None:
             return None
-        key = "joint bias", tokens, dtype, device, picture.start
+        key = "joint bias", tokens, picture.start
         if key not in self._made:
-            bias = self._bias(tokens - self.text_tokens, len(self.prompt_rows), self.text_tokens)
-            whole = None
-            if bias is not None:
-                whole = torch.zeros(len(bias), 1, tokens, tokens)
-                whole[:, 0, picture, text] = bias
-                whole = onto(whole.to(dtype), device)
+            whole = bias.new_zeros(rows, 1, tokens, tokens)
+            whole[:, 0, picture, text] = bias
             self._made[key] = whole
         return self._made[key]
 
-    def _bias(self, tokens: int, rows: int, words: int) -> torch.Tensor | None:
-        """[rows, tokens, words], on the CPU."""
-        picture, side, names = self.picture, self.side_of(tokens), list(self.bound)
-        if picture is None or picture.readings is None or side is None or rows != len(picture.readings):
-            return None
+    def _bias_at(self, side: Side) -> torch.Tensor:
+        """[B, T, S] for the layers whose picture has this height and width, on the CPU."""
+        picture, names = self.picture, list(self.bound)
+        assert picture is not None
+        assert picture.readings is not None
         assert picture.side is not None
-        bias = torch.zeros(rows, tokens, words)
+        bias = torch.zeros(len(picture.readings), side[0] * side[1], self.text_tokens)
         for row, prompt in enumerate(picture.prompt_of):
             if row != prompt:
                 continue
@@ -465,6 +453,13 @@ class TokenMasks:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _sides(side: Side | None) -> Iterator[Side]:
+    """Height and width of the latents, and of what each halving leaves of them."""
+    while side is not None:
+        yield side
+        side = (-(-side[0] // 2), -(-side[1] // 2)) if max(side) > 1 else None
 
 
 def _prompt_of(readings: Sequence[Reading], guided: int | None) -> list[int]:

@@ -484,3 +484,32 @@ def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
             unbound = hosts.draw(pipe, options, "a fox an owl", steps=3)
     assert torch.equal(everywhere, unbound)
     assert not torch.equal(bound, unbound)
+
+
+@pytest.mark.thorough
+def test_blocks_compiled_one_by_one_are_bound(attach, pipe, draw):
+    torch.compiler.reset()
+    attach(HALVES)
+    expected = draw(pipe, PROMPT)
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(draw(pipe, PROMPT), expected, atol=2e-5, rtol=0)
+    mixture = attach(WORDS)  # maps are read in blocks that are compiled
+    compiled = draw(pipe, PROMPT, num_inference_steps=3)
+    assert set(mixture.layouts[0].regions) == {"fox", "ink"}
+    for block in pipe.unet.modules():
+        block._compiled_call_impl = None
+    torch.testing.assert_close(draw(pipe, PROMPT, num_inference_steps=3), compiled, atol=2e-5, rtol=0)
+
+
+@pytest.mark.thorough
+def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
+    """What was drawn before it was compiled leaves no masks behind."""
+    torch.compiler.reset()
+    mixture = attach(HALVES)
+    draw(pipe, PROMPT)
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
+    whole = draw(pipe, PROMPT)
+    masks = mixture._runtime.binding
+    masks.on_denoiser = lambda *_: None
+    pipe.unet = pipe.unet._orig_mod
+    torch.testing.assert_close(draw(pipe, PROMPT), whole, atol=2e-5, rtol=0)

@@ -2,7 +2,7 @@
 
     python demos/experiments/emoji/studies/binding.py [draw] [report]
 
-Draws the bound arms on the test's compositions. The sum, trained gates and the joint LoRA are the rows of `evaluate.py test`,
+Draws the bound arms on the test's compositions. The sum, trained gates and the joint LoRA are rows of `evaluate.py test`,
 which have the same noise. Rows are appended under work/evaluation/binding and packed in rows/; none is made twice.
 """
 
