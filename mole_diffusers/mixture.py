@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -374,11 +375,12 @@ class Mixture:
         text = self._inputs.text(args, kwargs)
         self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), text)
         if (masks := self._runtime.masks) is not None and not torch.compiler.is_compiling():
-            rows = self._inputs.rows(args, kwargs)
-            masks.on_denoiser(text, lambda: self._inputs.side(args, kwargs), self._guided_rows(rows))
+            frames = max(1, len(text) // self._inputs.rows(args, kwargs))
+            side = functools.partial(self._inputs.side, args, kwargs)
+            masks.on_denoiser(text, side, guided=self._guided_rows(len(text)), frames=frames)
 
     def _guided_rows(self, rows: int) -> int | None:
-        """How many rows of a batch are unconditional and come first; None outside of the pipeline's own call."""
+        """How many rows of a text are unconditional and come first; None outside of the pipeline's own call."""
         guided = getattr(self._calling, "do_classifier_free_guidance", None)
         if guided is None:
             return None

@@ -46,13 +46,16 @@ class Picture:
 
     Attributes:
         readings: of each row's text; none where it is not known.
-        prompt_of: the row whose prompt says what is in each row's picture: with guidance unconditional rows borrow it.
+        guided: so many rows come first that are unconditional.
+        prompt_of: the row whose prompt says what is in each row's picture: unconditional rows borrow it, and the frames of a
+            film have that of the first.
         side: of the latents; None where it is not known, and nothing has a place.
         maps: {row: [K, h, w]}, how much each thing's words are attended.
         regions: {row: (things, their regions [K, H, W])}, once they are planned.
     """
 
     readings: list[Reading] | None
+    guided: int
     prompt_of: list[int]
     side: Side | None
     maps: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -216,21 +219,25 @@ class TokenMasks:
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
-    def on_denoiser(self, text: torch.Tensor, side: Callable[[], Side | None], guided: int | None) -> None:
+    def on_denoiser(
+        self, text: torch.Tensor, side: Callable[[], Side | None], *, guided: int | None, frames: int = 1
+    ) -> None:
         """The denoiser is about to run.
 
         Args:
             text: its states, [B, S, C].
             side: of the latents; None where it is not known, and nothing has a place.
-            guided: rows of unconditional texts that come first; None where that is not known.
+            guided: rows of unconditional texts that come first; None where that is not known: a first half without any
+                expert's words is taken for such.
+            frames: rows of the text for each row of the latents.
         """
         if self._last_text() is not text:
             self._last_text, self._dtype = weakref.ref(text), text.dtype
-            self._begin_text(text, side(), guided)
+            self._begin_text(text, side(), guided, frames)
         elif self.picture is not None and self.picture.maps and not self.picture.regions:
             self._plan(text.device)
 
-    def _begin_text(self, text: torch.Tensor, side: Side | None, guided: int | None) -> None:
+    def _begin_text(self, text: torch.Tensor, side: Side | None, guided: int | None, frames: int) -> None:
         found, readings = self.tokens.rows(text) if self._has_words else None, None
         if found is None and self._has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
@@ -240,8 +247,11 @@ class TokenMasks:
         before = self.picture
         self._text = None if readings is None else self._own_tokens(readings)
         self._text = None if self._text is None else onto(self._text, text.device)
-        prompt_of = _prompt_of(readings, guided) if readings is not None else []
-        self.picture = Picture(readings, prompt_of, side)
+        guided = _guided(readings or []) if guided is None else guided
+        prompt_of = [
+            max(row, row % guided + guided if guided else 0) // frames * frames for row in range(len(readings or []))
+        ]
+        self.picture = Picture(readings, guided, prompt_of, side)
         if readings is None:
             self.silent, self.row_silent = (False,) * len(self.bound), None
         else:
@@ -432,9 +442,9 @@ class TokenMasks:
         assert picture.side is not None
         bias = torch.zeros(len(picture.readings), side[0] * side[1], self.text_tokens)
         for row, prompt in enumerate(picture.prompt_of):
-            if row != prompt:
+            if row < picture.guided:
                 continue
-            things, regions = picture.regions.get(row, ([], torch.zeros(0, *picture.side)))
+            things, regions = picture.regions.get(prompt, ([], torch.zeros(0, *picture.side)))
             for thing in picture.readings[row].things:
                 if thing.expert is None or thing in things:
                     continue
@@ -462,19 +472,11 @@ def _sides(side: Side | None) -> Iterator[Side]:
         side = (-(-side[0] // 2), -(-side[1] // 2)) if max(side) > 1 else None
 
 
-def _prompt_of(readings: Sequence[Reading], guided: int | None) -> list[int]:
-    """The row whose prompt says what each row's picture shows.
-
-    Args:
-        guided: rows of unconditional texts at the beginning; without it a first half without any expert's words is taken
-            for such.
-    """
-    rows = len(readings)
-    if guided is None:
-        half = rows // 2
-        first, second = readings[:half], readings[half:]
-        guided = half if rows % 2 == 0 and not any(map(_says, first)) and all(map(_says, second)) else 0
-    return [row if row >= guided else guided + row for row in range(rows)]
+def _guided(readings: Sequence[Reading]) -> int:
+    """How many unconditional rows come first, to judge by the texts alone."""
+    half = len(readings) // 2
+    first, second = readings[:half], readings[half:]
+    return half if len(readings) == 2 * half and not any(map(_says, first)) and all(map(_says, second)) else 0
 
 
 def _says(reading: Reading) -> bool:

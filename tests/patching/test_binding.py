@@ -510,6 +510,6 @@ def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     whole = draw(pipe, PROMPT)
     masks = mixture._runtime.binding
-    masks.on_denoiser = lambda *_: None
+    masks.on_denoiser = lambda *_, **__: None
     pipe.unet = pipe.unet._orig_mod
     torch.testing.assert_close(draw(pipe, PROMPT), whole, atol=2e-5, rtol=0)
