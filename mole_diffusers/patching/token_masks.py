@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +84,7 @@ class TokenMasks:
         self._biases: dict[int, torch.Tensor] = {}  # tokens of the picture -> [B, T, S]
         self._dtype = torch.float32  # of the text
         self._made: dict[tuple, torch.Tensor | None] = {}
-        self._last_text: Callable[[], torch.Tensor | None] = lambda: None
+        self._last_text: torch.Tensor | None = None
         self._warned: set[str] = set()
 
     # ---- what layers ask
@@ -214,7 +213,7 @@ class TokenMasks:
 
     def begin(self) -> None:
         """A call of the pipeline begins: its text is read, and its layout is planned, anew."""
-        self.picture, self._text, self._image, self._last_text = None, None, None, lambda: None
+        self.picture, self._text, self._image, self._last_text = None, None, None, None
         self._made, self._biases = {}, {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
@@ -231,11 +230,18 @@ class TokenMasks:
                 expert's words is taken for such.
             frames: rows of the text for each row of the latents.
         """
-        if self._last_text() is not text:
-            self._last_text, self._dtype = weakref.ref(text), text.dtype
+        if not self._is_last(text):
+            self._last_text, self._dtype = text.detach(), text.dtype
             self._begin_text(text, side(), guided, frames)
         elif self.picture is not None and self.picture.maps and not self.picture.regions:
             self._plan(text.device)
+
+    def _is_last(self, text: torch.Tensor) -> bool:
+        """Whether this is the text of the step before; hooks that cast or move it make a copy at every step."""
+        last = self._last_text
+        if last is None or last.shape != text.shape or last.device != text.device or torch.is_grad_enabled():
+            return False
+        return last.data_ptr() == text.data_ptr() or torch.equal(last, text)
 
     def _begin_text(self, text: torch.Tensor, side: Side | None, guided: int | None, frames: int) -> None:
         found, readings = self.tokens.rows(text) if self._has_words else None, None

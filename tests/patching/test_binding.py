@@ -296,6 +296,21 @@ def test_each_call_plans_its_own_layout(attach, pipe):
     assert len(plans) == 2
 
 
+def test_a_text_that_is_copied_at_every_step_is_one_text(attach, pipe, draw):
+    """As by hooks that cast a model's inputs."""
+    attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    expected = draw(pipe, PROMPT, num_inference_steps=4)
+
+    def copy_inputs(_, args, kwargs):
+        return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args), {
+            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()
+        }
+
+    hook = pipe.unet.register_forward_pre_hook(copy_inputs, with_kwargs=True, prepend=True)
+    assert torch.equal(draw(pipe, PROMPT, num_inference_steps=4), expected)
+    hook.remove()
+
+
 def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
     mixture = attach(HALVES)
     with pytest.warns(UserWarning, match="words are not known"):
