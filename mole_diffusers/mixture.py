@@ -27,9 +27,10 @@ from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, d
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
+from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
-from mole_diffusers.patching.token_masks import Layout, TokenMasks
+from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
 
 Source = str | Path | Expert

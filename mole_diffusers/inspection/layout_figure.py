@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mole_diffusers.patching.token_masks import Layout
+from mole_diffusers.patching.picture_layout import Layout
 
 COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 60), (148, 80, 190), (230, 145, 30), (0, 150, 150))
 TINT, EDGE = 0.28, 2  # share of a region's colour over the picture; width of its outline in pixels

@@ -45,7 +45,8 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
     Raises ValueError where a gate depends on what passes it, and there is no prompt.
     """
     runtime = parts[0].runtime
-    if prompt is None or (all(part.input_free for part in parts) and runtime.rows is None and runtime.masks is None):
+    reads_text = runtime.rows is not None or (runtime.masks is not None and runtime.masks.has_words)
+    if prompt is None or (all(part.input_free for part in parts) and not reads_text):
         for part in parts:
             part.evaluate_input_free()
     elif all(part.step_invariant for part in parts) and not _compiled(pipe):

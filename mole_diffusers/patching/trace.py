@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from mole_diffusers import functional
+from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.runtime import Decision, Present, Runtime
-from mole_diffusers.patching.token_masks import Layout
 
 
 @dataclass

@@ -5,7 +5,7 @@ from PIL import Image
 
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.layout_figure import COLOURS, EDGE, TINT, overlay
-from mole_diffusers.patching.token_masks import Layout
+from mole_diffusers.patching.picture_layout import Layout
 
 
 def test_a_region_is_tinted_and_outlined_where_it_is_and_nowhere_else():

@@ -11,7 +11,6 @@ from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
-from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.testing import tiny_lora
 
 PROMPT = "a fox an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 7..9
@@ -131,19 +130,22 @@ def test_outside_its_half_an_expert_changes_no_layer(attach, pipe):
     assert mixture.binding["fox"].region == "left"
 
 
-def test_swapping_two_experts_words_swaps_their_regions(attach, pipe):
-    regions = []
+def test_swapping_two_experts_words_swaps_their_maps_and_regions(attach, pipe):
+    """At strength 0, so that the pictures are the same."""
+    layouts = []
     for words in ({"fox": "fox", "ink": "owl"}, {"fox": "owl", "ink": "fox"}):
         mixture = attach(words, names=("fox", "ink"))
+        for name in words:
+            mixture.strength(name, 0)
         generator = torch.Generator().manual_seed(0)
         pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=generator, guidance_scale=1)
-        picture = mixture._runtime.binding.picture
-        things, masks = picture.regions[0]
-        regions.append({thing.name: (thing.expert, mask) for thing, mask in zip(things, masks, strict=True)})
-    first, second = regions
-    assert first["fox"][0] == second["owl"][0] == 0
-    assert first["owl"][0] == second["fox"][0] == 1
-    assert not torch.equal(first["fox"][1], first["owl"][1])
+        layouts += mixture.layouts
+    first, second = layouts
+    for found in ("maps", "regions"):
+        one, other = getattr(first, found), getattr(second, found)
+        assert torch.equal(one["fox"], other["ink"])
+        assert torch.equal(one["ink"], other["fox"])
+        assert not torch.equal(one["fox"], one["ink"])
 
 
 def test_permuting_experts_changes_nothing(attach, pipe, draw):
@@ -159,11 +161,14 @@ def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
     masks = mixture._runtime.binding
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
-    masks.picture.maps.clear()
+    masks.begin()
+    masks.on_denoiser(masks.tokens._known[-1].states[0], lambda: (8, 8), guided=0)
     masks.add_maps(probabilities, [0])
     by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
     low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
-    torch.testing.assert_close(masks.picture.maps[0], (by_hand - low) / (high - low))
+    (layout,) = mixture.layouts
+    for found, wanted in zip(layout.maps.values(), (by_hand - low) / (high - low), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_maps_are_the_hosts_own_attention(pipe, attach):
@@ -282,18 +287,20 @@ def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, clos
 def test_several_pictures_of_a_prompt_each_have_their_own_layout(attach, pipe):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=2, num_images_per_prompt=3, output_type="latent")
-    assert sorted(mixture._runtime.binding.picture.regions) == [3, 4, 5]  # conditional rows; the others borrow from them
+    assert len(mixture.layouts) == 3  # of conditional rows; the others borrow from them
     assert torch.equal(mixture._runtime.binding._image[0], mixture._runtime.binding._image[3])
 
 
 def test_each_call_plans_its_own_layout(attach, pipe):
+    """Though the text's states are the same object; other noise, other maps."""
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     embeds, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
-    plans, found = [], TokenMasks._plan
-    mixture._runtime.binding._plan = lambda device: (plans.append(1), found(mixture._runtime.binding, device))
-    for _ in range(2):
-        pipe(prompt_embeds=embeds, num_inference_steps=3, output_type="latent", guidance_scale=1)
-    assert len(plans) == 2
+    maps = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        pipe(prompt_embeds=embeds, num_inference_steps=3, output_type="latent", guidance_scale=1, generator=generator)
+        maps.append(mixture.layouts[0].maps["fox"])
+    assert not torch.equal(*maps)
 
 
 def test_a_text_that_is_copied_at_every_step_is_one_text(attach, pipe, draw):

@@ -85,7 +85,7 @@ def figure(world, path: Path) -> None:
         with mixture.bound(None):
             plain = sample(world.pipe, scene.caption, [SEEDS[0]], **OPTIONS)[0]
         bound = sample(world.pipe, scene.caption, [SEEDS[0]], **OPTIONS)[0]
-        cells.append([plain, bound, overlay(bound, mixture.layouts[0]), world.drawings.picture(scene)])
+        cells.append([plain, bound, overlay(bound, mixture.layouts[0], side=192), world.drawings.picture(scene)])
         labels.append(" + ".join(subjects))
         detach(world.pipe)
     image_grid(cells, ["plain sum", "bound", "regions", "true drawing"], labels, cell=192).save(path)
