@@ -41,8 +41,9 @@ def evaluate(
         list[str],
         Option(
             metavar="NAME",
-            help="A composer: base, alone, sum, mean, 'grid search', the methods of merge, switch, composite, k-lora, "
-            "gates, 'gates uniform', 'gates random', 'gates hardened', 'gates averaged'. Repeatable. Default: all of them.",
+            help="A composer: base, alone, sum, mean, bound, 'words only', 'grid search', the methods of merge, switch, "
+            "composite, k-lora, gates, 'bound gates', 'gates uniform', 'gates random', 'gates hardened', 'gates averaged'. "
+            "Repeatable. Default: all of them.",
         ),
     ] = NONE,
     gates: Annotated[

@@ -26,7 +26,8 @@ def columns(mixture: Mixture) -> dict[str, Callable[[], AbstractContextManager]]
     if mixture.binding is not None:
         found["bound"] = lambda: mixture.adjusted(_ones)
     if mixture.binding is None or mixture.parameters():
-        found[f"gated ({mixture.config.family})"] = lambda: mixture.only(*strengths)
+        family = mixture.config.family
+        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = lambda: mixture.only(*strengths)
     return found
 
 

@@ -45,7 +45,7 @@ def test_packed_rows_come_back_beside_those_drawn_since(script, monkeypatch, tmp
 def test_packed_rows_hold_one_row_per_picture_of_an_arm():
     """Else a table would count a picture twice, once as it was drawn before its gates or its settings changed."""
     packed = sorted(ROWS.glob("*.jsonl.gz"))
-    assert len(packed) == 7
+    assert len(packed) == 8
     for path in packed:
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
         pictures = {(row["arm"], row["case"], row["prompt"], row["seed"]) for row in rows}
@@ -84,6 +84,7 @@ def test_a_page_takes_the_numbers_of_its_text_from_its_tables(script):
     [
         "training_table",
         "families",
+        "bind",
         pytest.param("results", marks=pytest.mark.thorough),
         pytest.param("ablation", marks=pytest.mark.thorough),
     ],
@@ -91,8 +92,8 @@ def test_a_page_takes_the_numbers_of_its_text_from_its_tables(script):
 def test_a_page_is_what_the_packed_rows_give(script, monkeypatch, tmp_path, page):
     from mole_diffusers.evaluation.rows import Rows
 
-    evaluate, report, families, objectives, ablation = (
-        script(name) for name in ("evaluate", "report", "families", "objectives", "ablation")
+    evaluate, report, families, objectives, ablation, binding = (
+        script(name) for name in ("evaluate", "report", "families", "objectives", "ablation", "binding")
     )
 
     def packed(step):
@@ -106,6 +107,8 @@ def test_a_page_is_what_the_packed_rows_give(script, monkeypatch, tmp_path, page
         text = objectives.report()
     elif page == "families":
         text = families.document(report.ordered(packed("test")), kept("families.json"))
+    elif page == "bind":
+        text = binding.document(report.ordered(packed("test")), report.ordered(packed("binding")))
     elif page == "results":
         steps = {step: report.ordered(packed(step)) for step in ("world", *evaluate.SPLITS)}
         text = report.document(steps, kept("took.json"))

@@ -45,6 +45,13 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.thorough
+def test_the_page_of_binding_runs(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "bind.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "bind.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "{'tiger': 0.5, 'doughnut': 0.5}"
+
+
 def test_the_evaluation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (command,) = blocks("evaluation.md", "bash")

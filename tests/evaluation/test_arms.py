@@ -27,9 +27,8 @@ WEIGHTS = {"subject x style": {"subject": 0.7, "style": 1.3}}
 @pytest.fixture
 def setup(pipe, loras):
     prompts = {"fox": ["a fox"], "ink": ["in ink"], "hat": ["a hat"]}
-    return Setup(
-        pipe, {n: read_expert(path, n) for n, path in loras.items()}, OPTIONS, prompts=prompts, styles=frozenset({"ink"})
-    )
+    experts = {n: replace(read_expert(path, n), triggers=(n,)) for n, path in loras.items()}
+    return Setup(pipe, experts, OPTIONS, prompts=prompts, styles=frozenset({"ink"}))
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def drawn(setup, arm, case=CASE, seeds=(3,)):
 
 
 def by_hand(setup, experts, inside=None, gates="sum"):
-    mixture = mole.attach(setup.pipe, experts, gates)
+    mixture = mole.attach(setup.pipe, experts, gates, binding=None)
     try:
         with inside(mixture) if inside else mixture.only(*mixture.experts):
             return [image.tobytes() for image in sample(setup.pipe, CASE.prompt, [3], **OPTIONS)]
@@ -64,8 +63,8 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
     assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
     assert drawn(setup, arms.base()) == before
     json.dumps([dict(a.settings(setup, CASE)) for a in chosen if a.covers(CASE)])
-    # The same by definition: equal gates that sum to N, and the first of two turns of five steps.
-    twins = {frozenset(("sum", "gates uniform")), frozenset(("alone fox", "switch"))}
+    # The same by definition: equal gates that sum to N, the first of two turns of five steps, and a subject without a rival.
+    twins = {frozenset(("sum", "gates uniform")), frozenset(("alone fox", "switch")), frozenset(("bound", "words only"))}
     names = list(pictures)
     same = {frozenset((a, b)) for i, a in enumerate(names) for b in names[i + 1 :] if pictures[a] == pictures[b]}
     assert same <= twins
@@ -188,7 +187,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     setup.pipe = sdxl()
     found = arms.obstacles(arms.ARMS, setup)
     assert set(found) == {
-        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "grid search", *arms.CONTROLS
+        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "grid search", *arms.CONTROLS, "bound gates"
     }  # fmt: skip
     assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"
     for name, reason in found.items():
@@ -208,7 +207,7 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     everything = lambda: {a.name: settings_of(setup, a) for a in made()}  # noqa: E731
     before = everything()
     assert everything() == before
-    trained = {"gates", "gates uniform", "gates random", "gates hardened", "gates averaged"}
+    trained = {"gates", "gates uniform", "gates random", "gates hardened", "gates averaged", "bound gates"}
 
     def changed():
         now = everything()

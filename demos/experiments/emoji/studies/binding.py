@@ -120,7 +120,7 @@ def main() -> None:
         pack(rows, "binding")
         figure(world, DOCS / "bind.png")
         test = ordered(Rows(unpacked(FOLDER / "test")).read())
-        (DOCS / "bind.md").write_text(document(test, tables.as_frame(rows.read())))
+        (DOCS / "bind.md").write_text(document(test, ordered(rows.read())))
 
 
 if __name__ == "__main__":
