@@ -378,7 +378,9 @@ class Mixture:
         if (masks := self._runtime.masks) is not None and not torch.compiler.is_compiling():
             frames = max(1, len(text) // self._inputs.rows(args, kwargs))
             side = functools.partial(self._inputs.side, args, kwargs)
-            masks.on_denoiser(text, side, guided=self._guided_rows(len(text)), frames=frames)
+            runtime, called = self._runtime, self._calling is not None  # training has prompts of single experts
+            active = [called and a and s != 0 for a, s in zip(runtime.active, runtime.strength, strict=True)]
+            masks.on_denoiser(text, side, guided=self._guided_rows(len(text)), frames=frames, active=active)
 
     def _guided_rows(self, rows: int) -> int | None:
         """How many rows of a text are unconditional and come first; None outside of the pipeline's own call."""

@@ -217,7 +217,13 @@ class TokenMasks:
         self._changed()
 
     def on_denoiser(
-        self, text: torch.Tensor, side: Callable[[], Side | None], *, guided: int | None, frames: int = 1
+        self,
+        text: torch.Tensor,
+        side: Callable[[], Side | None],
+        *,
+        guided: int | None,
+        frames: int = 1,
+        active: Sequence[bool] = (),
     ) -> None:
         """The denoiser is about to run.
 
@@ -227,10 +233,14 @@ class TokenMasks:
             guided: rows of unconditional texts that come first; None where that is not known: a first half without any
                 expert's words is taken for such.
             frames: rows of the text for each row of the latents.
+            active: [N], the experts that the user wants to hear of if they are silent.
         """
         if not self._is_last(text):
             self._last_text = text.detach()
             self._begin_text(text, side(), guided, frames)
+            for (name, bound), silent, wanted in zip(self.bound.items(), self.silent, active, strict=False):
+                if silent and wanted:
+                    self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
         elif self.picture is not None and self.picture.can_plan:
             for warning in self.picture.plan():
                 self._warn(warning)
@@ -257,9 +267,6 @@ class TokenMasks:
             self.picture.keep(before)
         self._text = onto(self._own_tokens(readings), text.device) if readings else None
         self._set_silent([readings[row].said for row in self.picture.prompt_of] or [[True] * len(self.bound)])
-        for (name, bound), silent in zip(self.bound.items(), self.silent, strict=True):
-            if silent:
-                self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
         self._set_regions(text)
 
     def _set_regions(self, text: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ which have the same noise. Rows are appended under work/evaluation/binding and p
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
@@ -15,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 import pandas as pd
 from evaluate import DOCS, FOLDER, OPTIONS, SEEDS
 from kept_rows import KEPT, pack, unpacked
-from loop import device, in_bf16
+from loop import WORK, device, in_bf16
 from pages import fill
 from report import named, of_cases, ordered
 
@@ -30,7 +31,11 @@ from mole_diffusers.inspection.layout_figure import overlay
 PART = 8  # compositions of each kind
 SHOWN = ("sunflower", "crocodile"), ("doughnut", "tiger"), ("crocodile", "honeybee")
 FROM_TEST = ("sum", "gates", "joint LoRA")
-ORDER = ("sum", "words only", "places only", "words and given places", "bound", "gates", "bound gates", "joint LoRA")
+TRAINED_BOUND = "bound gates, trained bound"
+ORDER = (
+    "sum", "words only", "places only", "words and given places", "bound", "gates", "bound gates", TRAINED_BOUND,
+    "joint LoRA",
+)  # fmt: skip
 STRANGERS = 2
 
 
@@ -56,6 +61,7 @@ def study_arms(world) -> list[Arm]:
         arms.bound("words and given places", lambda setup, case: given(setup, case, words=True)),
         arms.bound(),
         arms.bound_gates(arms.gates_of(world.folder / "gates")),
+        replace(arms.bound_gates(arms.gates_of(WORK / "gates" / "bound")), name=TRAINED_BOUND),
     ]
 
 
@@ -102,7 +108,9 @@ def document(test: pd.DataFrame, bound: pd.DataFrame) -> str:
     parts = {
         "success": tables.success_table(both),
         "paired": tables.paired_table(both, "sum"),
-        "strict": tables.paired_table(named(both, ("sum", "bound", "bound gates")), "sum", resample="concepts"),
+        "strict": tables.paired_table(
+            named(both, ("sum", "bound", "bound gates", TRAINED_BOUND)), "sum", resample="concepts"
+        ),
         "crowd": tables.success_table(crowd),
     }
     return fill((KEPT.parent / "bind_text.md").read_text(), parts)

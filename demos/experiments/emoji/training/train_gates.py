@@ -62,12 +62,13 @@ def make_gates(
     training: GateTraining | None = None,
     idle=(),
     backgrounds=("white",),
+    binding=None,
 ):
     """Below `root`, or among the committed gates; `idle` LoRAs are attached beside those of the composition."""
     folder = (root or world.folder / "gates") / name_of(concepts + idle)
     if not (folder / "config.json").exists():
         detach(world.pipe)
-        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts + idle}, FAMILIES[family], binding=None)
+        mixture = attach(world.pipe, {c: world.loras[c] for c in concepts + idle}, FAMILIES[family], binding=binding)
         found = lesson(concepts, backgrounds)
         train_gates(world.pipe, mixture, found, config=training or recipe(concepts, family))
         mixture.save_pretrained(folder, dtype=torch.float16)
@@ -77,6 +78,11 @@ def make_mixed(world, concepts):
     """Gates by all three terms: single LoRAs, their blends, and collages."""
     usual = recipe(concepts, "flow")
     make_gates(world, concepts, root=WORK / "gates" / "mixed", training=replace(usual, terms=BLENDS | usual.terms))
+
+
+def make_bound(world, concepts):
+    """Gates that learn while each LoRA is bound to its words."""
+    make_gates(world, concepts, root=WORK / "gates" / "bound", binding={})
 
 
 def make_from_prompts(world, concepts):
@@ -137,6 +143,8 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
 
     if what == "gates":
         return of(emoji.COMPOSITIONS, make_gates)
+    if what == "bound":
+        return of(emoji.COMPARED[:16], make_bound)
     if what == "joint":
         return of(emoji.COMPARED, make_joint)
     if what == "blend":
@@ -158,7 +166,7 @@ def jobs(what: str, world) -> list[tuple[str, Callable[[], None]]]:
 
 
 def main() -> None:
-    known = ["gates", "families", "blend", "prompts", "crowded", "validation", "joint", "oracle", "unseen"]
+    known = ["gates", "bound", "families", "blend", "prompts", "crowded", "validation", "joint", "oracle", "unseen"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=known, help=f"of {known}; default: all")
     what = parser.parse_args().what
