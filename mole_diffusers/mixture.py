@@ -82,6 +82,20 @@ class Mixture:
                 self._runtime.changed()
             return self._runtime.strength[index]
 
+    @property
+    def active(self) -> set[str]:
+        """The experts that are on, at whatever strength."""
+        return {name for name, on in zip(self.experts, self._runtime.active, strict=True) if on}
+
+    def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
+        """These experts at these strengths, and no others; `plan` has factors on top, by component and block."""
+        for name, value in strengths.items():
+            self._index(name)
+            self._finite(name, value)
+        with self._lock:
+            now = [strengths.get(name, old) for name, old in zip(self.experts, self._runtime.strength, strict=True)]
+            self._runtime.set(strength=now, active=[name in strengths for name in self.experts], plan=plan)
+
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """These factors while the block runs; experts not named keep theirs."""
@@ -237,8 +251,8 @@ class Mixture:
         return error
 
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
-        averages, binding = Averages(), self.binding or {}
-        if len(binding) > 1 and any(b.words or b.region not in (AUTO, EVERYWHERE) for b in binding.values()):
+        averages = Averages()
+        if len(self.experts) > 1 and self.is_bound:
             warnings.warn(
                 "folded experts act on every word and in the whole picture: weights cannot hold words or places",
                 stacklevel=4,
@@ -304,6 +318,11 @@ class Mixture:
         """
         with self._lock:
             self._runtime.set(binding=self._masks(self._bound(binding)))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether any expert is kept from words or places: one that is alone is kept from a text without its words."""
+        return any(b.words or b.region not in (AUTO, EVERYWHERE) for b in (self.binding or {}).values())
 
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
@@ -464,7 +483,8 @@ def detach(pipe: Any) -> None:
 
 def attached(pipe: Any) -> Mixture | None:
     """The mixture on a pipeline, if any."""
-    return getattr(denoiser(pipe), HANDLE, None)
+    models = [getattr(pipe, name, None) for name in DENOISERS]
+    return None if not any(model is not None for model in models) else getattr(denoiser(pipe), HANDLE, None)
 
 
 @contextmanager

@@ -5,13 +5,15 @@ A drop-in saves its mixture beside the pipeline: experts, gates and strengths in
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,20 +34,29 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
-from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
-from mole_diffusers.lora.writing import save_expert
+from mole_diffusers.lora.writing import save_atomically, save_expert
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.patching.adapter_weights import AdapterWeights
+from mole_diffusers.patching.denoiser_inputs import hosts
+from mole_diffusers.patching.gated_linear import ADAPTER
+from mole_diffusers.patching.peft_injection import adapted
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
-HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
+IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads, which changes nothing here
 CUSTOM = """\
 \"\"\"For `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`.\"\"\"
 
@@ -68,79 +79,131 @@ class DropIn:
         """The experts and gates loaded so far."""
         return attached(self)
 
-    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs: Any) -> None:
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, hotswap: bool = False, **kwargs: Any) -> None:
         """Add a LoRA as expert `adapter_name`, by default "default_0", "default_1", ...
 
         Trained gates weigh a fixed set of experts, so one more means that all are summed until gates are loaded again.
 
         Args:
-            source: a file, a folder or hub id (with `weight_name`, else pytorch_lora_weights.safetensors), or an Expert.
+            source: a file, a folder or hub id (with `weight_name`, else pytorch_lora_weights.safetensors or the one file
+                there is), a state dict, or an Expert.
+            hotswap: take the place of the expert of that name.
             kwargs: `weight_name`, and `subfolder`, `revision`, `token`, `cache_dir`, ... for the hub.
 
         Raises ValueError for a name that is taken, and all that `attach` raises; the mixture stays as it was.
         """
-        experts = self._experts()
-        free = next(name for i in range(len(experts) + 1) if (name := f"default_{i}") not in experts)
+        if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
+            raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
+        experts, ordinary = self._experts(), self._ordinary()
+        free = next(name for i in range(1000) if (name := f"default_{i}") not in (*experts, *ordinary))
         name = adapter_name or free
-        if name in experts:
-            raise ValueError(f"adapter name {name!r} is in use; loaded: {list(experts)}")
-        expert = source if isinstance(source, Expert) else read_expert(_lora_file(source, **kwargs), name)
+        if name in ordinary or (name in experts) != hotswap:
+            what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
+            raise ValueError(f"adapter name {name!r} {what}; loaded: {[*experts, *ordinary]}")
+        options = {key: value for key, value in kwargs.items() if key not in IGNORED}
+        expert = _read(source, name, **options)
         if self.mixture is not None and self.mixture.parameters():
             warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
-        attach(self, {**experts, name: (expert, 1.0)}, binding=self._binding())
+        self._attach({**experts, name: (expert, 1.0)})
+        if ordinary:  # in diffusers, too, what was loaded last is on, and what was there before is not
+            self._ordinary_off()
 
-    def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
-        """Set the strength of the named experts; those not named get strength 0.
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        """Set which adapters are active, and their weights; the others are off.
 
-        One number per expert; diffusers' per-block dicts are the gates' business here and raise ValueError.
+        Args:
+            adapter_names: experts, and adapters that were put on by diffusers or peft themselves.
+            adapter_weights: one number for all, or one per adapter; numbers per model and per block as in diffusers,
+                {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}.
+
+        Raises ValueError for an unknown name, or another number of weights; nothing is changed then.
         """
+        mixture = self.mixture
+        if mixture is None:
+            super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
+            return
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
         if len(weights) != len(names):
-            raise ValueError(f"{len(names)} adapters but {len(weights)} weights")
-        if bad := [w for w in weights if not isinstance(w, int | float | None)]:
-            raise ValueError(f"a weight is one number per adapter, got {bad[0]!r}")
-        mixture = self._require()
-        strengths = {name: 1.0 if w is None else float(w) for name, w in zip(names, weights, strict=True)}
-        for name in strengths:
-            mixture.strength(name)
-        for name in mixture.experts:
-            mixture.strength(name, strengths.get(name, 0.0))
+            raise ValueError(
+                f"Length of adapter names {len(names)} is not equal to the length of the weights {len(weights)}"
+            )
+        experts, ordinary = self._experts(), self._ordinary()
+        if missing := set(names) - {*experts, *ordinary}:
+            raise ValueError(f"Adapter name(s) {missing} not in the list of present adapters: { {*experts, *ordinary} }.")
+        given = dict(zip(names, weights, strict=True))
+        per_model = {n: w for n, w in given.items() if n in experts and isinstance(w, Mapping)}
+        numbers = {n: 1.0 if w is None or n in per_model else float(w) for n, w in given.items() if n in experts}
+        plan = AdapterWeights(list(experts), per_model, getattr(self, "unet", None)) if per_model else None
+        mixture.choose(numbers, plan)
+        others = [name for name in names if name in ordinary]
+        if others:
+            super().set_adapters(others, [given[name] for name in others])  # type: ignore[misc]
+        else:
+            self._ordinary_off()
 
     def load_gates(self, gates: Gates) -> None:
         """Weigh the loaded experts by `gates`: a folder, a hub id, a family name or a GateConfig."""
         self._require()
-        attach(self, self._experts(), gates, binding=self._binding())
+        self._attach(self._experts(), gates)
 
     def get_active_adapters(self) -> list[str]:
-        """The experts of a strength other than 0."""
-        return [name for name, (_, strength) in self._experts().items() if strength != 0]
+        """The adapters that are on, at whatever weight."""
+        mixture = self.mixture
+        active = [] if mixture is None else [name for name in mixture.experts if name in mixture.active]
+        return [*active, *(name for name in super().get_active_adapters() if name != ADAPTER)]  # type: ignore[misc]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Part -> experts that have layers in it."""
-        parts: dict[str, list[str]] = {}
+        """Part -> adapters that have layers in it."""
+        listed = super().get_list_adapters()  # type: ignore[misc]
+        parts = {part: [name for name in names if name != ADAPTER] for part, names in listed.items()}
         for name, (expert, _) in self._experts().items():
             for part in expert.layers:
                 parts.setdefault(part, []).append(name)
-        return parts
+        return {part: names for part, names in parts.items() if names}
 
-    def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Take experts out. Trained gates weigh a fixed set of experts, so those left are summed."""
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters out; as in diffusers, names that are not there are passed over.
+
+        Trained gates weigh a fixed set of experts, so those left are summed.
+        """
         gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         experts = self._experts()
-        if unknown := gone - set(experts):
-            raise ValueError(f"unknown adapters {sorted(unknown)}; loaded: {list(experts)}")
         left = {name: expert for name, expert in experts.items() if name not in gone}
-        if left:
-            binding = self._binding()
-            kept = {name: bound for name, bound in binding.items() if name in left} if isinstance(binding, dict) else binding
-            attach(self, left, binding=kept)
-        else:
-            detach(self)
+        if len(left) < len(experts):
+            self._attach(left)
+        if others := [name for name in self._ordinary() if name in gone]:
+            super().delete_adapters(others)  # type: ignore[misc]
 
-    def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
-        """Take all experts and gates out: the original pipeline, bit for bit."""
+    def unload_lora_weights(self, **kwargs: Any) -> None:
+        """Take all experts, gates and other adapters out: the original pipeline, bit for bit."""
         detach(self)
+        super().unload_lora_weights(**kwargs)  # type: ignore[misc]
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Fuse the adapters into the weights, as in diffusers: the experts become ordinary adapters first.
+
+        Raises ValueError where gates or binding depend on the prompt or the picture, which fused weights cannot hold.
+        """
+        mixture = self.mixture
+        if mixture is not None:
+            if mixture.parameters() or mixture.config.family != "sum" or mixture.is_bound:
+                raise ValueError(
+                    "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
+                    "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
+                )
+            self._hand_over(mixture)
+        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+
+    def _hand_over(self, mixture: Mixture) -> None:
+        """The experts as ordinary adapters of diffusers, with the weights that they have."""
+        experts, active = mixture.weighed(), [name for name in mixture.experts if name in mixture.active]
+        detach(self)
+        with TemporaryDirectory() as folder:
+            for i, (name, (expert, _)) in enumerate(experts.items()):
+                save_expert(expert, file := Path(folder, f"{i}.safetensors"), dtype=torch.float32)
+                super().load_lora_weights(str(file), adapter_name=name)  # type: ignore[misc]
+        super().set_adapters(active, [experts[name][1] for name in active])  # type: ignore[misc]
 
     def load_mixture(self, folder: str | Path) -> None:
         """Take the experts, gates and strengths that a saved drop-in pipeline has in its folder `mole`."""
@@ -171,18 +234,20 @@ class DropIn:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but the shared models keep their precision, where diffusers casts them to float32.
+        """As in diffusers, but the shared models keep their precisions, where diffusers casts them to float32.
 
         A mixture on the models is shared with them.
-
-        Raises ValueError where the models are in several precisions and `torch_dtype` does not say which to take.
         """
-        if not {"torch_dtype", "dtype"} & set(kwargs):
-            dtypes = {model.dtype for model in pipeline.components.values() if hasattr(model, "dtype")}
-            if len(dtypes) > 1:
-                raise ValueError(f"the models are in {sorted(map(str, dtypes))}; give the torch_dtype to cast them all to")
-            kwargs["torch_dtype"] = dtypes.pop()
-        return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        if {"torch_dtype", "dtype"} & set(kwargs):
+            return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]
+        dtypes = [model.dtype for model in models]
+        widest = functools.reduce(torch.promote_types, dtypes, dtypes[0])
+        pipe = super().from_pipe(pipeline, torch_dtype=widest, **kwargs)  # type: ignore[misc]
+        for model, dtype in zip(models, dtypes, strict=True):
+            if dtype != widest:
+                model.to(dtype)
+        return pipe
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
@@ -201,9 +266,28 @@ class DropIn:
     def _experts(self) -> dict[str, tuple[Expert, float]]:
         return {} if self.mixture is None else self.mixture.weighed()
 
-    def _binding(self) -> dict[str, Bound] | str | None:
-        """How the experts are bound, for attaching them again."""
-        return AUTO if self.mixture is None else self.mixture.binding
+    def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates = "sum") -> None:
+        """Attach these experts in the place of those that are; who was bound or off stays so. None at all: detach."""
+        mixture = self.mixture
+        if not experts:
+            detach(self)
+        elif mixture is None:
+            attach(self, experts, gates)
+        else:
+            binding, off = mixture.binding, set(mixture.experts) - mixture.active
+            kept = None if binding is None else {name: bound for name, bound in binding.items() if name in experts}
+            attach(self, experts, gates, binding=kept)
+            self._require().choose({name: strength for name, (_, strength) in experts.items() if name not in off})
+
+    def _ordinary_off(self) -> None:
+        for model in hosts(self).values():
+            for layer in adapted(model):
+                layer.set_adapter([])  # the experts' layers keep theirs
+
+    def _ordinary(self) -> list[str]:
+        """The names of adapters that diffusers or peft put on themselves."""
+        listed = super().get_list_adapters()  # type: ignore[misc]
+        return list(dict.fromkeys(name for names in listed.values() for name in names if name != ADAPTER))
 
     def _require(self) -> Mixture:
         if self.mixture is None:
@@ -260,6 +344,12 @@ class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, StableDiffusionXLCo
 
 
 KINDS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
+# `AutoPipelineForText2Image.from_pipe` and its kin look a pipeline's class up by name in these tables.
+for table in (
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
+):  # fmt: skip
+    own = {f"mole-{name}": KINDS[kind.__name__] for name, kind in table.items() if kind.__name__ in KINDS}
+    table.update(own)
 
 
 class MoLEPipeline:
@@ -289,13 +379,32 @@ def _kind(names: Iterable[str]) -> Any:
     raise ValueError(f"{names[0]} has no drop-in pipeline; those that have one: {list(KINDS)}")
 
 
+def _read(source: Any, name: str, **options: Any) -> Expert:
+    """The LoRA that diffusers' arguments mean."""
+    if isinstance(source, Expert):
+        return source
+    if not isinstance(source, Mapping):
+        return read_expert(_lora_file(source, **options), name)
+    with TemporaryDirectory() as folder:
+        save_atomically(
+            {key: tensor.contiguous() for key, tensor in source.items()}, file := Path(folder, "dict.safetensors"), {}
+        )
+        return replace(read_expert(file, name), source="a state dict")
+
+
 def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any) -> Path:
     """The file that diffusers' arguments mean: a file, one inside a folder, or one fetched from the hub."""
     path, name = Path(source), weight_name or "pytorch_lora_weights.safetensors"
     if path.is_file() or path.suffix == ".safetensors":
         return path
     if path.is_dir():
-        return path / hub.get("subfolder", "") / name
+        folder = path / hub.get("subfolder", "")
+        if weight_name is None and not (folder / name).exists():
+            others = sorted(file for file in folder.glob("*.safetensors"))
+            if len(others) != 1:
+                raise FileNotFoundError(f"{folder} has {len(others)} LoRA files and none called {name}; give a weight_name")
+            return others[0]
+        return folder / name
     try:
         return Path(hf_hub_download(str(source), name, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -321,7 +430,7 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
         file = f"{i}.safetensors"
         kept[name] = _keep_expert(expert, folder / EXPERTS / file)
-        rows.append({"name": name, "file": file, "strength": strength})
+        rows.append({"name": name, "file": file, "strength": strength, "active": name in mixture.active})
         if mixture.binding is not None:
             rows[-1]["binding"] = to_json(mixture.binding[name])
     checkpoint.save(folder / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
@@ -344,12 +453,16 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     Raises FileNotFoundError or RefusedFileError for what is no such folder, and all that `attach` raises.
     """
     folder = Path(folder)
-    experts, binding = _kept_experts(folder)
-    return attach(pipe, experts, folder / GATES_FOLDER, binding=binding)
+    experts, binding, active = _kept_experts(folder)
+    mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding)
+    mixture.choose({name: experts[name][1] for name in active})
+    return mixture
 
 
-def _kept_experts(folder: Path) -> tuple[dict[str, tuple[str | Path | Expert, float]], dict[str, Bound] | None]:
-    """name -> (file, strength), and name -> binding (None where nothing is bound), from mixture.json."""
+def _kept_experts(
+    folder: Path,
+) -> tuple[dict[str, tuple[str | Path | Expert, float]], dict[str, Bound] | None, list[str]]:
+    """name -> (file, strength), name -> binding (None where nothing is bound), and who is on, from mixture.json."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
     about = read_json(folder / INDEX)
@@ -357,6 +470,7 @@ def _kept_experts(folder: Path) -> tuple[dict[str, tuple[str | Path | Expert, fl
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
     found: dict[str, tuple[str | Path | Expert, float]] = {}
     binding: dict[str, Bound] = {}
+    active: list[str] = []
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
@@ -372,4 +486,6 @@ def _kept_experts(folder: Path) -> tuple[dict[str, tuple[str | Path | Expert, fl
                 f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
             )
         found[name] = folder / EXPERTS / file, strength
-    return found, binding or None
+        if row.get("active", True):
+            active.append(name)
+    return found, binding or None, active

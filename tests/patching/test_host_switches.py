@@ -34,13 +34,14 @@ def test_a_switch_changes_no_picture(other, switch, tmp_path):
     pipe, options = other.pipe, other.options
     base = hosts.draw(pipe, options)
     mixture = other.attach()
+    mixture.bind({"fox": ("fox", "left")})
     picture = hosts.draw(pipe, options)
     SWITCHES[switch](pipe)
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
     mixture.save_pretrained(tmp_path / "gates")  # wherever their weights are now
     mole.detach(pipe)
     torch.testing.assert_close(hosts.draw(pipe, options), base, **CLOSE)
-    mole.attach(pipe, mixture.experts, tmp_path / "gates")
+    mole.attach(pipe, mixture.experts, tmp_path / "gates", binding=mixture.binding)
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)
 
 

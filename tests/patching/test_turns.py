@@ -25,6 +25,7 @@ SETTINGS = {  # one per thread
     "no fox": lambda m: m.strengths({"fox": 0, "hat": -1.5}),
     "fixed": lambda m: m.fixed({"ink": 0.7}),
     "traced": lambda m: m.trace(),
+    "bound": lambda m: m.bound({"fox": ("fox", "left"), "ink": "ink", "hat": "everywhere"}),
 }
 
 

@@ -1,0 +1,46 @@
+"""Weights as diffusers' `set_adapters` takes them: one number, or numbers per model and per block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+Weight = float | Mapping[str, Any]  # {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}
+
+
+class AdapterWeights:
+    """A strength schedule that never changes: a strength per expert, model and block; see `runtime.Plan`.
+
+    Args:
+        names: the experts, in the order of the gates' columns.
+        weights: expert -> what was given for it. An expert, model or block without any has 1.
+        unet: whose blocks are meant; None where there is none.
+
+    Raises what diffusers raises for blocks that the UNet does not have.
+    """
+
+    def __init__(self, names: Sequence[str], weights: Mapping[str, Mapping[str, Any]], unet: Any):
+        self._given = [weights.get(name, {}) for name in names]
+        blocks = [given["unet"] if isinstance(given.get("unet"), Mapping) else 1.0 for given in self._given]
+        self._blocks = [1.0] * len(blocks) if unet is None else _maybe_expand_lora_scales(unet, blocks)
+
+    def part(self, part: str) -> list[float]:
+        """[N] factors of a model, "unet" or "text_encoder"."""
+        found = [given.get(part, 1.0) for given in self._given]
+        return [1.0 if value is None or isinstance(value, Mapping) else float(value) for value in found]
+
+    def block(self, module: str) -> list[float]:
+        """[N] factors of a module, "unet.down_blocks.1.attentions.0" or inside it."""
+        component, _, name = module.partition(".")
+        return [_of_block(scales, name) if component == "unet" else 1.0 for scales in self._blocks]
+
+    def gates(self, place: str) -> None:
+        """No gate is replaced."""
+
+
+def _of_block(scales: Any, module: str) -> float:
+    if not isinstance(scales, Mapping):
+        return 1.0
+    return float(next((scale for block, scale in scales.items() if f"{module}.".startswith(f"{block}.")), 1.0))

@@ -1,0 +1,201 @@
+"""diffusers' LoRA calls on the drop-in, beside the same calls on diffusers' own pipeline."""
+
+import diffusers
+import hosts
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_lora
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture(params=["sd15", pytest.param("sdxl", marks=pytest.mark.thorough)])
+def both(request, tmp_path):
+    """(the drop-in, diffusers' own pipeline, what calls need, two LoRA files); the same weights in both."""
+    (ours, options), (stock, _) = (hosts.HOSTS[request.param]() for _ in range(2))
+    files = {n: tiny_lora(ours, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    return hosts.quiet(mole.MoLEPipeline.from_pipe(ours)), stock, options, files
+
+
+def load(pipe, files):
+    for name, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=name)
+
+
+def same(ours, stock, options):
+    torch.testing.assert_close(hosts.draw(ours, options), hosts.draw(stock, options), **CLOSE)
+
+
+WEIGHTS = [
+    0.5,
+    [0.3, -1.2],
+    [np.float32(0.3), torch.tensor(0.7)],
+    [{"text_encoder": 0.2}, 1.0],
+    [{"unet": 0.4, "text_encoder": 2.0}, {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}}],
+    [{"unet": {"mid": 0.3}}, None],
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_weights_are_those_of_diffusers(both, weights):
+    ours, stock, options, files = both
+    load(ours, files)
+    load(stock, files)
+    for pipe in (ours, stock):
+        pipe.set_adapters(["fox", "ink"], weights)
+    same(ours, stock, options)
+    for pipe in (ours, stock):
+        pipe.set_adapters("ink")
+    same(ours, stock, options)
+
+
+def test_adapters_are_listed_and_active_as_in_diffusers(both):
+    ours, stock, options, files = both
+    load(ours, files)
+    load(stock, files)
+    for pipe in (ours, stock):
+        pipe.set_adapters(["fox", "ink"], [0.0, 1.0])
+    assert ours.get_active_adapters() == stock.get_active_adapters() == ["fox", "ink"]
+    assert ours.get_list_adapters() == stock.get_list_adapters()
+    for pipe in (ours, stock):
+        pipe.set_adapters("ink", 0.5)
+        pipe.delete_adapters(["fox", "nobody"])
+    assert ours.get_active_adapters() == stock.get_active_adapters() == ["ink"]
+    assert ours.get_list_adapters() == stock.get_list_adapters()
+    same(ours, stock, options)
+
+
+def test_who_is_off_stays_off_when_gates_or_experts_change(both):
+    ours, _, options, files = both
+    load(ours, files)
+    ours.set_adapters("ink", 0.5)
+    ink = hosts.draw(ours, options)
+    ours.load_gates("sum")
+    torch.testing.assert_close(hosts.draw(ours, options), ink, **CLOSE)
+    assert ours.get_active_adapters() == ["ink"]
+
+
+def test_adapters_of_peft_are_seen_and_taken_out(both):
+    ours, stock, options, files = both
+    base = hosts.draw(ours, options)
+    for pipe in (ours, stock):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=False), "other")
+    same(ours, stock, options)
+    assert ours.get_list_adapters() == {"unet": ["other"]}
+    assert ours.get_active_adapters() == ["other"]
+    for pipe in (ours, stock):
+        pipe.load_lora_weights(files["fox"], adapter_name="fox")
+        pipe.set_adapters(["other", "fox"], [0.5, 0.8])
+    same(ours, stock, options)
+    assert sorted(ours.get_active_adapters()) == ["fox", "other"]
+    for pipe in (ours, stock):
+        pipe.set_adapters("fox")
+    same(ours, stock, options)
+    ours.delete_adapters("other")
+    assert ours.get_list_adapters()["unet"] == ["fox"]
+    ours.unload_lora_weights()
+    assert torch.equal(hosts.draw(ours, options), base)
+    ours.unet.add_adapter(LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=False), "other")
+    ours.unload_lora_weights()
+    assert torch.equal(hosts.draw(ours, options), base)
+
+
+def test_a_stock_pipeline_with_loras_becomes_a_drop_in(both):
+    _, stock, options, files = both
+    stock.load_lora_weights(files["fox"], adapter_name="fox")
+    picture = hosts.draw(stock, options)
+    ours = hosts.quiet(mole.MoLEPipeline.from_pipe(stock))
+    assert ours.get_active_adapters() == ["fox"]
+    torch.testing.assert_close(hosts.draw(ours, options), picture, **CLOSE)
+    ours.set_adapters("fox", 0.3)
+    assert not torch.allclose(hosts.draw(ours, options), picture, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["dict", "folder", "weight_name", "options"])
+def test_sources_are_those_of_diffusers(both, how, tmp_path):
+    ours, stock, options, files = both
+    stock.load_lora_weights(files["fox"])
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "some_name.safetensors").write_bytes(files["fox"].read_bytes())
+    given, named = {
+        "dict": (load_file(files["fox"]), {}),
+        "folder": (tmp_path / "one", {}),
+        "weight_name": (tmp_path / "one", {"weight_name": "some_name.safetensors"}),
+        "options": (files["fox"], {"low_cpu_mem_usage": True, "use_safetensors": True}),
+    }[how]
+    ours.load_lora_weights(given, **named)
+    assert ours.get_active_adapters() == stock.get_active_adapters()
+    same(ours, stock, options)
+
+
+def test_an_expert_is_swapped_in_place_of_another(both):
+    ours, stock, options, files = both
+    ours.load_lora_weights(files["fox"], adapter_name="x")
+    ours.load_lora_weights(files["ink"], adapter_name="x", hotswap=True)
+    stock.load_lora_weights(files["ink"], adapter_name="x")
+    same(ours, stock, options)
+    with pytest.raises(TypeError, match="has no argument 'weigth_name'"):
+        ours.load_lora_weights(files["fox"], weigth_name="x")
+
+
+@pytest.mark.parametrize("then", ["unload", "unfuse"])
+def test_fusing_is_that_of_diffusers(both, then):
+    """load, fuse, unload is the usual idiom."""
+    ours, stock, options, files = both
+    base = hosts.draw(ours, options)
+    for pipe in (ours, stock):
+        load(pipe, files)
+        pipe.set_adapters(["fox", "ink"], [0.7, 0.4])
+        pipe.fuse_lora(lora_scale=0.9)
+    same(ours, stock, options)
+    for pipe in (ours, stock):
+        pipe.unload_lora_weights() if then == "unload" else pipe.unfuse_lora()
+    same(ours, stock, options)
+    assert (hosts.draw(ours, options) - base).abs().max() > 1e-3
+
+
+def test_what_fused_weights_cannot_hold_is_refused(both):
+    ours, _, options, files = both
+    load(ours, files)
+    ours.mixture.bind({"fox": "fox"})
+    picture = hosts.draw(ours, options)
+    with pytest.raises(ValueError, match=r"mixture.bind\(None\).*collapsed\(prompt\)"):
+        ours.fuse_lora()
+    assert torch.equal(hosts.draw(ours, options), picture)
+    ours.mixture.bind(None)
+    ours.load_gates("mole")
+    with pytest.raises(ValueError, match=r"load_gates\('sum'\)"):
+        ours.fuse_lora()
+
+
+def test_auto_pipelines_find_the_drop_ins(both):
+    ours, _, options, files = both
+    load(ours, files)
+    for auto, form in (
+        (diffusers.AutoPipelineForImage2Image, "Img2ImgPipeline"),
+        (diffusers.AutoPipelineForInpainting, "InpaintPipeline"),
+        (diffusers.AutoPipelineForText2Image, "Pipeline"),
+    ):
+        pipe = auto.from_pipe(ours)
+        assert type(pipe).__name__ == type(ours).__name__.removesuffix("Pipeline") + form
+        assert pipe.get_active_adapters() == ["fox", "ink"]
+
+
+def test_models_of_several_precisions_keep_them():
+    pipe, _ = hosts.HOSTS["sd15"]()
+    pipe.text_encoder.to(torch.bfloat16)
+    ours = mole.MoLEPipeline.from_pipe(pipe)
+    assert (ours.text_encoder.dtype, ours.unet.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_pipeline_without_a_denoiser_has_no_mixture():
+    pipe, _ = hosts.HOSTS["sd15"]()
+    parts = {**pipe.components, "unet": None}
+    assert mole.MoLEStableDiffusionPipeline(**parts, requires_safety_checker=False).mixture is None
