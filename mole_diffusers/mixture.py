@@ -18,15 +18,16 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.gates.transforms import Control
-from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora import COMPONENTS, Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.writing import write_lora
 from mole_diffusers.patching import cross_attention, joint_attention
 from mole_diffusers.patching.component import Component
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, denoiser, hosts
+from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, compiled_from, denoiser, hosts
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
+from mole_diffusers.patching.peft_injection import switch, switched_off
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
@@ -194,9 +195,13 @@ class Mixture:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""
+        models = [part.model for part in self._components]
         with self._lock, ExitStack() as undo:
-            undo.callback(self._install)
+            off = [model for model in models if switched_off(model)]  # by `disable_lora`, which stays so
+            undo.callback(self._put_back, models, off)
+            _switch(off, on=True)
             self._uninstall()
+            _switch(off, on=False)
             lock_calls(self._pipe, self._call, undo)
             yield
 
@@ -365,11 +370,19 @@ class Mixture:
             joint_attention.hook(self._denoiser, self._runtime, undo)
             for part in self._components:
                 part.install(undo)
-            guard(self._pipe, [part.model for part in self._components], self.lifted, undo)
+            guard(self._pipe, [part.model for part in self._components], self.lifted, self._uninstall, undo)
             lock_calls(self._pipe, self._call, undo)
-            undo.callback(self._denoiser.__dict__.pop, HANDLE, None)
-            object.__setattr__(self._denoiser, HANDLE, self)
+            for model in (self._denoiser, *(part.model for part in self._components)):
+                undo.callback(model.__dict__.pop, HANDLE, None)
+                object.__setattr__(model, HANDLE, self)
             self._undo = undo.pop_all()
+
+    def _put_back(self, models: Sequence[nn.Module], off: Sequence[nn.Module]) -> None:
+        """Install again, with the adapters of `off`, and those that were switched off since, switched off."""
+        off = [model for model in models if model in off or switched_off(model)]
+        _switch(off, on=True)
+        self._install()
+        _switch(off, on=False)
 
     def _uninstall(self) -> None:
         with loaded(self._pipe):
@@ -413,6 +426,11 @@ class Mixture:
         if binding is None:
             return None
         return TokenMasks(binding, self._tokenizers, self._runtime.tokens, self._runtime.changed)
+
+
+def _switch(models: Sequence[nn.Module], *, on: bool) -> None:
+    for model in models:
+        switch(model, on)
 
 
 def attach(
@@ -483,8 +501,11 @@ def detach(pipe: Any) -> None:
 
 def attached(pipe: Any) -> Mixture | None:
     """The mixture on a pipeline, if any."""
-    models = [getattr(pipe, name, None) for name in DENOISERS]
-    return None if not any(model is not None for model in models) else getattr(denoiser(pipe), HANDLE, None)
+    models = {name: compiled_from(model) for name in COMPONENTS if (model := getattr(pipe, name, None)) is not None}
+    found = {name: mixture for name, model in models.items() if (mixture := vars(model).get(HANDLE)) is not None}
+    by_denoiser = next((found[name] for name in DENOISERS if name in found), None)
+    # Where another denoiser was put in the place of the one that had it, its text encoders still have it.
+    return by_denoiser or next((mixture for mixture in found.values() if mixture._pipe is pipe), None)
 
 
 @contextmanager

@@ -218,6 +218,8 @@ class DropIn:
         folder, mixture = Path(save_directory), self.mixture
         if mixture is not None:
             keep(mixture, folder / KEPT)
+        elif (folder / KEPT).exists():
+            shutil.rmtree(folder / KEPT)  # of what was saved there before
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
         with nullcontext() if mixture is None else mixture.lifted():
@@ -424,8 +426,10 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
 
     An expert's file is copied as it is. One that is in memory alone, or was changed since, is written in fp32.
     """
-    folder = Path(folder)
-    (folder / EXPERTS).mkdir(parents=True, exist_ok=True)
+    whole = Path(folder)
+    folder = whole.with_name(f"{whole.name}.part")  # a reader meets the old mixture or the new one
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / EXPERTS).mkdir(parents=True)
     kept, rows = {}, []
     for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
         file = f"{i}.safetensors"
@@ -436,6 +440,12 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     checkpoint.save(folder / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
     about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
     (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n")
+    before = whole.with_name(f"{whole.name}.old")
+    shutil.rmtree(before, ignore_errors=True)
+    if whole.exists():
+        whole.rename(before)
+    folder.rename(whole)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _keep_expert(expert: Expert, path: Path) -> Expert:

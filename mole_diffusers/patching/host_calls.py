@@ -14,7 +14,9 @@ from mole_diffusers.patching.peft_injection import ADAPTER, adapted
 
 Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
 
-ON_THE_ORIGINAL = ("save_pretrained", "load_lora_adapter", "load_adapter", "set_adapters", "set_default_attn_processor")
+ON_THE_ORIGINAL = (
+    "save_pretrained", "load_lora_adapter", "load_adapter", "add_adapter", "set_adapters", "set_default_attn_processor"
+)  # fmt: skip
 FUSED = "q, k and v of a pipeline with a mixture cannot be fused, its experts are beside each; detach first"
 MERGED = (
     "LoRAs cannot be fused under a mixture, whose gated experts would be off in the layers; fuse them before attach, or "
@@ -24,12 +26,14 @@ PARTIAL = "{name} carries the experts of a mixture; take its weights inside `wit
 COPY = "this {kind} was copied with a mixture on it; copy it inside `with mixture.lifted():`"
 
 
-def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None:
+def guard(pipe: Any, models: Iterable[Any], lift: Lift, remove: Callable[[], None], undo: ExitStack) -> None:
     """Watch the calls of a pipeline and of the models with experts.
 
     Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
     write peft's own names, which load as random weights, make the mixture's adapter inactive, and not know its attention
     processors. Fusing is refused, and so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+
+    Taking all LoRAs out, or this adapter by its name, takes the mixture off first: `remove()`.
 
     Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
     the layers themselves keep the mixture's adapter active, and refuse to be fused.
@@ -38,6 +42,8 @@ def guard(pipe: Any, models: Iterable[Any], lift: Lift, undo: ExitStack) -> None
     for model in models:
         for name in ON_THE_ORIGINAL:
             _lend(model, name, functools.partial(_lifting, model, lift), undo)
+        _lend(model, "unload_lora", functools.partial(_removing, remove), undo)
+        _lend(model, "delete_adapters", functools.partial(_deleting, remove), undo)
         _lend(model, "fuse_qkv_projections", _refusing(FUSED), undo)
         _lend(model, "fuse_lora", _refusing(MERGED), undo)
         for layer in adapted(model):
@@ -71,6 +77,25 @@ def _lifting(model: Any, lift: Lift, found: Any) -> Any:
         # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
         with nullcontext() if kwargs.get("hotswap") is True else lift():
             return found(self, *args, **kwargs)
+
+    return call
+
+
+def _removing(remove: Callable[[], None], found: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        remove()
+        return found(self, *args, **kwargs)
+
+    return call
+
+
+def _deleting(remove: Callable[[], None], found: Any) -> Any:
+    def call(self: Any, adapter_names: str | list[str]) -> Any:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if ADAPTER in names:
+            remove()
+        others = [name for name in names if name != ADAPTER]
+        return found(self, others) if others else None
 
     return call
 

@@ -137,6 +137,17 @@ def _remove(model: Any, adapter: str, had_config: bool) -> None:
         model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
 
 
+def switched_off(model: nn.Module) -> bool:
+    """Whether `disable_lora` has switched a model's adapters off."""
+    return any(layer.disable_adapters for layer in adapted(model))
+
+
+def switch(model: nn.Module, on: bool) -> None:
+    """Switch all adapters of a model on or off, as `enable_lora` and `disable_lora` do."""
+    for layer in adapted(model):
+        layer.enable_adapters(on)
+
+
 def adapted(model: nn.Module) -> list[Any]:
     """The layers of a model that carry LoRAs, the mixture's experts or ordinary ones."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]

@@ -3,9 +3,11 @@
 import hosts
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 HELD = {"fox": 0.7, "ink": -0.4}
@@ -97,3 +99,94 @@ def test_fusing_q_k_and_v_is_refused_on_either_side_of_attach(other):
     denoiser.unfuse_qkv_projections()
     other.attach()
     torch.testing.assert_close(hosts.draw(pipe, other.options), picture, **CLOSE)
+
+
+# ---- nothing comes back, or goes, in silence
+
+
+@pytest.fixture
+def second(pipe):
+    """Another pipeline over the same models."""
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize("how", ["pipeline", "unet", "second pipeline", "delete"])
+def test_what_takes_loras_out_takes_the_mixture_out(pipe, second, loras, draw, tmp_path, how):
+    base = draw(pipe)
+    mole.attach(pipe, loras)
+    if how == "pipeline":
+        pipe.unload_lora_weights()
+    elif how == "unet":
+        pipe.unet.unload_lora()
+    elif how == "delete":
+        pipe.delete_adapters(pipe.get_active_adapters())
+    else:
+        second.unload_lora_weights()
+    assert mole.attached(pipe) is None
+    assert torch.equal(draw(pipe), base)
+    pipe.unet.set_default_attn_processor()
+    pipe.save_pretrained(tmp_path)
+    base = draw(pipe)  # by the plain attention that this has chosen
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in pipe.unet.modules())
+    mole.attach(pipe, loras)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_disabled_stays_so(pipe, loras, draw, tmp_path, beside):
+    base, close = draw(pipe), {"atol": 1e-5, "rtol": 0}
+    if beside:
+        pipe.unet.load_lora_adapter(loras["hat"], adapter_name="hat", prefix="unet")
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")})
+    on = draw(pipe)
+    pipe.disable_lora()
+    torch.testing.assert_close(draw(pipe), base, **close)
+    pipe.unet.save_pretrained(tmp_path)
+    pipe.unet.set_default_attn_processor()
+    with mixture.lifted():
+        torch.testing.assert_close(draw(pipe), base, **close)
+    torch.testing.assert_close(draw(pipe), base, **close)
+    assert mole.attached(pipe) is mixture
+    pipe.enable_lora()
+    torch.testing.assert_close(draw(pipe), on, **close)
+
+
+def test_another_unet_in_its_place_does_not_hide_the_mixture(pipe, loras, draw):
+    base, unet = draw(pipe), pipe.unet
+    mixture = mole.attach(pipe, loras)
+    pipe.unet = tiny_pipeline(seed=1).unet
+    assert mole.attached(pipe) is mixture
+    mole.detach(pipe)
+    pipe.unet = unet
+    assert mole.attached(pipe) is None
+    assert torch.equal(draw(pipe), base)
+
+
+def test_an_adapter_added_under_a_mixture_leaves_the_host_frozen(pipe, loras):
+    pipe.unet.requires_grad_(False)
+    mole.attach(pipe, loras)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "own")
+    assert {n for n, p in pipe.unet.named_parameters() if p.requires_grad} == {
+        n for n, _ in pipe.unet.named_parameters() if ".own." in n
+    }
+
+
+def test_a_folder_that_is_saved_to_again_holds_what_was_saved_last(pipe, loras, draw, tmp_path):
+    ours = mole.MoLEStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    ours.set_progress_bar_config(disable=True)
+    for name in ("fox", "ink"):
+        ours.load_lora_weights(loras[name], adapter_name=name)
+    ours.save_pretrained(tmp_path)
+    again = mole.MoLEStableDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    again.delete_adapters("fox")
+    again.save_pretrained(tmp_path)  # the folder that its own files lie in
+    only = mole.MoLEStableDiffusionPipeline.from_pretrained(tmp_path)
+    assert list(only.mixture.experts) == ["ink"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("mole")) == ["mole"]
+    again.unload_lora_weights()
+    again.save_pretrained(tmp_path)
+    assert mole.MoLEStableDiffusionPipeline.from_pretrained(tmp_path).mixture is None
