@@ -59,8 +59,8 @@ and `--gates` as the tables say.
 BINDING = """
 ## Binding
 
-Each LoRA on a word and in a part of the picture of its own, beside the same gates without (`--arms sum mole "bound sum" "bound
-mole"`): dispatch as above, and a step of Stable Diffusion 1.5 at 256 pixels in bf16 on two threads by the clock on the wall.
+Each LoRA on a word and in a part of the picture of its own, beside the same gates without (`--arms sum mole "bound sum"
+"bound mole"`): dispatch as above, and a step of Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock.
 
 | | gates | N | not bound | bound | more |
 |---|---|---|---|---|---|

@@ -37,12 +37,26 @@ def outputs(pipe, tmp_path):
 
 
 def test_every_arm_of_equal_gates_computes_the_same_step(outputs):
-    found = outputs([arm for arm in ARMS if arm not in ("mole", "flow")])
+    found = outputs([arm for arm in ARMS if arm not in ("mole", "flow") and not arm.startswith("bound")])
     base = found.pop("base")
     assert torch.equal(found.pop("again"), base)
     for arm, y in found.items():
         assert (y - base).abs().max() > 1e-3, arm
         torch.testing.assert_close(y, found["set_adapters"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arm", ["bound sum", "bound mole"])
+def test_what_is_bound_has_words_places_and_closed_words(pipe, tmp_path, arm):
+    files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, "tiny", pixels=32)
+    with ARMS[arm](pipe, files, SUM) as changed:
+        pipe.unet(**given | changed)
+        mixture = mole.attached(pipe)
+        assert [mask.mean().item() for mask in mixture.layouts[0].regions.values()] == [0.5, 0.5]
+        bound = pipe.unet(**given | changed)[0]
+        with mixture.bound(None):
+            assert (pipe.unet(**given | changed)[0] - bound).abs().max() > 1e-4
+    mole.detach(pipe)
 
 
 def test_gates_of_the_arms_depend_on_what_they_read(outputs):
@@ -64,7 +78,7 @@ def test_the_thin_host_has_sd15s_modules():
 def test_dispatch_measures_the_families(capsys):
     assert main(["--what", "dispatch", "--experts", "2", "--repeats", "1", "--threads", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [r["arm"] for r in rows] == ["base", "again", "set_adapters", "sum", "mole", "flow"]
+    assert [r["arm"] for r in rows] == ["base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole"]
 
 
 def test_a_twin_shares_the_weights_but_those_it_owns(pipe):
