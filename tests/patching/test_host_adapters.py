@@ -83,11 +83,8 @@ def test_hotswap_changes_the_ordinary_lora_and_leaves_the_mixture(pipe, loras, l
         pipe.load_lora_weights(lcm[1], adapter_name="none", hotswap=True)
 
 
-@pytest.mark.parametrize("drop_in", [False, True])
-def test_fusing_under_a_mixture_is_refused(pipe, loras, lcm, draw, drop_in):
+def test_fusing_under_a_mixture_is_refused(pipe, loras, lcm, draw):
     pipe.load_lora_weights(lcm[0], adapter_name="lcm")
-    if drop_in:
-        pipe = hosts.quiet(mole.MoLEStableDiffusionPipeline.from_pipe(pipe))
     mole.attach(pipe, {"fox": loras["fox"]})
     picture = draw(pipe)
     for names in (None, ["lcm"], ["mole_experts"]):

@@ -19,7 +19,7 @@ from scenes import draw_scene
 from torch import nn
 
 CHANNELS, PATCH = 20, 4
-EVENING = 0.6  # a component of standard deviation s is divided by s ** EVENING
+EVENING = 0.3  # a component of standard deviation s is divided by s ** EVENING; more, and fine detail drowns the shapes
 CONSTANT = 30.0  # held beside the signal in each norm group, so large that the norm divides by a constant
 LOG_VARIANCE = -12.0  # the encoder is sure
 
