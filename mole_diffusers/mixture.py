@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -63,6 +62,7 @@ class Mixture:
             name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in models if name not in DENOISERS
         }
         self._calling: Any = None  # the pipeline, while a call of it runs
+        self._traces: list[Trace] = []
         self._lock, self._undo = PipelineLock(), ExitStack()
         self._denoiser = denoiser(pipe)
         self._inputs = DenoiserInputs(self._denoiser)
@@ -173,8 +173,11 @@ class Mixture:
         trace = Trace(list(self.experts), self._runtime)
         with self.listen(trace.record):
             self._runtime.step = -1
-            yield trace
-            trace.layouts = self.layouts
+            self._traces.append(trace)
+            try:
+                yield trace
+            finally:
+                self._traces.remove(trace)
 
     def announce_text(self, ids: torch.Tensor) -> None:
         """Token ids [B, T] on the CPU that a text encoder is about to be given; so they are not read back from a device."""
@@ -257,7 +260,7 @@ class Mixture:
 
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
         averages = Averages()
-        if len(self.experts) > 1 and self.is_bound:
+        if self.is_bound:
             warnings.warn(
                 "folded experts act on every word and in the whole picture: weights cannot hold words or places",
                 stacklevel=4,
@@ -326,13 +329,14 @@ class Mixture:
 
     @property
     def is_bound(self) -> bool:
-        """Whether any expert is kept from words or places: one that is alone is kept from a text without its words."""
-        return any(b.words or b.region not in (AUTO, EVERYWHERE) for b in (self.binding or {}).values())
+        """Whether any expert is kept from words of others, or to a place."""
+        bounds = list((self.binding or {}).values())
+        return any(b.region not in (AUTO, EVERYWHERE) or (b.words and len(bounds) > 1) for b in bounds)
 
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
-        with self._with_settings(binding=self._masks(self._bound(binding))):
+        with self._lock, self._with_settings(binding=self._masks(self._bound(binding))):
             yield
 
     @property
@@ -393,12 +397,18 @@ class Mixture:
         """A call of the pipeline: other threads wait, and a layout of the picture is planned anew."""
         with self._lock:
             before, self._calling = self._calling, self._pipe
-            if self._runtime.binding is not None:
-                self._runtime.binding.begin()
+            binding, done = self._runtime.binding, False
+            if binding is not None:
+                binding.begin()
             try:
                 yield
+                done = True
             finally:
                 self._calling = before
+                for trace in self._traces:
+                    trace.layouts = self.layouts
+                if binding is not None:
+                    binding.end(warns=done and self._runtime.masks is binding)
 
     def _on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
         if self._runtime.masks is not None:
@@ -408,19 +418,30 @@ class Mixture:
         text = self._inputs.text(args, kwargs)
         self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), text)
         if (masks := self._runtime.masks) is not None and not torch.compiler.is_compiling():
-            frames = max(1, len(text) // self._inputs.rows(args, kwargs))
-            side = functools.partial(self._inputs.side, args, kwargs)
+            latents = self._inputs.latents(args, kwargs)
             runtime, called = self._runtime, self._calling is not None  # training has prompts of single experts
             active = [called and a and s != 0 for a, s in zip(runtime.active, runtime.strength, strict=True)]
-            masks.on_denoiser(text, side, guided=self._guided_rows(len(text)), frames=frames, active=active)
+            masks.on_denoiser(
+                text,
+                latents,
+                side=lambda: self._inputs.side(args, kwargs),
+                level=lambda: float(runtime.time.max()),
+                groups=self._groups(len(text)),
+                frames=max(1, len(text) // len(latents)),
+                active=active,
+            )
 
-    def _guided_rows(self, rows: int) -> int | None:
-        """How many rows of a text are unconditional and come first; None outside of the pipeline's own call."""
+    def _groups(self, rows: int) -> tuple[int, int] | None:
+        """How many rows of a text are unconditional and come first, and how many a group has: guidance repeats the prompts.
+
+        None outside of the pipeline's own call.
+        """
         guided = getattr(self._calling, "do_classifier_free_guidance", None)
         if guided is None:
             return None
         perturbed = bool(getattr(self._calling, "do_perturbed_attention_guidance", False))
-        return rows // (2 + perturbed) if guided else 0
+        pictures = max(1, rows // (1 + bool(guided) + perturbed))
+        return (pictures if guided and pictures < rows else 0), pictures
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
         if binding is None:

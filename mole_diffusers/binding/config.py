@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region, region_picture
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.metadata import training_tags
 
@@ -56,6 +56,7 @@ def bound(given: Any, name: str, expert: Expert) -> Bound:
     Raises ValueError, naming the expert, for anything else.
     """
     if isinstance(given, Bound):
+        checked_region(given.region, name)
         return given
     if given == EVERYWHERE:
         return Bound((), EVERYWHERE)
@@ -127,7 +128,7 @@ def to_json(bound: Bound) -> dict[str, Any]:
     region: Any = bound.region
     if isinstance(region, Image.Image):
         file = io.BytesIO()
-        region.convert("L").save(file, "PNG")
+        region_picture(region).save(file, "PNG")
         region = MASK + base64.b64encode(file.getvalue()).decode()
     return {"words": list(bound.words), "region": region, "required": bound.required}
 

@@ -26,23 +26,21 @@ def quadrants(height: int, width: int) -> torch.Tensor:
     return torch.stack([r * c for r in rows for c in columns])
 
 
-def candidates(count: int, height: int, width: int, axes: Sequence[str] = ()) -> list[torch.Tensor]:
-    """Partitions [cells, height, width] that `count` things may be put on.
+def partition(count: int, height: int, width: int, axes: Sequence[str] = ()) -> torch.Tensor:
+    """Cells [C, height, width] that `count` things may be put on, C >= count: strips, or quarters of what is about a square.
 
     Args:
-        axes: "x" or "y" for each relation of the prompt's place words: strips must lie along one of them.
+        axes: "x" or "y" for each relation of the prompt's place words: strips lie along the first one.
     """
-    square = max(height, width) < 1.5 * min(height, width)
     if axes:
-        return [strips(count, height, width, along=axis) for axis in dict.fromkeys(axes)]
-    if square and count >= 3:
-        return [quadrants(height, width)] if count <= 4 else [strips(count, height, width)]
-    return [strips(count, height, width)]
+        return strips(count, height, width, along=axes[0])
+    square = max(height, width) < 1.5 * min(height, width)
+    return quadrants(height, width) if square and count in (3, 4) else strips(count, height, width)
 
 
 def assign(
     maps: torch.Tensor, cells: torch.Tensor, relations: Sequence[tuple[int, int, str]] = ()
-) -> tuple[list[int], float, float]:
+) -> tuple[list[int], float]:
     """Which cell each thing gets, so that its words' attention lies in its cell as far as possible.
 
     Args:
@@ -51,7 +49,7 @@ def assign(
         relations: (first, second, axis): the first has the smaller coordinate, which counts more than any map.
 
     Returns:
-        the cell of each thing; the mean share of a map that its cell has; by how much the next assignment is worse.
+        the cell of each thing, and by what mean share of a map the next assignment is worse.
     """
     share = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
     score = torch.einsum("khw,chw->kc", share, cells)  # [K, C]
@@ -61,8 +59,7 @@ def assign(
         centre = _centres(cells, axis)  # [C]
         value = value - VIOLATED * (centre[orders[:, i]] >= centre[orders[:, j]])
     best = value.topk(min(2, len(value)))
-    margin = float(best.values[0] - best.values[-1])
-    return orders[best.indices[0]].tolist(), float(best.values[0]), margin
+    return orders[best.indices[0]].tolist(), float(best.values[0] - best.values[-1])
 
 
 def _centres(cells: torch.Tensor, axis: str) -> torch.Tensor:
@@ -72,14 +69,30 @@ def _centres(cells: torch.Tensor, axis: str) -> torch.Tensor:
 
 
 def planned(
-    maps: torch.Tensor, height: int, width: int, relations: Sequence[tuple[int, int, str]] = ()
+    maps: torch.Tensor,
+    height: int,
+    width: int,
+    relations: Sequence[tuple[int, int, str]] = (),
+    *,
+    free: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """The region of each thing, [K, height, width], from its words' attention `maps` [K, h, w], and how sure that is: the
-    share of attention by which the next assignment is worse."""
-    options = []
-    h, w = maps.shape[1:]
-    for cells in candidates(len(maps), h, w, [axis for _, _, axis in relations]):
-        cell, score, margin = assign(maps, cells, relations)
-        options.append((score * len(cells), cells[cell], margin))
-    _, regions, margin = max(options, key=lambda option: option[0])
-    return F.interpolate(regions[None], (height, width), mode="area")[0], margin
+    """The region of each thing, from what its words attend to.
+
+    Args:
+        maps: [K, h, w].
+        relations: see `assign`.
+        free: [height, width] in 0..1, the part of the picture that they share; None: all of it.
+
+    Returns:
+        the regions [K, height, width], and how sure they are: the share of attention by which the next assignment is worse.
+    """
+    free = torch.ones(height, width) if free is None else free
+    rows, columns = (
+        (free > 0.5).any(axis).nonzero().flatten().tolist() or [0, size - 1] for axis, size in ((1, height), (0, width))
+    )
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    cells = partition(len(maps), bottom - top, right - left, [axis for _, _, axis in relations])
+    cells = F.pad(cells, (left, width - right, top, height - bottom)) * free
+    maps = F.interpolate(maps[None], (height, width), mode="bilinear")[0]
+    order, margin = assign(maps, cells, relations)
+    return cells[order], margin

@@ -39,10 +39,24 @@ def checked_region(region: Region, whose: str) -> Region:
 def region_mask(region: Region, height: int, width: int) -> torch.Tensor:
     """[height, width] in 0..1: how much of each place lies inside a named region, a box or a mask picture."""
     if isinstance(region, Image.Image):
-        grey = region.convert("L").resize((width, height), Image.Resampling.BOX)
-        return torch.from_numpy(np.asarray(grey, np.float32) / 255)
+        grey = Image.fromarray(_white(region)).resize((width, height), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(grey, np.float32).copy())
     left, top, right, bottom = BOXES[region] if isinstance(region, str) else region
     return _covered(top, bottom, height)[:, None] * _covered(left, right, width)
+
+
+def region_picture(mask: Image.Image) -> Image.Image:
+    """A mask picture in plain grey."""
+    return Image.fromarray((_white(mask) * 255).round().astype(np.uint8))
+
+
+def _white(mask: Image.Image) -> np.ndarray:
+    """How white each pixel of a mask is, [H, W] float32 in 0..1; what is transparent is black."""
+    if mask.mode.startswith("I"):
+        return np.asarray(mask, np.float32) / 65535
+    if "A" in mask.getbands() or "transparency" in mask.info:
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+    return np.asarray(mask.convert("L"), np.float32) / 255
 
 
 def _covered(low: float, high: float, places: int) -> torch.Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from string import punctuation
 from typing import Any
 
 MEDIA = (
@@ -14,8 +15,9 @@ MEDIA = (
 )
 FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
 # A style stands before a medium, "ink drawing of", or after a word that says how or where: "in ink", "in the style of ink".
-BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?\b")
-AFTER_STYLE_WORD = re.compile(r"\b(?:in|by|style of|made of|as|on)\s+(?:(?:an?|the)\s+)?$")
+END = r"(?=\s+(?:of|in|on|with|style)\b|\s*[,.;\n]|\s*$)"  # what follows a medium: "a fox painting a wall" has none
+BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
+AFTER_STYLE_WORD = re.compile(r"\b(?:in|style of|made of)\s+(?:(?:an?|the)\s+)?$|\bby\s+$")
 RELATIONS = {  # words between two things -> (axis, whether the first has the smaller coordinate)
     "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
     "under": ("y", False), "beneath": ("y", False),
@@ -34,12 +36,12 @@ class Thing:
 
     Attributes:
         name: its words, as the text has them.
-        expert: its index, or None for a noun that no expert owns.
+        experts: those whose words these are; none for a noun that no expert owns.
         tokens: [T] bool, the tokens of its words.
     """
 
     name: str
-    expert: int | None
+    experts: tuple[int, ...]
     tokens: tuple[bool, ...]
 
 
@@ -73,10 +75,11 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
         ids: of one row, [T].
         phrases: [N], each expert's words; none for an expert that has none.
     """
-    special = set(tokenizer.all_special_tokens)
-    pieces = ["\n" if token in special else _as_text(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
+    special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
+    pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
     ends = list(accumulate(map(len, pieces)))
-    text = "".join(pieces).lower()
+    text = "".join(pieces)
+    text = text.lower() if len(text.lower()) == len(text) else text
 
     def tokens(span: tuple[int, int]) -> tuple[bool, ...]:
         return tuple(
@@ -84,18 +87,17 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
             for piece, end in zip(pieces, ends, strict=True)
         )
 
-    spans = _spans(text, [[_surface(phrase, tokenizer) for phrase in each] for each in phrases])
+    spans = _spans(text, [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases])
     own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
-    located = [(span, k) for k, each in enumerate(spans) for span in each if not _is_style(text, span)]
-    named = {k: _union([tokens(span) for span, j in located if j == k], len(pieces)) for _, k in located}
-    first = {k: text[slice(*span)] for span, k in reversed(located)}
-    things = [Thing(first[k], k, own_tokens) for k, own_tokens in named.items()]
-    places: dict[int, tuple[int, int]] = {}
-    for span, k in located:
-        places.setdefault(list(named).index(k), span)
-    for span in _other_nouns(text, [span for each in spans for span in each], [span for span, _ in located]):
-        places[len(things)] = span
-        things.append(Thing(text[slice(*span)].strip(), None, tokens(span)))
+    named: dict[tuple[tuple[int, int], ...], list[int]] = {}  # where a thing is named -> whose words these are
+    for k, each in enumerate(spans):
+        if located := tuple(span for span in each if not _is_style(text, span)):
+            named.setdefault(located, []).append(k)
+    found = [(spans, tuple(experts)) for spans, experts in named.items()]
+    owned = [span for each in spans for span in each]
+    found += [((span,), ()) for span in _other_nouns(text, owned, [span for spans, _ in found for span in spans])]
+    things = [Thing(text[slice(*at[0])].strip(), who, _union([tokens(s) for s in at], len(pieces))) for at, who in found]
+    places = {i: at[0] for i, (at, _) in enumerate(found)}
     return Reading(own, tuple(things), tuple(_relations(text, places)))
 
 
@@ -105,31 +107,39 @@ def joined(readings: Sequence[Reading]) -> Reading:
         return readings[0]
     lengths = [len(reading.own[0]) for reading in readings]
     own = tuple(tuple(flag for reading in readings for flag in reading.own[k]) for k in range(len(readings[0].own)))
-    things: dict[tuple[int | None, str], list[tuple[bool, ...]]] = {}
+    parts: dict[tuple[tuple[int, ...], str], list[tuple[bool, ...]]] = {}
+    names: dict[tuple[tuple[int, ...], str], str] = {}
     for i, reading in enumerate(readings):
         for thing in reading.things:
-            key = thing.expert, thing.name if thing.expert is None else ""
-            parts = things.setdefault(key, [(False,) * length for length in lengths])
-            parts[i] = thing.tokens
-    names = {(t.expert, t.name if t.expert is None else ""): t.name for r in reversed(readings) for t in r.things}
-    merged = tuple(Thing(names[key], key[0], tuple(f for part in parts for f in part)) for key, parts in things.items())
+            key = thing.experts, "" if thing.experts else thing.name
+            names.setdefault(key, thing.name)
+            tokens = parts.setdefault(key, [(False,) * length for length in lengths])
+            tokens[i] = _union([tokens[i], thing.tokens], lengths[i])
+    merged = tuple(Thing(names[key], key[0], tuple(f for part in each for f in part)) for key, each in parts.items())
     return Reading(own, merged, readings[0].relations)
 
 
-def _as_text(token: str) -> str:
-    """A token as the text it stands for; CLIP ends words with a mark, T5 and byte-level tokenizers begin them with one."""
+def _as_text(token: str, added: Collection[str]) -> str:
+    """A token as the text it stands for; CLIP ends words with a mark, T5 and byte-level tokenizers begin them with one.
+
+    Added tokens, as those of a textual inversion, are words without a mark.
+    """
+    if token in added:
+        return f" {token} "
     return token.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
 
 
-def _surface(phrase: str, tokenizer: Any) -> str:
-    return "".join(map(_as_text, tokenizer.tokenize(phrase))).strip().lower()
+def _surface(phrase: str, tokenizer: Any, added: Collection[str]) -> str:
+    return "".join(_as_text(token, added) for token in tokenizer.tokenize(phrase)).strip().lower()
 
 
 def _pattern(phrase: str) -> re.Pattern[str]:
     words = r"\s+".join(re.escape(word) for word in phrase.split())
-    if phrase[-1:] == "y":
-        words = f"{words[:-1]}(?:y|ies)"
-    plural = r"(?:'?e?s)?" if phrase[-1:].isalpha() else ""
+    for end, other in (("y", "ies"), ("fe", "ves"), ("f", "ves")):
+        if phrase.endswith(end):
+            words = f"{words.removesuffix(end)}(?:{end}|{other})"
+            break
+    plural = "" if phrase[-1:] in punctuation else r"(?:'?e?s)?"
     return re.compile(rf"(?<!\w){words}{plural}(?!\w)")
 
 
@@ -173,7 +183,7 @@ def _other_nouns(
         noun = NOUN.match(text[a:b])
         if noun is None:
             noun = re.search(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)", text[a:b])
-        if noun is None or any(a <= c < b for c, _ in owned if (c, _) in located):
+        if noun is None or any(a <= c < b for c, _ in located):
             continue
         start, end = a + noun.start(1), a + noun.end(1)
         if not any(c < end and start < d for c, d in owned) and not noun[1].strip().endswith("background"):

@@ -102,7 +102,9 @@ class Component:
                 raise ValueError(
                     f"the gate of {self._full_name(name)} depends on the {reads}; give a prompt to average over"
                 )
-            self._site(at).evaluate(torch.zeros(1, 1, at.width))
+            masks = self.runtime.masks
+            rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
+            self._site(at).evaluate(torch.zeros(rows, 1, at.width))
 
     def place_of(self, layer: str) -> tuple[str, Present]:
         """The place whose weights a layer takes, and the experts that it has."""

@@ -6,7 +6,7 @@ Hooks, since other tools replace processors (IP-Adapter, attention slicing) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from mole_diffusers.patching.placement import tokens_of
 from mole_diffusers.patching.runtime import Runtime
+from mole_diffusers.patching.token_masks import TokenMasks
 
 MAP_TOKENS = 256  # maps are read where the picture has about so many tokens: 16 x 16 in Stable Diffusion 1.5 at 512 pixels
 
@@ -35,20 +36,21 @@ def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
     ]
-    compiled = _Uncompiled(runtime, around)
+    compiled = Uncompiled(runtime, around, lambda masks: masks.wants_maps)
     undo.callback(model.register_forward_pre_hook(compiled.before).remove)
     undo.callback(model.register_forward_hook(compiled.after, always_call=True).remove)
 
 
-class _Uncompiled:
-    """Blocks that were compiled one by one run as they are while maps are read in them."""
+class Uncompiled:
+    """Blocks that were compiled one by one run as they are while `needed(masks)`: compiled code leaves out what hooks do."""
 
-    def __init__(self, runtime: Runtime, blocks: Sequence[nn.Module]):
-        self.runtime, self.blocks = runtime, blocks
+    def __init__(self, runtime: Runtime, blocks: Sequence[nn.Module], needed: Callable[[TokenMasks], bool]):
+        self.runtime, self.blocks, self.needed = runtime, blocks, needed
         self._calls: list[tuple[nn.Module, Any]] = []
 
     def before(self, *_: object) -> None:
-        if torch.compiler.is_compiling() or self.runtime.masks is None or not self.runtime.masks.reads_maps:
+        masks = self.runtime.masks
+        if torch.compiler.is_compiling() or masks is None or not self.needed(masks):
             return
         found = [(block, call) for block in self.blocks if (call := getattr(block, "_compiled_call_impl", None)) is not None]
         self._calls = found
@@ -64,14 +66,14 @@ class _Uncompiled:
 def _attend(runtime: Runtime, reads_maps: bool) -> Any:
     def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         masks = runtime.masks
-        if masks is None:
+        if masks is None or not masks.binds:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         text = text[0] if isinstance(text, tuple) else text  # IP-Adapter's pictures come beside the text
         if text is None or hidden.dim() != 3:
             return None
-        if reads_maps and not torch.compiler.is_compiling() and masks.reads_maps:
+        if reads_maps and not torch.compiler.is_compiling() and masks.wants_maps:
             rows, frames = sorted(set(masks.prompt_rows)), len(hidden) // len(masks.prompt_rows)
             if frames and len(hidden) == frames * len(masks.prompt_rows):
                 drawn = [row * frames + frame for row in rows for frame in range(frames)]

@@ -31,7 +31,7 @@ class DenoiserInputs:
 
     def time(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The noise level [B], 0..1, where 1 is pure noise."""
-        sample = self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
+        sample = self.latents(args, kwargs)
         time = torch.as_tensor(self._read("timestep", args, kwargs), device=sample.device)
         return time.float().reshape(-1).expand(sample.shape[0]) / self.pure_noise
 
@@ -49,9 +49,9 @@ class DenoiserInputs:
         height, width = (ids.reshape(-1, 3)[:, 1:].amax(0).long() + 1).tolist()
         return height, width
 
-    def rows(self, args: tuple, kwargs: dict) -> int:
-        """Rows of the latents' batch."""
-        return self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs).shape[0]
+    def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What is denoised: [B, C, H, W], a film's [B, C, F, H, W], or tokens [B, T, C]."""
+        return self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
 
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The text states [B, T, C]; B may be a multiple of the samples' where the samples are films."""

@@ -163,6 +163,8 @@ class GateSite:
     ) -> Decision:
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         active = self._active_experts(present, hidden)
+        if self.runtime.fixed is None:  # a gate's weights by hand, where an expert may be absent
+            gates = gates * active.mask
         return self._decision(present, gates if segment is None else gates[segment], active, segment)
 
     def _fixed(self) -> Sequence[float] | None:
@@ -183,7 +185,7 @@ class GateSite:
                 strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
             active = runtime.compute_active(present, strengths, hidden.device)
         if runtime.masks is not None and (silent := runtime.masks.row_silent) is not None:
-            there = ~functional.rows_for_layer(silent.to(hidden.device), len(hidden))  # [B, N]
+            there = ~functional.rows_for_layer(silent, len(hidden))  # [B, N]
             active = ActiveExperts(active.mask & there, active.strengths, all_active=False, unit_strengths=False)
         if runtime.rows is None:
             return active

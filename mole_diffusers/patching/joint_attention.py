@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mole_diffusers.patching.cross_attention import Uncompiled
 from mole_diffusers.patching.placement import JOINT_STREAM, blocks
 from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
@@ -26,6 +27,10 @@ def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
     """Hook the joint attention of every block of a transformer; the middle half of the blocks is read for maps."""
     joint = JOINT_STREAM[-1]
     layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
+    compiled = Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or masks.has_regions)
+    if layers:
+        undo.callback(model.register_forward_pre_hook(compiled.before).remove)
+        undo.callback(model.register_forward_hook(compiled.after, always_call=True).remove)
     for i, layer in enumerate(layers):
         _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
 
@@ -52,7 +57,7 @@ class _Hooks:
         if (
             masks is None
             or torch.compiler.is_compiling()
-            or not (masks.has_regions or (self.reads_maps and masks.reads_maps))
+            or not (masks.has_regions or (self.reads_maps and masks.wants_maps))
         ):
             return
         processor = self.layer.processor
@@ -84,7 +89,7 @@ class _Watched(TorchFunctionMode):
         picture = slice(0, -words) if self.picture_first else slice(words, None)
         text = slice(-words, None) if self.picture_first else slice(0, words)
         if words and query.shape[2] == key.shape[2] > words:
-            if self.reads_maps and self.masks.reads_maps:
+            if self.reads_maps and self.masks.wants_maps:
                 self._read(query[:, :, picture], key[:, :, text])
             bias = self.masks.joint_bias(query.shape[2], len(query), picture, text)
             if bias is not None:

@@ -41,24 +41,25 @@ class PictureLayout:
         bound: each expert's binding, in the order of the gates' columns.
         readings: of each row's text; empty where it is not known.
         guided: so many rows come first that are unconditional.
+        pictures: rows in a group; further groups, as of perturbed guidance, repeat the prompts.
         frames: rows of one film, which have one layout.
         side: of the latents; None where it is not known, and nothing has a place.
     """
 
     def __init__(
-        self, bound: Mapping[str, Bound], readings: Sequence[Reading], *, guided: int, frames: int, side: Side | None
+        self,
+        bound: Mapping[str, Bound],
+        readings: Sequence[Reading],
+        *,
+        guided: int,
+        pictures: int,
+        frames: int,
+        side: Side | None,
     ):
-        self.names, self.bound, self.readings, self.guided, self.side = (
-            list(bound),
-            list(bound.values()),
-            readings,
-            guided,
-            side,
-        )
+        self.names, self.bound = list(bound), list(bound.values())
+        self.readings, self.guided, self.side = readings, guided, side
         # The row whose prompt says what is in each row's picture: unconditional rows borrow it.
-        self.prompt_of = [
-            max(row, row % guided + guided if guided else 0) // frames * frames for row in range(len(readings))
-        ]
+        self.prompt_of = [guided + row % max(1, pictures) // frames * frames for row in range(len(readings))]
         self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], how much each thing's words are attended
         self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], once planned
 
@@ -89,39 +90,48 @@ class PictureLayout:
         warned = []
         for row, maps in self._maps.items():
             if self.side is not None:
-                things, maps = self._placed(row), maps.cpu()
-                given = {i: region_mask(region, *self.side) for i, t in enumerate(things) if (region := self._given(t))}
-                for i, mask in given.items():
-                    maps[i] = F.adaptive_avg_pool2d(mask[None], (maps.shape[1], maps.shape[2]))[0]
-                regions, margin = layout.planned(maps, *self.side, self._relations(row, things))
-                if given:
-                    regions = regions * (1 - torch.stack(list(given.values())).amax(0))
-                for i, mask in given.items():
-                    regions[i] = mask
+                things = self._placed(row)
+                given = [region_mask(r, *self.side) for t in self.readings[row].things if (r := self._given(t)) is not None]
+                free = 1 - torch.stack(given).amax(0) if given else None
+                regions, margin = layout.planned(maps.cpu(), *self.side, self._relations(row, things), free=free)
                 self._regions[row] = regions
-                if margin < UNDECIDED:
+                if margin < UNDECIDED and len(things) > 1:
                     named = " and ".join(repr(thing.name) for thing in things)
                     warned.append(f"the places of {named} are undecided; give a region")
         return warned
 
     def keep(self, before: PictureLayout) -> None:
-        """Keep the layout of a text before this one, if it names the same things: the prompt changes while drawing."""
-        if self.side == before.side and self._said() == before._said():
-            self._regions, self._maps = before._regions, before._maps
+        """Keep the layouts of a text before this one where it names the same things: the prompt changes while drawing."""
+        rows, others = sorted(set(self.prompt_of)), sorted(set(before.prompt_of))
+        if self.side != before.side or len(rows) != len(others):
+            return
+        for row, other in zip(rows, others, strict=True):
+            if other in before._regions and self._named(row) == before._named(other):
+                self._regions[row], self._maps[row] = before._regions[other], before._maps[other]
 
-    def _said(self) -> list[list[str]]:
-        return [[thing.name for thing in self.readings[row].things] for row in self.prompt_of]
+    def _named(self, row: int) -> list[str]:
+        return [thing.name for thing in self.readings[row].things]
+
+    @property
+    def unplaced(self) -> list[str]:
+        """What should have a place of its own and has none."""
+        rows = [row for row in set(self.prompt_of) if row not in self._regions]
+        return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
 
     def _placed(self, row: int) -> list[Thing]:
-        """The things of a row's text that share the picture: two or more, one of which has no region yet."""
-        things = [t for t in self.readings[row].things if t.expert is None or self.bound[t.expert].region != EVERYWHERE]
-        found = any(t.expert is not None and self.bound[t.expert].region == AUTO for t in things)
-        return things[:MOST_THINGS] if found and len(things) > 1 else []
+        """The things of a row's text that share what no region is given for: more than one, or beside given ones."""
+        things = [thing for thing in self.readings[row].things if not self._is_everywhere(thing)]
+        free = [thing for thing in things if self._given(thing) is None]
+        wanted = len(things) > 1 and any(thing.experts for thing in free)
+        return free[:MOST_THINGS] if wanted else []
+
+    def _is_everywhere(self, thing: Thing) -> bool:
+        return bool(thing.experts) and all(self.bound[k].region == EVERYWHERE for k in thing.experts)
 
     def _given(self, thing: Thing) -> Region | None:
         """The user's own region of a thing, if there is one."""
-        region = AUTO if thing.expert is None else self.bound[thing.expert].region
-        return None if isinstance(region, str) and region in (AUTO, EVERYWHERE) else region
+        regions = [self.bound[k].region for k in thing.experts]
+        return next((region for region in regions if region not in (AUTO, EVERYWHERE)), None)
 
     def _relations(self, row: int, things: Sequence[Thing]) -> list[tuple[int, int, str]]:
         """The place words of a row's prompt, between things that get a place."""
@@ -142,19 +152,23 @@ class PictureLayout:
             for k, region in given.items():
                 mask[k] = region_mask(region, *self.side)
             for thing, place in self._located(row):
-                if thing.expert is not None:
-                    mask[thing.expert] = place
+                for k in thing.experts:
+                    if k not in given:
+                        mask[k] = place
             rows.append(mask)
         return torch.stack(rows)
 
     def closed_words(self, side: Side) -> torch.Tensor:
-        """[B, T, S] in 0..1: how much each word is closed to each place of a layer; unconditional rows close nothing."""
+        """[B, T, S] in 0..1: how much each word is closed to each place of a layer; unconditional rows close nothing.
+
+        A word is open wherever any thing that it names stands.
+        """
         closed = torch.zeros(len(self.readings), side[0] * side[1], len(self.readings[0].own[0]))
         for row, prompt in list(enumerate(self.prompt_of))[self.guided :]:
             if located := self._located(prompt):
                 inside = F.adaptive_avg_pool2d(torch.stack([region for _, region in located])[None], side)[0].flatten(1)
                 own = torch.tensor([thing.tokens for thing, _ in located], dtype=torch.float32)  # [K, S]
-                closed[row] = ((1 - inside).T @ own).clamp_max(1)
+                closed[row] = own.amax(0) - (inside[:, :, None] * own[:, None]).amax(0)
         return closed
 
     def _located(self, row: int) -> list[tuple[Thing, torch.Tensor]]:
@@ -170,16 +184,20 @@ class PictureLayout:
         """The layout of each picture, in their order."""
         found = []
         for row in sorted(set(self.prompt_of)):
-            regions = {self._label(thing): region for thing, region in self._located(row)}
+            regions = {label: region for thing, region in self._located(row) for label in self._labels(thing)}
             for name, bound in zip(self.names, self.bound, strict=True):
                 if self.side is not None and bound.region not in (AUTO, EVERYWHERE):
                     regions.setdefault(name, region_mask(bound.region, *self.side))
-            maps = {self._label(t): m.cpu() for t, m in zip(self._placed(row), self._maps.get(row, ()), strict=False)}
+            read = zip(self._placed(row), self._maps.get(row, ()), strict=False)
+            maps = {label: map_.cpu() for thing, map_ in read for label in self._labels(thing)}
             found.append(Layout(regions, maps))
         return found
 
-    def _label(self, thing: Thing) -> str:
-        return thing.name if thing.expert is None else self.names[thing.expert]
+    def _labels(self, thing: Thing) -> list[str]:
+        """The experts' names, or the noun, marked where an expert is called so."""
+        if thing.experts:
+            return [self.names[k] for k in thing.experts]
+        return [f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name]
 
 
 def sides(side: Side | None) -> Iterator[Side]:

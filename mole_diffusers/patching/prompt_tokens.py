@@ -15,7 +15,7 @@ from torch import nn
 
 from mole_diffusers.functional import version
 
-ALIKE = 0.8  # mean cosine from which states count as those of a text: weighted, or taken from another layer
+ALIKE, LEAD = 0.9, 0.02  # mean cosine from which weighted states count as those of a text, and lead over the next text
 
 
 def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
@@ -53,7 +53,7 @@ class PromptTokens:
         current: [B, T] bool, the words of the text that a text encoder is reading or read last; None before the first.
     """
 
-    def __init__(self, memory: int = 8):
+    def __init__(self, memory: int = 64):
         self.current: torch.Tensor | None = None
         self._announced: torch.Tensor | None = None
         self._known: deque[Encoded] = deque(maxlen=memory)
@@ -78,7 +78,10 @@ class PromptTokens:
             on_text(name, known, ids.device)
 
         def after(_: nn.Module, __: tuple, output: Any) -> None:
-            states = [output[0], *(getattr(output, "hidden_states", None) or ())[-4:]]
+            hidden = (getattr(output, "hidden_states", None) or ())[-4:]
+            norm = getattr(getattr(encoder, "text_model", encoder), "final_layer_norm", None)
+            skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` hands them on
+            states = [output[0], *hidden, *skipped]
             texts = tuple(s.detach() for s in states if s.dim() == 3)
             if reading and texts:
                 self._known.append(Encoded(name, *reading[0], texts))
@@ -146,15 +149,20 @@ def _same(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] |
 
 
 def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] | None:
-    """The text whose states point the same way: prompt weighting scales them, and `clip_skip` puts another norm on them."""
-    best: tuple[float, Encoded, int] | None = None
+    """The text whose words point the same way: prompt weighting scales them. None where two texts do about equally well."""
+    best: dict[tuple, tuple[float, Encoded, int]] = {}  # the ids -> how alike, and where
     for encoded, states in _candidates(known, rest):
         tokens, width = states.shape[1:]
-        cosine = F.cosine_similarity(states.to(rest.device).float(), rest[:tokens, :width].float(), dim=-1).mean(1)  # [b]
-        value, index = cosine.max(0)
-        if value >= ALIKE and (best is None or value > best[0]):
-            best = float(value), encoded, int(index)
-    return best and best[1:]
+        cosine = F.cosine_similarity(states.to(rest.device).float(), rest[:tokens, :width].float(), dim=-1)  # [b, T]
+        words = encoded.words.to(cosine)  # [b, T]
+        value, index = ((cosine * words).sum(1) / words.sum(1).clamp_min(1)).max(0)
+        key = (encoded.encoder, *encoded.ids[int(index)].tolist())
+        if key not in best or value > best[key][0]:
+            best[key] = float(value), encoded, int(index)
+    ranked = sorted(best.values(), key=lambda found: found[0], reverse=True)
+    if not ranked or ranked[0][0] < ALIKE or (len(ranked) > 1 and ranked[0][0] - ranked[1][0] < LEAD):
+        return None
+    return ranked[0][1:]
 
 
 def _same_memory(states: torch.Tensor, text: torch.Tensor) -> bool:

@@ -41,7 +41,10 @@ def test_experts_that_are_not_named_keep_theirs():
         bindings({"cat": "cat"}, experts, before)
 
 
-@pytest.mark.parametrize("bad", [3, [], ["", "fox"], ("fox", "left", 1), [3], ("fox", "nowhere")])
+BAD = [3, [], ["", "fox"], ("fox", "left", 1), [3], ("fox", "nowhere"), Bound(("fox",), "nowhere")]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_what_is_no_binding_is_refused_by_name(bad):
     with pytest.raises(ValueError, match="'fox'"):
         bound(bad, "fox", expert("fox"))

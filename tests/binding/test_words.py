@@ -30,7 +30,7 @@ def found(tokenizer, prompt, *phrases):
     """Own tokens by expert, things by (expert, text), relations."""
     ids = tokenizer(prompt).input_ids
     reading = read(ids, tokenizer, phrases)
-    things = [(thing.expert, thing.name) for thing in reading.things]
+    things = [(*thing.experts, thing.name) for thing in reading.things]
     return own(reading, tokenizer.convert_ids_to_tokens(ids)), things, list(reading.relations)
 
 
@@ -40,6 +40,26 @@ def test_words_are_found_whole_in_any_case_and_in_the_plural(clip):
     assert things == [(0, "foxes"), (1, "octopus")]
     assert found(clip, "a firefox and a boxfox", ["fox"])[0] == [[]]
     assert found(clip, "two cherries", ["cherry"])[0] != [[]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "trigger", "found_as"),
+    [
+        ("two wolves", "wolf", "wolves"),
+        ("two knives", "knife", "knives"),
+        ("an owl's eye", "owl", "owl"),
+    ],
+)
+def test_plurals(clip, prompt, trigger, found_as):
+    assert [name for *_, name in found(clip, prompt, [trigger])[1]] == [found_as]
+
+
+def test_words_that_were_added_to_the_tokenizer():
+    words = CLIPTokenizer.from_pretrained(default_folder() / "base" / "tokenizer")
+    words.add_tokens(["<s0>", "<s1>", "sks"])
+    owned, things, _ = found(words, "a <s0><s1> fox and a sks owl", ["<s0><s1>"], ["sks"])
+    assert owned == [["<s0>", "<s1>"], ["sks"]]
+    assert len(things) == 2
 
 
 def test_several_phrases_and_words_of_several_tokens(clip):
@@ -53,7 +73,9 @@ def test_several_phrases_and_words_of_several_tokens(clip):
 def test_the_longer_phrase_counts_and_a_shared_word_is_of_both(clip):
     words, _, _ = found(clip, "a cheese wedge and a cheese", ["cheese"], ["cheese wedge"])
     assert words == [["cheese</w>"], ["cheese</w>", "wedge</w>"]]
-    assert found(clip, "a fox", ["fox"], ["fox"])[0] == [["fox</w>"], ["fox</w>"]]
+    owned, things, _ = found(clip, "a fox and an owl", ["fox"], ["fox"])
+    assert owned == [["fox</w>"], ["fox</w>"]]
+    assert things == [(0, 1, "fox"), ("owl",)]  # one thing of both
 
 
 def test_marks_before_words_and_case_are_those_of_the_tokenizer(sentencepiece):
@@ -61,7 +83,7 @@ def test_marks_before_words_and_case_are_those_of_the_tokenizer(sentencepiece):
     reading = read(ids, sentencepiece, [["fox"], ["pad"]])
     assert reading.own[0] == (False, True) + (False,) * 6
     assert not any(reading.own[1])  # marks of the tokenizer are no words
-    assert [(t.expert, t.name) for t in reading.things] == [(0, "fox"), (None, "owl")]
+    assert [(t.experts, t.name) for t in reading.things] == [((0,), "fox"), ((), "owl")]
 
 
 @pytest.mark.parametrize(
@@ -80,9 +102,17 @@ def test_a_style_has_words_and_no_place(clip, prompt):
     assert things == [(0, "fox")]
 
 
+NO_STYLES = ["a fox on a horse", "a fox by a horse", "a horse painting a wall and a fox", "a horse art collector, a fox"]
+
+
+@pytest.mark.parametrize("prompt", NO_STYLES)
+def test_what_only_looks_like_a_style_has_a_place(clip, prompt):
+    assert {thing[0] for thing in found(clip, prompt, ["fox"], ["horse"])[1]} >= {0, 1}
+
+
 def test_nouns_beside_an_experts_have_a_place_and_others_have_none(clip):
     prompt = "noto drawing of a lemon and a tiger in a hat, highly detailed, a panda on a blue background"
-    assert found(clip, prompt, ["tiger"])[1] == [(0, "tiger"), (None, "lemon"), (None, "panda")]
+    assert found(clip, prompt, ["tiger"])[1] == [(0, "tiger"), ("lemon",), ("panda",)]
     assert found(clip, "noto drawing of a lemon and a panda", ["tiger"])[1] == []
 
 
@@ -106,6 +136,6 @@ def test_a_text_in_two_runs_is_one_text(clip, sentencepiece):
     second = read(sentencepiece.convert_tokens_to_ids(["▁a", "▁fox"]), sentencepiece, [["fox"]])
     both = joined([first, second])
     assert both.own[0] == first.own[0] + second.own[0]
-    assert [(t.expert, t.name) for t in both.things] == [(0, "fox"), (None, "lemon")]
+    assert [(t.experts, t.name) for t in both.things] == [((0,), "fox"), ((), "lemon")]
     assert both.things[0].tokens == both.own[0]
     assert both.things[1].tokens == first.things[1].tokens + (False, False)

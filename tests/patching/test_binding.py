@@ -6,11 +6,13 @@ import warnings
 import hosts
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.patching.folding import Averages, evaluate_gates
 from mole_diffusers.testing import tiny_lora
 
 PROMPT = "a fox an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 7..9
@@ -33,6 +35,11 @@ def own_words(tokens=16):
     mask[list(OWL), 0] = 0
     mask[list(FOX), 1] = 0
     return mask
+
+
+def now(mixture):
+    """What binding knows of the text that was drawn last."""
+    return mixture._runtime.binding._now
 
 
 # ---- nothing is bound
@@ -97,15 +104,32 @@ def test_a_word_of_two_experts_is_shared(attach, pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe(PROMPT, num_inference_steps=1, output_type="latent")
-    text = mixture._runtime.binding._text[-1]
+    text = now(mixture).own[-1]
     assert torch.equal(text[:, 0], text[:, 1])
     assert text[list(FOX), 0].all()
+
+
+def test_each_text_is_encoded_with_its_own_masks(attach, pipe):
+    """Two texts in one call, whose words stand in other places; the same states as each alone."""
+    attach(WORDS)
+    texts, found = [PROMPT, "an owl a fox"], []
+    with torch.no_grad():
+        for text in (*texts, *texts):
+            ids = pipe.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
+            found.append(pipe.text_encoder(ids)[0])
+    alone = []
+    for text in texts:
+        attach(WORDS)
+        with torch.no_grad():
+            alone.append(pipe.text_encoder(pipe.tokenizer(text, padding="max_length", return_tensors="pt").input_ids)[0])
+    for one, other in zip(found, alone * 2, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_negative_prompts_are_read_by_their_own_words(attach, pipe):
     mixture = attach(WORDS)
     pipe(PROMPT, negative_prompt="an owl", num_inference_steps=1, output_type="latent")
-    negative, positive = mixture._runtime.binding._text.float()
+    negative, positive = now(mixture).own.float()
     torch.testing.assert_close(positive, own_words())
     assert negative[:, 0].sum() == 0  # no fox there
     assert negative[:, 1].all()
@@ -161,8 +185,9 @@ def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
     masks = mixture._runtime.binding
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    text, latents = masks.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
-    masks.on_denoiser(masks.tokens._known[-1].states[0], lambda: (8, 8), guided=0)
+    masks.on_denoiser(text, latents, side=lambda: (8, 8), level=lambda: 1.0, groups=(0, 1))
     masks.add_maps(probabilities, [0])
     by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
     low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
@@ -194,7 +219,7 @@ def test_maps_are_the_hosts_own_attention(pipe, attach):
 def test_a_region_of_one_and_attention_for_the_others(attach, pipe):
     mixture = attach({"fox": ("fox", "right"), "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=2, output_type="latent", guidance_scale=1)
-    fox, owl = mixture._runtime.binding._image[0]
+    fox, owl = now(mixture).image[0]
     assert torch.equal(fox, region_mask("right", 16, 16))
     assert (owl * fox).sum() == 0
     assert owl.sum() > 0
@@ -203,7 +228,7 @@ def test_a_region_of_one_and_attention_for_the_others(attach, pipe):
 def test_one_thing_alone_has_the_whole_picture(attach, pipe):
     mixture = attach({"fox": "fox"}, names=("fox",))
     pipe("a fox", num_inference_steps=2, output_type="latent")
-    assert mixture._runtime.binding._image is None
+    assert now(mixture).image is None
 
 
 # ---- the same sums written out
@@ -288,7 +313,7 @@ def test_several_pictures_of_a_prompt_each_have_their_own_layout(attach, pipe):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=2, num_images_per_prompt=3, output_type="latent")
     assert len(mixture.layouts) == 3  # of conditional rows; the others borrow from them
-    assert torch.equal(mixture._runtime.binding._image[0], mixture._runtime.binding._image[3])
+    assert torch.equal(now(mixture).image[0], now(mixture).image[3])
 
 
 def test_each_call_plans_its_own_layout(attach, pipe):
@@ -322,21 +347,21 @@ def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
     mixture = attach(HALVES)
     with pytest.warns(UserWarning, match="words are not known"):
         pipe(prompt_embeds=torch.randn(1, 16, 16), num_inference_steps=1, output_type="latent", guidance_scale=1)
-    assert mixture._runtime.binding._text is None
+    assert now(mixture).own is None
 
 
 def test_weighted_words_are_found_by_their_direction(attach, pipe):
     mixture = attach(WORDS)
     embeds, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
     pipe(prompt_embeds=1.3 * embeds, num_inference_steps=1, output_type="latent", guidance_scale=1)
-    torch.testing.assert_close(mixture._runtime.binding._text[0].float(), own_words())
+    torch.testing.assert_close(now(mixture).own[0].float(), own_words())
 
 
 def test_a_long_prompt_is_read_in_parts(attach, pipe):
     mixture = attach(WORDS)
     parts = [pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("a house", PROMPT)]
     pipe(prompt_embeds=torch.cat(parts, 1), num_inference_steps=1, output_type="latent", guidance_scale=1)
-    text = mixture._runtime.binding._text[0].float()
+    text = now(mixture).own[0].float()
     torch.testing.assert_close(text[16:], own_words())
     assert text[:16].all()
 
@@ -344,7 +369,7 @@ def test_a_long_prompt_is_read_in_parts(attach, pipe):
 def test_clip_skip_finds_the_words(attach, pipe):
     mixture = attach(WORDS)
     pipe(PROMPT, clip_skip=1, num_inference_steps=1, output_type="latent", guidance_scale=1)
-    torch.testing.assert_close(mixture._runtime.binding._text[0].float(), own_words())
+    torch.testing.assert_close(now(mixture).own[0].float(), own_words())
 
 
 def test_bound_is_for_a_block_and_bind_stays(attach, pipe, draw):
@@ -395,6 +420,77 @@ def test_detach_is_exact_after_bound_pictures(attach, pipe, draw):
     draw(pipe, PROMPT)
     mole.detach(pipe)
     assert torch.equal(draw(pipe, PROMPT), before)
+
+
+def test_a_second_pipeline_draws_each_picture_anew(attach, pipe):
+    """Its calls are not watched: what was known of the picture before does not stay."""
+    attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+
+    def picture(of, **size):
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(of(PROMPT, num_inference_steps=3, output_type="np", generator=generator, **size).images)
+
+    wide, tall = {"width": 64, "height": 32}, {"width": 32, "height": 64}
+    expected = {str(size): picture(pipe, **size) for size in (wide, tall)}
+    for size in (wide, wide, tall, wide):
+        torch.testing.assert_close(picture(second, **size), expected[str(size)], atol=1e-5, rtol=0)
+
+
+def test_a_word_of_two_experts_is_open_where_either_stands(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "fox", "hat": "owl"})
+    pipe(PROMPT, num_inference_steps=2, output_type="latent", guidance_scale=1)
+    layout = mixture.layouts[0].regions
+    assert torch.equal(layout["fox"], layout["ink"])
+    closed = now(mixture).picture.closed_words((16, 16))[0]
+    assert torch.equal(closed[:, FOX[0]].reshape(16, 16), 1 - layout["fox"])
+
+
+@pytest.mark.parametrize("given", ["left", "top", (0.3, 0.3, 0.7, 0.7)])
+def test_beside_a_given_region_everyone_has_a_place(attach, pipe, given):
+    mixture = attach({"fox": ("fox", given), "ink": "owl", "hat": "a"})
+    pipe("fox owl a", num_inference_steps=2, output_type="latent", guidance_scale=1)
+    regions = mixture.layouts[0].regions
+    assert min(regions[name].mean() for name in ("fox", "ink", "hat")) > 0.1
+    assert sum(regions.values()).max() <= 1
+
+
+def test_what_has_no_place_is_named(attach, pipe):
+    attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    with pytest.warns(UserWarning, match="'fox' and 'owl' got no places of their own"):
+        pipe(PROMPT, num_inference_steps=1, output_type="latent")
+
+
+def test_a_layout_stays_when_guidance_ends_midway(attach, pipe):
+    mixture, seen = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink")), []
+
+    def end_guidance(pipe, step, timestep, kwargs):
+        seen.append(mixture.layouts[0].regions)
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    inputs = ["prompt_embeds"]
+    pipe(PROMPT, num_inference_steps=5, output_type="latent", callback_on_step_end=end_guidance,
+         callback_on_step_end_tensor_inputs=inputs)  # fmt: skip
+    assert torch.equal(seen[1]["fox"], seen[-1]["fox"])
+    assert now(mixture).image.shape[0] == 1
+
+
+def test_averages_of_several_prompts_count_each(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    found = []
+    for prompts in (["a fox", "an owl"], ["an owl", "a fox"]):
+        averages = Averages()
+        with warnings.catch_warnings(), mixture.listen(averages):
+            warnings.simplefilter("ignore")
+            evaluate_gates(pipe, mixture._components, prompts)
+        found.append({key: weights for key, weights in averages.weights.items() if key[0].startswith("unet")})
+    for (place, present), weights in found[0].items():
+        torch.testing.assert_close(weights, 0.5 * torch.tensor(present))
+        torch.testing.assert_close(weights, found[1][place, present])
 
 
 # ---- other hosts
@@ -449,9 +545,9 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
     binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
     mixture, closed = bound_pictures(other, binding)
     masks = mixture._runtime.binding
-    own = torch.tensor(masks.picture.readings[-1].own).float()  # [N, S]
-    conditional = [row for row, prompt in enumerate(masks.picture.prompt_of) if row == prompt]
-    height, width = masks.picture.side
+    own = torch.tensor(now(mixture).picture.readings[-1].own).float()  # [N, S]
+    conditional = [row for row, prompt in enumerate(now(mixture).picture.prompt_of) if row == prompt]
+    height, width = now(mixture).picture.side
     words, tokens = own.shape[1], height * width
     outside = 1 - torch.stack([region_mask(side, height, width).flatten() for side in ("left", "right")])  # [N, T]
     closing = -8.0 * outside.T @ own  # [T, S]
@@ -475,6 +571,18 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
     torch.testing.assert_close(by_hand, closed, atol=1e-4, rtol=0)
     monkeypatch.undo()
     assert (draw_other(other) - closed).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("other", ["flux"], indirect=True)
+def test_guidance_by_a_second_text_has_one_layout(other):
+    """Flux's true guidance calls the transformer twice a step."""
+    mixture = mole.attach(other.pipe, other.files, binding={"fox": "fox", "ink": "owl"})
+    options = {"max_sequence_length": 16, "negative_prompt": "a cat", "true_cfg_scale": 2.0, "num_inference_steps": 3}
+    other.pipe(PROMPT, output_type="latent", **hosts.SIZE, **options)
+    assert set(mixture.layouts[0].regions) == {"fox", "ink"}
+    spoken, negative = mixture._runtime.binding._texts
+    assert negative.image is None or torch.equal(negative.image, spoken.image)
+    assert negative.silent == spoken.silent == (False, False)
 
 
 @pytest.mark.parametrize("other", ["flux"], indirect=True)
@@ -535,3 +643,13 @@ def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
     masks.on_denoiser = lambda *_, **__: None
     pipe.unet = pipe.unet._orig_mod
     torch.testing.assert_close(draw(pipe, PROMPT), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("other", ["flux"], indirect=True)
+def test_compiled_blocks_of_a_transformer_are_bound(other):
+    torch.compiler.reset()
+    mixture, expected = bound_pictures(other, {"fox": "fox", "ink": "owl"}, steps=3)
+    other.pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(draw_other(other, steps=3), expected, atol=1e-5, rtol=0)
+    assert set(mixture.layouts[0].regions) == {"fox", "ink"}
