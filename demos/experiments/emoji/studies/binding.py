@@ -118,8 +118,10 @@ def document(test: pd.DataFrame, bound: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("steps", nargs="*", choices=("draw", "report"), default=["draw", "report"])
+    parser.add_argument("steps", nargs="*", default=["draw", "report"], help="of draw, report; default: both")
     steps = parser.parse_args().steps
+    if unknown := set(steps) - {"draw", "report"}:
+        parser.error(f"unknown {sorted(unknown)}; known: ['draw', 'report']")
     world, rows = emoji_world(device=str(device())), Rows(unpacked(FOLDER / "binding"))
     in_bf16(world.pipe.unet)
     if "draw" in steps:
