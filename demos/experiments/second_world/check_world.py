@@ -22,10 +22,11 @@ from diffusers.utils import logging
 from drawings import Drawings, default_folder
 from judge import Judge
 from loop import WORK
-from mole_diffusers.training.lora_saving import save_lora
 from sampling import Share, generate, right, shares, sheet
 from scenes import Scene, draw_scene
 from train_judge import labelled, scenes_of
+
+from mole_diffusers.training.lora_adapter import save_lora
 
 GATE = WORK / "gate.json"
 JOINT = make_loras.Recipe(rank=16, layers=make_loras.WIDE, steps=700)

@@ -19,13 +19,13 @@ import train_base
 import words
 from drawings import Drawings, default_folder
 from loop import device, note, small_attention
-from mole_diffusers.training.lora_layers import lora_layers
-from mole_diffusers.training.lora_saving import save_kohya, save_lora
 from scenes import Scene, draw_scene
 from torch import nn
 
-from mole_diffusers.training.data import Draw, Samples, encode
+from mole_diffusers.training.config import LoraTraining
+from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
+from mole_diffusers.training.lora_adapter import add_lora, save_kohya, save_lora
 
 PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded per canvas
 BATCH = {"one": 16, "wide": 8, "tall": 8}  # per update
@@ -92,12 +92,14 @@ def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict
 
 def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> dict[str, torch.Tensor]:
     """Tensors of a LoRA trained on the canvases in turn; the pipeline is given back as it was."""
-    rates = {part: lr for part, lr in (("unet", chosen.lr), ("text_encoder", chosen.text_lr)) if lr}
+    config = LoraTraining(
+        rank=chosen.rank, alpha=alpha, layers=chosen.layers, steps=chosen.steps, lr=chosen.lr, text_lr=chosen.text_lr
+    )
     with ExitStack() as undo, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        options = {"layers": chosen.layers, "rank": chosen.rank, "alpha": alpha, "tau": 1.0, "beam": False}
-        lora = lora_layers(pipe, list(rates), undo, **options)
-        groups = [{"params": lora.weights(part), "lr": lr * (chosen.rank / alpha) ** 0.5} for part, lr in rates.items()]
+        lora = add_lora(pipe, config, undo)
+        slower = (chosen.rank / alpha) ** 0.5
+        groups = [{"params": lora.weights(part), "lr": lr * slower} for part, lr in config.rates.items()]
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
         fall = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: min(1, (i + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * i / chosen.steps))
@@ -106,7 +108,7 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
         for step in range(chosen.steps):
             shape = TURNS[step % len(TURNS)]
             with small_attention(), torch.autocast(device().type, torch.bfloat16):
-                loss = denoising_loss(pipe, samples[shape], Draw(generator, BATCH[shape]))
+                loss = denoising_loss(pipe, samples[shape], RandomBatch(generator, BATCH[shape]))
             loss.backward()
             for group in groups:
                 nn.utils.clip_grad_norm_(group["params"], 1.0)
