@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,11 @@ def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:
     return torch.tensor(groups)
 
 
+def _rebalance(gate: RankGate | None) -> None:
+    if gate is not None and not gate.held:
+        gate.rebalance()
+
+
 class RankGate(nn.Module):
     """z = sigmoid(W x) + c per token and rank, the k largest z brought to mean 1, the others 0 (SMoRA, eq. 6-9).
 
@@ -74,7 +80,8 @@ class RankGate(nn.Module):
         self.register_buffer("balance", torch.zeros(len(group)))  # c
         self.load: torch.Tensor | None = None  # [2, R]: how often each rank was chosen, and could have been, since
         self.held = False  # while it is, somebody else calls `rebalance`, when all parts of a batch are counted
-        self.weight.register_post_accumulate_grad_hook(lambda _: None if self.held else self.rebalance())
+        gate = weakref.ref(self)  # Python's collector does not see hooks of tensors
+        self.weight.register_post_accumulate_grad_hook(lambda _: _rebalance(gate()))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         if context.layer is None:

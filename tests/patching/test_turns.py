@@ -1,6 +1,7 @@
 """One pipeline shared by threads, and one that is interrupted: nothing leaks, nothing stays behind."""
 
 import copy
+import gc
 import inspect
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from hosts import assert_same, breaking, snapshot
 
 import mole_diffusers as mole
+from mole_diffusers.gates import FAMILIES
 from mole_diffusers.testing import tiny_pipeline
 
 SETTINGS = {  # one per thread
@@ -170,3 +172,39 @@ def interrupted(run, at):
     finally:
         sys.setprofile(None)
     return calls
+
+
+def test_attaching_in_threads_leaves_torch_as_it_was(loras):
+    """On pipelines of their own; peft's way of making empty layers patches `nn.Module` for the whole process."""
+    register, meta = torch.nn.Module.register_parameter, []
+
+    def work(seed):
+        pipe = tiny_pipeline(seed)
+        for _ in range(10):
+            mole.attach(pipe, loras)
+            meta.append(torch.nn.Linear(2, 2).weight.is_meta)
+            mole.detach(pipe)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(work, range(3)))
+    assert torch.nn.Module.register_parameter is register
+    assert not any(meta)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_leaves_anything_behind(loras, family):
+    """The same number of modules and hooks' owners alive after 5 rounds and after 10."""
+    pipe = tiny_pipeline()
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(thing, torch.nn.Module | mole.Mixture) for thing in gc.get_objects())
+
+    def rounds():
+        for _ in range(5):
+            mole.attach(pipe, loras, family)
+            mole.detach(pipe)
+        return alive()
+
+    rounds()
+    assert rounds() == rounds()
