@@ -39,7 +39,8 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    inject_adapter_in_model(config, model, ADAPTER)  # `low_cpu_mem_usage` would patch nn.Module for all threads
+    with torch.device("meta"):  # in this thread alone; peft's `low_cpu_mem_usage` patches nn.Module for all of them
+        inject_adapter_in_model(config, model, ADAPTER)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
         _fill(model.get_submodule(name), stack, sites[name], name)
