@@ -1,12 +1,14 @@
 """Train the emoji world's base, UNet and text encoder together, on pictures of one to four subjects.
 
     python demos/experiments/second_world/train_base.py [--steps 40000] [--decay 0]
+    python demos/experiments/second_world/train_base.py --keep
     python demos/experiments/second_world/train_base.py --save
 
 Resumable: run it again and it goes on from the last checkpoint; it can be stopped at any time. The rate stays at its peak;
 the last `--decay` steps of `--steps` bring it down to nothing, so give `--decay 3000` with the run that is to be the last.
 `--save` writes the averaged weights of the last checkpoint as an ordinary pipeline, `assets/base/` (fp16).
-It needs no autoencoder; `--save` does.
+It needs no autoencoder; `--save` does. `--keep` writes the averaged weights alone, `assets/base_start.safetensors` (fp16),
+which a run without a checkpoint begins at.
 """
 
 import argparse
@@ -21,10 +23,12 @@ from drawings import Drawings, default_folder
 from encoder import CHANNELS
 from latents import Pool
 from loop import WORK, averaged, constant_then_decay, device, fit, small_attention
+from safetensors.torch import load_file, save_file
 from scenes import SIDE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+START = default_folder() / "base_start.safetensors"
 TOKENS, WIDTH = 32, 160
 TURNS = ("one", "wide", "one", "tall", "one", "square")  # canvases, in turn
 BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
@@ -135,6 +139,8 @@ def train(steps: int, decay: int) -> None:
     pool.grow(CHUNKS)
     both = build_both(tokenizer)
     print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
+    if START.exists() and not (WORK / "base.pt").exists():
+        both.load_state_dict(load_file(START))
     generator = torch.Generator().manual_seed(2)
 
     def loss_at(step: int) -> torch.Tensor:
@@ -163,10 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40000, help="updates in all, earlier runs included")
     parser.add_argument("--decay", type=int, default=0, help="of them, those that bring the rate down, the last ones")
+    parser.add_argument("--keep", action="store_true", help="write the averaged weights instead of training")
     parser.add_argument("--save", action="store_true", help="write the pipeline instead of training")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.save:
+    if args.keep:
+        save_file({name: w.half().contiguous() for name, w in averaged("base").items()}, START)
+    elif args.save:
         pipe = pipeline(averaged("base"), train_autoencoder.trained())
         pipe.to(dtype=torch.float16).save_pretrained(default_folder() / "base")
     else:
