@@ -284,7 +284,7 @@ class TokenMasks:
             frames: rows of the text for each row of the latents.
             active: [N], the experts that the user wants to hear of if they are silent.
         """
-        if not self._called:
+        if not self._called and self.has_words and not torch.is_grad_enabled():
             before, self._level = self._level, level()
             if self._level > before:
                 self._texts = []
