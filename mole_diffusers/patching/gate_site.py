@@ -66,7 +66,7 @@ class GateSite:
         self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
-        self._factors: dict[tuple[tuple[int, ...], str | None, torch.Size], torch.Tensor] = {}  # see `factor`
+        self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and where experts are bound by its tokens
         self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
         self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
@@ -212,7 +212,9 @@ class GateSite:
             self.evaluate_deferred()
         if not self.one_evaluation or (self._batch != x.shape[0] and not (self.reads_model_input and self._batch)):
             self._evaluate_on_input(layer, x, low)
-        key = layer.ranks, layer.stream, low.shape[:2]  # PAG gives single layers a part of the batch's rows
+        masks = self.runtime.masks
+        binds = masks is not None and masks.binds
+        key = (layer.ranks, layer.stream, low.shape[:2]) if binds else layer.ranks  # PAG gives a layer a part of the rows
         factor = self._factors.get(key)
         if factor is None or factor.dtype != low.dtype or low.dim() != 3:
             factor = self._spread(layer, low)

@@ -79,7 +79,8 @@ class TokenMasks:
     @property
     def binds(self) -> bool:
         """Whether any expert is kept from any token."""
-        return self._encoding is not None or self._now is not None
+        now = self._now
+        return self._encoding is not None or (now is not None and (now.own is not None or now.image is not None))
 
     @property
     def has_regions(self) -> bool:
