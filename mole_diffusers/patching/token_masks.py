@@ -35,6 +35,7 @@ class BoundText:
         image: [B, N, H, W] in 0..1, the places that each expert acts on; None where all act everywhere.
         biases: tokens of the picture -> [B, T, S], what cross-attention's logits lose.
         made: masks by what a layer asked for.
+        lender: the text whose experts and places a text without anybody's words has, as of guidance by calls of its own.
     """
 
     text: torch.Tensor
@@ -47,6 +48,7 @@ class BoundText:
     image: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
     made: dict[tuple, torch.Tensor | None] = field(default_factory=dict)
+    lender: BoundText | None = None
 
 
 class TokenMasks:
@@ -301,6 +303,8 @@ class TokenMasks:
                 self._warn(warning)
             self._place(state)
             self._now = None
+        if state.lender is not None and state.image is not state.lender.image:  # planned since
+            state.image, state.made, self._now = state.lender.image, {}, None
         if self._now is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
             self._now, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._changed()
@@ -331,7 +335,7 @@ class TokenMasks:
         )
         before = next((known for known in reversed(self._texts) if any(map(_says, known.picture.readings))), None)
         if before is not None and not any(map(_says, readings)) and len(before.text) == len(text):
-            state.silent, state.row_silent, state.image = before.silent, before.row_silent, before.image
+            state.silent, state.row_silent, state.lender = before.silent, before.row_silent, before
             return state
         if before is not None and self._called:
             picture.keep(before.picture)
