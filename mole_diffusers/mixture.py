@@ -58,9 +58,8 @@ class Mixture:
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
         self._runtime = Runtime([True] * len(experts), [1.0] * len(experts))
-        self._tokenizers = {
-            name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in models if name not in DENOISERS
-        }
+        names = {name: name.replace("text_encoder", "tokenizer") for name in models if name not in DENOISERS}
+        self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
         self._calling: Any = None  # the pipeline, while a call of it runs
         self._traces: list[Trace] = []
         self._lock, self._undo = PipelineLock(), ExitStack()
@@ -87,6 +86,11 @@ class Mixture:
     def active(self) -> set[str]:
         """The experts that are on, at whatever strength."""
         return {name for name, on in zip(self.experts, self._runtime.active, strict=True) if on}
+
+    @property
+    def plan(self) -> Plan | None:
+        """What `choose` or `planned` has set."""
+        return self._runtime.plan
 
     def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
         """These experts at these strengths, and no others; `plan` has factors on top, by component and block."""

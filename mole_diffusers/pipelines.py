@@ -95,7 +95,9 @@ class DropIn:
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
         experts, ordinary = self._experts(), self._ordinary()
-        free = next(name for i in range(1000) if (name := f"default_{i}") not in (*experts, *ordinary))
+        free = next(
+            name for i in range(len(experts) + len(ordinary) + 1) if (name := f"default_{i}") not in (*experts, *ordinary)
+        )
         name = adapter_name or free
         if name in ordinary or (name in experts) != hotswap:
             what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
@@ -134,8 +136,7 @@ class DropIn:
         given = dict(zip(names, weights, strict=True))
         per_model = {n: w for n, w in given.items() if n in experts and isinstance(w, Mapping)}
         numbers = {n: 1.0 if w is None or n in per_model else float(w) for n, w in given.items() if n in experts}
-        plan = AdapterWeights(list(experts), per_model, getattr(self, "unet", None)) if per_model else None
-        mixture.choose(numbers, plan)
+        _choose(self, numbers, per_model)
         others = [name for name in names if name in ordinary]
         if others:
             super().set_adapters(others, [given[name] for name in others])  # type: ignore[misc]
@@ -197,14 +198,14 @@ class DropIn:
 
     def _hand_over(self, mixture: Mixture) -> None:
         """The experts as ordinary adapters of diffusers, with the weights that they have."""
-        experts, active = mixture.weighed(), self.get_active_adapters()
+        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture)
         detach(self)
         with TemporaryDirectory() as folder:
             for i, (name, (expert, _)) in enumerate(experts.items()):
                 save_expert(expert, file := Path(folder, f"{i}.safetensors"), dtype=torch.float32)
                 super().load_lora_weights(str(file), adapter_name=name)  # type: ignore[misc]
         weighed = [name for name in active if name in experts]
-        super().set_adapters(weighed, [experts[name][1] for name in weighed])  # type: ignore[misc]
+        super().set_adapters(weighed, [by_block.get(name, experts[name][1]) for name in weighed])  # type: ignore[misc]
         for model in hosts(self).values():
             for layer in adapted(model):
                 layer.set_adapter([name for name in active if name in layer.lora_A])
@@ -280,10 +281,12 @@ class DropIn:
         elif mixture is None:
             attach(self, experts, gates)
         else:
-            binding, off = mixture.binding, set(mixture.experts) - mixture.active
-            kept = None if binding is None else {name: bound for name, bound in binding.items() if name in experts}
-            attach(self, experts, gates, binding=kept)
-            self._require().choose({name: strength for name, (_, strength) in experts.items() if name not in off})
+            off, by_block = set(mixture.experts) - mixture.active, _block_weights(mixture)
+            same = {name for name, (expert, _) in experts.items() if expert is mixture.experts.get(name)}
+            binding = None if mixture.binding is None else {n: b for n, b in mixture.binding.items() if n in same}
+            attach(self, experts, gates, binding=binding)
+            active = {name: strength for name, (_, strength) in experts.items() if name not in off}
+            _choose(self, active, {name: weights for name, weights in by_block.items() if name in same})
 
     def _ordinary_off(self) -> None:
         for model in hosts(self).values():
@@ -434,11 +437,13 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     folder = whole.with_name(f"{whole.name}.part")  # a reader meets the old mixture or the new one
     shutil.rmtree(folder, ignore_errors=True)
     (folder / EXPERTS).mkdir(parents=True)
-    kept, rows = {}, []
+    kept, rows, by_block = {}, [], _block_weights(mixture)
     for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
         file = f"{i}.safetensors"
         kept[name] = _keep_expert(expert, folder / EXPERTS / file)
         rows.append({"name": name, "file": file, "strength": strength, "active": name in mixture.active})
+        if name in by_block:
+            rows[-1]["weights"] = by_block[name]
         if mixture.binding is not None:
             rows[-1]["binding"] = to_json(mixture.binding[name])
     checkpoint.save(folder / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
@@ -467,16 +472,30 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     Raises FileNotFoundError or RefusedFileError for what is no such folder, and all that `attach` raises.
     """
     folder = Path(folder)
-    experts, binding, active = _kept_experts(folder)
+    experts, binding, active, by_block = _kept_experts(folder)
     mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding)
-    mixture.choose({name: experts[name][1] for name in active})
+    _choose(pipe, {name: experts[name][1] for name in active}, by_block)
     return mixture
+
+
+def _choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Mapping[str, Any]]) -> None:
+    """These experts of a pipeline's mixture at these strengths, and no others; for some with weights by model and block."""
+    mixture = attached(pipe)
+    if mixture is not None:
+        names, unet = list(mixture.experts), getattr(pipe, "unet", None)
+        mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
+
+
+def _block_weights(mixture: Mixture) -> dict[str, dict[str, Any]]:
+    """Expert -> its weights by model and block, where `set_adapters` was given some."""
+    return mixture.plan.weights if isinstance(mixture.plan, AdapterWeights) else {}
 
 
 def _kept_experts(
     folder: Path,
-) -> tuple[dict[str, tuple[str | Path | Expert, float]], dict[str, Bound] | None, list[str]]:
-    """name -> (file, strength), name -> binding (None where nothing is bound), and who is on, from mixture.json."""
+) -> tuple[dict[str, tuple[str | Path | Expert, float]], dict[str, Bound] | None, list[str], dict[str, dict[str, Any]]]:
+    """From mixture.json: name -> (file, strength), name -> binding (None where nothing is bound), who is on, and weights by
+    model and block."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
     about = read_json(folder / INDEX)
@@ -485,12 +504,15 @@ def _kept_experts(
     found: dict[str, tuple[str | Path | Expert, float]] = {}
     binding: dict[str, Bound] = {}
     active: list[str] = []
+    by_block: dict[str, dict[str, Any]] = {}
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
             name, file, strength = str(row["name"]), row["file"], float(row["strength"])
             if "binding" in row:
                 binding[name] = from_json(row["binding"], name)
+            if "weights" in row:
+                by_block[name] = AdapterWeights([name], {name: row["weights"]}, None).weights[name]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
         if not isinstance(file, str) or not FILE.fullmatch(file):
@@ -502,4 +524,4 @@ def _kept_experts(
         found[name] = folder / EXPERTS / file, strength
         if row.get("active", True):
             active.append(name)
-    return found, binding or None, active
+    return found, binding or None, active, by_block

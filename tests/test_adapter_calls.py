@@ -1,5 +1,7 @@
 """diffusers' LoRA calls on the drop-in, beside the same calls on diffusers' own pipeline."""
 
+from dataclasses import replace
+
 import diffusers
 import hosts
 import numpy as np
@@ -79,6 +81,38 @@ def test_who_is_off_stays_off_when_gates_or_experts_change(both):
     ours.load_gates("sum")
     torch.testing.assert_close(hosts.draw(ours, options), ink, **CLOSE)
     assert ours.get_active_adapters() == ["ink"]
+
+
+BY_BLOCK = {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}, "text_encoder": 0.5}
+
+
+@pytest.mark.parametrize("then", ["load", "gates", "save", "fuse"])
+def test_weights_of_blocks_outlast_what_comes_after(both, then, tmp_path):
+    ours, stock, options, files = both
+    for pipe in (ours, stock):
+        pipe.load_lora_weights(files["fox"], adapter_name="fox")
+        pipe.set_adapters("fox", [BY_BLOCK])
+    if then == "load":
+        for pipe in (ours, stock):
+            pipe.load_lora_weights(files["ink"], adapter_name="ink")
+        stock.set_adapters(["fox", "ink"], [BY_BLOCK, 1.0])  # in diffusers the last one alone would be on
+    elif then == "gates":
+        ours.load_gates("sum")
+    elif then == "save":
+        ours.save_pretrained(tmp_path / "saved")
+        ours = hosts.quiet(mole.MoLEPipeline.from_pretrained(tmp_path / "saved"))
+    else:
+        for pipe in (ours, stock):
+            pipe.fuse_lora()
+    same(ours, stock, options)
+
+
+def test_a_swapped_expert_has_the_words_of_its_own_file(both):
+    ours, _, _, files = both
+    fox, ink = (replace(mole.read_expert(files[name]), triggers=(name,)) for name in ("fox", "ink"))
+    ours.load_lora_weights(fox, adapter_name="x")
+    ours.load_lora_weights(ink, adapter_name="x", hotswap=True)
+    assert ours.mixture.binding["x"].words == ("ink",)
 
 
 def test_adapters_of_peft_are_seen_and_taken_out(both):

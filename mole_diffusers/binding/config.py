@@ -103,7 +103,7 @@ def parse_binding(text: str, option: str) -> tuple[str, Any]:
         return name, parse_phrases(words)
     if region.lower().endswith(PICTURES):
         with Image.open(region) as image:
-            return name, (parse_phrases(words), image.convert("L"))
+            return name, (parse_phrases(words), image.copy())
     return name, (parse_phrases(words), parse_region(region))
 
 
@@ -145,6 +145,6 @@ def from_json(values: Any, name: str) -> Bound:
                 region = image.convert("L")
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words) or not isinstance(required, bool):
             raise ValueError("words that are no texts")
-    except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the binding of {name!r} cannot be read: {error}") from error
     return Bound(tuple(words), checked_region(region, name), required)

@@ -28,6 +28,7 @@ RELATION = re.compile(
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
 BREAK = re.compile(r"[,;.&+\n]|\b(?:and|beside|next to|near|(?:to the )?(?:left|right) of|above|over|below|under|beneath)\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
+DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,14 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
     own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
     named: dict[tuple[tuple[int, int], ...], list[int]] = {}  # where a thing is named -> whose words these are
     for k, each in enumerate(spans):
-        if located := tuple(span for span in each if not _is_style(text, span)):
-            named.setdefault(located, []).append(k)
-    found = [(spans, tuple(experts)) for spans, experts in named.items()]
-    owned = [span for each in spans for span in each]
-    found += [((span,), ()) for span in _other_nouns(text, owned, [span for spans, _ in found for span in spans])]
-    things = [Thing(text[slice(*at[0])].strip(), who, _union([tokens(s) for s in at], len(pieces))) for at, who in found]
+        if at := tuple(span for span in each if not _is_style(text, span)):
+            named.setdefault(at, []).append(k)
+    owned, located = ([span for each in group for span in each] for group in (spans, named))
+    found = [(at, tuple(experts)) for at, experts in named.items()]
+    found += [((span,), ()) for span in _other_nouns(text, owned, located)]
+    things = [
+        Thing(text[slice(*at[0])].strip(), who, _union([tokens(span) for span in at], len(pieces))) for at, who in found
+    ]
     places = {i: at[0] for i, (at, _) in enumerate(found)}
     return Reading(own, tuple(things), tuple(_relations(text, places)))
 
@@ -182,7 +185,7 @@ def _other_nouns(
     for a, b in zip(edges[::2], edges[1::2], strict=True):
         noun = NOUN.match(text[a:b])
         if noun is None:
-            noun = re.search(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)", text[a:b])
+            noun = DRAWN_NOUN.search(text[a:b])
         if noun is None or any(a <= c < b for c, _ in located):
             continue
         start, end = a + noun.start(1), a + noun.end(1)

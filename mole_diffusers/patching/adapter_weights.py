@@ -7,22 +7,25 @@ from typing import Any
 
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
-Weight = float | Mapping[str, Any]  # {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}
-
 
 class AdapterWeights:
     """A strength schedule that never changes: a strength per expert, model and block; see `runtime.Plan`.
 
     Args:
         names: the experts, in the order of the gates' columns.
-        weights: expert -> what was given for it. An expert, model or block without any has 1.
+        weights: expert -> {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}. An expert, model or
+            block without any has 1.
         unet: whose blocks are meant; None where there is none.
+
+    Attributes:
+        weights: the same in plain numbers, ready for JSON.
 
     Raises what diffusers raises for blocks that the UNet does not have.
     """
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, Mapping[str, Any]], unet: Any):
-        self._given = [weights.get(name, {}) for name in names]
+        self.weights: dict[str, dict[str, Any]] = {name: _plain(given) for name, given in weights.items()}
+        self._given = [self.weights.get(name, {}) for name in names]
         blocks = [given["unet"] if isinstance(given.get("unet"), Mapping) else 1.0 for given in self._given]
         self._blocks = [1.0] * len(blocks) if unet is None else _maybe_expand_lora_scales(unet, blocks)
 
@@ -38,6 +41,14 @@ class AdapterWeights:
 
     def gates(self, place: str) -> None:
         """No gate is replaced."""
+
+
+def _plain(weights: Any) -> Any:
+    if isinstance(weights, Mapping):
+        return {str(key): _plain(value) for key, value in weights.items()}
+    if isinstance(weights, list | tuple):
+        return [_plain(value) for value in weights]
+    return None if weights is None else float(weights)
 
 
 def _of_block(scales: Any, module: str) -> float:

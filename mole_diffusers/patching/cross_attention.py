@@ -82,7 +82,7 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
         bias = masks.bias(hidden.shape[1], hidden.shape[0])
         if bias is None or bias.shape[2] != text.shape[1]:
             return None
-        given = kwargs.get("attention_mask")
+        bias, given = bias.to(hidden.dtype), kwargs.get("attention_mask")
         return args, {**kwargs, "attention_mask": bias if given is None else given + bias}
 
     return before

@@ -81,9 +81,7 @@ class _Watched(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | (
-            kwargs or {}
-        )
+        given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
         words = self.masks.text_tokens
         picture = slice(0, -words) if self.picture_first else slice(words, None)

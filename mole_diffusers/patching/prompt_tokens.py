@@ -15,6 +15,7 @@ from torch import nn
 
 from mole_diffusers.functional import version
 
+LEAST_TEXTS, MOST_BYTES = 8, 32 << 20  # so many of the last texts are remembered, and more while they take no more than this
 ALIKE, LEAD = 0.9, 0.02  # mean cosine from which weighted states count as those of a text, and lead over the next text
 
 
@@ -40,6 +41,11 @@ class Encoded:
     words: torch.Tensor
     states: tuple[torch.Tensor, ...]
 
+    @property
+    def bytes(self) -> int:
+        """What its states take."""
+        return sum(states.nbytes for states in self.states)
+
 
 OnText = Callable[[str, torch.Tensor, torch.device], None]  # (encoder, ids [B, T], where the encoder is)
 # The runs that one row of a text is made of, token after token, and the row in each; what is left of the text is zeros.
@@ -53,10 +59,10 @@ class PromptTokens:
         current: [B, T] bool, the words of the text that a text encoder is reading or read last; None before the first.
     """
 
-    def __init__(self, memory: int = 64):
+    def __init__(self) -> None:
         self.current: torch.Tensor | None = None
         self._announced: torch.Tensor | None = None
-        self._known: deque[Encoded] = deque(maxlen=memory)
+        self._known: deque[Encoded] = deque()
         self._asked: tuple[Callable[[], torch.Tensor | None], int, list[Row] | None] = (lambda: None, 0, None)
 
     def announce(self, ids: torch.Tensor) -> None:
@@ -85,6 +91,8 @@ class PromptTokens:
             texts = tuple(s.detach() for s in states if s.dim() == 3)
             if reading and texts:
                 self._known.append(Encoded(name, *reading[0], texts))
+                while len(self._known) > LEAST_TEXTS and sum(encoded.bytes for encoded in self._known) > MOST_BYTES:
+                    self._known.popleft()
 
         undo.callback(encoder.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(encoder.register_forward_hook(after).remove)

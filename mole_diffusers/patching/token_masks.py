@@ -56,7 +56,7 @@ class TokenMasks:
 
     Args:
         bound: each expert's binding, in the order of the gates' columns.
-        tokenizers: of each text encoder, by its name.
+        tokenizers: of each text encoder, by its name; the words of one that has none (None) are not known.
         changed: called when masks, or which experts are there, have changed.
     """
 
@@ -200,7 +200,7 @@ class TokenMasks:
         """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call another picture begins."""
         if not self._called:
             self._texts = []
-        if self.has_words:
+        if self.has_words and self.tokenizers[encoder] is not None:
             readings = self._readings([[(encoder, row)] for row in ids.tolist()])
             self._encoding, self._encoded = onto(self._own_tokens(readings), device), {}
             self.silent, self.row_silent = self._silent([reading.said for reading in readings], device)
@@ -321,7 +321,7 @@ class TokenMasks:
         and one without anybody's words, as of guidance by calls of its own, has the experts and places of that text."""
         readings: list[Reading] = []
         found = self.tokens.rows(text) if self.has_words else None
-        if found is not None:
+        if found is not None and all(self.tokenizers[run.encoder] is not None for row in found for run, _ in row):
             rows = [[(run.encoder, run.ids[i].tolist()) for run, i in row] for row in found]
             readings = self._readings(rows, tokens=text.shape[1])
         elif self.has_words:

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from mole_diffusers.binding.config import Bound, bindings, bound, files_bindings, parse_binding
+from mole_diffusers.binding.config import Bound, bindings, bound, files_bindings, from_json, parse_binding, to_json
+from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.lora import Expert
 
 
@@ -39,6 +41,21 @@ def test_experts_that_are_not_named_keep_theirs():
     assert bindings({"ink": "everywhere"}, experts, before) == {"fox": before["fox"], "ink": Bound((), "everywhere")}
     with pytest.raises(ValueError, match="unknown expert 'cat'; attached: .'fox', 'ink'"):
         bindings({"cat": "cat"}, experts, before)
+
+
+def test_a_binding_from_a_file_is_what_was_written_or_is_refused():
+    mask = Image.new("L", (4, 2), 255)
+    for given in (Bound(("fox", "foxes"), "left", required=False), Bound((), (0.0, 0.0, 0.5, 1.0)), Bound(("a",), mask)):
+        again = from_json(json.loads(json.dumps(to_json(given))), "fox")
+        assert (again.words, again.required) == (given.words, given.required)
+        assert torch.equal(region_mask(again.region, 2, 4), region_mask(given.region, 2, 4))
+    for bad in (
+        {},
+        {"words": "fox", "region": "left", "required": True},
+        {"words": [], "region": "png:x", "required": True},
+    ):
+        with pytest.raises(ValueError, match="the binding of 'fox' cannot be read"):
+            from_json(bad, "fox")
 
 
 BAD = [3, [], ["", "fox"], ("fox", "left", 1), [3], ("fox", "nowhere"), Bound(("fox",), "nowhere")]
