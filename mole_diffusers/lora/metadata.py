@@ -18,6 +18,7 @@ from mole_diffusers.lora.keys import layer_key
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"  # header key under which diffusers writes the LoraConfig of each component
+MOST_TRIGGERS = 64  # of a trigger phrase, each at most 200 characters: every prompt is searched for all of them
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SUMMARY = {  # field of a summary -> the header keys it is taken from; the first one present counts
     "title": ("modelspec.title", "ss_output_name"),
@@ -43,7 +44,8 @@ def triggers(metadata: Mapping[str, str], note: Mapping[str, Any]) -> tuple[str,
     """Trigger words: the note's, else ModelSpec's trigger phrase, else kohya's three most frequent training tags."""
     for phrase in (note.get("activation text"), metadata.get("modelspec.trigger_phrase")):
         if isinstance(phrase, str) and phrase.strip():
-            return tuple(word.strip() for word in phrase.split(",") if word.strip())
+            words = (word.strip()[:200] for word in phrase.split(",", MOST_TRIGGERS)[:MOST_TRIGGERS])
+            return tuple(word for word in words if word)
     return training_tags(metadata)[:3]
 
 
@@ -56,7 +58,7 @@ def training_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
     for tags in folders.values() if isinstance(folders, dict) else ():
         counts.update({tag.strip(): n for tag, n in tags.items() if type(n) is int} if isinstance(tags, dict) else {})
-    return tuple(tag for tag, _ in counts.most_common() if tag)
+    return tuple(tag[:200] for tag, _ in counts.most_common() if tag)
 
 
 def read_note(path: Path) -> Mapping[str, Any]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.studio.recipe import Recipe, load, loads
 
 PARAMETERS, OWN = "parameters", "mole_diffusers"  # names of the PNG's text chunks
 NEGATIVE = "Negative prompt: "
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20
+QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
+MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 256 << 10  # of a file, of its picture, and characters of a text
 
 
 def parameters(recipe: Recipe) -> str:
@@ -48,8 +49,10 @@ def read_parameters(text: str, where: str = "the text") -> Recipe:
 
     Raises ValueError if the last line has fewer than three settings, or one is out of range.
     """
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{where} has more text than a recipe: {len(text)} characters, at most {MAX_TEXT}")
     *lines, last = text.strip().split("\n")
-    found = {key: _unquoted(value) for key, value in PAIR.findall(last)}
+    found = _settings(last)
     if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
     at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
@@ -70,6 +73,21 @@ def read_parameters(text: str, where: str = "the text") -> Recipe:
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _settings(line: str) -> dict[str, str]:
+    """`Steps: 20, Lora hashes: "a: 1, b: 2"` -> its keys and values, in one pass from left to right."""
+    found, at = {}, 0
+    while (colon := line.find(":", at)) >= 0:
+        key = line[at:colon].rpartition(",")[2].strip()
+        begin = colon + 1 + (line[colon + 1 : colon + 2] == " ")
+        if quoted := QUOTED.match(line, begin):
+            at = quoted.end()
+        else:
+            comma = line.find(",", begin)
+            at = comma if comma >= 0 else len(line)
+        found[key] = _unquoted(line[begin:at].strip())
+    return found
 
 
 def _unquoted(value: str) -> str:
@@ -100,15 +118,7 @@ def read(path: str | Path) -> Recipe:
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB")
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{path.name} has more than {MAX_PIXELS >> 20} million pixels")
-            texts = dict(image.text)  # type: ignore[attr-defined]
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path.name} is not a PNG that can be read") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path.name} has far more than {MAX_PIXELS >> 20} million pixels") from error
+    texts = _texts(path)
     if any(len(text) > MAX_TEXT for text in texts.values()):
         raise ValueError(f"{path.name} has more text than a recipe")
     if OWN in texts:
@@ -116,6 +126,27 @@ def read(path: str | Path) -> Recipe:
     if PARAMETERS not in texts:
         raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
     return read_parameters(texts[PARAMETERS], path.name)
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG, also those after its pixels, which are unpacked for that."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            small = image.width * image.height <= MAX_PIXELS and not getattr(image, "is_animated", False)
+            texts = dict(image.text) if small else None  # type: ignore[attr-defined]
+    except Image.DecompressionBombError:
+        texts = None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+    ) as error:  # Pillow's, for broken chunks and too long text
+        raise ValueError(f"{path.name} is not a PNG that can be read") from error
+    if texts is None:
+        raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels")
+    return texts
 
 
 def read_any(path: str | Path) -> Recipe:

@@ -11,6 +11,7 @@ from mole_diffusers.binding.config import parse_phrases, parse_region
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
+MAX_PROMPT = 5000  # characters
 ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step", "word", "region")
 
 
@@ -116,8 +117,11 @@ def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
         known: names of LoRAs; needed for names that contain ":".
 
     Raises:
-        ValueError: another kind of tag, an unknown argument, a value that is not a number, one name twice.
+        ValueError: more than `MAX_PROMPT` characters, another kind of tag, an unknown argument, a value that is not a
+            number, one name twice.
     """
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"a prompt has at most {MAX_PROMPT} characters, got {len(prompt)}")
     tags: dict[str, LoraTag] = {}
     for kind, body in TAG.findall(prompt):
         if kind != "lora":
