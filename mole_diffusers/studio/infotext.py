@@ -142,7 +142,7 @@ def _texts(path: Path) -> dict[str, str]:
         ValueError,
         EOFError,
         struct.error,
-    ) as error:  # Pillow's, for broken chunks and too long text
+    ) as error:
         raise ValueError(f"{path.name} is not a PNG that can be read") from error
     if texts is None:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels")
