@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import add as add_api
@@ -12,6 +14,7 @@ from mole_diffusers.app.compose_tab import build as compose_tab
 from mole_diffusers.app.compose_tab import first_cards
 from mole_diffusers.app.jobs import RunningJobs
 from mole_diffusers.app.keep_tab import build as keep_tab
+from mole_diffusers.app.own_pages import OwnPagesOnly
 from mole_diffusers.app.page import PRIVATE, Page
 from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
@@ -36,10 +39,13 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     return blocks
 
 
-def launch(blocks: gr.Blocks, **options: Any) -> Any:
+def launch(blocks: gr.Blocks, *, sites: Collection[str] = (), **options: Any) -> Any:
     """Serve the app, to this machine only unless `options` say otherwise. It sends nothing to the network by itself.
 
     With `mcp_server=True` every endpoint is also an MCP tool.
+
+    Args:
+        sites: names under which a server in front shows the app; see `own_pages`.
     """
     blocks.queue(max_size=32)
     return blocks.launch(
@@ -53,5 +59,6 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         theme=theme(),
         css=CSS,
         head=HEAD,
+        app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites)]},
         **{"mcp_server": False, **options},
     )

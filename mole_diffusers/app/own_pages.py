@@ -1,0 +1,70 @@
+"""Which web pages may call the app: its own, under an address or a name that belongs to it.
+
+Any page that an artist has open elsewhere can send requests to this machine: under a name of its own that it has pointed
+here (DNS rebinding), which the Host header tells, or by a form that posts to another site, which the Origin header tells.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+
+READING = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
+
+
+class OwnPagesOnly:
+    """An ASGI middleware that answers 403 to pages that are not the app's own.
+
+    Args:
+        sites: names under which a server in front shows the app.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], sites: Collection[str] = ()):
+        machine = socket.gethostname().lower()
+        self.app, self.sites = app, {site.lower() for site in sites}
+        self.names = self.sites | {"localhost", machine, f"{machine}.local"}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] in ("http", "websocket") and (problem := self.problem(Headers(scope=scope), scope.get("method"))):
+            await PlainTextResponse(problem, 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def problem(self, headers: Headers, method: str | None) -> str:
+        """Why a request is refused; "" if it is not."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not (_is_address(name := _hostname(f"//{host}")) or name in self.names):
+            return f"this app is not shown under {name!r}; use the address of the machine, or start it with --site {name}"
+        if method in READING or origin is None or _netloc(origin) == host.lower() or _hostname(origin) in self.sites:
+            return ""
+        return f"a page of {origin} may not send anything to this app"
+
+
+def _hostname(address: str) -> str:
+    try:
+        return (urlsplit(address).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _netloc(address: str) -> str:
+    try:
+        return urlsplit(address).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    """Whether this is an IP address, which nobody can point elsewhere."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
