@@ -84,6 +84,16 @@ def read_safetensors(path: str | Path) -> Contents:
         return _tensors(file, entries, metadata, path)
 
 
+def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of every tensor of a safetensors file of any size, and its metadata; raises as `read_safetensors`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    with _open(path) as file:
+        entries, metadata = _header(file, path.stat().st_size, path)
+    return {entry.key: entry.shape for entry in entries}, metadata
+
+
 def read_json(path: str | Path, *, limit: int = 1 << 20) -> Any:
     """Parse a JSON file of at most `limit` bytes.
 

@@ -1,0 +1,187 @@
+"""`open_base`: a model as a user names it (a checkpoint file, a folder, a hub id) -> a pipeline on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
+from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.studio.memory import Memory, place
+from mole_diffusers.studio.names import by_name, known_names, matching
+
+WORLD = "emoji"  # as a base: the embedded world
+INDEX = "model_index.json"
+PLACES = (
+    "models/Stable-diffusion",
+    "models/checkpoints",
+    "models/diffusers",
+    "Stable-diffusion",
+    "checkpoints",
+    "diffusers",
+)
+KINDS = {  # diffusers' name for what a checkpoint is -> pipeline class
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "flux-dev": "FluxPipeline",
+    "flux-schnell": "FluxPipeline",
+}
+T5 = "text_encoders.t5xxl.transformer.shared.weight"
+DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of one begin
+
+
+@dataclass(frozen=True)
+class Base:
+    """An open base model.
+
+    Attributes:
+        name: as it was asked for; a file in a models folder is named by its path.
+        memory: how the pipeline was put on this machine.
+    """
+
+    pipe: Any
+    name: str
+    memory: Memory
+
+    def __str__(self) -> str:
+        return f"{self.name}: {type(self.pipe).__name__}, {self.memory}"
+
+
+def open_base(base: str, *, config: str | Path | None = None, memory: Memory | None = None) -> Base:
+    """Load a base model.
+
+    Args:
+        base: "emoji", the embedded world; a .safetensors checkpoint; a folder that diffusers saved; a models folder of
+            A1111, Forge or ComfyUI, or one followed by the name of a checkpoint in it ("ComfyUI/models/dreamshaper", in
+            any case); else a hub id.
+        config: for a checkpoint, which has weights alone: a folder that diffusers saved for the same kind of model (its
+            weights are not needed) or a hub id. By default the one in a Forge folder that the checkpoint is in, else the
+            official one on the hub, which is downloaded once.
+        memory: how to put it on this machine; by default what fits.
+
+    Raises:
+        ValueError: a pickle, a file that is no checkpoint or lacks parts, an unknown name; the message says what is there.
+    """
+    memory = memory or Memory()
+    if base == WORLD:
+        from mole_diffusers.emoji.world import emoji_world
+
+        memory = memory.completed("StableDiffusionPipeline")
+        pipe = emoji_world(dtype=memory.torch_dtype).pipe
+        return Base(pipe, base, place(pipe, memory))
+    found = find_base(base)
+    if isinstance(found, Path) and found.is_file():
+        pipe, memory = _open_file(found, config, memory)
+    else:
+        pipe, memory = _open_saved(str(found), memory)
+    return Base(pipe, str(found), place(pipe, memory))
+
+
+def bases_in(folder: str | Path) -> dict[str, Path]:
+    """The base models of a models folder by name: checkpoint files, and folders that diffusers saved.
+
+    Args:
+        folder: the models folder of A1111, Forge or ComfyUI, the folder of the whole program, or any with checkpoints.
+    """
+    folder = Path(folder)
+    known = [folder / place for place in PLACES if (folder / place).is_dir()]
+    starts = [root.rglob for root in known] or [folder.glob, lambda end: folder.glob(f"*/{end}")]
+    saved = [index.parent for start in starts for index in start(INDEX)]
+    files = [path for start in starts for path in start("*.safetensors")]
+    return by_name([*saved, *(f for f in files if not any(f.is_relative_to(s) for s in saved))], folder)
+
+
+def find_base(base: str) -> Path | str:
+    """The file or folder of a base model, or the text itself if it can only be a hub id.
+
+    Raises ValueError for a models folder with several models or none, and for a name that is not in one.
+    """
+    path = Path(base)
+    if path.is_file() or (path / INDEX).is_file():
+        return path
+    if path.is_dir():
+        models = bases_in(path)
+        if len(models) == 1:
+            return next(iter(models.values()))
+        what = f"add the name of one of its {len(models)} models" if models else "it has no .safetensors checkpoint"
+        raise ValueError(f"{base} is a folder of models; {what}{': ' + ', '.join(list(models)[:20]) if models else ''}")
+    for folder in path.parents:
+        if folder == path.parent and folder.is_dir() and str(folder) != "." or any((folder / p).is_dir() for p in PLACES):
+            models = bases_in(folder)
+            name = path.relative_to(folder).as_posix().removesuffix(".safetensors")
+            if (found := matching(name, models)) is not None:
+                return models[found]
+            raise ValueError(f"there is no model {name!r} in {folder}; {known_names(name, models)}")
+    if path.is_absolute() or path.suffix in (".safetensors", ".ckpt") or base.count("/") != 1:
+        raise ValueError(f"{base!r} is no file or folder here, and not a hub id such as OWNER/NAME")
+    return base
+
+
+def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    """diffusers' name for what a checkpoint with tensors of these shapes is, a key of KINDS.
+
+    Raises ValueError for anything else.
+    """
+    with torch.device("meta"):
+        kind = infer_diffusers_model_type({key: torch.empty(shape) for key, shape in shapes.items()})
+    if kind not in KINDS or not any(key.startswith(DENOISER) for key in shapes):
+        is_other = kind != "v1" and kind in DIFFUSERS_DEFAULT_PIPELINE_PATHS
+        what = f"it looks like {kind}" if is_other else "it has no denoiser"
+        raise ValueError(f"{name} is not a checkpoint of Stable Diffusion 1.5, 2.1, XL, 3 or Flux: {what}")
+    return kind
+
+
+def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[Any, Memory]:
+    shapes, _ = read_header(path)
+    kind = checkpoint_kind(shapes, path.name)
+    memory = memory.completed(KINDS[kind])
+    official = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    source = config or _forge_config(path, official) or official
+    parts = (
+        {} if T5 in shapes or KINDS[kind] != "StableDiffusion3Pipeline" else {"text_encoder_3": None, "tokenizer_3": None}
+    )
+    try:
+        loading = getattr(diffusers, KINDS[kind]).from_single_file
+        return loading(str(path), config=str(source), torch_dtype=memory.torch_dtype, **parts), memory
+    except diffusers.loaders.single_file_utils.SingleFileComponentError as error:
+        lacking = re.search(r"^(\w+) = ", str(error), re.MULTILINE)
+        raise ValueError(
+            f"{path.name} lacks the {lacking[1] if lacking else 'text encoders or the VAE'}: "
+            "take a checkpoint with text encoders and VAE inside, or a folder that diffusers saved"
+        ) from error
+    except OSError as error:  # of the hub, too
+        raise ValueError(
+            f"{path.name} has weights alone, and the config of its kind, {source}, cannot be read here: give --config, a "
+            "folder that diffusers saved for the same kind of model (its weights are not needed), as Forge has them in "
+            "backend/huggingface, or go online once"
+        ) from error
+
+
+def _forge_config(path: Path, official: str) -> Path | None:
+    """The folder of Forge, which a checkpoint may be in, with the official config."""
+    name = official.rpartition("/")[2]
+    hits = (hit for up in path.resolve().parents for hit in up.glob(f"backend/huggingface/*/{name}/{INDEX}"))
+    return next((hit.parent for hit in hits), None)
+
+
+def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:
+    """A folder that diffusers saved, or a hub id."""
+    try:
+        memory = memory.completed(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
+        return (
+            diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=memory.torch_dtype, use_safetensors=True),
+            memory,
+        )
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} cannot be opened as a base model: {first}") from error

@@ -1,0 +1,37 @@
+"""Names of files in folders, and finding one of them as people type it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+FEW = 8  # so many names are listed in a message; of more, only the closest
+
+
+def by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
+    """{name: path}, in the order of the names: the file's or folder's own, or where two are alike ("fox"), with the folder
+    that each is in ("people/fox", "animals/fox")."""
+    paths = list(paths)
+    own = {path: path.stem if path.is_file() else path.name for path in paths}
+    count = Counter(name.casefold() for name in own.values())
+    inside = {path: path.relative_to(folder).with_name(own[path]).as_posix() for path in paths}
+    return dict(sorted((own[p] if count[own[p].casefold()] == 1 else inside[p], p) for p in paths))
+
+
+def matching(name: str, known: Collection[str]) -> str | None:
+    """The known name that is meant: this one, or the only one that differs from it in case alone; None if there is none."""
+    if name in known:
+        return name
+    alike = [each for each in known if each.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def known_names(name: str, known: Collection[str]) -> str:
+    """What a message says about the names that are known: all of a few, or of more the closest to `name` and the count."""
+    if len(known) <= FEW:
+        return f"known: {', '.join(known) or 'none'}"
+    by_lower = {each.casefold(): each for each in known}
+    close = [by_lower[each] for each in get_close_matches(name.casefold(), by_lower, n=5, cutoff=0.5)]
+    return f"closest of {len(known)}: {', '.join(close)}" if close else f"none of the {len(known)} is like it"

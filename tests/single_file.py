@@ -1,0 +1,79 @@
+"""A diffusers pipeline of the Stable Diffusion 1.5 kind as one checkpoint file, named as the original code names things."""
+
+from safetensors.torch import save_file
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+ENDS |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def save_single_file(pipe, path):
+    """Write the weights of `pipe` to `path`."""
+    parts = {"model.diffusion_model.": _unet(pipe.unet), "first_stage_model.": _vae(pipe.vae)}
+    parts["cond_stage_model.transformer.text_model."] = {
+        key.removeprefix("text_model."): weight for key, weight in pipe.text_encoder.state_dict().items()
+    }
+    named = {prefix + key: weight.contiguous() for prefix, weights in parts.items() for key, weight in weights.items()}
+    save_file(named, path, {"format": "pt"})
+    return path
+
+
+def _renamed(model, places):
+    """The weights of a model; `places` maps how a module's name begins to how it begins in the file."""
+    found = {}
+    for key, weight in model.state_dict().items():
+        start = max((p for p in places if key.startswith(f"{p}.")), key=len)
+        found[places[start] + key.removeprefix(start)] = weight
+    return found
+
+
+def _unet(unet):
+    places, at = dict(ENDS), 1
+    for b, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            places |= {f"down_blocks.{b}.resnets.{j}": f"input_blocks.{at}.0"}
+            places |= {f"down_blocks.{b}.attentions.{j}": f"input_blocks.{at}.1"}
+            at += 1
+        if block.downsamplers:
+            places[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{at}.0.op"
+            at += 1
+    middle = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+    places |= {f"mid_block.{name}": f"middle_block.{i}" for name, i in middle.items()}
+    at = 0
+    for b, block in enumerate(unet.up_blocks):
+        attends = hasattr(block, "attentions")
+        for j in range(len(block.resnets)):
+            places |= {f"up_blocks.{b}.resnets.{j}": f"output_blocks.{at}.0"}
+            places |= {f"up_blocks.{b}.attentions.{j}": f"output_blocks.{at}.1"}
+            at += 1
+        if block.upsamplers:
+            places[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{at - 1}.{1 + attends}.conv"
+    return _renamed(unet, _inside(places, "resnets", RESNET))
+
+
+def _vae(vae):
+    places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        places |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
+        places |= {f"{half}.conv_norm_out": f"{half}.norm_out"}
+        middle = {"resnets.0": "block_1", "resnets.1": "block_2"}
+        places |= {f"{half}.mid_block.{name}": f"{half}.mid.{to}" for name, to in middle.items()}
+        places |= {f"{half}.mid_block.attentions.0.{a}": f"{half}.mid.attn_1.{b}" for a, b in VAE_ATTENTION.items()}
+    sides = (
+        ("encoder", "down", "downsample", vae.encoder.down_blocks),
+        ("decoder", "up", "upsample", vae.decoder.up_blocks),
+    )
+    for half, side, sampler, blocks in sides:
+        for b, block in enumerate(blocks):
+            to = f"{half}.{side}.{b if side == 'down' else len(blocks) - 1 - b}"
+            places |= {f"{half}.{side}_blocks.{b}.resnets.{j}": f"{to}.block.{j}" for j in range(len(block.resnets))}
+            places |= {f"{half}.{side}_blocks.{b}.{sampler}rs.0.conv": f"{to}.{sampler}.conv"}
+    return _renamed(vae, _inside(places, "resnets", {"conv_shortcut": "nin_shortcut"}))
+
+
+def _inside(places, kind, names):
+    """`places`, and those of the modules inside the ones of a kind."""
+    inside = {f"{a}.{x}": f"{b}.{y}" for a, b in places.items() if f".{kind}." in a for x, y in names.items()}
+    return places | inside

@@ -1,0 +1,193 @@
+"""What `--base` opens: checkpoint files, folders and models folders; and how a pipeline is put on a machine."""
+
+import re
+import shutil
+
+import hosts
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from single_file import save_single_file
+
+from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
+from mole_diffusers.studio.memory import Memory, place
+from mole_diffusers.testing import tiny_pipeline
+
+GB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved pipeline as `saved`, its weights as one file, and the same folder without weights as `config`."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline().save_pretrained(folder / "saved")
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder / "saved", folder / "config", ignore=ignored)
+    save_single_file(tiny_pipeline(), folder / "Dream.safetensors")
+    return folder
+
+
+@pytest.fixture
+def models(folder, tmp_path):
+    """A models folder with three checkpoints, two of one name; `config` is where Forge has it."""
+    root = tmp_path / "forge"
+    for name in ("Dream", "other/Dream", "Toon"):
+        path = root / "models" / "Stable-diffusion" / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(folder / "Dream.safetensors") if name != "Toon" else shutil.copy(folder / "Dream.safetensors", path)
+    shutil.copytree(folder / "config", root / "backend" / "huggingface" / "runwayml" / "stable-diffusion-v1-5")
+    return root
+
+
+def test_a_checkpoint_file_draws_what_its_pipeline_draws(folder, draw):
+    wanted = draw(tiny_pipeline())
+    opened = open_base(str(folder / "Dream.safetensors"), config=folder / "config", memory=Memory(device="cpu"))
+    assert torch.equal(draw(opened.pipe), wanted)
+    assert str(opened).endswith("Dream.safetensors: StableDiffusionPipeline, cpu, float32")
+    assert torch.equal(draw(open_base(str(folder / "saved"), memory=Memory(device="cpu")).pipe), wanted)
+
+
+def test_the_config_of_a_forge_folder_is_found(models, draw):
+    opened = open_base(str(models / "models" / "Stable-diffusion" / "toon"), memory=Memory(device="cpu"))
+    assert torch.equal(draw(opened.pipe), draw(tiny_pipeline()))
+
+
+def test_a_models_folder_has_its_models_by_name(models, folder):
+    names = ["Toon", "models/Stable-diffusion/Dream", "models/Stable-diffusion/other/Dream"]
+    assert list(bases_in(models)) == names
+    assert list(bases_in(folder)) == ["Dream", "config", "saved"]
+    assert find_base(f"{models}/TOON").name == "Toon.safetensors"
+    with pytest.raises(ValueError, match="is a folder of models; add the name of one of its 3 models: Toon, models/Stable"):
+        find_base(str(models))
+    with pytest.raises(ValueError, match=r"no model 'tune' in .*forge; known: Toon, models/Stable"):
+        find_base(f"{models}/tune")
+    alone = models / "alone"
+    alone.mkdir()
+    with pytest.raises(ValueError, match="is a folder of models; it has no .safetensors checkpoint"):
+        find_base(str(alone))
+    shutil.copy(folder / "Dream.safetensors", alone)
+    assert find_base(str(alone)) == alone / "Dream.safetensors"
+
+
+def test_what_is_no_base_model_is_said_in_one_sentence(folder, models, tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(1)}, tmp_path / "old.ckpt")
+    (tmp_path / "page.safetensors").write_text("<html>")
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    save_single_file(tiny_pipeline(), tmp_path / "half.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for base, message in [
+        (tmp_path / "old.ckpt", "old.ckpt is a zip archive, as PyTorch's pickle files are, which can run code"),
+        (tmp_path / "page.safetensors", "is an HTML page"),
+        (tmp_path / "lora.safetensors", "lora.safetensors is not a checkpoint of Stable Diffusion .*: it has no denoiser"),
+        (tmp_path / "half.safetensors", "config of its kind, stable-diffusion-v1-5/.* give --config, a folder"),
+        (tmp_path / "missing.ckpt", "no model 'missing.ckpt' in"),
+        ("dreamshaper", "'dreamshaper' is no file or folder here, and not a hub id such as OWNER/NAME"),
+        ("somebody/dreamshaper", "somebody/dreamshaper cannot be opened as a base model: "),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            open_base(str(base), memory=Memory(device="cpu"))
+        assert "\n" not in str(error.value)
+    weights = load_file(folder / "Dream.safetensors")
+    weights = {k: v for k, v in weights.items() if not k.startswith("cond_stage_model")}
+    save_file(weights, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="bare.safetensors lacks the text_encoder: take a checkpoint with text encoders"):
+        open_base(str(tmp_path / "bare.safetensors"), config=folder / "config")
+
+
+UNET, FLUX = "model.diffusion_model.input_blocks.", "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("v1", {f"{UNET}0.0.weight": (320, 4, 3, 3)}),
+        ("v2", {f"{UNET}2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}),
+        (
+            "xl_base",
+            {
+                f"{UNET}0.0.weight": (320, 4, 3, 3),
+                "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+            },
+        ),
+        (
+            "sd3",
+            {
+                "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,),
+                "model.diffusion_model.pos_embed": (1, 36864, 1536),
+            },
+        ),
+        ("flux-schnell", {FLUX: (128,)}),
+        (
+            "flux-dev",
+            {
+                FLUX: (128,),
+                "model.diffusion_model.guidance_in.in_layer.bias": (3072,),
+                "model.diffusion_model.img_in.weight": (3072, 64),
+            },
+        ),
+    ],
+)
+def test_the_kind_of_a_checkpoint_is_in_its_shapes(kind, shapes):
+    assert checkpoint_kind(shapes, "x") == kind
+
+
+def test_a_checkpoint_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="x is not a checkpoint of .*: it looks like inpainting"):
+        checkpoint_kind({f"{UNET}0.0.weight": (320, 9, 3, 3)}, "x")
+
+
+def test_memory_is_chosen_by_what_the_machine_has():
+    sizes = {"unet": 5 * GB, "text_encoder": 2 * GB, "vae": GB}
+    asked = Memory().completed("StableDiffusionXLPipeline", gpu="cuda")
+    assert [str(asked.fitted(sizes, free * GB)) for free in (12, 8, 4)] == [
+        "cuda, float16",
+        "cuda, float16, model offload, VAE tiling",
+        "cuda, float16, sequential offload, VAE tiling",
+    ]
+    assert str(Memory().completed("FluxPipeline", gpu="cuda").fitted(sizes, None)) == "cuda, bfloat16"
+    own = Memory(dtype="bfloat16", offload="model", tiling=False, slicing=True, compiled=True)
+    own = own.completed("StableDiffusionPipeline", gpu="cuda")
+    assert str(own.fitted(sizes, 80 * GB)) == "cuda, bfloat16, model offload, attention slicing, compiled"
+    assert str(Memory(device="cpu").completed("FluxPipeline").fitted(sizes, None)) == "cpu, float32"
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; known: float32, float16, bfloat16"):
+        Memory(dtype="int8")
+    with pytest.raises(ValueError, match="offload 'model' keeps what is not used off the GPU, and there is none"):
+        Memory(device="cpu", offload="model").completed("StableDiffusionPipeline")
+
+
+def test_slicing_and_tiling_and_bfloat16_reach_the_pipeline(folder, draw):
+    wanted = draw(tiny_pipeline())
+    memory = Memory(device="cpu", slicing=True, tiling=True)
+    pipe = open_base(str(folder / "saved"), memory=memory).pipe
+    assert pipe.vae.use_tiling
+    assert torch.allclose(draw(pipe), wanted, atol=1e-4)
+    half = open_base(str(folder / "Dream.safetensors"), config=folder / "config", memory=Memory("cpu", "bfloat16")).pipe
+    assert {model.dtype for model in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_draws_the_same(draw, offload):
+    """The CPU plays the GPU."""
+    wanted, pipe = draw(tiny_pipeline()), tiny_pipeline()
+    if offload == "sequential":  # accelerate takes "cpu" and diffusers' "cpu:0" for two devices
+        pipe.enable_sequential_cpu_offload = lambda device: hosts.OFFLOADS["sequential"](pipe)
+    place(pipe, Memory("cpu", "float32", offload))
+    assert hasattr(pipe.unet, "_hf_hook")
+    assert torch.equal(draw(pipe), wanted)
+
+
+@pytest.mark.thorough
+def test_compiled_draws_the_same(draw):
+    wanted, pipe = draw(tiny_pipeline()), tiny_pipeline()
+    place(pipe, Memory("cpu", "float32", compiled=True))
+    assert pipe.unet._compiled_call_impl is not None
+    assert torch.allclose(draw(pipe), wanted, atol=1e-3)
+
+
+def test_names_of_many_are_not_listed():
+    from mole_diffusers.studio.names import known_names
+
+    many = [f"lora {i}" for i in range(500)]
+    assert re.fullmatch(r"closest of 500: lora 7(, lora \d+){4}", known_names("LORA 7", many))
+    assert known_names("zzz", many) == "none of the 500 is like it"
