@@ -1,0 +1,242 @@
+"""Weights inside a prompt, `(fox:1.3)`, and prompts of any length -> arguments of a pipeline call.
+
+The rules are A1111's: ( ) multiply by 1.1, [ ] divide by it, (words:1.3) by the number, a backslash makes a bracket plain
+text, BREAK begins a new chunk, and a prompt that is longer than the text encoder reads is encoded in chunks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+STEP = 1.1
+MOST_NESTED = 50
+BACK = 20  # tokens that may move to the next chunk, so that it begins after a comma or with a whole word
+PIECE = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
+NUMBER = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
+BREAK = "\0"
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a prompt that is encoded by itself, and the weight of each of its characters."""
+
+    text: str
+    weights: tuple[float, ...]
+
+    def __getitem__(self, part: slice) -> Chunk:
+        text = self.text[part]
+        start = (part.start or 0) + len(text) - len(text.lstrip())
+        return Chunk(text.strip(), self.weights[start : start + len(text.strip())])
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What one text encoder reads of a prompt.
+
+    Attributes:
+        encoder: "tokenizer", "tokenizer_2", ..., as the pipeline names them.
+        used, limit: tokens, without the marks of begin and end.
+        cut: the end of the prompt that it does not read.
+    """
+
+    encoder: str
+    used: int
+    limit: int
+    cut: str
+
+
+def parse_weights(prompt: str) -> list[Chunk]:
+    """The chunks that a prompt asks for, at least one.
+
+    Raises ValueError for a bracket that is not closed or not opened, and for what else A1111 has in square brackets.
+    """
+    characters: list[str] = []
+    weights: list[float] = []
+    opened: list[tuple[str, int]] = []
+    for piece in PIECE.findall(re.sub(r"\bBREAK\b", BREAK, prompt.replace(BREAK, " "))):
+        if piece in ("(", "["):
+            opened.append((piece, len(characters)))
+            if len(opened) > MOST_NESTED:
+                raise ValueError(f"brackets in a prompt are nested at most {MOST_NESTED} deep")
+        elif piece in (")", "]"):
+            if not opened or opened[-1][0] != ("(" if piece == ")" else "["):
+                raise ValueError(f"the prompt has a {piece} that nothing opens; write \\{piece} for a plain bracket")
+            start = opened.pop()[1]
+            factor, end = _closed(piece, "".join(characters[start:]), start)
+            del characters[end:], weights[end:]
+            weights[start:] = [weight * factor for weight in weights[start:]]
+        else:
+            text = piece[1:] if piece[0] == "\\" and len(piece) == 2 else piece
+            characters += text
+            weights += [1.0] * len(text)
+    if opened:
+        rest = "".join(characters[opened[-1][1] :]).strip()[:30]
+        raise ValueError(
+            f"the prompt does not close the {opened[-1][0]} before {rest!r}; write \\{opened[-1][0]} for a plain bracket"
+        )
+    return _chunks(Chunk("".join(characters), tuple(weights)))
+
+
+def _closed(bracket: str, inside: str, start: int) -> tuple[float, int]:
+    """The factor of a pair of brackets, and where its words end."""
+    number = NUMBER.search(inside)
+    if bracket == ")":
+        return (float(number[1]), start + number.start()) if number else (STEP, start + len(inside))
+    if number or "|" in inside:
+        raise ValueError(f"[{inside}] is not read: square brackets lower a weight here, and change no words between steps")
+    return 1 / STEP, start + len(inside)
+
+
+def _chunks(whole: Chunk) -> list[Chunk]:
+    edges = [-1, *(i for i, c in enumerate(whole.text) if c == BREAK), len(whole.text)]
+    return [whole[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
+    """The chunks of a prompt, each short enough for the text encoder that makes the states that are read."""
+    tokenizer = _main_tokenizer(pipe)
+    limit = _limit(pipe, tokenizer)
+    return [part for chunk in parse_weights(prompt) for part in _short(chunk, tokenizer, limit)]
+
+
+def token_counts(pipe: Any, prompt: str) -> list[TokenCount]:
+    """What each text encoder reads of a prompt, and what it does not. Raises as `parse_weights`."""
+    chunks = chunks_of(pipe, prompt)
+    counts = []
+    for name in TOKENIZERS:
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None:
+            continue
+        limit = _limit(pipe, tokenizer)
+        parts = [_offsets(tokenizer, chunk.text) for chunk in chunks]
+        cut = [chunk.text[part[limit][0] :] for chunk, part in zip(chunks, parts, strict=True) if len(part) > limit]
+        used = sum(min(limit, len(part)) for part in parts)
+        counts.append(TokenCount(name, used, limit * len(chunks), " ".join(cut)))
+    return counts
+
+
+@torch.no_grad()
+def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool = True) -> dict[str, Any]:
+    """What a pipeline is called with for a prompt with weights: the text where it has none and is short, else its states.
+
+    Call it where the pipeline is called, inside any `with` block of a mixture: text encoders run here.
+
+    Args:
+        guided: whether the call has classifier-free guidance, which needs the negative prompt.
+    """
+    chunks, against = chunks_of(pipe, prompt), chunks_of(pipe, negative)
+    given = inspect.signature(pipe.encode_prompt).parameters
+    has_negative = "negative_prompt" in given
+    if all(len(each) == 1 and set(each[0].weights) <= {1.0} for each in (chunks, against)):
+        return {"prompt": chunks[0].text} | ({"negative_prompt": against[0].text or None} if has_negative else {})
+    names = ["prompt_embeds", *(["negative_prompt_embeds"] if has_negative else [])]
+    if "pooled_prompt_embeds" in given:
+        names += ["pooled_prompt_embeds", *(["negative_pooled_prompt_embeds"] if has_negative else [])]
+    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in given}
+    made = []
+    for wanted, unwanted in zip_longest(chunks, against if has_negative and guided else [], fillvalue=Chunk("", ())):
+        if has_negative:  # None is what the pipeline takes for no negative prompt, which SDXL has zeros for
+            options |= {"negative_prompt": unwanted.text if negative else None, "do_classifier_free_guidance": guided}
+        with _weighing(pipe, [wanted, unwanted]):
+            states = pipe.encode_prompt(
+                prompt=wanted.text, device=pipe._execution_device, num_images_per_prompt=1, **options
+            )
+        made.append(dict(zip(names, states, strict=False)))
+    return {
+        name: value if "pooled" in name else torch.cat([each[name] for each in made], 1)
+        for name, value in made[0].items()
+        if value is not None
+    }
+
+
+@contextmanager
+def _weighing(pipe: Any, chunks: Sequence[Chunk]) -> Iterator[None]:
+    """Scale what the text encoders make of these chunks, which each reads in this order, while the block runs.
+
+    It happens in the encoders, before anyone else sees their states, so that binding knows the states again.
+    """
+    with ExitStack() as undo:
+        for name in TOKENIZERS:
+            encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+            if encoder is not None:
+                hook = _scaling(getattr(pipe, name), iter(chunks))
+                undo.callback(encoder.register_forward_hook(hook, prepend=True).remove)
+        yield
+
+
+def _scaling(tokenizer: Any, chunks: Iterator[Chunk]) -> Callable[[Any, Any, Any], Any]:
+    """A forward hook: states [1, T, C] times the weights of their tokens, with the mean that they had before."""
+
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        chunk = next(chunks)
+        if set(chunk.weights) <= {1.0}:
+            return None
+
+        def scaled(states: torch.Tensor) -> torch.Tensor:
+            if states.dim() != 3:
+                return states
+            weighed = states * _token_weights(tokenizer, chunk, states.shape[1]).to(states)[None, :, None]
+            ratio = float(states.float().mean() / weighed.float().mean())
+            return weighed * ratio if 0.5 < ratio < 2 else weighed  # a mean near 0 says nothing
+
+        return type(output)(
+            **{
+                key: tuple(map(scaled, value)) if isinstance(value, tuple) else scaled(value)
+                for key, value in output.items()
+            }
+        )
+
+    return hook
+
+
+def _token_weights(tokenizer: Any, chunk: Chunk, length: int) -> torch.Tensor:
+    """[length]: the weight of each token, 1 for marks and padding."""
+    read = tokenizer(chunk.text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    return torch.tensor([chunk.weights[end - 1] if end > start else 1.0 for start, end in read])
+
+
+def _main_tokenizer(pipe: Any) -> Any:
+    """That of the encoder whose states decide how long a chunk may be: CLIP, or in Flux T5."""
+    if "negative_prompt" not in inspect.signature(pipe.encode_prompt).parameters:
+        return pipe.tokenizer_2
+    return getattr(pipe, "tokenizer", None) or pipe.tokenizer_2
+
+
+def _limit(pipe: Any, tokenizer: Any) -> int:
+    """How many tokens of a chunk one encoder reads, without the marks of begin and end."""
+    marks = tokenizer.num_special_tokens_to_add()
+    if marks == 1:  # T5, which reads as much as the pipeline asks for
+        asked = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+        return int(asked) - marks
+    return int(tokenizer.model_max_length) - marks
+
+
+def _short(chunk: Chunk, tokenizer: Any, limit: int) -> Iterator[Chunk]:
+    """The chunk in parts of at most `limit` tokens, cut after a comma or between words where one is near."""
+    offsets, first = _offsets(tokenizer, chunk.text), 0
+    begin = 0
+    while len(offsets) - first > limit:
+        near = range(first + limit, first + max(limit - BACK, 0), -1)
+        commas = (i for i in near if chunk.text[offsets[i - 1][1] - 1] == ",")
+        words = (i for i in near if " " in chunk.text[offsets[i][0] - 1 : offsets[i][0] + 1])
+        first = next(commas, None) or next(words, first + limit)
+        yield chunk[begin : offsets[first][0]]
+        begin = offsets[first][0]
+    yield chunk[begin : len(chunk.text)]
+
+
+def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Where each token of a text begins and ends in it."""
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [tuple(span) for span in read["offset_mapping"]]

@@ -1,0 +1,153 @@
+"""Weights in prompts: what they are read as, and what reaches the pipeline; binding finds words in them."""
+
+import re
+import warnings
+
+import hosts
+import numpy as np
+import pytest
+import torch
+
+from mole_diffusers import attach, detach
+from mole_diffusers.studio.prompt_weights import call_arguments, chunks_of, parse_weights, token_counts
+
+
+def read(prompt):
+    """[(words, weight), ...] of each chunk."""
+    return [
+        [
+            ("".join(c for c, _ in group), round(weight, 3))
+            for weight, group in _runs(list(zip(chunk.text, chunk.weights, strict=True)))
+        ]
+        for chunk in parse_weights(prompt)
+    ]
+
+
+def _runs(pairs):
+    from itertools import groupby
+
+    return [(weight, list(group)) for weight, group in groupby(pairs, key=lambda pair: pair[1])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a fox", [[("a fox", 1)]]),
+        ("a (fox) hat", [[("a ", 1), ("fox", 1.1), (" hat", 1)]]),
+        ("((fox)) [hat]", [[("fox", 1.21), (" ", 1), ("hat", 0.909)]]),
+        ("(a (red:1.5) fox:0.5)", [[("a ", 0.5), ("red", 0.75), (" fox", 0.5)]]),
+        (r"a fox \(animal\) \\o/", [[(r"a fox (animal) \o/", 1)]]),
+        ("a fox BREAK (a hat:1.2)", [[("a fox", 1)], [("a hat", 1.2)]]),
+        ("(a BREAK b)", [[("a", 1.1)], [("b", 1.1)]]),
+        ("BREAKFAST at 10:30", [[("BREAKFAST at 10:30", 1)]]),
+        ("", [[]]),
+    ],
+)
+def test_weights_are_read_as_in_a1111(prompt, wanted):
+    got = [[(words, weight) for words, weight in chunk if words] for chunk in read(prompt)]
+    merged = [[(w, n) for w, n in chunk] for chunk in got]
+    assert [[w for w, _ in c] for c in merged] == [[w for w, _ in c] for c in wanted]
+    assert [[n for _, n in c] for c in merged] == [[n for _, n in c] for c in wanted]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a (fox and", r"does not close the ( before 'fox and'; write \( for a plain bracket"),
+        ("a [fox", "does not close the [ before 'fox'"),
+        ("a fox)", r"has a ) that nothing opens; write \) for a plain bracket"),
+        ("(fox]", "has a ] that nothing opens"),
+        ("[fox:hat:0.5]", "[fox:hat:0.5] is not read: square brackets lower a weight here"),
+        ("[fox|hat]", "[fox|hat] is not read"),
+        ("(" * 60 + "a" + ")" * 60, "nested at most 50 deep"),
+    ],
+)
+def test_brackets_that_cannot_be_read_are_one_sentence(prompt, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_weights(prompt)
+
+
+HOSTS = ["sd15", "sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)]
+
+
+def picture(pipe, options, prompt, negative="", **more):
+    arguments = call_arguments(pipe, prompt, negative)
+    call = {"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    return pipe(**(call | options | arguments | more)).images
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_weights_of_one_change_nothing_and_others_do(host):
+    """States that the pipeline would make itself, and the same through the weighing."""
+    pipe, options = hosts.HOSTS[host]()
+    options.pop("max_sequence_length", None)  # as the pipeline has it by default
+    plain = picture(pipe, options, "a fox")
+    assert np.array_equal(picture(pipe, options, "(a fox:1)"), plain)
+    assert np.array_equal(pipe("a fox", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0),
+                               **options).images, plain)  # fmt: skip
+    half = picture(pipe, options, "(a fox:1.0001)")  # through the states, with weights of nearly 1
+    assert 0 <= np.abs(half - plain).max() < 1e-2
+    assert np.abs(picture(pipe, options, "a (fox:1.8)") - plain).max() > 1e-4
+    if host != "flux":
+        against = picture(pipe, options, "a fox", "hat")
+        assert np.abs(picture(pipe, options, "a fox", "(hat:1.8)") - against).max() > 1e-4
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_states_are_scaled_by_token_and_keep_their_mean(host):
+    pipe, _ = hosts.HOSTS[host]()
+    plain = call_arguments(pipe, "fox (hat:1.00001)")["prompt_embeds"]
+    states = call_arguments(pipe, "fox (hat:1.5)")["prompt_embeds"]
+    fox, hat = (slice(1, 4), slice(4, 7)) if host != "flux" else (slice(1, 4), slice(5, 8))
+    ratio = (states / plain)[0].median(-1).values
+    assert torch.allclose(ratio[hat] / ratio[fox], torch.tensor(1.5), atol=1e-3)
+    length = 16 if host != "flux" else states.shape[1]
+    if 0.5 < float(ratio[1]) < 2 and float(ratio[1]) != 1:
+        assert torch.allclose(states[:, :length].mean(), plain[:, :length].mean(), atol=1e-5)
+
+
+def test_a_long_prompt_is_read_to_its_end(pipe, draw):
+    """It is cut after commas and between words, and its states are those of its parts."""
+    long = "a red fox, an ink hat and a tree"
+    chunks = [chunk.text for chunk in chunks_of(pipe, long)]
+    assert chunks == ["a red fox,", "an ink hat and a", "tree"]
+    states = call_arguments(pipe, long)["prompt_embeds"]
+    assert states.shape[1] == 3 * 16
+    device = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    parts = [pipe.encode_prompt(chunk, **device)[0] for chunk in chunks]
+    assert torch.equal(states, torch.cat(parts, 1))
+    by_hand = call_arguments(pipe, "a red fox, BREAK an ink hat and a BREAK tree")["prompt_embeds"]
+    assert torch.equal(by_hand, states)
+    assert call_arguments(pipe, "a fox", long)["negative_prompt_embeds"].shape == states.shape
+
+
+def test_tokens_are_counted_for_each_encoder():
+    pipe, _ = hosts.HOSTS["sd15"]()
+    (count,) = token_counts(pipe, "a (red:1.2) fox, an ink hat")
+    assert (count.encoder, count.used, count.limit, count.cut) == ("tokenizer", 16, 28, "")
+    pipe, _ = hosts.HOSTS["flux"]()
+    clip, t5 = token_counts(pipe, "a red fox and an ink hat")
+    assert (clip.used, clip.limit, clip.cut) == (14, 14, "k hat")
+    assert (t5.limit, t5.cut) == (511, "")
+
+
+@pytest.mark.parametrize("host", ["sd15", "sdxl"])
+def test_binding_finds_words_in_a_prompt_with_weights(host, loras, tmp_path):
+    from mole_diffusers.testing import tiny_lora
+
+    pipe, options = hosts.HOSTS[host]()
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    bind = {"fox": ("fox", "left"), "hat": ("hat", "right")}
+    mixture = attach(pipe, files, binding=bind)
+    for prompt in ("a (fox:1.4) [hat]", "(a fox:1.2), of ink and dust, in the far east, a hat", "a fox BREAK a (hat)"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of words that are not known, or experts that are silent
+            bound = picture(pipe, options, prompt)
+        masks = mixture._runtime.binding
+        own = masks._now.own[-1].any(0).tolist() if masks._now is not None else None
+        assert own == [True, True], prompt
+        with mixture.bound(None):
+            assert np.abs(picture(pipe, options, prompt) - bound).max() > 1e-3
+    with pytest.warns(UserWarning, match="'hat' is silent"):
+        picture(pipe, options, "a (fox:1.3) in the far, far, far east")
+    detach(pipe)
