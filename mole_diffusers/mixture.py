@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,10 +29,11 @@ from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
 from mole_diffusers.patching.peft_injection import switch, switched_off
 from mole_diffusers.patching.picture_layout import Layout
-from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls
+from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls, unlock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
+from mole_diffusers.patching.undo import Undo
 
 Source = str | Path | Expert
 Gates = str | Path | GateConfig
@@ -62,7 +64,9 @@ class Mixture:
         self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
         self._calling: Any = None  # the pipeline, while a call of it runs
         self._traces: list[Trace] = []
-        self._lock, self._undo = PipelineLock(), ExitStack()
+        self._lock = PipelineLock()
+        self._locking, self._undo = Undo(), Undo()  # what gives back the pipeline's calls, and the rest
+        self._open: list[dict[str, Any]] = []  # of each `with` block that runs: the settings that it changed, as they were
         self._denoiser = denoiser(pipe)
         self._inputs = DenoiserInputs(self._denoiser)
         self._components = [
@@ -76,7 +80,7 @@ class Mixture:
     def strength(self, name: str, value: float | None = None) -> float:
         """The user's factor of one expert; with `value`, set it (any sign and size; 0 means absent)."""
         index = self._index(name)
-        with self._lock:
+        with self._lock.held():
             if value is not None:
                 self._runtime.strength[index] = self._finite(name, value)
                 self._runtime.changed()
@@ -97,7 +101,7 @@ class Mixture:
         for name, value in strengths.items():
             self._index(name)
             self._finite(name, value)
-        with self._lock:
+        with self._lock.held():
             now = [strengths.get(name, old) for name, old in zip(self.experts, self._runtime.strength, strict=True)]
             self._runtime.set(strength=now, active=[name in strengths for name in self.experts], plan=plan)
 
@@ -105,7 +109,10 @@ class Mixture:
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """These factors while the block runs; experts not named keep theirs."""
         changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
-        with self._lock, self._with_settings(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]):
+        with (
+            self._lock.held(),
+            self._with_settings(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]),
+        ):
             yield
 
     @contextmanager
@@ -168,7 +175,7 @@ class Mixture:
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights as they are made."""
-        with self._lock, self._with_settings(listeners=[*self._runtime.listeners, listener]):
+        with self._lock.held(), self._with_settings(listeners=[*self._runtime.listeners, listener]):
             yield
 
     @contextmanager
@@ -203,14 +210,15 @@ class Mixture:
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""
         models = [part.model for part in self._components]
-        with self._lock, ExitStack() as undo:
+        with self._lock.held():
             off = [model for model in models if switched_off(model)]  # by `disable_lora`, which stays so
-            undo.callback(self._put_back, models, off)
-            _switch(off, on=True)
-            self._uninstall()
-            _switch(off, on=False)
-            lock_calls(self._pipe, self._call, undo)
-            yield
+            try:
+                _switch(off, on=True)
+                self._uninstall()
+                _switch(off, on=False)
+                yield
+            finally:
+                self._put_back(models, off)
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -228,7 +236,7 @@ class Mixture:
         Raises:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host.
         """
-        with self._lock:
+        with self._lock.held():
             layers = self._one_lora(prompt, call)
             with self.lifted(), folded(self._components, layers):
                 yield
@@ -285,19 +293,34 @@ class Mixture:
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them."""
-        with self._lock, loaded(self._pipe):  # offloaded gates have no values where they are between calls
+        with self._lock.held(), loaded(self._pipe):  # offloaded gates have no values where they are between calls
             checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
 
     @contextmanager
     def _with_settings(self, **values: Any) -> Iterator[None]:
         """Keep other threads out and change the runtime settings while the block runs."""
-        with self._lock:
+        with self._lock.held():
             before = {name: getattr(self._runtime, name) for name in values}
+            self._open.append(before)
             try:
                 self._runtime.set(**values)
                 yield
             finally:
-                self._runtime.set(**before)
+                try:
+                    self._give_back(before)
+                except KeyboardInterrupt:  # a setting that stayed would change every picture to come
+                    self._give_back(before)
+                    raise
+
+    def _give_back(self, before: dict[str, Any]) -> None:
+        """End a block. Where a block that was opened later still runs, as in two generators, that one gives back instead."""
+        at = next(i for i, block in enumerate(self._open) if block is before)
+        for name, value in before.items():
+            if (block := next((b for b in self._open[at + 1 :] if name in b), None)) is not None:
+                block[name] = value
+            else:
+                self._runtime.set(**{name: value})
+        del self._open[at]
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
@@ -328,7 +351,7 @@ class Mixture:
 
         Raises ValueError for an unknown name or region; nothing is changed then.
         """
-        with self._lock:
+        with self._lock.held():
             self._runtime.set(binding=self._masks(self._bound(binding)))
 
     @property
@@ -340,7 +363,7 @@ class Mixture:
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
-        with self._lock, self._with_settings(binding=self._masks(self._bound(binding))):
+        with self._lock.held(), self._with_settings(binding=self._masks(self._bound(binding))):
             yield
 
     @property
@@ -357,40 +380,72 @@ class Mixture:
 
     def _replace(self, before: Mixture | None) -> None:
         """Take the place of `before`, or leave it there."""
-        if before is None:
-            return self._install()
-        self._lock = before._lock
-        before._uninstall()
-        try:
-            self._install()
-        except BaseException:
-            before._install()
-            raise
+        if before is not None:
+            self._lock = before._lock
+        with self._lock.held():
+            try:
+                if before is not None:
+                    before._take_off()
+                lock_calls(self._pipe, self._call, self._locking)
+                self._install()
+            except BaseException:
+                self._take_off()
+                if before is not None:
+                    lock_calls(before._pipe, before._call, before._locking)
+                    before._install()
+                raise
+
+    def _take_off(self) -> None:
+        """Give back the original pipeline; where that was broken off, go on with it."""
+        self._uninstall()
+        self._locking.close()
 
     def _install(self) -> None:
-        with loaded(self._pipe), ExitStack() as undo:
-            # First of all hooks: the network's own gate already needs the time of this call.
-            undo.callback(self._denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True).remove)
-            for name, model in hosts(self._pipe).items():
-                if name not in DENOISERS:
-                    self._runtime.tokens.watch(name, model, undo, self._on_text)
-            cross_attention.hook(self._denoiser, self._runtime, undo)
-            joint_attention.hook(self._denoiser, self._runtime, undo)
-            for part in self._components:
-                part.install(undo)
-            guard(self._pipe, [part.model for part in self._components], self.lifted, self._uninstall, undo)
-            lock_calls(self._pipe, self._call, undo)
-            for model in (self._denoiser, *(part.model for part in self._components)):
-                undo.callback(model.__dict__.pop, HANDLE, None)
-                object.__setattr__(model, HANDLE, self)
-            self._undo = undo.pop_all()
+        undo = self._undo
+        undo.close()  # what an interruption may have left
+        try:
+            with loaded(self._pipe):
+                for model in (self._denoiser, *(part.model for part in self._components)):
+                    undo.callback(model.__dict__.pop, HANDLE, None)
+                    object.__setattr__(model, HANDLE, self)
+                # First of all hooks: the network's own gate already needs the time of this call.
+                undo.before_forward(self._denoiser, self._on_denoiser, with_kwargs=True)
+                for name, model in hosts(self._pipe).items():
+                    if name not in DENOISERS:
+                        self._runtime.tokens.watch(name, model, undo, self._on_text)
+                cross_attention.hook(self._denoiser, self._runtime, undo)
+                joint_attention.hook(self._denoiser, self._runtime, undo)
+                for part in self._components:
+                    part.install(undo)
+                models = [part.model for part in self._components]
+                guard(self._pipe, models, lift=self.lifted, remove=self._take_off, copy=self._copied, undo=undo)
+        except BaseException:
+            self._uninstall()
+            raise
+
+    def _copied(self, memo: dict[int, Any]) -> Any:
+        """A copy of the pipeline, `copy.deepcopy` by name, with a mixture of its own."""
+        with self.lifted():
+            twin = deepcopy(self._pipe, memo)
+        mixture = Mixture(twin, self.experts, self.config)
+        for name, bank in self.banks.items():
+            mixture.banks[name].load_state_dict(bank.state_dict())
+        now = self._runtime
+        mixture._runtime.set(strength=list(now.strength), active=list(now.active), plan=now.plan)
+        mixture._runtime.set(binding=mixture._masks(self.binding))
+        mixture._replace(None)
+        return twin
 
     def _put_back(self, models: Sequence[nn.Module], off: Sequence[nn.Module]) -> None:
         """Install again, with the adapters of `off`, and those that were switched off since, switched off."""
         off = [model for model in models if model in off or switched_off(model)]
-        _switch(off, on=True)
-        self._install()
-        _switch(off, on=False)
+        try:
+            _switch(off, on=True)
+            self._install()
+            _switch(off, on=False)
+        except BaseException:
+            self._take_off()
+            raise
 
     def _uninstall(self) -> None:
         with loaded(self._pipe):
@@ -399,7 +454,12 @@ class Mixture:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """A call of the pipeline: other threads wait, and a layout of the picture is planned anew."""
-        with self._lock:
+        with self._lock.held():
+            now = attached(self._pipe)
+            if now is not self:  # it was replaced, or taken off, while this call waited
+                with nullcontext() if now is None else now._call():
+                    yield
+                return
             before, self._calling = self._calling, self._pipe
             binding, done = self._runtime.binding, False
             if binding is not None:
@@ -521,7 +581,9 @@ def detach(pipe: Any) -> None:
     """Give back the original pipeline, bit for bit. Does nothing where nothing is attached."""
     with _held(pipe) as mixture:
         if mixture is not None:
-            mixture._uninstall()
+            mixture._take_off()
+        else:
+            unlock_calls(pipe)  # where an earlier detach was broken off before that
 
 
 def attached(pipe: Any) -> Mixture | None:
@@ -537,5 +599,5 @@ def attached(pipe: Any) -> Mixture | None:
 def _held(pipe: Any) -> Iterator[Mixture | None]:
     """The mixture on a pipeline, with all other threads kept out; a mixture that replaces it takes over its lock."""
     before = attached(pipe)
-    with nullcontext() if before is None else before._lock:
+    with nullcontext() if before is None else before._lock.held():
         yield attached(pipe)

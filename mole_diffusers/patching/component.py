@@ -6,7 +6,6 @@ Models are changed here and in peft_injection.py, nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from mole_diffusers.patching.placement import (
 )
 from mole_diffusers.patching.processor import MoLEAttnProcessor
 from mole_diffusers.patching.runtime import Present, Runtime
+from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
 
@@ -57,7 +57,7 @@ class Component:
         self.bank = GateBank(self._gates())
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Put experts, gates and hooks on the model; the undoing of each change is recorded in `undo` before it."""
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
@@ -65,7 +65,7 @@ class Component:
         peft_injection.inject(self.model, self.stacks, sites, undo)
         if self.config.reads_prompt and self.name in DENOISERS:
             hook = _defer_text(list(self.sites.values()), DenoiserInputs(self.model))
-            undo.callback(self.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.before_forward(self.model, hook, with_kwargs=True)
             return
         for name, at in self.places.items():
             self._hook(at, self.sites[name], undo)
@@ -193,29 +193,29 @@ class Component:
 
     # ---- hooks
 
-    def _hook(self, at: Place, site: GateSite, undo: ExitStack) -> None:
+    def _hook(self, at: Place, site: GateSite, undo: Undo) -> None:
         """Evaluate the site's gate whenever sampling enters its place."""
         if at.name == NETWORK or (site.one_evaluation and at.block is None):
             self._hook_network(site, undo)
             return
         if at.block is not None:
             block = self.model.get_submodule(at.block)
-            undo.callback(block.register_forward_pre_hook(lambda *_: site.clear()).remove)
+            undo.before_forward(block, lambda *_: site.clear())
         if at.entry is not None:
             entry = self.model.get_submodule(at.entry)
             if isinstance(entry, Attention):
                 _replace_processor(entry, site, undo)
             else:
-                undo.callback(entry.register_forward_pre_hook(self._evaluate_on_entry(site), with_kwargs=True).remove)
+                undo.before_forward(entry, self._evaluate_on_entry(site), with_kwargs=True)
 
-    def _hook_network(self, site: GateSite, undo: ExitStack) -> None:
+    def _hook_network(self, site: GateSite, undo: Undo) -> None:
         """The denoiser's own gate reads text and time; a text encoder's reads what enters its first layer."""
         if self.name in DENOISERS:
             hook = _defer_text_and_time(site, DenoiserInputs(self.model))
-            undo.callback(self.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.before_forward(self.model, hook, with_kwargs=True)
         else:
             first = self.model.get_submodule(next(iter(blocks(self.model))))
-            undo.callback(first.register_forward_pre_hook(self._evaluate_on_entry(site), with_kwargs=True).remove)
+            undo.before_forward(first, self._evaluate_on_entry(site), with_kwargs=True)
 
     def _evaluate_on_entry(self, site: GateSite) -> Callable[[nn.Module, tuple, dict], None]:
         def evaluate(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -247,7 +247,7 @@ def _defer_text(sites: Sequence[GateSite], inputs: DenoiserInputs) -> Callable[[
     return defer
 
 
-def _replace_processor(attention: Attention, site: GateSite, undo: ExitStack) -> None:
+def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None:
     found = attention.processor
 
     def put_back() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from torch import nn
 from mole_diffusers.patching.placement import tokens_of
 from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
+from mole_diffusers.patching.undo import Undo
 
 MAP_TOKENS = 256  # maps are read where the picture has about so many tokens: 16 x 16 in Stable Diffusion 1.5 at 512 pixels
 
 
-def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
+def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook every cross-attention of a UNet."""
     layers = {
         name: module
@@ -32,13 +32,13 @@ def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
     nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
     reading = [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
     for name, module in layers.items():
-        undo.callback(module.register_forward_pre_hook(_attend(runtime, name in reading), with_kwargs=True).remove)
+        undo.before_forward(module, _attend(runtime, name in reading), with_kwargs=True)
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
     ]
     compiled = Uncompiled(runtime, around, lambda masks: masks.wants_maps)
-    undo.callback(model.register_forward_pre_hook(compiled.before).remove)
-    undo.callback(model.register_forward_hook(compiled.after, always_call=True).remove)
+    undo.before_forward(model, compiled.before)
+    undo.after_forward(model, compiled.after, always_call=True)
 
 
 class Uncompiled:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from types import MethodType
 from typing import Any
 
 from diffusers import ModelMixin
 
 from mole_diffusers.patching.peft_injection import ADAPTER, adapted
+from mole_diffusers.patching.undo import Undo
 
 Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while a block runs
 
@@ -23,25 +25,38 @@ MERGED = (
     "use mixture.collapsed() or mixture.export_lora() for the experts"
 )
 PARTIAL = "{name} carries the experts of a mixture; take its weights inside `with mixture.lifted():`"
-COPY = "this {kind} was copied with a mixture on it; copy it inside `with mixture.lifted():`"
+PICKLE = "a {kind} with a mixture on it cannot be pickled; pickle it inside `with mixture.lifted():`"
 
 
-def guard(pipe: Any, models: Iterable[Any], lift: Lift, remove: Callable[[], None], undo: ExitStack) -> None:
+def guard(
+    pipe: Any,
+    models: Iterable[Any],
+    *,
+    lift: Lift,
+    remove: Callable[[], None],
+    copy: Callable[[dict[int, Any]], Any],
+    undo: Undo,
+) -> None:
     """Watch the calls of a pipeline and of the models with experts.
 
     Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
     write peft's own names, which load as random weights, make the mixture's adapter inactive, and not know its attention
     processors. Fusing is refused, and so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
 
-    Taking all LoRAs out, or this adapter by its name, takes the mixture off first: `remove()`.
+    Taking all LoRAs out, or this adapter by its name, takes the mixture off first: `remove()`. A deep copy of the pipeline
+    is `copy(memo)`, that of a model is the original's; pickling is refused.
 
     Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
     the layers themselves keep the mixture's adapter active, and refuse to be fused.
     """
     _lend(pipe, "fuse_lora", _refusing(MERGED), undo)
+    _set(pipe, "__deepcopy__", copy, undo)
+    _set(pipe, "__reduce_ex__", functools.partial(_not_pickled, pipe), undo)
     for model in models:
+        _set(model, "__deepcopy__", functools.partial(_deepcopy, model, lift), undo)
+        _set(model, "__reduce_ex__", functools.partial(_not_pickled, model), undo)
         for name in ON_THE_ORIGINAL:
-            _lend(model, name, functools.partial(_lifting, model, lift), undo)
+            _lend(model, name, functools.partial(_lifting, lift), undo)
         _lend(model, "unload_lora", functools.partial(_removing, remove), undo)
         _lend(model, "delete_adapters", functools.partial(_deleting, remove), undo)
         _lend(model, "fuse_qkv_projections", _refusing(FUSED), undo)
@@ -58,7 +73,7 @@ def guard(pipe: Any, models: Iterable[Any], lift: Lift, remove: Callable[[], Non
             vars(model)["text_model"] = model
 
 
-def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: ExitStack) -> None:
+def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: Undo) -> None:
     """Give one object a method of its own, `make(the method it has)`; does nothing where it has none.
 
     A method that a subclass made its own, as a drop-in pipeline does, knows what it is about and stays.
@@ -66,14 +81,25 @@ def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: ExitStack) ->
     found = getattr(type(owner), name, None)
     if found is None or found.__module__.startswith("mole_diffusers"):
         return
+    _set(owner, name, MethodType(functools.wraps(found)(make(found)), owner), undo)
+
+
+def _set(owner: Any, name: str, value: Any, undo: Undo) -> None:
     undo.callback(vars(owner).pop, name, None)
-    vars(owner)[name] = MethodType(functools.wraps(found)(make(found)), owner)
+    vars(owner)[name] = value
 
 
-def _lifting(model: Any, lift: Lift, found: Any) -> Any:
+def _deepcopy(model: Any, lift: Lift, memo: dict[int, Any]) -> Any:
+    with lift():
+        return deepcopy(model, memo)
+
+
+def _not_pickled(owner: Any, _: int) -> Any:
+    raise ValueError(PICKLE.format(kind=type(owner).__name__))
+
+
+def _lifting(lift: Lift, found: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not model:
-            raise ValueError(COPY.format(kind=type(self).__name__))
         # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
         with nullcontext() if kwargs.get("hotswap") is True else lift():
             return found(self, *args, **kwargs)
@@ -118,7 +144,7 @@ def _refusing(why: str) -> Callable[[Any], Any]:
     return make
 
 
-def _watch_parts(model: Any, undo: ExitStack) -> None:
+def _watch_parts(model: Any, undo: Undo) -> None:
     for name, child in model.named_children():
         if any(ADAPTER in key for key, _ in child.named_parameters()):
             undo.callback(child.register_state_dict_pre_hook(functools.partial(_whole_only, name)).remove)

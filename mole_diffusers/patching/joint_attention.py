@@ -19,18 +19,19 @@ from mole_diffusers.patching.cross_attention import Uncompiled
 from mole_diffusers.patching.placement import JOINT_STREAM, blocks
 from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
+from mole_diffusers.patching.undo import Undo
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
 
 
-def hook(model: Any, runtime: Runtime, undo: ExitStack) -> None:
+def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook the joint attention of every block of a transformer; the middle half of the blocks is read for maps."""
     joint = JOINT_STREAM[-1]
     layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
     compiled = Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or masks.has_regions)
     if layers:
-        undo.callback(model.register_forward_pre_hook(compiled.before).remove)
-        undo.callback(model.register_forward_hook(compiled.after, always_call=True).remove)
+        undo.before_forward(model, compiled.before)
+        undo.after_forward(model, compiled.after, always_call=True)
     for i, layer in enumerate(layers):
         _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
 
@@ -47,9 +48,9 @@ class _Hooks:
         self.picture_first = isinstance(layer, Attention)  # SD 3's; Flux and its kin have the text first
         self._running: list[ExitStack] = []
 
-    def install(self, undo: ExitStack) -> None:
-        undo.callback(self.layer.register_forward_pre_hook(self._before).remove)
-        undo.callback(self.layer.register_forward_hook(self._after, always_call=True).remove)
+    def install(self, undo: Undo) -> None:
+        undo.before_forward(self.layer, self._before)
+        undo.after_forward(self.layer, self._after, always_call=True)
 
     def _before(self, *_: object) -> None:
         masks, stack = self.runtime.masks, ExitStack()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.patching.gated_linear import ADAPTER, GatedExperts
 from mole_diffusers.patching.placement import stream_of
+from mole_diffusers.patching.undo import Undo
 
 
 class GatedLinear(lora.Linear):
@@ -34,7 +34,7 @@ class GatedLinear(lora.Linear):
         return super().forward(x, *args, **kwargs)
 
 
-def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite], undo: ExitStack) -> None:
+def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite], undo: Undo) -> None:
     """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
@@ -45,8 +45,7 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
     for name, stack in stacks.items():
         _fill(model.get_submodule(name), stack, sites[name], name)
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
-            hook = model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
-            undo.callback(hook.remove)
+            undo.before_forward(model.get_submodule(name), _by_position, with_kwargs=True)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
         p.requires_grad_(flag)
@@ -57,14 +56,14 @@ def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
     return ((kwargs["input"],), {}) if "input" in kwargs else None
 
 
-def inject_trainable(model: Any, adapter: str, undo: ExitStack, *, pattern: str, rank: int, alpha: float) -> None:
+def inject_trainable(model: Any, adapter: str, undo: Undo, *, pattern: str, rank: int, alpha: float) -> None:
     """An ordinary trainable LoRA on every layer whose name matches `pattern`; the host itself is frozen meanwhile."""
     _record(model, adapter, undo)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights="gaussian")
     inject_adapter_in_model(config, model, adapter)
 
 
-def _record(model: Any, adapter: str, undo: ExitStack) -> tuple[dict[nn.Parameter, bool], dict[str, list[str]]]:
+def _record(model: Any, adapter: str, undo: Undo) -> tuple[dict[nn.Parameter, bool], dict[str, list[str]]]:
     """Note what injecting will change, gradients and active adapters, so that `undo` can give it back.
 
     Raises ValueError where the adapter's name is taken, or where other adapters are disabled or fused: peft switches

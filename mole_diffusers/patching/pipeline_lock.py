@@ -2,44 +2,128 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from threading import RLock
+import inspect
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
+
+from mole_diffusers.patching.undo import Undo
+
+Around = Callable[[], AbstractContextManager[None]]  # the context that a call runs in
+
+OTHER_TASK = (
+    "another task of this thread is inside a `with` block of this mixture, or draws with it; such a block must not wait "
+    "for anything (`await`): run it in a thread, as with asyncio.to_thread"
+)
+ENDED = "a `with` block of this mixture was opened on a thread that has ended; close it first"
+
+_around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
+_patched: dict[type, tuple[Callable[..., Any], bool]] = {}  # class -> our __call__, whether it had one of its own
+_patching = threading.RLock()
 
 
-def lock_calls(pipe: Any, during: Callable[[], AbstractContextManager[None]], undo: ExitStack) -> None:
-    """Have every call of `pipe` run inside `during()`, which holds a lock.
+def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
+    """Have every call of `pipe` run inside `around()`, a method that holds a lock.
 
-    A call is looked up on the type, so the object gets a type of its own.
+    Python looks a call up on the class. So the class gets a `__call__` that asks which object is called, while one of its
+    pipelines has a mixture. A scheduler holds the state of one call, so calls could not overlap without a mixture either.
 
-    A scheduler holds the state of one call, so calls of one pipeline could not overlap without a mixture either.
+    Returns once the calls of other threads that had begun are over.
     """
-    found = type(pipe)
+    undo.callback(unlock_calls, pipe)
+    with _patching:
+        _around[pipe] = WeakMethod(around)
+        kind = type(pipe)
+        if kind not in _patched:
+            _patched[kind] = _asking(kind.__call__), "__call__" in vars(kind)
+            kind.__call__ = _patched[kind][0]
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    while any(_runs(frame, code, pipe) for ident, frame in sys._current_frames().items() if ident != threading.get_ident()):
+        time.sleep(0.02)
 
-    @functools.wraps(found.__call__)
+
+def unlock_calls(pipe: Any) -> None:
+    """Give back the class's own `__call__`, where no other of its pipelines has a mixture."""
+    with _patching:
+        _around.pop(pipe, None)
+        kind = type(pipe)
+        ours, had_own = _patched.get(kind, (None, False))
+        # Where someone has wrapped ours since, it stays inside theirs and does nothing.
+        if ours is not None and vars(kind).get("__call__") is ours and not any(type(p) is kind for p in list(_around)):
+            if had_own:
+                kind.__call__ = ours.__wrapped__  # type: ignore[attr-defined]
+            else:
+                del kind.__call__
+            del _patched[kind]
+
+
+def _asking(found: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(found)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with during():
-            return found.__call__(self, *args, **kwargs)
+        method = _around.get(self)
+        around = method and method()
+        if around is None:
+            return found(self, *args, **kwargs)
+        with around():
+            return found(self, *args, **kwargs)
 
-    names = ("__module__", "__qualname__", "__doc__")
-    undo.callback(object.__setattr__, pipe, "__class__", found)
-    alike = type(found.__name__, (found,), {"__call__": call, **{name: getattr(found, name) for name in names}})
-    object.__setattr__(pipe, "__class__", alike)
+    return call
+
+
+def _runs(frame: Any, code: Any, pipe: Any) -> bool:
+    """Whether a stack has a call of `pipe` in it."""
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is pipe:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class PipelineLock:
-    """A lock that one thread may take any number of times; a copy of a model that refers to it gets its own."""
+    """A lock that one thread, or one task of it, may hold any number of times, and that any thread may let go.
+
+    A generator may be closed on another thread than it was opened on: its block ends there. A process that was forked
+    while another thread held the lock meets an error, and never waits for a thread that it does not have.
+    """
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        self._lock = threading.Lock()
+        self._holder: tuple[threading.Thread, Any] | None = None
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others out while the block runs.
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        Raises RuntimeError where waiting would never end: for another task of this thread, or for a thread that ended.
+        """
+        me = threading.current_thread(), _task()
+        thread, task = self._holder or (None, None)
+        if thread is me[0] and task in (None, me[1]):
+            yield
+            return
+        while not self._lock.acquire(timeout=0.5):
+            thread, _ = self._holder or (None, None)
+            if thread is me[0]:
+                raise RuntimeError(OTHER_TASK)
+            if thread is not None and not thread.is_alive():
+                raise RuntimeError(ENDED)
+        try:
+            self._holder = me
+            yield
+        finally:
+            self._holder = None
+            self._lock.release()
 
-    def __deepcopy__(self, _: dict) -> PipelineLock:
-        return PipelineLock()
+
+def _task() -> Any:
+    """The task of asyncio that runs, if any."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers.functional import version
+from mole_diffusers.patching.undo import Undo
 
 LEAST_TEXTS, MOST_BYTES = 8, 32 << 20  # so many of the last texts are remembered, and more while they take no more than this
 ALIKE, LEAD = 0.9, 0.02  # mean cosine from which weighted states count as those of a text, and lead over the next text
@@ -69,7 +69,7 @@ class PromptTokens:
         """What a text encoder is about to read, [B, T] on the CPU, so that nobody has to wait for a device to know it."""
         self._announced = ids
 
-    def watch(self, name: str, encoder: Any, undo: ExitStack, on_text: OnText) -> None:
+    def watch(self, name: str, encoder: Any, undo: Undo, on_text: OnText) -> None:
         """Note the token ids that `encoder` reads and the states that it makes of them; `on_text` comes first."""
         end = getattr(encoder.config, "eos_token_id", None)
         reading: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -94,8 +94,8 @@ class PromptTokens:
                 while len(self._known) > LEAST_TEXTS and sum(encoded.bytes for encoded in self._known) > MOST_BYTES:
                     self._known.popleft()
 
-        undo.callback(encoder.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.callback(encoder.register_forward_hook(after).remove)
+        undo.before_forward(encoder, before, with_kwargs=True)
+        undo.after_forward(encoder, after)
 
     def of(self, text: torch.Tensor) -> torch.Tensor | None:
         """The words of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known."""

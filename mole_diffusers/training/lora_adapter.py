@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from mole_diffusers.lora import PEFT_METADATA, family_of
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.patching import peft_injection
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Ranks, importance
 from mole_diffusers.training.config import LoraTraining
 
@@ -102,7 +102,7 @@ class LoraLayers:
         return self.modules[name].lora_B[CONCEPT].weight
 
 
-def add_lora(pipe: Any, config: LoraTraining, undo: ExitStack) -> LoraLayers:
+def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
     """Put a new LoRA on the components that `config` trains; random downs follow torch's CPU seed, ups are zero.
 
     `undo` takes it off again, so that the models are as they were.
@@ -121,11 +121,11 @@ def add_lora(pipe: Any, config: LoraTraining, undo: ExitStack) -> LoraLayers:
     return LoraLayers(modules, logits, config.temperature)
 
 
-def _competing(down: nn.Module, temperature: float, undo: ExitStack) -> nn.Parameter:
+def _competing(down: nn.Module, temperature: float, undo: Undo) -> nn.Parameter:
     """Multiply the output of `down` by the ranks' importance pi; returns its logits g [r], zero."""
     weight: Any = down.weight
     logits = nn.Parameter(torch.zeros(weight.shape[0], device=weight.device))
-    undo.callback(down.register_forward_hook(_times(logits, temperature)).remove)
+    undo.after_forward(down, _times(logits, temperature))
     return logits
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from mole_diffusers.lora.writing import save_atomically
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
@@ -60,14 +61,14 @@ def train_lora(
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
-    with ExitStack() as undo:
+    with Undo() as undo:
         trainer = LoraTrainer(pipe, pictures, config, undo, folder=Path(folder) if folder else None)
-        undo.enter_context(_checkpointing(pipe, config.checkpointing))
-        if init is not None:
-            trainer.lora.load(init)
-        trainer.resume(resume_from)
-        trainer.fit(name=name, report=report, progress=progress)
-        return trainer.lora.tensors()
+        with _checkpointing(pipe, config.checkpointing):
+            if init is not None:
+                trainer.lora.load(init)
+            trainer.resume(resume_from)
+            trainer.fit(name=name, report=report, progress=progress)
+            return trainer.lora.tensors()
 
 
 class LoraTrainer:
@@ -78,7 +79,7 @@ class LoraTrainer:
         pipe: Any,
         pictures: dict[str, Samples],
         config: LoraTraining,
-        undo: ExitStack,
+        undo: Undo,
         *,
         folder: Path | None = None,
     ):

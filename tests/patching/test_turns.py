@@ -1,9 +1,14 @@
 """One pipeline shared by threads, and one that is interrupted: nothing leaks, nothing stays behind."""
 
+import asyncio
 import copy
 import gc
 import inspect
+import os
+import pickle
+import random
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -119,24 +124,52 @@ def test_a_call_interrupted_anywhere_leaves_a_usable_pipeline(pipe, loras, draw,
 
 
 def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras, draw):
-    kind, signature = type(pipe), inspect.signature(pipe.__call__)
+    pipe, kind = of_its_own_kind(pipe)
+    signature = inspect.signature(pipe.__call__)
     mole.attach(pipe, {"ink": loras["ink"]})
-    assert isinstance(pipe, StableDiffusionPipeline)
+    assert type(pipe) is kind
     assert inspect.signature(pipe.__call__) == signature
-    assert type(pipe).__name__ == kind.__name__
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
     assert type(other) is StableDiffusionImg2ImgPipeline
     with TemporaryDirectory() as folder, mole.attached(pipe).lifted():
         pipe.save_pretrained(folder)
-        assert f'"_class_name": "{kind.__name__}"' in (Path(folder) / "model_index.json").read_text()
+        assert '"_class_name": "Own"' in (Path(folder) / "model_index.json").read_text()
     mole.detach(pipe)
-    assert type(pipe) is kind
+    assert "__call__" not in vars(kind)
 
 
-def test_a_denoiser_with_a_mixture_can_be_copied(pipe, loras):
+def test_a_copy_of_a_model_is_the_original_s(pipe, loras):
+    original = copy.deepcopy(pipe.unet).state_dict()
     mole.attach(pipe, {"ink": loras["ink"]})
-    twin = copy.deepcopy(pipe.unet)
-    assert twin.state_dict().keys() == pipe.unet.state_dict().keys()
+    twin = copy.deepcopy(pipe.unet).state_dict()
+    assert twin.keys() == original.keys()
+    assert all(torch.equal(twin[k], original[k]) for k in twin)
+
+
+def test_a_copy_of_a_pipeline_has_a_mixture_of_its_own(pipe, loras, draw, awake):
+    base = draw(pipe)
+    mixture = awake(mole.attach(pipe, {"fox": (loras["fox"], 0.7), "ink": loras["ink"]}, "mole", binding={"fox": "a fox"}))
+    picture = draw(pipe)
+    twin = copy.deepcopy(pipe)
+    other = mole.attached(twin)
+    assert other is not mixture
+    assert type(twin) is type(pipe)
+    assert torch.equal(draw(twin), picture)
+    with other.only("ink"):
+        assert torch.equal(draw(pipe), picture)
+    mole.detach(twin)
+    assert torch.equal(draw(twin), base)
+    assert torch.equal(draw(pipe), picture)
+
+
+def test_pickling_is_refused_but_of_the_original(pipe, loras, draw):
+    base = draw(pipe)
+    mixture = mole.attach(pipe, {"ink": loras["ink"]})
+    for what in (pipe, pipe.unet, pipe.text_encoder):
+        with pytest.raises(ValueError, match=r"cannot be pickled; pickle it inside `with mixture.lifted\(\):`"):
+            pickle.dumps(what)
+    with mixture.lifted():
+        assert torch.equal(draw(pickle.loads(pickle.dumps(pipe))), base)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +186,49 @@ def test_an_interrupted_attach_is_undone(pipe, loras, share):
     mole.detach(pipe)
     assert_same(before, snapshot(pipe))
     assert type(pipe) is StableDiffusionPipeline
+
+
+BLOCKS = {
+    "detach": lambda pipe, mixture: mole.detach(pipe),
+    "only": lambda pipe, mixture: entered(mixture.only("fox")),
+    "lifted": lambda pipe, mixture: entered(mixture.lifted()),
+    "collapsed": lambda pipe, mixture: entered(mixture.collapsed()),
+}
+
+
+def entered(block):
+    with block:
+        pass
+
+
+@pytest.mark.parametrize("what", BLOCKS)
+@pytest.mark.parametrize("rounds", [8, pytest.param(50, marks=pytest.mark.thorough)])
+def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
+    """Ctrl-C at the entry of functions of ours, drawn at random: the mixture draws as before, and comes off as a whole."""
+    pipe, kind = of_its_own_kind(pipe)
+    before, rng = snapshot(pipe), random.Random(1)
+    experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}
+    mixture = mole.attach(pipe, experts)
+    calls, first = interrupted(lambda: BLOCKS[what](pipe, mixture), 0), None
+    for at in [1, calls, *(rng.randint(1, calls) for _ in range(rounds))]:
+        mixture = mole.attach(pipe, experts)
+        first = draw(pipe, num_inference_steps=1) if first is None else first
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(lambda: BLOCKS[what](pipe, mixture), at)  # noqa: B023
+        if what in ("only", "collapsed") and mole.attached(pipe) is not None:
+            with ThreadPoolExecutor(1) as threads:  # the lock is free, and no mask stays
+                assert torch.equal(threads.submit(draw, pipe, num_inference_steps=1).result(timeout=60), first)
+        mole.detach(pipe)
+        assert_same(before, snapshot(pipe))
+        assert "__call__" not in vars(kind)
+
+
+def of_its_own_kind(pipe):
+    """The same models in a pipeline whose class no other test has patched, and the class."""
+    kind = type("Own", (StableDiffusionPipeline,), {})
+    own = kind(**pipe.components, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    return own, kind
 
 
 def interrupted(run, at):
@@ -208,3 +284,114 @@ def test_no_family_leaves_anything_behind(loras, family):
 
     rounds()
     assert rounds() == rounds()
+
+
+def test_the_first_attach_waits_for_the_calls_of_other_threads(pipe, loras, draw):
+    base, begun, gate = draw(pipe), threading.Event(), threading.Event()
+
+    def wait(pipe, step, timestep, kwargs):
+        begun.set()
+        gate.wait(60)
+        return kwargs
+
+    with ThreadPoolExecutor(2) as threads:
+        drawn = threads.submit(draw, pipe, callback_on_step_end=wait)
+        begun.wait(60)
+        attached = threads.submit(mole.attach, pipe, loras)
+        assert not attached.done()
+        gate.set()
+        assert torch.equal(drawn.result(60), base)
+        attached.result(60)
+    assert not torch.equal(draw(pipe), base)
+
+
+def test_a_block_may_be_closed_on_another_thread(pipe, loras, draw):
+    mixture = mole.attach(pipe, loras)
+    whole = draw(pipe)
+
+    def opened():
+        with mixture.only("fox"):
+            yield
+
+    block = opened()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(next, block).result(60)
+        block.close()
+        assert torch.equal(draw(pipe), whole)
+        assert torch.equal(threads.submit(draw, pipe).result(60), whole)
+
+
+def test_blocks_of_generators_may_end_in_any_order(pipe, loras):
+    mixture = mole.attach(pipe, loras)
+
+    def opened(name, strength):
+        with mixture.only(name), mixture.strengths({name: strength}):
+            yield
+
+    first, second = opened("fox", 2.0), opened("ink", 3.0)
+    next(first), next(second)
+    first.close()
+    assert mixture.active == {"ink"}
+    assert mixture.strength("ink") == 3
+    second.close()
+    assert mixture.active == set(loras)
+    assert mixture.strength("fox") == mixture.strength("ink") == 1
+
+
+def test_a_block_of_another_task_is_refused(pipe, loras, draw):
+    mixture = mole.attach(pipe, loras)
+    whole = draw(pipe)
+
+    async def hold(opened, done):
+        with mixture.only("fox"):
+            opened.set()
+            await done.wait()
+
+    async def both():
+        opened, done = asyncio.Event(), asyncio.Event()
+        holding = asyncio.create_task(hold(opened, done))
+        await opened.wait()
+        with pytest.raises(RuntimeError, match="another task of this thread"):
+            draw(pipe)
+        done.set()
+        await holding
+        return draw(pipe)
+
+    assert torch.equal(asyncio.run(both()), whole)
+    with mixture.strengths({"fox": 1}):  # a loop that runs inside a block is part of it
+        assert torch.equal(asyncio.run(asyncio.to_thread(lambda: None)) or whole, whole)
+
+
+def test_a_block_left_open_by_a_thread_that_ended_is_said(pipe, loras, draw):
+    mixture = mole.attach(pipe, loras)
+    block = mixture.only("fox")
+    thread = threading.Thread(target=block.__enter__)
+    thread.start()
+    thread.join()
+    with pytest.raises(RuntimeError, match="opened on a thread that has ended"):
+        draw(pipe)
+    block.__exit__(None, None, None)
+    draw(pipe)
+
+
+def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
+    mixture = mole.attach(pipe, loras)
+    opened, done = threading.Event(), threading.Event()
+
+    def hold():
+        with mixture.only("fox"):
+            opened.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    opened.wait(60)
+    if (child := os.fork()) == 0:
+        try:
+            mixture.strength("fox", 0.5)
+        except RuntimeError as error:
+            os._exit(7 if "has ended" in str(error) else 1)
+        os._exit(2)
+    done.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -3,7 +3,6 @@
 import json
 import math
 import warnings
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.cli import main
 from mole_diffusers.lora import read_expert, summarize
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import LoraTraining
@@ -43,7 +43,7 @@ def trainer_of(pipe, config, undo, **pictures):
 
 def gradients(config):
     """What A and B get from the first update."""
-    with ExitStack() as undo:
+    with Undo() as undo:
         trainer = trainer_of(tiny_pipeline(), config, undo)
         numbers = trainer.losses(0, index=0, shares=1)
         numbers[0].backward()
@@ -66,7 +66,7 @@ def test_folding_importance_changes_no_picture(pipe, draw, tmp_path):
     """Two routes: ranks weighed while they train, and the saved file in stock diffusers and under this package."""
     config = replace(SHORT, layers=("attention", "convolution"), beam=True)
     base = draw(pipe)
-    with ExitStack() as undo:
+    with Undo() as undo:
         trainer = trainer_of(pipe, config, undo)
         with torch.no_grad():
             for logits in trainer.lora.logits.values():
@@ -165,7 +165,7 @@ def test_prior_preservation_keeps_the_class():
     for weight in (0.0, 1.0):
         config = replace(SHORT, steps=24, prior=weight, every=24, lr=4e-3, text_lr=2e-3)
         tensors = train_lora(world.pipe, concept, config, prior=prior)
-        with ExitStack() as undo, torch.no_grad():
+        with Undo() as undo, torch.no_grad():
             LoraTrainer(world.pipe, {"concept": concept}, config, undo).lora.load(tensors)
             left[weight] = denoising_loss(
                 world.pipe, bears, RandomBatch(torch.Generator().manual_seed(9), 32), drop=0

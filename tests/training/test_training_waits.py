@@ -4,7 +4,7 @@ It runs on torch's meta device: tensors there have no values, so whatever reads 
 by a mask, `cpu()`) fails, where it would make the CPU wait for a card. Copies to the device are watched.
 """
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching import gate_site
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
 from mole_diffusers.training.context import TrainingContext
@@ -144,7 +145,7 @@ def test_an_update_of_a_concept_waits_for_nothing(meta):
     pipe, _, leave = meta
     leave()
     config = LoraTraining(rank=8, steps=2, batch=2, beam=True)
-    with ExitStack() as undo:
+    with Undo() as undo:
         trainer = LoraTrainer(pipe, {"concept": PICTURES, "prior": PICTURES}, config, undo)
         assert waits(trainer.update) == []
 

@@ -1,0 +1,59 @@
+"""Borrowed state and how it is given back: recorded before each change, run last first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Undo:
+    """The steps that give back what was changed.
+
+    A step that fails stays, with those that would follow it, for another `close`. Each must do no harm when it runs twice.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def callback(self, step: Callable[..., object], *args: Any) -> None:
+        """Run `step(*args)` on `close`, before the steps that were recorded earlier."""
+        self._steps.append(partial(step, *args))
+
+    def before_forward(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        """Call `hook` before each forward of `module` until `close`."""
+        handles = self._handles()
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+
+    def after_forward(self, module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False) -> None:
+        """Call `hook` after each forward of `module` until `close`; `always_call`: also after one that raised."""
+        handles = self._handles()
+        handles.append(module.register_forward_hook(hook, always_call=always_call))
+
+    def close(self) -> None:
+        """Run the steps. Where one is broken off, by Ctrl-C say, it and the rest run again before that is raised."""
+        try:
+            self._run()
+        except BaseException:
+            self._run()
+            raise
+
+    def _run(self) -> None:
+        while self._steps:
+            self._steps[-1]()
+            del self._steps[-1]
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _handles(self) -> list[RemovableHandle]:
+        """Handles that `close` removes, whenever they come."""
+        handles: list[RemovableHandle] = []
+        self.callback(lambda: [handle.remove() for handle in handles])
+        return handles
