@@ -123,13 +123,29 @@ def parse_region(text: str) -> Region:
     return text
 
 
+def mask_text(mask: Image.Image) -> str:
+    """A mask picture as text for a file: its PNG in base64."""
+    file = io.BytesIO()
+    region_picture(mask).save(file, "PNG", optimize=True)
+    return MASK + base64.b64encode(file.getvalue()).decode()
+
+
+def read_mask(text: str) -> Image.Image:
+    """The inverse of `mask_text`, in plain grey. Raises ValueError for anything else."""
+    try:
+        if not text.startswith(MASK):
+            raise ValueError(f"a mask begins with {MASK!r}")
+        with Image.open(io.BytesIO(base64.b64decode(text.removeprefix(MASK), validate=True)), formats=["PNG"]) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError("a mask that is too large")
+            return image.convert("L")
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError("a mask is a PNG in base64") from error
+
+
 def to_json(bound: Bound) -> dict[str, Any]:
-    """As plain data for a file; a mask picture is its PNG in base64."""
-    region: Any = bound.region
-    if isinstance(region, Image.Image):
-        file = io.BytesIO()
-        region_picture(region).save(file, "PNG")
-        region = MASK + base64.b64encode(file.getvalue()).decode()
+    """As plain data for a file."""
+    region: Any = mask_text(bound.region) if isinstance(bound.region, Image.Image) else bound.region
     return {"words": list(bound.words), "region": region, "required": bound.required}
 
 
@@ -138,13 +154,9 @@ def from_json(values: Any, name: str) -> Bound:
     try:
         words, region, required = values["words"], values["region"], values["required"]
         if isinstance(region, str) and region.startswith(MASK):
-            file = io.BytesIO(base64.b64decode(region.removeprefix(MASK), validate=True))
-            with Image.open(file, formats=["PNG"]) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ValueError("a mask that is too large")
-                region = image.convert("L")
+            region = read_mask(region)
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words) or not isinstance(required, bool):
             raise ValueError("words that are no texts")
-    except (KeyError, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the binding of {name!r} cannot be read: {error}") from error
     return Bound(tuple(words), checked_region(region, name), required)

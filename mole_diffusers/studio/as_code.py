@@ -5,32 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import SAMPLERS
 
 
 def as_code(recipe: Recipe) -> str:
-    """A script for a completed recipe. LoRA files have their names here, without folders."""
+    """A script for a completed recipe. LoRA files have their names here, without folders; so have the pictures that it draws
+    over, "image.png" and "mask.png"."""
+    size = f"{recipe.width}, {recipe.height}"
     lines = [*_pipeline(recipe), ""]
-    kind, _, about = recipe.arm.partition(" ")
-    callback, indent = "", ""
-    if recipe.experts and kind == "merge":
-        files = {name: (f"{name}.safetensors", weight) for name, weight in sorted(recipe.constant_strengths().items())}
-        lines += [f"merged = mole.merge({files}, {about!r})", 'mole.attach(pipe, {"merged": merged}, gates="sum")']
-    elif recipe.experts and kind != "base":
-        lines += _mixture(recipe, [about] if kind == "alone" else sorted(recipe.experts))
-        lines.append("with mixture.planned(schedule):")
-        callback, indent = "callback_on_step_end=schedule.on_step()", "    "
-    arguments = [
-        repr(recipe.text),
-        f"negative_prompt={recipe.negative!r}" if recipe.negative else "",
-        f"num_inference_steps={recipe.steps}",
-        f"guidance_scale={recipe.guidance!r}",
-        f"width={recipe.width}",
-        f"height={recipe.height}",
-        f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
-        callback,
-    ]
-    lines.append(f"{indent}image = pipe({', '.join(filter(None, arguments))}).images[0]")
+    if recipe.image or recipe.hires > 1:
+        lines += [
+            *(["from PIL import Image"] if recipe.image else []),
+            "from mole_diffusers.studio.picture_passes import drawable, drawing_over, fitted, size_arguments, steps_drawn",
+            "",
+        ]
+    if recipe.image:
+        over = [f'image=fitted(Image.open("image.png").convert("RGB"), {size})']
+        over += [f'mask_image=fitted(Image.open("mask.png").convert("L"), {size})'] if recipe.mask else []
+        lines += _drawing_over(recipe, size, [*over, f"strength={recipe.strength!r}"], masked=bool(recipe.mask))
+    else:
+        call = [f"width={recipe.width}", f"height={recipe.height}"]
+        lines += _pass(recipe, "pipe", call, str(recipe.steps))
+    if recipe.hires > 1:
+        larger = f"drawable(pipe, round({recipe.width} * {recipe.hires!r}), round({recipe.height} * {recipe.hires!r}))"
+        over = ["image=fitted(image, *larger)", f"strength={recipe.hires_strength!r}"]
+        lines += ["", f"larger = {larger}", *_drawing_over(recipe, "*larger", over, masked=False)]
     return "\n".join([*lines, 'image.save("picture.png")', ""])
 
 
@@ -38,16 +36,53 @@ def _pipeline(recipe: Recipe) -> list[str]:
     lines = ["import torch", "from diffusers import DiffusionPipeline", "import mole_diffusers as mole", ""]
     if recipe.base == "emoji":
         lines.append("pipe = mole.emoji_world().pipe")
+    elif recipe.base.endswith(".safetensors"):
+        lines.append("from mole_diffusers.studio.base_models import open_base")
+        lines.append(f"pipe = open_base({recipe.base!r}).pipe")
     else:
         lines.append(f"pipe = DiffusionPipeline.from_pretrained({recipe.base!r})")
     if recipe.sampler:
-        kind, options = SAMPLERS[recipe.sampler]
-        given = "".join(f", {key}={value!r}" for key, value in options.items())
-        lines += [f"from diffusers import {kind}", f"pipe.scheduler = {kind}.from_config(pipe.scheduler.config{given})"]
+        lines.append("from mole_diffusers.studio.samplers import sampler")
+        lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler)")
     return lines
 
 
-def _mixture(recipe: Recipe, names: list[str]) -> list[str]:
+def _drawing_over(recipe: Recipe, size: str, call: list[str], *, masked: bool) -> list[str]:
+    """Lines that draw over a picture, which `call` names."""
+    strength = next(word.removeprefix("strength=") for word in call if word.startswith("strength="))
+    steps = f"steps_drawn(over, {recipe.steps}, {strength})"
+    call = [*call, f"**size_arguments(over, {size})"]
+    return [f"over = drawing_over(pipe, masked={masked})", *_pass(recipe, "over", call, steps)]
+
+
+def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
+    """Lines that attach the LoRAs to a pipeline and call it, with `steps` steps in which it draws."""
+    kind, _, about = recipe.arm.partition(" ")
+    lines, callback, indent = list[str](), "", ""
+    if recipe.experts and kind == "merge":
+        files = {name: (f"{name}.safetensors", weight) for name, weight in sorted(recipe.constant_strengths().items())}
+        lines += [f"merged = mole.merge({files}, {about!r})", f'mole.attach({pipe}, {{"merged": merged}}, gates="sum")']
+    elif recipe.experts and kind != "base":
+        lines += _mixture(recipe, [about] if kind == "alone" else sorted(recipe.experts), pipe, steps)
+        lines.append("with mixture.planned(schedule):")
+        callback, indent = "callback_on_step_end=schedule.on_step()", "    "
+    texts = [repr(recipe.text), f"negative_prompt={recipe.negative!r}" if recipe.negative else ""]
+    if recipe.weights:
+        lines.insert(0, "from mole_diffusers.studio.prompt_weights import call_arguments")
+        guided = "" if recipe.guidance > 1 else ", guided=False"
+        texts = [f"**call_arguments({pipe}, {recipe.text!r}, {recipe.negative!r}{guided})"]
+    arguments = [
+        *texts,
+        *call,
+        f"num_inference_steps={recipe.steps}",
+        f"guidance_scale={recipe.guidance!r}",
+        f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
+        callback,
+    ]
+    return [*lines, f"{indent}image = {pipe}({', '.join(filter(None, arguments))}).images[0]"]
+
+
+def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[str]:
     """Lines that attach these LoRAs and make the schedule of their tags."""
     files = {name: f"{name}.safetensors" for name in names}
     tags = " ".join(str(tag) for tag in recipe.tags if tag.name in names)
@@ -61,7 +96,8 @@ def _mixture(recipe: Recipe, names: list[str]) -> list[str]:
         "from mole_diffusers.studio.prompt_syntax import parse",
         "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",
-        f"mixture = mole.attach(pipe, {files}, gates={gates!r}, binding={binding!r})",
+        f"mixture = mole.attach({pipe}, {files}, gates={gates!r}, binding={binding!r})",
         f"tags = parse({tags!r}).tags",
-        f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=pipe.unet, steps={recipe.steps}{given})",
+        f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
+        f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",
     ]

@@ -7,8 +7,14 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from mole_diffusers.gates import FAMILIES, checkpoint
-from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora import Expert, LoraWeights, read_expert
+from mole_diffusers.lora.families import base_of
+from mole_diffusers.lora.keys import parse_key
+from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.studio.names import by_name, known_names, matching
 
 UNTRAINED = ("sum", "mean")  # families that need no training
 
@@ -24,16 +30,33 @@ class Catalog:
     def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path]):
         self.loras, self.gates = dict(loras), dict(gates)
         self._experts: dict[str, Expert] = {}
+        self._families: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
 
     # ---- LoRAs
 
     def expert(self, name: str) -> Expert:
-        """A LoRA by name. Raises ValueError for an unknown name, and what `read_expert` raises."""
-        if name not in self.loras:
-            raise ValueError(f"there is no LoRA {name!r}; known: {', '.join(self.loras) or 'none'}")
+        """A LoRA by name, in any case. Raises ValueError for an unknown name, and what `read_expert` raises."""
+        name = self.name(name)
         if name not in self._experts:
             self._experts[name] = read_expert(self.loras[name], name)
         return self._experts[name]
+
+    def name(self, name: str) -> str:
+        """A LoRA's name as it is written here, for one in any case. Raises ValueError for an unknown name."""
+        if (found := matching(name, self.loras)) is None:
+            raise ValueError(f"there is no LoRA {name!r}; {known_names(name, self.loras)}")
+        return found
+
+    def family(self, name: str) -> str:
+        """The model family that a LoRA is made for, as `Expert.base`; by its file's header, so that hundreds take seconds.
+
+        Raises ValueError for an unknown name, and for a file that is not safetensors.
+        """
+        name = self.name(name)
+        if name not in self._families:
+            self._families[name] = self._experts[name].base if name in self._experts else family_of_file(self.loras[name])
+        return self._families[name]
 
     def add_lora(self, name: str, path: Path) -> Expert:
         """Add a file; it is read at once, and refused if it is bad or the name is taken."""
@@ -49,12 +72,17 @@ class Catalog:
         A hash may be cut to its first digits, as in pictures of other tools. Raises ValueError if the LoRA is not here.
         """
         if not sha256:
-            self.expert(name)
-            return name
-        hits = (n for n in sorted(self.loras, key=lambda n: n != name) if self.expert(n).sha256.startswith(sha256.lower()))
+            return self.name(name)
+        likely = sorted(self.loras, key=lambda n: n.casefold() != name.casefold())
+        hits = (n for n in likely if self._hash(n).startswith(sha256.lower()))
         if (found := next(hits, None)) is None:
-            raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; known: {', '.join(self.loras)}")
+            raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known_names(name, self.loras)}")
         return found
+
+    def _hash(self, name: str) -> str:
+        if name not in self._hashes:
+            self._hashes[name] = self._experts[name].sha256 if name in self._experts else tensors_hash(self.loras[name])
+        return self._hashes[name]
 
     # ---- gates
 
@@ -96,11 +124,40 @@ class Catalog:
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:
-    """{file stem: path} of the safetensors files below a folder. Raises ValueError if there are none."""
-    found = {path.stem: path for path in sorted(Path(folder).rglob("*.safetensors"), reverse=True)}
+    """{name: path} of the safetensors files below a folder: a file's own name, or where two have the same one, with the
+    folder that each is in ("people/fox"). Raises ValueError if there are none."""
+    found = by_name(Path(folder).rglob("*.safetensors"), Path(folder))
     if not found:
         raise ValueError(f"no .safetensors files in {folder}")
-    return dict(sorted(found.items()))
+    return found
+
+
+def family_of_file(path: Path) -> str:
+    """The model family of a LoRA file by its header alone, as `read_expert` finds it. Raises what `read_header` raises."""
+    shapes, metadata = read_header(path)
+    layers: dict[str, dict[str, LoraWeights]] = {}
+    for name, shape in shapes.items():
+        try:
+            key = parse_key(name)
+        except ValueError:  # said when the file is read
+            continue
+        if key.role in ("down", "hada_w1_b"):
+            down = torch.empty(shape, device="meta")
+            layers.setdefault(key.component, {})[key.layer] = LoraWeights(down, torch.empty(0, device="meta"), 1.0)
+    return base_of(layers, metadata)
+
+
+def tensors_hash(path: Path) -> str:
+    """sha256 of the bytes after a safetensors file's header, which is `Expert.sha256`; "" for another file."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            return ""
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def folder_gates(folder: str | Path) -> dict[str, Path]:

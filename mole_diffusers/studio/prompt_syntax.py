@@ -12,6 +12,7 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
 MAX_PROMPT = 5000  # characters
+PAINTED = "painted"  # a region that is a mask picture beside the prompt
 ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step", "word", "region")
 
 
@@ -54,7 +55,7 @@ class LoraTag:
         lbw: block weights as typed, a preset's name or numbers; "" leaves every block at 1. See `block_weights`.
         start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None is the end.
         word: phrases of the prompt that are its own, separated by |; "" leaves those of its file.
-        region: where it acts, see `binding.config.parse_region`; "" finds that from attention.
+        region: where it acts, see `binding.config.parse_region`, or "painted"; "" finds that from attention.
     """
 
     name: str
@@ -130,7 +131,10 @@ def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
         if tag.name in tags:
             raise ValueError(f"the prompt has two tags for {tag.name!r}; use one")
         tags[tag.name] = tag
-    return Parsed(re.sub(r"\s+", " ", TAG.sub("", prompt)).strip(), tuple(tags.values()))
+    text = re.sub(r"\s+", " ", TAG.sub("", prompt)).strip()
+    if (at := text.find("<lora:")) >= 0:
+        raise ValueError(f"the tag {text[at : at + 30]!r} is not closed by >")
+    return Parsed(text, tuple(tags.values()))
 
 
 def _tag(body: str, known: Iterable[str]) -> LoraTag:
@@ -152,7 +156,7 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
         raise ValueError(f"{where} names no LoRA")
     start, stop = _steps(given, where)
     word, region = given.get("word", ""), given.get("region", "")
-    if region:
+    if region not in ("", PAINTED):
         checked_region(parse_region(region), name)
     return LoraTag(name, te, unet, given.get("lbw", ""), start, stop, word, region)
 

@@ -9,13 +9,26 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mole_diffusers.binding.config import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import parse_json, read_json
-from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
+from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
 
-FORMAT, VERSION = "mole_diffusers.studio.recipe", 2
-RANGES = {"seed": (0, 2**63 - 1), "steps": (1, 150), "guidance": (0.0, 50.0), "width": (16, 4096), "height": (16, 4096)}
+FORMAT, VERSION = "mole_diffusers.studio.recipe", 3
+RANGES = {
+    "seed": (-1, 2**63 - 1),
+    "steps": (1, 150),
+    "guidance": (0.0, 50.0),
+    "width": (16, 4096),
+    "height": (16, 4096),
+    "strength": (0.0, 1.0),
+    "hires": (1.0, 4.0),
+    "hires_strength": (0.0, 1.0),
+}
+WHOLE = ("seed", "steps", "width", "height")
 BINDINGS = (AUTO, "none")
+MAX_MASKS = 128 << 10  # characters of all masks of a recipe
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
 
@@ -26,9 +39,9 @@ class Recipe:
     Attributes:
         prompt: with a `<lora:...>` tag for every LoRA.
         negative: the negative prompt.
-        seed: of a generator on the CPU, whatever the device.
+        seed: of a generator on the CPU, whatever the device; -1 for a random one, before it is completed.
         steps, guidance, width, height: arguments of the pipeline call; sizes in pixels.
-        sampler: a name in `render.SAMPLERS`; "" is the pipeline's own.
+        sampler: a name in `samplers.SAMPLERS`; "" is the pipeline's own.
         gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto" before it is completed.
         arm: how the LoRAs are combined: "gates"; for comparison "sum", "base" (no LoRA), "alone NAME", or "merge METHOD"
             (see `merging.merge`).
@@ -37,6 +50,13 @@ class Recipe:
         gates_sha256: of the trained gates, "" for a family.
         base: the base pipeline's name.
         binding: "auto", each LoRA on its own words and in its own place, or "none".
+        masks: LoRA whose tag says region=painted -> its mask picture as `binding.config.mask_text` writes it.
+        weights: whether brackets in the prompt are weights, see `prompt_weights`; else they are plain text, and a long
+            prompt is cut.
+        image, mask: sha256 of the pixels of a picture that is drawn over, and of the mask, white where it is drawn over;
+            "" for none.
+        strength: how much of that picture is redrawn, in 0..1: so much of the steps.
+        hires: above 1, the picture is made so much larger and drawn over once more, at `hires_strength`.
     """
 
     prompt: str
@@ -54,28 +74,47 @@ class Recipe:
     gates_sha256: str = ""
     base: str = ""
     binding: str = AUTO
+    masks: Mapping[str, str] = field(default_factory=dict)
+    weights: bool = True
+    image: str = ""
+    mask: str = ""
+    strength: float = 0.6
+    hires: float = 1.0
+    hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative", "sampler", "gates", "arm", "gates_sha256", "base"):
+        for name in ("prompt", "negative", "sampler", "gates", "arm", "gates_sha256", "base", "image", "mask"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
-        for name, (low, high) in RANGES.items():
-            value, whole = getattr(self, name), name != "guidance"
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
-                raise ValueError(
-                    f"{name} must be {'a whole number' if whole else 'a number'} in {low}..{high}, got {value!r}"
-                )
+        if not isinstance(self.weights, bool):
+            raise ValueError(f"weights must be true or false, got {self.weights!r}")
         if len(self.prompt) > 5000 or len(self.negative) > 5000:
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm.partition(" ")[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
             raise ValueError(f"unknown arm {self.arm!r} or binding {self.binding!r}; known: {arms}; {list(BINDINGS)}")
+        if self.mask and not self.image:
+            raise ValueError("a mask needs a picture that is drawn over")
+        self._check_numbers()
+        self._check_mappings()
+
+    def _check_numbers(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value, whole = getattr(self, name), name in WHOLE
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+                raise ValueError(
+                    f"{name} must be {'a whole number' if whole else 'a number'} in {low}..{high}, got {value!r}"
+                )
+
+    def _check_mappings(self) -> None:
         if not _maps_to(self.locks, Mapping) or not all(_maps_to(row, int | float) for row in self.locks.values()):
             raise ValueError("locks must map gate sites to weights by LoRA")
         if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
             raise ValueError("a locked weight must be a finite number")
         if not _maps_to(self.experts, str):
             raise ValueError("experts must map LoRA names to hashes")
+        if not _maps_to(self.masks, str) or sum(map(len, self.masks.values())) > MAX_MASKS:
+            raise ValueError(f"masks must map LoRA names to PNGs in base64, of at most {MAX_MASKS >> 10} KiB together")
 
     @property
     def tags(self) -> tuple[LoraTag, ...]:
@@ -96,8 +135,17 @@ class Recipe:
         return {tag.name: tag.unet(0, 1) for tag in tags}
 
     def tag_bindings(self) -> dict[str, Any]:
-        """LoRA -> what its tag says about words and region, as `Mixture.bind` takes it."""
-        return {tag.name: tag.binding for tag in self.tags if tag.binding is not None}
+        """LoRA -> what its tag says about words and region, as `Mixture.bind` takes it.
+
+        Raises ValueError for a painted region without a mask that can be read.
+        """
+        bound = {tag.name: tag.binding for tag in self.tags if tag.binding is not None}
+        for tag in self.tags:
+            if tag.region == PAINTED:
+                if tag.name not in self.masks:
+                    raise ValueError(f"the region of {tag.name!r} is painted, but the recipe has no mask for it")
+                bound[tag.name] = parse_phrases(tag.word), read_mask(self.masks[tag.name])
+        return bound
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data with format and version, for a file."""
@@ -115,6 +163,8 @@ class Recipe:
         given = {key: value for key, value in values.items() if key not in ("format", "version")}
         if values["version"] == 1:  # before LoRAs could be bound
             given["binding"] = "none"
+        if values["version"] <= 2:  # before brackets were weights
+            given["weights"] = False
         if unknown := set(given) - {f.name for f in fields(cls)}:
             raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         if "prompt" not in given:
@@ -126,7 +176,7 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def load(path: str | Path) -> Recipe:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import files_bindings
+from mole_diffusers.lora import COMPONENTS, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.pipeline_lock import PipelineLock
+from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.prompt_syntax import LoraTag
+from mole_diffusers.studio.prompt_weights import call_arguments, token_counts
 from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.samplers import SAMPLERS, sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # A1111's name -> scheduler class of diffusers, and its options
-    "DDIM": ("DDIMScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-}
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
+__all__ = ["MERGED", "MERGES", "SAMPLERS", "OnStep", "Studio"]
 
 
 class Studio:
@@ -44,14 +44,43 @@ class Studio:
         self.pipe, self.catalog, self.base = pipe, catalog, base
         self.lock = PipelineLock()
         self._own_scheduler = pipe.scheduler
+        self._over: dict[bool, Any] = {}  # pipelines that draw over a picture, without and with a mask
         self._attached_key: tuple | None = None  # what is attached; None: unknown
 
-    def complete(self, recipe: Recipe) -> Recipe:
-        """The recipe with the LoRAs' names in this catalog, every hash and the base filled in, and "auto" gates chosen.
+    # ---- what can be drawn
 
-        Raises ValueError if something is not here.
+    @property
+    def samplers(self) -> list[str]:
+        """The samplers that this base can be drawn with."""
+        return list(samplers_of(self._own_scheduler))
+
+    @property
+    def default_side(self) -> int:
+        """The side of the base's own pictures, in pixels."""
+        side = getattr(self.pipe, "default_sample_size", None) or denoiser(self.pipe).config.sample_size
+        return int(side * self.pipe.vae_scale_factor)
+
+    def misfit(self, name: str) -> str:
+        """Why a LoRA cannot be used with this base, in one clause by its file's header; "" if it may fit."""
+        hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}
+        try:
+            check_family(self.catalog.family(name), hosts)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with everything chosen: a random seed, a size that can be drawn, "auto" gates; with the LoRAs' names in
+        this catalog, every hash, and the base.
+
+        Raises ValueError if something is not here or does not fit.
         """
         names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in recipe.tags}
+        if len(set(names.values())) < len(names):
+            raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
+        for name in names.values():
+            if why := self.misfit(name):
+                raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in recipe.tags]
         locks = {place: {names.get(n, n): w for n, w in row.items()} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
@@ -59,16 +88,20 @@ class Studio:
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
         if recipe.gates_sha256 not in ("", digest):
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
-        if recipe.sampler and recipe.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {recipe.sampler!r}; known: {', '.join(SAMPLERS)}")
         kind, _, about = recipe.arm.partition(" ")
         if kind == "merge" and about not in MERGES:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
+        width, height = picture_passes.drawable(self.pipe, recipe.width, recipe.height)
         return dataclasses.replace(
             recipe,
             prompt=" ".join([recipe.text, *tags]).strip(),
+            seed=secrets.randbelow(1 << 32) if recipe.seed == -1 else recipe.seed,
+            width=width,
+            height=height,
+            sampler=sampler_name(recipe.sampler, self._own_scheduler) if recipe.sampler else "",
             arm=f"alone {names.get(about, about)}" if kind == "alone" else recipe.arm,
             locks=locks,
+            masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},
             gates=gates,
             gates_sha256=digest,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
@@ -81,81 +114,155 @@ class Studio:
         names = ", ".join(map(repr, others))
         return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
 
+    def notes(self, asked: Recipe, recipe: Recipe) -> list[str]:
+        """What its user should know of a completed recipe: its warning, what was changed, what is cut."""
+        notes = [self.warning(recipe)]
+        if (asked.width, asked.height) != (recipe.width, recipe.height):
+            notes.append(f"{asked.width} x {asked.height} is rounded to {recipe.width} x {recipe.height} pixels")
+        if recipe.weights:
+            cut = [count for count in token_counts(self.pipe, recipe.text) if count.cut]
+            notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
+        if recipe.negative and "negative_prompt" not in signature(self.pipe.encode_prompt).parameters:
+            notes.append(f"{type(self.pipe).__name__} is drawn without the negative prompt")
+        return [note for note in notes if note]
+
+    # ---- drawing
+
     def draw(
         self,
         recipe: Recipe,
         *,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
         on_step: OnStep | None = None,
         inside: Callable[[Mixture], AbstractContextManager] | None = None,
     ) -> Image.Image:
         """Draw a completed recipe.
 
         Args:
-            on_step: called after every step; an exception in it ends the picture.
-            inside: makes a context for the pipeline call from the mixture, for example its trace.
+            image, mask: the pictures of the recipe's hashes, see `with_pictures`.
+            on_step: called after every step of every pass; an exception in it ends the picture.
+            inside: makes a context for the call of the first pass from the mixture, for example its trace.
+
+        Raises ValueError for other pictures than the recipe's.
         """
-        with self.lock, self._sampler(recipe.sampler), ExitStack() as stack:
-            mixture = self.attach_for(recipe)
-            schedule = self._schedule(recipe, [] if mixture is None else list(mixture.experts))
+        for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
+            if (picture_passes.pixels_hash(given) if given is not None else "") != wanted:
+                missing = "needs the picture that it was made with" if given is None else "was made with another picture"
+                raise ValueError(f"the recipe {missing} as its {name}")
+        size = recipe.width, recipe.height
+        with self.lock.held():
+            if image is None:
+                drawn = self._pass(recipe, size, {}, on_step, inside)
+            else:
+                over = {"image": picture_passes.fitted(image.convert("RGB"), *size), "strength": recipe.strength}
+                if mask is not None:
+                    over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
+                drawn = self._pass(recipe, size, over, on_step, inside)
+            if recipe.hires > 1:
+                larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
+                over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
+                drawn = self._pass(recipe, larger, over, on_step, None)
+            return drawn
+
+    def total_steps(self, recipe: Recipe) -> int:
+        """How often `draw` calls `on_step` for a recipe. Raises ValueError where a strength leaves no step."""
+        first = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.strength) if recipe.image else recipe.steps
+        second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
+        return first + second
+
+    def _pass(
+        self,
+        recipe: Recipe,
+        size: tuple[int, int],
+        over: dict[str, Any],
+        on_step: OnStep | None,
+        inside: Callable[[Mixture], AbstractContextManager] | None,
+    ) -> Image.Image:
+        """One call of a pipeline. `over`: the picture that it draws over, the strength and the mask; {} for none."""
+        pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
+        steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
+        with self._sampler(pipe, recipe.sampler), ExitStack() as stack:
+            mixture = self.attach_for(recipe, pipe)
+            schedule = self._schedule(recipe, [] if mixture is None else list(mixture.experts), steps)
             if mixture is not None:
                 if (weights := _fixed_weights(recipe.arm, mixture)) is not None:
                     stack.enter_context(mixture.fixed(weights))
                 stack.enter_context(mixture.planned(schedule))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
-            return self.pipe(
-                recipe.text,
-                negative_prompt=recipe.negative or None,
+            if recipe.weights:
+                texts = call_arguments(pipe, recipe.text, recipe.negative, guided=recipe.guidance > 1)
+            else:
+                texts = {"prompt": recipe.text, "negative_prompt": recipe.negative or None}
+            return pipe(
+                **texts,
+                **picture_passes.size_arguments(pipe, *size),
+                **over,
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance,
-                width=recipe.width,
-                height=recipe.height,
                 generator=torch.Generator("cpu").manual_seed(recipe.seed),
-                callback_on_step_end=schedule.on_step(None if on_step is None else _callback(on_step)),
+                callback_on_step_end=schedule.on_step(None if on_step is None else _callback(on_step, steps)),
             ).images[0]
 
-    def attach_for(self, recipe: Recipe) -> Mixture | None:
-        """Attach the LoRAs and gates of a completed recipe, unless they already are; None if it has no LoRA."""
+    def _drawing_over(self, *, masked: bool) -> Any:
+        if masked not in self._over:
+            self._over[masked] = picture_passes.drawing_over(self.pipe, masked=masked)
+        return self._over[masked]
+
+    def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
+        """Attach the LoRAs and gates of a completed recipe, unless they already are; None if it has no LoRA.
+
+        Args:
+            pipe: the pipeline whose calls the mixture is to know, one over the same models; by default `self.pipe`.
+        """
+        pipe = self.pipe if pipe is None else pipe
         method = recipe.arm.removeprefix("merge ") if recipe.arm.startswith("merge ") else ""
         strengths = recipe.constant_strengths() if method else {}
-        key = (list(recipe.experts.items()), recipe.gates, recipe.gates_sha256, method, list(strengths.items()))
+        key = (id(pipe), list(recipe.experts.items()), recipe.gates, recipe.gates_sha256, method, list(strengths.items()))
         binding = recipe.tag_bindings() if recipe.binding != "none" and not method else None
-        if key == self._attached_key and (attached(self.pipe) is None) == (not recipe.experts):
-            if (mixture := attached(self.pipe)) is not None:
+        if key == self._attached_key and (attached(pipe) is None) == (not recipe.experts):
+            if (mixture := attached(pipe)) is not None:
                 mixture.bind(None if binding is None else files_bindings(mixture.experts) | binding)
             return mixture
         self.forget_attached()
         # In the order of the tags, which a file's name here does not change: the order decides the last bits of a sum.
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         if not experts:
-            detach(self.pipe)
+            detach(pipe)
         elif method:
             merged = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
-            attach(self.pipe, {MERGED: merged}, "sum", binding=None)
+            attach(pipe, {MERGED: merged}, "sum", binding=None)
         else:
-            attach(self.pipe, experts, self.catalog.gates_source(recipe.gates), binding=binding)
+            attach(pipe, experts, self.catalog.gates_source(recipe.gates), binding=binding)
         self._attached_key = key
-        return attached(self.pipe)
+        return attached(pipe)
 
     def forget_attached(self) -> None:
         """Call this after attaching something else to the pipeline, so that the next picture attaches its own again."""
         self._attached_key = None
 
-    def _schedule(self, recipe: Recipe, names: list[str]) -> StrengthSchedule:
-        unet = getattr(self.pipe, "unet", None)
+    def _schedule(self, recipe: Recipe, names: list[str], steps: int) -> StrengthSchedule:
+        network = denoiser(self.pipe)
         if recipe.arm.startswith("merge "):  # strengths are in the merge, which has no gates to lock
-            return StrengthSchedule(names, [LoraTag(name) for name in names], unet=unet, steps=recipe.steps)
-        return StrengthSchedule(names, recipe.tags, unet=unet, steps=recipe.steps, locks=recipe.locks)
+            return StrengthSchedule(names, [LoraTag(name) for name in names], unet=network, steps=steps)
+        return StrengthSchedule(names, recipe.tags, unet=network, steps=steps, locks=recipe.locks)
 
     @contextmanager
-    def _sampler(self, name: str) -> Iterator[None]:
-        if name:
-            kind, options = SAMPLERS[name]
-            self.pipe.scheduler = getattr(diffusers, kind).from_config(self._own_scheduler.config, **options)
+    def _sampler(self, pipe: Any, name: str) -> Iterator[None]:
+        pipe.scheduler = sampler(name, self._own_scheduler)
         try:
             yield
         finally:
-            self.pipe.scheduler = self._own_scheduler
+            pipe.scheduler = self._own_scheduler
+
+
+def with_pictures(recipe: Recipe, image: Image.Image | None, mask: Image.Image | None = None) -> Recipe:
+    """The recipe for drawing over a picture, or over the part of it that a mask shows in white."""
+    hashes = {"image": image, "mask": mask}
+    return dataclasses.replace(
+        recipe, **{name: "" if given is None else picture_passes.pixels_hash(given) for name, given in hashes.items()}
+    )
 
 
 def _fixed_weights(arm: str, mixture: Mixture) -> dict[str, float] | None:
@@ -168,11 +275,16 @@ def _fixed_weights(arm: str, mixture: Mixture) -> dict[str, float] | None:
     return dict.fromkeys(mixture.experts, 1.0) if kind == "sum" else None
 
 
-def _callback(on_step: OnStep) -> Callable[[Any, int, Any, dict], dict]:
-    """`on_step` as a `callback_on_step_end` of diffusers."""
+def _callback(on_step: OnStep, steps: int) -> Callable[[Any, int, Any, dict], dict]:
+    """`on_step` as a `callback_on_step_end` of diffusers, once for each step: some samplers evaluate the denoiser twice."""
+    told = 0
 
     def callback(pipe: Any, index: int, timestep: Any, kwargs: dict) -> dict:
-        on_step(index + 1, kwargs["latents"])
+        nonlocal told
+        done = min(index // pipe.scheduler.order + 1, steps)
+        if done > told:
+            told = done
+            on_step(done, kwargs["latents"])
         return kwargs
 
     return callback

@@ -15,6 +15,7 @@ class StrengthSchedule:
     Args:
         experts: names in the order of the mixture; one without a tag is absent.
         tags: the tags.
+        unet: the pipeline's denoiser; block weights need a UNet.
         steps: number of sampling steps.
         locks: gate site -> {expert: weight}, used instead of the gate there; 0 for experts not named.
 
@@ -58,10 +59,14 @@ class StrengthSchedule:
         return self.locks.get(place)
 
     def on_step(self, then: Callable[[Any, int, Any, dict], dict] | None = None) -> Callable[..., dict]:
-        """A `callback_on_step_end` that advances `step` and then calls `then`, another such callback."""
+        """A `callback_on_step_end` that advances `step` and then calls `then`, another such callback.
+
+        Callbacks count evaluations of the denoiser: samplers of second order, Heun say, have two in a step, and PLMS has one
+        more than steps.
+        """
 
         def advance(pipe: Any, index: int, timestep: Any, kwargs: dict) -> dict:
-            self.step = index + 1
+            self.step = min((index + 1) // pipe.scheduler.order, self.steps - 1)
             return kwargs if then is None else then(pipe, index, timestep, kwargs)
 
         return advance

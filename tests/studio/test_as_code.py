@@ -10,7 +10,7 @@ from PIL import Image
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio
+from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.testing import tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)
@@ -36,12 +36,21 @@ def folder(loras, tmp_path_factory):
         {"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"},
         {"prompt": "a fox"},
         {"sampler": "Euler", **LOCKED},
+        {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
+        {"weights": False},
+        {"image": "image.png", "strength": 0.5},
+        {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
+        {"hires": 1.5, "hires_strength": 0.5},
     ],
 )
 def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    Image.effect_noise((40, 32), 90).convert("RGB").save("image.png")
+    Image.linear_gradient("L").resize((40, 32)).save("mask.png")
+    pictures = {name: Image.open(changes[name]) for name in ("image", "mask") if name in changes}
     studio = Studio(DiffusionPipeline.from_pretrained("base"), Catalog(loras, {}), "base")
-    recipe = studio.complete(dataclasses.replace(RECIPE, **changes))
+    recipe = dataclasses.replace(RECIPE, **{name: value for name, value in changes.items() if name not in pictures})
+    recipe = studio.complete(with_pictures(recipe, pictures.get("image"), pictures.get("mask")))
     exec(compile(as_code(recipe), "script", "exec"), {})
     with Image.open("picture.png") as image:
-        assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe), int)).max() <= 1
+        assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe, **pictures), int)).max() <= 1

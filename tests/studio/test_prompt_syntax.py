@@ -92,6 +92,7 @@ def test_names():
         ("<lora:x:1:region=nowhere>", "the region of 'x' is 'nowhere'; a region is 'auto'"),
         ("<lora:x:1:region=mask.png>", "the region of 'x' is 'mask.png'"),  # a stranger's prompt opens no file
         ("<lora:x:1> <lora:x:2>", "two tags for 'x'"),
+        ("a fox <lora:fox:1, and a hat", "the tag '<lora:fox:1, and a hat' is not closed by >"),
     ],
 )
 def test_bad_tags_are_one_clear_error(text, message):

@@ -144,16 +144,19 @@ def test_recipes_as_files(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": -1}, "seed must be a whole number in 0.."),
+        ({"seed": -2}, "seed must be a whole number in -1.."),
         ({"steps": 1.5}, "steps must be a whole number in 1..150, got 1.5"),
         ({"steps": True}, "steps must be a whole number"),
         ({"guidance": float("nan")}, "guidance must be a number in"),
         ({"prompt": 3}, "prompt must be text"),
         ({"arm": "best"}, "unknown arm 'best'"),
+        ({"weights": 1}, "weights must be true or false"),
+        ({"mask": "0"}, "a mask needs a picture"),
+        ({"hires": 5}, "hires must be a number in 1.0..4.0, got 5"),
         ({"locks": {"x": {"fox": "much"}}}, "locks must map gate sites"),
         ({"experts": ["fox"]}, "experts must map"),
         ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),
-        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 2"),
+        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 3"),
     ],
 )
 def test_bad_recipes_are_refused_with_one_sentence(recipe, changes, message):

@@ -1,0 +1,69 @@
+"""Drawing over a picture with the models of a text-to-image pipeline: img2img, inpainting, and a larger second pass."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+import diffusers
+from PIL import Image, ImageOps
+
+PASSES = {  # pipeline class -> its classes that draw over a picture, and over a part of one
+    "StableDiffusionPipeline": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "StableDiffusionXLPipeline": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "StableDiffusion3Pipeline": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "FluxPipeline": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+}
+
+
+def drawing_over(pipe: Any, *, masked: bool) -> Any:
+    """A pipeline over the same models that draws over a picture, or over the part of one that a mask shows.
+
+    Raises ValueError for a pipeline class that has none.
+    """
+    found = next((PASSES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in PASSES), None)
+    if found is None:
+        raise ValueError(f"{type(pipe).__name__} cannot draw over pictures here; those that can: {', '.join(PASSES)}")
+    kind = getattr(diffusers, found[masked])
+    names = inspect.signature(kind.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in names}
+    settings = {name: value for name, value in pipe.config.items() if name in names and name not in parts}
+    made = kind(**parts, **settings)
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made
+
+
+def steps_drawn(pipe: Any, steps: int, strength: float) -> int:
+    """How many of `steps` a picture is drawn over with at this strength, as diffusers counts them.
+
+    Raises ValueError if that is none.
+    """
+    is_flow = hasattr(pipe, "transformer")
+    drawn = steps - int(steps - steps * strength) if is_flow else int(steps * strength)
+    if drawn < 1:
+        raise ValueError(f"{steps} steps at strength {strength:g} are none: use more steps or a larger strength")
+    return drawn
+
+
+def drawable(pipe: Any, width: int, height: int) -> tuple[int, int]:
+    """The size that a pipeline can draw which is nearest to this one, in pixels."""
+    unit = max(8, pipe.vae_scale_factor * (2 if hasattr(pipe, "transformer") else 1))
+    rounded = [max(16, unit, round(side / unit) * unit) for side in (width, height)]
+    return rounded[0], rounded[1]
+
+
+def size_arguments(pipe: Any, width: int, height: int) -> dict[str, int]:
+    """The arguments for the size of a picture; none for a pipeline that takes it from the picture that it draws over."""
+    takes = "height" in inspect.signature(type(pipe).__call__).parameters
+    return {"width": width, "height": height} if takes else {}
+
+
+def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture in this size, its edges cut where its proportions differ."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def pixels_hash(image: Image.Image) -> str:
+    """sha256 of a picture's size and pixels, whatever file it came from."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()

@@ -1,0 +1,61 @@
+"""Samplers by the names that people know, as schedulers of diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+KARRAS, PLAIN = {"use_karras_sigmas": True}, {"use_karras_sigmas": False}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+ODE = {"algorithm_type": "dpmsolver++"}
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and its options
+    "DDIM": ("DDIMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", PLAIN),
+    "Euler Karras": ("EulerDiscreteScheduler", KARRAS),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", PLAIN),
+    "Heun Karras": ("HeunDiscreteScheduler", KARRAS),
+    "DPM2": ("KDPM2DiscreteScheduler", PLAIN),
+    "DPM2 Karras": ("KDPM2DiscreteScheduler", KARRAS),
+    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", PLAIN),
+    "DPM2 a Karras": ("KDPM2AncestralDiscreteScheduler", KARRAS),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", PLAIN | ODE),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", KARRAS | ODE),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", PLAIN | SDE),
+    "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", KARRAS | SDE),
+    "DPM++ 2S": ("DPMSolverSinglestepScheduler", PLAIN | ODE),
+    "DPM++ 2S Karras": ("DPMSolverSinglestepScheduler", KARRAS | ODE),
+    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "UniPC": ("UniPCMultistepScheduler", PLAIN),
+    "UniPC Karras": ("UniPCMultistepScheduler", KARRAS),
+    "DDPM": ("DDPMScheduler", {}),
+    "LCM": ("LCMScheduler", {}),
+}
+FLOW: dict[str, tuple[str, dict[str, Any]]] = {"Euler": ("FlowMatchEulerDiscreteScheduler", {})}  # of SD 3 and Flux
+
+
+def samplers_of(scheduler: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The samplers that can draw with the model of a scheduler: those of flows for a model that was trained as one."""
+    return FLOW if "FlowMatch" in type(scheduler).__name__ else SAMPLERS
+
+
+def sampler(name: str, scheduler: Any) -> Any:
+    """A scheduler by its sampler's name in any case, for the model of `scheduler`; "" is that one itself.
+
+    Raises ValueError for a name that is unknown or that the model cannot be drawn with.
+    """
+    if not name:
+        return scheduler
+    known = samplers_of(scheduler)
+    kind, options = known[sampler_name(name, scheduler)]
+    return getattr(diffusers, kind).from_config(scheduler.config, **options)
+
+
+def sampler_name(name: str, scheduler: Any) -> str:
+    """The name as it is written; raises as `sampler`."""
+    known = samplers_of(scheduler)
+    found = next((each for each in known if each.casefold() == name.casefold()), None)
+    if found is None:
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(known)}")
+    return found

@@ -1,0 +1,255 @@
+"""What a studio draws with: samplers, sizes, seeds, pictures that are drawn over, other hosts; and LoRAs by name."""
+
+import dataclasses
+import shutil
+from contextlib import ExitStack, nullcontext
+
+import hosts
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mole_diffusers import attach, attached, detach, read_expert
+from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, tensors_hash
+from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio, with_pictures
+from mole_diffusers.studio.samplers import SAMPLERS
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+
+RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
+
+
+@pytest.fixture(scope="module")
+def studio(loras):
+    return Studio(tiny_pipeline(), Catalog(loras, {}), "tiny")
+
+
+@pytest.fixture
+def photo():
+    """A picture of noise, 48 x 32."""
+    values = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def array(image):
+    return np.asarray(image, int)
+
+
+def far(a, b):
+    """The largest difference of two pictures, in 0..255."""
+    return np.abs(array(a) - array(b)).max()
+
+
+# ---- samplers, seeds, sizes
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
+    """By its name in any case; strengths by step are those of steps, also where a step has two evaluations."""
+    recipe = studio.complete(dataclasses.replace(RECIPE, sampler=name.lower()))
+    assert recipe.sampler == name
+    seen = []
+    image = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
+    assert seen == [1, 2, 3, 4]
+    assert array(image).std() > 1
+    stopping = dataclasses.replace(recipe, prompt="a fox in ink <lora:fox:1:stop=2> <lora:ink:1>")
+    with ExitStack() as stack:
+        traces = []
+        studio.draw(stopping, inside=lambda mixture: traces.append(stack.enter_context(mixture.trace())) or nullcontext())
+    place = next(p for p in traces[0].places if p.startswith("unet.mid_block") and "(" not in p)
+    fox = traces[0].weights(place)[:, 0].tolist()
+    two = SAMPLERS[name][0].startswith(("Heun", "KDPM2"))
+    assert fox == ([1.0] * 4 + [0.0] * 3 if two else [1.0] * 2 + [0.0] * (3 if name == "PLMS" else 2))
+
+
+def test_samplers_differ_and_the_own_one_comes_back(studio):
+    own = studio.pipe.scheduler
+    drawn = {n: studio.draw(studio.complete(dataclasses.replace(RECIPE, sampler=n))) for n in ("Euler", "Euler Karras")}
+    assert far(*drawn.values()) > 0
+    assert studio.pipe.scheduler is own
+    karras = Studio(tiny_pipeline(), studio.catalog, "tiny")
+    karras.pipe.scheduler = type(own).from_config(own.config, use_karras_sigmas=True)
+    again = Studio(karras.pipe, studio.catalog, "tiny")
+    assert far(again.draw(again.complete(dataclasses.replace(RECIPE, sampler="Euler"))), drawn["Euler"]) == 0
+
+
+def test_a_random_seed_is_in_the_recipe(studio):
+    asked = dataclasses.replace(RECIPE, seed=-1)
+    first, second = studio.complete(asked), studio.complete(asked)
+    assert first.seed != second.seed
+    assert min(first.seed, second.seed) >= 0
+    assert studio.complete(first).seed == first.seed
+
+
+def test_sizes_are_rounded_to_what_can_be_drawn(studio):
+    asked = dataclasses.replace(RECIPE, width=37, height=43)
+    recipe = studio.complete(asked)
+    assert studio.draw(recipe).size == (recipe.width, recipe.height) == (40, 40)
+    assert studio.notes(asked, recipe) == ["37 x 43 is rounded to 40 x 40 pixels"]
+    assert studio.notes(recipe, recipe) == []
+
+
+# ---- drawing over pictures
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_drawing_over_a_picture_is_diffusers_call_with_the_mixture_on(studio, photo, masked):
+    """The LoRAs as `attach` puts them on the other pipeline; without a LoRA it is the plain call."""
+    mask = Image.linear_gradient("L").resize(photo.size) if masked else None
+    recipe = with_pictures(dataclasses.replace(RECIPE, width=48, strength=0.5), photo, mask)
+    recipe = studio.complete(recipe)
+    drawn = studio.draw(recipe, image=photo, mask=mask)
+    plain = studio.draw(studio.complete(dataclasses.replace(recipe, prompt="a fox in ink")), image=photo, mask=mask)
+    pipe = drawing_over(tiny_pipeline(), masked=masked)
+    extra = {"mask_image": mask, "width": 48, "height": 32} if masked else {}
+
+    def call():
+        generator = torch.Generator().manual_seed(7)
+        given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generator} | extra
+        return pipe("a fox in ink", image=photo, strength=0.5, **given).images[0]
+
+    assert far(plain, call()) == 0
+    files = {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]}
+    attach(pipe, files)
+    assert far(drawn, call()) <= 1
+    detach(pipe)
+    assert far(drawn, plain) > 2
+    assert far(studio.draw(studio.complete(RECIPE)), photo.resize((32, 32))) > 2
+
+
+def test_binding_acts_where_a_picture_is_drawn_over(studio, photo):
+    prompt = "a fox in ink <lora:fox:1:word=fox:region=left> <lora:ink:1:word=ink:region=right>"
+    recipe = studio.complete(with_pictures(dataclasses.replace(RECIPE, prompt=prompt, strength=0.5), photo))
+    bound = studio.draw(recipe, image=photo)
+    assert far(studio.draw(dataclasses.replace(recipe, binding="none"), image=photo), bound) > 0
+    studio.draw(recipe, image=photo)
+    (layout,) = attached(studio.pipe).layouts
+    assert layout is not None
+    swapped = dataclasses.replace(recipe, prompt=prompt.replace("left", "top"))
+    assert far(studio.draw(swapped, image=photo), bound) > 0
+
+
+def test_the_part_outside_a_mask_stays(studio, photo):
+    mask = Image.new("L", photo.size, 0)
+    mask.paste(255, (0, 0, 24, 32))
+    recipe = studio.complete(with_pictures(dataclasses.replace(RECIPE, width=48, strength=1.0), photo, mask))
+    drawn = studio.draw(recipe, image=photo, mask=mask)
+    other = studio.draw(dataclasses.replace(recipe, seed=8), image=photo, mask=mask)
+    changed = np.abs(array(drawn) - array(other)).max(-1)
+    assert changed[:, :16].max() > 10 * max(1, changed[:, 40:].max())
+
+
+def test_a_hires_pass_draws_over_the_picture_made_larger(studio):
+    recipe = studio.complete(dataclasses.replace(RECIPE, hires=1.5, hires_strength=0.5))
+    seen = []
+    drawn = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
+    assert (drawn.size, seen) == ((48, 48), [1, 2, 3, 4, 1, 2])
+    assert studio.total_steps(recipe) == len(seen)
+    small = studio.draw(dataclasses.replace(recipe, hires=1.0))
+    large = small.resize((48, 48), Image.Resampling.LANCZOS)
+    over = with_pictures(dataclasses.replace(recipe, hires=1.0, width=48, height=48, strength=0.5), large)
+    assert far(studio.draw(over, image=large), drawn) == 0
+    assert far(studio.draw(dataclasses.replace(recipe, hires=1.0)), small) == 0  # the next one is as before
+
+
+def test_a_recipe_wants_its_own_pictures(studio, photo):
+    recipe = studio.complete(with_pictures(RECIPE, photo))
+    with pytest.raises(ValueError, match="needs the picture that it was made with as its image"):
+        studio.draw(recipe)
+    with pytest.raises(ValueError, match="was made with another picture as its image"):
+        studio.draw(recipe, image=photo.rotate(90))
+    with pytest.raises(ValueError, match="4 steps at strength 0.2 are none"):
+        studio.draw(dataclasses.replace(recipe, strength=0.2), image=photo)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 20])
+@pytest.mark.parametrize("host", ["sd15", "flux"])
+def test_steps_are_counted_as_diffusers_counts_them(steps, host):
+    pipe = drawing_over(hosts.HOSTS[host]()[0], masked=False)
+    mu = {"mu": 1.0} if host == "flux" else {}
+    for strength in (0.3, 0.35, 0.5, 1.0):
+        pipe.scheduler.set_timesteps(steps, **mu)
+        assert steps_drawn(pipe, steps, strength) == pipe.get_timesteps(steps, strength, "cpu")[1]
+
+
+# ---- other hosts
+
+
+@pytest.mark.parametrize("host", ["flux", pytest.param("sd3", marks=pytest.mark.thorough), "sdxl"])
+def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
+    pipe, _ = hosts.HOSTS[host]()
+    loras = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}
+    studio = Studio(pipe, Catalog(loras, {}), host)
+    assert studio.default_side >= 32
+    recipe = studio.complete(dataclasses.replace(RECIPE, steps=2, sampler="euler", hires=1.5))
+    drawn = studio.draw(recipe)
+    assert drawn.size == (48, 48)
+    assert far(studio.draw(dataclasses.replace(recipe, arm="base")), drawn) > 0
+    over = studio.complete(with_pictures(dataclasses.replace(RECIPE, steps=2, width=48, strength=0.5), photo))
+    assert studio.draw(over, image=photo).size == (48, 32)
+    if host == "flux":
+        assert studio.samplers == ["Euler"]
+        with pytest.raises(ValueError, match="unknown sampler 'DDIM'; known: Euler"):
+            studio.complete(dataclasses.replace(RECIPE, sampler="DDIM"))
+        noted = dataclasses.replace(recipe, negative="blur", prompt="a fox in ink with a red hat")
+        notes = studio.notes(noted, noted)
+        assert "the tokenizer reads 14 tokens of the prompt, not 'red hat'" in notes[0]
+        assert notes[1] == "FluxPipeline is drawn without the negative prompt"
+        with pytest.raises(ValueError, match="block weights are for UNets; FluxTransformer2DModel"):
+            studio.draw(studio.complete(dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:lbw=MIDD>")))
+
+
+# ---- LoRAs by name
+
+
+def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
+    for place in ("people/fox", "animals/Fox", "hat"):
+        path = tmp_path / f"{place}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(loras[place.rpartition("/")[2].lower()], path)
+    found = folder_loras(tmp_path)
+    assert found == {
+        "animals/Fox": tmp_path / "animals" / "Fox.safetensors",
+        "hat": tmp_path / "hat.safetensors",
+        "people/fox": tmp_path / "people" / "fox.safetensors",
+    }
+    studio = Studio(tiny_pipeline(), Catalog(found, {}), "tiny")
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt="a fox <lora:People/Fox:1> <lora:HAT:0.5>"))
+    assert recipe.prompt == "a fox <lora:people/fox:1> <lora:hat:0.5>"
+    assert studio.draw(recipe).size == (32, 32)
+    with pytest.raises(ValueError, match="no LoRA 'fox'; known: animals/Fox, hat, people/fox"):
+        studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:fox:1>"))
+    with pytest.raises(ValueError, match="two tags of the prompt mean the same LoRA: HAT, hat"):
+        studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:HAT:1> <lora:hat:1>"))
+
+
+def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_path):
+    files = {}
+    for host in ("sd15", "sdxl", "flux", "sd3"):
+        pipe, _ = hosts.HOSTS[host]()
+        files[host] = tiny_lora(pipe, tmp_path / f"{host}.safetensors")
+    save_file(load_file(files["sdxl"]), tmp_path / "said.safetensors", {"modelspec.architecture": "stable-diffusion-xl-v1"})
+    files["said"] = tmp_path / "said.safetensors"
+    for path in (*files.values(), *loras.values()):
+        expert = read_expert(path)
+        assert family_of_file(path) == expert.base
+        assert tensors_hash(path) == expert.sha256
+    catalog = Catalog(files, {})
+    assert catalog.family("FLUX") == "Flux"
+    here = Studio(hosts.HOSTS["flux"]()[0], catalog, "flux")
+    assert here.misfit("flux") == ""
+    other = Studio(hosts.HOSTS["sd3"]()[0], catalog, "sd3")
+    assert other.misfit("flux") == "it is made for Flux and this pipeline is SD 3"
+    with pytest.raises(
+        ValueError, match="the LoRA 'flux' cannot be used here: it is made for Flux and this pipeline is SD 3"
+    ):
+        other.complete(Recipe("a <lora:flux:1>"))
+
+
+def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(loras, tmp_path):
+    (tmp_path / "a.safetensors").write_text("<html>")
+    catalog = Catalog({"a": tmp_path / "a.safetensors", "renamed": loras["fox"]}, {})
+    assert catalog.local_name("fox", read_expert(loras["fox"]).sha256[:12]) == "renamed"
