@@ -16,9 +16,11 @@ from mole_diffusers.cli.common import (
     VerboseOption,
     first_recipe,
     open_studio,
+    opens_base,
 )
 
 
+@opens_base
 def app(
     base: BaseOption = WORLD,
     loras: LorasOption = None,
@@ -29,6 +31,7 @@ def app(
     mcp: Annotated[bool, Option("--mcp", help="Also serve the actions as MCP tools, at /gradio_api/mcp/.")] = False,
     device: DeviceOption = None,
     verbose: VerboseOption = False,
+    opening: Any = None,
 ) -> None:
     """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes."""
     try:
@@ -42,7 +45,7 @@ def app(
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.studio.catalog import folder_gates
 
-    studio = open_studio(base, device, loras=loras, trained=trained)
+    studio = open_studio(base, device, loras=loras, trained=trained, opening=opening)
     studio.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
     for name, folder in folder_gates(keep).items():
         studio.catalog.add_gates(name, folder)

@@ -5,10 +5,13 @@ Nothing here or in a command imports torch before the command runs, so that `mol
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +21,7 @@ from typer import Context, Option
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
+    from mole_diffusers.studio.base_models import Base
     from mole_diffusers.studio.recipe import Recipe
     from mole_diffusers.studio.render import Studio
 
@@ -59,9 +63,13 @@ def _be_quiet_unless(ctx: Context, verbose: bool) -> None:
 
 BaseOption = Annotated[
     str,
-    Option(metavar="MODEL", help="A diffusers pipeline: a folder or a hub id; emoji is the world in this package."),
+    Option(
+        metavar="MODEL",
+        help="A .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111 or ComfyUI followed by the "
+        "name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
+    ),
 ]
-DeviceOption = Annotated[str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")]
+DeviceOption = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps, ... Default: a GPU where there is one.")]
 ExpertOption = Annotated[
     list[str], Option("--expert", metavar="NAME=FILE[:STRENGTH]", help="A LoRA file and the name you give it. Repeatable.")
 ]
@@ -70,7 +78,11 @@ TagExpertOption = Annotated[
 ]
 LorasOption = Annotated[
     Path | None,
-    Option(metavar="FOLDER", help="LoRA files that tags may name. The emoji world has its own."),
+    Option(
+        metavar="FOLDER",
+        help="LoRA files that tags may name, in subfolders too; two of one name are people/fox and animals/fox. The emoji "
+        "world has its own.",
+    ),
 ]
 NamedGatesOption = Annotated[
     str,
@@ -84,9 +96,19 @@ EncoderOption = Annotated[
 ]
 CountOption = Annotated[int, Option("--k", help="At most so many LoRAs; those whose trigger words are said all count.")]
 ThresholdOption = Annotated[float, Option(help="Similarity that a LoRA needs whose trigger words are not said.")]
-SeedOption = Annotated[int, Option(help="The same seed gives the same picture.")]
+SeedOption = Annotated[int, Option(min=-1, help="The same seed gives the same picture; -1 is a random one.")]
 StepsOption = Annotated[int, Option(help="Steps of the sampler: more take longer.")]
 GuidanceOption = Annotated[float, Option(help="How strictly the prompt is followed.")]
+NegativeOption = Annotated[str, Option(metavar="PROMPT", help="What shall not be in the picture.")]
+SamplerOption = Annotated[
+    str,
+    Option(
+        metavar="NAME", help="Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own."
+    ),
+]
+WidthOption = Annotated[int | None, Option(help="In pixels, rounded to what the base can draw. Default: the base's own.")]
+HeightOption = Annotated[int | None, Option(help="As --width.")]
+OverwriteOption = Annotated[bool, Option("--overwrite", help="Write over a file that is there.")]
 JsonOption = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 VerboseOption = Annotated[
@@ -100,30 +122,90 @@ VerboseOption = Annotated[
 ]
 
 
+memory = functools.partial(Option, rich_help_panel="The base model on this machine")
+OPENING: dict[str, Any] = {  # options of commands that draw -> their types and defaults
+    "config": (
+        Annotated[
+            str | None,
+            memory(
+                metavar="FOLDER",
+                help="For a checkpoint: a diffusers folder of the same kind of model, whose weights are not needed, or a "
+                "hub id. Default: that of the Forge folder around it, else the official one.",
+            ),
+        ],
+        None,
+    ),
+    "dtype": (
+        Annotated[
+            str | None,
+            memory(help="float32, float16 or bfloat16. Default: float32 on a CPU, half precision on a GPU."),
+        ],
+        None,
+    ),
+    "offload": (
+        Annotated[
+            str | None,
+            memory(help="none, model or sequential: what leaves the GPU while it is not used. Default: what fits."),
+        ],
+        None,
+    ),
+    "slicing": (Annotated[bool, memory("--slicing", help="Attention head by head: less memory, more time.")], False),
+    "tiling": (
+        Annotated[bool | None, memory("--tiling/--no-tiling", help="Large pictures by tiles. Default: with offloading.")],
+        None,
+    ),
+    "compiled": (Annotated[bool, memory("--compile", help="Minutes at the first picture, faster from then on.")], False),
+}
+
+
+def opens_base(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of OPENING, which reach it as one mapping, `opening`."""
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        opening = {name: given.pop(name) for name in OPENING}
+        command(**given, opening=opening)
+
+    parameters = [p for p in own.parameters.values() if p.name != "opening"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [p.replace(kind=kind) for p in parameters]
+    parameters += [inspect.Parameter(n, kind, default=default, annotation=a) for n, (a, default) in OPENING.items()]
+    vars(run)["__signature__"] = own.replace(parameters=parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
 def chosen_device(device: str | None) -> str:
     """The device of --device: by default the GPU, where there is one."""
-    import torch
+    from mole_diffusers.studio.memory import Memory
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Memory(device).completed("").device or "cpu"
 
 
-def pipeline(base: str, device: str | None = None, *, half: bool = True) -> Any:
-    """The pipeline of --base, in half precision on a GPU. Calls that take two seconds or more show a bar."""
-    import torch
+def pipeline(base: str, device: str | None = None, *, half: bool = True, opening: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline of --base. Calls that take two seconds or more show a bar.
 
-    device = chosen_device(device)
+    Args:
+        half: whether the precision may be less than float32.
+        opening: values of OPENING; where given, how the base was opened is said on stderr.
+    """
+    return opened(base, device, half=half, opening=opening).pipe
+
+
+def opened(base: str, device: str | None = None, *, half: bool = True, opening: Mapping[str, Any] | None = None) -> Base:
+    """As `pipeline`, with what is known of it."""
+    from mole_diffusers.studio.base_models import open_base
+    from mole_diffusers.studio.memory import Memory
+
+    options = dict(opening or ({} if half else {"dtype": "float32", "offload": "none"}))
+    config = options.pop("config", None)
     with busy(f"loading {base}"):
-        if base == WORLD:
-            from mole_diffusers.emoji.world import emoji_world
-
-            pipe = emoji_world(device=device).pipe
-        else:
-            from diffusers import DiffusionPipeline
-
-            dtype = torch.float16 if half and device.startswith("cuda") else torch.float32
-            pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
-    pipe.set_progress_bar_config(delay=2, leave=False)
-    return pipe
+        found = open_base(base, config=config, memory=Memory(device, **options))
+    found.pipe.set_progress_bar_config(delay=2, leave=False)
+    if opening is not None:
+        print(found, file=sys.stderr)
+    return found
 
 
 def named_values(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
@@ -189,7 +271,13 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
 
 
 def open_studio(
-    base: str, device: str | None, *, loras: Path | None, trained: Path | None, experts: Sequence[str] = ()
+    base: str,
+    device: str | None,
+    *,
+    loras: Path | None,
+    trained: Path | None,
+    experts: Sequence[str] = (),
+    opening: Mapping[str, Any] | None = None,
 ) -> Studio:
     """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
     from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
@@ -209,13 +297,31 @@ def open_studio(
         catalog.add_lora(name, Path(file))
     for name, folder in (folder_gates(trained) if trained else {}).items():
         catalog.add_gates(name, folder)
-    return Studio(pipeline(base, device), catalog, base)
+    found = opened(base, device, opening=opening)
+    return Studio(found.pipe, catalog, found.name)
+
+
+def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
+    """Where a file goes: --out, or a name of its own that is free here (grid.png, grid-2.png, ...).
+
+    Raises ValueError where --out is there already, without --overwrite.
+    """
+    if out is None:
+        path = Path(default)
+        names = (path.with_stem(f"{path.stem}-{i}") for i in range(2, 1_000_000))
+        return path if overwrite or not path.exists() else next(name for name in names if not name.exists())
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give the name of a file in it")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} is there already; give another --out, or --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def first_recipe(studio: Studio, **changes: Any) -> Recipe:
-    """A recipe at the pipeline's own picture size, with `changes`."""
+    """A recipe at the pipeline's own picture size, with those of `changes` that are not None."""
     from mole_diffusers.studio.recipe import Recipe
 
-    pipe = studio.pipe
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return Recipe(**{"prompt": "", "width": side, "height": side, "gates": "auto", "base": studio.base, **changes})
+    side = studio.default_side
+    given = {name: value for name, value in changes.items() if value is not None}
+    return Recipe(**{"prompt": "", "width": side, "height": side, "gates": "auto", "base": studio.base, **given})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,22 +17,33 @@ from mole_diffusers.cli.common import (
     DeviceOption,
     ExpertOption,
     GuidanceOption,
+    HeightOption,
     JsonOption,
+    NegativeOption,
+    OverwriteOption,
+    SamplerOption,
     StepsOption,
     VerboseOption,
+    WidthOption,
     experts_for,
     named_values,
+    opens_base,
     pipeline,
+    target,
 )
 
 if TYPE_CHECKING:
     from mole_diffusers.mixture import Mixture
 
-FirstSeedOption = Annotated[int, Option(help="Seed of the first row; each further row adds 1.")]
+FirstSeedOption = Annotated[int, Option(min=-1, help="Seed of the first row, -1 for a random one; each further row adds 1.")]
 RowsOption = Annotated[int, Option(help="Pictures per column, each with its own seed.")]
-SheetOption = Annotated[Path, Option(metavar="PNG", help="Where the pictures go, side by side.")]
+SheetOption = Annotated[
+    Path | None,
+    Option(metavar="PNG", help="Where the pictures go, side by side. Default: a new grid.png, grid-2.png, ..."),
+]
 
 
+@opens_base
 def compose(
     prompt: Annotated[str, Argument(help="What to draw.")] = "noto drawing of a sunflower and a doughnut",
     expert: ExpertOption = NONE,
@@ -54,9 +66,15 @@ def compose(
     rows: RowsOption = 4,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 3.0,
-    out: SheetOption = Path("grid.png"),
+    negative: NegativeOption = "",
+    sampler: SamplerOption = "",
+    width: WidthOption = None,
+    height: HeightOption = None,
+    out: SheetOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
+    opening: Any = None,
 ) -> None:
     """Draw a prompt with several LoRAs, beside the base, each LoRA alone and the plain sum.
 
@@ -69,13 +87,15 @@ def compose(
     if "<lora:" in prompt:
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
     seeds = row_seeds(seed, rows)
+    path = target(out, "grid.png", overwrite=overwrite)
     experts = experts_for(base, dict(named_values(expert, "--expert")), prompt)
     from mole_diffusers.binding.config import parse_binding
-    from mole_diffusers.inspection.compare import columns, sample
+    from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
-    pipe = pipeline(base, device)
+    pipe = pipeline(base, device, opening=opening)
+    call = call_options(pipe, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
@@ -83,10 +103,43 @@ def compose(
     pictures = {}
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
-            pictures[label] = sample(pipe, prompt, seeds, num_inference_steps=steps, guidance_scale=guidance)
-    write_sheet(pictures, seeds, out)
-    facts = {"out": str(out), "prompt": prompt, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
-    print(json.dumps(facts) if as_json else f"{prompt}: {out}")
+            pictures[label] = drawn(pipe, prompt, negative, seeds, call)
+    about = {"prompt": prompt, "negative": negative, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
+    about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}
+    about |= {"seeds": seeds, "sampler": sampler, **call}
+    write_sheet(pictures, seeds, path, about)
+    print(json.dumps({"out": str(path), **about}) if as_json else f"{prompt}: {path}")
+
+
+def call_options(
+    pipe: Any, *, steps: int, guidance: float, sampler: str, width: int | None, height: int | None
+) -> dict[str, Any]:
+    """The options of a pipeline call as asked, with the size rounded; the sampler is put on the pipeline."""
+    from mole_diffusers.studio.picture_passes import drawable
+    from mole_diffusers.studio.samplers import sampler as scheduler
+
+    pipe.scheduler = scheduler(sampler, pipe.scheduler)
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    if width or height:
+        size = drawable(pipe, width or height or 0, height or width or 0)
+        call |= dict(zip(("width", "height"), size, strict=True))
+    return call
+
+
+def drawn(pipe: Any, prompt: str, negative: str, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:
+    """One picture per seed, each from a generator of its own."""
+    import torch
+
+    from mole_diffusers.studio.prompt_weights import call_arguments
+
+    texts = call_arguments(pipe, prompt, negative, guided=call["guidance_scale"] > 1)
+    rows = {
+        name: [value] * len(seeds) if isinstance(value, str) else value.repeat_interleave(len(seeds), 0)
+        for name, value in texts.items()
+        if value is not None
+    }
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipe(**rows, generator=generators, **call).images
 
 
 def _world_gates(experts: Mapping[str, Any]) -> str | Path:
@@ -100,13 +153,14 @@ def row_seeds(seed: int, rows: int) -> list[int]:
     """The seed of each row."""
     if rows < 1:
         raise ValueError(f"--rows must be 1 or more, got {rows}")
-    return list(range(seed, seed + rows))
+    first = secrets.randbelow(1 << 32) if seed == -1 else seed
+    return list(range(first, first + rows))
 
 
-def write_sheet(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path) -> None:
-    """Write pictures by column label, one per seed, as one sheet."""
+def write_sheet(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path, about: dict[str, Any]) -> None:
+    """Write pictures by column label, one per seed, as one sheet; `about` is kept in the file."""
     from mole_diffusers.inspection.compare import image_grid
+    from mole_diffusers.studio.xy_grid import save_sheet
 
     rows = [[images[i] for images in columns.values()] for i in range(len(seeds))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, list(columns), [f"seed {s}" for s in seeds]).save(path)
+    save_sheet(image_grid(rows, list(columns), [f"seed {s}" for s in seeds]), path, {"columns": list(columns), **about})

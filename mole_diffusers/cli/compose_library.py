@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -16,19 +15,35 @@ from mole_diffusers.cli.common import (
     DeviceOption,
     EncoderOption,
     GuidanceOption,
+    HeightOption,
     JsonOption,
     LibraryOption,
+    NegativeOption,
+    OverwriteOption,
+    SamplerOption,
     StepsOption,
     ThresholdOption,
     VerboseOption,
+    WidthOption,
+    opens_base,
     pipeline,
+    target,
 )
-from mole_diffusers.cli.compose import FirstSeedOption, RowsOption, SheetOption, row_seeds, write_sheet
+from mole_diffusers.cli.compose import (
+    FirstSeedOption,
+    RowsOption,
+    SheetOption,
+    call_options,
+    drawn,
+    row_seeds,
+    write_sheet,
+)
 from mole_diffusers.cli.retrieve import in_words, open_library
 
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 
+@opens_base
 def compose_library(
     prompt: Annotated[str, Argument(help="What to draw.")],
     library: LibraryOption,
@@ -46,28 +61,41 @@ def compose_library(
     rows: RowsOption = 4,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 3.0,
-    out: SheetOption = Path("grid.png"),
+    negative: NegativeOption = "",
+    sampler: SamplerOption = "",
+    width: WidthOption = None,
+    height: HeightOption = None,
+    out: SheetOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
+    opening: Any = None,
 ) -> None:
     """Find the LoRAs that a prompt asks for in a library, and draw it without and with them."""
-    from mole_diffusers.inspection.compare import sample
     from mole_diffusers.retrieval.composing import composed, report
 
     if "<lora:" in prompt:
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
     seeds = row_seeds(seed, rows)
-    pipe = pipeline(base, device)
+    path = target(out, "grid.png", overwrite=overwrite)
+    pipe = pipeline(base, device, opening=opening)
     found_in = open_library(library, pipe, encoder)
-    call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    pictures = {"base": sample(pipe, prompt, seeds, **call)}
+    call = call_options(pipe, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
+    pictures = {"base": drawn(pipe, prompt, negative, seeds, call)}
     with composed(found_in, pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
-        pictures[f"found ({mode})"] = sample(pipe, prompt, seeds, **call)
-    write_sheet(pictures, seeds, out)
+        pictures[f"found ({mode})"] = drawn(pipe, prompt, negative, seeds, call)
     found, weights = composition.found[0], composition.sets[0]
+    about: dict[str, Any] = {
+        "prompt": prompt,
+        "negative": negative,
+        "found": report(found_in, found),
+        "weights": weights,
+        "mode": mode,
+    }
+    about |= {"gates": gates, "base": base, "seeds": seeds, "sampler": sampler, **call}
+    write_sheet(pictures, seeds, path, about)
     if as_json:
-        facts = {"out": str(out), "prompt": prompt, "found": report(found_in, found), "weights": weights}
-        print(json.dumps(facts | {"mode": mode, "gates": gates}))
+        print(json.dumps({"out": str(path), **about}))
         return
     shares = ", ".join(f"{name} x {weight:.3g}" for name, weight in weights.items()) or "the base alone"
-    print(f"{in_words(found, found_in)}\ndrawn with {shares}, {mode}: {out}")
+    print(f"{in_words(found, found_in)}\ndrawn with {shares}, {mode}: {path}")

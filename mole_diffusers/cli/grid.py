@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -12,23 +13,33 @@ from mole_diffusers.cli.common import (
     BaseOption,
     DeviceOption,
     GuidanceOption,
+    HeightOption,
+    JsonOption,
     LorasOption,
     NamedGatesOption,
+    NegativeOption,
+    OverwriteOption,
+    SamplerOption,
     SeedOption,
     StepsOption,
     TrainedOption,
     VerboseOption,
+    WidthOption,
     first_recipe,
     open_studio,
+    opens_base,
+    target,
 )
 
 
+@opens_base
 def grid(
     prompt: Annotated[str, Argument(help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.")],
     x: Annotated[
         str, Option("--x", metavar="AXIS", help="What changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...")
     ] = "arm=base,sum,gates",
     y: Annotated[str, Option("--y", metavar="AXIS", help="What changes from top to bottom.")] = "seed=0,1,2",
+    negative: NegativeOption = "",
     loras: LorasOption = None,
     gates: NamedGatesOption = "auto",
     trained: TrainedOption = None,
@@ -37,18 +48,33 @@ def grid(
     seed: SeedOption = 0,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 3.0,
-    out: Annotated[Path, Option(metavar="PNG", help="Where the grid goes.")] = Path("grid.png"),
+    sampler: SamplerOption = "",
+    width: WidthOption = None,
+    height: HeightOption = None,
+    out: Annotated[
+        Path | None, Option(metavar="PNG", help="Where the grid goes. Default: a new grid.png, grid-2.png, ...")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
     verbose: VerboseOption = False,
+    opening: Any = None,
 ) -> None:
-    """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, steps, guidance or sampler."""
+    """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, steps, guidance or sampler.
+
+    The PNG holds the recipe and both axes.
+    """
     from tqdm import tqdm
 
-    from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
+    from mole_diffusers.studio.xy_grid import cells, parse_axis, save, sheet
 
     across, down = parse_axis(x), parse_axis(y)
-    studio = open_studio(base, device, loras=loras, trained=trained)
-    first = first_recipe(studio, prompt=prompt, gates=gates, seed=seed, steps=steps, guidance=guidance)
-    rows = cells(studio.complete(first), across, down)
+    path = target(out, "grid.png", overwrite=overwrite)
+    studio = open_studio(base, device, loras=loras, trained=trained, opening=opening)
+    settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "sampler": sampler}
+    first = studio.complete(
+        first_recipe(studio, prompt=prompt, negative=negative, gates=gates, width=width, height=height, **settings)
+    )
+    rows = cells(first, across, down)
     with tqdm(total=len(rows) * len(rows[0]), desc="pictures", delay=2, leave=False) as bar:
         pictures = []
         for row in rows:
@@ -57,6 +83,6 @@ def grid(
                 drawn.append(studio.draw(studio.complete(cell)))
                 bar.update()
             pictures.append(drawn)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pictures, across, down).save(out)
-    print(f"{len(rows)} x {len(rows[0])} pictures: {out}")
+    save(sheet(pictures, across, down), path, first, x, y)
+    facts = {"out": str(path), "x": x, "y": y, **first.to_dict()}
+    print(json.dumps(facts) if as_json else f"{len(rows)} x {len(rows[0])} pictures: {path}")

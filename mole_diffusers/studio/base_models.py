@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
     if base == WORLD:
         from mole_diffusers.emoji.world import emoji_world
 
-        memory = memory.completed("StableDiffusionPipeline")
+        memory = replace(memory, dtype=memory.dtype or "float32").completed("StableDiffusionPipeline")
         pipe = emoji_world(dtype=memory.torch_dtype).pipe
         return Base(pipe, base, place(pipe, memory))
     found = find_base(base)
@@ -95,9 +95,9 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     known = [folder / place for place in PLACES if (folder / place).is_dir()]
-    starts = [root.rglob for root in known] or [folder.glob, lambda end: folder.glob(f"*/{end}")]
-    saved = [index.parent for start in starts for index in start(INDEX)]
-    files = [path for start in starts for path in start("*.safetensors")]
+    patterns = [(root, "**/") for root in known] or [(folder, ""), (folder, "*/")]
+    saved = [index.parent for root, inside in patterns for index in root.glob(f"{inside}{INDEX}")]
+    files = [path for root, inside in patterns for path in root.glob(f"{inside}*.safetensors")]
     return by_name([*saved, *(f for f in files if not any(f.is_relative_to(s) for s in saved))], folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Memory:
             )
         wide = kind.startswith(("Flux", "StableDiffusion3"))  # whose activations float16 cannot hold
         dtype = "float32" if device == "cpu" else "bfloat16" if wide else "float16"
-        return _replaced(self, device=device, dtype=self.dtype or dtype)
+        return replace(self, device=device, dtype=self.dtype or dtype)
 
     def fitted(self, sizes: dict[str, int], free: int | None) -> Memory:
         """With the offloading and tiling that weights of these sizes need.
@@ -65,7 +65,7 @@ class Memory:
         fits = free is None or sum(sizes.values()) + ROOM <= free
         offload = "none" if fits else "model" if free and max(sizes.values()) + ROOM <= free else "sequential"
         offload = self.offload or offload
-        return _replaced(self, offload=offload, tiling=offload != "none" if self.tiling is None else self.tiling)
+        return replace(self, offload=offload, tiling=offload != "none" if self.tiling is None else self.tiling)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -95,10 +95,6 @@ def place(pipe: Any, memory: Memory) -> Memory:
     if memory.compiled:
         models["unet" if "unet" in models else "transformer"].compile()
     return memory
-
-
-def _replaced(memory: Memory, **changes: Any) -> Memory:
-    return Memory(**{**vars(memory), **changes})
 
 
 def _gpu() -> str | None:

@@ -57,7 +57,8 @@ class Studio:
     @property
     def default_side(self) -> int:
         """The side of the base's own pictures, in pixels."""
-        side = getattr(self.pipe, "default_sample_size", None) or denoiser(self.pipe).config.sample_size
+        network: Any = denoiser(self.pipe)
+        side = getattr(self.pipe, "default_sample_size", None) or network.config.sample_size
         return int(side * self.pipe.vae_scale_factor)
 
     def misfit(self, name: str) -> str:
@@ -202,7 +203,7 @@ class Studio:
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance,
                 generator=torch.Generator("cpu").manual_seed(recipe.seed),
-                callback_on_step_end=schedule.on_step(None if on_step is None else _callback(on_step, steps)),
+                callback_on_step_end=schedule.on_step(None if on_step is None else _callback(on_step, steps, size)),
             ).images[0]
 
     def _drawing_over(self, *, masked: bool) -> Any:
@@ -257,12 +258,10 @@ class Studio:
             pipe.scheduler = self._own_scheduler
 
 
-def with_pictures(recipe: Recipe, image: Image.Image | None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that a mask shows in white."""
-    hashes = {"image": image, "mask": mask}
-    return dataclasses.replace(
-        recipe, **{name: "" if given is None else picture_passes.pixels_hash(given) for name, given in hashes.items()}
-    )
+def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
+    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was."""
+    first, second = ("" if given is None else picture_passes.pixels_hash(given) for given in (image, mask))
+    return dataclasses.replace(recipe, image=first, mask=second)
 
 
 def _fixed_weights(arm: str, mixture: Mixture) -> dict[str, float] | None:
@@ -275,7 +274,7 @@ def _fixed_weights(arm: str, mixture: Mixture) -> dict[str, float] | None:
     return dict.fromkeys(mixture.experts, 1.0) if kind == "sum" else None
 
 
-def _callback(on_step: OnStep, steps: int) -> Callable[[Any, int, Any, dict], dict]:
+def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[Any, int, Any, dict], dict]:
     """`on_step` as a `callback_on_step_end` of diffusers, once for each step: some samplers evaluate the denoiser twice."""
     told = 0
 
@@ -283,8 +282,10 @@ def _callback(on_step: OnStep, steps: int) -> Callable[[Any, int, Any, dict], di
         nonlocal told
         done = min(index // pipe.scheduler.order + 1, steps)
         if done > told:
-            told = done
-            on_step(done, kwargs["latents"])
+            told, latents = done, kwargs["latents"]
+            if latents.dim() == 3:  # Flux's, as a sequence of patches
+                latents = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
+            on_step(done, latents)
         return kwargs
 
     return callback

@@ -59,7 +59,7 @@ def test_retrieve_says_what_and_why(folder, capsys):
 
 def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, capsys):
     prompt, out = "duotone drawing of a fox", tmp_path / "new" / "found.png"
-    found = ["--library", str(folder), "--threshold", "0.9", "--out", str(out)]
+    found = ["--library", str(folder), "--threshold", "0.9", "--out", str(out), "--overwrite"]
     assert main(["compose-library", prompt, *found, *DRAW, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in facts["found"]] == ["duotone", "fox"]
@@ -74,9 +74,7 @@ def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, 
     assert main(["compose-library", prompt, *found, *DRAW, "--mode", "mixture", "--k", "2"]) == 0
     said = capsys.readouterr().out
     assert "fox: the prompt says its trigger 'fox'\ndrawn with duotone x 0.5, fox x 0.5, mixture: " in said
-    assert (
-        main(["compose-library", "a bear", "--library", str(folder), "--threshold", "0.99", *DRAW, "--out", str(out)]) == 0
-    )
+    assert main(["compose-library", "a bear", "--library", str(folder), "--threshold", "0.99", *DRAW, *found[4:]]) == 0
     assert "drawn with the base alone" in capsys.readouterr().out
     alone = pixels(out)
     assert np.array_equal(alone[30:, first], alone[30:, second])

@@ -185,8 +185,11 @@ def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
     studio = Studio(pipe, Catalog(loras, {}), host)
     assert studio.default_side >= 32
     recipe = studio.complete(dataclasses.replace(RECIPE, steps=2, sampler="euler", hires=1.5))
-    drawn = studio.draw(recipe)
+    shapes = []
+    drawn = studio.draw(recipe, on_step=lambda _, latents: shapes.append(tuple(latents.shape)))
     assert drawn.size == (48, 48)
+    assert shapes[0] == (1, 4, 16, 16)
+    assert shapes[-1] == (1, 4, 24, 24)
     assert far(studio.draw(dataclasses.replace(recipe, arm="base")), drawn) > 0
     over = studio.complete(with_pictures(dataclasses.replace(RECIPE, steps=2, width=48, strength=0.5), photo))
     assert studio.draw(over, image=photo).size == (48, 32)

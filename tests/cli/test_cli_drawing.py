@@ -1,0 +1,141 @@
+"""What the commands that draw share: where pictures go, how the base is opened, and every setting of a recipe."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from single_file import save_single_file
+
+from mole_diffusers.cli import main, parser
+from mole_diffusers.cli.common import OPENING
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.xy_grid import axes_in
+from mole_diffusers.testing import tiny_pipeline
+
+DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def base(loras, tmp_path_factory):
+    """Options for a checkpoint file and its LoRAs."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_pipeline().save_pretrained(folder / "config")
+    save_single_file(tiny_pipeline(), folder / "dream.safetensors")
+    files = ["--base", str(folder / "Dream"), "--config", str(folder / "config")]
+    return [*files, "--loras", str(loras["fox"].parent), "--device", "cpu"]
+
+
+def run(argv, capsys):
+    """What a command prints as JSON, and the lines on stderr."""
+    assert main([*argv, "--json"]) == 0
+    said = capsys.readouterr()
+    return json.loads(said.out.splitlines()[-1]), said.err.splitlines()
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_checkpoint_file_in_a_models_folder_by_name(base, tmp_path, capsys):
+    facts, said = run([*DRAW, *base, "--dtype", "bfloat16", "--slicing", "--out", str(tmp_path / "a.png")], capsys)
+    assert facts["base"].endswith("dream.safetensors")
+    assert said[-1].endswith("dream.safetensors: StableDiffusionPipeline, cpu, bfloat16, attention slicing")
+    again = ["redraw", str(tmp_path / "a.png"), *base, "--dtype", "bfloat16", "--slicing", "--out", str(tmp_path / "b.png")]
+    assert main(again) == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    assert main([*DRAW, *base[2:], "--base", str(tmp_path / "dreem")]) == 1
+    assert "there is no model 'dreem' in" in capsys.readouterr().err
+    assert main([*DRAW, *base, "--offload", "model"]) == 1
+    assert "offload 'model' keeps what is not used off the GPU, and there is none" in capsys.readouterr().err
+    assert main([*DRAW, *base, "--dtype", "int8"]) == 1
+    assert "unknown dtype 'int8'; known: float32, float16, bfloat16" in capsys.readouterr().err
+
+
+def test_every_command_that_draws_opens_the_base_as_asked():
+    for name in ("draw", "redraw", "grid", "compose", "compose-library", "app"):
+        assert set(OPENING) <= {option.name for option in parser().commands[name].params}, name
+
+
+def test_pictures_are_written_where_it_says_and_over_nothing(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written = [run([*DRAW, *base], capsys)[0]["out"] for _ in range(3)]
+    assert written == ["picture.png", "picture-2.png", "picture-3.png"]
+    before = (tmp_path / "picture.png").read_bytes()
+    for argv in (DRAW, ["redraw", "picture-2.png"], ["grid", "a fox <lora:fox:1>"], ["compose", "a fox"]):
+        assert main([*argv, "--out", "picture.png"]) == 1
+        assert "picture.png is there already; give another --out, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "picture.png").read_bytes() == before
+    facts, _ = run([*DRAW, *base, "--seed", "3", "--out", "picture.png", "--overwrite"], capsys)
+    assert facts["out"] == "picture.png"
+    assert infotext.read(tmp_path / "picture.png").seed == 3
+    assert main([*DRAW, "--out", str(tmp_path)]) == 1
+    assert "is a folder; give the name of a file in it" in capsys.readouterr().err
+
+
+def test_every_setting_reaches_the_recipe(base, tmp_path, capsys):
+    settings = ["--negative", "blur", "--sampler", "euler A", "--width", "43", "--height", "32", "--seed", "-1"]
+    facts, said = run([*DRAW, *base, *settings, "--hires", "1.5", "--steps", "2", "--out", str(tmp_path / "a.png")], capsys)
+    assert (facts["negative"], facts["sampler"], facts["width"], facts["height"]) == ("blur", "Euler a", 40, 32)
+    assert facts["seed"] >= 0
+    assert facts["hires"] == 1.5
+    assert "note: 43 x 32 is rounded to 40 x 32 pixels" in said
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (64, 48)
+    weighed = [DRAW[0], "a (fox:1.5), far in the east <lora:fox:1>", *DRAW[2:], *base, "--out"]
+    assert main([*weighed, str(tmp_path / "w.png")]) == 0
+    assert main([DRAW[0], "a (fox <lora:fox:1>", *base]) == 1
+    assert r"the prompt does not close the ( before 'fox'" in capsys.readouterr().err
+    assert main([*DRAW, *base, "--sampler", "best"]) == 1
+    assert "unknown sampler 'best'; known: DDIM, Euler" in capsys.readouterr().err
+
+
+def test_drawing_over_a_picture_and_again(base, tmp_path, capsys):
+    Image.effect_noise((48, 32), 90).convert("RGB").save(tmp_path / "photo.png")
+    Image.linear_gradient("L").resize((48, 32)).save(tmp_path / "mask.png")
+    over = ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    out = tmp_path / "over.png"
+    facts, _ = run([*DRAW[:2], "--steps", "4", *base, *over, "--strength", "0.5", "--out", str(out)], capsys)
+    assert (facts["width"], facts["height"], facts["strength"]) == (48, 32, 0.5)
+    again = ["redraw", str(out), *base]
+    assert main([*again, *over, "--out", str(tmp_path / "again.png")]) == 0
+    assert np.array_equal(pixels(out), pixels(tmp_path / "again.png"))
+    assert main([*again, "--out", str(tmp_path / "none.png")]) == 1
+    assert "needs the picture that it was made with as its image" in capsys.readouterr().err
+    assert main([*DRAW, *base, *over[2:]]) == 1
+    assert "--mask shows a part of a picture: give --image" in capsys.readouterr().err
+    (tmp_path / "text.png").write_text("<html>")
+    assert main([*DRAW, *base, "--image", str(tmp_path / "text.png")]) == 1
+    assert "text.png is not a picture that can be read" in capsys.readouterr().err
+
+
+def test_grids_say_what_they_show(base, tmp_path, capsys):
+    axes = ["--x", "sampler=Euler,UniPC", "--y", "seed=1"]
+    facts, _ = run(["grid", "a fox <lora:fox:1>", *base, *axes, "--steps", "1", "--out", str(tmp_path / "g.png")], capsys)
+    assert (facts["x"], facts["prompt"]) == ("sampler=Euler,UniPC", "a fox <lora:fox:1>")
+    assert axes_in(tmp_path / "g.png") == {"x": "sampler=Euler,UniPC", "y": "seed=1"}
+    assert infotext.read(tmp_path / "g.png").experts == facts["experts"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="x.png is not a grid"):
+        axes_in(tmp_path / "x.png")
+
+
+def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
+    files = [f"--expert={name}={loras[name]}" for name in ("fox", "ink")]
+    where = [base[0], base[1], base[2], base[3], "--device", "cpu", *files, "--rows", "2", "--steps", "2"]
+    out = {name: str(tmp_path / f"{name}.png") for name in ("plain", "one", "weighed", "other")}
+    plain, _ = run(["compose", "a fox in ink", *where, "--seed", "-1", "--out", out["plain"]], capsys)
+    seed = plain["seeds"][0]
+    assert plain["seeds"] == [seed, seed + 1]
+    assert axes_in(out["plain"]) == {k: v for k, v in plain.items() if k != "out"} | {"columns": plain.get("columns") or (
+        ["base", "fox alone", "ink alone", "sum", "bound"])}  # fmt: skip
+    again = [*where, "--seed", str(seed)]
+    run(["compose", "a (fox:1) in ink", *again, "--out", out["one"]], capsys)
+    run(["compose", "a (fox:1.6) in ink", *again, "--out", out["weighed"]], capsys)
+    other = ["--negative", "blur", "--sampler", "Euler", "--width", "43"]
+    facts, _ = run(["compose", "a fox in ink", *again, *other, "--out", out["other"]], capsys)
+    assert (facts["sampler"], facts["width"], facts["height"]) == ("Euler", 40, 40)
+    assert np.array_equal(pixels(out["plain"]), pixels(out["one"]))
+    assert not np.array_equal(pixels(out["plain"]), pixels(out["weighed"]))
+    assert not np.array_equal(pixels(out["plain"]), pixels(out["other"]))
