@@ -153,7 +153,7 @@ def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Ten
     """
     left, a = torch.linalg.qr(up.flatten(1))  # [Cout, R], [R, R]
     right, b = torch.linalg.qr(down.flatten(1).T)  # [Cin k k, R], [R, R]
-    u, values, v = torch.linalg.svd(a @ b.T)
+    u, values, v = torch.linalg.svd(a @ b.T, full_matrices=False)
     u, root, v = u[:, :rank], values[:rank].sqrt(), v[:rank]
     small_down = (right @ (root[:, None] * v).T).T  # [r, Cin k k]
     small_up = left @ (u * root)  # [Cout, r]

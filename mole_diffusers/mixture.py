@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,6 +38,7 @@ from mole_diffusers.patching.undo import Undo
 
 Source = str | Path | Expert
 Gates = str | Path | GateConfig
+MOST = 1e6  # a strength; far more than any picture survives, and few enough that products stay numbers
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 
 
@@ -127,7 +129,7 @@ class Mixture:
         """Replace every gate: these weights everywhere, 0 for experts not named; strengths and `only` do not count."""
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
-            values[self._index(name)] = float(weight)
+            values[self._index(name)] = self._finite(name, weight)
         with self._with_settings(fixed=values):
             yield
 
@@ -145,7 +147,7 @@ class Mixture:
         table = torch.zeros(len(sets), len(self.experts))  # [b, N]
         for row, chosen in enumerate(sets):
             for name, factor in chosen.items():
-                table[row, self._index(name)] = factor
+                table[row, self._index(name)] = self._finite(name, factor)
         with self._with_settings(rows=table, images=images):
             yield
 
@@ -167,7 +169,7 @@ class Mixture:
 
         A new text starts over. With gradients, and in a compiled model, they are evaluated in each.
         """
-        if calls < 1:
+        if not isinstance(calls, int) or calls < 1:
             raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")
         with self._with_settings(every=calls):
             yield
@@ -324,8 +326,10 @@ class Mixture:
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
-        if abs(value) <= torch.finfo(torch.float32).max:
+        if abs(value) <= MOST:
             return float(value)
+        if math.isfinite(value):
+            raise ValueError(f"the strength of {name!r} must be in -{MOST:g}..{MOST:g}, got {value}")
         raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
 
     def _index(self, name: str) -> int:

@@ -47,6 +47,7 @@ from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.lora.whole_files import link_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_atomically, save_expert
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.adapter_weights import AdapterWeights
@@ -221,14 +222,15 @@ class DropIn:
         `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)` asks for.
         """
         folder, mixture = Path(save_directory), self.mixture
-        if mixture is not None:
-            keep(mixture, folder / KEPT)
-        elif (folder / KEPT).exists():
-            shutil.rmtree(folder / KEPT)  # of what was saved there before
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
-        with nullcontext() if mixture is None else mixture.lifted():
-            super().save_pretrained(str(folder), *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        with new_folder(folder) as part:
+            if mixture is not None:
+                keep(mixture, part / KEPT)
+            (part / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
+            with nullcontext() if mixture is None else mixture.lifted():
+                super().save_pretrained(str(part), *args, **kwargs)  # type: ignore[misc]
+            link_missing(folder, part, without=KEPT)  # another variant of the weights, say
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -422,7 +424,7 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
 
 def _kept(source: str | Path, **hub: Any) -> Path | None:
     """The folder with the mixture of a saved pipeline, here or on the hub; None where it has none."""
-    folder = Path(source)
+    folder = whole_folder(Path(source))
     if not folder.is_dir():
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{KEPT}/*"], **hub))
     return folder / KEPT if (folder / KEPT).is_dir() else None
@@ -433,10 +435,12 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
 
     An expert's file is copied as it is. One that is in memory alone, or was changed since, is written in fp32.
     """
-    whole = Path(folder)
-    folder = whole.with_name(f"{whole.name}.part")  # a reader meets the old mixture or the new one
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / EXPERTS).mkdir(parents=True)
+    with new_folder(folder) as part:
+        _keep(mixture, part)
+
+
+def _keep(mixture: Mixture, folder: Path) -> None:
+    (folder / EXPERTS).mkdir()
     kept, rows, by_block = {}, [], _block_weights(mixture)
     for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
         file = f"{i}.safetensors"
@@ -449,12 +453,6 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     checkpoint.save(folder / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
     about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
     (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n")
-    before = whole.with_name(f"{whole.name}.old")
-    shutil.rmtree(before, ignore_errors=True)
-    if whole.exists():
-        whole.rename(before)
-    folder.rename(whole)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def _keep_expert(expert: Expert, path: Path) -> Expert:

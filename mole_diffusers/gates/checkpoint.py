@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mole_diffusers.gates import GateBank, GateConfig
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.safe_files import RefusedFileError, read_json, read_safetensors
+from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json, read_safetensors
+from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.lora.writing import save_atomically
 
 VERSION = 1
@@ -31,16 +33,24 @@ class Checkpoint:
     def order(self, experts: Mapping[str, Expert]) -> list[str]:
         """The experts' names in the gates' order; RefusedFileError where the sets differ.
 
-        Gates without parameters of single experts take any experts, in the order given.
+        Gates without parameters of single experts take any experts, in the order given. Files are known by their hashes,
+        whatever they are called here; a file that the gates do not know goes by its name.
         """
         if not self.config.of_experts:
             return list(experts)
+        by_hash = {expert.sha256: name for name, expert in experts.items()}
+        columns = [about["sha256"] for about in self.experts.values()]
+        if len(by_hash) == len(experts) == len(columns) and set(by_hash) == set(columns):
+            return [by_hash[sha256] for sha256 in columns]
         if set(experts) != set(self.experts):
             raise RefusedFileError(
                 f"the gates in {self.folder} weigh {sorted(self.experts)}, but the experts given are {sorted(experts)}"
             )
         for name, expert in experts.items():
             if expert.sha256 != self.experts[name]["sha256"]:
+                if expert.sha256 in columns:
+                    known = next(other for other, about in self.experts.items() if about["sha256"] == expert.sha256)
+                    raise RefusedFileError(f"the gates in {self.folder} know the file of expert {name!r} as {known!r}")
                 warnings.warn(
                     f"expert {name!r} is not the file that the gates in {self.folder} were trained with", stacklevel=3
                 )
@@ -78,14 +88,17 @@ def save(
     experts: Mapping[str, Expert],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the folder that `load` reads."""
+    """Write the folder that `load` reads.
+
+    The weights' file also holds what config.json says, so that gates and config fit wherever a write was broken off.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
     about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
-    save_atomically(tensors, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+    save_atomically(tensors, folder / WEIGHTS, {"format": "pt", CONFIG: json.dumps(about)})
+    write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
 
 
 def load(source: str | Path) -> Checkpoint:
@@ -99,16 +112,19 @@ def load(source: str | Path) -> Checkpoint:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a gates folder: it has no {name}")
-    tensors = read_safetensors(folder / WEIGHTS).tensors
-    for name, tensor in tensors.items():
+    about, contents = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+    found = _about(folder, about)
+    if CONFIG in contents.metadata and (own := parse_json(contents.metadata[CONFIG], str(folder / WEIGHTS))) != about:
+        warnings.warn(f"{folder}: {CONFIG} is not what {WEIGHTS} was saved with, which counts", stacklevel=2)
+        found = _about(folder, own)
+    for name, tensor in contents.tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise RefusedFileError(f"the gates in {folder}: {name!r} holds values that are not finite numbers")
-    return Checkpoint(folder, *_about(folder), tensors)
+    return Checkpoint(folder, *found, contents.tensors)
 
 
-def _about(folder: Path) -> tuple[GateConfig, dict[str, dict[str, str]]]:
+def _about(folder: Path, about: Any) -> tuple[GateConfig, dict[str, dict[str, str]]]:
     """What config.json says: the gates' config, and the experts in the order of the columns."""
-    about = read_json(folder / CONFIG)
     if not isinstance(about, dict) or about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
         found = "of another kind" if not isinstance(about, dict) else f"{about.get('format')} version {about.get('version')}"
         raise RefusedFileError(

@@ -21,11 +21,30 @@ Scale = Callable[[int], float]  # rank of the file's own factors -> alpha / r
 MAX_RANK = 4096
 MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's hosts have a sixth of it
 MAX_WEIGHT = 1 << 27  # numbers in a layer's change of weight
+MAX_MADE = 1 << 29  # numbers in the factors that LoHa and LoKr layers of one file become, 2 GiB
+MAX_OPERATIONS = 1e13  # of their decompositions, about a minute
 MAX_LOHA_RANK = 1024  # of the product of its halves, 32 x 32; the cost of cutting it grows with the cube
 MAX_NUMBER = 1e12  # in a change of weight; squares of larger ones, which decompositions take, would be infinite
 
 
-def layer_weights(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str, LoraWeights]:
+class Budget:
+    """What the layers of one file may take together, so that a small file cannot ask for all memory, or an hour."""
+
+    def __init__(self) -> None:
+        self.made, self.operations = 0, 0.0
+
+    def spend(self, rank: int, rows: int, columns: int, *, operations: float) -> None:
+        """For factors [rows, rank] and [rank, columns] of one layer. Raises ValueError where it is too much."""
+        self.made += rank * (rows + columns)
+        self.operations += operations
+        if self.made > MAX_MADE or self.operations > MAX_OPERATIONS:
+            raise ValueError(
+                f"with the file's other LoHa and LoKr layers it becomes {self.made} numbers in {self.operations:.1g} "
+                f"operations; at most {MAX_MADE} and {MAX_OPERATIONS:g} are accepted"
+            )
+
+
+def layer_weights(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> tuple[str, LoraWeights]:
     """(algorithm, weights) of one layer; `tolerance` is the relative error that LoHa and LoKr may be cut with.
 
     Raises ValueError saying what is missing, does not fit, or is too large.
@@ -36,9 +55,9 @@ def layer_weights(tensors: Tensors, scale: Scale, tolerance: float) -> tuple[str
         if tensor.dim() not in (2, 4) or 0 in tensor.shape:
             raise ValueError(f"{role} has shape {list(tensor.shape)}, which is not the shape of a LoRA factor")
     if any(role.startswith("hada") for role in tensors):
-        algorithm, weights = "LoHa", _loha({role: t.float() for role, t in tensors.items()}, scale, tolerance)
+        algorithm, weights = "LoHa", _loha({role: t.float() for role, t in tensors.items()}, scale, tolerance, budget)
     elif any(role.startswith("lokr") for role in tensors):
-        algorithm, weights = "LoKr", _lokr({role: t.float() for role, t in tensors.items()}, scale, tolerance)
+        algorithm, weights = "LoKr", _lokr({role: t.float() for role, t in tensors.items()}, scale, tolerance, budget)
     else:
         weights = _lora(tensors, scale)
         algorithm = "LoCon" if weights.down.dim() == 4 and weights.down.shape[2:] != (1, 1) else "LoRA"
@@ -66,10 +85,10 @@ def _required(tensors: Tensors, *roles: str, optional: tuple[str, ...] = ()) -> 
 
 
 def _check_size(rank: int, rows: int, columns: int) -> None:
-    if rank > MAX_RANK:
-        raise ValueError(f"its rank {rank} is too large: at most {MAX_RANK} is accepted")
     if max(rows, columns) > MAX_SIDE or rows * columns > MAX_WEIGHT:
         raise ValueError(f"it changes a weight of {rows} x {columns}, larger than any layer has")
+    if rank > MAX_RANK:
+        raise ValueError(f"its rank {rank} is too large: at most {MAX_RANK} is accepted")
 
 
 # ---- LoRA and LoCon
@@ -100,7 +119,7 @@ def _tucker(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 # ---- LoHa
 
 
-def _loha(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
+def _loha(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> LoraWeights:
     _required(tensors, *(f"hada_w{i}_{half}" for i in (1, 2) for half in "ab"), optional=("hada_t1", "hada_t2"))
     if ("hada_t1" in tensors) != ("hada_t2" in tensors):
         raise ValueError("it has one of hada_t1 and hada_t2 and not the other")
@@ -111,6 +130,7 @@ def _loha(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
     _check_size(1, rows, columns)
     if (rank := len(first[1]) * len(second[1])) > MAX_LOHA_RANK:
         raise ValueError(f"the product of its ranks, {rank}, is too large: at most {MAX_LOHA_RANK} is accepted")
+    budget.spend(rank, rows, columns, operations=4.0 * rank**2 * (rows + columns + rank))
     check_memory(12 * rank * (rows + columns), "the factors of a LoHa layer take")
     up, down = hadamard(*((u, d.flatten(1)) for u, d in (first, second)))
     (up, down), error = _finite(cut, up, down, tolerance)
@@ -132,15 +152,17 @@ def _loha_half(tensors: Tensors, i: int) -> Factors:
 # ---- LoKr
 
 
-def _lokr(tensors: Tensors, scale: Scale, tolerance: float) -> LoraWeights:
+def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> LoraWeights:
     known = tuple(f"lokr_w{i}{half}" for i in (1, 2) for half in ("", "_a", "_b"))
     _required(tensors, optional=(*known, "lokr_t2"))
     (first, rank1), (second, rank2) = (_lokr_factor(tensors, i) for i in (1, 2))
     if first[1].dim() != 2:
         raise ValueError("lokr_w1 is not a matrix")
     rows, columns = (len(first[0]) * len(second[0]), first[1].shape[1] * second[1][0].numel())
-    _check_size(1, rows, columns)
     most = min(len(first[1]), len(first[0]), first[1].shape[1]) * min(len(second[1]), len(second[0]), second[1][0].numel())
+    _check_size(most, rows, columns)
+    halves = ((len(f[1]), len(f[0]) + f[1][0].numel()) for f in (first, second))
+    budget.spend(most, rows, columns, operations=sum(4.0 * rank**2 * (sides + rank) for rank, sides in halves))
     check_memory(12 * most * (rows + columns), "the factors of a LoKr layer take")
     (up, down), error = _finite(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
     inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])

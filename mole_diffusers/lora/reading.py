@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mole_diffusers.lora.algorithms import alpha_value, layer_weights
+from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import ignored, is_flux, parse_key
@@ -67,6 +67,7 @@ class _Reader:
     scalings: Mapping[str, Scaling]  # component -> for the layers that state no alpha of their own
     tolerance: float
     drop_nonfinite: bool
+    budget: Budget = field(default_factory=Budget)
     layers: dict[str, dict[str, LoraWeights]] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
     algorithms: Counter[str] = field(default_factory=Counter)
@@ -81,7 +82,7 @@ class _Reader:
             alpha = roles.pop("alpha", None)
             try:
                 scaling = Scaling(alpha_value(alpha)) if alpha is not None else self.scalings.get(component, Scaling())
-                algorithm, weights = layer_weights(roles, partial(scaling, layer), self.tolerance)
+                algorithm, weights = layer_weights(roles, partial(scaling, layer), self.tolerance, self.budget)
                 made = split_fused(layer, weights) if component == "transformer" else {layer: weights}
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None

@@ -217,6 +217,8 @@ def _entry(key: str, value: Any, path: Path) -> _Entry:
         raise RefusedFileError(f"{path}: tensor {key!r} has a shape that is not a list of at most {MAX_DIMS} whole numbers")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise RefusedFileError(f"{path}: tensor {key!r} has offsets that are not a begin and an end")
+    if math.prod(max(1, side) for side in shape) >= 1 << 63:
+        raise RefusedFileError(f"{path}: tensor {key!r} has shape {shape}, which no memory could hold")
     if (wanted := math.prod(shape) * DTYPES[name].itemsize) != offsets[1] - offsets[0]:
         raise RefusedFileError(f"{path}: tensor {key!r} of shape {shape} takes {wanted} bytes, its offsets say otherwise")
     return _Entry(key, DTYPES[name], tuple(shape), *offsets)

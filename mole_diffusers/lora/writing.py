@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mole_diffusers.lora import KOHYA_PREFIXES, ONETRAINER_PREFIX, PEFT_METADATA, Expert, LoraWeights
+from mole_diffusers.lora.whole_files import new_file
 
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # component -> {module name in the host: weights}
 FORMATS = ("diffusers", "kohya")
@@ -67,7 +68,6 @@ def write_lora(
                 tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
 
 
@@ -110,12 +110,8 @@ def save_atomically(tensors: Mapping[str, torch.Tensor], path: str | Path, metad
 
     Raises OSError if it cannot be written, for example because the disk is full (safetensors raises its own type).
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.part")
     try:
-        save_file(dict(tensors), temporary, dict(metadata))
-        temporary.replace(path)
+        with new_file(path) as part:
+            save_file(dict(tensors), part, dict(metadata))
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

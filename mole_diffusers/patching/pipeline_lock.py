@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
 
@@ -67,10 +67,8 @@ def _asking(found: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(found)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         method = _around.get(self)
-        around = method and method()
-        if around is None:
-            return found(self, *args, **kwargs)
-        with around():
+        around = None if method is None else method()
+        with nullcontext() if around is None else around():
             return found(self, *args, **kwargs)
 
     return call

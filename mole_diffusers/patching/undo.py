@@ -55,5 +55,10 @@ class Undo:
     def _handles(self) -> list[RemovableHandle]:
         """Handles that `close` removes, whenever they come."""
         handles: list[RemovableHandle] = []
-        self.callback(lambda: [handle.remove() for handle in handles])
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        self.callback(remove)
         return handles

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mole_diffusers.lora.safe_files import parse_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -68,18 +69,27 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not paths:
         raise ValueError(f"no pictures in {folder}; looked for {', '.join(SUFFIXES)}")
-    table = folder / "metadata.jsonl"
-    texts = {}
-    if table.exists():
-        rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
-        texts = {row["file_name"]: row["text"] for row in rows}
+    texts = _captions(folder / "metadata.jsonl")
     return [_open(p) for p in paths], [_caption(p, texts, prompt) for p in paths]
+
+
+def _captions(table: Path) -> dict[str, str]:
+    """File name -> caption, of {"file_name", "text"} a line."""
+    texts: dict[str, str] = {}
+    for number, line in enumerate(table.read_bytes().splitlines() if table.exists() else [], 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, f"{table}, line {number},")
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
+            raise ValueError(f"{table}, line {number}, is not {{'file_name': ..., 'text': ...}} with two texts")
+        texts[row["file_name"]] = row["text"]
+    return texts
 
 
 def _open(path: Path) -> Image.Image:
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # photos say how the camera was held
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 

@@ -6,6 +6,7 @@ An update never waits for the device: its numbers stay there until `Engine.read_
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from torch import nn
+
+from mole_diffusers.lora.whole_files import new_folder, write_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
 READ_EVERY = 10  # updates between looks at their numbers, each of which waits for the device
@@ -157,7 +160,7 @@ class Engine:
             state |= {name: part.state_dict() for name, part in self.stateful.items()}
             state |= {"log": self.log, "run": json.dumps(identity)}
             write_checkpoint(folder, step, state, weights=weights, keep=keep)
-            (folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in self.log))
+            write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: Path | None, asked: str | None, *, identity: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +171,7 @@ class Engine:
         path = find_checkpoint(folder, asked) if folder else None
         state: dict[str, Any] = {}
         if path is not None:
-            state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+            state = _read_state(path / STATE)
             before, now = json.loads(state["run"]), json.loads(json.dumps(identity))
             if changed := [name for name, value in now.items() if before.get(name) != value]:
                 raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
@@ -177,6 +180,16 @@ class Engine:
             self.log = state["log"]
         self._mark_good()
         return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); resume from another checkpoint") from error
+    if not isinstance(state, dict) or "run" not in state:
+        raise ValueError(f"{path} is not the state of a training run")
+    return state
 
 
 def join_processes(device: torch.device, **options: Any) -> Accelerator:
@@ -203,18 +216,14 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, weights:
 
     Raises OSError where it cannot be written (a full disk, say); earlier checkpoints stay.
     """
-    path, part = folder / f"checkpoint-{step}", folder / "checkpoint.part"
-    shutil.rmtree(part, ignore_errors=True)
+    path = folder / f"checkpoint-{step}"
     try:
-        part.mkdir(parents=True)
-        weights(part)
-        torch.save(state, part / STATE)
+        with new_folder(path) as part:
+            weights(part)
+            torch.save(state, part / STATE)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-        shutil.rmtree(part, ignore_errors=True)
         whole = [p.name for p in checkpoints(folder)]
         raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 

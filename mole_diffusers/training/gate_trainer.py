@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import PromptGate, RankGate
+from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
 from mole_diffusers.training.config import BALANCE, GateTraining
@@ -72,7 +73,7 @@ def train_gates(
     """
     context = TrainingContext(pipe, mixture, data, clip, config.seed, progress=progress)
     trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
-    with trainer.only_gates_learn():
+    with only_run(trainer.writes_to), trainer.only_gates_learn():
         trainer.resume(resume_from)
         trainer.prepare()
         trainer.fit(report)
@@ -308,6 +309,11 @@ class GateTrainer:
         options: dict[str, Any] = {"keep": self.config.keep, "identity": self.identity(), "kept": state}
         self.engine.save(self.folder, step, weights=self.mixture.save_pretrained, **options)
 
+    @property
+    def writes_to(self) -> Path | None:
+        """The folder that this process writes to; of several processes one does."""
+        return self.folder if self.accelerator.is_main_process else None
+
     def resume(self, asked: str | None) -> None:
         """Set everything to where a checkpoint left it; a new run stays as it is."""
         if state := self.engine.resume(self.folder, asked, identity=self.identity()):
@@ -319,8 +325,8 @@ class GateTrainer:
         """Leave the gates as they will be used, save them, and close the trackers."""
         if self.ema is not None:
             self.ema.copy_to(self.mixture.parameters())
-        if self.folder and self.accelerator.is_main_process:
-            self.mixture.save_pretrained(self.folder)
+        if folder := self.writes_to:
+            self.mixture.save_pretrained(folder)
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

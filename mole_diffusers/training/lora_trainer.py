@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Beams
@@ -63,7 +64,7 @@ def train_lora(
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
     with Undo() as undo:
         trainer = LoraTrainer(pipe, pictures, config, undo, folder=Path(folder) if folder else None)
-        with _checkpointing(pipe, config.checkpointing):
+        with only_run(trainer.folder), _checkpointing(pipe, config.checkpointing):
             if init is not None:
                 trainer.lora.load(init)
             trainer.resume(resume_from)

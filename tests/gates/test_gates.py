@@ -240,10 +240,30 @@ def test_trace_by_hand(pipe, loras, draw):
         trace.weights("nowhere")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])
+def test_numbers_that_no_picture_survives_are_refused(pipe, loras, value):
+    mixture = mole.attach(pipe, loras)
+    calls = {
+        "strength": lambda: mixture.strength("fox", value),
+        "strengths": lambda: mixture.strengths({"fox": value}).__enter__(),
+        "choose": lambda: mixture.choose({"fox": value}),
+        "fixed": lambda: mixture.fixed({"fox": value}).__enter__(),
+        "rows": lambda: mixture.rows([{"fox": value}]).__enter__(),
+        "attach": lambda: mole.attach(tiny_pipeline(), {"fox": (loras["fox"], value)}),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="the strength of 'fox' must be"):
+            pytest.fail(f"{name} took {value}: {call()}")
+    with pytest.raises(ValueError, match="one of 1 or more calls"):
+        mixture.every(value).__enter__()
+    assert mixture.strength("fox") == 1
+
+
 def edit(folder, change):
     about = json.loads((folder / "config.json").read_text())
     change(about)
     (folder / "config.json").write_text(json.dumps(about))
+    save_file(load_file(folder / "gates.safetensors"), folder / "gates.safetensors")  # without the config of its own
 
 
 def change_weights(folder, value):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mole_diffusers as mole
-from mole_diffusers.lora import read_expert
+from mole_diffusers.lora import algorithms, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, lora_layers, tiny_lora
 
@@ -245,3 +245,14 @@ def test_tiny_lora_is_what_diffusers_loads(pipe, tmp_path, draw):
     base = draw(pipe)
     pipe.load_lora_weights(tiny_lora(pipe, tmp_path / "t.safetensors"))
     assert not torch.allclose(draw(pipe), base, atol=1e-2)
+
+
+def test_a_small_file_cannot_ask_for_all_memory(tmp_path, monkeypatch):
+    """Each layer alone is allowed; together they are not."""
+    monkeypatch.setattr(algorithms, "MAX_MADE", 1 << 23)
+    factor = {f"lora_unet_down_blocks_0_attentions_{i}_proj_in.lokr_w{j}": torch.eye(32) for i in range(9) for j in (1, 2)}
+    save_file(dict(list(factor.items())[:6]), path := tmp_path / "three.safetensors")
+    assert read_expert(path, tolerance=0).ranks == (1024, 1024)
+    save_file(factor, path := tmp_path / "nine.safetensors")
+    with pytest.raises(RefusedFileError, match="with the file's other LoHa and LoKr layers it becomes 10485760 numbers"):
+        read_expert(path, tolerance=0)

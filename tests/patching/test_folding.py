@@ -188,3 +188,11 @@ def test_an_expert_that_weighs_nothing_is_not_exported(pipe, loras, tmp_path):
     assert {k for part, ls in layers.items() for k in ls} == {
         k for ls in mole.read_expert(loras["fox"]).layers.values() for k in ls
     }
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 9), (9, 3)])
+def test_a_rank_above_the_smaller_side_keeps_all(rows, columns):
+    down, up = torch.randn(6, columns), torch.randn(rows, 6)
+    small_down, small_up, _ = functional.low_rank(down, up, 5)
+    assert len(small_down) == 3
+    torch.testing.assert_close(small_up @ small_down, up @ down, atol=1e-5, rtol=1e-5)

@@ -58,3 +58,28 @@ def test_a_draw_is_divided_among_shares():
         assert torch.equal(normal, rows[0][index::3])
         assert choice == rows[1][index::3]
         assert torch.equal(uniform, rows[2][index::3])
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", "line 2, is not JSON"),
+        ("[1]", "line 2, is not {'file_name'"),
+        ('{"file_name": "1.png"}', "line 2, is not {'file_name'"),
+        ('{"file_name": "1.png", "text": 3}', "line 2, is not {'file_name'"),
+        ("\udcff", "line 2, is not JSON: it is not valid UTF-8"),
+    ],
+)
+def test_a_broken_table_of_captions_is_named(tmp_path, line, why):
+    folder = pictures(tmp_path / "p")
+    text = f'{{"file_name": "0.png", "text": "zero"}}\n{line}\n'
+    (folder / "metadata.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"metadata\.jsonl, {why}"):
+        read_folder(folder)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "p")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of 32 x 32: an error beyond twice that
+    with pytest.raises(ValueError, match=r"0\.png cannot be read as a picture: .*decompression bomb"):
+        read_folder(folder)

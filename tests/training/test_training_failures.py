@@ -63,7 +63,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(loras, tmp_path, train, w
             pytest.raises(OSError, match=r"checkpoint-4 cannot be written: .*; whole checkpoints: \['checkpoint-2'\]"),
         ):
             train(loras, folder, report=fill)
-        assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-2", "log.jsonl"]
+        assert sorted(p.name for p in folder.iterdir() if p.name[0] != ".") == ["checkpoint-2", "log.jsonl"]
         found = train(loras, folder, resume_from="latest")
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
@@ -105,3 +105,14 @@ def test_a_broken_picture_stops_gate_training_before_it_begins(loras, tmp_path, 
     (photos / "1.png").write_bytes(whole)
     assert main(command) == 0
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text())["step"] == 0
+
+
+@pytest.mark.parametrize("harm", [b"", b"\x80\x02no", None])
+def test_a_damaged_checkpoint_is_named(loras, tmp_path, harm):
+    """Cut short, no such file at all, or half of it."""
+    gates(loras, tmp_path)
+    state = tmp_path / "checkpoint-4" / engine.STATE
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2] if harm is None else harm)
+    with pytest.raises(ValueError, match=r"checkpoint-4/training\.pt is damaged .*; resume from another checkpoint"):
+        gates(loras, tmp_path, resume_from="latest")

@@ -1,0 +1,133 @@
+"""Whatever breaks a writer off, a reader meets the old or the new; and one run writes to a folder at a time."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.gates import checkpoint
+from mole_diffusers.lora.whole_files import new_file, new_folder, only_run, whole_folder
+from mole_diffusers.testing import tiny_pipeline
+
+
+def test_after_an_error_a_file_is_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with suppress(KeyboardInterrupt), new_file(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"
+    with new_file(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_after_an_error_a_folder_is_as_it_was(tmp_path):
+    path = tmp_path / "a"
+    for text in ("old", "new"):
+        with new_folder(path) as part:
+            (part / text).write_text(text)
+        assert [p.name for p in path.iterdir()] == [text]
+    with suppress(KeyboardInterrupt), new_folder(path) as part:
+        (part / "newest").write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (path / "new").read_text() == "new"
+
+
+def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
+    path, renamed = tmp_path / "a", []
+    with new_folder(path) as part:
+        (part / "old").write_text("old")
+    rename = Path.rename
+
+    def once(self, target):
+        renamed.append(target)
+        if len(renamed) == 2:  # the old one is aside, the new one not yet in its place
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(KeyboardInterrupt), new_folder(path) as part:
+        (part / "new").write_text("new")
+    assert not path.exists()
+    assert (whole_folder(path) / "old").read_text() == "old"
+    with new_folder(path) as part:
+        (part / "new").write_text("new")
+    assert [p.name for p in whole_folder(path).iterdir()] == ["new"]
+
+
+SAVING = """
+import sys
+import torch
+import mole_diffusers as mole
+from mole_diffusers.gates import GateConfig
+from mole_diffusers.pipelines import keep
+from mole_diffusers.testing import tiny_pipeline
+fox, ink, folder = sys.argv[1:]
+kept = []
+for value, total, experts in ((1.0, "1", {"fox": fox, "ink": ink}), (2.0, "N", {"ink": ink, "fox": fox})):
+    mixture = mole.attach(tiny_pipeline(), experts, GateConfig(family="static", total=total))
+    with torch.no_grad():
+        for p in mixture.parameters():
+            p.fill_(value)
+    kept.append(mixture)
+print("ready", flush=True)
+while True:
+    for mixture in kept:
+        mixture.save_pretrained(f"{folder}/gates")
+        keep(mixture, f"{folder}/kept")
+"""
+
+
+def check(folder):
+    """Gates of one kind alone, with the config that they were saved with."""
+    saved = checkpoint.load(folder)
+    values = {float(v) for tensor in saved.tensors.values() for v in tensor.flatten()}
+    assert values == ({1.0} if saved.config.total == "1" else {2.0})
+    assert list(saved.experts) == (["fox", "ink"] if values == {1.0} else ["ink", "fox"])
+
+
+@pytest.mark.filterwarnings("ignore:.*is not what .* was saved with")
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.thorough)])
+def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
+    rng = random.Random(0)
+    for _ in range(kills):
+        command = [sys.executable, "-c", SAVING, *map(str, (loras["fox"], loras["ink"], tmp_path))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saving:
+            assert saving.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.3, 0.6))
+            saving.send_signal(signal.SIGKILL)
+        check(tmp_path / "gates")
+        kept = whole_folder(tmp_path / "kept")
+        check(kept / "gates")
+        rows = json.loads((kept / "mixture.json").read_text())["experts"]
+        assert [row["name"] for row in rows] == list(checkpoint.load(kept / "gates").experts)
+
+
+def test_one_run_writes_to_a_folder(tmp_path):
+    with only_run(tmp_path), pytest.raises(ValueError, match=f"another run is writing to {tmp_path}"), only_run(tmp_path):
+        pass
+    with only_run(tmp_path), only_run(None), only_run(tmp_path / "other"):
+        pass
+
+
+def test_files_are_known_by_their_hashes_not_their_names(loras, draw, awake, tmp_path):
+    pipe = tiny_pipeline()
+    mixture = awake(mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mole", binding=None))
+    picture = draw(pipe)
+    mixture.save_pretrained(tmp_path)
+    for names in ({"ink": "fox", "fox": "ink"}, {"b": "fox", "a": "ink"}, {"b": "ink", "a": "fox"}):
+        mole.attach(pipe, {name: loras[file] for name, file in names.items()}, tmp_path, binding=None)
+        torch.testing.assert_close(draw(pipe), picture, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="know the file of expert 'fox' as 'ink'"):
+        mole.attach(pipe, {"fox": loras["ink"], "ink": loras["hat"]}, tmp_path)
