@@ -30,6 +30,6 @@ def served(loras, folder, **options):
     blocks = built(loras, folder / "gates")
     try:
         _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True, **options)
-        yield Client(url, verbose=False, download_files=str(folder))
+        yield Client(url.replace("0.0.0.0", "127.0.0.1"), verbose=False, download_files=str(folder))
     finally:
         blocks.close()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,21 +15,26 @@ import torch
 from PIL import Image
 
 from mole_diffusers.app import files
+from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
-from mole_diffusers.app.jobs import IsStopped, Report, run_job
+from mole_diffusers.app.jobs import Report, StoppedError, Work
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
-from mole_diffusers.studio import infotext, xy_grid
+from mole_diffusers.studio import xy_grid
+from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 
 MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
+MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 PREVIEW_SHARE = 0.2  # of the drawing time that may go into previews
 
 Thumbnail = Callable[[str], Image.Image | None]
@@ -38,19 +42,21 @@ Thumbnail = Callable[[str], Image.Image | None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file, and the recipe it was drawn from."""
+    """A picture file, the recipe it was drawn from, and where each LoRA acted in it, if the LoRAs had places."""
 
     label: str
     path: Path
     recipe: Recipe
+    layout: Layout | None = None
 
 
 @dataclass
 class Progress:
-    """How far a job is."""
+    """How far a job is: steps done, of so many, for so many pictures."""
 
     done: int
     total: int
+    count: int
     seconds_left: float | None = None
     preview: Image.Image | None = None
     pictures: list[Picture] = field(default_factory=list)
@@ -58,23 +64,39 @@ class Progress:
 
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
-        state = f"{self.done} of {self.total} steps{left}" if self.done < self.total else "done"
+        state = f"{self.done} of {self.total} steps{left}" if len(self.pictures) < self.count else "done"
         return "; ".join([state, *self.warnings])
 
 
 class Actions:
-    """Everything the app can do with one studio. `folder` holds the pictures until the app ends.
+    """Everything the app can do with one studio.
+
+    What takes long is checked at once and then returned as work for `jobs`.
+
+    Attributes:
+        folder: temporary files, deleted when the app ends.
+        own: pictures that are not kept, as those of a comparison.
 
     Args:
         home: folder of the trained gates; by default they are deleted when the app ends.
+        gallery: folder of the composed pictures; by default they are deleted when the app ends.
         thumbnail: a small picture of a LoRA by name; by default the PNG beside its file, as in other tools.
     """
 
-    def __init__(self, studio: Studio, *, home: Path | None = None, thumbnail: Thumbnail | None = None):
+    def __init__(
+        self,
+        studio: Studio,
+        *,
+        home: Path | None = None,
+        gallery: Path | None = None,
+        thumbnail: Thumbnail | None = None,
+    ):
         self.studio, self.thumbnail = studio, thumbnail or self._png_beside
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
+        self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
+        self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
         self._preview = PreviewDecoder(studio.pipe)
         self._library: LoraLibrary | None = None  # of the files below
         self._library_files: dict[str, Path] = {}
@@ -102,7 +124,7 @@ class Actions:
         loras = dict(self.studio.catalog.loras)
         if not loras:
             return []
-        with self.studio.lock:
+        with self.studio.lock.held():
             if self._library is None or loras != self._library_files:
                 self._library, self._library_files = LoraLibrary.of(loras, PipelineText(self.studio.pipe)), loras
             return retrieve_for(self._library, self.studio.pipe, prompt)
@@ -128,50 +150,62 @@ class Actions:
 
     # ---- pictures
 
-    def compose(self, recipe: Recipe, count: int, is_stopped: IsStopped) -> Iterator[Progress]:
-        """Draw `count` pictures with consecutive seeds; if stopped, those that are done stay."""
+    def compose(self, recipe: Recipe, count: int) -> Work:
+        """Draw `count` pictures with consecutive seeds into the gallery; if stopped, those that are done stay."""
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
         recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
-        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], is_stopped)
+        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery)
 
-    def compare(self, recipe: Recipe, is_stopped: IsStopped, merges: Sequence[str] = ()) -> Iterator[Progress]:
-        """Draw the same seed with the base, each LoRA alone, the plain sum, the gates, and any of `render.MERGES`."""
-        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", "gates"]
-        arms += [f"merge {method}" for method in merges if recipe.tags]
-        return self.draw_all([(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms], is_stopped)
+    def compare(self, recipe: Recipe, merges: Sequence[str] = ()) -> Work:
+        """Draw the same seed with the base, each LoRA alone, the plain sum, bound, with trained gates where there are any,
+        and with any of `render.MERGES`."""
+        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges if recipe.tags)]
+        wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
+        whole = dataclasses.replace(self._completed(recipe), arm="gates")
+        wanted.append(("bound", dataclasses.replace(whole, gates="sum", gates_sha256="", locks={}, binding=AUTO)))
+        if is_trained := whole.gates not in UNTRAINED:
+            wanted.append(("gates", whole))
+        return self.draw_all(wanted, note="" if is_trained else "no gates are trained for these LoRAs, see the tab Train")
 
-    def draw_all(self, wanted: Sequence[tuple[str, Recipe]], is_stopped: IsStopped) -> Iterator[Progress]:
-        """Draw labelled recipes one after the other. The last progress has the pictures that were drawn, also if stopped."""
+    def draw_all(self, wanted: Sequence[tuple[str, Recipe]], *, gallery: Gallery | None = None, note: str = "") -> Work:
+        """Draw labelled recipes one after the other: a Progress after each step and in the end.
+
+        Args:
+            gallery: where the pictures are kept; by default in the app's own folder.
+            note: what the progress says besides.
+        """
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
-        warnings = dict.fromkeys(self.studio.warning(recipe) for _, recipe in recipes)
-        state = Progress(0, sum(r.steps for _, r in recipes), warnings=[warning for warning in warnings if warning])
-        begun = time.monotonic()
+        check_budget([recipe for _, recipe in recipes])
+        warnings = [note, *dict.fromkeys(self.studio.warning(recipe) for _, recipe in recipes)]
+        state = Progress(0, sum(r.steps for _, r in recipes), len(recipes), warnings=[text for text in warnings if text])
 
-        def work(report: Report) -> None:
+        def work(report: Report) -> Progress:
+            begun = time.monotonic()
+
             def on_step(_: int, latents: torch.Tensor) -> None:
                 state.done += 1
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
                 report(dataclasses.replace(state, preview=self._preview(latents)))
 
             for label, recipe in recipes:
-                image = self.studio.draw(recipe, on_step=on_step)
-                state.pictures.append(self._save(image, label, recipe))
+                layouts: list[Layout] = []
+                image = self.studio.draw(recipe, on_step=on_step, inside=_noting(layouts))
+                path = (gallery or self.own).add(image, recipe)
+                state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
                 report(dataclasses.replace(state))
+            return state
 
-        yield from (event for event in run_job(work, is_stopped) if event is not None)
-        yield dataclasses.replace(state)
+        return work
 
-    def look(
-        self, recipe: Recipe, is_stopped: IsStopped, shades: Mapping[str, str] | None = None
-    ) -> Iterator[Progress | GateReport]:
-        """Draw again and trace the gates; a GateReport comes last, with the LoRAs' colours of `shades`."""
+    def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None) -> Work:
+        """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`."""
         recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
+        check_budget([recipe])
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         traced: dict[str, Any] = {}
-        images: list[Image.Image] = []
-        state = Progress(0, recipe.steps)
+        state = Progress(0, recipe.steps, 1)
 
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:
@@ -181,31 +215,43 @@ class Actions:
                 traced["contributions"] = stack.enter_context(contributions(mixture, self.studio.pipe.unet, size))
                 yield
 
-        def work(report: Report) -> None:
+        def work(report: Report) -> GateReport:
             def on_step(done: int, _: torch.Tensor) -> None:
                 state.done = done
                 report(dataclasses.replace(state))
 
-            images.append(self.studio.draw(recipe, on_step=on_step, inside=tracing))
+            image = self.studio.draw(recipe, on_step=on_step, inside=tracing)
+            return gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
 
-        yield from (event for event in run_job(work, is_stopped) if event is not None)
-        for image in images:  # none if it was stopped
-            picture = self._save(image, "gates", recipe)
-            yield gate_report(self.studio, recipe, image, picture.path, shades=shades, **traced)
+        return work
 
-    def grid(self, recipe: Recipe, x: str, y: str, is_stopped: IsStopped) -> Iterator[Progress | Image.Image]:
-        """Draw an XY grid; the sheet comes last, with grey cells if it was stopped."""
+    def grid(self, recipe: Recipe, x: str, y: str) -> Work:
+        """Draw an XY grid: in the end the sheet, with grey cells if it was stopped."""
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         rows = xy_grid.cells(recipe, across, down)
         wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
-        drawn: dict[str, Image.Image] = {}
-        for state in self.draw_all(wanted, is_stopped):
-            yield state
-        for picture in state.pictures:
-            with Image.open(picture.path) as image:
-                drawn[picture.label] = image.convert("RGB")
-        cells = [[drawn.get(f"{r},{c}") for c in range(len(row))] for r, row in enumerate(rows)]
-        yield xy_grid.sheet(cells, across, down)
+        draw, drawn = self.draw_all(wanted), dict[str, Image.Image]()
+
+        def sheet() -> Image.Image:
+            cells = [[drawn.get(f"{r},{c}") for c in range(len(row))] for r, row in enumerate(rows)]
+            return xy_grid.sheet(cells, across, down)
+
+        def work(report: Report) -> Image.Image:
+            def on_event(state: Progress) -> None:
+                for picture in state.pictures[len(drawn) :]:
+                    with Image.open(picture.path) as image:
+                        drawn[picture.label] = image.convert("RGB")
+                report(state)
+
+            try:
+                draw(on_event)
+            except StoppedError:
+                with suppress(StoppedError):
+                    report(sheet())
+                raise
+            return sheet()
+
+        return work
 
     def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
         """Write one ordinary LoRA with the gates' average weights for this prompt; its file, and the error of the cut.
@@ -215,26 +261,40 @@ class Actions:
         recipe = self._completed(recipe)
         strengths = recipe.constant_strengths()
         path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
-        with self.studio.lock:
+        with self.studio.lock.held():
             mixture = self.studio.attach_for(recipe)
             if mixture is None:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
             with mixture.strengths(strengths):
                 return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
 
-    def _save(self, image: Image.Image, label: str, recipe: Recipe) -> Picture:
-        """Write a picture with its recipe inside; the oldest pictures are deleted."""
-        for old in sorted(self.folder.glob("*.png"), key=lambda p: p.stat().st_mtime)[:-MAX_PICTURES]:
-            old.unlink(missing_ok=True)
-        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:10]
-        path = self.folder / f"{recipe.seed}-{digest}.png"
-        infotext.save(image, path, recipe)
-        return Picture(label, path, recipe)
-
     def _completed(self, recipe: Recipe) -> Recipe:
         if max(recipe.width, recipe.height) > MAX_SIDE:
             raise ValueError(f"width and height are at most {MAX_SIDE} here, got {recipe.width} x {recipe.height}")
+        recipe.tag_bindings()  # raises where a painted region has no mask
         return self.studio.complete(recipe)
+
+
+def check_budget(recipes: Sequence[Recipe], *, times: float = 1.0) -> None:
+    """Raises ValueError if drawing these takes more than `MAX_WORK`, `times` over."""
+    work = times * sum(recipe.width * recipe.height * recipe.steps for recipe in recipes)
+    if work > MAX_WORK:
+        first = recipes[0]
+        raise ValueError(
+            f"this is {work / MAX_WORK:.1f} times what one job may take: {len(recipes)} pictures of {first.width} x "
+            f"{first.height} pixels in {first.steps} steps; take fewer or smaller pictures, or fewer steps"
+        )
+
+
+def _noting(layouts: list[Layout]) -> Callable[[Mixture], AbstractContextManager]:
+    """For `Studio.draw`: add the layout of the picture to a list."""
+
+    @contextmanager
+    def noting(mixture: Mixture) -> Iterator[None]:
+        yield
+        layouts.extend(mixture.layouts)
+
+    return noting
 
 
 class PreviewDecoder:

@@ -5,7 +5,9 @@ A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`; "pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import asyncio
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from mole_diffusers.app.files import describe_gates, export_gates
+from mole_diffusers.app.files import describe_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
 from mole_diffusers.app.gate_training import train as train_gates
-from mole_diffusers.app.jobs import never_stopped
-from mole_diffusers.app.page import QUEUE, Page, with_errors
+from mole_diffusers.app.jobs import Work
+from mole_diffusers.app.page import QUEUE, Page, session, with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.prompt_syntax import parse
@@ -34,7 +36,10 @@ def add(page: Page) -> None:
     for group in (_lora_endpoints, _drawing_endpoints, _comparing_endpoints, _recipe_endpoints, _gate_endpoints):
         for endpoint in group(page):
             endpoint.__doc__ = (endpoint.__doc__ or "").replace("RECIPE", RECIPE_FIELDS)
-            gr.api(with_errors(endpoint, page=False), api_name=endpoint.__name__, **QUEUE)
+            limit = (
+                {"concurrency_limit": None} if inspect.iscoroutinefunction(endpoint) else QUEUE
+            )  # a job waits in our queue
+            gr.api(with_errors(endpoint, page=False), api_name=endpoint.__name__, **limit)
 
 
 # ---- reading arguments, returning files
@@ -66,9 +71,29 @@ def _whole(value: Any, what: str) -> int:
     return value
 
 
-def _last(events: Iterable[Any]) -> Any:
-    *_, last = events
-    return last
+async def _job(page: Page, request: gr.Request, kind: str, plan: Callable[[], Work]) -> Any:
+    """What a job gives in the end. It is stopped once its client is gone, or cancels it (`submit(...).cancel()`)."""
+    work = await asyncio.to_thread(plan)
+    owner = session(request)
+    job = page.jobs.submit(owner or f"call {id(request)}", kind, work)
+    try:
+        while not job.is_over:
+            await asyncio.sleep(0.05)
+            if owner and is_gone(page.blocks, owner):
+                break
+    finally:
+        page.jobs.stop(job)
+    if job.error is not None:
+        raise job.error
+    if job.state != "done":
+        raise ValueError("stopped")
+    return job.event
+
+
+def is_gone(blocks: gr.Blocks, session: str) -> bool:
+    """Whether the client of a session has closed its connection while calls of it run."""
+    events = [event for events in blocks._queue.active_jobs for event in events or ()]
+    return any(not event.alive for event in events if event.session_hash == session)
 
 
 def _file(path: Path) -> Any:
@@ -115,7 +140,8 @@ def _lora_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
 def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions, d = page.actions, page.defaults
 
-    def compose(
+    async def compose(
+        request: gr.Request,
         prompt: str,
         negative: str = "",
         seed: int = 0,
@@ -137,17 +163,19 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         wanted = {"negative": negative, "seed": seed, "steps": steps, "guidance": guidance, "gates": gates}
         number = _whole(count, "the number of pictures")
-        pictures = _last(actions.compose(_recipe(page, {"prompt": prompt, **wanted}), number, never_stopped)).pictures
+        recipe = _recipe(page, {"prompt": prompt, **wanted})
+        pictures = (await _job(page, request, "compose", lambda: actions.compose(recipe, number))).pictures
         return [_file(picture.path) for picture in pictures], [picture.recipe.to_dict() for picture in pictures]
 
-    def redraw(recipe: dict) -> gr.FileData:
+    async def redraw(request: gr.Request, recipe: dict) -> gr.FileData:
         """Draw exactly one recipe, as it is in a picture or with fields left out.
 
         Args:
             recipe: RECIPE
         """
-        (picture,) = _last(actions.draw_all([("picture", _recipe(page, recipe))], never_stopped)).pictures
-        return _file(picture.path)
+        wanted = [("picture", _recipe(page, recipe))]
+        done = await _job(page, request, "compose", lambda: actions.draw_all(wanted, gallery=actions.gallery))
+        return _file(done.pictures[0].path)
 
     yield from (compose, redraw)
 
@@ -155,8 +183,11 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
 def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions = page.actions
 
-    def compare(recipe: dict, merges: list[str] | None = None) -> tuple[list[str], list[gr.FileData]]:
-        """The same seed from the base, each LoRA alone, the plain sum, the gates and merges. Returns labels and files.
+    async def compare(
+        request: gr.Request, recipe: dict, merges: list[str] | None = None
+    ) -> tuple[list[str], list[gr.FileData]]:
+        """The same seed from the base, each LoRA alone, the plain sum, merges, bound, and with trained gates where there
+        are any. Returns labels and files.
 
         Args:
             recipe: RECIPE
@@ -164,22 +195,24 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         if merges is not None and not isinstance(merges, list):
             raise ValueError(f"merges are a list of names, got {merges!r}")
-        pictures = _last(actions.compare(_recipe(page, recipe), never_stopped, merges or ())).pictures
+        wanted = _recipe(page, recipe)
+        pictures = (await _job(page, request, "compare", lambda: actions.compare(wanted, merges or ()))).pictures
         return [picture.label for picture in pictures], [_file(picture.path) for picture in pictures]
 
-    def look(recipe: dict) -> tuple[dict, list[gr.FileData]]:
+    async def look(request: gr.Request, recipe: dict) -> tuple[dict, list[gr.FileData]]:
         """What the gates did: {"experts", "weights": block -> mean weight of each}, and figures of it.
 
         Args:
             recipe: RECIPE
         """
-        report = _last(actions.look(_recipe(page, recipe), never_stopped))
+        wanted = _recipe(page, recipe)
+        report = await _job(page, request, "look", lambda: actions.look(wanted))
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
         stem = report.picture.stem
         files = [_image_file(page, image, f"{stem}-{i}") for i, image in enumerate(figures.values())]
         return {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}, files
 
-    def grid(recipe: dict, x: str, y: str) -> gr.FileData:
+    async def grid(request: gr.Request, recipe: dict, x: str, y: str) -> gr.FileData:
         """An XY grid of one recipe.
 
         Args:
@@ -188,7 +221,8 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             y: what varies down, likewise.
         """
         axes = _text(x, "an axis"), _text(y, "an axis")
-        return _image_file(page, _last(actions.grid(_recipe(page, recipe), *axes, never_stopped)), "grid")
+        wanted = _recipe(page, recipe)
+        return _image_file(page, await _job(page, request, "grid", lambda: actions.grid(wanted, *axes)), "grid")
 
     yield from (compare, look, grid)
 
@@ -202,7 +236,8 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             file: a PNG, or a JSON file.
         """
-        return actions.studio.complete(infotext.read_any(_uploaded(file))).to_dict()
+        with uploaded(_uploaded(file)) as path:
+            return actions.studio.complete(infotext.read_any(path)).to_dict()
 
     def code(recipe: dict) -> str:
         """Python code that draws a recipe with diffusers.
@@ -228,7 +263,8 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
 def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions, catalog = page.actions, page.actions.studio.catalog
 
-    def train(
+    async def train(
+        request: gr.Request,
         recipe: dict,
         name: str,
         singles: dict,
@@ -237,24 +273,29 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         styles: list[str] | None = None,
         family: str = "flow",
         way: str = "collage",
+        again: str = "",
     ) -> list[dict]:
         """Train gates for the LoRAs of a recipe, from prompts alone. Returns a row of losses per update.
 
         Args:
             recipe: RECIPE Its tags say which LoRAs.
-            name: of the gates; `compose` takes it afterwards. The same name and settings continue a run.
+            name: of the gates; `compose` takes it afterwards. The same name and settings go on with a run that was stopped.
             singles: LoRA -> list of prompts that name it and no other.
             composed: prompts that name all.
             steps: total number of updates.
             styles: the LoRAs that act on the whole picture.
             family: of the gates: "static", "mole", "flow", "prompt", "retrieval" or "rank".
             way: "collage" puts the subjects side by side, each as its own LoRA draws it; "blend" blends what LoRAs predict.
+            again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """
         styles = [] if styles is None else styles
-        request = TrainingRequest(_text(name, "the name"), singles, composed, styles, steps=steps, family=family, way=way)
-        recipe_ = _recipe(page, recipe)
-        events = train_gates(actions.studio, recipe_, request, home=actions.home, is_stopped=never_stopped)
-        return _last(events).rows
+        wanted = TrainingRequest(_text(name, "the name"), singles, composed, styles, steps=steps, family=family, way=way)
+        drawn = _recipe(page, recipe)
+
+        def plan() -> Work:
+            return train_gates(actions.studio, drawn, wanted, home=actions.home, again=again)
+
+        return (await _job(page, request, "train", plan)).rows
 
     def gates() -> list[dict]:
         """All trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing."""

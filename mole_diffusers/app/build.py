@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 
 import gradio as gr
@@ -11,43 +13,75 @@ from starlette.middleware import Middleware
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import add as add_api
 from mole_diffusers.app.compose_tab import build as compose_tab
-from mole_diffusers.app.compose_tab import first_cards
-from mole_diffusers.app.jobs import RunningJobs
+from mole_diffusers.app.gallery_tab import build as gallery_tab
+from mole_diffusers.app.jobs import Jobs
 from mole_diffusers.app.keep_tab import build as keep_tab
+from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.app.own_pages import OwnPagesOnly
-from mole_diffusers.app.page import PRIVATE, Page
+from mole_diffusers.app.page import PRIVATE, Page, redraw
 from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
 from mole_diffusers.app.train_tab import build as train_tab
 from mole_diffusers.studio.recipe import Recipe
+
+TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
+STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     """The whole app; `launch` shows it."""
     # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
-        page = Page(actions, RunningJobs(), defaults)
+        page = Page(actions, Jobs(), defaults, blocks)
         add_api(page)  # first, while its endpoint names are free
-        gr.Markdown("# mole\nSeveral concept LoRAs in one picture, weighed by learned gates.", elem_id="title")
+        gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})
-        page.locks = gr.State({})
-        with gr.Tabs(elem_id="tabs"):
-            for name, tab in (("Compose", compose_tab), ("See", see_tab), ("Train", train_tab), ("Keep", keep_tab)):
-                with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name):
+        page.locks, page.masks = gr.State({}), gr.State({})
+        page.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
+        with gr.Tabs(elem_id="tabs") as page.tabs:
+            for name, tab in TABS.items():
+                with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
                     tab(page)
-        blocks.load(first_cards(page), None, [page.cards, page.shown], **PRIVATE)
+        _remember(page)
     return blocks
 
 
-def launch(blocks: gr.Blocks, *, sites: Collection[str] = (), **options: Any) -> Any:
+def _remember(page: Page) -> None:
+    """Fields and jobs survive a reload of the page."""
+    fields = [*page.inputs, *page.fields]
+    saved = gr.BrowserState(None, storage_key="mole-fields", **STORED)
+    changes = [field.change for field in fields]
+    gr.on(changes, lambda *values: list(values), fields, saved, queue=False, show_progress="hidden", **PRIVATE)
+
+    def enter(visitor: Any, values: Any) -> Any:
+        visitor = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16)
+        try:
+            recipe = page.recipe(*values[: len(page.inputs)])
+            values = values if len(values) == len(fields) else None
+        except Exception:  # fields of another release, or what else a browser has there
+            recipe, values = page.defaults, None
+        shown = [gr.skip()] * len(fields) if values is None else values
+        try:
+            cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
+        except ValueError:  # a LoRA that is not here any more; composing says so
+            cards = []
+        return visitor, *shown, cards, redraw(cards)
+
+    entered = page.blocks.load(enter, [page.visitor, saved], [page.visitor, *fields, page.cards, page.shown], **PRIVATE)
+    for resume, outputs in page.resumed:
+        entered.then(resume, page.visitor, outputs, concurrency_limit=None, **PRIVATE)
+
+
+def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:
     """Serve the app, to this machine only unless `options` say otherwise. It sends nothing to the network by itself.
 
     With `mcp_server=True` every endpoint is also an MCP tool.
 
     Args:
+        gallery: the folder of the pictures, which the page shows.
         sites: names under which a server in front shows the app; see `own_pages`.
     """
-    blocks.queue(max_size=32)
+    blocks.queue(max_size=64)
     return blocks.launch(
         share=False,
         show_error=False,
@@ -59,6 +93,7 @@ def launch(blocks: gr.Blocks, *, sites: Collection[str] = (), **options: Any) ->
         theme=theme(),
         css=CSS,
         head=HEAD,
+        allowed_paths=[str(gallery.resolve())] if gallery else None,
         app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites)]},
         **{"mcp_server": False, **options},
     )

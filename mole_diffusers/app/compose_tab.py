@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import mixer
+from mole_diffusers.app import mixer, paint
+from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
 from mole_diffusers.app.page import (
     PRIVATE,
     QUEUE,
     Page,
-    connect_stop,
+    connect_cancel,
+    connect_job,
     gallery,
     gallery_items,
     markdown,
+    problem,
     redraw,
-    session,
     with_errors,
 )
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.render import SAMPLERS
@@ -30,7 +33,7 @@ from mole_diffusers.studio.render import SAMPLERS
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
-    prompt = _prompts(page)
+    prompt, line = _prompts(page)
     with gr.Row(elem_classes="buttons"):
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
@@ -44,25 +47,27 @@ def build(page: Page) -> None:
             preview = gr.Image(
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
             )
-            pictures = gallery("Pictures", columns=2, elem_id="pictures")
-    inputs, outputs = [*page.inputs, count], [status, preview, pictures]
-    work = gr.on([compose.click, prompt.submit], _composing(page), inputs, outputs, **QUEUE, **PRIVATE)
-    connect_stop(page, cancel, status, [work])
+            page.pictures = gallery("Pictures", columns=2, elem_id="pictures")
+            paint.build(page)
+    page.fields.append(count)
+
+    def plan(*values: Any) -> Work:
+        *given, number = values
+        return page.actions.compose(page.recipe(*given), int(number))
+
+    def show(job: Job) -> list[Any]:
+        return [job.event.preview, gallery_items(job.event.pictures)]
+
+    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, count], [preview, page.pictures]
+    connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs)
+    connect_cancel(page, cancel, status, ["compose"])
+    changed = [page.cards, page.shown, line]
     for event in (prompt.blur, prompt.submit):
-        event(_prompt_changed(page), [prompt, page.cards], [page.cards, page.shown], show_progress="hidden", **PRIVATE)
+        event(_prompt_changed(page), [prompt, page.cards], changed, show_progress="hidden", **PRIVATE)
 
 
-def first_cards(page: Page) -> Callable[[], tuple[list[MixerCard], dict[str, Any]]]:
-    """A function that gives the cards of a fresh page."""
-
-    def cards() -> tuple[list[MixerCard], dict[str, Any]]:
-        found = cards_of(page.defaults.prompt, [], page.actions.studio.catalog.loras)
-        return found, redraw(found)
-
-    return cards
-
-
-def _prompts(page: Page) -> Any:
+def _prompts(page: Page) -> tuple[Any, Any]:
+    """The prompt, and the line below it that says what is wrong with it."""
     page.controls["prompt"] = gr.Textbox(
         page.defaults.prompt,
         label="Prompt",
@@ -72,8 +77,11 @@ def _prompts(page: Page) -> Any:
         max_length=5000,
         elem_id="prompt",
     )
-    page.controls["negative"] = gr.Textbox(page.defaults.negative, label="Negative prompt", max_length=5000)
-    return page.controls["prompt"]
+    line = gr.Markdown("", elem_id="problem", elem_classes="status")
+    page.controls["negative"] = gr.Textbox(
+        page.defaults.negative, label="Negative prompt", max_length=5000, elem_id="negative"
+    )
+    return page.controls["prompt"], line
 
 
 def _adding(page: Page, prompt: Any) -> None:
@@ -139,27 +147,21 @@ def _settings(page: Page) -> Any:
                 info="auto: trained ones for these LoRAs, else the sum",
                 elem_id="gates",
             )
+            page.controls["binding"] = gr.Dropdown(
+                [("each LoRA on its words and in its place", AUTO), ("none: all LoRAs everywhere", "none")],
+                value=d.binding,
+                label="Binding",
+                elem_id="binding",
+            )
     return count
 
 
-def _composing(page: Page) -> Callable[..., Iterator[Any]]:
-    @with_errors
-    def compose(request: gr.Request, *values: Any) -> Iterator[Any]:
-        *given, count = values
-        with page.jobs.job(session(request)) as is_stopped:
-            for state in page.actions.compose(page.recipe(*given), int(count), is_stopped):
-                now = gr.skip() if state.preview is None else state.preview
-                yield str(state), now, gallery_items(state.pictures)
-            if len(state.pictures) < int(count):
-                yield f"stopped after {len(state.pictures)} of {int(count)} pictures", gr.skip(), gr.skip()
-
-    return compose
-
-
 def _prompt_changed(page: Page) -> Callable[..., Any]:
-    @with_errors
     def changed(prompt: str, cards: list[MixerCard]) -> Any:
-        new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
-        return (gr.skip(), gr.skip()) if new == cards else (new, redraw(new))
+        try:
+            new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
+        except ValueError as error:
+            return gr.skip(), gr.skip(), problem(error)
+        return (gr.skip(), gr.skip(), "") if new == cards else (new, redraw(new), "")
 
     return changed

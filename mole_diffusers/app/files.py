@@ -3,33 +3,58 @@ their config)."""
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 from mole_diffusers.gates import FAMILIES, checkpoint
+from mole_diffusers.lora import read_expert
 from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.names import matching
 
 MAX_WEIGHTS, MAX_CONFIG = 256 << 20, 1 << 20  # bytes of the two files of gates
 GATES_NAME = re.compile(r"[\w+ -]{1,60}")
 
 
+@contextmanager
+def uploaded(*paths: Path) -> Iterator[Path]:
+    """The first of the files that a visitor has sent, while it is read; what is refused is deleted."""
+    try:
+        yield paths[0]
+    except ValueError:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+
+
 def add_lora(catalog: Catalog, path: Path, folder: Path) -> str:
     """Copy an uploaded LoRA into `folder`, add it to the catalog under its file name, and return that name.
 
-    Raises ValueError for anything but a good LoRA file, and for a name that is taken.
+    A file that is here already, byte for byte, is not copied: its name here is returned. Raises ValueError for anything but
+    a good LoRA file, and for a name that another file has; nothing is left then.
     """
-    name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
-    copy = folder / f"{name}.safetensors"
-    copy.write_bytes(path.read_bytes())
-    try:
-        catalog.add_lora(name, copy)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{folder}/", "")) from error
-    return name
+    with uploaded(path):
+        size = path.stat().st_size
+        for known, file in list(catalog.loras.items()):
+            if file.is_file() and file.stat().st_size == size and filecmp.cmp(file, path, shallow=False):
+                return known
+        name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
+        copy = folder / f"{name}.safetensors"
+        if matching(name, catalog.loras) is not None or copy.exists():
+            raise ValueError(f"there is already another LoRA {name!r}; rename the file")
+        try:
+            read_expert(path, name)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{path.parent}/", "")) from error
+        part = copy.with_suffix(".part")
+        shutil.copyfile(path, part)
+        catalog.add_lora(name, part.rename(copy))
+        return name
 
 
 def check_gates_name(name: str) -> str:
@@ -68,12 +93,17 @@ def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Pa
 
     Raises ValueError for anything but one good pair of files, and for a name that is taken.
     """
-    by_suffix = {path.suffix.lower(): path for path in files}
-    if len(files) != 2 or set(by_suffix) != {".safetensors", ".json"}:
-        raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
-    for suffix, limit in ((".safetensors", MAX_WEIGHTS), (".json", MAX_CONFIG)):
-        if by_suffix[suffix].stat().st_size > limit:
-            raise ValueError(f"{by_suffix[suffix].name} is larger than {limit >> 20} MiB")
+    with uploaded(*files):
+        by_suffix = {path.suffix.lower(): path for path in files}
+        if len(files) != 2 or set(by_suffix) != {".safetensors", ".json"}:
+            raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
+        for suffix, limit in ((".safetensors", MAX_WEIGHTS), (".json", MAX_CONFIG)):
+            if by_suffix[suffix].stat().st_size > limit:
+                raise ValueError(f"{by_suffix[suffix].name} is larger than {limit >> 20} MiB")
+        return _import_gates(catalog, by_suffix, name, home)
+
+
+def _import_gates(catalog: Catalog, by_suffix: dict[str, Path], name: str, home: Path) -> str:
     home.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".new-", dir=home))  # a folder of its own: two visitors may upload at once
     try:
@@ -81,7 +111,7 @@ def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Pa
         shutil.copyfile(by_suffix[".json"], folder / checkpoint.CONFIG)
         saved = checkpoint.load(folder)
         name = check_gates_name(name.strip() or "+".join(sorted(saved.experts)))
-        if name in catalog.gates or (home / name).exists():
+        if matching(name, catalog.gates) is not None or (home / name).exists():
             raise ValueError(f"there are already gates {name!r}; give another name")
         folder.rename(home / name)
     except ValueError as error:

@@ -42,7 +42,7 @@ class GateReport:
     gates: dict[str, list[float]]
     warning: str
 
-    def summary(self) -> str:
+    def __str__(self) -> str:
         """Each LoRA's mean weight in words, for those who do not see the figures."""
         rows = list(self.weights.values())
         means = [sum(row[n] for row in rows) / len(rows) for n in range(len(self.experts))]

@@ -1,18 +1,20 @@
-"""Gate training in the app: from prompts alone, with its progress shown; it can be stopped and continued."""
+"""Gate training in the app: from prompts alone, with its progress shown; it can be stopped, continued and done again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from mole_diffusers.app import held_out
 from mole_diffusers.app.files import check_gates_name
-from mole_diffusers.app.jobs import IsStopped, Report, run_job
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.app.jobs import Report, Work
+from mole_diffusers.app.training_runs import Run
+from mole_diffusers.gates import FAMILIES
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
@@ -23,11 +25,11 @@ from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
 
-MAX_UPDATES, VALIDATION_PICTURES = 2000, 4  # of a run
+MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # of a run
+SHOWN = 2  # seeds whose pictures are shown before and after
 TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
 WAYS = ("collage", "blend")
 REDRAW = 0.55  # fraction of a collage's noise levels to draw again under the plain sum, so that a style covers all of it
-REPORTED_CALLS = 25  # denoiser calls from one report to the next, before the first update
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class TrainingRequest:
             raise ValueError("the prompts of one LoRA each map a LoRA's name to a list of texts")
         if not _is_texts(self.composed) or not _is_texts(self.styles):
             raise ValueError("prompts with all LoRAs, and styles, are lists of texts")
+        if sum(map(len, self.singles.values())) + len(self.composed) > MAX_PROMPTS:
+            raise ValueError(f"a training has at most {MAX_PROMPTS} prompts")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= MAX_UPDATES:
             raise ValueError(f"the number of updates must be in 1..{MAX_UPDATES}, got {self.steps}")
         for what, known in (("family", TRAINED), ("way", WAYS)):
@@ -73,6 +77,18 @@ class TrainingRequest:
     def _subject_prompts(self) -> list[str]:
         """The first prompt of each subject."""
         return [prompts[0] for name, prompts in self.singles.items() if name not in self.styles and prompts]
+
+    def teachers(self) -> tuple[int, int]:
+        """How many pictures the teachers draw, and how often the denoiser is called for them."""
+        terms, n = self.config().parsed, len(self.singles)
+        if self.way == "collage":
+            term: Any = terms["collage"]
+            subjects = len(self._subject_prompts)
+            calls = len(self.composed) * (subjects * term.steps + round(term.steps * term.redraw))
+            return len(self.composed) * subjects * term.seeds, calls
+        one: Any = terms["single"]
+        counts = [max(one.seeds, len(prompts)) for prompts in self.singles.values()]
+        return sum(counts) + max(one.seeds, len(self.composed)), one.steps * (2 * n + 1 + n)
 
     def data(self) -> TrainingData:
         """The data for `train_gates`."""
@@ -94,71 +110,124 @@ def _is_texts(value: Any) -> bool:
 
 @dataclass
 class TrainingProgress:
-    """How far a training is: one row of losses per update, and a picture now and then."""
+    """How far a training is.
 
+    Attributes:
+        name: of the gates.
+        rows: of losses, one per update.
+        total: number of updates.
+        teachers, calls: pictures that the teachers draw, and the denoiser's calls for them.
+        pictures: the prompt's, with labels: before, on the way, after.
+        doing: what is done before and after the updates.
+        called: the denoiser's calls so far.
+        verdict: what the gates are worth, once that is measured.
+    """
+
+    name: str
     rows: list[dict[str, float]]
     total: int
+    teachers: int
+    calls: int
     pictures: list[tuple[Image.Image, str]]
-    calls: int = 0  # of the denoiser
-    finished: bool = False
+    doing: str = "starting"
+    called: int = 0
+    verdict: str = ""
 
     def __str__(self) -> str:
-        if not self.rows:
-            return f"first each LoRA is drawn alone: {self.calls} denoiser calls so far"
-        loss = f"loss {self.rows[-1]['loss']:.4f}"
-        return f"{loss}, {'done' if self.finished else f'update {len(self.rows)} of {self.total}'}"
+        if self.verdict:
+            return f"done: {self.verdict}"
+        if self.rows and not self.doing:
+            return f"update {len(self.rows)} of {self.total}, loss {self.rows[-1]['loss']:.4f}"
+        if self.doing:
+            return self.doing
+        drawn = min(self.called * self.teachers // self.calls, self.teachers)
+        return f"drawing the teachers' pictures, {drawn} of {self.teachers}"
 
     def curve(self) -> Image.Image | None:
         """The losses so far, as a figure; None before the first update."""
         return gate_figures.losses(self.rows) if self.rows else None
 
 
-def train(
-    studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, is_stopped: IsStopped
-) -> Iterator[TrainingProgress]:
-    """Train gates for the LoRAs of a recipe, at the strengths of its tags.
+def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
+    """Train gates for the LoRAs of a recipe, at the strengths of its tags. In the end they are in `home / name` and in the
+    catalog; reports are a TrainingProgress.
 
-    A stopped run is continued by the same name and settings. Once finished, the gates are in the catalog and in
-    `home / name`.
+    A run that was stopped goes on under the same name and settings.
+
+    Args:
+        again: for gates of this name with other settings: "continue" from them, or "overwrite".
+
+    Raises ValueError for bad settings, GatesExistError where `again` is needed.
     """
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
-    folder, progress = home / request.name, TrainingProgress([], request.steps, [])
+    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts}
+    run = Run(studio.catalog, home, request.name, request.family, settings)
+    run.check(again)
+
+    def work(report: Report) -> TrainingProgress:
+        progress = TrainingProgress(request.name, [], request.steps, *request.teachers(), [])
+        report(progress)
+        run.prepare(again)
+        with studio.lock.held():
+            try:
+                _train(studio, recipe, request, run=run, progress=progress, report=lambda: report(progress))
+            except ValueError as error:  # visitors need not know the folder
+                raise ValueError(str(error).replace(f"{home}/", "")) from error
+            finally:
+                studio.forget_attached()
+        return progress
+
+    return work
+
+
+def _train(
+    studio: Studio,
+    recipe: Recipe,
+    request: TrainingRequest,
+    *,
+    run: Run,
+    progress: TrainingProgress,
+    report: Callable[[], None],
+) -> None:
+    pipe = studio.pipe
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
 
-    def work(report: Report) -> None:
-        def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once
-            progress.calls += 1
-            report(progress if progress.calls % REPORTED_CALLS == 0 else None)
+    def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once
+        progress.called += 1
+        report()
 
-        with studio.lock, _before_denoiser(studio.pipe, on_call):
-            experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
-            studio.forget_attached()
-            mixture = attach(studio.pipe, dict(sorted(experts.items())), GateConfig(request.family))
+    def show(label: str, seed: int) -> None:
+        (picture,) = sample(pipe, recipe.text, [seed], num_inference_steps=min(recipe.steps, 10), **options)
+        progress.pictures = [*progress.pictures, (picture, label)]
 
-            def on_update(row: dict) -> None:
-                progress.rows.append(row)
-                if (row["step"] + 1) % max(request.steps // VALIDATION_PICTURES, 1) == 0:
-                    steps = min(recipe.steps, 10)
-                    (picture,) = sample(studio.pipe, recipe.text, [recipe.seed], num_inference_steps=steps, **options)
-                    progress.pictures.append((picture, f"after {row['step'] + 1}"))
-                report(progress)
+    def on_update(row: dict) -> None:
+        progress.rows = [*progress.rows, row]
+        if (row["step"] + 1) % max(request.steps // VALIDATION_PICTURES, 1) == 0:
+            show(f"after {row['step'] + 1} updates", recipe.seed)
+        report()
 
-            log = train_gates(
-                studio.pipe, mixture, request.data(), config=request.config(), folder=folder,
-                resume_from="latest", report=on_update,
-            )  # fmt: skip
-            mixture.save_pretrained(folder)
-            studio.catalog.add_gates(request.name, folder)
-            progress.rows, progress.finished = log, True
-
-    yield progress
-    try:
-        yield from (event for event in run_job(work, is_stopped) if event is not None)
-    except ValueError as error:  # for example a run with other settings; visitors need not know the folder
-        raise ValueError(str(error).replace(f"{home}/", "")) from error
-    yield progress
+    with _before_denoiser(pipe, on_call):
+        experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
+        studio.forget_attached()
+        mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates)
+        progress.doing = "drawing on seeds that the training will not see, before it"
+        for seed in held_out.seeds(request.seed)[:SHOWN]:
+            show(f"before, seed {seed}", seed)
+        losses = held_out.losses(pipe, mixture, request.data(), request.config())
+        before = [loss() for loss in losses]
+        progress.doing, progress.called = "", 0
+        report()
+        log = train_gates(
+            pipe, mixture, request.data(), config=request.config(), folder=run.folder,
+            resume_from="latest", report=on_update, progress=False,
+        )  # fmt: skip
+        progress.rows, progress.doing = log, "drawing on seeds that the training has not seen"
+        for seed in held_out.seeds(request.seed)[:SHOWN]:
+            show(f"after, seed {seed}", seed)
+        progress.verdict = held_out.verdict(before, [loss() for loss in losses])
+    run.publish(mixture)
 
 
 @contextmanager

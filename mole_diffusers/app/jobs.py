@@ -1,85 +1,153 @@
-"""Jobs: work in a thread that reports events while it runs, and can be stopped."""
+"""Jobs: all work on the one pipeline, one after the other, in a thread of their own.
+
+A job belongs to a visitor, not to a page: a page that is reloaded finds it again, and may stop it at any time.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from queue import Empty, Queue
 from typing import Any
 
-DONE = object()
+MAX_WAITING, KEPT = 32, 64  # jobs in the queue; jobs that are over and can still be asked for
 Report = Callable[[Any], None]
-IsStopped = Callable[[], bool]
+Work = Callable[[Report], Any]
 
 
 class StoppedError(Exception):
     """Raised inside a job to end it."""
 
 
-def never_stopped() -> bool:
-    """For jobs that nobody can stop."""
-    return False
+def ignore(event: Any) -> None:
+    """A report that nobody reads."""
 
 
-def run_job(work: Callable[[Report], None], is_stopped: IsStopped) -> Iterator[Any]:
-    """Run `work(report)` in a thread and yield what it reports; an exception in `work` is raised here.
+class Job:
+    """One piece of work.
 
-    `report` raises StoppedError once `is_stopped()` is true, or once nobody iterates any more; work ended by it counts as
-    done. If nothing is reported for a second, None is yielded, so that the caller can do something else in between.
+    Attributes:
+        owner: the visitor.
+        kind: "compose", "train", ...
+        state: "waiting", "running", "done", "stopped" or "failed".
+        event: what was reported last, in the end what the work returned.
+        error: why it failed.
     """
-    events: Queue[Any] = Queue()
-    abandoned = threading.Event()
 
-    def report(event: Any) -> None:
-        events.put(event)
-        if is_stopped() or abandoned.is_set():
-            raise StoppedError
+    def __init__(self, owner: str, kind: str, work: Work):
+        self.owner, self.kind, self.state, self.work = owner, kind, "waiting", work
+        self.event: Any = None
+        self.error: Exception | None = None
+        self.version = 0  # grows with every change
+        self.is_asked_to_stop = False
 
-    def run() -> None:
-        try:
-            work(report)
-        except StoppedError:
-            pass
-        except BaseException as error:
-            events.put(error)
-        finally:
-            events.put(DONE)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        while True:
-            try:
-                event = events.get(timeout=1.0)
-            except Empty:
-                event = None
-            if event is DONE:
-                return
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-    finally:
-        abandoned.set()
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in ("done", "stopped", "failed")
 
 
-class RunningJobs:
-    """The running job of each session, and who asked to stop it."""
+class Jobs:
+    """The queue. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self._stop_events: dict[str, threading.Event] = {}
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._over: deque[Job] = deque(maxlen=KEPT)
+        self._thread: threading.Thread | None = None
 
-    @contextmanager
-    def job(self, session: str) -> Iterator[IsStopped]:
-        """Register a job of a session; yields a function that tells whether `stop` was called meanwhile."""
-        event = self._stop_events[session] = threading.Event()
-        try:
-            yield event.is_set
-        finally:
-            self._stop_events.pop(session, None)
+    def submit(self, owner: str, kind: str, work: Work) -> Job:
+        """Put work in the queue: `work(report)`, whose `report` raises StoppedError once the job is to stop.
 
-    def stop(self, session: str) -> bool:
-        """End the session's job at its next report; False if none is running."""
-        if (event := self._stop_events.get(session)) is None:
-            return False
-        event.set()
+        Raises ValueError if too many jobs wait.
+        """
+        job = Job(owner, kind, work)
+        with self._changed:
+            if len(self._waiting) >= MAX_WAITING:
+                raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
+            self._waiting.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+        return job
+
+    def latest(self, owner: str, kind: str) -> Job | None:
+        """The visitor's newest job of a kind, in whatever state; None without one."""
+        with self._changed:
+            known = [*self._over, *([self._running] if self._running else []), *self._waiting]
+        return next((job for job in reversed(known) if (job.owner, job.kind) == (owner, kind)), None)
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs come before one that waits."""
+        with self._changed:
+            return list(self._waiting).index(job) + (self._running is not None) if job in self._waiting else 0
+
+    def stop(self, job: Job) -> bool:
+        """Take a job out of the queue, or end it at its next report; False if it is over."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, "stopped")
+            elif job is self._running:
+                job.is_asked_to_stop = True
+                self._touch(job)
+            else:
+                return False
         return True
+
+    def follow(self, job: Job) -> Iterator[Job]:
+        """The job again and again: where it has changed, at most five times a second, and each second, until it is over."""
+        version, is_over = -1, False
+        while not is_over:
+            with self._changed:
+                self._changed.wait_for(lambda before=version: job.version != before, timeout=1.0)  # type: ignore[misc]
+                version, is_over = job.version, job.is_over
+            yield job
+            with self._changed:
+                self._changed.wait_for(lambda: job.is_over, timeout=0.2)
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            state = "failed"
+            try:
+                job.event, state = job.work(lambda event, job=job: self._report(job, event)), "done"  # type: ignore[misc]
+            except StoppedError:
+                state = "stopped"
+            except Exception as error:
+                job.error = error
+                if not isinstance(error, ValueError | FileNotFoundError):  # those tell a visitor what to mend
+                    logging.getLogger(__name__).exception("the job %r failed", job.kind)
+            with self._changed:
+                self._running = None
+                self._end(job, state)
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            if not self._waiting:
+                self._thread = None
+                return None
+            self._running = job = self._waiting.popleft()
+            job.state = "running"
+            for each in (job, *self._waiting):
+                self._touch(each)  # all are one place further
+            return job
+
+    def _report(self, job: Job, event: Any) -> None:
+        with self._changed:
+            job.event = event
+            self._touch(job)
+        if job.is_asked_to_stop:
+            raise StoppedError
+
+    def _end(self, job: Job, state: str) -> None:
+        job.state, job.work = state, ignore  # which lets go of what it held
+        self._over.append(job)
+        self._touch(job)
+
+    def _touch(self, job: Job) -> None:
+        job.version += 1
+        self._changed.notify_all()

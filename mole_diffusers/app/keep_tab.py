@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from mole_diffusers.app.actions import Progress
+from mole_diffusers.app.files import uploaded
+from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.app.page import (
     PRIVATE,
     QUEUE,
     Page,
-    connect_stop,
+    connect_cancel,
+    connect_job,
     figure,
     redraw,
-    session,
     with_errors,
 )
 from mole_diffusers.studio import infotext
@@ -43,7 +45,8 @@ def _loading(page: Page) -> None:
     def load(path: str | None) -> Any:
         if path is None:
             return [gr.skip()] * (len(page.inputs) + 3)
-        recipe = page.actions.studio.complete(infotext.read_any(path))
+        with uploaded(Path(path)) as file:
+            recipe = page.actions.studio.complete(infotext.read_any(file))
         cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
         return [*page.values(recipe), cards, redraw(cards), words]
@@ -94,12 +97,13 @@ def _grid(page: Page) -> None:
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
     sheet = figure("Grid", elem_id="sheet")
 
-    @with_errors
-    def draw(request: gr.Request, *values: Any) -> Iterator[Any]:
+    def plan(*values: Any) -> Work:
         *given, x, y = values
-        with page.jobs.job(session(request)) as is_stopped:
-            for event in page.actions.grid(page.recipe(*given), x, y, is_stopped):
-                yield (str(event), gr.skip()) if isinstance(event, Progress) else (gr.skip(), event)
+        return page.actions.grid(page.recipe(*given), x, y)
 
-    work = make.click(draw, [*page.inputs, x, y], [status, sheet], **QUEUE, **PRIVATE)
-    connect_stop(page, cancel, status, [work])
+    def show(job: Job) -> list[Any]:
+        return [job.event if isinstance(job.event, Image.Image) else None]
+
+    connect_job(page, "grid", [make.click], plan, show, inputs=[*page.inputs, x, y], status=status, outputs=[sheet])
+    connect_cancel(page, cancel, status, ["grid"])
+    page.fields += [x, y]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -17,12 +18,16 @@ from mole_diffusers.app.mixer_cards import (
     without,
 )
 from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, with_errors
+from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
 from mole_diffusers.studio.block_weights import PRESETS
+from mole_diffusers.studio.prompt_syntax import PAINTED
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables what is drawn again, unless told otherwise
 FIELD: dict[str, Any] = {"min_width": 90, **EDITABLE}
 LOW, HIGH = -1.0, 2.0  # of the slider; any number can be typed
+REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
+REGIONS_KNOWN = ("", AUTO, EVERYWHERE, PAINTED, *BOXES)
 
 
 def build(page: Page) -> None:
@@ -67,9 +72,35 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
         present = [trigger for trigger in triggers if trigger in prompt]
         chips = gr.CheckboxGroup(triggers, value=present, label="Trigger words", visible=bool(triggers), **EDITABLE)
         gr.Markdown(_facts(report), elem_classes="facts")
-        fields = {"unet": unet, **_more_fields(typed)}
+        fields = {"unet": unet, **_binding_fields(typed, triggers), **_more_fields(typed)}
     _connect_fields(page, card, on=on, slider=slider, fields=fields)
     _connect_prompt(page, name, remove=remove, chips=chips)
+
+
+def _binding_fields(typed: dict[str, str], triggers: Sequence[str]) -> dict[str, Any]:
+    """Which words are its own, and where it acts."""
+    own = [word for word in typed["word"].split("|") if word]
+    with gr.Row(elem_classes="binding"):
+        word = gr.Dropdown(
+            list(dict.fromkeys([*triggers, *own])),
+            value=own,
+            multiselect=True,
+            allow_custom_value=True,
+            label="Its words in the prompt",
+            info="none: those of its file" + (f", {', '.join(triggers[:4])}" if triggers else ""),
+            elem_classes="word",
+            **FIELD,
+        )
+        region = gr.Dropdown(
+            REGIONS if typed["region"] in REGIONS_KNOWN else [*REGIONS, typed["region"]],
+            value=typed["region"] or AUTO,
+            allow_custom_value=True,
+            label="Where it acts",
+            info="or a box, 0,0,0.5,1: left, top, right, bottom",
+            elem_classes="region",
+            **FIELD,
+        )
+    return {"word": word, "region": region}
 
 
 def _more_fields(typed: dict[str, str]) -> dict[str, Any]:
@@ -111,15 +142,18 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     def updates(new: MixerCard, text: str, cards: list[MixerCard]) -> Any:
         typed = fields_of(new, known)
         slider = gr.update(**slider_update(typed["unet"]))
-        return (*set_card(text, cards, new, known), slider, *(typed[key] for key in FIELDS))
+        shown = {**typed, "word": [word for word in typed["word"].split("|") if word], "region": typed["region"] or AUTO}
+        return (*set_card(text, cards, new, known), slider, *(shown[key] for key in FIELDS))
 
     @with_errors
     def slide(value: float, switched_on: bool, text: str, cards: list[MixerCard]) -> Any:
         return updates(at_strength(current(cards, switched_on), value, known), text, cards)
 
     @with_errors
-    def write(switched_on: bool, text: str, cards: list[MixerCard], *values: str | None) -> Any:
+    def write(switched_on: bool, text: str, cards: list[MixerCard], *values: Any) -> Any:
         now, given = current(cards, switched_on), {key: value or "" for key, value in zip(FIELDS, values, strict=True)}
+        given["word"] = "|".join(given["word"])
+        given["region"] = "" if given["region"] == AUTO else given["region"]
         before = fields_of(now, known)
         if before["te"] == before["unet"] == given["te"]:  # one strength for both stays one
             given["te"] = given["unet"]
@@ -128,7 +162,7 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     boxes = [fields[key] for key in FIELDS]
     outputs = [prompt, page.cards, slider, *boxes]
     slider.release(slide, [slider, on, prompt, page.cards], outputs, **QUIET)
-    events = [on.input, fields["lbw"].input]
+    events = [on.input, fields["lbw"].input, fields["word"].input, fields["region"].input]
     for key in ("unet", "te", "start", "stop"):
         events += [fields[key].submit, fields[key].blur]
     gr.on(events, write, [on, prompt, page.cards, *boxes], outputs, **QUIET)

@@ -11,17 +11,18 @@ from dataclasses import replace
 from typing import Any
 
 from mole_diffusers.inspection.gate_figures import COLOURS
+from mole_diffusers.studio.names import known_names
 from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
-FIELDS = ("unet", "te", "lbw", "start", "stop")  # of a tag, as a card shows them
+FIELDS = ("unet", "te", "lbw", "start", "stop", "word", "region")  # of a tag, as a card shows them
 
 
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
     """The cards after the prompt has changed: each takes its tag from the prompt, a card without a tag there is off."""
     tags = {tag.name: str(tag) for tag in parse(prompt, known).tags}
     if unknown := [name for name in tags if name not in known]:
-        raise ValueError(f"there is no LoRA {unknown[0]!r}; known: {', '.join(known)}")
+        raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
     found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]
     for name in tags:
         if name not in [card["name"] for card in found]:
@@ -51,12 +52,13 @@ def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, str]:
     """A card's tag field by field, as typed; "unet" is the strength, a number or a list over the steps."""
     tag = tag_of(card, known)
     stop = "" if tag.stop is None else str(tag.stop)
-    return {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, "start": str(tag.start or ""), "stop": stop}
+    steps = {"start": str(tag.start or ""), "stop": stop}
+    return {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, **steps, "word": tag.word, "region": tag.region}
 
 
 def with_fields(card: MixerCard, fields: Mapping[str, str], known: Collection[str]) -> MixerCard:
     """The card with the tag that the fields describe. Raises ValueError for fields that no tag can have."""
-    arguments = [f"{key}={fields[key].replace(' ', '')}" for key in FIELDS if fields[key].strip()]
+    arguments = [f"{key}={' '.join(fields[key].split())}" for key in FIELDS if fields[key].strip()]
     if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
         raise ValueError(f"{bad!r} contains one of : < >, which end a tag")
     (tag,) = parse(f"<lora:{':'.join([card['name'], *arguments])}>", known).tags
@@ -79,6 +81,17 @@ def set_card(
         del tags[card["name"]]
     changed = [card if old["name"] == card["name"] else old for old in cards]
     return str(replace(parsed, tags=tuple(tags.values()))), changed
+
+
+def set_region(
+    prompt: str, cards: Sequence[MixerCard], name: str, region: str, known: Collection[str]
+) -> tuple[str, list[MixerCard]]:
+    """Prompt and cards with one LoRA, which is switched on, in another region."""
+    card = next((card for card in cards if card["name"] == name), None)
+    if card is None:
+        raise ValueError(f"there is no card of {name!r}")
+    changed = {**card, "on": True, "tag": str(replace(tag_of(card, known), region=region))}
+    return set_card(prompt, cards, changed, known)
 
 
 def add_card(prompt: str, cards: Sequence[MixerCard], name: str, known: Collection[str]) -> tuple[str, list[MixerCard]]:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tempfile import gettempdir
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from mole_diffusers.app.actions import Actions, Picture
-from mole_diffusers.app.jobs import RunningJobs
+from mole_diffusers.app.actions import Actions, Picture, Progress
+from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.studio.recipe import Recipe
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
@@ -35,37 +37,67 @@ class Page:
         controls: field of a Recipe -> its component.
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
-        locks: state: gates set by hand, as in a Recipe.
+        locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
+        visitor: in the browser: who owns jobs, across reloads.
+        fields: further components that survive a reload.
+        pictures: the gallery of what was composed.
+        tabs, tab: all of them; the one that is being built.
+        blocks: the whole page.
+        watched: (session, kind of job) -> the job that a page shows.
+        resumed: what pages do first after a reload: a function of the visitor, and its outputs.
     """
 
     actions: Actions
-    jobs: RunningJobs
+    jobs: Jobs
     defaults: Recipe
+    blocks: gr.Blocks
     controls: dict[str, Any] = field(default_factory=dict)
     cards: Any = None
     shown: Any = None
     locks: Any = None
+    masks: Any = None
+    visitor: Any = None
+    pictures: Any = None
+    tabs: Any = None
+    tab: Any = None
+    fields: list[Any] = field(default_factory=list)
+    watched: dict[tuple[str, str], Job] = field(default_factory=dict)
+    resumed: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
 
     @property
     def inputs(self) -> list[Any]:
         """The components whose values `recipe` takes."""
-        return [*self.controls.values(), self.locks]
+        return [*self.controls.values(), self.locks, self.masks]
 
     def recipe(self, *values: Any) -> Recipe:
         """The recipe in the controls. Raises ValueError for values out of range."""
-        *given, locks = values
+        *given, locks, masks = values
         named = dict(zip(self.controls, given, strict=True))
         for name in NUMBERS:
             if named[name] is None:
                 raise ValueError(f"{name} must be a number")
             named[name] = float(named[name]) if name == "guidance" else int(named[name])
         named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
-        return Recipe(**named, locks=locks)
+        return Recipe(**named, locks=locks, masks=masks)
 
     def values(self, recipe: Recipe) -> list[Any]:
         """The values of `inputs` for a recipe."""
         shown = {name: getattr(recipe, name) for name in self.controls}
-        return [*(shown | {"sampler": recipe.sampler or "default"}).values(), dict(recipe.locks)]
+        return [*(shown | {"sampler": recipe.sampler or "default"}).values(), dict(recipe.locks), dict(recipe.masks)]
+
+    def said(self, job: Job) -> str:
+        """What the status line says about a job."""
+        if job.state == "waiting":
+            ahead = self.jobs.ahead(job)
+            return f"waiting: {ahead} job{'' if ahead == 1 else 's'} before this one"
+        if job.state == "failed":
+            return problem(job.error)
+        if job.event is None:
+            return "cancelled before it began" if job.state == "stopped" else "starting"
+        if job.state == "stopped" and isinstance(job.event, Progress):
+            return f"stopped after {len(job.event.pictures)} of {job.event.count} pictures"
+        words = "done" if isinstance(job.event, Image.Image) else markdown(str(job.event))
+        return f"stopped: {words}" if job.state == "stopped" else words
 
 
 def session(request: gr.Request | None) -> str:
@@ -76,9 +108,21 @@ def session(request: gr.Request | None) -> str:
 # ---- errors
 
 
+def problem(error: Exception | None) -> str:
+    """An error in a status line, as Markdown; one that is no visitor's fault is not told, but logged elsewhere."""
+    words = str(error) if isinstance(error, USER_ERRORS) else "something went wrong; the terminal of the app says what"
+    return f"**{markdown(without_folders(words))}**"
+
+
+def without_folders(text: str) -> str:
+    """A message without the temporary folders that files of visitors are in."""
+    return re.sub(rf"{re.escape(gettempdir())}/(?:[^\s/'\"]+/)*", "", text)
+
+
 def user_error(error: Exception, *, page: bool) -> gr.Error:
     """The error a visitor sees. A page shows it as HTML, so text from a file or prompt is escaped there."""
-    text = html.escape(str(error), quote=False) if page else str(error)
+    text = without_folders(str(error))
+    text = html.escape(text, quote=False) if page else text
     return gr.Error(text, duration=12, print_exception=False)
 
 
@@ -91,7 +135,8 @@ def _user_errors(*, page: bool) -> Iterator[None]:
 
 
 def with_errors(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., Any]:
-    """Show errors of bad input as one sentence, on the page or to a client of the API; for functions and generators."""
+    """Show errors of bad input as one sentence, on the page or to a client of the API; for functions,
+    coroutines and generators."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -103,6 +148,13 @@ def with_errors(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., A
         with _user_errors(page=page):
             yield from fn(*args, **kwargs)
 
+    @functools.wraps(fn)
+    async def wait(*args: Any, **kwargs: Any) -> Any:
+        with _user_errors(page=page):
+            return await fn(*args, **kwargs)
+
+    if inspect.iscoroutinefunction(fn):
+        return wait
     return stream if inspect.isgeneratorfunction(fn) else call
 
 
@@ -148,15 +200,67 @@ def figure(label: str, *, elem_id: str) -> Any:
     return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)
 
 
-def connect_stop(page: Page, button: Any, status: Any, events: Sequence[Any]) -> None:
-    """Let a button stop the session's jobs started by `events`: a running one at its next step, a queued one at once."""
-    waiting = gr.State(0)
+# ---- jobs on the page
 
-    def stop(request: gr.Request, asked: int) -> tuple[str, int]:
-        if page.jobs.stop(session(request)):
-            return "stopping", asked
-        return "nothing of yours is running; queued jobs were cancelled", asked + 1
 
-    # Gradio tells a page about a changed State only through its queue; without a limit this never waits there.
-    button.click(stop, waiting, [status, waiting], concurrency_limit=None, **PRIVATE)
-    waiting.change(None, None, None, cancels=list(events), **PRIVATE)
+def connect_job(
+    page: Page,
+    kind: str,
+    start: Sequence[Callable[..., Any]],
+    plan: Callable[..., Work],
+    show: Callable[[Job], Sequence[Any]],
+    *,
+    inputs: Sequence[Any],
+    status: Any,
+    outputs: Sequence[Any],
+) -> None:
+    """Let events start a job whose progress the page shows, also after a reload.
+
+    Args:
+        start: events, for example `button.click`.
+        plan: the values of `inputs` -> the work. A ValueError is shown in the status.
+        show: the job, as it is now -> values for `outputs`, None where there is nothing to show yet.
+    """
+    nothing = [gr.skip()] * len(outputs)
+
+    def watch(request: gr.Request, job: Job) -> Iterator[Any]:
+        key, before = (session(request), kind), [None] * len(outputs)
+        page.watched[key] = job
+        for _ in page.jobs.follow(job):
+            if page.watched.get(key) is not job:  # another one was started on this page
+                return
+            now = list(show(job)) if job.event is not None else [None] * len(outputs)
+            changed = [gr.skip() if new is None or new == old else new for old, new in zip(before, now, strict=True)]
+            before = [old if new is None else new for old, new in zip(before, now, strict=True)]
+            yield page.said(job), *changed
+
+    def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Any]:
+        try:
+            job = page.jobs.submit(visitor or session(request), kind, plan(*values))
+        except USER_ERRORS as error:
+            yield problem(error), *nothing
+            return
+        yield from watch(request, job)
+
+    def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
+        job = page.jobs.latest(visitor, kind)
+        if job is None:
+            yield gr.skip(), *nothing
+        else:
+            yield from watch(request, job)
+
+    shown: dict[str, Any] = {"concurrency_limit": None, **PRIVATE}
+    for event in start:
+        event(begin, [page.visitor, *inputs], [status, *outputs], **shown)
+    page.resumed.append((resume, [status, *outputs]))
+
+
+def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
+    """Let a button stop what this page watches of these kinds: a running job at its next step, one that waits at once."""
+
+    def cancel(request: gr.Request) -> str:
+        jobs = [page.watched.get((session(request), kind)) for kind in kinds]
+        stopped = [page.jobs.stop(job) for job in jobs if job is not None]
+        return "stopping" if any(stopped) else "nothing of yours is running"
+
+    button.click(cancel, None, status, concurrency_limit=None, **PRIVATE)

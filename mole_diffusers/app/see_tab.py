@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app.gate_report import GateReport
+from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of, parse_lock, shades, with_block_weights
 from mole_diffusers.app.page import (
     BUTTONS,
     PRIVATE,
-    QUEUE,
     Page,
-    connect_stop,
+    connect_cancel,
+    connect_job,
     figure,
     gallery,
     gallery_items,
     redraw,
-    session,
     with_errors,
 )
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.render import MERGES
 
-COMPARED = ("sum", "gates")  # left and right of the slider at first
+COMPARED = ("sum", "bound")  # left and right of the slider at first, without trained gates
 NO_LOCKS = "nothing: every gate decides"
 
 
@@ -38,11 +37,12 @@ def build(page: Page) -> None:
         cancel = gr.Button("Cancel", elem_id="see-cancel")
     status = gr.Markdown("", elem_id="see-status", elem_classes="status")
     with gr.Row(elem_classes="phone-column"):
-        works = [_comparison(page, compare, status), _gate_report(page, look, status)]
-    connect_stop(page, cancel, status, works)
+        _comparison(page, compare, status)
+        _gate_report(page, look, status)
+    connect_cancel(page, cancel, status, ["compare", "look"])
 
 
-def _comparison(page: Page, compare: Any, status: Any) -> Any:
+def _comparison(page: Page, compare: Any, status: Any) -> None:
     with gr.Column():
         merges = gr.Dropdown(
             MERGES,
@@ -64,21 +64,25 @@ def _comparison(page: Page, compare: Any, status: Any) -> Any:
     def sides(drawn: dict[str, str], left: str, right: str) -> Any:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
-    @with_errors
-    def draw(request: gr.Request, *values: Any) -> Iterator[Any]:
+    def plan(*values: Any) -> Work:
         *given, merges = values
-        with page.jobs.job(session(request)) as is_stopped:
-            for state in page.actions.compare(page.recipe(*given), is_stopped, merges):
-                drawn = {picture.label: str(picture.path) for picture in state.pictures}
-                choices = gr.update(choices=list(drawn))
-                yield str(state), gallery_items(state.pictures), sides(drawn, *COMPARED), choices, choices, drawn
+        return page.actions.compare(page.recipe(*given), merges)
+
+    def show(job: Job) -> list[Any]:
+        drawn = {picture.label: str(picture.path) for picture in job.event.pictures}
+        at_first = COMPARED if "gates" not in drawn else ("sum", "gates")
+        if not set(at_first) <= set(drawn):
+            return [gallery_items(job.event.pictures), None, None, None, drawn]
+        choices = [gr.update(choices=list(drawn), value=label) for label in at_first]
+        return [gallery_items(job.event.pictures), tuple(drawn[label] for label in at_first), *choices, drawn]
 
     for side in (left, right):
         side.input(sides, [drawn, left, right], slider, **PRIVATE)
-    return compare.click(draw, [*page.inputs, merges], [status, arms, slider, left, right, drawn], **QUEUE, **PRIVATE)
+    inputs, outputs = [*page.inputs, merges], [arms, slider, left, right, drawn]
+    connect_job(page, "compare", [compare.click], plan, show, inputs=inputs, status=status, outputs=outputs)
 
 
-def _gate_report(page: Page, look: Any, status: Any) -> Any:
+def _gate_report(page: Page, look: Any, status: Any) -> None:
     with gr.Column():
         heat = figure("Weights by block and step", elem_id="heat")
         shares = figure("Share over the steps", elem_id="shares")
@@ -86,22 +90,21 @@ def _gate_report(page: Page, look: Any, status: Any) -> Any:
         sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
         block = _by_hand(page, sites, gates)
 
-    @with_errors
-    def watch(request: gr.Request, *values: Any) -> Iterator[Any]:
+    def plan(*values: Any) -> Work:
         *given, cards = values
-        with page.jobs.job(session(request)) as is_stopped:
-            for event in page.actions.look(page.recipe(*given), is_stopped, shades(cards)):
-                if not isinstance(event, GateReport):
-                    yield [str(event), *[gr.skip()] * 6]
-                    continue
-                maps = [(image, label) for label, image in event.places.items()]
-                rows = event.gates.items()
-                typed = {label: _typed(dict(zip(event.experts, row, strict=True))) for label, row in rows}
-                blocks = gr.update(choices=list(event.labels), value=next(iter(event.labels)))
-                yield [event.summary(), event.heat, event.shares, maps, event.labels, typed, blocks]
+        return page.actions.look(page.recipe(*given), shades(cards))
 
-    outputs = [status, heat, shares, places, sites, gates, block]
-    return look.click(watch, [*page.inputs, page.cards], outputs, **QUEUE, **PRIVATE)
+    def show(job: Job) -> list[Any]:
+        report = job.event
+        if not isinstance(report, GateReport):
+            return [None] * 6
+        maps = [(image, label) for label, image in report.places.items()]
+        typed = {label: _typed(dict(zip(report.experts, row, strict=True))) for label, row in report.gates.items()}
+        blocks = gr.update(choices=list(report.labels), value=next(iter(report.labels)))
+        return [report.heat, report.shares, maps, report.labels, typed, blocks]
+
+    inputs, outputs = [*page.inputs, page.cards], [heat, shares, places, sites, gates, block]
+    connect_job(page, "look", [look.click], plan, show, inputs=inputs, status=status, outputs=outputs)
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:

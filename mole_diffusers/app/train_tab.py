@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app.files import export_gates
-from mole_diffusers.app.gate_training import TRAINED, WAYS, TrainingRequest, train
+from mole_diffusers.app.gate_training import TRAINED, WAYS, TrainingProgress, TrainingRequest, train
+from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import (
     PRIVATE,
-    QUEUE,
+    USER_ERRORS,
     Page,
-    connect_stop,
+    connect_cancel,
+    connect_job,
     figure,
     gallery,
     markdown,
-    session,
     with_errors,
 )
+from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
 
@@ -37,31 +39,48 @@ def build(page: Page) -> None:
             with gr.Row():
                 start = gr.Button("Train", variant="primary", elem_id="train")
                 cancel = gr.Button("Stop", elem_id="train-stop")
+            with gr.Row(visible=False, elem_id="again") as asked:
+                more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
+                over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
             status = gr.Markdown("", elem_id="train-status", elem_classes="status")
         with gr.Column():
             loss = figure("Loss", elem_id="loss")
-            pictures = gallery("The prompt's picture during training", columns=4, elem_id="validation")
+            pictures = gallery("The prompt's picture before, during and after", columns=4, elem_id="validation")
             saved = _gate_files(page)
+    page.fields += fields
+    again = gr.State("")
 
-    @with_errors
-    def training(request: gr.Request, *values: Any) -> Iterator[Any]:
-        *given, name, singles, composed, styles, steps, family, way = values
+    def plan(*values: Any) -> Work:
+        *given, name, singles, composed, styles, steps, family, way, again = values
         options = {"styles": styles or [], "steps": int(steps), "family": family, "way": way}
         wanted = TrainingRequest(name or "", parse_singles(singles), _lines(composed), **options)
-        with page.jobs.job(session(request)) as is_stopped:
-            state = None
-            for state in train(
-                page.actions.studio, page.recipe(*given), wanted, home=page.actions.home, is_stopped=is_stopped
-            ):
-                yield str(state), state.curve(), state.pictures, gr.skip(), gr.skip()
-            if state is not None and state.finished:
-                yield str(state), state.curve(), state.pictures, *_gate_choices(page, wanted.name)
-            else:
-                yield f"stopped; {state}", *[gr.skip()] * 4
+        return train(page.actions.studio, page.recipe(*given), wanted, home=page.actions.home, again=again)
 
-    outputs = [status, loss, pictures, page.controls["gates"], saved]
-    work = start.click(training, [*page.inputs, *fields], outputs, **QUEUE, **PRIVATE)
-    connect_stop(page, cancel, status, [work])
+    def show(job: Job) -> list[Any]:
+        progress: TrainingProgress = job.event
+        choices = _gate_choices(page, progress.name) if job.state == "done" else (None, None)
+        return [progress.curve(), progress.pictures, *choices]
+
+    def ask(*values: Any) -> Any:
+        """Whether to ask what becomes of gates that are there, and the answer so far: none."""
+        try:
+            plan(*values)
+        except GatesExistError:
+            return gr.update(visible=True), ""
+        except USER_ERRORS:  # which the job says
+            pass
+        return gr.update(visible=False), ""
+
+    inputs = [*page.inputs, *fields]
+    hidden = gr.update(visible=False)
+    answers = [
+        button.click(lambda answer=answer: (hidden, answer), None, [asked, again], **PRIVATE)  # type: ignore[misc]
+        for button, answer in ((more, AGAIN[0]), (over, AGAIN[1]))
+    ]
+    asking = start.click(ask, [*inputs, again], [asked, again], **PRIVATE)
+    begins, outputs = [event.then for event in (asking, *answers)], [loss, pictures, page.controls["gates"], saved]
+    connect_job(page, "train", begins, plan, show, inputs=[*inputs, again], status=status, outputs=outputs)
+    connect_cancel(page, cancel, status, ["train"])
 
 
 def _fields(page: Page) -> list[Any]:

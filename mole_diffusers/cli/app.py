@@ -26,8 +26,14 @@ def app(
     loras: LorasOption = None,
     trained: TrainedOption = None,
     keep: Annotated[Path, Option(metavar="FOLDER", help="Gates that the app trains are kept here.")] = Path("mole_gates"),
+    gallery: Annotated[Path, Option(metavar="FOLDER", help="Pictures are kept here, each with its recipe inside.")] = Path(
+        "mole_pictures"
+    ),
     host: Annotated[str, Option(help="0.0.0.0 shows the app to your network. There is no password.")] = "127.0.0.1",
     port: Annotated[int, Option(help="The app is at http://HOST:PORT.")] = 7860,
+    site: Annotated[
+        str | None, Option(metavar="NAME", help="The name under which a server in front shows the app: studio.example.")
+    ] = None,
     mcp: Annotated[bool, Option("--mcp", help="Also serve the actions as MCP tools, at /gradio_api/mcp/.")] = False,
     device: DeviceOption = None,
     verbose: VerboseOption = False,
@@ -55,8 +61,9 @@ def app(
         )
     else:
         recipe = first_recipe(studio, guidance=7.0)
-    actions = Actions(studio, home=keep, thumbnail=world_thumbnails() if base == WORLD else None)
-    launch(build(actions, recipe), server_name=host, server_port=port, mcp_server=mcp)
+    actions = Actions(studio, home=keep, gallery=gallery, thumbnail=world_thumbnails() if base == WORLD else None)
+    sites = [site] if site else []
+    launch(build(actions, recipe), gallery=gallery, sites=sites, server_name=host, server_port=port, mcp_server=mcp)
 
 
 def world_thumbnails() -> Any:

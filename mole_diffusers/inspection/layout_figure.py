@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from mole_diffusers.patching.picture_layout import Layout
 
@@ -11,15 +13,22 @@ COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 60), (148, 80, 190), (230, 1
 TINT, EDGE = 0.28, 2  # share of a region's colour over the picture; width of its outline in pixels
 
 
-def overlay(picture: Image.Image, layout: Layout, *, side: int = 384) -> Image.Image:
-    """The picture, enlarged so that its longer side has `side` pixels, under the tinted regions and their names."""
+def overlay(
+    picture: Image.Image, layout: Layout, *, side: int = 384, shades: Mapping[str, str] | None = None
+) -> Image.Image:
+    """The picture, enlarged so that its longer side has `side` pixels, under the tinted regions and their names.
+
+    Args:
+        shades: name -> colour as "#rrggbb", for those that have one elsewhere.
+    """
+    given = {name: ImageColor.getrgb(shade)[:3] for name, shade in (shades or {}).items()}
     scale = side / max(picture.size)
     size = round(picture.width * scale), round(picture.height * scale)
     filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     image = picture.convert("RGB").resize(size, filter_)
     names = []
     for i, (name, region) in enumerate(layout.regions.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = given.get(name, COLOURS[i % len(COLOURS)])
         grey = Image.fromarray((region.numpy() * 255).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         image = Image.composite(Image.blend(image, Image.new("RGB", size, colour), TINT), image, grey)
         inside = np.asarray(grey) > 127

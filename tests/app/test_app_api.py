@@ -9,10 +9,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -65,17 +61,19 @@ def test_loras_are_reported_and_found(client):
 
 
 def test_comparison(client):
-    labels, files = client.predict(RECIPE, api_name="/compare")
-    assert labels == ["base", "alone fox", "alone ink", "sum", "gates"]
-    base, _, _, summed, gated = map(pixels, files)
-    assert np.array_equal(summed, gated)  # these gates are the sum
-    assert not np.array_equal(base, gated)
+    recipe = {**RECIPE, "prompt": "a fox in ink <lora:fox:0.8:region=left> <lora:ink:1>"}
+    labels, files = client.predict(recipe, api_name="/compare")
+    assert labels == ["base", "alone fox", "alone ink", "sum", "bound"]  # no gates are trained for these
+    base, _, _, summed, bound = map(pixels, files)
+    assert np.array_equal(summed, pixels(client.predict({**recipe, "binding": "none"}, api_name="/redraw")))
+    assert np.array_equal(bound, pixels(client.predict(recipe, api_name="/redraw")))
+    assert len({picture.tobytes() for picture in (base, summed, bound)}) == 3
 
 
 def test_merges_are_compared_too(client):
     labels, files = client.predict(RECIPE, ["mean", "svd"], api_name="/compare")
-    assert labels[-2:] == ["merge mean", "merge svd"]
-    assert not np.array_equal(*map(pixels, files[-2:]))
+    assert labels[-3:] == ["merge mean", "merge svd", "bound"]
+    assert not np.array_equal(*map(pixels, files[-3:-1]))
     one = {"prompt": "a fox in ink <lora:fox:0.8>", "seed": 3, "gates": "sum"}
     alone, merged = (pixels(client.predict({**one, "arm": arm}, api_name="/redraw")) for arm in ("sum", "merge mean"))
     assert np.abs(merged.astype(int) - alone).max() <= 1  # the mean of one is that one, by another route
@@ -119,31 +117,7 @@ def test_training_gives_gates_that_can_be_chosen(client):
     singles, composed = {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"]
     rows = client.predict(RECIPE, "mine", singles, composed, 2, api_name="/train")
     assert [row["step"] for row in rows] == [0, 1]
+    labels, _ = client.predict(RECIPE | {"gates": "auto"}, api_name="/compare")
+    assert labels[-3:] == ["sum", "bound", "gates"]
     _, (recipe,) = client.predict(PROMPT, gates="mine", api_name="/compose")
     assert len(recipe["gates_sha256"]) == 64
-
-
-def test_training_that_was_stopped_goes_on(loras, tmp_path):
-    from mole_diffusers.app.gate_training import TrainingRequest, train
-
-    def run(home, stop=lambda state: False, prompt=PROMPT):
-        seen = []  # one object, which the work itself changes
-        studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
-        wanted = TrainingRequest("g", {"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"], steps=8)
-        recipe = Recipe(prompt, steps=2, width=32, height=32)
-        for state in train(studio, recipe, wanted, home=home, is_stopped=lambda: bool(seen) and stop(seen[0])):
-            seen[:] = [state]
-        assert len(studio.pipe.unet._forward_pre_hooks) == 2  # the mixture's own
-        return seen[0]
-
-    early = run(tmp_path / "a", stop=lambda state: state.calls >= 1)
-    assert (early.finished, early.rows) == (False, [])  # heard while the teachers draw
-    cut = run(tmp_path / "a", stop=lambda state: len(state.rows) > 5)
-    assert not cut.finished
-    assert len(cut.rows) == 6
-    on, whole = run(tmp_path / "a"), run(tmp_path / "b")
-    assert on.finished
-    assert on.rows == whole.rows
-    with pytest.raises(ValueError, match="other settings") as error:
-        run(tmp_path / "a", prompt="a fox in ink <lora:fox:0.1> <lora:ink:1>")
-    assert str(tmp_path) not in str(error.value)

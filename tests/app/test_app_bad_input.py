@@ -1,7 +1,9 @@
 """What must not be done, for every endpoint of the app: one clear sentence, and the app goes on."""
 
 import json
+import shutil
 import struct
+import tempfile
 import zlib
 
 import pytest
@@ -28,8 +30,61 @@ def test_uploads(client, pipe, tmp_path):
     file = tiny_lora(pipe, tmp_path / "owl & co.safetensors", rank=3)
     report = client.predict(gradio_client.handle_file(file), api_name="/upload")
     assert (report["name"].startswith("owl"), report["ranks"]) == (True, "3")
-    with pytest.raises(gradio_client.exceptions.AppError, match="already a LoRA"):
-        client.predict(gradio_client.handle_file(file), api_name="/upload")
+    again = shutil.copy(file, tmp_path / "another name.safetensors")
+    assert client.predict(gradio_client.handle_file(again), api_name="/upload") == report  # the same file
+    assert "another name" not in [one["name"] for one in client.predict(api_name="/loras")]
+
+
+def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_path):
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+
+    actions = Actions(Studio(pipe, Catalog(dict(loras), {}), "tiny"), home=tmp_path / "gates")
+
+    def sent(name, data):
+        path = tmp_path / "sent" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    good = tiny_lora(pipe, tmp_path / "good.safetensors", seed=9).read_bytes()
+    assert actions.add_lora(sent("owl.safetensors", good)) == "owl"
+    other = tiny_lora(pipe, tmp_path / "other.safetensors", seed=10).read_bytes()
+    kept = {path: path.read_bytes() for path in actions.folder.rglob("*") if path.is_file()}
+    for name, data, message in (
+        ("owl.safetensors", other, "already another LoRA 'owl'"),
+        ("OWL.safetensors", other, "already another LoRA 'OWL'"),
+        ("Fox.safetensors", other, "already another LoRA 'Fox'"),
+        ("new.safetensors", other[:-1], "new.safetensors is truncated"),
+        ("page.safetensors", b"<html>", "page.safetensors is an HTML page"),
+    ):
+        path = sent(name, data)
+        with pytest.raises(ValueError, match=message) as error:
+            actions.add_lora(path)
+        assert str(tmp_path) not in str(error.value)
+        assert not path.exists()
+    for files in ([sent("a.safetensors", b"x"), sent("a.json", b"{}")], [sent("b.json", b"{}"), sent("c.json", b"{}")]):
+        with pytest.raises(ValueError):  # noqa: PT011
+            actions.add_gates(files, "x")
+        assert not any(path.exists() for path in files)
+    assert {path: path.read_bytes() for path in actions.folder.rglob("*") if path.is_file()} == kept
+    assert not list((tmp_path / "gates").iterdir())
+
+
+def test_a_message_has_no_temporary_folder_and_no_library():
+    from mole_diffusers.app.mixer_cards import cards_of
+    from mole_diffusers.app.page import without_folders
+
+    inside = f"{tempfile.gettempdir()}/gradio/0123/my file.safetensors"
+    assert (
+        without_folders(f"{inside} is broken, '{inside}' too") == "my file.safetensors is broken, 'my file.safetensors' too"
+    )
+    assert without_folders("there is no LoRA '../../etc'") == "there is no LoRA '../../etc'"
+    with pytest.raises(ValueError, match="there is no LoRA 'owi'") as error:
+        cards_of("<lora:owi:1>", [], {f"lora {i}": None for i in range(500)} | {"owl": None})
+    assert "owl" in str(error.value)
+    assert len(str(error.value)) < 200
 
 
 BLENDED = {"prompt": "<lora:fox:1>"}, "one", {"fox": ["a fox"]}, ["fox"], 2
@@ -49,7 +104,15 @@ BAD = [
     ("compose", ("x", "", 0, 2, 3.0, "sum", 1000), "the number of pictures must be in 1..16"),
     ("compose", ("x", "", 0, 2, 3.0, "sum", "two"), "the number of pictures must be a whole number"),
     ("compose", ("y" * 6000,), "at most 5000 characters"),
-    ("redraw", ({"prompt": "x", "width": 31},), "divisible by"),
+    (
+        "grid",
+        ({"prompt": "x", "width": 2048, "height": 2048, "steps": 150}, "seed=1,2,3", "guidance=1,2"),
+        "times what one job may take: 6 pictures of 2048",
+    ),
+    ("redraw", ({"prompt": "<lora:fox:1:region=painted>"},), "the region of 'fox' is painted, but the recipe has no mask"),
+    ("redraw", ({"prompt": "<lora:fox:1:region=painted>", "masks": {"fox": "png:AAAA"}},), "a PNG in base64"),
+    ("redraw", ({"prompt": "x", "masks": {"fox": "x" * 200_000}},), "of at most 128 KiB"),
+    ("redraw", ({"prompt": "x", "masks": ["x"]},), "masks must map"),
     ("redraw", ({"prompt": "x", "width": 4000},), "at most 2048"),
     ("redraw", ({"seed": 1},), "prompt must be text"),
     ("redraw", ({"prompt": "x", "colour": 1},), "unknown fields ['colour']"),
@@ -65,6 +128,12 @@ BAD = [
     ("grid", (RECIPE, 5, "seed=1"), "an axis must be text"),
     ("grid", (RECIPE, "seed=" + ",".join("1" * 500), "seed=1"), "is too large"),
     ("grid", (RECIPE, "gates=../x", "seed=1"), "there are no gates '../x'"),
+    ("train", (RECIPE, "one", {"fox": ["a fox"]}, ["fox"] * 64, 2), "at most 64 prompts"),
+    (
+        "train",
+        (RECIPE, "one", {"fox": ["a fox"]}, ["fox"], 2, [], "flow", "collage", "both"),
+        "again is one of continue, overwrite",
+    ),
     ("code", ({"prompt": "x", "sampler": "Best"},), "unknown sampler 'Best'"),
     ("export", ({"prompt": "x"},), "nothing to export"),
     ("export", (RECIPE, -1), "rank"),

@@ -12,7 +12,9 @@ LIST = "a fox <lora:fox:0@0,1@0.4:lbw=OUTALL:start=2> <lora:ink:0.5:unet=1>"
 def test_a_tag_is_what_its_card_shows():
     fox, ink = cards.cards_of(LIST, [], KNOWN)
     shown = cards.fields_of(fox, KNOWN)
-    assert shown == {"unet": "0@0,1@0.4", "te": "0@0,1@0.4", "lbw": "OUTALL", "start": "2", "stop": ""}
+    assert {key: value for key, value in shown.items() if value} == {
+        "unet": "0@0,1@0.4", "te": "0@0,1@0.4", "lbw": "OUTALL", "start": "2"
+    }  # fmt: skip
     assert (cards.fields_of(ink, KNOWN)["unet"], cards.fields_of(ink, KNOWN)["te"]) == ("1", "0.5")
     assert cards.with_fields(fox, shown, KNOWN) == fox
     assert cards.set_card(LIST, [fox, ink], fox, KNOWN) == (LIST, [fox, ink])
@@ -66,3 +68,18 @@ def test_a_prompt_for_one_lora_names_no_other():
     assert single_prompt(two, ["sunflower"], keep=["doughnut"]) == "noto drawing of a doughnut"
     assert single_prompt("ink drawing of a pink fox", ["ink"], keep=["fox"]) == "drawing of a pink fox"  # not of a "p fox"
     assert single_prompt("ink drawing of a fox", ["Fox"], keep=["ink"]) == "ink drawing"
+
+
+def test_words_and_a_region_are_fields_of_a_card():
+    (fox,) = cards.cards_of("<lora:fox:1:word=a red fox|foxes:region=top left>", [], KNOWN)
+    shown = cards.fields_of(fox, KNOWN)
+    assert (shown["word"], shown["region"]) == ("a red fox|foxes", "top left")
+    assert cards.with_fields(fox, shown, KNOWN) == fox
+    text, (moved,) = cards.set_region("a fox", [{**fox, "on": False}], "fox", "painted", KNOWN)
+    assert text == "a fox <lora:fox:1:word=a red fox|foxes:region=painted>"
+    assert moved["on"]
+    assert cards.with_fields(fox, {**shown, "region": "0,0,0.5,1"}, KNOWN)["tag"].endswith(":region=0,0,0.5,1>")
+    with pytest.raises(ValueError, match="a region is 'auto'"):
+        cards.with_fields(fox, {**shown, "region": "somewhere"}, KNOWN)
+    with pytest.raises(ValueError, match="no card of 'ink'"):
+        cards.set_region("a fox", [fox], "ink", "left", KNOWN)

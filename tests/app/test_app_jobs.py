@@ -1,55 +1,99 @@
-"""Jobs: they can be stopped, and they stop when nobody iterates any more."""
+"""Jobs: one after the other, found again by their owner, stopped at any time."""
 
 import threading
 import time
 
 import pytest
 
-from mole_diffusers.app.jobs import RunningJobs, run_job
+from mole_diffusers.app.jobs import MAX_WAITING, Jobs
+
+WAIT = 20  # seconds
 
 
-def counting(seen, steps=200):
+def counting(seen, steps=400):
     def work(report):
         for i in range(steps):
             seen.append(i)
             report(i)
             time.sleep(0.005)
+        return "all"
 
     return work
 
 
-def test_reports_come_out_in_order():
-    assert [event for event in run_job(counting([], 5), lambda: False) if event is not None] == [0, 1, 2, 3, 4]
+def over(jobs, job):
+    """The job once nothing changes any more."""
+    *_, last = jobs.follow(job)
+    return last
 
 
-def test_an_error_in_a_job_comes_out():
+def until(true):
+    end = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_jobs_run_one_after_the_other_and_give_what_they_made():
+    jobs, seen, other = Jobs(), [], []
+    first, second = jobs.submit("me", "a", counting(seen, 5)), jobs.submit("you", "a", counting(other, 5))
+    assert (over(jobs, second).state, second.event) == ("done", "all")
+    assert (first.state, first.event, seen, other) == ("done", "all", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+
+
+def test_an_error_is_kept_and_the_next_job_runs():
     def work(report):
         report(1)
         raise ValueError("bad")
 
-    events = run_job(work, lambda: False)
-    assert next(events) == 1
-    with pytest.raises(ValueError, match="bad"):
-        list(events)
+    jobs = Jobs()
+    failed = over(jobs, jobs.submit("me", "a", work))
+    assert (failed.state, failed.event, str(failed.error)) == ("failed", 1, "bad")
+    assert over(jobs, jobs.submit("me", "a", counting([], 1))).state == "done"
 
 
-def test_a_stop_ends_the_job_of_one_session():
-    jobs, seen = RunningJobs(), []
-    assert not jobs.stop("me")
-    with jobs.job("me") as stopped, jobs.job("you") as other:
-        for event in run_job(counting(seen), stopped):
-            if event == 3:
-                assert jobs.stop("me")
-        assert not other()
-    assert 3 < len(seen) < 200
+def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once():
+    jobs, seen = Jobs(), []
+    running, waiting, last = (jobs.submit("me", kind, counting(seen)) for kind in "abc")
+    until(lambda: len(seen) > 3)
+    assert (jobs.ahead(running), jobs.ahead(waiting), jobs.ahead(last)) == (0, 1, 2)
+    assert jobs.stop(waiting)
+    assert (waiting.state, waiting.event, jobs.ahead(last)) == ("stopped", None, 1)
+    assert jobs.stop(running)
+    assert over(jobs, running).state == "stopped"
+    assert 3 < len(seen) < 400
+    assert not jobs.stop(running)
+    jobs.stop(last)
+    assert over(jobs, last).state == "stopped"
 
 
-def test_a_job_that_nobody_listens_to_stops():
-    seen, before = [], threading.active_count()
-    events = run_job(counting(seen), lambda: False)
+def test_an_owner_finds_the_newest_job_of_a_kind():
+    jobs = Jobs()
+    old = jobs.submit("me", "a", counting([], 1))
+    over(jobs, old)
+    assert jobs.latest("me", "a") is old
+    new, other = jobs.submit("me", "a", counting([], 1)), jobs.submit("me", "b", counting([], 1))
+    assert (jobs.latest("me", "a"), jobs.latest("me", "b")) == (new, other)
+    assert jobs.latest("you", "a") is None
+
+
+def test_nobody_has_to_listen_and_the_thread_ends():
+    jobs, seen, before = Jobs(), [], threading.active_count()
+    job = jobs.submit("me", "a", counting(seen, 50))
+    events = jobs.follow(job)
     next(events)
-    events.close()  # the visitor has left
-    until = time.monotonic() + 20
-    while threading.active_count() > before and time.monotonic() < until:
-        time.sleep(0.01)
-    assert len(seen) < 200
+    events.close()  # the page was closed
+    until(lambda: threading.active_count() <= before)
+    until(lambda: job.is_over)
+    assert (job.state, len(seen)) == ("done", 50)
+
+
+def test_a_full_queue_refuses():
+    jobs, seen = Jobs(), []
+    running = jobs.submit("me", "a", counting(seen))
+    until(lambda: running.state == "running")
+    waiting = [jobs.submit("me", "a", counting([])) for _ in range(MAX_WAITING)]
+    with pytest.raises(ValueError, match="jobs are waiting"):
+        jobs.submit("me", "a", counting([]))
+    for job in (*waiting, running):
+        jobs.stop(job)

@@ -53,7 +53,7 @@ def test_a_tool_draws_and_refuses(url):
     assert refused.content[0].text.startswith("there is no LoRA 'owl'; known: fox")
 
 
-def test_tools_are_served_only_where_they_are_asked_for(monkeypatch):
+def test_tools_are_served_only_where_they_are_asked_for(monkeypatch, tmp_path):
     from mole_diffusers.app import build
 
     class Page:
@@ -61,14 +61,16 @@ def test_tools_are_served_only_where_they_are_asked_for(monkeypatch):
             pass
 
         def launch(self, **options):
-            return options["mcp_server"], options["share"], options["server_port"]
+            served = [middleware.kwargs["sites"] for middleware in options["app_kwargs"]["middleware"]]
+            return options["mcp_server"], options["share"], options["server_port"], options["allowed_paths"], served
 
     monkeypatch.setenv("GRADIO_MCP_SERVER", "true")  # which Gradio would follow
     launch = build.launch
-    assert launch(Page(), server_port=1) == (False, False, 1)
+    assert launch(Page(), server_port=1) == (False, False, 1, None, [()])
     served_with = {}
     monkeypatch.setattr(build, "launch", lambda blocks, **options: served_with.update(options))
-    assert main(["app", "--mcp", "--port", "7999"]) == 0
-    assert launch(Page(), **served_with) == (True, False, 7999)
+    pictures = str(tmp_path / "pictures")
+    assert main(["app", "--mcp", "--port", "7999", "--gallery", pictures, "--site", "studio.example"]) == 0
+    assert launch(Page(), **served_with) == (True, False, 7999, [pictures], [["studio.example"]])
     assert main(["app"]) == 0
     assert launch(Page(), **served_with)[0] is False

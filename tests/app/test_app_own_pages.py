@@ -19,7 +19,15 @@ def status(address, method="GET", path="/config", **headers):
 
 def test_a_name_that_was_pointed_here_is_refused(address):
     port = address.rpartition(":")[2]
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", "", "[::", "0x7f.1"):
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "",
+        "[::",
+        "0x7f.1",
+    ):
         assert status(address, Host=host) == 403, host
         assert status(address, "POST", "/gradio_api/queue/join", Host=host) == 403, host
     assert "--site evil.example" in httpx.get(f"{address}/config", headers={"Host": "evil.example"}).text
@@ -33,7 +41,15 @@ def test_addresses_of_the_machine_and_its_site_are_served(address):
 
 def test_posts_of_other_pages_are_refused(address):
     upload, host = "/gradio_api/upload", address.removeprefix("http://")
-    for origin in ("https://evil.example", "null", "http://localhost:1", "http://127.0.0.1:1", "x", "http://[", f"http://{host}.x"):
+    for origin in (
+        "https://evil.example",
+        "null",
+        "http://localhost:1",
+        "http://127.0.0.1:1",
+        "x",
+        "http://[",
+        f"http://{host}.x",
+    ):
         assert status(address, "POST", upload, Origin=origin) == 403, origin
         assert status(address, "GET", Origin=origin) == 200, origin  # which such a page cannot read: nothing allows it
     for origin in (f"http://{host}", "https://studio.example"):

@@ -1,0 +1,144 @@
+"""The gallery: pictures in a folder, each a PNG with its recipe inside, so that it needs no index and outlives the app."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from PIL import Image
+
+from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.recipe import Recipe
+
+FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file names; a folder of what was deleted
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of the gallery."""
+
+    path: Path
+    recipe: Recipe
+    favourite: bool
+
+    @property
+    def label(self) -> str:
+        """What stands below it."""
+        return f"{'★ ' if self.favourite else ''}{self.recipe.text[:80]} · seed {self.recipe.seed}"
+
+
+class Gallery:
+    """The pictures of a folder, which is made when it is first needed. Threads may share it.
+
+    Args:
+        most: the oldest pictures beyond so many are deleted, but for favourites; None keeps all.
+    """
+
+    def __init__(self, folder: Path, *, most: int | None = None):
+        self.folder, self.most = folder, most
+        self._recipes: dict[tuple[str, int], Recipe | None] = {}  # (file name, time it was written) -> what is in it
+        self._lock = threading.Lock()
+
+    def add(self, image: Image.Image, recipe: Recipe) -> Path:
+        """Write a picture; its file, named after the time and the seed. No file is ever overwritten."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=self.folder, prefix=".new-", suffix=".png", delete=False) as part:
+            pass
+        try:
+            infotext.save(image, part.name, recipe)
+            return _moved(Path(part.name), self.folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.seed}")
+        finally:
+            Path(part.name).unlink(missing_ok=True)
+            self._delete_oldest()
+
+    def entries(self, *, text: str = "", lora: str = "", favourites: bool = False) -> list[Entry]:
+        """The pictures, newest first. Files that are no PNG with a recipe are left out.
+
+        Args:
+            text: words that the prompt or the file name has, each of them, in any case.
+            lora: a LoRA that the picture was drawn with, in any case.
+            favourites: only those.
+        """
+        wanted, starred = text.lower().split(), self._favourites()
+        found = []
+        for written, path in sorted(self._pictures(), reverse=True):
+            if (favourites and path.name not in starred) or (recipe := self._recipe(path, written)) is None:
+                continue
+            said = f"{recipe.prompt} {path.name}".lower()
+            names = [tag.name.lower() for tag in recipe.tags]
+            if all(word in said for word in wanted) and (not lora or lora.lower() in names):
+                found.append(Entry(path, recipe, path.name in starred))
+        return found
+
+    def favour(self, name: str, on: bool) -> None:
+        """Mark a picture as a favourite, or no longer."""
+        self._path(name)
+        with self._lock:
+            starred = self._favourites() - {name} | ({name} if on else set())
+            part = self.folder / f".{FAVOURITES}"
+            part.write_text(json.dumps(sorted(starred)) + "\n")
+            os.replace(part, self.folder / FAVOURITES)
+
+    def trash(self, name: str) -> Path:
+        """Move a picture to the folder "trash" beside the others; where it is now. Nothing is deleted there."""
+        path = self._path(name)
+        (self.folder / TRASH).mkdir(exist_ok=True)
+        return _moved(path, self.folder / TRASH, path.stem)
+
+    # ---- the folder
+
+    def _pictures(self) -> Iterator[tuple[int, Path]]:
+        """Time in nanoseconds and path of every PNG."""
+        for path in self.folder.glob("[!.]*.png"):
+            with suppress(FileNotFoundError):  # another one has just moved it
+                yield path.stat().st_mtime_ns, path
+
+    def _path(self, name: str) -> Path:
+        """The file of this name. Raises ValueError for a name that is no picture's here."""
+        if name not in [path.name for _, path in self._pictures()]:
+            raise ValueError(f"there is no picture {name!r} in the gallery")
+        return self.folder / name
+
+    def _recipe(self, path: Path, written: int) -> Recipe | None:
+        """The recipe in a file, None without one; read once."""
+        key = path.name, written
+        if key not in self._recipes:
+            try:
+                self._recipes[key] = infotext.read(path)
+            except (ValueError, FileNotFoundError):
+                self._recipes[key] = None
+        return self._recipes[key]
+
+    def _favourites(self) -> set[str]:
+        try:
+            names = read_json(self.folder / FAVOURITES)
+        except (FileNotFoundError, RefusedFileError):
+            return set()
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+    def _delete_oldest(self) -> None:
+        if self.most is not None:
+            starred = self._favourites()
+            for _, path in sorted(self._pictures())[: -self.most]:
+                if path.name not in starred:
+                    path.unlink(missing_ok=True)
+
+
+def _moved(path: Path, folder: Path, stem: str) -> Path:
+    """Move a PNG into a folder as "STEM.png", or "STEM-2.png" and so on where that is taken; its new path."""
+    for number in range(1, 10_000):
+        new = folder / f"{stem}{'' if number == 1 else f'-{number}'}.png"
+        try:
+            new.open("xb").close()  # the name is ours, whoever else writes here
+        except FileExistsError:
+            continue
+        return path.replace(new)
+    raise ValueError(f"{folder.name} has too many pictures named {stem}")

@@ -1,0 +1,78 @@
+"""The Gallery tab: what was composed, found again, used again, marked and thrown away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from mole_diffusers.app.mixer_cards import cards_of
+from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, redraw, with_errors
+
+AT_ONCE = 60  # pictures shown; searching finds the others
+
+
+def build(page: Page) -> None:
+    """Lay out the tab and connect it."""
+    kept = page.actions.gallery
+    with gr.Row():
+        text = gr.Textbox(label="Search", info="words of the prompt or the file name", max_length=500, elem_id="find-text")
+        lora = gr.Textbox(label="With the LoRA", max_length=200, elem_id="find-lora")
+        starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
+    status = gr.Markdown("", elem_id="gallery-status", elem_classes="status")
+    pictures = gallery("Gallery", columns=4, elem_id="gallery")
+    with gr.Row():
+        use = gr.Button("Use again", variant="primary", elem_id="use")
+        star = gr.Button("Favourite", elem_id="star")
+        trash = gr.Button("To the trash", elem_id="trash")
+    names, chosen = gr.State([]), gr.State("")  # file names in the order shown; the one that was clicked
+    search = [text, lora, starred]
+
+    def show(words: str = "") -> Any:
+        def shown(text: str, lora: str, starred: bool) -> Any:
+            found = kept.entries(text=text or "", lora=(lora or "").strip(), favourites=starred)
+            count = f"{len(found)} picture{'' if len(found) == 1 else 's'}"
+            more = f", the newest {AT_ONCE} of them shown" if len(found) > AT_ONCE else ""
+            found = found[:AT_ONCE]
+            items = [(str(entry.path), entry.label) for entry in found]
+            return f"{words}{count}{more}", gr.update(value=items, selected_index=None), [e.path.name for e in found], ""
+
+        return shown
+
+    def choose(names: list[str], event: gr.SelectData) -> Any:
+        return names[event.index], f"chosen: {markdown(names[event.index])}"
+
+    def the_chosen(name: str) -> str:
+        if not name:
+            raise ValueError("click a picture first")
+        return name
+
+    @with_errors
+    def reuse(name: str) -> Any:
+        wanted = the_chosen(name)
+        entry = next((entry for entry in kept.entries() if entry.path.name == wanted), None)
+        if entry is None:
+            raise ValueError(f"there is no picture {wanted!r} in the gallery")
+        recipe = page.actions.studio.complete(entry.recipe)
+        cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
+        return [*page.values(recipe), cards, redraw(cards), gr.update(selected="Compose"), "its recipe is in all fields"]
+
+    @with_errors
+    def favour(name: str, *search: Any) -> Any:
+        on = the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
+        kept.favour(name, on)
+        return show("marked; " if on else "no longer marked; ")(*search)
+
+    @with_errors
+    def throw(name: str, *search: Any) -> Any:
+        kept.trash(the_chosen(name))
+        return show("moved to the folder trash beside the pictures; ")(*search)
+
+    outputs = [status, pictures, names, chosen]
+    gr.on(
+        [page.tab.select, text.submit, text.blur, lora.submit, lora.blur, starred.input], show(), search, outputs, **PRIVATE
+    )
+    pictures.select(choose, names, [chosen, status], **PRIVATE)
+    use.click(reuse, chosen, [*page.inputs, page.cards, page.shown, page.tabs, status], **PRIVATE)
+    star.click(favour, [chosen, *search], outputs, **PRIVATE)
+    trash.click(throw, [chosen, *search], outputs, **PRIVATE)

@@ -1,0 +1,178 @@
+"""Regions by hand: painted over the last picture, or taken over from what was found there and corrected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image, ImageFilter
+
+from mole_diffusers.app.actions import Picture
+from mole_diffusers.app.mixer_cards import MixerCard, set_region, shades
+from mole_diffusers.app.page import PRIVATE, Page, redraw, session, with_errors
+from mole_diffusers.binding.config import mask_text, read_mask
+from mole_diffusers.binding.regions import BOXES, region_mask
+from mole_diffusers.inspection.layout_figure import overlay
+from mole_diffusers.studio.prompt_syntax import PAINTED, parse
+
+CANVAS, MASK_SIDE = 512, 128  # pixels of the longer side
+COLOUR = (213, 94, 0)  # of the paint
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The components of the panel."""
+
+    whole: Any
+    found: Any
+    which: Any
+    over: Any
+    empty: Any
+    editor: Any
+    edge: Any
+    use: Any
+
+
+def build(page: Page) -> None:
+    """Lay out the panel and connect it."""
+    panel = _components()
+    _connect_views(page, panel)
+    _connect_use(page, panel)
+
+
+def _components() -> Panel:
+    with gr.Accordion("Regions: where each LoRA acts", open=False, elem_id="regions") as whole:
+        found = gr.Image(
+            label="In the last picture", format="png", interactive=False, buttons=[], elem_id="found", elem_classes="figure"
+        )
+        which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
+        with gr.Row():
+            over = gr.Button("Start from what it has", size="sm", elem_id="paint-found")
+            empty = gr.Button("Start empty", size="sm", elem_id="paint-empty")
+        editor = gr.ImageEditor(
+            label="Paint where it acts",
+            type="pil",
+            format="png",
+            sources=(),
+            transforms=(),
+            layers=False,
+            fixed_canvas=True,
+            canvas_size=(CANVAS, CANVAS),
+            brush=gr.Brush(default_size=60, colors=[f"rgba({', '.join(map(str, COLOUR))}, 0.6)"], color_mode="fixed"),
+            eraser=gr.Eraser(default_size=60),
+            buttons=[],
+            elem_id="paint",
+        )
+        edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
+        use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
+    return Panel(whole, found, which, over, empty, editor, edge, use)
+
+
+def _connect_views(page: Page, panel: Panel) -> None:
+    """What the last picture's regions were, and what is on the canvas."""
+    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
+    size = [page.controls["width"], page.controls["height"]]
+
+    def last(request: gr.Request) -> Picture | None:
+        """The last picture of this page."""
+        job = page.watched.get((session(request), "compose"))
+        pictures = [] if job is None or job.event is None else job.event.pictures
+        return pictures[-1] if pictures else None
+
+    def names(cards: list[MixerCard]) -> Any:
+        known = [card["name"] for card in cards]
+        return gr.update(choices=known, value=known[0] if known else None)
+
+    def overlaid(request: gr.Request, cards: list[MixerCard]) -> Any:
+        picture = last(request)
+        if picture is None or picture.layout is None or not picture.layout.regions:
+            return None
+        with Image.open(picture.path) as image:
+            return overlay(image, picture.layout, shades=shades(cards))
+
+    @with_errors
+    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: float, height: float) -> Any:
+        picture = last(request)
+        mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
+        return canvas(picture, int(width), int(height), mask)
+
+    def empty(request: gr.Request, width: float, height: float) -> Any:
+        return canvas(last(request), int(width), int(height), None)
+
+    page.shown.change(names, page.cards, panel.which, show_progress="hidden", **PRIVATE)
+    gr.on([panel.whole.expand, page.pictures.change], overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
+    begins = [panel.whole.expand, panel.over.click, panel.which.input]
+    gr.on(begins, start, [panel.which, page.masks, prompt, *size], panel.editor, **PRIVATE)
+    panel.empty.click(empty, size, panel.editor, **PRIVATE)
+
+
+def _connect_use(page: Page, panel: Panel) -> None:
+    """What is painted becomes the region."""
+    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
+
+    @with_errors
+    def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], text: str, cards: list[MixerCard]) -> Any:
+        if not name:
+            raise ValueError("choose the LoRA whose region this is")
+        mask = painted_mask(painted, edge)
+        text, cards = set_region(text, cards, name, PAINTED, catalog.loras)
+        return {**masks, name: mask_text(mask)}, text, cards, redraw(cards)
+
+    inputs = [panel.which, panel.editor, panel.edge, page.masks, prompt, page.cards]
+    panel.use.click(used, inputs, [page.masks, prompt, page.cards, page.shown], **PRIVATE)
+
+
+def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:
+    """A value for the editor: paint where a mask is, over a picture, or over grey of that shape."""
+    side = _fitted(width, height, CANVAS)
+    background = Image.new("RGB", side, "#dddddd")
+    if picture is not None:
+        with Image.open(picture.path) as image:
+            background = image.convert("RGB").resize(side)
+    paint = Image.new("RGBA", side, (*COLOUR, 0))
+    if mask is not None:
+        paint.putalpha(mask.resize(side).point([value * 6 // 10 for value in range(256)]))
+    both = Image.alpha_composite(background.convert("RGBA"), paint)
+    return {"background": background, "layers": [paint], "composite": both}
+
+
+def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
+    """The region that a LoRA has now, in grey: painted, a box, or found in the last picture; None if it has none."""
+    region = next((tag.region for tag in tags if tag.name == name), "")
+    if region == PAINTED and name in masks:
+        return read_mask(masks[name])
+    bound = next((tag.binding for tag in tags if tag.name == name), None)
+    if isinstance(bound, tuple) and (bound[1] in BOXES or isinstance(bound[1], tuple)):
+        return _grey(region_mask(bound[1], MASK_SIDE, MASK_SIDE).numpy())
+    if picture is not None and picture.layout is not None and name in picture.layout.regions:
+        return _grey(picture.layout.regions[name].numpy())
+    return None
+
+
+def painted_mask(painted: Any, edge: float) -> Image.Image:
+    """What an editor has on its layers -> a mask picture, white where there is paint.
+
+    Args:
+        edge: width of the soft edge, as a share of the longer side.
+
+    Raises ValueError where nothing is painted.
+    """
+    layers = [layer for layer in (painted or {}).get("layers", ()) if layer is not None]
+    alphas = [np.asarray(layer.convert("RGBA"))[:, :, 3] for layer in layers]
+    if not any(alpha.any() for alpha in alphas):
+        raise ValueError("nothing is painted: draw where the LoRA acts, then use it")
+    mask = Image.fromarray(np.where(np.max(alphas, axis=0) > 0, 255, 0).astype(np.uint8))
+    mask = mask.resize(_fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)
+    return mask.filter(ImageFilter.GaussianBlur(edge * MASK_SIDE / 2)) if edge else mask
+
+
+def _fitted(width: int, height: int, side: int) -> tuple[int, int]:
+    """The size whose longer side is `side`."""
+    scale = side / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _grey(shares: np.ndarray) -> Image.Image:
+    return Image.fromarray((shares * 255).round().astype(np.uint8))

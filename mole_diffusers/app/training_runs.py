@@ -1,0 +1,101 @@
+"""The folders of trainings: a run can go on, start over, or begin with the gates that an earlier one has made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from mole_diffusers.gates import GateConfig, checkpoint
+from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.training.engine import checkpoints
+
+AGAIN = ("continue", "overwrite")
+RUNS, SETTINGS, GATE_FILES = ".runs", "run.json", (checkpoint.WEIGHTS, checkpoint.CONFIG)
+
+
+class GatesExistError(ValueError):
+    """There are gates of this name with other settings: to be continued, or overwritten."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folders of a training: its own with checkpoints, from which it can go on, and the gates' once it is done.
+
+    Attributes:
+        settings: plain data; a run goes on where these are the same.
+    """
+
+    catalog: Catalog
+    home: Path
+    name: str
+    family: str
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoints."""
+        return self.home / RUNS / self.name
+
+    @property
+    def first_gates(self) -> Path | GateConfig:
+        """What the training begins with."""
+        start = self.folder / "start"
+        return start if start.is_dir() else GateConfig(self.family)
+
+    def check(self, again: str) -> None:
+        """Raises GatesExistError where `again` must say what to do, ValueError where it cannot be done."""
+        if again not in ("", *AGAIN):
+            raise ValueError(f"again is one of {', '.join(AGAIN)}, got {again!r}")
+        known = self.catalog.gates
+        if self._saved_settings() == self.settings or not (self.name in known or self._saved_settings()):
+            return
+        if not again:
+            raise GatesExistError(f"there are gates {self.name!r} with other settings: continue from them, or overwrite?")
+        if again == "continue" and (family := checkpoint.load(self._source()).config.family) != self.family:
+            raise ValueError(f"the gates {self.name!r} are {family} gates: continue with these, or overwrite them")
+
+    def prepare(self, again: str) -> None:
+        """Make the folder: as it is where the settings are the same, else empty, with the gates to continue from."""
+        if self._saved_settings() == self.settings and again != "overwrite":
+            return
+        new = Path(mkdtemp(prefix=".new-", dir=_made(self.folder.parent)))
+        if again == "continue":
+            shutil.copytree(self._source(), new / "start", ignore=lambda folder, names: set(names) - set(GATE_FILES))
+        (new / SETTINGS).write_text(json.dumps(self.settings, indent=1) + "\n")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        new.rename(self.folder)
+
+    def publish(self, mixture: Mixture) -> None:
+        """Put the trained gates in the place of any of this name, and into the catalog."""
+        new, final = Path(mkdtemp(prefix=".new-", dir=_made(self.home))), self.home / self.name
+        mixture.save_pretrained(new)
+        if final.exists():
+            final.rename(old := Path(mkdtemp(prefix=".old-", dir=self.home)) / "gates")
+            shutil.rmtree(old.parent)
+        new.rename(final)
+        self.catalog.add_gates(self.name, final)
+
+    def _saved_settings(self) -> Any:
+        try:
+            return read_json(self.folder / SETTINGS)
+        except (FileNotFoundError, RefusedFileError):
+            return None
+
+    def _source(self) -> Path:
+        """The gates to continue from: those that are done, else the last checkpoint's."""
+        if self.name in self.catalog.gates:
+            return self.catalog.gates[self.name]
+        if not (found := checkpoints(self.folder)):
+            raise ValueError(f"the run {self.name!r} has no checkpoint yet: overwrite it")
+        return found[-1]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,58 @@
+"""Calls of the API are jobs: they stop once their client is gone or asks, and others wait their turn."""
+
+import json
+import time
+
+import httpx
+import pytest
+from app_client import PROMPT, RECIPE
+
+pytest.importorskip("gradio")
+LONG = {"steps": 150, "count": 16, "seed": 9}
+
+
+def is_drawing(client):
+    """Whether another call has to wait."""
+    quick = client.submit(RECIPE, api_name="/redraw")
+    try:
+        quick.result(timeout=5)
+    except TimeoutError:
+        quick.cancel()
+        return True
+    return False
+
+
+def begun(client):
+    job = client.submit(PROMPT, **LONG, api_name="/compose")
+    time.sleep(1)
+    assert is_drawing(client)
+    return job
+
+
+def test_a_job_stops_once_its_client_asks(client):
+    begun(client).cancel()
+    assert not is_drawing(client)
+
+
+def test_a_job_stops_once_its_client_is_gone(client):
+    address = f"{client.src.rstrip('/')}/gradio_api"
+    asked = httpx.post(f"{address}/call/compose", json={"data": [PROMPT, "", 9, 150, 3.0, "sum", 16]}).json()
+    with httpx.stream("GET", f"{address}/call/compose/{asked['event_id']}", timeout=30) as answer:
+        time.sleep(1)
+        assert is_drawing(client)
+        assert answer.status_code == 200
+    deadline = time.monotonic() + 30
+    while is_drawing(client):
+        assert time.monotonic() < deadline
+
+
+def test_one_call_waits_for_the_other(client):
+    first, second = client.submit(PROMPT, seed=1, steps=20, api_name="/compose"), client.submit(RECIPE, api_name="/redraw")
+    assert len(first.result(timeout=60)[0]) == 1
+    assert second.result(timeout=60)
+
+
+def test_the_request_is_no_argument_of_an_endpoint(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert [one["parameter_name"] for one in endpoints["/redraw"]["parameters"]] == ["recipe"]
+    assert "request" not in json.dumps(endpoints)

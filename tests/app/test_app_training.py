@@ -1,0 +1,140 @@
+"""Gate training in the app: it says what it does, goes on, starts over, and measures what it was worth."""
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from app_client import PROMPT
+
+from mole_diffusers.app import held_out
+from mole_diffusers.app.gate_training import TrainingRequest, train
+from mole_diffusers.app.jobs import StoppedError, ignore
+from mole_diffusers.app.training_runs import GatesExistError
+from mole_diffusers.gates import checkpoint
+from mole_diffusers.mixture import attach
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+pytest.importorskip("gradio")
+TEACHERS = [
+    ("collage", ["ink"], 1),
+    *(
+        pytest.param(*case, marks=pytest.mark.thorough)
+        for case in (("collage", [], 2), ("blend", [], 1), ("blend", ["ink"], 2))
+    ),
+]
+RECIPE = Recipe(PROMPT, steps=2, width=32, height=32)
+
+
+@pytest.fixture
+def studio(loras):
+    return Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
+
+
+def request(**changes):
+    return TrainingRequest(
+        "g", **{"singles": {"fox": ["a fox"], "ink": ["ink"]}, "composed": ["fox in ink"], "steps": 8} | changes
+    )
+
+
+def run(studio, home, wanted=None, *, stop=lambda state: False, again="", prompt=PROMPT):
+    """The last progress, and everything that was said on the way."""
+    said, last = [], []
+
+    def report(state):
+        last[:] = [state]
+        if not said or said[-1] != str(state):
+            said.append(str(state))
+        if stop(state):
+            raise StoppedError
+
+    work = train(studio, Recipe(prompt, steps=2, width=32, height=32), wanted or request(), home=home, again=again)
+    with suppress(StoppedError):
+        last[:] = [work(report)]
+    assert len(studio.pipe.unet._forward_pre_hooks) == 2  # the mixture's own
+    return last[0], said
+
+
+def test_it_says_what_it_does_from_the_first_second_to_the_verdict(studio, tmp_path):
+    last, said = run(studio, tmp_path)
+    assert said[0] == "starting"
+    assert said[1] == "drawing on seeds that the training will not see, before it"
+    counted = [line for line in said if line.startswith("drawing the teachers' pictures")]
+    assert counted[0] == "drawing the teachers' pictures, 0 of 24"
+    assert counted[-1] == "drawing the teachers' pictures, 24 of 24"
+    assert any(line.startswith("update 8 of 8, loss ") for line in said)
+    assert str(last).startswith("done: on 4 seeds that the training did not see, the error to the teachers' pictures is ")
+    labels = [label for _, label in last.pictures]
+    assert [label for label in labels if "updates" not in label] == [
+        "before, seed 1000", "before, seed 1001", "after, seed 1000", "after, seed 1001"
+    ]  # fmt: skip
+    assert studio.catalog.gates["g"] == tmp_path / "g"
+
+
+@pytest.mark.parametrize(("way", "styles", "composed"), TEACHERS)
+def test_the_teachers_are_counted_right(studio, tmp_path, way, styles, composed):
+    wanted = request(way=way, styles=styles, composed=["a fox in ink", "fox, ink"][:composed], steps=1)
+    calls = []
+    run(studio, tmp_path, wanted, stop=lambda state: not state.doing and not state.rows and calls.append(state.called))
+    assert max(calls) - wanted.teachers()[1] in range(4)  # the first update calls it, too
+
+
+def test_what_was_stopped_goes_on(loras, tmp_path):
+    def fresh():
+        return Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
+
+    early, _ = run(fresh(), tmp_path / "a", stop=lambda state: state.called >= 1)
+    assert (early.verdict, early.rows) == ("", [])
+    cut, _ = run(fresh(), tmp_path / "a", stop=lambda state: len(state.rows) > 5)
+    assert len(cut.rows) == 6
+    assert not (tmp_path / "a" / "g").exists()
+    (on, _), (whole, _) = run(fresh(), tmp_path / "a"), run(fresh(), tmp_path / "b")
+    assert on.rows == whole.rows
+    assert checkpoint.load(tmp_path / "a" / "g").tensors.keys() == checkpoint.load(tmp_path / "b" / "g").tensors.keys()
+
+
+def weights(folder):
+    return np.concatenate([t.float().flatten().numpy() for _, t in sorted(checkpoint.load(folder).tensors.items())])
+
+
+def test_the_same_name_with_other_settings_is_asked_about(studio, tmp_path):
+    run(studio, tmp_path)
+    first = weights(tmp_path / "g")
+    other = request(steps=2)
+    with pytest.raises(GatesExistError, match="continue from them, or overwrite") as error:
+        train(studio, RECIPE, other, home=tmp_path)
+    assert str(tmp_path) not in str(error.value)
+    with pytest.raises(ValueError, match="are flow gates: continue with these"):
+        train(studio, RECIPE, request(family="mole"), home=tmp_path, again="continue")
+    run(studio, tmp_path, other, again="continue", stop=lambda state: len(state.rows) > 0)
+    assert np.array_equal(weights(tmp_path / "g"), first)  # the old ones stay until the new ones are done
+    run(studio, tmp_path, other)  # goes on: its settings are known now
+    more = weights(tmp_path / "g")
+    run(studio, tmp_path, request(steps=3), again="overwrite")
+    anew = weights(tmp_path / "g")
+    studio.catalog.gates.clear()
+    run(studio, tmp_path / "other", request(steps=3))
+    assert np.array_equal(anew, weights(tmp_path / "other" / "g"))
+    assert np.abs(more - first).max() < np.abs(more - anew).max()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".new", ".old"))] == []
+
+
+def test_the_verdict_compares_the_same_held_out_seeds(studio):
+    wanted = request(seed=3)
+    experts = {name: studio.catalog.expert(name) for name in ("fox", "ink")}
+    mixture = attach(studio.pipe, experts, "flow")
+    losses = held_out.losses(studio.pipe, mixture, wanted.data(), wanted.config())
+    once, again = [loss() for loss in losses], [loss() for loss in losses]
+    assert once == again
+    assert len(set(once)) == 4
+    assert set(held_out.seeds(3)).isdisjoint(range(100))
+    better, worse = held_out.verdict([2.0] * 4, [1.0] * 3 + [2.5]), held_out.verdict([1.0] * 4, [2.0] * 4)
+    assert better.endswith("is 69% of what it was before, and lower on 3 of them")
+    assert "200%" in worse
+    assert "do not help" in worse
+
+
+def test_work_that_nobody_reads_is_done(studio, tmp_path):
+    assert train(studio, RECIPE, request(steps=1), home=tmp_path)(ignore).verdict
