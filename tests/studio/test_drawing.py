@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, tensors_hash
+from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
@@ -175,6 +176,30 @@ def test_steps_are_counted_as_diffusers_counts_them(steps, host):
         assert steps_drawn(pipe, steps, strength) == pipe.get_timesteps(steps, strength, "cpu")[1]
 
 
+# ---- memory and speed
+
+
+def test_offloaded_models_draw_the_same_in_every_pass(studio, photo):
+    """The CPU plays the GPU."""
+    recipe = studio.complete(dataclasses.replace(RECIPE, hires=1.5))
+    pipe = tiny_pipeline()
+    place(pipe, Memory("cpu", "float32", "model", tiling=False))
+    offloaded = Studio(pipe, studio.catalog, "tiny")
+    assert far(offloaded.draw(recipe), studio.draw(recipe)) == 0
+    over = studio.complete(with_pictures(RECIPE, photo))
+    assert far(offloaded.draw(over, image=photo), studio.draw(over, image=photo)) == 0
+
+
+@pytest.mark.thorough
+def test_a_compiled_model_draws_what_it_draws_without(studio):
+    pipe = tiny_pipeline()
+    place(pipe, Memory("cpu", "float32", compiled=True))
+    compiled = Studio(pipe, studio.catalog, "tiny")
+    for prompt in ("a fox in ink <lora:fox:0.8>", "a hat <lora:hat:1>"):
+        recipe = studio.complete(dataclasses.replace(RECIPE, prompt=prompt))
+        assert far(compiled.draw(recipe), studio.draw(recipe)) <= 1
+
+
 # ---- other hosts
 
 
@@ -209,10 +234,10 @@ def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
 
 
 def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
-    for place in ("people/fox", "animals/Fox", "hat"):
-        path = tmp_path / f"{place}.safetensors"
+    for inside in ("people/fox", "animals/Fox", "hat"):
+        path = tmp_path / f"{inside}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        shutil.copy(loras[place.rpartition("/")[2].lower()], path)
+        shutil.copy(loras[inside.rpartition("/")[2].lower()], path)
     found = folder_loras(tmp_path)
     assert found == {
         "animals/Fox": tmp_path / "animals" / "Fox.safetensors",
