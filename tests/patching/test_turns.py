@@ -267,23 +267,26 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     assert not any(meta)
 
 
+@pytest.mark.parametrize("rounds", [5, pytest.param(25, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_family_leaves_anything_behind(loras, family):
-    """The same number of modules and hooks' owners alive after 5 rounds and after 10."""
+def test_no_family_leaves_anything_behind(loras, family, rounds):
+    """As many tensors, modules, mixtures and hooks after so many rounds of attaching and detaching as after twice as many."""
     pipe = tiny_pipeline()
 
     def alive():
         gc.collect()
-        return sum(isinstance(thing, torch.nn.Module | mole.Mixture) for thing in gc.get_objects())
+        things = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor | torch.nn.Module | mole.Mixture)]
+        modules = [module for model in (pipe.unet, pipe.text_encoder) for module in model.modules()]
+        return len(things), sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
 
-    def rounds():
-        for _ in range(5):
+    def attaching(times):
+        for _ in range(times):
             mole.attach(pipe, loras, family)
             mole.detach(pipe)
         return alive()
 
-    rounds()
-    assert rounds() == rounds()
+    attaching(1)
+    assert attaching(rounds) == attaching(rounds)
 
 
 def test_the_first_attach_waits_for_the_calls_of_other_threads(pipe, loras, draw):
@@ -395,3 +398,35 @@ def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
     done.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("rounds", [15, pytest.param(500, marks=pytest.mark.thorough)])
+def test_drawing_and_attaching_on_two_pipelines(loras, draw, rounds):
+    """8 threads draw and 2 attach: each picture is one that a mixture of that pipeline draws alone."""
+    kinds = [("fox",), ("ink", "hat"), ()]
+    pipes = [tiny_pipeline(seed) for seed in (0, 1)]
+    experts = {name: mole.read_expert(path, name) for name, path in loras.items()}
+
+    def change(pipe, names):
+        return mole.attach(pipe, {n: experts[n] for n in names}) if names else mole.detach(pipe)
+
+    alone = []
+    for pipe in pipes:
+        alone.append([])
+        for names in kinds:
+            change(pipe, names)
+            alone[-1].append(draw(pipe, num_inference_steps=1))
+
+    def attaching(pipe):
+        for i in range(rounds):
+            change(pipe, kinds[i % len(kinds)])
+
+    def drawing(which):
+        pictures = [draw(pipes[which], num_inference_steps=1) for _ in range(max(1, rounds // 8))]
+        return sum(not any(torch.equal(picture, known) for known in alone[which]) for picture in pictures)
+
+    with ThreadPoolExecutor(10) as threads:
+        changes = [threads.submit(attaching, pipe) for pipe in pipes]
+        wrong = list(threads.map(drawing, [0, 1] * 4))
+        assert all(job.exception() is None for job in changes)
+    assert wrong == [0] * 8
