@@ -1,23 +1,57 @@
-"""A diffusers pipeline of the Stable Diffusion 1.5 kind as one checkpoint file, named as the original code names things."""
+"""A diffusers pipeline of the Stable Diffusion 1.5, 2.1 or XL kind as one checkpoint file, named as the original code names
+things."""
 
+import torch
 from safetensors.torch import save_file
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
 RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
 ENDS |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
+ENDS |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+CLIP = "cond_stage_model.transformer.text_model."
+OPEN_CLIP = "cond_stage_model.model."
+CLIP_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+OPEN_CLIP_LAYER |= {"self_attn.out_proj": "attn.out_proj"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def save_single_file(pipe, path):
-    """Write the weights of `pipe` to `path`."""
+    """Write the weights of `pipe` to `path`. Text encoders with gelu are OpenCLIP's, as in 2.1 and XL."""
     parts = {"model.diffusion_model.": _unet(pipe.unet), "first_stage_model.": _vae(pipe.vae)}
-    parts["cond_stage_model.transformer.text_model."] = {
-        key.removeprefix("text_model."): weight for key, weight in pipe.text_encoder.state_dict().items()
-    }
+    if hasattr(pipe, "text_encoder_2"):
+        parts |= {CLIP_XL: _clip(pipe.text_encoder), OPEN_CLIP_XL: _open_clip(pipe.text_encoder_2)}
+    elif pipe.text_encoder.config.hidden_act == "gelu":
+        parts[OPEN_CLIP] = _open_clip(pipe.text_encoder)
+    else:
+        parts[CLIP] = _clip(pipe.text_encoder)
     named = {prefix + key: weight.contiguous() for prefix, weights in parts.items() for key, weight in weights.items()}
     save_file(named, path, {"format": "pt"})
     return path
+
+
+def _clip(encoder):
+    return {key.removeprefix("text_model."): weight for key, weight in encoder.state_dict().items()}
+
+
+def _open_clip(encoder):
+    """q, k and v are one matrix, and the projection is turned."""
+    weights = _clip(encoder)
+    found = {
+        "positional_embedding": weights["embeddings.position_embedding.weight"],
+        "token_embedding.weight": weights["embeddings.token_embedding.weight"],
+        "ln_final.weight": weights["final_layer_norm.weight"],
+        "ln_final.bias": weights["final_layer_norm.bias"],
+    }
+    if "text_projection.weight" in weights:
+        found["text_projection"] = weights["text_projection.weight"].T
+    for i in range(encoder.config.num_hidden_layers):
+        old, new = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+        for kind in ("weight", "bias"):
+            found |= {f"{new}{to}.{kind}": weights[f"{old}{name}.{kind}"] for name, to in OPEN_CLIP_LAYER.items()}
+            found[f"{new}attn.in_proj_{kind}"] = torch.cat([weights[f"{old}self_attn.{x}_proj.{kind}"] for x in "qkv"])
+    return found
 
 
 def _renamed(model, places):

@@ -73,6 +73,7 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
         ValueError: a pickle, a file that is no checkpoint or lacks parts, an unknown name; the message says what is there.
     """
     memory = memory or Memory()
+    memory.check_device()
     if base == WORLD:
         from mole_diffusers.emoji.world import emoji_world
 

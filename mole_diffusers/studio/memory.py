@@ -55,6 +55,14 @@ class Memory:
         dtype = "float32" if device == "cpu" else "bfloat16" if wide else "float16"
         return replace(self, device=device, dtype=self.dtype or dtype)
 
+    def check_device(self) -> None:
+        """Raises ValueError where this machine does not have the device."""
+        try:
+            torch.empty(0, device=self.device or "cpu")
+        except (RuntimeError, AssertionError) as error:  # both are torch's
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"this machine has no device {self.device!r}: {first}") from error
+
     def fitted(self, sizes: dict[str, int], free: int | None) -> Memory:
         """With the offloading and tiling that weights of these sizes need.
 

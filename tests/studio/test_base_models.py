@@ -48,6 +48,38 @@ def test_a_checkpoint_file_draws_what_its_pipeline_draws(folder, draw):
     assert torch.equal(draw(open_base(str(folder / "saved"), memory=Memory(device="cpu")).pipe), wanted)
 
 
+def sdxl():
+    """Its text encoders differ in width, and the second is as deep as a checkpoint of SDXL is known by."""
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    torch.manual_seed(0)
+    second = pipe.text_encoder_2.config
+    second.update({"num_hidden_layers": 10, "hidden_size": 24})
+    pipe.register_modules(text_encoder=hosts.text(width=8), text_encoder_2=type(pipe.text_encoder_2)(second).eval())
+    return pipe
+
+
+def sd21():
+    """As wide in its text as a checkpoint of 2.1 is known by."""
+    shape = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 2}
+    shape |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 1024}
+    torch.manual_seed(0)
+    encoder = hosts.text(width=1024, activation="gelu")
+    host = hosts.unet(**shape, use_linear_projection=True)
+    return hosts.sd(host=host, encoder=encoder, scheduler=hosts.noise(clip_sample=False, prediction_type="v_prediction"))
+
+
+@pytest.mark.parametrize("make", [sdxl, sd21])
+def test_checkpoints_of_other_kinds_draw_what_their_pipelines_draw(make, tmp_path, draw):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "config")
+    for weights in (tmp_path / "config").rglob("*.safetensors"):
+        weights.unlink()
+    file = save_single_file(pipe, tmp_path / "one.safetensors")
+    opened = open_base(str(file), config=tmp_path / "config", memory=Memory(device="cpu"))
+    assert type(opened.pipe) is type(pipe)
+    assert torch.equal(draw(opened.pipe), draw(pipe))
+
+
 def test_the_config_of_a_forge_folder_is_found(models, draw):
     opened = open_base(str(models / "models" / "Stable-diffusion" / "toon"), memory=Memory(device="cpu"))
     assert torch.equal(draw(opened.pipe), draw(tiny_pipeline()))
@@ -91,6 +123,8 @@ def test_what_is_no_base_model_is_said_in_one_sentence(folder, models, tmp_path,
     weights = load_file(folder / "Dream.safetensors")
     weights = {k: v for k, v in weights.items() if not k.startswith("cond_stage_model")}
     save_file(weights, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="this machine has no device 'nowhere': "):
+        open_base(str(folder / "saved"), memory=Memory(device="nowhere"))
     with pytest.raises(ValueError, match="bare.safetensors lacks the text_encoder: take a checkpoint with text encoders"):
         open_base(str(tmp_path / "bare.safetensors"), config=folder / "config")
 
