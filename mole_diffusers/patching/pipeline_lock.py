@@ -41,7 +41,10 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
         _around[pipe] = WeakMethod(around)
         kind = type(pipe)
         if kind not in _patched:
-            _patched[kind] = _asking(kind.__call__), "__call__" in vars(kind)
+            found: Any = kind.__call__
+            while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
+                found = found.__wrapped__
+            _patched[kind] = _asking(found), "__call__" in vars(kind)
             kind.__call__ = _patched[kind][0]
     code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
     while any(_runs(frame, code, pipe) for ident, frame in sys._current_frames().items() if ident != threading.get_ident()):

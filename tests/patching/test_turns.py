@@ -138,6 +138,21 @@ def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras, draw):
     assert "__call__" not in vars(kind)
 
 
+def test_a_call_is_entered_once_where_a_class_and_its_parent_are_patched(pipe, loras, draw, monkeypatch):
+    entered, call = [], mole.Mixture._call
+
+    def counting(self):
+        entered.append(self)
+        return call(self)
+
+    monkeypatch.setattr(mole.Mixture, "_call", counting)
+    mole.attach(pipe, loras)
+    own, _ = of_its_own_kind(tiny_pipeline())
+    mixture = mole.attach(own, loras)
+    draw(own)
+    assert entered == [mixture]
+
+
 def test_a_copy_of_a_model_is_the_original_s(pipe, loras):
     original = copy.deepcopy(pipe.unet).state_dict()
     mole.attach(pipe, {"ink": loras["ink"]})
