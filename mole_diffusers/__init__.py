@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import merge
     from mole_diffusers.mixture import Mixture, attach, attached, detach
+    from mole_diffusers.modular import MoLEStableDiffusionXLBlocks
     from mole_diffusers.patching.processor import MoLEAttnProcessor
     from mole_diffusers.patching.trace import Trace
     from mole_diffusers.pipelines import (
@@ -49,6 +50,7 @@ __all__ = [
     "MoLEStableDiffusionImg2ImgPipeline",
     "MoLEStableDiffusionInpaintPipeline",
     "MoLEStableDiffusionPipeline",
+    "MoLEStableDiffusionXLBlocks",
     "MoLEStableDiffusionXLControlNetImg2ImgPipeline",
     "MoLEStableDiffusionXLControlNetInpaintPipeline",
     "MoLEStableDiffusionXLControlNetPipeline",
@@ -77,6 +79,7 @@ _MODULES = {
     "merging.activations": ("Activations",),
     "merging.merge": ("merge",),
     "mixture": ("Mixture", "attach", "attached", "detach"),
+    "modular": ("MoLEStableDiffusionXLBlocks",),
     "patching.processor": ("MoLEAttnProcessor",),
     "patching.trace": ("Trace",),
     "pipelines": tuple(name for name in __all__ if name.endswith("Pipeline")),

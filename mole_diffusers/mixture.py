@@ -192,6 +192,32 @@ class Mixture:
             finally:
                 self._traces.remove(trace)
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """What every call of the pipeline runs in: other threads wait, and a layout of the picture is planned anew.
+
+        For pictures that are drawn without calling the pipeline, as in a loop of one's own.
+        """
+        with self._lock.held():
+            now = attached(self._pipe)
+            if now is not self:  # it was replaced, or taken off, while this call waited
+                with nullcontext() if now is None else now.drawing():
+                    yield
+                return
+            before, self._calling = self._calling, self._pipe
+            binding, done = self._runtime.binding, False
+            if binding is not None:
+                binding.begin()
+            try:
+                yield
+                done = True
+            finally:
+                self._calling = before
+                for trace in self._traces:
+                    trace.layouts = self.layouts
+                if binding is not None:
+                    binding.end(warns=done and self._runtime.masks is binding)
+
     def announce_text(self, ids: torch.Tensor) -> None:
         """Token ids [B, T] on the CPU that a text encoder is about to be given; so they are not read back from a device."""
         self._runtime.tokens.announce(ids)
@@ -390,12 +416,12 @@ class Mixture:
             try:
                 if before is not None:
                     before._take_off()
-                lock_calls(self._pipe, self._call, self._locking)
+                lock_calls(self._pipe, self.drawing, self._locking)
                 self._install()
             except BaseException:
                 self._take_off()
                 if before is not None:
-                    lock_calls(before._pipe, before._call, before._locking)
+                    lock_calls(before._pipe, before.drawing, before._locking)
                     before._install()
                 raise
 
@@ -454,29 +480,6 @@ class Mixture:
     def _uninstall(self) -> None:
         with loaded(self._pipe):
             self._undo.close()
-
-    @contextmanager
-    def _call(self) -> Iterator[None]:
-        """A call of the pipeline: other threads wait, and a layout of the picture is planned anew."""
-        with self._lock.held():
-            now = attached(self._pipe)
-            if now is not self:  # it was replaced, or taken off, while this call waited
-                with nullcontext() if now is None else now._call():
-                    yield
-                return
-            before, self._calling = self._calling, self._pipe
-            binding, done = self._runtime.binding, False
-            if binding is not None:
-                binding.begin()
-            try:
-                yield
-                done = True
-            finally:
-                self._calling = before
-                for trace in self._traces:
-                    trace.layouts = self.layouts
-                if binding is not None:
-                    binding.end(warns=done and self._runtime.masks is binding)
 
     def _on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
         if self._runtime.masks is not None:

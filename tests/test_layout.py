@@ -13,6 +13,7 @@ STAGES = (
     "mixture",
     "merging",
     "pipelines",
+    "modular",
     "testing",
     "emoji",
     "retrieval",

@@ -139,13 +139,13 @@ def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras, draw):
 
 
 def test_a_call_is_entered_once_where_a_class_and_its_parent_are_patched(pipe, loras, draw, monkeypatch):
-    entered, call = [], mole.Mixture._call
+    entered, call = [], mole.Mixture.drawing
 
     def counting(self):
         entered.append(self)
         return call(self)
 
-    monkeypatch.setattr(mole.Mixture, "_call", counting)
+    monkeypatch.setattr(mole.Mixture, "drawing", counting)
     mole.attach(pipe, loras)
     own, _ = of_its_own_kind(tiny_pipeline())
     mixture = mole.attach(own, loras)
