@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from PIL import Image
 
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.recipe import Recipe
 
 
@@ -89,15 +90,24 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
     gates = recipe.gates if recipe.arm == "gates" else "sum"
     locks = {place: dict(row) for place, row in recipe.locks.items()}
     given = f", locks={locks}" if locks else ""
-    binding: Any = {name: bound for name, bound in recipe.tag_bindings().items() if name in names} or "auto"
-    if recipe.binding == "none" or recipe.arm != "gates":
-        binding = None
+    binding = _binding(recipe, names) if recipe.binding != "none" and recipe.arm == "gates" else "None"
     return [
+        *(["from mole_diffusers.binding.config import read_mask"] if "read_mask(" in binding else []),
         "from mole_diffusers.studio.prompt_syntax import parse",
         "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",
-        f"mixture = mole.attach({pipe}, {files}, gates={gates!r}, binding={binding!r})",
+        f"mixture = mole.attach({pipe}, {files}, gates={gates!r}, binding={binding})",
         f"tags = parse({tags!r}).tags",
         f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
         f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",
     ]
+
+
+def _binding(recipe: Recipe, names: list[str]) -> str:
+    """What `attach` takes as the binding, as code; masks are in it."""
+    bound = []
+    for name, given in recipe.tag_bindings().items():
+        painted = isinstance(given, tuple) and isinstance(given[1], Image.Image)
+        words = f"({given[0]!r}, read_mask({recipe.masks[name]!r}))" if painted else repr(given)
+        bound += [f"{name!r}: {words}"] if name in names else []
+    return f"{{{', '.join(bound)}}}" if bound else repr(AUTO)

@@ -7,6 +7,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from mole_diffusers.binding.config import mask_text
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
@@ -15,6 +16,7 @@ from mole_diffusers.testing import tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)
 LOCKED = {"locks": {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.2, "ink": 0.4}}}
+MASK = mask_text(Image.linear_gradient("L").resize((32, 32)))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,7 @@ def folder(loras, tmp_path_factory):
         {"sampler": "Euler", **LOCKED},
         {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
         {"weights": False},
+        {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
         {"image": "image.png", "strength": 0.5},
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
         {"hires": 1.5, "hires_strength": 0.5},

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers import attach, attached
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.config import Bound, mask_text
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import Recipe, load, with_strength
@@ -213,3 +213,22 @@ def test_a_catalog_takes_good_files_only(pipe, tmp_path):
 def test_with_strength():
     assert with_strength("a fox", "fox", 0.5) == "a fox <lora:fox:0.5>"
     assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2:stop=3> <lora:ink:1>"
+
+
+def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
+    mask = Image.linear_gradient("L").resize((64, 32))
+    painted = Recipe("a fox <lora:fox:1:word=fox:region=painted>", masks={"fox": mask_text(mask)})
+    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "picture.png", painted)
+    recipe = infotext.read(tmp_path / "picture.png")
+    assert recipe == painted
+    words, region = recipe.tag_bindings()["fox"]
+    assert words == ["fox"]
+    assert np.array_equal(np.asarray(region), np.asarray(mask))
+    studio = Studio(tiny_pipeline(), Catalog({"renamed": loras["fox"]}, {}), "tiny")
+    digest = studio.catalog.expert("renamed").sha256
+    moved = studio.complete(dataclasses.replace(recipe, experts={"fox": digest}))
+    assert moved.masks == {"renamed": painted.masks["fox"]}
+    for masks in ({}, {"fox": "png:AAAA"}, {"fox": "x"}, {"ink": painted.masks["fox"]}):
+        with pytest.raises(ValueError, match="mask"):
+            dataclasses.replace(recipe, masks=masks).tag_bindings()
+    assert Recipe.from_dict({key: v for key, v in painted.to_dict().items() if key != "masks"} | {"version": 2}).masks == {}
