@@ -36,10 +36,10 @@ class Drawings:
         x, y = column * cell, row * cell
         return self._atlas.crop((x, y, x + cell, y + cell)).resize((size, size), Image.Resampling.HAMMING)
 
-    def picture(self, scene: Scene, rng: np.random.Generator | None = None) -> Image.Image:
-        """The scene as RGB of `scene.size`. With `rng` sizes and places vary; without, they are the middle ones."""
+    def picture(self, scene: Scene, rng: np.random.Generator | None = None, freedom: float = 1.0) -> Image.Image:
+        """The scene as RGB of `scene.size`. With `rng` sizes and places vary, by `freedom`; without, none does."""
         canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
-        for subject, (size, x, y) in zip(scene.subjects, places(scene, rng), strict=True):
+        for subject, (size, x, y) in zip(scene.subjects, places(scene, rng, freedom), strict=True):
             drawing = self.drawing(subject, scene.style, size)
             canvas.paste(drawing, (x, y), drawing)
         return canvas

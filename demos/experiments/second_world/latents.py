@@ -1,5 +1,6 @@
 """The base's training pictures as latents, encoded once and kept: a pool that grows while the base trains."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,10 +35,10 @@ class Pool:
     latents: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {shape: [] for shape in SHAPES})
     captions: dict[str, list[list[str]]] = field(default_factory=lambda: {shape: [] for shape in SHAPES})
 
-    def grow(self, chunks: int) -> None:
-        """Hold `chunks` chunks of every canvas."""
+    def grow(self, chunks: int, shapes: Iterable[str] = SHAPES) -> None:
+        """Hold `chunks` chunks of each of these canvases."""
         FOLDER.mkdir(parents=True, exist_ok=True)
-        for shape in SHAPES:
+        for shape in shapes:
             for k in range(len(self.latents[shape]), chunks):
                 path = FOLDER / f"{shape}_{k:03d}.pt"
                 if not path.exists():
@@ -49,7 +50,8 @@ class Pool:
     def _encoded(self, shape: str, k: int) -> dict:
         rng = np.random.default_rng([k, list(SHAPES).index(shape)])
         scenes = [draw_shape(shape, rng) for _ in range(SHAPES[shape])]
-        pictures = to_tensor([self.drawings.picture(s, rng) for s in scenes])
+        freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner where places hardly vary
+        pictures = to_tensor([self.drawings.picture(s, rng, freedom) for s in scenes])
         return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}
 
     def batch(self, shape: str, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:

@@ -9,7 +9,8 @@ import numpy as np
 from words import BACKGROUNDS, STYLES
 
 SIDE = 64  # pixels: the side of the square that one subject is given
-SMALLEST, LARGEST = 42, 60  # pixels of a subject's side
+SMALLEST, LARGEST = 48, 58  # pixels of a subject's side
+SHIFT = 3  # pixels, at most, that a subject stands off the middle of its square
 ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
 RELATIONS = ACROSS + UPRIGHT
 Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
@@ -51,7 +52,7 @@ class Scene:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the canvas in pixels: each subject has room for 42 to 60."""
+        """Width and height of the canvas in pixels: each subject has 48 to 58."""
         count = len(self.subjects)
         if count == 2:
             upright = self.relation in UPRIGHT if self.relation else self.upright
@@ -71,33 +72,23 @@ def composition_scene(concepts: Sequence[str]) -> Scene:
     return Scene(tuple(c for c in concepts if c not in STYLES), styles[0] if styles else "noto")
 
 
-def places(scene: Scene, rng: np.random.Generator | None) -> list[Box]:
-    """A box per subject, none over another. Without `rng`: size 54 in the middle of its square, in the order named."""
+def places(scene: Scene, rng: np.random.Generator | None, freedom: float = 1.0) -> list[Box]:
+    """A box per subject, none over another. Without `rng`: size 54 in the middle of its square, in the order named.
+
+    Args:
+        freedom: 0..1, how far sizes and places within a square may be from those.
+    """
     if rng is None:
         return [(54, x + 5, y + 5) for x, y in _squares(scene, np.arange)]
-    if len(scene.subjects) == 2:
-        return _two(scene, rng)
-    return [(size, x + dx, y + dy) for x, y in _squares(scene, rng.permutation) for size, dx, dy in [_within_square(rng)]]
+    squares = _squares(scene, rng.permutation)
+    return [(size, x + dx, y + dy) for x, y in squares for size, dx, dy in [_within_square(rng, freedom)]]
 
 
-def _within_square(rng: np.random.Generator) -> Box:
-    """A box of free size somewhere in a square of SIDE pixels; most are large."""
-    size = int(rng.integers(SMALLEST if rng.random() < 0.3 else 50, LARGEST + 1))
-    x, y = (int(v) for v in rng.integers(1, SIDE - size, 2))
+def _within_square(rng: np.random.Generator, freedom: float) -> Box:
+    """A box near the middle of a square of SIDE pixels: a UNet knows where it is by its padding alone."""
+    size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
+    x, y = (round((SIDE - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
     return size, x, y
-
-
-def _two(scene: Scene, rng: np.random.Generator) -> list[Box]:
-    """Two boxes along the canvas's long side; the pixels they leave lie at random before, between and after them."""
-    drawn = [_within_square(rng) for _ in range(2)]
-    line = [int(i) for i in rng.permutation(2)]  # who stands first
-    if scene.relation:
-        line = [0, 1] if scene.relation in ("left of", "above") else [1, 0]
-    left_over = 2 * SIDE - sum(size for size, _, _ in drawn)
-    before, until = sorted(int(v) for v in rng.integers(1, left_over, 2))
-    starts = {line[0]: before, line[1]: until + drawn[line[0]][0]}
-    upright = scene.size[1] > scene.size[0]
-    return [(size, x, starts[i]) if upright else (size, starts[i], y) for i, (size, x, y) in enumerate(drawn)]
 
 
 def _squares(scene: Scene, order: Callable[[int], np.ndarray]) -> list[tuple[int, int]]:

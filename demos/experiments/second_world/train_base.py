@@ -21,7 +21,7 @@ import words
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from drawings import Drawings, default_folder
 from encoder import CHANNELS
-from latents import Pool
+from latents import SHAPES, Pool
 from loop import WORK, averaged, constant_then_decay, device, fit, small_attention
 from safetensors.torch import load_file, save_file
 from scenes import SIDE
@@ -29,11 +29,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 START = default_folder() / "base_start.safetensors"
-TOKENS, WIDTH = 32, 160
-TURNS = ("one", "wide", "one", "tall", "one", "square")  # canvases, in turn
+TOKENS, WIDTH = 32, 128
+TURNS = ("one", "wide", "one", "tall", "one", "one", "square", "one")  # canvases, in turn
+SINGLE = 2500  # updates on single subjects before the others begin
 BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
 RATE, EMPTY = 6e-4, 0.1  # peak rate; share of empty captions
-CHUNKS, GROWN, EVERY = 16, 80, 150  # chunks of the pool at first and at last; updates from one chunk to the next
+NOISY, EXTRA = 600, 0.4  # above this step of 1000 shapes are decided; share of pictures noised from there besides
+CHUNKS, GROWN, EVERY = 8, 80, 150  # chunks of the pool at first and at last; updates from one chunk to the next
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -41,13 +43,12 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=SIDE // 4,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(64, 144, 224),
+        block_out_channels=(64, 128, 192),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
-        norm_num_groups=16,
     )
 
 
@@ -136,7 +137,6 @@ def train(steps: int, decay: int) -> None:
     """Plain v loss on the canvases in turn."""
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     pool = Pool(Drawings(default_folder()))
-    pool.grow(CHUNKS)
     both = build_both(tokenizer)
     print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
     if START.exists() and not (WORK / "base.pt").exists():
@@ -144,14 +144,17 @@ def train(steps: int, decay: int) -> None:
     generator = torch.Generator().manual_seed(2)
 
     def loss_at(step: int) -> torch.Tensor:
-        if step % EVERY == 0:
-            pool.grow(min(GROWN, CHUNKS + step // EVERY))
-        shape = TURNS[step % len(TURNS)]
+        single = step < SINGLE
+        shape = "one" if single else TURNS[step % len(TURNS)]
+        if step % EVERY == 0 or not pool.latents[shape]:
+            pool.grow(min(GROWN, CHUNKS + step // EVERY), ("one",) if single else SHAPES)
         x, captions = pool.batch(shape, BATCH[shape], generator)
         empty = torch.rand(len(captions), generator=generator) < EMPTY
         captions = ["" if e else c for e, c in zip(empty, captions, strict=True)]
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randint(0, 1000, (len(x),), generator=generator)
+        noisy = torch.rand(len(x), generator=generator) < EXTRA
+        t = torch.where(noisy, torch.randint(NOISY, 1000, (len(x),), generator=generator), t)
         ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         x, noise, t, ids = x.to(device()), noise.to(device()), t.to(device()), ids.to(device())
         with torch.autocast(device().type, torch.bfloat16):
