@@ -38,8 +38,9 @@ def browser(folder: Any, *, width: int = 1280, height: int = 900) -> Iterator[Br
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.set_script_timeout(WAIT)
     try:
-        driver.set_window_size(width, height)
-        yield Browser(driver)
+        page = Browser(driver)
+        page.resize(width, height)
+        yield page
     finally:
         driver.quit()
 
@@ -110,16 +111,20 @@ class Browser:
         wait = WebDriverWait(self.driver, seconds, 0.05, ignored_exceptions=[StaleElementReferenceException])
         return wait.until(lambda _: true())
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page this many pixels; windows themselves cannot be as narrow as a phone."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
     def shot(self, path: Any) -> None:
         """The whole page as a PNG."""
-        before = self.driver.get_window_size()
-        self.driver.set_window_size(before["width"], 400)  # the page is at least as high as its window
-        size = self.driver.execute_script("const a = document.querySelector('.gradio-container'); return a.scrollHeight")
-        frame = 400 - self.driver.execute_script("return window.innerHeight")
-        self.driver.set_window_size(before["width"], min(size, 3000) + frame)
+        width, height = self.driver.execute_script("return [window.innerWidth, window.innerHeight]")
+        self.resize(width, 400)  # the page is at least as high as its window
+        whole = self.driver.execute_script("return document.querySelector('.gradio-container').scrollHeight")
+        self.resize(width, min(whole, 3000))
         self.driver.execute_script("window.scrollTo(0, 0)")
         self.driver.save_screenshot(str(path))
-        self.driver.set_window_size(before["width"], before["height"])
+        self.resize(width, height)
 
     def errors(self) -> list[str]:
         """What the page's console complained of so far, but for files that an icon or a font may lack."""

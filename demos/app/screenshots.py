@@ -29,18 +29,17 @@ def main(folder: Path) -> None:
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as work:
-        actions = Actions(
-            Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), home=Path(work), thumbnail=world_thumbnails()
-        )
+        studio, kept = Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), Path(work, "pictures")
+        actions = Actions(studio, home=Path(work, "gates"), gallery=kept, thumbnail=world_thumbnails())
         blocks = build(actions, Recipe(PROMPT, seed=2, gates="auto", base="emoji"))
-        _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
+        _, url, _ = launch(blocks, gallery=kept, prevent_thread_lock=True, quiet=True)
         try:
             with browser(work) as page:
                 page.open(url)
-                for view in (compose, see, train, keep):
+                for view in (compose, regions, see, train, gallery, keep):
                     view(page)
                     shoot(page, folder / f"app_{view.__name__}.png")
-            with browser(work, width=500) as page:  # as narrow as Chromium's window gets
+            with browser(work, width=390) as page:
                 page.open(url)
                 compose(page)
                 shoot(page, folder / "app_phone.png")
@@ -55,11 +54,26 @@ def compose(page: Browser) -> None:
     page.until(lambda: page.text("#status") == "done" and len(page.all("#pictures .caption-label")) == 4, WAIT)
 
 
+def regions(page: Browser) -> None:
+    """The found region of the sunflower, with more of it painted."""
+    from selenium.webdriver import ActionChains
+
+    page.click("#regions button")
+    sheet = page.one("#paint canvas")
+    page.until(lambda: page.all("#found img"), WAIT)
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
+    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, 40, 100).click_and_hold()
+    brush.move_by_offset(-30, -40).move_by_offset(-20, 40).release().perform()
+    page.click("#paint-use")
+    page.until(lambda: "acts there" in page.text("#paint-status"), WAIT)
+    compose(page)
+
+
 def see(page: Browser) -> None:
     """The comparison, then the gates."""
     page.tab("See")
     page.click("#compare")
-    page.until(lambda: page.text("#see-status") == "done", WAIT)
+    page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
     page.click("#look")
     page.until(lambda: page.text("#see-status").startswith("mean weight"), WAIT)
     page.until(lambda: page.all("#places img"), WAIT)
@@ -72,8 +86,18 @@ def train(page: Browser) -> None:
     page.until(lambda: page.driver.find_element("css selector", "#singles textarea").get_property("value"), WAIT)
     page.type("#updates input[type=number]", "10")
     page.click("#train")
-    page.until(lambda: "done" in page.text("#train-status"), WAIT)
-    page.until(lambda: page.all("#validation img"), WAIT)
+    page.until(lambda: page.text("#train-status").startswith("done"), WAIT)
+    page.until(lambda: "after, seed 1001" in page.text("#validation"), WAIT)
+
+
+def gallery(page: Browser) -> None:
+    """Eight pictures, one of them a favourite."""
+    page.tab("Gallery")
+    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 8, WAIT)
+    page.click("#gallery .thumbnail-item")
+    page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
+    page.click("#star")
+    page.until(lambda: page.text("#gallery-status").startswith("marked"), WAIT)
 
 
 def keep(page: Browser) -> None:

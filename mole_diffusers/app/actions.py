@@ -30,7 +30,7 @@ from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio
+from mole_diffusers.studio.render import Studio, with_pictures
 
 MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
@@ -150,16 +150,23 @@ class Actions:
 
     # ---- pictures
 
-    def compose(self, recipe: Recipe, count: int) -> Work:
-        """Draw `count` pictures with consecutive seeds into the gallery; if stopped, those that are done stay."""
+    def compose(self, recipe: Recipe, count: int, over: Mapping[str, Image.Image] | None = None) -> Work:
+        """Draw `count` pictures with consecutive seeds into the gallery; if stopped, those that are done stay.
+
+        Args:
+            over: the "image" that is drawn over, and the "mask" of what changes.
+        """
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
-        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
-        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery)
+        recipe = with_pictures(recipe, **over or {})
+        seed = self._completed(recipe).seed  # -1 is a random one
+        recipes = [dataclasses.replace(recipe, seed=seed + i) for i in range(count)]
+        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = ()) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, bound, with trained gates where there are any,
         and with any of `render.MERGES`."""
+        recipe = dataclasses.replace(recipe, seed=self._completed(recipe).seed)
         arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges if recipe.tags)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
         whole = dataclasses.replace(self._completed(recipe), arm="gates")
@@ -168,29 +175,38 @@ class Actions:
             wanted.append(("gates", whole))
         return self.draw_all(wanted, note="" if is_trained else "no gates are trained for these LoRAs, see the tab Train")
 
-    def draw_all(self, wanted: Sequence[tuple[str, Recipe]], *, gallery: Gallery | None = None, note: str = "") -> Work:
+    def draw_all(
+        self,
+        wanted: Sequence[tuple[str, Recipe]],
+        *,
+        gallery: Gallery | None = None,
+        note: str = "",
+        over: Mapping[str, Image.Image] | None = None,
+    ) -> Work:
         """Draw labelled recipes one after the other: a Progress after each step and in the end.
 
         Args:
             gallery: where the pictures are kept; by default in the app's own folder.
             note: what the progress says besides.
+            over: pictures that are drawn over, see `compose`.
         """
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
-        check_budget([recipe for _, recipe in recipes])
-        warnings = [note, *dict.fromkeys(self.studio.warning(recipe) for _, recipe in recipes)]
-        state = Progress(0, sum(r.steps for _, r in recipes), len(recipes), warnings=[text for text in warnings if text])
+        self._check_budget([recipe for _, recipe in recipes])
+        told = [text for (_, asked), (_, r) in zip(wanted, recipes, strict=True) for text in self.studio.notes(asked, r)]
+        steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
+        state = Progress(0, steps, len(recipes), warnings=[*([note] if note else []), *dict.fromkeys(told)])
 
         def work(report: Report) -> Progress:
             begun = time.monotonic()
 
-            def on_step(_: int, latents: torch.Tensor) -> None:
+            def on_step(_: Any, latents: torch.Tensor) -> None:
                 state.done += 1
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
                 report(dataclasses.replace(state, preview=self._preview(latents)))
 
             for label, recipe in recipes:
                 layouts: list[Layout] = []
-                image = self.studio.draw(recipe, on_step=on_step, inside=_noting(layouts))
+                image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts))
                 path = (gallery or self.own).add(image, recipe)
                 state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
                 report(dataclasses.replace(state))
@@ -201,7 +217,7 @@ class Actions:
     def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None) -> Work:
         """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`."""
         recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
-        check_budget([recipe])
+        self._check_budget([recipe])
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         traced: dict[str, Any] = {}
@@ -269,21 +285,20 @@ class Actions:
                 return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
 
     def _completed(self, recipe: Recipe) -> Recipe:
-        if max(recipe.width, recipe.height) > MAX_SIDE:
+        if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
             raise ValueError(f"width and height are at most {MAX_SIDE} here, got {recipe.width} x {recipe.height}")
         recipe.tag_bindings()  # raises where a painted region has no mask
         return self.studio.complete(recipe)
 
-
-def check_budget(recipes: Sequence[Recipe], *, times: float = 1.0) -> None:
-    """Raises ValueError if drawing these takes more than `MAX_WORK`, `times` over."""
-    work = times * sum(recipe.width * recipe.height * recipe.steps for recipe in recipes)
-    if work > MAX_WORK:
-        first = recipes[0]
-        raise ValueError(
-            f"this is {work / MAX_WORK:.1f} times what one job may take: {len(recipes)} pictures of {first.width} x "
-            f"{first.height} pixels in {first.steps} steps; take fewer or smaller pictures, or fewer steps"
-        )
+    def _check_budget(self, recipes: Sequence[Recipe]) -> None:
+        """Raises ValueError if drawing these takes more than `MAX_WORK`."""
+        work = sum(r.width * r.height * r.hires**2 * self.studio.total_steps(r) for r in recipes)
+        if work > MAX_WORK:
+            first = recipes[0]
+            raise ValueError(
+                f"this is {work / MAX_WORK:.1f} times what one job may take: {len(recipes)} pictures of {first.width} x "
+                f"{first.height} pixels in {first.steps} steps; take fewer or smaller pictures, or fewer steps"
+            )
 
 
 def _noting(layouts: list[Layout]) -> Callable[[Mixture], AbstractContextManager]:

@@ -39,7 +39,7 @@ def add(page: Page) -> None:
             limit = (
                 {"concurrency_limit": None} if inspect.iscoroutinefunction(endpoint) else QUEUE
             )  # a job waits in our queue
-            gr.api(with_errors(endpoint, page=False), api_name=endpoint.__name__, **limit)
+            gr.api(with_errors(endpoint), api_name=endpoint.__name__, **limit)
 
 
 # ---- reading arguments, returning files

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import mixer, paint
+from mole_diffusers.app import mixer, over, paint
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
 from mole_diffusers.app.page import (
@@ -21,19 +21,18 @@ from mole_diffusers.app.page import (
     gallery,
     gallery_items,
     markdown,
-    problem,
     redraw,
-    with_errors,
+    told,
 )
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
-from mole_diffusers.studio.render import SAMPLERS
+from mole_diffusers.studio.samplers import samplers_of
 
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
-    prompt, line = _prompts(page)
+    prompt = _prompts(page)
     with gr.Row(elem_classes="buttons"):
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
@@ -43,6 +42,7 @@ def build(page: Page) -> None:
             _adding(page, prompt)
             mixer.build(page)
             count = _settings(page)
+            picture = over.build(page)
         with gr.Column(scale=4, elem_classes="results"):
             preview = gr.Image(
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
@@ -52,22 +52,23 @@ def build(page: Page) -> None:
     page.fields.append(count)
 
     def plan(*values: Any) -> Work:
-        *given, number = values
-        return page.actions.compose(page.recipe(*given), int(number))
+        *given, number, editor = values
+        return page.actions.compose(page.recipe(*given), int(number), over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
-        return [job.event.preview, gallery_items(job.event.pictures)]
+        pictures = job.event.pictures
+        now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
+        return [now, gallery_items(pictures)]
 
-    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, count], [preview, page.pictures]
+    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, count, picture], [preview, page.pictures]
     connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs)
     connect_cancel(page, cancel, status, ["compose"])
-    changed = [page.cards, page.shown, line]
+    changed = [page.cards, page.shown, page.line]
     for event in (prompt.blur, prompt.submit):
         event(_prompt_changed(page), [prompt, page.cards], changed, show_progress="hidden", **PRIVATE)
 
 
-def _prompts(page: Page) -> tuple[Any, Any]:
-    """The prompt, and the line below it that says what is wrong with it."""
+def _prompts(page: Page) -> Any:
     page.controls["prompt"] = gr.Textbox(
         page.defaults.prompt,
         label="Prompt",
@@ -77,11 +78,11 @@ def _prompts(page: Page) -> tuple[Any, Any]:
         max_length=5000,
         elem_id="prompt",
     )
-    line = gr.Markdown("", elem_id="problem", elem_classes="status")
+    page.line = gr.Markdown("", elem_id="problem", elem_classes="status")
     page.controls["negative"] = gr.Textbox(
         page.defaults.negative, label="Negative prompt", max_length=5000, elem_id="negative"
     )
-    return page.controls["prompt"], line
+    return page.controls["prompt"]
 
 
 def _adding(page: Page, prompt: Any) -> None:
@@ -101,25 +102,25 @@ def _adding(page: Page, prompt: Any) -> None:
             text, cards = add_card(text, cards, name, catalog.loras)
         return text, cards, redraw(cards)
 
-    @with_errors
+    @told(5)
     def chosen(name: str | None, text: str, cards: list[MixerCard]) -> Any:
-        return (*added([name] if name else [], text, cards), None)
+        return (*added([name] if name else [], text, cards), None, "")
 
-    @with_errors
+    @told(4)
     def found(text: str, cards: list[MixerCard]) -> Any:
         hits = page.actions.find(parse(text, catalog.loras).text)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
         return (*added([hit.name for hit in hits], text, cards), words or "The prompt asks for none of the LoRAs here.")
 
-    @with_errors
+    @told(5)
     def uploaded(path: str, text: str, cards: list[MixerCard]) -> Any:
         name = page.actions.add_lora(Path(path))
-        return (*added([name], text, cards), gr.update(choices=list(catalog.loras)))
+        return (*added([name], text, cards), gr.update(choices=list(catalog.loras)), f"added **{markdown(name)}**")
 
     changed = [prompt, page.cards, page.shown]
     find.click(found, [prompt, page.cards], [*changed, why], **QUEUE, **PRIVATE)
-    add.input(chosen, [add, prompt, page.cards], [*changed, add], **PRIVATE)
-    upload.upload(uploaded, [upload, prompt, page.cards], [*changed, add], **PRIVATE)
+    add.input(chosen, [add, prompt, page.cards], [*changed, add, why], **PRIVATE)
+    upload.upload(uploaded, [upload, prompt, page.cards], [*changed, add, why], **PRIVATE)
 
 
 def _settings(page: Page) -> Any:
@@ -128,7 +129,9 @@ def _settings(page: Page) -> Any:
     with gr.Accordion("Settings", open=True):
         with gr.Row():
             with gr.Column(min_width=120):
-                page.controls["seed"] = gr.Number(d.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+                page.controls["seed"] = gr.Number(
+                    d.seed, label="Seed", info="-1: another one each time", precision=0, minimum=-1, elem_id="seed"
+                )
                 new = gr.Button("New seed", size="sm", elem_id="new-seed")
                 new.click(lambda: random.randrange(2**32), None, page.controls["seed"], queue=False, **PRIVATE)
             page.controls["steps"] = gr.Slider(1, 150, d.steps, step=1, label="Steps", elem_id="steps")
@@ -139,7 +142,9 @@ def _settings(page: Page) -> Any:
             page.controls["width"] = gr.Number(d.width, label="Width", precision=0)
             page.controls["height"] = gr.Number(d.height, label="Height", precision=0)
         with gr.Row():
-            page.controls["sampler"] = gr.Dropdown(["default", *SAMPLERS], value="default", label="Sampler")
+            page.controls["sampler"] = gr.Dropdown(
+                ["default", *samplers_of(page.actions.studio.pipe.scheduler)], value="default", label="Sampler"
+            )
             page.controls["gates"] = gr.Dropdown(
                 ["auto", *UNTRAINED, *catalog.gates],
                 value=d.gates,
@@ -148,20 +153,19 @@ def _settings(page: Page) -> Any:
                 elem_id="gates",
             )
             page.controls["binding"] = gr.Dropdown(
-                [("each LoRA on its words and in its place", AUTO), ("none: all LoRAs everywhere", "none")],
+                [("on", AUTO), ("off", "none")],
                 value=d.binding,
                 label="Binding",
+                info="on: each LoRA on its words, in its place",
                 elem_id="binding",
             )
     return count
 
 
 def _prompt_changed(page: Page) -> Callable[..., Any]:
+    @told(3)
     def changed(prompt: str, cards: list[MixerCard]) -> Any:
-        try:
-            new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
-        except ValueError as error:
-            return gr.skip(), gr.skip(), problem(error)
+        new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
         return (gr.skip(), gr.skip(), "") if new == cards else (new, redraw(new), "")
 
     return changed

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.mixer_cards import cards_of
-from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, redraw, with_errors
+from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, redraw, told
 
 AT_ONCE = 60  # pictures shown; searching finds the others
 
@@ -35,7 +35,7 @@ def build(page: Page) -> None:
             more = f", the newest {AT_ONCE} of them shown" if len(found) > AT_ONCE else ""
             found = found[:AT_ONCE]
             items = [(str(entry.path), entry.label) for entry in found]
-            return f"{words}{count}{more}", gr.update(value=items, selected_index=None), [e.path.name for e in found], ""
+            return gr.update(value=items, selected_index=None), [e.path.name for e in found], "", f"{words}{count}{more}"
 
         return shown
 
@@ -47,7 +47,7 @@ def build(page: Page) -> None:
             raise ValueError("click a picture first")
         return name
 
-    @with_errors
+    @told(len(page.inputs) + 4)
     def reuse(name: str) -> Any:
         wanted = the_chosen(name)
         entry = next((entry for entry in kept.entries() if entry.path.name == wanted), None)
@@ -57,18 +57,18 @@ def build(page: Page) -> None:
         cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
         return [*page.values(recipe), cards, redraw(cards), gr.update(selected="Compose"), "its recipe is in all fields"]
 
-    @with_errors
+    @told(4)
     def favour(name: str, *search: Any) -> Any:
         on = the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
         kept.favour(name, on)
         return show("marked; " if on else "no longer marked; ")(*search)
 
-    @with_errors
+    @told(4)
     def throw(name: str, *search: Any) -> Any:
         kept.trash(the_chosen(name))
         return show("moved to the folder trash beside the pictures; ")(*search)
 
-    outputs = [status, pictures, names, chosen]
+    outputs = [pictures, names, chosen, status]
     gr.on(
         [page.tab.select, text.submit, text.blur, lora.submit, lora.blur, starred.input], show(), search, outputs, **PRIVATE
     )

@@ -19,7 +19,7 @@ from mole_diffusers.app.page import (
     connect_job,
     figure,
     redraw,
-    with_errors,
+    told,
 )
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
@@ -41,7 +41,7 @@ def _loading(page: Page) -> None:
     )
     status = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
 
-    @with_errors
+    @told(len(page.inputs) + 3)
     def load(path: str | None) -> Any:
         if path is None:
             return [gr.skip()] * (len(page.inputs) + 3)
@@ -64,25 +64,25 @@ def _saving(page: Page) -> None:
     status = gr.Markdown("", elem_id="keep-status", elem_classes="status")
     text = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
 
-    @with_errors
-    def recipe_file(*values: Any) -> str:
+    @told(2)
+    def recipe_file(*values: Any) -> tuple[str, str]:
         recipe = page.actions.studio.complete(page.recipe(*values))
         path = page.actions.folder / f"recipe-{recipe.seed}.json"
         recipe.save(path)
-        return str(path)
+        return str(path), ""
 
-    @with_errors
-    def script(*values: Any) -> str:
-        return as_code(page.actions.studio.complete(page.recipe(*values)))
+    @told(2)
+    def script(*values: Any) -> tuple[str, str]:
+        return as_code(page.actions.studio.complete(page.recipe(*values))), ""
 
-    @with_errors
+    @told(2)
     def exported(*values: Any) -> tuple[str, str]:
         *given, rank = values
         path, error = page.actions.export(page.recipe(*given), int(rank) if rank else None)
         return str(path), f"written with the gates' average weights; error of the cut {error:.3f}"
 
-    save.click(recipe_file, page.inputs, file, **PRIVATE)
-    code.click(script, page.inputs, text, **PRIVATE)
+    save.click(recipe_file, page.inputs, [file, status], **PRIVATE)
+    code.click(script, page.inputs, [text, status], **PRIVATE)
     export.click(exported, [*page.inputs, rank], [file, status], **QUEUE, **PRIVATE)
 
 

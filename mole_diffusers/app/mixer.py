@@ -17,7 +17,7 @@ from mole_diffusers.app.mixer_cards import (
     with_triggers,
     without,
 )
-from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, with_errors
+from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, told
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import PAINTED
@@ -143,13 +143,13 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
         typed = fields_of(new, known)
         slider = gr.update(**slider_update(typed["unet"]))
         shown = {**typed, "word": [word for word in typed["word"].split("|") if word], "region": typed["region"] or AUTO}
-        return (*set_card(text, cards, new, known), slider, *(shown[key] for key in FIELDS))
+        return (*set_card(text, cards, new, known), slider, *(shown[key] for key in FIELDS), "")
 
-    @with_errors
+    @told(4 + len(FIELDS))
     def slide(value: float, switched_on: bool, text: str, cards: list[MixerCard]) -> Any:
         return updates(at_strength(current(cards, switched_on), value, known), text, cards)
 
-    @with_errors
+    @told(4 + len(FIELDS))
     def write(switched_on: bool, text: str, cards: list[MixerCard], *values: Any) -> Any:
         now, given = current(cards, switched_on), {key: value or "" for key, value in zip(FIELDS, values, strict=True)}
         given["word"] = "|".join(given["word"])
@@ -160,7 +160,7 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
         return updates(with_fields(now, given, known), text, cards)
 
     boxes = [fields[key] for key in FIELDS]
-    outputs = [prompt, page.cards, slider, *boxes]
+    outputs = [prompt, page.cards, slider, *boxes, page.line]
     slider.release(slide, [slider, on, prompt, page.cards], outputs, **QUIET)
     events = [on.input, fields["lbw"].input, fields["word"].input, fields["region"].input]
     for key in ("unet", "te", "start", "stop"):
@@ -172,14 +172,14 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any) -> None:
     """Removing a card, and switching trigger words, changes the prompt."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @with_errors
+    @told(4)
     def removed(text: str, cards: list[MixerCard]) -> Any:
         left = [other for other in cards if other["name"] != name]
-        return without(text, name, catalog.loras), left, redraw(left)
+        return without(text, name, catalog.loras), left, redraw(left), ""
 
-    @with_errors
-    def switched(chosen: list[str], text: str) -> str:
-        return with_triggers(text, catalog.expert(name).triggers, chosen, catalog.loras)
+    @told(2)
+    def switched(chosen: list[str], text: str) -> tuple[str, str]:
+        return with_triggers(text, catalog.expert(name).triggers, chosen, catalog.loras), ""
 
-    chips.input(switched, [chips, prompt], prompt, **QUIET)
-    remove.click(removed, [prompt, page.cards], [prompt, page.cards, page.shown], **QUIET)
+    chips.input(switched, [chips, prompt], [prompt, page.line], **QUIET)
+    remove.click(removed, [prompt, page.cards], [prompt, page.cards, page.shown, page.line], **QUIET)

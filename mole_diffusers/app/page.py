@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import inspect
 import re
 import time
@@ -24,7 +23,8 @@ QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
 USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged
-NUMBERS = ("seed", "steps", "guidance", "width", "height")
+NUMBERS = {"seed": int, "steps": int, "guidance": float, "width": int, "height": int, "strength": float, "hires": float,
+           "hires_strength": float}  # fmt: skip
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Page:
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
+        line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
         tabs, tab: all of them; the one that is being built.
         blocks: the whole page.
@@ -57,6 +58,7 @@ class Page:
     locks: Any = None
     masks: Any = None
     visitor: Any = None
+    line: Any = None
     pictures: Any = None
     tabs: Any = None
     tab: Any = None
@@ -73,10 +75,10 @@ class Page:
         """The recipe in the controls. Raises ValueError for values out of range."""
         *given, locks, masks = values
         named = dict(zip(self.controls, given, strict=True))
-        for name in NUMBERS:
+        for name, kind in NUMBERS.items():
             if named[name] is None:
                 raise ValueError(f"{name} must be a number")
-            named[name] = float(named[name]) if name == "guidance" else int(named[name])
+            named[name] = kind(named[name])
         named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
         return Recipe(**named, locks=locks, masks=masks)
 
@@ -92,6 +94,8 @@ class Page:
             return f"waiting: {ahead} job{'' if ahead == 1 else 's'} before this one"
         if job.state == "failed":
             return problem(job.error)
+        if job.is_asked_to_stop and not job.is_over:
+            return "stopping"
         if job.event is None:
             return "cancelled before it began" if job.state == "stopped" else "starting"
         if job.state == "stopped" and isinstance(job.event, Progress):
@@ -119,43 +123,44 @@ def without_folders(text: str) -> str:
     return re.sub(rf"{re.escape(gettempdir())}/(?:[^\s/'\"]+/)*", "", text)
 
 
-def user_error(error: Exception, *, page: bool) -> gr.Error:
-    """The error a visitor sees. A page shows it as HTML, so text from a file or prompt is escaped there."""
-    text = without_folders(str(error))
-    text = html.escape(text, quote=False) if page else text
-    return gr.Error(text, duration=12, print_exception=False)
+def with_errors(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions and coroutines of the API: an error of bad input is one sentence to the client."""
 
-
-@contextmanager
-def _user_errors(*, page: bool) -> Iterator[None]:
-    try:
-        yield
-    except USER_ERRORS as error:
-        raise user_error(error, page=page) from error
-
-
-def with_errors(fn: Callable[..., Any], *, page: bool = True) -> Callable[..., Any]:
-    """Show errors of bad input as one sentence, on the page or to a client of the API; for functions,
-    coroutines and generators."""
+    @contextmanager
+    def sentences() -> Iterator[None]:
+        try:
+            yield
+        except USER_ERRORS as error:
+            raise gr.Error(without_folders(str(error)), print_exception=False) from error
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _user_errors(page=page):
+        with sentences():
             return fn(*args, **kwargs)
 
     @functools.wraps(fn)
-    def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with _user_errors(page=page):
-            yield from fn(*args, **kwargs)
-
-    @functools.wraps(fn)
     async def wait(*args: Any, **kwargs: Any) -> Any:
-        with _user_errors(page=page):
+        with sentences():
             return await fn(*args, **kwargs)
 
-    if inspect.iscoroutinefunction(fn):
-        return wait
-    return stream if inspect.isgeneratorfunction(fn) else call
+    return wait if inspect.iscoroutinefunction(fn) else call
+
+
+def told(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For functions of so many outputs, the last of them a status line: an error of bad input is said there, until it is
+    mended, and the rest stays as it is."""
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return fn(*args, **kwargs)
+            except USER_ERRORS as error:
+                return (*[gr.skip()] * (outputs - 1), problem(error))
+
+        return call
+
+    return wrap
 
 
 # ---- values and components
@@ -258,9 +263,9 @@ def connect_job(
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
     """Let a button stop what this page watches of these kinds: a running job at its next step, one that waits at once."""
 
-    def cancel(request: gr.Request) -> str:
+    def cancel(request: gr.Request) -> Any:
         jobs = [page.watched.get((session(request), kind)) for kind in kinds]
         stopped = [page.jobs.stop(job) for job in jobs if job is not None]
-        return "stopping" if any(stopped) else "nothing of yours is running"
+        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself says what becomes of it
 
     button.click(cancel, None, status, concurrency_limit=None, **PRIVATE)

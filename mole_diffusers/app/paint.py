@@ -11,14 +11,16 @@ from PIL import Image, ImageFilter
 
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.mixer_cards import MixerCard, set_region, shades
-from mole_diffusers.app.page import PRIVATE, Page, redraw, session, with_errors
+from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, session, told
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.studio.prompt_syntax import PAINTED, parse
 
 CANVAS, MASK_SIDE = 512, 128  # pixels of the longer side
-COLOUR = (213, 94, 0)  # of the paint
+COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; of 255: the picture is seen through it
+BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
+ERASER = gr.Eraser(60)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Panel:
     editor: Any
     edge: Any
     use: Any
+    status: Any
 
 
 def build(page: Page) -> None:
@@ -60,14 +63,15 @@ def _components() -> Panel:
             layers=False,
             fixed_canvas=True,
             canvas_size=(CANVAS, CANVAS),
-            brush=gr.Brush(default_size=60, colors=[f"rgba({', '.join(map(str, COLOUR))}, 0.6)"], color_mode="fixed"),
-            eraser=gr.Eraser(default_size=60),
+            brush=BRUSH,
+            eraser=ERASER,
             buttons=[],
             elem_id="paint",
         )
         edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
         use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
-    return Panel(whole, found, which, over, empty, editor, edge, use)
+        status = gr.Markdown("", elem_id="paint-status", elem_classes="status")
+    return Panel(whole, found, which, over, empty, editor, edge, use, status)
 
 
 def _connect_views(page: Page, panel: Panel) -> None:
@@ -92,11 +96,11 @@ def _connect_views(page: Page, panel: Panel) -> None:
         with Image.open(picture.path) as image:
             return overlay(image, picture.layout, shades=shades(cards))
 
-    @with_errors
+    @told(2)
     def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: float, height: float) -> Any:
         picture = last(request)
         mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return canvas(picture, int(width), int(height), mask)
+        return canvas(picture, int(width), int(height), mask), ""
 
     def empty(request: gr.Request, width: float, height: float) -> Any:
         return canvas(last(request), int(width), int(height), None)
@@ -104,7 +108,7 @@ def _connect_views(page: Page, panel: Panel) -> None:
     page.shown.change(names, page.cards, panel.which, show_progress="hidden", **PRIVATE)
     gr.on([panel.whole.expand, page.pictures.change], overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
     begins = [panel.whole.expand, panel.over.click, panel.which.input]
-    gr.on(begins, start, [panel.which, page.masks, prompt, *size], panel.editor, **PRIVATE)
+    gr.on(begins, start, [panel.which, page.masks, prompt, *size], [panel.editor, panel.status], **PRIVATE)
     panel.empty.click(empty, size, panel.editor, **PRIVATE)
 
 
@@ -112,16 +116,16 @@ def _connect_use(page: Page, panel: Panel) -> None:
     """What is painted becomes the region."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @with_errors
+    @told(5)
     def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], text: str, cards: list[MixerCard]) -> Any:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
         mask = painted_mask(painted, edge)
         text, cards = set_region(text, cards, name, PAINTED, catalog.loras)
-        return {**masks, name: mask_text(mask)}, text, cards, redraw(cards)
+        return {**masks, name: mask_text(mask)}, text, cards, redraw(cards), f"**{markdown(name)}** acts there from now on"
 
     inputs = [panel.which, panel.editor, panel.edge, page.masks, prompt, page.cards]
-    panel.use.click(used, inputs, [page.masks, prompt, page.cards, page.shown], **PRIVATE)
+    panel.use.click(used, inputs, [page.masks, prompt, page.cards, page.shown, panel.status], **PRIVATE)
 
 
 def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
             background = image.convert("RGB").resize(side)
     paint = Image.new("RGBA", side, (*COLOUR, 0))
     if mask is not None:
-        paint.putalpha(mask.resize(side).point([value * 6 // 10 for value in range(256)]))
+        paint.putalpha(mask.resize(side, Image.Resampling.NEAREST).point([value * OPACITY // 255 for value in range(256)]))
     both = Image.alpha_composite(background.convert("RGBA"), paint)
     return {"background": background, "layers": [paint], "composite": both}
 
@@ -152,7 +156,7 @@ def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: 
 
 
 def painted_mask(painted: Any, edge: float) -> Image.Image:
-    """What an editor has on its layers -> a mask picture, white where there is paint.
+    """What an editor has on its layers -> a mask picture, white where there is paint, grey where there is less of it.
 
     Args:
         edge: width of the soft edge, as a share of the longer side.
@@ -163,7 +167,7 @@ def painted_mask(painted: Any, edge: float) -> Image.Image:
     alphas = [np.asarray(layer.convert("RGBA"))[:, :, 3] for layer in layers]
     if not any(alpha.any() for alpha in alphas):
         raise ValueError("nothing is painted: draw where the LoRA acts, then use it")
-    mask = Image.fromarray(np.where(np.max(alphas, axis=0) > 0, 255, 0).astype(np.uint8))
+    mask = _grey(np.minimum(np.max(alphas, axis=0) / OPACITY, 1))
     mask = mask.resize(_fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)
     return mask.filter(ImageFilter.GaussianBlur(edge * MASK_SIDE / 2)) if edge else mask
 

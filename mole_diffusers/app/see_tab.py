@@ -19,7 +19,7 @@ from mole_diffusers.app.page import (
     gallery,
     gallery_items,
     redraw,
-    with_errors,
+    told,
 )
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import parse
@@ -124,9 +124,10 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             name = gr.Dropdown(names, value=None, label="LoRA", info="whose blocks to scale", elem_id="lbw-name")
             lbw = gr.Dropdown(["", *PRESETS, "ALL0.5"], value="", label="Block weights (lbw)", allow_custom_value=True,
                               info="a preset, or numbers", elem_id="lbw")  # fmt: skip
+        why = gr.Markdown("", elem_id="by-hand-status", elem_classes="status")
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @with_errors
+    @told(3)
     def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Any:
         if block not in sites:
             raise ValueError("watch the gates first, then choose a block")
@@ -134,18 +135,18 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
         changed = {**locks, sites[block]: row}
         labels = {site: label for label, site in sites.items()}
-        return changed, "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in changed.items())
+        return changed, "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in changed.items()), ""
 
-    @with_errors
+    @told(4)
     def set_block_weights(name: str | None, lbw: str, text: str, cards: list[MixerCard]) -> Any:
         text = with_block_weights(text, name or "", lbw, catalog.loras)
         new = cards_of(text, cards, catalog.loras)
-        return text, new, redraw(new)
+        return text, new, redraw(new), ""
 
-    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, locked], **PRIVATE)
+    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, locked, why], **PRIVATE)
     free.click(lambda: ({}, NO_LOCKS), None, [page.locks, locked], **PRIVATE)
     block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights, **PRIVATE)
-    lbw.input(set_block_weights, [name, lbw, prompt, page.cards], [prompt, page.cards, page.shown], **PRIVATE)
+    lbw.input(set_block_weights, [name, lbw, prompt, page.cards], [prompt, page.cards, page.shown, why], **PRIVATE)
     return block
 
 

@@ -21,7 +21,7 @@ from mole_diffusers.app.page import (
     figure,
     gallery,
     markdown,
-    with_errors,
+    told,
 )
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.studio.catalog import UNTRAINED
@@ -100,8 +100,9 @@ def _fields(page: Page) -> list[Any]:
         about = "collage: subjects side by side; blend: predictions under masks"
         way = gr.Dropdown(WAYS, value="collage", label="Taught by", info=about, elem_id="way")
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")
+    why = gr.Markdown("", elem_classes="status")
 
-    @with_errors
+    @told(4)
     def suggestion(prompt: str) -> Any:
         parsed = parse(prompt, catalog.loras)
         names = sorted(tag.name for tag in parsed.tags)
@@ -110,9 +111,9 @@ def _fields(page: Page) -> list[Any]:
         for name in names:
             others = [word for other in names if other != name for word in words[other]]
             lines.append(f"{name}={single_prompt(parsed.text, others, keep=words[name])}")
-        return "+".join(names), "\n".join(lines), parsed.text
+        return "+".join(names), "\n".join(lines), parsed.text, ""
 
-    suggest.click(suggestion, page.controls["prompt"], [name, singles, composed], **PRIVATE)
+    suggest.click(suggestion, page.controls["prompt"], [name, singles, composed, why], **PRIVATE)
     return [name, singles, composed, styles, steps, family, way]
 
 
@@ -166,11 +167,11 @@ def _gate_files(page: Page) -> Any:
             )
         status = gr.Markdown("", elem_id="gates-told", elem_classes="status")
 
-    @with_errors
-    def downloaded(name: str | None) -> list[str]:
-        return [str(path) for path in export_gates(catalog, name or "", page.actions.folder)]
+    @told(2)
+    def downloaded(name: str | None) -> tuple[list[str], str]:
+        return [str(path) for path in export_gates(catalog, name or "", page.actions.folder)], ""
 
-    @with_errors
+    @told(3)
     def uploaded(paths: list[str], name: str) -> Any:
         found = page.actions.add_gates([Path(path) for path in paths], name or "")
         words = f"{found['family']} gates **{markdown(found['name'])}** for {markdown(', '.join(found['experts']))}"
@@ -178,10 +179,10 @@ def _gate_files(page: Page) -> Any:
             words += f"; they were trained with another file of {markdown(', '.join(found['other_files']))}"
         if found["missing"]:
             words += f"; LoRAs that are not here: {markdown(', '.join(found['missing']))}"
-        return words, *_gate_choices(page, found["name"])
+        return *_gate_choices(page, found["name"]), words
 
-    download.click(downloaded, which, files, **PRIVATE)
-    upload.upload(uploaded, [upload, name], [status, page.controls["gates"], which], **PRIVATE)
+    download.click(downloaded, which, [files, status], **PRIVATE)
+    upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status], **PRIVATE)
     return which
 
 

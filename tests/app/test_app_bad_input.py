@@ -18,11 +18,17 @@ pytest.importorskip("gradio")
 
 
 def test_nothing_from_a_file_becomes_html():
-    from mole_diffusers.app.page import markdown, user_error
+    from mole_diffusers.app.page import markdown, problem, told
 
     evil = '<img src="http://x/y.png" onerror=alert(1)>'
-    assert "<" not in user_error(ValueError(evil), page=True).message
-    assert user_error(ValueError(evil), page=False).message == evil
+    assert problem(ValueError(evil)) == f"**{markdown(evil)}**"
+    assert "went wrong" in problem(RuntimeError("secret"))
+
+    @told(2)
+    def fails():
+        raise ValueError(evil)
+
+    assert fails()[1] == problem(ValueError(evil))
     assert markdown("![a](b) <i>") == "\\!\\[a\\]\\(b\\) \\<i\\>"
 
 

@@ -5,7 +5,7 @@ from app_client import built
 
 from mole_diffusers.app.mixer_cards import FIELDS, cards_of, fields_of
 
-gr = pytest.importorskip("gradio")
+pytest.importorskip("gradio")
 TEXT = "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5>"
 
 
@@ -42,7 +42,7 @@ def test_what_is_typed_and_moved_stays_in_step(drawn, loras):
     slide, write = named(events, "slide")[1], named(events, "write")[1]  # of ink
     text, found, slider, *fields = slide(1.5, True, TEXT, cards)
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:1.5>"
-    assert fields == ["1.5", "1.5", "", "", "", [], "auto"]
+    assert fields == ["1.5", "1.5", "", "", "", [], "auto", ""]
     assert fields[:5] == [fields_of(found[1], loras)[key] for key in FIELDS[:5]]
     text, found, slider, *_ = write(True, TEXT, cards, "-7", "0.5", "OUTALL", None, "3", [], "auto")
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:-7:lbw=OUTALL:stop=3>"  # te followed, as it was the same
@@ -51,8 +51,7 @@ def test_what_is_typed_and_moved_stays_in_step(drawn, loras):
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9>"
     assert not off[1]["on"]
     assert write(True, text, off, "-7", "-7", "OUTALL", "", "3", [], "auto")[0].endswith("<lora:ink:-7:lbw=OUTALL:stop=3>")
-    with pytest.raises(gr.Error, match="is not a number"):
-        write(True, TEXT, cards, "strong", "", "", "", "", [], "auto")
+    assert "is not a number" in write(True, TEXT, cards, "strong", "", "", "", "", [], "auto")[-1]
 
 
 def test_words_and_regions_go_into_the_tag_and_come_back(drawn):
@@ -60,15 +59,14 @@ def test_words_and_regions_go_into_the_tag_and_come_back(drawn):
     write = named(events, "write")[1]
     text, found, _, *fields = write(True, TEXT, cards, "0.5", "0.5", "", "", "", ["an ink", "lines"], "top left")
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5:word=an ink|lines:region=top left>"
-    assert fields[5:] == [["an ink", "lines"], "top left"]
+    assert fields[5:] == [["an ink", "lines"], "top left", ""]
     assert write(True, text, found, "0.5", "0.5", "", "", "", [], "auto")[0] == TEXT
-    with pytest.raises(gr.Error, match="a region is 'auto'"):
-        write(True, TEXT, cards, "0.5", "0.5", "", "", "", [], "0,0,2,1")
+    assert "a region is 'auto'" in write(True, TEXT, cards, "0.5", "0.5", "", "", "", [], "0,0,2,1")[-1].replace("\\", "")
     regions = [one for one in components if getattr(one, "elem_classes", None) == ["region"]]
     assert [region.value for region in regions] == ["auto", "auto"]
 
 
 def test_cards_go(drawn):
     cards, _, events = drawn
-    text, left, shown = named(events, "removed")[0](TEXT, cards)
+    text, left, shown, _ = named(events, "removed")[0](TEXT, cards)
     assert (text, left, shown["cards"]) == ("a fox <lora:ink:0.5>", cards[1:], cards[1:])

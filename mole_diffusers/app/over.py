@@ -1,0 +1,49 @@
+"""Drawing over a picture, all of it or what is painted, and once more over the result, larger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from mole_diffusers.app.page import Page
+from mole_diffusers.app.paint import BRUSH, ERASER, painted_mask
+
+
+def build(page: Page) -> Any:
+    """Lay out the panel; returns the editor, whose value `pictures` reads."""
+    d = page.defaults
+    with gr.Accordion("Draw over a picture, or larger", open=False, elem_id="over"):
+        editor = gr.ImageEditor(
+            label="A picture to draw over; paint what is to change, or nothing for all of it",
+            type="pil",
+            format="png",
+            sources=("upload", "clipboard"),
+            transforms=(),
+            layers=False,
+            brush=BRUSH,
+            eraser=ERASER,
+            buttons=[],
+            elem_id="over-picture",
+        )
+        page.controls["strength"] = gr.Slider(
+            0, 1, d.strength, step=0.05, label="Change", info="how much of the picture is drawn anew", elem_id="strength"
+        )
+        with gr.Row():
+            page.controls["hires"] = gr.Slider(
+                1, 4, d.hires, step=0.25, label="Larger", info="times; drawn over at this size", elem_id="hires"
+            )
+            page.controls["hires_strength"] = gr.Slider(0, 1, d.hires_strength, step=0.05, label="Change when larger")
+    return editor
+
+
+def pictures(value: dict[str, Any] | None) -> dict[str, Image.Image]:
+    """What an editor has, for `Studio.draw`: "image" and, where something is painted, "mask"; {} without a picture."""
+    if value is None or value.get("background") is None:
+        return {}
+    image = value["background"].convert("RGB")
+    try:
+        return {"image": image, "mask": painted_mask(value, 0.0).resize(image.size)}
+    except ValueError:  # nothing is painted
+        return {"image": image}

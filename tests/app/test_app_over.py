@@ -1,0 +1,116 @@
+"""Drawing over a picture and larger, from the page's editor to the file."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from app_client import PROMPT
+from PIL import Image
+
+from mole_diffusers.app.actions import Actions
+from mole_diffusers.app.jobs import ignore
+from mole_diffusers.binding.config import read_mask
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+pytest.importorskip("gradio")
+from mole_diffusers.app import over, paint
+
+RECIPE = Recipe(PROMPT, seed=3, steps=4, width=32, height=32, gates="sum")
+PICTURE = Image.effect_noise((64, 32), 90).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def actions(loras, tmp_path_factory):
+    return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), gallery=tmp_path_factory.mktemp("pictures"))
+
+
+def editor(*boxes, alpha=paint.OPACITY):
+    """What an editor holds whose paint covers these boxes."""
+    layer = Image.new("RGBA", PICTURE.size, (0, 0, 0, 0))
+    for box in boxes:
+        layer.paste((*paint.COLOUR, alpha), box)
+    return {"background": PICTURE.convert("RGBA"), "layers": [layer], "composite": None}
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), int)
+
+
+def drawn(actions, recipe, *args):
+    (picture,) = actions.compose(recipe, 1, *args)(ignore).pictures
+    return picture
+
+
+def test_an_editor_gives_a_picture_and_a_mask():
+    assert over.pictures(None) == over.pictures({"background": None, "layers": [], "composite": None}) == {}
+    assert set(over.pictures(editor())) == {"image"}
+    found = over.pictures(editor((0, 0, 32, 32)))
+    assert np.array_equal(np.asarray(found["image"]), np.asarray(PICTURE))
+    mask = np.asarray(found["mask"])
+    assert mask[:, :28].min() == 255
+    assert mask[:, 36:].max() == 0
+
+
+def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
+    plain, whole = drawn(actions, RECIPE), drawn(actions, RECIPE, over.pictures(editor()))
+    part = drawn(actions, RECIPE, over.pictures(editor((0, 0, 32, 32))))
+    assert len({pixels(one.path).tobytes() for one in (plain, whole, part)}) == 3
+    read = infotext.read(part.path)
+    assert (read.image == whole.recipe.image != "", read.mask != "", whole.recipe.mask) == (True, True, "")
+    redrawn = actions.studio.draw(read, **over.pictures(editor((0, 0, 32, 32))))
+    assert np.abs(np.asarray(redrawn, int) - pixels(part.path)).max() <= 1
+
+
+def test_larger_pictures_are_counted_and_bounded(actions):
+    larger = dataclasses.replace(RECIPE, hires=2.0)
+    done = []
+    (picture,) = actions.compose(larger, 1)(lambda state: done.append((state.done, state.total))).pictures
+    assert pixels(picture.path).shape == (64, 64, 3)
+    assert done[-1] == (6, 6)  # 4 steps, and 2 of the half that is drawn over
+    with pytest.raises(ValueError, match="at most 2048"):
+        actions.compose(dataclasses.replace(RECIPE, width=1024, height=1024, hires=4.0), 1)
+
+
+def test_what_was_changed_is_said_and_a_random_seed_is_shared(actions):
+    odd = dataclasses.replace(RECIPE, width=33, seed=-1)
+    state = actions.compose(odd, 2)(ignore)
+    assert str(state) == "done; 33 x 32 is rounded to 32 x 32 pixels"
+    first, second = (picture.recipe.seed for picture in state.pictures)
+    assert (first >= 0, second) == (True, first + 1)
+    assert len({picture.recipe.seed for picture in actions.compare(odd)(ignore).pictures}) == 1
+
+
+def test_painted_masks_keep_soft_edges():
+    soft = paint.painted_mask(editor((0, 0, 32, 32), alpha=paint.OPACITY // 2), 0.0)
+    assert 120 < np.asarray(soft)[:, :60].mean() < 135
+    hard, blurred = (np.asarray(paint.painted_mask(editor((0, 0, 32, 32)), edge)) for edge in (0.0, 0.1))
+    assert (hard.shape, len(np.unique(hard))) == ((64, 128), 2)
+    assert len(np.unique(blurred)) > 10
+    with pytest.raises(ValueError, match="nothing is painted"):
+        paint.painted_mask(editor(), 0.0)
+
+
+def test_the_canvas_shows_what_a_lora_has_and_gives_it_back(actions):
+    tags = Recipe("<lora:fox:1:region=0,0,0.5,1> <lora:ink:1>").tags
+    box = paint.current_region(tags, "fox", {}, None)
+    shown = paint.canvas(None, 64, 32, box)
+    assert np.array_equal(np.asarray(paint.painted_mask(shown, 0.0))[:, :64], np.full((64, 64), 255))
+    assert np.asarray(paint.painted_mask(shown, 0.0))[:, 64:].max() == 0
+    assert paint.current_region(tags, "ink", {}, None) is None
+    painted = Recipe("<lora:fox:1:region=painted>").tags
+    text = paint.mask_text(box)
+    assert np.array_equal(np.asarray(paint.current_region(painted, "fox", {"fox": text}, None)), np.asarray(read_mask(text)))
+
+
+def test_regions_that_were_found_can_be_taken_over(actions):
+    picture = drawn(
+        actions, dataclasses.replace(RECIPE, prompt="a fox and a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>")
+    )
+    assert set(picture.layout.regions) == {"fox", "hat"}
+    found = paint.current_region(picture.recipe.tags, "fox", {}, picture)
+    assert np.array_equal(np.asarray(found), (picture.layout.regions["fox"].numpy() * 255).round().astype(np.uint8))
