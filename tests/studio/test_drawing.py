@@ -8,6 +8,7 @@ import hosts
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -56,14 +57,21 @@ def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     image = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
     assert seen == [1, 2, 3, 4]
     assert array(image).std() > 1
+    two, plms = SAMPLERS[name][0].startswith(("Heun", "KDPM2")), name == "PLMS"
+    assert evaluations(studio, recipe) == [1.0] * (7 if two else 5 if plms else 4)
     stopping = dataclasses.replace(recipe, prompt="a fox in ink <lora:fox:1:stop=2> <lora:ink:1>")
+    on = 4 if two else 2
+    assert evaluations(studio, stopping) == [1.0] * on + [0.0] * ((7 if two else 5 if plms else 4) - on)
+
+
+def evaluations(studio, recipe):
+    """The weight of the fox each time the denoiser is evaluated."""
+    recipe = dataclasses.replace(recipe, prompt=recipe.prompt.replace("fox:0.8", "fox:1"))
     with ExitStack() as stack:
         traces = []
-        studio.draw(stopping, inside=lambda mixture: traces.append(stack.enter_context(mixture.trace())) or nullcontext())
+        studio.draw(recipe, inside=lambda mixture: traces.append(stack.enter_context(mixture.trace())) or nullcontext())
     place = next(p for p in traces[0].places if p.startswith("unet.mid_block") and "(" not in p)
-    fox = traces[0].weights(place)[:, 0].tolist()
-    two = SAMPLERS[name][0].startswith(("Heun", "KDPM2"))
-    assert fox == ([1.0] * 4 + [0.0] * 3 if two else [1.0] * 2 + [0.0] * (3 if name == "PLMS" else 2))
+    return traces[0].weights(place)[:, 0].tolist()
 
 
 def test_samplers_differ_and_the_own_one_comes_back(studio):
@@ -71,9 +79,9 @@ def test_samplers_differ_and_the_own_one_comes_back(studio):
     drawn = {n: studio.draw(studio.complete(dataclasses.replace(RECIPE, sampler=n))) for n in ("Euler", "Euler Karras")}
     assert far(*drawn.values()) > 0
     assert studio.pipe.scheduler is own
-    karras = Studio(tiny_pipeline(), studio.catalog, "tiny")
-    karras.pipe.scheduler = type(own).from_config(own.config, use_karras_sigmas=True)
-    again = Studio(karras.pipe, studio.catalog, "tiny")
+    pipe = tiny_pipeline()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(own.config, use_karras_sigmas=True)
+    again = Studio(pipe, studio.catalog, "tiny")
     assert far(again.draw(again.complete(dataclasses.replace(RECIPE, sampler="Euler"))), drawn["Euler"]) == 0
 
 
@@ -131,6 +139,20 @@ def test_binding_acts_where_a_picture_is_drawn_over(studio, photo):
     assert layout is not None
     swapped = dataclasses.replace(recipe, prompt=prompt.replace("left", "top"))
     assert far(studio.draw(swapped, image=photo), bound) > 0
+
+
+def test_binding_knows_which_text_is_the_negative_one_where_a_picture_is_drawn_over(studio, photo):
+    """As a mixture that is attached to that pipeline: its call says so, where both texts have words of LoRAs."""
+    prompt = "a fox in ink <lora:fox:1:word=fox:region=left> <lora:ink:1:word=ink:region=right>"
+    recipe = dataclasses.replace(RECIPE, prompt=prompt, negative="ink", strength=0.5, width=48)
+    recipe = studio.complete(with_pictures(recipe, photo))
+    drawn = studio.draw(recipe, image=photo)
+    pipe = drawing_over(tiny_pipeline(), masked=False)
+    files = {name: studio.catalog.loras[name] for name in ("fox", "ink")}
+    attach(pipe, files, binding={"fox": ("fox", "left"), "ink": ("ink", "right")})
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(7)}
+    assert far(drawn, pipe("a fox in ink", negative_prompt="ink", image=photo, strength=0.5, **given).images[0]) == 0
+    detach(pipe)
 
 
 def test_the_part_outside_a_mask_stays(studio, photo):
