@@ -10,7 +10,6 @@ are in kohya's format with alpha != rank. Files that exist are kept, so an inter
 import argparse
 import math
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from loop import device, note, small_attention
 from scenes import Scene, draw_scene
 from torch import nn
 
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
@@ -95,7 +95,7 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
     config = LoraTraining(
         rank=chosen.rank, alpha=alpha, layers=chosen.layers, steps=chosen.steps, lr=chosen.lr, text_lr=chosen.text_lr
     )
-    with ExitStack() as undo, torch.random.fork_rng(devices=[]):
+    with Undo() as undo, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lora = add_lora(pipe, config, undo)
         slower = (chosen.rank / alpha) ** 0.5
