@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,9 @@ def app(
     from mole_diffusers.studio.catalog import folder_gates
 
     studio = open_studio(base, device, loras=loras, trained=trained, opening=opening)
+    if not hasattr(studio.pipe, "unet"):
+        what = "pictures can be drawn and gates trained; what the See page shows is read from a UNet"
+        print(f"note: {type(studio.pipe).__name__} has a transformer: {what}", file=sys.stderr)
     studio.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
     for name, folder in folder_gates(keep).items():
         studio.catalog.add_gates(name, folder)

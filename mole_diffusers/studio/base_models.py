@@ -178,11 +178,11 @@ def _forge_config(path: Path, official: str) -> Path | None:
 def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:
     """A folder that diffusers saved, or a hub id."""
     try:
-        memory = memory.completed(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
-        return (
-            diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=memory.torch_dtype, use_safetensors=True),
-            memory,
-        )
+        index = diffusers.DiffusionPipeline.load_config(source)
+        memory = memory.completed(index["_class_name"])
+        lacking = {name: None for name, kind in index.items() if kind == [None, None]}  # as SD 3 without T5
+        loading = diffusers.DiffusionPipeline.from_pretrained
+        return loading(source, torch_dtype=memory.torch_dtype, use_safetensors=True, **lacking), memory
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{source} cannot be opened as a base model: {first}") from error

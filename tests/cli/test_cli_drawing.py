@@ -2,6 +2,7 @@
 
 import json
 
+import hosts
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.common import OPENING
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.xy_grid import axes_in
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
 
@@ -108,6 +109,26 @@ def test_drawing_over_a_picture_and_again(base, tmp_path, capsys):
     (tmp_path / "text.png").write_text("<html>")
     assert main([*DRAW, *base, "--image", str(tmp_path / "text.png")]) == 1
     assert "text.png is not a picture that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["sd3", "flux"])
+def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, tmp_path, monkeypatch, capsys):
+    pipe, _ = hosts.HOSTS[host]()
+    pipe.save_pretrained(tmp_path / "base")
+    (tmp_path / "loras").mkdir()
+    tiny_lora(pipe, tmp_path / "loras" / "fox.safetensors")
+    given = ["--base", str(tmp_path / "base"), "--loras", str(tmp_path / "loras"), "--device", "cpu"]
+    size = ["--width", "32", "--height", "32"]
+    facts, said = run([*DRAW, *given, *size, "--negative", "blur", "--out", str(tmp_path / "a.png")], capsys)
+    assert facts["width"] == 32
+    assert [line for line in said if line.startswith("note")] == (
+        ["note: FluxPipeline is drawn without the negative prompt"] if host == "flux" else []
+    )
+    pytest.importorskip("gradio")
+    monkeypatch.setattr("mole_diffusers.app.build.launch", lambda *_, **__: None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["app", *given]) == 0
+    assert f"note: {type(pipe).__name__} has a transformer: pictures can be drawn" in capsys.readouterr().err
 
 
 def test_grids_say_what_they_show(base, tmp_path, capsys):
