@@ -128,6 +128,7 @@ OPENING: dict[str, Any] = {  # options of commands that draw -> their types and 
         Annotated[
             str | None,
             memory(
+                "--base-config",
                 metavar="FOLDER",
                 help="For a checkpoint: a diffusers folder of the same kind of model, whose weights are not needed, or a "
                 "hub id. Default: that of the Forge folder around it, else the official one.",

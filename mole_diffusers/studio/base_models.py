@@ -162,8 +162,8 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
         ) from error
     except OSError as error:  # of the hub, too
         raise ValueError(
-            f"{path.name} has weights alone, and the config of its kind, {source}, cannot be read here: give --config, a "
-            "folder that diffusers saved for the same kind of model (its weights are not needed), as Forge has them in "
+            f"{path.name} has weights alone, and the config of its kind, {source}, cannot be read here: give --base-config, "
+            "a folder that diffusers saved for the same kind of model (its weights are not needed), as Forge has them in "
             "backend/huggingface, or go online once"
         ) from error
 
@@ -184,5 +184,6 @@ def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:
         loading = diffusers.DiffusionPipeline.from_pretrained
         return loading(source, torch_dtype=memory.torch_dtype, use_safetensors=True, **lacking), memory
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source} cannot be opened as a base model: {first}") from error
+        here = Path(source).is_dir()
+        why = str(error).strip().splitlines()[0] if here else "the hub has no such model, or cannot be reached"
+        raise ValueError(f"{source} cannot be opened as a base model: {why}") from error

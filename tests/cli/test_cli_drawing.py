@@ -23,7 +23,7 @@ def base(loras, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny_pipeline().save_pretrained(folder / "config")
     save_single_file(tiny_pipeline(), folder / "dream.safetensors")
-    files = ["--base", str(folder / "Dream"), "--config", str(folder / "config")]
+    files = ["--base", str(folder / "Dream"), "--base-config", str(folder / "config")]
     return [*files, "--loras", str(loras["fox"].parent), "--device", "cpu"]
 
 

@@ -112,10 +112,10 @@ def test_what_is_no_base_model_is_said_in_one_sentence(folder, models, tmp_path,
         (tmp_path / "old.ckpt", "old.ckpt is a zip archive, as PyTorch's pickle files are, which can run code"),
         (tmp_path / "page.safetensors", "is an HTML page"),
         (tmp_path / "lora.safetensors", "lora.safetensors is not a checkpoint of Stable Diffusion .*: it has no denoiser"),
-        (tmp_path / "half.safetensors", "config of its kind, stable-diffusion-v1-5/.* give --config, a folder"),
+        (tmp_path / "half.safetensors", "config of its kind, stable-diffusion-v1-5/.* give --base-config, a folder"),
         (tmp_path / "missing.ckpt", "no model 'missing.ckpt' in"),
         ("dreamshaper", "'dreamshaper' is no file or folder here, and not a hub id such as OWNER/NAME"),
-        ("somebody/dreamshaper", "somebody/dreamshaper cannot be opened as a base model: "),
+        ("somebody/dreamshaper", "somebody/dreamshaper cannot be opened as a base model: the hub has no such"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             open_base(str(base), memory=Memory(device="cpu"))
