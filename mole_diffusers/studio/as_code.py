@@ -20,9 +20,11 @@ def as_code(recipe: Recipe) -> str:
             "",
         ]
     if recipe.image:
-        over = [f'image=fitted(Image.open("image.png").convert("RGB"), {size})']
-        over += [f'mask_image=fitted(Image.open("mask.png").convert("L"), {size})'] if recipe.mask else []
-        lines += _drawing_over(recipe, size, [*over, f"strength={recipe.strength!r}"], masked=bool(recipe.mask))
+        over = ["image=start", *(["mask_image=mask"] if recipe.mask else []), f"strength={recipe.strength!r}"]
+        lines.append(f'start = fitted(Image.open("image.png").convert("RGB"), {size})')
+        lines += [f'mask = fitted(Image.open("mask.png").convert("L"), {size})'] if recipe.mask else []
+        lines += _drawing_over(recipe, size, over, masked=bool(recipe.mask))
+        lines += ["image = Image.composite(image, start, mask)"] if recipe.mask else []
     else:
         call = [f"width={recipe.width}", f"height={recipe.height}"]
         lines += _pass(recipe, "pipe", call, str(recipe.steps))

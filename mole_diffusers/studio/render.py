@@ -22,7 +22,7 @@ from mole_diffusers.patching.pipeline_lock import PipelineLock
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.prompt_syntax import LoraTag
-from mole_diffusers.studio.prompt_weights import call_arguments, token_counts
+from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.samplers import SAMPLERS, sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -89,6 +89,8 @@ class Studio:
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
         if recipe.gates_sha256 not in ("", digest):
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
+        for text in (recipe.text, recipe.negative) if recipe.weights else ():
+            parse_weights(text)
         kind, _, about = recipe.arm.partition(" ")
         if kind == "merge" and about not in MERGES:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
@@ -151,6 +153,7 @@ class Studio:
             if (picture_passes.pixels_hash(given) if given is not None else "") != wanted:
                 missing = "needs the picture that it was made with" if given is None else "was made with another picture"
                 raise ValueError(f"the recipe {missing} as its {name}")
+        self.total_steps(recipe)
         size = recipe.width, recipe.height
         with self.lock.held():
             if image is None:
@@ -160,6 +163,8 @@ class Studio:
                 if mask is not None:
                     over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
                 drawn = self._pass(recipe, size, over, on_step, inside)
+                if mask is not None:  # the VAE changes the rest a little
+                    drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
@@ -259,7 +264,13 @@ class Studio:
 
 
 def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was."""
+    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was.
+
+    Raises ValueError for a mask of another size.
+    """
+    if image is not None and mask is not None and image.size != mask.size:
+        sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
+        raise ValueError(f"the mask has {sizes[0]} pixels and its picture {sizes[1]}")
     first, second = ("" if given is None else picture_passes.pixels_hash(given) for given in (image, mask))
     return dataclasses.replace(recipe, image=first, mask=second)
 

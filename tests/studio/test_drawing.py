@@ -48,7 +48,10 @@ def far(a, b):
 # ---- samplers, seeds, sizes
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+FAST = ("DPM++ 2M Karras", "Heun", "PLMS")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.thorough) for n in SAMPLERS])
 def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     """By its name in any case; strengths by step are those of steps, also where a step has two evaluations."""
     recipe = studio.complete(dataclasses.replace(RECIPE, sampler=name.lower()))
@@ -118,7 +121,8 @@ def test_drawing_over_a_picture_is_diffusers_call_with_the_mixture_on(studio, ph
     def call():
         generator = torch.Generator().manual_seed(7)
         given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generator} | extra
-        return pipe("a fox in ink", image=photo, strength=0.5, **given).images[0]
+        made = pipe("a fox in ink", image=photo, strength=0.5, **given).images[0]
+        return Image.composite(made, photo, mask) if masked else made
 
     assert far(plain, call()) == 0
     files = {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]}
@@ -159,10 +163,9 @@ def test_the_part_outside_a_mask_stays(studio, photo):
     mask = Image.new("L", photo.size, 0)
     mask.paste(255, (0, 0, 24, 32))
     recipe = studio.complete(with_pictures(dataclasses.replace(RECIPE, width=48, strength=1.0), photo, mask))
-    drawn = studio.draw(recipe, image=photo, mask=mask)
-    other = studio.draw(dataclasses.replace(recipe, seed=8), image=photo, mask=mask)
-    changed = np.abs(array(drawn) - array(other)).max(-1)
-    assert changed[:, :16].max() > 10 * max(1, changed[:, 40:].max())
+    changed = np.abs(array(studio.draw(recipe, image=photo, mask=mask)) - array(photo)).max(-1)
+    assert changed[:, 24:].max() == 0
+    assert changed[:, :24].mean() > 10
 
 
 def test_a_hires_pass_draws_over_the_picture_made_larger(studio):
@@ -186,6 +189,10 @@ def test_a_recipe_wants_its_own_pictures(studio, photo):
         studio.draw(recipe, image=photo.rotate(90))
     with pytest.raises(ValueError, match="4 steps at strength 0.2 are none"):
         studio.draw(dataclasses.replace(recipe, strength=0.2), image=photo)
+    with pytest.raises(ValueError, match="the mask has 32 x 48 pixels and its picture 48 x 32"):
+        with_pictures(RECIPE, photo, Image.new("L", (32, 48)))
+    with pytest.raises(ValueError, match="does not close the"):
+        studio.complete(dataclasses.replace(RECIPE, negative="(blur"))
 
 
 @pytest.mark.parametrize("steps", [4, 7, 20])
