@@ -86,6 +86,11 @@ def parse_weights(prompt: str) -> list[Chunk]:
     return _chunks(Chunk("".join(characters), tuple(weights)))
 
 
+def plain_text(prompt: str) -> str:
+    """The words of a prompt without weights and breaks. Raises as `parse_weights`."""
+    return " ".join(chunk.text for chunk in parse_weights(prompt) if chunk.text)
+
+
 def _closed(bracket: str, inside: str, start: int) -> tuple[float, int]:
     """The factor of a pair of brackets, and where its words end."""
     number = NUMBER.search(inside)

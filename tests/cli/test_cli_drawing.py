@@ -111,7 +111,7 @@ def test_drawing_over_a_picture_and_again(base, tmp_path, capsys):
     assert "text.png is not a picture that can be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host", ["sd3", "flux"])
+@pytest.mark.parametrize("host", ["flux", pytest.param("sd3", marks=pytest.mark.thorough)])
 def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, tmp_path, monkeypatch, capsys):
     pipe, _ = hosts.HOSTS[host]()
     pipe.save_pretrained(tmp_path / "base")

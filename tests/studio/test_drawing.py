@@ -232,7 +232,7 @@ def test_a_compiled_model_draws_what_it_draws_without(studio):
 # ---- other hosts
 
 
-@pytest.mark.parametrize("host", ["flux", pytest.param("sd3", marks=pytest.mark.thorough), "sdxl"])
+@pytest.mark.parametrize("host", ["flux", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd3", "sdxl"))])
 def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
     pipe, _ = hosts.HOSTS[host]()
     loras = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mole_diffusers import attach, detach
-from mole_diffusers.studio.prompt_weights import call_arguments, chunks_of, parse_weights, token_counts
+from mole_diffusers.studio.prompt_weights import call_arguments, chunks_of, parse_weights, plain_text, token_counts
 
 
 def read(prompt):
@@ -65,6 +65,10 @@ def test_weights_are_read_as_in_a1111(prompt, wanted):
 def test_brackets_that_cannot_be_read_are_one_sentence(prompt, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_weights(prompt)
+
+
+def test_the_words_alone():
+    assert plain_text(r"(a fox:1.3) in [ink] BREAK BREAK a \(red\) hat") == "a fox in ink a (red) hat"
 
 
 HOSTS = ["sd15", "sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)]
