@@ -18,7 +18,7 @@ from mole_diffusers.app import files
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.jobs import Report, StoppedError, Work
-from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
@@ -29,6 +29,7 @@ from mole_diffusers.retrieval.encoders import PipelineText
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.prompt_weights import plain_text
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
 
@@ -106,15 +107,24 @@ class Actions:
     def report(self, name: str) -> dict[str, Any]:
         """What a LoRA's file says about itself, and how many of its layers this pipeline has."""
         expert = self.studio.catalog.expert(name)
-        hosts = {part: model for part in COMPONENTS if (model := getattr(self.studio.pipe, part, None)) is not None}
         total = sum(len(layers) for layers in expert.layers.values())
         low, high = expert.ranks
         facts: dict[str, Any] = {"name": name, "base": expert.base, "format": expert.format, "sha256": expert.sha256}
         facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers), "layers": total}
         try:
-            return facts | {"matched": total - len(match(expert, hosts).unmatched), "problem": ""}
+            return facts | {"matched": total - len(match(expert, self._hosts).unmatched), "problem": ""}
         except ValueError as error:
             return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
+
+    @property
+    def _hosts(self) -> dict[str, Any]:
+        """The pipeline's models that LoRAs can be on."""
+        return {part: model for part in COMPONENTS if (model := getattr(self.studio.pipe, part, None)) is not None}
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(what a list shows, name) of every LoRA; those that are made for another model are marked."""
+        loras = self.studio.catalog.loras
+        return [(f"{name} (for another model)" if self.studio.misfit(name) else name, name) for name in loras]
 
     def find(self, prompt: str) -> list[RetrievedLora]:
         """The LoRAs of the catalog that a prompt asks for: it contains their name or a trigger, or resembles their samples.
@@ -131,7 +141,7 @@ class Actions:
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
-        return files.add_lora(self.studio.catalog, path, self.folder)
+        return files.add_lora(self.studio.catalog, path, self.folder, self._hosts)
 
     def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
         """Add uploaded gates; their description. See `files.import_gates`."""
@@ -139,7 +149,8 @@ class Actions:
         return files.describe_gates(self.studio.catalog, name)
 
     def _png_beside(self, name: str) -> Image.Image | None:
-        path = self.studio.catalog.loras[name].with_suffix(".png")
+        catalog = self.studio.catalog
+        path = catalog.loras[catalog.name(name)].with_suffix(".png")
         if not path.is_file() or path.stat().st_size > MAX_THUMBNAIL:
             return None
         with Image.open(path, formats=["PNG"]) as image:
@@ -206,7 +217,7 @@ class Actions:
 
             for label, recipe in recipes:
                 layouts: list[Layout] = []
-                image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts))
+                image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts, recipe))
                 path = (gallery or self.own).add(image, recipe)
                 state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
                 report(dataclasses.replace(state))
@@ -276,13 +287,14 @@ class Actions:
         """
         recipe = self._completed(recipe)
         strengths = recipe.constant_strengths()
+        words = plain_text(recipe.text) if recipe.weights else recipe.text
         path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
         with self.studio.lock.held():
             mixture = self.studio.attach_for(recipe)
             if mixture is None:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
             with mixture.strengths(strengths):
-                return path, mixture.export_lora(path, recipe.text, rank=rank, guidance_scale=recipe.guidance)
+                return path, mixture.export_lora(path, words, rank=rank, guidance_scale=recipe.guidance)
 
     def _completed(self, recipe: Recipe) -> Recipe:
         if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
@@ -301,13 +313,16 @@ class Actions:
             )
 
 
-def _noting(layouts: list[Layout]) -> Callable[[Mixture], AbstractContextManager]:
-    """For `Studio.draw`: add the layout of the picture to a list."""
+def _noting(layouts: list[Layout], recipe: Recipe) -> Callable[[Mixture], AbstractContextManager]:
+    """For `Studio.draw`: add the layout of the picture to a list, if its LoRAs have places."""
 
     @contextmanager
     def noting(mixture: Mixture) -> Iterator[None]:
         yield
-        layouts.extend(mixture.layouts)
+        bound = (mixture.binding or {}).items()
+        side = recipe.height // 8, recipe.width // 8
+        given = {name: region_mask(b.region, *side) for name, b in bound if b.region not in (AUTO, EVERYWHERE)}
+        layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
 
     return noting
 

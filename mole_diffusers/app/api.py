@@ -33,7 +33,14 @@ RECIPE_FIELDS = (
 
 def add(page: Page) -> None:
     """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS."""
-    for group in (_lora_endpoints, _drawing_endpoints, _comparing_endpoints, _recipe_endpoints, _gate_endpoints):
+    for group in (
+        _lora_endpoints,
+        _drawing_endpoints,
+        _comparing_endpoints,
+        _recipe_endpoints,
+        _gallery_endpoints,
+        _gate_endpoints,
+    ):
         for endpoint in group(page):
             endpoint.__doc__ = (endpoint.__doc__ or "").replace("RECIPE", RECIPE_FIELDS)
             limit = (
@@ -149,19 +156,26 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         guidance: float = d.guidance,
         gates: str = "auto",
         count: int = 1,
+        width: int = d.width,
+        height: int = d.height,
+        sampler: str = "",
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
 
         Args:
             prompt: with a <lora:name:strength> tag for every LoRA; te=, unet=, lbw=, start=, stop=, step= are read.
             negative: the negative prompt.
-            seed: of the first picture; the others have the next ones.
+            seed: of the first picture; the others have the next ones. -1 is a random one.
             steps: 1..150.
             guidance: 0..50; 1 is none.
             gates: "auto", "sum", "mean" or the name of trained gates.
             count: number of pictures, 1..16.
+            width: in pixels, rounded to what the model can draw.
+            height: likewise.
+            sampler: its usual name, for example "DPM++ 2M Karras"; "" is the model's own.
         """
         wanted = {"negative": negative, "seed": seed, "steps": steps, "guidance": guidance, "gates": gates}
+        wanted |= {"width": width, "height": height, "sampler": sampler}
         number = _whole(count, "the number of pictures")
         recipe = _recipe(page, {"prompt": prompt, **wanted})
         pictures = (await _job(page, request, "compose", lambda: actions.compose(recipe, number))).pictures
@@ -258,6 +272,42 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         return _file(path), error
 
     yield from (read, code, export)
+
+
+def _gallery_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
+    kept = page.actions.gallery
+
+    def gallery(text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
+        """The newest pictures that were kept, at most 100: files, and for each {"name", "favourite", "recipe"}.
+
+        Args:
+            text: words of the prompt, each of them, or of the file's name.
+            lora: a LoRA that they were drawn with.
+            favourites: only those.
+        """
+        found = kept.entries(text=_text(text, "the text"), lora=_text(lora, "the LoRA"), favourites=favourites is True)[:100]
+        about = [{"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict()} for e in found]
+        return [_file(entry.path) for entry in found], about
+
+    def favourite(name: str, on: bool = True) -> bool:
+        """Mark a picture of the gallery as a favourite, or no longer.
+
+        Args:
+            name: of its file.
+            on: whether it is one.
+        """
+        kept.favour(_text(name, "the name"), on is True)
+        return on is True
+
+    def trash(name: str) -> str:
+        """Move a picture of the gallery to the folder "trash" beside the others; its name there.
+
+        Args:
+            name: of its file.
+        """
+        return kept.trash(_text(name, "the name")).name
+
+    yield from (gallery, favourite, trash)
 
 
 def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:

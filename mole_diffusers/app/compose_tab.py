@@ -89,7 +89,7 @@ def _adding(page: Page, prompt: Any) -> None:
     """Three ways to add a LoRA: by name, found for the prompt, or uploaded."""
     catalog = page.actions.studio.catalog
     with gr.Row(equal_height=True):
-        add = gr.Dropdown(list(catalog.loras), value=None, label="Add a LoRA", elem_id="add", min_width=120)
+        add = gr.Dropdown(page.actions.choices(), value=None, label="Add a LoRA", elem_id="add", min_width=120)
         with gr.Column(min_width=120):
             find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
             upload = gr.UploadButton(
@@ -99,6 +99,8 @@ def _adding(page: Page, prompt: Any) -> None:
 
     def added(names: Iterable[str], text: str, cards: list[MixerCard]) -> Any:
         for name in names:
+            if why := page.actions.studio.misfit(name):
+                raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
             text, cards = add_card(text, cards, name, catalog.loras)
         return text, cards, redraw(cards)
 
@@ -115,7 +117,7 @@ def _adding(page: Page, prompt: Any) -> None:
     @told(5)
     def uploaded(path: str, text: str, cards: list[MixerCard]) -> Any:
         name = page.actions.add_lora(Path(path))
-        return (*added([name], text, cards), gr.update(choices=list(catalog.loras)), f"added **{markdown(name)}**")
+        return (*added([name], text, cards), gr.update(choices=page.actions.choices()), f"added **{markdown(name)}**")
 
     changed = [prompt, page.cards, page.shown]
     find.click(found, [prompt, page.cards], [*changed, why], **QUEUE, **PRIVATE)

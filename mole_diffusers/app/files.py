@@ -6,7 +6,7 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,6 +14,7 @@ from typing import Any
 
 from mole_diffusers.gates import FAMILIES, checkpoint
 from mole_diffusers.lora import read_expert
+from mole_diffusers.lora.families import check_family
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.names import matching
 
@@ -32,11 +33,11 @@ def uploaded(*paths: Path) -> Iterator[Path]:
         raise
 
 
-def add_lora(catalog: Catalog, path: Path, folder: Path) -> str:
+def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any]) -> str:
     """Copy an uploaded LoRA into `folder`, add it to the catalog under its file name, and return that name.
 
     A file that is here already, byte for byte, is not copied: its name here is returned. Raises ValueError for anything but
-    a good LoRA file, and for a name that another file has; nothing is left then.
+    a good LoRA file for the models `hosts`, and for a name that another file has; nothing is left then.
     """
     with uploaded(path):
         size = path.stat().st_size
@@ -48,9 +49,10 @@ def add_lora(catalog: Catalog, path: Path, folder: Path) -> str:
         if matching(name, catalog.loras) is not None or copy.exists():
             raise ValueError(f"there is already another LoRA {name!r}; rename the file")
         try:
-            read_expert(path, name)
+            check_family(read_expert(path, name).base, hosts)
         except ValueError as error:
-            raise ValueError(str(error).replace(f"{path.parent}/", "")) from error
+            said = str(error).replace(f"{path.parent}/", "")
+            raise ValueError(said if path.name in said else f"{path.name}: {said}") from error
         part = copy.with_suffix(".part")
         shutil.copyfile(path, part)
         catalog.add_lora(name, part.rename(copy))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mole_diffusers.inspection.gate_figures import COLOURS
-from mole_diffusers.studio.names import known_names
+from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
@@ -21,7 +21,7 @@ FIELDS = ("unet", "te", "lbw", "start", "stop", "word", "region")  # of a tag, a
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
     """The cards after the prompt has changed: each takes its tag from the prompt, a card without a tag there is off."""
     tags = {tag.name: str(tag) for tag in parse(prompt, known).tags}
-    if unknown := [name for name in tags if name not in known]:
+    if unknown := [name for name in tags if matching(name, known) is None]:
         raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
     found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]
     for name in tags:

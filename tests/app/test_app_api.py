@@ -37,6 +37,7 @@ def pixels(path):
 def test_every_endpoint_is_named_and_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     names = {"loras", "find", "upload", "compose", "redraw", "compare", "look", "grid", "read", "code", "export", "train"}
+    names |= {"gallery", "favourite", "trash"}
     assert set(endpoints) == {f"/{name}" for name in names | {"gates", "download_gates", "upload_gates"}}
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
@@ -47,6 +48,25 @@ def test_a_picture_goes_out_and_comes_back_the_same(client):
     assert infotext.read(first).to_dict() == recipe == client.predict(gradio_client.handle_file(first), api_name="/read")
     assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(first))
     assert not np.array_equal(pixels(second), pixels(first))
+
+
+def test_size_and_sampler_are_taken_and_seeds_are_random(client):
+    files, (first, second) = client.predict(
+        PROMPT, seed=-1, count=2, width=48, height=32, sampler="euler A", api_name="/compose"
+    )
+    assert (first["width"], first["height"], first["sampler"], first["seed"] + 1) == (48, 32, "Euler a", second["seed"])
+    assert pixels(files[0]).shape == (32, 48, 3)
+
+
+def test_pictures_are_kept_found_marked_and_thrown_away(client):
+    client.predict("only here <lora:hat:1>", api_name="/compose")
+    (file,), (kept,) = client.predict("only HERE", lora="hat", api_name="/gallery")
+    assert infotext.read(file).to_dict() == kept["recipe"]
+    assert client.predict(kept["name"], api_name="/favourite")
+    (_, (starred,)) = client.predict(favourites=True, api_name="/gallery")
+    assert starred == {**kept, "favourite": True}
+    assert client.predict(kept["name"], api_name="/trash") == kept["name"]
+    assert client.predict("only here", api_name="/gallery") == [[], []]
 
 
 def test_loras_are_reported_and_found(client):

@@ -42,7 +42,10 @@ def test_uploads(client, pipe, tmp_path):
 
 
 def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_path):
+    import hosts
+
     from mole_diffusers.app.actions import Actions
+    from mole_diffusers.app.files import add_lora
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
 
@@ -70,6 +73,10 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
             actions.add_lora(path)
         assert str(tmp_path) not in str(error.value)
         assert not path.exists()
+    flux = sent("flux.safetensors", tiny_lora(hosts.HOSTS["flux"]()[0], tmp_path / "f.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="flux.safetensors: it is made for Flux and this pipeline is SD 3"):
+        add_lora(Catalog({}, {}), flux, actions.folder, {"transformer": hosts.HOSTS["sd3"]()[0].transformer})
+    assert not flux.exists()
     for files in ([sent("a.safetensors", b"x"), sent("a.json", b"{}")], [sent("b.json", b"{}"), sent("c.json", b"{}")]):
         with pytest.raises(ValueError):  # noqa: PT011
             actions.add_gates(files, "x")
@@ -140,6 +147,10 @@ BAD = [
         (RECIPE, "one", {"fox": ["a fox"]}, ["fox"], 2, [], "flow", "collage", "both"),
         "again is one of continue, overwrite",
     ),
+    ("compose", ("x", "", 0, 2, 3.0, "sum", 1, 32, 32, "Best"), "unknown sampler 'Best'"),
+    ("gallery", (5,), "the text must be text"),
+    ("favourite", ("../x.png",), "there is no picture '../x.png'"),
+    ("trash", ("favourites.json",), "there is no picture 'favourites.json'"),
     ("code", ({"prompt": "x", "sampler": "Best"},), "unknown sampler 'Best'"),
     ("export", ({"prompt": "x"},), "nothing to export"),
     ("export", (RECIPE, -1), "rank"),

@@ -114,3 +114,9 @@ def test_regions_that_were_found_can_be_taken_over(actions):
     assert set(picture.layout.regions) == {"fox", "hat"}
     found = paint.current_region(picture.recipe.tags, "fox", {}, picture)
     assert np.array_equal(np.asarray(found), (picture.layout.regions["fox"].numpy() * 255).round().astype(np.uint8))
+
+
+def test_regions_of_loras_without_words_are_shown_too(actions):
+    picture = drawn(actions, dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:region=left>"))
+    assert picture.layout.regions["fox"].tolist() == [[1, 1, 0, 0]] * 4
+    assert drawn(actions, dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1>")).layout is None
