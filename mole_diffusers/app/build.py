@@ -23,6 +23,7 @@ from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
 from mole_diffusers.app.train_tab import build as train_tab
 from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.samplers import samplers_of
 
 TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
 STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
@@ -57,8 +58,11 @@ def _remember(page: Page) -> None:
         visitor = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16)
         try:
             recipe = page.recipe(*values[: len(page.inputs)])
-            values = values if len(values) == len(fields) else None
+            samplers = ("", *samplers_of(page.actions.studio.pipe.scheduler))
+            fits = len(values) == len(fields) and recipe.gates in page.gates() and recipe.sampler in samplers
         except Exception:  # fields of another release, or what else a browser has there
+            fits = False
+        if not fits:
             recipe, values = page.defaults, None
         shown = [gr.skip()] * len(fields) if values is None else values
         try:
@@ -67,7 +71,9 @@ def _remember(page: Page) -> None:
             cards = []
         return visitor, *shown, cards, redraw(cards)
 
-    entered = page.blocks.load(enter, [page.visitor, saved], [page.visitor, *fields, page.cards, page.shown], **PRIVATE)
+    lists, choices = zip(*page.lists, strict=True)
+    listed = page.blocks.load(lambda: [gr.update(choices=each()) for each in choices], None, list(lists), **PRIVATE)
+    entered = listed.then(enter, [page.visitor, saved], [page.visitor, *fields, page.cards, page.shown], **PRIVATE)
     for resume, outputs in page.resumed:
         entered.then(resume, page.visitor, outputs, concurrency_limit=None, **PRIVATE)
 

@@ -25,7 +25,6 @@ from mole_diffusers.app.page import (
     told,
 )
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.samplers import samplers_of
 
@@ -119,6 +118,7 @@ def _adding(page: Page, prompt: Any) -> None:
         name = page.actions.add_lora(Path(path))
         return (*added([name], text, cards), gr.update(choices=page.actions.choices()), f"added **{markdown(name)}**")
 
+    page.lists.append((add, page.actions.choices))
     changed = [prompt, page.cards, page.shown]
     find.click(found, [prompt, page.cards], [*changed, why], **QUEUE, **PRIVATE)
     add.input(chosen, [add, prompt, page.cards], [*changed, add, why], **PRIVATE)
@@ -127,7 +127,7 @@ def _adding(page: Page, prompt: Any) -> None:
 
 def _settings(page: Page) -> Any:
     """The other fields of a recipe, and the number of pictures, which is returned."""
-    d, catalog = page.defaults, page.actions.studio.catalog
+    d = page.defaults
     with gr.Accordion("Settings", open=True):
         with gr.Row():
             with gr.Column(min_width=120):
@@ -148,7 +148,7 @@ def _settings(page: Page) -> Any:
                 ["default", *samplers_of(page.actions.studio.pipe.scheduler)], value="default", label="Sampler"
             )
             page.controls["gates"] = gr.Dropdown(
-                ["auto", *UNTRAINED, *catalog.gates],
+                page.gates(),
                 value=d.gates,
                 label="Gates",
                 info="auto: trained ones for these LoRAs, else the sum",
@@ -161,6 +161,7 @@ def _settings(page: Page) -> Any:
                 info="on: each LoRA on its words, in its place",
                 elem_id="binding",
             )
+    page.lists.append((page.controls["gates"], page.gates))
     return count
 
 

@@ -33,6 +33,7 @@ class Job:
         state: "waiting", "running", "done", "stopped" or "failed".
         event: what was reported last, in the end what the work returned.
         error: why it failed.
+        is_shown: whether a page has shown how it ended.
     """
 
     def __init__(self, owner: str, kind: str, work: Work):
@@ -40,7 +41,7 @@ class Job:
         self.event: Any = None
         self.error: Exception | None = None
         self.version = 0  # grows with every change
-        self.is_asked_to_stop = False
+        self.is_asked_to_stop = self.is_shown = False
 
     @property
     def is_over(self) -> bool:

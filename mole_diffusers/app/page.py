@@ -17,6 +17,7 @@ from PIL import Image
 
 from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
+from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import Recipe
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
@@ -40,6 +41,7 @@ class Page:
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
+        lists: dropdowns whose choices grow, each with a function that gives them.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
         tabs, tab: all of them; the one that is being built.
@@ -63,6 +65,7 @@ class Page:
     tabs: Any = None
     tab: Any = None
     fields: list[Any] = field(default_factory=list)
+    lists: list[tuple[Any, Callable[[], Any]]] = field(default_factory=list)
     watched: dict[tuple[str, str], Job] = field(default_factory=dict)
     resumed: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
 
@@ -86,6 +89,10 @@ class Page:
         """The values of `inputs` for a recipe."""
         shown = {name: getattr(recipe, name) for name in self.controls}
         return [*(shown | {"sampler": recipe.sampler or "default"}).values(), dict(recipe.locks), dict(recipe.masks)]
+
+    def gates(self) -> list[str]:
+        """The gates that can be chosen."""
+        return ["auto", *UNTRAINED, *self.actions.studio.catalog.gates]
 
     def said(self, job: Job) -> str:
         """What the status line says about a job."""
@@ -238,6 +245,7 @@ def connect_job(
             changed = [gr.skip() if new is None or new == old else new for old, new in zip(before, now, strict=True)]
             before = [old if new is None else new for old, new in zip(before, now, strict=True)]
             yield page.said(job), *changed
+        job.is_shown = True
 
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Any]:
         try:

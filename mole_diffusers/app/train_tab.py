@@ -24,7 +24,6 @@ from mole_diffusers.app.page import (
     told,
 )
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
-from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.prompt_syntax import parse
 
 
@@ -58,7 +57,8 @@ def build(page: Page) -> None:
 
     def show(job: Job) -> list[Any]:
         progress: TrainingProgress = job.event
-        choices = _gate_choices(page, progress.name) if job.state == "done" else (None, None)
+        is_new = job.state == "done" and not job.is_shown  # after a reload, what was chosen since then stays
+        choices = _gate_choices(page, progress.name) if is_new else (None, None)
         return [progress.curve(), progress.pictures, *choices]
 
     def ask(*values: Any) -> Any:
@@ -181,6 +181,7 @@ def _gate_files(page: Page) -> Any:
             words += f"; LoRAs that are not here: {markdown(', '.join(found['missing']))}"
         return *_gate_choices(page, found["name"]), words
 
+    page.lists.append((which, lambda: list(catalog.gates)))
     download.click(downloaded, which, [files, status], **PRIVATE)
     upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status], **PRIVATE)
     return which
@@ -189,4 +190,4 @@ def _gate_files(page: Page) -> Any:
 def _gate_choices(page: Page, name: str) -> tuple[Any, Any]:
     """Updates of both choices of gates after `name` was added."""
     known = list(page.actions.studio.catalog.gates)
-    return gr.update(choices=["auto", *UNTRAINED, *known], value=name), gr.update(choices=known, value=name)
+    return gr.update(choices=page.gates(), value=name), gr.update(choices=known, value=name)

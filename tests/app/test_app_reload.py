@@ -1,0 +1,110 @@
+"""What a page finds when it is opened again, without a browser: its fields, its cards, and its jobs."""
+
+import time
+
+import pytest
+from app_client import PROMPT, built
+
+gr = pytest.importorskip("gradio")
+REQUEST = type("Request", (), {"session_hash": "page"})()
+
+
+@pytest.fixture(scope="module")
+def functions(loras, tmp_path_factory):
+    """The page's functions by name; of those with one name, the first."""
+    blocks = built(loras, tmp_path_factory.mktemp("app"))
+    found = {}
+    for event in blocks.fns.values():
+        if event.fn is not None:
+            found.setdefault(event.fn.__name__, (event.fn, event))
+    return found
+
+
+def fields(functions):
+    """How the page's fields are at first."""
+    enter, event = functions["enter"]
+    return [component.value for component in event.outputs[1:-2]]
+
+
+def is_left(value):
+    return isinstance(value, dict) and value.get("__type__") == "update" and "value" not in value
+
+
+def test_a_new_browser_gets_a_name_and_keeps_the_defaults(functions):
+    enter, _ = functions["enter"]
+    visitor, *shown, cards, _ = enter("", None)
+    assert len(visitor) > 16
+    assert all(map(is_left, shown))
+    assert [card["name"] for card in cards] == ["fox", "ink"]
+    assert enter("", None)[0] != visitor
+    assert enter("me", None)[0] == "me"
+
+
+def test_fields_come_back_and_what_does_not_fit_is_left_out(functions):
+    enter, event = functions["enter"]
+    saved = fields(functions)
+    assert saved[0] == PROMPT
+    saved[0] = "a hat <lora:hat:1>"
+    _, *shown, cards, _ = enter("me", saved)
+    assert shown == saved
+    assert [card["name"] for card in cards] == ["hat"]
+    labels = [component.label for component in event.outputs[1:-2]]
+    for label, value in (("Gates", "gone"), ("Sampler", "Best"), ("Seed", "x"), ("Steps", 0)):
+        at = labels.index(label)
+        _, *shown, cards, _ = enter("me", [*saved[:at], value, *saved[at + 1 :]])
+        assert all(map(is_left, shown)), label
+        assert [card["name"] for card in cards] == ["fox", "ink"]
+    for garbage in ([], saved[:-1], "x", 5, {"a": 1}):
+        assert all(map(is_left, enter("me", garbage)[1:-2]))
+    _, *shown, cards, _ = enter("me", ["a <lora:gone:1>", *saved[1:]])
+    assert (shown[0], cards) == ("a <lora:gone:1>", [])  # composing says that it is not here
+
+
+def test_a_reloaded_page_finds_its_job(functions):
+    begin, event = functions["begin"]
+    resume, _ = functions["resume"]
+    values = [component.value for component in event.inputs[1:]]
+    events = begin(REQUEST, "me", *values)
+    next(events)
+    events.close()
+    other = type("Request", (), {"session_hash": "reloaded"})()
+    *_, last = resume(other, "me")
+    assert last[0] == "done"
+    nobody = list(resume(other, "you"))
+    assert len(nobody) == 1
+    assert all(map(is_left, nobody[0]))
+
+
+def test_cancel_stops_what_the_page_shows(functions):
+    begin, event = functions["begin"]
+    cancel, _ = functions["cancel"]
+    values = [component.value for component in event.inputs[1:]]
+    labels = [getattr(component, "label", None) for component in event.inputs[1:]]
+    values[labels.index("Steps")], values[labels.index("Pictures")] = 150, 16
+    events = begin(REQUEST, "me", *values)
+    said = ""
+    while "left" not in said:
+        said = next(events)[0]
+    assert is_left(cancel(REQUEST))
+    *_, last = events
+    assert last[0].startswith("stopped after ")
+    assert cancel(REQUEST) == "nothing of yours is running"
+
+
+def test_bad_fields_are_said_and_nothing_is_started(functions):
+    begin, event = functions["begin"]
+    values = ["a <lora:gone:1>", *[component.value for component in event.inputs[2:]]]
+    (said,) = begin(REQUEST, "me", *values)
+    assert said[0].replace("\\", "").startswith("**there is no LoRA 'gone'; known: fox")
+    assert all(map(is_left, said[1:]))
+
+
+def test_one_page_shows_one_job_of_a_kind(functions):
+    begin, event = functions["begin"]
+    values = [component.value for component in event.inputs[1:]]
+    first = begin(REQUEST, "me", *values)
+    next(first)
+    *_, last = begin(REQUEST, "me", *values)
+    assert last[0] == "done"
+    time.sleep(0.3)
+    assert list(first) == []
