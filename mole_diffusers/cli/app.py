@@ -64,7 +64,7 @@ def app(
             studio, prompt="noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
         )
     else:
-        recipe = first_recipe(studio, guidance=7.0)
+        recipe = first_recipe(studio)
     actions = Actions(studio, home=keep, gallery=gallery, thumbnail=world_thumbnails() if base == WORLD else None)
     sites = [site] if site else []
     launch(build(actions, recipe), gallery=gallery, sites=sites, server_name=host, server_port=port, mcp_server=mcp)

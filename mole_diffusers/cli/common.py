@@ -98,7 +98,10 @@ CountOption = Annotated[int, Option("--k", help="At most so many LoRAs; those wh
 ThresholdOption = Annotated[float, Option(help="Similarity that a LoRA needs whose trigger words are not said.")]
 SeedOption = Annotated[int, Option(min=-1, help="The same seed gives the same picture; -1 is a random one.")]
 StepsOption = Annotated[int, Option(help="Steps of the sampler: more take longer.")]
-GuidanceOption = Annotated[float, Option(help="How strictly the prompt is followed.")]
+GuidanceOption = Annotated[
+    float | None,
+    Option(help="How strictly the prompt is followed. Default: 7; Flux 3.5, Stable Diffusion 3 5, the emoji world 3."),
+]
 NegativeOption = Annotated[str, Option(metavar="PROMPT", help="What shall not be in the picture.")]
 SamplerOption = Annotated[
     str,
@@ -320,9 +323,11 @@ def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
 
 
 def first_recipe(studio: Studio, **changes: Any) -> Recipe:
-    """A recipe at the pipeline's own picture size, with those of `changes` that are not None."""
+    """A recipe at the base's own picture size and usual guidance, with those of `changes` that are not None."""
+    from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.recipe import Recipe
 
     side = studio.default_side
+    own = {"width": side, "height": side, "guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
     given = {name: value for name, value in changes.items() if value is not None}
-    return Recipe(**{"prompt": "", "width": side, "height": side, "gates": "auto", "base": studio.base, **given})
+    return Recipe(**{"prompt": "", "gates": "auto", **own, **given})

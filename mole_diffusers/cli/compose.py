@@ -65,7 +65,7 @@ def compose(
     seed: FirstSeedOption = 0,
     rows: RowsOption = 4,
     steps: StepsOption = 20,
-    guidance: GuidanceOption = 3.0,
+    guidance: GuidanceOption = None,
     negative: NegativeOption = "",
     sampler: SamplerOption = "",
     width: WidthOption = None,
@@ -95,7 +95,7 @@ def compose(
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = pipeline(base, device, opening=opening)
-    call = call_options(pipe, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
+    call = call_options(pipe, base, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
@@ -112,14 +112,16 @@ def compose(
 
 
 def call_options(
-    pipe: Any, *, steps: int, guidance: float, sampler: str, width: int | None, height: int | None
+    pipe: Any, base: str, *, steps: int, guidance: float | None, sampler: str, width: int | None, height: int | None
 ) -> dict[str, Any]:
     """The options of a pipeline call as asked, with the size rounded; the sampler is put on the pipeline."""
+    from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.picture_passes import drawable
     from mole_diffusers.studio.samplers import sampler as scheduler
 
     pipe.scheduler = scheduler(sampler, pipe.scheduler)
-    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    strict = usual_guidance(pipe, base) if guidance is None else guidance
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": strict}
     if width or height:
         size = drawable(pipe, width or height or 0, height or width or 0)
         call |= dict(zip(("width", "height"), size, strict=True))

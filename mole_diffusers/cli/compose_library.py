@@ -60,7 +60,7 @@ def compose_library(
     seed: FirstSeedOption = 0,
     rows: RowsOption = 4,
     steps: StepsOption = 20,
-    guidance: GuidanceOption = 3.0,
+    guidance: GuidanceOption = None,
     negative: NegativeOption = "",
     sampler: SamplerOption = "",
     width: WidthOption = None,
@@ -80,7 +80,7 @@ def compose_library(
     path = target(out, "grid.png", overwrite=overwrite)
     pipe = pipeline(base, device, opening=opening)
     found_in = open_library(library, pipe, encoder)
-    call = call_options(pipe, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
+    call = call_options(pipe, base, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
     pictures = {"base": drawn(pipe, prompt, negative, seeds, call)}
     with composed(found_in, pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
         pictures[f"found ({mode})"] = drawn(pipe, prompt, negative, seeds, call)

@@ -47,7 +47,7 @@ def grid(
     device: DeviceOption = None,
     seed: SeedOption = 0,
     steps: StepsOption = 20,
-    guidance: GuidanceOption = 3.0,
+    guidance: GuidanceOption = None,
     sampler: SamplerOption = "",
     width: WidthOption = None,
     height: HeightOption = None,

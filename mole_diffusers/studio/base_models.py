@@ -40,6 +40,9 @@ T5 = "text_encoders.t5xxl.transformer.shared.weight"
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of one begin
 
 
+GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # how the name of a pipeline class begins -> its usual guidance
+
+
 @dataclass(frozen=True)
 class Base:
     """An open base model.
@@ -86,6 +89,12 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
     else:
         pipe, memory = _open_saved(str(found), memory)
     return Base(pipe, str(found), place(pipe, memory))
+
+
+def usual_guidance(pipe: Any, name: str) -> float:
+    """The guidance that a base model is usually drawn with."""
+    kind = type(pipe).__name__
+    return 3.0 if name == WORLD else next((value for start, value in GUIDANCE.items() if kind.startswith(start)), 7.0)
 
 
 def bases_in(folder: str | Path) -> dict[str, Path]:

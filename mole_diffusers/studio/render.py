@@ -159,7 +159,8 @@ class Studio:
             if image is None:
                 drawn = self._pass(recipe, size, {}, on_step, inside)
             else:
-                over = {"image": picture_passes.fitted(image.convert("RGB"), *size), "strength": recipe.strength}
+                over: dict[str, Any] = {"strength": recipe.strength}
+                over["image"] = picture_passes.fitted(image.convert("RGB"), *size)
                 if mask is not None:
                     over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
                 drawn = self._pass(recipe, size, over, on_step, inside)

@@ -80,7 +80,7 @@ def test_every_setting_reaches_the_recipe(base, tmp_path, capsys):
     facts, said = run([*DRAW, *base, *settings, "--hires", "1.5", "--steps", "2", "--out", str(tmp_path / "a.png")], capsys)
     assert (facts["negative"], facts["sampler"], facts["width"], facts["height"]) == ("blur", "Euler a", 40, 32)
     assert facts["seed"] >= 0
-    assert facts["hires"] == 1.5
+    assert (facts["hires"], facts["guidance"]) == (1.5, 7.0)
     assert "note: 43 x 32 is rounded to 40 x 32 pixels" in said
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (64, 48)
@@ -120,7 +120,7 @@ def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, t
     given = ["--base", str(tmp_path / "base"), "--loras", str(tmp_path / "loras"), "--device", "cpu"]
     size = ["--width", "32", "--height", "32"]
     facts, said = run([*DRAW, *given, *size, "--negative", "blur", "--out", str(tmp_path / "a.png")], capsys)
-    assert facts["width"] == 32
+    assert (facts["width"], facts["guidance"]) == (32, 3.5 if host == "flux" else 5.0)
     assert [line for line in said if line.startswith("note")] == (
         ["note: FluxPipeline is drawn without the negative prompt"] if host == "flux" else []
     )

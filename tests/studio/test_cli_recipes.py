@@ -25,7 +25,7 @@ def test_a_picture_re_creates_itself(tmp_path, capsys):
     assert main(["draw", TAGS, "--steps", "2", "--seed", "5", "--out", str(first)]) == 0
     assert main(["redraw", str(first), "--out", str(again), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (facts["seed"], facts["base"]) == (5, "emoji")
+    assert (facts["seed"], facts["base"], facts["guidance"]) == (5, "emoji", 3.0)
     assert np.array_equal(pixels(first), pixels(again))
     infotext.read(again).save(tmp_path / "r.json")
     assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "d.png")]) == 0
