@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 HUGE = "@1e999@"  # written as the number, which JSON can say and Python reads as infinity
 ODD = [
     None, True, False, 0, -1, 1, 3, 1.5, -0.5, 2**31, 2**40, 2**63, 10**400, 1e308, HUGE, "", "..", "../x", "/etc/passwd",
-    "a\0b", "\ud800", "x" * 3000, "NaN", "inf", "mole", "F16", "I64", [], {}, [[]], [0], [1, 2], [2**40, 0], [-1, 2],
+    "a\0b", "\ud800", "x" * 300, "x" * 3000, "NaN", "inf", "mole", "F16", "I64", [], {}, [[]], [0], [1, 2], [2**40, 0],
+    [2**62, 2**62, 0], [-1, 2],
     {"a": {}}, {"r": 1}, [[[[[[[[[[]]]]]]]]]],
 ]  # fmt: skip
 ENDS = [
@@ -69,7 +70,7 @@ def header_mutated(draw, blob, other):
     size = struct.unpack("<Q", blob[:8])[0]
     header = json.loads(blob[8 : 8 + size])
     keys = [key for key in header if key != "__metadata__"]
-    kind = draw(st.sampled_from(["field", "rename", "delete", "twice", "metadata", "swap"]))
+    kind = draw(st.sampled_from(["field", "rename", "delete", "twice", "metadata", "swap", "empty"]))
     if kind == "metadata" or not keys:
         said = header.setdefault("__metadata__", {})
         said[draw(st.sampled_from(METADATA))] = deepcopy(
@@ -83,6 +84,10 @@ def header_mutated(draw, blob, other):
         header[renamed(draw, key, keys)] = header.pop(key)
     elif kind == "delete":
         del header[key]
+    elif kind == "empty":  # no bytes at all, whatever its other sides are
+        end = max(header[k]["data_offsets"][1] for k in keys)
+        shape = draw(st.permutations([0, draw(st.sampled_from([1, 2**31, 2**62])), draw(st.sampled_from([1, 2**62]))]))
+        header[renamed(draw, key, keys)] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}
     elif kind == "swap":
         second = keys[place(draw, len(keys))]
         header[key], header[second] = header[second], header[key]
@@ -99,6 +104,7 @@ def renamed(draw, key, keys):
         st.sampled_from(ENDS).map(lambda end: f"{stem}.{end}")
         | st.sampled_from(keys).map(lambda other: other.replace("lora_A", "lora_down"))
         | st.text(max_size=20).map(lambda text: text + key)
+        | st.just(key + "x" * 300)
         | st.text(max_size=20)
     )
 
@@ -123,8 +129,10 @@ def tensor_mutated(draw, blob, other):
         "cast": lambda: tensor.to(draw(st.sampled_from(DTYPES))),
         "alien": lambda: tensors[keys[place(draw, len(keys))]],
         "repeated": lambda: torch.cat([tensor] * 3),
+        "beyond": lambda: torch.full(tensor.shape, draw(st.sampled_from([1e39, 1e300, -1e308])), dtype=torch.float64),
     }
-    kinds = ["fill", "cast", "alien"] + ["one", "flat", "rows", "deeper", "repeated"] * (tensor.numel() > 0 < tensor.dim())
+    kinds = ["fill", "cast", "alien", "beyond"]
+    kinds += ["one", "flat", "rows", "deeper", "repeated"] * (tensor.numel() > 0 < tensor.dim())
     kinds += ["turned"] * (tensor.dim() > 1)
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         kinds = ["cast", "alien"]
