@@ -155,7 +155,9 @@ OPENING: dict[str, Any] = {  # options of commands that draw -> their types and 
     ),
     "slicing": (Annotated[bool, memory("--slicing", help="Attention head by head: less memory, more time.")], False),
     "tiling": (
-        Annotated[bool | None, memory("--tiling/--no-tiling", help="Large pictures by tiles. Default: with offloading.")],
+        Annotated[
+            bool | None, memory("--tiling/--no-tiling", help="Large pictures by tiles. Default: where memory is short.")
+        ],
         None,
     ),
     "compiled": (Annotated[bool, memory("--compile", help="Minutes at the first picture, faster from then on.")], False),

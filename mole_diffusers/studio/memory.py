@@ -9,7 +9,8 @@ import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
-ROOM = 2 << 30  # bytes beside the weights that a picture takes
+ROOM = 2 << 30  # bytes beside the weights that a picture takes, with its VAE on tiles
+UNTILED = 6 << 30  # and with its VAE on the whole
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Memory:
         offload: one of OFFLOADS: what is in main memory while it is not used. "model": whole models; "sequential": single
             layers, slowly. By default the first that fits the GPU's free memory.
         slicing: attention is computed one head after the other, which takes less memory and more time.
-        tiling: the VAE works on tiles of large pictures; by default on where anything is offloaded.
+        tiling: the VAE works on tiles of large pictures; by default on where the GPU's memory is short.
         compiled: the denoiser is compiled at the first picture, which takes minutes, and is faster from then on.
     """
 
@@ -70,10 +71,14 @@ class Memory:
             sizes: model -> bytes.
             free: bytes on the GPU; None where that is not known, as on a CPU.
         """
-        fits = free is None or sum(sizes.values()) + ROOM <= free
-        offload = "none" if fits else "model" if free and max(sizes.values()) + ROOM <= free else "sequential"
+        left = None if free is None else free - sum(sizes.values())
+        if left is None or left >= ROOM:
+            offload = "none"
+        else:
+            offload = "model" if max(sizes.values()) + ROOM <= (free or 0) else "sequential"
         offload = self.offload or offload
-        return replace(self, offload=offload, tiling=offload != "none" if self.tiling is None else self.tiling)
+        tiling = offload != "none" or (left is not None and left < UNTILED)
+        return replace(self, offload=offload, tiling=tiling if self.tiling is None else self.tiling)
 
     @property
     def torch_dtype(self) -> torch.dtype:

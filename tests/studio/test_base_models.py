@@ -174,8 +174,9 @@ def test_a_checkpoint_of_another_kind_is_named():
 def test_memory_is_chosen_by_what_the_machine_has():
     sizes = {"unet": 5 * GB, "text_encoder": 2 * GB, "vae": GB}
     asked = Memory().completed("StableDiffusionXLPipeline", gpu="cuda")
-    assert [str(asked.fitted(sizes, free * GB)) for free in (12, 8, 4)] == [
+    assert [str(asked.fitted(sizes, free * GB)) for free in (14, 12, 8, 4)] == [
         "cuda, float16",
+        "cuda, float16, VAE tiling",
         "cuda, float16, model offload, VAE tiling",
         "cuda, float16, sequential offload, VAE tiling",
     ]

@@ -4,11 +4,11 @@ import dataclasses
 import shutil
 from contextlib import ExitStack, nullcontext
 
+import diffusers
 import hosts
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +60,12 @@ def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     image = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
     assert seen == [1, 2, 3, 4]
     assert array(image).std() > 1
+    pipe, (kind, options) = tiny_pipeline(), SAMPLERS[name]
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
+    attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(7)}
+    assert far(pipe("a fox in ink", **given).images[0], image) <= 1
+    detach(pipe)
     two, plms = SAMPLERS[name][0].startswith(("Heun", "KDPM2")), name == "PLMS"
     assert evaluations(studio, recipe) == [1.0] * (7 if two else 5 if plms else 4)
     stopping = dataclasses.replace(recipe, prompt="a fox in ink <lora:fox:1:stop=2> <lora:ink:1>")
@@ -83,7 +89,7 @@ def test_samplers_differ_and_the_own_one_comes_back(studio):
     assert far(*drawn.values()) > 0
     assert studio.pipe.scheduler is own
     pipe = tiny_pipeline()
-    pipe.scheduler = EulerDiscreteScheduler.from_config(own.config, use_karras_sigmas=True)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(own.config, use_karras_sigmas=True)
     again = Studio(pipe, studio.catalog, "tiny")
     assert far(again.draw(again.complete(dataclasses.replace(RECIPE, sampler="Euler"))), drawn["Euler"]) == 0
 
