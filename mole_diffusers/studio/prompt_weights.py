@@ -18,9 +18,10 @@ import torch
 
 STEP = 1.1
 MOST_NESTED = 50
+MOST_WEIGHT = 100.0
 BACK = 20  # tokens that may move to the next chunk, so that it begins after a comma or with a whole word
 PIECE = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
-NUMBER = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
+NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 BREAK = "\0"
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -57,7 +58,8 @@ class TokenCount:
 def parse_weights(prompt: str) -> list[Chunk]:
     """The chunks that a prompt asks for, at least one.
 
-    Raises ValueError for a bracket that is not closed or not opened, and for what else A1111 has in square brackets.
+    Raises ValueError for a bracket that is not closed or not opened, for a weight beyond MOST_WEIGHT, and for what else A1111
+    has in square brackets.
     """
     characters: list[str] = []
     weights: list[float] = []
@@ -83,6 +85,8 @@ def parse_weights(prompt: str) -> list[Chunk]:
         raise ValueError(
             f"the prompt does not close the {opened[-1][0]} before {rest!r}; write \\{opened[-1][0]} for a plain bracket"
         )
+    if any(abs(weight) > MOST_WEIGHT for weight in weights):
+        raise ValueError(f"a weight in a prompt, with those around it, is at most {MOST_WEIGHT:g}")
     return _chunks(Chunk("".join(characters), tuple(weights)))
 
 

@@ -59,6 +59,8 @@ def test_weights_are_read_as_in_a1111(prompt, wanted):
         ("(fox]", "has a ] that nothing opens"),
         ("[fox:hat:0.5]", "[fox:hat:0.5] is not read: square brackets lower a weight here"),
         ("[fox|hat]", "[fox|hat] is not read"),
+        ("((fox:20):20)", "a weight in a prompt, with those around it, is at most 100"),
+        (f"(fox:{'1' * 4000})", "is at most 100"),
         ("(" * 60 + "a" + ")" * 60, "nested at most 50 deep"),
     ],
 )
