@@ -58,8 +58,8 @@ class TokenCount:
 def parse_weights(prompt: str) -> list[Chunk]:
     """The chunks that a prompt asks for, at least one.
 
-    Raises ValueError for a bracket that is not closed or not opened, for a weight beyond MOST_WEIGHT, and for what else A1111
-    has in square brackets.
+    Raises ValueError for a bracket that is not closed or not opened, for a weight beyond MOST_WEIGHT, and for what else
+    A1111 has in square brackets.
     """
     characters: list[str] = []
     weights: list[float] = []
