@@ -59,6 +59,11 @@ def test_every_command_that_draws_opens_the_base_as_asked():
         assert set(OPENING) <= {option.name for option in parser().commands[name].params}, name
 
 
+def test_every_command_that_reports_something_does_so_as_json():
+    commands = parser().commands
+    assert [name for name in commands if "as_json" not in {option.name for option in commands[name].params}] == ["app"]
+
+
 def test_pictures_are_written_where_it_says_and_over_nothing(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written = [run([*DRAW, *base], capsys)[0]["out"] for _ in range(3)]
