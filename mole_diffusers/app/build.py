@@ -39,7 +39,7 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})
         page.locks, page.masks = gr.State({}), gr.State({})
         page.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
-        with gr.Tabs(elem_id="tabs") as page.tabs:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as page.tabs:
             for name, tab in TABS.items():
                 with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
                     tab(page)

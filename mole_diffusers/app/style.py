@@ -31,6 +31,7 @@ CSS = (
 :focus-visible { outline: 3px solid #0072B2 !important; outline-offset: 1px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 6px !important; }
+  #tabs [role=tab] { padding: 0 8px !important; }  /* so that all tabs are in reach */
   .phone-column { flex-direction: column !important; }
   .phone-column > * { min-width: 100% !important; }
   .results { order: -1; }  /* results come right below the button */
