@@ -25,6 +25,7 @@ ENDED = "a `with` block of this mixture was opened on a thread that has ended; c
 
 _around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
 _patched: dict[type, tuple[Callable[..., Any], bool]] = {}  # class -> our __call__, whether it had one of its own
+_running: list[tuple[int, Any]] = []  # (thread, pipeline) of each call of these classes
 _patching = threading.RLock()
 
 
@@ -39,15 +40,19 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
     undo.callback(unlock_calls, pipe)
     with _patching:
         _around[pipe] = WeakMethod(around)
-        kind = type(pipe)
+        kind, begun = type(pipe), []
         if kind not in _patched:
             found: Any = kind.__call__
             while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
                 found = found.__wrapped__
             _patched[kind] = _asking(found), "__call__" in vars(kind)
             kind.__call__ = _patched[kind][0]
-    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
-    while any(_runs(frame, code, pipe) for ident, frame in sys._current_frames().items() if ident != threading.get_ident()):
+            code = getattr(inspect.unwrap(found), "__code__", None)
+            begun = [frame for frame in _frames_of_others() if frame.f_code is code]  # whose pipelines nobody noted
+    me = threading.get_ident()
+    while any(running is pipe and thread != me for thread, running in list(_running)) or (
+        begun and any(frame in begun for frame in _frames_of_others())
+    ):
         time.sleep(0.02)
 
 
@@ -72,18 +77,21 @@ def _asking(found: Callable[..., Any]) -> Callable[..., Any]:
         method = _around.get(self)
         around = None if method is None else method()
         with nullcontext() if around is None else around():
-            return found(self, *args, **kwargs)
+            _running.append(entry := (threading.get_ident(), self))
+            try:
+                return found(self, *args, **kwargs)
+            finally:
+                _running.remove(entry)
 
     return call
 
 
-def _runs(frame: Any, code: Any, pipe: Any) -> bool:
-    """Whether a stack has a call of `pipe` in it."""
-    while frame is not None:
-        if frame.f_code is code and frame.f_locals.get("self") is pipe:
-            return True
-        frame = frame.f_back
-    return False
+def _frames_of_others() -> Iterator[Any]:
+    """The frames of the other threads. Their `f_locals` must not be read: that is not safe while they run."""
+    for thread, frame in sys._current_frames().items():
+        while frame is not None and thread != threading.get_ident():
+            yield frame
+            frame = frame.f_back  # type: ignore[assignment]
 
 
 class PipelineLock:
