@@ -46,10 +46,11 @@ def build(page: Page) -> None:
 
 
 def _components() -> Panel:
-    with gr.Accordion("Regions: where each LoRA acts", open=False, elem_id="regions") as whole:
-        found = gr.Image(
-            label="In the last picture", format="png", interactive=False, buttons=[], elem_id="found", elem_classes="figure"
-        )
+    found = gr.Image(
+        label="Where each LoRA acted in the last picture", format="png", interactive=False, visible=False, buttons=[],
+        elem_id="found", elem_classes="figure",
+    )  # fmt: skip
+    with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as whole:
         which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
         with gr.Row():
             over = gr.Button("Start from what it has", size="sm", elem_id="paint-found")
@@ -92,9 +93,9 @@ def _connect_views(page: Page, panel: Panel) -> None:
     def overlaid(request: gr.Request, cards: list[MixerCard]) -> Any:
         picture = last(request)
         if picture is None or picture.layout is None or not picture.layout.regions:
-            return None
+            return gr.update(visible=False)
         with Image.open(picture.path) as image:
-            return overlay(image, picture.layout, shades=shades(cards))
+            return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
     @told(2)
     def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: float, height: float) -> Any:
@@ -106,7 +107,7 @@ def _connect_views(page: Page, panel: Panel) -> None:
         return canvas(last(request), int(width), int(height), None)
 
     page.shown.change(names, page.cards, panel.which, show_progress="hidden", **PRIVATE)
-    gr.on([panel.whole.expand, page.pictures.change], overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
+    page.pictures.change(overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
     begins = [panel.whole.expand, panel.over.click, panel.which.input]
     gr.on(begins, start, [panel.which, page.masks, prompt, *size], [panel.editor, panel.status], **PRIVATE)
     panel.empty.click(empty, size, panel.editor, **PRIVATE)

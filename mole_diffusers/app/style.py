@@ -27,11 +27,11 @@ CSS = (
 .card .strength .tab-like-container { display: none; }  /* the number field beside the slider takes any value */
 .card .facts, .card .facts p { font-size: var(--text-sm); margin: 0; }
 #title h1 { margin-bottom: 0; }
+.status:not(:has(p)) { display: none !important; }  /* no gap where there is nothing to say */
 .status p { font-variant-numeric: tabular-nums; margin: 4px 0; }
 :focus-visible { outline: 3px solid #0072B2 !important; outline-offset: 1px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 6px !important; }
-  #tabs [role=tab] { padding: 0 8px !important; }  /* so that all tabs are in reach */
   .phone-column { flex-direction: column !important; }
   .phone-column > * { min-width: 100% !important; }
   .results { order: -1; }  /* results come right below the button */
