@@ -98,6 +98,7 @@ def gallery(page: Browser) -> None:
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#star")
     page.until(lambda: page.text("#gallery-status").startswith("marked"), WAIT)
+    page.click("#gallery .icon-button-wrapper button:last-child")  # closes the large view
 
 
 def keep(page: Browser) -> None:

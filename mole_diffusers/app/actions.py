@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -253,17 +254,19 @@ class Actions:
         return work
 
     def grid(self, recipe: Recipe, x: str, y: str) -> Work:
-        """Draw an XY grid: in the end the sheet, with grey cells if it was stopped."""
+        """Draw an XY grid: in the end the file of the sheet, with grey cells if it was stopped; its recipe is inside."""
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         rows = xy_grid.cells(recipe, across, down)
         wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
         draw, drawn = self.draw_all(wanted), dict[str, Image.Image]()
 
-        def sheet() -> Image.Image:
+        def sheet() -> Path:
             cells = [[drawn.get(f"{r},{c}") for c in range(len(row))] for r, row in enumerate(rows)]
-            return xy_grid.sheet(cells, across, down)
+            path = self.folder / f"grid-{token_hex(8)}.png"
+            xy_grid.save(xy_grid.sheet(cells, across, down), path, self._completed(recipe), x, y)
+            return path
 
-        def work(report: Report) -> Image.Image:
+        def work(report: Report) -> Path:
             def on_event(state: Progress) -> None:
                 for picture in state.pictures[len(drawn) :]:
                     with Image.open(picture.path) as image:

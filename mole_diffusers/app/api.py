@@ -236,7 +236,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         axes = _text(x, "an axis"), _text(y, "an axis")
         wanted = _recipe(page, recipe)
-        return _image_file(page, await _job(page, request, "grid", lambda: actions.grid(wanted, *axes)), "grid")
+        return _file(await _job(page, request, "grid", lambda: actions.grid(wanted, *axes)))
 
     yield from (compare, look, grid)
 

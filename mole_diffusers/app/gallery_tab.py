@@ -61,7 +61,8 @@ def build(page: Page) -> None:
     def favour(name: str, *search: Any) -> Any:
         on = the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
         kept.favour(name, on)
-        return show("marked; " if on else "no longer marked; ")(*search)
+        pictures, names, _, status = show("marked; " if on else "no longer marked; ")(*search)
+        return pictures, names, name if name in names else "", status
 
     @told(4)
     def throw(name: str, *search: Any) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
@@ -102,7 +101,7 @@ def _grid(page: Page) -> None:
         return page.actions.grid(page.recipe(*given), x, y)
 
     def show(job: Job) -> list[Any]:
-        return [job.event if isinstance(job.event, Image.Image) else None]
+        return [str(job.event) if isinstance(job.event, Path) else None]
 
     connect_job(page, "grid", [make.click], plan, show, inputs=[*page.inputs, x, y], status=status, outputs=[sheet])
     connect_cancel(page, cancel, status, ["grid"])

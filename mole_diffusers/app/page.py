@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
@@ -107,7 +107,7 @@ class Page:
             return "cancelled before it began" if job.state == "stopped" else "starting"
         if job.state == "stopped" and isinstance(job.event, Progress):
             return f"stopped after {len(job.event.pictures)} of {job.event.count} pictures"
-        words = "done" if isinstance(job.event, Image.Image) else markdown(str(job.event))
+        words = "done" if isinstance(job.event, Path) else markdown(str(job.event))  # a file that was made
         return f"stopped: {words}" if job.state == "stopped" else words
 
 
