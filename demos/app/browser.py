@@ -123,6 +123,7 @@ class Browser:
         whole = self.driver.execute_script("return document.querySelector('.gradio-container').scrollHeight")
         self.resize(width, min(whole, 3000))
         self.driver.execute_script("window.scrollTo(0, 0)")
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")  # is drawn
         self.driver.save_screenshot(str(path))
         self.resize(width, height)
 
