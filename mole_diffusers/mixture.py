@@ -6,10 +6,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
 from mole_diffusers.patching.peft_injection import switch, switched_off
 from mole_diffusers.patching.picture_layout import Layout
-from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls, unlock_calls
+from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls, lock_of, unlock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
@@ -40,6 +41,7 @@ Source = str | Path | Expert
 Gates = str | Path | GateConfig
 MOST = 1e6  # a strength; far more than any picture survives, and few enough that products stay numbers
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
+_lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that a block has lifted from it
 
 
 class Mixture:
@@ -66,10 +68,10 @@ class Mixture:
         self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
         self._calling: Any = None  # the pipeline, while a call of it runs
         self._traces: list[Trace] = []
-        self._lock = PipelineLock()
         self._locking, self._undo = Undo(), Undo()  # what gives back the pipeline's calls, and the rest
         self._open: list[dict[str, Any]] = []  # of each `with` block that runs: the settings that it changed, as they were
         self._denoiser = denoiser(pipe)
+        self._lock = lock_of(self._denoiser)
         self._inputs = DenoiserInputs(self._denoiser)
         self._components = [
             Component(name, models[name], stacks, config=config, runtime=self._runtime)
@@ -236,17 +238,27 @@ class Mixture:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards."""
+        """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards.
+
+        Unless it was detached, or another was attached, inside the block. Raises ValueError for a mixture that is off.
+        """
         models = [part.model for part in self._components]
         with self._lock.held():
+            if _lifted.get(self._denoiser) is self:
+                yield
+                return
+            if attached(self._pipe) is not self:
+                raise ValueError("this mixture is not attached any more")
             off = [model for model in models if switched_off(model)]  # by `disable_lora`, which stays so
+            _lifted[self._denoiser] = self
             try:
                 _switch(off, on=True)
                 self._uninstall()
                 _switch(off, on=False)
                 yield
             finally:
-                self._put_back(models, off)
+                if _lifted.get(self._denoiser) is self:
+                    self._put_back(models, off)
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -342,7 +354,9 @@ class Mixture:
 
     def _give_back(self, before: dict[str, Any]) -> None:
         """End a block. Where a block that was opened later still runs, as in two generators, that one gives back instead."""
-        at = next(i for i, block in enumerate(self._open) if block is before)
+        at = next((i for i, block in enumerate(self._open) if block is before), None)
+        if at is None:  # an interruption came after the end
+            return
         for name, value in before.items():
             if (block := next((b for b in self._open[at + 1 :] if name in b), None)) is not None:
                 block[name] = value
@@ -410,12 +424,11 @@ class Mixture:
 
     def _replace(self, before: Mixture | None) -> None:
         """Take the place of `before`, or leave it there."""
-        if before is not None:
-            self._lock = before._lock
         with self._lock.held():
             try:
                 if before is not None:
                     before._take_off()
+                _forget_lifted(self._denoiser)
                 lock_calls(self._pipe, self.drawing, self._locking)
                 self._install()
             except BaseException:
@@ -448,23 +461,35 @@ class Mixture:
                 for part in self._components:
                     part.install(undo)
                 models = [part.model for part in self._components]
-                guard(self._pipe, models, lift=self.lifted, remove=self._take_off, copy=self._copied, undo=undo)
+                guard(self._pipe, models, lift=self.lifted, remove=lambda: detach(self._pipe), copy=self._copied, undo=undo)
         except BaseException:
             self._uninstall()
             raise
 
     def _copied(self, memo: dict[int, Any]) -> Any:
         """A copy of the pipeline, `copy.deepcopy` by name, with a mixture of its own."""
+        off = [part.name for part in self._components if switched_off(part.model)]
         with self.lifted():
             twin = deepcopy(self._pipe, memo)
+        models = [getattr(twin, name) for name in off]
         mixture = Mixture(twin, self.experts, self.config)
         for name, bank in self.banks.items():
             mixture.banks[name].load_state_dict(bank.state_dict())
-        now = self._runtime
-        mixture._runtime.set(strength=list(now.strength), active=list(now.active), plan=now.plan)
-        mixture._runtime.set(binding=mixture._masks(self.binding))
+        kept = {name: copy(self._outside(name)) for name in ("strength", "active", "plan")}
+        bound: TokenMasks | None = self._outside("binding")
+        mixture._runtime.set(**kept, binding=mixture._masks(None if bound is None else bound.bound))
+        _switch(models, on=True)
         mixture._replace(None)
+        _switch(models, on=False)
         return twin
+
+    def _outside(self, name: str) -> Any:
+        """A setting as it is outside of all `with` blocks."""
+        return next((before[name] for before in self._open if name in before), getattr(self._runtime, name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mixture | None:
+        """The mixture of the pipeline's copy."""
+        return attached(deepcopy(self._pipe, memo))
 
     def _put_back(self, models: Sequence[nn.Module], off: Sequence[nn.Module]) -> None:
         """Install again, with the adapters of `off`, and those that were switched off since, switched off."""
@@ -473,7 +498,9 @@ class Mixture:
             _switch(off, on=True)
             self._install()
             _switch(off, on=False)
+            del _lifted[self._denoiser]
         except BaseException:
+            _forget_lifted(self._denoiser)
             self._take_off()
             raise
 
@@ -590,6 +617,8 @@ def detach(pipe: Any) -> None:
         if mixture is not None:
             mixture._take_off()
         else:
+            for model in _denoisers(pipe):
+                _forget_lifted(model)
             unlock_calls(pipe)  # where an earlier detach was broken off before that
 
 
@@ -605,6 +634,21 @@ def attached(pipe: Any) -> Mixture | None:
 @contextmanager
 def _held(pipe: Any) -> Iterator[Mixture | None]:
     """The mixture on a pipeline, with all other threads kept out; a mixture that replaces it takes over its lock."""
-    before = attached(pipe)
-    with nullcontext() if before is None else before._lock.held():
+    with lock_of_pipeline(pipe).held():
         yield attached(pipe)
+
+
+def lock_of_pipeline(pipe: Any) -> PipelineLock:
+    """The lock of a pipeline's denoiser, or of the mixture that its text encoders still have."""
+    found = attached(pipe)
+    return lock_of(next(iter(_denoisers(pipe)), pipe)) if found is None else found._lock
+
+
+def _denoisers(pipe: Any) -> list[Any]:
+    return [compiled_from(model) for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
+
+
+def _forget_lifted(model: Any) -> None:
+    """A mixture that is lifted from this denoiser does not come back."""
+    if (lifted := _lifted.pop(model, None)) is not None:
+        lifted._locking.close()

@@ -9,7 +9,7 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLAutoBlocks
 
-from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.mixture import attach, attached, detach, lock_of_pipeline
 
 OWN = ("experts", "gates", "binding")  # inputs that are not diffusers'
 
@@ -19,11 +19,6 @@ class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
 
     `MoLEStableDiffusionXLBlocks().init_pipeline(...)` is a modular pipeline. `attach` itself takes any modular pipeline too.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._given: tuple[Any, ...] = ()
-        self._mixture: Mixture | None = None  # what was attached for it
 
     @property
     def inputs(self) -> list[Any]:
@@ -37,13 +32,12 @@ class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
 
     def __call__(self, pipeline: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         """Attach what the call names, and run diffusers' blocks with it."""
-        experts, *rest = (state.get(name) for name in OWN)
-        if experts is not None and ((experts, *rest) != self._given or attached(pipeline) is not self._mixture):
+        experts, gates, binding = (state.get(name) for name in OWN)
+        with lock_of_pipeline(pipeline).held():
             if experts:
-                attach(pipeline, experts, rest[0], binding=rest[1])
-            else:
+                attach(pipeline, experts, gates, binding=binding)
+            elif experts is not None:
                 detach(pipeline)
-            self._given, self._mixture = (dict(experts), *rest), attached(pipeline)
-        mixture = attached(pipeline)
-        with nullcontext() if mixture is None else mixture.drawing():
-            return super().__call__(pipeline, state)
+            mixture = attached(pipeline)
+            with nullcontext() if mixture is None else mixture.drawing():
+                return super().__call__(pipeline, state)

@@ -47,7 +47,7 @@ from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
-from mole_diffusers.lora.whole_files import link_missing, new_folder, whole_folder
+from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_atomically, save_expert
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.adapter_weights import AdapterWeights
@@ -194,16 +194,29 @@ class DropIn:
                     "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                     "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
                 )
-            self._hand_over(mixture)
+            experts, by_block, binding = mixture.weighed(), _block_weights(mixture), mixture.binding
+            on = {name: experts[name][1] for name in mixture.active}
+            try:
+                self._hand_over(mixture)
+                super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+            except BaseException:
+                if self.mixture is None:  # it was handed over
+                    super().delete_adapters([name for name in experts if name in self._ordinary()])  # type: ignore[misc]
+                    attach(self, experts, binding=binding)
+                    _choose(self, on, by_block)
+                raise
+            return
         super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
 
     def _hand_over(self, mixture: Mixture) -> None:
         """The experts as ordinary adapters of diffusers, with the weights that they have."""
         experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture)
-        detach(self)
         with TemporaryDirectory() as folder:
-            for i, (name, (expert, _)) in enumerate(experts.items()):
-                save_expert(expert, file := Path(folder, f"{i}.safetensors"), dtype=torch.float32)
+            files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
+            for name, (expert, _) in experts.items():
+                save_expert(expert, files[name], dtype=torch.float32)
+            detach(self)
+            for name, file in files.items():
                 super().load_lora_weights(str(file), adapter_name=name)  # type: ignore[misc]
         weighed = [name for name in active if name in experts]
         super().set_adapters(weighed, [by_block.get(name, experts[name][1]) for name in weighed])  # type: ignore[misc]
@@ -230,12 +243,16 @@ class DropIn:
             (part / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
             with nullcontext() if mixture is None else mixture.lifted():
                 super().save_pretrained(str(part), *args, **kwargs)  # type: ignore[misc]
-            link_missing(folder, part, without=KEPT)  # another variant of the weights, say
+            if folder.is_dir():
+                copy_missing(folder, part, without=KEPT)  # another variant of the weights, say
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """As in diffusers; what `save_pretrained` kept of a mixture is attached."""
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        source = whole_folder(Path(pretrained_model_name_or_path))
+        if not source.is_dir():
+            source = pretrained_model_name_or_path  # type: ignore[assignment]
+        pipe = super().from_pretrained(str(source), **kwargs)  # type: ignore[misc]
         folder = _kept(pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in HUB})
         if folder is not None:
             pipe.load_mixture(folder)
@@ -377,6 +394,8 @@ class MoLEPipeline:
     @staticmethod
     def from_pretrained(source: str | Path, **kwargs: Any) -> Any:
         """The drop-in pipeline of the kind that lies in a folder or hub repository; `kwargs` as in diffusers."""
+        if (folder := whole_folder(Path(source))).is_dir():
+            source = str(folder)
         config = DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
         return _kind([config["_class_name"]]).from_pretrained(source, **kwargs)
 
@@ -431,7 +450,7 @@ def _kept(source: str | Path, **hub: Any) -> Path | None:
 
 
 def keep(mixture: Mixture, folder: str | Path) -> None:
-    """Write what `attach_kept` reads: mixture.json, experts/ and gates/.
+    """Write what `attach_kept` reads, mixture.json, experts/ and gates/, in the place of all that is in `folder`.
 
     An expert's file is copied as it is. One that is in memory alone, or was changed since, is written in fp32.
     """
@@ -469,7 +488,7 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
 
     Raises FileNotFoundError or RefusedFileError for what is no such folder, and all that `attach` raises.
     """
-    folder = Path(folder)
+    folder = whole_folder(Path(folder))
     experts, binding, active, by_block = _kept_experts(folder)
     mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding)
     _choose(pipe, {name: experts[name][1] for name in active}, by_block)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
+LONGEST = 200  # letters of a name that others are made of; systems take 255 bytes
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; when the block is over it takes its place. After an error `path` is as before."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    part = _beside(path, "part")
     try:
         yield part
+        if path.exists():
+            shutil.copymode(path, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -37,36 +41,55 @@ def write_text(path: str | Path, text: str) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to write to; when the block is over it takes the place of `path`. After an error `path` is as before.
 
-    Between two renames `path` is missing for a moment; `whole_folder` finds the old one then.
+    Between two renames `path` is missing for a moment; `whole_folder` finds the old one then. The folder that the process is
+    in cannot be moved: there, what is new is moved in piece by piece.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent))
+    part, aside = _beside(path, "part"), _aside(path)
+    part.mkdir()
     try:
-        part.chmod(0o777 & ~_umask())
-        yield part
         if path.is_dir():
-            shutil.rmtree(_aside(path), ignore_errors=True)
-            path.rename(_aside(path))
-        part.rename(path)
-        shutil.rmtree(_aside(path), ignore_errors=True)
+            shutil.copymode(path, part)
+        yield part
+        if Path.cwd().is_relative_to(path):
+            _move_into(part, path)
+            return
+        if path.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        try:
+            part.rename(path)
+        except BaseException:
+            if aside.is_dir():
+                aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def whole_folder(path: Path) -> Path:
     """`path`, or the old one that `new_folder` had put aside when it was broken off."""
-    return _aside(path) if not path.exists() and _aside(path).is_dir() else path
+    aside = _aside(path.resolve())
+    return aside if not path.exists() and aside.is_dir() else path
 
 
-def link_missing(old: Path, new: Path, *, without: str) -> None:
-    """Give the folder `new` the files of `old` that it lacks, but for the folder `without` at its top."""
+def copy_missing(old: Path, new: Path, *, without: str) -> None:
+    """Give the folder `new` the files and links of `old` that it lacks, but for what is called `without` at its top."""
     for file in old.rglob("*"):
         inside = file.relative_to(old)
-        if file.is_dir() or inside.parts[0] == without or (new / inside).exists():
+        target = new / inside
+        if inside.parts[0] == without or target.exists() or target.is_symlink():
             continue
-        (new / inside).parent.mkdir(parents=True, exist_ok=True)
-        os.link(file, new / inside, follow_symlinks=False)
+        if file.is_symlink() or not file.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, target, follow_symlinks=False)  # the same bytes, and no time
+            except OSError:  # a disk without such links
+                shutil.copy2(file, target, follow_symlinks=False)
+        else:
+            target.mkdir(parents=True)
 
 
 @contextmanager
@@ -83,10 +106,22 @@ def only_run(folder: Path | None) -> Iterator[None]:
         raise ValueError(f"another run is writing to {folder}; wait for it, or use another folder") from None
 
 
+def _move_into(part: Path, path: Path) -> None:
+    for new in list(part.iterdir()):
+        old = path / new.name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        new.replace(old)
+
+
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.old")
+    return path.with_name(f".{_short(path.name)}.old")
 
 
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
+def _beside(path: Path, ending: str) -> Path:
+    """A name that nobody else has."""
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.{ending}")
+
+
+def _short(name: str) -> str:
+    return name if len(name.encode()) <= LONGEST else hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -25,7 +25,7 @@ MERGED = (
     "use mixture.collapsed() or mixture.export_lora() for the experts"
 )
 PARTIAL = "{name} carries the experts of a mixture; take its weights inside `with mixture.lifted():`"
-PICKLE = "a {kind} with a mixture on it cannot be pickled; pickle it inside `with mixture.lifted():`"
+PICKLE = "a {kind} with a mixture on it cannot be pickled or copied by parts; do that inside `with mixture.lifted():`"
 
 
 def guard(
@@ -85,8 +85,12 @@ def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: Undo) -> None
 
 
 def _set(owner: Any, name: str, value: Any, undo: Undo) -> None:
-    undo.callback(vars(owner).pop, name, None)
-    vars(owner)[name] = value
+    own = vars(owner)
+    if name in own:  # someone's before us
+        undo.callback(own.__setitem__, name, own[name])
+    else:
+        undo.callback(own.pop, name, None)
+    own[name] = value
 
 
 def _deepcopy(model: Any, lift: Lift, memo: dict[int, Any]) -> Any:

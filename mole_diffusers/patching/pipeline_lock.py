@@ -1,4 +1,4 @@
-"""One lock for a pipeline: its calls wait for one another, whatever threads they come from."""
+"""One lock for a denoiser and the pipeline around it: calls wait for one another, whatever threads they come from."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, WeakMethod
 from mole_diffusers.patching.undo import Undo
 
 Around = Callable[[], AbstractContextManager[None]]  # the context that a call runs in
+Call = Callable[..., Any]
 
 OTHER_TASK = (
     "another task of this thread is inside a `with` block of this mixture, or draws with it; such a block must not wait "
@@ -23,10 +24,70 @@ OTHER_TASK = (
 )
 ENDED = "a `with` block of this mixture was opened on a thread that has ended; close it first"
 
+_locks: WeakKeyDictionary[Any, PipelineLock] = WeakKeyDictionary()  # denoiser -> its lock
 _around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
-_patched: dict[type, tuple[Callable[..., Any], bool]] = {}  # class -> our __call__, whether it had one of its own
+_patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, whether it had one of its own
 _running: list[tuple[int, Any]] = []  # (thread, pipeline) of each call of these classes
+_begun: list[Any] = []  # frames of calls that had begun before their class was patched, whose pipelines nobody noted
 _patching = threading.RLock()
+
+
+class PipelineLock:
+    """A lock that one thread, or one task of it, may hold any number of times, and that any thread may let go.
+
+    A generator may be closed on another thread than it was opened on: its block ends there. A process that was forked
+    while another thread held the lock meets an error, and never waits for a thread that it does not have.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: tuple[threading.Thread, Any] | None = None
+        self._blocks = 0  # that are open
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others out while the block runs, and as long as another block of the same holder does.
+
+        Raises RuntimeError where waiting would never end: for another task of this thread, or for a thread that ended.
+        """
+        me = threading.current_thread(), _task()
+        thread, task = self._holder or (None, None)
+        if not (thread is me[0] and task in (None, me[1])):
+            self._acquire(me[0])
+            self._holder = me
+        self._blocks += 1
+        try:
+            yield
+        finally:
+            self._blocks -= 1
+            if self._blocks == 0:
+                self._holder = None
+                self._lock.release()
+
+    def _acquire(self, me: threading.Thread) -> None:
+        while not self._lock.acquire(timeout=0.5):
+            thread, _ = self._holder or (None, None)
+            if thread is me:
+                raise RuntimeError(OTHER_TASK)
+            if thread is not None and not thread.is_alive():
+                raise RuntimeError(ENDED)
+
+
+def lock_of(denoiser: Any) -> PipelineLock:
+    """The lock of a denoiser, whoever asks."""
+    with _patching:
+        return _locks.setdefault(denoiser, PipelineLock())
+
+
+def _task() -> Any:
+    """The task of asyncio that runs, if any."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+# ---- calls of a pipeline
 
 
 def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
@@ -38,20 +99,14 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
     Returns once the calls of other threads that had begun are over.
     """
     undo.callback(unlock_calls, pipe)
+    kind, me = type(pipe), threading.get_ident()
     with _patching:
         _around[pipe] = WeakMethod(around)
-        kind, begun = type(pipe), []
-        if kind not in _patched:
-            found: Any = kind.__call__
-            while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
-                found = found.__wrapped__
-            _patched[kind] = _asking(found), "__call__" in vars(kind)
-            kind.__call__ = _patched[kind][0]
-            code = getattr(inspect.unwrap(found), "__code__", None)
-            begun = [frame for frame in _frames_of_others() if frame.f_code is code]  # whose pipelines nobody noted
-    me = threading.get_ident()
-    while any(running is pipe and thread != me for thread, running in list(_running)) or (
-        begun and any(frame in begun for frame in _frames_of_others())
+        if kind not in _patched or not _reaches(kind.__call__, _patched[kind][0]):
+            _patch(kind)
+    code = _code(kind)
+    while any(running is pipe and thread != me for thread, running in list(_running)) or any(
+        frame in _begun and frame.f_code is code for frame in _frames_of_others()
     ):
         time.sleep(0.02)
 
@@ -71,7 +126,17 @@ def unlock_calls(pipe: Any) -> None:
             del _patched[kind]
 
 
-def _asking(found: Callable[..., Any]) -> Callable[..., Any]:
+def _patch(kind: Any) -> None:
+    found: Any = kind.__call__
+    while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
+        found = found.__wrapped__
+    _patched[kind] = _asking(found), "__call__" in vars(kind)
+    kind.__call__ = _patched[kind][0]
+    frames, code = list(_frames_of_others()), _code(kind)
+    _begun[:] = [frame for frame in frames if frame in _begun or frame.f_code is code]
+
+
+def _asking(found: Call) -> Call:
     @functools.wraps(found)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         method = _around.get(self)
@@ -86,53 +151,21 @@ def _asking(found: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _reaches(call: Any, ours: Call) -> bool:
+    """Whether `call` is `ours`, or wraps it."""
+    while call is not None and call is not ours:
+        call = getattr(call, "__wrapped__", None)
+    return call is ours
+
+
+def _code(kind: type) -> Any:
+    """The code of the host's own `__call__`."""
+    return getattr(inspect.unwrap(kind.__call__), "__code__", None)
+
+
 def _frames_of_others() -> Iterator[Any]:
     """The frames of the other threads. Their `f_locals` must not be read: that is not safe while they run."""
     for thread, frame in sys._current_frames().items():
         while frame is not None and thread != threading.get_ident():
             yield frame
             frame = frame.f_back  # type: ignore[assignment]
-
-
-class PipelineLock:
-    """A lock that one thread, or one task of it, may hold any number of times, and that any thread may let go.
-
-    A generator may be closed on another thread than it was opened on: its block ends there. A process that was forked
-    while another thread held the lock meets an error, and never waits for a thread that it does not have.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: tuple[threading.Thread, Any] | None = None
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep others out while the block runs.
-
-        Raises RuntimeError where waiting would never end: for another task of this thread, or for a thread that ended.
-        """
-        me = threading.current_thread(), _task()
-        thread, task = self._holder or (None, None)
-        if thread is me[0] and task in (None, me[1]):
-            yield
-            return
-        while not self._lock.acquire(timeout=0.5):
-            thread, _ = self._holder or (None, None)
-            if thread is me[0]:
-                raise RuntimeError(OTHER_TASK)
-            if thread is not None and not thread.is_alive():
-                raise RuntimeError(ENDED)
-        try:
-            self._holder = me
-            yield
-        finally:
-            self._holder = None
-            self._lock.release()
-
-
-def _task() -> Any:
-    """The task of asyncio that runs, if any."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None

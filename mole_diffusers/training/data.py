@@ -95,7 +95,10 @@ def _open(path: Path) -> Image.Image:
 
 def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
     sidecar = path.with_suffix(".txt")
-    text = texts.get(path.name) or (sidecar.read_text().strip() if sidecar.exists() else prompt)
+    try:
+        text = texts.get(path.name) or (sidecar.read_text("utf-8").strip() if sidecar.exists() else prompt)
+    except UnicodeDecodeError:
+        raise ValueError(f"{sidecar} is not a text in UTF-8") from None
     if not text:
         raise ValueError(f"{path} has no caption: give {sidecar.name}, metadata.jsonl or a prompt")
     return text

@@ -172,9 +172,11 @@ class Engine:
         state: dict[str, Any] = {}
         if path is not None:
             state = _read_state(path / STATE)
-            before, now = json.loads(state["run"]), json.loads(json.dumps(identity))
+            before, now = state["run"], json.loads(json.dumps(identity))
             if changed := [name for name, value in now.items() if before.get(name) != value]:
                 raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
+            if missing := sorted({*self.stateful, "log"} - set(state)):
+                raise ValueError(f"{path / STATE} is damaged: it has no {missing[0]}; resume from another checkpoint")
             for name, part in self.stateful.items():
                 part.load_state_dict(state[name])
             self.log = state["log"]
@@ -185,11 +187,9 @@ class Engine:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        return state | {"run": json.loads(state["run"])}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); resume from another checkpoint") from error
-    if not isinstance(state, dict) or "run" not in state:
-        raise ValueError(f"{path} is not the state of a training run")
-    return state
 
 
 def join_processes(device: torch.device, **options: Any) -> Accelerator:

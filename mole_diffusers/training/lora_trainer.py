@@ -64,7 +64,10 @@ def train_lora(
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
     with Undo() as undo:
         trainer = LoraTrainer(pipe, pictures, config, undo, folder=Path(folder) if folder else None)
-        with only_run(trainer.folder), _checkpointing(pipe, config.checkpointing):
+        with (
+            only_run(trainer.folder if trainer.engine.accelerator.is_main_process else None),
+            _checkpointing(pipe, config.checkpointing),
+        ):
             if init is not None:
                 trainer.lora.load(init)
             trainer.resume(resume_from)

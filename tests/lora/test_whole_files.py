@@ -44,6 +44,52 @@ def test_after_an_error_a_folder_is_as_it_was(tmp_path):
     assert (path / "new").read_text() == "new"
 
 
+def test_a_rename_that_fails_is_taken_back(tmp_path, monkeypatch):
+    path, renamed = tmp_path / "a", []
+    with new_folder(path) as part:
+        (part / "old").write_text("old")
+    rename = Path.rename
+
+    def second_fails(self, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with suppress(OSError), new_folder(path) as part:
+        (part / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (path / "old").read_text() == "old"
+
+
+def test_links_modes_and_the_own_folder_stay(tmp_path, monkeypatch):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir(mode=0o700)
+    link.symlink_to(real)
+    for text in ("one", "two"):
+        with new_folder(link) as part:
+            (part / "a").write_text(text)
+        assert link.is_symlink()
+        assert (real / "a").read_text() == text
+        assert real.stat().st_mode & 0o777 == 0o700
+    (real / "a").chmod(0o600)
+    with new_file(real / "a") as part:
+        part.write_text("three")
+    assert (real / "a").stat().st_mode & 0o777 == 0o600
+    monkeypatch.chdir(real)
+    with new_folder(".") as part:
+        (part / "a").write_text("four")
+    assert Path("a").read_text() == "four"
+
+
+def test_two_files_may_be_written_at_once(tmp_path):
+    with new_file(tmp_path / "a.json") as a, new_file(tmp_path / "b.json") as b:
+        a.write_text("a")
+        b.write_text("b")
+    assert ((tmp_path / "a.json").read_text(), (tmp_path / "b.json").read_text()) == ("a", "b")
+
+
 def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
     path, renamed = tmp_path / "a", []
     with new_folder(path) as part:
@@ -52,7 +98,7 @@ def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
 
     def once(self, target):
         renamed.append(target)
-        if len(renamed) == 2:  # the old one is aside, the new one not yet in its place
+        if len(renamed) > 1:  # the old one is aside, the new one not yet in its place, and nothing more is done
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -61,6 +107,7 @@ def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
         (part / "new").write_text("new")
     assert not path.exists()
     assert (whole_folder(path) / "old").read_text() == "old"
+    monkeypatch.undo()
     with new_folder(path) as part:
         (part / "new").write_text("new")
     assert [p.name for p in whole_folder(path).iterdir()] == ["new"]
@@ -81,11 +128,11 @@ for value, total, experts in ((1.0, "1", {"fox": fox, "ink": ink}), (2.0, "N", {
         for p in mixture.parameters():
             p.fill_(value)
     kept.append(mixture)
-print("ready", flush=True)
 while True:
     for mixture in kept:
         mixture.save_pretrained(f"{folder}/gates")
         keep(mixture, f"{folder}/kept")
+        print("saved", flush=True)
 """
 
 
@@ -104,7 +151,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
     for _ in range(kills):
         command = [sys.executable, "-c", SAVING, *map(str, (loras["fox"], loras["ink"], tmp_path))]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saving:
-            assert saving.stdout.readline() == "ready\n"
+            assert saving.stdout.readline() == "saved\n"
             time.sleep(rng.uniform(0.3, 0.6))
             saving.send_signal(signal.SIGKILL)
         check(tmp_path / "gates")

@@ -9,6 +9,7 @@ import pickle
 import random
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -153,6 +154,75 @@ def test_a_call_is_entered_once_where_a_class_and_its_parent_are_patched(pipe, l
     assert entered == [mixture]
 
 
+def test_two_first_attaches_at_once_leave_one_mixture(loras, draw):
+    for seed in range(6):
+        pipe, names = tiny_pipeline(seed), ("fox", "ink")
+        base, start = draw(pipe), threading.Barrier(2)
+
+        def attach(name, pipe=pipe, start=start):
+            start.wait(60)
+            return mole.attach(pipe, {name: loras[name]})
+
+        with ThreadPoolExecutor(2) as threads:
+            made = list(threads.map(attach, names))
+        assert mole.attached(pipe) in made
+        mole.detach(pipe)
+        assert torch.equal(draw(pipe), base)
+
+
+def test_a_lifted_mixture_stays_off_where_it_was_detached_or_replaced(pipe, loras, draw):
+    base = draw(pipe)
+    old = mole.attach(pipe, {"fox": loras["fox"]})
+    with old.lifted(), old.lifted():
+        mole.detach(pipe)
+    assert mole.attached(pipe) is None
+    assert torch.equal(draw(pipe), base)
+    with pytest.raises(ValueError, match="is not attached any more"), old.lifted():
+        pass
+    old = mole.attach(pipe, {"fox": loras["fox"]})
+    with old.lifted():
+        new = mole.attach(pipe, {"ink": loras["ink"]})
+        ink = draw(pipe)
+    assert mole.attached(pipe) is new
+    assert torch.equal(draw(pipe), ink)
+    mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
+
+
+def test_unloading_waits_for_the_call_of_another_thread(pipe, loras, draw):
+    mole.attach(pipe, {"fox": loras["fox"]})
+    fox, begun, gate = draw(pipe), threading.Event(), threading.Event()
+
+    def wait(pipe, step, timestep, kwargs):
+        begun.set()
+        gate.wait(60)
+        return kwargs
+
+    with ThreadPoolExecutor(2) as threads:
+        drawn = threads.submit(draw, pipe, callback_on_step_end=wait)
+        begun.wait(60)
+        unloaded = threads.submit(pipe.unload_lora_weights)
+        time.sleep(0.5)
+        assert not unloaded.done()
+        gate.set()
+        assert torch.equal(drawn.result(60), fox)
+        unloaded.result(60)
+    assert mole.attached(pipe) is None
+
+
+def test_a_copy_keeps_what_is_outside_of_blocks(pipe, loras, draw):
+    base = draw(pipe)
+    mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]})
+    mixture.strength("ink", 0.5)
+    picture = draw(pipe)
+    with mixture.only("fox"), mixture.fixed({"fox": 2}), mixture.strengths({"ink": 3}):
+        twin = copy.deepcopy(pipe)
+    assert torch.equal(draw(twin), picture)
+    assert copy.deepcopy([pipe, mixture])[1] is not mixture
+    pipe.disable_lora()
+    assert torch.equal(draw(copy.deepcopy(pipe)), base)
+
+
 def test_a_copy_of_a_model_is_the_original_s(pipe, loras):
     original = copy.deepcopy(pipe.unet).state_dict()
     mole.attach(pipe, {"ink": loras["ink"]})
@@ -181,7 +251,7 @@ def test_pickling_is_refused_but_of_the_original(pipe, loras, draw):
     base = draw(pipe)
     mixture = mole.attach(pipe, {"ink": loras["ink"]})
     for what in (pipe, pipe.unet, pipe.text_encoder):
-        with pytest.raises(ValueError, match=r"cannot be pickled; pickle it inside `with mixture.lifted\(\):`"):
+        with pytest.raises(ValueError, match=r"cannot be pickled or .*; do that inside `with mixture.lifted\(\):`"):
             pickle.dumps(what)
     with mixture.lifted():
         assert torch.equal(draw(pickle.loads(pickle.dumps(pipe))), base)
@@ -285,7 +355,7 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
 @pytest.mark.parametrize("rounds", [5, pytest.param(25, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_leaves_anything_behind(loras, family, rounds):
-    """As many tensors, modules, mixtures and hooks after so many rounds of attaching and detaching as after twice as many."""
+    """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""
     pipe = tiny_pipeline()
 
     def alive():
@@ -316,6 +386,7 @@ def test_the_first_attach_waits_for_the_calls_of_other_threads(pipe, loras, draw
         drawn = threads.submit(draw, pipe, callback_on_step_end=wait)
         begun.wait(60)
         attached = threads.submit(mole.attach, pipe, loras)
+        time.sleep(0.5)
         assert not attached.done()
         gate.set()
         assert torch.equal(drawn.result(60), base)
@@ -349,6 +420,16 @@ def test_blocks_of_generators_may_end_in_any_order(pipe, loras):
     first, second = opened("fox", 2.0), opened("ink", 3.0)
     next(first), next(second)
     first.close()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(mixture.strength, "hat")
+        time.sleep(0.3)
+        assert not waiting.done()  # for the block that is open
+        second_active = mixture.active
+        second.close()
+        waiting.result(60)
+    assert second_active == {"ink"}
+    second = opened("ink", 3.0)
+    next(second)
     assert mixture.active == {"ink"}
     assert mixture.strength("ink") == 3
     second.close()
@@ -418,12 +499,12 @@ def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
 @pytest.mark.parametrize("rounds", [15, pytest.param(500, marks=pytest.mark.thorough)])
 def test_drawing_and_attaching_on_two_pipelines(loras, draw, rounds):
     """8 threads draw and 2 attach: each picture is one that a mixture of that pipeline draws alone."""
-    kinds = [("fox",), ("ink", "hat"), ()]
+    kinds = [("fox",), ("ink", "hat"), ("fox", "hat")]  # never none: diffusers' own pipelines are not for several threads
     pipes = [tiny_pipeline(seed) for seed in (0, 1)]
     experts = {name: mole.read_expert(path, name) for name, path in loras.items()}
 
     def change(pipe, names):
-        return mole.attach(pipe, {n: experts[n] for n in names}) if names else mole.detach(pipe)
+        return mole.attach(pipe, {n: experts[n] for n in names})
 
     alone = []
     for pipe in pipes:
