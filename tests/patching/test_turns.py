@@ -189,15 +189,21 @@ def test_a_lifted_mixture_stays_off_where_it_was_detached_or_replaced(pipe, lora
     assert torch.equal(draw(pipe), base)
 
 
-def test_unloading_waits_for_the_call_of_another_thread(pipe, loras, draw):
-    mole.attach(pipe, {"fox": loras["fox"]})
-    fox, begun, gate = draw(pipe), threading.Event(), threading.Event()
+def waiting():
+    """An event that a call of the pipeline has begun, one that lets it go on, and its callback."""
+    begun, gate = threading.Event(), threading.Event()
 
     def wait(pipe, step, timestep, kwargs):
         begun.set()
         gate.wait(60)
         return kwargs
 
+    return begun, gate, wait
+
+
+def test_unloading_waits_for_the_call_of_another_thread(pipe, loras, draw):
+    mole.attach(pipe, {"fox": loras["fox"]})
+    fox, (begun, gate, wait) = draw(pipe), waiting()
     with ThreadPoolExecutor(2) as threads:
         drawn = threads.submit(draw, pipe, callback_on_step_end=wait)
         begun.wait(60)
@@ -375,13 +381,7 @@ def test_no_family_leaves_anything_behind(loras, family, rounds):
 
 
 def test_the_first_attach_waits_for_the_calls_of_other_threads(pipe, loras, draw):
-    base, begun, gate = draw(pipe), threading.Event(), threading.Event()
-
-    def wait(pipe, step, timestep, kwargs):
-        begun.set()
-        gate.wait(60)
-        return kwargs
-
+    base, (begun, gate, wait) = draw(pipe), waiting()
     with ThreadPoolExecutor(2) as threads:
         drawn = threads.submit(draw, pipe, callback_on_step_end=wait)
         begun.wait(60)

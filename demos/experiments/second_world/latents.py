@@ -15,12 +15,17 @@ SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64}  # canvas -> pictu
 FOLDER = WORK / "latents"
 
 
-def draw_shape(shape: str, rng: np.random.Generator) -> Scene:
-    """A random scene of a canvas out of the cells that the base may see."""
+def draw_shape(shape: str, rng: np.random.Generator, placed: float) -> Scene:
+    """A random scene of a canvas out of the cells that the base may see; a share of `placed` says places."""
     count = {"one": 1, "wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}[shape]
     while True:
         scene = draw_scene(
-            words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=count, allowed=lambda s, y: not words.is_unseen(s, y)
+            words.BASE_SUBJECTS,
+            words.BASE_STYLES,
+            rng,
+            count=count,
+            allowed=lambda s, y: not words.is_unseen(s, y),
+            placed=placed,
         )
         width, height = scene.size
         if {"wide": width > height, "tall": height > width}.get(shape, True):
@@ -49,7 +54,8 @@ class Pool:
 
     def _encoded(self, shape: str, k: int) -> dict:
         rng = np.random.default_rng([k, list(SHAPES).index(shape)])
-        scenes = [draw_shape(shape, rng) for _ in range(SHAPES[shape])]
+        placed = 0.6 if 80 <= k < 120 else 0.2  # words of places help it to tell two subjects apart
+        scenes = [draw_shape(shape, rng, placed) for _ in range(SHAPES[shape])]
         freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner where places hardly vary
         pictures = to_tensor([self.drawings.picture(s, rng, freedom) for s in scenes])
         return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}

@@ -119,14 +119,17 @@ def draw_scene(
     *,
     count: int,
     allowed: Callable[[str, str], bool] | None = None,
+    placed: float = 0.2,
 ) -> Scene:
-    """A random scene of `count` different subjects; a third have a coloured background, a fifth say a place.
+    """A random scene of `count` different subjects; a third have a coloured background.
 
-    `allowed(subject, style)` says which cells may be drawn; None allows all.
+    Args:
+        allowed: allowed(subject, style) says which cells may be drawn; None allows all.
+        placed: the share of two or three subjects whose places are said.
     """
     style = str(rng.choice(styles))
     open_to = [s for s in subjects if allowed is None or allowed(s, style)]
     chosen = tuple(str(s) for s in rng.choice(open_to, count, replace=False))
     background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
-    relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < 0.2 else None
+    relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < placed else None
     return Scene(chosen, style, background, relation, bool(rng.integers(2)))

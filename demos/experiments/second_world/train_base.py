@@ -35,7 +35,7 @@ SINGLE = 2500  # updates on single subjects before the others begin
 BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
 RATE, EMPTY = 6e-4, 0.1  # peak rate; share of empty captions
 NOISY, EXTRA = 600, 0.4  # above this step of 1000 shapes are decided; share of pictures noised from there besides
-CHUNKS, GROWN, EVERY = 8, 80, 150  # chunks of the pool at first and at last; updates from one chunk to the next
+CHUNKS, GROWN, EVERY = 8, 140, 130  # chunks of the pool at first and at last; updates from one chunk to the next
 
 
 def build_unet() -> UNet2DConditionModel:
