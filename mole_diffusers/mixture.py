@@ -240,7 +240,8 @@ class Mixture:
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards.
 
-        Unless it was detached, or another was attached, inside the block. Raises ValueError for a mixture that is off.
+        Unless another is attached when the block ends, or `detach` was called while none was.
+        Raises ValueError for a mixture that is off.
         """
         models = [part.model for part in self._components]
         with self._lock.held():
@@ -257,8 +258,11 @@ class Mixture:
                 _switch(off, on=False)
                 yield
             finally:
-                if _lifted.get(self._denoiser) is self:
-                    self._put_back(models, off)
+                if _lifted.pop(self._denoiser, None) is self:
+                    if attached(self._pipe) is None:
+                        self._put_back(models, off)
+                    else:
+                        self._locking = Undo()  # calls are those of the other now
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -428,7 +432,6 @@ class Mixture:
             try:
                 if before is not None:
                     before._take_off()
-                _forget_lifted(self._denoiser)
                 lock_calls(self._pipe, self.drawing, self._locking)
                 self._install()
             except BaseException:
@@ -495,12 +498,11 @@ class Mixture:
         """Install again, with the adapters of `off`, and those that were switched off since, switched off."""
         off = [model for model in models if model in off or switched_off(model)]
         try:
+            lock_calls(self._pipe, self.drawing, self._locking)  # again, where another came and went
             _switch(off, on=True)
             self._install()
             _switch(off, on=False)
-            del _lifted[self._denoiser]
         except BaseException:
-            _forget_lifted(self._denoiser)
             self._take_off()
             raise
 
@@ -618,7 +620,8 @@ def detach(pipe: Any) -> None:
             mixture._take_off()
         else:
             for model in _denoisers(pipe):
-                _forget_lifted(model)
+                if (lifted := _lifted.pop(model, None)) is not None:  # it does not come back
+                    lifted._locking.close()
             unlock_calls(pipe)  # where an earlier detach was broken off before that
 
 
@@ -646,9 +649,3 @@ def lock_of_pipeline(pipe: Any) -> PipelineLock:
 
 def _denoisers(pipe: Any) -> list[Any]:
     return [compiled_from(model) for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
-
-
-def _forget_lifted(model: Any) -> None:
-    """A mixture that is lifted from this denoiser does not come back."""
-    if (lifted := _lifted.pop(model, None)) is not None:
-        lifted._locking.close()

@@ -97,7 +97,7 @@ def save(
     tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
     about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
-    save_atomically(tensors, folder / WEIGHTS, {"format": "pt", CONFIG: json.dumps(about)})
+    save_atomically(tensors, folder / WEIGHTS, {CONFIG: json.dumps(about)})
     write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
 
 

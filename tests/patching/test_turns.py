@@ -185,6 +185,12 @@ def test_a_lifted_mixture_stays_off_where_it_was_detached_or_replaced(pipe, lora
         ink = draw(pipe)
     assert mole.attached(pipe) is new
     assert torch.equal(draw(pipe), ink)
+    with new.lifted():  # another comes and goes
+        mole.attach(pipe, {"fox": loras["fox"]})
+        mole.detach(pipe)
+        assert torch.equal(draw(pipe), base)
+    assert mole.attached(pipe) is new
+    assert torch.equal(draw(pipe), ink)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
 

@@ -120,7 +120,8 @@ class Judge(nn.Module):
     def save(self, folder: Path) -> None:
         """fp16 weights and the word lists."""
         folder.mkdir(parents=True, exist_ok=True)
-        halves = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        state = {k: v.contiguous() for k, v in self.state_dict().items()}
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
         save_file(halves, folder / "judge.safetensors")
         names = {"subjects": self.subjects, "styles": self.styles, "backgrounds": self.backgrounds}
         (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
