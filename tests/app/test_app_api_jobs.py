@@ -36,7 +36,8 @@ def test_a_job_stops_once_its_client_asks(client):
 
 def test_a_job_stops_once_its_client_is_gone(client):
     address = f"{client.src.rstrip('/')}/gradio_api"
-    asked = httpx.post(f"{address}/call/compose", json={"data": [PROMPT, "", 9, 150, 3.0, "sum", 16]}).json()
+    values = [PROMPT, "", 9, 150, 3.0, "sum", 16, 64, 64, ""]  # all of them: a raw call has no defaults
+    asked = httpx.post(f"{address}/call/compose", json={"data": values}).json()
     with httpx.stream("GET", f"{address}/call/compose/{asked['event_id']}", timeout=30) as answer:
         time.sleep(1)
         assert is_drawing(client)
