@@ -134,6 +134,11 @@ def averaged(name: str) -> dict[str, torch.Tensor]:
     return torch.load(WORK / f"{name}.pt", weights_only=True, map_location="cpu")["ema"]
 
 
+def updates(name: str) -> int:
+    """How many updates the last checkpoint of a run has had."""
+    return torch.load(WORK / f"{name}.pt", weights_only=True, map_location="cpu")["step"]
+
+
 def note(name: str, **facts: object) -> None:
     """What a run found or took, kept in work/took.json and printed."""
     path = WORK / "took.json"

@@ -22,7 +22,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from drawings import Drawings, default_folder
 from encoder import CHANNELS
 from latents import SHAPES, Pool
-from loop import WORK, averaged, constant_then_decay, device, fit, small_attention
+from loop import WORK, averaged, constant_then_decay, device, fit, small_attention, updates
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scenes import SIDE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -133,21 +134,32 @@ def trained() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(default_folder() / "base", torch_dtype=torch.float32).to(device())
 
 
+def updates_before() -> int:
+    """How many updates the weights had that this run began with; kept beside its checkpoint."""
+    note = WORK / "began_at.json"
+    if not note.exists() and not (WORK / "base.pt").exists():
+        WORK.mkdir(exist_ok=True)
+        with safe_open(START, "pt") as start:
+            note.write_text((start.metadata() or {}).get("updates", "0"))
+    return int(note.read_text()) if note.exists() else 0
+
+
 def train(steps: int, decay: int) -> None:
     """Plain v loss on the canvases in turn."""
+    before = updates_before()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     pool = Pool(Drawings(default_folder()))
     both = build_both(tokenizer)
     print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
-    if START.exists() and not (WORK / "base.pt").exists():
+    if not (WORK / "base.pt").exists():
         both.load_state_dict(load_file(START))
     generator = torch.Generator().manual_seed(2)
 
     def loss_at(step: int) -> torch.Tensor:
-        single = step < SINGLE
+        single = before + step < SINGLE
         shape = "one" if single else TURNS[step % len(TURNS)]
         if step % EVERY == 0 or not pool.latents[shape]:
-            pool.grow(min(GROWN, CHUNKS + step // EVERY), ("one",) if single else SHAPES)
+            pool.grow(min(GROWN, CHUNKS + (before + step) // EVERY), ("one",) if single else SHAPES)
         x, captions = pool.batch(shape, BATCH[shape], generator)
         empty = torch.rand(len(captions), generator=generator) < EMPTY
         captions = ["" if e else c for e, c in zip(empty, captions, strict=True)]
@@ -177,7 +189,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.keep:
-        save_file({name: w.half().contiguous() for name, w in averaged("base").items()}, START)
+        weights = {name: w.half().contiguous() for name, w in averaged("base").items()}
+        save_file(weights, START, {"updates": str(updates_before() + updates("base"))})
     elif args.save:
         pipe = pipeline(averaged("base"), train_autoencoder.trained())
         pipe.to(dtype=torch.float16).save_pretrained(default_folder() / "base")
