@@ -31,7 +31,7 @@ from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
 from mole_diffusers.patching.peft_injection import switch, switched_off
 from mole_diffusers.patching.picture_layout import Layout
-from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_calls, lock_of, unlock_calls
+from mole_diffusers.patching.pipeline_lock import PipelineLock, calls_are_locked, lock_calls, lock_of, unlock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
@@ -498,7 +498,9 @@ class Mixture:
         """Install again, with the adapters of `off`, and those that were switched off since, switched off."""
         off = [model for model in models if model in off or switched_off(model)]
         try:
-            lock_calls(self._pipe, self.drawing, self._locking)  # again, where another came and went
+            if not calls_are_locked(self._pipe):  # another came and went
+                self._locking = Undo()
+                lock_calls(self._pipe, self.drawing, self._locking)
             _switch(off, on=True)
             self._install()
             _switch(off, on=False)

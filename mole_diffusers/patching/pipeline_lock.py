@@ -111,6 +111,11 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
         time.sleep(0.02)
 
 
+def calls_are_locked(pipe: Any) -> bool:
+    """Whether calls of `pipe` run inside something."""
+    return pipe in _around
+
+
 def unlock_calls(pipe: Any) -> None:
     """Give back the class's own `__call__`, where no other of its pipelines has a mixture."""
     with _patching:
