@@ -291,7 +291,8 @@ class Actions:
         recipe = self._completed(recipe)
         strengths = recipe.constant_strengths()
         words = plain_text(recipe.text) if recipe.weights else recipe.text
-        path = self.folder / f"{'+'.join(sorted(recipe.experts)) or 'none'}.safetensors"
+        named = "+".join(sorted(recipe.experts)) or "none"
+        path = self.folder / f"{named.replace('/', '_')[:100]}.safetensors"
         with self.studio.lock.held():
             mixture = self.studio.attach_for(recipe)
             if mixture is None:
