@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import mixer, over, paint
+from mole_diffusers.app import draw_over, mixer, paint
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
 from mole_diffusers.app.page import (
@@ -41,7 +41,7 @@ def build(page: Page) -> None:
             _adding(page, prompt)
             mixer.build(page)
             count = _settings(page)
-            picture = over.build(page)
+            picture = draw_over.build(page)
         with gr.Column(scale=4, elem_classes="results"):
             preview = gr.Image(
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
@@ -52,7 +52,7 @@ def build(page: Page) -> None:
 
     def plan(*values: Any) -> Work:
         *given, number, editor = values
-        return page.actions.compose(page.recipe(*given), int(number), over.pictures(editor))
+        return page.actions.compose(page.recipe(*given), int(number), draw_over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
         pictures = job.event.pictures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from tempfile import NamedTemporaryFile
 from PIL import Image
 
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import Recipe
 
@@ -83,9 +83,7 @@ class Gallery:
         self._path(name)
         with self._lock:
             starred = self._favourites() - {name} | ({name} if on else set())
-            part = self.folder / f".{FAVOURITES}"
-            part.write_text(json.dumps(sorted(starred)) + "\n")
-            os.replace(part, self.folder / FAVOURITES)
+            write_text(self.folder / FAVOURITES, json.dumps(sorted(starred)) + "\n")
 
     def trash(self, name: str) -> Path:
         """Move a picture to the folder "trash" beside the others; where it is now. Nothing is deleted there."""

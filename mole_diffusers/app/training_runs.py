@@ -6,11 +6,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.lora.whole_files import new_folder
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.training.engine import checkpoints
@@ -64,21 +64,15 @@ class Run:
         """Make the folder: as it is where the settings are the same, else empty, with the gates to continue from."""
         if self._saved_settings() == self.settings and again != "overwrite":
             return
-        new = Path(mkdtemp(prefix=".new-", dir=_made(self.folder.parent)))
-        if again == "continue":
-            shutil.copytree(self._source(), new / "start", ignore=lambda folder, names: set(names) - set(GATE_FILES))
-        (new / SETTINGS).write_text(json.dumps(self.settings, indent=1) + "\n")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        new.rename(self.folder)
+        with new_folder(self.folder) as new:
+            if again == "continue":
+                shutil.copytree(self._source(), new / "start", ignore=lambda folder, names: set(names) - set(GATE_FILES))
+            (new / SETTINGS).write_text(json.dumps(self.settings, indent=1) + "\n")
 
     def publish(self, mixture: Mixture) -> None:
         """Put the trained gates in the place of any of this name, and into the catalog."""
-        new, final = Path(mkdtemp(prefix=".new-", dir=_made(self.home))), self.home / self.name
-        mixture.save_pretrained(new)
-        if final.exists():
-            final.rename(old := Path(mkdtemp(prefix=".old-", dir=self.home)) / "gates")
-            shutil.rmtree(old.parent)
-        new.rename(final)
+        with new_folder(final := self.home / self.name) as new:
+            mixture.save_pretrained(new)
         self.catalog.add_gates(self.name, final)
 
     def _saved_settings(self) -> Any:
@@ -94,8 +88,3 @@ class Run:
         if not (found := checkpoints(self.folder)):
             raise ValueError(f"the run {self.name!r} has no checkpoint yet: overwrite it")
         return found[-1]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

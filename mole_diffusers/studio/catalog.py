@@ -161,8 +161,10 @@ def tensors_hash(path: Path) -> str:
 
 
 def folder_gates(folder: str | Path) -> dict[str, Path]:
-    """{name: folder} of the gates saved in a folder."""
-    return {p.parent.name: p.parent for p in sorted(Path(folder).glob(f"*/{checkpoint.CONFIG}"))}
+    """{name: folder} of the gates saved in a folder, those too whose replacing was broken off."""
+    configs = sorted(Path(folder).glob(f"[!.]*/{checkpoint.CONFIG}"))
+    aside = {path.name[1:-4]: path for path in sorted(Path(folder).glob(".*.old")) if (path / checkpoint.CONFIG).is_file()}
+    return aside | {config.parent.name: config.parent for config in configs}
 
 
 def gates_hash(folder: Path) -> str:

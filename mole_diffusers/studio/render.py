@@ -24,13 +24,12 @@ from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.samplers import SAMPLERS, sampler, sampler_name, samplers_of
+from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
-__all__ = ["MERGED", "MERGES", "SAMPLERS", "OnStep", "Studio"]
 
 
 class Studio:

@@ -44,6 +44,14 @@ def test_demos_run(script, arguments, monkeypatch, tmp_path, capsys):
         assert (tmp_path / path).exists()
 
 
+@pytest.mark.thorough
+def test_the_time_to_the_first_picture_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["first_picture.py", "--runs", "1"])
+    runpy.run_path(str(ROOT / "demos" / "app" / "first_picture.py"), run_name="__main__")
+    page, picture = (float(line.split()[-4]) for line in capsys.readouterr().out.splitlines())
+    assert 0 < page < picture
+
+
 ROWS = {  # of the README's table, in the words of docs/results.md
     "each LoRA alone (mean)": "alone",
     "plain sum": "sum",

@@ -232,3 +232,10 @@ def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
         with pytest.raises(ValueError, match="mask"):
             dataclasses.replace(recipe, masks=masks).tag_bindings()
     assert Recipe.from_dict({key: v for key, v in painted.to_dict().items() if key != "masks"} | {"version": 2}).masks == {}
+
+
+def test_gates_that_are_half_written_are_not_listed_and_those_put_aside_are(tmp_path):
+    for name in ("fox+ink", ".hat.1234.part", ".hat.old", ".fox+ink.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert folder_gates(tmp_path) == {"fox+ink": tmp_path / "fox+ink", "hat": tmp_path / ".hat.old"}

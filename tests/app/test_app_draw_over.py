@@ -17,7 +17,7 @@ from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
-from mole_diffusers.app import over, paint
+from mole_diffusers.app import draw_over, paint
 
 RECIPE = Recipe(PROMPT, seed=3, steps=4, width=32, height=32, gates="sum")
 PICTURE = Image.effect_noise((64, 32), 90).convert("RGB")
@@ -47,9 +47,9 @@ def drawn(actions, recipe, *args):
 
 
 def test_an_editor_gives_a_picture_and_a_mask():
-    assert over.pictures(None) == over.pictures({"background": None, "layers": [], "composite": None}) == {}
-    assert set(over.pictures(editor())) == {"image"}
-    found = over.pictures(editor((0, 0, 32, 32)))
+    assert draw_over.pictures(None) == draw_over.pictures({"background": None, "layers": [], "composite": None}) == {}
+    assert set(draw_over.pictures(editor())) == {"image"}
+    found = draw_over.pictures(editor((0, 0, 32, 32)))
     assert np.array_equal(np.asarray(found["image"]), np.asarray(PICTURE))
     mask = np.asarray(found["mask"])
     assert mask[:, :28].min() == 255
@@ -57,12 +57,12 @@ def test_an_editor_gives_a_picture_and_a_mask():
 
 
 def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
-    plain, whole = drawn(actions, RECIPE), drawn(actions, RECIPE, over.pictures(editor()))
-    part = drawn(actions, RECIPE, over.pictures(editor((0, 0, 32, 32))))
+    plain, whole = drawn(actions, RECIPE), drawn(actions, RECIPE, draw_over.pictures(editor()))
+    part = drawn(actions, RECIPE, draw_over.pictures(editor((0, 0, 32, 32))))
     assert len({pixels(one.path).tobytes() for one in (plain, whole, part)}) == 3
     read = infotext.read(part.path)
     assert (read.image == whole.recipe.image != "", read.mask != "", whole.recipe.mask) == (True, True, "")
-    redrawn = actions.studio.draw(read, **over.pictures(editor((0, 0, 32, 32))))
+    redrawn = actions.studio.draw(read, **draw_over.pictures(editor((0, 0, 32, 32))))
     assert np.abs(np.asarray(redrawn, int) - pixels(part.path)).max() <= 1
 
 
