@@ -244,7 +244,7 @@ class Mixture:
         Raises ValueError for a mixture that is off.
         """
         models = [part.model for part in self._components]
-        with self._lock.held():
+        with self._lock.held(around=True):
             if _lifted.get(self._denoiser) is self:
                 yield
                 return
@@ -343,7 +343,7 @@ class Mixture:
     @contextmanager
     def _with_settings(self, **values: Any) -> Iterator[None]:
         """Keep other threads out and change the runtime settings while the block runs."""
-        with self._lock.held():
+        with self._lock.held(around=True):
             before = {name: getattr(self._runtime, name) for name in values}
             self._open.append(before)
             try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
 from mole_diffusers.patching.undo import Undo
 
@@ -23,6 +26,18 @@ OTHER_TASK = (
     "for anything (`await`): run it in a thread, as with asyncio.to_thread"
 )
 ENDED = "a `with` block of this mixture was opened on a thread that has ended; close it first"
+MOVED = (
+    "a `with` block of this mixture was entered at {place} on thread {thread!r}, and the generator that holds it goes on "
+    "on another; run such a generator on one thread"
+)
+WAITING = (
+    "waiting for {seconds:.0f} s for the `with` block that thread {thread!r} entered at {place}; if that block waits for "
+    "this thread, as by `future.result()`, neither will ever end"
+)
+WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
+
+OWN = (str(Path(__file__).parents[1]), contextlib.__file__)  # whose frames are not a user's
+SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 _locks: WeakKeyDictionary[Any, PipelineLock] = WeakKeyDictionary()  # denoiser -> its lock
 _around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
@@ -42,35 +57,85 @@ class PipelineLock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holder: tuple[threading.Thread, Any] | None = None
-        self._blocks = 0  # that are open
+        self._open: list[ref[_Block]] = []  # blocks, the outermost first
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, *, around: bool = False) -> Iterator[None]:
         """Keep others out while the block runs, and as long as another block of the same holder does.
 
-        Raises RuntimeError where waiting would never end: for another task of this thread, or for a thread that ended.
+        Args:
+            around: whether a user's own code runs inside: whoever waits long for it is told where it was entered.
+
+        Raises RuntimeError where waiting would never end: for another task of this thread, for a thread that ended, or for
+        a block of the very generator that waits.
         """
-        me = threading.current_thread(), _task()
+        me, block = (threading.current_thread(), _task()), _Block(sys._getframe(1), around)
         thread, task = self._holder or (None, None)
         if not (thread is me[0] and task in (None, me[1])):
             self._acquire(me[0])
             self._holder = me
-        self._blocks += 1
+        self._open.append(opened := ref(block))
         try:
             yield
         finally:
-            self._blocks -= 1
-            if self._blocks == 0:
+            self._open.remove(opened)
+            if not self._open:
                 self._holder = None
                 self._lock.release()
 
     def _acquire(self, me: threading.Thread) -> None:
+        since, outermost = time.monotonic(), self._open[:1]
         while not self._lock.acquire(timeout=0.5):
             thread, _ = self._holder or (None, None)
+            if thread is None:
+                continue
             if thread is me:
                 raise RuntimeError(OTHER_TASK)
-            if thread is not None and not thread.is_alive():
+            blocks = [block for opened in list(self._open) if (block := opened()) is not None]
+            mine = set(_callers(sys._getframe()))
+            if moved := next((block for block in blocks if mine & block.generators), None):
+                raise RuntimeError(MOVED.format(place=moved.place, thread=thread.name))
+            if not thread.is_alive():
                 raise RuntimeError(ENDED)
+            around = next((block for block in blocks if block.around), None)
+            if around is None or _calls(thread) or outermost != self._open[:1]:
+                since, outermost = time.monotonic(), self._open[:1]
+            elif (waited := time.monotonic() - since) > WARN_AFTER:
+                warnings.warn(WAITING.format(seconds=waited, thread=thread.name, place=around.place), stacklevel=4)
+                since = float("inf")  # once
+
+
+class _Block:
+    """A block that holds a lock.
+
+    It is `held` that keeps it, and the lock knows it weakly: a block that everybody has dropped is collected, and so ends.
+
+    Attributes:
+        place: where it was entered, outside of this package.
+        generators: frames of the generators and coroutines that ran then. Each may be suspended, with the block open, and go
+            on on another thread.
+        around: whether a user's code runs inside.
+    """
+
+    def __init__(self, frame: Any, around: bool):
+        callers = [f for f in _callers(frame) if not f.f_code.co_filename.startswith(OWN)]
+        self.place = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in callers), "?")
+        self.generators = {f for f in callers if f.f_code.co_flags & SUSPENDABLE}
+        self.around = around
+
+
+def _callers(frame: Any) -> list[Any]:
+    """A frame of this thread and those that called it."""
+    found = []
+    while frame is not None:
+        found.append(frame)
+        frame = frame.f_back
+    return found
+
+
+def _calls(thread: threading.Thread) -> bool:
+    """Whether a call of a pipeline runs on a thread."""
+    return any(running == thread.ident for running, _ in list(_running))
 
 
 def lock_of(denoiser: Any) -> PipelineLock:
