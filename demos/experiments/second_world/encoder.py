@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import words
 from diffusers import AutoencoderKL
 from drawings import Drawings
-from loop import WORK, save_whole, to_tensor
+from loop import to_tensor
+from safetensors.torch import load_file, save_file
 from scenes import draw_scene
 from torch import nn
 
@@ -37,8 +38,11 @@ class Patches:
 
 
 def patches(drawings: Drawings, pictures: int = 1500) -> Patches:
-    """The principal components of the world's pictures; found once and kept in work/patches.pt."""
-    path = WORK / "patches.pt"
+    """The principal components of the world's pictures; found once and kept beside the drawings.
+
+    Near-equal components turn with the machine's rounding, so base and decoder must share the file.
+    """
+    path = drawings.folder / "patches.safetensors"
     if not path.exists():
         rng = np.random.default_rng(5)
         scenes = (draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(pictures))
@@ -48,8 +52,8 @@ def patches(drawings: Drawings, pictures: int = 1500) -> Patches:
         spread, axes = variance.flip(0)[:CHANNELS].sqrt(), axes.flip(1)[:, :CHANNELS]
         weight = axes.T / spread[:, None] ** EVENING
         weight = weight / (spread ** (1 - EVENING)).square().mean().sqrt()
-        save_whole({"weight": weight, "bias": -weight @ mean}, path)
-    return Patches(**torch.load(path, weights_only=True))
+        save_file({"weight": weight.contiguous(), "bias": -weight @ mean}, path)
+    return Patches(**load_file(path))
 
 
 @torch.no_grad()

@@ -54,8 +54,7 @@ class Pool:
 
     def _encoded(self, shape: str, k: int) -> dict:
         rng = np.random.default_rng([k, list(SHAPES).index(shape)])
-        placed = 0.6 if 80 <= k < 120 else 0.2  # words of places help it to tell two subjects apart
-        scenes = [draw_shape(shape, rng, placed) for _ in range(SHAPES[shape])]
+        scenes = [draw_shape(shape, rng, placed=0.4) for _ in range(SHAPES[shape])]  # places help to tell subjects apart
         freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner where places hardly vary
         pictures = to_tensor([self.drawings.picture(s, rng, freedom) for s in scenes])
         return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from muon import MuonAndAdamW
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,15 +81,16 @@ def fit(
     share: Callable[[int], float],
     decay: float = 0.995,
     generator: torch.Generator | None = None,
+    optimizer: torch.optim.Optimizer | MuonAndAdamW | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Train `module` on `loss_at(step)` with AdamW at `lr * share(step)`; returns the averaged weights.
+    """Train `module` on `loss_at(step)` at `lr * share(step)`, with AdamW or `optimizer`; returns the averaged weights.
 
     work/NAME.pt is written every five minutes and at the end, and picked up again by the next run, with the optimiser and
     the random state of `generator`. A line every half minute goes to standard output and to work/NAME.log.
     """
     WORK.mkdir(exist_ok=True)
     path = WORK / f"{name}.pt"
-    optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
     ema, start, seconds = Ema(module, decay), 0, 0.0
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location=device())
@@ -106,7 +108,7 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         ema.update(module)
         recent.append(loss.detach())
         now, last = time.time(), step + 1 == steps

@@ -9,8 +9,8 @@ import numpy as np
 from words import BACKGROUNDS, STYLES
 
 SIDE = 64  # pixels: the side of the square that one subject is given
-SMALLEST, LARGEST = 48, 58  # pixels of a subject's side
-SHIFT = 3  # pixels, at most, that a subject stands off the middle of its square
+SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
+SHIFT = 1  # pixels, at most, that a subject stands off the middle of its square: what no caption says is blurred at first
 ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
 RELATIONS = ACROSS + UPRIGHT
 Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
@@ -52,7 +52,7 @@ class Scene:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the canvas in pixels: each subject has 48 to 58."""
+        """Width and height of the canvas in pixels: each subject has 50 to 58."""
         count = len(self.subjects)
         if count == 2:
             upright = self.relation in UPRIGHT if self.relation else self.upright

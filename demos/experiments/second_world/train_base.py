@@ -23,6 +23,7 @@ from drawings import Drawings, default_folder
 from encoder import CHANNELS
 from latents import SHAPES, Pool
 from loop import WORK, averaged, constant_then_decay, device, fit, small_attention, updates
+from muon import MuonAndAdamW
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scenes import SIDE
@@ -31,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 START = default_folder() / "base_start.safetensors"
 TOKENS, WIDTH = 32, 128
-TURNS = ("one", "wide", "one", "tall", "one", "one", "square", "one")  # canvases, in turn
+TURNS = ("wide", "tall", "one", "wide", "tall", "square", "wide", "one")  # canvases, in turn
 SINGLE = 2500  # updates on single subjects before the others begin
 BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
 RATE, EMPTY = 6e-4, 0.1  # peak rate; share of empty captions
@@ -177,7 +178,8 @@ def train(steps: int, decay: int) -> None:
         return constant_then_decay(step, steps=steps, warmup=200, decay=max(1, decay))
 
     with small_attention():
-        fit("base", both, loss_at, steps=steps, lr=RATE, share=share, decay=0.999, generator=generator)
+        muon = MuonAndAdamW(both, RATE)
+        fit("base", both, loss_at, steps=steps, lr=RATE, share=share, decay=0.999, generator=generator, optimizer=muon)
 
 
 def main() -> None:
