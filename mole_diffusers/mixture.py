@@ -29,7 +29,7 @@ from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, c
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
-from mole_diffusers.patching.peft_injection import switch, switched_off
+from mole_diffusers.patching.peft_injection import switch, switched_off, switches
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_lock import PipelineLock, calls_are_locked, lock_calls, lock_of, unlock_calls
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
@@ -240,7 +240,9 @@ class Mixture:
     def lifted(self) -> Iterator[None]:
         """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards.
 
-        Unless another is attached when the block ends, or `detach` was called while none was.
+        Unless another is attached when the block ends, or `detach` was called while none was. What `enable_lora`,
+        `disable_lora` and `set_adapters` do to ordinary LoRAs inside stays, and a mixture beside them is on or off as they
+        are. Where there are none, those calls do nothing, as without a mixture.
         Raises ValueError for a mixture that is off.
         """
         models = [part.model for part in self._components]
@@ -250,17 +252,18 @@ class Mixture:
                 return
             if attached(self._pipe) is not self:
                 raise ValueError("this mixture is not attached any more")
-            off = [model for model in models if switched_off(model)]  # by `disable_lora`, which stays so
+            off, before = [model for model in models if switched_off(model)], {}  # by `disable_lora`, which stays so
             _lifted[self._denoiser] = self
             try:
                 _switch(off, on=True)
                 self._uninstall()
                 _switch(off, on=False)
+                before = switches(models)
                 yield
             finally:
                 if _lifted.pop(self._denoiser, None) is self:
                     if attached(self._pipe) is None:
-                        self._put_back(models, off)
+                        self._put_back(_now_off(models, off, before))
                     else:
                         self._locking = Undo()  # calls are those of the other now
 
@@ -494,9 +497,8 @@ class Mixture:
         """The mixture of the pipeline's copy."""
         return attached(deepcopy(self._pipe, memo))
 
-    def _put_back(self, models: Sequence[nn.Module], off: Sequence[nn.Module]) -> None:
-        """Install again, with the adapters of `off`, and those that were switched off since, switched off."""
-        off = [model for model in models if model in off or switched_off(model)]
+    def _put_back(self, off: Sequence[nn.Module]) -> None:
+        """Install again, with the adapters of the models `off` switched off."""
         try:
             if not calls_are_locked(self._pipe):  # another came and went
                 self._locking = Undo()
@@ -554,6 +556,21 @@ class Mixture:
 def _switch(models: Sequence[nn.Module], *, on: bool) -> None:
     for model in models:
         switch(model, on)
+
+
+def _now_off(models: Sequence[nn.Module], off: Sequence[nn.Module], before: Mapping[nn.Module, bool]) -> list[nn.Module]:
+    """The models whose adapters are to be off after a lifted block, for which those in `off` were off.
+
+    Models without LoRAs in the block follow a switch of the others, since calls of the pipeline switch all that they find.
+    LoRAs that came on inside do not switch a model on.
+
+    Args:
+        before: what `switches` was when the block began.
+    """
+    now = {model: is_off for model, is_off in switches(models).items() if model in before or is_off}
+    switched = {is_off for model, is_off in now.items() if is_off != before.get(model, False)}
+    others = models if switched == {True} else () if switched == {False} else off
+    return [model for model in models if now.get(model, model in others)]
 
 
 def attach(

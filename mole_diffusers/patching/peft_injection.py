@@ -7,7 +7,7 @@ adapters, quantised layers and hooks of the host working. The extension point is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -140,6 +140,11 @@ def _remove(model: Any, adapter: str, had_config: bool) -> None:
 def switched_off(model: nn.Module) -> bool:
     """Whether `disable_lora` has switched a model's adapters off."""
     return any(layer.disable_adapters for layer in adapted(model))
+
+
+def switches(models: Iterable[nn.Module]) -> dict[nn.Module, bool]:
+    """Of the models that carry LoRAs: whether they are switched off."""
+    return {model: switched_off(model) for model in models if adapted(model)}
 
 
 def switch(model: nn.Module, on: bool) -> None:

@@ -154,6 +154,62 @@ def test_what_is_disabled_stays_so(pipe, loras, draw, tmp_path, beside):
     torch.testing.assert_close(draw(pipe), on, **close)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["on both models", "beside experts on more models"])
+def test_what_is_switched_in_a_lifted_block_stays(pipe, loras, draw, tmp_path, mixed):
+    """The same calls inside the block and outside of it give the same pictures."""
+    base, close = draw(pipe), {"atol": 1e-5, "rtol": 0}
+    if mixed:
+        pipe.unet.load_lora_adapter(loras["hat"], adapter_name="hat", prefix="unet")
+    else:
+        pipe.load_lora_weights(loras["hat"], adapter_name="hat")
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")})
+    on = draw(pipe)
+    pipe.set_adapters(["hat"], 0.3)
+    weaker = draw(pipe)
+    pipe.set_adapters(["hat"], 1.0)
+
+    def drawn_after(*calls):
+        with mixture.lifted():
+            for call in calls:
+                call()
+        return draw(pipe)
+
+    for picture, *calls in (
+        (base, pipe.disable_lora),
+        (base,),  # it is off, and stays off
+        (base, lambda: pipe.set_adapters(["hat"], 1.0)),
+        (base, lambda: pipe.unet.load_lora_adapter(loras["ink"], adapter_name="late", prefix="unet")),
+        (base, lambda: pipe.delete_adapters("late")),
+        (on, pipe.enable_lora),
+        (on, pipe.disable_lora, pipe.enable_lora),
+        (weaker, lambda: pipe.set_adapters(["hat"], 0.3)),
+        (on, lambda: pipe.set_adapters(["hat"], 1.0)),
+    ):
+        torch.testing.assert_close(drawn_after(*calls), picture, **close)
+    assert not torch.allclose(on, weaker, atol=1e-3)
+    assert not torch.allclose(on, base, atol=1e-3)
+    mole.detach(pipe)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(draw(pipe), base, **close)
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_lora_that_comes_in_a_lifted_block_leaves_the_mixture_off(pipe, loras, draw, tmp_path, off):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    pipe.disable_lora()
+    with mixture.lifted():
+        pipe.load_lora_weights(loras["hat"], adapter_name="hat")
+        if off:
+            pipe.disable_lora()
+    silent = draw(pipe)
+    pipe.enable_lora()
+    beside = draw(pipe)
+    mole.detach(pipe)
+    assert not torch.allclose(beside, draw(pipe), atol=1e-3)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(silent, draw(pipe), atol=1e-5, rtol=0)
+
+
 def test_another_unet_in_its_place_does_not_hide_the_mixture(pipe, loras, draw):
     base, unet = draw(pipe), pipe.unet
     mixture = mole.attach(pipe, loras)
