@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, ref
+from weakref import WeakKeyDictionary, WeakMethod, finalize, ref
 
 from mole_diffusers.patching.undo import Undo
 
@@ -165,6 +165,9 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
     """
     undo.callback(unlock_calls, pipe)
     kind, me = type(pipe), threading.get_ident()
+    collected = finalize(pipe, _give_back, kind)  # a pipeline that nobody detached
+    collected.atexit = False
+    undo.callback(collected.detach)
     with _patching:
         _around[pipe] = WeakMethod(around)
         if kind not in _patched or not _reaches(kind.__call__, _patched[kind][0]):
@@ -185,15 +188,21 @@ def unlock_calls(pipe: Any) -> None:
     """Give back the class's own `__call__`, where no other of its pipelines has a mixture."""
     with _patching:
         _around.pop(pipe, None)
-        kind = type(pipe)
+        _give_back(type(pipe))
+
+
+def _give_back(kind: Any) -> None:
+    with _patching:
         ours, had_own = _patched.get(kind, (None, False))
+        if ours is None or any(type(pipe) is kind for pipe in list(_around)):
+            return
         # Where someone has wrapped ours since, it stays inside theirs and does nothing.
-        if ours is not None and vars(kind).get("__call__") is ours and not any(type(p) is kind for p in list(_around)):
+        if vars(kind).get("__call__") is ours:
             if had_own:
                 kind.__call__ = ours.__wrapped__  # type: ignore[attr-defined]
             else:
                 del kind.__call__
-            del _patched[kind]
+            _patched.pop(kind, None)
 
 
 def _patch(kind: Any) -> None:

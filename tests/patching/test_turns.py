@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from hosts import assert_same, breaking, snapshot
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
+from mole_diffusers.patching import pipeline_lock
 from mole_diffusers.testing import tiny_pipeline
 
 SETTINGS = {  # one per thread
@@ -137,6 +139,39 @@ def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras, draw):
         assert '"_class_name": "Own"' in (Path(folder) / "model_index.json").read_text()
     mole.detach(pipe)
     assert "__call__" not in vars(kind)
+
+
+def test_a_class_gets_its_call_back_with_the_last_pipeline(loras, draw):
+    """Pipelines that nobody detached, collected on whatever thread."""
+    one, kind = of_its_own_kind(tiny_pipeline())
+    other = kind(**tiny_pipeline(1).components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    for pipe in (one, other):
+        for name in ("fox", "ink"):
+            mole.attach(pipe, {name: loras[name]})
+    picture, known = draw(other), weakref.ref(one)
+    del one, pipe
+    gc.collect()
+    assert known() is None
+    assert "__call__" in vars(kind)
+    assert torch.equal(draw(other), picture)
+    del other
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(gc.collect).result(60)
+    assert "__call__" not in vars(kind)
+    assert kind not in pipeline_lock._patched
+
+
+def test_attaching_again_and_again_keeps_one_note_of_a_pipeline(pipe, loras):
+    mole.attach(pipe, {"fox": loras["fox"]})
+    count = weakref.getweakrefcount(pipe)
+    for _ in range(3):
+        mole.attach(pipe, {"fox": loras["fox"]})
+        with mole.attached(pipe).lifted():
+            pass
+    assert weakref.getweakrefcount(pipe) == count
+    mole.detach(pipe)
+    assert weakref.getweakrefcount(pipe) == 0
 
 
 def test_a_call_is_entered_once_where_a_class_and_its_parent_are_patched(pipe, loras, draw, monkeypatch):
