@@ -23,11 +23,17 @@ def built(loras, home):
 @contextmanager
 def served(loras, folder, **options):
     """A client of a fresh app. `folder` is for its gates and what the client downloads."""
+    with launched(built(loras, folder / "gates"), folder, **options) as client:
+        yield client
+
+
+@contextmanager
+def launched(blocks, folder, **options):
+    """A client of an app; what it downloads goes to `folder`."""
     from gradio_client import Client
 
     from mole_diffusers.app.build import launch
 
-    blocks = built(loras, folder / "gates")
     try:
         _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True, **options)
         yield Client(url.replace("0.0.0.0", "127.0.0.1"), verbose=False, download_files=str(folder))

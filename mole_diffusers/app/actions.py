@@ -29,7 +29,9 @@ from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
+from mole_diffusers.studio.base_models import Base, open_base, usual_guidance
 from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import plain_text
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
@@ -78,11 +80,14 @@ class Actions:
     Attributes:
         folder: temporary files, deleted when the app ends.
         own: pictures that are not kept, as those of a comparison.
+        bases: name -> what `opening` takes, of the base models that can be chosen.
 
     Args:
         home: folder of the trained gates; by default they are deleted when the app ends.
         gallery: folder of the composed pictures; by default they are deleted when the app ends.
-        thumbnail: a small picture of a LoRA by name; by default the PNG beside its file, as in other tools.
+        thumbnail: a small picture of a LoRA by name, where it has one; else the PNG beside its file, as in other tools.
+        bases: the base models that can be chosen, as `base_models.bases_of` names them; by default the studio's own alone.
+        opening: opens one of them.
     """
 
     def __init__(
@@ -92,16 +97,51 @@ class Actions:
         home: Path | None = None,
         gallery: Path | None = None,
         thumbnail: Thumbnail | None = None,
+        bases: Mapping[str, str] | None = None,
+        opening: Callable[[str], Base] = open_base,
     ):
-        self.studio, self.thumbnail = studio, thumbnail or self._png_beside
+        self.studio, self._thumbnail = studio, thumbnail
+        self.bases, self._opening = dict(bases or {Path(studio.base).name: studio.base}), opening
+        self._first_base = studio.base
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
         self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
-        self._preview = PreviewDecoder(studio.pipe)
-        self._library: LoraLibrary | None = None  # of the files below
+        self._preview = PreviewDecoder()
+        self._library: LoraLibrary | None = None  # of the files below, for this base
         self._library_files: dict[str, Path] = {}
+
+    # ---- the base model
+
+    @property
+    def base(self) -> str:
+        """The name of the base model that is here, one of `bases`."""
+        return next(name for name, source in self.bases.items() if source == self.studio.base)
+
+    def change_base(self, name: str) -> Work:
+        """Put another base model in the place of this one, for all visitors: in the end a sentence.
+
+        Raises ValueError for a name that is none of `bases`.
+        """
+        if (found := matching(name, self.bases)) is None:
+            raise ValueError(f"there is no base model {name!r}; {known_names(name, self.bases)}")
+
+        def work(report: Report) -> str:
+            report(f"opening {found}")
+            if self.base != found:
+                self.studio.change_base(self.bases[found], self._opening)
+                self._library = None
+            return f"{found} is open: {type(self.studio.pipe).__name__}"
+
+        return work
+
+    def settings_of_base(self) -> dict[str, Any]:
+        """Size and usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
+        if self.studio.base == self._first_base:
+            return {}
+        side = self.studio.default_side
+        return {"width": side, "height": side, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
 
     # ---- LoRAs and gates
 
@@ -148,6 +188,10 @@ class Actions:
         """Add uploaded gates; their description. See `files.import_gates`."""
         name = files.import_gates(self.studio.catalog, paths, name, home=self.home)
         return files.describe_gates(self.studio.catalog, name)
+
+    def thumbnail(self, name: str) -> Image.Image | None:
+        """A small picture of a LoRA, None without one."""
+        return (self._thumbnail and self._thumbnail(name)) or self._png_beside(name)
 
     def _png_beside(self, name: str) -> Image.Image | None:
         catalog = self.studio.catalog
@@ -214,7 +258,7 @@ class Actions:
             def on_step(_: Any, latents: torch.Tensor) -> None:
                 state.done += 1
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
-                report(dataclasses.replace(state, preview=self._preview(latents)))
+                report(dataclasses.replace(state, preview=self._preview(self.studio.pipe, latents)))
 
             for label, recipe in recipes:
                 layouts: list[Layout] = []
@@ -294,6 +338,7 @@ class Actions:
         named = "+".join(sorted(recipe.experts)) or "none"
         path = self.folder / f"{named.replace('/', '_')[:100]}.safetensors"
         with self.studio.lock.held():
+            self.studio.check_base(recipe)
             mixture = self.studio.attach_for(recipe)
             if mixture is None:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
@@ -334,17 +379,17 @@ def _noting(layouts: list[Layout], recipe: Recipe) -> Callable[[Mixture], Abstra
 class PreviewDecoder:
     """Latents [1, C, h, w] -> picture, or None where decoding now would exceed PREVIEW_SHARE of the time."""
 
-    def __init__(self, pipe: Any):
-        self.pipe, self._cost, self._last = pipe, 0.0, 0.0  # seconds that one takes; when the last was made
+    def __init__(self) -> None:
+        self._cost, self._last = 0.0, 0.0  # seconds that one takes; when the last was made
 
     @torch.no_grad()
-    def __call__(self, latents: torch.Tensor) -> Image.Image | None:
+    def __call__(self, pipe: Any, latents: torch.Tensor) -> Image.Image | None:
         begun = time.monotonic()
         if begun - self._last < self._cost / PREVIEW_SHARE:
             return None
-        vae = self.pipe.vae
+        vae = pipe.vae
         decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor).sample
-        image: Image.Image = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+        image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
         self._last = time.monotonic()
         self._cost = self._last - begun
         return image

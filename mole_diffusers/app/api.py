@@ -34,6 +34,7 @@ RECIPE_FIELDS = (
 def add(page: Page) -> None:
     """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS."""
     for group in (
+        _base_endpoints,
         _lora_endpoints,
         _drawing_endpoints,
         _comparing_endpoints,
@@ -55,7 +56,8 @@ def add(page: Page) -> None:
 def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
-    return Recipe.from_dict({**page.defaults.to_dict(), "prompt": None, **given, "format": FORMAT, "version": VERSION})
+    first = {**page.fresh().to_dict(), "prompt": None, "base": ""}
+    return Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
 
 
 def _uploaded(file: Any) -> Path:
@@ -117,6 +119,25 @@ def _image_file(page: Page, image: Image.Image, stem: str) -> Any:
 # ---- the endpoints
 
 
+def _base_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
+    actions = page.actions
+
+    def bases() -> tuple[str, list[str]]:
+        """The name of the base model that is open, and of all that can be."""
+        return actions.base, list(actions.bases)
+
+    async def base(request: gr.Request, name: str) -> str:
+        """Open another base model, for everyone, after the jobs that are there; in the end its name.
+
+        Args:
+            name: one of `bases`.
+        """
+        await _job(page, request, "base", lambda: actions.change_base(_text(name, "the name")))
+        return actions.base
+
+    yield from (bases, base)
+
+
 def _lora_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions, catalog = page.actions, page.actions.studio.catalog
 
@@ -153,11 +174,11 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         negative: str = "",
         seed: int = 0,
         steps: int = d.steps,
-        guidance: float = d.guidance,
+        guidance: float | None = None,
         gates: str = "auto",
         count: int = 1,
-        width: int = d.width,
-        height: int = d.height,
+        width: int | None = None,
+        height: int | None = None,
         sampler: str = "",
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
@@ -167,15 +188,16 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             negative: the negative prompt.
             seed: of the first picture; the others have the next ones. -1 is a random one.
             steps: 1..150.
-            guidance: 0..50; 1 is none.
+            guidance: 0..50; 1 is none. By default that of the base model.
             gates: "auto", "sum", "mean" or the name of trained gates.
             count: number of pictures, 1..16.
-            width: in pixels, rounded to what the model can draw.
+            width: in pixels, rounded to what the model can draw; by default the base model's own.
             height: likewise.
             sampler: its usual name, for example "DPM++ 2M Karras"; "" is the model's own.
         """
-        wanted = {"negative": negative, "seed": seed, "steps": steps, "guidance": guidance, "gates": gates}
-        wanted |= {"width": width, "height": height, "sampler": sampler}
+        wanted: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
+        own = {"guidance": guidance, "width": width, "height": height}
+        wanted |= {name: value for name, value in own.items() if value is not None}
         number = _whole(count, "the number of pictures")
         recipe = _recipe(page, {"prompt": prompt, **wanted})
         pictures = (await _job(page, request, "compose", lambda: actions.compose(recipe, number))).pictures

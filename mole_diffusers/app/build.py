@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from mole_diffusers.app import base_choice
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import add as add_api
 from mole_diffusers.app.compose_tab import build as compose_tab
@@ -23,7 +24,6 @@ from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
 from mole_diffusers.app.train_tab import build as train_tab
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.samplers import samplers_of
 
 TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
 STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
@@ -39,10 +39,12 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})
         page.locks, page.masks = gr.State({}), gr.State({})
         page.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
+        status = base_choice.build(page)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as page.tabs:
             for name, tab in TABS.items():
                 with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
                     tab(page)
+        base_choice.connect(page, status)
         _remember(page)
     return blocks
 
@@ -57,22 +59,27 @@ def _remember(page: Page) -> None:
     def enter(visitor: Any, values: Any) -> Any:
         visitor = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16)
         try:
+            values = [page.actions.base if field is page.base else v for field, v in zip(fields, values, strict=True)]
             recipe = page.recipe(*values[: len(page.inputs)])
-            samplers = ("", *samplers_of(page.actions.studio.pipe.scheduler))
-            fits = len(values) == len(fields) and recipe.gates in page.gates() and recipe.sampler in samplers
+            samplers = ("", *page.actions.studio.samplers)
+            fits = recipe.gates in page.gates() and recipe.sampler in samplers
         except Exception:  # fields of another release, or what else a browser has there
             fits = False
         if not fits:
-            recipe, values = page.defaults, None
-        shown = [gr.skip()] * len(fields) if values is None else values
+            recipe, skip = page.fresh(), [gr.skip()] * len(fields)
+            values = skip if recipe == page.defaults else [*page.values(recipe), *skip[len(page.inputs) :]]
         try:
             cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
         except ValueError:  # a LoRA that is not here any more; composing says so
             cards = []
-        return visitor, *shown, cards, redraw(cards)
+        return visitor, *values, cards, redraw(cards)
 
     lists, choices = zip(*page.lists, strict=True)
-    listed = page.blocks.load(lambda: [gr.update(choices=each()) for each in choices], None, list(lists), **PRIVATE)
+
+    def now() -> Any:
+        return page.actions.base, *(gr.update(choices=each()) for each in choices)
+
+    listed = page.blocks.load(now, None, [page.base, *lists], **PRIVATE)
     entered = listed.then(enter, [page.visitor, saved], [page.visitor, *fields, page.cards, page.shown], **PRIVATE)
     for resume, outputs in page.resumed:
         entered.then(resume, page.visitor, outputs, concurrency_limit=None, **PRIVATE)

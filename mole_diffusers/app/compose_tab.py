@@ -26,7 +26,6 @@ from mole_diffusers.app.page import (
 )
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
-from mole_diffusers.studio.samplers import samplers_of
 
 
 def build(page: Page) -> None:
@@ -145,8 +144,9 @@ def _settings(page: Page) -> Any:
             page.controls["height"] = gr.Number(d.height, label="Height", precision=0)
         with gr.Row():
             page.controls["sampler"] = gr.Dropdown(
-                ["default", *samplers_of(page.actions.studio.pipe.scheduler)], value="default", label="Sampler"
+                ["default", *page.actions.studio.samplers], value="default", label="Sampler", elem_id="sampler"
             )
+            page.lists.append((page.controls["sampler"], lambda: ["default", *page.actions.studio.samplers]))
             page.controls["gates"] = gr.Dropdown(
                 page.gates(),
                 value=d.gates,

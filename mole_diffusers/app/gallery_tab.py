@@ -55,7 +55,8 @@ def build(page: Page) -> None:
             raise ValueError(f"there is no picture {wanted!r} in the gallery")
         recipe = page.actions.studio.complete(entry.recipe)
         cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
-        return [*page.values(recipe), cards, redraw(cards), gr.update(selected="Compose"), "its recipe is in all fields"]
+        words = markdown("; ".join(["its recipe is in all fields", *page.actions.studio.notes(entry.recipe, recipe)]))
+        return [*page.values(recipe), cards, redraw(cards), gr.update(selected="Compose"), words]
 
     @told(4)
     def favour(name: str, *search: Any) -> Any:

@@ -167,6 +167,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     run.check(again)
 
     def work(report: Report) -> TrainingProgress:
+        studio.check_base(recipe)
         progress = TrainingProgress(request.name, [], request.steps, *request.teachers(), [])
         report(progress)
         run.prepare(again)

@@ -17,6 +17,7 @@ from mole_diffusers.app.page import (
     connect_cancel,
     connect_job,
     figure,
+    markdown,
     redraw,
     told,
 )
@@ -45,10 +46,12 @@ def _loading(page: Page) -> None:
         if path is None:
             return [gr.skip()] * (len(page.inputs) + 3)
         with uploaded(Path(path)) as file:
-            recipe = page.actions.studio.complete(infotext.read_any(file))
+            asked = infotext.read_any(file)
+            recipe = page.actions.studio.complete(asked)
         cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
-        return [*page.values(recipe), cards, redraw(cards), words]
+        notes = page.actions.studio.notes(asked, recipe)
+        return [*page.values(recipe), cards, redraw(cards), markdown("; ".join([words, *notes]))]
 
     dropped.upload(load, dropped, [*page.inputs, page.cards, page.shown, status], **PRIVATE)
 

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -39,6 +39,7 @@ class Page:
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
+        base: the choice of the base model.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
         lists: dropdowns whose choices grow, each with a function that gives them.
@@ -59,6 +60,7 @@ class Page:
     shown: Any = None
     locks: Any = None
     masks: Any = None
+    base: Any = None
     visitor: Any = None
     line: Any = None
     pictures: Any = None
@@ -72,11 +74,16 @@ class Page:
     @property
     def inputs(self) -> list[Any]:
         """The components whose values `recipe` takes."""
-        return [*self.controls.values(), self.locks, self.masks]
+        return [*self.controls.values(), self.locks, self.masks, self.base]
 
     def recipe(self, *values: Any) -> Recipe:
-        """The recipe in the controls. Raises ValueError for values out of range."""
-        *given, locks, masks = values
+        """The recipe in the controls. Raises ValueError for values out of range, and for another base model than is here."""
+        *given, locks, masks, base = values
+        if base != self.actions.base:
+            raise ValueError(
+                f"the base model here is {self.actions.base!r}, and this page shows {base!r}: wait until it is changed, or "
+                "reload the page"
+            )
         named = dict(zip(self.controls, given, strict=True))
         for name, kind in NUMBERS.items():
             if named[name] is None:
@@ -88,7 +95,12 @@ class Page:
     def values(self, recipe: Recipe) -> list[Any]:
         """The values of `inputs` for a recipe."""
         shown = {name: getattr(recipe, name) for name in self.controls}
-        return [*(shown | {"sampler": recipe.sampler or "default"}).values(), dict(recipe.locks), dict(recipe.masks)]
+        own = dict(recipe.locks), dict(recipe.masks), self.actions.base
+        return [*(shown | {"sampler": recipe.sampler or "default"}).values(), *own]
+
+    def fresh(self) -> Recipe:
+        """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
+        return replace(self.defaults, **self.actions.settings_of_base())
 
     def gates(self) -> list[str]:
         """The gates that can be chosen."""
@@ -225,8 +237,8 @@ def connect_job(
     inputs: Sequence[Any],
     status: Any,
     outputs: Sequence[Any],
-) -> None:
-    """Let events start a job whose progress the page shows, also after a reload.
+) -> list[Any]:
+    """Let events start a job whose progress the page shows, also after a reload; what each event leads to.
 
     Args:
         start: events, for example `button.click`.
@@ -263,9 +275,8 @@ def connect_job(
             yield from watch(request, job)
 
     shown: dict[str, Any] = {"concurrency_limit": None, **PRIVATE}
-    for event in start:
-        event(begin, [page.visitor, *inputs], [status, *outputs], **shown)
     page.resumed.append((resume, [status, *outputs]))
+    return [event(begin, [page.visitor, *inputs], [status, *outputs], **shown) for event in start]
 
 
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from mole_diffusers.cli.common import (
     WORLD,
-    BaseOption,
     DeviceOption,
     LorasOption,
     TrainedOption,
     VerboseOption,
     first_recipe,
-    open_studio,
+    open_catalog,
+    opened,
     opens_base,
 )
+
+if TYPE_CHECKING:
+    from mole_diffusers.studio.base_models import Base
 
 
 @opens_base
 def app(
-    base: BaseOption = WORLD,
+    base: Annotated[
+        list[str],
+        Option(
+            metavar="MODEL",
+            help="As in the other commands. Repeatable: the app begins with the first and changes among all. A models folder "
+            "of A1111, Forge or ComfyUI is every model in it.",
+        ),
+    ] = [WORLD],  # noqa: B006
     loras: LorasOption = None,
     trained: TrainedOption = None,
     keep: Annotated[Path, Option(metavar="FOLDER", help="Gates that the app trains are kept here.")] = Path("mole_gates"),
@@ -50,22 +60,32 @@ def app(
         extra = "mcp" if error.name == "mcp" else "app"
         raise ValueError(f"this needs {error.name}: pip install 'mole-diffusers[{extra}]'") from error
     from mole_diffusers.app.actions import Actions
+    from mole_diffusers.studio.base_models import bases_of
     from mole_diffusers.studio.catalog import folder_gates
+    from mole_diffusers.studio.render import Studio
 
-    studio = open_studio(base, device, loras=loras, trained=trained, opening=opening)
+    def open_one(name: str) -> Base:
+        found = opened(name, device, opening=opening)
+        found.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
+        return found
+
+    bases = bases_of(base)
+    catalog = open_catalog(bases.values(), loras=loras, trained=trained)
+    for name, folder in folder_gates(keep).items():
+        catalog.add_gates(name, folder)
+    first = open_one(next(iter(bases.values())))
+    studio = Studio(first.pipe, catalog, first.name)
     if not hasattr(studio.pipe, "unet"):
         what = "pictures can be drawn and gates trained; what the See page shows is read from a UNet"
         print(f"note: {type(studio.pipe).__name__} has a transformer: {what}", file=sys.stderr)
-    studio.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
-    for name, folder in folder_gates(keep).items():
-        studio.catalog.add_gates(name, folder)
-    if base == WORLD:
+    if first.name == WORLD:
         recipe = first_recipe(
             studio, prompt="noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
         )
     else:
         recipe = first_recipe(studio)
-    actions = Actions(studio, home=keep, gallery=gallery, thumbnail=world_thumbnails() if base == WORLD else None)
+    pictures = world_thumbnails() if WORLD in bases.values() else None
+    actions = Actions(studio, home=keep, gallery=gallery, thumbnail=pictures, bases=bases, opening=open_one)
     sites = [site] if site else []
     launch(build(actions, recipe), gallery=gallery, sites=sites, server_name=host, server_port=port, mcp_server=mcp)
 

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from typer import Context, Option
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
     from mole_diffusers.studio.base_models import Base
+    from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.recipe import Recipe
     from mole_diffusers.studio.render import Studio
 
@@ -286,10 +287,20 @@ def open_studio(
     opening: Mapping[str, Any] | None = None,
 ) -> Studio:
     """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
-    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
     from mole_diffusers.studio.render import Studio
 
-    if base == WORLD:
+    catalog = open_catalog([base], loras=loras, trained=trained, experts=experts)
+    found = opened(base, device, opening=opening)
+    return Studio(found.pipe, catalog, found.name)
+
+
+def open_catalog(
+    bases: Collection[str], *, loras: Path | None, trained: Path | None, experts: Sequence[str] = ()
+) -> Catalog:
+    """The LoRAs of --loras and --expert and the gates of --trained, with those of the embedded world where it is a base."""
+    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
+
+    if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
         catalog = Catalog(concept_files(), gate_folders())
@@ -303,8 +314,7 @@ def open_studio(
         catalog.add_lora(name, Path(file))
     for name, folder in (folder_gates(trained) if trained else {}).items():
         catalog.add_gates(name, folder)
-    found = opened(base, device, opening=opening)
-    return Studio(found.pipe, catalog, found.name)
+    return catalog
 
 
 def target(out: Path | None, default: str, *, overwrite: bool) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,22 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     saved = [index.parent for root, inside in patterns for index in root.glob(f"{inside}{INDEX}")]
     files = [path for root, inside in patterns for path in root.glob(f"{inside}*.safetensors")]
     return by_name([*saved, *(f for f in files if not any(f.is_relative_to(s) for s in saved))], folder)
+
+
+def bases_of(given: Sequence[str]) -> dict[str, str]:
+    """{name: what `open_base` takes} of all base models that are meant, in this order; a models folder means all in it.
+
+    Raises ValueError as `find_base` does.
+    """
+    found: list[str] = []
+    for base in given:
+        inside = Path(base).is_dir() and not (Path(base) / INDEX).is_file()
+        models = list(bases_in(base).values()) if inside else []
+        found += [str(model) for model in models] or [base if base == WORLD else str(find_base(base))]
+    found = list(dict.fromkeys(found))
+    own = {base: Path(base).name.removesuffix(".safetensors") for base in found}
+    count = Counter(own.values())
+    return {own[base] if count[own[base]] == 1 else base: base for base in found}
 
 
 def find_base(base: str) -> Path | str:

@@ -110,6 +110,16 @@ def place(pipe: Any, memory: Memory) -> Memory:
     return memory
 
 
+def release(pipe: Any) -> None:
+    """Let go of a pipeline's weights. It draws no more; shapes, configs and tokenizers can still be read."""
+    pipe.remove_all_hooks()  # of offloading
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module):
+            model.to("meta")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _gpu() -> str | None:
     if torch.cuda.is_available():
         return "cuda"

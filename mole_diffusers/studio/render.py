@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -21,11 +21,15 @@ from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.pipeline_lock import PipelineLock
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
+from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
+
+if TYPE_CHECKING:
+    from mole_diffusers.studio.base_models import Base
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
@@ -40,11 +44,41 @@ class Studio:
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str):
-        self.pipe, self.catalog, self.base = pipe, catalog, base
-        self.lock = PipelineLock()
+        self.catalog, self.lock = catalog, PipelineLock()
+        self._use(pipe, base)
+
+    def _use(self, pipe: Any, base: str) -> None:
+        self.pipe, self.base = pipe, base
         self._own_scheduler = pipe.scheduler
         self._over: dict[bool, Any] = {}  # pipelines that draw over a picture, without and with a mask
         self._attached_key: tuple | None = None  # what is attached; None: unknown
+
+    def change_base(self, base: str, opening: Callable[[str], Base]) -> None:
+        """Put another base model in the place of this one, whose weights are let go first: no two are in memory at once.
+
+        Recipes that were completed before are for the base that they name; complete them again.
+
+        Args:
+            opening: opens a base by name, as `base_models.open_base` does.
+
+        Raises what `opening` raises; the base that was there is opened again then.
+        """
+        with self.lock.held():
+            detach(self.pipe)
+            release(self.pipe)
+            try:
+                found = opening(base)
+            except Exception:
+                before = opening(self.base)
+                self._use(before.pipe, before.name)
+                raise
+            self._use(found.pipe, found.name)
+
+    def check_base(self, recipe: Recipe) -> None:
+        """Raises ValueError for a recipe that was completed for another base than is here now."""
+        if recipe.base != self.base:
+            meant, here = (Path(base).name for base in (recipe.base, self.base))
+            raise ValueError(f"this was meant for the base model {meant!r}, and now {here!r} is here: start it again")
 
     # ---- what can be drawn
 
@@ -119,6 +153,8 @@ class Studio:
     def notes(self, asked: Recipe, recipe: Recipe) -> list[str]:
         """What its user should know of a completed recipe: its warning, what was changed, what is cut."""
         notes = [self.warning(recipe)]
+        if asked.base and Path(asked.base).name != Path(recipe.base).name:
+            notes.append(f"it was drawn with the base {Path(asked.base).name!r}, and here is {Path(recipe.base).name!r}")
         if (asked.width, asked.height) != (recipe.width, recipe.height):
             notes.append(f"{asked.width} x {asked.height} is rounded to {recipe.width} x {recipe.height} pixels")
         if recipe.weights:
@@ -155,6 +191,7 @@ class Studio:
         self.total_steps(recipe)
         size = recipe.width, recipe.height
         with self.lock.held():
+            self.check_base(recipe)
             if image is None:
                 drawn = self._pass(recipe, size, {}, on_step, inside)
             else:

@@ -37,7 +37,7 @@ def pixels(path):
 def test_every_endpoint_is_named_and_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     names = {"loras", "find", "upload", "compose", "redraw", "compare", "look", "grid", "read", "code", "export", "train"}
-    names |= {"gallery", "favourite", "trash"}
+    names |= {"gallery", "favourite", "trash", "bases", "base"}
     assert set(endpoints) == {f"/{name}" for name in names | {"gates", "download_gates", "upload_gates"}}
     assert all(endpoint["description"] for endpoint in endpoints.values())
 

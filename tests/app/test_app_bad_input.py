@@ -148,6 +148,8 @@ BAD = [
         "again is one of continue, overwrite",
     ),
     ("compose", ("x", "", 0, 2, 3.0, "sum", 1, 32, 32, "Best"), "unknown sampler 'Best'"),
+    ("base", ("other",), "there is no base model 'other'; known: tiny"),
+    ("base", (None,), "the name must be text"),
     ("gallery", (5,), "the text must be text"),
     ("favourite", ("../x.png",), "there is no picture '../x.png'"),
     ("trash", ("favourites.json",), "there is no picture 'favourites.json'"),
@@ -185,7 +187,7 @@ def test_bad_input_gets_one_sentence_and_the_app_goes_on(client, tmp_path):
     for name, arguments, message in BAD:
         assert message in refused(client, name, *arguments), (name, arguments)
     named = client.view_api(return_format="dict")["named_endpoints"]
-    assert {f"/{name}" for name, _, _ in BAD} == set(named) - {"/loras", "/gates"}  # these take nothing
+    assert {f"/{name}" for name, _, _ in BAD} == set(named) - {"/loras", "/gates", "/bases"}  # these take nothing
     assert len(client.predict(PROMPT, api_name="/compose")[0]) == 1
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 
 from mole_diffusers.binding.config import read_mask
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.base_models import Base
 from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_pipeline
 
@@ -26,12 +28,12 @@ WAIT = 120  # seconds; machines that are busy are slow
 
 
 @contextmanager
-def served(studio, recipe, folder):
-    """The address of a fresh app, whose pictures are in `folder / "pictures"`."""
+def served(studio, recipe, folder, **options):
+    """The address of a fresh app, whose pictures are in `folder / "pictures"`; `options` are those of Actions."""
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.build import build, launch
 
-    blocks = build(Actions(studio, home=folder / "gates", gallery=folder / "pictures"), recipe)
+    blocks = build(Actions(studio, home=folder / "gates", gallery=folder / "pictures", **options), recipe)
     _, url, _ = launch(blocks, gallery=folder / "pictures", prevent_thread_lock=True, quiet=True)
     try:
         yield url
@@ -181,6 +183,37 @@ def test_two_visitors_wait_for_each_other_and_cancel_their_own(studio, tmp_path)
         cancelled(one)
         two.until(lambda: two.text("#status") == "done", WAIT)
         assert len(two.all("#pictures img")) == 1
+        assert not one.errors() + two.errors()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("width", [1280, 390])
+def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, tmp_path, width):
+    def opening(base):
+        return Base(tiny_pipeline(1), base, Memory("cpu"))
+
+    bases = {"tiny": "tiny", "other": "models/other.safetensors"}
+    with (
+        served(studio, RECIPE, tmp_path, bases=bases, opening=opening) as url,
+        browser.browser(tmp_path, width=width) as one,
+        browser.browser(tmp_path, width=width) as two,
+    ):
+        one.open(url)
+        two.open(url)
+        two.until(lambda: two.all(".card"), WAIT)
+        first = composed(one, tmp_path, "first.png")
+        one.choose("#base", "other")
+        one.until(lambda: one.text("#base-status") == "other is open: StableDiffusionPipeline", WAIT)
+        second = composed(one, tmp_path, "second.png")
+        assert infotext.read(second).base == "models/other.safetensors"
+        assert not np.array_equal(pixels(second), pixels(first))
+        two.click("#compose")
+        two.until(lambda: "the base model here is 'other', and this page shows 'tiny'" in two.text("#status"), WAIT)
+        two.open(url)
+        two.until(lambda: value(two, "#base") == "other", WAIT)
+        assert np.array_equal(pixels(composed(two, tmp_path, "same.png")), pixels(second))
+        one.tab("Gallery")
+        one.until(lambda: len(one.all("#gallery .thumbnail-item")) == 3, WAIT)
         assert not one.errors() + two.errors()
 
 

@@ -1,0 +1,162 @@
+"""Another base model while the app runs: through the API, and as the pages of several visitors see it."""
+
+import threading
+
+import hosts
+import numpy as np
+import pytest
+from app_client import PROMPT, launched
+from PIL import Image
+
+from mole_diffusers.app.actions import Actions
+from mole_diffusers.app.jobs import ignore
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.base_models import Base
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+gr = pytest.importorskip("gradio")
+BASES = {"dream": "models/dream.safetensors", "flux": "models/flux", "broken": "models/broken"}
+
+
+def opening(source):
+    if source == BASES["broken"]:
+        raise ValueError("models/broken has no VAE")
+    return Base(hosts.flux() if source == BASES["flux"] else tiny_pipeline(), source, Memory("cpu"))
+
+
+@pytest.fixture
+def actions(loras, tmp_path):
+    studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), BASES["dream"])
+    return Actions(studio, home=tmp_path / "gates", gallery=tmp_path / "pictures", bases=BASES, opening=opening)
+
+
+@pytest.fixture
+def blocks(actions):
+    from mole_diffusers.app.build import build
+
+    return build(actions, Recipe(PROMPT, steps=2, width=48, height=32, gates="auto", base=BASES["dream"]))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
+    with launched(blocks, tmp_path) as client:
+        assert tuple(client.predict(api_name="/bases")) == ("dream", ["dream", "flux", "broken"])
+        (first,), _ = client.predict(PROMPT, api_name="/compose")
+        assert client.predict("FLUX", api_name="/base") == "flux"
+        (other,), (recipe,) = client.predict("a fox", api_name="/compose")
+        own = {"base": BASES["flux"], "width": 256, "height": 256, "guidance": 3.5}
+        assert {name: recipe[name] for name in own} == own
+        assert not np.array_equal(pixels(other), pixels(first))
+        with pytest.raises(Exception, match="has no VAE"):
+            client.predict("broken", api_name="/base")
+        with pytest.raises(Exception, match="there is no base model 'gone'; known: dream, flux, broken"):
+            client.predict("gone", api_name="/base")
+        assert client.predict(api_name="/bases")[0] == "flux"
+        assert client.predict("dream", api_name="/base") == "dream"
+        (again,), _ = client.predict(PROMPT, api_name="/compose")
+        assert np.array_equal(pixels(again), pixels(first))
+        kept, about = client.predict(api_name="/gallery")
+        assert [entry["recipe"]["base"] for entry in about] == [BASES[name] for name in ("dream", "flux", "dream")]
+
+
+def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions):
+    """The change waits for them; one that comes after it was asked for must be asked for again."""
+    from mole_diffusers.app.jobs import Jobs
+
+    jobs, held = Jobs(), threading.Event()
+    recipe = Recipe(PROMPT, steps=1, width=32, height=32, gates="sum")
+    jobs.submit("me", "hold", lambda report: held.wait(60))
+    before = jobs.submit("me", "compose", actions.compose(recipe, 1))
+    change = jobs.submit("you", "base", actions.change_base("flux"))
+    after = jobs.submit("me", "compose", actions.compose(recipe, 1))
+    held.set()
+    *_, _ = jobs.follow(after)
+    assert infotext.read(before.event.pictures[0].path).base == BASES["dream"]
+    assert (change.state, str(change.event)) == ("done", "flux is open: FluxPipeline")
+    assert str(after.error) == (
+        "this was meant for the base model 'dream.safetensors', and now 'flux' is here: start it again"
+    )
+    with pytest.raises(ValueError, match="there is no base model 'gone'"):
+        actions.change_base("gone")
+
+
+def test_a_training_for_another_base_is_refused(actions):
+    from mole_diffusers.app.gate_training import TrainingRequest, train
+
+    request = TrainingRequest("mine", {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"], [], steps=1)
+    recipe = Recipe(PROMPT, steps=1, width=32, height=32)
+    work = train(actions.studio, recipe, request, home=actions.home)
+    actions.change_base("flux")(ignore)
+    with pytest.raises(ValueError, match="was meant for the base model 'dream.safetensors'"):
+        work(ignore)
+    assert not (actions.home / "mine").exists()
+
+
+def page(name):
+    return type("Request", (), {"session_hash": name})()
+
+
+def is_left(value):
+    return isinstance(value, dict) and value.get("__type__") == "update" and "value" not in value
+
+
+def event_of(blocks, name, first):
+    """An event whose function has this name, and whose first inputs have these labels."""
+    labels = lambda event: [getattr(component, "label", None) for component in event.inputs[1 : 1 + len(first)]]  # noqa: E731
+    return next(e for e in blocks.fns.values() if e.fn is not None and e.fn.__name__ == name and labels(e) == first)
+
+
+def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
+    change = event_of(blocks, "begin", ["Base model"])
+    labels = [component.label for component in change.outputs[1:]]
+    *_, last = change.fn(page("mine"), "me", "flux")
+    said, *shown = last
+    now = dict(zip(labels, shown, strict=True))
+    assert said.replace("\\", "") == "flux is open: FluxPipeline"
+    assert (now["Base model"], now["Width"], now["Height"], now["Guidance"]) == ("flux", 256, 256, 3.5)
+    assert (now["Sampler"]["choices"], now["Sampler"]["value"]) == (["default", "Euler"], "default")
+    compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
+    values = [component.value for component in compose.inputs[1:]]
+    at = [getattr(component, "label", None) for component in compose.inputs[1:]].index("Base model")
+    (said,) = compose.fn(page("other"), "you", *values[:at], "dream", *values[at + 1 :])
+    assert "the base model here is 'flux', and this page shows 'dream'" in said[0].replace("\\", "")
+    assert all(map(is_left, said[1:]))
+    values[0], values[at] = "a fox", "flux"
+    *_, last = compose.fn(page("other"), "you", *values)
+    assert last[0] == "done"
+
+
+def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions):
+    enter = next(event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "enter")
+    labels = [getattr(component, "label", None) for component in enter.outputs[1:-2]]
+    old = [component.value for component in enter.outputs[1:-2]]
+    old[labels.index("Base model")] = "dream"
+    old[labels.index("Sampler")] = "Euler"
+    actions.change_base("flux")(ignore)
+    fresh = dict(zip(labels, enter.fn("", None)[1:-2], strict=True))
+    assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 256, 3.5)
+    back = dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))
+    assert (back["Base model"], back["Width"], back["Sampler"]) == ("flux", 48, "Euler")  # what was typed stays
+    old[labels.index("Sampler")] = "DDIM"  # which Flux has not
+    assert dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))["Width"] == 256
+
+
+def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, actions):
+    change = event_of(blocks, "begin", ["Base model"])
+    *_, last = change.fn(page("mine"), "me", "broken")
+    assert last[0].replace("\\", "") == "**models/broken has no VAE**"
+    assert last[1] == "dream"
+    assert all(map(is_left, last[2:]))
+    resume = [
+        e for e in blocks.fns.values() if e.fn is not None and e.fn.__name__ == "resume" and e.outputs == change.outputs
+    ]
+    *_, last = resume[0].fn(page("reloaded"), "me")  # after a reload fields stay as they are
+    assert all(map(is_left, last[1:]))

@@ -1,0 +1,132 @@
+"""Another base model in the place of the one that a studio has."""
+
+import dataclasses
+
+import hosts
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mole_diffusers import attached
+from mole_diffusers.studio.base_models import Base, bases_of
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+RECIPE = Recipe("a fox <lora:fox:1>", seed=7, steps=2, width=32, height=32)
+PIPES = {"one": lambda: tiny_pipeline(0), "two": lambda: tiny_pipeline(1), "flux": hosts.flux}
+
+
+def opening(name):
+    """Open one of PIPES."""
+    if name not in PIPES:
+        raise ValueError(f"{name} is no base")
+    return Base(PIPES[name](), name, Memory("cpu"))
+
+
+def fresh(name, loras):
+    return Studio(PIPES[name](), Catalog(dict(loras), {}), name)
+
+
+def drawn(studio, recipe=RECIPE, **pictures):
+    return np.asarray(studio.draw(studio.complete(recipe), **pictures))
+
+
+def test_pictures_are_those_of_the_base_that_is_open(loras):
+    studio = fresh("one", loras)
+    first, before = drawn(studio), studio.pipe
+    studio.change_base("two", opening)
+    assert (studio.base, attached(before)) == ("two", None)
+    assert all(parameter.is_meta for parameter in before.unet.parameters())  # its memory is free
+    assert np.array_equal(drawn(studio), drawn(fresh("two", loras)))
+    studio.change_base("one", opening)
+    assert np.array_equal(drawn(studio), first)
+
+
+def test_weights_are_let_go_before_others_come(loras):
+    studio, seen = fresh("one", loras), []
+
+    def looking(name):
+        seen.append({parameter.device.type for parameter in studio.pipe.unet.parameters()})
+        return opening(name)
+
+    drawn(studio)
+    studio.change_base("two", looking)
+    assert seen == [{"meta"}]
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_an_offloaded_base_is_let_go_too(loras, offload):
+    studio = fresh("one", loras)
+    hosts.OFFLOADS[offload](studio.pipe)
+    first, before = drawn(studio), studio.pipe
+    studio.change_base("two", opening)
+    assert all(p.is_meta for model in hosts.networks(before) for p in model.parameters())
+    studio.change_base("one", opening)
+    assert np.array_equal(drawn(studio), first)
+
+
+def test_a_base_that_cannot_be_opened_leaves_the_one_that_was_there(loras):
+    studio = fresh("one", loras)
+    first = drawn(studio)
+    with pytest.raises(ValueError, match="three is no base"):
+        studio.change_base("three", opening)
+    assert studio.base == "one"
+    assert np.array_equal(drawn(studio), first)
+
+
+def test_what_was_meant_for_another_base_is_refused(loras, tmp_path):
+    """By the recipe, and by the LoRA."""
+    file = tmp_path / "worn.safetensors"
+    pair = {"unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 1, 1, 1)}
+    save_file(pair, file, {"ss_base_model_version": "sd_v1"})
+    studio = fresh("one", {**loras, "worn": file})
+    recipe = studio.complete(RECIPE)
+    assert studio.misfit("worn") == ""
+    studio.change_base("flux", opening)
+    with pytest.raises(ValueError, match="meant for the base model 'one', and now 'flux' is here: start it again"):
+        studio.draw(recipe)
+    assert studio.misfit("worn") == "it is made for SD 1.x and this pipeline is Flux"
+    with pytest.raises(ValueError, match="the LoRA 'worn' cannot be used here"):
+        studio.complete(Recipe("a fox <lora:worn:1>"))
+    assert studio.samplers == ["Euler"]
+    assert drawn(studio, dataclasses.replace(RECIPE, prompt="a fox", steps=1)).shape == (32, 32, 3)
+
+
+def test_a_picture_of_another_base_is_noted(loras):
+    studio = fresh("two", loras)
+    asked = dataclasses.replace(RECIPE, base="models/one.safetensors")
+    assert studio.notes(asked, studio.complete(asked)) == ["it was drawn with the base 'one.safetensors', and here is 'two'"]
+    assert studio.notes(RECIPE, studio.complete(RECIPE)) == []
+
+
+def test_bases_are_named_and_a_models_folder_is_all_of_its_models(tmp_path):
+    folder, saved = tmp_path / "models", tmp_path / "saved"
+    for path in (
+        folder / "checkpoints/dream.safetensors",
+        folder / "checkpoints/toon.safetensors",
+        tmp_path / "dream.safetensors",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    saved.mkdir()
+    (saved / "model_index.json").touch()
+    dream, toon = (str(folder / f"checkpoints/{name}.safetensors") for name in ("dream", "toon"))
+    assert bases_of([str(folder)]) == {"dream": dream, "toon": toon}
+    assert bases_of([str(folder / "Toon"), str(folder), str(saved), "emoji", "owner/name"]) == {
+        "toon": toon,
+        "dream": dream,
+        "saved": str(saved),
+        "emoji": "emoji",
+        "name": "owner/name",
+    }
+    other = str(tmp_path / "dream.safetensors")
+    assert bases_of([str(folder), other]) == {dream: dream, "toon": toon, other: other}
+    with pytest.raises(ValueError, match="is no file or folder here"):
+        bases_of(["gone.safetensors"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"it has no .safetensors checkpoint"):
+        bases_of([str(tmp_path / "none")])
