@@ -26,7 +26,7 @@ def losses(pipe: Any, mixture: Mixture, data: TrainingData, config: GateTraining
     """For each held-out seed, what measures the gates as they are: the error to pictures that teachers draw from it."""
 
     def measured(seed: int) -> Callable[[], float]:
-        context = TrainingContext(pipe, mixture, data, seed=seed)
+        context = TrainingContext(pipe, mixture, data, seed=seed, width=config.width, height=config.height)
         objectives = []
         for name, term in config.parsed.items():
             one = {"seeds": 1, "pictures": 1} if name == "collage" else {"seeds": 1}

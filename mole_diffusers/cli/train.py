@@ -85,6 +85,8 @@ def train(
         ),
     ] = NONE,
     steps: Annotated[int | None, update("steps", "Updates.")] = None,
+    width: Annotated[int | None, update("width", "Pixels of pictures of --prompt. Default: the model's own.")] = None,
+    height: Annotated[int | None, update("height", "Likewise.")] = None,
     batch: Annotated[int | None, update("batch", "Examples per update and term, over all processes.")] = None,
     lr: Annotated[float | None, update("lr", "Learning rate. Default: what suits each gate.")] = None,
     schedule: Annotated[str | None, update("schedule", "Of the learning rate: cosine, linear, constant, ...")] = None,

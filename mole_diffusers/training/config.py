@@ -207,6 +207,7 @@ class GateTraining:
         every, keep: updates between checkpoints, and how many are kept.
         tracker: a tracker that Accelerate knows ("tensorboard", "wandb"), or None.
         validation: pictures drawn on the way.
+        width, height: pixels of the pictures of composed prompts; None is the model's own size, which single prompts have.
     """
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
@@ -228,6 +229,8 @@ class GateTraining:
     keep: int = 2
     tracker: str | None = None
     validation: Validation = Validation()
+    width: int | None = None
+    height: int | None = None
 
     def __post_init__(self) -> None:
         if not set(self.parsed) - {BALANCE}:

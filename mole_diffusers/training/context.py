@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import RandomBatch, TrainingData
+from mole_diffusers.training.denoising import latent_shape
 
 if TYPE_CHECKING:
     from mole_diffusers.training.rewards import Clip
@@ -28,6 +29,7 @@ class TrainingContext:
         clip: for the objectives that need one.
         state: what losses keep from one update to the next; checkpoints save it.
         progress: show progress bars while objectives are prepared.
+        width, height: pixels of the pictures of composed prompts; None is the model's own size.
     """
 
     pipe: Any
@@ -37,6 +39,13 @@ class TrainingContext:
     seed: int = 0
     state: dict[str, Any] = field(default_factory=dict)
     progress: bool = False
+    width: int | None = None
+    height: int | None = None
+
+    @property
+    def composed_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of composed prompts."""
+        return latent_shape(self.pipe, self.width, self.height)
 
     def bar(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         """`items`, with a progress bar that goes away at the end."""

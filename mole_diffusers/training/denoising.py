@@ -56,11 +56,18 @@ def _guided(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Ten
     return empty + guidance * (full - empty)
 
 
-def latent_shape(pipe: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the latents at the UNet's own size."""
-    config = pipe.unet.config
-    side = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
-    return (config.in_channels, *side)
+def latent_shape(pipe: Any, width: int | None = None, height: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of pictures of this many pixels; None is the UNet's own size.
+
+    Raises ValueError for a size that the pipeline cannot draw.
+    """
+    config, scale = pipe.unet.config, pipe.vae_scale_factor
+    own = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None and (pixels < 1 or pixels % max(8, scale)):
+            raise ValueError(f"{name} must be a multiple of {max(8, scale)} pixels, got {pixels}")
+    high, wide = (side if pixels is None else pixels // scale for side, pixels in zip(own, (height, width), strict=True))
+    return config.in_channels, high, wide
 
 
 def sample(

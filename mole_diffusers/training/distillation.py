@@ -36,7 +36,8 @@ def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
     parts = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
         teacher = single_teacher(context.pipe, context.mixture, name)
-        parts.append(sample_trajectories(context, teacher, prompts, term, seed=context.seed + i, name=name))
+        where = {"shape": latent_shape(context.pipe), "seed": context.seed + i, "name": name}
+        parts.append(sample_trajectories(context, teacher, prompts, term, **where))
     return _match(context, Trajectories.join(parts))
 
 
@@ -44,7 +45,8 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
     """L2 and L3: under a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
     prompts = list(require(context.data.composed, "composed", "composed prompts"))
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
-    stored = sample_trajectories(context, teacher, prompts, term, seed=context.seed + 99, name="the blend")
+    where: dict[str, Any] = {"shape": context.composed_shape, "seed": context.seed + 99, "name": "the blend"}
+    stored = sample_trajectories(context, teacher, prompts, term, **where)
     match_stored = _match(context, stored)
 
     def loss(batch: RandomBatch) -> torch.Tensor:
@@ -63,7 +65,8 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
 def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
     prompts, teacher = require(context.data.plain, "base", "plain prompts"), base_teacher(context.pipe, context.mixture)
-    return _match(context, sample_trajectories(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
+    where: dict[str, Any] = {"shape": latent_shape(context.pipe), "seed": context.seed + 199, "name": "the base"}
+    return _match(context, sample_trajectories(context, teacher, prompts, term, **where))
 
 
 def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
@@ -118,13 +121,21 @@ class Trajectories:
 
 @torch.no_grad()
 def sample_trajectories(
-    context: TrainingContext, teacher: Teacher, prompts: Sequence[str], term: DistillationTerm, *, seed: int, name: str
+    context: TrainingContext,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    term: DistillationTerm,
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    name: str,
 ) -> Trajectories:
     """Sample `term.seeds` trajectories with a teacher, cycling through `prompts` (each gets one), and keep every row.
 
     Both rows of guidance are kept: guidance would amplify the error of an unconditional row that was not trained on.
 
     Args:
+        shape: (C, H, W) of the latents.
         seed: of the noise.
         name: of the teacher, beside the progress bar.
     """
@@ -132,7 +143,7 @@ def sample_trajectories(
     seeds = max(term.seeds, len(prompts))
     scheduler.set_timesteps(term.steps, device=device)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(seeds, *latent_shape(context.pipe), generator=generator).to(device) * scheduler.init_noise_sigma
+    x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
     texts = [prompts[i % len(prompts)] for i in range(seeds)]
     both = ["" for _ in texts] + texts
     rows = []
@@ -154,7 +165,7 @@ def own_trajectory(
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Sample with the gates as they are: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
     texts = [prompts[i] for i in batch.choice(len(prompts))]
-    noise = onto(batch.normal(*latent_shape(context.pipe)), context.pipe.device)
+    noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
     stop = int(torch.randint(0, steps, (), generator=batch.generator))
     scheduler = training_scheduler(context.pipe)
     scheduler.set_timesteps(steps)

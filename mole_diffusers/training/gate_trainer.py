@@ -68,10 +68,12 @@ def train_gates(
         One {"step", "loss", term: value} per update.
 
     Raises:
-        ValueError: a term without what it needs, an unknown expert, a loss that is not finite (the last checkpoint stays).
+        ValueError: a term lacks what it needs, an expert is unknown, a size cannot be drawn, or a loss is not finite
+            (the last checkpoint stays).
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
-    context = TrainingContext(pipe, mixture, data, clip, config.seed, progress=progress)
+    size = {"width": config.width, "height": config.height}
+    context = TrainingContext(pipe, mixture, data, clip, config.seed, progress=progress, **size)
     trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
     with only_run(trainer.writes_to), trainer.only_gates_learn():
         trainer.resume(resume_from)
@@ -95,6 +97,7 @@ class GateTrainer:
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
+        latent_shape(self.pipe, config.width, config.height)  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
         if config.tracker and config.tracker not in (known := installed_trackers()):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
@@ -262,7 +265,12 @@ class GateTrainer:
             noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
                 drawn = self.pipe(
-                    [prompt] * how.seeds, generator=noise, num_inference_steps=how.steps, guidance_scale=how.guidance
+                    [prompt] * how.seeds,
+                    width=self.config.width,
+                    height=self.config.height,
+                    generator=noise,
+                    num_inference_steps=how.steps,
+                    guidance_scale=how.guidance,
                 ).images
             images += drawn
             shares += [self.success(drawn, prompt)] if self.success else []

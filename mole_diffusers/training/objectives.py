@@ -23,7 +23,7 @@ def denoise(context: TrainingContext, term: DenoiseTerm) -> LossFn:
 
 
 def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
-    """The diffusion loss on collages: each subject of a prompt drawn with its own experts, shrunk, set side by side. Ours.
+    """The diffusion loss on collages: each subject of a prompt drawn with its own experts, all set side by side. Ours.
 
     A sum of LoRAs mixes subjects up. A collage shows each subject as its own LoRA draws it, under the composed prompt, so
     the gates learn to keep them apart. It needs the `parts` of a composed prompt. Where these leave out a style, `redraw`
@@ -43,7 +43,8 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
             for part in context.bar(parts, "pictures of each subject")
         ]
         picks = torch.randint(0, term.seeds, (len(parts), term.pictures), generator=generator)
-        sheets = side_by_side(torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)]))
+        pictures = torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)])
+        sheets = side_by_side(pictures, context.width, context.height)
         sheets = encode_pixels(context.pipe, sheets)  # [pictures, C, h, w]
         if redrawn := round(term.steps * term.redraw):
             sheets = redraw(context, sheets, prompt, generator, start=term.steps - redrawn, **sampler)

@@ -14,7 +14,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.training.config import ClipTerm, RolloutTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, negatives, require
 from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import decode, latent_shape, predict, sample, training_scheduler
+from mole_diffusers.training.denoising import decode, predict, sample, training_scheduler
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
 
 HALF = (0.5, 0.5, 0.5)
@@ -91,7 +91,7 @@ def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         which = batch.choice(len(prompts))
-        noise = onto(batch.normal(*latent_shape(context.pipe)), context.pipe.device)
+        noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
         options: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance, "checkpointing": term.checkpointing}
         x = sample(context.pipe, noise, [prompts[i] for i in which], **options)
         features = clip.image(_augmented(decode(context.pipe, x), batch))  # [B, D]

@@ -72,7 +72,7 @@ def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     teach = single_teacher(pipe, mixture, "fox")
     context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
-    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
     assert stored.x.shape == (3 * 2 * 2, 4, 16, 16)
     with torch.no_grad():
         live, base = teach(stored.x[4:8], stored.timesteps[4:8], stored.prompts[4:8])
@@ -85,7 +85,7 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
     context, teach = TrainingContext(pipe, mixture, TrainingData()), single_teacher(pipe, mixture, "fox")
-    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
     with torch.no_grad():
         student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
         assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(0, abs=1e-6)

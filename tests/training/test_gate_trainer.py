@@ -235,6 +235,34 @@ def test_validation_pictures_and_success(pipe, mixture, tmp_path):
     assert rows == log
 
 
+@pytest.mark.parametrize(
+    ("term", "shapes"),
+    [
+        ({"single": TEACH}, {(16, 16)}),
+        ({"base": TEACH}, {(16, 16)}),
+        ({"composed": TEACH}, {(8, 24)}),
+        ({"composed": TEACH | {"own": 1.0}}, {(8, 24)}),
+        ({"separate": {"steps": 2}}, {(8, 24)}),
+        ({"rollout": {"steps": 2, "batch": 4}}, {(8, 24)}),
+        ({"collage": {"pictures": 2, "seeds": 1, "steps": 2}}, {(16, 16), (8, 24)}),  # the parts, then the collages
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_composed_prompts_are_learned_at_the_size_that_is_asked_for(pipe, mixture, clip, term, shapes, tmp_path):
+    data = replace(DATA, plain=["a hat"], parts={"a fox in ink": ["a fox", "ink art"]})
+    looks, seen = Validation(every=9, seeds=1, steps=1, guidance=1.0), []
+    config = GateTraining(term, batch=4, steps=1, width=48, height=16, validation=looks)
+    record = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    train_gates(pipe, mixture, data, config=config, clip=clip, folder=tmp_path)
+    record.remove()
+    assert set(seen[:-1]) == shapes
+    assert seen[-1] == (8, 24)
+    with Image.open(tmp_path / "validation" / "step-1.png") as drawn:
+        assert drawn.size == (48, 16)
+    with pytest.raises(ValueError, match="width must be a multiple of 8 pixels, got 50"):
+        train_gates(pipe, mixture, data, config=replace(config, width=50), clip=clip)
+
+
 def test_trackers_get_terms_and_pictures(pipe, mixture, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

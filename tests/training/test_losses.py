@@ -84,5 +84,11 @@ def test_pictures_stand_side_by_side_on_their_ground():
         wanted = torch.zeros(8, 8)
         wanted[3:5, left : left + 2] = 1
         assert torch.equal(sheet[channel], wanted)
+    wide = side_by_side(pictures, 16, 8)[0]
+    assert torch.equal(wide, torch.cat([pictures[0, 0], pictures[1, 0]], -1))  # there is room for both as they are
+    tall = side_by_side(pictures, 8, 20)[0]  # a cell is 10 high
+    assert torch.equal(tall[0, 3:7, 2:6], torch.ones(4, 4))
+    assert torch.equal(tall[1, 13:17, 2:6], torch.ones(4, 4))
+    assert tall.sum() == 32
     grey = side_by_side(torch.full((3, 2, 3, 9, 9), 0.25))
     assert torch.equal(grey, torch.full_like(grey, 0.25))
