@@ -72,8 +72,9 @@ def train_gates(
             (the last checkpoint stays).
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
-    size = {"width": config.width, "height": config.height}
-    context = TrainingContext(pipe, mixture, data, clip, config.seed, progress=progress, **size)
+    context = TrainingContext(
+        pipe, mixture, data, clip, config.seed, progress=progress, width=config.width, height=config.height
+    )
     trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
     with only_run(trainer.writes_to), trainer.only_gates_learn():
         trainer.resume(resume_from)
