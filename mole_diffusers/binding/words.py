@@ -106,20 +106,37 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
 
 def joined(readings: Sequence[Reading]) -> Reading:
     """Texts token after token: of several encoders, or parts of a long prompt. What both name is one thing."""
+    lengths = [len(reading.own[0]) for reading in readings]
+    return _merged(readings, [0, *accumulate(lengths[:-1])], sum(lengths))
+
+
+def overlaid(readings: Sequence[Reading]) -> Reading:
+    """Texts of several encoders whose states lie side by side: a token is of every word that one of them has there."""
+    return _merged(readings, [0] * len(readings), max(len(reading.own[0]) for reading in readings))
+
+
+def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> Reading:
     if len(readings) == 1:
         return readings[0]
-    lengths = [len(reading.own[0]) for reading in readings]
-    own = tuple(tuple(flag for reading in readings for flag in reading.own[k]) for k in range(len(readings[0].own)))
-    parts: dict[tuple[tuple[int, ...], str], list[tuple[bool, ...]]] = {}
-    names: dict[tuple[tuple[int, ...], str], str] = {}
-    for i, reading in enumerate(readings):
+
+    def placed(tokens: tuple[bool, ...], start: int) -> tuple[bool, ...]:
+        return (False,) * start + tokens + (False,) * (length - start - len(tokens))
+
+    own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
+    named: dict[tuple[tuple[int, ...], str], list[tuple[str, tuple[bool, ...]]]] = {}
+    relations: dict[tuple[int, int, str], None] = {}
+    for reading, at in zip(readings, starts, strict=True):
         for thing in reading.things:
-            key = thing.experts, "" if thing.experts else thing.name
-            names.setdefault(key, thing.name)
-            tokens = parts.setdefault(key, [(False,) * length for length in lengths])
-            tokens[i] = _union([tokens[i], thing.tokens], lengths[i])
-    merged = tuple(Thing(names[key], key[0], tuple(f for part in each for f in part)) for key, each in parts.items())
-    return Reading(own, merged, readings[0].relations)
+            named.setdefault(_key(thing), []).append((thing.name, placed(thing.tokens, at)))
+        index = [list(named).index(_key(thing)) for thing in reading.things]
+        relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
+    things = [Thing(each[0][0], key[0], _union([t for _, t in each], length)) for key, each in named.items()]
+    return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
+
+
+def _key(thing: Thing) -> tuple[tuple[int, ...], str]:
+    """What two texts call alike."""
+    return thing.experts, "" if thing.experts else thing.name
 
 
 def _as_text(token: str, added: Collection[str]) -> str:

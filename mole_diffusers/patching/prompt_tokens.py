@@ -48,8 +48,10 @@ class Encoded:
 
 
 OnText = Callable[[str, torch.Tensor, torch.device], None]  # (encoder, ids [B, T], where the encoder is)
-# The runs that one row of a text is made of, token after token, and the row in each; what is left of the text is zeros.
-Row = list[tuple[Encoded, int]]
+Run = tuple[Encoded, int]  # and the row in it
+# What one row of a text is made of, token after token; a part has a run for each encoder whose channels lie side by side
+# there. What is left of the text is zeros.
+Row = list[list[Run]]
 
 
 class PromptTokens:
@@ -104,7 +106,7 @@ class PromptTokens:
             return None
         masks = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
         for mask, row in zip(masks, rows, strict=True):
-            words = [run.words[i].to(text.device) for run, i in row]
+            words = [run.words[i].to(text.device) for (run, i), *_ in row]
             mask[: sum(map(len, words))] = torch.cat(words) if words else True
         return masks
 
@@ -124,21 +126,28 @@ class PromptTokens:
     def _found(self, text: torch.Tensor) -> list[Row] | None:
         for encoded in reversed(self._known):
             if any(_same_memory(states, text) for states in encoded.states):
-                return [[(encoded, i)] for i in range(len(text))]
+                return [[[(encoded, i)]] for i in range(len(text))]
         found = [self._row(row) for row in text.detach()]
         rows = [row for row in found if row is not None]
         return rows if len(rows) == len(found) else None
 
     def _row(self, row: torch.Tensor) -> Row | None:
-        runs: Row = []
+        parts: Row = []
         at = 0
         while at < len(row) and row[at:].any():  # zeros are SDXL's empty negative prompt, and SD 3's text without a T5
-            found = _same(self._known, row[at:]) or _most_alike(self._known, row[at:])
-            if found is None:
+            if not (part := self._part(row[at:])):
                 return None
-            runs.append(found)
-            at += found[0].ids.shape[1]
-        return runs
+            parts.append(part)
+            at += part[0][0].ids.shape[1]
+        return parts
+
+    def _part(self, rest: torch.Tensor) -> list[Run]:
+        """The runs that rest [T, C] begins with: the first, and those of the same tokens in the channels beside it."""
+        part: list[Run] = []
+        while rest.any() and (run := _same(self._known, rest) or _most_alike(self._known, rest)):
+            part.append(run)
+            rest = rest[: run[0].ids.shape[1], run[0].states[0].shape[2] :]
+        return part
 
 
 def _candidates(known: Sequence[Encoded], rest: torch.Tensor) -> list[tuple[Encoded, torch.Tensor]]:
@@ -147,7 +156,7 @@ def _candidates(known: Sequence[Encoded], rest: torch.Tensor) -> list[tuple[Enco
     return [(e, s) for e in reversed(known) for s in e.states if s.shape[1] <= tokens and s.shape[2] <= width]
 
 
-def _same(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] | None:
+def _same(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
     for encoded, states in _candidates(known, rest):
         tokens, width = states.shape[1:]
         same = (states.to(rest.device, rest.dtype) == rest[:tokens, :width]).flatten(1).all(1)  # [b]
@@ -156,7 +165,7 @@ def _same(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] |
     return None
 
 
-def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> tuple[Encoded, int] | None:
+def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
     """The text whose words point the same way: prompt weighting scales them. None where two texts do about equally well."""
     best: dict[tuple, tuple[float, Encoded, int]] = {}  # the ids -> how alike, and where
     for encoded, states in _candidates(known, rest):

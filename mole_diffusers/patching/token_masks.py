@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mole_diffusers import functional
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import EVERYWHERE
-from mole_diffusers.binding.words import Reading, joined, read
+from mole_diffusers.binding.words import Reading, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side, sides
 from mole_diffusers.patching.prompt_tokens import PromptTokens
@@ -201,21 +201,22 @@ class TokenMasks:
         if not self._called:
             self._texts = []
         if self.has_words and self.tokenizers[encoder] is not None:
-            readings = self._readings([[(encoder, row)] for row in ids.tolist()])
+            readings = self._readings([[[(encoder, row)]] for row in ids.tolist()])
             self._encoding, self._encoded = onto(self._own_tokens(readings), device), {}
             self.silent, self.row_silent = self._silent([reading.said for reading in readings], device)
             self._changed()
 
-    def _readings(self, rows: Sequence[Sequence[tuple[str, list[int]]]], tokens: int = 0) -> list[Reading]:
-        """A row is (encoder, its ids), ..., token after token; what is left of `tokens` has no words."""
+    def _readings(self, rows: Sequence[Sequence[Sequence[tuple[str, list[int]]]]], tokens: int = 0) -> list[Reading]:
+        """A row is made of parts, token after token, and a part of (encoder, its ids), whose channels lie side by side; what
+        is left of `tokens` has no words."""
         known: dict[tuple, Reading] = {}
         phrases = [bound.words for bound in self.bound.values()]
         readings = []
         for row in rows:
-            key = tuple((encoder, *ids) for encoder, ids in row)
+            key = tuple(tuple((encoder, *ids) for encoder, ids in part) for part in row)
             if key not in known:
-                texts = [read(ids, self.tokenizers[encoder], phrases) for encoder, ids in row]
-                left = max(0, tokens - sum(len(ids) for _, ids in row))
+                texts = [overlaid([read(ids, self.tokenizers[encoder], phrases) for encoder, ids in part]) for part in row]
+                left = max(0, tokens - sum(len(text.own[0]) for text in texts))
                 known[key] = joined([*texts, Reading(((False,) * left,) * len(phrases))] if left else texts)
             readings.append(known[key])
         return readings
@@ -321,8 +322,9 @@ class TokenMasks:
         and one without anybody's words, as of guidance by calls of its own, has the experts and places of that text."""
         readings: list[Reading] = []
         found = self.tokens.rows(text) if self.has_words else None
-        if found is not None and all(self.tokenizers[run.encoder] is not None for row in found for run, _ in row):
-            rows = [[(run.encoder, run.ids[i].tolist()) for run, i in row] for row in found]
+        encoders = {run.encoder for row in found or () for part in row for run, _ in part}
+        if found is not None and all(self.tokenizers[encoder] is not None for encoder in encoders):
+            rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
             readings = self._readings(rows, tokens=text.shape[1])
         elif self.has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from mole_diffusers.binding.words import joined, read
+from mole_diffusers.binding.words import joined, overlaid, read
 from mole_diffusers.emoji import default_folder
 
 
@@ -139,3 +139,19 @@ def test_a_text_in_two_runs_is_one_text(clip, sentencepiece):
     assert [(t.experts, t.name) for t in both.things] == [((0,), "fox"), ((), "lemon")]
     assert both.things[0].tokens == both.own[0]
     assert both.things[1].tokens == first.things[1].tokens + (False, False)
+
+
+def test_texts_side_by_side_are_one_text(clip):
+    """Of two encoders: a token is of every word that one of the texts has there, and place words count in both."""
+    first = read(clip("a photo of a hat").input_ids, clip, [["fox"], ["hat"]])
+    second = read(clip("a fox left of a hat").input_ids, clip, [["fox"], ["hat"]])
+    both = overlaid([first, second])
+    length = max(len(first.own[0]), len(second.own[0]))
+    for k in range(2):
+        tokens = {t for reading in (first, second) for t, own in enumerate(reading.own[k]) if own}
+        assert {t for t, own in enumerate(both.own[k]) if own} == tokens
+        assert len(both.own[k]) == length
+    assert second.relations == ((0, 1, "x"),)
+    assert [thing.experts for thing in both.things] == [(1,), (0,)]
+    assert both.relations == ((1, 0, "x"),)
+    assert overlaid([second, second]) == second

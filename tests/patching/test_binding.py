@@ -496,6 +496,63 @@ def test_averages_of_several_prompts_count_each(attach, pipe):
 # ---- other hosts
 
 
+class OneEncoder:
+    """A plan in which some experts do not act on some components."""
+
+    def __init__(self, absent, count):
+        self.absent, self.count = absent, count
+
+    def part(self, part):
+        return [0.0 if (part, k) in self.absent else 1.0 for k in range(self.count)]
+
+    def block(self, module):
+        return [1.0] * self.count
+
+    def gates(self, place):
+        return None
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
+    """The other route: an expert is off by hand in the encoder whose text has none of its words."""
+    pipe, options = hosts.HOSTS[name]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    options |= {"guidance_scale": 1.0, "prompt_2": "a fox"}
+    mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "everywhere"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # that it is silent, say
+        bound = hosts.draw(pipe, options, "a hen")
+    mixture.bind({"ink": "owl"})  # in neither text
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = hosts.draw(pipe, options, "a hen")
+    mixture.bind(None)
+    with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)):
+        torch.testing.assert_close(bound, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
+    with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)), mixture.strengths({"ink": 0}):
+        torch.testing.assert_close(alone, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
+    assert not torch.allclose(bound, hosts.draw(pipe, options, "a hen"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
+    pipe, options = hosts.HOSTS[name]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hosts.draw(pipe, options | {"prompt_2": "a fox"}, "an owl", steps=3)
+        assert set(mixture.layouts[0].regions) == {"fox", "ink"}
+        own = now(mixture).own[1].clone()
+        hosts.draw(pipe, options | {"prompt_2": "an owl"}, "a fox", steps=3)
+        assert torch.equal(now(mixture).own[1], own)  # whichever text has which
+        hosts.draw(pipe, options, "an owl", steps=1)
+        assert now(mixture).silent == (True, False)
+    fox, owl = {2, 3, 4}, {3, 4, 5}
+    for k, others in ((0, owl - fox), (1, fox - owl)):
+        assert (~own[:, k]).nonzero().flatten().tolist() == sorted(others)
+
+
 def draw_other(other, steps=2):
     words = {"max_sequence_length": 16} if other.name == "flux" else {}  # T5 has a token per letter, too
     return hosts.draw(other.pipe, other.options | words, PROMPT, steps=steps)
