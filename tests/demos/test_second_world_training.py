@@ -46,7 +46,7 @@ def step(module: nn.Module, optimizer) -> None:
 def test_a_hidden_weight_moves_along_its_orthogonal_gradient_and_a_first_layer_by_adam():
     module, lr = tiny(), 1e-2
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    step(module, MuonAndAdamW(module, lr))
+    step(module, MuonAndAdamW(module, lr, ("conv_in",)))
     moved = {n: (before[n] * (1 - lr * 0.01) - p.detach()) / lr for n, p in module.named_parameters()}  # less the decay
     spectrum = torch.linalg.svdvals(moved["middle.weight"].flatten(1)) / (0.2 * (4 * 9) ** 0.5)
     assert spectrum.max() < 1.3  # three iterations bring large singular values to about 1, small ones up
@@ -57,11 +57,11 @@ def test_a_hidden_weight_moves_along_its_orthogonal_gradient_and_a_first_layer_b
 
 def test_a_resumed_run_takes_the_same_step():
     module = tiny()
-    optimizer = MuonAndAdamW(module, 1e-2)
+    optimizer = MuonAndAdamW(module, 1e-2, ("conv_in",))
     step(module, optimizer)
     other = tiny()
     other.load_state_dict(module.state_dict())
-    resumed = MuonAndAdamW(other, 1e-2)
+    resumed = MuonAndAdamW(other, 1e-2, ("conv_in",))
     resumed.load_state_dict(deepcopy(optimizer.state_dict()))
     step(module, optimizer)
     step(other, resumed)

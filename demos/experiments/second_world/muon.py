@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.optim import AdamW, Muon
-
-ENDS = ("conv_in", "conv_out", "embedding", "time_emb")  # first and last layers, and what reads words and times
 
 
 class MuonAndAdamW:
@@ -13,11 +13,14 @@ class MuonAndAdamW:
 
     Muon (Jordan et al. 2024) steps along the orthogonalised momentum of each hidden layer's weight, a convolution's as a
     matrix [outputs, inputs x height x width]. The length is that of Liu et al. 2025, section 2.2.
+
+    Args:
+        ends: parts of the names of layers that are not hidden: the first, the last, and embeddings.
     """
 
-    def __init__(self, module: nn.Module, lr: float):
+    def __init__(self, module: nn.Module, lr: float, ends: Sequence[str]):
         named = dict(module.named_parameters())
-        hidden = [n for n, p in named.items() if p.ndim >= 2 and not any(end in n for end in (*ENDS, "norm"))]
+        hidden = [n for n, p in named.items() if p.ndim >= 2 and not any(end in n for end in ends)]
         self._hidden = [named[n] for n in hidden]
         self._matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._hidden]  # the same memory
         self._adam = AdamW([p for n, p in named.items() if n not in hidden], lr, weight_decay=0.01, fused=True)

@@ -178,7 +178,7 @@ def train(steps: int, decay: int) -> None:
         return constant_then_decay(step, steps=steps, warmup=200, decay=max(1, decay))
 
     with small_attention():
-        muon = MuonAndAdamW(both, RATE)
+        muon = MuonAndAdamW(both, RATE, ("conv_in", "conv_out", "embedding", "time_emb"))
         fit("base", both, loss_at, steps=steps, lr=RATE, share=share, decay=0.999, generator=generator, optimizer=muon)
 
 

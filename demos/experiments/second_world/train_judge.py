@@ -1,6 +1,6 @@
 """Train the evaluator: which subjects, which style, which background. It never trains anything else.
 
-    python demos/experiments/second_world/train_judge.py [--steps 3000]
+    python demos/experiments/second_world/train_judge.py [--steps 8000]
 
 Sees true drawings of every subject and style of the world, one to four in a picture, blurred, noised, shifted in colour,
 and a fifth of them through the base's autoencoder, whose softness all generated pictures share. Resumable.
@@ -19,6 +19,7 @@ from drawings import Drawings, default_folder
 from encoder import Patches, patches
 from judge import Judge
 from loop import averaged, cosine, device, fit, note, to_tensor
+from muon import MuonAndAdamW
 from scenes import Scene, draw_scene
 
 BATCH = {1: 40, 2: 20, 3: 10, 4: 10}  # subjects in the picture -> pictures per update
@@ -104,20 +105,24 @@ def accuracy(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 51
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=8000)
     steps = parser.parse_args().steps
     torch.manual_seed(3)
     rng = np.random.default_rng(3)
     drawings = Drawings(default_folder())
     coding = patches(drawings), train_autoencoder.trained()
-    judge = Judge(words.SUBJECTS, words.STYLES, list(words.BACKGROUNDS)).to(device(), memory_format=torch.channels_last)
+    judge = Judge(words.SUBJECTS, words.STYLES, list(words.BACKGROUNDS)).to(device())
 
     def loss_at(step: int) -> torch.Tensor:
         count = TURNS[step % len(TURNS)]
         batch = labelled(drawings, judge, scenes_of(count, BATCH[count], rng), rng)
         return loss_of(judge, batch, degrade(batch.pictures, rng, coding if rng.random() < 1 / 5 else None))
 
-    fit("judge", judge, loss_at, steps=steps, lr=2e-3, share=lambda step: cosine(step, steps=steps, warmup=100), decay=0.99)
+    def share(step: int) -> float:
+        return cosine(step, steps=steps, warmup=100)
+
+    muon = MuonAndAdamW(judge, 2e-3, ("trunk.0.", "subject.", "weight.weight", "style.", "background."))
+    fit("judge", judge, loss_at, steps=steps, lr=2e-3, share=share, decay=0.99, optimizer=muon)
     judge.load_state_dict(averaged("judge"))
     judge.eval().cpu().save(drawings.folder / "judge")
     saved = Judge.load(drawings.folder / "judge").to(device())
