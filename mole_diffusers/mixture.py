@@ -25,7 +25,7 @@ from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.writing import write_lora
 from mole_diffusers.patching import cross_attention, joint_attention
 from mole_diffusers.patching.component import Component
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, compiled_from, denoiser, hosts
+from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, compiled_from, denoiser, groups_of, hosts
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
@@ -530,22 +530,10 @@ class Mixture:
                 latents,
                 side=lambda: self._inputs.side(args, kwargs),
                 level=lambda: float(runtime.time.max()),
-                groups=self._groups(len(text)),
+                groups=lambda: groups_of(self._calling, text, latents) if called else None,
                 frames=max(1, len(text) // len(latents)),
                 active=active,
             )
-
-    def _groups(self, rows: int) -> tuple[int, int] | None:
-        """How many rows of a text are unconditional and come first, and how many a group has: guidance repeats the prompts.
-
-        None outside of the pipeline's own call.
-        """
-        guided = getattr(self._calling, "do_classifier_free_guidance", None)
-        if guided is None:
-            return None
-        perturbed = bool(getattr(self._calling, "do_perturbed_attention_guidance", False))
-        pictures = max(1, rows // (1 + bool(guided) + perturbed))
-        return (pictures if guided and pictures < rows else 0), pictures
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
         if binding is None:

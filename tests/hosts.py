@@ -105,10 +105,11 @@ XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "transfo
 XL |= {"use_linear_projection": True, "cross_attention_dim": 32}
 
 
-def sdxl(kind=d.StableDiffusionXLPipeline, *, refiner=False, **extra):
+def sdxl(kind=d.StableDiffusionXLPipeline, *, refiner=False, channels=4, **extra):
     torch.manual_seed(0)
     inputs = 16 + 8 * (5 if refiner else 6)
-    host = unet(**XL | {"projection_class_embeddings_input_dim": inputs, "cross_attention_dim": 16 if refiner else 32})
+    width = {"cross_attention_dim": 16 if refiner else 32, "in_channels": channels}
+    host = unet(**XL | {"projection_class_embeddings_input_dim": inputs} | width)
     second = text(CLIPTextModelWithProjection, activation="gelu")
     first = {"text_encoder": None, "tokenizer": None} if refiner else {"text_encoder": text(), "tokenizer": tiny_tokenizer()}
     parts = first | {"text_encoder_2": second, "tokenizer_2": tiny_tokenizer(), "unet": host, "vae": vae()}
@@ -195,6 +196,10 @@ HOSTS = {
     "sd15-img2img": lambda: (sd(d.StableDiffusionImg2ImgPipeline), IMAGE),
     "sd15-inpaint": lambda: (sd(d.StableDiffusionInpaintPipeline), INPAINT | SIZE),
     "sd15-inpaint9": lambda: (sd(d.StableDiffusionInpaintPipeline, host=unet(in_channels=9)), INPAINT | SIZE),
+    "sd15-pix2pix": lambda: (
+        sd(d.StableDiffusionInstructPix2PixPipeline, host=unet(in_channels=8)),
+        {"image": PICTURE, "guidance_scale": 3.0},
+    ),
     "sd15-controlnet": lambda: (sd(d.StableDiffusionControlNetPipeline, controlnet=controlnet()), {"image": PICTURE}),
     "sd15-controlnet-img2img": lambda: (
         sd(d.StableDiffusionControlNetImg2ImgPipeline, controlnet=controlnet()),
@@ -216,6 +221,10 @@ HOSTS = {
     "sdxl-refiner": lambda: (sdxl(d.StableDiffusionXLImg2ImgPipeline, refiner=True), IMAGE),
     "sdxl-img2img": lambda: (sdxl(d.StableDiffusionXLImg2ImgPipeline), IMAGE),
     "sdxl-inpaint": lambda: (sdxl(d.StableDiffusionXLInpaintPipeline), INPAINT | SIZE),
+    "sdxl-pix2pix": lambda: (
+        sdxl(d.StableDiffusionXLInstructPix2PixPipeline, channels=8),
+        {"image": PICTURE, "guidance_scale": 3.0} | SIZE,
+    ),
     "sdxl-controlnet": lambda: (sdxl(d.StableDiffusionXLControlNetPipeline, controlnet=xl_controlnet()), {"image": PICTURE}),
     "sdxl-controlnet-img2img": lambda: (
         sdxl(d.StableDiffusionXLControlNetImg2ImgPipeline, controlnet=xl_controlnet()),

@@ -7,13 +7,18 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers.lora import COMPONENTS
 
 DENOISERS = ("unet", "transformer")
+Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
 
 
 class DenoiserInputs:
@@ -56,6 +61,20 @@ class DenoiserInputs:
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The text states [B, T, C]; B may be a multiple of the samples' where the samples are films."""
         return self._read("encoder_hidden_states", args, kwargs)
+
+
+def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:
+    """How a call's guidance has put the rows of a text [B, S, C] together; None where that is not known."""
+    if isinstance(pipe, StableDiffusionInstructPix2PixPipeline | StableDiffusionXLInstructPix2PixPipeline):
+        noisy = latents[:, : latents.shape[1] // 2]
+        repeated = len(text) % 3 == 0 and torch.equal(*noisy.chunk(3)[:2]) and torch.equal(*text.chunk(3)[1:])
+        return (True, False, False) if repeated else (True,)
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:
+        return None
+    perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+    groups = (False,) * bool(guided) + (True,) * (1 + perturbed)
+    return groups[: len(text)] if len(text) > 1 else (True,)  # a call for each
 
 
 def compiled_from(model: Any) -> Any:

@@ -40,8 +40,8 @@ class PictureLayout:
     Args:
         bound: each expert's binding, in the order of the gates' columns.
         readings: of each row's text; empty where it is not known.
-        guided: so many rows come first that are unconditional.
-        pictures: rows in a group; further groups, as of perturbed guidance, repeat the prompts.
+        groups: of the groups of rows that guidance puts together, in their order: whether they are prompts. The first that
+            are say what is in the pictures.
         frames: rows of one film, which have one layout.
         side: of the latents; None where it is not known, and nothing has a place.
     """
@@ -51,15 +51,17 @@ class PictureLayout:
         bound: Mapping[str, Bound],
         readings: Sequence[Reading],
         *,
-        guided: int,
-        pictures: int,
+        groups: Sequence[bool],
         frames: int,
         side: Side | None,
     ):
         self.names, self.bound = list(bound), list(bound.values())
-        self.readings, self.guided, self.side = readings, guided, side
+        self.readings, self.side = readings, side
+        pictures = max(1, len(readings) // len(groups))
+        first = groups.index(True) * pictures
         # The row whose prompt says what is in each row's picture: unconditional rows borrow it.
-        self.prompt_of = [guided + row % max(1, pictures) // frames * frames for row in range(len(readings))]
+        self.prompt_of = [first + row % pictures // frames * frames for row in range(len(readings))]
+        self._is_prompt = [groups[min(row // pictures, len(groups) - 1)] for row in range(len(readings))]
         self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], how much each thing's words are attended
         self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], once planned
 
@@ -164,8 +166,8 @@ class PictureLayout:
         A word is open wherever any thing that it names stands.
         """
         closed = torch.zeros(len(self.readings), side[0] * side[1], len(self.readings[0].own[0]))
-        for row, prompt in list(enumerate(self.prompt_of))[self.guided :]:
-            if located := self._located(prompt):
+        for row, prompt in enumerate(self.prompt_of):
+            if self._is_prompt[row] and (located := self._located(prompt)):
                 inside = F.adaptive_avg_pool2d(torch.stack([region for _, region in located])[None], side)[0].flatten(1)
                 own = torch.tensor([thing.tokens for thing, _ in located], dtype=torch.float32)  # [K, S]
                 closed[row] = own.amax(0) - (inside[:, :, None] * own[:, None]).amax(0)

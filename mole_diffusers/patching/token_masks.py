@@ -15,6 +15,7 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, joined, overlaid, read
 from mole_diffusers.functional import onto
+from mole_diffusers.patching.denoiser_inputs import Groups
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side, sides
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
@@ -272,7 +273,7 @@ class TokenMasks:
         *,
         side: Callable[[], Side | None],
         level: Callable[[], float],
-        groups: tuple[int, int] | None,
+        groups: Callable[[], Groups | None],
         frames: int = 1,
         active: Sequence[bool] = (),
     ) -> None:
@@ -283,8 +284,8 @@ class TokenMasks:
             latents: what it denoises.
             side: of the latents; None where it is not known, and nothing has a place.
             level: of noise, 1 is the most. Outside of a call another picture begins where it rises.
-            groups: (rows of unconditional texts that come first, rows in a group); None where that is not known: a first
-                half without any expert's words is taken for such.
+            groups: of the rows of the text, whether they are prompts; None where that is not known: a first half without any
+                expert's words is taken for none.
             frames: rows of the text for each row of the latents.
             active: [N], the experts that the user wants to hear of if they are silent.
         """
@@ -294,7 +295,7 @@ class TokenMasks:
                 self._texts = []
         state = next((known for known in self._texts if _is_same(known, text, latents)), None)
         if state is None:
-            state = self._read(text, latents, side(), groups, frames)
+            state = self._read(text, latents, side(), groups(), frames)
             self._texts = [*self._texts[-MOST_TEXTS:], state]
             for (name, bound), silent, wanted in zip(self.bound.items(), state.silent, active, strict=False):
                 if silent and wanted:
@@ -315,7 +316,7 @@ class TokenMasks:
         text: torch.Tensor,
         latents: torch.Tensor,
         side: Side | None,
-        groups: tuple[int, int] | None,
+        groups: Groups | None,
         frames: int,
     ) -> BoundText:
         """What follows from a text that is new. Within a call its layout is that of the text before, if things are the same;
@@ -328,8 +329,7 @@ class TokenMasks:
             readings = self._readings(rows, tokens=text.shape[1])
         elif self.has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
-        guided, pictures = groups or _groups(readings)
-        picture = PictureLayout(self.bound, readings, guided=guided, pictures=pictures, frames=frames, side=side)
+        picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         own = onto(self._own_tokens(readings), text.device) if readings else None
         said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
         state = BoundText(
@@ -381,9 +381,9 @@ def _is_same(known: BoundText, text: torch.Tensor, latents: torch.Tensor) -> boo
     return torch.equal(known.text, text)
 
 
-def _groups(readings: Sequence[Reading]) -> tuple[int, int]:
-    """How many unconditional rows come first, and how many rows a group has, to judge by the texts alone."""
+def _groups(readings: Sequence[Reading]) -> Groups:
+    """Whether the first half of the rows are prompts, to judge by the texts alone."""
     half = len(readings) // 2
     said = list(map(_says, readings))
-    guided = half if len(readings) == 2 * half and not any(said[:half]) and all(said[half:]) else 0
-    return guided, guided or len(readings)
+    guided = half and len(readings) == 2 * half and not any(said[:half]) and all(said[half:])
+    return (False, True) if guided else (True,)

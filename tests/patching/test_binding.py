@@ -187,7 +187,7 @@ def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
     text, latents = masks.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
-    masks.on_denoiser(text, latents, side=lambda: (8, 8), level=lambda: 1.0, groups=(0, 1))
+    masks.on_denoiser(text, latents, side=lambda: (8, 8), level=lambda: 1.0, groups=lambda: (True,))
     masks.add_maps(probabilities, [0])
     by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
     low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
@@ -672,6 +672,40 @@ def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
             unbound = hosts.draw(pipe, options, "a fox an owl", steps=3)
     assert torch.equal(everywhere, unbound)
     assert not torch.equal(bound, unbound)
+
+
+@pytest.mark.parametrize(("edits", "plain"), [("sd15-pix2pix", "sd15"), ("sdxl-pix2pix", "sdxl")])
+@pytest.mark.parametrize(("count", "guidance"), [(1, 3.0), (3, 3.0), (3, 1.0)])
+def test_an_edit_that_cannot_see_its_picture_is_an_ordinary_drawing(edits, plain, count, guidance, tmp_path):
+    """Pix2Pix has the prompts' rows first, and two groups of other texts; where the picture counts for nothing in the UNet
+    its guidance is the ordinary one."""
+    (pipe, options), (other, _) = hosts.HOSTS[edits](), hosts.HOSTS[plain]()
+    prompts = ["an owl a fox", "a hen a fox", "a fox an owl"][-count:]
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[:, 4:] = 0
+        states = pipe.unet.state_dict() | {"conv_in.weight": pipe.unet.conv_in.weight[:, :4]}
+    other.unet.load_state_dict(states)
+    other.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    other.vae.load_state_dict(pipe.vae.state_dict())
+    if hasattr(pipe, "text_encoder_2"):
+        other.text_encoder_2.load_state_dict(pipe.text_encoder_2.state_dict())
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pictures, regions = [], []
+    for one, given in ((pipe, options | {"image": torch.cat([hosts.PICTURE] * len(prompts))}), (other, hosts.SIZE)):
+        mixture = mole.attach(one, files, binding={"fox": "fox", "ink": "owl"})
+        given = given | {"latents": noise.clone(), "guidance_scale": guidance}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pictures.append(hosts.draw(one, given, prompts, steps=3))
+            regions.append([layout.regions for layout in mixture.layouts])
+            with mixture.bound(None):
+                unbound = hosts.draw(one, given, prompts, steps=3)
+        assert not torch.allclose(pictures[-1], unbound, atol=1e-3)
+    torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*regions)
+    assert len(regions[0]) == len(prompts)
+    assert set(regions[0][-1]) == {"fox", "ink"}
 
 
 @pytest.mark.thorough
