@@ -24,6 +24,7 @@ from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText
@@ -284,7 +285,7 @@ class Actions:
             with ExitStack() as stack:
                 size = (recipe.height, recipe.width)
                 traced["trace"] = stack.enter_context(mixture.trace())
-                traced["contributions"] = stack.enter_context(contributions(mixture, self.studio.pipe.unet, size))
+                traced["contributions"] = stack.enter_context(contributions(mixture, denoiser(self.studio.pipe), size))
                 yield
 
         def work(report: Report) -> GateReport:
@@ -388,7 +389,8 @@ class PreviewDecoder:
         if begun - self._last < self._cost / PREVIEW_SHARE:
             return None
         vae = pipe.vae
-        decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor).sample
+        latents = latents[:1].to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+        decoded = vae.decode(latents).sample
         image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
         self._last = time.monotonic()
         self._cost = self._last - begun

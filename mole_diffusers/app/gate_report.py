@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.contributions import Contributions
+from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.trace import Trace
 from mole_diffusers.studio.block_weights import block_names
 from mole_diffusers.studio.recipe import Recipe
@@ -26,7 +28,7 @@ class GateReport:
         picture: file of the picture.
         experts: the LoRAs, in the order of all weights.
         heat, shares, places: figures, see `gate_figures`.
-        labels: block's short name -> gate site.
+        labels: block's short name, of a transformer its module's name -> gate site.
         weights: block's short name -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps: the values that can be set by hand.
         warning: see `Studio.warning`.
@@ -61,9 +63,9 @@ def gate_report(
     shades: Mapping[str, str] | None,
 ) -> GateReport:
     """The report of a picture that was drawn under a trace; `shades` has the LoRAs' colours."""
-    unet = studio.pipe.unet
-    labels = gate_figures.block_places(trace, block_names(unet))
-    schedule = StrengthSchedule(trace.experts, recipe.tags, unet=unet, steps=recipe.steps)
+    network: Any = denoiser(studio.pipe)
+    labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
+    schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
     return GateReport(
         picture=picture,
         experts=list(trace.experts),

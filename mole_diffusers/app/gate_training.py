@@ -23,6 +23,7 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training.denoising import check_trainable
 from mole_diffusers.training.gate_trainer import train_gates
 
 MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # of a run
@@ -157,8 +158,9 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     Args:
         again: for gates of this name with other settings: "continue" from them, or "overwrite".
 
-    Raises ValueError for bad settings, GatesExistError where `again` is needed.
+    Raises ValueError for bad settings and for a base that cannot be trained on, GatesExistError where `again` is needed.
     """
+    check_trainable(studio.pipe)
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
@@ -234,8 +236,7 @@ def _train(
 @contextmanager
 def _before_denoiser(pipe: Any, on_call: Callable[..., None]) -> Iterator[None]:
     """Call `on_call` before every call of the denoiser."""
-    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    handle = denoiser.register_forward_pre_hook(on_call)
+    handle = pipe.unet.register_forward_pre_hook(on_call)
     try:
         yield
     finally:

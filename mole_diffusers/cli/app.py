@@ -30,8 +30,8 @@ def app(
         list[str],
         Option(
             metavar="MODEL",
-            help="As in the other commands. Repeatable: the app begins with the first and changes among all. A models folder "
-            "of A1111, Forge or ComfyUI is every model in it.",
+            help="As in the other commands. Repeatable: the app begins with the first and changes among all. A models "
+            "folder of A1111, Forge or ComfyUI is every model in it.",
         ),
     ] = [WORLD],  # noqa: B006
     loras: LorasOption = None,
@@ -63,10 +63,15 @@ def app(
     from mole_diffusers.studio.base_models import bases_of
     from mole_diffusers.studio.catalog import folder_gates
     from mole_diffusers.studio.render import Studio
+    from mole_diffusers.training.denoising import check_trainable
 
     def open_one(name: str) -> Base:
         found = opened(name, device, opening=opening)
         found.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
+        try:
+            check_trainable(found.pipe)
+        except ValueError as error:
+            print(f"note: pictures can be drawn, but {error}", file=sys.stderr)
         return found
 
     bases = bases_of(base)
@@ -75,9 +80,6 @@ def app(
         catalog.add_gates(name, folder)
     first = open_one(next(iter(bases.values())))
     studio = Studio(first.pipe, catalog, first.name)
-    if not hasattr(studio.pipe, "unet"):
-        what = "pictures can be drawn and gates trained; what the See page shows is read from a UNet"
-        print(f"note: {type(studio.pipe).__name__} has a transformer: {what}", file=sys.stderr)
     if first.name == WORLD:
         recipe = first_recipe(
             studio, prompt="noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"

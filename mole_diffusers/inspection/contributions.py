@@ -11,8 +11,10 @@ import torch
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.placement import stream_of
 
-NOT_IMAGE = ("attn2.to_k", "attn2.to_v", "time_emb_proj", "linear_1", "linear_2")  # layers without a token per place
+NOT_IMAGE = ("time_emb_proj", "linear_1", "linear_2")  # layers without a token per place
 
 
 @dataclass
@@ -44,20 +46,27 @@ class Contributions:
 
 
 @contextmanager
-def contributions(mixture: Mixture, unet: Any, size: tuple[int, int]) -> Iterator[Contributions]:
+def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Iterator[Contributions]:
     """Measure while the block runs.
 
     Args:
-        unet: the denoiser of the mixture.
+        denoiser: the UNet or transformer of the mixture.
         size: (height, width) of the picture, whose shape the tokens have.
     """
-    found, handles = Contributions(list(mixture.experts)), []
+    found, handles, inputs = Contributions(list(mixture.experts)), [], DenoiserInputs(denoiser)
+    tokens = 0  # of the picture, in this call
 
-    def listen(module: Any, segment: torch.Tensor) -> Any:
+    def count(_: Any, args: tuple, kwargs: dict) -> None:
+        nonlocal tokens
+        height, width = inputs.side(args, kwargs) or (0, 0)
+        tokens = height * width
+
+    def listen(module: Any, segment: torch.Tensor, *, has_text: bool) -> Any:
         def measure(_: Any, args: tuple) -> None:
             z = args[0].detach()
             flat = z.flatten(2).transpose(1, 2) if z.dim() == 4 else z  # [B, T, R]
             if flat.dim() == 3:
+                flat = flat[:, -tokens:] if has_text else flat  # the text comes first
                 height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
                 shape = (height, flat.shape[1] // height)
                 found.add(shape, norms(flat[flat.shape[0] // 2 :], module.weight, segment, len(found.experts)))
@@ -65,9 +74,11 @@ def contributions(mixture: Mixture, unet: Any, size: tuple[int, int]) -> Iterato
         return module.register_forward_pre_hook(measure)
 
     try:
-        for name, (module, segment) in peft_injection.ups(unet).items():
-            if not name.endswith(NOT_IMAGE):
-                handles.append(listen(module, segment))
+        handles.append(denoiser.register_forward_pre_hook(count, with_kwargs=True))
+        for name, (module, segment) in peft_injection.ups(denoiser).items():
+            stream = stream_of("denoiser", name)
+            if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
+                handles.append(listen(module, segment, has_text=stream == "joint"))
         yield found
     finally:
         for handle in handles:

@@ -15,6 +15,13 @@ from mole_diffusers.mixture import attached
 from mole_diffusers.training.data import RandomBatch, Samples, token_ids
 
 
+def check_trainable(pipe: Any) -> None:
+    """Raises ValueError for a pipeline that gates and LoRAs cannot be trained on: it needs a UNet and one text encoder, as
+    Stable Diffusion 1.5 and 2.1 have."""
+    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
+        raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and one text encoder")
+
+
 def training_scheduler(pipe: Any) -> DDIMScheduler:
     """The pipeline's noise schedule as DDIM, whatever the sampler; the pipeline's own scheduler keeps its state."""
     return DDIMScheduler.from_config(pipe.scheduler.config)

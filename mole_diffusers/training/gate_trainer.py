@@ -27,7 +27,7 @@ from mole_diffusers.patching.runtime import Decision
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
-from mole_diffusers.training.denoising import latent_shape, predict
+from mole_diffusers.training.denoising import check_trainable, latent_shape, predict
 from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
@@ -68,8 +68,8 @@ def train_gates(
         One {"step", "loss", term: value} per update.
 
     Raises:
-        ValueError: a term lacks what it needs, an expert is unknown, a size cannot be drawn, or a loss is not finite
-            (the last checkpoint stays).
+        ValueError: the pipeline cannot be trained on, a term lacks what it needs, an expert is unknown, a size cannot be
+            drawn, or a loss is not finite (the last checkpoint stays).
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
     context = TrainingContext(
@@ -94,6 +94,7 @@ class GateTrainer:
         """Check the settings and make what an update needs. Under `accelerate launch` this joins the other processes."""
         self.context, self.config, self.folder, self.success = context, config, folder, success
         self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
+        check_trainable(self.pipe)
         if not self.mixture.parameters():
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):

@@ -20,7 +20,7 @@ from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import denoising_loss, latent_shape, sample
+from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample
 from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
 
@@ -93,8 +93,7 @@ class LoraTrainer:
             pictures: those of the "concept", and of the "prior" where there are any.
             undo: takes the LoRA off again.
         """
-        if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
-            raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and one text encoder")
+        check_trainable(pipe)
         self.pipe, self.pictures, self.config, self.folder = pipe, pictures, config, folder
         accelerator = join_processes(pipe.device)
         with torch.random.fork_rng(devices=[]):

@@ -160,3 +160,29 @@ def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, a
     ]
     *_, last = resume[0].fn(page("reloaded"), "me")  # after a reload fields stay as they are
     assert all(map(is_left, last[1:]))
+
+
+def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
+    """A folder of models, and one beside it; each says how it was opened, and what it cannot."""
+    from mole_diffusers.app import build
+    from mole_diffusers.cli import main
+
+    tiny_pipeline().save_pretrained(tmp_path / "models" / "checkpoints" / "dream")
+    hosts.flux().save_pretrained(tmp_path / "flux")
+    built = []
+    monkeypatch.setattr(build, "build", lambda *given: built.extend(given))
+    monkeypatch.setattr(build, "launch", lambda *_, **__: None)
+    files = str(next(iter(loras.values())).parent)
+    bases = ["--base", str(tmp_path / "models"), "--base", str(tmp_path / "flux")]
+    assert main(["app", *bases, "--loras", files, "--device", "cpu", "--keep", str(tmp_path / "gates")]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].endswith("dream: StableDiffusionPipeline, cpu, float32")
+    actions, recipe = built
+    assert (actions.base, list(actions.bases), recipe.width) == ("dream", ["dream", "flux"], 32)
+    actions.change_base("flux")(ignore)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].endswith("flux: FluxPipeline, cpu, float32")
+    assert said[-1].startswith("note: pictures can be drawn, but FluxPipeline cannot be trained on")
+    assert actions.studio.pipe._progress_bar_config["disable"]
+    assert actions.settings_of_base()["guidance"] == 3.5
+    assert main(["app", "--base", str(tmp_path / "gone.safetensors"), "--loras", files]) == 1
+    assert "there is no model 'gone' in" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+import hosts
 import numpy as np
 import pytest
 from app_client import PROMPT
@@ -15,7 +16,8 @@ from mole_diffusers.mixture import attach
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
 pytest.importorskip("gradio")
 TEACHERS = [
@@ -138,3 +140,17 @@ def test_the_verdict_compares_the_same_held_out_seeds(studio):
 
 def test_work_that_nobody_reads_is_done(studio, tmp_path):
     assert train(studio, RECIPE, request(steps=1), home=tmp_path)(ignore).verdict
+
+
+@pytest.mark.parametrize("host", ["sdxl", "sd3", "flux"])
+def test_a_base_that_gates_cannot_be_trained_on_is_said_at_once(loras, tmp_path, host):
+    pipe, _ = hosts.HOSTS[host]()
+    with pytest.raises(
+        ValueError, match=f"{type(pipe).__name__} cannot be trained on: it needs a unet and one text encoder"
+    ):
+        train(Studio(pipe, Catalog(dict(loras), {}), host), Recipe(PROMPT), request(), home=tmp_path)
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors") for n in ("fox", "ink")}
+    mixture = attach(pipe, files, "static")
+    data = TrainingData({"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"])
+    with pytest.raises(ValueError, match="cannot be trained on"):
+        train_gates(pipe, mixture, data, config=GateTraining({"single": 1.0}, steps=1))

@@ -1,0 +1,63 @@
+"""What the See page shows of models with a transformer, as of those with a UNet."""
+
+import dataclasses
+
+import hosts
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusers.app.actions import Actions, PreviewDecoder
+from mole_diffusers.app.jobs import ignore
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_lora
+
+pytest.importorskip("matplotlib")
+PARTS = {"sd15": "unet", "flux": "transformer", "sd3": "transformer"}
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture(params=PARTS)
+def actions(request, tmp_path):
+    pipe, _ = hosts.HOSTS[request.param]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    return Actions(Studio(pipe, Catalog(files, {}), request.param), gallery=tmp_path / "pictures")
+
+
+RECIPE = Recipe("a <lora:fox:0.5> b <lora:ink:1>", steps=2, width=32, height=32, gates="sum", binding="none")
+
+
+def test_every_model_shows_where_which_lora_acted(actions):
+    seen = []
+    report = actions.look(RECIPE)(seen.append)
+    part = PARTS[actions.studio.base]
+    assert str(report) == "mean weight: fox 0.50, ink 1.00"
+    assert all(site.startswith(f"{part}.") for site in report.labels.values())
+    assert len(report.labels) > 1
+    assert all(row == [0.5, 1.0] for row in report.weights.values())
+    assert all(row == [1.0, 1.0] for row in report.gates.values())
+    assert [label.partition(":")[0] for label in report.places] == ["fox", "ink", "who acts most"]
+    assert np.array_equal(pixels(report.picture), pixels(actions.compose(RECIPE, 1)(ignore).pictures[0].path))
+
+
+def test_a_block_that_is_set_by_hand_is_followed(actions):
+    label, site = next(iter(actions.look(RECIPE)(ignore).labels.items()))
+    held = dataclasses.replace(RECIPE, locks={site: {"fox": 2.0, "ink": 0.0}})
+    report = actions.look(held)(ignore)
+    assert report.weights[label] == [1.0, 0.0]  # times the strengths
+    assert report.gates[label] == [2.0, 0.0]
+    assert sum(row == [0.5, 1.0] for row in report.weights.values()) == len(report.weights) - 1
+
+
+def test_the_preview_of_the_last_step_is_the_picture(actions):
+    studio, latents = actions.studio, []
+    studio.pipe.vae.register_to_config(shift_factor=0.0 if hasattr(studio.pipe, "unet") else 0.5)
+    image = studio.draw(studio.complete(RECIPE), on_step=lambda _, now: latents.append(now))
+    preview = PreviewDecoder()(studio.pipe, latents[-1])
+    assert np.abs(np.asarray(preview, int) - np.asarray(image, int)).max() <= 1
