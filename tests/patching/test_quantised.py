@@ -127,6 +127,39 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
     assert not torch.allclose(fixed, gated, atol=1e-3)
 
 
+def test_a_bound_picture_on_a_quantised_host(packed, files, tmp_path):
+    """The other route: a picture that is the same for layers that were packed and read back as plain ones.
+
+    Layout, masks and closed words come from what the packed host attends to.
+    """
+    plain, prompt = wide(), "a fox an owl"
+    plain.unet = read_back(packed.unet, plain.unet)
+    pictures, layouts = [], []
+    for pipe in (packed, plain):
+        mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
+        pictures.append(draw(pipe, {}, prompt, steps=3))
+        layouts.append(mixture.layouts[0])
+        with mixture.bound(None):
+            unbound = draw(pipe, {}, prompt, steps=3)
+        assert not torch.allclose(pictures[-1], unbound, atol=1e-3)
+    torch.testing.assert_close(*pictures, **CLOSE)
+    torch.testing.assert_close(layouts[0].regions, layouts[1].regions)
+    torch.testing.assert_close(layouts[0].maps, layouts[1].maps, atol=1e-4, rtol=0)
+    assert set(layouts[0].regions) == {"fox", "ink"}
+
+
+def read_back(packed, plain):
+    """`plain` with the weights that the packed layers stand for: what they make of unit vectors, less their bias."""
+    with torch.no_grad():
+        for name, layer in plain.named_modules():
+            if isinstance(layer, nn.Conv2d) and type(packed.get_submodule(name)) is not nn.Conv2d:  # quanto packs them, too
+                layer.weight.copy_(packed.get_submodule(name).weight.dequantize())
+            elif isinstance(layer, nn.Linear):
+                zero = packed.get_submodule(name)(torch.zeros(1, layer.in_features))
+                layer.weight.copy_((packed.get_submodule(name)(torch.eye(layer.in_features)) - zero).T)
+    return plain
+
+
 def compared(model, part, weighed, run):
     """The names of the layers whose every output in `run()` was their own product and the files' matrices, weighed."""
     experts = [(mole.read_expert(file).layers[part], weight) for file, weight in weighed]
