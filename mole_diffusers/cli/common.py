@@ -62,14 +62,18 @@ def _be_quiet_unless(ctx: Context, verbose: bool) -> None:
         ctx.with_resource(quiet())
 
 
-BaseOption = Annotated[
-    str,
-    Option(
-        metavar="MODEL",
-        help="A .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111 or ComfyUI followed by the "
-        "name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
-    ),
-]
+BASE: dict[str, Any] = {  # of the option --base
+    "metavar": "MODEL",
+    "help": "A .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111 or ComfyUI followed by the "
+    "name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
+}
+BASE_CONFIG: dict[str, Any] = {  # of the option --base-config
+    "metavar": "FOLDER",
+    "help": "For a checkpoint: a diffusers folder of the same kind of model, whose weights are not needed, or a hub id. "
+    "Default: that of the Forge folder around it, else the official one.",
+}
+BaseOption = Annotated[str, Option(**BASE)]
+BaseConfigOption = Annotated[str | None, Option("--base-config", **BASE_CONFIG)]
 DeviceOption = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps, ... Default: a GPU where there is one.")]
 ExpertOption = Annotated[
     list[str], Option("--expert", metavar="NAME=FILE[:STRENGTH]", help="A LoRA file and the name you give it. Repeatable.")
@@ -129,15 +133,7 @@ VerboseOption = Annotated[
 memory = functools.partial(Option, rich_help_panel="The base model on this machine")
 OPENING: dict[str, Any] = {  # options of commands that draw -> their types and defaults
     "config": (
-        Annotated[
-            str | None,
-            memory(
-                "--base-config",
-                metavar="FOLDER",
-                help="For a checkpoint: a diffusers folder of the same kind of model, whose weights are not needed, or a "
-                "hub id. Default: that of the Forge folder around it, else the official one.",
-            ),
-        ],
+        Annotated[str | None, memory("--base-config", **BASE_CONFIG)],
         None,
     ),
     "dtype": (
@@ -190,23 +186,38 @@ def chosen_device(device: str | None) -> str:
     return Memory(device).completed("").device or "cpu"
 
 
-def pipeline(base: str, device: str | None = None, *, half: bool = True, opening: Mapping[str, Any] | None = None) -> Any:
+def pipeline(
+    base: str,
+    device: str | None = None,
+    *,
+    config: str | None = None,
+    half: bool = True,
+    opening: Mapping[str, Any] | None = None,
+) -> Any:
     """The pipeline of --base. Calls that take two seconds or more show a bar.
 
     Args:
+        config: the value of --base-config, where `opening` is not given.
         half: whether the precision may be less than float32.
         opening: values of OPENING; where given, how the base was opened is said on stderr.
     """
-    return opened(base, device, half=half, opening=opening).pipe
+    return opened(base, device, config=config, half=half, opening=opening).pipe
 
 
-def opened(base: str, device: str | None = None, *, half: bool = True, opening: Mapping[str, Any] | None = None) -> Base:
+def opened(
+    base: str,
+    device: str | None = None,
+    *,
+    config: str | None = None,
+    half: bool = True,
+    opening: Mapping[str, Any] | None = None,
+) -> Base:
     """As `pipeline`, with what is known of it."""
     from mole_diffusers.studio.base_models import open_base
     from mole_diffusers.studio.memory import Memory
 
     options = dict(opening or ({} if half else {"dtype": "float32", "offload": "none"}))
-    config = options.pop("config", None)
+    config = options.pop("config", config)
     with busy(f"loading {base}"):
         found = open_base(base, config=config, memory=Memory(device, **options))
     found.pipe.set_progress_bar_config(delay=2, leave=False)

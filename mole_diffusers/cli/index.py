@@ -8,13 +8,23 @@ from typing import Annotated
 
 from typer import Argument
 
-from mole_diffusers.cli.common import WORLD, BaseOption, DeviceOption, EncoderOption, JsonOption, VerboseOption, pipeline
+from mole_diffusers.cli.common import (
+    WORLD,
+    BaseConfigOption,
+    BaseOption,
+    DeviceOption,
+    EncoderOption,
+    JsonOption,
+    VerboseOption,
+    pipeline,
+)
 
 
 def index(
     library: Annotated[Path, Argument(metavar="FOLDER", help="LoRA files, in subfolders too.")],
     encoder: EncoderOption = None,
     base: BaseOption = WORLD,
+    base_config: BaseConfigOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -23,7 +33,7 @@ def index(
     from mole_diffusers.retrieval.encoders import text_encoder_for
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    made = LoraLibrary.index(library, text_encoder_for(pipeline(base, device), encoder))
+    made = LoraLibrary.index(library, text_encoder_for(pipeline(base, device, config=base_config), encoder))
     if as_json:
         print(json.dumps({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}))
         return

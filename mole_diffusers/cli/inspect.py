@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from mole_diffusers.cli.common import JsonOption, VerboseOption, pipeline
+from mole_diffusers.cli.common import BaseConfigOption, JsonOption, VerboseOption, pipeline
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def inspect(
     files: Annotated[list[Path], Argument(metavar="FILE", help="LoRA files.")],
     base: Annotated[str | None, Option(metavar="MODEL", help="A pipeline to match the layers with.")] = None,
+    base_config: BaseConfigOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -25,7 +26,7 @@ def inspect(
     from mole_diffusers.lora import COMPONENTS, read_expert
     from mole_diffusers.lora.safe_files import printable
 
-    pipe = pipeline(base) if base else None
+    pipe = pipeline(base, config=base_config) if base else None
     models = {part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
     reports, failed = list[dict[str, Any]](), False
     for path in files:

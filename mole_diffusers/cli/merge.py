@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from mole_diffusers.cli.common import (
     NONE,
+    BaseConfigOption,
     DeviceOption,
     JsonOption,
     VerboseOption,
@@ -37,6 +38,7 @@ def merge(
     option: Annotated[list[str], Option(metavar="KEY=VALUE", help="Of the method: drop=0.5. Repeatable.")] = NONE,
     format: Annotated[Literal["diffusers", "kohya"], Option(help="kohya is for A1111 and ComfyUI.")] = "diffusers",
     base: Annotated[str | None, Option(metavar="MODEL", help="The pipeline to run the LoRAs on.")] = None,
+    base_config: BaseConfigOption = None,
     own: Annotated[
         list[str],
         Option(metavar="NAME=PROMPT", help="A prompt for one LoRA alone. Default: its trigger words. Repeatable."),
@@ -64,7 +66,7 @@ def merge(
         if base is None:
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
         prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
-        activations = Activations(pipeline(base, device), prompts | grouped_values(own, "--own"))
+        activations = Activations(pipeline(base, device, config=base_config), prompts | grouped_values(own, "--own"))
     with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline has bars of its own
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **options)
     save_expert(merged, out, format=format)

@@ -12,6 +12,7 @@ from typer import Argument
 from mole_diffusers.cli.common import (
     THRESHOLD,
     WORLD,
+    BaseConfigOption,
     BaseOption,
     CountOption,
     DeviceOption,
@@ -34,6 +35,7 @@ def retrieve(
     threshold: ThresholdOption = THRESHOLD,
     encoder: EncoderOption = None,
     base: BaseOption = WORLD,
+    base_config: BaseConfigOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -41,7 +43,7 @@ def retrieve(
     """Show which LoRAs of a library a prompt asks for, and why."""
     from mole_diffusers.retrieval.composing import report, retrieve_for
 
-    pipe = pipeline(base, device)
+    pipe = pipeline(base, device, config=base_config)
     opened = open_library(library, pipe, encoder)
     found = retrieve_for(opened, pipe, prompt, k=k, threshold=threshold)
     print(json.dumps(report(opened, found), indent=1) if as_json else in_words(found, opened))

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 from typer import Context, Option
 
 from mole_diffusers.cli.common import (
+    BASE,
     NONE,
     WORLD,
+    BaseConfigOption,
     DeviceOption,
     ExpertOption,
     JsonOption,
@@ -42,7 +44,7 @@ from mole_diffusers.cli.training_runs import (
 )
 from mole_diffusers.training.config import GateTraining
 
-SECTIONS = ("base", "experts", "gates", "lesson", "data", "clip", "training")
+SECTIONS = ("base", "base_config", "experts", "gates", "lesson", "data", "clip", "training")
 RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
 GATES = "Which gates"
 update = partial(setting, GateTraining)
@@ -53,9 +55,8 @@ gate = partial(Option, rich_help_panel=GATES)
 def train(
     ctx: Context,
     expert: ExpertOption = NONE,
-    base: Annotated[
-        str | None, Option(metavar="MODEL", help="A diffusers pipeline: a folder or a hub id.", show_default=WORLD)
-    ] = None,
+    base: Annotated[str | None, Option(**BASE, show_default=WORLD)] = None,
+    base_config: BaseConfigOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
     config: ConfigOption = None,
@@ -172,7 +173,7 @@ def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     }
     merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
     merged["gates"] = {"family": RECOMMENDED} | merged["gates"]
-    alone = given({name: flags[name] for name in ("base", "data", "clip")})
+    alone = given({name: flags[name] for name in ("base", "base_config", "data", "clip")})
     return {"base": WORLD, "data": [], "clip": None} | file | merged | alone
 
 
@@ -200,7 +201,7 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     config = GateTraining.from_dict({**asked["training"], "terms": terms})
     gates = GateConfig.from_dict(asked["gates"])
     experts = experts_for(base, asked["experts"], " ".join(data.composed))
-    pipe = pipeline(base, device or own_device(), half=False)
+    pipe = pipeline(base, device or own_device(), config=asked.get("base_config"), half=False)
     mixture = attach(pipe, experts, gates)
     data.samples = samples(pipe, asked["data"])
     success = _judge() if base == WORLD and config.validation.every else None

@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 
 from typer import Context, Option
 
-from mole_diffusers.cli.common import NONE, WORLD, DeviceOption, JsonOption, VerboseOption, pipeline
+from mole_diffusers.cli.common import (
+    BASE,
+    NONE,
+    WORLD,
+    BaseConfigOption,
+    DeviceOption,
+    JsonOption,
+    VerboseOption,
+    pipeline,
+)
 from mole_diffusers.cli.training_runs import (
     PICTURES,
     UPDATES,
@@ -31,7 +40,7 @@ from mole_diffusers.cli.training_runs import (
 )
 from mole_diffusers.training.config import LoraTraining
 
-SECTIONS = ("base", "data", "concept", "prior", "training")
+SECTIONS = ("base", "base_config", "data", "concept", "prior", "training")
 CONCEPT = ("trigger", "prompt", "resolution", "format")
 PRIOR = ("prompt", "data", "count", "steps", "guidance")
 CLASS = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
@@ -42,9 +51,8 @@ class_picture = partial(Option, rich_help_panel=CLASS)
 
 def train_lora(
     ctx: Context,
-    base: Annotated[
-        str | None, Option(metavar="MODEL", help="A diffusers pipeline: a folder or a hub id.", show_default=WORLD)
-    ] = None,
+    base: Annotated[str | None, Option(**BASE, show_default=WORLD)] = None,
+    base_config: BaseConfigOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
     config: ConfigOption = None,
@@ -132,7 +140,8 @@ def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     for name, known in (("concept", CONCEPT), ("prior", PRIOR), ("training", [f.name for f in fields(LoraTraining)])):
         if unknown := set(merged[name]) - set(known):
             raise ValueError(f"unknown {name} options {sorted(unknown)}; known: {list(known)}")
-    return {"base": WORLD, "data": []} | file | merged | given({name: flags[name] for name in ("base", "data")})
+    alone = given({name: flags[name] for name in ("base", "base_config", "data")})
+    return {"base": WORLD, "data": []} | file | merged | alone
 
 
 def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
 
     concept, config = asked["concept"], _config(asked["training"])
     pipe, trigger, side = (
-        pipeline(asked["base"], device or own_device(), half=False),
+        pipeline(asked["base"], device or own_device(), config=asked.get("base_config"), half=False),
         concept["trigger"],
         concept.get("resolution"),
     )

@@ -1,6 +1,7 @@
 """What the commands that draw share: where pictures go, how the base is opened, and every setting of a recipe."""
 
 import json
+import shutil
 
 import hosts
 import numpy as np
@@ -52,6 +53,45 @@ def test_a_checkpoint_file_in_a_models_folder_by_name(base, tmp_path, capsys):
     assert "offload 'model' keeps what is not used off the GPU, and there is none" in capsys.readouterr().err
     assert main([*DRAW, *base, "--dtype", "int8"]) == 1
     assert "unknown dtype 'int8'; known: float32, float16, bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, found in parser().commands.items() if "base" in {p.name for p in found.params}]
+)
+def test_every_command_with_a_base_takes_a_config_for_it(name):
+    flags = [flag for option in parser().commands[name].params for flag in option.opts]
+    assert flags.count("--base-config") == 1
+
+
+def test_the_config_reaches_the_commands_that_do_not_draw(base, loras, tmp_path, capsys, monkeypatch):
+    """Each opens the checkpoint; without the config none of them can, as there is no network."""
+    checkpoint, config, cpu = base[:2], base[2:4], base[-2:]
+    files = [str(loras["fox"]), str(loras["ink"])]
+    shutil.copytree(loras["fox"].parent, tmp_path / "library")
+    photo = tmp_path / "photos" / "fox.png"
+    photo.parent.mkdir()
+    Image.effect_noise((32, 32), 90).convert("RGB").save(photo)
+    experts = ["--expert", f"fox={files[0]}", "--expert", f"ink={files[1]}"]
+    lesson = ["--prompt", "a fox in ink", "--single", "fox=a fox", "--single", "ink=ink", "--steps", "1", "--batch", "1"]
+    own = ["--own", "fox=a fox", "--own", "ink=ink"]
+    commands = {
+        "index": ["index", str(tmp_path / "library"), *cpu],
+        "retrieve": ["retrieve", "a fox", "--library", str(tmp_path / "library"), *cpu],
+        "inspect": ["inspect", files[0]],
+        "merge": ["merge", *files, "--method", "ssr", *own, "--out", str(tmp_path / "merged.safetensors"), *cpu],
+        "train": ["train", *experts, *lesson, "--family", "static", "--out", str(tmp_path / "gates"), *cpu],
+        "train-lora": ["train-lora", "--data", str(photo.parent), "--trigger", "a fox", "--steps", "1", "--batch", "1",
+                       "--out", str(tmp_path / "lora"), *cpu],
+    }  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, command in commands.items():
+        assert main([*command, *checkpoint]) == 1, name
+        assert "give --base-config" in capsys.readouterr().err, name
+        assert main([*command, *checkpoint, *config]) == 0, (name, capsys.readouterr().err)
+        if name.startswith("train"):  # whose settings may be in a file
+            file = tmp_path / f"{name}.json"
+            assert main([*command, *checkpoint, *config, "--write-config", str(file)]) == 0
+            assert main([name, "--config", str(file), "--out", str(tmp_path / name), *cpu]) == 0
 
 
 def test_every_command_that_draws_opens_the_base_as_asked():
@@ -133,7 +173,7 @@ def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, t
     monkeypatch.setattr("mole_diffusers.app.build.launch", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     assert main(["app", *given]) == 0
-    assert f"note: {type(pipe).__name__} has a transformer: pictures can be drawn" in capsys.readouterr().err
+    assert f"note: pictures can be drawn, but {type(pipe).__name__} cannot be trained on" in capsys.readouterr().err
 
 
 def test_grids_say_what_they_show(base, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from single_file import save_single_file
 from transformers import (
     AutoModel,
     BitImageProcessor,
@@ -170,10 +171,12 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
 
 @pytest.fixture
 def checkpoint(models, own, loras, tmp_path):
-    """`mole evaluate` on a tiny pipeline in a folder, with what a real checkpoint needs."""
+    """`mole evaluate` on a tiny checkpoint file, with what a real one needs."""
     tiny_pipeline().save_pretrained(tmp_path / "base")
+    file = str(save_single_file(tiny_pipeline(), tmp_path / "base.safetensors"))
     (tmp_path / "cases.jsonl").write_text('{"concepts": ["fox", "ink"], "prompt": "a fox in ink"}\n')
-    args = ["evaluate", "--base", str(tmp_path / "base"), "--device", "cpu", "--steps", "1", "--seeds", "2"]
+    args = ["evaluate", "--base", file, "--base-config", str(tmp_path / "base"), "--device", "cpu"]
+    args += ["--steps", "1", "--seeds", "2"]
     for name in ("fox", "ink"):
         args += ["--images", f"{name}={own[name]}"]
     args += ["--cases", str(tmp_path / "cases.jsonl"), "--clip", models[0], "--dino", models[1]]

@@ -103,7 +103,7 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
     [
         ("[1, 2]", [], "must hold sections of"),
         ("{a: ", [], "is neither YAML nor JSON"),
-        ("trainning: {}", [], r"unknown sections ['trainning']; known: ['base', 'experts'"),
+        ("trainning: {}", [], r"unknown sections ['trainning']; known: ['base', 'base_config', 'experts'"),
         ("training: {stepps: 1, terms: {single: 1}}", [], "unknown training options ['stepps']"),
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
         ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
