@@ -183,16 +183,26 @@ class Mixture:
             yield
 
     @contextmanager
-    def trace(self) -> Iterator[Trace]:
-        """Record every gate's weights while the block runs: by place, step, batch row and expert."""
+    def trace(self, *, maps: bool = False) -> Iterator[Trace]:
+        """Record every gate's weights while the block runs: by place, step, batch row and expert.
+
+        Args:
+            maps: also where the model attends to the words of what is bound, at every step and not the first alone. That
+                costs the attention of the layers that are read once more, and 4 bytes per place: for each thing, picture and
+                step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at 1024.
+        """
         trace = Trace(list(self.experts), self._runtime)
         with self.listen(trace.record):
             self._runtime.step = -1
             self._traces.append(trace)
+            if maps:
+                self._runtime.map_watchers.append(trace.record_maps)
             try:
                 yield trace
             finally:
                 self._traces.remove(trace)
+                if maps:
+                    self._runtime.map_watchers.remove(trace.record_maps)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -538,7 +548,8 @@ class Mixture:
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
         if binding is None:
             return None
-        return TokenMasks(binding, self._tokenizers, self._runtime.tokens, self._runtime.changed)
+        runtime = self._runtime
+        return TokenMasks(binding, self._tokenizers, runtime.tokens, runtime.changed, runtime.map_watchers)
 
 
 def _switch(models: Sequence[nn.Module], *, on: bool) -> None:

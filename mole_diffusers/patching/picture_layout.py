@@ -81,11 +81,22 @@ class PictureLayout:
         """Add what a layer with this height and width attends to: shares [B, T, S] of its text's tokens, for these rows."""
         for share, row in zip(shares, rows, strict=True):
             if things := self._placed(row):
-                own = onto(torch.tensor([t.tokens for t in things], dtype=torch.float32), share.device)  # [K, S]
-                maps = (own / own.sum(1, keepdim=True)) @ share.float().T  # [K, T]
-                low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
-                maps = ((maps - low) / (high - low).clamp_min(1e-12)).reshape(-1, *side)
+                maps = _attended(share, things, side)
                 self._maps[row] = self._maps.get(row, torch.zeros_like(maps)) + maps
+
+    @property
+    def has_things(self) -> bool:
+        """Whether any picture shows something that the texts name, with a place or not."""
+        return any(self.readings[row].things for row in set(self.prompt_of))
+
+    def named_maps(self, shares: torch.Tensor, side: Side, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """The maps of all things in one layer, given as to `add_maps`: for each row, name -> [h, w] on the CPU."""
+        named = []
+        for share, row in zip(shares, rows, strict=True):
+            things = self.readings[row].things
+            maps = _attended(share, things, side).cpu() if things else ()
+            named.append({label: map_ for thing, map_ in zip(things, maps, strict=True) for label in self._labels(thing)})
+        return named
 
     def plan(self) -> list[str]:
         """Decide the layout of every picture; returns what is to be warned of."""
@@ -200,6 +211,14 @@ class PictureLayout:
         if thing.experts:
             return [self.names[k] for k in thing.experts]
         return [f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name]
+
+
+def _attended(share: torch.Tensor, things: Sequence[Thing], side: Side) -> torch.Tensor:
+    """How much the words of each thing are attended, from the least place to the most: share [T, S] -> [K, h, w] in 0..1."""
+    own = onto(torch.tensor([t.tokens for t in things], dtype=torch.float32), share.device)  # [K, S]
+    maps = (own / own.sum(1, keepdim=True)) @ share.float().T  # [K, T]
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    return ((maps - low) / (high - low).clamp_min(1e-12)).reshape(-1, *side)
 
 
 def sides(side: Side | None) -> Iterator[Side]:

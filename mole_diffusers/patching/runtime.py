@@ -12,7 +12,7 @@ import torch
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
-from mole_diffusers.patching.token_masks import TokenMasks
+from mole_diffusers.patching.token_masks import TokenMasks, Watcher
 
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
@@ -106,6 +106,7 @@ class Runtime:
     run: int = 0  # counts denoiser calls with the same text
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
+    map_watchers: list[Watcher] = field(default_factory=list)
     plan: Plan | None = None
     tokens: PromptTokens = field(default_factory=PromptTokens)
     binding: TokenMasks | None = None

@@ -20,6 +20,7 @@ from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side, 
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
 Silent = tuple[bool, ...]
+Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # given name -> map [h, w], for each picture
 MOST_TEXTS = 4  # that pictures of one call are drawn with, in turn
 CLOSING = 8.0  # what attention to a thing's words loses outside its region, in logits
 
@@ -59,12 +60,19 @@ class TokenMasks:
         bound: each expert's binding, in the order of the gates' columns.
         tokenizers: of each text encoder, by its name; the words of one that has none (None) are not known.
         changed: called when masks, or which experts are there, have changed.
+        watchers: whoever is in this list is given the maps of each layer that is read, and then every step is read.
     """
 
     def __init__(
-        self, bound: Mapping[str, Bound], tokenizers: Mapping[str, Any], tokens: PromptTokens, changed: Callable[[], None]
+        self,
+        bound: Mapping[str, Bound],
+        tokenizers: Mapping[str, Any],
+        tokens: PromptTokens,
+        changed: Callable[[], None],
+        watchers: Sequence[Watcher],
     ):
         self.bound, self.tokenizers, self.tokens, self._changed = dict(bound), dict(tokenizers), tokens, changed
+        self._watchers = watchers
         self.closing = CLOSING
         self.has_words = any(b.words for b in bound.values())  # else no text need be read
         self.silent: Silent = (False,) * len(bound)  # experts whose words the text that is being read has not
@@ -181,13 +189,20 @@ class TokenMasks:
     @property
     def wants_maps(self) -> bool:
         """Whether attention is to be read at this step."""
-        return self._now is not None and not torch.is_grad_enabled() and self._now.picture.wants_maps
+        if self._now is None or torch.is_grad_enabled():
+            return False
+        return self._now.picture.wants_maps or (bool(self._watchers) and self._now.picture.has_things)
 
     def add_maps(self, shares: torch.Tensor, rows: Sequence[int]) -> None:
         """Add what a layer attends to: shares [B, T, S] of its text's tokens, mean over heads, for these rows."""
         side = self.side_of(shares.shape[1])
-        if self._now is not None and side is not None:
-            self._now.picture.add_maps(shares, side, rows)
+        if self._now is None or side is None:
+            return
+        picture = self._now.picture
+        if picture.wants_maps:
+            picture.add_maps(shares, side, rows)
+        for watcher in self._watchers:
+            watcher(picture.named_maps(shares, side, rows))
 
     @property
     def layouts(self) -> list[Layout]:

@@ -11,7 +11,7 @@ from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.runtime import Decision, Present, Runtime
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """Recorded by `mixture.trace()`.
 
@@ -21,12 +21,16 @@ class Trace:
             where text encoders run. Layers of a place that have fewer of the experts are recorded apart, as
             "PLACE (fox, ink)".
         layouts: where each expert acted, for each picture of the last call; there when the block has ended.
+        maps: with `maps=True`, call of the denoiser, counted from 0 -> for each picture, name of an expert or noun -> [h, w]
+            on the CPU: the attention to its words, 0..1 in each layer that is read, summed over them. The layout is planned
+            from those of the first call. Calls with a text that names nothing have none.
     """
 
     experts: list[str]
     runtime: Runtime = field(repr=False)
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
     layouts: list[Layout] = field(default_factory=list, repr=False)
+    maps: dict[int, list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:
@@ -37,6 +41,12 @@ class Trace:
             names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
             place = f"{place} ({', '.join(names)})"
         self.records.append((place, self.runtime.step, decision.weights.detach().float().cpu()))
+
+    def record_maps(self, pictures: list[dict[str, torch.Tensor]]) -> None:
+        """Add the maps of one layer."""
+        kept = self.maps.setdefault(self.runtime.step, [{} for _ in pictures])
+        for maps, layer in zip(kept, pictures, strict=True):
+            maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
 
     @property
     def places(self) -> list[str]:

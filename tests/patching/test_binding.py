@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
@@ -214,6 +215,73 @@ def test_maps_are_the_hosts_own_attention(pipe, attach):
     q, k = (v.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for v in (q, k))
     by_hand = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
     torch.testing.assert_close(read[0], by_hand, atol=1e-6, rtol=1e-5)
+
+
+def by_hand(steps, tokens, side):
+    """Each thing's map at each step: steps has lists of (q, k) [heads, T or S, D], one for each layer that is read."""
+    found = []
+    for layers in steps:
+        total = torch.zeros(len(tokens), *side)
+        for q, k in layers:
+            shares = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T, S]
+            for i, words in enumerate(tokens):
+                map_ = shares[:, list(words)].mean(1).reshape(side)
+                total[i] += (map_ - map_.min()) / (map_.max() - map_.min())
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("binding", [{"fox": "fox", "ink": "owl"}, HALVES, {"fox": "fox", "ink": "everywhere"}])
+def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
+    """With places that are found or given, and for a thing that needs none."""
+    names = ("fox", "ink", "hat") if "hat" in binding else ("fox", "ink")
+    mixture = attach(binding, names=names)
+    plain = draw(pipe, PROMPT, num_inference_steps=3)
+    inputs = []
+    layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
+    hooks = [m.register_forward_hook(lambda m, x, k, _: inputs.append((m, x[0], k)), with_kwargs=True) for m in layers]
+    with mixture.trace(maps=True) as trace, mixture.trace() as other:
+        traced = draw(pipe, PROMPT, num_inference_steps=3)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(traced, plain)
+    assert not other.maps
+    steps = []
+    for attention, x, kwargs in inputs:
+        q, k = (attention.to_q.base_layer(x[1]), attention.to_k.base_layer(kwargs["encoder_hidden_states"][1]))
+        steps.append([v.unflatten(-1, (attention.heads, -1)).transpose(0, 1) for v in (q, k)])
+    steps = [steps[i : i + len(layers)] for i in range(0, len(steps), len(layers))]
+    words = {"fox": FOX, "ink": OWL} if binding["ink"] != "everywhere" else {"fox": FOX}
+    assert list(trace.maps) == [0, 1, 2]
+    for (maps,), wanted in zip(trace.maps.values(), by_hand(steps, words.values(), (8, 8)), strict=True):
+        found = torch.stack([maps[name] for name in words])
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    if binding["ink"] == "owl":
+        for name, map_ in mixture.layouts[0].maps.items():
+            assert torch.equal(map_, trace.maps[0][0][name])
+    assert not mixture._runtime.map_watchers
+    with mixture.trace(maps=True) as trace, mixture.bound(None):
+        draw(pipe, PROMPT)
+    assert trace.maps == {}
+
+
+def test_maps_of_several_pictures_are_those_of_each_alone(pipe, attach):
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    prompts = [PROMPT, "an owl a fox", "a hen"]
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def maps(chosen):
+        with warnings.catch_warnings(), mixture.trace(maps=True) as trace:
+            warnings.simplefilter("ignore")
+            pipe([prompts[i] for i in chosen], latents=noise[chosen], num_inference_steps=3, output_type="latent")
+        return trace.maps
+
+    together = maps([0, 1, 2])
+    for i in range(2):
+        for step, (alone,) in maps([i]).items():
+            torch.testing.assert_close(together[step][i], alone, atol=1e-4, rtol=1e-4)
+    assert all(pictures[2] == {} for pictures in together.values())
+    assert maps([2]) == {}
 
 
 def test_a_region_of_one_and_attention_for_the_others(attach, pipe):
@@ -628,6 +696,39 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
     torch.testing.assert_close(by_hand, closed, atol=1e-4, rtol=0)
     monkeypatch.undo()
     assert (draw_other(other) - closed).abs().max() > 1e-4
+
+
+class Heard(TorchFunctionMode):
+    """Queries and keys of every attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            self.calls.append((given["query"], given["key"]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("other", ["flux"], indirect=True)
+def test_a_trace_keeps_the_maps_of_joint_attention(other):
+    """Of the middle half of the three blocks: the first and the second; the text comes first."""
+    mixture = mole.attach(other.pipe, other.files, binding={"fox": "fox", "ink": "owl"})
+    with Heard() as heard, mixture.trace(maps=True) as trace, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draw_other(other, steps=3)
+    picture = now(mixture).picture
+    side, things = picture.side, picture.readings[0].things
+    text = len(things[0].tokens)
+    joint = [(q[0], k[0]) for q, k in heard.calls if q.shape[2] == text + side[0] * side[1]]
+    assert len(joint) == 9
+    steps = [[(q[:, text:], k[:, :text]) for q, k in joint[i : i + 2]] for i in (0, 3, 6)]
+    tokens = [[t for t, own in enumerate(thing.tokens) if own] for thing in things]
+    for (maps,), wanted in zip(trace.maps.values(), by_hand(steps, tokens, side), strict=True):
+        assert list(maps) == ["fox", "ink"]
+        torch.testing.assert_close(torch.stack(list(maps.values())), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("other", ["flux"], indirect=True)
