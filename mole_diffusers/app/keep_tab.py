@@ -46,12 +46,13 @@ def _loading(page: Page) -> None:
         if path is None:
             return [gr.skip()] * (len(page.inputs) + 3)
         with uploaded(Path(path)) as file:
-            asked = infotext.read_any(file)
+            asked, lacking = infotext.read_any(file), infotext.left_out(file)
             recipe = page.actions.studio.complete(asked)
         cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
         notes = page.actions.studio.notes(asked, recipe)
-        return [*page.values(recipe), cards, redraw(cards), markdown("; ".join([words, *notes]))]
+        said = markdown("; ".join(filter(None, [words, *notes, lacking])))
+        return [*page.values(recipe), cards, redraw(cards), said]
 
     dropped.upload(load, dropped, [*page.inputs, page.cards, page.shown, status], **PRIVATE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,11 +49,14 @@ def redraw(
     LoRAs are found by their hash, whatever their files are called here. A picture that was drawn over another needs that one
     as --image.
     """
+    from mole_diffusers.lora.safe_files import printable
     from mole_diffusers.studio import infotext
     from mole_diffusers.studio.base_models import find_base
 
     path = target(out, "redrawn.png", overwrite=overwrite)
     recipe = infotext.read_any(picture)
+    if lacking := infotext.left_out(picture):
+        print(f"note: {printable(lacking)}", file=sys.stderr)
     given = base if base == WORLD else str(find_base(base))
     if recipe.base and Path(recipe.base).name != Path(given).name:
         raise ValueError(f"{picture.name} was drawn with the base {recipe.base!r}; give it as --base")

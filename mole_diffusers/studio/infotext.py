@@ -12,10 +12,35 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.studio.recipe import Recipe, load, loads
+from mole_diffusers.studio.samplers import SAMPLERS
 
 PARAMETERS, OWN = "parameters", "mole_diffusers"  # names of the PNG's text chunks
 NEGATIVE = "Negative prompt: "
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
+READ = (
+    "Steps",
+    "Seed",
+    "Sampler",
+    "Schedule type",
+    "CFG scale",
+    "Distilled CFG Scale",
+    "Size",
+    "Lora hashes",
+    "Denoising strength",
+    "Hires upscale",
+)  # settings that a recipe has
+SILENT = (
+    "Model",
+    "Model hash",
+    "VAE hash",
+    "RNG",
+    "Version",
+    "Civitai resources",
+    "Civitai metadata",
+)  # and that it needs not
+SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # names of settings, beside what commas in values leave
+PLAIN = ("Uniform", "Normal", "Simple")  # schedules that are a sampler's own here
+BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose schedule is Karras in A1111 where it is "Automatic"
 MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 256 << 10  # of a file, of its picture, and characters of a text
 
 
@@ -45,10 +70,24 @@ def parameters(recipe: Recipe) -> str:
 
 
 def read_parameters(text: str, where: str = "the text") -> Recipe:
-    """A recipe from A1111's text, which is incomplete: hashes are cut to 12 digits, and there are no gates.
+    """A recipe from the text of A1111 or Forge, which is incomplete: hashes are cut to 12 digits, and there are no gates.
+
+    What else is in the text and not in the recipe is what `left_out` says.
 
     Raises ValueError if the last line has fewer than three settings, or one is out of range.
     """
+    return _parsed(text, where)[0]
+
+
+def left_out(path: str | Path) -> str:
+    """One sentence on the settings in a picture's text that `read` does not carry over; "" where there are none."""
+    texts = {} if Path(path).suffix.lower() == ".json" else _texts(Path(path))
+    lacking = _parsed(texts[PARAMETERS], Path(path).name)[1] if PARAMETERS in texts and OWN not in texts else []
+    return f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
+
+
+def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
+    """The recipe of A1111's text, and what it lacks of it."""
     if len(text) > MAX_TEXT:
         raise ValueError(f"{where} has more text than a recipe: {len(text)} characters, at most {MAX_TEXT}")
     *lines, last = text.strip().split("\n")
@@ -59,20 +98,43 @@ def read_parameters(text: str, where: str = "the text") -> Recipe:
     negative = "\n".join(lines[at:]).removeprefix(NEGATIVE).strip()
     width, _, height = found.get("Size", "512x512").partition("x")
     pairs = [pair.partition(":") for pair in found.get("Lora hashes", "").split(",") if ":" in pair]
+    sampler, lacking = _sampler(found.get("Sampler", "Default"), found.get("Schedule type", ""))
+    strength, hires = found.get("Denoising strength"), found.get("Hires upscale")
+    if strength and not hires:
+        lacking.append("the picture that it was drawn over")
+    lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in READ + SILENT and SETTING.fullmatch(key)]
     try:
-        return Recipe(
+        changed = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
+        recipe = Recipe(
             prompt="\n".join(lines[:at]).strip(),
             negative=negative,
             seed=int(found["Seed"]),
             steps=int(found["Steps"]),
-            guidance=float(found.get("CFG scale", "7")),
+            guidance=float(found.get("Distilled CFG Scale", found.get("CFG scale", "7"))),
             width=int(width),
             height=int(height),
-            sampler="" if found.get("Sampler") in (None, "Default") else found["Sampler"],
+            sampler=sampler,
             experts={name.strip(): digest.strip() for name, _, digest in pairs},
+            hires=float(hires or 1),
+            **changed,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    return recipe, lacking
+
+
+def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
+    """A recipe's sampler for A1111's sampler and schedule, which newer versions write apart; and what it lacks of them."""
+    if name == "Default":
+        return "", []
+    known = {each.casefold(): each for each in SAMPLERS}
+    is_karras = schedule == "Karras" or (schedule == "Automatic" and name in BY_ITSELF)
+    wanted = [f"{name} Karras", name] if is_karras else [name]
+    found = next((known[each.casefold()] for each in wanted if each.casefold() in known), "")
+    if not found:
+        return "", [f"Sampler {name} {schedule}".strip()]
+    is_same = schedule in ("", "Automatic", *PLAIN) or found.endswith(schedule)
+    return found, [] if is_same else [f"Schedule type {schedule}"]
 
 
 def _settings(line: str) -> dict[str, str]:

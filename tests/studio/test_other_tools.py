@@ -1,0 +1,95 @@
+"""Pictures of A1111 and Forge: what of their text becomes a recipe, and what is said not to."""
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mole_diffusers.cli import main
+from mole_diffusers.studio import infotext
+
+OLD = """a castle on a hill, (stone:1.2) <lora:castle:0.8>
+Negative prompt: blurry, ugly
+Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 12345, Size: 512x768, Model hash: abc123def0, Model: dream, \
+Lora hashes: "castle: deadbeef0123", Version: v1.6.0"""
+NEW = """a cat, sitting
+Negative prompt: lowres
+Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 9007199254740993, Size: 768x1024, \
+Model hash: 501235c0cd, Model: sdxl, Denoising strength: 0.45, Clip skip: 2, Hires upscale: 1.5, Hires steps: 15, \
+Hires upscaler: 4x-UltraSharp, ADetailer model: face_yolov8n.pt, ADetailer prompt: "a face, smiling", Version: v1.10.1"""
+OVER = """a cat
+Steps: 30, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7, Seed: 5, Size: 512x512, Model: sd, \
+Denoising strength: 0.6, Mask blur: 4, Inpaint area: Only masked, Version: v1.10.1"""
+FLUX = """a boat
+Steps: 20, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 7, Size: 896x1152, \
+Model: flux1-dev, Module 1: ae, Version: f2.0.1, Civitai resources: [{"type":"checkpoint","modelVersionId":691639}]"""
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A PNG with a text of another tool."""
+
+    def made(text, name=infotext.PARAMETERS):
+        about = PngInfo()
+        about.add_text(name, text)
+        Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=about)
+        return tmp_path / "theirs.png"
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "lacking"),
+    [
+        (OLD, {"sampler": "DPM++ 2M Karras", "height": 768, "experts": {"castle": "deadbeef0123"}, "hires": 1.0}, ""),
+        (
+            NEW,
+            {"sampler": "DPM++ 2M Karras", "seed": 9007199254740993, "hires": 1.5, "hires_strength": 0.45, "strength": 0.6},
+            "Clip skip 2, Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
+            "ADetailer prompt a face, smiling",
+        ),
+        (
+            OVER,
+            {"sampler": "Euler a", "strength": 0.6, "hires": 1.0, "image": ""},
+            "the picture that it was drawn over, Mask blur 4, Inpaint area Only masked",
+        ),
+        (FLUX, {"sampler": "Euler", "guidance": 3.5, "steps": 20}, "Module 1 ae"),
+    ],
+)
+def test_their_settings_become_a_recipe_and_the_rest_is_said(picture, text, fields, lacking):
+    path = picture(text)
+    recipe = infotext.read(path)
+    assert {name: getattr(recipe, name) for name in fields} == fields
+    assert infotext.left_out(path) == (f"not carried over from the picture's text: {lacking}" if lacking else "")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "name", "lacking"),
+    [
+        ("DPM++ 2M", None, "DPM++ 2M", ""),
+        ("DPM++ 2M", "Automatic", "DPM++ 2M Karras", ""),
+        ("dpm++ 2m karras", "Karras", "DPM++ 2M Karras", ""),
+        ("DPM++ 2M SDE", "Exponential", "DPM++ 2M SDE", "Schedule type Exponential"),
+        ("Euler", "Karras", "Euler Karras", ""),
+        ("Euler a", "Karras", "Euler a", "Schedule type Karras"),
+        ("UniPC", "Uniform", "UniPC", ""),
+        ("Restart", "SGM Uniform", "", "Sampler Restart SGM Uniform"),
+        ("Default", None, "", ""),
+    ],
+)
+def test_sampler_and_schedule_are_one_name(picture, sampler, schedule, name, lacking):
+    apart = f", Schedule type: {schedule}" if schedule else ""
+    path = picture(f"a cat\nSteps: 20, Sampler: {sampler}{apart}, CFG scale: 7, Seed: 1, Size: 64x64")
+    assert infotext.read(path).sampler == name
+    assert infotext.left_out(path).rpartition("text: ")[2] == lacking
+
+
+def test_what_is_left_out_is_said_where_a_picture_is_read(picture, tmp_path, capsys):
+    text = "a tiger\nSteps: 1, Sampler: Euler, Schedule type: Karras, Seed: 1, Size: 64x64, Clip skip: 2\x1b[2J"
+    args = ["redraw", str(picture(text)), "--out", str(tmp_path / "ours.png"), "--device", "cpu"]
+    assert main(args) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert notes == ["note: not carried over from the picture's text: Clip skip 2 [2J"]  # what moves the cursor is gone
+    assert infotext.read(tmp_path / "ours.png").sampler == "Euler Karras"
+    assert infotext.left_out(tmp_path / "ours.png") == ""  # which holds all
+    infotext.read(tmp_path / "ours.png").save(tmp_path / "ours.json")
+    assert infotext.left_out(tmp_path / "ours.json") == ""
