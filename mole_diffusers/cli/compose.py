@@ -95,7 +95,8 @@ def compose(
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = pipeline(base, device, opening=opening)
-    call = call_options(pipe, base, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "seeds": seeds}
+    call = call_options(pipe, base, **how, width=width, height=height)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
@@ -112,14 +113,26 @@ def compose(
 
 
 def call_options(
-    pipe: Any, base: str, *, steps: int, guidance: float | None, sampler: str, width: int | None, height: int | None
+    pipe: Any,
+    base: str,
+    *,
+    steps: int,
+    guidance: float | None,
+    sampler: str,
+    seeds: Sequence[int],
+    width: int | None,
+    height: int | None,
 ) -> dict[str, Any]:
-    """The options of a pipeline call as asked, with the size rounded; the sampler is put on the pipeline."""
+    """The options of a pipeline call as asked, with the size rounded; the sampler is put on the pipeline.
+
+    Args:
+        seeds: of the pictures of each call.
+    """
     from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.picture_passes import drawable
     from mole_diffusers.studio.samplers import sampler as scheduler
 
-    pipe.scheduler = scheduler(sampler, pipe.scheduler)
+    pipe.scheduler = scheduler(sampler, pipe.scheduler, seeds)
     strict = usual_guidance(pipe, base) if guidance is None else guidance
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": strict}
     if width or height:

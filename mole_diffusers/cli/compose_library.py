@@ -80,7 +80,8 @@ def compose_library(
     path = target(out, "grid.png", overwrite=overwrite)
     pipe = pipeline(base, device, opening=opening)
     found_in = open_library(library, pipe, encoder)
-    call = call_options(pipe, base, steps=steps, guidance=guidance, sampler=sampler, width=width, height=height)
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "seeds": seeds}
+    call = call_options(pipe, base, **how, width=width, height=height)
     pictures = {"base": drawn(pipe, prompt, negative, seeds, call)}
     with composed(found_in, pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
         pictures[f"found ({mode})"] = drawn(pipe, prompt, negative, seeds, call)

@@ -46,7 +46,7 @@ def _pipeline(recipe: Recipe) -> list[str]:
         lines.append(f"pipe = DiffusionPipeline.from_pretrained({recipe.base!r})")
     if recipe.sampler:
         lines.append("from mole_diffusers.studio.samplers import sampler")
-        lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler)")
+        lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler, {recipe.seed})")
     return lines
 
 

@@ -225,7 +225,7 @@ class Studio:
         """One call of a pipeline. `over`: the picture that it draws over, the strength and the mask; {} for none."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
-        with self._sampler(pipe, recipe.sampler), ExitStack() as stack:
+        with self._sampler(pipe, recipe), ExitStack() as stack:
             mixture = self.attach_for(recipe, pipe)
             schedule = self._schedule(recipe, [] if mixture is None else list(mixture.experts), steps)
             if mixture is not None:
@@ -292,8 +292,8 @@ class Studio:
         return StrengthSchedule(names, recipe.tags, unet=network, steps=steps, locks=recipe.locks)
 
     @contextmanager
-    def _sampler(self, pipe: Any, name: str) -> Iterator[None]:
-        pipe.scheduler = sampler(name, self._own_scheduler)
+    def _sampler(self, pipe: Any, recipe: Recipe) -> Iterator[None]:
+        pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
         try:
             yield
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -24,6 +26,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, 
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", KARRAS | ODE),
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", PLAIN | SDE),
     "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", KARRAS | SDE),
+    "DPM++ SDE": ("DPMSolverSDEScheduler", PLAIN),
+    "DPM++ SDE Karras": ("DPMSolverSDEScheduler", KARRAS),
     "DPM++ 2S": ("DPMSolverSinglestepScheduler", PLAIN | ODE),
     "DPM++ 2S Karras": ("DPMSolverSinglestepScheduler", KARRAS | ODE),
     "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -32,23 +36,37 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, 
     "DDPM": ("DDPMScheduler", {}),
     "LCM": ("LCMScheduler", {}),
 }
+NEEDED = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler class -> package without which it does not draw
 FLOW: dict[str, tuple[str, dict[str, Any]]] = {"Euler": ("FlowMatchEulerDiscreteScheduler", {})}  # of SD 3 and Flux
 
 
 def samplers_of(scheduler: Any) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The samplers that can draw with the model of a scheduler: those of flows for a model that was trained as one."""
-    return FLOW if "FlowMatch" in type(scheduler).__name__ else SAMPLERS
+    """The samplers that can draw with the model of a scheduler: those of flows for a model that was trained as one, and
+    those whose packages are installed."""
+    known = FLOW if "FlowMatch" in type(scheduler).__name__ else SAMPLERS
+    return {name: made for name, made in known.items() if not _lacking(made[0])}
 
 
-def sampler(name: str, scheduler: Any) -> Any:
+def _lacking(kind: str) -> str:
+    """The package that a scheduler class needs and that is not installed; "" if it needs none."""
+    package = NEEDED.get(kind, "")
+    return package if package and find_spec(package) is None else ""
+
+
+def sampler(name: str, scheduler: Any, seed: int | Sequence[int] = 0) -> Any:
     """A scheduler by its sampler's name in any case, for the model of `scheduler`; "" is that one itself.
 
-    Raises ValueError for a name that is unknown or that the model cannot be drawn with.
+    Args:
+        seed: of the picture, or of each in a batch, for samplers that draw noise of their own, without the generator.
+
+    Raises ValueError for a name that is unknown, that the model cannot be drawn with, or whose package is not installed.
     """
     if not name:
         return scheduler
     known = samplers_of(scheduler)
     kind, options = known[sampler_name(name, scheduler)]
+    if kind in NEEDED:
+        options = {**options, "noise_sampler_seed": seed}
     return getattr(diffusers, kind).from_config(scheduler.config, **options)
 
 
@@ -56,6 +74,9 @@ def sampler_name(name: str, scheduler: Any) -> str:
     """The name as it is written; raises as `sampler`."""
     known = samplers_of(scheduler)
     found = next((each for each in known if each.casefold() == name.casefold()), None)
+    others = {each.casefold(): made for each, made in SAMPLERS.items()}
+    if found is None and known is not FLOW and (package := _lacking(others.get(name.casefold(), ("",))[0])):
+        raise ValueError(f"the sampler {name!r} needs the package {package}: pip install 'mole-diffusers[samplers]'")
     if found is None:
         raise ValueError(f"unknown sampler {name!r}; known: {', '.join(known)}")
     return found

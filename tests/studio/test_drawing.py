@@ -18,7 +18,7 @@ from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
-from mole_diffusers.studio.samplers import SAMPLERS
+from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
@@ -48,12 +48,14 @@ def far(a, b):
 # ---- samplers, seeds, sizes
 
 
-FAST = ("DPM++ 2M Karras", "Heun", "PLMS")
+FAST = ("DPM++ 2M Karras", "DPM++ SDE", "Heun", "PLMS")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.thorough) for n in SAMPLERS])
 def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     """By its name in any case; strengths by step are those of steps, also where a step has two evaluations."""
+    if package := NEEDED.get(SAMPLERS[name][0]):
+        pytest.importorskip(package)
     recipe = studio.complete(dataclasses.replace(RECIPE, sampler=name.lower()))
     assert recipe.sampler == name
     seen = []
@@ -61,16 +63,44 @@ def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     assert seen == [1, 2, 3, 4]
     assert array(image).std() > 1
     pipe, (kind, options) = tiny_pipeline(), SAMPLERS[name]
+    options = options | ({"noise_sampler_seed": 7} if kind in NEEDED else {})
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
     attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(7)}
     assert far(pipe("a fox in ink", **given).images[0], image) <= 1
     detach(pipe)
-    two, plms = SAMPLERS[name][0].startswith(("Heun", "KDPM2")), name == "PLMS"
+    two, plms = SAMPLERS[name][0].startswith(("Heun", "KDPM2", "DPMSolverSDE")), name == "PLMS"
     assert evaluations(studio, recipe) == [1.0] * (7 if two else 5 if plms else 4)
     stopping = dataclasses.replace(recipe, prompt="a fox in ink <lora:fox:1:stop=2> <lora:ink:1>")
     on = 4 if two else 2
     assert evaluations(studio, stopping) == [1.0] * on + [0.0] * ((7 if two else 5 if plms else 4) - on)
+
+
+def test_a_sampler_that_needs_a_package_is_listed_where_that_is(studio, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: None)
+    assert not [name for name in studio.samplers if name.startswith("DPM++ SDE")]
+    with pytest.raises(
+        ValueError, match=r"'DPM\+\+ SDE Karras' needs the package torchsde: pip install 'mole-diffusers\[sampl"
+    ):
+        studio.complete(dataclasses.replace(RECIPE, sampler="DPM++ SDE Karras"))
+    monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: name)
+    assert [name for name in studio.samplers if name.startswith("DPM++ SDE")] == ["DPM++ SDE", "DPM++ SDE Karras"]
+    assert list(samplers_of(hosts.flow())) == ["Euler"]
+
+
+def test_noise_of_a_samplers_own_is_that_of_the_seed(studio):
+    """Alone, again, and in a batch of other seeds."""
+    pytest.importorskip("torchsde")
+    recipe = studio.complete(dataclasses.replace(RECIPE, sampler="DPM++ SDE"))
+    first = studio.draw(recipe)
+    assert far(first, studio.draw(recipe)) == 0
+    assert far(first, studio.draw(dataclasses.replace(recipe, seed=8))) > 1
+    pipe = tiny_pipeline()
+    attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
+    pipe.scheduler = sampler("DPM++ SDE", pipe.scheduler, [3, 7])
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 7)]
+    both = pipe(["a fox in ink"] * 2, num_inference_steps=4, guidance_scale=3.0, generator=generators).images
+    assert far(both[1], first) <= 1
 
 
 def evaluations(studio, recipe):
