@@ -265,7 +265,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         return average(place, gates[::pictures], mask).repeat_interleave(pictures, 0)
 
     with mixture.adjusted(record):
-        sample(setup.pipe, case.prompt, [0], **{**setup.options, "output_type": "latent"})
+        sample(setup.pipe, case.prompt, [0], **{**setup.call_of(case), "output_type": "latent"})
     with mixture.adjusted(replay):
         yield
 
@@ -289,7 +289,7 @@ def traced(setup: Setup, arm: Arm, case: Case) -> Trace:
         if mixture is None:
             raise ValueError(f"the arm {arm.name!r} attaches no gates")
         with mixture.trace() as trace:
-            sample(setup.pipe, case.prompt, [0], **setup.options)
+            sample(setup.pipe, case.prompt, [0], **setup.call_of(case))
     return trace
 
 

@@ -29,7 +29,9 @@ DINO_BY_ROLE = ("DINO of subjects", "DINO of styles")
 
 
 def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
-    """Cases from JSON lines: {"concepts": ["dog", "hat"], "prompt": "a dog wearing a hat", "kind": "pair"}.
+    """Cases from JSON lines: {"concepts": ["dog", "hat"], "prompt": "a dog wearing a hat"}.
+
+    A line may add "kind", a name for cases of its sort, and "size", width and height in pixels.
 
     Raises ValueError naming the line that is no case, or a concept without an expert.
     """
@@ -39,7 +41,8 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
             continue
         try:
             row = json.loads(line)
-            case = Case(tuple(row["concepts"]), str(row.get("kind", f"{len(row['concepts'])} concepts")), row["prompt"])
+            kind, size = str(row.get("kind", f"{len(row['concepts'])} concepts")), row.get("size")
+            case = Case(tuple(row["concepts"]), kind, row["prompt"], size=size and _size(size))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'{path}, line {number}: not {{"concepts": [..], "prompt": ".."}}: {error}') from error
         if unknown := set(case.concepts) - set(known):
@@ -48,6 +51,12 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     if not cases:
         raise ValueError(f"{path} holds no cases")
     return cases
+
+
+def _size(found: object) -> tuple[int, int]:
+    if not isinstance(found, list) or len(found) != 2 or any(type(side) is not int or side < 1 for side in found):
+        raise TypeError(f'"size" is [width, height] in pixels, got {found!r}')
+    return found[0], found[1]
 
 
 def windows(image: Image.Image) -> list[Image.Image]:

@@ -22,13 +22,16 @@ from mole_diffusers.merging.activations import Activations
 class Case:
     """One composition to draw: the concepts that experts bring, and the prompt that asks for all of them.
 
-    `idle` are experts that are attached too although the prompt does not ask for them.
+    Attributes:
+        idle: experts that are attached too although the prompt does not ask for them.
+        size: width and height of its pictures in pixels; None leaves them to the setup's options.
     """
 
     concepts: tuple[str, ...]
     kind: str
     prompt: str
     idle: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -87,6 +90,10 @@ class Setup:
         """What each expert does alone, for the merges that need it; recorded once."""
         return Activations(self.pipe, self.prompts)
 
+    def call_of(self, case: Case) -> dict[str, Any]:
+        """Options of the pipeline call that draws a case."""
+        return {**self.options, **(dict(zip(("width", "height"), case.size, strict=True)) if case.size else {})}
+
     def weighted_experts(self, weights: Mapping[str, float]) -> dict[str, tuple[Expert, float]]:
         """Concept -> its LoRA and strength, which is the user's own times the weight."""
         return {name: (self.experts[name], weight * self.strengths.get(name, 1.0)) for name, weight in weights.items()}
@@ -140,7 +147,7 @@ def evaluate(
         missing = [row for row in _unmeasured(setup, arm, case, seeds=seeds) if key(row) not in done]
         if missing:
             with arm.draws(setup, case):
-                images = sample(setup.pipe, case.prompt, [row["seed"] for row in missing], **setup.options)
+                images = sample(setup.pipe, case.prompt, [row["seed"] for row in missing], **setup.call_of(case))
             measured = metrics(case, images)
             for row, image in zip(missing, images, strict=True):
                 save_picture(image, picture_path(rows.folder, row))
@@ -169,6 +176,6 @@ def _unmeasured(setup: Setup, arm: Arm, case: Case, *, seeds: Sequence[int]) -> 
         "arm": arm.name,
         "prompt": case.prompt,
         "idle": list(case.idle),
-        "settings": {"base": setup.base, **setup.metrics, **setup.options, **arm.settings(setup, case)},
+        "settings": {"base": setup.base, **setup.metrics, **setup.call_of(case), **arm.settings(setup, case)},
     }
     return [{**facts, "seed": seed} for seed in seeds]

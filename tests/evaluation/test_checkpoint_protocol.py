@@ -104,9 +104,13 @@ def test_cases_are_read_and_checked(tmp_path):
     path = tmp_path / "cases.jsonl"
     path.write_text('{"concepts": ["fox", "ink"], "prompt": "p"}\n\n{"concepts": ["fox"], "prompt": "q", "kind": "one"}\n')
     assert read_cases(path, ["fox", "ink"]) == [Case(("fox", "ink"), "2 concepts", "p"), Case(("fox",), "one", "q")]
+    path.write_text('{"concepts": ["fox"], "prompt": "p", "size": [768, 512]}')
+    assert read_cases(path, ["fox"])[0].size == (768, 512)
     for text, message in (
         ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
         ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
+        ('{"concepts": ["fox"], "prompt": "p", "size": [768]}', '"size" is [width, height] in pixels, got [768]'),
+        ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', '"size" is [width, height]'),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError) as error:  # noqa: PT011

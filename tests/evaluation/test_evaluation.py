@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,19 @@ def test_rows_that_say_less_of_their_case_are_still_its_rows(setup, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in older))
     assert evaluate(setup, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows) == made
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_case_is_drawn_at_its_own_size(setup, tmp_path):
+    wide = replace(CASES[0], size=(48, 24))
+    rows = Rows(tmp_path)
+    made = evaluate(setup, [arms.base()], [CASES[0], wide], brightness, seeds=[1], rows=rows)
+    sizes = []
+    for row in made:
+        with Image.open(picture_path(tmp_path, row)) as picture:
+            sizes.append(picture.size)
+    assert sizes == [(32, 32), (48, 24)]
+    assert [row["settings"].get("width") for row in made] == [None, 48]
+    assert evaluate(setup, [arms.base()], [wide], brightness, seeds=[1], rows=rows) == made[1:]
 
 
 def test_other_settings_are_other_rows(setup, tmp_path):
