@@ -9,7 +9,7 @@ work/joint/.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import train_base
 import words
+from compositions import SPLITS, scene_of
 from diffusers.utils import logging
 from drawings import Drawings, default_folder
 from judge import Judge
@@ -121,44 +122,28 @@ def lora_rows(world: World, pictures: int) -> None:
         world.pipe.unload_lora_weights()
 
 
-def compositions(kind: str) -> Iterable[tuple[str, ...]]:
-    """Held-out concepts to compose, of the test set; each comes about equally often."""
-    subjects, styles = words.TEST_SUBJECTS, words.TEST_STYLES
-    n, m = len(subjects), len(styles)
-    for i, subject in enumerate(subjects):
-        second, third = subjects[(i + 1) % n], subjects[(i + 3) % n]
-        yield {
-            "subject x style": (subject, styles[i % m]),
-            "two subjects": (subject, second),
-            "two subjects + style": (subject, second, styles[i % m]),
-            "three subjects": (subject, second, third),
-        }[kind]
+def joint_file(concepts: tuple[str, ...]) -> Path:
+    """Where the LoRA of a composition's concepts is kept."""
+    return WORK / "joint" / f"{'+'.join(concepts).replace(' ', '_')}.safetensors"
 
 
 def joint_rows(world: World, pictures: int, per_kind: int) -> None:
     """One LoRA trained on all concepts of a composition, no picture of them together: what a composer could reach."""
     for kind, wanted in JOINT_ROWS.items():
         hits, count = 0, 0
-        for concepts in list(compositions(kind))[:per_kind]:
-            path = WORK / "joint" / f"{'+'.join(concepts).replace(' ', '_')}.safetensors"
+        for concepts in SPLITS["test"][kind][:per_kind]:
+            path = joint_file(concepts)
             path.parent.mkdir(exist_ok=True)
             if not path.exists():
                 samples = make_loras.concept_samples(world.pipe, world.drawings, concepts)
                 tensors = make_loras.train(world.pipe, samples, JOINT, JOINT.rank)
                 save_lora(tensors, path, alpha=JOINT.rank, rank=JOINT.rank)
             world.pipe.load_lora_weights(str(path), adapter_name="joint")
-            share = world.look(f"joint {path.stem}", [_asked(concepts, i) for i in range(pictures // 4)])
+            share = world.look(f"joint {path.stem}", [scene_of(concepts, i) for i in range(pictures // 4)])
             world.pipe.unload_lora_weights()
             print(kind, concepts, share, flush=True)
             hits, count = hits + share.hits, count + share.count
         keep(f"joint: {kind}", Share(hits, count), wanted)
-
-
-def _asked(concepts: tuple[str, ...], turn: int) -> Scene:
-    """The scene of a composition; noto's style where it names none, wide and tall in turn."""
-    styles = [c for c in concepts if c in words.STYLES]
-    subjects = tuple(c for c in concepts if c not in words.STYLES)
-    return Scene(subjects, styles[0] if styles else "noto", upright=bool(turn % 2))
 
 
 def table() -> str:
