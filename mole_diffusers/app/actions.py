@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -27,7 +28,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
-from mole_diffusers.retrieval.encoders import PipelineText
+from mole_diffusers.retrieval.encoders import PipelineText, text_beside
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance
@@ -42,6 +43,7 @@ MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 PREVIEW_SHARE = 0.2  # of the drawing time that may go into previews
 
+Over = Mapping[str, Image.Image] | None  # pictures that are drawn over, see `Actions.compose`
 Thumbnail = Callable[[str], Image.Image | None]
 
 
@@ -110,8 +112,9 @@ class Actions:
         self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
         self._preview = PreviewDecoder()
-        self._library: LoraLibrary | None = None  # of the files below, for this base
-        self._library_files: dict[str, Path] = {}
+        self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
+        self._library: LoraLibrary | None = None
+        self._library_of: tuple[str, dict[str, Path]] | None = None  # the base and the files that it is for
 
     # ---- the base model
 
@@ -131,8 +134,11 @@ class Actions:
         def work(report: Report) -> str:
             report(f"opening {found}")
             if self.base != found:
-                self.studio.change_base(self.bases[found], self._opening)
-                self._library = None
+                self._reader = self._library = None  # which hold weights
+                try:
+                    self.studio.change_base(self.bases[found], self._opening)
+                finally:
+                    self._reader = text_beside(self.studio.pipe)
             return f"{found} is open: {type(self.studio.pipe).__name__}"
 
         return work
@@ -171,15 +177,19 @@ class Actions:
     def find(self, prompt: str) -> list[RetrievedLora]:
         """The LoRAs of the catalog that a prompt asks for: it contains their name or a trigger, or resembles their samples.
 
-        The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed.
+        The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed. It
+        does not wait for what is drawn, but where the model is offloaded.
         """
         loras = dict(self.studio.catalog.loras)
         if not loras:
             return []
-        with self.studio.lock.held():
-            if self._library is None or loras != self._library_files:
-                self._library, self._library_files = LoraLibrary.of(loras, PipelineText(self.studio.pipe)), loras
-            return retrieve_for(self._library, self.studio.pipe, prompt)
+        reader, wanted = self._reader, (self.studio.base, loras)
+        with self._finding, self.studio.lock.held() if reader is None else nullcontext():
+            library = self._library
+            if library is None or self._library_of != wanted:
+                library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
+                self._library, self._library_of = library, wanted
+            return retrieve_for(library, self.studio.pipe, prompt)
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
@@ -207,7 +217,7 @@ class Actions:
 
     # ---- pictures
 
-    def compose(self, recipe: Recipe, count: int, over: Mapping[str, Image.Image] | None = None) -> Work:
+    def compose(self, recipe: Recipe, count: int, over: Over = None) -> Work:
         """Draw `count` pictures with consecutive seeds into the gallery; if stopped, those that are done stay.
 
         Args:
@@ -220,17 +230,18 @@ class Actions:
         recipes = [dataclasses.replace(recipe, seed=seed + i) for i in range(count)]
         return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
 
-    def compare(self, recipe: Recipe, merges: Sequence[str] = ()) -> Work:
+    def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = None) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, bound, with trained gates where there are any,
-        and with any of `render.MERGES`."""
-        recipe = dataclasses.replace(recipe, seed=self._completed(recipe).seed)
+        and with any of `render.MERGES`; `over` as in `compose`."""
+        recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
         arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges if recipe.tags)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
         whole = dataclasses.replace(self._completed(recipe), arm="gates")
         wanted.append(("bound", dataclasses.replace(whole, gates="sum", gates_sha256="", locks={}, binding=AUTO)))
         if is_trained := whole.gates not in UNTRAINED:
             wanted.append(("gates", whole))
-        return self.draw_all(wanted, note="" if is_trained else "no gates are trained for these LoRAs, see the tab Train")
+        note = "" if is_trained else "no gates are trained for these LoRAs, see the tab Train"
+        return self.draw_all(wanted, note=note, over=over)
 
     def draw_all(
         self,
@@ -238,7 +249,7 @@ class Actions:
         *,
         gallery: Gallery | None = None,
         note: str = "",
-        over: Mapping[str, Image.Image] | None = None,
+        over: Over = None,
     ) -> Work:
         """Draw labelled recipes one after the other: a Progress after each step and in the end.
 
@@ -271,14 +282,15 @@ class Actions:
 
         return work
 
-    def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None) -> Work:
-        """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`."""
-        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
+    def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = None) -> Work:
+        """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
+        `compose`. Of a picture that is made larger, the first pass is traced."""
+        recipe = self._completed(with_pictures(dataclasses.replace(recipe, arm="gates"), **over or {}))
         self._check_budget([recipe])
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         traced: dict[str, Any] = {}
-        state = Progress(0, recipe.steps, 1)
+        state = Progress(0, self.studio.total_steps(recipe), 1)
 
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:
@@ -289,21 +301,23 @@ class Actions:
                 yield
 
         def work(report: Report) -> GateReport:
-            def on_step(done: int, _: torch.Tensor) -> None:
-                state.done = done
+            def on_step(*_: Any) -> None:
+                state.done += 1
                 report(dataclasses.replace(state))
 
-            image = self.studio.draw(recipe, on_step=on_step, inside=tracing)
+            image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=tracing)
             return gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
 
         return work
 
-    def grid(self, recipe: Recipe, x: str, y: str) -> Work:
-        """Draw an XY grid: in the end the file of the sheet, with grey cells if it was stopped; its recipe is inside."""
+    def grid(self, recipe: Recipe, x: str, y: str, over: Over = None) -> Work:
+        """Draw an XY grid: in the end the file of the sheet, with grey cells if it was stopped; its recipe is inside. `over`
+        as in `compose`."""
+        recipe = with_pictures(recipe, **over or {})
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         rows = xy_grid.cells(recipe, across, down)
         wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
-        draw, drawn = self.draw_all(wanted), dict[str, Image.Image]()
+        draw, drawn = self.draw_all(wanted, over=over), dict[str, Image.Image]()
 
         def sheet() -> Path:
             cells = [[drawn.get(f"{r},{c}") for c in range(len(row))] for r, row in enumerate(rows)]

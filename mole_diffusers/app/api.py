@@ -46,7 +46,7 @@ def add(page: Page) -> None:
             endpoint.__doc__ = (endpoint.__doc__ or "").replace("RECIPE", RECIPE_FIELDS)
             limit = (
                 {"concurrency_limit": None} if inspect.iscoroutinefunction(endpoint) else QUEUE
-            )  # a job waits in our queue
+            )  # a job waits in our queue, and finding for nothing
             gr.api(with_errors(endpoint), api_name=endpoint.__name__, **limit)
 
 
@@ -145,14 +145,15 @@ def _lora_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """What every LoRA's file says about itself, and how many of its layers the pipeline has."""
         return [actions.report(name) for name in catalog.loras]
 
-    def find(prompt: str) -> list[dict]:
+    async def find(prompt: str) -> list[dict]:
         """LoRAs that a prompt asks for, best first: {"name", "why", "score"}, a similarity in -1..1.
 
         Args:
             prompt: any text; tags in it are ignored.
         """
         text = parse(_text(prompt, "the prompt"), catalog.loras).text
-        return [{"name": found.name, "why": found.why, "score": found.score} for found in actions.find(text)]
+        hits = await asyncio.to_thread(actions.find, text)
+        return [{"name": hit.name, "why": hit.why, "score": hit.score} for hit in hits]
 
     def upload(file: gr.FileData) -> dict:
         """Add a LoRA file; a bad one is refused with one sentence.

@@ -14,7 +14,6 @@ from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
 from mole_diffusers.app.page import (
     PRIVATE,
-    QUEUE,
     Page,
     connect_cancel,
     connect_job,
@@ -40,7 +39,7 @@ def build(page: Page) -> None:
             _adding(page, prompt)
             mixer.build(page)
             count = _settings(page)
-            picture = draw_over.build(page)
+            page.over = draw_over.build(page)
         with gr.Column(scale=4, elem_classes="results"):
             preview = gr.Image(
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
@@ -58,7 +57,7 @@ def build(page: Page) -> None:
         now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
         return [now, gallery_items(pictures)]
 
-    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, count, picture], [preview, page.pictures]
+    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, count, page.over], [preview, page.pictures]
     connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs)
     connect_cancel(page, cancel, status, ["compose"])
     changed = [page.cards, page.shown, page.line]
@@ -119,7 +118,7 @@ def _adding(page: Page, prompt: Any) -> None:
 
     page.lists.append((add, page.actions.choices))
     changed = [prompt, page.cards, page.shown]
-    find.click(found, [prompt, page.cards], [*changed, why], **QUEUE, **PRIVATE)
+    find.click(found, [prompt, page.cards], [*changed, why], concurrency_limit=None, **PRIVATE)
     add.input(chosen, [add, prompt, page.cards], [*changed, add, why], **PRIVATE)
     upload.upload(uploaded, [upload, prompt, page.cards], [*changed, add, why], **PRIVATE)
 

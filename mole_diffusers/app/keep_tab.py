@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from mole_diffusers.app import draw_over
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import cards_of
@@ -101,12 +102,13 @@ def _grid(page: Page) -> None:
     sheet = figure("Grid", elem_id="sheet")
 
     def plan(*values: Any) -> Work:
-        *given, x, y = values
-        return page.actions.grid(page.recipe(*given), x, y)
+        *given, x, y, editor = values
+        return page.actions.grid(page.recipe(*given), x, y, draw_over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
         return [str(job.event) if isinstance(job.event, Path) else None]
 
-    connect_job(page, "grid", [make.click], plan, show, inputs=[*page.inputs, x, y], status=status, outputs=[sheet])
+    inputs = [*page.inputs, x, y, page.over]
+    connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])
     connect_cancel(page, cancel, status, ["grid"])
     page.fields += [x, y]

@@ -40,6 +40,7 @@ class Page:
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
         base: the choice of the base model.
+        over: the editor of a picture that is drawn over, see `draw_over`.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
         lists: dropdowns whose choices grow, each with a function that gives them.
@@ -61,6 +62,7 @@ class Page:
     locks: Any = None
     masks: Any = None
     base: Any = None
+    over: Any = None
     visitor: Any = None
     line: Any = None
     pictures: Any = None

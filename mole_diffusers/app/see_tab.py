@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from mole_diffusers.app import draw_over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of, parse_lock, shades, with_block_weights
@@ -65,8 +66,8 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
     def plan(*values: Any) -> Work:
-        *given, merges = values
-        return page.actions.compare(page.recipe(*given), merges)
+        *given, merges, editor = values
+        return page.actions.compare(page.recipe(*given), merges, draw_over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
         drawn = {picture.label: str(picture.path) for picture in job.event.pictures}
@@ -78,7 +79,7 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
 
     for side in (left, right):
         side.input(sides, [drawn, left, right], slider, **PRIVATE)
-    inputs, outputs = [*page.inputs, merges], [arms, slider, left, right, drawn]
+    inputs, outputs = [*page.inputs, merges, page.over], [arms, slider, left, right, drawn]
     connect_job(page, "compare", [compare.click], plan, show, inputs=inputs, status=status, outputs=outputs)
 
 
@@ -91,8 +92,8 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
         block = _by_hand(page, sites, gates)
 
     def plan(*values: Any) -> Work:
-        *given, cards = values
-        return page.actions.look(page.recipe(*given), shades(cards))
+        *given, cards, editor = values
+        return page.actions.look(page.recipe(*given), shades(cards), draw_over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
         report = job.event
@@ -103,7 +104,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
         blocks = gr.update(choices=list(report.labels), value=next(iter(report.labels)))
         return [report.heat, report.shares, maps, report.labels, typed, blocks]
 
-    inputs, outputs = [*page.inputs, page.cards], [heat, shares, places, sites, gates, block]
+    inputs, outputs = [*page.inputs, page.cards, page.over], [heat, shares, places, sites, gates, block]
     connect_job(page, "look", [look.click], plan, show, inputs=inputs, status=status, outputs=outputs)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +51,19 @@ class PipelineText:
         special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
         own = ~torch.isin(ids, special)
         return (states * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp_min(1)
+
+
+def text_beside(pipe: Any) -> PipelineText | None:
+    """The same vectors from a text encoder of its own, which shares the pipeline's weights: no LoRA reaches it, so it may
+    read while the pipeline draws. None where offloading moves the weights, and where there is no text encoder."""
+    encoder = getattr(pipe, "text_encoder", None)
+    if encoder is None or hasattr(encoder, "_hf_hook"):
+        return None
+    mixture = attached(pipe)
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    with nullcontext() if mixture is None else mixture.lifted():
+        twin = deepcopy(encoder, shared)
+    return PipelineText(SimpleNamespace(text_encoder=twin, tokenizer=deepcopy(pipe.tokenizer)))
 
 
 class SentenceText:

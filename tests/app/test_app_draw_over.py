@@ -66,6 +66,23 @@ def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
     assert np.abs(np.asarray(redrawn, int) - pixels(part.path)).max() <= 1
 
 
+@pytest.mark.parametrize("boxes", [(), ((0, 0, 32, 32),)])
+def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
+    over = draw_over.pictures(editor(*boxes))
+    whole, said = drawn(actions, RECIPE, over), []
+    wanted = pixels(whole.path)
+    compared = {picture.label: picture for picture in actions.compare(RECIPE, (), over)(ignore).pictures}
+    assert {picture.recipe.image for picture in compared.values()} == {whole.recipe.image}
+    assert np.array_equal(pixels(compared["bound"].path), wanted)
+    assert not np.array_equal(pixels(compared["base"].path), wanted)
+    assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
+    assert str(said[-1]) == "2 of 2 steps"  # 0.6 of 4
+    sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore)
+    assert infotext.read(sheet).mask == whole.recipe.mask
+    cells = [path for path in actions.own.folder.glob("*.png") if infotext.read(path).arm == "gates"]
+    assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
+
+
 def test_larger_pictures_are_counted_and_bounded(actions):
     larger = dataclasses.replace(RECIPE, hires=2.0)
     done = []
