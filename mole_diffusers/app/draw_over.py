@@ -15,8 +15,9 @@ def build(page: Page) -> Any:
     """Lay out the panel; returns the editor, whose value `pictures` reads."""
     d = page.defaults
     with gr.Accordion("Draw over a picture, or larger", open=False, elem_id="over"):
+        gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
         editor = gr.ImageEditor(
-            label="A picture to draw over; paint what is to change, or nothing for all of it",
+            label="To draw over",
             type="pil",
             format="png",
             sources=("upload", "clipboard"),

@@ -16,6 +16,7 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import Base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.picture_passes import pixels_hash
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_pipeline
 
@@ -250,11 +251,11 @@ def test_every_tab_cancels_its_work(tiny):
     assert not tiny.errors()
 
 
-def painted(page):
+def painted(page, css="#paint canvas"):
     """Paint the left part of the picture."""
     from selenium.webdriver import ActionChains
 
-    sheet = page.one("#paint canvas")
+    sheet = page.one(css)
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
     brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, -60, -100).click_and_hold()
     for x in (-60, -90):
@@ -285,6 +286,40 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     page.open(page.url)
     page.until(lambda: "region=painted" in value(page, "#prompt"), WAIT)
     assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(bound))
+    assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
+    """Sent from a file, all of it, then the part that is painted; comparing draws over it too."""
+    page, photo = any_width, tmp_path / "photo.png"
+    Image.effect_noise((256, 256), 90).convert("RGB").save(photo)
+    plain = composed(page, tmp_path, "plain.png")
+    page.click("#over button")
+    page.driver.find_element("css selector", "#over-picture input[type=file]").send_keys(str(photo))
+    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    page.type("#strength input[type=number]", "0.5")
+    whole = composed(page, tmp_path, "whole.png")
+    recipe = infotext.read(whole)
+    assert (recipe.image, recipe.mask, recipe.strength) == (pixels_hash(Image.open(photo)), "", 0.5)
+    assert not np.array_equal(pixels(whole), pixels(plain))
+    painted(page, "#over-picture canvas")
+    part = composed(page, tmp_path, "part.png")
+    assert infotext.read(part).image == recipe.image
+    assert infotext.read(part).mask
+    start = np.asarray(Image.open(photo).resize((32, 32), Image.Resampling.LANCZOS))
+    same = np.abs(pixels(part).astype(int) - start).max(-1) <= 1  # where nothing is painted
+    assert 0.2 < same.mean() < 0.9
+    assert same[:, -4:].all()
+    page.tab("See")
+    page.click("#compare")
+    page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
+    page.until(lambda: len(page.all("#arms .thumbnail-item img")) == 4, WAIT)
+    for i, image in enumerate(page.all("#arms .thumbnail-item img")):
+        urlretrieve(image.get_attribute("src"), tmp_path / f"arm{i}.png")
+        assert infotext.read(tmp_path / f"arm{i}.png").mask == infotext.read(part).mask
+    wide, window = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert wide <= window
     assert not page.errors()
 
 
