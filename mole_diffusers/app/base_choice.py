@@ -33,7 +33,8 @@ def connect(page: Page, status: Any) -> None:
             return [None] * len(outputs)
         if job.state != "done":
             return [page.actions.base, *[None] * (len(outputs) - 1)]
-        fresh, first = page.fresh(), {page.controls["sampler"]: {"value": "default"}}
+        fresh = page.fresh()
+        first: dict[Any, dict[str, Any]] = {page.controls["sampler"]: {"value": "default"}}
         listed = [gr.update(choices=each(), **first.get(field, {})) for field, each in zip(lists, choices, strict=True)]
         return [page.actions.base, fresh.width, fresh.height, fresh.guidance, *listed]
 

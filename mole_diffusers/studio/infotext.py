@@ -104,7 +104,7 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
         lacking.append("the picture that it was drawn over")
     lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in READ + SILENT and SETTING.fullmatch(key)]
     try:
-        changed = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
+        changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(
             prompt="\n".join(lines[:at]).strip(),
             negative=negative,
