@@ -150,8 +150,8 @@ class TrainingProgress:
 
 
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
-    """Train gates for the LoRAs of a recipe, at the strengths of its tags. In the end they are in `home / name` and in the
-    catalog; reports are a TrainingProgress.
+    """Train gates for the LoRAs of a recipe, at the strengths of its tags and at its size. In the end they are in
+    `home / name` and in the catalog; reports are a TrainingProgress.
 
     A run that was stopped goes on under the same name and settings.
 
@@ -164,7 +164,8 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
-    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts}
+    size = {"width": recipe.width, "height": recipe.height}
+    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, **size}
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
 
@@ -196,6 +197,7 @@ def _train(
 ) -> None:
     pipe = studio.pipe
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+    config = replace(request.config(), width=recipe.width, height=recipe.height)
 
     def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once
         progress.called += 1
@@ -218,13 +220,13 @@ def _train(
         progress.doing = "drawing on seeds that the training will not see, before it"
         for seed in held_out.seeds(request.seed)[:SHOWN]:
             show(f"before, seed {seed}", seed)
-        losses = held_out.losses(pipe, mixture, request.data(), request.config())
+        losses = held_out.losses(pipe, mixture, request.data(), config)
         before = [loss() for loss in losses]
         progress.doing, progress.called = "", 0
         report()
         log = train_gates(
-            pipe, mixture, request.data(), config=request.config(), folder=run.folder,
-            resume_from="latest", report=on_update, progress=False,
+            pipe, mixture, request.data(), config=config, folder=run.folder, resume_from="latest", report=on_update,
+            progress=False,
         )  # fmt: skip
         progress.rows, progress.doing = log, "drawing on seeds that the training has not seen"
         for seed in held_out.seeds(request.seed)[:SHOWN]:

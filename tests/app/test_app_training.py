@@ -123,6 +123,19 @@ def test_the_same_name_with_other_settings_is_asked_about(studio, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".new", ".old"))] == []
 
 
+def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
+    shapes = []
+    record = studio.pipe.unet.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[2:])))
+    wanted = request(way="collage", steps=2)
+    work = train(studio, Recipe(PROMPT, steps=2, width=48, height=32), wanted, home=tmp_path)
+    last = work(lambda _: None)
+    record.remove()
+    assert {picture.size for picture, _ in last.pictures} == {(48, 32)}
+    assert set(shapes) == {(16, 24), (16, 16)}  # collages are wide, their parts are not
+    with pytest.raises(GatesExistError):
+        run(studio, tmp_path, wanted)
+
+
 def test_the_verdict_compares_the_same_held_out_seeds(studio):
     wanted = request(seed=3)
     experts = {name: studio.catalog.expert(name) for name in ("fox", "ink")}
