@@ -193,6 +193,7 @@ def _save(pipe: Any, tensors: Any, path: Path, config: LoraTraining, *, concept:
     about = header(pipe, title=path.stem, rank=config.rank, alpha=config.alpha, pictures=pictures)
     about["mole.training"] = json.dumps({name: str(value) for name, value in asdict(config).items()})
     if concept.get("format") == "kohya":
-        save_kohya(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about)
+        two = getattr(pipe, "text_encoder_2", None) is not None
+        save_kohya(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about, two_encoders=two)
     else:
         save_lora(tensors, path, alpha=config.alpha, rank=config.rank, triggers=concept["trigger"], about=about)

@@ -131,9 +131,8 @@ def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *,
     return Samples(torch.cat(latents), list(captions))
 
 
-def token_ids(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     """[P, T] token ids on the CPU, padded to the tokenizer's length."""
-    tokenizer = pipe.tokenizer
     padded = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from mole_diffusers.training.data import RandomBatch, Samples, token_ids
 
 
 def check_trainable(pipe: Any) -> None:
-    """Raises ValueError for a pipeline that gates and LoRAs cannot be trained on: it needs a UNet and one text encoder, as
-    Stable Diffusion 1.5 and 2.1 have."""
-    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
-        raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and one text encoder")
+    """Raises ValueError for a pipeline that gates and LoRAs cannot be trained on: it needs a UNet and a text encoder, as
+    Stable Diffusion 1.5, 2.1 and XL have."""
+    if any(getattr(pipe, part, None) is None for part in ("unet", "text_encoder")):
+        raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and a text encoder")
 
 
 def training_scheduler(pipe: Any) -> DDIMScheduler:
@@ -27,12 +28,37 @@ def training_scheduler(pipe: Any) -> DDIMScheduler:
     return DDIMScheduler.from_config(pipe.scheduler.config)
 
 
-def embed(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """Hidden states of the text encoder for prompts, [B, T, C]."""
-    ids = token_ids(pipe, prompts)
+@dataclass(frozen=True)
+class Text:
+    """What a UNet reads of B prompts.
+
+    Attributes:
+        states: of the text encoder, [B, T, C]; of both encoders of Stable Diffusion XL, side by side.
+        pooled: of its second encoder, [B, D]; None elsewhere.
+    """
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+def embed(pipe: Any, prompts: Sequence[str]) -> Text:
+    """Read prompts as the pipeline does, with the gradient of its text encoders."""
+    if getattr(pipe, "text_encoder_2", None) is None:
+        return Text(_encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)[0])
+    first = _encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)
+    second = _encode(pipe, pipe.tokenizer_2, pipe.text_encoder_2, prompts)
+    states, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0]
+    if pipe.config.force_zeros_for_empty_prompt:
+        said = onto(torch.tensor([[prompt != ""] for prompt in prompts]), pipe.device)  # [B, 1]
+        states, pooled = states.where(said[..., None], 0), pooled.where(said, 0)
+    return Text(states, pooled)
+
+
+def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Any:
+    ids = token_ids(tokenizer, prompts)
     if (mixture := attached(pipe)) is not None:
         mixture.announce_text(ids)
-    return pipe.text_encoder(onto(ids, pipe.device))[0]
+    return encoder(onto(ids, pipe.device), output_hidden_states=True)
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -40,9 +66,15 @@ def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequen
     return _predict(pipe, x, timesteps, embed(pipe, prompts))
 
 
-def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
+    added = None
+    if text.pooled is not None:
+        height, width = (side * pipe.vae_scale_factor for side in x.shape[2:])
+        size = onto(torch.tensor([height, width, 0, 0, height, width]), x.device)  # drawn, cut off, wanted
+        added = {"text_embeds": text.pooled, "time_ids": size.to(text.pooled.dtype).expand(len(x), -1)}
+
     def call(x: torch.Tensor) -> torch.Tensor:
-        return pipe.unet(x.to(text.dtype), timesteps, text).sample.float()
+        return pipe.unet(x.to(text.states.dtype), timesteps, text.states, added_cond_kwargs=added).sample.float()
 
     if torch.is_grad_enabled() and pipe.unet.is_gradient_checkpointing:
         # Gates learn the noise level from the call; a block that is recomputed alone would see that of the last call.
@@ -50,12 +82,12 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Te
     return call(x)
 
 
-def _guided_text(pipe: Any, prompts: Sequence[str], guidance: float) -> torch.Tensor:
-    """Hidden states of the empty prompt, then of the prompts, [2B, T, C]; at guidance 1 of the prompts alone, [B, T, C]."""
+def _guided_text(pipe: Any, prompts: Sequence[str], guidance: float) -> Text:
+    """The empty prompt B times, then the prompts; at guidance 1 the prompts alone."""
     return embed(pipe, [*([""] * len(prompts) if guidance != 1 else []), *prompts])
 
 
-def _guided(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, *, guidance: float) -> torch.Tensor:
+def _guided(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text, *, guidance: float) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans, 2022): e_0 + guidance (e - e_0), [B, C, H, W]."""
     if guidance == 1:
         return _predict(pipe, x, timesteps, text)

@@ -239,7 +239,7 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
     Raises ValueError for a prompt that is not empty and has none.
     """
     words = triggers(mixture, name)
-    ids = token_ids(pipe, prompts)
+    ids = token_ids(pipe.tokenizer, prompts)
     found = torch.zeros_like(ids, dtype=torch.float32)
     for row, (prompt, tokens) in enumerate(zip(prompts, ids.tolist(), strict=True)):
         for wanted in (pipe.tokenizer(t, add_special_tokens=False).input_ids for t in words):

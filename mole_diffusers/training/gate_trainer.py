@@ -126,7 +126,8 @@ class GateTrainer:
     def only_gates_learn(self) -> Iterator[None]:
         """Gradients for the gates alone while the block runs; the pipeline is given back as it was."""
         unet, clip = self.pipe.unet, self.context.clip
-        models = (unet, self.pipe.text_encoder, self.pipe.vae, *([clip.model] if clip else []))
+        models = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        models += [clip.model] if clip else []
         flags = {p: p.requires_grad for model in models for p in model.parameters()}
         gates, was_checkpointing = {id(p) for p in self.mixture.parameters()}, unet.is_gradient_checkpointing
         for p in flags:

@@ -177,9 +177,14 @@ def save_kohya(
     triggers: str = "",
     about: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float16,
+    two_encoders: bool = False,
 ) -> None:
-    """Write the same LoRA with kohya/A1111 keys and an alpha for every layer; other tools load it, and so does diffusers."""
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+    """Write the same LoRA with kohya/A1111 keys and an alpha for every layer; other tools load it, and so does diffusers.
+
+    Args:
+        two_encoders: whether the base has two text encoders, as Stable Diffusion XL; it is the first that is trained.
+    """
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_" if two_encoders else "lora_te_text_model_"}
     renamed: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")

@@ -1,8 +1,12 @@
 """Sampling and the diffusion loss against the pipeline's own."""
 
+import hosts
+import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import mole_diffusers as mole
+from mole_diffusers.testing import tiny_lora
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss, predict, sample, training_scheduler
 
@@ -19,6 +23,21 @@ def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
             with torch.no_grad():
                 ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
             torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sampling_on_sdxl_equals_the_pipelines_own(tmp_path, zeros):
+    """Both text encoders, the pooled state, the picture's size, and the empty prompt as that pipeline reads it."""
+    pipe = hosts.sdxl(force_zeros_for_empty_prompt=zeros)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, "mole")
+    noise = torch.randn(2, 4, 8, 24, generator=torch.Generator().manual_seed(0))
+    for guidance in (1.0, 3.0):
+        options = {"num_inference_steps": 3, "guidance_scale": guidance, "width": 48, "height": 16}
+        host = pipe(["a fox", "fox"], latents=noise, output_type="latent", **options).images
+        with torch.no_grad():
+            ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance)
+        torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
 
 
 def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):

@@ -5,13 +5,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import hosts
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import GateTraining, Validation
 from mole_diffusers.training.data import Samples, TrainingData
@@ -233,6 +234,31 @@ def test_validation_pictures_and_success(pipe, mixture, tmp_path):
     assert np.array_equal(np.asarray(again[0]), asked[-2][2])  # the mean gates drew the last ones too
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == log
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"single": TEACH, "composed": TEACH, "base": TEACH},
+        {"separate": {"steps": 2}},
+        {"collage": {"pictures": 2, "seeds": 1, "steps": 2}},
+        {"clip": {"lengths": (3, 4)}, "rollout": {"steps": 2, "batch": 4}},
+    ],
+    ids=lambda terms: "+".join(terms),
+)
+def test_gates_are_trained_on_sdxl(clip, terms, tmp_path):
+    pipe = hosts.sdxl()
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, "flow")
+    gates = {id(p) for p in mixture.parameters()}
+    still = [(p, p.clone()) for p in pipe.text_encoder_2.parameters() if id(p) not in gates]
+    data = replace(DRAWN, plain=["a cat"], composed=["fox in ink"], parts={"fox in ink": ["a fox", "ink"]})
+    before = gates_of(mixture)
+    log = train_gates(pipe, mixture, data, config=GateTraining(terms, batch=2, steps=3, lr=1e-2), clip=clip)
+    assert all(math.isfinite(row["loss"]) for row in log)
+    after = gates_of(mixture)
+    assert any(name.startswith("unet.") and not torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.equal(p, was) and p.grad is None for p, was in still)
 
 
 @pytest.mark.parametrize(
