@@ -37,6 +37,7 @@ from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import plain_text
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
+from mole_diffusers.training.data import precise
 
 MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
@@ -402,9 +403,9 @@ class PreviewDecoder:
         begun = time.monotonic()
         if begun - self._last < self._cost / PREVIEW_SHARE:
             return None
-        vae = pipe.vae
-        latents = latents[:1].to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-        decoded = vae.decode(latents).sample
+        with precise(pipe.vae) as vae:
+            shift = getattr(vae.config, "shift_factor", None) or 0
+            decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor + shift).sample
         image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
         self._last = time.monotonic()
         self._cost = self._last - begun

@@ -39,7 +39,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "+".join(self.concepts) + "".join(f" ({name})" for name in self.idle)
+        size = f" {self.size[0]}x{self.size[1]}" if self.size else ""
+        return "+".join(self.concepts) + "".join(f" ({name})" for name in self.idle) + size
 
 
 def add_idle_experts(cases: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -> list[Case]:

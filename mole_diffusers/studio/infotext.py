@@ -28,6 +28,7 @@ READ = (
     "Lora hashes",
     "Denoising strength",
     "Hires upscale",
+    "Hires resize",
 )  # settings that a recipe has
 SILENT = (
     "Model",
@@ -41,6 +42,7 @@ SILENT = (
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # names of settings, beside what commas in values leave
 PLAIN = ("Uniform", "Normal", "Simple")  # schedules that are a sampler's own here
 BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose schedule is Karras in A1111 where it is "Automatic"
+EXPONENTIAL = ("DPM++ 2M SDE",)  # and those whose schedule then is Exponential, which is not here
 MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 256 << 10  # of a file, of its picture, and characters of a text
 
 
@@ -99,7 +101,7 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
     width, _, height = found.get("Size", "512x512").partition("x")
     pairs = [pair.partition(":") for pair in found.get("Lora hashes", "").split(",") if ":" in pair]
     sampler, lacking = _sampler(found.get("Sampler", "Default"), found.get("Schedule type", ""))
-    strength, hires = found.get("Denoising strength"), found.get("Hires upscale")
+    strength, hires = found.get("Denoising strength"), found.get("Hires upscale") or _resized(found)
     if strength and not hires:
         lacking.append("the picture that it was drawn over")
     lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in READ + SILENT and SETTING.fullmatch(key)]
@@ -123,6 +125,12 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
     return recipe, lacking
 
 
+def _resized(found: dict[str, str]) -> str | None:
+    """How many times as wide a picture is made that is given a target size."""
+    sizes = [re.match(r"(\d{1,5})x\d", found.get(key, "")) for key in ("Hires resize", "Size")]
+    return f"{int(sizes[0][1]) / int(sizes[1][1]):.6g}" if sizes[0] and sizes[1] and int(sizes[1][1]) else None
+
+
 def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
     """A recipe's sampler for A1111's sampler and schedule, which newer versions write apart; and what it lacks of them."""
     if name == "Default":
@@ -133,6 +141,8 @@ def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
     found = next((known[each.casefold()] for each in wanted if each.casefold() in known), "")
     if not found:
         return "", [f"Sampler {name} {schedule}".strip()]
+    if schedule == "Automatic" and name in EXPONENTIAL:
+        return found, ["Schedule type Exponential"]
     is_same = schedule in ("", "Automatic", *PLAIN) or found.endswith(schedule)
     return found, [] if is_same else [f"Schedule type {schedule}"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,32 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
+@contextmanager
+def precise(vae: Any) -> Iterator[Any]:
+    """An autoencoder that says it overflows in half precision, as Stable Diffusion XL's does, in fp32 while the block runs.
+
+    Raises ValueError where gradients are wanted of one whose weights are fp16: they would be gone before the gradient.
+    """
+    if not getattr(vae.config, "force_upcast", False):
+        yield vae
+        return
+    is_half = vae.dtype == torch.float16
+    if is_half and torch.is_grad_enabled():
+        raise ValueError("this autoencoder overflows in float16: train on a pipeline in float32 or bfloat16")
+    try:
+        with torch.autocast(vae.device.type, enabled=False):
+            yield vae.to(torch.float32) if is_half else vae
+    finally:
+        if is_half:
+            vae.to(torch.float16)
+
+
 @torch.no_grad()
 def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, H, W] in -1..1 -> latents [B, C, h, w], scaled as the UNet expects them, on the CPU."""
-    latents = pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)).latent_dist.mode()
-    return latents.float().cpu() * pipe.vae.config.scaling_factor
+    with precise(pipe.vae) as vae:
+        latents = vae.encode(pixels.to(pipe.device, vae.dtype)).latent_dist.mode()
+        return latents.float().cpu() * vae.config.scaling_factor
 
 
 def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import attached
-from mole_diffusers.training.data import RandomBatch, Samples, token_ids
+from mole_diffusers.training.data import RandomBatch, Samples, precise, token_ids
 
 
 def check_trainable(pipe: Any) -> None:
@@ -45,8 +45,8 @@ def embed(pipe: Any, prompts: Sequence[str]) -> Text:
     """Read prompts as the pipeline does, with the gradient of its text encoders."""
     if getattr(pipe, "text_encoder_2", None) is None:
         return Text(_encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)[0])
-    first = _encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)
-    second = _encode(pipe, pipe.tokenizer_2, pipe.text_encoder_2, prompts)
+    first = _encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts, output_hidden_states=True)
+    second = _encode(pipe, pipe.tokenizer_2, pipe.text_encoder_2, prompts, output_hidden_states=True)
     states, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0]
     if pipe.config.force_zeros_for_empty_prompt:
         said = onto(torch.tensor([[prompt != ""] for prompt in prompts]), pipe.device)  # [B, 1]
@@ -54,11 +54,11 @@ def embed(pipe: Any, prompts: Sequence[str]) -> Text:
     return Text(states, pooled)
 
 
-def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Any:
+def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str], **options: Any) -> Any:
     ids = token_ids(tokenizer, prompts)
     if (mixture := attached(pipe)) is not None:
         mixture.announce_text(ids)
-    return encoder(onto(ids, pipe.device), output_hidden_states=True)
+    return encoder(onto(ids, pipe.device), **options)
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -142,7 +142,8 @@ def sample(
 
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Clean latents [B, C, H, W] -> pictures [B, 3, 8H, 8W] around -1..1, fp32, with their gradient."""
-    return pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample.float()
+    with precise(pipe.vae) as vae:
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
 
 
 def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

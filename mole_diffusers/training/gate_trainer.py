@@ -99,7 +99,7 @@ class GateTrainer:
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
-        latent_shape(self.pipe, config.width, config.height)  # raises for a size that cannot be drawn
+        latent_shape(self.pipe, context.width, context.height)  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
         if config.tracker and config.tracker not in (known := installed_trackers()):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
@@ -269,8 +269,8 @@ class GateTrainer:
             with self._averaged(), self.engine.autocast():
                 drawn = self.pipe(
                     [prompt] * how.seeds,
-                    width=self.config.width,
-                    height=self.config.height,
+                    width=self.context.width,
+                    height=self.context.height,
                     generator=noise,
                     num_inference_steps=how.steps,
                     guidance_scale=how.guidance,

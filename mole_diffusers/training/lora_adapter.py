@@ -20,7 +20,11 @@ from mole_diffusers.training.beam import Ranks, importance
 from mole_diffusers.training.config import LoraTraining
 
 CONCEPT = "concept"  # the adapter's name
-ARCHITECTURES = {"SD 1.x": "stable-diffusion-v1/lora", "SD 2.x": "stable-diffusion-v2-768-v/lora"}  # ModelSpec's words
+ARCHITECTURES = {  # ModelSpec's words
+    "SD 1.x": "stable-diffusion-v1/lora",
+    "SD 2.x": "stable-diffusion-v2-768-v/lora",
+    "SDXL": "stable-diffusion-xl-v1-base/lora",
+}
 LAYERS = {  # of config.LORA_LAYERS -> module names, as a regular expression
     "attention": r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)",
     "feed-forward": r".*(ff\.net\.(0\.proj|2)|mlp\.fc[12])",

@@ -232,6 +232,7 @@ def test_a_case_is_drawn_at_its_own_size(setup, tmp_path):
             sizes.append(picture.size)
     assert sizes == [(32, 32), (48, 24)]
     assert [row["settings"].get("width") for row in made] == [None, 48]
+    assert [row["case"] for row in made] == ["fox+ink", "fox+ink 48x24"]  # tables pair arms by the name of the case
     assert evaluate(setup, [arms.base()], [wide], brightness, seeds=[1], rows=rows) == made[1:]
 
 

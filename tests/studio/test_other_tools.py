@@ -52,6 +52,12 @@ def picture(tmp_path):
             {"sampler": "Euler a", "strength": 0.6, "hires": 1.0, "image": ""},
             "the picture that it was drawn over, Mask blur 4, Inpaint area Only masked",
         ),
+        (
+            NEW.replace("Hires upscale: 1.5", "Hires resize: 1536x2048"),
+            {"hires": 2.0, "hires_strength": 0.45, "strength": 0.6},
+            "Clip skip 2, Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
+            "ADetailer prompt a face, smiling",
+        ),
         (FLUX, {"sampler": "Euler", "guidance": 3.5, "steps": 20}, "Module 1 ae"),
     ],
 )
@@ -69,6 +75,7 @@ def test_their_settings_become_a_recipe_and_the_rest_is_said(picture, text, fiel
         ("DPM++ 2M", "Automatic", "DPM++ 2M Karras", ""),
         ("dpm++ 2m karras", "Karras", "DPM++ 2M Karras", ""),
         ("DPM++ 2M SDE", "Exponential", "DPM++ 2M SDE", "Schedule type Exponential"),
+        ("DPM++ 2M SDE", "Automatic", "DPM++ 2M SDE", "Schedule type Exponential"),
         ("Euler", "Karras", "Euler Karras", ""),
         ("Euler a", "Karras", "Euler a", "Schedule type Karras"),
         ("UniPC", "Uniform", "UniPC", ""),

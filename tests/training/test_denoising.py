@@ -7,8 +7,8 @@ from diffusers import DDIMScheduler
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora
-from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import denoising_loss, predict, sample, training_scheduler
+from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
+from mole_diffusers.training.denoising import decode, denoising_loss, predict, sample, training_scheduler
 
 
 def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
@@ -38,6 +38,26 @@ def test_sampling_on_sdxl_equals_the_pipelines_own(tmp_path, zeros):
         with torch.no_grad():
             ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance)
         torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_an_autoencoder_that_overflows_in_half_precision_works_in_fp32(half):
+    """Two routes: the autoencoder in fp16, or under autocast, and the same one in fp32."""
+    pipe = hosts.sdxl()
+    pipe.vae.register_to_config(force_upcast=True)
+    latents, dtype = torch.randn(1, 4, 16, 16), torch.float16 if half else torch.float32
+    pipe.vae.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        pictures = decode(pipe, latents)
+        encoded = encode_pixels(pipe, pictures)
+    assert pipe.vae.dtype == dtype
+    pipe.vae.to(torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(pictures, pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample)
+        wanted = pipe.vae.encode(pictures).latent_dist.mode() * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(encoded, wanted)
+    with pytest.raises(ValueError, match="overflows in float16"):
+        decode(pipe.to(torch.float16), latents)
 
 
 def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):
