@@ -120,9 +120,9 @@ class Actions:
     # ---- the base model
 
     @property
-    def base(self) -> str:
-        """The name of the base model that is here, one of `bases`."""
-        return next(name for name, source in self.bases.items() if source == self.studio.base)
+    def base(self) -> str | None:
+        """The name of the base model that is here, one of `bases`; None where none is open, see `Studio.base`."""
+        return next((name for name, source in self.bases.items() if source == self.studio.base), None)
 
     def change_base(self, name: str) -> Work:
         """Put another base model in the place of this one, for all visitors: in the end a sentence.

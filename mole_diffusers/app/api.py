@@ -123,8 +123,8 @@ def _base_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions = page.actions
 
     def bases() -> tuple[str, list[str]]:
-        """The name of the base model that is open, and of all that can be."""
-        return actions.base, list(actions.bases)
+        """The name of the base model that is open, "" where none is, and of all that can be."""
+        return actions.base or "", list(actions.bases)
 
     async def base(request: gr.Request, name: str) -> str:
         """Open another base model, for everyone, after the jobs that are there; in the end its name.
@@ -133,7 +133,7 @@ def _base_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             name: one of `bases`.
         """
         await _job(page, request, "base", lambda: actions.change_base(_text(name, "the name")))
-        return actions.base
+        return actions.base or ""
 
     yield from (bases, base)
 

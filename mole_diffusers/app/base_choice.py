@@ -32,7 +32,7 @@ def connect(page: Page, status: Any) -> None:
         if not job.is_over or job.is_shown:  # after a reload, what was chosen since then stays
             return [None] * len(outputs)
         if job.state != "done":
-            return [page.actions.base, *[None] * (len(outputs) - 1)]
+            return [page.actions.base or gr.update(value=None), *[None] * (len(outputs) - 1)]
         fresh = page.fresh()
         first: dict[Any, dict[str, Any]] = {page.controls["sampler"]: {"value": "default"}}
         listed = [gr.update(choices=each(), **first.get(field, {})) for field, each in zip(lists, choices, strict=True)]

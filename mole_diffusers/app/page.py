@@ -82,6 +82,7 @@ class Page:
         """The recipe in the controls. Raises ValueError for values out of range, and for another base model than is here."""
         *given, locks, masks, base = values
         if base != self.actions.base:
+            self.actions.studio.check_open()
             raise ValueError(
                 f"the base model here is {self.actions.base!r}, and this page shows {base!r}: wait until it is changed, or "
                 "reload the page"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
@@ -41,6 +42,7 @@ class Studio:
 
     Attributes:
         lock: held while a picture is drawn; hold it to do anything else with the pipeline.
+        base: the base model that is open; "" where a change has failed and the one before could not be opened again.
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str):
@@ -61,21 +63,39 @@ class Studio:
         Args:
             opening: opens a base by name, as `base_models.open_base` does.
 
-        Raises what `opening` raises; the base that was there is opened again then.
+        Raises what `opening` raises; the base that was there is opened again then. ValueError where that fails, too: then
+        none is open until one is chosen.
         """
         with self.lock.held():
-            detach(self.pipe)
-            release(self.pipe)
-            try:
-                found = opening(base)
-            except Exception:
-                before = opening(self.base)
-                self._use(before.pipe, before.name)
-                raise
-            self._use(found.pipe, found.name)
+            before = self.base
+            if (failed := self._put(base, opening)) is None:
+                return
+            if before and (again := self._put(before, opening)) is not None:
+                raise ValueError(f"{failed}; and {before} cannot be opened again: {again}") from failed
+            raise failed
+
+    def _put(self, base: str, opening: Callable[[str], Base]) -> Exception | None:
+        """Put a base in the place of the one that is open, if one is; the error where that fails."""
+        try:
+            if self.base:
+                self.base = ""
+                detach(self.pipe)
+                release(self.pipe)
+            found = opening(base)
+        except Exception as error:
+            _clear_frames(error)
+            return error
+        self._use(found.pipe, found.name)
+        return None
+
+    def check_open(self) -> None:
+        """Raises ValueError where no base model is open."""
+        if not self.base:
+            raise ValueError("no base model is open, since the last change failed: choose one")
 
     def check_base(self, recipe: Recipe) -> None:
         """Raises ValueError for a recipe that was completed for another base than is here now."""
+        self.check_open()
         if recipe.base != self.base:
             meant, here = (Path(base).name for base in (recipe.base, self.base))
             raise ValueError(f"this was meant for the base model {meant!r}, and now {here!r} is here: start it again")
@@ -109,6 +129,7 @@ class Studio:
 
         Raises ValueError if something is not here or does not fit.
         """
+        self.check_open()
         names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in recipe.tags}
         if len(set(names.values())) < len(names):
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
@@ -298,6 +319,13 @@ class Studio:
             yield
         finally:
             pipe.scheduler = self._own_scheduler
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error and of its causes hold: of a model that was half opened, its weights."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:

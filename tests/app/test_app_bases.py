@@ -162,6 +162,20 @@ def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, a
     assert all(map(is_left, last[1:]))
 
 
+def test_after_two_failures_a_page_can_choose_the_old_base_again(actions, blocks):
+    change = event_of(blocks, "begin", ["Base model"])
+    actions._opening = lambda source: opening(BASES["broken"])
+    *_, last = change.fn(page("mine"), "me", "flux")
+    assert "cannot be opened again" in last[0]
+    assert (actions.base, last[1]["value"]) == (None, None)  # the page shows none, so that any can be chosen
+    compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
+    (said,) = compose.fn(page("other"), "you", *[component.value for component in compose.inputs[1:]])
+    assert "no base model is open" in said[0]
+    actions._opening = opening
+    *_, last = change.fn(page("mine"), "me", "dream")
+    assert (actions.base, last[1]) == ("dream", "dream")
+
+
 def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     """A folder of models, and one beside it; each says how it was opened, and what it cannot."""
     from mole_diffusers.app import build

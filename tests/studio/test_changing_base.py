@@ -1,6 +1,8 @@
 """Another base model in the place of the one that a studio has."""
 
 import dataclasses
+import gc
+import weakref
 
 import hosts
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mole_diffusers import attached
+from mole_diffusers.studio import render
 from mole_diffusers.studio.base_models import Base, bases_of
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
@@ -74,6 +77,54 @@ def test_a_base_that_cannot_be_opened_leaves_the_one_that_was_there(loras):
     first = drawn(studio)
     with pytest.raises(ValueError, match="three is no base"):
         studio.change_base("three", opening)
+    assert studio.base == "one"
+    assert np.array_equal(drawn(studio), first)
+
+
+def test_what_was_half_opened_is_let_go_before_the_old_one_comes_back(loras):
+    studio, half = fresh("one", loras), []
+
+    def failing(name):
+        if name == "two":
+            pipe = tiny_pipeline(1)
+            half.append(weakref.ref(pipe.unet))
+            raise ValueError("no room")
+        gc.collect()
+        half.append(half[0]())
+        return opening(name)
+
+    with pytest.raises(ValueError, match="no room"):
+        studio.change_base("two", failing)
+    assert half[1] is None
+
+
+def test_where_the_old_one_cannot_be_opened_again_one_can_still_be_chosen(loras):
+    studio = fresh("one", loras)
+    first, recipe = drawn(studio), studio.complete(RECIPE)
+    with pytest.raises(ValueError, match="three is no base; and one cannot be opened again: no network"):
+        studio.change_base("three", lambda name: opening(name) if name == "three" else no_network())
+    assert studio.base == ""
+    for ask in (lambda: studio.complete(RECIPE), lambda: studio.draw(recipe)):
+        with pytest.raises(ValueError, match="no base model is open"):
+            ask()
+    with pytest.raises(ValueError, match="three is no base$"):
+        studio.change_base("three", opening)
+    studio.change_base("one", opening)
+    assert np.array_equal(drawn(studio), first)
+
+
+def no_network():
+    raise OSError("no network")
+
+
+@pytest.mark.parametrize("step", ["detach", "release"])
+def test_a_base_that_cannot_be_let_go_is_opened_anew(loras, monkeypatch, step):
+    studio = fresh("one", loras)
+    first = drawn(studio)
+    monkeypatch.setattr(render, step, lambda pipe: no_network())
+    with pytest.raises(OSError, match="no network"):
+        studio.change_base("two", opening)
+    monkeypatch.undo()
     assert studio.base == "one"
     assert np.array_equal(drawn(studio), first)
 
