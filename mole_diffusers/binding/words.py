@@ -30,6 +30,8 @@ BREAK = re.compile(r"[,;.&+\n]|\b(?:and|beside|next to|near|(?:to the )?(?:left|
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
+Key = tuple[tuple[int, ...], str, int]  # whose words, or the noun, and how many of the same text come before it
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -123,20 +125,22 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    named: dict[tuple[tuple[int, ...], str], list[tuple[str, tuple[bool, ...]]]] = {}
+    named: dict[Key, list[tuple[str, tuple[bool, ...]]]] = {}
     relations: dict[tuple[int, int, str], None] = {}
     for reading, at in zip(readings, starts, strict=True):
-        for thing in reading.things:
-            named.setdefault(_key(thing), []).append((thing.name, placed(thing.tokens, at)))
-        index = [list(named).index(_key(thing)) for thing in reading.things]
+        keys = _keys(reading.things)
+        for key, thing in zip(keys, reading.things, strict=True):
+            named.setdefault(key, []).append((thing.name, placed(thing.tokens, at)))
+        index = [list(named).index(key) for key in keys]
         relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
     things = [Thing(each[0][0], key[0], _union([t for _, t in each], length)) for key, each in named.items()]
     return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
 
 
-def _key(thing: Thing) -> tuple[tuple[int, ...], str]:
-    """What two texts call alike."""
-    return thing.experts, "" if thing.experts else thing.name
+def _keys(things: Sequence[Thing]) -> list[Key]:
+    """What two texts call alike: the second lemon of one is the second of the other."""
+    names = [(thing.experts, "" if thing.experts else thing.name) for thing in things]
+    return [(*name, names[:i].count(name)) for i, name in enumerate(names)]
 
 
 def _as_text(token: str, added: Collection[str]) -> str:

@@ -155,3 +155,20 @@ def test_texts_side_by_side_are_one_text(clip):
     assert [thing.experts for thing in both.things] == [(1,), (0,)]
     assert both.relations == ((1, 0, "x"),)
     assert overlaid([second, second]) == second
+
+
+@pytest.mark.parametrize(
+    ("prompt", "things"),
+    [
+        ("a fox and a lemon and a lemon", ["fox", "lemon", "lemon"]),
+        ("a fox and a house left of a house", ["fox", "house", "house"]),
+    ],
+)
+def test_a_noun_that_a_text_names_twice_is_two_things(clip, prompt, things):
+    """And two encoders that read it, side by side or one after the other, find no more and no fewer."""
+    once = read(clip(prompt).input_ids, clip, [["fox"]])
+    assert [thing.name for thing in once.things] == things
+    assert overlaid([once, once]) == once
+    both = joined([once, once])
+    assert [thing.tokens for thing in both.things] == [thing.tokens * 2 for thing in once.things]
+    assert both.relations == once.relations
