@@ -31,7 +31,8 @@ from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
 from mole_diffusers.patching.peft_injection import switch, switched_off, switches
 from mole_diffusers.patching.picture_layout import Layout
-from mole_diffusers.patching.pipeline_lock import PipelineLock, calls_are_locked, lock_calls, lock_of, unlock_calls
+from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
+from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
@@ -193,7 +194,7 @@ class Mixture:
         """
         trace = Trace(list(self.experts), self._runtime)
         with self.listen(trace.record):
-            self._runtime.step = -1
+            trace.before = self._runtime.step + 1
             self._traces.append(trace)
             if maps:
                 self._runtime.map_watchers.append(trace.record_maps)
@@ -210,7 +211,7 @@ class Mixture:
 
         For pictures that are drawn without calling the pipeline, as in a loop of one's own.
         """
-        with self._lock.held():
+        with self._lock.held(draws=True):
             now = attached(self._pipe)
             if now is not self:  # it was replaced, or taken off, while this call waited
                 with nullcontext() if now is None else now.drawing():

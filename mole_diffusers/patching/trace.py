@@ -24,6 +24,7 @@ class Trace:
         maps: with `maps=True`, call of the denoiser, counted from 0 -> for each picture, name of an expert or noun -> [h, w]
             on the CPU: the attention to its words, 0..1 in each layer that is read, summed over them. The layout is planned
             from those of the first call. Calls with a text that names nothing have none.
+        before: how many calls the runtime had counted when the block began; a trace counts its own.
     """
 
     experts: list[str]
@@ -31,6 +32,7 @@ class Trace:
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
     layouts: list[Layout] = field(default_factory=list, repr=False)
     maps: dict[int, list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
+    before: int = field(default=0, repr=False)
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:
@@ -40,11 +42,11 @@ class Trace:
         if decision.present != largest:
             names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
             place = f"{place} ({', '.join(names)})"
-        self.records.append((place, self.runtime.step, decision.weights.detach().float().cpu()))
+        self.records.append((place, self.runtime.step - self.before, decision.weights.detach().float().cpu()))
 
     def record_maps(self, pictures: list[dict[str, torch.Tensor]]) -> None:
         """Add the maps of one layer."""
-        kept = self.maps.setdefault(self.runtime.step, [{} for _ in pictures])
+        kept = self.maps.setdefault(self.runtime.step - self.before, [{} for _ in pictures])
         for maps, layer in zip(kept, pictures, strict=True):
             maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
 

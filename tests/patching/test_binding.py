@@ -265,6 +265,25 @@ def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
     assert trace.maps == {}
 
 
+def test_a_trace_inside_a_trace_counts_its_own_calls(pipe, attach, draw):
+    """Other sizes and numbers of pictures inside change nothing of what the outer one has."""
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    with mixture.trace(maps=True) as outer:
+        draw(pipe, PROMPT, num_inference_steps=2)
+        before = {call: dict(maps) for call, (maps,) in outer.maps.items()}
+        with mixture.trace(maps=True) as inner:
+            draw(pipe, PROMPT, num_inference_steps=2, height=32, num_images_per_prompt=2)
+    assert list(inner.maps) == [0, 1]
+    assert list(outer.maps) == [0, 1, 2, 3]
+    for call, maps in before.items():
+        assert all(torch.equal(outer.maps[call][0][name], map_) for name, map_ in maps.items())
+    for call, pictures in inner.maps.items():
+        for maps, again in zip(pictures, outer.maps[call + 2], strict=True):
+            assert all(torch.equal(again[name], map_) for name, map_ in maps.items())
+    assert {step for _, step, _ in inner.records} == {-1, 0, 1}
+    assert {step for _, step, _ in outer.records} == {-1, 0, 1, 2, 3}
+
+
 def test_maps_of_several_pictures_are_those_of_each_alone(pipe, attach):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     prompts = [PROMPT, "an owl a fox", "a hen"]
