@@ -1,25 +1,20 @@
-"""One lock for a denoiser and the pipeline around it: calls wait for one another, whatever threads they come from."""
+"""One lock for a denoiser and the pipeline around it: threads wait for one another, and learn where they would for ever."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import inspect
+import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, finalize, ref
-
-from mole_diffusers.patching.undo import Undo
-
-Around = Callable[[], AbstractContextManager[None]]  # the context that a call runs in
-Call = Callable[..., Any]
+from weakref import WeakKeyDictionary, ref
 
 OTHER_TASK = (
     "another task of this thread is inside a `with` block of this mixture, or draws with it; such a block must not wait "
@@ -36,15 +31,12 @@ WAITING = (
 )
 WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
 
-OWN = (str(Path(__file__).parents[1]), contextlib.__file__)  # whose frames are not a user's
+OWN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)  # whose frames are not a user's
 SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 _locks: WeakKeyDictionary[Any, PipelineLock] = WeakKeyDictionary()  # denoiser -> its lock
-_around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
-_patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, whether it had one of its own
-_running: list[tuple[int, Any]] = []  # (thread, pipeline) of each call of these classes
-_begun: list[Any] = []  # frames of calls that had begun before their class was patched, whose pipelines nobody noted
-_patching = threading.RLock()
+_making = threading.RLock()
+running: list[tuple[int, Any]] = []  # (thread, pipeline) of each call that is known of
 
 
 class PipelineLock:
@@ -60,16 +52,17 @@ class PipelineLock:
         self._open: list[ref[_Block]] = []  # blocks, the outermost first
 
     @contextmanager
-    def held(self, *, around: bool = False) -> Iterator[None]:
+    def held(self, *, around: bool = False, draws: bool = False) -> Iterator[None]:
         """Keep others out while the block runs, and as long as another block of the same holder does.
 
         Args:
             around: whether a user's own code runs inside: whoever waits long for it is told where it was entered.
+            draws: whether a picture is drawn inside: that may last, and nobody who waits is told.
 
         Raises RuntimeError where waiting would never end: for another task of this thread, for a thread that ended, or for
         a block of the very generator that waits.
         """
-        me, block = (threading.current_thread(), _task()), _Block(sys._getframe(1), around)
+        me, block = (threading.current_thread(), _task()), _Block(sys._getframe(1), around, draws)
         thread, task = self._holder or (None, None)
         if not (thread is me[0] and task in (None, me[1])):
             self._acquire(me[0])
@@ -92,13 +85,14 @@ class PipelineLock:
             if thread is me:
                 raise RuntimeError(OTHER_TASK)
             blocks = [block for opened in list(self._open) if (block := opened()) is not None]
-            mine = set(_callers(sys._getframe()))
+            mine = set(_callers(sys._getframe(1)))  # not this frame: it would hold itself, and all that they hold
             if moved := next((block for block in blocks if mine & block.generators), None):
                 raise RuntimeError(MOVED.format(place=moved.place, thread=thread.name))
             if not thread.is_alive():
                 raise RuntimeError(ENDED)
             around = next((block for block in blocks if block.around), None)
-            if around is None or _calls(thread) or outermost != self._open[:1]:
+            draws = _calls(thread) or any(block.draws for block in blocks)
+            if around is None or draws or outermost != self._open[:1]:
                 since, outermost = time.monotonic(), self._open[:1]
             elif (waited := time.monotonic() - since) > WARN_AFTER:
                 warnings.warn(WAITING.format(seconds=waited, thread=thread.name, place=around.place), stacklevel=4)
@@ -115,13 +109,14 @@ class _Block:
         generators: frames of the generators and coroutines that ran then. Each may be suspended, with the block open, and go
             on on another thread.
         around: whether a user's code runs inside.
+        draws: whether a picture is drawn inside.
     """
 
-    def __init__(self, frame: Any, around: bool):
+    def __init__(self, frame: Any, around: bool, draws: bool):
         callers = [f for f in _callers(frame) if not f.f_code.co_filename.startswith(OWN)]
         self.place = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in callers), "?")
         self.generators = {f for f in callers if f.f_code.co_flags & SUSPENDABLE}
-        self.around = around
+        self.around, self.draws = around, draws
 
 
 def _callers(frame: Any) -> list[Any]:
@@ -135,12 +130,12 @@ def _callers(frame: Any) -> list[Any]:
 
 def _calls(thread: threading.Thread) -> bool:
     """Whether a call of a pipeline runs on a thread."""
-    return any(running == thread.ident for running, _ in list(_running))
+    return any(caller == thread.ident for caller, _ in list(running))
 
 
 def lock_of(denoiser: Any) -> PipelineLock:
     """The lock of a denoiser, whoever asks."""
-    with _patching:
+    with _making:
         return _locks.setdefault(denoiser, PipelineLock())
 
 
@@ -150,101 +145,3 @@ def _task() -> Any:
         return asyncio.current_task()
     except RuntimeError:
         return None
-
-
-# ---- calls of a pipeline
-
-
-def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
-    """Have every call of `pipe` run inside `around()`, a method that holds a lock.
-
-    Python looks a call up on the class. So the class gets a `__call__` that asks which object is called, while one of its
-    pipelines has a mixture. A scheduler holds the state of one call, so calls could not overlap without a mixture either.
-
-    Returns once the calls of other threads that had begun are over.
-    """
-    undo.callback(unlock_calls, pipe)
-    kind, me = type(pipe), threading.get_ident()
-    collected = finalize(pipe, _give_back, kind)  # a pipeline that nobody detached
-    collected.atexit = False
-    undo.callback(collected.detach)
-    with _patching:
-        _around[pipe] = WeakMethod(around)
-        if kind not in _patched or not _reaches(kind.__call__, _patched[kind][0]):
-            _patch(kind)
-    code = _code(kind)
-    while any(running is pipe and thread != me for thread, running in list(_running)) or any(
-        frame in _begun and frame.f_code is code for frame in _frames_of_others()
-    ):
-        time.sleep(0.02)
-
-
-def calls_are_locked(pipe: Any) -> bool:
-    """Whether calls of `pipe` run inside something."""
-    return pipe in _around
-
-
-def unlock_calls(pipe: Any) -> None:
-    """Give back the class's own `__call__`, where no other of its pipelines has a mixture."""
-    with _patching:
-        _around.pop(pipe, None)
-        _give_back(type(pipe))
-
-
-def _give_back(kind: Any) -> None:
-    with _patching:
-        ours, had_own = _patched.get(kind, (None, False))
-        if ours is None or any(type(pipe) is kind for pipe in list(_around)):
-            return
-        # Where someone has wrapped ours since, it stays inside theirs and does nothing.
-        if vars(kind).get("__call__") is ours:
-            if had_own:
-                kind.__call__ = ours.__wrapped__  # type: ignore[attr-defined]
-            else:
-                del kind.__call__
-            _patched.pop(kind, None)
-
-
-def _patch(kind: Any) -> None:
-    found: Any = kind.__call__
-    while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
-        found = found.__wrapped__
-    _patched[kind] = _asking(found), "__call__" in vars(kind)
-    kind.__call__ = _patched[kind][0]
-    frames, code = list(_frames_of_others()), _code(kind)
-    _begun[:] = [frame for frame in frames if frame in _begun or frame.f_code is code]
-
-
-def _asking(found: Call) -> Call:
-    @functools.wraps(found)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = _around.get(self)
-        around = None if method is None else method()
-        with nullcontext() if around is None else around():
-            _running.append(entry := (threading.get_ident(), self))
-            try:
-                return found(self, *args, **kwargs)
-            finally:
-                _running.remove(entry)
-
-    return call
-
-
-def _reaches(call: Any, ours: Call) -> bool:
-    """Whether `call` is `ours`, or wraps it."""
-    while call is not None and call is not ours:
-        call = getattr(call, "__wrapped__", None)
-    return call is ours
-
-
-def _code(kind: type) -> Any:
-    """The code of the host's own `__call__`."""
-    return getattr(inspect.unwrap(kind.__call__), "__code__", None)
-
-
-def _frames_of_others() -> Iterator[Any]:
-    """The frames of the other threads. Their `f_locals` must not be read: that is not safe while they run."""
-    for thread, frame in sys._current_frames().items():
-        while frame is not None and thread != threading.get_ident():
-            yield frame
-            frame = frame.f_back  # type: ignore[assignment]

@@ -23,7 +23,7 @@ from hosts import assert_same, breaking, snapshot
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
-from mole_diffusers.patching import pipeline_lock
+from mole_diffusers.patching import pipeline_calls
 from mole_diffusers.testing import tiny_pipeline
 
 SETTINGS = {  # one per thread
@@ -159,7 +159,7 @@ def test_a_class_gets_its_call_back_with_the_last_pipeline(loras, draw):
     with ThreadPoolExecutor(1) as threads:
         threads.submit(gc.collect).result(60)
     assert "__call__" not in vars(kind)
-    assert kind not in pipeline_lock._patched
+    assert kind not in pipeline_calls._patched
 
 
 def test_attaching_again_and_again_keeps_one_note_of_a_pipeline(pipe, loras):

@@ -9,6 +9,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,7 +213,44 @@ def test_a_block_that_waits_for_a_call_of_another_thread_is_warned_of(pipe, lora
     assert said in str(warned[0].message)
 
 
-@pytest.mark.parametrize("draws", ["in a block", "in no block", "many blocks"])
+def test_a_wait_leaves_nothing_behind(pipe, loras, threads):
+    """What the caller who waited had is freed with it, without a collection: pictures, say."""
+
+    class Kept:
+        pass
+
+    mixture = mole.attach(pipe, loras)
+    known, (first, _) = [], threads
+
+    def waits():
+        kept = Kept()
+        known.append(weakref.ref(kept))
+        with mixture.only("ink"):
+            pass
+
+    gc.collect()
+    gc.disable()
+    try:
+        with mixture.only("fox"):
+            waiting = first.submit(waits)
+            time.sleep(1.2)
+            assert not waiting.done()
+        waiting.result(60)
+        assert known[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_file_beside_the_package_is_a_users_own(pipe, loras):
+    """Though its name begins with the package's: a warning says where it entered the block."""
+    mixture = mole.attach(pipe, loras)
+    name = str(Path(mole.__file__).parent) + "_try.py"
+    code = "with mixture.only('fox'):\n    found.append(mixture._lock._open[0]().place)"
+    exec(compile(code, name, "exec"), {"mixture": mixture, "found": (found := [])})
+    assert found == [f"{name}:1 in <module>"]
+
+
+@pytest.mark.parametrize("draws", ["in a block", "in no block", "many blocks", "a loop of one's own"])
 def test_long_drawing_is_waited_for_without_a_word(pipe, loras, draw, threads, monkeypatch, draws):
     monkeypatch.setattr(pipeline_lock, "WARN_AFTER", 0.7)
     mixture = mole.attach(pipe, loras)
@@ -229,6 +267,10 @@ def test_long_drawing_is_waited_for_without_a_word(pipe, loras, draw, threads, m
                 with mixture.only("fox"):
                     begun.set()
                     time.sleep(0.5)
+        elif draws == "a loop of one's own":
+            with mixture.only("fox"), mixture.drawing():
+                begun.set()
+                time.sleep(2)
         elif draws == "in a block":
             with mixture.only("fox"):
                 draw(pipe, callback_on_step_end=slow)

@@ -1,0 +1,119 @@
+"""Calls of a pipeline run in a context of a mixture's: its class gets a `__call__` that asks which object is called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod, finalize
+
+from mole_diffusers.patching.pipeline_lock import running
+from mole_diffusers.patching.undo import Undo
+
+Around = Callable[[], AbstractContextManager[None]]  # the context that a call runs in
+Call = Callable[..., Any]
+
+_around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
+_patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, whether it had one of its own
+_begun: list[Any] = []  # frames of calls that had begun before their class was patched, whose pipelines nobody noted
+_patching = threading.RLock()
+
+
+def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
+    """Have every call of `pipe` run inside `around()`, a method that holds a lock.
+
+    Python looks a call up on the class. So the class gets a `__call__` that asks which object is called, while one of its
+    pipelines has a mixture. A scheduler holds the state of one call, so calls could not overlap without a mixture either.
+
+    Returns once the calls of other threads that had begun are over.
+    """
+    undo.callback(unlock_calls, pipe)
+    kind, me = type(pipe), threading.get_ident()
+    collected = finalize(pipe, _give_back, kind)  # a pipeline that nobody detached
+    collected.atexit = False
+    undo.callback(collected.detach)
+    with _patching:
+        _around[pipe] = WeakMethod(around)
+        if kind not in _patched or not _reaches(kind.__call__, _patched[kind][0]):
+            _patch(kind)
+    code = _code(kind)
+    while any(called is pipe and thread != me for thread, called in list(running)) or any(
+        frame in _begun and frame.f_code is code for frame in _frames_of_others()
+    ):
+        time.sleep(0.02)
+
+
+def calls_are_locked(pipe: Any) -> bool:
+    """Whether calls of `pipe` run inside something."""
+    return pipe in _around
+
+
+def unlock_calls(pipe: Any) -> None:
+    """Give back the class's own `__call__`, where no other of its pipelines has a mixture."""
+    with _patching:
+        _around.pop(pipe, None)
+        _give_back(type(pipe))
+
+
+def _give_back(kind: Any) -> None:
+    with _patching:
+        ours, had_own = _patched.get(kind, (None, False))
+        if ours is None or any(type(pipe) is kind for pipe in list(_around)):
+            return
+        # Where someone has wrapped ours since, it stays inside theirs and does nothing.
+        if vars(kind).get("__call__") is ours:
+            if had_own:
+                kind.__call__ = ours.__wrapped__  # type: ignore[attr-defined]
+            else:
+                del kind.__call__
+            _patched.pop(kind, None)
+
+
+def _patch(kind: Any) -> None:
+    found: Any = kind.__call__
+    while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
+        found = found.__wrapped__
+    _patched[kind] = _asking(found), "__call__" in vars(kind)
+    kind.__call__ = _patched[kind][0]
+    frames, code = list(_frames_of_others()), _code(kind)
+    _begun[:] = [frame for frame in frames if frame in _begun or frame.f_code is code]
+
+
+def _asking(found: Call) -> Call:
+    @functools.wraps(found)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        method = _around.get(self)
+        around = None if method is None else method()
+        with nullcontext() if around is None else around():
+            running.append(entry := (threading.get_ident(), self))
+            try:
+                return found(self, *args, **kwargs)
+            finally:
+                running.remove(entry)
+
+    return call
+
+
+def _reaches(call: Any, ours: Call) -> bool:
+    """Whether `call` is `ours`, or wraps it."""
+    while call is not None and call is not ours:
+        call = getattr(call, "__wrapped__", None)
+    return call is ours
+
+
+def _code(kind: type) -> Any:
+    """The code of the host's own `__call__`."""
+    return getattr(inspect.unwrap(kind.__call__), "__code__", None)
+
+
+def _frames_of_others() -> Iterator[Any]:
+    """The frames of the other threads. Their `f_locals` must not be read: that is not safe while they run."""
+    for thread, frame in sys._current_frames().items():
+        while frame is not None and thread != threading.get_ident():
+            yield frame
+            frame = frame.f_back  # type: ignore[assignment]
