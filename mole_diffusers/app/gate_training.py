@@ -165,7 +165,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
     size = {"width": recipe.width, "height": recipe.height}
-    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, **size}
+    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base, **size}
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
 

@@ -1,6 +1,7 @@
 """Gate training in the app: it says what it does, goes on, starts over, and measures what it was worth."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import hosts
 import numpy as np
@@ -130,6 +131,8 @@ def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
     work = train(studio, Recipe(PROMPT, steps=2, width=48, height=32), wanted, home=tmp_path)
     last = work(lambda _: None)
     record.remove()
+    with pytest.raises(GatesExistError):
+        train(Studio(studio.pipe, studio.catalog, "another"), replace(RECIPE, width=48), wanted, home=tmp_path)
     assert {picture.size for picture, _ in last.pictures} == {(48, 32)}
     assert set(shapes) == {(16, 24), (16, 16)}  # collages are wide, their parts are not
     with pytest.raises(GatesExistError):
