@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -115,7 +115,8 @@ class Actions:
         self._preview = PreviewDecoder()
         self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
         self._library: LoraLibrary | None = None
-        self._library_of: tuple[str, dict[str, Path]] | None = None  # the base and the files that it is for
+        # The base, the reader and the files that it is for: a base that was opened again has a reader of its own.
+        self._library_of: tuple[str, PipelineText | None, dict[str, Path]] | None = None
 
     # ---- the base model
 
@@ -135,7 +136,8 @@ class Actions:
         def work(report: Report) -> str:
             report(f"opening {found}")
             if self.base != found:
-                self._reader = self._library = None  # which hold weights
+                with self._finding:
+                    self._reader = self._library = self._library_of = None  # which hold weights
                 try:
                     self.studio.change_base(self.bases[found], self._opening)
                 finally:
@@ -184,8 +186,11 @@ class Actions:
         loras = dict(self.studio.catalog.loras)
         if not loras:
             return []
-        reader, wanted = self._reader, (self.studio.base, loras)
-        with self._finding, self.studio.lock.held() if reader is None else nullcontext():
+        with self._finding, ExitStack() as stack:
+            if (reader := self._reader) is None:
+                stack.enter_context(self.studio.lock.held())
+            self.studio.check_open()
+            wanted = (self.studio.base, reader, loras)
             library = self._library
             if library is None or self._library_of != wanted:
                 library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))

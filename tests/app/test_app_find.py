@@ -77,3 +77,21 @@ def test_another_base_reads_with_its_own_encoder(loras, offload):
     actions.change_base("other")(ignore)
     assert [hit.name for hit in actions.find("a fox")] == ["fox"]
     assert torch.equal(actions._library.encoder(TEXTS), PipelineText(tiny_pipeline(1))(TEXTS))
+
+
+def test_a_base_that_is_opened_again_is_read_anew(loras, monkeypatch):
+    """Also where somebody finds while its weights are about to be let go."""
+
+    def opening(name):
+        if name == "broken":
+            raise ValueError("it cannot be opened")
+        return Base(tiny_pipeline(), name, Memory("cpu"))
+
+    studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
+    actions = Actions(studio, bases={"tiny": "tiny", "broken": "broken"}, opening=opening)
+    change, hits = studio.change_base, []
+    monkeypatch.setattr(studio, "change_base", lambda *given: (hits.append(actions.find("a fox")), change(*given)))
+    with pytest.raises(ValueError, match="cannot be opened"):
+        actions.change_base("broken")(ignore)
+    assert [actions.find("a fox")] == hits
+    assert actions._library.encoder is actions._reader
