@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.names import by_name, known_names, matching
+from mole_diffusers.studio.names import by_name, known_names, matching, own_name, short_names
 
 WORLD = "emoji"  # as a base: the embedded world
 INDEX = "model_index.json"
@@ -119,13 +118,11 @@ def bases_of(given: Sequence[str]) -> dict[str, str]:
     """
     found: list[str] = []
     for base in given:
-        inside = Path(base).is_dir() and not (Path(base) / INDEX).is_file()
+        inside = base != WORLD and Path(base).is_dir() and not (Path(base) / INDEX).is_file()
         models = list(bases_in(base).values()) if inside else []
         found += [str(model) for model in models] or [base if base == WORLD else str(find_base(base))]
     found = list(dict.fromkeys(found))
-    own = {base: Path(base).name.removesuffix(".safetensors") for base in found}
-    count = Counter(own.values())
-    return {own[base] if count[own[base]] == 1 else base: base for base in found}
+    return short_names({base: own_name(Path(base)) for base in found}, {base: base for base in found})
 
 
 def find_base(base: str) -> Path | str:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 FEW = 8  # so many names are listed in a message; of more, only the closest
 
 
 def by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
     """{name: path}, in the order of the names: the file's or folder's own, or where two are alike ("fox"), with the folder
     that each is in ("people/fox", "animals/fox")."""
-    paths = list(paths)
-    own = {path: path.stem if path.is_file() else path.name for path in paths}
-    count = Counter(name.casefold() for name in own.values())
-    inside = {path: path.relative_to(folder).with_name(own[path]).as_posix() for path in paths}
-    return dict(sorted((own[p] if count[own[p].casefold()] == 1 else inside[p], p) for p in paths))
+    inside = {path: path.relative_to(folder).with_name(own_name(path)).as_posix() for path in paths}
+    return dict(sorted(short_names({path: own_name(path) for path in inside}, inside).items()))
+
+
+def own_name(path: Path) -> str:
+    """The name of a folder, and of a file without its suffix."""
+    return path.stem if path.is_file() else path.name
+
+
+def short_names(short: Mapping[T, str], long: Mapping[T, str]) -> dict[str, T]:
+    """{name: thing}: the short name of each, or its long one where another's is alike in any case."""
+    count = Counter(name.casefold() for name in short.values())
+    return {name if count[name.casefold()] == 1 else long[thing]: thing for thing, name in short.items()}
 
 
 def matching(name: str, known: Collection[str]) -> str | None:

@@ -14,7 +14,7 @@ from mole_diffusers import attached
 from mole_diffusers.studio import render
 from mole_diffusers.studio.base_models import Base, bases_of
 from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.memory import Memory, release
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
@@ -117,12 +117,15 @@ def no_network():
     raise OSError("no network")
 
 
-@pytest.mark.parametrize("step", ["detach", "release"])
-def test_a_base_that_cannot_be_let_go_is_opened_anew(loras, monkeypatch, step):
+def no_memory():
+    raise RuntimeError("no memory")
+
+
+def test_a_base_that_cannot_be_let_go_is_opened_anew(loras, monkeypatch):
     studio = fresh("one", loras)
     first = drawn(studio)
-    monkeypatch.setattr(render, step, lambda pipe: no_network())
-    with pytest.raises(OSError, match="no network"):
+    monkeypatch.setattr(render, "release", lambda pipe: (release(pipe), no_memory()))
+    with pytest.raises(RuntimeError, match="no memory"):
         studio.change_base("two", opening)
     monkeypatch.undo()
     assert studio.base == "one"
@@ -154,7 +157,7 @@ def test_a_picture_of_another_base_is_noted(loras):
     assert studio.notes(RECIPE, studio.complete(RECIPE)) == []
 
 
-def test_bases_are_named_and_a_models_folder_is_all_of_its_models(tmp_path):
+def test_bases_are_named_and_a_models_folder_is_all_of_its_models(tmp_path, monkeypatch):
     folder, saved = tmp_path / "models", tmp_path / "saved"
     for path in (
         folder / "checkpoints/dream.safetensors",
@@ -176,8 +179,16 @@ def test_bases_are_named_and_a_models_folder_is_all_of_its_models(tmp_path):
     }
     other = str(tmp_path / "dream.safetensors")
     assert bases_of([str(folder), other]) == {dream: dream, "toon": toon, other: other}
+    loud = tmp_path / "TOON.safetensors"
+    loud.touch()
+    assert bases_of([toon, str(loud)]) == {toon: toon, str(loud): str(loud)}  # a name is found in any case
     with pytest.raises(ValueError, match="is no file or folder here"):
         bases_of(["gone.safetensors"])
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"it has no .safetensors checkpoint"):
         bases_of([str(tmp_path / "none")])
+    world = tmp_path / "emoji"  # the word means the embedded world, as where it is opened
+    world.mkdir()
+    (world / "dream.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert bases_of(["emoji"]) == {"emoji": "emoji"}
