@@ -122,8 +122,8 @@ def evaluate(
     if base == WORLD:
         setup, chosen, metrics, gates = _world(real, call, split=split, limit=limit, gates=gates, device=device)
     else:
-        opening = {"base": base, "config": base_config}
-        setup, chosen, metrics = _checkpoint(real, call, opening, limit=limit, device=device)
+        checkpoint = {"base": base, "config": base_config}
+        setup, chosen, metrics = _checkpoint(real, call, checkpoint, limit=limit, device=device)
     if attached:
         chosen = runner.add_idle_experts(chosen, sorted(setup.experts), attached)
     arms = search_arms(setup) if search else _arms(arm, setup, chosen, gates=gates, shares=share, weights=weights)
@@ -180,15 +180,15 @@ def _world(
 
 
 def _checkpoint(
-    real: dict[str, Any], call: dict[str, Any], opening: dict[str, Any], *, limit: int | None, device: str | None
+    real: dict[str, Any], call: dict[str, Any], checkpoint: dict[str, Any], *, limit: int | None, device: str | None
 ) -> tuple[Setup, list[Case], Any]:
-    """Experts, cases and measures of a checkpoint of the user's own, which `opening` says."""
+    """Experts, cases and measures of a checkpoint of the user's own, which `checkpoint` names."""
     from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
     from mole_diffusers.evaluation.runner import Setup
 
     if missing := [f"--{name}" for name in ("cases", "clip", "dino") if real[name] is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    base = opening["base"]
+    base = checkpoint["base"]
     chosen = experts_for(base, dict(named_values(real["expert"], "--expert")), "")
     cases = read_cases(real["cases"], list(chosen))
     folders = {name: Path(folder) for name, folder in named_values(real["images"], "--images")}
@@ -196,7 +196,7 @@ def _checkpoint(
     if unknown := set(real["style"]) - set(chosen):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(chosen)}")
     setup = Setup(
-        pipeline(**opening, device=device),
+        pipeline(**checkpoint, device=device),
         {name: expert for name, (expert, _) in chosen.items()},
         call,
         base,
