@@ -205,12 +205,16 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         return [_file(picture.path) for picture in pictures], [picture.recipe.to_dict() for picture in pictures]
 
     async def redraw(request: gr.Request, recipe: dict) -> gr.FileData:
-        """Draw exactly one recipe, as it is in a picture or with fields left out.
+        """Draw exactly one recipe, as it is in a picture or with fields left out. One of another base model is refused.
 
         Args:
             recipe: RECIPE
         """
-        wanted = [("picture", _recipe(page, recipe))]
+        given = _recipe(page, recipe)
+        asked, here = (Path(name).name for name in (given.base, actions.studio.base))
+        if asked not in ("", here):
+            raise ValueError(f"the recipe was drawn with the base {asked!r}, and here is {here!r}: change it first")
+        wanted = [("picture", given)]
         done = await _job(page, request, "compose", lambda: actions.draw_all(wanted, gallery=actions.gallery))
         return _file(done.pictures[0].path)
 

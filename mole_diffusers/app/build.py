@@ -59,10 +59,17 @@ def _remember(page: Page) -> None:
     def enter(visitor: Any, values: Any) -> Any:
         visitor = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16)
         try:
-            values = [page.actions.base if field is page.base else v for field, v in zip(fields, values, strict=True)]
+            entered = dict(zip(fields, values, strict=True))
+            samplers = ["default", *page.actions.studio.samplers]
+            known = {page.controls["gates"]: page.gates(), page.controls["sampler"]: samplers}
+            if entered[page.base] != page.actions.base:  # it was changed meanwhile
+                fresh = dict(zip(page.inputs, page.values(page.fresh()), strict=True))
+                of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
+                unknown = [field for field, choices in known.items() if entered[field] not in choices]
+                entered |= {field: fresh[field] for field in [*of_base, *unknown]}
+            values = list(entered.values())
             recipe = page.recipe(*values[: len(page.inputs)])
-            samplers = ("", *page.actions.studio.samplers)
-            fits = recipe.gates in page.gates() and recipe.sampler in samplers
+            fits = all(entered[field] in choices for field, choices in known.items())
         except Exception:  # fields of another release, or what else a browser has there
             fits = False
         if not fits:

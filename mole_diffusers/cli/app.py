@@ -75,6 +75,8 @@ def app(
         return found
 
     bases = bases_of(base)
+    if opening["config"] and len(bases) > 1:
+        raise ValueError(f"--base-config is the config of one model, and these are {len(bases)}: {', '.join(bases)}")
     catalog = open_catalog(bases.values(), loras=loras, trained=trained)
     for name, folder in folder_gates(keep).items():
         catalog.add_gates(name, folder)

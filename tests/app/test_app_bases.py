@@ -60,11 +60,14 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         with pytest.raises(Exception, match="there is no base model 'gone'; known: dream, flux, broken"):
             client.predict("gone", api_name="/base")
         assert client.predict(api_name="/bases")[0] == "flux"
+        assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(other))
         assert client.predict("dream", api_name="/base") == "dream"
+        with pytest.raises(Exception, match="was drawn with the base 'flux', and here is 'dream.safetensors'"):
+            client.predict(recipe, api_name="/redraw")
         (again,), _ = client.predict(PROMPT, api_name="/compose")
         assert np.array_equal(pixels(again), pixels(first))
         kept, about = client.predict(api_name="/gallery")
-        assert [entry["recipe"]["base"] for entry in about] == [BASES[name] for name in ("dream", "flux", "dream")]
+        assert [entry["recipe"]["base"] for entry in about] == [BASES[name] for name in ("dream", "flux", "flux", "dream")]
 
 
 def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions):
@@ -139,14 +142,20 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     labels = [getattr(component, "label", None) for component in enter.outputs[1:-2]]
     old = [component.value for component in enter.outputs[1:-2]]
     old[labels.index("Base model")] = "dream"
+    old[labels.index("Prompt")] = "a hat"
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
     fresh = dict(zip(labels, enter.fn("", None)[1:-2], strict=True))
     assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 256, 3.5)
     back = dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))
-    assert (back["Base model"], back["Width"], back["Sampler"]) == ("flux", 48, "Euler")  # what was typed stays
-    old[labels.index("Sampler")] = "DDIM"  # which Flux has not
-    assert dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))["Width"] == 256
+    sizes = [back[name] for name in ("Width", "Height", "Guidance")]
+    assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [256, 256, 3.5])
+    old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
+    again = enter.fn("me", old)[1:-2]
+    assert again[labels.index("Gates")] == "auto"
+    assert dict(zip(labels, again, strict=True)) == back | {"Sampler": "default"}
+    old[labels.index("Base model")], old[labels.index("Sampler")], old[labels.index("Gates")] = "flux", "Euler", "auto"
+    assert dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))["Width"] == 48  # what was typed for it stays
 
 
 def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, actions):
@@ -198,5 +207,7 @@ def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     assert said[-1].startswith("note: pictures can be drawn, but FluxPipeline cannot be trained on")
     assert actions.studio.pipe._progress_bar_config["disable"]
     assert actions.settings_of_base()["guidance"] == 3.5
+    assert main(["app", *bases, "--base-config", str(tmp_path / "flux"), "--loras", files]) == 1
+    assert "--base-config is the config of one model, and these are 2: dream, flux" in capsys.readouterr().err
     assert main(["app", "--base", str(tmp_path / "gone.safetensors"), "--loras", files]) == 1
     assert "there is no model 'gone' in" in capsys.readouterr().err
