@@ -472,7 +472,7 @@ class Mixture:
                 undo.before_forward(self._denoiser, self._on_denoiser, with_kwargs=True)
                 for name, model in hosts(self._pipe).items():
                     if name not in DENOISERS:
-                        self._runtime.tokens.watch(name, model, undo, self._on_text)
+                        self._runtime.tokens.watch(name, model, self._tokenizers[name], undo, self._on_text)
                 cross_attention.hook(self._denoiser, self._runtime, undo)
                 joint_attention.hook(self._denoiser, self._runtime, undo)
                 for part in self._components:

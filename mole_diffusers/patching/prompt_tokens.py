@@ -71,9 +71,10 @@ class PromptTokens:
         """What a text encoder is about to read, [B, T] on the CPU, so that nobody has to wait for a device to know it."""
         self._announced = ids
 
-    def watch(self, name: str, encoder: Any, undo: Undo, on_text: OnText) -> None:
+    def watch(self, name: str, encoder: Any, tokenizer: Any, undo: Undo, on_text: OnText) -> None:
         """Note the token ids that `encoder` reads and the states that it makes of them; `on_text` comes first."""
-        end = getattr(encoder.config, "eos_token_id", None)
+        # The tokenizer knows better: CLIP's published configurations say 2, which is another token.
+        end = getattr(encoder.config if tokenizer is None else tokenizer, "eos_token_id", None)
         reading: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -100,14 +101,20 @@ class PromptTokens:
         undo.after_forward(encoder, after)
 
     def of(self, text: torch.Tensor) -> torch.Tensor | None:
-        """The words of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known."""
+        """The words of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known.
+
+        Where encoders' channels lie side by side, a token is a word if one of them read a word there.
+        """
         rows = self.rows(text)
         if rows is None:
             return None
         masks = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
         for mask, row in zip(masks, rows, strict=True):
-            words = [run.words[i].to(text.device) for (run, i), *_ in row]
-            mask[: sum(map(len, words))] = torch.cat(words) if words else True
+            for part in row:
+                for run, i in part:
+                    words = run.words[i].to(text.device)
+                    mask[: len(words)] |= words
+                mask = mask[part[0][0].ids.shape[1] :]
         return masks
 
     def rows(self, text: torch.Tensor) -> list[Row] | None:

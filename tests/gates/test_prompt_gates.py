@@ -2,6 +2,7 @@
 
 import math
 
+import hosts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ import mole_diffusers as mole
 from mole_diffusers.gates import Context, PromptGate
 from mole_diffusers.gates.prompt import GELU, largest, load_balance, rational
 from mole_diffusers.patching.prompt_tokens import word_mask
+from mole_diffusers.testing import tiny_lora
 
 BOTH, NOW = torch.tensor([True, True]), torch.zeros(1)
 LOGITS = torch.tensor([[math.log(5.0), math.log(3.0), math.log(2.0)]])
@@ -110,6 +112,28 @@ def test_padding_does_not_reach_the_gate(pipe, loras, draw, awake, monkeypatch):
         torch.testing.assert_close(logits, padded, atol=1e-4, rtol=1e-4)
         assert tokens.sum(1).tolist() in ([3], [1], [1, 1, 3, 3])  # the start of the text, and two words of one letter
     assert {len(tokens) for tokens, _, _ in seen} == {1, 4}
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # as SDXL's first tokenizer, and its second, have it
+def test_words_of_either_prompt_reach_the_gate(pad, tmp_path, monkeypatch):
+    """SDXL's two encoders lie side by side: a token counts where one of the texts has a word there, and never the end."""
+    pipe, options = hosts.HOSTS["sdxl"]()
+    pipe.tokenizer_2.pad_token = pad
+    pipe.text_encoder_2.config.eos_token_id = 2  # as the published configuration has it, though the end is another token
+    seen, route = [], PromptGate.route
+
+    def note(gate, hidden, tokens):
+        seen.append(tokens[0].nonzero().flatten().tolist())
+        return route(gate, hidden, tokens)
+
+    monkeypatch.setattr(PromptGate, "route", note)
+    mole.attach(pipe, {n: tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(("fox", "ink"))}, "prompt")
+    short, long = "a fox", "a fox in ink"  # a token per letter, after the one that begins the text
+    for first, second in ((short, long), (long, short), (long, long), (short, short)):
+        seen.clear()
+        hosts.draw(pipe, options | {"prompt_2": second, "guidance_scale": 1.0}, first, steps=1)
+        length = 1 + max(len(text.replace(" ", "")) for text in (first, second))
+        assert seen[-1] == list(range(length))  # the UNet's, which come last
 
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
