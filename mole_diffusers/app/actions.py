@@ -408,7 +408,7 @@ class PreviewDecoder:
         begun = time.monotonic()
         if begun - self._last < self._cost / PREVIEW_SHARE:
             return None
-        with precise(pipe.vae) as vae:
+        with precise(pipe) as vae:
             shift = getattr(vae.config, "shift_factor", None) or 0
             decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor + shift).sample
         image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]

@@ -116,12 +116,14 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 
 @contextmanager
-def precise(vae: Any) -> Iterator[Any]:
-    """An autoencoder that says it overflows in half precision, as Stable Diffusion XL's does, in fp32 while the block runs.
+def precise(pipe: Any) -> Iterator[Any]:
+    """The autoencoder; while the block runs in fp32, where the pipeline itself upcasts it, as Stable Diffusion XL's does: in
+    half precision it overflows.
 
     Raises ValueError where gradients are wanted of one whose weights are fp16: they would be gone before the gradient.
     """
-    if not getattr(vae.config, "force_upcast", False):
+    vae = pipe.vae
+    if not (hasattr(type(pipe), "upcast_vae") and vae.config.force_upcast):
         yield vae
         return
     is_half = vae.dtype == torch.float16
@@ -138,7 +140,7 @@ def precise(vae: Any) -> Iterator[Any]:
 @torch.no_grad()
 def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, H, W] in -1..1 -> latents [B, C, h, w], scaled as the UNet expects them, on the CPU."""
-    with precise(pipe.vae) as vae:
+    with precise(pipe) as vae:
         latents = vae.encode(pixels.to(pipe.device, vae.dtype)).latent_dist.mode()
         return latents.float().cpu() * vae.config.scaling_factor
 

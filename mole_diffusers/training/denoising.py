@@ -142,7 +142,7 @@ def sample(
 
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Clean latents [B, C, H, W] -> pictures [B, 3, 8H, 8W] around -1..1, fp32, with their gradient."""
-    with precise(pipe.vae) as vae:
+    with precise(pipe) as vae:
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
 
 

@@ -10,8 +10,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2] / "demos" / "experiments" / "second_world"))
 
 import words
-from compose import squares
-from compositions import SPLITS, JudgeMetrics, cases
+from compositions import SPLITS, JudgeMetrics, cases, squares
 from drawings import Drawings, default_folder
 from judge import Judge
 

@@ -1,7 +1,5 @@
 """The scripts of the second world import what exists; the long ones are run by hand."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,30 +7,19 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "demos" / "experiments" / "second_world"
 
 
-@pytest.fixture(scope="module")
-def script():
-    """script(name) -> the module; all of them are forgotten afterwards, since their names are short."""
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").parent == FOLDER:
-            del sys.modules[name]
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
-def test_a_script_imports_and_says_what_it_does(script, name):
+def test_a_script_imports_and_says_what_it_does(second_world, name):
     if name == "data":
         pytest.importorskip("resvg_py")  # of the extra `emoji`
-    assert script(name).__doc__
+    assert second_world(name).__doc__
 
 
-def test_a_lora_is_trained_on_canvases_in_turn_and_taken_off_again(script, pipe, draw):
+def test_a_lora_is_trained_on_canvases_in_turn_and_taken_off_again(second_world, pipe, draw):
     import torch
 
     from mole_diffusers.training.data import Samples
 
-    make = script("make_loras")
+    make = second_world("make_loras")
     base = draw(pipe)
     shapes = {"one": (16, 16), "wide": (16, 32), "tall": (32, 16)}
     samples = {shape: Samples(torch.randn(4, 4, *side), ["a fox"] * 4) for shape, side in shapes.items()}

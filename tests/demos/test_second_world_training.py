@@ -1,32 +1,22 @@
 """What the second world's base is trained with: its latents and its optimizer."""
 
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "demos" / "experiments" / "second_world"))
 
-import words
-from diffusers import AutoencoderKL
-from drawings import Drawings, default_folder
-from encoder import patches
-from loop import to_tensor
-from muon import MuonAndAdamW
-from scenes import draw_scene
-
-
-def test_the_base_learns_the_latents_that_the_autoencoder_gives():
-    drawings, rng = Drawings(default_folder()), np.random.default_rng(1)
-    scenes = [draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(6)]
-    pictures = to_tensor([drawings.picture(scene, rng) for scene in scenes])
-    autoencoder = AutoencoderKL.from_pretrained(default_folder() / "base" / "vae", torch_dtype=torch.float32)
+def test_the_base_learns_the_latents_that_the_autoencoder_gives(second_world):
+    words, drawn, rng = second_world("words"), second_world("drawings"), np.random.default_rng(1)
+    drawings = drawn.Drawings(drawn.default_folder())
+    scenes = [second_world("scenes").draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(6)]
+    pictures = second_world("loop").to_tensor([drawings.picture(scene, rng) for scene in scenes])
+    autoencoder = AutoencoderKL.from_pretrained(drawings.folder / "base" / "vae", torch_dtype=torch.float32)
     with torch.no_grad():
         encoded = autoencoder.encode(pictures).latent_dist.mean * autoencoder.config.scaling_factor
-    assert (encoded - patches(drawings)(pictures)).square().mean() < 1e-4
+    assert (encoded - second_world("encoder").patches(drawings)(pictures)).square().mean() < 1e-4
 
 
 def tiny() -> nn.Module:
@@ -43,10 +33,10 @@ def step(module: nn.Module, optimizer) -> None:
     optimizer.zero_grad()
 
 
-def test_a_hidden_weight_moves_along_its_orthogonal_gradient_and_a_first_layer_by_adam():
+def test_a_hidden_weight_moves_along_its_orthogonal_gradient_and_a_first_layer_by_adam(second_world):
     module, lr = tiny(), 1e-2
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    step(module, MuonAndAdamW(module, lr, ("conv_in",)))
+    step(module, second_world("muon").MuonAndAdamW(module, lr, ("conv_in",)))
     moved = {n: (before[n] * (1 - lr * 0.01) - p.detach()) / lr for n, p in module.named_parameters()}  # less the decay
     spectrum = torch.linalg.svdvals(moved["middle.weight"].flatten(1)) / (0.2 * (4 * 9) ** 0.5)
     assert spectrum.max() < 1.3  # three iterations bring large singular values to about 1, small ones up
@@ -55,13 +45,13 @@ def test_a_hidden_weight_moves_along_its_orthogonal_gradient_and_a_first_layer_b
         assert torch.allclose(moved[name].abs(), torch.ones(()), atol=2e-2), name  # Adam's first step is of length 1
 
 
-def test_a_resumed_run_takes_the_same_step():
+def test_a_resumed_run_takes_the_same_step(second_world):
     module = tiny()
-    optimizer = MuonAndAdamW(module, 1e-2, ("conv_in",))
+    optimizer = second_world("muon").MuonAndAdamW(module, 1e-2, ("conv_in",))
     step(module, optimizer)
     other = tiny()
     other.load_state_dict(module.state_dict())
-    resumed = MuonAndAdamW(other, 1e-2, ("conv_in",))
+    resumed = second_world("muon").MuonAndAdamW(other, 1e-2, ("conv_in",))
     resumed.load_state_dict(deepcopy(optimizer.state_dict()))
     step(module, optimizer)
     step(other, resumed)

@@ -13,7 +13,7 @@ import torch
 import train_base
 import words
 from check_world import joint_file, lora_file
-from compositions import SPLITS, JudgeMetrics, cases
+from compositions import SPLITS, JudgeMetrics, cases, squares
 from drawings import default_folder
 from judge import Judge
 from loop import WORK, device, small_attention
@@ -27,13 +27,6 @@ from mole_diffusers.evaluation.tables import as_frame, paired_table, success_tab
 from mole_diffusers.lora import read_expert
 
 SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
-
-
-def squares(case: Case) -> list[tuple[float, float, float, float]]:
-    """A square of the canvas for each subject, in the order of naming: left to right, top to bottom."""
-    width, height = case.size or (1, 1)
-    across, down = max(1, round(width / 64)), max(1, round(height / 64))
-    return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y in range(down) for x in range(across)]
 
 
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:

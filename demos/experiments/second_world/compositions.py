@@ -63,6 +63,13 @@ def cases(split: Mapping[str, Sequence[Concepts]]) -> list[tuple[Case, Scene]]:
     return found
 
 
+def squares(case: Case) -> list[tuple[float, float, float, float]]:
+    """A square of the canvas for each subject, in the order of naming: left to right, top to bottom."""
+    width, height = case.size or (1, 1)
+    across, down = max(1, round(width / 64)), max(1, round(height / 64))
+    return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y in range(down) for x in range(across)]
+
+
 class JudgeMetrics:
     """Measures pictures of cases with the judge, which nothing was trained with.
 
