@@ -65,7 +65,7 @@ def setup() -> Setup:
     """The base with every LoRA of the world that exists."""
     files = {c: lora_file(c) for c in (*words.HELD_OUT_SUBJECTS, *words.HELD_OUT_STYLES) if lora_file(c).exists()}
     experts = {name: read_expert(path, name) for name, path in files.items()}
-    base = f"second world {digest_files(*sorted((default_folder() / 'base').rglob('*.safetensors')))}"
+    base = f"second world {digest_files(train_base.weights_file())}"
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     return Setup(train_base.trained(), experts, options, base, styles=frozenset(experts) & frozenset(words.STYLES))
 

@@ -13,6 +13,7 @@ which a run without a checkpoint begins at.
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -128,11 +129,15 @@ def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> St
     return pipe
 
 
+def weights_file() -> Path:
+    """Where the base as it stands lies: the last checkpoint, else the committed weights."""
+    return WORK / "base.pt" if (WORK / "base.pt").exists() else START
+
+
 def trained() -> StableDiffusionPipeline:
-    """The base as it stands: of the last checkpoint, else the committed one."""
-    if (WORK / "base.pt").exists():
-        return pipeline(averaged("base"), train_autoencoder.trained())
-    return StableDiffusionPipeline.from_pretrained(default_folder() / "base", torch_dtype=torch.float32).to(device())
+    """The base as it stands."""
+    weights = load_file(START) if weights_file() == START else averaged("base")
+    return pipeline({name: w.float() for name, w in weights.items()}, train_autoencoder.trained()).to(device())
 
 
 def updates_before() -> int:
