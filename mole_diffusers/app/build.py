@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
@@ -56,27 +56,17 @@ def _remember(page: Page) -> None:
     changes = [field.change for field in fields]
     gr.on(changes, lambda *values: list(values), fields, saved, queue=False, show_progress="hidden", **PRIVATE)
 
-    def enter(visitor: Any, values: Any) -> Any:
-        visitor = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16)
+    def enter(visitor: Any, values: Any, prompt: str) -> Any:
+        """Fill a page that is opened; `prompt` is what stands in it by now, where somebody types at once."""
+        visitor, fresh = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16), page.fresh()
+        if (kept := _kept(page, fields, values)) is not None:
+            values, prompt = kept, page.recipe(*kept[: len(page.inputs)]).prompt
+        else:
+            values = [gr.skip()] * len(fields)
+            if fresh != page.defaults:
+                values[: len(page.inputs)], prompt = page.values(fresh), fresh.prompt
         try:
-            entered = dict(zip(fields, values, strict=True))
-            samplers = ["default", *page.actions.studio.samplers]
-            known = {page.controls["gates"]: page.gates(), page.controls["sampler"]: samplers}
-            if entered[page.base] != page.actions.base:  # it was changed meanwhile
-                fresh = dict(zip(page.inputs, page.values(page.fresh()), strict=True))
-                of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
-                unknown = [field for field, choices in known.items() if entered[field] not in choices]
-                entered |= {field: fresh[field] for field in [*of_base, *unknown]}
-            values = list(entered.values())
-            recipe = page.recipe(*values[: len(page.inputs)])
-            fits = all(entered[field] in choices for field, choices in known.items())
-        except Exception:  # fields of another release, or what else a browser has there
-            fits = False
-        if not fits:
-            recipe, skip = page.fresh(), [gr.skip()] * len(fields)
-            values = skip if recipe == page.defaults else [*page.values(recipe), *skip[len(page.inputs) :]]
-        try:
-            cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
+            cards = cards_of(prompt, [], page.actions.studio.catalog.loras)
         except ValueError:  # a LoRA that is not here any more; composing says so
             cards = []
         return visitor, *values, cards, redraw(cards)
@@ -87,9 +77,30 @@ def _remember(page: Page) -> None:
         return page.actions.base, *(gr.update(choices=each()) for each in choices)
 
     listed = page.blocks.load(now, None, [page.base, *lists], **PRIVATE)
-    entered = listed.then(enter, [page.visitor, saved], [page.visitor, *fields, page.cards, page.shown], **PRIVATE)
+    filled = [page.visitor, *fields, page.cards, page.shown]
+    entered = listed.then(enter, [page.visitor, saved, page.controls["prompt"]], filled, **PRIVATE)
     for resume, outputs in page.resumed:
         entered.then(resume, page.visitor, outputs, concurrency_limit=None, **PRIVATE)
+
+
+def _kept(page: Page, fields: Sequence[Any], values: Any) -> list[Any] | None:
+    """The fields as a browser kept them, those of another base as they are by default; None where they do not fit."""
+    try:
+        entered = dict(zip(fields, values, strict=True))
+        known = {
+            page.controls["gates"]: page.gates(),
+            page.controls["sampler"]: ["default", *page.actions.studio.samplers],
+        }
+        if entered[page.base] != page.actions.base:  # it was changed meanwhile
+            fresh = dict(zip(page.inputs, page.values(page.fresh()), strict=True))
+            of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
+            unknown = [field for field, choices in known.items() if entered[field] not in choices]
+            entered |= {field: fresh[field] for field in [*of_base, *unknown]}
+        found = list(entered.values())
+        page.recipe(*found[: len(page.inputs)])
+        return found if all(entered[field] in choices for field, choices in known.items()) else None
+    except Exception:  # fields of another release, or what else a browser has there
+        return None
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:

@@ -145,17 +145,17 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Prompt")] = "a hat"
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
-    fresh = dict(zip(labels, enter.fn("", None)[1:-2], strict=True))
+    fresh = dict(zip(labels, enter.fn("", None, PROMPT)[1:-2], strict=True))
     assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 256, 3.5)
-    back = dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))
+    back = dict(zip(labels, enter.fn("me", old, PROMPT)[1:-2], strict=True))
     sizes = [back[name] for name in ("Width", "Height", "Guidance")]
     assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [256, 256, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
-    again = enter.fn("me", old)[1:-2]
+    again = enter.fn("me", old, PROMPT)[1:-2]
     assert again[labels.index("Gates")] == "auto"
     assert dict(zip(labels, again, strict=True)) == back | {"Sampler": "default"}
     old[labels.index("Base model")], old[labels.index("Sampler")], old[labels.index("Gates")] = "flux", "Euler", "auto"
-    assert dict(zip(labels, enter.fn("me", old)[1:-2], strict=True))["Width"] == 48  # what was typed for it stays
+    assert dict(zip(labels, enter.fn("me", old, PROMPT)[1:-2], strict=True))["Width"] == 48  # what was typed for it stays
 
 
 def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, actions):

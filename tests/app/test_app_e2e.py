@@ -296,7 +296,8 @@ def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
     Image.effect_noise((256, 256), 90).convert("RGB").save(photo)
     plain = composed(page, tmp_path, "plain.png")
     page.click("#over button")
-    page.driver.find_element("css selector", "#over-picture input[type=file]").send_keys(str(photo))
+    chooser = "css selector", "#over-picture input[type=file]"  # made when the panel opens, and never seen
+    page.until(lambda: page.driver.find_elements(*chooser), WAIT)[0].send_keys(str(photo))
     page.until(lambda: page.all("#over-picture canvas"), WAIT)
     page.type("#strength input[type=number]", "0.5")
     whole = composed(page, tmp_path, "whole.png")

@@ -32,12 +32,19 @@ def is_left(value):
 
 def test_a_new_browser_gets_a_name_and_keeps_the_defaults(functions):
     enter, _ = functions["enter"]
-    visitor, *shown, cards, _ = enter("", None)
+    visitor, *shown, cards, _ = enter("", None, PROMPT)
     assert len(visitor) > 16
     assert all(map(is_left, shown))
     assert [card["name"] for card in cards] == ["fox", "ink"]
-    assert enter("", None)[0] != visitor
-    assert enter("me", None)[0] == "me"
+    assert enter("", None, PROMPT)[0] != visitor
+    assert enter("me", None, PROMPT)[0] == "me"
+
+
+def test_the_cards_are_those_of_what_is_typed_while_a_page_opens(functions):
+    enter, _ = functions["enter"]
+    _, *shown, cards, _ = enter("", None, "a hat <lora:hat:0.5>")
+    assert all(map(is_left, shown))
+    assert [card["tag"] for card in cards] == ["<lora:hat:0.5>"]
 
 
 def test_fields_come_back_and_what_does_not_fit_is_left_out(functions):
@@ -45,18 +52,18 @@ def test_fields_come_back_and_what_does_not_fit_is_left_out(functions):
     saved = fields(functions)
     assert saved[0] == PROMPT
     saved[0] = "a hat <lora:hat:1>"
-    _, *shown, cards, _ = enter("me", saved)
+    _, *shown, cards, _ = enter("me", saved, PROMPT)
     assert shown == saved
     assert [card["name"] for card in cards] == ["hat"]
     labels = [component.label for component in event.outputs[1:-2]]
     for label, value in (("Gates", "gone"), ("Sampler", "Best"), ("Seed", "x"), ("Steps", 0)):
         at = labels.index(label)
-        _, *shown, cards, _ = enter("me", [*saved[:at], value, *saved[at + 1 :]])
+        _, *shown, cards, _ = enter("me", [*saved[:at], value, *saved[at + 1 :]], PROMPT)
         assert all(map(is_left, shown)), label
         assert [card["name"] for card in cards] == ["fox", "ink"]
     for garbage in ([], saved[:-1], "x", 5, {"a": 1}):
-        assert all(map(is_left, enter("me", garbage)[1:-2]))
-    _, *shown, cards, _ = enter("me", ["a <lora:gone:1>", *saved[1:]])
+        assert all(map(is_left, enter("me", garbage, PROMPT)[1:-2]))
+    _, *shown, cards, _ = enter("me", ["a <lora:gone:1>", *saved[1:]], PROMPT)
     assert (shown[0], cards) == ("a <lora:gone:1>", [])  # composing says that it is not here
 
 
