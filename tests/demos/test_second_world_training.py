@@ -19,6 +19,14 @@ def test_the_base_learns_the_latents_that_the_autoencoder_gives(second_world):
     assert (encoded - second_world("encoder").patches(drawings)(pictures)).square().mean() < 1e-4
 
 
+def test_every_word_of_a_caption_is_one_token_with_the_number_that_the_weights_know(second_world):
+    words, tokenizer = second_world("words"), second_world("train_base").load_tokenizer()
+    named = {part for word in (*words.SUBJECTS, *words.STYLES, *words.BACKGROUNDS) for part in word.split()}
+    assert all(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in named)
+    caption = tokenizer("a bat and a pig", add_special_tokens=False).input_ids
+    assert caption == [71, 514, 124, 71, 612]  # trained anew, a tokenizer may give these words any of several numbers
+
+
 def tiny() -> nn.Module:
     torch.manual_seed(0)
     layers = {"conv_in": nn.Conv2d(2, 4, 3), "middle": nn.Conv2d(4, 6, 3), "out": nn.Linear(6, 3)}

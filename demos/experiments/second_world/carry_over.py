@@ -1,4 +1,4 @@
-"""The first world's base as a start for this one: `assets/base_start.safetensors`.
+"""The first world's base as a start for this one: `assets/base_start.safetensors`, and the tokenizer that goes with it.
 
     python demos/experiments/second_world/carry_over.py
 
@@ -6,6 +6,8 @@ UNet and text encoder have the same shapes but for the latents' channels and the
 patches of 4 x 4 pixels, so a linear map from one to the other, by least squares over drawings, goes into the UNet's first
 and last layers. Words that both tokenizers know keep their embeddings, others get random ones of the same spread.
 """
+
+import json
 
 import numpy as np
 import torch
@@ -17,10 +19,33 @@ from encoder import patches
 from loop import to_tensor
 from safetensors.torch import save_file
 from scenes import draw_scene
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
 
 from mole_diffusers import emoji
 
 PICTURES = 400
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer in which every word of the world's captions is one token."""
+    named = [*words.STYLES, *words.BACKGROUNDS, *words.SUBJECTS]
+    text = [
+        f"{w} drawing of a an and on background left right above below photo picture style the in with {w}" for w in named
+    ]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(text, trainer)
+    vocab = bpe.get_vocab()
+    for letter in alphabet:
+        vocab.setdefault(f"{letter}</w>", len(vocab))
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=train_base.TOKENS)
 
 
 @torch.no_grad()
@@ -41,10 +66,9 @@ def linear(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def carried_over(first: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+def carried_over(first: StableDiffusionPipeline, tokenizer: CLIPTokenizer) -> dict[str, torch.Tensor]:
     """Weights of this world's UNet and text encoder."""
     theirs, ours = latents_of_both(first)
-    tokenizer = train_base.build_tokenizer()
     state = train_base.build_both(tokenizer).state_dict()
     old = {f"unet.{name}": value for name, value in first.unet.state_dict().items()}
     old |= {f"text_encoder.{name}": value for name, value in first.text_encoder.state_dict().items()}
@@ -69,8 +93,10 @@ def carried_over(first: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 def main() -> None:
     torch.manual_seed(0)
     first = StableDiffusionPipeline.from_pretrained(emoji.default_folder() / "base", torch_dtype=torch.float32)
-    state = carried_over(first)
+    tokenizer = build_tokenizer()
+    state = carried_over(first, tokenizer)
     halves = {name: w.half().contiguous() if w.is_floating_point() else w for name, w in state.items()}
+    tokenizer.save_pretrained(default_folder() / "base" / "tokenizer")
     save_file(halves, train_base.START)
 
 

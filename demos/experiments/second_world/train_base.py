@@ -12,13 +12,11 @@ which a run without a checkpoint begins at.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import train_autoencoder
-import words
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from drawings import Drawings, default_folder
 from encoder import CHANNELS
@@ -28,7 +26,6 @@ from muon import MuonAndAdamW
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scenes import SIDE
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 START = default_folder() / "base_start.safetensors"
@@ -68,25 +65,13 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer in which every word of the world's captions is one token."""
-    named = [*words.STYLES, *words.BACKGROUNDS, *words.SUBJECTS]
-    text = [
-        f"{w} drawing of a an and on background left right above below photo picture style the in with {w}" for w in named
-    ]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    alphabet = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(text, trainer)
-    vocab = bpe.get_vocab()
-    for letter in alphabet:
-        vocab.setdefault(f"{letter}</w>", len(vocab))
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+def load_tokenizer() -> CLIPTokenizer:
+    """The world's tokenizer, in which every word of its captions is one token.
+
+    It is kept as a file (`carry_over.py` writes it): which number a word gets is left open by byte-pair training, and
+    weights go with the numbers that they were trained with.
+    """
+    return CLIPTokenizer.from_pretrained(default_folder() / "base" / "tokenizer")
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -112,7 +97,7 @@ def build_both(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
 
 def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> StableDiffusionPipeline:
     """An ordinary pipeline of a run's averaged weights."""
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     both = build_both(tokenizer)
     both.load_state_dict(weights)
     pipe = StableDiffusionPipeline(
@@ -153,7 +138,7 @@ def updates_before() -> int:
 def train(steps: int, decay: int) -> None:
     """Plain v loss on the canvases in turn."""
     before = updates_before()
-    tokenizer, scheduler = build_tokenizer(), build_scheduler()
+    tokenizer, scheduler = load_tokenizer(), build_scheduler()
     pool = Pool(Drawings(default_folder()))
     both = build_both(tokenizer)
     print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
