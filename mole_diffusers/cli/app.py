@@ -8,23 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from mole_diffusers.cli.common import (
-    WORLD,
-    DeviceOption,
-    LorasOption,
-    TrainedOption,
-    VerboseOption,
-    first_recipe,
-    open_catalog,
-    opened,
-    opens_base,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import first_recipe, open_catalog, opened
+from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.base_models import Base
 
 
-@opens_base
+@options.takes(opening=options.Opening)
 def app(
     base: Annotated[
         list[str],
@@ -34,8 +26,8 @@ def app(
             "folder of A1111, Forge or ComfyUI is every model in it.",
         ),
     ] = [WORLD],  # noqa: B006
-    loras: LorasOption = None,
-    trained: TrainedOption = None,
+    loras: options.Loras = None,
+    trained: options.Trained = None,
     keep: Annotated[Path, Option(metavar="FOLDER", help="Gates that the app trains are kept here.")] = Path("mole_gates"),
     gallery: Annotated[Path, Option(metavar="FOLDER", help="Pictures are kept here, each with its recipe inside.")] = Path(
         "mole_pictures"
@@ -46,9 +38,9 @@ def app(
         str | None, Option(metavar="NAME", help="The name under which a server in front shows the app: studio.example.")
     ] = None,
     mcp: Annotated[bool, Option("--mcp", help="Also serve the actions as MCP tools, at /gradio_api/mcp/.")] = False,
-    device: DeviceOption = None,
-    verbose: VerboseOption = False,
-    opening: Any = None,
+    verbose: options.Verbose = False,
+    *,
+    opening: options.Given,
 ) -> None:
     """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes."""
     try:
@@ -66,7 +58,7 @@ def app(
     from mole_diffusers.training.denoising import check_trainable
 
     def open_one(name: str) -> Base:
-        found = opened(name, device, opening=opening)
+        found = opened(name, opening)
         found.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
         try:
             check_trainable(found.pipe)

@@ -6,34 +6,13 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from mole_diffusers.cli.common import (
-    NONE,
-    WORLD,
-    BaseOption,
-    DeviceOption,
-    ExpertOption,
-    GuidanceOption,
-    HeightOption,
-    JsonOption,
-    NegativeOption,
-    OverwriteOption,
-    SamplerOption,
-    StepsOption,
-    VerboseOption,
-    WidthOption,
-    experts_for,
-    named_values,
-    opens_base,
-    pipeline,
-    target,
-)
-
-if TYPE_CHECKING:
-    from mole_diffusers.mixture import Mixture
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import experts_for, named_values, opened, target
+from mole_diffusers.cli.options import NONE, WORLD
 
 FirstSeedOption = Annotated[int, Option(min=-1, help="Seed of the first row, -1 for a random one; each further row adds 1.")]
 RowsOption = Annotated[int, Option(help="Pictures per column, each with its own seed.")]
@@ -43,10 +22,10 @@ SheetOption = Annotated[
 ]
 
 
-@opens_base
+@options.takes(how=options.Drawing, opening=options.Opening)
 def compose(
     prompt: Annotated[str, Argument(help="What to draw.")] = "noto drawing of a sunflower and a doughnut",
-    expert: ExpertOption = NONE,
+    expert: options.Experts = NONE,
     gates: Annotated[
         str | None,
         Option(help="Trained gates, a folder or a hub id, or a family such as mean. Default: the world's own, else sum."),
@@ -60,21 +39,16 @@ def compose(
         ),
     ] = NONE,
     unbound: Annotated[bool, Option("--unbound", help="Let every LoRA act on every word and in the whole picture.")] = False,
-    base: BaseOption = WORLD,
-    device: DeviceOption = None,
+    base: options.Base = WORLD,
     seed: FirstSeedOption = 0,
     rows: RowsOption = 4,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    negative: NegativeOption = "",
-    sampler: SamplerOption = "",
-    width: WidthOption = None,
-    height: HeightOption = None,
     out: SheetOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    opening: Any = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    *,
+    how: options.Given,
+    opening: options.Given,
 ) -> None:
     """Draw a prompt with several LoRAs, beside the base, each LoRA alone and the plain sum.
 
@@ -94,47 +68,34 @@ def compose(
     from mole_diffusers.mixture import attach
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
-    pipe = pipeline(base, device, opening=opening)
-    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "seeds": seeds}
-    call = call_options(pipe, base, **how, width=width, height=height)
+    pipe = opened(base, opening).pipe
+    negative, call = how["negative"], call_options(pipe, base, how, seeds)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
-    mixture: Mixture = attach(pipe, experts, gates or own, binding=binding)
+    mixture = attach(pipe, experts, gates or own, binding=binding)
     pictures = {}
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, negative, seeds, call)
     about = {"prompt": prompt, "negative": negative, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
     about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}
-    about |= {"seeds": seeds, "sampler": sampler, **call}
+    about |= {"seeds": seeds, "sampler": how["sampler"], **call}
     write_sheet(pictures, seeds, path, about)
     print(json.dumps({"out": str(path), **about}) if as_json else f"{prompt}: {path}")
 
 
-def call_options(
-    pipe: Any,
-    base: str,
-    *,
-    steps: int,
-    guidance: float | None,
-    sampler: str,
-    seeds: Sequence[int],
-    width: int | None,
-    height: int | None,
-) -> dict[str, Any]:
-    """The options of a pipeline call as asked, with the size rounded; the sampler is put on the pipeline.
-
-    Args:
-        seeds: of the pictures of each call.
-    """
+def call_options(pipe: Any, base: str, how: options.Given, seeds: Sequence[int]) -> dict[str, Any]:
+    """The options of a pipeline call that draws pictures of `seeds`, with the size rounded; the sampler is put on the
+    pipeline."""
     from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.picture_passes import drawable
-    from mole_diffusers.studio.samplers import sampler as scheduler
+    from mole_diffusers.studio.samplers import sampler
 
-    pipe.scheduler = scheduler(sampler, pipe.scheduler, seeds)
-    strict = usual_guidance(pipe, base) if guidance is None else guidance
-    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": strict}
+    pipe.scheduler = sampler(how["sampler"], pipe.scheduler, seeds)
+    guidance = usual_guidance(pipe, base) if how["guidance"] is None else how["guidance"]
+    call: dict[str, Any] = {"num_inference_steps": how["steps"], "guidance_scale": guidance}
+    width, height = how["width"], how["height"]
     if width or height:
         size = drawable(pipe, width or height or 0, height or width or 0)
         call |= dict(zip(("width", "height"), size, strict=True))

@@ -7,28 +7,8 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from mole_diffusers.cli.common import (
-    THRESHOLD,
-    WORLD,
-    BaseOption,
-    CountOption,
-    DeviceOption,
-    EncoderOption,
-    GuidanceOption,
-    HeightOption,
-    JsonOption,
-    LibraryOption,
-    NegativeOption,
-    OverwriteOption,
-    SamplerOption,
-    StepsOption,
-    ThresholdOption,
-    VerboseOption,
-    WidthOption,
-    opens_base,
-    pipeline,
-    target,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import opened, target
 from mole_diffusers.cli.compose import (
     FirstSeedOption,
     RowsOption,
@@ -38,38 +18,34 @@ from mole_diffusers.cli.compose import (
     row_seeds,
     write_sheet,
 )
+from mole_diffusers.cli.options import THRESHOLD, WORLD
 from mole_diffusers.cli.retrieve import in_words, open_library
 
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 
-@opens_base
+@options.takes(how=options.Drawing, opening=options.Opening)
 def compose_library(
     prompt: Annotated[str, Argument(help="What to draw.")],
-    library: LibraryOption,
+    library: options.Library,
     mode: Annotated[
         Mode,
         Option(help="sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged."),
     ] = "sum",
-    k: CountOption = 3,
-    threshold: ThresholdOption = THRESHOLD,
-    encoder: EncoderOption = None,
+    k: options.Count = 3,
+    threshold: options.Threshold = THRESHOLD,
+    encoder: options.Encoder = None,
     gates: Annotated[str, Option(help="Trained gates (a folder or a hub id) or a family.")] = "sum",
-    base: BaseOption = WORLD,
-    device: DeviceOption = None,
+    base: options.Base = WORLD,
     seed: FirstSeedOption = 0,
     rows: RowsOption = 4,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    negative: NegativeOption = "",
-    sampler: SamplerOption = "",
-    width: WidthOption = None,
-    height: HeightOption = None,
     out: SheetOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    opening: Any = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    *,
+    how: options.Given,
+    opening: options.Given,
 ) -> None:
     """Find the LoRAs that a prompt asks for in a library, and draw it without and with them."""
     from mole_diffusers.retrieval.composing import composed, report
@@ -78,22 +54,23 @@ def compose_library(
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
     seeds = row_seeds(seed, rows)
     path = target(out, "grid.png", overwrite=overwrite)
-    pipe = pipeline(base, device, opening=opening)
+    pipe = opened(base, opening).pipe
     found_in = open_library(library, pipe, encoder)
-    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "seeds": seeds}
-    call = call_options(pipe, base, **how, width=width, height=height)
+    negative, call = how["negative"], call_options(pipe, base, how, seeds)
     pictures = {"base": drawn(pipe, prompt, negative, seeds, call)}
     with composed(found_in, pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
         pictures[f"found ({mode})"] = drawn(pipe, prompt, negative, seeds, call)
     found, weights = composition.found[0], composition.sets[0]
-    about: dict[str, Any] = {
-        "prompt": prompt,
-        "negative": negative,
-        "found": report(found_in, found),
+    about: dict[str, Any] = {"prompt": prompt, "negative": negative, "found": report(found_in, found)}
+    about |= {
         "weights": weights,
         "mode": mode,
+        "gates": gates,
+        "base": base,
+        "seeds": seeds,
+        "sampler": how["sampler"],
+        **call,
     }
-    about |= {"gates": gates, "base": base, "seeds": seeds, "sampler": sampler, **call}
     write_sheet(pictures, seeds, path, about)
     if as_json:
         print(json.dumps({"out": str(path), **about}))

@@ -6,34 +6,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from mole_diffusers.cli.common import (
-    NONE,
-    WORLD,
-    BaseOption,
-    DeviceOption,
-    GuidanceOption,
-    HeightOption,
-    JsonOption,
-    LorasOption,
-    NamedGatesOption,
-    NegativeOption,
-    OverwriteOption,
-    SamplerOption,
-    SeedOption,
-    StepsOption,
-    TagExpertOption,
-    TrainedOption,
-    VerboseOption,
-    WidthOption,
-    first_recipe,
-    open_studio,
-    opens_base,
-    target,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import first_recipe, open_studio, target
+from mole_diffusers.cli.options import NONE, WORLD
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,7 +33,7 @@ PngOption = Annotated[
 ]
 
 
-@opens_base
+@options.takes(how=options.Drawing, opening=options.Opening)
 def draw(
     prompt: Annotated[
         str,
@@ -62,19 +41,12 @@ def draw(
             help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK as in A1111."
         ),
     ],
-    negative: NegativeOption = "",
-    loras: LorasOption = None,
-    expert: TagExpertOption = NONE,
-    gates: NamedGatesOption = "auto",
-    trained: TrainedOption = None,
-    base: BaseOption = WORLD,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    sampler: SamplerOption = "",
-    width: WidthOption = None,
-    height: HeightOption = None,
+    loras: options.Loras = None,
+    expert: options.TagExperts = NONE,
+    gates: options.NamedGates = "auto",
+    trained: options.Trained = None,
+    base: options.Base = WORLD,
+    seed: options.Seed = 0,
     image: ImageOption = None,
     mask: MaskOption = None,
     strength: Annotated[float, Option(min=0, max=1, help="How much of --image is drawn anew.", rich_help_panel=OVER)] = 0.6,
@@ -86,22 +58,23 @@ def draw(
         float, Option(min=0, max=1, help="How much of it is drawn anew then.", rich_help_panel=OVER)
     ] = 0.5,
     out: PngOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    opening: Any = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    *,
+    how: options.Given,
+    opening: options.Given,
 ) -> None:
     """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools."""
     from mole_diffusers.studio.render import with_pictures
 
     path = target(out, "picture.png", overwrite=overwrite)
     pictures = open_pictures(image, mask)
-    studio = open_studio(base, device, loras=loras, trained=trained, experts=expert, opening=opening)
-    settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "sampler": sampler}
-    settings |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
+    studio = open_studio(base, opening, loras=loras, trained=trained, experts=expert)
+    settings = {**how, "seed": seed, "strength": strength, "hires": hires, "hires_strength": hires_strength}
     if "image" in pictures:  # its own size, unless another is given
-        width, height = width or pictures["image"].width, height or pictures["image"].height
-    recipe = first_recipe(studio, prompt=prompt, negative=negative, gates=gates, width=width, height=height, **settings)
+        settings |= {side: how[side] or getattr(pictures["image"], side) for side in ("width", "height")}
+    recipe = first_recipe(studio, prompt=prompt, gates=gates, **settings)
     draw_recipe(studio, with_pictures(recipe, **pictures), path, pictures, as_json=as_json)
 
 

@@ -11,22 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
-from mole_diffusers.cli.common import (
-    NONE,
-    WORLD,
-    BaseConfigOption,
-    BaseOption,
-    DeviceOption,
-    ExpertOption,
-    JsonOption,
-    StepsOption,
-    VerboseOption,
-    chosen_device,
-    experts_for,
-    grouped_values,
-    named_values,
-    pipeline,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import chosen_device, experts_for, grouped_values, named_values, pipeline
+from mole_diffusers.cli.options import NONE, WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.evaluation.report import Report
@@ -62,14 +49,14 @@ def evaluate(
     ] = [],  # noqa: B006
     seeds: Annotated[int, Option(help="Pictures per case.")] = 8,
     seed: Annotated[int, Option(help="The first seed.")] = 1000,
-    steps: StepsOption = 20,
+    steps: options.Steps = 20,
     guidance: Annotated[float, Option(help="How strictly the prompt is followed.")] = 3.0,
-    device: DeviceOption = None,
+    device: options.Device = None,
     out: Annotated[Path, Option(metavar="FOLDER", help="Pictures, rows, tables and figures go here.")] = Path("evaluation"),
-    as_json: JsonOption = False,
-    base: BaseOption = WORLD,
-    base_config: BaseConfigOption = None,
-    expert: ExpertOption = NONE,
+    as_json: options.Json = False,
+    base: options.Base = WORLD,
+    base_config: options.BaseConfig = None,
+    expert: options.Experts = NONE,
     cases: Annotated[
         Path | None,
         Option(metavar="FILE", help='JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.', rich_help_panel=REAL),
@@ -100,7 +87,7 @@ def evaluate(
         bool,
         Option("--judged", help="Count the answers on the sheet in --out, and stop.", rich_help_panel=CHOICE),
     ] = False,
-    verbose: VerboseOption = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compare ways to compose LoRAs, on many prompts and seeds, with intervals.
 

@@ -4,60 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
-from mole_diffusers.cli.common import (
-    WORLD,
-    BaseOption,
-    DeviceOption,
-    GuidanceOption,
-    HeightOption,
-    JsonOption,
-    LorasOption,
-    NamedGatesOption,
-    NegativeOption,
-    OverwriteOption,
-    SamplerOption,
-    SeedOption,
-    StepsOption,
-    TrainedOption,
-    VerboseOption,
-    WidthOption,
-    first_recipe,
-    open_studio,
-    opens_base,
-    target,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import first_recipe, open_studio, target
+from mole_diffusers.cli.options import WORLD
 
 
-@opens_base
+@options.takes(how=options.Drawing, opening=options.Opening)
 def grid(
     prompt: Annotated[str, Argument(help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.")],
     x: Annotated[
         str, Option("--x", metavar="AXIS", help="What changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...")
     ] = "arm=base,sum,gates",
     y: Annotated[str, Option("--y", metavar="AXIS", help="What changes from top to bottom.")] = "seed=0,1,2",
-    negative: NegativeOption = "",
-    loras: LorasOption = None,
-    gates: NamedGatesOption = "auto",
-    trained: TrainedOption = None,
-    base: BaseOption = WORLD,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    sampler: SamplerOption = "",
-    width: WidthOption = None,
-    height: HeightOption = None,
+    loras: options.Loras = None,
+    gates: options.NamedGates = "auto",
+    trained: options.Trained = None,
+    base: options.Base = WORLD,
+    seed: options.Seed = 0,
     out: Annotated[
         Path | None, Option(metavar="PNG", help="Where the grid goes. Default: a new grid.png, grid-2.png, ...")
     ] = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    opening: Any = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    *,
+    how: options.Given,
+    opening: options.Given,
 ) -> None:
     """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, steps, guidance or sampler.
 
@@ -69,11 +45,8 @@ def grid(
 
     across, down = parse_axis(x), parse_axis(y)
     path = target(out, "grid.png", overwrite=overwrite)
-    studio = open_studio(base, device, loras=loras, trained=trained, opening=opening)
-    settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "sampler": sampler}
-    first = studio.complete(
-        first_recipe(studio, prompt=prompt, negative=negative, gates=gates, width=width, height=height, **settings)
-    )
+    studio = open_studio(base, opening, loras=loras, trained=trained)
+    first = studio.complete(first_recipe(studio, prompt=prompt, gates=gates, seed=seed, **how))
     rows = cells(first, across, down)
     with tqdm(total=len(rows) * len(rows[0]), desc="pictures", delay=2, leave=False) as bar:
         pictures = []

@@ -8,26 +8,19 @@ from typing import Annotated
 
 from typer import Argument
 
-from mole_diffusers.cli.common import (
-    WORLD,
-    BaseConfigOption,
-    BaseOption,
-    DeviceOption,
-    EncoderOption,
-    JsonOption,
-    VerboseOption,
-    pipeline,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import pipeline
+from mole_diffusers.cli.options import WORLD
 
 
 def index(
     library: Annotated[Path, Argument(metavar="FOLDER", help="LoRA files, in subfolders too.")],
-    encoder: EncoderOption = None,
-    base: BaseOption = WORLD,
-    base_config: BaseConfigOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    encoder: options.Encoder = None,
+    base: options.Base = WORLD,
+    base_config: options.BaseConfig = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Make a folder of LoRAs a library, in which prompts find the LoRAs they ask for."""
     from mole_diffusers.retrieval.encoders import text_encoder_for

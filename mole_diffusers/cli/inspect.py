@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from mole_diffusers.cli.common import BaseConfigOption, JsonOption, VerboseOption, pipeline
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import pipeline
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 def inspect(
     files: Annotated[list[Path], Argument(metavar="FILE", help="LoRA files.")],
     base: Annotated[str | None, Option(metavar="MODEL", help="A pipeline to match the layers with.")] = None,
-    base_config: BaseConfigOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    base_config: options.BaseConfig = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show what is in LoRA files: format, base model, trigger words, and what cannot be used."""
     from mole_diffusers.lora import COMPONENTS, read_expert

@@ -9,20 +9,10 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from mole_diffusers.cli.common import (
-    NONE,
-    BaseConfigOption,
-    DeviceOption,
-    JsonOption,
-    VerboseOption,
-    busy,
-    grouped_values,
-    json_or_text,
-    named_values,
-    parse_file,
-    pipeline,
-    read_experts,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, parse_file, pipeline, read_experts
+from mole_diffusers.cli.console import busy
+from mole_diffusers.cli.options import NONE
 
 Method = Literal[
     "sum", "mean", "svd", "ties", "dare", "knots", "lego", "np", "ssr", "regmean", "iteris", "scalars"
@@ -38,14 +28,14 @@ def merge(
     option: Annotated[list[str], Option(metavar="KEY=VALUE", help="Of the method: drop=0.5. Repeatable.")] = NONE,
     format: Annotated[Literal["diffusers", "kohya"], Option(help="kohya is for A1111 and ComfyUI.")] = "diffusers",
     base: Annotated[str | None, Option(metavar="MODEL", help="The pipeline to run the LoRAs on.")] = None,
-    base_config: BaseConfigOption = None,
+    base_config: options.BaseConfig = None,
     own: Annotated[
         list[str],
         Option(metavar="NAME=PROMPT", help="A prompt for one LoRA alone. Default: its trigger words. Repeatable."),
     ] = NONE,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Merge several LoRA files into one ordinary LoRA file, without training."""
     from mole_diffusers.lora.writing import save_expert
@@ -60,7 +50,7 @@ def merge(
             raise ValueError(f"two files are named {path.stem!r}; rename one")
         named[path.stem] = text
     experts = read_experts(named)
-    options = {key: json_or_text(value) for key, value in named_values(option, "--option")}
+    settings = {key: json_or_text(value) for key, value in named_values(option, "--option")}
     activations = None
     if by_activations(method):
         if base is None:
@@ -68,7 +58,7 @@ def merge(
         prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
         activations = Activations(pipeline(base, device, config=base_config), prompts | grouped_values(own, "--own"))
     with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline has bars of its own
-        merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **options)
+        merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)
     save_expert(merged, out, format=format)
     facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
     print(json.dumps(facts) if as_json else "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))

@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
-from mole_diffusers.cli.common import (
-    NONE,
-    WORLD,
-    BaseOption,
-    DeviceOption,
-    JsonOption,
-    LorasOption,
-    OverwriteOption,
-    TagExpertOption,
-    TrainedOption,
-    VerboseOption,
-    open_studio,
-    opens_base,
-    target,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import open_studio, target
 from mole_diffusers.cli.draw import ImageOption, MaskOption, draw_recipe, open_pictures
+from mole_diffusers.cli.options import NONE, WORLD
 
 
-@opens_base
+@options.takes(opening=options.Opening)
 def redraw(
     picture: Annotated[Path, Argument(help="A PNG of mole draw, the app or A1111, or a recipe as a .json file.")],
-    loras: LorasOption = None,
-    expert: TagExpertOption = NONE,
-    trained: TrainedOption = None,
-    base: BaseOption = WORLD,
-    device: DeviceOption = None,
+    loras: options.Loras = None,
+    expert: options.TagExperts = NONE,
+    trained: options.Trained = None,
+    base: options.Base = WORLD,
     image: ImageOption = None,
     mask: MaskOption = None,
     out: Annotated[
         Path | None, Option(metavar="PNG", help="Where the picture goes. Default: a new redrawn.png, redrawn-2.png, ...")
     ] = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    opening: Any = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    *,
+    opening: options.Given,
 ) -> None:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
@@ -61,5 +49,5 @@ def redraw(
     if recipe.base and Path(recipe.base).name != Path(given).name:
         raise ValueError(f"{picture.name} was drawn with the base {recipe.base!r}; give it as --base")
     pictures = open_pictures(image, mask)
-    studio = open_studio(base, device, loras=loras, trained=trained, experts=expert, opening=opening)
+    studio = open_studio(base, opening, loras=loras, trained=trained, experts=expert)
     draw_recipe(studio, recipe, path, pictures, as_json=as_json)

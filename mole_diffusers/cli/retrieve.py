@@ -9,20 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
-from mole_diffusers.cli.common import (
-    THRESHOLD,
-    WORLD,
-    BaseConfigOption,
-    BaseOption,
-    CountOption,
-    DeviceOption,
-    EncoderOption,
-    JsonOption,
-    LibraryOption,
-    ThresholdOption,
-    VerboseOption,
-    pipeline,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import pipeline
+from mole_diffusers.cli.options import THRESHOLD, WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
@@ -30,15 +19,15 @@ if TYPE_CHECKING:
 
 def retrieve(
     prompt: Annotated[str, Argument(help="What you want to draw.")],
-    library: LibraryOption,
-    k: CountOption = 3,
-    threshold: ThresholdOption = THRESHOLD,
-    encoder: EncoderOption = None,
-    base: BaseOption = WORLD,
-    base_config: BaseConfigOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    library: options.Library,
+    k: options.Count = 3,
+    threshold: options.Threshold = THRESHOLD,
+    encoder: options.Encoder = None,
+    base: options.Base = WORLD,
+    base_config: options.BaseConfig = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show which LoRAs of a library a prompt asks for, and why."""
     from mole_diffusers.retrieval.composing import report, retrieve_for

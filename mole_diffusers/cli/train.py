@@ -9,62 +9,73 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Context, Option
+from typer import Option
 
-from mole_diffusers.cli.common import (
-    BASE,
-    NONE,
-    WORLD,
-    BaseConfigOption,
-    DeviceOption,
-    ExpertOption,
-    JsonOption,
-    VerboseOption,
-    experts_for,
-    grouped_values,
-    json_or_text,
-    named_values,
-    pipeline,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values
+from mole_diffusers.cli.options import NONE, WORLD
 from mole_diffusers.cli.training_runs import (
     PICTURES,
     UPDATES,
-    ConfigOption,
-    OutOption,
-    ResumeOption,
-    WriteConfigOption,
-    fields_of,
-    given,
+    Run,
     is_main_process,
-    own_device,
-    read_settings,
     samples,
-    setting,
+    settings,
+    trained_pipeline,
+    updates,
     write_settings,
 )
 from mole_diffusers.training.config import GateTraining
 
-SECTIONS = ("base", "base_config", "experts", "gates", "lesson", "data", "clip", "training")
 RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
-GATES = "Which gates"
-update = partial(setting, GateTraining)
 learn = partial(Option, rich_help_panel=PICTURES)
-gate = partial(Option, rich_help_panel=GATES)
+gate = partial(Option, rich_help_panel="Which gates")
+switch = partial(gate, parser=json_or_text, metavar="true|false")
 
 
+class Gates:
+    """Fields of `GateConfig`, which needs torch."""
+
+    family: Annotated[str | None, gate(help="flow, mole, static, prompt, rank, retrieval.", show_default=RECOMMENDED)] = None
+    granularity: Annotated[str | None, gate(help="static, mole: one gate per model, block, layer or matrix.")] = None
+    total: Annotated[str | None, gate(help="What the weights add up to: 1, N, sigmoid, linear or none, by family.")] = None
+    inputs: Annotated[str | None, gate(help="mole: reads the hidden state, or the experts' outputs.")] = None
+    features: Annotated[str | None, gate(help="mole: reads tokens pooled or flattened.")] = None
+    bias: Annotated[Any, switch(help="mole: adds a number per LoRA.")] = None
+    bins: Annotated[int | None, gate(help="static: sets of weights over the noise levels.")] = None
+    start: Annotated[str | None, gate(help="flow: weights before training: sum, mean or faithful.")] = None
+    axis: Annotated[str | None, gate(help="prompt: shares among LoRAs (concept), layers (module) or both.")] = None
+    top: Annotated[int | None, gate(help="prompt, rank: how many weigh something; 0 is all.")] = None
+    rank: Annotated[int | None, gate(help="retrieval: rank of the router.")] = None
+    scores: Annotated[str | None, gate(help="retrieval: weights per token or per image.")] = None
+    partition: Annotated[int | None, gate(help="rank: ranks that share a weight; 0 is all of a LoRA.")] = None
+    refactor: Annotated[Any, switch(help="rank: turn ranks to singular directions first.")] = None
+    rate: Annotated[float | None, gate(help="rank: how fast the load is evened out.")] = None
+
+
+Learning = updates(
+    GateTraining,
+    width="Pixels of pictures of --prompt. Default: the model's own.",
+    height="Likewise.",
+    batch="Examples per update and term, over all processes.",
+    lr="Learning rate. Default: what suits each gate.",
+    schedule="Of the learning rate: cosine, linear, constant, ...",
+    warmup="First updates, in which the learning rate grows.",
+    weight_decay="Of AdamW.",
+    max_norm="Gradients are clipped to this length; 0 does not clip.",
+    ema="Keep a moving average of the gates with this decay, 0.99 say.",
+    drop="Chance of each LoRA to sit out an update.",
+    initial="Weights before the first update: uniform, scalars or ssr.",
+    seed="The same seed gives the same gates.",
+    tracker="tensorboard or wandb.",
+)
+
+
+@options.takes(run=Run, training=Learning, gates=Gates)
 def train(
-    ctx: Context,
-    expert: ExpertOption = NONE,
-    base: Annotated[str | None, Option(**BASE, show_default=WORLD)] = None,
-    base_config: BaseConfigOption = None,
-    device: DeviceOption = None,
-    out: OutOption = None,
-    config: ConfigOption = None,
-    write_config: WriteConfigOption = None,
-    resume: ResumeOption = None,
+    expert: options.Experts = NONE,
     push_to_hub: Annotated[str | None, Option(metavar="REPO", help="Upload the gates, with a model card.")] = None,
-    as_json: JsonOption = False,
-    # What to learn from
+    as_json: options.Json = False,
     prompt: Annotated[list[str], learn(help="A prompt that names all LoRAs. Repeatable, as all of these are.")] = NONE,
     part: Annotated[list[str], learn(metavar="PROMPT", help="One subject of the --prompt, from left to right.")] = NONE,
     single: Annotated[list[str], learn(metavar="NAME=PROMPT", help="A prompt that names one LoRA alone.")] = NONE,
@@ -75,7 +86,6 @@ def train(
     clip: Annotated[
         str | None, learn(metavar="MODEL", help="A CLIP of transformers, a folder or a hub id. The emoji world has its own.")
     ] = None,
-    # How to train
     term: Annotated[
         list[str],
         Option(
@@ -85,96 +95,44 @@ def train(
             rich_help_panel=UPDATES,
         ),
     ] = NONE,
-    steps: Annotated[int | None, update("steps", "Updates.")] = None,
-    width: Annotated[int | None, update("width", "Pixels of pictures of --prompt. Default: the model's own.")] = None,
-    height: Annotated[int | None, update("height", "Likewise.")] = None,
-    batch: Annotated[int | None, update("batch", "Examples per update and term, over all processes.")] = None,
-    lr: Annotated[float | None, update("lr", "Learning rate. Default: what suits each gate.")] = None,
-    schedule: Annotated[str | None, update("schedule", "Of the learning rate: cosine, linear, constant, ...")] = None,
-    warmup: Annotated[int | None, update("warmup", "First updates, in which the learning rate grows.")] = None,
-    weight_decay: Annotated[float | None, update("weight_decay", "Of AdamW.")] = None,
-    max_norm: Annotated[float | None, update("max_norm", "Gradients are clipped to this length; 0 does not clip.")] = None,
-    ema: Annotated[float | None, update("ema", "Keep a moving average of the gates with this decay, 0.99 say.")] = None,
-    drop: Annotated[float | None, update("drop", "Chance of each LoRA to sit out an update.")] = None,
-    initial: Annotated[str | None, update("initial", "Weights before the first update: uniform, scalars or ssr.")] = None,
-    seed: Annotated[int | None, update("seed", "The same seed gives the same gates.")] = None,
-    precision: Annotated[str | None, update("precision", "no (full), bf16 or fp16.")] = None,
-    accumulation: Annotated[int | None, update("accumulation", "Compute a batch in so many parts, for less memory.")] = None,
-    checkpointing: Annotated[
-        bool | None, Option("--checkpointing", help="Less memory, more time.", rich_help_panel=UPDATES)
-    ] = None,
     validate: Annotated[
         int | None, Option(metavar="N", help="Draw the prompts every N updates.", rich_help_panel=UPDATES)
     ] = None,
-    every: Annotated[int | None, update("every", "Updates between checkpoints.")] = None,
-    keep: Annotated[int | None, update("keep", "How many checkpoints are kept.")] = None,
-    tracker: Annotated[str | None, update("tracker", "tensorboard or wandb.")] = None,
-    # Which gates
-    family: Annotated[
-        str | None, gate(help="flow, mole, static, prompt, rank or retrieval.", show_default=RECOMMENDED)
-    ] = None,
-    granularity: Annotated[str | None, gate(help="static, mole: one gate per model, block, layer or matrix.")] = None,
-    total: Annotated[str | None, gate(help="What the weights add up to: 1, N, sigmoid, linear or none, by family.")] = None,
-    inputs: Annotated[str | None, gate(help="mole: reads the hidden state, or the experts' outputs.")] = None,
-    features: Annotated[str | None, gate(help="mole: reads tokens pooled or flattened.")] = None,
-    bias: Annotated[Any, gate(parser=json_or_text, metavar="true|false", help="mole: adds a number per LoRA.")] = None,
-    bins: Annotated[int | None, gate(help="static: sets of weights over the noise levels.")] = None,
-    start: Annotated[str | None, gate(help="flow: weights before training: sum, mean or faithful.")] = None,
-    axis: Annotated[str | None, gate(help="prompt: shares among LoRAs (concept), layers (module) or both.")] = None,
-    top: Annotated[int | None, gate(help="prompt, rank: how many weigh something; 0 is all.")] = None,
-    rank: Annotated[int | None, gate(help="retrieval: rank of the router.")] = None,
-    scores: Annotated[str | None, gate(help="retrieval: weights per token or per image.")] = None,
-    partition: Annotated[int | None, gate(help="rank: ranks that share a weight; 0 is all of a LoRA.")] = None,
-    refactor: Annotated[
-        Any, gate(parser=json_or_text, metavar="true|false", help="rank: turn ranks to singular directions first.")
-    ] = None,
-    rate: Annotated[float | None, gate(help="rank: how fast the load is evened out.")] = None,
-    verbose: VerboseOption = False,
+    verbose: options.Verbose = False,
+    *,
+    run: options.Given,
+    training: options.Given,
+    gates: options.Given,
 ) -> None:
     """Train gates for a set of LoRAs: how much each one acts, where and when.
 
     Prompts are enough: the LoRAs themselves are the teachers. Without --expert, those of the emoji world that the prompts
     name are taken. `accelerate launch -m mole_diffusers train` divides the work over GPUs.
     """
-    asked = settings(ctx.params)
-    if write_config:
-        write_settings(write_config, asked)
+    lesson = {
+        "composed": prompt,
+        "plain": plain,
+        "styles": style,
+        "singles": grouped_values(single, "--single"),
+        "others": grouped_values(other, "--other"),
+        "parts": _parts(prompt, part),
+    }
+    experts, terms = dict(named_values(expert, "--expert")), dict(map(_term, term))
+    sections = {"experts": experts, "gates": gates, "lesson": lesson, "training": {**training, "terms": terms}}
+    asked = settings(run, sections, data, clip=clip)
+    asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
+    if validate is not None:
+        asked["training"]["validation"] = asked["training"].get("validation", {}) | {"every": validate}
+    if run["write_config"]:
+        write_settings(run["write_config"], asked)
         return
+    out = run["out"]
     if out is None:
         raise ValueError("--out is needed: the folder for gates, checkpoints and log")
-    log = _train(asked, device, out, resume=resume, repo=push_to_hub)
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
+    log = _train(asked, run["device"], out, resume=run["resume"], repo=push_to_hub)
+    if is_main_process():
         first, last = log[0]["loss"], log[-1]["loss"]
         print(json.dumps({"out": str(out), **log[-1]}) if as_json else f"{out}: loss {first:.3f} -> {last:.3f}")
-
-
-def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was asked, as plain data: what the file says, overridden by the flags."""
-    from mole_diffusers.gates import GateConfig
-
-    file = read_settings(flags["config"], SECTIONS) if flags["config"] else {}
-    training = fields_of(GateTraining, flags) | {"terms": dict(map(_term, flags["term"]))}
-    if flags["validate"] is not None:
-        training["validation"] = file.get("training", {}).get("validation", {}) | {"every": flags["validate"]}
-    sections = {
-        "experts": dict(named_values(flags["expert"], "--expert")),
-        "gates": fields_of(GateConfig, flags),
-        "lesson": {
-            "composed": flags["prompt"],
-            "plain": flags["plain"],
-            "styles": flags["style"],
-            "singles": grouped_values(flags["single"], "--single"),
-            "others": grouped_values(flags["other"], "--other"),
-            "parts": _parts(flags["prompt"], flags["part"]),
-        },
-        "training": training,
-    }
-    merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
-    merged["gates"] = {"family": RECOMMENDED} | merged["gates"]
-    alone = given({name: flags[name] for name in ("base", "base_config", "data", "clip")})
-    return {"base": WORLD, "data": [], "clip": None} | file | merged | alone
 
 
 def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]:
@@ -201,7 +159,7 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     config = GateTraining.from_dict({**asked["training"], "terms": terms})
     gates = GateConfig.from_dict(asked["gates"])
     experts = experts_for(base, asked["experts"], " ".join(data.composed))
-    pipe = pipeline(base, device or own_device(), config=asked.get("base_config"), half=False)
+    pipe = trained_pipeline(asked, device)
     mixture = attach(pipe, experts, gates)
     data.samples = samples(pipe, asked["data"])
     success = _judge() if base == WORLD and config.validation.every else None

@@ -10,81 +10,71 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Context, Option
+from typer import Option
 
-from mole_diffusers.cli.common import (
-    BASE,
-    NONE,
-    WORLD,
-    BaseConfigOption,
-    DeviceOption,
-    JsonOption,
-    VerboseOption,
-    pipeline,
-)
+from mole_diffusers.cli import options
+from mole_diffusers.cli.options import NONE
 from mole_diffusers.cli.training_runs import (
     PICTURES,
     UPDATES,
-    ConfigOption,
-    OutOption,
-    ResumeOption,
-    WriteConfigOption,
-    fields_of,
-    given,
+    Run,
     is_main_process,
-    own_device,
-    read_settings,
     samples,
-    setting,
+    settings,
+    trained_pipeline,
+    updates,
     write_settings,
 )
 from mole_diffusers.training.config import LoraTraining
 
-SECTIONS = ("base", "base_config", "data", "concept", "prior", "training")
-CONCEPT = ("trigger", "prompt", "resolution", "format")
-PRIOR = ("prompt", "data", "count", "steps", "guidance")
 CLASS = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
-update = partial(setting, LoraTraining)
 learn = partial(Option, rich_help_panel=PICTURES)
 class_picture = partial(Option, rich_help_panel=CLASS)
 
 
-def train_lora(
-    ctx: Context,
-    base: Annotated[str | None, Option(**BASE, show_default=WORLD)] = None,
-    base_config: BaseConfigOption = None,
-    device: DeviceOption = None,
-    out: OutOption = None,
-    config: ConfigOption = None,
-    write_config: WriteConfigOption = None,
-    resume: ResumeOption = None,
-    as_json: JsonOption = False,
-    # What to learn from
-    data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures, with captions or without. Repeatable.")] = NONE,
-    trigger: Annotated[str | None, learn(metavar="WORDS", help="What will call the concept.")] = None,
-    prompt: Annotated[str | None, learn(help="Caption of pictures without one. Default: the trigger.")] = None,
+class Concept:
+    """What the LoRA is to learn."""
+
+    trigger: Annotated[str | None, learn(metavar="WORDS", help="What will call the concept.")] = None
+    prompt: Annotated[str | None, learn(help="Caption of pictures without one. Default: the trigger.")] = None
     resolution: Annotated[
         int | None, learn(metavar="PIXELS", help="Pictures are cut to squares of this side. Default: the base's own.")
-    ] = None,
+    ] = None
     format: Annotated[
-        Literal["diffusers", "kohya"] | None,
-        learn(help="kohya is for A1111 and ComfyUI.", show_default="diffusers"),
-    ] = None,
-    # Prior preservation
-    prior_prompt: Annotated[str | None, class_picture(help="What the base draws: 'a photo of a dog'.")] = None,
-    prior_data: Annotated[list[str], class_picture(metavar="FOLDER", help="Or pictures of your own. Repeatable.")] = NONE,
-    prior_count: Annotated[int | None, class_picture(metavar="N", help="Pictures to draw.", show_default="64")] = None,
-    prior_steps: Annotated[int | None, class_picture(metavar="N", help="Steps of the sampler.", show_default="25")] = None,
+        Literal["diffusers", "kohya"] | None, learn(help="kohya is for A1111 and ComfyUI.", show_default="diffusers")
+    ] = None
+
+
+class Prior:
+    """Pictures of the class, for prior preservation."""
+
+    prior_prompt: Annotated[str | None, class_picture(help="What the base draws: 'a photo of a dog'.")] = None
+    prior_data: Annotated[list[str], class_picture(metavar="FOLDER", help="Or pictures of your own. Repeatable.")] = NONE
+    prior_count: Annotated[int | None, class_picture(metavar="N", help="Pictures to draw.", show_default="64")] = None
+    prior_steps: Annotated[int | None, class_picture(metavar="N", help="Steps of the sampler.", show_default="25")] = None
     prior_guidance: Annotated[
         float | None, class_picture(metavar="SCALE", help="How strictly the prompt is followed.", show_default="7.5")
-    ] = None,
+    ] = None
+
+
+Learning = updates(
+    LoraTraining,
+    rank="Size of the LoRA.",
+    alpha="Scale times rank. Default: the rank.",
+    batch="Pictures per update, over all processes.",
+    lr="Learning rate.",
+    text_lr="Learning rate of the text encoder; 0 leaves it alone.",
+    beam="Let ranks compete (BeamLoRA); from rank 8 on.",
+    seed="The same seed gives the same LoRA.",
+)
+
+
+@options.takes(run=Run, concept=Concept, prior=Prior, training=Learning)
+def train_lora(
+    data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures, with captions or without. Repeatable.")] = NONE,
     prior_weight: Annotated[
-        float | None,
-        class_picture(metavar="WEIGHT", help="How much they count.", show_default=str(LoraTraining.prior)),
+        float | None, class_picture(metavar="WEIGHT", help="How much they count.", show_default=str(LoraTraining.prior))
     ] = None,
-    # How to train
-    rank: Annotated[int | None, update("rank", "Size of the LoRA.")] = None,
-    alpha: Annotated[float | None, Option(help="Scale times rank. Default: the rank.", rich_help_panel=UPDATES)] = None,
     layers: Annotated[
         list[str],
         Option(
@@ -93,66 +83,44 @@ def train_lora(
             rich_help_panel=UPDATES,
         ),
     ] = NONE,
-    steps: Annotated[int | None, update("steps", "Updates.")] = None,
-    batch: Annotated[int | None, update("batch", "Pictures per update, over all processes.")] = None,
-    lr: Annotated[float | None, update("lr", "Learning rate.")] = None,
-    text_lr: Annotated[float | None, update("text_lr", "Learning rate of the text encoder; 0 leaves it alone.")] = None,
-    beam: Annotated[
-        bool | None, Option("--beam", help="Let ranks compete (BeamLoRA); from rank 8 on.", rich_help_panel=UPDATES)
-    ] = None,
-    seed: Annotated[int | None, update("seed", "The same seed gives the same LoRA.")] = None,
-    precision: Annotated[str | None, update("precision", "no (full), bf16 or fp16.")] = None,
-    accumulation: Annotated[int | None, update("accumulation", "Compute a batch in so many parts, for less memory.")] = None,
-    checkpointing: Annotated[
-        bool | None, Option("--checkpointing", help="Less memory, more time.", rich_help_panel=UPDATES)
-    ] = None,
-    every: Annotated[int | None, update("every", "Updates between checkpoints.")] = None,
-    keep: Annotated[int | None, update("keep", "How many checkpoints are kept.")] = None,
-    verbose: VerboseOption = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    *,
+    run: options.Given,
+    concept: options.Given,
+    prior: options.Given,
+    training: options.Given,
 ) -> None:
     """Teach a base one concept from pictures. The result is an ordinary LoRA file, named as the folder --out.
 
     `accelerate launch -m mole_diffusers train-lora` divides the work over GPUs.
     """
-    asked = settings(ctx.params)
-    if write_config:
-        write_settings(write_config, asked)
+    prior = {name.removeprefix("prior_"): value for name, value in prior.items()}
+    training = {**training, "layers": layers, "prior": prior_weight}
+    asked = settings(run, {"concept": concept, "prior": prior, "training": training}, data)
+    known: dict[str, list[str]] = {"concept": list(concept), "prior": list(prior)}
+    known["training"] = [field.name for field in fields(LoraTraining)]
+    for name, names in known.items():
+        if unknown := set(asked[name]) - set(names):
+            raise ValueError(f"unknown {name} options {sorted(unknown)}; known: {names}")
+    if run["write_config"]:
+        write_settings(run["write_config"], asked)
         return
+    out = run["out"]
     if out is None or not asked["data"] or not asked["concept"].get("trigger"):
         raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
-    prior = asked["prior"]
-    if prior and not prior.get("data") and not prior.get("prompt"):
+    if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
-    facts = _train(asked, device, out, resume=resume)
+    facts = _train(asked, run["device"], out, resume=run["resume"])
     if is_main_process():
         print(json.dumps(facts) if as_json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
-
-
-def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was asked, as plain data: what the file says, overridden by the flags."""
-    file = read_settings(flags["config"], SECTIONS) if flags["config"] else {}
-    sections = {
-        "concept": {name: flags[name] for name in CONCEPT},
-        "prior": {name: flags[f"prior_{name}"] for name in PRIOR},
-        "training": fields_of(LoraTraining, flags) | {"prior": flags["prior_weight"]},
-    }
-    merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
-    for name, known in (("concept", CONCEPT), ("prior", PRIOR), ("training", [f.name for f in fields(LoraTraining)])):
-        if unknown := set(merged[name]) - set(known):
-            raise ValueError(f"unknown {name} options {sorted(unknown)}; known: {list(known)}")
-    alone = given({name: flags[name] for name in ("base", "base_config", "data")})
-    return {"base": WORLD, "data": []} | file | merged | alone
 
 
 def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None) -> dict[str, Any]:
     from mole_diffusers.training import train_lora as fit
 
     concept, config = asked["concept"], _config(asked["training"])
-    pipe, trigger, side = (
-        pipeline(asked["base"], device or own_device(), config=asked.get("base_config"), half=False),
-        concept["trigger"],
-        concept.get("resolution"),
-    )
+    pipe, trigger, side = trained_pipeline(asked, device), concept["trigger"], concept.get("resolution")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)

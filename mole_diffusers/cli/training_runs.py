@@ -1,40 +1,82 @@
-"""What the two training commands share: settings from a file and flags, pictures, and this process among others."""
+"""What the two training commands share: options, settings from a file, pictures, and this process among others."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
+
+from mole_diffusers.cli import options
+from mole_diffusers.cli.common import pipeline
+from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
 
 PICTURES, UPDATES = "What to learn from", "How to train"  # panels of the help
 
-OutOption = Annotated[Path | None, Option(metavar="FOLDER", help="The result, checkpoints and the log go here.")]
-ConfigOption = Annotated[
-    Path | None,
-    Option(metavar="FILE", help="YAML or JSON with any settings; options override it."),
-]
-WriteConfigOption = Annotated[Path | None, Option(metavar="FILE", help="Write all settings as YAML or JSON, and stop.")]
-ResumeOption = Annotated[
-    str | None, Option(metavar="latest|checkpoint-N", help="Go on with the run in --out; latest also starts a new one.")
-]
+
+class Run:
+    """What is trained on, and where it is written."""
+
+    base: Annotated[str | None, Option(**options.BASE, show_default=WORLD)] = None
+    base_config: options.BaseConfig = None
+    device: options.Device = None
+    out: Annotated[Path | None, Option(metavar="FOLDER", help="The result, checkpoints and the log go here.")] = None
+    config: Annotated[Path | None, Option(metavar="FILE", help="Any settings as YAML or JSON; options override it.")] = None
+    write_config: Annotated[Path | None, Option(metavar="FILE", help="Write all settings as YAML or JSON, and stop.")] = None
+    resume: Annotated[
+        str | None,
+        Option(metavar="latest|checkpoint-N", help="Go on with the run in --out; latest also starts a new one."),
+    ] = None
 
 
-def setting(config: type, name: str, help: str) -> Any:
-    """The option for one field of a config, whose default the help shows."""
-    default = getattr(config, name)
-    return Option(help=help, show_default=False if default is None else str(default), rich_help_panel=UPDATES)
+EVERY_RUN = {  # settings that both trainings have -> help
+    "steps": "Updates.",
+    "precision": "no (full), bf16 or fp16.",
+    "accumulation": "Compute a batch in so many parts, for less memory.",
+    "checkpointing": "Less memory, more time.",
+    "every": "Updates between checkpoints.",
+    "keep": "How many checkpoints are kept.",
+}
 
 
-def read_settings(path: Path, sections: Sequence[str]) -> dict[str, Any]:
-    """A YAML or JSON file of settings. Raises ValueError for an unknown section."""
+def updates(config: type, **helps: str) -> type:
+    """A group of options for fields of a config, each with its help; the default is shown, unless the help tells it."""
+    kinds, fields = get_type_hints(config), []
+    for name, text in (helps | EVERY_RUN).items():
+        default, flag = getattr(config, name), kinds[name] is bool
+        shown = False if default is None or flag or "Default:" in text else str(default)
+        option = Option(*[f"--{name}"] if flag else [], help=text, show_default=shown, rich_help_panel=UPDATES)
+        fields.append((name, Annotated[kinds[name] | None, option], None))
+    return make_dataclass("Learning", fields)
+
+
+def settings(
+    run: options.Given, sections: Mapping[str, options.Given], data: Sequence[str], **others: str | None
+) -> dict[str, Any]:
+    """Everything that was asked, as plain data: what the file of --config says, overridden by the options.
+
+    Args:
+        run: options of `Run`.
+        sections: name -> what options say of it.
+        data: folders of pictures.
+        others: what else a file may hold beside sections.
+
+    Raises ValueError for a file that is neither YAML nor JSON, or with an unknown section.
+    """
+    alone = {"base": run["base"], "base_config": run["base_config"], "data": data, **others}
+    file = _read(run["config"], ["base", "base_config", *sections, "data", *others]) if run["config"] else {}
+    merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
+    return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | given(alone)
+
+
+def _read(path: Path, known: Sequence[str]) -> dict[str, Any]:
     import yaml
 
     try:
@@ -42,28 +84,23 @@ def read_settings(path: Path, sections: Sequence[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold sections of {list(sections)}")
-    if unknown := set(found) - set(sections):
-        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; known: {list(sections)}")
+        raise ValueError(f"{path} must hold sections of {list(known)}")
+    if unknown := set(found) - set(known):
+        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; known: {list(known)}")
     return found
 
 
-def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write what `read_settings` reads: JSON where the file is named so, else YAML."""
+def write_settings(path: Path, asked: Mapping[str, Any]) -> None:
+    """Write what --config reads: JSON where the file is named so, else YAML."""
     import yaml
 
     as_json = path.suffix == ".json"
-    path.write_text(json.dumps(settings, indent=2) + "\n" if as_json else yaml.safe_dump(settings, sort_keys=False))
+    path.write_text(json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(asked, sort_keys=False))
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
+def given(values: options.Given) -> dict[str, Any]:
     """What was given of the options of a section."""
     return {name: value for name, value in values.items() if value is not None and value not in ([], {})}
-
-
-def fields_of(config: type, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that are named as fields of a config."""
-    return {field.name: flags[field.name] for field in fields(config) if field.name in flags}
 
 
 def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, side: int | None = None) -> Samples | None:
@@ -82,12 +119,13 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
     return encode(pipe, [square(image, side or default_side(pipe)) for image in images], captions)
 
 
-def own_device() -> str | None:
-    """The GPU of this process, which `accelerate launch` numbers."""
+def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
+    """The base in full precision, by default on the GPU of this process, which `accelerate launch` numbers."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+    own = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+    return pipeline(asked["base"], device or own, config=asked.get("base_config"), dtype="float32", offload="none")
 
 
 def is_main_process() -> bool:

@@ -11,9 +11,10 @@ from PIL import Image
 
 from mole_diffusers import merge, read_expert
 from mole_diffusers.cli import main, parser
-from mole_diffusers.cli.common import THRESHOLD, parse_file
+from mole_diffusers.cli.common import parse_file
 from mole_diffusers.cli.compose_library import Mode
 from mole_diffusers.cli.merge import Method
+from mole_diffusers.cli.options import THRESHOLD
 from mole_diffusers.testing import tiny_pipeline
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from single_file import save_single_file
 
 from mole_diffusers.cli import main, parser
-from mole_diffusers.cli.common import OPENING
+from mole_diffusers.cli.options import Opening
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.xy_grid import axes_in
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -96,7 +96,7 @@ def test_the_config_reaches_the_commands_that_do_not_draw(base, loras, tmp_path,
 
 def test_every_command_that_draws_opens_the_base_as_asked():
     for name in ("draw", "redraw", "grid", "compose", "compose-library", "app"):
-        assert set(OPENING) <= {option.name for option in parser().commands[name].params}, name
+        assert set(Opening.__annotations__) <= {option.name for option in parser().commands[name].params}, name
 
 
 def test_every_command_that_reports_something_does_so_as_json():

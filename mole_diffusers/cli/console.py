@@ -1,0 +1,37 @@
+"""What the console shows: a sign that work is going on, and nothing that other libraries say."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from rich.console import Console
+
+
+def busy(what: str) -> AbstractContextManager[Any]:
+    """A sign on the terminal that something is going on whose length is not known."""
+    return Console(stderr=True).status(what)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings, notices and loading bars of other libraries off the console; warnings of our own are one line."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
+        as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
+        logging.disable(logging.WARNING)
+        try:
+            with busy("starting"):
+                from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
+                from huggingface_hub.utils import enable_progress_bars as show_downloads
+                from transformers.utils.logging import disable_progress_bar as hide_weight_bars
+            hide_pipeline_bars()
+            hide_weight_bars()
+            show_downloads()  # which transformers hides with its own
+            yield
+        finally:
+            warnings.formatwarning = as_before
+            logging.disable(logging.NOTSET)
