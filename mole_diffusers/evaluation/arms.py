@@ -37,11 +37,6 @@ def ones(setup: Setup, case: Case) -> dict[str, float]:
     return dict.fromkeys(case.experts, 1.0)
 
 
-def equal_shares(setup: Setup, case: Case) -> dict[str, float]:
-    """Every expert at 1 / N."""
-    return dict.fromkeys(case.experts, 1 / len(case.experts))
-
-
 def by_role(subject: float, style: float) -> Weights:
     """One strength for subjects and one for styles."""
     return lambda setup, case: {name: style if name in setup.styles else subject for name in case.experts}
@@ -68,62 +63,72 @@ def base() -> Arm:
     return Arm("base", draws, lambda setup, case: {})
 
 
+def as_they_are(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+    """Gates that nothing changes while a picture is drawn."""
+    return nullcontext()
+
+
+def weighted(
+    name: str,
+    weights: Weights = ones,
+    /,
+    *,
+    gates: Callable[[Case], Gates] = lambda case: "sum",
+    binding: Binding | None = None,
+    context: Context = as_they_are,
+    **settings: Any,
+) -> Arm:
+    """The LoRAs of a case attached with these weights: by default a weighted sum, as `set_adapters` with these strengths.
+
+    Args:
+        weights: also say the order of the experts.
+        gates: what weighs them on top; a case whose folder of trained gates is not there cannot be drawn.
+        binding: what is said of words and regions beyond the trigger words of the files; None binds nothing.
+        context: what the case is drawn inside of.
+        settings: what rows say beside experts, binding and trained gates.
+    """
+
+    @contextmanager
+    def draws(setup: Setup, case: Case) -> Iterator[None]:
+        experts = setup.weighted_experts(weights(setup, case))
+        said = binding(setup, case) if binding else None
+        with attached_to(setup, experts, gates(case), said) as mixture, context(setup, case, mixture):
+            yield
+
+    def described(setup: Setup, case: Case) -> Mapping[str, Any]:
+        found = setup.expert_settings(list(weights(setup, case))) | settings
+        if binding:
+            said = binding(setup, case).items()
+            found["binding"] = {name: to_json(value) if isinstance(value, Bound) else value for name, value in said}
+        if isinstance(folder := gates(case), Path):
+            found["gates"] = digest_files(folder / checkpoint.CONFIG, folder / checkpoint.WEIGHTS)
+        return found
+
+    def covers(case: Case) -> bool:
+        return not isinstance(folder := gates(case), Path) or (folder / checkpoint.CONFIG).exists()
+
+    return Arm(name, draws, described, covers)
+
+
 def alone(concept: str) -> Arm:
     """One concept's LoRA alone on the whole prompt: the upper bound for that concept."""
-    return Arm(
-        f"alone {concept}",
-        lambda setup, _: attached_to(setup, setup.weighted_experts({concept: 1.0}), "sum"),
-        lambda setup, _: setup.expert_settings([concept]),
-        covers=lambda case: concept in case.concepts,
-    )
-
-
-def weighted(name: str, weights: Weights, /, **settings: Any) -> Arm:
-    """A weighted sum, as `set_adapters` with these strengths; `settings` describe them in the rows."""
-    return Arm(
-        name,
-        lambda setup, case: attached_to(setup, setup.weighted_experts(weights(setup, case)), "sum"),
-        lambda setup, case: setup.expert_settings(case.experts) | settings,
-    )
+    arm = weighted(f"alone {concept}", lambda setup, case: {concept: 1.0})
+    return replace(arm, covers=lambda case: concept in case.concepts)
 
 
 def summed() -> Arm:
     """Every LoRA at the user's own strength."""
-    return weighted("sum", ones)
+    return weighted("sum")
 
 
 def mean() -> Arm:
     """Every LoRA at 1 / N: normalised linear arithmetic, the baseline of MoLE."""
-    return weighted("mean", equal_shares)
+    return weighted("mean", lambda setup, case: dict.fromkeys(case.experts, 1 / len(case.experts)))
 
 
-def bound(
-    name: str = "bound",
-    binding: Binding = lambda setup, case: {},
-    gates: Callable[[Case], Gates] = lambda case: "sum",
-    covers: Callable[[Case], bool] = lambda case: True,
-) -> Arm:
-    """Every LoRA at the user's own strength, on its own words and in its own place; see `Mixture.bind`.
-
-    Args:
-        binding: what is said beyond the trigger words of the files, for example a region.
-        gates: what weighs them.
-    """
-
-    def draws(setup: Setup, case: Case) -> AbstractContextManager[Mixture]:
-        return attached_to(setup, setup.weighted_experts(ones(setup, case)), gates(case), binding(setup, case))
-
-    def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
-        said, folder = dict(binding(setup, case)), gates(case)
-        found = setup.expert_settings(case.experts) | {"binding": {name: as_json(value) for name, value in said.items()}}
-        return found | ({"gates": _digest(folder)} if isinstance(folder, Path) else {})
-
-    return Arm(name, draws, settings, covers)
-
-
-def as_json(value: Any) -> Any:
-    """A binding as rows hold it."""
-    return to_json(value) if isinstance(value, Bound) else list(value) if isinstance(value, tuple) else value
+def bound(name: str = "bound", binding: Binding = lambda setup, case: {}) -> Arm:
+    """Every LoRA at the user's own strength, on its own words and in its own place; see `Mixture.bind`."""
+    return weighted(name, binding=binding)
 
 
 def words_only() -> Arm:
@@ -166,26 +171,22 @@ def merged(method: str, name: str = "", weights: Weights = ones, *, rank: int | 
     return Arm(name or method, draws, settings)
 
 
-def as_named(setup: Setup, case: Case) -> Sequence[str]:
-    """A case's experts in its own order, idle ones last."""
-    return case.experts
-
-
 def subjects_first(setup: Setup, names: Sequence[str]) -> list[str]:
     """Subjects, then styles, each in the order given."""
     return sorted(names, key=lambda name: name in setup.styles)
 
 
-def while_sampling(name: str, context: Context, *, gates: Gates = "sum", order: Order = as_named, **settings: Any) -> Arm:
-    """A composer that acts on an attached mixture while sampling; `settings` describe it in the rows."""
+def while_sampling(name: str, context: Context, *, gates: Gates = "sum", order: Order | None = None, **settings: Any) -> Arm:
+    """A composer that acts on an attached mixture while sampling; `settings` describe it in the rows.
 
-    @contextmanager
-    def draws(setup: Setup, case: Case) -> Iterator[None]:
-        experts = setup.weighted_experts(dict.fromkeys(order(setup, case), 1.0))
-        with attached_to(setup, experts, gates) as mixture, context(setup, case, mixture):
-            yield
+    Args:
+        order: in which it takes a case's experts; by default the case's own, idle ones last.
+    """
 
-    return Arm(name, draws, lambda setup, case: setup.expert_settings(order(setup, case)) | settings)
+    def weights(setup: Setup, case: Case) -> Mapping[str, float]:
+        return dict.fromkeys(order(setup, case) if order else case.experts, 1.0)
+
+    return weighted(name, weights, gates=lambda case: gates, context=context, **settings)
 
 
 def switch(period: int = 5) -> Arm:
@@ -215,38 +216,19 @@ def klora() -> Arm:
     return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 
-def as_trained(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-    """The gates as they are."""
-    return nullcontext()
-
-
 def gates_of(folder: Path) -> Callable[[Case], Path]:
     """Where a case's gates lie below `folder`: "fox+french_fries"."""
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
 
 
-def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, context: Context = as_trained) -> Arm:
+def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, context: Context = as_they_are) -> Arm:
     """Trained gates, one folder per case; `context` may change what they decide, as a control."""
-
-    @contextmanager
-    def draws(setup: Setup, case: Case) -> Iterator[None]:
-        experts = setup.weighted_experts(weights(setup, case))
-        with attached_to(setup, experts, folder(case)) as mixture, context(setup, case, mixture):
-            yield
-
-    def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
-        return setup.expert_settings(case.experts) | {"gates": _digest(folder(case))}
-
-    return Arm(name, draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
+    return weighted(name, weights, gates=folder, context=context)
 
 
 def bound_gates(folder: Callable[[Case], Path]) -> Arm:
     """Trained gates, with every LoRA on its own words and in its own place."""
-    return bound("bound gates", gates=folder, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
-
-
-def _digest(gates: Path) -> str:
-    return digest_files(*(gates / file for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)))
+    return weighted("bound gates", gates=folder, binding=lambda setup, case: {})
 
 
 @contextmanager
@@ -271,7 +253,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 
 
 CONTROLS: dict[str, Context] = {
-    "gates": as_trained,
+    "gates": as_they_are,
     "gates uniform": lambda setup, case, mixture: mixture.adjusted(uniform),
     "gates random": lambda setup, case, mixture: mixture.adjusted(frozen_random(0)),
     "gates hardened": lambda setup, case, mixture: mixture.adjusted(hardened),
