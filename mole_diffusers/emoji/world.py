@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import CLIPModel
 
-from mole_diffusers.emoji import drawings as emoji
+from mole_diffusers import emoji
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
 
