@@ -18,22 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLControlNetImg2ImgPipeline,
-    StableDiffusionXLControlNetInpaintPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
-    StableDiffusionXLPipeline,
-)
 from diffusers.pipelines.auto_pipeline import (
     AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
     AUTO_INPAINT_PIPELINES_MAPPING,
@@ -323,51 +309,51 @@ class DropIn:
         return self.mixture
 
 
-class MoLEStableDiffusionPipeline(DropIn, StableDiffusionPipeline):
+class MoLEStableDiffusionPipeline(DropIn, diffusers.StableDiffusionPipeline):
     """`StableDiffusionPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionImg2ImgPipeline(DropIn, StableDiffusionImg2ImgPipeline):
+class MoLEStableDiffusionImg2ImgPipeline(DropIn, diffusers.StableDiffusionImg2ImgPipeline):
     """`StableDiffusionImg2ImgPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionInpaintPipeline(DropIn, StableDiffusionInpaintPipeline):
+class MoLEStableDiffusionInpaintPipeline(DropIn, diffusers.StableDiffusionInpaintPipeline):
     """`StableDiffusionInpaintPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionControlNetPipeline(DropIn, StableDiffusionControlNetPipeline):
+class MoLEStableDiffusionControlNetPipeline(DropIn, diffusers.StableDiffusionControlNetPipeline):
     """`StableDiffusionControlNetPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionControlNetImg2ImgPipeline(DropIn, StableDiffusionControlNetImg2ImgPipeline):
+class MoLEStableDiffusionControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionControlNetImg2ImgPipeline):
     """`StableDiffusionControlNetImg2ImgPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionControlNetInpaintPipeline(DropIn, StableDiffusionControlNetInpaintPipeline):
+class MoLEStableDiffusionControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionControlNetInpaintPipeline):
     """`StableDiffusionControlNetInpaintPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionXLPipeline(DropIn, StableDiffusionXLPipeline):
+class MoLEStableDiffusionXLPipeline(DropIn, diffusers.StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionXLImg2ImgPipeline(DropIn, StableDiffusionXLImg2ImgPipeline):
+class MoLEStableDiffusionXLImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLImg2ImgPipeline):
     """`StableDiffusionXLImg2ImgPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionXLInpaintPipeline(DropIn, StableDiffusionXLInpaintPipeline):
+class MoLEStableDiffusionXLInpaintPipeline(DropIn, diffusers.StableDiffusionXLInpaintPipeline):
     """`StableDiffusionXLInpaintPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionXLControlNetPipeline(DropIn, StableDiffusionXLControlNetPipeline):
+class MoLEStableDiffusionXLControlNetPipeline(DropIn, diffusers.StableDiffusionXLControlNetPipeline):
     """`StableDiffusionXLControlNetPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionXLControlNetImg2ImgPipeline(DropIn, StableDiffusionXLControlNetImg2ImgPipeline):
+class MoLEStableDiffusionXLControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLControlNetImg2ImgPipeline):
     """`StableDiffusionXLControlNetImg2ImgPipeline` that composes what it loads."""
 
 
-class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, StableDiffusionXLControlNetInpaintPipeline):
+class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionXLControlNetInpaintPipeline):
     """`StableDiffusionXLControlNetInpaintPipeline` that composes what it loads."""
 
 
@@ -396,7 +382,7 @@ class MoLEPipeline:
         """The drop-in pipeline of the kind that lies in a folder or hub repository; `kwargs` as in diffusers."""
         if (folder := whole_folder(Path(source))).is_dir():
             source = str(folder)
-        config = DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
+        config = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
         return _kind([config["_class_name"]]).from_pretrained(source, **kwargs)
 
 
