@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from mole_diffusers.inspection.gate_figures import colours
 from mole_diffusers.patching.picture_layout import Layout
 
-COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 60), (148, 80, 190), (230, 145, 30), (0, 150, 150))
 TINT, EDGE = 0.28, 2  # share of a region's colour over the picture; width of its outline in pixels
 
 
@@ -19,16 +19,16 @@ def overlay(
     """The picture, enlarged so that its longer side has `side` pixels, under the tinted regions and their names.
 
     Args:
-        shades: name -> colour as "#rrggbb", for those that have one elsewhere.
+        shades: name -> colour as "#rrggbb", for those that are already chosen; see `gate_figures.colours`.
     """
-    given = {name: ImageColor.getrgb(shade)[:3] for name, shade in (shades or {}).items()}
+    shades = colours(layout.regions, shades)
     scale = side / max(picture.size)
     size = round(picture.width * scale), round(picture.height * scale)
     filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     image = picture.convert("RGB").resize(size, filter_)
     names = []
-    for i, (name, region) in enumerate(layout.regions.items()):
-        colour = given.get(name, COLOURS[i % len(COLOURS)])
+    for name, region in layout.regions.items():
+        colour = ImageColor.getrgb(shades[name])[:3]
         grey = Image.fromarray((region.numpy() * 255).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         image = Image.composite(Image.blend(image, Image.new("RGB", size, colour), TINT), image, grey)
         inside = np.asarray(grey) > 127
