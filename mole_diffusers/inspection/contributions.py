@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.placement import stream_of
+from mole_diffusers.patching.undo import Undo
 
 NOT_IMAGE = ("time_emb_proj", "linear_1", "linear_2")  # layers without a token per place
 
@@ -53,7 +54,7 @@ def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Ite
         denoiser: the UNet or transformer of the mixture.
         size: (height, width) of the picture, whose shape the tokens have.
     """
-    found, handles, inputs = Contributions(list(mixture.experts)), [], DenoiserInputs(denoiser)
+    found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(denoiser)
     tokens = 0  # of the picture, in this call
 
     def count(_: Any, args: tuple, kwargs: dict) -> None:
@@ -61,7 +62,7 @@ def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Ite
         height, width = inputs.side(args, kwargs) or (0, 0)
         tokens = height * width
 
-    def listen(module: Any, segment: torch.Tensor, *, has_text: bool) -> Any:
+    def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
             z = args[0].detach()
             flat = z.flatten(2).transpose(1, 2) if z.dim() == 4 else z  # [B, T, R]
@@ -69,20 +70,17 @@ def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Ite
                 flat = flat[:, -tokens:] if has_text else flat  # the text comes first
                 height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
                 shape = (height, flat.shape[1] // height)
-                found.add(shape, norms(flat[flat.shape[0] // 2 :], module.weight, segment, len(found.experts)))
+                found.add(shape, norms(flat[flat.shape[0] // 2 :], up.weight, segment, len(found.experts)))
 
-        return module.register_forward_pre_hook(measure)
+        return measure
 
-    try:
-        handles.append(denoiser.register_forward_pre_hook(count, with_kwargs=True))
-        for name, (module, segment) in peft_injection.ups(denoiser).items():
+    with Undo() as undo:
+        undo.before_forward(denoiser, count, with_kwargs=True)
+        for name, (up, segment) in peft_injection.ups(denoiser).items():
             stream = stream_of("denoiser", name)
             if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
-                handles.append(listen(module, segment, has_text=stream == "joint"))
+                undo.before_forward(up, measuring(up, segment, has_text=stream == "joint"))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def norms(z: torch.Tensor, up: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:

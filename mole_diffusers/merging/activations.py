@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from mole_diffusers.lora import COMPONENTS, Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
+from mole_diffusers.patching.undo import Undo
 
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a UNet: their input is the text
 
@@ -78,13 +79,12 @@ class Activations:
         hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}
         text_tokens = self._text_tokens(self.prompts[name])
         found: dict[str, list[torch.Tensor]] = {}
-        with ExitStack() as undo:
+        with Undo() as undo:
             for part, modules in match(expert, hosts).layers.items():
                 for module in modules:
                     tokens = text_tokens if part.startswith("text") or module.endswith(TEXT_LAYERS) else None
                     pieces = found.setdefault(f"{part}.{layer_key(module)}", [])
-                    hook = _keeper(pieces, tokens, self.rows)
-                    undo.callback(hosts[part].get_submodule(module).register_forward_pre_hook(hook).remove)
+                    undo.before_forward(hosts[part].get_submodule(module), _keeper(pieces, tokens, self.rows))
             yield found
 
     def _text_tokens(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -8,7 +8,7 @@ are apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import ComposedTerm, DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
 from mole_diffusers.training.data import RandomBatch, token_ids
@@ -216,8 +217,10 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
         predictions, maps = [], []
         for name in names:
             masked = name in subjects and len(subjects) > 1
-            tokens = trigger_tokens(pipe, mixture, name, prompts)[None] if masked else None
-            with mixture.fixed({name: 1.0}), attention_maps(pipe.unet, x.shape[2:], tokens) as layers:
+            reading: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+            if masked:
+                reading = attention_maps(pipe.unet, x.shape[2:], trigger_tokens(pipe, mixture, name, prompts)[None])
+            with mixture.fixed({name: 1.0}), reading as layers:
                 predictions.append(predict(pipe, x, timesteps, prompts))
             if masked:
                 maps.append(torch.stack(layers).mean(0)[0])
@@ -254,30 +257,29 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
 
 
 @contextmanager
-def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Collect cross-attention to the tokens that `tokens` [K, B, T] marks: maps [K, B, H, W] per layer, mean over heads.
 
-    Queries and keys are read where their projections return them, so any attention processor will do. None collects nothing.
+    Queries and keys are read where their projections return them, so any attention processor will do.
     """
     maps: list[torch.Tensor] = []
-    handles: list[Any] = []
     queries: dict[Any, torch.Tensor] = {}
-    if tokens is not None:
-        crosses = [m for n, m in unet.named_modules() if n.endswith("attn2") and isinstance(m, Attention)]
-        for attention in crosses:
 
-            def keep(_: Any, __: Any, query: torch.Tensor, attention: Any = attention) -> None:
-                queries[attention] = query
+    def read(attention: Attention, undo: Undo) -> None:
+        def keep(_: Any, __: Any, query: torch.Tensor) -> None:
+            queries[attention] = query
 
-            def collect(_: Any, __: Any, key: torch.Tensor, attention: Any = attention) -> None:
-                maps.append(_attention_map(attention, queries.pop(attention), key, tokens=tokens, size=size))
+        def collect(_: Any, __: Any, key: torch.Tensor) -> None:
+            maps.append(_attention_map(attention, queries.pop(attention), key, tokens=tokens, size=size))
 
-            handles += [attention.to_q.register_forward_hook(keep), attention.to_k.register_forward_hook(collect)]
-    try:
+        undo.after_forward(attention.to_q, keep)
+        undo.after_forward(attention.to_k, collect)
+
+    with Undo() as undo:
+        for name, module in unet.named_modules():
+            if name.endswith("attn2") and isinstance(module, Attention):
+                read(module, undo)
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _attention_map(

@@ -21,6 +21,7 @@ from accelerate.state import is_initialized
 from torch import nn
 
 from mole_diffusers.lora.whole_files import new_folder, write_text
+from mole_diffusers.patching.undo import Undo
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
 READ_EVERY = 10  # updates between looks at their numbers, each of which waits for the device
@@ -200,6 +201,13 @@ def join_processes(device: torch.device, **options: Any) -> Accelerator:
 def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:
     """AdamW; on CUDA the fused one, which skips updates with overflows by itself, where others make the CPU wait to know."""
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def save_activation_memory(unet: Any, undo: Undo) -> None:
+    """Let a UNet compute activations again in the backward pass, until `undo` gives it back as it was."""
+    if not unet.is_gradient_checkpointing:
+        undo.callback(unet.disable_gradient_checkpointing)
+        unet.enable_gradient_checkpointing()
 
 
 # ---- folders checkpoint-N that are there whole or not at all

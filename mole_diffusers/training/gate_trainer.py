@@ -24,11 +24,12 @@ from mole_diffusers.gates import PromptGate, RankGate
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import check_trainable, latent_shape, predict
-from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
+from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes, save_activation_memory
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 from mole_diffusers.training.rewards import Clip
@@ -125,22 +126,17 @@ class GateTrainer:
     @contextmanager
     def only_gates_learn(self) -> Iterator[None]:
         """Gradients for the gates alone while the block runs; the pipeline is given back as it was."""
-        unet, clip = self.pipe.unet, self.context.clip
+        clip = self.context.clip
         models = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         models += [clip.model] if clip else []
-        flags = {p: p.requires_grad for model in models for p in model.parameters()}
-        gates, was_checkpointing = {id(p) for p in self.mixture.parameters()}, unet.is_gradient_checkpointing
-        for p in flags:
-            p.requires_grad_(id(p) in gates)
-        if self.config.checkpointing:
-            unet.enable_gradient_checkpointing()
-        try:
+        gates = {id(p) for p in self.mixture.parameters()}
+        with Undo() as undo:
+            for p in {p for model in models for p in model.parameters()}:
+                undo.callback(p.requires_grad_, p.requires_grad)
+                p.requires_grad_(id(p) in gates)
+            if self.config.checkpointing:
+                save_activation_memory(self.pipe.unet, undo)
             yield
-        finally:
-            for p, flag in flags.items():
-                p.requires_grad_(flag)
-            if self.config.checkpointing and not was_checkpointing:
-                unet.disable_gradient_checkpointing()
 
     def prepare(self) -> None:
         """Make the loss of each term; the teachers' pictures are drawn here."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample
-from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes
+from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes, save_activation_memory
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
 
 PRIOR_FILE = "prior.safetensors"
@@ -64,10 +63,9 @@ def train_lora(
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
     with Undo() as undo:
         trainer = LoraTrainer(pipe, pictures, config, undo, folder=Path(folder) if folder else None)
-        with (
-            only_run(trainer.folder if trainer.engine.accelerator.is_main_process else None),
-            _checkpointing(pipe, config.checkpointing),
-        ):
+        if config.checkpointing:
+            save_activation_memory(pipe.unet, undo)
+        with only_run(trainer.folder if trainer.engine.accelerator.is_main_process else None):
             if init is not None:
                 trainer.lora.load(init)
             trainer.resume(resume_from)
@@ -171,18 +169,6 @@ def _groups(lora: LoraLayers, part: str, lr: float) -> list[dict[str, Any]]:
     logits = [g for name, g in lora.logits.items() if name.startswith(f"{part}.")]
     groups = [{"params": lora.weights(part), "lr": lr, "weight_decay": 1e-2}]
     return groups + ([{"params": logits, "lr": lr, "weight_decay": 0.0}] if logits else [])
-
-
-@contextmanager
-def _checkpointing(pipe: Any, wanted: bool) -> Iterator[None]:
-    if not wanted or pipe.unet.is_gradient_checkpointing:
-        yield
-        return
-    pipe.unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        pipe.unet.disable_gradient_checkpointing()
 
 
 # ---- prior preservation
