@@ -146,6 +146,19 @@ class Actions:
 
         return work
 
+    def check_base(self, asked: str | None, mend: str) -> None:
+        """Raises ValueError for settings that are for another base model than is open.
+
+        Args:
+            asked: its name in `bases`, or as a recipe has it.
+            mend: what to do about it.
+        """
+        self.studio.check_open()
+        source, file = self.bases.get(asked or "", asked or ""), Path(asked or "").name
+        known = next((name for name, each in self.bases.items() if each == source), None)  # else it may be in another folder
+        if source != self.studio.base and (known or file != Path(self.studio.base).name):
+            raise ValueError(f"this is for the base model {known or file!r}, and here is {self.base!r}: {mend}")
+
     def settings_of_base(self) -> dict[str, Any]:
         """Size and usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
         if self.studio.base == self._first_base:

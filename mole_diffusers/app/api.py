@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,23 @@ from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import QUEUE, Page, session, with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
+from mole_diffusers.studio.render import with_pictures
 
 RECIPE_FIELDS = (
     'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. Defaults: no negative '
     'prompt, seed 0, the app\'s steps, guidance, width and height, its own sampler, gates "auto", arm "gates", no locks.'
 )
 
+IMAGE = "a picture to draw over, as much as the recipe's strength says; one that the recipe names must be this one."
+MASK = "a picture of that size, white where it is drawn over; by default everywhere."
+
 
 def add(page: Page) -> None:
-    """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS."""
+    """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS, "IMAGE" and "MASK" for
+    what is said of pictures to draw over."""
     for group in (
         _base_endpoints,
         _lora_endpoints,
@@ -43,7 +50,8 @@ def add(page: Page) -> None:
         _gate_endpoints,
     ):
         for endpoint in group(page):
-            endpoint.__doc__ = (endpoint.__doc__ or "").replace("RECIPE", RECIPE_FIELDS)
+            for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
+                endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
             limit = (
                 {"concurrency_limit": None} if inspect.iscoroutinefunction(endpoint) else QUEUE
             )  # a job waits in our queue, and finding for nothing
@@ -57,7 +65,20 @@ def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
     first = {**page.fresh().to_dict(), "prompt": None, "base": ""}
-    return Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
+    recipe = Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
+    if recipe.base:
+        page.actions.check_base(recipe.base, "change it first")
+    return recipe
+
+
+def _pictures(image: Any, mask: Any) -> dict[str, Image.Image]:
+    """Uploaded pictures as the page's editor has them, see `draw_over.pictures`."""
+    found = {}
+    for name, mode, file in (("image", "RGB", image), ("mask", "L", mask)):
+        if file is not None:
+            with uploaded(_uploaded(file)) as path:
+                found[name] = read_picture(path, path.name).convert(mode)
+    return found
 
 
 def _uploaded(file: Any) -> Path:
@@ -181,6 +202,11 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         width: int | None = None,
         height: int | None = None,
         sampler: str = "",
+        image: gr.FileData | None = None,
+        mask: gr.FileData | None = None,
+        strength: float = d.strength,
+        hires: float = d.hires,
+        hires_strength: float = d.hires_strength,
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
 
@@ -195,27 +221,34 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             width: in pixels, rounded to what the model can draw; by default the base model's own.
             height: likewise.
             sampler: its usual name, for example "DPM++ 2M Karras"; "" is the model's own.
+            image: a picture to draw over.
+            mask: MASK
+            strength: how much of that picture is drawn anew, 0..1.
+            hires: above 1, the picture is made so many times as large and drawn over once more; at most 4.
+            hires_strength: how much of it is drawn anew then, 0..1.
         """
         wanted: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
+        wanted |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         own = {"guidance": guidance, "width": width, "height": height}
         wanted |= {name: value for name, value in own.items() if value is not None}
         number = _whole(count, "the number of pictures")
-        recipe = _recipe(page, {"prompt": prompt, **wanted})
-        pictures = (await _job(page, request, "compose", lambda: actions.compose(recipe, number))).pictures
+        recipe, over = _recipe(page, {"prompt": prompt, **wanted}), _pictures(image, mask)
+        pictures = (await _job(page, request, "compose", lambda: actions.compose(recipe, number, over))).pictures
         return [_file(picture.path) for picture in pictures], [picture.recipe.to_dict() for picture in pictures]
 
-    async def redraw(request: gr.Request, recipe: dict) -> gr.FileData:
-        """Draw exactly one recipe, as it is in a picture or with fields left out. One of another base model is refused.
+    async def redraw(
+        request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
+    ) -> gr.FileData:
+        """Draw exactly one recipe, as it is in a picture or with fields left out.
 
         Args:
             recipe: RECIPE
+            image: IMAGE
+            mask: MASK
         """
-        given = _recipe(page, recipe)
-        asked, here = (Path(name).name for name in (given.base, actions.studio.base))
-        if asked not in ("", here):
-            raise ValueError(f"the recipe was drawn with the base {asked!r}, and here is {here!r}: change it first")
-        wanted = [("picture", given)]
-        done = await _job(page, request, "compose", lambda: actions.draw_all(wanted, gallery=actions.gallery))
+        over = _pictures(image, mask)
+        wanted = [("picture", with_pictures(_recipe(page, recipe), **over))]
+        done = await _job(page, request, "compose", lambda: actions.draw_all(wanted, gallery=actions.gallery, over=over))
         return _file(done.pictures[0].path)
 
     yield from (compose, redraw)
@@ -225,7 +258,11 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions = page.actions
 
     async def compare(
-        request: gr.Request, recipe: dict, merges: list[str] | None = None
+        request: gr.Request,
+        recipe: dict,
+        merges: list[str] | None = None,
+        image: gr.FileData | None = None,
+        mask: gr.FileData | None = None,
     ) -> tuple[list[str], list[gr.FileData]]:
         """The same seed from the base, each LoRA alone, the plain sum, merges, bound, and with trained gates where there
         are any. Returns labels and files.
@@ -233,37 +270,52 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             recipe: RECIPE
             merges: names of training-free merges, for example "ties".
+            image: IMAGE
+            mask: MASK
         """
         if merges is not None and not isinstance(merges, list):
             raise ValueError(f"merges are a list of names, got {merges!r}")
-        wanted = _recipe(page, recipe)
-        pictures = (await _job(page, request, "compare", lambda: actions.compare(wanted, merges or ()))).pictures
+        wanted, over = _recipe(page, recipe), _pictures(image, mask)
+        pictures = (await _job(page, request, "compare", lambda: actions.compare(wanted, merges or (), over))).pictures
         return [picture.label for picture in pictures], [_file(picture.path) for picture in pictures]
 
-    async def look(request: gr.Request, recipe: dict) -> tuple[dict, list[gr.FileData]]:
+    async def look(
+        request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
+    ) -> tuple[dict, list[gr.FileData]]:
         """What the gates did: {"experts", "weights": block -> mean weight of each}, and figures of it.
 
         Args:
             recipe: RECIPE
+            image: IMAGE
+            mask: MASK
         """
-        wanted = _recipe(page, recipe)
-        report = await _job(page, request, "look", lambda: actions.look(wanted))
+        wanted, over = _recipe(page, recipe), _pictures(image, mask)
+        report = await _job(page, request, "look", lambda: actions.look(wanted, over=over))
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
         stem = report.picture.stem
         files = [_image_file(page, image, f"{stem}-{i}") for i, image in enumerate(figures.values())]
         return {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}, files
 
-    async def grid(request: gr.Request, recipe: dict, x: str, y: str) -> gr.FileData:
+    async def grid(
+        request: gr.Request,
+        recipe: dict,
+        x: str,
+        y: str,
+        image: gr.FileData | None = None,
+        mask: gr.FileData | None = None,
+    ) -> gr.FileData:
         """An XY grid of one recipe.
 
         Args:
             recipe: RECIPE
             x: what varies across: "arm=base,sum,gates", "weight fox=0,0.5,1", "seed=1,2,3", ...
             y: what varies down, likewise.
+            image: IMAGE
+            mask: MASK
         """
         axes = _text(x, "an axis"), _text(y, "an axis")
-        wanted = _recipe(page, recipe)
-        return _file(await _job(page, request, "grid", lambda: actions.grid(wanted, *axes)))
+        wanted, over = _recipe(page, recipe), _pictures(image, mask)
+        return _file(await _job(page, request, "grid", lambda: actions.grid(wanted, *axes, over)))
 
     yield from (compare, look, grid)
 
@@ -272,13 +324,16 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     actions = page.actions
 
     def read(file: gr.FileData) -> dict:
-        """The recipe in a picture (ours or A1111's) or a recipe file, with the LoRAs' names in this app.
+        """The recipe in a picture (ours or A1111's) or a recipe file, with the LoRAs' names in this app and the base model
+        that it was drawn with.
 
         Args:
             file: a PNG, or a JSON file.
         """
         with uploaded(_uploaded(file)) as path:
-            return actions.studio.complete(infotext.read_any(path)).to_dict()
+            asked = infotext.read_any(path)
+        recipe = actions.studio.complete(asked)
+        return replace(recipe, base=asked.base or recipe.base).to_dict()
 
     def code(recipe: dict) -> str:
         """Python code that draws a recipe with diffusers.

@@ -6,8 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.mixer_cards import cards_of
-from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, redraw, told
+from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, told
 
 AT_ONCE = 60  # pictures shown; searching finds the others
 
@@ -53,10 +52,8 @@ def build(page: Page) -> None:
         entry = next((entry for entry in kept.entries() if entry.path.name == wanted), None)
         if entry is None:
             raise ValueError(f"there is no picture {wanted!r} in the gallery")
-        recipe = page.actions.studio.complete(entry.recipe)
-        cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
-        words = markdown("; ".join(["its recipe is in all fields", *page.actions.studio.notes(entry.recipe, recipe)]))
-        return [*page.values(recipe), cards, redraw(cards), gr.update(selected="Compose"), words]
+        _, values, notes = page.filled(entry.recipe)
+        return [*values, gr.update(selected="Compose"), markdown("; ".join(["its recipe is in all fields", *notes]))]
 
     @told(4)
     def favour(name: str, *search: Any) -> Any:

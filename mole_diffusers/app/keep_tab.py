@@ -10,7 +10,6 @@ import gradio as gr
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.app.page import (
     PRIVATE,
     QUEUE,
@@ -19,11 +18,12 @@ from mole_diffusers.app.page import (
     connect_job,
     figure,
     markdown,
-    redraw,
     told,
 )
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import with_pictures
 
 
 def build(page: Page) -> None:
@@ -48,12 +48,9 @@ def _loading(page: Page) -> None:
             return [gr.skip()] * (len(page.inputs) + 3)
         with uploaded(Path(path)) as file:
             asked, lacking = infotext.read_any(file), infotext.left_out(file)
-            recipe = page.actions.studio.complete(asked)
-        cards = cards_of(recipe.prompt, [], page.actions.studio.catalog.loras)
+            recipe, values, notes = page.filled(asked)
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
-        notes = page.actions.studio.notes(asked, recipe)
-        said = markdown("; ".join(filter(None, [words, *notes, lacking])))
-        return [*page.values(recipe), cards, redraw(cards), said]
+        return [*values, markdown("; ".join(filter(None, [words, *notes, lacking])))]
 
     dropped.upload(load, dropped, [*page.inputs, page.cards, page.shown, status], **PRIVATE)
 
@@ -68,16 +65,20 @@ def _saving(page: Page) -> None:
     status = gr.Markdown("", elem_id="keep-status", elem_classes="status")
     text = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
 
+    def completed(*values: Any) -> Recipe:
+        *given, editor = values
+        return page.actions.studio.complete(with_pictures(page.recipe(*given), **draw_over.pictures(editor)))
+
     @told(2)
     def recipe_file(*values: Any) -> tuple[str, str]:
-        recipe = page.actions.studio.complete(page.recipe(*values))
+        recipe = completed(*values)
         path = page.actions.folder / f"recipe-{recipe.seed}.json"
         recipe.save(path)
         return str(path), ""
 
     @told(2)
     def script(*values: Any) -> tuple[str, str]:
-        return as_code(page.actions.studio.complete(page.recipe(*values))), ""
+        return as_code(completed(*values)), ""
 
     @told(2)
     def exported(*values: Any) -> tuple[str, str]:
@@ -85,8 +86,8 @@ def _saving(page: Page) -> None:
         path, error = page.actions.export(page.recipe(*given), int(rank) if rank else None)
         return str(path), f"written with the gates' average weights; error of the cut {error:.3f}"
 
-    save.click(recipe_file, page.inputs, [file, status], **PRIVATE)
-    code.click(script, page.inputs, [text, status], **PRIVATE)
+    save.click(recipe_file, [*page.inputs, page.over], [file, status], **PRIVATE)
+    code.click(script, [*page.inputs, page.over], [text, status], **PRIVATE)
     export.click(exported, [*page.inputs, rank], [file, status], **QUEUE, **PRIVATE)
 
 

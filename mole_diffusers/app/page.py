@@ -17,6 +17,7 @@ import gradio as gr
 
 from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
+from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import Recipe
 
@@ -81,12 +82,7 @@ class Page:
     def recipe(self, *values: Any) -> Recipe:
         """The recipe in the controls. Raises ValueError for values out of range, and for another base model than is here."""
         *given, locks, masks, base = values
-        if base != self.actions.base:
-            self.actions.studio.check_open()
-            raise ValueError(
-                f"the base model here is {self.actions.base!r}, and this page shows {base!r}: wait until it is changed, or "
-                "reload the page"
-            )
+        self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
         for name, kind in NUMBERS.items():
             if named[name] is None:
@@ -100,6 +96,17 @@ class Page:
         shown = {name: getattr(recipe, name) for name in self.controls}
         own = dict(recipe.locks), dict(recipe.masks), self.actions.base
         return [*(shown | {"sampler": recipe.sampler or "default"}).values(), *own]
+
+    def filled(self, asked: Recipe) -> tuple[Recipe, list[Any], list[str]]:
+        """What puts a recipe into a page: the recipe as it is here, values for `inputs`, `cards` and `shown`, and what its
+        visitor should know."""
+        recipe = self.actions.studio.complete(asked)
+        cards = cards_of(recipe.prompt, [], self.actions.studio.catalog.loras)
+        notes = self.actions.studio.notes(asked, recipe)
+        if asked.image:
+            mask = " and paint again what is to change" if asked.mask else ""
+            notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
+        return recipe, [*self.values(recipe), cards, redraw(cards)], notes
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""

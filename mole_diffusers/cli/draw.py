@@ -80,19 +80,12 @@ def draw(
 
 def open_pictures(image: Path | None, mask: Path | None) -> dict[str, Image.Image]:
     """The pictures of --image and --mask. Raises ValueError for a file that is no picture, and a mask alone."""
-    from PIL import Image, UnidentifiedImageError
+    from mole_diffusers.studio.picture_passes import read_picture
 
     if mask is not None and image is None:
         raise ValueError("--mask shows a part of a picture: give --image")
-    found = {}
-    for name, path in (("image", image), ("mask", mask)):
-        try:
-            if path is not None:
-                with Image.open(path) as opened:
-                    found[name] = opened.copy()
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"--{name} {path} is not a picture that can be read") from error
-    return found
+    given = (("image", image), ("mask", mask))
+    return {name: read_picture(path, f"--{name} {path}") for name, path in given if path is not None}
 
 
 def draw_recipe(studio: Studio, asked: Recipe, path: Path, pictures: Mapping[str, Image.Image], *, as_json: bool) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import struct
+from pathlib import Path
 from typing import Any
 
 import diffusers
 from PIL import Image, ImageOps
+
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures to draw over
 
 PASSES = {  # pipeline class -> its classes that draw over a picture, and over a part of one
     "StableDiffusionPipeline": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
@@ -62,6 +66,23 @@ def size_arguments(pipe: Any, width: int, height: int) -> dict[str, int]:
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture in this size, its edges cut where its proportions differ."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def read_picture(path: Path, what: str) -> Image.Image:
+    """The picture in a file, upright as its camera was held.
+
+    Args:
+        what: names the file in errors.
+
+    Raises ValueError for anything else, and for one too large to unpack.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{what} is not a picture that can be read") from error
 
 
 def pixels_hash(image: Image.Image) -> str:

@@ -329,13 +329,16 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was.
+    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was. One
+    that names its pictures stays as it is: `Studio.draw` takes no others for it.
 
-    Raises ValueError for a mask of another size.
+    Raises ValueError for a mask of another size, or without a picture.
     """
     if image is not None and mask is not None and image.size != mask.size:
         sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
         raise ValueError(f"the mask has {sizes[0]} pixels and its picture {sizes[1]}")
+    if recipe.image:
+        return recipe
     first, second = ("" if given is None else picture_passes.pixels_hash(given) for given in (image, mask))
     return dataclasses.replace(recipe, image=first, mask=second)
 

@@ -36,7 +36,23 @@ def test_a_job_stops_once_its_client_asks(client):
 
 def test_a_job_stops_once_its_client_is_gone(client):
     address = f"{client.src.rstrip('/')}/gradio_api"
-    values = [PROMPT, "", 9, 150, 3.0, "sum", 16, 64, 64, ""]  # all of them: a raw call has no defaults
+    values = [
+        PROMPT,
+        "",
+        9,
+        150,
+        3.0,
+        "sum",
+        16,
+        64,
+        64,
+        "",
+        None,
+        None,
+        0.6,
+        1.0,
+        0.5,
+    ]  # all of them: a raw call has no defaults
     asked = httpx.post(f"{address}/call/compose", json={"data": values}).json()
     with httpx.stream("GET", f"{address}/call/compose/{asked['event_id']}", timeout=30) as answer:
         time.sleep(1)
@@ -55,5 +71,5 @@ def test_one_call_waits_for_the_other(client):
 
 def test_the_request_is_no_argument_of_an_endpoint(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert [one["parameter_name"] for one in endpoints["/redraw"]["parameters"]] == ["recipe"]
+    assert [one["parameter_name"] for one in endpoints["/redraw"]["parameters"]] == ["recipe", "image", "mask"]
     assert "request" not in json.dumps(endpoints)

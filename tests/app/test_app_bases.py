@@ -47,6 +47,8 @@ def pixels(path):
 
 
 def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
+    from gradio_client import handle_file
+
     with launched(blocks, tmp_path) as client:
         assert tuple(client.predict(api_name="/bases")) == ("dream", ["dream", "flux", "broken"])
         (first,), _ = client.predict(PROMPT, api_name="/compose")
@@ -62,8 +64,21 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         assert client.predict(api_name="/bases")[0] == "flux"
         assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(other))
         assert client.predict("dream", api_name="/base") == "dream"
-        with pytest.raises(Exception, match="was drawn with the base 'flux', and here is 'dream.safetensors'"):
-            client.predict(recipe, api_name="/redraw")
+        read = client.predict(handle_file(other), api_name="/read")
+        assert read == recipe
+        train = ("mine", {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"], 1)
+        calls = {
+            "redraw": (),
+            "compare": (),
+            "look": (),
+            "grid": ("seed=1", "seed=1"),
+            "code": (),
+            "export": (),
+            "train": train,
+        }
+        for name, rest in calls.items():
+            with pytest.raises(Exception, match="this is for the base model 'flux', and here is 'dream': change it first"):
+                client.predict(read, *rest, api_name=f"/{name}")
         (again,), _ = client.predict(PROMPT, api_name="/compose")
         assert np.array_equal(pixels(again), pixels(first))
         kept, about = client.predict(api_name="/gallery")
@@ -130,7 +145,7 @@ def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     values = [component.value for component in compose.inputs[1:]]
     at = [getattr(component, "label", None) for component in compose.inputs[1:]].index("Base model")
     (said,) = compose.fn(page("other"), "you", *values[:at], "dream", *values[at + 1 :])
-    assert "the base model here is 'flux', and this page shows 'dream'" in said[0].replace("\\", "")
+    assert "this is for the base model 'dream', and here is 'flux': wait until it" in said[0].replace("\\", "")
     assert all(map(is_left, said[1:]))
     values[0], values[at] = "a fox", "flux"
     *_, last = compose.fn(page("other"), "you", *values)

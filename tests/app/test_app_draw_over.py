@@ -83,6 +83,75 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
 
 
+@pytest.mark.parametrize("boxes", [(), ((0, 0, 32, 32),)])
+def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes):
+    from gradio_client import handle_file
+
+    over = draw_over.pictures(editor(*boxes))
+    sent = {}
+    for name, picture in over.items():
+        picture.save(tmp_path / f"{name}.png")
+        sent[name] = handle_file(tmp_path / f"{name}.png")
+    whole = drawn(actions, RECIPE, over)
+    wanted, recipe = pixels(whole.path), dataclasses.replace(RECIPE, base="tiny").to_dict()
+    own = {name: recipe[name] for name in ("seed", "steps", "width", "height", "gates", "strength")}
+    (file,), (told,) = client.predict(recipe["prompt"], **own, **sent, api_name="/compose")
+    assert (told["image"], told["mask"]) == (whole.recipe.image, whole.recipe.mask)
+    assert np.array_equal(pixels(file), wanted)
+    assert np.array_equal(pixels(client.predict(told, **sent, api_name="/redraw")), wanted)
+    labels, files = client.predict(recipe, **sent, api_name="/compare")
+    compared = {picture.label: picture for picture in actions.compare(RECIPE, (), over)(ignore).pictures}
+    assert labels == list(compared)
+    assert all(np.array_equal(pixels(f), pixels(compared[label].path)) for label, f in zip(labels, files, strict=True))
+    _, (heat, *_) = client.predict(recipe, **sent, api_name="/look")
+    report = actions.look(RECIPE, None, over)(ignore)  # of half the steps
+    assert np.array_equal(pixels(heat), np.asarray(report.heat.convert("RGB")))
+    sheet = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
+    assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore)))
+    assert infotext.read(sheet).image == whole.recipe.image
+
+
+def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
+    from gradio_client import handle_file
+
+    PICTURE.save(tmp_path / "image.png")
+    PICTURE.rotate(90).save(tmp_path / "other.png")
+    (tmp_path / "text.png").write_text("no picture")
+    right, wrong, text = (handle_file(tmp_path / f"{name}.png") for name in ("image", "other", "text"))
+    _, (told,) = client.predict(PROMPT, steps=4, image=right, api_name="/compose")
+    axes = ("seed=1", "seed=1")
+    for name, rest in (("redraw", ()), ("compare", ()), ("look", ()), ("grid", axes)):
+        for given, said in (({}, "needs the picture"), ({"image": wrong}, "made with another picture")):
+            with pytest.raises(Exception, match=said):
+                client.predict(told, *rest, **given, api_name=f"/{name}")
+        with pytest.raises(Exception, match=r"^text.png is not a picture that can be read"):
+            client.predict(told, *rest, image=text, api_name=f"/{name}")
+    with pytest.raises(Exception, match="a mask needs a picture"):
+        client.predict(PROMPT, mask=right, api_name="/compose")
+
+
+def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
+    from mole_diffusers.app.build import build
+
+    kept = drawn(actions, RECIPE, draw_over.pictures(editor((0, 0, 32, 32))))
+    functions = {event.fn.__name__: event for event in build(actions, RECIPE).fns.values() if event.fn}
+    *_, said = functions["load"].fn(str(kept.path))
+    assert "put that one into" in said
+    values = [component.value for component in functions["script"].inputs[:-1]]
+    code, said = functions["script"].fn(*values, editor((0, 0, 32, 32)))
+    assert (said, 'Image.open("mask.png")' in code) == ("", True)
+    assert "image.png" not in functions["script"].fn(*values, None)[0]
+
+
+def test_photos_are_upright(tmp_path):
+    from mole_diffusers.studio.picture_passes import read_picture
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    PICTURE.save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "photo.png", "it")), np.rot90(np.asarray(PICTURE), -1))
+
+
 def test_larger_pictures_are_counted_and_bounded(actions):
     larger = dataclasses.replace(RECIPE, hires=2.0)
     done = []

@@ -209,7 +209,7 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
         assert infotext.read(second).base == "models/other.safetensors"
         assert not np.array_equal(pixels(second), pixels(first))
         two.click("#compose")
-        two.until(lambda: "the base model here is 'other', and this page shows 'tiny'" in two.text("#status"), WAIT)
+        two.until(lambda: "this is for the base model 'tiny', and here is 'other'" in two.text("#status"), WAIT)
         two.open(url)
         two.until(lambda: value(two, "#base") == "other", WAIT)
         assert np.array_equal(pixels(composed(two, tmp_path, "same.png")), pixels(second))
