@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,9 +21,25 @@ if TYPE_CHECKING:
     from mole_diffusers.evaluation.rows import Row
     from mole_diffusers.evaluation.runner import Arm, Case, Setup
 
-REAL, CHOICE = "A checkpoint of your own", "Choose and judge"
+checkpoint = partial(Option, rich_help_panel="A checkpoint of your own")
+choice = partial(Option, rich_help_panel="Choose and judge")
 
 
+class Real:
+    """What a checkpoint is evaluated with; the emoji world has its own."""
+
+    expert: options.Experts = NONE
+    cases: Annotated[
+        Path | None, checkpoint(metavar="FILE", help='JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.')
+    ] = None
+    images: Annotated[list[str], checkpoint(metavar="NAME=FOLDER", help="A concept's own pictures. Repeatable.")] = NONE
+    own: Annotated[list[str], checkpoint(metavar="NAME=PROMPT", help="A prompt of one concept alone. Repeatable.")] = NONE
+    style: Annotated[list[str], checkpoint(metavar="NAME", help="A concept that is a style. Repeatable.")] = NONE
+    clip: Annotated[str | None, checkpoint(metavar="MODEL", help="A CLIP to measure with.")] = None
+    dino: Annotated[str | None, checkpoint(metavar="MODEL", help="A DINO to measure with.")] = None
+
+
+@options.takes(real=Real)
 def evaluate(
     arm: Annotated[
         list[str],
@@ -39,7 +56,7 @@ def evaluate(
     split: Annotated[
         Literal["validation", "test"], Option(help="Which cases of the emoji world. Choose on validation; run test once.")
     ] = "validation",
-    limit: Annotated[int | None, Option(help="Cases per kind. Default: all.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Cases per kind. Default: all.")] = None,
     attached: Annotated[
         list[int], Option(metavar="N", help="Attach N LoRAs, some of which the prompt does not ask for. Repeatable.")
     ] = [],  # noqa: B006
@@ -47,7 +64,7 @@ def evaluate(
         list[float],
         Option(metavar="SHARE", help="Move strength from subjects, 0, to styles, 1. For sum, gates and merges. Repeatable."),
     ] = [],  # noqa: B006
-    seeds: Annotated[int, Option(help="Pictures per case.")] = 8,
+    seeds: Annotated[int, Option(min=1, help="Pictures per case.")] = 8,
     seed: Annotated[int, Option(help="The first seed.")] = 1000,
     steps: options.Steps = 20,
     guidance: Annotated[float, Option(help="How strictly the prompt is followed.")] = 3.0,
@@ -56,38 +73,15 @@ def evaluate(
     as_json: options.Json = False,
     base: options.Base = WORLD,
     base_config: options.BaseConfig = None,
-    expert: options.Experts = NONE,
-    cases: Annotated[
-        Path | None,
-        Option(metavar="FILE", help='JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.', rich_help_panel=REAL),
-    ] = None,
-    images: Annotated[
-        list[str], Option(metavar="NAME=FOLDER", help="A concept's own pictures. Repeatable.", rich_help_panel=REAL)
-    ] = NONE,
-    own: Annotated[
-        list[str], Option(metavar="NAME=PROMPT", help="A prompt of one concept alone. Repeatable.", rich_help_panel=REAL)
-    ] = NONE,
-    style: Annotated[
-        list[str], Option(metavar="NAME", help="A concept that is a style. Repeatable.", rich_help_panel=REAL)
-    ] = NONE,
-    clip: Annotated[str | None, Option(metavar="MODEL", help="A CLIP to measure with.", rich_help_panel=REAL)] = None,
-    dino: Annotated[str | None, Option(metavar="MODEL", help="A DINO to measure with.", rich_help_panel=REAL)] = None,
-    search: Annotated[
-        bool,
-        Option("--search", help="Find the best strengths on validation, for weights.json.", rich_help_panel=CHOICE),
-    ] = False,
+    search: Annotated[bool, choice("--search", help="Find the best strengths on validation, for weights.json.")] = False,
     weights: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Strengths for the arm 'grid search', as in weights.json.", rich_help_panel=CHOICE),
+        Path | None, choice(metavar="FILE", help="Strengths for the arm 'grid search', as in weights.json.")
     ] = None,
-    sheet: Annotated[
-        bool, Option("--sheet", help="Write a sheet on which people choose between two arms.", rich_help_panel=CHOICE)
-    ] = False,
-    judged: Annotated[
-        bool,
-        Option("--judged", help="Count the answers on the sheet in --out, and stop.", rich_help_panel=CHOICE),
-    ] = False,
+    sheet: Annotated[bool, choice("--sheet", help="Write a sheet on which people choose between two arms.")] = False,
+    judged: Annotated[bool, choice("--judged", help="Count the answers on the sheet in --out, and stop.")] = False,
     verbose: options.Verbose = False,
+    *,
+    real: options.Given,
 ) -> None:
     """Compare ways to compose LoRAs, on many prompts and seeds, with intervals.
 
@@ -102,10 +96,10 @@ def evaluate(
     if judged:
         print(judging_sheet.count_answers(out))
         return
-    _refuse(limit, seeds, search=search, base=base, split=split)
+    if search:
+        _check_search(base, split)
     state = PartialState(cpu=device == "cpu")
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    real = {"expert": expert, "cases": cases, "images": images, "own": own, "style": style, "clip": clip, "dino": dino}
     if base == WORLD:
         setup, chosen, metrics, gates = _world(real, call, split=split, limit=limit, gates=gates, device=device)
     else:
@@ -135,13 +129,11 @@ def evaluate(
     _heat_map(out / "gates.png", setup, arms, chosen)
 
 
-def _refuse(limit: int | None, seeds: int, *, search: bool, base: str, split: str) -> None:
-    """Raises ValueError for options that do not go together."""
-    if (limit is not None and limit < 1) or seeds < 1:
-        raise ValueError("--limit and --seeds must be 1 or more")
-    if search and base != WORLD:
+def _check_search(base: str, split: str) -> None:
+    """Raises ValueError where --search would not count successes, or choose by the test split."""
+    if base != WORLD:
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
-    if search and split == "test":
+    if split == "test":
         raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
 
 
@@ -150,7 +142,7 @@ def _say(text: str) -> None:
 
 
 def _world(
-    real: dict[str, Any], call: dict[str, Any], *, split: str, limit: int | None, gates: Path | None, device: str | None
+    real: options.Given, call: dict[str, Any], *, split: str, limit: int | None, gates: Path | None, device: str | None
 ) -> tuple[Setup, list[Case], Any, Path]:
     """Experts, cases, judge and gates of the embedded world."""
     from mole_diffusers import emoji
@@ -167,7 +159,7 @@ def _world(
 
 
 def _checkpoint(
-    real: dict[str, Any], call: dict[str, Any], checkpoint: dict[str, Any], *, limit: int | None, device: str | None
+    real: options.Given, call: dict[str, Any], checkpoint: dict[str, Any], *, limit: int | None, device: str | None
 ) -> tuple[Setup, list[Case], Any]:
     """Experts, cases and measures of a checkpoint of the user's own, which `checkpoint` names."""
     from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
