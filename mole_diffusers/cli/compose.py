@@ -14,15 +14,20 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.common import experts_for, named_values, opened, target
 from mole_diffusers.cli.options import NONE, WORLD
 
-FirstSeedOption = Annotated[int, Option(min=-1, help="Seed of the first row, -1 for a random one; each further row adds 1.")]
-RowsOption = Annotated[int, Option(help="Pictures per column, each with its own seed.")]
-SheetOption = Annotated[
-    Path | None,
-    Option(metavar="PNG", help="Where the pictures go, side by side. Default: a new grid.png, grid-2.png, ..."),
-]
+
+class Sheet:
+    """The rows of a sheet, and its file."""
+
+    seed: Annotated[int, Option(min=-1, help="Seed of the first row, -1 for a random one; each further row adds 1.")] = 0
+    rows: Annotated[int, Option(min=1, help="Pictures per column, each with its own seed.")] = 4
+    out: Annotated[
+        Path | None,
+        Option(metavar="PNG", help="Where the pictures go, side by side. Default: a new grid.png, grid-2.png, ..."),
+    ] = None
+    overwrite: options.Overwrite = False
 
 
-@options.takes(how=options.Drawing, opening=options.Opening)
+@options.takes(sheet=Sheet, how=options.Drawing, opening=options.Opening)
 def compose(
     prompt: Annotated[str, Argument(help="What to draw.")] = "noto drawing of a sunflower and a doughnut",
     expert: options.Experts = NONE,
@@ -40,13 +45,10 @@ def compose(
     ] = NONE,
     unbound: Annotated[bool, Option("--unbound", help="Let every LoRA act on every word and in the whole picture.")] = False,
     base: options.Base = WORLD,
-    seed: FirstSeedOption = 0,
-    rows: RowsOption = 4,
-    out: SheetOption = None,
-    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
+    sheet: options.Given,
     how: options.Given,
     opening: options.Given,
 ) -> None:
@@ -60,8 +62,7 @@ def compose(
 
     if "<lora:" in prompt:
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
-    seeds = row_seeds(seed, rows)
-    path = target(out, "grid.png", overwrite=overwrite)
+    seeds, path = started(sheet)
     experts = experts_for(base, dict(named_values(expert, "--expert")), prompt)
     from mole_diffusers.binding.config import parse_binding
     from mole_diffusers.inspection.compare import columns
@@ -125,12 +126,10 @@ def _world_gates(experts: Mapping[str, Any]) -> str | Path:
     return next((folder for name, folder in gate_folders().items() if set(name.split("+")) == set(experts)), "sum")
 
 
-def row_seeds(seed: int, rows: int) -> list[int]:
-    """The seed of each row."""
-    if rows < 1:
-        raise ValueError(f"--rows must be 1 or more, got {rows}")
-    first = secrets.randbelow(1 << 32) if seed == -1 else seed
-    return list(range(first, first + rows))
+def started(sheet: options.Given) -> tuple[list[int], Path]:
+    """The seed of each row of a sheet, and where it is written."""
+    first = secrets.randbelow(1 << 32) if sheet["seed"] == -1 else sheet["seed"]
+    return list(range(first, first + sheet["rows"])), target(sheet["out"], "grid.png", overwrite=sheet["overwrite"])
 
 
 def write_sheet(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path, about: dict[str, Any]) -> None:

@@ -8,23 +8,15 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import opened, target
-from mole_diffusers.cli.compose import (
-    FirstSeedOption,
-    RowsOption,
-    SheetOption,
-    call_options,
-    drawn,
-    row_seeds,
-    write_sheet,
-)
+from mole_diffusers.cli.common import opened
+from mole_diffusers.cli.compose import Sheet, call_options, drawn, started, write_sheet
 from mole_diffusers.cli.options import THRESHOLD, WORLD
 from mole_diffusers.cli.retrieve import in_words, open_library
 
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 
-@options.takes(how=options.Drawing, opening=options.Opening)
+@options.takes(sheet=Sheet, how=options.Drawing, opening=options.Opening)
 def compose_library(
     prompt: Annotated[str, Argument(help="What to draw.")],
     library: options.Library,
@@ -37,13 +29,10 @@ def compose_library(
     encoder: options.Encoder = None,
     gates: Annotated[str, Option(help="Trained gates (a folder or a hub id) or a family.")] = "sum",
     base: options.Base = WORLD,
-    seed: FirstSeedOption = 0,
-    rows: RowsOption = 4,
-    out: SheetOption = None,
-    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
+    sheet: options.Given,
     how: options.Given,
     opening: options.Given,
 ) -> None:
@@ -52,8 +41,7 @@ def compose_library(
 
     if "<lora:" in prompt:
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
-    seeds = row_seeds(seed, rows)
-    path = target(out, "grid.png", overwrite=overwrite)
+    seeds, path = started(sheet)
     pipe = opened(base, opening).pipe
     found_in = open_library(library, pipe, encoder)
     negative, call = how["negative"], call_options(pipe, base, how, seeds)

@@ -98,7 +98,7 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
     ("argv", "message"),
     [
         (["compose", "a cat", "--out", "x.png"], "names none of the world's concepts: "),
-        (["compose", "a fox", "--rows", "0"], "--rows must be 1 or more"),
+        (["compose", "a fox", "--rows", "0"], "Invalid value for '--rows'"),
         (["compose", "a fox", "--expert", "fox"], "--expert 'fox' is not NAME=VALUE"),
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
