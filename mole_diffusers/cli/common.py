@@ -118,14 +118,17 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     return found
 
 
-def open_studio(
-    base: str, opening: Mapping[str, Any], *, loras: Path | None, trained: Path | None, experts: Sequence[str] = ()
-) -> Studio:
-    """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
+def open_studio(files: Mapping[str, Any], opening: Mapping[str, Any]) -> Studio:
+    """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog.
+
+    Args:
+        files: options of `options.Studio`.
+        opening: options of `options.Opening`.
+    """
     from mole_diffusers.studio.render import Studio
 
-    catalog = open_catalog([base], loras=loras, trained=trained, experts=experts)
-    found = opened(base, opening)
+    catalog = open_catalog([files["base"]], loras=files["loras"], trained=files["trained"], experts=files["expert"])
+    found = opened(files["base"], opening)
     return Studio(found.pipe, catalog, found.name)
 
 

@@ -12,7 +12,6 @@ from typer import Argument, Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import first_recipe, open_studio, target
-from mole_diffusers.cli.options import NONE, WORLD
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +32,7 @@ PngOption = Annotated[
 ]
 
 
-@options.takes(how=options.Drawing, opening=options.Opening)
+@options.takes(files=options.Studio, how=options.Drawing, opening=options.Opening)
 def draw(
     prompt: Annotated[
         str,
@@ -41,11 +40,7 @@ def draw(
             help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK as in A1111."
         ),
     ],
-    loras: options.Loras = None,
-    expert: options.TagExperts = NONE,
     gates: options.NamedGates = "auto",
-    trained: options.Trained = None,
-    base: options.Base = WORLD,
     seed: options.Seed = 0,
     image: ImageOption = None,
     mask: MaskOption = None,
@@ -62,6 +57,7 @@ def draw(
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
+    files: options.Given,
     how: options.Given,
     opening: options.Given,
 ) -> None:
@@ -70,7 +66,7 @@ def draw(
 
     path = target(out, "picture.png", overwrite=overwrite)
     pictures = open_pictures(image, mask)
-    studio = open_studio(base, opening, loras=loras, trained=trained, experts=expert)
+    studio = open_studio(files, opening)
     settings = {**how, "seed": seed, "strength": strength, "hires": hires, "hires_strength": hires_strength}
     if "image" in pictures:  # its own size, unless another is given
         settings |= {side: how[side] or getattr(pictures["image"], side) for side in ("width", "height")}

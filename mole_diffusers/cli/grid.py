@@ -10,20 +10,16 @@ from typer import Argument, Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import first_recipe, open_studio, target
-from mole_diffusers.cli.options import WORLD
 
 
-@options.takes(how=options.Drawing, opening=options.Opening)
+@options.takes(files=options.Studio, how=options.Drawing, opening=options.Opening)
 def grid(
     prompt: Annotated[str, Argument(help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.")],
     x: Annotated[
         str, Option("--x", metavar="AXIS", help="What changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...")
     ] = "arm=base,sum,gates",
     y: Annotated[str, Option("--y", metavar="AXIS", help="What changes from top to bottom.")] = "seed=0,1,2",
-    loras: options.Loras = None,
     gates: options.NamedGates = "auto",
-    trained: options.Trained = None,
-    base: options.Base = WORLD,
     seed: options.Seed = 0,
     out: Annotated[
         Path | None, Option(metavar="PNG", help="Where the grid goes. Default: a new grid.png, grid-2.png, ...")
@@ -32,6 +28,7 @@ def grid(
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
+    files: options.Given,
     how: options.Given,
     opening: options.Given,
 ) -> None:
@@ -45,7 +42,7 @@ def grid(
 
     across, down = parse_axis(x), parse_axis(y)
     path = target(out, "grid.png", overwrite=overwrite)
-    studio = open_studio(base, opening, loras=loras, trained=trained)
+    studio = open_studio(files, opening)
     first = studio.complete(first_recipe(studio, prompt=prompt, gates=gates, seed=seed, **how))
     rows = cells(first, across, down)
     with tqdm(total=len(rows) * len(rows[0]), desc="pictures", delay=2, leave=False) as bar:

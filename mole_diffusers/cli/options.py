@@ -95,9 +95,6 @@ class Opening:
 Experts = Annotated[
     list[str], Option("--expert", metavar="NAME=FILE[:STRENGTH]", help="A LoRA file and the name you give it. Repeatable.")
 ]
-TagExperts = Annotated[
-    list[str], Option("--expert", metavar="NAME=FILE", help="One more LoRA file that tags may name. Repeatable.")
-]
 Loras = Annotated[
     Path | None,
     Option(
@@ -111,6 +108,19 @@ NamedGates = Annotated[
     Option("--gates", help="Trained gates by name, sum or mean; auto takes those trained for these LoRAs, else sum."),
 ]
 Trained = Annotated[Path | None, Option(metavar="FOLDER", help="Trained gates that may be named: a folder each.")]
+
+
+class Studio:
+    """A base with the LoRAs and gates that prompts and recipes may name; what `common.open_studio` takes."""
+
+    base: Base = WORLD
+    loras: Loras = None
+    expert: Annotated[list[str], Option(metavar="NAME=FILE", help="One more LoRA file that tags may name. Repeatable.")] = (
+        NONE
+    )
+    trained: Trained = None
+
+
 Library = Annotated[Path, Option(metavar="FOLDER", help="A folder that `mole index` has indexed.")]
 Encoder = Annotated[
     str | None,

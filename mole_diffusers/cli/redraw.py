@@ -11,16 +11,11 @@ from typer import Argument, Option
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import open_studio, target
 from mole_diffusers.cli.draw import ImageOption, MaskOption, draw_recipe, open_pictures
-from mole_diffusers.cli.options import NONE, WORLD
 
 
-@options.takes(opening=options.Opening)
+@options.takes(files=options.Studio, opening=options.Opening)
 def redraw(
     picture: Annotated[Path, Argument(help="A PNG of mole draw, the app or A1111, or a recipe as a .json file.")],
-    loras: options.Loras = None,
-    expert: options.TagExperts = NONE,
-    trained: options.Trained = None,
-    base: options.Base = WORLD,
     image: ImageOption = None,
     mask: MaskOption = None,
     out: Annotated[
@@ -30,6 +25,7 @@ def redraw(
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
+    files: options.Given,
     opening: options.Given,
 ) -> None:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
@@ -45,9 +41,10 @@ def redraw(
     recipe = infotext.read_any(picture)
     if lacking := infotext.left_out(picture):
         print(f"note: {printable(lacking)}", file=sys.stderr)
-    given = base if base == WORLD else str(find_base(base))
+    base = files["base"]
+    given = base if base == options.WORLD else str(find_base(base))
     if recipe.base and Path(recipe.base).name != Path(given).name:
         raise ValueError(f"{picture.name} was drawn with the base {recipe.base!r}; give it as --base")
     pictures = open_pictures(image, mask)
-    studio = open_studio(base, opening, loras=loras, trained=trained, experts=expert)
+    studio = open_studio(files, opening)
     draw_recipe(studio, recipe, path, pictures, as_json=as_json)
