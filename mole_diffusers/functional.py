@@ -90,7 +90,7 @@ def flattened(hidden: torch.Tensor) -> torch.Tensor:
 
 def l2_normalized(features: torch.Tensor) -> torch.Tensor:
     """The unspecified Normalization of MoLE's eq. 9, read as the authors' code has it: L2 over the whole vector."""
-    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
+    return F.normalize(features, dim=-1)
 
 
 def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
@@ -127,18 +127,21 @@ def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torc
 
 
 def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """result + (factor * low) up^T; without gradients in the memory of `result` and `low`.
+    """result + (factor * low) up^T; without gradients in the memory of `result` and `low`, where their dtypes are alike.
 
     Args:
-        result: W x, [B, T, Cout].
-        low: A x, [B, T, R].
-        factor: broadcasts over `low`.
+        result: W x, [B T, Cout].
+        low: A x, [B T, R].
+        factor: [R], [B, 1, R] or [B, T, R].
         up: B, [Cout, R].
     """
+    tokens = low if factor.dim() == 1 else low.view(len(factor), -1, low.shape[1])  # [B, T, R]
+    if result.dtype != up.dtype:  # autocast
+        return result + F.linear((tokens * factor).view_as(low), up)
     if torch.is_grad_enabled():
-        return torch.addmm(result.flatten(0, -2), (low * factor).flatten(0, -2), up.T).view_as(result)
-    result.flatten(0, -2).addmm_(low.mul_(factor).flatten(0, -2), up.T)
-    return result
+        return torch.addmm(result, (tokens * factor).view_as(low), up.T)
+    tokens.mul_(factor)
+    return result.addmm_(low, up.T)
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -56,8 +56,8 @@ def count_answers(folder: Path) -> str:
     """
     import pandas as pd
 
-    found = []
-    for number, (question, answer) in enumerate(zip(_questions(folder), _answers(folder), strict=True)):
+    questions, found = json.loads((folder / "sheet" / "key.json").read_text()), []
+    for number, (question, answer) in enumerate(zip(questions, _answers(folder), strict=True)):
         if answer not in (*ANSWERS, ""):
             raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
         if answer:
@@ -69,10 +69,6 @@ def count_answers(folder: Path) -> str:
         agree = f"{sum(pair.nunique() == 1 for pair in twice) / len(twice):.2f}" if twice else "-"
         body.append([*arms, *(str((own["better"] == better).sum()) for better in (*arms, "same")), agree])
     return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
-
-
-def _questions(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "sheet" / "key.json").read_text())
 
 
 def _answers(folder: Path) -> list[str]:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.evaluation.plots import Limits, against_count, bars, frontier
 from mole_diffusers.evaluation.rows import Row
-from mole_diffusers.evaluation.tables import Resample
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class PairedTable(Protocol):
-    """A table of every other arm less one."""
-
-    def __call__(self, rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +21,7 @@ class Report:
     Attributes:
         frame: rows as a table with the protocol's values.
         tables: of all arms.
-        paired: of every other arm less one.
+        paired: of every other arm less one: (frame, arm, resample="cases" or "concepts").
         values: what bars show.
         roles: what the frontier shows, of subjects and of styles.
         count_value: what is drawn against the number of experts.
@@ -38,7 +31,7 @@ class Report:
 
     frame: Callable[[Sequence[Row]], pd.DataFrame]
     tables: Sequence[Callable[[pd.DataFrame], str]]
-    paired: PairedTable
+    paired: Callable[..., str]
     values: Sequence[str]
     roles: tuple[str, str]
     count_value: str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,23 +22,20 @@ def columns(mixture: Mixture) -> dict[str, Callable[[], AbstractContextManager]]
     "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place.
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
-    alone = {f"{n} alone": _fixed(mixture, {n: s}) for n, s in strengths.items()}
-    found = {"base": _fixed(mixture, {}), **alone, "sum": _fixed(mixture, strengths)}
+    alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
+    found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
+    found["sum"] = partial(mixture.fixed, strengths)
     if mixture.binding is not None:
-        found["bound"] = lambda: mixture.adjusted(_ones)
+        found["bound"] = partial(mixture.adjusted, _ones)
     if mixture.binding is None or mixture.parameters():
         family = mixture.config.family
-        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = lambda: mixture.only(*strengths)
+        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = partial(mixture.only, *strengths)
     return found
 
 
 def _ones(_: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Gates of 1, as those of the plain sum."""
     return torch.ones_like(gates) * functional.over_tokens(mask, gates)
-
-
-def _fixed(mixture: Mixture, weights: Mapping[str, float]) -> Callable[[], AbstractContextManager]:
-    return lambda: mixture.fixed(weights)
 
 
 def sample(pipe: Any, prompt: str, seeds: Sequence[int], **options: Any) -> list[Image.Image]:

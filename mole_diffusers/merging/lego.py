@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair
 
@@ -42,7 +43,11 @@ def lego(
         ranks = [p.rank for p in layer if p is not None]
         units, width = _units(layer, canonical)
         count = min(clusters or max(ranks), len(units))
-        labels = kmeans(units if features == "raw" else _normalized(units, width), count, seed=seed, starts=starts)
+        if features == "normalized":
+            points = torch.cat([F.normalize(half, dim=1, eps=1e-30) for half in (units[:, :width], units[:, width:])], 1)
+        else:
+            points = units
+        labels = kmeans(points, count, seed=seed, starts=starts)
         out[key] = assembled(units, labels, width, rank=sum(ranks) / len(ranks))
     return out
 
@@ -64,11 +69,6 @@ def _canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     sign = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
     balance = sign * (long_b / long_a.clamp_min(1e-30)).sqrt()
     return a * balance, b / torch.where(balance == 0, 1, balance)
-
-
-def _normalized(units: torch.Tensor, width: int) -> torch.Tensor:
-    halves = units[:, :width], units[:, width:]
-    return torch.cat([h / h.norm(dim=1, keepdim=True).clamp_min(1e-30) for h in halves], 1)
 
 
 def assembled(units: torch.Tensor, labels: torch.Tensor, width: int, *, rank: float) -> Pair:
@@ -111,12 +111,10 @@ def _lloyd(points: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, f
         if torch.equal(nearest, labels):
             break
         labels = nearest
-        centres = torch.stack([_centre(points, labels == k, centres[k]) for k in range(len(centres))])
+        members = F.one_hot(labels, len(centres)).to(points)  # [P, k]
+        counts = members.sum(0)[:, None]
+        centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)
     return labels, _squares(points, centres).gather(1, labels[:, None]).sum().item()
-
-
-def _centre(points: torch.Tensor, members: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    return points[members].mean(0) if members.any() else before
 
 
 def _squares(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:

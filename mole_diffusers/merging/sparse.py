@@ -36,14 +36,12 @@ def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     kept: Deltas = {}
     for key, deltas in _deltas(layers).items():
-        kept[key] = [None if d is None else _dropped(d, drop, generator) for d in deltas]
+        kept[key] = [
+            None if d is None else d * (torch.rand(d.shape, generator=generator) >= drop) / (1 - drop) for d in deltas
+        ]
     if elect:
         return {key: dense(delta) for key, delta in _elected(kept).items()}
     return {key: dense(torch.stack(_there(deltas)).sum(0)) for key, deltas in kept.items()}
-
-
-def _dropped(delta: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
-    return delta * (torch.rand(delta.shape, generator=generator) >= drop) / (1 - drop)
 
 
 def knots(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,16 +129,13 @@ def _competing(down: nn.Module, temperature: float, undo: Undo) -> nn.Parameter:
     """Multiply the output of `down` by the ranks' importance pi; returns its logits g [r], zero."""
     weight: Any = down.weight
     logits = nn.Parameter(torch.zeros(weight.shape[0], device=weight.device))
-    undo.after_forward(down, _times(logits, temperature))
-    return logits
 
-
-def _times(logits: nn.Parameter, temperature: float) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:
     def scaled(_: nn.Module, __: tuple, z: torch.Tensor) -> torch.Tensor:
         pi = importance(logits, temperature).to(z.dtype)  # [r]
         return z * (pi[:, None, None] if z.dim() == 4 else pi)  # [B, T, r] or [B, r, H, W]
 
-    return scaled
+    undo.after_forward(down, scaled)
+    return logits
 
 
 # ---- files
