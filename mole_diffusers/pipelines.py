@@ -3,6 +3,9 @@
 A drop-in saves its mixture beside the pipeline: experts, gates and strengths in one folder, see `keep` and `attach_kept`.
 """
 
+# mypy: disable-error-code="misc"
+# `super()` of a drop-in is a diffusers pipeline, which DropIn itself does not extend.
+
 from __future__ import annotations
 
 import functools
@@ -109,7 +112,7 @@ class DropIn:
         """
         mixture = self.mixture
         if mixture is None:
-            super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
+            super().set_adapters(adapter_names, adapter_weights)
             return
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
@@ -126,7 +129,7 @@ class DropIn:
         _choose(self, numbers, per_model)
         others = [name for name in names if name in ordinary]
         if others:
-            super().set_adapters(others, [given[name] for name in others])  # type: ignore[misc]
+            super().set_adapters(others, [given[name] for name in others])
         else:
             self._ordinary_off()
 
@@ -139,11 +142,11 @@ class DropIn:
         """The adapters that are on, at whatever weight."""
         mixture = self.mixture
         active = [] if mixture is None else [name for name in mixture.experts if name in mixture.active]
-        return [*active, *(name for name in super().get_active_adapters() if name != ADAPTER)]  # type: ignore[misc]
+        return [*active, *(name for name in super().get_active_adapters() if name != ADAPTER)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Part -> adapters that have layers in it."""
-        listed = super().get_list_adapters()  # type: ignore[misc]
+        listed = super().get_list_adapters()
         parts = {part: [name for name in names if name != ADAPTER] for part, names in listed.items()}
         for name, (expert, _) in self._experts().items():
             for part in expert.layers:
@@ -161,12 +164,12 @@ class DropIn:
         if len(left) < len(experts):
             self._attach(left)
         if others := [name for name in self._ordinary() if name in gone]:
-            super().delete_adapters(others)  # type: ignore[misc]
+            super().delete_adapters(others)
 
     def unload_lora_weights(self, **kwargs: Any) -> None:
         """Take all experts, gates and other adapters out: the original pipeline, bit for bit."""
         detach(self)
-        super().unload_lora_weights(**kwargs)  # type: ignore[misc]
+        super().unload_lora_weights(**kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Fuse the adapters into the weights, as in diffusers: the experts become ordinary adapters first.
@@ -174,25 +177,25 @@ class DropIn:
         Raises ValueError where gates or binding depend on the prompt or the picture, which fused weights cannot hold.
         """
         mixture = self.mixture
-        if mixture is not None:
-            if mixture.parameters() or mixture.config.family != "sum" or mixture.is_bound:
-                raise ValueError(
-                    "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
-                    "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
-                )
-            experts, by_block, binding = mixture.weighed(), _block_weights(mixture), mixture.binding
-            on = {name: experts[name][1] for name in mixture.active}
-            try:
-                self._hand_over(mixture)
-                super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
-            except BaseException:
-                if self.mixture is None:  # it was handed over
-                    super().delete_adapters([name for name in experts if name in self._ordinary()])  # type: ignore[misc]
-                    attach(self, experts, binding=binding)
-                    _choose(self, on, by_block)
-                raise
+        if mixture is None:
+            super().fuse_lora(*args, **kwargs)
             return
-        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+        if mixture.parameters() or mixture.config.family != "sum" or mixture.is_bound:
+            raise ValueError(
+                "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
+                "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
+            )
+        experts, by_block, binding = mixture.weighed(), _block_weights(mixture), mixture.binding
+        on = {name: experts[name][1] for name in mixture.active}
+        try:
+            self._hand_over(mixture)
+            super().fuse_lora(*args, **kwargs)
+        except BaseException:
+            if self.mixture is None:  # it was handed over
+                super().delete_adapters([name for name in experts if name in self._ordinary()])
+                attach(self, experts, binding=binding)
+                _choose(self, on, by_block)
+            raise
 
     def _hand_over(self, mixture: Mixture) -> None:
         """The experts as ordinary adapters of diffusers, with the weights that they have."""
@@ -203,9 +206,9 @@ class DropIn:
                 save_expert(expert, files[name], dtype=torch.float32)
             detach(self)
             for name, file in files.items():
-                super().load_lora_weights(str(file), adapter_name=name)  # type: ignore[misc]
+                super().load_lora_weights(str(file), adapter_name=name)
         weighed = [name for name in active if name in experts]
-        super().set_adapters(weighed, [by_block.get(name, experts[name][1]) for name in weighed])  # type: ignore[misc]
+        super().set_adapters(weighed, [by_block.get(name, experts[name][1]) for name in weighed])
         for model in hosts(self).values():
             for layer in adapted(model):
                 layer.set_adapter([name for name in active if name in layer.lora_A])
@@ -228,7 +231,7 @@ class DropIn:
                 keep(mixture, part / KEPT)
             (part / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
             with nullcontext() if mixture is None else mixture.lifted():
-                super().save_pretrained(str(part), *args, **kwargs)  # type: ignore[misc]
+                super().save_pretrained(str(part), *args, **kwargs)
             if folder.is_dir():
                 copy_missing(folder, part, without=KEPT)  # another variant of the weights, say
 
@@ -238,7 +241,7 @@ class DropIn:
         source = whole_folder(Path(pretrained_model_name_or_path))
         if not source.is_dir():
             source = pretrained_model_name_or_path  # type: ignore[assignment]
-        pipe = super().from_pretrained(str(source), **kwargs)  # type: ignore[misc]
+        pipe = super().from_pretrained(str(source), **kwargs)
         folder = _kept(pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in HUB})
         if folder is not None:
             pipe.load_mixture(folder)
@@ -251,11 +254,11 @@ class DropIn:
         A mixture on the models is shared with them.
         """
         if {"torch_dtype", "dtype"} & set(kwargs):
-            return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+            return super().from_pipe(pipeline, **kwargs)
         models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]
         dtypes = [model.dtype for model in models]
         widest = functools.reduce(torch.promote_types, dtypes, dtypes[0])
-        pipe = super().from_pipe(pipeline, torch_dtype=widest, **kwargs)  # type: ignore[misc]
+        pipe = super().from_pipe(pipeline, torch_dtype=widest, **kwargs)
         for model, dtype in zip(models, dtypes, strict=True):
             if dtype != widest:
                 model.to(dtype)
@@ -271,7 +274,7 @@ class DropIn:
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that diffusers knows."""
-        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config = json.loads(super().to_json_string())
         config["_class_name"] = next(kind.__name__ for kind in type(self).__mro__ if not issubclass(kind, DropIn))
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -300,7 +303,7 @@ class DropIn:
 
     def _ordinary(self) -> list[str]:
         """The names of adapters that diffusers or peft put on themselves."""
-        listed = super().get_list_adapters()  # type: ignore[misc]
+        listed = super().get_list_adapters()
         return list(dict.fromkeys(name for names in listed.values() for name in names if name != ADAPTER))
 
     def _require(self) -> Mixture:
