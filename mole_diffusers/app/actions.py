@@ -36,7 +36,7 @@ from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import plain_text
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio, with_pictures
+from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
 from mole_diffusers.training.data import precise
 
 MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
@@ -278,6 +278,8 @@ class Actions:
             over: pictures that are drawn over, see `compose`.
         """
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
+        for _, recipe in recipes:
+            check_pictures(recipe, **over or {})
         self._check_budget([recipe for _, recipe in recipes])
         told = [text for (_, asked), (_, r) in zip(wanted, recipes, strict=True) for text in self.studio.notes(asked, r)]
         steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)

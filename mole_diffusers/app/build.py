@@ -15,6 +15,7 @@ from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import add as add_api
 from mole_diffusers.app.compose_tab import build as compose_tab
 from mole_diffusers.app.gallery_tab import build as gallery_tab
+from mole_diffusers.app.interrupted import Interrupted
 from mole_diffusers.app.jobs import Jobs
 from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.mixer_cards import cards_of
@@ -33,7 +34,7 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     """The whole app; `launch` shows it."""
     # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
-        page = Page(actions, Jobs(), defaults, blocks)
+        page = Page(actions, Jobs(), defaults, blocks, Interrupted(actions.home / ".jobs"))
         add_api(page)  # first, while its endpoint names are free
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app import draw_over, mixer, paint
+from mole_diffusers.app.interrupted import Offer, offer, read
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
 from mole_diffusers.app.page import (
@@ -25,6 +27,8 @@ from mole_diffusers.app.page import (
 )
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import with_pictures
 
 
 def build(page: Page) -> None:
@@ -34,6 +38,7 @@ def build(page: Page) -> None:
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
     status = gr.Markdown("", elem_id="status", elem_classes="status")
+    offer = _offer(page)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
             _adding(page, prompt)
@@ -58,11 +63,32 @@ def build(page: Page) -> None:
         return [now, gallery_items(pictures)]
 
     starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, count, page.over], [preview, page.pictures]
-    connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs)
+    offer = replace(offer, inputs=[page.over])
+    connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
     changed = [page.cards, page.shown, page.line]
     for event in (prompt.blur, prompt.submit):
         event(_prompt_changed(page), [prompt, page.cards], changed, show_progress="hidden", **PRIVATE)
+
+
+def _offer(page: Page) -> Offer:
+    """Of pictures that were not drawn when the app ended."""
+
+    def keep(*values: Any) -> dict[str, Any]:
+        *given, number, editor = values
+        recipe = with_pictures(page.recipe(*given), **draw_over.pictures(editor))
+        return {"recipe": replace(recipe, base=page.actions.studio.base).to_dict(), "count": int(number)}
+
+    def describe(kept: dict[str, Any]) -> str:
+        recipe, count = Recipe.from_dict(kept["recipe"]), int(kept["count"])
+        return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
+
+    def plan(path: Path, editor: Any) -> Work:
+        recipe, count = read(path, lambda kept: (Recipe.from_dict(kept["recipe"]), int(kept["count"])))
+        page.actions.check_base(recipe.base, "change it first")
+        return page.actions.compose(recipe, count, draw_over.pictures(editor) if recipe.image else {})
+
+    return offer(page.visitor, page.interrupted, "compose", "Draw again", describe, keep=keep, plan=plan)
 
 
 def _prompts(page: Page) -> Any:

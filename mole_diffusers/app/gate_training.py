@@ -138,7 +138,7 @@ class TrainingProgress:
         if self.verdict:
             return f"done: {self.verdict}"
         if self.rows and not self.doing:
-            return f"update {len(self.rows)} of {self.total}, loss {self.rows[-1]['loss']:.4f}"
+            return f"update {self.rows[-1]['step'] + 1} of {self.total}, loss {self.rows[-1]['loss']:.4f}"
         if self.doing:
             return self.doing
         drawn = min(self.called * self.teachers // self.calls, self.teachers)

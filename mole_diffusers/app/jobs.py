@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 MAX_WAITING, KEPT = 32, 64  # jobs in the queue; jobs that are over and can still be asked for
@@ -33,6 +34,7 @@ class Job:
         state: "waiting", "running", "done", "stopped" or "failed".
         event: what was reported last, in the end what the work returned.
         error: why it failed.
+        file: by which it can be started again while it is not over, see `interrupted`.
         is_shown: whether a page has shown how it ended.
     """
 
@@ -40,6 +42,7 @@ class Job:
         self.owner, self.kind, self.state, self.work = owner, kind, "waiting", work
         self.event: Any = None
         self.error: Exception | None = None
+        self.file: Path | None = None
         self.version = 0  # grows with every change
         self.is_asked_to_stop = self.is_shown = False
 
@@ -59,8 +62,11 @@ class Jobs:
         self._over: deque[Job] = deque(maxlen=KEPT)
         self._thread: threading.Thread | None = None
 
-    def submit(self, owner: str, kind: str, work: Work) -> Job:
+    def submit(self, owner: str, kind: str, work: Work, keep: Callable[[], Path] | None = None) -> Job:
         """Put work in the queue: `work(report)`, whose `report` raises StoppedError once the job is to stop.
+
+        Args:
+            keep: writes a file by which the work can be started again; it is deleted once the job is over.
 
         Raises ValueError if too many jobs wait.
         """
@@ -68,6 +74,7 @@ class Jobs:
         with self._changed:
             if len(self._waiting) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
+            job.file = keep() if keep else None
             self._waiting.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
@@ -146,6 +153,8 @@ class Jobs:
 
     def _end(self, job: Job, state: str) -> None:
         job.state, job.work = state, ignore  # which lets go of what it held
+        if job.file is not None:
+            job.file.unlink(missing_ok=True)
         self._over.append(job)
         self._touch(job)
 

@@ -16,6 +16,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.actions import Actions, Picture, Progress
+from mole_diffusers.app.interrupted import Interrupted, Offer
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.studio.catalog import UNTRAINED
@@ -49,6 +50,7 @@ class Page:
         pictures: the gallery of what was composed.
         tabs, tab: all of them; the one that is being built.
         blocks: the whole page.
+        interrupted: jobs that an earlier run of the app has left.
         watched: (session, kind of job) -> the job that a page shows.
         resumed: what pages do first after a reload: a function of the visitor, and its outputs.
     """
@@ -57,6 +59,7 @@ class Page:
     jobs: Jobs
     defaults: Recipe
     blocks: gr.Blocks
+    interrupted: Interrupted
     controls: dict[str, Any] = field(default_factory=dict)
     cards: Any = None
     shown: Any = None
@@ -247,6 +250,7 @@ def connect_job(
     inputs: Sequence[Any],
     status: Any,
     outputs: Sequence[Any],
+    offer: Offer | None = None,
 ) -> list[Any]:
     """Let events start a job whose progress the page shows, also after a reload; what each event leads to.
 
@@ -254,6 +258,7 @@ def connect_job(
         start: events, for example `button.click`.
         plan: the values of `inputs` -> the work. A ValueError is shown in the status.
         show: the job, as it is now -> values for `outputs`, None where there is nothing to show yet.
+        offer: of jobs that were interrupted; by default they are lost when the app ends.
     """
     nothing = [gr.skip()] * len(outputs)
 
@@ -270,8 +275,10 @@ def connect_job(
         job.is_shown = True
 
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Any]:
+        owner = visitor or session(request)
+        kept = None if offer is None else lambda: page.interrupted.keep(owner, kind, offer.keep(*values))
         try:
-            job = page.jobs.submit(visitor or session(request), kind, plan(*values))
+            job = page.jobs.submit(owner, kind, plan(*values), kept)
         except USER_ERRORS as error:
             yield problem(error), *nothing
             return
@@ -286,7 +293,30 @@ def connect_job(
 
     shown: dict[str, Any] = {"concurrency_limit": None, **PRIVATE}
     page.resumed.append((resume, [status, *outputs]))
+    if offer is not None:
+        _connect_offer(page, kind, offer, watch, [status, *outputs])
     return [event(begin, [page.visitor, *inputs], [status, *outputs], **shown) for event in start]
+
+
+def _connect_offer(page: Page, kind: str, offer: Offer, watch: Callable[..., Iterator[Any]], outputs: list[Any]) -> None:
+    """Let the offer of an interrupted job start it again, which `outputs` show, the status first."""
+
+    def begin_again(request: gr.Request, visitor: str, *values: Any) -> Iterator[Any]:
+        try:
+            if not (left := page.interrupted.left(visitor, kind)):
+                raise ValueError("this was started again or forgotten already")
+            work = offer.plan(left[0], *values)
+            job = page.jobs.submit(visitor, kind, work, lambda: page.interrupted.queued(left[0]))
+        except USER_ERRORS as error:
+            yield problem(error), *[gr.skip()] * (len(outputs) - 1)
+            return
+        yield from watch(request, job)
+
+    offered = [offer.row, offer.said]
+    page.resumed.append((offer.show, offered))
+    hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row, **PRIVATE)
+    again = hidden.then(begin_again, [page.visitor, *offer.inputs], outputs, concurrency_limit=None, **PRIVATE)
+    again.then(offer.show, page.visitor, offered, **PRIVATE)
 
 
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gradio as gr
 
 from mole_diffusers.app.files import export_gates
 from mole_diffusers.app.gate_training import TRAINED, WAYS, TrainingProgress, TrainingRequest, train
+from mole_diffusers.app.interrupted import Offer, offer, read
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import (
     PRIVATE,
@@ -25,6 +27,7 @@ from mole_diffusers.app.page import (
 )
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.recipe import Recipe
 
 
 def build(page: Page) -> None:
@@ -42,6 +45,7 @@ def build(page: Page) -> None:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
             status = gr.Markdown("", elem_id="train-status", elem_classes="status")
+            offer = _offer(page)
         with gr.Column():
             loss = figure("Loss", elem_id="loss")
             pictures = gallery("The prompt's picture before, during and after", columns=4, elem_id="validation")
@@ -50,10 +54,8 @@ def build(page: Page) -> None:
     again = gr.State("")
 
     def plan(*values: Any) -> Work:
-        *given, name, singles, composed, styles, steps, family, way, again = values
-        options = {"styles": styles or [], "steps": int(steps), "family": family, "way": way}
-        wanted = TrainingRequest(name or "", parse_singles(singles), _lines(composed), **options)
-        return train(page.actions.studio, page.recipe(*given), wanted, home=page.actions.home, again=again)
+        recipe, wanted, again = _asked(page, *values)
+        return train(page.actions.studio, recipe, wanted, home=page.actions.home, again=again)
 
     def show(job: Job) -> list[Any]:
         progress: TrainingProgress = job.event
@@ -79,8 +81,40 @@ def build(page: Page) -> None:
     ]
     asking = start.click(ask, [*inputs, again], [asked, again], **PRIVATE)
     begins, outputs = [event.then for event in (asking, *answers)], [loss, pictures, page.controls["gates"], saved]
-    connect_job(page, "train", begins, plan, show, inputs=[*inputs, again], status=status, outputs=outputs)
+    connect_job(page, "train", begins, plan, show, inputs=[*inputs, again], status=status, outputs=outputs, offer=offer)
     connect_cancel(page, cancel, status, ["train"])
+
+
+def _asked(page: Page, *values: Any) -> tuple[Recipe, TrainingRequest, str]:
+    """What the page asks for: the recipe, the training, and what becomes of gates that are there."""
+    *given, name, singles, composed, styles, steps, family, way, again = values
+    options = {"styles": styles or [], "steps": int(steps), "family": family, "way": way}
+    return page.recipe(*given), TrainingRequest(name or "", parse_singles(singles), _lines(composed), **options), again
+
+
+def _offer(page: Page) -> Offer:
+    """Of trainings that ran or waited when the app ended. They go on from their last checkpoint."""
+    actions = page.actions
+
+    def keep(*values: Any) -> dict[str, Any]:
+        recipe, wanted, again = _asked(page, *values)
+        return {"recipe": replace(recipe, base=actions.studio.base).to_dict(), "training": asdict(wanted), "again": again}
+
+    def describe(kept: dict[str, Any]) -> str:
+        return f"The training **{markdown(TrainingRequest(**kept['training']).name)}**"
+
+    def plan(path: Path) -> Work:
+        kept = read(
+            path, lambda kept: (Recipe.from_dict(kept["recipe"]), TrainingRequest(**kept["training"]), kept["again"])
+        )
+        recipe, wanted, again = kept
+        actions.check_base(recipe.base, "change it first")
+        try:
+            return train(actions.studio, recipe, wanted, home=actions.home)
+        except GatesExistError:  # it had not begun
+            return train(actions.studio, recipe, wanted, home=actions.home, again=again)
+
+    return offer(page.visitor, page.interrupted, "train", "Go on", describe, keep=keep, plan=plan)
 
 
 def _fields(page: Page) -> list[Any]:

@@ -205,10 +205,7 @@ class Studio:
 
         Raises ValueError for other pictures than the recipe's.
         """
-        for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
-            if (picture_passes.pixels_hash(given) if given is not None else "") != wanted:
-                missing = "needs the picture that it was made with" if given is None else "was made with another picture"
-                raise ValueError(f"the recipe {missing} as its {name}")
+        check_pictures(recipe, image, mask)
         self.total_steps(recipe)
         size = recipe.width, recipe.height
         with self.lock.held():
@@ -341,6 +338,14 @@ def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.
         return recipe
     first, second = ("" if given is None else picture_passes.pixels_hash(given) for given in (image, mask))
     return dataclasses.replace(recipe, image=first, mask=second)
+
+
+def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
+    """Raises ValueError for other pictures than the recipe's, or without them."""
+    for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
+        if (picture_passes.pixels_hash(given) if given is not None else "") != wanted:
+            missing = "needs the picture that it was made with" if given is None else "was made with another picture"
+            raise ValueError(f"the recipe {missing} as its {name}")
 
 
 def _fixed_weights(arm: str, mixture: Mixture) -> dict[str, float] | None:

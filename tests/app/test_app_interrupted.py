@@ -1,0 +1,167 @@
+"""Jobs that were waiting or running when the app ended are offered again by the next one."""
+
+import threading
+
+import numpy as np
+import pytest
+from app_client import PROMPT
+from PIL import Image
+
+from mole_diffusers.app.actions import Actions
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
+
+gr = pytest.importorskip("gradio")
+RECIPE = Recipe(PROMPT, seed=3, steps=2, width=32, height=32, gates="sum", base="tiny")
+REQUEST = type("Request", (), {"session_hash": "page"})()
+
+
+class App:
+    """An app on folders that outlive it; its functions of a tab are called as the page calls them."""
+
+    def __init__(self, loras, folder):
+        from mole_diffusers.app.build import build
+
+        studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
+        self.actions = Actions(studio, home=folder / "gates", gallery=folder / "pictures")
+        self.events = [event for event in build(self.actions, RECIPE).fns.values() if event.fn]
+
+    def event(self, name, first):
+        """The event whose function is called so, and whose first output has this place in the page."""
+        return next(e for e in self.events if e.fn.__name__ == name and e.outputs[0].elem_id == first)
+
+    def begin(self, status, **fields):
+        """Press the button; fields by their label. The events of the job."""
+        event = self.event("begin", status)
+        labels = [getattr(component, "label", None) for component in event.inputs[1:]]
+        values = [component.value for component in event.inputs[1:]]
+        for label, value in fields.items():
+            values[labels.index(label)] = value
+        return event.fn(REQUEST, "me", *values)
+
+    def offered(self, kind, visitor="me"):
+        row, said = self.event("show", f"{kind}-interrupted").fn(visitor)
+        return said.replace("\\", "") if row["visible"] else ""
+
+    def again(self, status, *values):
+        """What the page says last once the offer is taken."""
+        *_, last = self.event("begin_again", status).fn(REQUEST, "me", *values)
+        return last
+
+    def forget(self, kind):
+        return self.event("drop", f"{kind}-interrupted").fn("me")
+
+
+def killed(app, *presses):
+    """Press buttons while the app's pipeline is busy for ever, as if it was ended there."""
+    held = threading.Event()
+    draw = app.actions.studio.draw
+    app.actions.studio.draw = lambda *_, **__: held.wait(60) and draw(*_, **__)
+    for press in presses:
+        next(press())
+    return held
+
+
+@pytest.fixture
+def apps(loras, tmp_path):
+    return lambda: App(loras, tmp_path)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_for(apps, tmp_path):
+    first = apps()
+    killed(first, lambda: first.begin("status", Seed=5, Pictures=2), lambda: first.begin("status", Prompt="a hat"))
+    assert first.offered("compose") == ""  # they are in its queue
+    second = apps()
+    assert second.offered("compose", "you") == ""
+    assert second.offered("compose") == f"“{PROMPT}”, 2 pictures, was interrupted when the app ended. One of 2."
+    assert second.again("status", None)[0] == "done"
+    drawn = sorted((tmp_path / "pictures").glob("*.png"))
+    wanted = second.actions.compose(Recipe(PROMPT, seed=5, steps=2, width=32, height=32, gates="sum"), 2)(lambda _: None)
+    assert [pixels(path).tolist() for path in drawn] == [pixels(p.path).tolist() for p in wanted.pictures]
+    assert second.offered("compose") == "“a hat” was interrupted when the app ended."
+    assert apps().offered("compose") == "“a hat” was interrupted when the app ended."
+    row, _ = second.forget("compose")
+    assert not row["visible"]
+    assert apps().offered("compose") == ""
+    assert "started again or forgotten" in second.again("status", None)[0]
+
+
+def test_what_is_over_or_cancelled_is_not_offered(apps):
+    app = apps()
+    *_, last = app.begin("status", Prompt="a hat")
+    assert last[0] == "done"
+    held = killed(app, lambda: app.begin("status"), lambda: app.begin("status", Prompt="a hat"))
+    assert apps().offered("compose") != ""
+    app.event("cancel", "status").fn(REQUEST)
+    assert apps().offered("compose").startswith(f"“{PROMPT}”")
+    assert "One of" not in apps().offered("compose")
+    held.set()
+
+
+def test_a_picture_that_was_drawn_over_is_asked_for(apps):
+    editor = {"background": Image.effect_noise((32, 32), 90).convert("RGBA"), "layers": [], "composite": None}
+    first = apps()
+    killed(first, lambda: first.begin("status", Steps=4, **{"To draw over": editor}))
+    second = apps()
+    assert "needs the picture that it was made with" in second.again("status", None)[0]
+    assert second.offered("compose") != ""
+    assert second.again("status", editor)[0] == "done"
+    assert second.offered("compose") == ""
+
+
+def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
+    first = apps()
+    killed(first, lambda: first.begin("status"))
+    (file,) = (tmp_path / "gates" / ".jobs").rglob("*-compose.json")
+    whole = file.read_text()
+    for text, reason in (
+        ("{", "is not JSON"),
+        ("{}", "another release"),
+        (whole.replace('"steps"', '"stops"'), "unknown fields"),
+    ):
+        file.write_text(text)
+        said = apps().offered("compose")
+        assert said.startswith("A job was interrupted when the app ended, and what was kept of this job cannot be used: ")
+        assert reason in said
+        assert str(tmp_path) not in said
+        assert "cannot be used" in apps().again("status", None)[0]
+        assert file.exists()
+    file.write_text(whole.replace('"base": "tiny"', '"base": "flux"'))
+    assert "for the base model 'flux', and here is 'tiny'" in apps().again("status", None)[0].replace("\\", "")
+    file.write_text(whole)
+    assert apps().again("status", None)[0] == "done"
+    assert not file.exists()
+
+
+def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
+    fields = {"Name of the gates": "mine", "Prompts of one LoRA each": "fox=a fox\nink=ink", "Updates": 40}
+    fields["Prompts with all of them"] = "a fox in ink"
+    first = apps()
+    events = first.begin("train-status", **fields)
+    said = next(events)[0]
+    while not said.startswith("update "):
+        said = next(events)[0]
+    (file,) = (tmp_path / "gates" / ".jobs").rglob("*-train.json")
+    kept = file.read_text()
+    first.event("cancel", "train-status").fn(REQUEST)  # which lets go of the folder, as the end of the app does
+    *_, last = events
+    assert last[0].startswith("stopped")
+    assert not file.exists()
+    file.write_text(kept)
+    run = tmp_path / "gates" / ".runs" / "mine" / "run.json"
+    begun = run.stat().st_mtime_ns
+    second = apps()
+    assert second.offered("train") == "The training **mine** was interrupted when the app ended."
+    updates = [said for said, *_ in second.event("begin_again", "train-status").fn(REQUEST, "me")]
+    assert updates[-1].startswith("done")
+    assert run.stat().st_mtime_ns == begun  # nothing was begun anew
+    assert int(next(said for said in updates if said.startswith("update ")).split()[1]) > 5
+    assert "mine" in second.actions.studio.catalog.gates
+    assert second.offered("train") == ""
