@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mole_diffusers.lora import KOHYA_PREFIXES, ONETRAINER_PREFIX, PEFT_METADATA, Expert, LoraWeights
+from mole_diffusers.lora import KOHYA_PREFIXES, ONETRAINER_PREFIX, PEFT_METADATA, Expert, LoraWeights, layer_key
+from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.whole_files import new_file
 
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # component -> {module name in the host: weights}
@@ -56,12 +57,13 @@ def write_lora(
     if format not in FORMATS:
         raise ValueError(f"unknown LoRA format {format!r}; known: {list(FORMATS)}")
     down, up = ("lora_down", "lora_up") if format == "kohya" else ("lora_A", "lora_B")
+    prefixes = _kohya_prefixes(layers)
     tensors = {}
     for component, modules in layers.items():
         for module, weights in modules.items():
             # CLIPTextModel lost its `text_model` level in transformers 5.6; readers of every age know the name with it.
             full = f"text_model.{module}" if module.startswith("encoder.layers.") else module
-            stem = _kohya_prefix(component) + full.replace(".", "_") if format == "kohya" else f"{component}.{full}"
+            stem = prefixes[component] + full.replace(".", "_") if format == "kohya" else f"{component}.{full}"
             for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * weights.scale)):
                 if matrix.abs().max() > torch.finfo(dtype).max:
                     raise ValueError(f"the layer {component}.{module} holds numbers that {dtype} cannot; use a wider dtype")
@@ -71,10 +73,14 @@ def write_lora(
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
 
 
-def _kohya_prefix(component: str) -> str:
+def _kohya_prefixes(layers: Layers) -> dict[str, str]:
+    """Component -> how kohya's keys of its layers begin: the first of several text encoders is te1, a single one te."""
+    prefixes = {component: prefix for prefix, component in KOHYA_PREFIXES.items()}
+    base = base_of({part: {layer_key(name): w for name, w in found.items()} for part, found in layers.items()}, {})
+    if base not in ("SDXL", "SD 3", "Flux") and "text_encoder_2" not in layers:
+        prefixes["text_encoder"] = "lora_te_"
     # kohya has no name for a transformer's layers as diffusers splits them; other tools know OneTrainer's.
-    prefixes = {known: prefix for prefix, known in reversed(KOHYA_PREFIXES.items())} | {"transformer": ONETRAINER_PREFIX}
-    return prefixes[component]
+    return prefixes | {"transformer": ONETRAINER_PREFIX}
 
 
 def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", dtype: torch.dtype = torch.float16) -> None:

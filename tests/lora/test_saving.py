@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -38,6 +38,20 @@ def test_every_layer_name_is_told_from_its_key():
         assert names
         for name in names:
             assert module_name(layer_key(name)) == name.removeprefix("text_model.")
+
+
+@pytest.mark.parametrize(
+    ("width", "others", "prefix"), [(768, (), "lora_te_"), (2048, (), "lora_te1_"), (16, ("text_encoder_2",), "lora_te1_")]
+)
+def test_kohyas_name_of_the_first_text_encoder_tells_whether_there_are_more(tmp_path, width, others, prefix):
+    """A1111 finds the layers of SDXL's first encoder by lora_te1_ alone, and Stable Diffusion's by lora_te_."""
+    inputs = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": width}
+    inputs |= {f"{part}.encoder.layers.0.self_attn.q_proj": 4 for part in ("text_encoder", *others)}
+    halves = {f"{name}.lora_A.weight": torch.randn(2, size) for name, size in inputs.items()}
+    save_file(halves | {f"{name}.lora_B.weight": torch.randn(4, 2) for name in inputs}, tmp_path / "x")
+    save_expert(read_expert(tmp_path / "x"), tmp_path / "y", format="kohya")
+    found = {key.partition("text_model")[0] for key in load_file(tmp_path / "y") if key.startswith("lora_te")}
+    assert found == {prefix, *(["lora_te2_"] if others else [])}
 
 
 def test_a_name_that_no_model_has_is_an_error():
