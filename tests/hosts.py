@@ -54,10 +54,10 @@ def text(kind=CLIPTextModel, *, width=16, projected=16, activation="quick_gelu")
     return kind(CLIPTextConfig(**shape, **size, **ids, hidden_act=activation)).eval()
 
 
-def t5():
+def t5(width=16):
     letters = [(chr(c), -2.0) for c in range(97, 123)]
     words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters], model_max_length=16)
-    config = T5Config(vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    config = T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval(), words
 
 

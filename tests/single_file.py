@@ -111,3 +111,115 @@ def _inside(places, kind, names):
     """`places`, and those of the modules inside the ones of a kind."""
     inside = {f"{a}.{x}": f"{b}.{y}" for a, b in places.items() if f".{kind}." in a for x, y in names.items()}
     return places | inside
+
+
+# ---- transformers: Stable Diffusion 3 and Flux
+
+EMBEDDERS_SD3 = {"timestep_embedder": "t_embedder.mlp", "text_embedder": "y_embedder.mlp"}
+EMBEDDERS_FLUX = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
+
+
+def save_transformer_file(pipe, path):
+    """Write the weights of a pipeline of Stable Diffusion 3 or Flux to `path`, with its text encoders, as ComfyUI's files have
+    them. The projection of the first text encoder is not in it."""
+    is_flux = hasattr(pipe.transformer, "single_transformer_blocks")
+    clips = {"l": pipe.text_encoder, "g": None if is_flux else pipe.text_encoder_2}
+    t5 = pipe.text_encoder_2 if is_flux else pipe.text_encoder_3
+    parts = {"model.diffusion_model.": (_flux if is_flux else _sd3)(pipe.transformer), "first_stage_model.": _vae(pipe.vae)}
+    for name, clip in clips.items():
+        weights = {} if clip is None else clip.state_dict()
+        has_model = any(key.startswith("text_model.") for key in weights)
+        parts[f"text_encoders.clip_{name}.transformer."] = {
+            key if has_model else f"text_model.{key}": weight
+            for key, weight in weights.items()
+            if name == "g" or "text_projection" not in key
+        }
+    if t5 is not None:
+        weights = t5.state_dict()
+        parts["text_encoders.t5xxl.transformer."] = {
+            k: w for k, w in weights.items() if "embed_tokens" not in k
+        }  # is "shared"
+    named = {f"{part}{key}": weight.contiguous() for part, weights in parts.items() for key, weight in weights.items()}
+    save_file(named, path, {"format": "pt"})
+    return path
+
+
+def _joined(weights, names):
+    """q, k and v (and what follows) as one matrix."""
+    return {kind: torch.cat([weights[f"{name}.{kind}"] for name in names]) for kind in ("weight", "bias")}
+
+
+def _turned(weight):
+    """The original code has the shift before the scale."""
+    scale, shift = weight.chunk(2)
+    return torch.cat([shift, scale])
+
+
+def _layers(weights, places):
+    return {
+        f"{new}.{kind}": weights[f"{old}.{kind}"]
+        for old, new in places.items()
+        for kind in ("weight", "bias")
+        if f"{old}.{kind}" in weights
+    }
+
+
+def _sd3(model):
+    weights = model.state_dict()
+    places = {"pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder", "proj_out": "final_layer.linear"}
+    for old, new in EMBEDDERS_SD3.items():
+        places |= {f"time_text_embed.{old}.linear_{i + 1}": f"{new}.{2 * i}" for i in range(2)}
+    found, last = {"pos_embed": weights["pos_embed.pos_embed"]}, model.config.num_layers - 1
+    for i in range(last + 1):
+        old, new = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+        sides = {"x_block": ("to_{}", "to_out.0", "norm_{}", "ff", "norm1")}
+        sides["context_block"] = ("add_{}_proj", "to_add_out", "norm_added_{}", "ff_context", "norm1_context")
+        for side, (to, out, norm, feed, modulation) in sides.items():
+            for each in ("attn", "attn2") if side == "x_block" else ("attn",):
+                if f"{old}.{each}.{to.format('q')}.weight" not in weights:
+                    continue
+                joined = _joined(weights, [f"{old}.{each}.{to.format(x)}" for x in "qkv"])
+                found |= {f"{new}.{side}.{each}.qkv.{kind}": weight for kind, weight in joined.items()}
+                places[f"{old}.{each}.{out}"] = f"{new}.{side}.{each}.proj"
+                places |= {f"{old}.{each}.{norm.format(x)}": f"{new}.{side}.{each}.ln_{x}" for x in "qk"}
+            places |= {f"{old}.{feed}.net.0.proj": f"{new}.{side}.mlp.fc1", f"{old}.{feed}.net.2": f"{new}.{side}.mlp.fc2"}
+            places[f"{old}.{modulation}.linear"] = f"{new}.{side}.adaLN_modulation.1"
+    found |= _layers(weights, places)
+    for kind in ("weight", "bias"):
+        turned = {
+            f"joint_blocks.{last}.context_block": f"transformer_blocks.{last}.norm1_context",
+            "final_layer": "norm_out",
+        }
+        found |= {
+            f"{new}.adaLN_modulation.1.{kind}": _turned(weights[f"{old}.linear.{kind}"]) for new, old in turned.items()
+        }
+    return found
+
+
+def _flux(model):
+    weights = model.state_dict()
+    places = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
+    for old, new in EMBEDDERS_FLUX.items():
+        places |= {f"time_text_embed.{old}.linear_{i}": f"{new}.{side}_layer" for i, side in ((1, "in"), (2, "out"))}
+    found, scales = {}, {}
+    for i in range(model.config.num_layers):
+        old, new = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        sides = {"img": ("to_{}", "to_out.0", "norm_{}", "ff", "norm1")}
+        sides["txt"] = ("add_{}_proj", "to_add_out", "norm_added_{}", "ff_context", "norm1_context")
+        for side, (to, out, norm, feed, modulation) in sides.items():
+            joined = _joined(weights, [f"{old}.attn.{to.format(x)}" for x in "qkv"])
+            found |= {f"{new}.{side}_attn.qkv.{kind}": weight for kind, weight in joined.items()}
+            places[f"{old}.attn.{out}"] = f"{new}.{side}_attn.proj"
+            places |= {f"{old}.{feed}.net.0.proj": f"{new}.{side}_mlp.0", f"{old}.{feed}.net.2": f"{new}.{side}_mlp.2"}
+            places[f"{old}.{modulation}.linear"] = f"{new}.{side}_mod.lin"
+            scales |= {f"{old}.attn.{norm.format(x[0])}": f"{new}.{side}_attn.norm.{x}_norm" for x in ("query", "key")}
+    for i in range(model.config.num_single_layers):
+        old, new = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        joined = _joined(weights, [*(f"{old}.attn.to_{x}" for x in "qkv"), f"{old}.proj_mlp"])
+        found |= {f"{new}.linear1.{kind}": weight for kind, weight in joined.items()}
+        places |= {f"{old}.proj_out": f"{new}.linear2", f"{old}.norm.linear": f"{new}.modulation.lin"}
+        scales |= {f"{old}.attn.norm_{x[0]}": f"{new}.norm.{x}_norm" for x in ("query", "key")}
+    found |= _layers(weights, places) | {f"{new}.scale": weights[f"{old}.weight"] for old, new in scales.items()}
+    return found | {
+        f"final_layer.adaLN_modulation.1.{kind}": _turned(weights[f"norm_out.linear.{kind}"]) for kind in ("weight", "bias")
+    }

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from single_file import save_single_file
+from single_file import save_single_file, save_transformer_file
 
 from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
 from mole_diffusers.studio.memory import Memory, place
@@ -78,6 +78,47 @@ def test_checkpoints_of_other_kinds_draw_what_their_pipelines_draw(make, tmp_pat
     opened = open_base(str(file), config=tmp_path / "config", memory=Memory(device="cpu"))
     assert type(opened.pipe) is type(pipe)
     assert torch.equal(draw(opened.pipe), draw(pipe))
+
+
+def sd3(t5):
+    """As deep as a checkpoint of 3.5 Large is known by; its text encoders differ in width, and the first projects nothing."""
+    torch.manual_seed(0)
+    pipe, _ = hosts.HOSTS["sd3"]()
+    encoder, words = hosts.t5(32) if t5 else (None, None)
+    shape = {**pipe.transformer.config, "num_layers": 38, "dual_attention_layers": (0, 1), "joint_attention_dim": 32}
+    first = hosts.text(type(pipe.text_encoder))
+    first.text_projection.weight.data = torch.eye(16)
+    second = hosts.text(type(pipe.text_encoder), width=8, projected=16, activation="gelu")
+    parts = {"transformer": type(pipe.transformer)(**shape).eval(), "text_encoder": first, "text_encoder_2": second}
+    pipe.register_modules(**parts, text_encoder_3=encoder, tokenizer_3=words)
+    return pipe
+
+
+def flux(guided):
+    """Its guidance is read, as that of FLUX.1 dev, or not."""
+    pipe, _ = hosts.HOSTS["flux"]()
+    torch.manual_seed(0)
+    kind = type(pipe.transformer)
+    pipe.register_modules(transformer=kind(**{**pipe.transformer.config, "guidance_embeds": guided}).eval())
+    return pipe
+
+
+@pytest.mark.parametrize(("make", "option"), [(sd3, False), (sd3, True), (flux, False), (flux, True)])
+def test_checkpoints_of_transformers_draw_what_their_pipelines_draw(make, option, tmp_path, draw, monkeypatch):
+    """diffusers' converter knows one width of Flux, 3072; here it cuts other widths in the same proportions."""
+    pipe = make(option)
+    pipe.save_pretrained(tmp_path / "config")
+    for weights in (tmp_path / "config").rglob("*.safetensors"):
+        weights.unlink()
+    file = save_transformer_file(pipe, tmp_path / "one.safetensors")
+    split = torch.split
+    with monkeypatch.context() as patched:
+        cut = lambda tensor, sizes, dim=0: split(tensor, [size * len(tensor) // sum(sizes) for size in sizes], dim)  # noqa: E731
+        patched.setattr(torch, "split", cut)
+        opened = open_base(str(file), config=tmp_path / "config", memory=Memory(device="cpu", dtype="float32"))
+    assert type(opened.pipe) is type(pipe)
+    torch.testing.assert_close(draw(opened.pipe), draw(pipe), atol=1e-5, rtol=0)
+    assert torch.equal(draw(opened.pipe), draw(opened.pipe))
 
 
 def test_the_config_of_a_forge_folder_is_found(models, draw):
