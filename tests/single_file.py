@@ -120,8 +120,8 @@ EMBEDDERS_FLUX = {"timestep_embedder": "time_in", "text_embedder": "vector_in", 
 
 
 def save_transformer_file(pipe, path):
-    """Write the weights of a pipeline of Stable Diffusion 3 or Flux to `path`, with its text encoders, as ComfyUI's files have
-    them. The projection of the first text encoder is not in it."""
+    """Write the weights of a pipeline of Stable Diffusion 3 or Flux to `path`, with its text encoders, as ComfyUI's files
+    have them. The projection of the first text encoder is not in it."""
     is_flux = hasattr(pipe.transformer, "single_transformer_blocks")
     clips = {"l": pipe.text_encoder, "g": None if is_flux else pipe.text_encoder_2}
     t5 = pipe.text_encoder_2 if is_flux else pipe.text_encoder_3

@@ -81,7 +81,7 @@ def test_checkpoints_of_other_kinds_draw_what_their_pipelines_draw(make, tmp_pat
 
 
 def sd3(t5):
-    """As deep as a checkpoint of 3.5 Large is known by; its text encoders differ in width, and the first projects nothing."""
+    """As deep as a checkpoint of 3.5 Large is known by; its text encoders differ in width, the first projects nothing."""
     torch.manual_seed(0)
     pipe, _ = hosts.HOSTS["sd3"]()
     encoder, words = hosts.t5(32) if t5 else (None, None)
