@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -45,4 +46,8 @@ def _with_signature(cls: Any, kind: Any) -> Any:
     def call(self: Any, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return cls.__call__(self, attn, hidden_states, *args, **kwargs)
 
+    # Found ready, since diffusers asks at every call. torch.compile refuses a mapping that cannot be changed.
+    signature: Any = inspect.signature(kind.__call__)
+    signature._parameters = dict(signature.parameters)
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
