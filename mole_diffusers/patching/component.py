@@ -22,6 +22,7 @@ from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs
 from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.patching.placement import (
     NETWORK,
+    TEXT_LAYERS,
     TIME_WIDTH,
     Place,
     blocks,
@@ -163,6 +164,7 @@ class Component:
             timed=timed,
             spans_blocks=whole,
             reads_model_input=whole or (timed and self.config.reads_prompt),
+            reads_text=timed and self.config.layout == "stream" and at.name.endswith(TEXT_LAYERS),
             scope=scope,
             probe=self._probe(at),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,9 @@ class ReadingLayer(Protocol):
     ranks: tuple[int, ...]
     stream: str | None
 
+    @property
+    def segment(self) -> torch.Tensor: ...
+
     def described(self, low: torch.Tensor) -> Layer: ...
 
 
@@ -41,6 +44,7 @@ class GateSite:
         timed: the site knows the noise level; a text encoder does not.
         spans_blocks: each layer multiplies its own block's strength from a schedule.
         reads_model_input: the gate reads the text or the noise level, so a layer's own input is no substitute.
+        reads_text: the gate reads what its layers read, the text, which may be the same tensor at every step.
         scope: the experts that the gate shares among, where that is more than the layers' own.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
@@ -56,16 +60,19 @@ class GateSite:
         timed: bool,
         spans_blocks: bool = False,
         reads_model_input: bool = False,
+        reads_text: bool = False,
         scope: Present | None = None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.name, self.gate, self.runtime = name, gate, runtime
         self.presents, self.scope, self.probe = tuple(presents), scope, probe
         self.one_evaluation, self.timed = one_evaluation, timed
-        self.spans_blocks, self.reads_model_input = spans_blocks, reads_model_input
+        self.spans_blocks, self.reads_model_input, self.reads_text = spans_blocks, reads_model_input, reads_text
         self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
+        self._text: Callable[[], torch.Tensor | None] = lambda: None  # that the gate read last
+        self._texts = 0  # counts texts
         self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and where experts are bound by its tokens
         self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
         self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -123,27 +130,40 @@ class GateSite:
             return runtime.changes, hidden.device
         if self.timed and runtime.every > 1:
             return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
+        if self.reads_text and not hidden.is_inference():  # whose changes do not show
+            if self._text() is not hidden:
+                self._text, self._texts = weakref.ref(hidden), self._texts + 1
+            versions = functional.version(hidden) + sum(functional.version(p) for p in self.gate.parameters())
+            return runtime.changes, self._texts, versions
         return None
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
         """One decision for each set of experts among the site's layers."""
-        runtime, fixed = self.runtime, self._fixed()
+        fixed = self._fixed()
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
+        if torch.is_autocast_enabled(hidden.device.type):  # entering a context takes as long as a small gate
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self._by_gate(hidden, layer, tokens, segment)
+        return self._by_gate(hidden, layer, tokens, segment)
+
+    def _by_gate(
+        self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None, segment: torch.Tensor | None
+    ) -> list[Decision]:
+        runtime = self.runtime
         time = runtime.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
         time = functional.resample_rows(time, len(hidden))  # PAG gives single layers a part of the batch, films their frames
+        features = hidden if self.probe is None else self.probe(hidden.float())
         decisions = []
-        with _full_precision(hidden.device):
-            features = hidden if self.probe is None else self.probe(hidden.float())
-            for present in self.presents:
-                active = self._active_experts(present, hidden)
-                among = active if self.scope is None else self._active_experts(self.scope, hidden)
-                all_active = not torch.compiler.is_compiling() and among.all_active  # a flag would be part of compiled code
-                gates = self.gate(features, Context(among.mask, time, layer, tokens, all_active))
-                if runtime.control is not None:
-                    gates = runtime.control(self.name, gates, active.mask if segment is None else active.mask[..., segment])
-                decisions.append(self._decision(present, gates, active, segment))
+        for present in self.presents:
+            active = self._active_experts(present, hidden)
+            among = active if self.scope is None else self._active_experts(self.scope, hidden)
+            all_active = not torch.compiler.is_compiling() and among.all_active  # a flag would be part of compiled code
+            gates = self.gate(features, Context(among.mask, time, layer, tokens, all_active))
+            if runtime.control is not None:
+                gates = runtime.control(self.name, gates, active.mask if segment is None else active.mask[..., segment])
+            decisions.append(self._decision(present, gates, active, segment))
         return decisions
 
     def _decision(
@@ -203,23 +223,23 @@ class GateSite:
 
         Args:
             x: the layer's input, [B, Cin], [B, T, Cin] or [B, Cin, H, W].
-            low: A x, [B, R], [B, T, R] or [B, R, H, W].
+            low: A x, [B, R], [B, T, R] or [B, R, H, W]; or for x [B, T, Cin] its rows, [B T, R].
 
         Returns:
-            a tensor that broadcasts over `low`, in its dtype.
+            a tensor in its dtype that broadcasts over `low`; for rows [R], [B, 1, R] or [B, T, R].
         """
         if self._deferred is not None:
             self.evaluate_deferred()
         if not self.one_evaluation or (self._batch != x.shape[0] and not (self.reads_model_input and self._batch)):
-            self._evaluate_on_input(layer, x, low)
+            self._evaluate_on_input(layer, x, _by_token(low, x))
         masks = self.runtime.masks
         binds = masks is not None and masks.binds
-        key = (layer.ranks, layer.stream, low.shape[:2]) if binds else layer.ranks  # PAG gives a layer a part of the rows
+        key = (layer.ranks, layer.stream, x.shape[:2]) if binds else layer.ranks  # PAG gives a layer a part of the rows
         factor = self._factors.get(key)
-        if factor is None or factor.dtype != low.dtype or low.dim() != 3:
-            factor = self._spread(layer, low)
+        if factor is None or factor.dtype != low.dtype or x.dim() != 3:
+            factor = self._spread(layer, _by_token(low, x))
             # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
-            if low.dim() == 3 and not self.spans_blocks and not self.reads_model_input and not factor.requires_grad:
+            if x.dim() == 3 and not self.spans_blocks and not self.reads_model_input and not factor.requires_grad:
                 self._factors[key] = factor
         return factor
 
@@ -231,7 +251,7 @@ class GateSite:
     def _spread(self, layer: ReadingLayer, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens where experts are bound."""
         weights = next(d.applied for d in self._decisions if d.present == layer.present)
-        segment = layer.described(low).segment
+        segment = layer.segment
         if self.reads_model_input and weights.dim() > 1:
             weights = functional.rows_for_layer(weights, low.shape[0])
         if self.spans_blocks and self.runtime.plan is not None:
@@ -244,7 +264,6 @@ class GateSite:
         return factor
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast. Entering that context takes as long as a small gate, so only where autocast is on."""
-    casts = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if casts else nullcontext()
+def _by_token(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rows [B T, R] of an x [B, T, Cin] as [B, T, R]; anything else as it is."""
+    return low.view(*x.shape[:2], -1) if low.dim() < x.dim() else low

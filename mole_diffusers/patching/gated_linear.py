@@ -30,27 +30,28 @@ class GatedExperts:
         self.stream = stream
         self.site, self.present, self.ranks, self.name = site, stack.present, stack.ranks, name
         self.base, self.down, self.up = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        # A module looks its weight up in slow ways first; the dicts that hold the weights are read directly.
-        self._base, self._down, self._up = (matrix._parameters for matrix in (self.base, self.down, self.up))
+        # A module looks its weight up in slow ways first; the dicts that hold weights and hooks are read directly.
+        matrices = self.base, self.down, self.up
+        self._base, self._down, self._up = (matrix._parameters for matrix in matrices)
+        self._buffers = self.down._buffers
+        self._hooks = tuple(hooks for m in matrices for hooks in (m._forward_pre_hooks, m._forward_hooks))
+        self._own = tuple(matrix.__dict__ for matrix in matrices)
 
     def are_all(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether these experts are all that is added to W, and nobody hooked the three matrices: then `linear` may read
         them. Offloading and quantisation bring weights to where they are used in hooks."""
         if layer._disable_adapters or layer.merged_adapters or layer._active_adapter != ALONE or x.dim() != 3:
             return False
-        for matrix in (self.base, self.down, self.up):
-            if matrix._forward_pre_hooks or matrix._forward_hooks or "forward" in matrix.__dict__:
-                return False
-        return True
+        base, down, up = self._own
+        return not (any(self._hooks) or "forward" in base or "forward" in down or "forward" in up)
 
     def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """The whole layer, x [B, T, Cin] -> [B, T, Cout]."""
-        low = F.linear(x, self._down["weight"])  # A x, [B, T, R]
+        rows = x.flatten(0, 1)  # [B T, Cin]; products of rows take fewer operations
+        low = F.linear(rows, self._down["weight"])  # A x, [B T, R]
         factor = self._factor(layer, x, low)
-        y, up = F.linear(x, self._base["weight"], self._base["bias"]), self._up["weight"]  # y is W x, [B, T, Cout]
-        if y.dtype != up.dtype:  # autocast
-            return y + F.linear(low * factor, up)
-        return functional.add_low_rank(y, low, factor, up)
+        y, up = F.linear(rows, self._base["weight"], self._base["bias"]), self._up["weight"]  # y is W x, [B T, Cout]
+        return functional.add_low_rank(y, low, factor, up).view(x.shape[0], x.shape[1], -1)
 
     def forward(self, layer: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """What the experts add to `result` = W x, by peft's own modules: for convolutions, quantised and offloaded layers,
@@ -60,7 +61,12 @@ class GatedExperts:
 
     def described(self, low: torch.Tensor) -> Layer:
         """What a gate that sits at this layer is told about it."""
-        return Layer(low, self.up.weight, self.down.segment)
+        return Layer(low, self._up["weight"], self.segment)
+
+    @property
+    def segment(self) -> torch.Tensor:
+        """[R] -> index of the expert each rank belongs to."""
+        return self._buffers["segment"]
 
     def _factor(self, layer: Any, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         factor, scaling = self.site.factor(self, x, low), layer.scaling[ADAPTER]

@@ -6,7 +6,7 @@ import torch
 import mole_diffusers as mole
 from benchmarks.hosts import inputs
 from mole_diffusers import functional
-from mole_diffusers.gates import ConstantGate, MoLEGate
+from mole_diffusers.gates import ConstantGate, FlowGate, MoLEGate
 from mole_diffusers.patching.gated_linear import GatedExperts
 from mole_diffusers.testing import tiny_pipeline
 
@@ -59,12 +59,13 @@ def test_a_low_rank_product_is_added_as_in_float64(dtype, rows, gradients):
     exact = y.double() + (low.double() * factor.double()) @ up.double().T
     with torch.set_grad_enabled(gradients):
         given = [part.clone().requires_grad_(gradients) for part in (y, low, factor, up)]
-        added = functional.add_low_rank(*given)
+        y, low, factor, up = given
+        added = functional.add_low_rank(y.flatten(0, 1), low.flatten(0, 1), factor, up)
     assert added.dtype == dtype
-    torch.testing.assert_close(added.double(), exact, atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(added.double(), exact.flatten(0, 1), atol=TOLERANCE[dtype], rtol=0)
     if gradients:
         added.double().sum().backward()
-        expected = (low.double() * up.double().sum(0)).sum_to_size(factor.shape)
+        expected = (low.detach().double() * up.double().sum(0)).sum_to_size(factor.shape)
         torch.testing.assert_close(given[2].grad.double(), expected, atol=20 * TOLERANCE[dtype], rtol=0.02)
 
 
@@ -182,6 +183,32 @@ def test_a_sum_is_evaluated_once_and_traced_at_every_step(pipe, loras, step, mon
     mixture.strength("fox", 0.0)
     step()
     assert len(calls) > once
+
+
+def test_gates_of_the_text_are_evaluated_when_it_changes(pipe, loras, awake, step, monkeypatch):
+    """Against a copy of the text, which is new to them. The picture's gates are evaluated at every step."""
+    mixture = awake(mole.attach(pipe, loras, "flow"))
+    read, forward = [], FlowGate.forward
+    monkeypatch.setattr(FlowGate, "forward", lambda gate, hidden, *a: read.append(hidden) or forward(gate, hidden, *a))
+
+    changes = (
+        lambda: step.text.mul_(2),
+        lambda: awake(mixture, seed=1),
+        lambda: mixture.strength("fox", -2.0),
+        lambda: mixture.strength("ink", 0.0),
+    )
+    step(step.text)
+    for change in changes:
+        read.clear()
+        before = step(step.text)
+        assert read
+        assert not any(hidden is step.text for hidden in read)
+        change()
+        after = step(step.text)
+        assert any(hidden is step.text for hidden in read)
+        assert (after - before).abs().max() > 1e-4
+        torch.testing.assert_close(step(step.text.clone()), after, **CLOSE)
+        step(step.text)
 
 
 def test_gates_asked_at_every_second_step(pipe, loras, awake, draw, monkeypatch):
