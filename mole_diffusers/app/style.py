@@ -33,7 +33,9 @@ CSS = (
 @media (max-width: 640px) {
   .gradio-container { padding: 6px !important; }
   .phone-column { flex-direction: column !important; }
-  .phone-column > * { min-width: 100% !important; }
+  .phone-column > * { min-width: 100% !important; max-width: 100%; }
+  .card .head { gap: 6px; }
+  .card .strength, .card .binding, :is(.card .strength, .card .binding) > * { flex-direction: column; width: 100%; }
   .results { order: -1; }  /* results come right below the button */
 }
 """

@@ -380,6 +380,18 @@ def test_wrong_files_get_a_sentence_that_goes_once_they_are_right(any_width, lor
     assert not page.errors()
 
 
+CUT = """
+const right = (element) => element.getBoundingClientRect().right;
+const seen = (css) => [...document.querySelectorAll(css)].filter((element) => element.offsetParent);
+const text = (element) => { const all = document.createRange(); all.selectNodeContents(element); return right(all); };
+return [
+  ...seen('.card').filter((card) => right(card) > right(card.closest('.phone-column')) + 1),
+  ...seen('.card .block span').filter((label) => text(label) > right(label.closest('.block'))),
+  ...seen('.card input').filter((input) => input.scrollWidth > input.clientWidth),
+].map((element) => element.className + ': ' + (element.innerText || element.value));
+"""  # what is cut in the cards
+
+
 @pytest.mark.thorough
 def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
     tiny.resize(390, 844)
@@ -388,6 +400,7 @@ def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
         assert not tiny.unnamed()
         wide, window = tiny.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert wide <= window, tab
+    assert tiny.driver.execute_script(CUT) == []
     addresses = tiny.driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert addresses
     assert [address for address in addresses if not address.startswith((tiny.url, "data:", "blob:"))] == []
