@@ -5,12 +5,14 @@ from __future__ import annotations
 from PIL import Image
 
 from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.emoji.world import concept_files, gate_folders
+from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.recipe import Recipe
 
 
 def as_code(recipe: Recipe) -> str:
-    """A script for a completed recipe. LoRA files have their names here, without folders; so have the pictures that it draws
-    over, "image.png" and "mask.png"."""
+    """A script for a completed recipe. LoRA files and trained gates have their names here, without folders, but for those of
+    the embedded world; so have the pictures that it draws over, "image.png" and "mask.png"."""
     size = f"{recipe.width}, {recipe.height}"
     lines = [*_pipeline(recipe), ""]
     if recipe.image or recipe.hires > 1:
@@ -37,8 +39,8 @@ def as_code(recipe: Recipe) -> str:
 
 def _pipeline(recipe: Recipe) -> list[str]:
     lines = ["import torch", "from diffusers import DiffusionPipeline", "import mole_diffusers as mole", ""]
-    if recipe.base == "emoji":
-        lines.append("pipe = mole.emoji_world().pipe")
+    if recipe.base == WORLD:
+        lines += ["from mole_diffusers.emoji.world import concept_files, gate_folders", "", "pipe = mole.emoji_world().pipe"]
     elif recipe.base.endswith(".safetensors"):
         lines.append("from mole_diffusers.studio.base_models import open_base")
         lines.append(f"pipe = open_base({recipe.base!r}).pipe")
@@ -63,10 +65,11 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     kind, _, about = recipe.arm.partition(" ")
     lines, callback, indent = list[str](), "", ""
     if recipe.experts and kind == "merge":
-        files = {name: (f"{name}.safetensors", weight) for name, weight in sorted(recipe.constant_strengths().items())}
-        lines += [f"merged = mole.merge({files}, {about!r})", f'mole.attach({pipe}, {{"merged": merged}}, gates="sum")']
+        files = ", ".join(f"{name!r}: ({_lora(recipe, name)}, {w!r})" for name, w in recipe.constant_strengths().items())
+        lines.append(f"merged = mole.merge({{{files}}}, {about!r})")
+        lines.append(f'mole.attach({pipe}, {{"merged": merged}}, gates="sum", binding=None)')
     elif recipe.experts and kind != "base":
-        lines += _mixture(recipe, [about] if kind == "alone" else sorted(recipe.experts), pipe, steps)
+        lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
         lines.append("with mixture.planned(schedule):")
         callback, indent = "callback_on_step_end=schedule.on_step()", "    "
     texts = [repr(recipe.text), f"negative_prompt={recipe.negative!r}" if recipe.negative else ""]
@@ -85,11 +88,19 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     return [*lines, f"{indent}image = {pipe}({', '.join(filter(None, arguments))}).images[0]"]
 
 
+def _lora(recipe: Recipe, name: str) -> str:
+    """A LoRA's file, as code."""
+    is_embedded = recipe.base == WORLD and name in concept_files()
+    return f"concept_files()[{name!r}]" if is_embedded else repr(f"{name}.safetensors")
+
+
 def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[str]:
     """Lines that attach these LoRAs and make the schedule of their tags."""
-    files = {name: f"{name}.safetensors" for name in names}
+    files = ", ".join(f"{name!r}: {_lora(recipe, name)}" for name in names)
     tags = " ".join(str(tag) for tag in recipe.tags if tag.name in names)
-    gates = recipe.gates if recipe.arm == "gates" else "sum"
+    gates = repr(recipe.gates if recipe.arm == "gates" else "sum")
+    if recipe.base == WORLD and recipe.arm == "gates" and recipe.gates in gate_folders():
+        gates = f"gate_folders()[{gates}]"
     locks = {place: dict(row) for place, row in recipe.locks.items()}
     given = f", locks={locks}" if locks else ""
     binding = _binding(recipe, names) if recipe.binding != "none" and recipe.arm == "gates" else "None"
@@ -98,7 +109,7 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
         "from mole_diffusers.studio.prompt_syntax import parse",
         "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",
-        f"mixture = mole.attach({pipe}, {files}, gates={gates!r}, binding={binding})",
+        f"mixture = mole.attach({pipe}, {{{files}}}, gates={gates}, binding={binding})",
         f"tags = parse({tags!r}).tags",
         f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
         f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",

@@ -179,8 +179,8 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
         pipe = loading(str(path), config=str(source), torch_dtype=memory.torch_dtype, **parts)
         for part in (each for each in pipe.components.values() if isinstance(each, torch.nn.Module)):
             part.eval()  # diffusers leaves T5 in training, whose dropout would change every picture
-            if hasattr(part, "tie_weights"):  # T5 has one matrix under two names, of which a file has one
-                part.tie_weights()
+            if tie := getattr(part, "tie_weights", None):  # T5 has one matrix under two names, of which a file has one
+                tie()  # type: ignore[operator]
         return pipe, memory
     except diffusers.loaders.single_file_utils.SingleFileComponentError as error:
         lacking = re.search(r"^(\w+) = ", str(error), re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import struct
@@ -33,9 +34,27 @@ def drawing_over(pipe: Any, *, masked: bool) -> Any:
     names = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in names}
     settings = {name: value for name, value in pipe.config.items() if name in names and name not in parts}
-    made = kind(**parts, **settings)
+    made = (_any_channels(kind) if masked and hasattr(pipe, "unet") else kind)(**parts, **settings)
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
+
+
+def _any_channels(kind: Any) -> Any:
+    """An inpainting class for UNets that read latents alone, whatever their channels: diffusers knows those with four."""
+
+    class Inpaint(kind):  # type: ignore[misc]
+        @functools.wraps(kind.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            own = self.unet.config.in_channels
+            if own == self.vae.config.latent_channels:
+                self.unet.register_to_config(in_channels=4)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                self.unet.register_to_config(in_channels=own)
+
+    Inpaint.__name__ = Inpaint.__qualname__ = kind.__name__
+    return Inpaint
 
 
 def steps_drawn(pipe: Any, steps: int, strength: float) -> int:

@@ -13,6 +13,7 @@ from mole_diffusers.binding.config import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import parse_json, read_json
 from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.studio.names import matching
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 3
@@ -190,9 +191,11 @@ def loads(text: str, where: str) -> Recipe:
 
 
 def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:
-    """The prompt with one LoRA at a constant strength; a tag is added if there is none, its blocks and steps are kept."""
+    """The prompt with one LoRA at a constant strength; a tag is added if there is none (in any case of letters), its
+    blocks and steps are kept."""
     parsed = parse(prompt, known)
     tags = {tag.name: tag for tag in parsed.tags}
+    name = matching(name, tags) or name
     tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
     return str(replace(parsed, tags=tuple(tags.values())))
 

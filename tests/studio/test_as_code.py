@@ -60,3 +60,37 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
     exec(compile(as_code(recipe), "script", "exec"), {})
     with Image.open("picture.png") as image:
         assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe, **pictures), int)).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def world():
+    from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
+
+    pipe = emoji_world().pipe
+    pipe.set_progress_bar_config(disable=True)
+    return Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji")
+
+
+@pytest.mark.parametrize("changes", [{}, {"arm": "merge ties"}, {"strength": 1.0}])
+def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):
+    """Its gates are trained, its LoRAs know their words, and its UNet has eight channels, which diffusers refuses."""
+    monkeypatch.chdir(tmp_path)
+    over = {}
+    if "strength" in changes:
+        over = {"image": Image.effect_noise((64, 64), 90).convert("RGB"), "mask": Image.new("L", (64, 64))}
+        over["mask"].paste(255, (0, 0, 32, 64))
+        for name, picture in over.items():
+            picture.save(f"{name}.png")
+    prompt = "a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:0.8>"
+    recipe = Recipe(prompt, seed=3, steps=2, gates="auto", base="emoji", **changes)
+    recipe = world.complete(with_pictures(recipe, **over))
+    assert recipe.gates == "sunflower+doughnut"
+    exec(compile(as_code(recipe), "script", "exec"), {})
+    drawn = np.asarray(world.draw(recipe, **over), int)
+    assert world.pipe.unet.config.in_channels == 8
+    with Image.open("picture.png") as image:
+        assert np.abs(np.asarray(image, int) - drawn).max() <= 1
+    if over:
+        start = np.asarray(over["image"], int)
+        assert (drawn[:, 34:] == start[:, 34:]).all()
+        assert np.abs(drawn[:, :30] - start[:, :30]).max() > 20

@@ -213,6 +213,7 @@ def test_a_catalog_takes_good_files_only(pipe, tmp_path):
 def test_with_strength():
     assert with_strength("a fox", "fox", 0.5) == "a fox <lora:fox:0.5>"
     assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2:stop=3> <lora:ink:1>"
+    assert with_strength("a <lora:Fox:1:stop=3>", "FOX", 2) == "a <lora:Fox:2:stop=3>"
 
 
 def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
