@@ -344,7 +344,8 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
     """Raises ValueError for other pictures than the recipe's, or without them."""
     for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
         if (picture_passes.pixels_hash(given) if given is not None else "") != wanted:
-            missing = "needs the picture that it was made with" if given is None else "was made with another picture"
+            other = "was made with another picture" if wanted else "was made without a picture"
+            missing = "needs the picture that it was made with" if given is None else other
             raise ValueError(f"the recipe {missing} as its {name}")
 
 

@@ -223,6 +223,8 @@ def test_a_recipe_wants_its_own_pictures(studio, photo):
         studio.draw(recipe)
     with pytest.raises(ValueError, match="was made with another picture as its image"):
         studio.draw(recipe, image=photo.rotate(90))
+    with pytest.raises(ValueError, match="was made without a picture as its mask"):
+        studio.draw(recipe, image=photo, mask=photo.convert("L"))
     with pytest.raises(ValueError, match="4 steps at strength 0.2 are none"):
         studio.draw(dataclasses.replace(recipe, strength=0.2), image=photo)
     with pytest.raises(ValueError, match="the mask has 32 x 48 pixels and its picture 48 x 32"):
