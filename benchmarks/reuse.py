@@ -21,8 +21,8 @@ from mole_diffusers import emoji
 OPTIONS = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "np"}
 
 
-def drawn(pipe: Any, prompt: str, seed: int) -> torch.Tensor:
-    return torch.from_numpy(pipe(prompt, generator=torch.Generator().manual_seed(seed), **OPTIONS).images)
+def drawn(pipe: Any, prompt: str, seed: int, **size: int) -> torch.Tensor:
+    return torch.from_numpy(pipe(prompt, generator=torch.Generator().manual_seed(seed), **OPTIONS, **size).images)
 
 
 def differences(world: Any, pair: str, every: list[int]) -> dict[str, float]:
@@ -30,15 +30,16 @@ def differences(world: Any, pair: str, every: list[int]) -> dict[str, float]:
     names = pair.split("+")
     experts = {name: world.loras[name] for name in names}
     mixture = mole.attach(world.pipe, experts, gates=world.gates[pair])
-    prompt = emoji.composition_scene(names).caption
-    whole = drawn(world.pipe, prompt, 0)
+    scene = emoji.composition_scene(names)
+    prompt, size = scene.caption, dict(zip(("width", "height"), scene.size, strict=True))
+    whole = drawn(world.pipe, prompt, 0, **size)
     found = {}
     for k in every:
         with mixture.every(k):
-            found[f"every {k}"] = (drawn(world.pipe, prompt, 0) - whole).abs().mean().item()
-    found["another seed"] = (drawn(world.pipe, prompt, 1) - whole).abs().mean().item()
+            found[f"every {k}"] = (drawn(world.pipe, prompt, 0, **size) - whole).abs().mean().item()
+    found["another seed"] = (drawn(world.pipe, prompt, 1, **size) - whole).abs().mean().item()
     mole.attach(world.pipe, experts, "sum")
-    found["sum"] = (drawn(world.pipe, prompt, 0) - whole).abs().mean().item()
+    found["sum"] = (drawn(world.pipe, prompt, 0, **size) - whole).abs().mean().item()
     mole.detach(world.pipe)
     return found
 
@@ -46,7 +47,7 @@ def differences(world: Any, pair: str, every: list[int]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, nargs="+", default=[2, 3, 5])
-    parser.add_argument("--pairs", type=int, default=12, help="how many of the world's compositions")
+    parser.add_argument("--pairs", type=int, default=3, help="how many of the world's compositions")
     parser.add_argument("--json", type=Path, help="write the means here, too")
     args = parser.parse_args()
     world = mole.emoji_world()

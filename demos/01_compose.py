@@ -1,4 +1,4 @@
-"""Compose two concept LoRAs of the embedded world, and see one of them alone.
+"""Compose two concept LoRAs of the embedded world, each bound to its own words and place, and see what each does alone.
 
 python demos/01_compose.py [OUT.png]
 """
@@ -9,8 +9,7 @@ import mole_diffusers as mole
 from mole_diffusers.inspection.compare import compare, image_grid
 
 world = mole.emoji_world()
-concepts = {name: world.loras[name] for name in ("sunflower", "doughnut")}
-mixture = mole.attach(world.pipe, concepts, gates=world.gates["sunflower+doughnut"])
+mixture = mole.attach(world.pipe, {name: world.loras[name] for name in ("sunflower", "doughnut")})
 pictures = compare(
     world.pipe,
     mixture,
@@ -18,6 +17,8 @@ pictures = compare(
     seeds=[1, 2],
     num_inference_steps=20,
     guidance_scale=3.0,
+    width=128,
+    height=64,
 )
 mole.detach(world.pipe)
 

@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         studio, kept = Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), Path(work, "pictures")
         actions = Actions(studio, home=Path(work, "gates"), gallery=kept, thumbnail=world_thumbnails())
-        blocks = build(actions, Recipe(PROMPT, seed=2, gates="auto", base="emoji"))
+        blocks = build(actions, Recipe(PROMPT, seed=2, width=128, height=64, gates="auto", base="emoji"))
         _, url, _ = launch(blocks, gallery=kept, prevent_thread_lock=True, quiet=True)
         try:
             with browser(work) as page:

@@ -31,7 +31,7 @@ from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
-from mole_diffusers.studio.base_models import Base, open_base, usual_guidance
+from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import plain_text
@@ -159,12 +159,16 @@ class Actions:
         if source != self.studio.base and (known or file != Path(self.studio.base).name):
             raise ValueError(f"this is for the base model {known or file!r}, and here is {self.base!r}: {mend}")
 
-    def settings_of_base(self) -> dict[str, Any]:
+    def settings_of_base(self, prompt: str) -> dict[str, Any]:
         """Size and usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
         if self.studio.base == self._first_base:
             return {}
-        side = self.studio.default_side
-        return {"width": side, "height": side, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
+        width, height = self.usual_size(prompt)
+        return {"width": width, "height": height, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
+
+    def usual_size(self, prompt: str) -> tuple[int, int]:
+        """Width and height in pixels that the base model here usually draws a prompt at."""
+        return usual_size(self.studio.pipe, self.studio.base, prompt)
 
     # ---- LoRAs and gates
 
@@ -379,7 +383,8 @@ class Actions:
             if mixture is None:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
             with mixture.strengths(strengths):
-                return path, mixture.export_lora(path, words, rank=rank, guidance_scale=recipe.guidance)
+                call = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+                return path, mixture.export_lora(path, words, rank=rank, **call)
 
     def _completed(self, recipe: Recipe) -> Recipe:
         if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:

@@ -23,6 +23,7 @@ from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import QUEUE, Page, session, with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
@@ -65,6 +66,8 @@ def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
     first = {**page.fresh().to_dict(), "prompt": None, "base": ""}
+    if page.actions.base == WORLD:
+        first |= dict(zip(("width", "height"), page.actions.usual_size(str(given.get("prompt", ""))), strict=True))
     recipe = Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
     if recipe.base:
         page.actions.check_base(recipe.base, "change it first")

@@ -36,7 +36,7 @@ def connect(page: Page, status: Any) -> None:
         fresh = page.fresh()
         first: dict[Any, dict[str, Any]] = {page.controls["sampler"]: {"value": "default"}}
         listed = [gr.update(choices=each(), **first.get(field, {})) for field, each in zip(lists, choices, strict=True)]
-        return [page.actions.base, fresh.width, fresh.height, fresh.guidance, *listed]
+        return [page.actions.base, *page.shown_size(fresh).values(), fresh.guidance, *listed]
 
     inputs = [page.base]
     for event in connect_job(page, "base", [page.base.input], plan, show, inputs=inputs, status=status, outputs=outputs):

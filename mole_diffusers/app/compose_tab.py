@@ -165,8 +165,10 @@ def _settings(page: Page) -> Any:
             page.controls["guidance"] = gr.Slider(0, 20, d.guidance, step=0.1, label="Guidance")
             count = gr.Slider(1, 16, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count")
         with gr.Row():
-            page.controls["width"] = gr.Number(d.width, label="Width", precision=0)
-            page.controls["height"] = gr.Number(d.height, label="Height", precision=0)
+            for name in ("width", "height"):
+                page.controls[name] = gr.Number(
+                    page.shown_size(d)[name], label=name.capitalize(), info="0: the model's own", precision=0
+                )
         with gr.Row():
             page.controls["sampler"] = gr.Dropdown(
                 ["default", *page.actions.studio.samplers], value="default", label="Sampler", elem_id="sampler"

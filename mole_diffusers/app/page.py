@@ -19,6 +19,7 @@ from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.interrupted import Interrupted, Offer
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.mixer_cards import cards_of
+from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import Recipe
 
@@ -87,6 +88,7 @@ class Page:
         *given, locks, masks, base = values
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
+        named["width"], named["height"] = self.size(named["prompt"], named["width"], named["height"])
         for name, kind in NUMBERS.items():
             if named[name] is None:
                 raise ValueError(f"{name} must be a number")
@@ -96,7 +98,7 @@ class Page:
 
     def values(self, recipe: Recipe) -> list[Any]:
         """The values of `inputs` for a recipe."""
-        shown = {name: getattr(recipe, name) for name in self.controls}
+        shown = {name: getattr(recipe, name) for name in self.controls} | self.shown_size(recipe)
         own = dict(recipe.locks), dict(recipe.masks), self.actions.base
         return [*(shown | {"sampler": recipe.sampler or "default"}).values(), *own]
 
@@ -113,7 +115,17 @@ class Page:
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
-        return replace(self.defaults, **self.actions.settings_of_base())
+        return replace(self.defaults, **self.actions.settings_of_base(self.defaults.prompt))
+
+    def shown_size(self, recipe: Recipe) -> dict[str, int]:
+        """Width and height as the controls show them: 0 where they follow the prompt, see `size`."""
+        follows = (recipe.width, recipe.height) == self.actions.usual_size(recipe.text) and self.actions.base == WORLD
+        return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
+
+    def size(self, prompt: str, width: float | None, height: float | None) -> tuple[int, int]:
+        """Width and height in pixels as in the controls; 0 is the base model's own for the prompt."""
+        own = self.actions.usual_size(prompt)
+        return int(width or own[0]), int(height or own[1])
 
     def gates(self) -> list[str]:
         """The gates that can be chosen."""

@@ -98,19 +98,19 @@ def _connect_views(page: Page, panel: Panel) -> None:
             return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
     @told(2)
-    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: float, height: float) -> Any:
+    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, *size: float | None) -> Any:
         picture = last(request)
         mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return canvas(picture, int(width), int(height), mask), ""
+        return canvas(picture, *page.size(text, *size), mask), ""
 
-    def empty(request: gr.Request, width: float, height: float) -> Any:
-        return canvas(last(request), int(width), int(height), None)
+    def empty(request: gr.Request, text: str, *size: float | None) -> Any:
+        return canvas(last(request), *page.size(text, *size), None)
 
     page.shown.change(names, page.cards, panel.which, show_progress="hidden", **PRIVATE)
     page.pictures.change(overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
     begins = [panel.whole.expand, panel.over.click, panel.which.input]
     gr.on(begins, start, [panel.which, page.masks, prompt, *size], [panel.editor, panel.status], **PRIVATE)
-    panel.empty.click(empty, size, panel.editor, **PRIVATE)
+    panel.empty.click(empty, [prompt, *size], panel.editor, **PRIVATE)
 
 
 def _connect_use(page: Page, panel: Panel) -> None:

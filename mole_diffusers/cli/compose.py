@@ -70,7 +70,7 @@ def compose(
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
-    negative, call = how["negative"], call_options(pipe, base, how, seeds)
+    negative, call = how["negative"], call_options(pipe, base, prompt, how, seeds)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
@@ -79,6 +79,8 @@ def compose(
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, negative, seeds, call)
+    if base == WORLD and (drawing := _true_drawing(prompt)):
+        pictures["true drawing"] = [drawing] * len(seeds)
     about = {"prompt": prompt, "negative": negative, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
     about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}
     about |= {"seeds": seeds, "sampler": how["sampler"], **call}
@@ -86,10 +88,10 @@ def compose(
     print(json.dumps({"out": str(path), **about}) if as_json else f"{prompt}: {path}")
 
 
-def call_options(pipe: Any, base: str, how: options.Given, seeds: Sequence[int]) -> dict[str, Any]:
+def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: Sequence[int]) -> dict[str, Any]:
     """The options of a pipeline call that draws pictures of `seeds`, with the size rounded; the sampler is put on the
     pipeline."""
-    from mole_diffusers.studio.base_models import usual_guidance
+    from mole_diffusers.studio.base_models import usual_guidance, usual_size
     from mole_diffusers.studio.picture_passes import drawable
     from mole_diffusers.studio.samplers import sampler
 
@@ -100,6 +102,8 @@ def call_options(pipe: Any, base: str, how: options.Given, seeds: Sequence[int])
     if width or height:
         size = drawable(pipe, width or height or 0, height or width or 0)
         call |= dict(zip(("width", "height"), size, strict=True))
+    elif base == WORLD:
+        call |= dict(zip(("width", "height"), usual_size(pipe, base, prompt), strict=True))
     return call
 
 
@@ -124,6 +128,14 @@ def _world_gates(experts: Mapping[str, Any]) -> str | Path:
     from mole_diffusers.emoji.world import gate_folders
 
     return next((folder for name, folder in gate_folders().items() if set(name.split("+")) == set(experts)), "sum")
+
+
+def _true_drawing(prompt: str) -> Any:
+    """What the artists of the emoji world drew of it; None where the prompt names nothing of it."""
+    from mole_diffusers import emoji
+
+    scene = emoji.scene_in(prompt)
+    return emoji.Drawings(emoji.default_folder()).picture(scene) if scene else None
 
 
 def started(sheet: options.Given) -> tuple[list[int], Path]:

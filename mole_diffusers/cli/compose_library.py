@@ -44,7 +44,7 @@ def compose_library(
     seeds, path = started(sheet)
     pipe = opened(base, opening).pipe
     found_in = open_library(library, pipe, encoder)
-    negative, call = how["negative"], call_options(pipe, base, how, seeds)
+    negative, call = how["negative"], call_options(pipe, base, prompt, how, seeds)
     pictures = {"base": drawn(pipe, prompt, negative, seeds, call)}
     with composed(found_in, pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
         pictures[f"found ({mode})"] = drawn(pipe, prompt, negative, seeds, call)

@@ -27,7 +27,7 @@ from mole_diffusers.cli.training_runs import (
 )
 from mole_diffusers.training.config import GateTraining
 
-RECOMMENDED = "flow"  # what the validation compositions of docs/results.md chose
+RECOMMENDED = "flow"  # what the validation compositions of docs/earlier_world.md chose
 learn = partial(Option, rich_help_panel=PICTURES)
 gate = partial(Option, rich_help_panel="Which gates")
 switch = partial(gate, parser=json_or_text, metavar="true|false")
@@ -83,9 +83,7 @@ def train(
     plain: Annotated[list[str], learn(metavar="PROMPT", help="A prompt that names no LoRA.")] = NONE,
     other: Annotated[list[str], learn(metavar="NAME=WORD", help="A word that may replace this LoRA's trigger.")] = NONE,
     data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures with captions.")] = NONE,
-    clip: Annotated[
-        str | None, learn(metavar="MODEL", help="A CLIP of transformers, a folder or a hub id. The emoji world has its own.")
-    ] = None,
+    clip: Annotated[str | None, learn(metavar="MODEL", help="A CLIP of transformers, a folder or a hub id.")] = None,
     term: Annotated[
         list[str],
         Option(
@@ -151,19 +149,19 @@ def _term(text: str) -> tuple[str, Any]:
 def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None, repo: str | None) -> list[dict]:
     from mole_diffusers.gates import GateConfig, checkpoint, hub
     from mole_diffusers.mixture import attach
-    from mole_diffusers.training import TrainingData, train_gates
+    from mole_diffusers.training import TrainingData, read_clip, train_gates
     from mole_diffusers.training.gate_trainer import summary
 
     base, data = asked["base"], TrainingData(**asked["lesson"])
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
-    config = GateTraining.from_dict({**asked["training"], "terms": terms})
+    config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})
     gates = GateConfig.from_dict(asked["gates"])
     experts = experts_for(base, asked["experts"], " ".join(data.composed))
     pipe = trained_pipeline(asked, device)
     mixture = attach(pipe, experts, gates)
     data.samples = samples(pipe, asked["data"])
     success = _judge() if base == WORLD and config.validation.every else None
-    clip = _clip(pipe, asked["clip"] or (WORLD if base == WORLD else None))
+    clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
     log = train_gates(pipe, mixture, data, config=config, clip=clip, folder=out, resume_from=resume, success=success)
     if is_main_process():
         about = {"prompt": next(iter(data.composed), None), "base": base, "training": summary(config, log)}
@@ -179,16 +177,12 @@ def _own_terms(data: Any) -> list[str]:
     return ["collage"] if data.parts and not data.singles else [name for name, prompts in learned.items() if prompts]
 
 
-def _clip(pipe: Any, source: str | None) -> Any:
-    """The CLIP of --clip, if any."""
+def _canvas(base: str, data: Any) -> dict[str, int]:
+    """The size that the embedded world draws the composed prompts at; {} for other bases, which have one of their own."""
     from mole_diffusers import emoji
-    from mole_diffusers.training import read_clip
 
-    if source is None:
-        return None
-    if source == WORLD:
-        return read_clip(emoji.default_folder() / "clip", device=pipe.device, tokenizer=pipe.tokenizer)
-    return read_clip(source, device=pipe.device)
+    sizes = [emoji.canvas(prompt) for prompt in data.composed[:1]] if base == WORLD else []
+    return dict(zip(("width", "height"), sizes[0], strict=True)) if sizes else {}
 
 
 def _judge() -> Callable[[Any, str], float]:
@@ -199,8 +193,10 @@ def _judge() -> Callable[[Any, str], float]:
     judge = Judge.load(emoji.default_folder() / "judge")
 
     def success(images: Any, prompt: str) -> float:
-        words, verdict = f" {prompt} ", judge.verdict(images)
-        right = judge.sees(verdict, [s for s in judge.subjects if f" {s} " in words]).all(-1)
-        return float((right & judge.is_style(verdict, prompt.partition(" drawing")[0])).float().mean())
+        scene, verdict = emoji.scene_in(prompt), judge.verdict(images)
+        if scene is None:
+            raise ValueError(f"the prompt {prompt!r} names no subject of the emoji world, so nothing can be judged")
+        right = judge.sees(verdict, scene.subjects).all(-1)
+        return float((right & judge.is_style(verdict, scene.style)).float().mean())
 
     return success

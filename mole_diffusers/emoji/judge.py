@@ -1,4 +1,4 @@
-"""The emoji world's evaluator: which subjects, which style and which background a picture shows."""
+"""The emoji world's evaluator: which subjects, which style and which background a picture of any canvas shows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,32 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+STRIDE = 16  # pixels from one place of the subject map to the next
+
 
 @dataclass(frozen=True)
 class Verdict:
     """What the judge sees in B pictures; indices into its word lists.
 
     Attributes:
-        subjects: [B, S] log-probabilities, each subject on its own.
+        subjects: [B, S] log-probabilities that a subject is somewhere in the picture, each on its own.
         style: [B] the most likely style.
         background: [B] the most likely background.
+    """
+
+    subjects: torch.Tensor
+    style: torch.Tensor
+    background: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The judge's raw output on B pictures.
+
+    Attributes:
+        subjects: [B, S], the largest over places.
+        style: [B, Y], the mean over places weighted by how sure the judge is of a subject there.
+        background: [B, K].
     """
 
     subjects: torch.Tensor
@@ -46,40 +63,39 @@ class _Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """A residual CNN on [B, 3, 64, 64] in -1..1: subject logits per position, pooled by log-sum-exp (multi-label);
-    style and background from the mean feature."""
+    """A convolutional residual network on [B, 3, H, W] in -1..1, H and W multiples of 16.
+
+    Each place, 16 pixels from the next, says which subject it belongs to; a subject is as likely as its likeliest place.
+    """
 
     def __init__(self, subjects: Sequence[str], styles: Sequence[str], backgrounds: Sequence[str]):
         super().__init__()
         self.subjects, self.styles, self.backgrounds = list(subjects), list(styles), list(backgrounds)
         layers: list[nn.Module] = []
-        for before, after in ((3, 32), (32, 64), (64, 128), (128, 160)):
+        for before, after in ((3, 32), (32, 64), (64, 128), (128, 224)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU(), _Residual(after)]
-        self.trunk = nn.Sequential(*layers, _Residual(160))  # [B, 160, 4, 4]
-        self.subject = nn.Conv2d(160, len(subjects), 1)
-        self.style = nn.Linear(160, len(styles))
-        self.background = nn.Linear(160, len(backgrounds))
+        self.trunk = nn.Sequential(*layers, _Residual(224))  # [B, 224, H / 16, W / 16]
+        self.subject = nn.Conv2d(224, len(subjects), 1)
+        self.weight = nn.Conv2d(224, 1, 1)  # how much a place says about style
+        self.style = nn.Conv2d(224, len(styles), 1)
+        self.background = nn.Linear(224, len(backgrounds))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits of subjects [B, S], style [B, Y] and background [B, K]."""
+    def forward(self, x: torch.Tensor) -> Logits:
         features = self.trunk(x)
-        mean = features.mean((2, 3))
-        return self.subject(features).flatten(2).logsumexp(-1), self.style(mean), self.background(mean)
+        weight = self.weight(features).flatten(2).softmax(-1)  # [B, 1, P]
+        style = (self.style(features).flatten(2) * weight).sum(-1)
+        subjects = self.subject(features).flatten(2).logsumexp(-1)
+        return Logits(subjects, style, self.background(features.mean((2, 3))))
 
     @torch.no_grad()
     def verdict(self, images: Sequence[Image.Image]) -> Verdict:
-        """Look at RGB pictures of 64 x 64."""
-        subjects, style, background = self(_pixels(images))
-        return Verdict(F.logsigmoid(subjects), style.argmax(-1), background.argmax(-1))
-
-    @torch.no_grad()
-    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """What the verdict is read from: [B, 160, 4, 4], rows and columns of places in the picture."""
-        return self.trunk(_pixels(images))
+        """Look at RGB pictures of one size."""
+        logits = self(_pixels(images))
+        return Verdict(F.logsigmoid(logits.subjects), logits.style.argmax(-1), logits.background.argmax(-1))
 
     @torch.no_grad()
     def subject_map(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Logits of every subject at every place: [B, S, 4, 4]."""
+        """Logits of every subject at every place: [B, S, H / 16, W / 16]."""
         return self.subject(self.trunk(_pixels(images)))
 
     def sees(self, verdict: Verdict, subjects: Sequence[str]) -> torch.Tensor:
@@ -99,22 +115,22 @@ class Judge(nn.Module):
     def save(self, folder: Path) -> None:
         """fp16 weights and the word lists."""
         folder.mkdir(parents=True, exist_ok=True)
-        halves = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        state = {k: v.contiguous() for k, v in self.state_dict().items()}
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
         save_file(halves, folder / "judge.safetensors")
-        words = {"subjects": self.subjects, "styles": self.styles, "backgrounds": self.backgrounds}
-        (folder / "judge.json").write_text(json.dumps(words, indent=1) + "\n")
+        names = {"subjects": self.subjects, "styles": self.styles, "backgrounds": self.backgrounds}
+        (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Judge:
         """Read what `save` wrote, as fp32, in evaluation mode."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
-        judge.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()}
-        )
+        weights = load_file(folder / "judge.safetensors")
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
         return judge.eval()
 
 
 def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB pictures as [B, 3, 64, 64] in -1..1."""
+    """RGB pictures of one size as [B, 3, H, W] in -1..1."""
     x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
     return x.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""`emoji_world()`: the embedded world as one object: base pipeline, LoRAs, gates, judge, CLIP, drawings."""
+"""`emoji_world()`: the embedded world as one object: base pipeline, LoRAs, gates, judge, drawings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPModel
 
 from mole_diffusers import emoji
 from mole_diffusers.emoji.judge import Judge
@@ -16,7 +15,7 @@ from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
 
 @dataclass(frozen=True)
 class EmojiWorld:
-    """A real Stable Diffusion in small (64 x 64 pictures), with a ground truth for composition.
+    """A real Stable Diffusion in small, with a ground truth for composition; see `emoji.canvas` for sizes of pictures.
 
     Attributes:
         pipe: the base, a MoLEStableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
@@ -34,10 +33,6 @@ class EmojiWorld:
     def judge(self) -> Judge:
         """The evaluator; nothing of this world was trained with it."""
         return Judge.load(self.folder / "judge")
-
-    def clip(self) -> CLIPModel:
-        """The CLIP of this world; shares nothing with the judge. Its tokenizer is the pipeline's."""
-        return CLIPModel.from_pretrained(self.folder / "clip", dtype=torch.float32).eval()
 
 
 def concept_files() -> dict[str, Path]:

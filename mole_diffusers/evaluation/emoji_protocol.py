@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from mole_diffusers import emoji
@@ -22,7 +21,6 @@ from mole_diffusers.evaluation.tables import (
     as_frame,
     as_text,
     by_kind,
-    concept_mean,
     interval,
     markdown,
     paired_table,
@@ -34,24 +32,30 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def scene_of(concepts: Sequence[str], index: int) -> emoji.Scene:
-    """The scene of a case, on a coloured background.
+NEAR = 2  # places of the judge, of 16 pixels: closer than this, subjects are blended into one
 
-    Those words can be lost in a picture, and gates that were trained on the composition over white never saw the prompt.
-    """
-    scene, colours = emoji.composition_scene(concepts), list(emoji.BACKGROUNDS)[1:]
-    turn = index // 2 if index % 2 else index // 2 + 2  # a case and the next have different ones
-    return emoji.Scene(scene.subjects, scene.style, colours[turn % len(colours)])
+
+def scene_of(concepts: emoji.Concepts, index: int) -> emoji.Scene:
+    """The scene of composition `index` of its kind, on a coloured background, wide and tall in turn."""
+    colours = list(emoji.BACKGROUNDS)[1:]
+    return replace(emoji.composition_scene(concepts), background=colours[index % len(colours)], upright=bool(index % 2))
 
 
 def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emoji.Scene]]:
     """Every composition of a split with its scene."""
-    out = []
+    found = []
     for kind, group in split.items():
         for i, concepts in enumerate(group):
             scene = scene_of(concepts, i)
-            out.append((Case(concepts, kind, scene.caption), scene))
-    return out
+            found.append((Case(concepts, kind, scene.caption, size=scene.size), scene))
+    return found
+
+
+def squares(case: Case) -> list[tuple[float, float, float, float]]:
+    """A square of the canvas for each subject, in the order of naming: left to right, top to bottom."""
+    width, height = case.size or (1, 1)
+    across, down = max(1, round(width / 64)), max(1, round(height / 64))
+    return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y in range(down) for x in range(across)]
 
 
 def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
@@ -70,85 +74,52 @@ def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
 def own_prompts(concept: str, count: int = 7) -> list[str]:
     """Prompts of one concept alone: a subject in the base's styles, a style over the base's subjects."""
     if concept in emoji.STYLES:
-        return [emoji.Scene((subject,), concept).caption for subject in emoji.BASE_SUBJECTS[:: 28 // count][:count]]
+        some = emoji.BASE_SUBJECTS[:: len(emoji.BASE_SUBJECTS) // count]
+        return [emoji.Scene((subject,), concept).caption for subject in some[:count]]
     return [emoji.Scene((concept,), style).caption for style in emoji.BASE_STYLES[:count]]
 
 
 class JudgeMetrics:
-    """Measures pictures of the world's cases with the judge, which nothing was trained with.
+    """Measures pictures of cases with the judge, which nothing was trained with.
 
-    Each row has: `seen` (concept -> whether it is there; subjects count if they are among the judge's most likely ones),
-    `success` (all seen), `subjects` (the share of them that is seen), `style`, `background`, `likeness` (subject -> cosine
-    of the judge's mean features in that subject's place with those of the artist's own drawing there, both less their mean
-    over drawings of base subjects in that style), and for several subjects `own_place` (the share of places where the one
-    that belongs there is stronger than the others that were asked for).
+    Each row has: `seen` (concept -> whether it is there), `success` (all seen), `subjects` (the share of them that is seen),
+    `style`, `background`, and `apart` (do the likeliest places of its subjects lie two places or more from one another;
+    None for a single one).
 
     Args:
-        scenes: prompt -> its scene.
+        scenes: (prompt, size) of a case -> its scene.
     """
 
-    def __init__(self, world: EmojiWorld, scenes: Mapping[str, emoji.Scene]):
-        self.judge: Judge = world.judge()
-        self.drawings, self.scenes = world.drawings, scenes
+    def __init__(self, judge: Judge, scenes: Mapping[tuple[str, tuple[int, int] | None], emoji.Scene]):
+        self.judge, self.scenes = judge, scenes
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
-        scene = self.scenes[case.prompt]
+        scene = self.scenes[case.prompt, case.size]
         verdict = self.judge.verdict(images)
-        subjects = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
+        there = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
         style, background = self.judge.is_style(verdict, scene.style), self.judge.is_background(verdict, scene.background)
-        likeness, places = self._likeness(scene, images), self._own_place(scene, images)
+        apart = self._apart(scene, images)
         rows: list[Row] = []
         for i in range(len(images)):
-            seen = dict(zip(scene.subjects, subjects[i].tolist(), strict=True)) | {scene.style: bool(style[i])}
+            seen = dict(zip(scene.subjects, there[i].tolist(), strict=True)) | {scene.style: bool(style[i])}
             asked = {concept: seen[concept] for concept in case.concepts}
-            rows.append(
-                {
-                    "seen": asked,
-                    "success": all(asked.values()),
-                    "subjects": subjects[i].float().mean().item(),
-                    "style": bool(style[i]),
-                    "background": bool(background[i]),
-                    "likeness": likeness[i],
-                    "own_place": places[i],
-                }
-            )
+            row = {"seen": asked, "success": all(asked.values()), "subjects": there[i].float().mean().item()}
+            rows.append(row | {"style": bool(style[i]), "background": bool(background[i]), "apart": apart[i]})
         return rows
 
-    def _likeness(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[dict[str, float]]:
-        count, known = len(scene.subjects), emoji.BASE_SUBJECTS
-        others = [replace(scene, subjects=(known[i:] + known)[:count]) for i in range(len(known))]
-        centre = self._in_places(count, [self.drawings.picture(other) for other in others]).mean(0)  # [S, C]
-        truth = self._in_places(count, [self.drawings.picture(scene)]) - centre  # [1, S, C]
-        own = self._in_places(count, images) - centre  # [B, S, C]
-        found = F.cosine_similarity(own, truth, dim=-1).tolist()
-        return [dict(zip(scene.subjects, row, strict=True)) for row in found]
-
-    def _in_places(self, count: int, images: Sequence[Image.Image]) -> torch.Tensor:
-        """[B, count, C]: the mean feature in the place of each of `count` subjects."""
-        features = self.judge.features(images)  # [B, C, 4, 4]
-        return torch.stack([features[..., a:b].mean((2, 3)) for a, b in columns_of(count)], 1)
-
-    def _own_place(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[float | None]:
-        count = len(scene.subjects)
-        if count == 1:
+    def _apart(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[bool | None]:
+        if len(scene.subjects) == 1:
             return [None] * len(images)
-        columns = self.judge.subject_map(images).logsumexp(2)  # [B, S, 4] over rows of places
-        index = [self.judge.subjects.index(s) for s in scene.subjects]
-        strength = torch.stack([columns[:, index, a:b].amax(-1) for a, b in columns_of(count)], -1)
-        own = strength.argmax(1) == torch.arange(count)  # [B, place]: whether the strongest subject there belongs there
-        return own.float().mean(1).tolist()
-
-
-def columns_of(count: int) -> list[tuple[int, int]]:
-    """First and end of the judge's four columns that each of `count` subjects side by side stands in."""
-    edges = [round(4 * i / count) for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+        maps = self.judge.subject_map(images)[:, [self.judge.subjects.index(s) for s in scene.subjects]]  # [B, k, h, w]
+        likeliest, wide = maps.flatten(2).argmax(-1), maps.shape[-1]
+        at = torch.stack([likeliest // wide, likeliest % wide], -1)  # [B, k, 2]: row and column
+        far = (at[:, :, None] - at[:, None]).abs().amax(-1) >= NEAR  # [B, k, k]
+        return (far | torch.eye(len(scene.subjects), dtype=torch.bool)).flatten(1).all(1).tolist()
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows as a table, with `likeness` as its mean over subjects, and the figures' names for `subjects` and `style`."""
+    """Rows as a table, with the figures' names for `subjects` and `style`."""
     found = as_frame(rows)
-    found["likeness"] = concept_mean(found["likeness"])
     found["subject seen"], found["style seen"] = found["subjects"], found["style"]
     return found
 
@@ -157,7 +128,7 @@ def concept_table(rows: pd.DataFrame) -> str:
     """What stands behind success, by arm.
 
     The share of concepts seen, recovery (of what the single LoRA shows on the same seeds), the harmonic mean over a case's
-    concepts, likeness to the artist's drawing, style, background, and the share of subjects in their own place.
+    concepts, style, background, and how often several subjects stand apart.
     """
     alone = {
         (*place, concept): seen[concept]
@@ -175,11 +146,11 @@ def concept_table(rows: pd.DataFrame) -> str:
                 as_text(bootstrap(seen[:, :, 0], drawn, share)),
                 as_text(bootstrap(seen, drawn, recovery)),
                 as_text(bootstrap(seen[:, :, 0], drawn, harmonic)),
-                *(interval(own, value) for value in ("likeness", "style", "background")),
-                interval(own.dropna(subset=["own_place"]), "own_place"),
+                *(interval(own, value) for value in ("style", "background")),
+                interval(own.dropna(subset=["apart"]), "apart"),
             ]
         )
-    head = ["arm", "concepts seen", "recovery", "harmonic mean", "likeness", "style", "background", "own place"]
+    head = ["arm", "concepts seen", "recovery", "harmonic mean", "style", "background", "apart"]
     return markdown(head, body)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mole_diffusers import functional
 from mole_diffusers.mixture import Mixture
@@ -62,7 +62,8 @@ def image_grid(
 
     Args:
         rows: one sequence of pictures per row, as many as `columns`.
-        cell: side of a cell in pixels; small pictures are enlarged without smoothing.
+        cell: shorter side of a cell in pixels, in whose shape every picture has room; small ones are enlarged without
+            smoothing.
 
     Raises ValueError if the pictures do not fill the sheet.
     """
@@ -71,17 +72,20 @@ def image_grid(
     font = ImageFont.load_default(14)
     left = max((int(font.getlength(text)) for text in labels), default=0) + 2 * MARGIN
     top = 14 + 3 * MARGIN
-    width, height = left + len(columns) * (cell + MARGIN), top + len(rows) * (cell + MARGIN)
-    sheet = Image.new("RGB", (width, height), "white")
+    largest = [max((image.size[i] for row in rows for image in row), default=1) for i in (0, 1)]
+    wide, high = (round(cell * side / min(largest)) for side in largest)
+    sheet = Image.new("RGB", (left + len(columns) * (wide + MARGIN), top + len(rows) * (high + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
     for c, text in enumerate(columns):
-        draw.text((left + c * (cell + MARGIN) + cell // 2, MARGIN), _fitted(text, cell, font), "black", font, anchor="ma")
+        draw.text((left + c * (wide + MARGIN) + wide // 2, MARGIN), _fitted(text, wide, font), "black", font, anchor="ma")
     for r, row in enumerate(rows):
-        y = top + r * (cell + MARGIN)
-        draw.text((MARGIN, y + cell // 2), labels[r], "black", font, anchor="lm")
+        y = top + r * (high + MARGIN)
+        draw.text((MARGIN, y + high // 2), labels[r], "black", font, anchor="lm")
         for c, image in enumerate(row):
-            filter_ = Image.Resampling.NEAREST if image.width < cell else Image.Resampling.LANCZOS
-            sheet.paste(image.resize((cell, cell), filter_), (left + c * (cell + MARGIN), y))
+            filter_ = Image.Resampling.NEAREST if image.width < wide else Image.Resampling.LANCZOS
+            fitted = ImageOps.contain(image, (wide, high), filter_)
+            x = left + c * (wide + MARGIN) + (wide - fitted.width) // 2
+            sheet.paste(fitted, (x, y + (high - fitted.height) // 2))
     return sheet
 
 

@@ -28,7 +28,7 @@ from mole_diffusers.retrieval.store import (
     save,
 )
 
-THRESHOLD = 0.7  # the lowest that finds nothing for the emoji world's validation prompts that ask for nothing
+THRESHOLD = 0.7  # the lowest that found nothing for validation prompts of an earlier emoji world that ask for nothing
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 
 from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.names import by_name, known_names, matching, own_name, short_names
 
@@ -95,6 +96,20 @@ def usual_guidance(pipe: Any, name: str) -> float:
     """The guidance that a base model is usually drawn with."""
     kind = type(pipe).__name__
     return 3.0 if name == WORLD else next((value for start, value in GUIDANCE.items() if kind.startswith(start)), 7.0)
+
+
+def usual_size(pipe: Any, name: str, prompt: str) -> tuple[int, int]:
+    """Width and height in pixels that a base model usually draws a prompt at, with or without tags.
+
+    In the embedded world they grow with the number of subjects.
+    """
+    if name == WORLD:
+        from mole_diffusers.emoji import canvas
+
+        return canvas(re.sub("<[^>]*>", "", prompt))
+    network: Any = denoiser(pipe)
+    side = getattr(pipe, "default_sample_size", None) or network.config.sample_size
+    return (int(side * pipe.vae_scale_factor),) * 2
 
 
 def bases_in(folder: str | Path) -> dict[str, Path]:

@@ -107,13 +107,6 @@ class Studio:
         """The samplers that this base can be drawn with."""
         return list(samplers_of(self._own_scheduler))
 
-    @property
-    def default_side(self) -> int:
-        """The side of the base's own pictures, in pixels."""
-        network: Any = denoiser(self.pipe)
-        side = getattr(self.pipe, "default_sample_size", None) or network.config.sample_size
-        return int(side * self.pipe.vae_scale_factor)
-
     def misfit(self, name: str) -> str:
         """Why a LoRA cannot be used with this base, in one clause by its file's header; "" if it may fit."""
         hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}

@@ -71,10 +71,12 @@ def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
 
 def sheet(pictures: Sequence[Sequence[Image.Image | None]], x: Axis, y: Axis) -> Image.Image:
     """The labelled grid as one picture; cells that were not drawn are grey."""
-    blank = Image.new("RGB", (64, 64), "#dddddd")
+    sizes = [image.size for row in pictures for image in row if image] or [(64, 64)]
+    size = max(width for width, _ in sizes), max(height for _, height in sizes)
+    blank = Image.new("RGB", size, "#dddddd")
     rows = [[image or blank for image in row] for row in pictures]
-    side = max((image.width for row in rows for image in row), default=64)
-    return image_grid(rows, list(x.labels), list(y.labels), cell=min(max(side, 128), 512))
+    longer = min(max(*size, 128), 512)
+    return image_grid(rows, list(x.labels), list(y.labels), cell=max(1, longer * min(size) // max(size)))
 
 
 def save(image: Image.Image, path: str | Path, recipe: Recipe, x: str, y: str) -> None:

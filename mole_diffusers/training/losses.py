@@ -98,19 +98,19 @@ def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tenso
 def side_by_side(pictures: torch.Tensor, width: int | None = None, height: int | None = None) -> torch.Tensor:
     """Collages [B, 3, height, width] of N pictures each [N, B, 3, H, W], by default of the size of one.
 
-    Each picture stands in the middle of its share of the longer side, the first left or on top, shrunk where it has to be.
-    The background is the median colour of the pictures' edges.
+    Each picture stands in the middle of its share of the longer side, the first left or on top, shrunk where it has to be;
+    three or four stand in the quarters of a square. The background is the median colour of the pictures' edges.
     """
     count, batch, _, *own = pictures.shape
     height, width = height or own[0], width or own[1]
     edges = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1)  # [N, B, 3, E]
     background = edges.transpose(0, 1).transpose(1, 2).flatten(2).median(-1).values  # [B, 3]
     sheet = background[..., None, None].expand(batch, 3, height, width).clone()
-    cell = (height, width // count) if width >= height else (height // count, width)
+    across, down = (2, 2) if width == height and count in (3, 4) else (count, 1) if width >= height else (1, count)
+    cell = (height // down, width // across)
     scale = min(1.0, cell[0] / own[0], cell[1] / own[1])
     high, wide = (int(side * scale) for side in own)
     for i, picture in enumerate(pictures):
-        left, top = (i * cell[1], 0) if width >= height else (0, i * cell[0])
-        left, top = left + (cell[1] - wide) // 2, top + (cell[0] - high) // 2
+        left, top = i % across * cell[1] + (cell[1] - wide) // 2, i // across * cell[0] + (cell[0] - high) // 2
         sheet[..., top : top + high, left : left + wide] = F.interpolate(picture, (high, wide), mode="area")
     return sheet

@@ -221,7 +221,7 @@ def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     assert said[-2].endswith("flux: FluxPipeline, cpu, float32")
     assert said[-1].startswith("note: pictures can be drawn, but FluxPipeline cannot be trained on")
     assert actions.studio.pipe._progress_bar_config["disable"]
-    assert actions.settings_of_base()["guidance"] == 3.5
+    assert actions.settings_of_base("")["guidance"] == 3.5
     assert main(["app", *bases, "--base-config", str(tmp_path / "flux"), "--loras", files]) == 1
     assert "--base-config is the config of one model, and these are 2: dream, flux" in capsys.readouterr().err
     assert main(["app", "--base", str(tmp_path / "gone.safetensors"), "--loras", files]) == 1

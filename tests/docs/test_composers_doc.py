@@ -42,7 +42,7 @@ def test_what_is_said_of_a_family_can_be_set(family):
         assert GateConfig(family, **{option: int(value) if value.isdigit() and option == "partition" else value})
 
 
-@pytest.mark.parametrize("name", ["composers.md", "retrieval.md"])
+@pytest.mark.parametrize("name", ["composers.md", "results.md", "world.md"])
 def test_links_lead_somewhere(name):
     for path, anchor in re.findall(r"\]\(([\w./]+)#?([\w-]*)\)", (DOCS / name).read_text()):
         assert (DOCS / path).is_file(), path

@@ -52,28 +52,10 @@ def test_the_time_to_the_first_picture_is_measured(monkeypatch, capsys):
     assert 0 < page < picture
 
 
-ROWS = {  # of the README's table, in the words of docs/results.md
-    "each LoRA alone (mean)": "alone",
-    "plain sum": "sum",
-    "bound to words and places, training-free (the default)": "bound",
-    "strengths by grid search": "grid search",
-    "RegMean, training-free": "regmean",
-    "`paper` gates, one softmax per block (MoLE)": "paper gates",
-    "`flow` gates, by all three terms, not bound": "flow gates, mixed",
-    "one LoRA trained on all the concepts": "joint LoRA",
-}
-
-
 def test_the_measured_table_is_that_of_the_results():
-    results = (ROOT / "docs" / "results.md").read_text().partition("beside trained gates and ceilings")[2]
-    measured = {row[0]: row[1:] for row in cells(results.partition("less that of the sum")[0])}
-    shown = {row[0]: row[1:] for row in cells(README.partition("on the same compositions:")[2])}
-    bound = (ROOT / "docs" / "bind.md").read_text().partition("## What it is worth")[2]
-    measured |= {row[0]: row[1:4] for row in cells(bound) if row[0] == "bound"}
-    assert set(shown) == {"arm", *ROWS}
-    for name, arm in ROWS.items():
-        found = [value.replace(" [0.00, 0.00]", "") for value in measured[arm]]
-        assert [value.replace("**", "") for value in shown[name]] == found, name
+    measured = cells((ROOT / "docs" / "results.md").read_text())
+    assert cells(README.partition("## What was measured")[2]) == measured
+    assert len(measured) > 2
 
 
 def cells(text):

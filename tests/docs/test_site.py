@@ -34,5 +34,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "reference" / "mixture" / "index.html").read_text()
     assert mole.attach.__doc__.split(",")[0] in page
-    assert (ROOT / "docs" / "results.md").read_text().count("](../demos/") > 0
-    assert 'href="../demos/' not in (tmp_path / "results" / "index.html").read_text()
+    assert (ROOT / "docs" / "world.md").read_text().count("](../demos/") > 0
+    assert 'href="../demos/' not in (tmp_path / "world" / "index.html").read_text()

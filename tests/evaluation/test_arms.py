@@ -125,7 +125,7 @@ def test_a_search_sets_strengths_by_kind_and_role(setup):
     arm = arms.searched(WEIGHTS)
     wanted = by_hand(setup, {n: setup.experts[n] for n in CASE.concepts}, lambda m: m.fixed({"fox": 0.7, "ink": 1.3}))
     assert drawn(setup, arm) == wanted
-    assert not arm.covers(Case(("fox", "hat"), "subject + subject", ""))
+    assert not arm.covers(Case(("fox", "hat"), "two subjects", ""))
 
 
 def test_idle_experts_are_attached_and_named(setup):

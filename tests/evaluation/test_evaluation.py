@@ -87,7 +87,7 @@ def rows_of(*cells):
                 "arm": arm, "case": case, "kind": "pair", "prompt": "p", "seed": seed, "settings": {}, "seen": seen,
                 "concepts": case.split("+"), "idle": [],
                 "success": all(seen.values()), "subjects": 1.0, "style": True, "background": False,
-                "likeness": {"fox": 0.25, "owl": 0.75}, "own_place": None,
+                "apart": None,
             }
         )  # fmt: skip
     return out
@@ -107,7 +107,7 @@ def test_tables_by_hand():
     lines = emoji_protocol.concept_table(frame).splitlines()
     # Seen: fox .5, ink 1; recovered: fox .5 of .5, ink 1 of 1; harmonic mean 2 / (1 / .5 + 1 / 1).
     # Two seeds give four samples: (fox, ink) are seen in shares (1, 1), (.5, 1) twice and (0, 1), beside fox alone's.
-    row = "| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] | 0.67 [0.00, 1.00] | 0.50 [0.50, 0.50] |"
+    row = "| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] | 0.67 [0.00, 1.00] | 1.00 [1.00, 1.00] |"
     assert next(line for line in lines if "| sum" in line).startswith(row)
     assert "| mean | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in lines[4]
     assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(frame)
@@ -144,13 +144,13 @@ def test_single_loras_are_not_mixed_into_one_that_shows_every_concept():
     assert (seen, recovered, harmonic) == ("0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]")
 
 
-def test_own_place_is_of_the_cases_that_have_places():
+def test_standing_apart_is_of_the_cases_with_several_subjects():
     rows = rows_of(*[("sum", case, {"a": True}) for case in ("a+b", "a+b", "a+c", "a+ink")])
-    for row, value in zip(rows, (1.0, 0.5, 0.0, None), strict=True):
-        row["own_place"] = value
-    wanted = tables.interval(emoji_protocol.frame(rows[:3]), "own_place")
+    for row, value in zip(rows, (True, False, False, None), strict=True):
+        row["apart"] = value
+    wanted = tables.interval(emoji_protocol.frame(rows[:3]), "apart")
     assert emoji_protocol.concept_table(emoji_protocol.frame(rows)).splitlines()[2].endswith(f"| {wanted} |")
-    assert wanted.startswith("0.38 [0.00, ")
+    assert wanted.startswith("0.25 [0.00, ")
 
 
 def test_scores_are_compared_on_the_same_noise():
@@ -281,7 +281,7 @@ def test_splits_share_no_concept():
     assert not concepts[0] & concepts[1]
     assert concepts[0] | concepts[1] == set(emoji.HELD_OUT_SUBJECTS + emoji.HELD_OUT_STYLES)
     assert {kind: len(group) for kind, group in emoji.TEST.items()} == {
-        "subject x style": 24, "subject + subject": 12, "two subjects + style": 12, "three subjects": 8
+        "subject x style": 24, "two subjects": 24, "two subjects + style": 24, "three subjects": 8
     }  # fmt: skip
     for split in (emoji.VALIDATION, emoji.TEST):
         for group in split.values():
@@ -294,7 +294,7 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in emoji.VALIDATION}
     assert (tmp_path / "table.md").read_text().startswith("| arm | subject x style |")
-    assert all(Image.open(picture_path(tmp_path, row)).size == (64, 64) for row in rows)
+    assert all(Image.open(picture_path(tmp_path, row)).size in ((64, 64), (128, 64), (64, 128), (128, 128)) for row in rows)
     assert main([*args, "--arm", "best"]) == 1
     assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
 
@@ -312,7 +312,7 @@ def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkey
     chosen = ["--weights", str(tmp_path / "search" / "weights.json"), "--arm", "grid search"]
     assert main([*WORLD, *chosen, "--out", str(tmp_path / "used")]) == 0
     rows = Rows(tmp_path / "used").read()
-    assert [r["settings"]["weights"] for r in rows] == [weights] * 3
+    assert [r["settings"]["weights"] for r in rows] == [weights] * 4
     capsys.readouterr()
     assert main([*WORLD, "--search", "--split", "test", "--out", str(tmp_path / "none")]) == 1
     assert "nothing is chosen on the test split" in capsys.readouterr().err
@@ -353,5 +353,5 @@ def test_a_launcher_divides_a_run(tmp_path):
     made = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("rows-*.jsonl"))]
     assert len(made) == 2
     assert min(made) > 0
-    assert sum(made) == 9
+    assert sum(made) == 12
     assert (tmp_path / "table.md").exists()

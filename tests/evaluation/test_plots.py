@@ -18,7 +18,7 @@ def row(arm, case, seed, **values):
     seen = dict.fromkeys(case.split(" ")[0].split("+"), True) | values.pop("seen", {})
     return {
         "arm": arm, "case": case, "kind": "pair", "seed": seed, "seen": seen, "success": all(seen.values()),
-        "concepts": list(seen), "subjects": 1.0, "style": True, "likeness": {}, "idle": [], "prompt": "p", "settings": {},
+        "concepts": list(seen), "subjects": 1.0, "style": True, "apart": None, "idle": [], "prompt": "p", "settings": {},
     } | values  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def row(arm, case, kind="pair", *, idle=(), seed=0, **values):
     return {
         "arm": arm, "case": name, "concepts": concepts, "idle": list(idle), "kind": kind, "prompt": "p", "seed": seed,
         "success": True, "seen": dict.fromkeys(concepts, True), "subjects": 1.0, "style": True, "background": True,
-        "likeness": {"fox": 0.5}, "own_place": None, "clip_t": 0.25, "clip_i": {}, "dino": {},
+        "apart": None, "clip_t": 0.25, "clip_i": {}, "dino": {},
     } | values  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, m
     assert recipe.gates == "sunflower+doughnut"
     exec(compile(as_code(recipe), "script", "exec"), {})
     drawn = np.asarray(world.draw(recipe, **over), int)
-    assert world.pipe.unet.config.in_channels == 8
+    assert world.pipe.unet.config.in_channels == 20
     with Image.open("picture.png") as image:
         assert np.abs(np.asarray(image, int) - drawn).max() <= 1
     if over:

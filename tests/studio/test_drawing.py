@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mole_diffusers import attach, attached, detach, read_expert
+from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, tensors_hash
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
@@ -275,7 +276,7 @@ def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
     pipe, _ = hosts.HOSTS[host]()
     loras = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}
     studio = Studio(pipe, Catalog(loras, {}), host)
-    assert studio.default_side >= 32
+    assert usual_size(studio.pipe, host, "")[0] >= 32
     recipe = studio.complete(dataclasses.replace(RECIPE, steps=2, sampler="euler", hires=1.5))
     shapes = []
     drawn = studio.draw(recipe, on_step=lambda _, latents: shapes.append(tuple(latents.shape)))

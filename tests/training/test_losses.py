@@ -90,5 +90,9 @@ def test_pictures_stand_side_by_side_on_their_ground():
     assert torch.equal(tall[0, 3:7, 2:6], torch.ones(4, 4))
     assert torch.equal(tall[1, 13:17, 2:6], torch.ones(4, 4))
     assert tall.sum() == 32
+    three = side_by_side(torch.stack([torch.full((1, 3, 4, 4), v) for v in (0.1, 0.2, 0.3)]), 8, 8)[0, 0]
+    quarters = [[three[y, x].item() for x in (1, 5)] for y in (1, 5)]  # three stand in the quarters of a square
+    assert quarters[0] == pytest.approx([0.1, 0.2])
+    assert quarters[1][0] == pytest.approx(0.3)
     grey = side_by_side(torch.full((3, 2, 3, 9, 9), 0.25))
     assert torch.equal(grey, torch.full_like(grey, 0.25))

@@ -134,9 +134,9 @@ def test_yaml_means_what_it_says(flags, tmp_path):
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
 
 
-def test_the_embedded_world_brings_its_own_clip_and_judge(tmp_path, capsys):
+def test_the_embedded_world_brings_its_own_judge(tmp_path, capsys):
     words = ["--prompt", "ink drawing of a fox", "--single", "fox=noto drawing of a fox"]
-    how = ["--term", "rollout=1,steps=2,batch=2", "--steps", "2", "--validate", "1", "--family", "static"]
+    how = ["--term", "single=1,seeds=2,steps=2", "--steps", "2", "--validate", "1", "--family", "static"]
     assert main(["train", *words, *how, "--out", str(tmp_path), "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["success"] <= 1
     assert sorted(p.name for p in (tmp_path / "validation").iterdir()) == ["step-1.png", "step-2.png"]

@@ -1,0 +1,180 @@
+"""Is the emoji world fit to tell composers apart? Measures every row of its gate and says which are met.
+
+    python demos/experiments/emoji/check_world.py [--rows judge base loras joint] [--pictures 96]
+
+Writes work/gate.json after every row, prints the table as Markdown, and puts sheets of samples, each over its true drawing,
+into work/sheets/. Joint LoRAs, one trained on all concepts of a composition but on no picture of them together, are kept in
+work/joint/.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import make_loras
+import numpy as np
+import torch
+import train_base
+from diffusers.utils import logging
+from loop import WORK
+from sampling import Share, generate, right, shares, sheet
+from train_judge import labelled, scenes_of
+
+from mole_diffusers.emoji import TEST, words
+from mole_diffusers.emoji.drawings import Drawings, default_folder
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.evaluation.emoji_protocol import scene_of
+from mole_diffusers.training.lora_adapter import save_lora
+
+GATE = WORK / "gate.json"
+JOINT = make_loras.Recipe(rank=16, layers=make_loras.WIDE, steps=700)
+JOINT_ROWS = {  # kind -> share asked for
+    "subject x style": 0.85,
+    "two subjects": 0.95,
+    "two subjects + style": 0.75,
+    "three subjects": 0.75,
+}
+
+
+@dataclass
+class World:
+    """What is measured: the base as it stands, the drawings and the judge."""
+
+    pipe: object
+    drawings: Drawings
+    judge: Judge
+
+    def look(self, name: str, scenes: list[Scene], key: str = "both") -> Share:
+        """The share of pictures of these scenes that are right; a sheet of the first 24 is kept."""
+        pictures = generate(self.pipe, scenes)
+        folder = WORK / "sheets"
+        folder.mkdir(exist_ok=True)
+        first = scenes[:24]
+        true = [self.drawings.picture(s) for s in first]
+        sheet(first, [pictures[:24], true], columns=8).save(folder / f"{name.replace(' ', '_')}.png")
+        return shares(right(self.judge, scenes, pictures))[key]
+
+
+def keep(row: str, share: Share, wanted: float) -> None:
+    """Add a row to work/gate.json and say it."""
+    table = json.loads(GATE.read_text()) if GATE.exists() else {}
+    low, high = share.interval
+    table[row] = {"share": round(share.share, 4), "low": round(low, 3), "high": round(high, 3), "of": share.count}
+    table[row] |= {"wanted": wanted, "met": share.share >= wanted}
+    GATE.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"{row}: {share}; wanted {wanted}", flush=True)
+
+
+def judge_rows(world: World, pictures: int) -> None:
+    """True drawings, clean, in arrangements that the judge was not trained on."""
+    right_style, seen = 0, 0
+    for count, wanted in ((1, 0.99), (2, 0.98), (3, 0.95)):
+        rng = np.random.default_rng([99, count])
+        hits, done = 0, 0
+        while done < pictures:
+            scenes = [s for s in scenes_of(count, 32, rng) if len(set(s.subjects)) == count]
+            batch = labelled(world.drawings, world.judge, scenes, rng)
+            with torch.no_grad():
+                logits = world.judge(batch.pictures)
+            top = logits.subjects.topk(count).indices
+            hits += int(batch.subjects.gather(1, top).all(1).sum())
+            right_style += int((logits.style.argmax(-1) == batch.style).sum())
+            done += len(scenes)
+        seen += done
+        keep(f"judge: {count} subject{'s' * (count > 1)}", Share(hits, done), wanted)
+    keep("judge: style", Share(right_style, seen), 0.98)
+
+
+def base_scenes(count: int, number: int, allowed: Callable[[str, str], bool]) -> list[Scene]:
+    """Random scenes of base words, all of whose cells are allowed."""
+    rng = np.random.default_rng([7, count])
+    styles = [y for y in words.BASE_STYLES if sum(allowed(s, y) for s in words.BASE_SUBJECTS) >= count]
+    return [draw_scene(words.BASE_SUBJECTS, styles, rng, count=count, allowed=allowed) for _ in range(number)]
+
+
+def base_rows(world: World, pictures: int) -> None:
+    """Cells that the base was trained on, and cells that it never saw."""
+    for count, seen, unseen in ((1, 0.97, 0.90), (2, 0.95, 0.85)):
+        name = f"{count} subject{'s' * (count > 1)}"
+        scenes = base_scenes(count, pictures, lambda s, y: not words.is_unseen(s, y))
+        keep(f"base, seen: {name}", world.look(f"base seen {name}", scenes), seen)
+        keep(
+            f"base, unseen: {name}", world.look(f"base unseen {name}", base_scenes(count, pictures, words.is_unseen)), unseen
+        )
+
+
+def lora_file(concept: str) -> Path:
+    return default_folder() / "loras" / f"{concept.replace(' ', '_')}.safetensors"
+
+
+def lora_rows(world: World, pictures: int) -> None:
+    """Each LoRA alone: a subject in base styles, a style on base subjects."""
+    for concept in (*words.HELD_OUT_SUBJECTS, *words.HELD_OUT_STYLES):
+        if not lora_file(concept).exists():
+            continue
+        rng = np.random.default_rng(11)
+        scenes = [make_loras.concept_scene(concept, "one", rng) for _ in range(pictures // 2)]
+        world.pipe.load_lora_weights(str(lora_file(concept)), adapter_name="one")
+        keep(f"alone: {concept}", world.look(f"alone {concept}", scenes), 0.90)
+        world.pipe.unload_lora_weights()
+
+
+def joint_file(concepts: tuple[str, ...]) -> Path:
+    """Where the LoRA of a composition's concepts is kept."""
+    return WORK / "joint" / f"{'+'.join(concepts).replace(' ', '_')}.safetensors"
+
+
+def joint_rows(world: World, pictures: int, per_kind: int) -> None:
+    """One LoRA trained on all concepts of a composition, no picture of them together: what a composer could reach."""
+    for kind, wanted in JOINT_ROWS.items():
+        hits, count = 0, 0
+        for concepts in TEST[kind][:per_kind]:
+            path = joint_file(concepts)
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                samples = make_loras.concept_samples(world.pipe, world.drawings, concepts)
+                tensors = make_loras.train(world.pipe, samples, JOINT, JOINT.rank)
+                save_lora(tensors, path, alpha=JOINT.rank, rank=JOINT.rank)
+            world.pipe.load_lora_weights(str(path), adapter_name="joint")
+            share = world.look(f"joint {path.stem}", [scene_of(concepts, i) for i in range(pictures // 4)])
+            world.pipe.unload_lora_weights()
+            print(kind, concepts, share, flush=True)
+            hits, count = hits + share.hits, count + share.count
+        keep(f"joint: {kind}", Share(hits, count), wanted)
+
+
+def table() -> str:
+    """work/gate.json as Markdown."""
+    rows = json.loads(GATE.read_text()).items() if GATE.exists() else []
+    lines = []
+    for name, row in rows:
+        measured = f"{row['share']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of {row['of']}"
+        lines.append(f"| {name} | {row['wanted']:.2f} | {measured} | {'yes' if row['met'] else 'no'} |")
+    return "\n".join(["| row | at least | measured, 95 % interval | met |", "|---|---|---|---|", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="*", choices=("judge", "base", "loras", "joint"), default=["judge", "base", "loras"])
+    parser.add_argument("--pictures", type=int, default=96, help="pictures a row; the judge's rows have ten times as many")
+    parser.add_argument("--per-kind", type=int, default=4, help="compositions of each kind with a joint LoRA")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    world = World(train_base.trained(), Drawings(default_folder()), Judge.load(default_folder() / "judge"))
+    for row in args.rows:
+        if row == "judge":
+            judge_rows(world, 10 * args.pictures)
+        elif row == "base":
+            base_rows(world, args.pictures)
+        elif row == "loras":
+            lora_rows(world, args.pictures)
+        else:
+            joint_rows(world, args.pictures, args.per_kind)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

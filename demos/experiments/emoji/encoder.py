@@ -1,0 +1,116 @@
+"""The emoji world's encoder: the principal components of 4 x 4 pixels, written into a diffusers AutoencoderKL.
+
+Nothing of it is trained. Each place of the latents holds the 20 components that vary most among the world's 4 x 4 patches,
+the strong ones drawn nearer to the weak ones. Latents are thus known from the start, a linear function of the picture, and
+a decoder can be trained, and trained again, without any of them changing.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from loop import to_tensor
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mole_diffusers.emoji import words
+from mole_diffusers.emoji.drawings import Drawings
+from mole_diffusers.emoji.scenes import draw_scene
+
+CHANNELS, PATCH = 20, 4
+EVENING = 0.3  # a component of standard deviation s is divided by s ** EVENING; more, and fine detail drowns the shapes
+CONSTANT = 30.0  # held beside the signal in each norm group, so large that the norm divides by a constant
+LOG_VARIANCE = -12.0  # the encoder is sure
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A linear map of pixel patches to latents of variance 1 in the mean over channels: weight [C, 48], bias [C]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in -1..1 -> latents [B, C, H / 4, W / 4]."""
+        return F.conv2d(F.pixel_unshuffle(x, PATCH), self.weight[..., None, None], self.bias)
+
+
+def patches(drawings: Drawings, pictures: int = 1500) -> Patches:
+    """The principal components of the world's pictures; found once and kept beside the drawings.
+
+    Near-equal components turn with the machine's rounding, so base and decoder must share the file.
+    """
+    path = drawings.folder / "patches.safetensors"
+    if not path.exists():
+        rng = np.random.default_rng(5)
+        scenes = (draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(pictures))
+        seen = F.pixel_unshuffle(to_tensor([drawings.picture(s, rng) for s in scenes]), PATCH).movedim(1, -1).flatten(0, 2)
+        mean = seen.mean(0)
+        variance, axes = torch.linalg.eigh((seen - mean).T @ (seen - mean) / len(seen))
+        spread, axes = variance.flip(0)[:CHANNELS].sqrt(), axes.flip(1)[:, :CHANNELS]
+        weight = axes.T / spread[:, None] ** EVENING
+        weight = weight / (spread ** (1 - EVENING)).square().mean().sqrt()
+        save_file({"weight": weight.contiguous(), "bias": -weight @ mean}, path)
+    return Patches(**load_file(path))
+
+
+@torch.no_grad()
+def write(autoencoder: AutoencoderKL, linear: Patches) -> None:
+    """Set encoder and both quantising layers to `linear`, exact but for what the norm's constants leave (about 1 in 1000).
+
+    Residual branches are silent; two strided convolutions gather the 4 x 4 pixels, the last layers hand them on.
+    """
+    for module in autoencoder.encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.zero_()
+            module.bias.zero_()
+    _gather(autoencoder.encoder, linear)
+    _through_the_norm(autoencoder.encoder, autoencoder.config.norm_num_groups)
+    for layer in (autoencoder.quant_conv, autoencoder.post_quant_conv):
+        _carry(layer, len(layer.weight))
+
+
+def _gather(encoder: nn.Module, linear: Patches) -> None:
+    """The first strided convolution lays 2 x 2 pixels side by side as 4 colour + number; the second applies `linear`."""
+    _carry(encoder.conv_in, 3)
+    first, second = (block.downsamplers[0].conv for block in encoder.down_blocks[:2])
+    weight = linear.weight.reshape(CHANNELS, 3, 2, 2, 2, 2)  # [C, colour, outer y, inner y, outer x, inner x]
+    for c, y, x in product(range(3), range(2), range(2)):
+        first.weight[4 * c + 2 * y + x, c, y, x] = 1
+        for outer_y, outer_x in product(range(2), range(2)):
+            second.weight[:CHANNELS, 4 * c + 2 * y + x, outer_y, outer_x] = weight[:, c, outer_y, y, outer_x, x]
+    second.bias[:CHANNELS] = linear.bias
+    _carry(encoder.down_blocks[1].resnets[0].conv_shortcut, 12)
+
+
+def _through_the_norm(encoder: nn.Module, groups: int) -> None:
+    """Before the last norm each component stands as x and -x, since silu(x) - silu(-x) = x, beside large constants.
+
+    A group has the mean zero, and a spread that the constants alone decide: the norm's own weight undoes it.
+    """
+    shortcut, norm, out = encoder.down_blocks[2].resnets[0].conv_shortcut, encoder.conv_norm_out, encoder.conv_out
+    width = norm.num_channels // groups
+    slots = [i // 2 * width + i % 2 * 2 for i in range(CHANNELS)]  # two components in a group
+    constant = torch.ones(norm.num_channels, dtype=torch.bool)
+    for i, slot in enumerate(slots):
+        shortcut.weight[slot, i, 0, 0], shortcut.weight[slot + 1, i, 0, 0] = 1, -1
+        out.weight[i, slot, 1, 1], out.weight[i, slot + 1, 1, 1] = 1, -1
+        constant[slot : slot + 2] = False
+    signs = torch.tensor([-CONSTANT, CONSTANT]).repeat(norm.num_channels // 2)
+    shortcut.bias.copy_(torch.where(constant, signs, 0.0))
+    share = constant.reshape(groups, width).float().mean(1)  # of a group's channels
+    norm.weight.copy_((CONSTANT * share.sqrt()).repeat_interleave(width))
+    norm.bias.zero_()
+    out.bias[CHANNELS:] = LOG_VARIANCE
+
+
+def _carry(layer: nn.Conv2d, channels: int) -> None:
+    """A convolution that hands on its first channels as they are."""
+    layer.weight.zero_()
+    layer.bias.zero_()
+    middle = layer.kernel_size[0] // 2
+    for c in range(channels):
+        layer.weight[c, c, middle, middle] = 1

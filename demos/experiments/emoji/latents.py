@@ -1,0 +1,68 @@
+"""The base's training pictures as latents, encoded once and kept: a pool that grows while the base trains."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from encoder import patches
+from loop import WORK, save_whole, to_tensor
+
+from mole_diffusers.emoji import words
+from mole_diffusers.emoji.drawings import Drawings
+from mole_diffusers.emoji.scenes import Scene, draw_scene
+
+SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64}  # canvas -> pictures in a chunk
+FOLDER = WORK / "latents"
+
+
+def draw_shape(shape: str, rng: np.random.Generator, placed: float) -> Scene:
+    """A random scene of a canvas out of the cells that the base may see; a share of `placed` says places."""
+    count = {"one": 1, "wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}[shape]
+    while True:
+        scene = draw_scene(
+            words.BASE_SUBJECTS,
+            words.BASE_STYLES,
+            rng,
+            count=count,
+            allowed=lambda s, y: not words.is_unseen(s, y),
+            placed=placed,
+        )
+        width, height = scene.size
+        if {"wide": width > height, "tall": height > width}.get(shape, True):
+            return scene
+
+
+@dataclass
+class Pool:
+    """Latents by canvas. Chunk k holds the same pictures in every run, so that a resumed run reads what it had."""
+
+    drawings: Drawings
+    latents: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {shape: [] for shape in SHAPES})
+    captions: dict[str, list[list[str]]] = field(default_factory=lambda: {shape: [] for shape in SHAPES})
+
+    def grow(self, chunks: int, shapes: Iterable[str] = SHAPES) -> None:
+        """Hold `chunks` chunks of each of these canvases."""
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        for shape in shapes:
+            for k in range(len(self.latents[shape]), chunks):
+                path = FOLDER / f"{shape}_{k:03d}.pt"
+                if not path.exists():
+                    save_whole(self._encoded(shape, k), path)
+                chunk = torch.load(path, weights_only=True)
+                self.latents[shape].append(chunk["latents"])
+                self.captions[shape].append(chunk["captions"])
+
+    def _encoded(self, shape: str, k: int) -> dict:
+        rng = np.random.default_rng([k, list(SHAPES).index(shape)])
+        scenes = [draw_shape(shape, rng, placed=0.4) for _ in range(SHAPES[shape])]  # places help to tell subjects apart
+        freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner where places hardly vary
+        pictures = to_tensor([self.drawings.picture(s, rng, freedom) for s in scenes])
+        return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}
+
+    def batch(self, shape: str, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+        """`count` random latents [count, C, H/4, W/4] in float32, with their captions."""
+        chunk = torch.randint(0, len(self.latents[shape]), (count,), generator=generator).tolist()
+        row = torch.randint(0, SHAPES[shape], (count,), generator=generator).tolist()
+        x = torch.stack([self.latents[shape][k][i] for k, i in zip(chunk, row, strict=True)])
+        return x.float(), [self.captions[shape][k][i] for k, i in zip(chunk, row, strict=True)]

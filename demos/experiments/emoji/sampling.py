@@ -1,0 +1,84 @@
+"""Pictures by a pipeline, and which of them are what was asked for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from loop import device, small_attention
+from PIL import Image
+
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.scenes import Scene
+
+STEPS, GUIDANCE, BATCH = 20, 3.0, 16
+
+
+def generate(pipe, scenes: Sequence[Scene], *, seed: int = 0, steps: int = STEPS) -> list[Image.Image]:
+    """A picture of each scene on its own canvas, in the order of the scenes; picture i has the noise of seed + i."""
+    out: dict[int, Image.Image] = {}
+    for size in sorted({s.size for s in scenes}):
+        of_size = [i for i, s in enumerate(scenes) if s.size == size]
+        for start in range(0, len(of_size), BATCH):
+            rows = of_size[start : start + BATCH]
+            with small_attention(), torch.autocast(device().type, torch.bfloat16):
+                found = pipe(
+                    [scenes[i].caption for i in rows],
+                    width=size[0],
+                    height=size[1],
+                    num_inference_steps=steps,
+                    guidance_scale=GUIDANCE,
+                    generator=[torch.Generator().manual_seed(seed + i) for i in rows],
+                ).images
+            out |= dict(zip(rows, found, strict=True))
+    return [out[i] for i in range(len(scenes))]
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `count` pictures, with Wilson's 95 % interval."""
+
+    hits: int
+    count: int
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, n, p = 1.96, self.count, self.share
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.share:.2f} [{low:.2f}, {high:.2f}] of {self.count}"
+
+
+def right(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> list[dict[str, bool]]:
+    """Per picture: are all its subjects there, is it of the style, and both."""
+    rows = []
+    for scene, picture in zip(scenes, pictures, strict=True):
+        verdict = judge.verdict([picture])
+        subjects = bool(judge.sees(verdict, scene.subjects).all())
+        style = bool(judge.is_style(verdict, scene.style).all())
+        rows.append({"subjects": subjects, "style": style, "both": subjects and style})
+    return rows
+
+
+def shares(rows: Sequence[dict[str, bool]]) -> dict[str, Share]:
+    """Over pictures: of each question, the share answered yes."""
+    return {name: Share(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
+
+
+def sheet(scenes: Sequence[Scene], rows: Sequence[Sequence[Image.Image]], *, columns: int, scale: int = 2) -> Image.Image:
+    """A contact sheet: per scene a column of `rows`' pictures (say a sample over its true drawing), enlarged."""
+    cell = max(max(s.size) for s in scenes) * scale + 4
+    bands = -(-len(scenes) // columns)
+    page = Image.new("RGB", (columns * cell, bands * cell * len(rows)), "white")
+    for k, pictures in enumerate(rows):
+        for i, picture in enumerate(pictures):
+            big = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            page.paste(big, (i % columns * cell, (i // columns * len(rows) + k) * cell))
+    return page

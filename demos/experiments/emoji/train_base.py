@@ -1,0 +1,217 @@
+"""Train the emoji world's base, UNet and text encoder together, on pictures of one to four subjects.
+
+    python demos/experiments/emoji/train_base.py [--steps 40000] [--decay 0]
+    python demos/experiments/emoji/train_base.py --save
+
+Resumable: run it again and it goes on from the last checkpoint; it can be stopped at any time. The rate stays at its peak;
+the last `--decay` steps of `--steps` bring it down to nothing, so give `--decay 3000` with the run that is to be the last.
+`--save` writes the averaged weights of the last checkpoint as an ordinary pipeline, `assets/base/` (fp16).
+A run without a checkpoint goes on from that pipeline's weights, and from the first update where there is none. It needs no
+autoencoder; `--save` does.
+"""
+
+import argparse
+import json
+
+import torch
+import torch.nn.functional as F
+import train_autoencoder
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from encoder import CHANNELS
+from latents import SHAPES, Pool
+from loop import WORK, averaged, constant_then_decay, device, fit, small_attention, updates
+from muon import MuonAndAdamW
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mole_diffusers.emoji import words
+from mole_diffusers.emoji.drawings import Drawings, default_folder
+from mole_diffusers.emoji.scenes import SIDE
+
+BASE = default_folder() / "base"  # the pipeline as it was saved last
+TOKENS, WIDTH = 32, 128
+TURNS = ("wide", "tall", "one", "wide", "tall", "square", "wide", "one")  # canvases, in turn
+SINGLE = 2500  # updates on single subjects before the others begin
+BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
+RATE, EMPTY = 6e-4, 0.1  # peak rate; share of empty captions
+NOISY, EXTRA = 600, 0.4  # above this step of 1000 shapes are decided; share of pictures noised from there besides
+CHUNKS, GROWN, EVERY = 8, 140, 130  # chunks of the pool at first and at last; updates from one chunk to the next
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR: flat backgrounds need the mean colour to be free at the first step."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,  # as Stable Diffusion has it; trailing steps do without
+        clip_sample=False,
+    )
+
+
+def load_tokenizer() -> CLIPTokenizer:
+    """The world's tokenizer, which is made once and kept in `assets/base`.
+
+    Which number a word gets is left open by byte-pair training, and weights go with the numbers that they learned.
+    """
+    folder = BASE / "tokenizer"
+    if not folder.exists():
+        build_tokenizer().save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer in which every word of the world's captions is one token."""
+    named = [*words.STYLES, *words.BACKGROUNDS, *words.SUBJECTS]
+    text = [
+        f"{w} drawing of a an and on background left right above below photo picture style the in with {w}" for w in named
+    ]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(text, trainer)
+    vocab = bpe.get_vocab()
+    for letter in alphabet:
+        vocab.setdefault(f"{letter}</w>", len(vocab))
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_both(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device())
+
+
+def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> StableDiffusionPipeline:
+    """An ordinary pipeline of a run's averaged weights."""
+    tokenizer = load_tokenizer()
+    both = build_both(tokenizer)
+    both.load_state_dict(weights)
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=both["text_encoder"].eval(),
+        tokenizer=tokenizer,
+        unet=both["unet"].eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def saved_weights() -> dict[str, torch.Tensor]:
+    """Weights of both parts in `assets/base`; empty where none was saved."""
+    files = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    saved = {part: load_file(BASE / part / file) for part, file in files.items() if (BASE / part / file).exists()}
+    return {f"{part}.{name}": value.float() for part, weights in saved.items() for name, value in weights.items()}
+
+
+def trained() -> StableDiffusionPipeline:
+    """The base as it stands: the last checkpoint, else what is in `assets/base`."""
+    weights = averaged("base") if (WORK / "base.pt").exists() else saved_weights()
+    return pipeline(weights, train_autoencoder.trained()).to(device())
+
+
+def updates_before() -> int:
+    """How many updates the weights had that this run began with; kept beside its checkpoint."""
+    note, saved = WORK / "began_at.json", BASE / "updates.json"
+    if not note.exists() and not (WORK / "base.pt").exists():
+        WORK.mkdir(exist_ok=True)
+        note.write_text(saved.read_text() if saved.exists() else "0")
+    return int(note.read_text()) if note.exists() else 0
+
+
+def train(steps: int, decay: int) -> None:
+    """Plain v loss on the canvases in turn."""
+    before = updates_before()
+    tokenizer, scheduler = load_tokenizer(), build_scheduler()
+    pool = Pool(Drawings(default_folder()))
+    both = build_both(tokenizer)
+    print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
+    if not (WORK / "base.pt").exists() and (saved := saved_weights()):
+        both.load_state_dict(saved)
+    generator = torch.Generator().manual_seed(2)
+
+    def loss_at(step: int) -> torch.Tensor:
+        single = before + step < SINGLE
+        shape = "one" if single else TURNS[step % len(TURNS)]
+        if step % EVERY == 0 or not pool.latents[shape]:
+            pool.grow(min(GROWN, CHUNKS + (before + step) // EVERY), ("one",) if single else SHAPES)
+        x, captions = pool.batch(shape, BATCH[shape], generator)
+        empty = torch.rand(len(captions), generator=generator) < EMPTY
+        captions = ["" if e else c for e, c in zip(empty, captions, strict=True)]
+        noise = torch.randn(x.shape, generator=generator)
+        t = torch.randint(0, 1000, (len(x),), generator=generator)
+        noisy = torch.rand(len(x), generator=generator) < EXTRA
+        t = torch.where(noisy, torch.randint(NOISY, 1000, (len(x),), generator=generator), t)
+        ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+        x, noise, t, ids = x.to(device()), noise.to(device()), t.to(device()), ids.to(device())
+        with torch.autocast(device().type, torch.bfloat16):
+            v = both["unet"](scheduler.add_noise(x, noise, t), t, both["text_encoder"](ids)[0]).sample
+        return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))
+
+    def share(step: int) -> float:
+        return constant_then_decay(step, steps=steps, warmup=200, decay=max(1, decay))
+
+    with small_attention():
+        muon = MuonAndAdamW(both, RATE, ("conv_in", "conv_out", "embedding", "time_emb"))
+        fit("base", both, loss_at, steps=steps, lr=RATE, share=share, decay=0.999, generator=generator, optimizer=muon)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40000, help="updates in all, earlier runs included")
+    parser.add_argument("--decay", type=int, default=0, help="of them, those that bring the rate down, the last ones")
+    parser.add_argument("--save", action="store_true", help="write the pipeline instead of training")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.save:
+        pipe = pipeline(averaged("base"), train_autoencoder.trained())
+        pipe.to(dtype=torch.float16).save_pretrained(BASE)
+        (BASE / "updates.json").write_text(f"{updates_before() + updates('base')}\n")
+    else:
+        train(args.steps, args.decay)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Gates that come with the world, for a few compositions: `flow` gates on bound LoRAs, trained from prompts alone.
+
+    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...]
+
+Writes `assets/gates/NAME`. Gates that exist are kept, so an interrupted run goes on.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import torch
+from loop import device, note, small_attention
+
+from mole_diffusers import attach, detach, emoji, emoji_world
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training.gate_trainer import train_gates
+
+SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+ink")
+REDRAW = 0.55  # share of the noise levels in which a style is drawn over subjects that were drawn without it
+TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
+
+
+def lesson(concepts: emoji.Concepts) -> TrainingData:
+    """The composition's prompt, with a prompt of each of its subjects by itself."""
+    scene = emoji.composition_scene(concepts)
+    parts = {scene.caption: [emoji.Scene((subject,), "noto").caption for subject in scene.subjects]}
+    styles = [concept for concept in concepts if concept in emoji.STYLES]
+    return TrainingData(composed=[scene.caption], styles=styles, parts=parts)
+
+
+def recipe(concepts: emoji.Concepts) -> GateTraining:
+    """How gates of a composition are trained: on its own canvas."""
+    data, (width, height) = lesson(concepts), emoji.composition_scene(concepts).size
+    terms = {"collage": {"guidance": 3.0, "redraw": REDRAW if data.styles else 0.0}}
+    return replace(TRAINING, terms=terms, width=width, height=height)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=SHOWN)
+    names = parser.parse_args().names
+    world = emoji_world(device=device().type)
+    for name in names:
+        concepts, folder = tuple(name.split("+")), world.folder / "gates" / name.replace(" ", "_")
+        if (folder / "config.json").exists():
+            continue
+        start = time.time()
+        detach(world.pipe)
+        mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, "flow")
+        with small_attention():
+            log = train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts))
+        mixture.save_pretrained(folder, dtype=torch.float16)
+        note(f"gates {name}", loss=round(log[-1]["loss"], 4), seconds=round(time.time() - start))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Train the evaluator: which subjects, which style, which background. It never trains anything else.
+
+    python demos/experiments/emoji/train_judge.py [--steps 8000]
+
+Sees true drawings of every subject and style of the world, one to four in a picture, blurred, noised, shifted in colour,
+and a fifth of them through the base's autoencoder, whose softness all generated pictures share. Resumable.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import train_autoencoder
+from diffusers import AutoencoderKL
+from encoder import Patches, patches
+from loop import averaged, cosine, device, fit, note, to_tensor
+from muon import MuonAndAdamW
+
+from mole_diffusers.emoji import words
+from mole_diffusers.emoji.drawings import Drawings, default_folder
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.scenes import Scene, draw_scene
+
+BATCH = {1: 40, 2: 20, 3: 10, 4: 10}  # subjects in the picture -> pictures per update
+TURNS = (1, 2, 1, 2, 3, 4)  # subjects in the pictures of an update, in turn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures of one size and what they show; subjects [B, S] of 0 and 1, style and background [B] of indices."""
+
+    pictures: torch.Tensor
+    subjects: torch.Tensor
+    style: torch.Tensor
+    background: torch.Tensor
+
+
+def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator) -> Batch:
+    """Pictures of scenes that share one canvas, with the judge's indices."""
+    return Batch(
+        to_tensor([drawings.picture(s, rng) for s in scenes]).to(device()),
+        torch.tensor([[float(s in scene.subjects) for s in judge.subjects] for scene in scenes], device=device()),
+        torch.tensor([judge.styles.index(s.style) for s in scenes], device=device()),
+        torch.tensor([judge.backgrounds.index(s.background) for s in scenes], device=device()),
+    )
+
+
+def scenes_of(count: int, number: int, rng: np.random.Generator) -> list[Scene]:
+    """`number` random scenes of `count` subjects on one canvas; every eighth subject stands there twice."""
+    upright = bool(rng.integers(2))
+    scenes: list[Scene] = []
+    while len(scenes) < number:
+        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count)
+        if count > 1 and rng.random() < 1 / 8:
+            scene = Scene((scene.subjects[0], *scene.subjects[:-1]), scene.style, scene.background, upright=upright)
+        if count != 2 or (scene.size[1] > scene.size[0]) == upright:
+            scenes.append(scene)
+    return scenes
+
+
+def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, AutoencoderKL] | None) -> torch.Tensor:
+    """Renderings as a soft model gives them: autoencoder, blur, noise, brightness. [B, 3, H, W] -> the same."""
+    if coding is not None:
+        linear, autoencoder = coding
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+            latents = linear(x)
+            latents = latents + torch.randn_like(latents) * rng.uniform(0, 0.35) * latents.std()
+            x = autoencoder.decode(latents).sample.float()
+    if rng.random() < 0.5:
+        sigma = rng.uniform(0.3, 1.1)
+        kernel = torch.exp(-(torch.arange(-2, 3, device=x.device).float() ** 2) / (2 * sigma**2))
+        kernel = (kernel / kernel.sum()).expand(3, 1, 1, 5)
+        x = F.conv2d(F.pad(x, (2, 2, 2, 2), "replicate"), kernel, groups=3)
+        x = F.conv2d(x, kernel.transpose(2, 3), groups=3)
+    x = x + torch.randn_like(x) * rng.uniform(0, 0.12)
+    return (x * rng.uniform(0.88, 1.08) + rng.uniform(-0.06, 0.06)).clamp(-1, 1)
+
+
+def loss_of(judge: Judge, batch: Batch, x: torch.Tensor) -> torch.Tensor:
+    """Every subject on its own, plus style and background."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        logits = judge(x)
+    there = torch.tensor(8.0, device=x.device)  # weight of a subject that is there against one that is not
+    subjects = F.binary_cross_entropy_with_logits(logits.subjects.float(), batch.subjects, pos_weight=there)
+    style = F.cross_entropy(logits.style.float(), batch.style)
+    return 20 * subjects + style + 0.5 * F.cross_entropy(logits.background.float(), batch.background)
+
+
+@torch.no_grad()
+def accuracy(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 512) -> dict[str, float]:
+    """Shares of clean drawings of `count` subjects, in arrangements not seen in training, that the judge reads right."""
+    rng = np.random.default_rng([99, count])
+    hits = []
+    for _ in range(pictures // 32):
+        scenes = [s for s in scenes_of(count, 32, rng) if len(set(s.subjects)) == count]
+        batch = labelled(drawings, judge, scenes, rng)
+        logits = judge(batch.pictures)
+        top = logits.subjects.topk(count).indices
+        right = torch.stack([batch.subjects.gather(1, top).all(1), logits.style.argmax(-1) == batch.style])
+        hits.append(torch.cat([right, (logits.background.argmax(-1) == batch.background)[None]]).float())
+    names = ("subjects", "style", "background")
+    return dict(zip(names, [round(v, 4) for v in torch.cat(hits, 1).mean(1).tolist()], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=8000)
+    steps = parser.parse_args().steps
+    torch.manual_seed(3)
+    rng = np.random.default_rng(3)
+    drawings = Drawings(default_folder())
+    coding = patches(drawings), train_autoencoder.trained()
+    judge = Judge(words.SUBJECTS, words.STYLES, list(words.BACKGROUNDS)).to(device())
+
+    def loss_at(step: int) -> torch.Tensor:
+        count = TURNS[step % len(TURNS)]
+        batch = labelled(drawings, judge, scenes_of(count, BATCH[count], rng), rng)
+        return loss_of(judge, batch, degrade(batch.pictures, rng, coding if rng.random() < 1 / 5 else None))
+
+    def share(step: int) -> float:
+        return cosine(step, steps=steps, warmup=100)
+
+    muon = MuonAndAdamW(judge, 2e-3, ("trunk.0.", "subject.", "weight.weight", "style.", "background."))
+    fit("judge", judge, loss_at, steps=steps, lr=2e-3, share=share, decay=0.99, optimizer=muon)
+    judge.load_state_dict(averaged("judge"))
+    judge.eval().cpu().save(drawings.folder / "judge")
+    saved = Judge.load(drawings.folder / "judge").to(device())
+    note("judge_accuracy", **{str(count): accuracy(drawings, saved, count) for count in (1, 2, 3, 4)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The artists' drawings and the pictures made of them."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mole_diffusers.emoji.filters import FILTERS
+from mole_diffusers.emoji.scenes import SIDE, Scene, places
+from mole_diffusers.emoji.words import BACKGROUNDS
+
+
+class Drawings:
+    """Every subject in every style, and pictures of scenes; `folder` holds atlas.webp and atlas.json."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.layout = json.loads((folder / "atlas.json").read_text())
+
+    @cached_property
+    def _atlas(self) -> Image.Image:
+        return Image.open(self.folder / "atlas.webp").convert("RGBA")
+
+    def drawing(self, subject: str, style: str, size: int = SIDE) -> Image.Image:
+        """`subject` in `style`, size x size RGBA. Raises KeyError naming what is missing."""
+        if style in FILTERS:
+            rgba = np.asarray(self.drawing(subject, "noto", size), np.float32)
+            return Image.fromarray(FILTERS[style](rgba).clip(0, 255).astype(np.uint8), "RGBA")
+        subjects, styles, cell = self.layout["subjects"], self.layout["styles"], self.layout["size"]
+        if subject not in subjects or style not in styles:
+            raise KeyError(f"no drawing of {subject!r} in {style!r}; styles: {[*styles, *FILTERS]}")
+        row, column = divmod(subjects.index(subject) * len(styles) + styles.index(style), self.layout["columns"])
+        x, y = column * cell, row * cell
+        return self._atlas.crop((x, y, x + cell, y + cell)).resize((size, size), Image.Resampling.HAMMING)
+
+    def picture(self, scene: Scene, rng: np.random.Generator | None = None, freedom: float = 1.0) -> Image.Image:
+        """The scene as RGB of `scene.size`. With `rng` sizes and places vary, by `freedom`; without, none does."""
+        canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
+        for subject, (size, x, y) in zip(scene.subjects, places(scene, rng, freedom), strict=True):
+            drawing = self.drawing(subject, scene.style, size)
+            canvas.paste(drawing, (x, y), drawing)
+        return canvas
+
+
+def default_folder() -> Path:
+    """Where the world's files lie: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "emoji_assets", package.parent / "demos" / "emoji" / "assets"):
+        if (folder / "atlas.json").exists():
+            return folder
+    raise FileNotFoundError("the emoji world is not part of this installation; install from the repository")

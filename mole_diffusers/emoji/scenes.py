@@ -1,0 +1,156 @@
+"""What a picture shows, how it is said, and where its subjects stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mole_diffusers.emoji.words import BACKGROUNDS, STYLES, SUBJECTS
+
+SIDE = 64  # pixels: the side of the square that one subject is given
+SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
+SHIFT = 1  # pixels, at most, that a subject stands off the middle of its square: what no caption says is blurred at first
+ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
+RELATIONS = ACROSS + UPRIGHT
+Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
+
+
+def article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeio" else f"a {word}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to four subjects in one style on one background.
+
+    Attributes:
+        subjects: in the order of naming, which does not tell where they stand.
+        relation: where the first subject stands to the others, one of RELATIONS; None leaves all places free.
+        upright: does the canvas of two subjects stand on its short side? A relation decides for itself.
+    """
+
+    subjects: tuple[str, ...]
+    style: str
+    background: str = "white"
+    relation: str | None = None
+    upright: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.subjects) <= 4:
+            raise ValueError(f"a scene has one to four subjects, not {len(self.subjects)}")
+        if self.relation is not None and (self.relation not in RELATIONS or len(self.subjects) not in (2, 3)):
+            raise ValueError(f"no relation {self.relation!r} among {len(self.subjects)} subjects; relations: {RELATIONS}")
+
+    @property
+    def caption(self) -> str:
+        """ "<style> drawing of a <subject> [and|<relation> a <subject> ...] [on a <colour> background]"."""
+        first, *others = (article(s) for s in self.subjects)
+        named = f"{first} {self.relation} {' and '.join(others)}" if self.relation else " and ".join([first, *others])
+        text = f"{self.style} drawing of {named}"
+        return text if self.background == "white" else f"{text} on a {self.background} background"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the canvas in pixels: each subject has 50 to 58."""
+        count = len(self.subjects)
+        if count == 2:
+            upright = self.relation in UPRIGHT if self.relation else self.upright
+            return (SIDE, 2 * SIDE) if upright else (2 * SIDE, SIDE)
+        side = SIDE if count == 1 else 2 * SIDE
+        return side, side
+
+
+_NAMED = re.compile(rf"\b({'|'.join(sorted(SUBJECTS, key=len, reverse=True))})(?:e?s)?\b")  # "hot dog" before "dog"
+
+
+def scene_in(prompt: str) -> Scene | None:
+    """What a prompt asks for, in the words of the world: up to four subjects, a style (else noto's), background and place.
+
+    None where it names no subject. Every word of the world counts wherever it stands; a plural is one subject.
+    """
+    text = " ".join(re.findall("[a-z]+", prompt.lower()))
+    subjects = tuple(dict.fromkeys(_NAMED.findall(text)))[:4]
+    if not subjects:
+        return None
+    style = next((word for word in text.split() if word in STYLES), "noto")
+    background = next((colour for colour in BACKGROUNDS if f" {colour} background" in text), "white")
+    relation = next((r for r in RELATIONS if f" {r} " in text), None) if len(subjects) in (2, 3) else None
+    return Scene(subjects, style, background, relation)
+
+
+def canvas(prompt: str) -> tuple[int, int]:
+    """Width and height in pixels that the base draws a prompt on: by the number of subjects that it names."""
+    scene = scene_in(prompt)
+    return scene.size if scene else (SIDE, SIDE)
+
+
+def composition_scene(concepts: Sequence[str]) -> Scene:
+    """What a composition asks for: its subjects in its style, or in noto's where it names none."""
+    styles = [c for c in concepts if c in STYLES]
+    return Scene(tuple(c for c in concepts if c not in STYLES), styles[0] if styles else "noto")
+
+
+def places(scene: Scene, rng: np.random.Generator | None, freedom: float = 1.0) -> list[Box]:
+    """A box per subject, none over another. Without `rng`: size 54 in the middle of its square, in the order named.
+
+    Args:
+        freedom: 0..1, how far sizes and places within a square may be from those.
+    """
+    if rng is None:
+        return [(54, x + 5, y + 5) for x, y in _squares(scene, np.arange)]
+    squares = _squares(scene, rng.permutation)
+    return [(size, x + dx, y + dy) for x, y in squares for size, dx, dy in [_within_square(rng, freedom)]]
+
+
+def _within_square(rng: np.random.Generator, freedom: float) -> Box:
+    """A box near the middle of a square of SIDE pixels: a UNet knows where it is by its padding alone."""
+    size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
+    x, y = (round((SIDE - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
+    return size, x, y
+
+
+def _squares(scene: Scene, order: Callable[[int], np.ndarray]) -> list[tuple[int, int]]:
+    """The upper left corner of each subject's square, in pixels; `order` permutes those that nothing decides."""
+    count = len(scene.subjects)
+    if count == 1:
+        return [(0, 0)]
+    if count == 2:
+        wide = [(0, 0), (SIDE, 0)] if scene.size[0] > scene.size[1] else [(0, 0), (0, SIDE)]
+        if scene.relation:
+            return wide if scene.relation in ("left of", "above") else wide[::-1]
+        return [wide[i] for i in order(2)]
+    if count == 4:
+        return [(i % 2 * SIDE, i // 2 * SIDE) for i in order(4)]
+    turned = order(4)
+    relation = scene.relation or RELATIONS[int(turned[0])]
+    others = [int(i) for i in turned if i < 2]
+    near, far = (0, SIDE) if relation in ("left of", "above") else (SIDE, 0)  # of the first subject and of the others
+    if relation in ACROSS:
+        return [(near, SIDE // 2), *((far, i * SIDE) for i in others)]
+    return [(SIDE // 2, near), *((i * SIDE, far) for i in others)]
+
+
+def draw_scene(
+    subjects: Sequence[str],
+    styles: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    count: int,
+    allowed: Callable[[str, str], bool] | None = None,
+    placed: float = 0.2,
+) -> Scene:
+    """A random scene of `count` different subjects; a third have a coloured background.
+
+    Args:
+        allowed: allowed(subject, style) says which cells may be drawn; None allows all.
+        placed: the share of two or three subjects whose places are said.
+    """
+    style = str(rng.choice(styles))
+    open_to = [s for s in subjects if allowed is None or allowed(s, style)]
+    chosen = tuple(str(s) for s in rng.choice(open_to, count, replace=False))
+    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
+    relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < placed else None
+    return Scene(chosen, style, background, relation, bool(rng.integers(2)))

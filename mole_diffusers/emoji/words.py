@@ -1,0 +1,90 @@
+"""The words of the emoji world: its subjects, styles and backgrounds, and which of them the base has never seen."""
+
+from __future__ import annotations
+
+import hashlib
+
+BACKGROUNDS = {  # word -> RGB
+    "white": (255, 255, 255),
+    "blue": (150, 190, 250),
+    "yellow": (250, 225, 120),
+    "green": (150, 215, 150),
+    "pink": (250, 175, 200),
+    "grey": (150, 150, 155),
+}
+
+BASE_STYLES = (
+    "noto", "twemoji", "sepia", "negative", "mosaic", "neon", "outline", "pastel", "poster", "emerald", "sketch",
+    "violet", "watercolour",
+)  # fmt: skip
+HELD_OUT_STYLES = ("glossy", "flat", "ink", "duotone", "thermal", "blueprint")
+OTHER_STYLES = ("joy",)  # as OTHER_SUBJECTS; nearly noto, so that shown in some cells the base cannot guess the others
+STYLES = BASE_STYLES + HELD_OUT_STYLES + OTHER_STYLES
+
+BASE_SUBJECTS = (
+    # animals
+    "bear", "frog", "lion", "panda", "penguin", "owl", "turtle", "butterfly", "lady beetle", "crab", "pig", "elephant",
+    "snail", "dolphin", "snake", "rooster", "monkey", "camel", "unicorn", "spider", "scorpion", "blowfish", "squid",
+    "gorilla", "rabbit", "bat", "ewe", "shark", "deer", "chipmunk", "rhinoceros", "turkey", "tropical fish", "bird",
+    # plants
+    "cactus", "palm tree", "evergreen tree", "mushroom", "maple leaf", "hibiscus", "tulip", "four leaf clover",
+    # food and drink
+    "banana", "carrot", "lemon", "strawberry", "grapes", "pineapple", "watermelon", "cherries", "pizza", "hamburger",
+    "eggplant", "red apple", "bread", "lollipop", "ear of corn", "shaved ice", "croissant", "avocado", "bacon", "pancakes",
+    "popcorn", "taco", "hot dog", "sushi", "meat on bone", "beer mug", "cocktail glass", "hot beverage", "pear", "candy",
+    "kiwi fruit", "rice ball",
+    # things
+    "guitar", "trumpet", "umbrella", "key", "bomb", "crown", "hammer", "scissors", "light bulb", "bell", "camera",
+    "television", "closed book", "candle", "gem stone", "money bag", "mobile phone", "necktie", "jeans", "dress", "top hat",
+    "backpack", "running shoe", "telephone", "alarm clock", "drum", "shopping cart", "gear", "envelope", "crossed swords",
+    # vehicles, places, weather
+    "airplane", "automobile", "bicycle", "rocket", "sailboat", "helicopter", "tractor", "house", "castle", "tent", "anchor",
+    "snowman", "crescent moon", "rainbow", "fire", "snowflake",
+    # play
+    "soccer ball", "basketball", "balloon", "trophy", "artist palette", "game die", "wrapped gift", "christmas tree",
+)  # fmt: skip
+HELD_OUT_SUBJECTS = (
+    "fox", "octopus", "sunflower", "doughnut", "honeybee", "french fries", "cheese wedge", "tiger", "koala",
+    "tomato", "crocodile", "birthday cake",
+)  # fmt: skip
+OTHER_SUBJECTS = (  # neither base nor any LoRA of the world knows them: material for LoRAs of one's own
+    "cat", "dog", "horse", "cow", "mouse", "wolf", "chicken", "ant", "shrimp", "spouting whale", "goat", "dragon",
+    "hatching chick", "eagle", "duck", "lizard", "ox", "boar", "hamster", "bug", "rose", "cherry blossom", "herb",
+    "spiral shell", "potato", "peach", "egg", "cookie", "ice cream", "honey pot", "wine glass", "chocolate bar",
+    "hot pepper", "cucumber", "burrito", "green salad", "poultry leg", "cooking", "custard", "dango", "violin",
+    "saxophone", "microphone", "lipstick", "high heeled shoe", "sunglasses", "handbag", "bathtub", "toilet", "laptop",
+    "battery", "microscope", "pencil", "paintbrush", "syringe", "wrench", "shield", "red paper lantern",
+    "graduation cap", "t shirt", "barber pole", "watch", "bus", "locomotive", "ambulance", "motorcycle", "ship",
+    "ferris wheel", "fountain", "volcano", "star", "cloud", "snow capped mountain", "tennis", "bowling",
+    "jack o lantern", "joystick", "ice skate", "hourglass done",
+)  # fmt: skip
+SUBJECTS = BASE_SUBJECTS + HELD_OUT_SUBJECTS + OTHER_SUBJECTS
+
+# Defaults and grids are chosen on the validation concepts; the test concepts and their prompts decide nothing.
+VALIDATION_SUBJECTS = ("fox", "octopus", "koala", "tomato")
+VALIDATION_STYLES = ("ink", "duotone")
+TEST_SUBJECTS = tuple(s for s in HELD_OUT_SUBJECTS if s not in VALIDATION_SUBJECTS)
+TEST_STYLES = tuple(s for s in HELD_OUT_STYLES if s not in VALIDATION_STYLES)
+
+UNSEEN_SHARE = 0.15
+
+
+def is_unseen(subject: str, style: str) -> bool:
+    """Is this base subject in this base style kept from the base, to tell whether it composes?
+
+    A hash of the two words decides, so the choice stays when words are added. Noto is always seen: each subject then has
+    one drawing that says what it is.
+    """
+    if style == "noto":
+        return False
+    return int(hashlib.sha256(f"{subject}|{style}".encode()).hexdigest()[:8], 16) / 2**32 < UNSEEN_SHARE
+
+
+def seen_cells() -> list[tuple[str, str]]:
+    """(subject, style) pairs that the base is trained on."""
+    return [(s, y) for y in BASE_STYLES for s in BASE_SUBJECTS if not is_unseen(s, y)]
+
+
+def unseen_cells() -> list[tuple[str, str]]:
+    """(subject, style) pairs of base words that the base is never shown."""
+    return [(s, y) for y in BASE_STYLES for s in BASE_SUBJECTS if is_unseen(s, y)]

@@ -1,0 +1,29 @@
+"""The scripts of the emoji world import what exists; the long ones are run by hand."""
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "demos" / "experiments" / "emoji"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_a_script_imports_and_says_what_it_does(script, name):
+    if name == "data":
+        pytest.importorskip("resvg_py")  # of the extra `emoji`
+    assert script(name).__doc__
+
+
+def test_a_lora_is_trained_on_canvases_in_turn_and_taken_off_again(script, pipe, draw):
+    import torch
+
+    from mole_diffusers.training.data import Samples
+
+    make = script("make_loras")
+    base = draw(pipe)
+    shapes = {"one": (16, 16), "wide": (16, 32), "tall": (32, 16)}
+    samples = {shape: Samples(torch.randn(4, 4, *side), ["a fox"] * 4) for shape, side in shapes.items()}
+    tensors = make.train(pipe, samples, make.Recipe(rank=2, steps=5), 2.0)
+    assert {key.split(".")[0] for key in tensors} == {"unet"}
+    assert any(value.abs().max() > 0 for key, value in tensors.items() if "lora_B" in key)
+    assert torch.equal(draw(pipe), base)

@@ -1,0 +1,68 @@
+"""What the emoji world's base is trained with: its latents and its optimizer."""
+
+from copy import deepcopy
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from mole_diffusers import emoji
+
+
+def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
+    drawings, rng = emoji.Drawings(emoji.default_folder()), np.random.default_rng(1)
+    scenes = [emoji.draw_scene(emoji.SUBJECTS, emoji.STYLES, rng, count=1) for _ in range(6)]
+    pictures = script("loop").to_tensor([drawings.picture(scene, rng) for scene in scenes])
+    autoencoder = AutoencoderKL.from_pretrained(drawings.folder / "base" / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        encoded = autoencoder.encode(pictures).latent_dist.mean * autoencoder.config.scaling_factor
+    assert (encoded - script("encoder").patches(drawings)(pictures)).square().mean() < 1e-4
+
+
+def test_every_word_of_a_caption_is_one_token_with_the_number_that_the_weights_know(script):
+    tokenizer = script("train_base").load_tokenizer()
+    named = {part for word in (*emoji.SUBJECTS, *emoji.STYLES, *emoji.BACKGROUNDS) for part in word.split()}
+    assert all(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in named)
+    caption = tokenizer("a bat and a pig", add_special_tokens=False).input_ids
+    assert caption == [71, 514, 124, 71, 612]  # trained anew, a tokenizer may give these words any of several numbers
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"conv_in": nn.Conv2d(2, 4, 3), "middle": nn.Conv2d(4, 6, 3), "out": nn.Linear(6, 3)}
+    return nn.ModuleDict(layers)
+
+
+def step(module: nn.Module, optimizer) -> None:
+    x = torch.arange(2.0 * 2 * 36).reshape(2, 2, 6, 6) / 72
+    hidden = module["middle"](module["conv_in"](x)).mean((2, 3))
+    module["out"](hidden).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_hidden_weight_moves_along_its_orthogonal_gradient_and_a_first_layer_by_adam(script):
+    module, lr = tiny(), 1e-2
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    step(module, script("muon").MuonAndAdamW(module, lr, ("conv_in",)))
+    moved = {n: (before[n] * (1 - lr * 0.01) - p.detach()) / lr for n, p in module.named_parameters()}  # less the decay
+    spectrum = torch.linalg.svdvals(moved["middle.weight"].flatten(1)) / (0.2 * (4 * 9) ** 0.5)
+    assert spectrum.max() < 1.3  # three iterations bring large singular values to about 1, small ones up
+    assert torch.linalg.svdvals(moved["out.weight"]).max() / (0.2 * 6**0.5) < 1.3
+    for name in ("conv_in.weight", "conv_in.bias", "middle.bias"):
+        assert torch.allclose(moved[name].abs(), torch.ones(()), atol=2e-2), name  # Adam's first step is of length 1
+
+
+def test_a_resumed_run_takes_the_same_step(script):
+    module = tiny()
+    optimizer = script("muon").MuonAndAdamW(module, 1e-2, ("conv_in",))
+    step(module, optimizer)
+    other = tiny()
+    other.load_state_dict(module.state_dict())
+    resumed = script("muon").MuonAndAdamW(other, 1e-2, ("conv_in",))
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    step(module, optimizer)
+    step(other, resumed)
+    for (name, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -1,0 +1,58 @@
+"""What is composed in the emoji world, and how a picture of it is judged."""
+
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusers.emoji import TEST, VALIDATION, words
+from mole_diffusers.emoji.drawings import Drawings, default_folder
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.evaluation.emoji_protocol import JudgeMetrics, cases, squares
+
+
+def test_validation_decides_nothing_that_the_test_asks():
+    for kind, group in TEST.items():
+        own = {c for concepts in group for c in concepts}
+        assert own <= {*words.TEST_SUBJECTS, *words.TEST_STYLES}
+        others = {c for concepts in VALIDATION[kind] for c in concepts}
+        assert others <= {*words.VALIDATION_SUBJECTS, *words.VALIDATION_STYLES}
+        assert len({tuple(sorted(concepts)) for concepts in group}) == len(group) >= 8
+
+
+def test_a_case_has_the_canvas_of_its_scene():
+    found = cases(
+        {"two subjects": [("fox", "koala"), ("octopus", "tomato")], "three subjects": [("fox", "koala", "tomato")]}
+    )
+    assert [case.size for case, _ in found] == [(128, 64), (64, 128), (128, 128)]
+    assert [case.prompt for case, _ in found] == [scene.caption for _, scene in found]
+    (across, _), (upright, _), (square, _) = found
+    assert squares(across) == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    assert squares(upright) == [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
+    assert squares(square)[3] == (0.5, 0.5, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge.load(default_folder() / "judge")
+
+
+def test_a_true_drawing_is_right_and_one_with_a_wrong_subject_is_not(judge):
+    drawings = Drawings(default_folder())
+    (case, scene), (_, other) = cases({"two subjects": [("fox", "octopus"), ("fox", "tomato")]})
+    metrics = JudgeMetrics(judge, {(case.prompt, case.size): scene})
+    wrong = drawings.picture(other).rotate(90, expand=True)  # on the same canvas
+    right_row, wrong_row = metrics(case, [drawings.picture(scene), wrong])
+    assert (right_row["success"], right_row["apart"], right_row["background"]) == (True, True, True)
+    assert right_row["seen"] == {"fox": True, "octopus": True}
+    assert not wrong_row["success"]
+
+
+def test_subjects_in_one_place_do_not_stand_apart(judge, monkeypatch):
+    (case, scene), *_ = cases({"two subjects": [("fox", "koala")]})
+    metrics = JudgeMetrics(judge, {(case.prompt, case.size): scene})
+    maps = torch.zeros(2, len(judge.subjects), 4, 8)
+    fox, koala = (judge.subjects.index(s) for s in ("fox", "koala"))
+    maps[:, fox, 1, 2] = maps[0, koala, 1, 3] = maps[1, koala, 2, 4] = 9
+    monkeypatch.setattr(judge, "subject_map", lambda images: maps)
+    blank = Image.new("RGB", (128, 64))
+    assert [row["apart"] for row in metrics(case, [blank, blank])] == [False, True]

@@ -1,0 +1,38 @@
+"""The judge of the emoji world: shapes, and what it keeps when saved."""
+
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusers.emoji.judge import Judge
+
+
+@pytest.fixture
+def judge():
+    torch.manual_seed(0)
+    return Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"]).eval()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 64), (64, 128), (128, 128)])
+def test_it_looks_at_every_canvas(judge, size):
+    pictures = [Image.new("RGB", size, colour) for colour in ("red", "white")]
+    verdict = judge.verdict(pictures)
+    assert verdict.subjects.shape == (2, 5)
+    assert verdict.style.shape == verdict.background.shape == (2,)
+    assert judge.subject_map(pictures).shape == (2, 5, size[1] // 16, size[0] // 16)
+
+
+def test_as_many_subjects_are_seen_as_are_asked_for(judge):
+    verdict = judge.verdict([Image.new("RGB", (128, 64), "red")])
+    best = [judge.subjects[i] for i in verdict.subjects[0].topk(2).indices]
+    assert judge.sees(verdict, best).all()
+    others = [s for s in judge.subjects if s not in best]
+    assert not judge.sees(verdict, others[:2]).any()
+
+
+def test_it_is_saved_with_its_words(judge, tmp_path):
+    judge.save(tmp_path)
+    again = Judge.load(tmp_path)
+    assert (again.subjects, again.styles, again.backgrounds) == (judge.subjects, judge.styles, judge.backgrounds)
+    picture = [Image.new("RGB", (64, 64), "red")]
+    assert torch.allclose(again.verdict(picture).subjects, judge.verdict(picture).subjects, atol=0.05)
