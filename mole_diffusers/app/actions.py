@@ -383,7 +383,7 @@ class Actions:
             if mixture is None:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
             with mixture.strengths(strengths):
-                call = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+                call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
                 return path, mixture.export_lora(path, words, rank=rank, **call)
 
     def _completed(self, recipe: Recipe) -> Recipe:
