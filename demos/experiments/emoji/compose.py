@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from check_world import joint_file
 from loop import WORK, device, small_attention
+from PIL import Image
 from sampling import GUIDANCE, STEPS
 
 from mole_diffusers import attach, detach
@@ -76,7 +77,8 @@ def figure(world: EmojiWorld, path: Path) -> None:
         cells.append([plain, bound, overlay(bound, mixture.layouts[0], side=256), world.drawings.picture(scene)])
         labels.append(" + ".join(concepts))
         detach(world.pipe)
-    image_grid(cells, ["plain sum", "bound", "regions", "true drawing"], labels).save(path)
+    page = image_grid(cells, ["plain sum", "bound", "regions", "true drawing"], labels)
+    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # which keeps it small
 
 
 def main() -> None:

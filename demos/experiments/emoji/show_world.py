@@ -60,7 +60,8 @@ def main() -> None:
         scenes = scenes_to_show(args.count, unseen=args.what == "unseen")
         samples = generate(pipe, scenes)
     columns = 9 if args.what == "loras" else 6
-    sheet(scenes, [samples, [drawings.picture(s) for s in scenes]], columns=columns).save(args.out)
+    page = sheet(scenes, [samples, [drawings.picture(s) for s in scenes]], columns=columns)
+    page.quantize(96, dither=Image.Dither.NONE).save(args.out, optimize=True)  # which keeps it small
     print("\n".join(s.caption for s in scenes))
 
 
