@@ -2,7 +2,7 @@
 
 from mole_diffusers.emoji.compositions import TEST, VALIDATION, Concepts
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import Scene, article, canvas, composition_scene, draw_scene, places, scene_in
+from mole_diffusers.emoji.scenes import Scene, canvas, composition_scene, draw_scene, scene_in
 from mole_diffusers.emoji.words import (
     BACKGROUNDS,
     BASE_STYLES,
@@ -39,12 +39,10 @@ __all__ = [
     "Concepts",
     "Drawings",
     "Scene",
-    "article",
     "canvas",
     "composition_scene",
     "default_folder",
     "draw_scene",
     "is_unseen",
-    "places",
     "scene_in",
 ]

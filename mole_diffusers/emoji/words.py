@@ -18,7 +18,7 @@ BASE_STYLES = (
     "violet", "watercolour",
 )  # fmt: skip
 HELD_OUT_STYLES = ("glossy", "flat", "ink", "duotone", "thermal", "blueprint")
-OTHER_STYLES = ("joy",)  # as OTHER_SUBJECTS; nearly noto, so that shown in some cells the base cannot guess the others
+OTHER_STYLES = ("joy",)  # as OTHER_SUBJECTS: so near to noto that a base shown some of its drawings guesses the others wrong
 STYLES = BASE_STYLES + HELD_OUT_STYLES + OTHER_STYLES
 
 BASE_SUBJECTS = (
@@ -78,13 +78,3 @@ def is_unseen(subject: str, style: str) -> bool:
     if style == "noto":
         return False
     return int(hashlib.sha256(f"{subject}|{style}".encode()).hexdigest()[:8], 16) / 2**32 < UNSEEN_SHARE
-
-
-def seen_cells() -> list[tuple[str, str]]:
-    """(subject, style) pairs that the base is trained on."""
-    return [(s, y) for y in BASE_STYLES for s in BASE_SUBJECTS if not is_unseen(s, y)]
-
-
-def unseen_cells() -> list[tuple[str, str]]:
-    """(subject, style) pairs of base words that the base is never shown."""
-    return [(s, y) for y in BASE_STYLES for s in BASE_SUBJECTS if is_unseen(s, y)]
