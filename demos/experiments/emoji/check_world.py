@@ -51,7 +51,7 @@ class World:
         """The share of pictures of these scenes that are right; a sheet of the first 24 is kept."""
         pictures = generate(self.pipe, scenes)
         folder = WORK / "sheets"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         first = scenes[:24]
         true = [self.drawings.picture(s) for s in first]
         sheet(first, [pictures[:24], true], columns=8).save(folder / f"{name.replace(' ', '_')}.png")
@@ -64,6 +64,7 @@ def keep(row: str, share: Share, wanted: float) -> None:
     low, high = share.interval
     table[row] = {"share": round(share.share, 4), "low": round(low, 3), "high": round(high, 3), "of": share.count}
     table[row] |= {"wanted": wanted, "met": share.share >= wanted}
+    WORK.mkdir(exist_ok=True)
     GATE.write_text(json.dumps(table, indent=1) + "\n")
     print(f"{row}: {share}; wanted {wanted}", flush=True)
 
@@ -133,7 +134,7 @@ def joint_rows(world: World, pictures: int, per_kind: int) -> None:
         hits, count = 0, 0
         for concepts in TEST[kind][:per_kind]:
             path = joint_file(concepts)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 samples = make_loras.concept_samples(world.pipe, world.drawings, concepts)
                 tensors = make_loras.train(world.pipe, samples, JOINT, JOINT.rank)

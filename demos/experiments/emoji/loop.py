@@ -146,5 +146,6 @@ def note(name: str, **facts: object) -> None:
     path = WORK / "took.json"
     took = json.loads(path.read_text()) if path.exists() else {}
     took[name] = facts
+    WORK.mkdir(exist_ok=True)
     path.write_text(json.dumps(took, indent=1) + "\n")
     print(name, facts, flush=True)
