@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mole_diffusers.training.clip import Clip, read_clip
     from mole_diffusers.training.config import GateTraining, LoraTraining, Validation
     from mole_diffusers.training.data import Samples, TrainingData, encode, read_folder
     from mole_diffusers.training.gate_trainer import train_gates
     from mole_diffusers.training.lora_adapter import save_kohya, save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
-    from mole_diffusers.training.rewards import Clip, read_clip
 
 _FILES = {
     "config": ("GateTraining", "LoraTraining", "Validation"),
@@ -17,7 +17,7 @@ _FILES = {
     "gate_trainer": ("train_gates",),
     "lora_adapter": ("save_kohya", "save_lora"),
     "lora_trainer": ("class_samples", "train_lora"),
-    "rewards": ("Clip", "read_clip"),
+    "clip": ("Clip", "read_clip"),
 }
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 __all__ = [

@@ -6,17 +6,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import latent_shape
-
-if TYPE_CHECKING:
-    from mole_diffusers.training.rewards import Clip
 
 LossFn = Callable[[RandomBatch], torch.Tensor]  # the value of one term on a share of a batch
 

@@ -25,6 +25,7 @@ from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
 from mole_diffusers.patching.undo import Undo
+from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
@@ -32,7 +33,6 @@ from mole_diffusers.training.denoising import check_trainable, latent_shape, pre
 from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes, save_activation_memory
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rewards import Clip
 
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
 TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it wants pictures

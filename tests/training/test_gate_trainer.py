@@ -14,11 +14,11 @@ from PIL import Image
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training import engine
+from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining, Validation
 from mole_diffusers.training.data import Samples, TrainingData
 from mole_diffusers.training.gate_trainer import parameter_groups, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rewards import Clip
 
 TEACH = {"seeds": 2, "steps": 2}
 BOTH = {"single": TEACH, "composed": TEACH}

@@ -10,13 +10,14 @@ from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_tokenizer
+from mole_diffusers.training.clip import Clip, read_clip
 from mole_diffusers.training.config import TERMS, ClipTerm, ComposedTerm, DenoiseTerm, DistillationTerm, GateTraining
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import GateTrainer
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rewards import Clip, _advance, _start, read_clip
+from mole_diffusers.training.rewards import _advance, _start
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {

@@ -13,13 +13,13 @@ import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
 from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.lora_trainer import LoraTrainer
 from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rewards import Clip
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {
