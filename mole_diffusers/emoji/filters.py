@@ -124,5 +124,25 @@ def blueprint(rgba: np.ndarray) -> np.ndarray:
     return _lines(rgba, (25, 70, 160), (225, 240, 255))
 
 
+def chalk(rgba: np.ndarray) -> np.ndarray:
+    """Edges in chalk on a dark green board, with a faint wash of the drawing's own colours."""
+    return _lines(rgba, np.array([28, 62, 50]) + 0.3 * rgba[..., :3], (245, 245, 235))
+
+
+def relief(rgba: np.ndarray) -> np.ndarray:
+    """Carved in pale stone, lit from the upper left."""
+    height = rgba[..., :3] @ LUMA * (rgba[..., 3] / 255)
+    slope = height - np.roll(height, (1, 1), (0, 1))  # against the pixel up and to the left
+    return np.dstack([*(np.clip(tone - 0.9 * slope, 0, 255) for tone in (176, 164, 144)), rgba[..., 3]])
+
+
+def aurora(rgba: np.ndarray) -> np.ndarray:
+    """Northern lights: from green at the top to violet at the bottom, as bright as the drawing."""
+    down = np.linspace(0, 1, len(rgba))[:, None, None]
+    hue = (1 - down) * np.array([90, 255, 170]) + down * np.array([190, 70, 255])  # [H, 1, 3]
+    light = 0.25 + 0.85 * (rgba[..., :3] @ LUMA)[..., None] / 255
+    return np.dstack([np.clip(hue * light, 0, 255), rgba[..., 3]])
+
+
 BASE_FILTERS = (sepia, negative, mosaic, neon, outline, pastel, poster, emerald, sketch, violet, watercolour)
-FILTERS: dict[str, Filter] = {f.__name__: f for f in (*BASE_FILTERS, duotone, thermal, blueprint)}
+FILTERS: dict[str, Filter] = {f.__name__: f for f in (*BASE_FILTERS, chalk, relief, aurora, duotone, thermal, blueprint)}

@@ -17,8 +17,8 @@ BASE_STYLES = (
     "noto", "twemoji", "sepia", "negative", "mosaic", "neon", "outline", "pastel", "poster", "emerald", "sketch",
     "violet", "watercolour",
 )  # fmt: skip
-HELD_OUT_STYLES = ("glossy", "flat", "ink", "duotone", "thermal", "blueprint")
-OTHER_STYLES = ("joy",)  # as OTHER_SUBJECTS: so near to noto that a base shown some of its drawings guesses the others wrong
+HELD_OUT_STYLES = ("aurora", "relief", "duotone", "thermal", "blueprint")
+OTHER_STYLES = ("chalk", "joy", "glossy", "flat", "ink")  # as OTHER_SUBJECTS; the last four are drawn anew for each subject
 STYLES = BASE_STYLES + HELD_OUT_STYLES + OTHER_STYLES
 
 BASE_SUBJECTS = (
@@ -62,7 +62,7 @@ SUBJECTS = BASE_SUBJECTS + HELD_OUT_SUBJECTS + OTHER_SUBJECTS
 
 # Defaults and grids are chosen on the validation concepts; the test concepts and their prompts decide nothing.
 VALIDATION_SUBJECTS = ("fox", "octopus", "koala", "tomato")
-VALIDATION_STYLES = ("ink", "duotone")
+VALIDATION_STYLES = ("relief", "duotone")
 TEST_SUBJECTS = tuple(s for s in HELD_OUT_SUBJECTS if s not in VALIDATION_SUBJECTS)
 TEST_STYLES = tuple(s for s in HELD_OUT_STYLES if s not in VALIDATION_STYLES)
 

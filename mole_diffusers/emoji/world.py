@@ -20,7 +20,7 @@ class EmojiWorld:
     Attributes:
         pipe: the base, a MoLEStableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
         loras: concept -> LoRA file, for every held-out subject and style.
-        gates: "fox+ink" -> folder of gates trained for these experts.
+        gates: "fox+relief" -> folder of gates trained for these experts.
         drawings: the artists' drawings.
     """
 
@@ -41,7 +41,7 @@ def concept_files() -> dict[str, Path]:
 
 
 def gate_folders() -> dict[str, Path]:
-    """The world's trained gates by composition, "fox+ink"."""
+    """The world's trained gates by composition, "fox+relief"."""
     return {p.name.replace("_", " "): p for p in sorted((emoji.default_folder() / "gates").glob("*")) if p.is_dir()}
 
 

@@ -1,4 +1,4 @@
-"""How well LoRAs are composed without training: the sum, binding part by part, and one LoRA trained on all concepts.
+"""How well LoRAs are composed without training: the sum, binding part by part, rivals, and one LoRA trained on all concepts.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
     python demos/experiments/emoji/compose.py --figure docs/bind.png
@@ -8,11 +8,11 @@ has made one.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-import torch
 from check_world import joint_file
-from loop import WORK, device, small_attention
+from loop import WORK, device, mixed_precision, small_attention
 from PIL import Image
 from sampling import GUIDANCE, STEPS
 
@@ -51,16 +51,15 @@ def joint() -> Arm:
 
 
 ARMS = {
-    "base": arms.base,
-    "sum": arms.summed,
-    "words only": arms.words_only,
+    **arms.PLAIN,
+    **{method: partial(arms.merged, method) for method in arms.MERGES},
     "places only": lambda: arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
     "words and given places": lambda: arms.bound(
         "words and given places", lambda setup, case: given(setup, case, words=True)
     ),
-    "bound": arms.bound,
     "joint LoRA": joint,
 }
+PARTS = ("sum", "words only", "places only", "words and given places", "bound", "joint LoRA")  # of binding, drawn by default
 
 
 def figure(world: EmojiWorld, path: Path) -> None:
@@ -85,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--kinds", nargs="*", choices=TEST, default=list(TEST))
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=PARTS)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure of docs/bind.md instead")
@@ -98,7 +97,7 @@ def main() -> None:
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
     first = SEEDS[args.split]
-    with small_attention(), torch.autocast(device().type, torch.bfloat16):
+    with small_attention(), mixed_precision():
         rows = evaluate(
             setup,
             [ARMS[name]() for name in args.arms],

@@ -14,7 +14,7 @@ import torch
 import train_base
 from encoder import patches
 from latents import draw_shape
-from loop import device, to_tensor
+from loop import device, mixed_precision, to_tensor
 
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import Scene
@@ -49,7 +49,7 @@ def losses(both: torch.nn.ModuleDict, x: torch.Tensor, captions: list[str]) -> l
     for level in LEVELS:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(level)).to(x.device)
         t = torch.full((len(x),), level, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with mixed_precision():
             v = both["unet"](scheduler.add_noise(x, noise, t), t, both["text_encoder"](ids.to(x.device))[0]).sample
         found.append(float((v.float() - scheduler.get_velocity(x, noise, t)).square().mean()))
     return found

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import train_base
-from loop import device, note, small_attention
+from loop import mixed_precision, note, small_attention
 from torch import nn
 
 from mole_diffusers.emoji import words
@@ -103,7 +103,7 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
         generator = torch.Generator().manual_seed(0)
         for step in range(chosen.steps):
             shape = TURNS[step % len(TURNS)]
-            with small_attention(), torch.autocast(device().type, torch.bfloat16):
+            with small_attention(), mixed_precision():
                 loss = denoising_loss(pipe, samples[shape], RandomBatch(generator, BATCH[shape]))
             loss.backward()
             for group in groups:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from loop import device, small_attention
+from loop import mixed_precision, small_attention
 from PIL import Image
 
 from mole_diffusers.emoji.judge import Judge
@@ -21,7 +21,7 @@ def generate(pipe, scenes: Sequence[Scene], *, seed: int = 0, steps: int = STEPS
         of_size = [i for i, s in enumerate(scenes) if s.size == size]
         for start in range(0, len(of_size), BATCH):
             rows = of_size[start : start + BATCH]
-            with small_attention(), torch.autocast(device().type, torch.bfloat16):
+            with small_attention(), mixed_precision():
                 found = pipe(
                     [scenes[i].caption for i in rows],
                     width=size[0],

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from encoder import CHANNELS, patches, write
-from loop import WORK, averaged, cosine, device, fit, note, to_tensor
+from loop import WORK, averaged, cosine, device, fit, mixed_precision, note, to_tensor
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
@@ -52,7 +52,7 @@ def pieces(drawings: Drawings, rng: np.random.Generator, count: int) -> torch.Te
 
 def loss_of(decoder: torch.nn.Module, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Absolute and squared differences of pixels and absolute ones of their slopes; latents z of pictures x."""
-    with torch.autocast(device().type, torch.bfloat16):
+    with mixed_precision():
         y = decoder(z)
     y = y.float()
     slopes = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))

@@ -19,7 +19,7 @@ import train_autoencoder
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from encoder import CHANNELS
 from latents import SHAPES, Pool
-from loop import WORK, averaged, constant_then_decay, device, fit, small_attention, updates
+from loop import WORK, averaged, constant_then_decay, device, fit, mixed_precision, small_attention, updates
 from muon import MuonAndAdamW
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -70,7 +70,8 @@ def build_scheduler() -> DDIMScheduler:
 def load_tokenizer() -> CLIPTokenizer:
     """The world's tokenizer, which is made once and kept in `assets/base`.
 
-    Which number a word gets is left open by byte-pair training, and weights go with the numbers that they learned.
+    Which number a word gets is left open by byte-pair training, and weights go with the numbers that they learned. Words
+    that came after it ("aurora", "relief") are several tokens each, as most trigger words are.
     """
     folder = BASE / "tokenizer"
     if not folder.exists():
@@ -186,7 +187,7 @@ def train(steps: int, decay: int) -> None:
         t = torch.where(noisy, torch.randint(NOISY, 1000, (len(x),), generator=generator), t)
         ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         x, noise, t, ids = x.to(device()), noise.to(device()), t.to(device()), ids.to(device())
-        with torch.autocast(device().type, torch.bfloat16):
+        with mixed_precision():
             v = both["unet"](scheduler.add_noise(x, noise, t), t, both["text_encoder"](ids)[0]).sample
         return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))
 

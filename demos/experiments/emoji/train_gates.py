@@ -10,16 +10,16 @@ import time
 from dataclasses import replace
 
 import torch
-from loop import device, note, small_attention
+from loop import device, multiplies_bf16, note, small_attention
 
 from mole_diffusers import attach, detach, emoji, emoji_world
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
 
-SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+ink")
+SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+relief")
 REDRAW = 0.55  # share of the noise levels in which a style is drawn over subjects that were drawn without it
-TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2, precision="bf16")
+TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2)
 
 
 def lesson(concepts: emoji.Concepts) -> TrainingData:
@@ -34,7 +34,8 @@ def recipe(concepts: emoji.Concepts) -> GateTraining:
     """How gates of a composition are trained: on its own canvas."""
     data, (width, height) = lesson(concepts), emoji.composition_scene(concepts).size
     terms = {"collage": {"guidance": 3.0, "redraw": REDRAW if data.styles else 0.0}}
-    return replace(TRAINING, terms=terms, width=width, height=height)
+    precision = "bf16" if multiplies_bf16() else "no"
+    return replace(TRAINING, terms=terms, precision=precision, width=width, height=height)
 
 
 def main() -> None:

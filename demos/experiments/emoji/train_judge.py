@@ -3,7 +3,8 @@
     python demos/experiments/emoji/train_judge.py [--steps 8000]
 
 Sees true drawings of every subject and style of the world, one to four in a picture, blurred, noised, shifted in colour,
-and a fifth of them through the base's autoencoder, whose softness all generated pictures share. Resumable.
+and a fifth of them through the base's autoencoder, whose softness all generated pictures share. Resumable. A run without a
+checkpoint goes on from the judge in `assets/judge`, where there is one; words that it does not know begin anew.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import train_autoencoder
 from diffusers import AutoencoderKL
 from encoder import Patches, patches
-from loop import averaged, cosine, device, fit, note, to_tensor
+from loop import averaged, cosine, device, fit, mixed_precision, note, to_tensor
 from muon import MuonAndAdamW
 
 from mole_diffusers.emoji import words
@@ -35,6 +36,22 @@ class Batch:
     subjects: torch.Tensor
     style: torch.Tensor
     background: torch.Tensor
+
+
+def begin(judge: Judge, saved: Judge) -> None:
+    """Take over what a saved judge knows: its trunk, and of its heads the words that both have."""
+    weights = dict(saved.state_dict())
+    for head, now, before in (
+        ("subject", judge.subjects, saved.subjects),
+        ("style", judge.styles, saved.styles),
+        ("background", judge.backgrounds, saved.backgrounds),
+    ):
+        known = [word for word in now if word in before]
+        for part in ("weight", "bias"):
+            rows = judge.state_dict()[f"{head}.{part}"].clone()
+            rows[[now.index(w) for w in known]] = weights[f"{head}.{part}"][[before.index(w) for w in known]]
+            weights[f"{head}.{part}"] = rows
+    judge.load_state_dict(weights)
 
 
 def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator) -> Batch:
@@ -64,7 +81,7 @@ def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, Au
     """Renderings as a soft model gives them: autoencoder, blur, noise, brightness. [B, 3, H, W] -> the same."""
     if coding is not None:
         linear, autoencoder = coding
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        with torch.no_grad(), mixed_precision():
             latents = linear(x)
             latents = latents + torch.randn_like(latents) * rng.uniform(0, 0.35) * latents.std()
             x = autoencoder.decode(latents).sample.float()
@@ -80,7 +97,7 @@ def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, Au
 
 def loss_of(judge: Judge, batch: Batch, x: torch.Tensor) -> torch.Tensor:
     """Every subject on its own, plus style and background."""
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with mixed_precision():
         logits = judge(x)
     there = torch.tensor(8.0, device=x.device)  # weight of a subject that is there against one that is not
     subjects = F.binary_cross_entropy_with_logits(logits.subjects.float(), batch.subjects, pos_weight=there)
@@ -112,7 +129,10 @@ def main() -> None:
     rng = np.random.default_rng(3)
     drawings = Drawings(default_folder())
     coding = patches(drawings), train_autoencoder.trained()
-    judge = Judge(words.SUBJECTS, words.STYLES, list(words.BACKGROUNDS)).to(device())
+    judge = Judge(words.SUBJECTS, words.STYLES, list(words.BACKGROUNDS))
+    if (drawings.folder / "judge").exists():
+        begin(judge, Judge.load(drawings.folder / "judge"))
+    judge.train().to(device())
 
     def loss_at(step: int) -> torch.Tensor:
         count = TURNS[step % len(TURNS)]
