@@ -1,4 +1,4 @@
-"""How well LoRAs are composed without training: the sum, binding part by part, and one LoRA trained on all concepts.
+"""How well LoRAs are composed without training: the sum, binding part by part, what others do, and one LoRA trained on all.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
     python demos/experiments/emoji/compose.py --figure docs/bind.png
@@ -8,6 +8,7 @@ has made one.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ from sampling import GUIDANCE, STEPS
 
 from mole_diffusers import attach, detach
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.emoji import TEST, VALIDATION
+from mole_diffusers.emoji import TEST, VALIDATION, scene_in
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.regional_composers import Part
 from mole_diffusers.evaluation.rows import Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
@@ -38,6 +40,13 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     if words:
         return {name: (None, box) for name, box in boxes.items()}
     return {name: Bound((), boxes.get(name, "everywhere")) for name in case.concepts}
+
+
+def parts(setup: Setup, case: Case) -> dict[str, Part]:
+    """A prompt that names a subject alone and its square, for each subject."""
+    scene, squares = scene_in(case.prompt), emoji_protocol.squares(case)
+    subjects = arms.subjects_of(setup, case)
+    return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in zip(subjects, squares, strict=False)}
 
 
 def joint() -> Arm:
@@ -59,6 +68,10 @@ ARMS = {
         "words and given places", lambda setup, case: given(setup, case, words=True)
     ),
     "bound": arms.bound,
+    "regional prompts": lambda: arms.regional(parts),
+    "masked blend": arms.blended,
+    "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
+    "freefuse": arms.freefused,
     "joint LoRA": joint,
 }
 
