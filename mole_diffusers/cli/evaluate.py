@@ -46,8 +46,8 @@ def evaluate(
         Option(
             metavar="NAME",
             help="A composer: base, alone, sum, mean, bound, 'words only', 'grid search', the methods of merge, switch, "
-            "composite, k-lora, gates, 'bound gates', 'gates uniform', 'gates random', 'gates hardened', 'gates averaged'. "
-            "Repeatable. Default: all of them.",
+            "composite, k-lora, 'masked blend', freefuse, gates, 'bound gates', 'gates uniform', 'gates random', "
+            "'gates hardened', 'gates averaged'. Repeatable. Default: all of them.",
         ),
     ] = NONE,
     gates: Annotated[

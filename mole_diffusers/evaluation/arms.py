@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from mole_diffusers.binding.config import Bound, to_json
+from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.evaluation.freefuse import CORE, FIRST_PASS, freefuse
+from mole_diffusers.evaluation.regional_composers import THRESHOLD, Part, masked_blend, regional_prompts
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import composed_scores, encodes_by_expert, k_lora, last_content, switched
@@ -28,6 +31,7 @@ from mole_diffusers.patching.trace import Trace
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # what is said about words and regions, as `Mixture.bind` takes it
+Parts = Callable[[Setup, Case], Mapping[str, Part]]  # each subject's own prompt and region
 Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order in which a composer takes them
 ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
@@ -216,6 +220,50 @@ def klora() -> Arm:
     return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 
+def subjects_of(setup: Setup, case: Case) -> list[str]:
+    """The concepts of a case that are no styles."""
+    return [name for name in case.concepts if name not in setup.styles]
+
+
+def regional(parts: Parts) -> Arm:
+    """Regional prompts: a prompt and a LoRA for each region; the parts say where."""
+    return in_parts("regional prompts", regional_prompts, parts, gates=GateConfig("static", granularity="matrix"))
+
+
+def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, Part]:
+    """Each subject's own prompt is that of the case, and its region is found."""
+    return dict.fromkeys(subjects_of(setup, case), (case.prompt, AUTO))
+
+
+def blended(name: str = "masked blend", parts: Parts = in_the_whole_prompt) -> Arm:
+    """One prediction for each LoRA, blended by regions; as many UNet calls per step as subjects, and one."""
+    return in_parts(name, masked_blend, parts, threshold=THRESHOLD)
+
+
+def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: Parts, **options: Any) -> Arm:
+    """A composer by parts of the picture, which the rows say. A case of styles alone has none, and gets the sum."""
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        found = parts(setup, case)
+        return composer(setup.pipe, mixture, case.prompt, found) if found else nullcontext()
+
+    return _also_says(while_sampling(name, context, **options), "parts", parts)
+
+
+def freefused() -> Arm:
+    """FreeFuse; a third of the steps are run twice."""
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return freefuse(setup.pipe, mixture, subjects_of(setup, case))
+
+    return _also_says(while_sampling("freefuse", context, first_pass=FIRST_PASS, core=CORE), "subjects", subjects_of)
+
+
+def _also_says(arm: Arm, name: str, fact: Callable[[Setup, Case], Any]) -> Arm:
+    """The arm, with one more setting, which depends on the case."""
+    return replace(arm, settings=lambda setup, case: {**arm.settings(setup, case), name: fact(setup, case)})
+
+
 def gates_of(folder: Path) -> Callable[[Case], Path]:
     """Where a case's gates lie below `folder`: "fox+french_fries"."""
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
@@ -280,12 +328,12 @@ def traced(setup: Setup, arm: Arm, case: Case) -> Trace:
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
 PLAIN: dict[str, Callable[[], Arm]] = {
     "base": base, "sum": summed, "mean": mean, "bound": bound, "words only": words_only, "switch": switch,
-    "composite": composite, "k-lora": klora,
+    "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
 }  # fmt: skip
 BOUND_GATES = "bound gates"
 ARMS = (
     "base", "alone", "sum", "mean", "bound", "words only", "grid search", *MERGES, "switch", "composite", "k-lora",
-    *CONTROLS, BOUND_GATES,
+    "masked blend", "freefuse", *CONTROLS, BOUND_GATES,
 )  # fmt: skip
 
 
@@ -328,7 +376,7 @@ def obstacles(
     for name in names:
         if name in METHODS and by_activations(name) and unprompted:
             found[name] = f"{name!r} runs every expert on prompts of its own, and there are none for {unprompted}"
-        elif name in ("switch", "composite") and not encodes_by_expert(setup.pipe):
+        elif name in ("switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
             found[name] = f"{name!r} needs a unet and one text encoder, unlike {kind}"
         elif name == "k-lora" and getattr(setup.pipe, "unet", None) is None:
             found[name] = f"{name!r} needs a unet, unlike {kind}"

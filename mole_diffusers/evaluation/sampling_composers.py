@@ -15,6 +15,7 @@ from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 
+Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
 
@@ -71,37 +72,52 @@ class StepCounter:
 
 
 def encodes_by_expert(pipe: Any) -> bool:
-    """Whether LoRA Switch and Composite, which encode the prompt with each expert alone, support this kind of pipeline."""
+    """Whether composers that read a text in several ways, as LoRA Switch and Composite do, support this kind of pipeline."""
     return getattr(pipe, "unet", None) is not None and getattr(pipe, "text_encoder_2", None) is None
 
 
+def _read_by(pipe: Any, mixture: Mixture, name: str) -> Callable[..., Any]:
+    """The text encoder with one expert alone."""
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        with mixture.only(name):
+            return pipe.text_encoder(*args, **kwargs)
+
+    return read
+
+
 @contextmanager
-def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Callable[..., Any]) -> Iterator[None]:
-    """Call `run(unet, texts, args, kwargs)` in place of the UNet, `texts` the prompt as each expert's text encoder reads it.
-
-    The states of all experts go through the pipeline concatenated along the channels, [B, T, N * C].
-    """
-    if not encodes_by_expert(pipe):
-        raise ValueError(f"LoRA Switch and Composite need a unet and one text encoder, unlike {type(pipe).__name__}")
-    count = len(mixture.experts)
-
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        found = []
-        for name in mixture.experts:
-            with mixture.only(name):
-                found.append(pipe.text_encoder(*args, **kwargs))
-        found[0].last_hidden_state = torch.cat([out.last_hidden_state for out in found], -1)
-        return found[0]
-
-    def denoise(*args: Any, **kwargs: Any) -> Any:
-        return run(pipe.unet, kwargs["encoder_hidden_states"].chunk(count, -1), args, kwargs)
-
-    with _replaced_forward(pipe.text_encoder, encode), _replaced_forward(pipe.unet, denoise):
+def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Run) -> Iterator[None]:
+    """`texts_apart` with the prompt as each expert's text encoder reads it."""
+    with texts_apart(pipe, [_read_by(pipe, mixture, name) for name in mixture.experts], run):
         yield
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> Iterator[None]:
+    """Call `run(unet, texts, args, kwargs)` in place of the UNet, with a text for each of `readers`.
+
+    A reader is called as the text encoder is. The states of all go through the pipeline concatenated along the channels,
+    [B, T, N * C]. Raises ValueError for a pipeline with several text encoders or without a UNet.
+    """
+    if not encodes_by_expert(pipe):
+        kind = type(pipe).__name__
+        raise ValueError(f"composers that read a text in several ways need a unet and one text encoder, unlike {kind}")
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        found = [read(*args, **kwargs) for read in readers]
+        found[0].last_hidden_state = torch.cat([out.last_hidden_state for out in found], -1)
+        return found[0]
+
+    def denoise(*args: Any, **kwargs: Any) -> Any:
+        return run(pipe.unet, kwargs["encoder_hidden_states"].chunk(len(readers), -1), args, kwargs)
+
+    with replaced_forward(pipe.text_encoder, encode), replaced_forward(pipe.unet, denoise):
+        yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """Calls of `module` go to `run`; those that `run` itself makes go to the module."""
     found, own, inside = module.forward, "forward" in module.__dict__, False
 

@@ -23,15 +23,8 @@ MAP_TOKENS = 256  # maps are read where the picture has about so many tokens: 16
 
 def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook every cross-attention of a UNet."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if name.endswith("attn2") and isinstance(module, Attention) and module.is_cross_attention
-    }
-    sizes = {name: tokens_of(name, model) for name in layers}
-    nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
-    reading = [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
-    for name, module in layers.items():
+    reading = map_layers(model)
+    for name, module in cross_attentions(model).items():
         undo.before_forward(module, _attend(runtime, name in reading), with_kwargs=True)
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
@@ -39,6 +32,22 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     compiled = Uncompiled(runtime, around, lambda masks: masks.wants_maps)
     undo.before_forward(model, compiled.before)
     undo.after_forward(model, compiled.after, always_call=True)
+
+
+def cross_attentions(model: Any) -> dict[str, Attention]:
+    """The cross-attentions of a UNet by their names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith("attn2") and isinstance(module, Attention) and module.is_cross_attention
+    }
+
+
+def map_layers(model: Any) -> list[str]:
+    """The cross-attentions that maps are read in: those with the number of tokens nearest to MAP_TOKENS."""
+    sizes = {name: tokens_of(name, model) for name in cross_attentions(model)}
+    nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
+    return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
 
 
 class Uncompiled:

@@ -27,3 +27,19 @@ def test_a_lora_is_trained_on_canvases_in_turn_and_taken_off_again(script, pipe,
     assert {key.split(".")[0] for key in tensors} == {"unet"}
     assert any(value.abs().max() > 0 for key, value in tensors.items() if "lora_B" in key)
     assert torch.equal(draw(pipe), base)
+
+
+def test_each_subject_has_a_prompt_and_a_square_of_its_own(script):
+    import mole_diffusers as mole
+    from mole_diffusers.evaluation import emoji_protocol
+
+    setup = emoji_protocol.setup(mole.emoji_world(), {})
+    kinds = {"two": (("fox", "octopus"),), "styled": (("fox", "ink"),)}
+    (two, _), (styled, _) = emoji_protocol.cases(kinds)
+    parts = script("compose").parts
+    assert two.prompt == "noto drawing of a fox and an octopus on a blue background"
+    assert parts(setup, two) == {
+        "fox": ("noto drawing of a fox on a blue background", (0, 0, 0.5, 1)),
+        "octopus": ("noto drawing of an octopus on a blue background", (0.5, 0, 1, 1)),
+    }
+    assert parts(setup, styled) == {"fox": (styled.prompt, (0, 0, 1, 1))}

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hosts import sdxl
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.regional_composers import masked_blend, regional_prompts
 from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
 from mole_diffusers.evaluation.sampling_composers import k_lora, last_content, switched
 from mole_diffusers.evaluation.strength_search import VALUES, best_weights, search_arms
@@ -63,8 +65,10 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
     assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
     assert drawn(setup, arms.base()) == before
     json.dumps([dict(a.settings(setup, CASE)) for a in chosen if a.covers(CASE)])
-    # The same by definition: equal gates that sum to N, the first of two turns of five steps, and a subject without a rival.
-    twins = {frozenset(("sum", "gates uniform")), frozenset(("alone fox", "switch")), frozenset(("bound", "words only"))}
+    # The same by definition: a subject without a rival; equal gates that sum to N, and one whose words are attended
+    # everywhere, as random weights do; and the first of two turns of five steps.
+    alike = (("bound", "words only", "freefuse"), ("sum", "gates uniform", "masked blend"), ("alone fox", "switch"))
+    twins = {frozenset(pair) for group in alike for pair in combinations(group, 2)}
     names = list(pictures)
     same = {frozenset((a, b)) for i, a in enumerate(names) for b in names[i + 1 :] if pictures[a] == pictures[b]}
     assert same <= twins
@@ -119,6 +123,23 @@ def test_switch_takes_what_was_asked_for_before_what_only_stands_by(setup):
 def test_k_lora_takes_a_bystander_for_the_content_of_a_style(setup):
     with arms.klora().draws(setup, Case(("ink",), "single", CASE.prompt, idle=("fox",))):
         assert list(mole.attached(setup.pipe).experts) == ["fox", "ink"]
+
+
+def test_parts_of_a_case_are_drawn_and_said(setup):
+    """By regional prompts and by a masked blend; a case of styles alone has no parts, and gets the sum."""
+    parts = {"fox": ("a fox", "left")}
+    of = lambda setup, case: {name: parts[name] for name in arms.subjects_of(setup, case)}  # noqa: E731
+    experts = {name: setup.experts[name] for name in CASE.concepts}
+    composers = {
+        arms.regional(of): (regional_prompts, mole.GateConfig("static", granularity="matrix")),
+        arms.blended("given", of): (masked_blend, "sum"),
+    }
+    for arm, (composer, gates) in composers.items():
+        inside = partial(composer, setup.pipe, prompt=CASE.prompt, parts=parts)
+        assert drawn(setup, arm) == by_hand(setup, experts, lambda m, inside=inside: inside(mixture=m), gates)
+        assert settings_of(setup, arm)["parts"] == parts
+    assert drawn(setup, arm, Case(("ink",), "style", CASE.prompt)) == drawn(setup, arms.alone("ink"))
+    assert settings_of(setup, arms.blended())["parts"] == {"fox": (CASE.prompt, "auto")}
 
 
 def test_a_search_sets_strengths_by_kind_and_role(setup):
@@ -187,7 +208,8 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     setup.pipe = sdxl()
     found = arms.obstacles(arms.ARMS, setup)
     assert set(found) == {
-        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "grid search", *arms.CONTROLS, "bound gates"
+        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
+        *arms.CONTROLS, "bound gates"
     }  # fmt: skip
     assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"
     for name, reason in found.items():
@@ -225,7 +247,7 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     assert changed() == {"ssr", "regmean", "iteris", "scalars"}
     setup.prompts["ink"].pop()
     setup.styles = frozenset()
-    assert changed() == {"np"}
+    assert changed() == {"np", "masked blend", "freefuse"}
     setup.styles = frozenset({"ink"})
     monkeypatch.setitem(METHODS["np"].__kwdefaults__, "mu", 0.25)
     monkeypatch.setitem(last_content.__kwdefaults__, "alpha", 1.0)

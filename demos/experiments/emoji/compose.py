@@ -1,4 +1,4 @@
-"""How well LoRAs are composed without training: the sum, binding part by part, rivals, and one LoRA trained on all concepts.
+"""How well LoRAs are composed without training: the sum, binding part by part, what others do, and one LoRA trained on all.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
     python demos/experiments/emoji/compose.py --figure docs/bind.png
@@ -8,6 +8,7 @@ has made one.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from sampling import GUIDANCE, STEPS
 
 from mole_diffusers import attach, detach
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.emoji import TEST, VALIDATION
+from mole_diffusers.emoji import TEST, VALIDATION, scene_in
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.regional_composers import Part
 from mole_diffusers.evaluation.rows import Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
@@ -40,6 +42,13 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     return {name: Bound((), boxes.get(name, "everywhere")) for name in case.concepts}
 
 
+def parts(setup: Setup, case: Case) -> dict[str, Part]:
+    """A prompt that names a subject alone and its square, for each subject."""
+    scene, squares = scene_in(case.prompt), emoji_protocol.squares(case)
+    subjects = arms.subjects_of(setup, case)
+    return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in zip(subjects, squares, strict=False)}
+
+
 def joint() -> Arm:
     """One LoRA per case that was trained on all its concepts."""
     return Arm(
@@ -57,9 +66,11 @@ ARMS = {
     "words and given places": lambda: arms.bound(
         "words and given places", lambda setup, case: given(setup, case, words=True)
     ),
+    "regional prompts": lambda: arms.regional(parts),
+    "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
     "joint LoRA": joint,
 }
-PARTS = ("sum", "words only", "places only", "words and given places", "bound", "joint LoRA")  # of binding, drawn by default
+OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "joint LoRA")
 
 
 def figure(world: EmojiWorld, path: Path) -> None:
@@ -84,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--kinds", nargs="*", choices=TEST, default=list(TEST))
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=PARTS)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure of docs/bind.md instead")

@@ -1,0 +1,189 @@
+"""Regional composers: each LoRA with a prompt and a part of the picture of its own, in the attention or in the predictions.
+
+Contexts on a mixture without binding. Experts that have no part, as a style, act everywhere and on every text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mole_diffusers.binding.config import Bound, from_file
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
+from mole_diffusers.evaluation.sampling_composers import replaced_forward, texts_apart
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.cross_attention import cross_attentions
+from mole_diffusers.patching.denoiser_inputs import groups_of
+from mole_diffusers.patching.picture_layout import Side, sides
+
+Part = tuple[str, Region]  # a prompt that asks for one concept alone, and where in the picture it is
+
+THRESHOLD = 0.3  # CLoRA: a concept is where its words are attended more than this share of the most
+
+
+@contextmanager
+def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> Iterator[None]:
+    """Regional LoRA of kohya's sd-scripts (`LoRAInfModule` of networks/lora.py): a prompt and a LoRA for each region.
+
+    In layers of the picture y = W x + sum_k M_k B_k A_k x. In cross-attention the places of region k read prompt k, which
+    LoRA k alone has encoded and makes keys and values of: out = sum_k M_k attention_k; where regions overlap, with
+    M_k / sum_j M_j. The unconditional text is read without LoRAs.
+
+    What differs: what lies in no region reads `prompt`, without the LoRAs that have a part, where the authors' code gives it
+    no text; and the cross-attention of unconditional rows has no LoRA at all, where theirs keeps that of the queries.
+
+    Args:
+        mixture: with a gate per matrix, so that LoRAs can change within a block.
+        prompt: what the pipeline is called with. Any other text is taken for an unconditional one.
+        parts: expert -> (its own prompt, its region), in any order.
+
+    Raises ValueError for other gates, a region "auto", no part, or an unknown expert.
+    """
+    if mixture.config.granularity != "matrix":
+        raise ValueError(f"regional prompts need a gate per matrix, got one per {mixture.config.granularity}")
+    if lost := [name for name, (_, region) in parts.items() if region == AUTO]:
+        raise ValueError(f"regional prompts need a region for each part, and there is none for {lost}")
+    attention = _RegionalAttention(pipe, mixture, parts)
+    whole = {name: Bound((), parts[name][1] if name in parts else EVERYWHERE) for name in mixture.experts}
+    readers = _readers(pipe, mixture, prompt, parts, unprompted=())
+    with ExitStack() as undo:
+        undo.enter_context(mixture.bound(whole))
+        undo.enter_context(texts_apart(pipe, readers, attention.run))
+        for module in cross_attentions(pipe.unet).values():
+            undo.enter_context(replaced_forward(module, partial(attention.attend, module)))
+        yield
+
+
+class _RegionalAttention:
+    """Cross-attention in which each region reads a text of its own, and the rest of the picture the last."""
+
+    def __init__(self, pipe: Any, mixture: Mixture, parts: Mapping[str, Part]):
+        self.pipe, self.mixture = pipe, mixture
+        self.regions, self.readers = [region for _, region in parts.values()], _names_by_text(mixture, parts)
+
+    def run(self, unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+        """The UNet with K + 1 texts [B, S, C]."""
+        latents, text = args[0], texts[-1]
+        self.texts, self.side = texts, latents.shape[-2:]
+        self.shares = _shares(torch.stack([_mask(region, self.side) for region in self.regions])).to(latents)
+        groups = groups_of(self.pipe, text, latents) or (True,)
+        self.prompted = torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))  # [B]
+        return unet(*args, **{**kwargs, "encoder_hidden_states": text})
+
+    def attend(self, module: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """One cross-attention, [B, T, C] -> [B, T, C]."""
+
+        def read(names: Sequence[str], text: torch.Tensor) -> torch.Tensor:
+            with self.mixture.only(*names):
+                return module(hidden, **{**kwargs, "encoder_hidden_states": text})
+
+        side = next(side for side in sides(self.side) if side[0] * side[1] == hidden.shape[1])
+        shares = F.adaptive_avg_pool2d(self.shares, side).flatten(1)[:, None, :, None].to(hidden.dtype)  # [K + 1, 1, T, 1]
+        found = torch.stack([read(*each) for each in zip(self.readers, self.texts, strict=True)])
+        return torch.where(self.prompted[:, None, None], (shares * found).sum(0), read((), self.texts[-1]))
+
+
+@contextmanager
+def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> Iterator[None]:
+    """One prediction for each LoRA, blended by regions: e = sum_k M_k e_k + (1 - sum_k M_k) e_0.
+
+    e_k is what LoRA k alone predicts with its own prompt, e_0 what none of them does with `prompt`: a call of the UNet for
+    each, and one. It is what MultiDiffusion (arXiv 2302.08113), CLoRA (2403.19776) and Concept Conductor (2408.03632) have
+    in common, without what the last two do to the latents: CLoRA's contrastive loss on attention maps, and Concept
+    Conductor's reference layout.
+
+    A region "auto" is found anew at each step, as in CLoRA: where the concept's words are attended more than THRESHOLD of
+    the most in its own call, and more than those of others are in theirs; what is nowhere has no part. Maps are those of
+    binding, with queries and keys of the base and from 0 to 1 in each layer, where CLoRA takes the LoRA's as they are.
+
+    Args:
+        prompt: what the pipeline is called with. Any other text, as the unconditional one, each LoRA reads as it is.
+        parts: expert -> (its own prompt, its region), in any order. In CLoRA every own prompt is `prompt`.
+
+    Raises ValueError for no part, or an unknown expert.
+    """
+    models = _names_by_text(mixture, parts)
+    readings = [_reading(mixture, name) if region == AUTO else None for name, (_, region) in parts.items()]
+
+    def run(unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+        found, maps = [], []
+        for names, text, reading in zip(models, texts, [*readings, None], strict=True):
+            with mixture.only(*names), mixture.bound(reading), mixture.trace(maps=True) as trace:
+                found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
+            maps.append(trace.maps.get(0, []))
+        scores = torch.stack(found)  # [K + 1, rows, C, H, W]
+        shares = _shares(_masks(parts, maps[:-1], args[0].shape[-2:])).to(scores)[:, :, None]  # [K + 1, B, 1, H, W]
+        return ((scores * shares.repeat(1, scores.shape[1] // shares.shape[1], 1, 1, 1)).sum(0),)
+
+    with texts_apart(pipe, _readers(pipe, mixture, prompt, parts), run):
+        yield
+
+
+def _reading(mixture: Mixture, name: str) -> dict[str, Any]:
+    """A binding under which an expert alone does what it does unbound, while the maps of its words are read."""
+    words = from_file(mixture.experts[name]).words
+    return dict.fromkeys(mixture.experts, EVERYWHERE) | {name: Bound(words, EVERYWHERE, required=False)}
+
+
+def _masks(parts: Mapping[str, Part], maps: Sequence[Sequence[Mapping[str, torch.Tensor]]], side: Side) -> torch.Tensor:
+    """Where each part is: [K, B, H, W] in 0..1, with B = 1 where there are no maps.
+
+    Args:
+        maps: [K][B], of each part's own call: expert -> [h, w]; none where its region is given, or no word was read.
+    """
+    pictures, nowhere = max(map(len, maps)) or 1, torch.zeros(1, 1)
+    read = [[each.get(name, nowhere) for each in own or [{}] * pictures] for name, own in zip(parts, maps, strict=True)]
+    attended = torch.stack([torch.stack([F.interpolate(m[None, None], side)[0, 0] for m in own]) for own in read])
+    most, highest = attended.amax((2, 3), keepdim=True), attended.amax(0)
+    masks = ((attended == highest) & (attended > THRESHOLD * most)).float()
+    for mask, (_, region) in zip(masks, parts.values(), strict=True):
+        if region != AUTO:
+            mask[:] = _mask(region, side)
+    return masks
+
+
+def _mask(region: Region, side: Side) -> torch.Tensor:
+    """[H, W] in 0..1."""
+    return torch.ones(side) if region == EVERYWHERE else region_mask(region, *side)
+
+
+def _shares(masks: torch.Tensor) -> torch.Tensor:
+    """Masks [K, ...] in 0..1 as shares of each place, which sum to 1: [K + 1, ...], the last of what lies in none."""
+    total = masks.sum(0, keepdim=True)
+    return torch.cat([masks / total.clamp_min(1), (1 - total).clamp_min(0)])
+
+
+def _names_by_text(mixture: Mixture, parts: Mapping[str, Part]) -> list[list[str]]:
+    """The experts of each part's text, and those of the whole prompt."""
+    if not parts or any(name not in mixture.experts for name in parts):
+        raise ValueError(f"parts of the picture are for experts, one or more, got {list(parts)} of {list(mixture.experts)}")
+    free = [name for name in mixture.experts if name not in parts]
+    return [*([*free, name] for name in parts), free]
+
+
+def _readers(
+    pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part], *, unprompted: Sequence[str] | None = None
+) -> list[Callable[..., Any]]:
+    """What reads each part's own prompt in place of `prompt`, and at last `prompt`, as `texts_apart` takes them.
+
+    Args:
+        unprompted: the experts that read any other text; None: those that read the prompt.
+    """
+
+    def tokens(text: str) -> torch.Tensor:  # [1, T]
+        length = pipe.tokenizer.model_max_length
+        return pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    def read(names: Sequence[str], own: str, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked = (ids == tokens(prompt).to(ids.device)).all(1, keepdim=True)  # [B, 1]
+        with mixture.only(*(names if unprompted is None or asked.any() else unprompted)):
+            return pipe.text_encoder(torch.where(asked, tokens(own).to(ids.device), ids), *args, **kwargs)
+
+    texts = [*(own for own, _ in parts.values()), prompt]
+    return [partial(read, names, own) for names, own in zip(_names_by_text(mixture, parts), texts, strict=True)]
