@@ -11,6 +11,7 @@ STAGES = (
     "binding",
     "patching",
     "mixture",
+    "tiles",
     "merging",
     "pipelines",
     "modular",

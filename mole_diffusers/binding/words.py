@@ -28,6 +28,7 @@ RELATION = re.compile(
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
 BREAK = re.compile(r"[,;.&+\n]|\b(?:and|beside|next to|near|(?:to the )?(?:left|right) of|above|over|below|under|beneath)\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
+ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
 Key = tuple[tuple[int, ...], str, int]  # whose words, or the noun, and how many of the same text come before it
@@ -80,6 +81,50 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
     """
     special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
     pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
+    return _reading(pieces, [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases])
+
+
+def prompts_apart(
+    prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = ()
+) -> tuple[Reading, dict[int, str]]:
+    """The prompt of each thing by itself: "ink drawing of an owl in snow" of "ink drawing of a red fox and an owl in snow".
+
+    What is said before the first thing and after the last is said of each.
+
+    Args:
+        phrases: [N], each expert's words.
+        everywhere: the experts whose words are said of the whole picture.
+
+    Returns:
+        how binding reads the prompt, with a character for a token; and, in the order of naming, each thing's index in it
+        and prompt.
+    """
+    reading = _reading(list(prompt), [[phrase.strip().lower() for phrase in each] for each in phrases])
+    at = {
+        i: (start := thing.tokens.index(True), start + len(thing.name))
+        for i, thing in enumerate(reading.things)
+        if not thing.experts or not set(thing.experts) <= set(everywhere)
+    }
+    order = sorted(at, key=at.__getitem__)
+    if not order:
+        return reading, {}
+    before = prompt[: at[order[0]][0]]
+    article = ARTICLE.search(before.lower())
+    edges = [article.start() if article else len(before)]  # where what is said of one thing alone begins and ends, in turn
+    for i, j in zip(order, order[1:], strict=False):
+        end, start = at[i][1], at[j][0]
+        gap = prompt[end:start].lower()
+        breaks = [match.span() for match in BREAK.finditer(gap)]
+        article = ARTICLE.search(gap)
+        edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
+    edges.append(at[order[-1]][1])
+    head, tail = prompt[: edges[0]].rstrip(), prompt[edges[-1] :]
+    own = (prompt[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return reading, {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}
+
+
+def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]]) -> Reading:
+    """Find the words of every expert in a text that consists of these pieces; phrases are in lower case."""
     ends = list(accumulate(map(len, pieces)))
     text = "".join(pieces)
     text = text.lower() if len(text.lower()) == len(text) else text
@@ -90,7 +135,7 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
             for piece, end in zip(pieces, ends, strict=True)
         )
 
-    spans = _spans(text, [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases])
+    spans = _spans(text, phrases)
     own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
     named: dict[tuple[tuple[int, int], ...], list[int]] = {}  # where a thing is named -> whose words these are
     for k, each in enumerate(spans):

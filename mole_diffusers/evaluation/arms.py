@@ -27,6 +27,7 @@ from mole_diffusers.merging.merge import METHODS, by_activations, merge, resolve
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.trace import Trace
+from mole_diffusers.tiles import UNTIL, tiled
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
@@ -138,6 +139,15 @@ def bound(name: str = "bound", binding: Binding = lambda setup, case: {}) -> Arm
 def words_only() -> Arm:
     """Every LoRA on its own words, and in the whole picture."""
     return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
+
+
+def in_tiles() -> Arm:
+    """Bound, and each subject drawn in a tile of its own at first; see `tiles.tiled`."""
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return tiled(setup.pipe, case.prompt)
+
+    return weighted("tiles", binding=lambda setup, case: {}, context=context, until=UNTIL)
 
 
 def searched(weights: ByKind) -> Arm:
@@ -327,12 +337,12 @@ def traced(setup: Setup, arm: Arm, case: Case) -> Trace:
 
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
 PLAIN: dict[str, Callable[[], Arm]] = {
-    "base": base, "sum": summed, "mean": mean, "bound": bound, "words only": words_only, "switch": switch,
+    "base": base, "sum": summed, "mean": mean, "bound": bound, "words only": words_only, "tiles": in_tiles, "switch": switch,
     "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
 }  # fmt: skip
 BOUND_GATES = "bound gates"
 ARMS = (
-    "base", "alone", "sum", "mean", "bound", "words only", "grid search", *MERGES, "switch", "composite", "k-lora",
+    "base", "alone", "sum", "mean", "bound", "words only", "tiles", "grid search", *MERGES, "switch", "composite", "k-lora",
     "masked blend", "freefuse", *CONTROLS, BOUND_GATES,
 )  # fmt: skip
 
@@ -376,7 +386,7 @@ def obstacles(
     for name in names:
         if name in METHODS and by_activations(name) and unprompted:
             found[name] = f"{name!r} runs every expert on prompts of its own, and there are none for {unprompted}"
-        elif name in ("switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
+        elif name in ("tiles", "switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
             found[name] = f"{name!r} needs a unet and one text encoder, unlike {kind}"
         elif name == "k-lora" and getattr(setup.pipe, "unet", None) is None:
             found[name] = f"{name!r} needs a unet, unlike {kind}"

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 
 from mole_diffusers.binding.regions import EVERYWHERE
-from mole_diffusers.evaluation.sampling_composers import StepCounter, replaced_forward
+from mole_diffusers.evaluation.sampling_composers import StepCounter
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import map_layers
 from mole_diffusers.patching.denoiser_inputs import groups_of
+from mole_diffusers.patching.undo import replaced_forward
 
 FIRST_PASS = 1 / 3  # share of the steps before regions are found
 CORE = 0.1  # share of the tokens that a subject is known by

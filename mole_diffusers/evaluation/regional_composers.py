@@ -16,11 +16,12 @@ from torch import nn
 
 from mole_diffusers.binding.config import Bound, from_file
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
-from mole_diffusers.evaluation.sampling_composers import replaced_forward, texts_apart
+from mole_diffusers.evaluation.sampling_composers import texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.denoiser_inputs import groups_of
 from mole_diffusers.patching.picture_layout import Side, sides
+from mole_diffusers.patching.undo import replaced_forward
 
 Part = tuple[str, Region]  # a prompt that asks for one concept alone, and where in the picture it is
 

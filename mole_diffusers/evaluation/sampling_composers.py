@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.undo import replaced_forward
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
@@ -113,27 +114,6 @@ def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> I
         return run(pipe.unet, kwargs["encoder_hidden_states"].chunk(len(readers), -1), args, kwargs)
 
     with replaced_forward(pipe.text_encoder, encode), replaced_forward(pipe.unet, denoise):
-        yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `module` go to `run`; those that `run` itself makes go to the module."""
-    found, own, inside = module.forward, "forward" in module.__dict__, False
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return found(*args, **kwargs)
-        inside = True
-        try:
-            return run(*args, **kwargs)
-        finally:
-            inside = False
-
-    with ExitStack() as undo:
-        undo.callback(module.__dict__.__setitem__ if own else module.__dict__.pop, "forward", found)
-        module.__dict__["forward"] = forward
         yield
 
 

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from mole_diffusers.binding.words import joined, overlaid, read
+from mole_diffusers.binding.words import joined, overlaid, prompts_apart, read
 from mole_diffusers.emoji import default_folder
 
 
@@ -172,3 +172,24 @@ def test_a_noun_that_a_text_names_twice_is_two_things(clip, prompt, things):
     both = joined([once, once])
     assert [thing.tokens for thing in both.things] == [thing.tokens * 2 for thing in once.things]
     assert both.relations == once.relations
+
+
+@pytest.mark.parametrize(
+    ("prompt", "apart"),
+    [
+        ("ink drawing of a fox and an owl in snow", ["ink drawing of a fox in snow", "ink drawing of an owl in snow"]),
+        ("an owl, a red fox, night", ["an owl, night", "a red fox, night"]),
+        ("photo of a fox to the left of a blue OWL", ["photo of a fox", "photo of a blue OWL"]),
+        ("a fox and a lemon", ["a fox", "a lemon"]),
+        ("fox owl in ink", ["fox in ink", "owl in ink"]),
+        ("a fox by a hat", ["a fox by a hat"]),
+        ("a hill", []),
+    ],
+)
+def test_each_thing_has_a_prompt_of_its_own(prompt, apart):
+    """With what is said of all; a hat is said of the whole picture here."""
+    reading, found = prompts_apart(prompt, [["owl"], ["Fox"], ["ink"], ["hat"]], everywhere=[3])
+    assert list(found.values()) == apart
+    assert [reading.things[i].name for i in found] == [
+        name for name in sorted(("fox", "owl", "lemon"), key=prompt.lower().find) if name in prompt.lower()
+    ]

@@ -1,0 +1,143 @@
+"""A picture in tiles against the pictures of its parts, drawn one by one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mole_diffusers as mole
+from mole_diffusers.lora import read_expert
+from mole_diffusers.testing import tiny_lora
+
+PROMPT = "a fox, a hat"  # a token per letter
+
+
+@pytest.fixture
+def experts(loras):
+    """fox and hat, and ink, which is a style."""
+    return {name: replace(read_expert(path, name), triggers=(name,)) for name, path in loras.items()}
+
+
+def noise(height=16, width=16):
+    return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def latent(pipe, prompt=PROMPT, x=None, steps=3, **options):
+    """The latents after so many steps, [1, 4, H, W]."""
+    x = noise() if x is None else x
+    call = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "latent"} | options
+    return pipe(prompt, latents=x, height=2 * x.shape[2], width=2 * x.shape[3], **call).images
+
+
+def alone(pipe, experts, names, prompt, x, empty):
+    """A part of the picture drawn by itself, by these LoRAs everywhere; the unconditional text is the base's."""
+    mole.attach(pipe, {name: experts[name] for name in names}, binding=None)
+    return latent(pipe, prompt, x, negative_prompt_embeds=empty)
+
+
+def test_a_picture_in_tiles_is_the_pictures_of_its_parts_side_by_side(pipe, experts):
+    x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
+    fox = alone(pipe, experts, ["fox"], "a fox", x[..., :8], empty)
+    hat = alone(pipe, experts, ["hat"], "a hat", x[..., 8:], empty)
+    mole.attach(pipe, {name: experts[name] for name in ("hat", "fox")})  # in whatever order
+    with mole.tiled(pipe, PROMPT, until=1.0):
+        found = latent(pipe)
+    torch.testing.assert_close(found, torch.cat([fox, hat], -1), rtol=0, atol=1e-4)
+    assert (found - latent(pipe)).abs().max() > 1e-2
+
+
+def test_a_style_draws_in_every_tile_and_the_rest_of_the_picture_has_no_expert_of_a_tile(pipe, experts):
+    x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
+    prompt = "a fox,a hat ink"
+    regions = {"fox": (0.0, 0.0, 0.5, 0.5), "hat": "bottom", "ink": "everywhere"}
+    mixture = mole.attach(pipe, experts)
+    mixture.bind({name: (None, region) for name, region in regions.items()})
+    with mole.tiled(pipe, prompt, until=1.0):
+        found = latent(pipe, prompt, steps=1)
+    mole.attach(pipe, {"ink": experts["ink"]}, binding=None)
+    for names, own, (rows, columns) in (
+        (("ink", "fox"), "a fox ink", (slice(0, 8), slice(0, 8))),
+        (("ink", "hat"), "a hat ink", (slice(8, 16), slice(0, 16))),
+    ):
+        mole.attach(pipe, {name: experts[name] for name in names}, binding=None)
+        wanted = latent(pipe, own, x[:, :, rows, columns], steps=1, negative_prompt_embeds=empty)
+        torch.testing.assert_close(found[:, :, rows, columns], wanted, rtol=0, atol=1e-4)
+    mixture = mole.attach(pipe, experts)
+    mixture.bind({name: (None, region) for name, region in regions.items()})
+    text = pipe.encode_prompt(prompt, "cpu", 1, False)[0]  # as the picture is asked for, by all
+    mole.attach(pipe, {"ink": experts["ink"]}, binding=None)
+    rest = latent(pipe, None, x, steps=1, prompt_embeds=text, negative_prompt_embeds=empty)
+    torch.testing.assert_close(found[:, :, :8, 8:], rest[:, :, :8, 8:], rtol=0, atol=1e-4)
+
+
+def test_tiles_give_way_to_the_bound_picture(pipe, experts):
+    """Steps drawn in tiles come first; with none of them the picture is the bound one, bit for bit."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    bound = latent(pipe)
+    with mole.tiled(pipe, PROMPT, until=0.0):
+        assert torch.equal(latent(pipe), bound)
+    with mole.tiled(pipe, "a fox", until=1.0):  # one thing
+        assert torch.equal(latent(pipe), bound)
+    seen = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    with mole.tiled(pipe, PROMPT, until=0.5):
+        mixed = latent(pipe, steps=4)
+    assert seen == [8, 8, 8, 8, 16, 16]
+    assert [*mixture.layouts[0].regions] == ["fox", "hat"]  # planned when the picture is drawn as one
+    assert not torch.equal(mixed, latent(pipe, steps=4))
+
+
+def test_rows_of_a_batch_and_their_guidance_are_drawn_as_alone(pipe, experts):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    x = torch.cat([noise(), -noise()])
+    with mole.tiled(pipe, PROMPT):
+        both = latent(pipe, [PROMPT] * 2, x)
+        each = torch.cat([latent(pipe, PROMPT, row[None]) for row in x])
+        torch.testing.assert_close(both, each, rtol=0, atol=1e-4)
+        plain = latent(pipe, guidance_scale=1.0)  # no unconditional rows
+    assert torch.isfinite(plain).all()
+
+
+def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp_path):
+    names = ("a", "b", "c")
+    made = {
+        n: replace(read_expert(tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i), n), triggers=(f"x{n}",))
+        for i, n in enumerate(names)
+    }
+    mole.attach(pipe, made)
+    with mole.tiled(pipe, "xa,xb,xc,an ox"):
+        assert torch.isfinite(latent(pipe, "xa,xb,xc,an ox")).all()
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    with mole.tiled(pipe, "a hat below a fox", until=1.0):
+        below = latent(pipe, "hat below fox")
+    with mole.tiled(pipe, "a fox above a hat", until=1.0):
+        torch.testing.assert_close(latent(pipe, "hat below fox"), below)
+
+
+def test_the_pipeline_is_given_back(pipe, experts):
+    mixture = mole.attach(pipe, experts)
+    before = latent(pipe)
+    with pytest.raises(RuntimeError, match="stop"), mole.tiled(pipe, PROMPT):
+        raise RuntimeError("stop")
+    assert "forward" not in vars(pipe.unet)
+    assert torch.equal(latent(pipe), before)
+    assert mixture.active == set(experts)
+
+
+def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts):
+    with pytest.raises(ValueError, match="attach some first"), mole.tiled(pipe, PROMPT):
+        pass
+    mixture = mole.attach(pipe, experts)
+    with pytest.raises(ValueError, match=r"in 0\.\.1, got 1\.5"), mole.tiled(pipe, PROMPT, until=1.5):
+        pass
+    mixture.bind({"fox": (None, "everywhere"), "hat": (None, "everywhere")})
+    with mole.tiled(pipe, PROMPT, until=1.0):  # nothing has a place
+        assert torch.isfinite(latent(pipe)).all()
+    mixture.bind({"fox": (None, (0.0, 0.0, 1.0, 1.0)), "hat": (None, "auto")})
+    with mole.tiled(pipe, PROMPT), pytest.raises(ValueError, match="leave no place for 'hat'"):
+        latent(pipe)
+    mixture.bind({"fox": (None, "left"), "hat": (None, "right")})
+    residual = {"mid_block_additional_residual": torch.zeros(1, 16, 8, 8)}
+    pipe.scheduler.set_timesteps(2)
+    with mole.tiled(pipe, PROMPT), pytest.raises(ValueError, match="a ControlNet sees the whole picture"):
+        pipe.unet(noise(), pipe.scheduler.timesteps[0], torch.zeros(1, 16, 16), **residual)
