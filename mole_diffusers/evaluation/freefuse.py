@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from mole_diffusers.binding.regions import EVERYWHERE
-from mole_diffusers.evaluation.sampling_composers import StepCounter
+from mole_diffusers.evaluation.sampling_composers import StepCounter, check_encodes_by_expert
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import map_layers
 from mole_diffusers.patching.denoiser_inputs import groups_of
@@ -45,7 +45,10 @@ def freefuse(pipe: Any, mixture: Mixture, subjects: Sequence[str]) -> Iterator[N
     Args:
         mixture: without binding; its files say the experts' words.
         subjects: the experts that get a region. Others, as a style, act everywhere.
+
+    Raises ValueError for a pipeline with several text encoders or without a UNet.
     """
+    check_encodes_by_expert(pipe)
     words, steps = dict.fromkeys(mixture.experts, (None, EVERYWHERE)), StepCounter(pipe.unet)
     bindings: list[dict[str, Any]] = []  # of each picture
 
@@ -115,7 +118,7 @@ def regions(maps: Mapping[str, torch.Tensor], features: Sequence[torch.Tensor]) 
     likeness = torch.zeros_like(attended)
     for z in features:
         z = F.normalize(z.float().cpu(), dim=-1)
-        likeness += z[core].mean(1) @ z.T
+        likeness += (z[core].mean(1)[:, None] * z).sum(-1)  # no product of matrices, which autocast would round
     low, high = likeness.amin(1, keepdim=True), likeness.amax(1, keepdim=True)
     owner = balanced_argmax((likeness - low) / (high - low).clamp_min(1e-12))  # [T]
     masks = {name: (owner == c).view(side) for c, name in enumerate(maps)}

@@ -16,7 +16,7 @@ from torch import nn
 
 from mole_diffusers.binding.config import Bound, from_file
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
-from mole_diffusers.evaluation.sampling_composers import texts_apart
+from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.denoiser_inputs import groups_of
@@ -183,8 +183,8 @@ def _readers(
 
     def read(names: Sequence[str], own: str, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         asked = (ids == tokens(prompt).to(ids.device)).all(1, keepdim=True)  # [B, 1]
-        with mixture.only(*(names if unprompted is None or asked.any() else unprompted)):
-            return pipe.text_encoder(torch.where(asked, tokens(own).to(ids.device), ids), *args, **kwargs)
+        by = names if unprompted is None or asked.any() else unprompted
+        return read_by(pipe, mixture, by, torch.where(asked, tokens(own).to(ids.device), ids), *args, **kwargs)
 
     texts = [*(own for own, _ in parts.values()), prompt]
     return [partial(read, names, own) for names, own in zip(_names_by_text(mixture, parts), texts, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,20 +78,22 @@ def encodes_by_expert(pipe: Any) -> bool:
     return getattr(pipe, "unet", None) is not None and getattr(pipe, "text_encoder_2", None) is None
 
 
-def _read_by(pipe: Any, mixture: Mixture, name: str) -> Callable[..., Any]:
-    """The text encoder with one expert alone."""
+def check_encodes_by_expert(pipe: Any) -> None:
+    """Raises ValueError where `encodes_by_expert` says no."""
+    if not encodes_by_expert(pipe):
+        raise ValueError(f"this composer needs a unet and one text encoder, unlike {type(pipe).__name__}")
 
-    def read(*args: Any, **kwargs: Any) -> Any:
-        with mixture.only(name):
-            return pipe.text_encoder(*args, **kwargs)
 
-    return read
+def read_by(pipe: Any, mixture: Mixture, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """The text encoder's output with these experts alone."""
+    with mixture.only(*names):
+        return pipe.text_encoder(*args, **kwargs)
 
 
 @contextmanager
 def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Run) -> Iterator[None]:
     """`texts_apart` with the prompt as each expert's text encoder reads it."""
-    with texts_apart(pipe, [_read_by(pipe, mixture, name) for name in mixture.experts], run):
+    with texts_apart(pipe, [partial(read_by, pipe, mixture, [name]) for name in mixture.experts], run):
         yield
 
 
@@ -101,9 +104,7 @@ def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> I
     A reader is called as the text encoder is. The states of all go through the pipeline concatenated along the channels,
     [B, T, N * C]. Raises ValueError for a pipeline with several text encoders or without a UNet.
     """
-    if not encodes_by_expert(pipe):
-        kind = type(pipe).__name__
-        raise ValueError(f"composers that read a text in several ways need a unet and one text encoder, unlike {kind}")
+    check_encodes_by_expert(pipe)
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         found = [read(*args, **kwargs) for read in readers]

@@ -1,6 +1,7 @@
 """FreeFuse against its steps written out: a base's first steps, cores, cosines, balanced areas, and a bound picture."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_everything_is_given_back_after_an_error(pipe, experts):
     assert torch.equal(latent(pipe), before)
     mole.detach(pipe)
     assert torch.equal(latent(pipe), base)
+
+
+def test_a_second_text_encoder_is_refused(pipe, experts):
+    mixture = mole.attach(pipe, experts, binding=None)
+    other = SimpleNamespace(unet=pipe.unet, text_encoder_2=pipe.text_encoder)
+    with pytest.raises(ValueError, match="needs a unet and one text encoder"), freefuse(other, mixture, SUBJECTS):
+        pass
 
 
 def test_areas_are_drawn_to_equal_shares():

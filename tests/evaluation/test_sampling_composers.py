@@ -76,7 +76,7 @@ def test_the_models_calls_are_given_back_after_an_error(pipe, loras):
     assert "forward" not in pipe.text_encoder.__dict__
     assert torch.equal(latent(pipe), before)
     with (
-        pytest.raises(ValueError, match="need a unet and one text encoder"),
+        pytest.raises(ValueError, match="needs a unet and one text encoder"),
         sampling_composers.switched(types.SimpleNamespace(unet=pipe.unet, text_encoder_2=pipe.text_encoder), mixture),
     ):
         pass
