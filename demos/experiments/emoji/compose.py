@@ -8,6 +8,7 @@ has made one.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,13 +41,13 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     return {name: Bound((), boxes.get(name, "everywhere")) for name in case.concepts}
 
 
-def joint() -> Arm:
-    """One LoRA per case that was trained on all its concepts."""
+def in_file(name: str, file: Callable[[Case], Path]) -> Arm:
+    """One ordinary LoRA of all concepts of a case, where its file is there."""
     return Arm(
-        "joint LoRA",
-        lambda setup, case: arms.attached_to(setup, {"joint LoRA": joint_file(case.concepts)}, "sum"),
-        lambda setup, case: {"file": digest_files(joint_file(case.concepts))},
-        covers=lambda case: joint_file(case.concepts).exists(),
+        name,
+        lambda setup, case: arms.attached_to(setup, {name: file(case)}, "sum"),
+        lambda setup, case: {"file": digest_files(file(case))},
+        covers=lambda case: file(case).exists(),
     )
 
 
@@ -59,7 +60,7 @@ ARMS = {
         "words and given places", lambda setup, case: given(setup, case, words=True)
     ),
     "bound": arms.bound,
-    "joint LoRA": joint,
+    "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
 }
 
 
