@@ -84,7 +84,7 @@ class JudgeMetrics:
 
     Each row has: `seen` (concept -> whether it is there), `success` (all seen), `subjects` (the share of them that is seen),
     `style`, `background`, and `apart` (do the likeliest places of its subjects lie two places or more from one another;
-    None for a single one).
+    None for a single one). The judge knows the world's canvases alone, so larger pictures are shrunk to their scene's.
 
     Args:
         scenes: (prompt, size) of a case -> its scene.
@@ -95,6 +95,7 @@ class JudgeMetrics:
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
         scene = self.scenes[case.prompt, case.size]
+        images = [image if image.size == scene.size else image.resize(scene.size) for image in images]
         verdict = self.judge.verdict(images)
         there = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
         style, background = self.judge.is_style(verdict, scene.style), self.judge.is_background(verdict, scene.background)

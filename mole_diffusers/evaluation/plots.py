@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Limits = tuple[float | None, float | None]  # of an axis; None for where the values end
+ACROSS = 3  # panels side by side
+TURNED: dict[str, Any] = {"rotation": 40, "ha": "right"}  # long names below an axis
 
 
 def save_figure(figure: Any, path: Path) -> Any:
@@ -46,7 +48,7 @@ def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *
             axes.vlines(at, lows, highs, color="#444444", linewidth=1)
         axes.set_ylim(*limits)
         axes.set_ylabel(value)
-    panels[-1].set_xticks(range(len(arms)), arms, rotation=40, ha="right")
+    panels[-1].set_xticks(range(len(arms)), arms, **TURNED)
     panels[0].legend(fontsize=8)
     return save_figure(figure, path)
 
@@ -74,24 +76,48 @@ def frontier(rows: pd.DataFrame, path: Path, values: tuple[str, str], *, limits:
 
 def against_count(rows: pd.DataFrame, path: Path, value: str = "success", *, limits: Limits = (0, 1)) -> Any:
     """A value against the number of attached experts, one line per arm, a panel per kind."""
-    figure, panels = _panels(rows, "kind")
-    colours = _colours(rows["composer"])
+    return curves(rows.assign(experts=rows["attached"]), path, value, at="experts", limits=limits)
+
+
+def curves(
+    rows: pd.DataFrame,
+    path: Path,
+    value: str = "success",
+    *,
+    at: str,
+    line: str = "composer",
+    panel: str = "kind",
+    limits: Limits = (0, 1),
+) -> Any:
+    """Means of a value with 95 % intervals against the column `at`, one line per `line`, a panel per `panel`.
+
+    Numbers stand where they are; names stand side by side, in the order in which the panel's rows have them.
+    """
+    figure, panels = _panels(rows, panel)
+    colours = _colours(rows[line])
     for axes, own in panels:
-        for arm, line in own.groupby("composer", sort=False):
-            means = line.groupby("attached")[value].mean()
-            axes.plot(means.index, means, "o-", color=colours[arm], label=arm, clip_on=False)
-        axes.set(xlabel="experts", ylabel=value, ylim=limits, xticks=sorted(own["attached"].unique()))
+        ticks = list(dict.fromkeys(own[at]))
+        named = isinstance(ticks[0], str)
+        places = {tick: i if named else tick for i, tick in enumerate(ticks if named else sorted(ticks))}
+        for name, cells in own.groupby(line, sort=False):
+            found = {places[tick]: estimate(cell, value) for tick, cell in cells.groupby(at)}
+            means, lows, highs = zip(*(found[x] for x in sorted(found)), strict=True)
+            axes.plot(sorted(found), means, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
+            axes.vlines(sorted(found), lows, highs, color=colours[name], linewidth=1)
+        axes.set(xlabel=at, ylabel=value, ylim=limits)
+        axes.set_xticks(list(places.values()), list(map(str, places)), **TURNED if named else {})
         axes.legend(fontsize=7)
     return save_figure(figure, path)
 
 
 def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFrame]]]:
-    """A figure, and a panel per kind with its rows; kinds are named if there are several."""
+    """A figure, and a panel per kind with its rows, three side by side; kinds are named if there are several."""
     from matplotlib.figure import Figure
 
     groups = list(rows.groupby(by, sort=False))
-    figure = Figure((5 * len(groups), 4), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    across, down = min(len(groups), ACROSS), -(-len(groups) // ACROSS)
+    figure = Figure((5 * across, 4 * down), layout="constrained")
+    panels = [figure.add_subplot(down, across, i + 1) for i in range(len(groups))]
     if len(groups) > 1:
         for axes, (kind, _) in zip(panels, groups, strict=True):
             axes.set_title(kind, fontsize=9)

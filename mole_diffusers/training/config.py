@@ -35,7 +35,7 @@ class DistillationTerm(Term):
     """Terms "single" and "base": match a teacher's predictions on its own trajectories.
 
     Attributes:
-        seeds: trajectories, at least one per prompt.
+        seeds: trajectories of each expert and size of pictures, at least one per prompt.
         steps, guidance: of the sampler.
     """
 

@@ -39,6 +39,7 @@ class TrainingData:
         plain: prompts that name no expert.
         styles: experts that act on the whole picture, without a mask.
         parts: composed prompt -> a prompt for each of its subjects alone, left to right.
+        sizes: width and height of the pictures of single and plain prompts that are not of the model's own size.
         samples: pictures with captions.
     """
 
@@ -48,11 +49,12 @@ class TrainingData:
     plain: Sequence[str] = ()
     styles: Sequence[str] = ()
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     samples: Samples | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that tells whether two runs have the same training data: the pictures by their captions."""
-        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others", "parts")}
+        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others", "parts", "sizes")}
         lists = {n: list(getattr(self, n)) for n in ("composed", "plain", "styles")}
         return mappings | lists | {"pictures": self.samples.captions if self.samples else None}
 

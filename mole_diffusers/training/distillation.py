@@ -34,12 +34,11 @@ Teacher = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, 
 
 def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L1: under the prompt of one concept, predict what its LoRA alone predicts."""
-    parts = []
+    stored = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
         teacher = single_teacher(context.pipe, context.mixture, name)
-        where = {"shape": latent_shape(context.pipe), "seed": context.seed + i, "name": name}
-        parts.append(sample_trajectories(context, teacher, prompts, term, **where))
-    return _match(context, Trajectories.join(parts))
+        stored += _by_size(context, teacher, prompts, term, seed=context.seed + i, name=name)
+    return _match(context, stored)
 
 
 def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
@@ -48,7 +47,7 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
     where: dict[str, Any] = {"shape": context.composed_shape, "seed": context.seed + 99, "name": "the blend"}
     stored = sample_trajectories(context, teacher, prompts, term, **where)
-    match_stored = _match(context, stored)
+    match_stored = _match(context, [stored])
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         if float(torch.rand((), generator=batch.generator)) >= term.own:
@@ -66,8 +65,7 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
 def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
     prompts, teacher = require(context.data.plain, "base", "plain prompts"), base_teacher(context.pipe, context.mixture)
-    where: dict[str, Any] = {"shape": latent_shape(context.pipe), "seed": context.seed + 199, "name": "the base"}
-    return _match(context, sample_trajectories(context, teacher, prompts, term, **where))
+    return _match(context, _by_size(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
 
 
 def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
@@ -87,14 +85,31 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
     return loss
 
 
-def _match(context: TrainingContext, stored: Trajectories) -> LossFn:
-    """The recovery error on random rows of stored trajectories."""
+def _by_size(
+    context: TrainingContext, teacher: Teacher, prompts: Sequence[str], term: DistillationTerm, *, seed: int, name: str
+) -> list[Trajectories]:
+    """Trajectories of prompts, for each size of their pictures; see `sample_trajectories`."""
+    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    for prompt in prompts:
+        size = context.data.sizes.get(prompt, (None, None))
+        by_shape.setdefault(latent_shape(context.pipe, *size), []).append(prompt)
+    return [sample_trajectories(context, teacher, p, term, shape=s, seed=seed, name=name) for s, p in by_shape.items()]
+
+
+def _match(context: TrainingContext, stored: Sequence[Trajectories]) -> LossFn:
+    """The recovery error on random rows of stored trajectories; of several sizes, one is drawn for each update."""
+    by_shape: dict[torch.Size, list[Trajectories]] = {}
+    for part in stored:
+        by_shape.setdefault(part.x.shape[1:], []).append(part)
+    sizes = [Trajectories.join(parts) for parts in by_shape.values()]
+    shares = torch.tensor([float(len(rows.x)) for rows in sizes])
 
     def loss(batch: RandomBatch) -> torch.Tensor:
-        pick = batch.choice(len(stored.x))
-        rows = (stored.x, stored.timesteps, stored.targets, stored.norms)
-        x, timesteps, targets, norms = (onto(row[pick], context.pipe.device) for row in rows)
-        return recovery_error(predict(context.pipe, x, timesteps, [stored.prompts[i] for i in pick]), targets, norms)
+        rows = sizes[int(torch.multinomial(shares, 1, generator=batch.generator)) if len(sizes) > 1 else 0]
+        pick = batch.choice(len(rows.x))
+        chosen = (rows.x[pick], rows.timesteps[pick], rows.targets[pick], rows.norms[pick])
+        x, timesteps, targets, norms = (onto(tensor, context.pipe.device) for tensor in chosen)
+        return recovery_error(predict(context.pipe, x, timesteps, [rows.prompts[i] for i in pick]), targets, norms)
 
     return loss
 

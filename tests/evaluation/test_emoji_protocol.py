@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from PIL import ImageOps
 
 from mole_diffusers import emoji, emoji_world
 from mole_diffusers.evaluation import emoji_protocol
@@ -13,11 +14,16 @@ SEVERAL = [pair for pair in CASES if len(pair[1].subjects) == 2]
 
 @pytest.fixture(scope="module")
 def judged():
-    """judged(case, *scenes) -> a row per scene, drawn by the artists, where the case was asked for."""
+    """judged(case, *scenes) -> a row per scene, drawn by the artists at `scale`, where the case was asked for."""
     world = emoji_world()
     scenes = {(case.prompt, case.size): scene for case, scene in CASES}
     metrics = emoji_protocol.JudgeMetrics(world.judge(), scenes)
-    return lambda case, *scenes: metrics(case, [world.drawings.picture(scene) for scene in scenes])
+
+    def rows(case, *scenes, scale=1.0):
+        pictures = [world.drawings.picture(scene) for scene in scenes]
+        return metrics(case, [ImageOps.scale(picture, scale) for picture in pictures])
+
+    return rows
 
 
 def test_the_true_drawing_is_all_that_was_asked_for(judged):
@@ -28,6 +34,11 @@ def test_the_true_drawing_is_all_that_was_asked_for(judged):
         assert row["success"], case.name
         assert row["style"], case.name
         assert row["background"], case.name
+
+
+def test_a_larger_picture_is_judged_as_on_its_own_canvas(judged):
+    for case, scene in SEVERAL:
+        assert judged(case, scene, scale=1.5) == judged(case, scene), case.name
 
 
 def test_places_are_free(judged):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mole_diffusers.evaluation import emoji_protocol, plots
 from mole_diffusers.evaluation.rows import picture_path, save_picture
-from mole_diffusers.evaluation.tables import as_frame
+from mole_diffusers.evaluation.tables import as_frame, estimate
 
 pytest.importorskip("matplotlib")
 
@@ -85,6 +85,26 @@ def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
     assert (pair.get_xticks().tolist(), three.get_xticks().tolist()) == ([2, 3, 4], [3])
     figure = plots.against_count(as_frame(rows[4:]), tmp_path / "light.png", "light", limits=(None, None))
     assert lines(figure) == {"sum": [[3, 0.3]]}
+
+
+def test_curves_stand_at_numbers_or_at_names_in_their_order_with_their_intervals(tmp_path):
+    settings = [("size", 1.5), ("size", 1.0), ("words", "own"), ("words", "other"), ("more", 1.0), ("last", 1.0)]
+    rows = [
+        row(arm, "a+b", seed, seen={"a": seed < 3}, axis=axis, setting=setting)
+        for axis, setting in settings for arm in ("sum", "bound") for seed in range(4 if arm == "sum" else 2)
+    ]  # fmt: skip
+    figure = plots.curves(as_frame(rows), tmp_path / "curves.png", at="setting", panel="axis")
+    size, words, more, last = figure.axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in size.get_lines()} == {
+        "sum": [[1.0, 0.75], [1.5, 0.75]], "bound": [[1.0, 1.0], [1.5, 1.0]],
+    }  # fmt: skip
+    assert [tick.get_text() for tick in words.get_xticklabels()] == ["own", "other"]
+    assert words.get_lines()[0].get_xydata().tolist() == [[0, 0.75], [1, 0.75]]
+    own = as_frame(rows).query("axis == 'size' and setting == 1.0 and arm == 'sum'")
+    _, low, high = estimate(own, "success")
+    assert size.collections[0].get_segments()[0].tolist() == [[1.0, low], [1.0, high]]
+    assert last.get_position().y0 < size.get_position().y0  # the fourth panel begins another row
+    assert [axes.get_title() for axes in (size, more)] == ["size", "more"]
 
 
 def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):

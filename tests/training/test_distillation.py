@@ -6,12 +6,13 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.training.config import DistillationTerm
 from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.distillation import (
     attention_maps,
     composed_teacher,
     sample_trajectories,
+    single,
     single_teacher,
     trigger_tokens,
 )
@@ -92,3 +93,20 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
         with mixture.fixed({}):
             student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
         assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_prompts_are_drawn_at_sizes_of_their_own_and_met_as_often_as_they_have_rows(pipe, loras):
+    """L1 of an expert alone is 0 and of none it is 1, whatever the size of the pictures."""
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    data = TrainingData({"fox": ["a fox", "a fox and a cat"]}, sizes={"a fox and a cat": (64, 32)})
+    loss = single(TrainingContext(pipe, mixture, data), DistillationTerm(seeds=2, steps=2))
+    shapes = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[2:])))
+    with torch.no_grad():
+        found = [loss(RandomBatch(torch.Generator().manual_seed(i), 4)).item() for i in range(40)]
+        with mixture.fixed({}):
+            none = [loss(RandomBatch(torch.Generator().manual_seed(i), 64)).item() for i in range(6)]
+    assert max(found) < 1e-6
+    assert set(shapes) == {(16, 16), (16, 32)}  # height and width in latents
+    assert 10 < shapes[:40].count((16, 32)) < 30
+    assert sum(none) / 6 == pytest.approx(1, rel=0.2)

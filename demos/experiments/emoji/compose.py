@@ -8,6 +8,7 @@ has made one.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,13 +50,13 @@ def parts(setup: Setup, case: Case) -> dict[str, Part]:
     return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in zip(subjects, squares, strict=False)}
 
 
-def joint() -> Arm:
-    """One LoRA per case that was trained on all its concepts."""
+def in_file(name: str, file: Callable[[Case], Path]) -> Arm:
+    """One ordinary LoRA of all concepts of a case, where its file is there."""
     return Arm(
-        "joint LoRA",
-        lambda setup, case: arms.attached_to(setup, {"joint LoRA": joint_file(case.concepts)}, "sum"),
-        lambda setup, case: {"file": digest_files(joint_file(case.concepts))},
-        covers=lambda case: joint_file(case.concepts).exists(),
+        name,
+        lambda setup, case: arms.attached_to(setup, {name: file(case)}, "sum"),
+        lambda setup, case: {"file": digest_files(file(case))},
+        covers=lambda case: file(case).exists(),
     )
 
 
@@ -68,9 +69,9 @@ ARMS = {
     ),
     "regional prompts": lambda: arms.regional(parts),
     "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
-    "joint LoRA": joint,
+    "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
 }
-OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "joint LoRA")
+OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "tiles", "joint LoRA")
 
 
 def figure(world: EmojiWorld, path: Path) -> None:

@@ -1,0 +1,283 @@
+"""Where is the limit? From one weight per LoRA to the LoRAs' own matrices, more and more is free to learn to compose.
+
+    python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 6] [--seeds 8] [--rungs ...] [--updates 60 200 600]
+    python demos/experiments/emoji/ladder.py --figure docs/ladder.png
+
+Every rung begins as the bound sum and learns from prompts alone, by one objective and with one budget: to predict what each
+LoRA alone predicts on captions of its own, half of them beside subjects of the base, and what the base predicts on captions
+without any; with the caption and without. It is drawn on validation compositions, whose captions it never saw.
+
+Words are bound while it learns, but no LoRA is silent: were the others silent on a LoRA's own captions, as they are when
+pictures are drawn, there would be nothing to learn. What is trained is kept in work/ladder/RUNG/UPDATES, and rows are
+appended below work/ladder/rows, so a cut-off run goes on. What changed the LoRAs themselves is also written and drawn as one
+ordinary LoRA, which nothing binds.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from compose import ARMS, SEEDS, in_file
+from loop import WORK, device, mixed_precision, multiplies_bf16, note, small_attention
+from make_loras import concept_scene
+from sampling import GUIDANCE, STEPS
+from torch import nn
+
+from mole_diffusers import attach, detach
+from mole_diffusers.emoji import VALIDATION, draw_scene, words
+from mole_diffusers.emoji.world import emoji_world
+from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.plots import curves
+from mole_diffusers.evaluation.rows import Row, Rows, digest_files
+from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
+from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
+from mole_diffusers.gates import GateBank, checkpoint
+from mole_diffusers.lora import Expert, LoraWeights
+from mole_diffusers.lora.writing import write_lora
+from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.gated_linear import ADAPTER
+from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training.gate_trainer import train_gates
+
+UPDATES = (60, 200, 600)
+TRAINING = GateTraining(terms={"single": {"batch": 8}, "base": {"batch": 4}}, warmup=10)
+CAPTIONS = 12  # of each concept alone, of each beside others, and of one and two subjects of the base
+ONE = "one_lora.safetensors"
+
+
+# ---- rungs
+
+
+class Mixer(nn.Module):
+    """D of y = W x + B (g * ((I + D) (A x))): [R], a factor per rank, or [R, R], which mixes the ranks of all LoRAs.
+
+    It is zero at first. With its layer's A it is one matrix, (I + D) A.
+    """
+
+    def __init__(self, down: nn.Module, change: torch.Tensor):
+        super().__init__()
+        self.change = nn.Parameter(change)
+        down.register_forward_hook(lambda _, __, low: self(low))
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """[R, R]."""
+        return torch.diag(self.change) if self.change.dim() == 1 else self.change
+
+    def forward(self, low: torch.Tensor) -> torch.Tensor:
+        """A x, [B, T, R] or [B, R, H, W] -> (I + D) (A x)."""
+        axis = 1 if low.dim() == 4 else -1
+        return low + F.linear(low.movedim(axis, -1), self.matrix).movedim(-1, axis)
+
+    def folded(self, down: torch.Tensor) -> torch.Tensor:
+        """A, [R, ...] -> (I + D) A."""
+        return down + (self.matrix @ down.flatten(1)).view_as(down)
+
+
+def factors(layer: Any) -> nn.Module:
+    down = layer.lora_A[ADAPTER]
+    return Mixer(down, torch.zeros(len(down.weight), device=down.weight.device))
+
+
+def mixer(layer: Any) -> nn.Module:
+    down = layer.lora_A[ADAPTER]
+    return Mixer(down, torch.zeros(len(down.weight), len(down.weight), device=down.weight.device))
+
+
+def free_a(layer: Any) -> nn.Module:
+    return layer.lora_A[ADAPTER]
+
+
+def free_both(layer: Any) -> nn.Module:
+    return nn.ModuleList([layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]])
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What learns: gates of a family, or what `frees` gives of each layer with LoRAs.
+
+    Attributes:
+        lr: None is what suits each gate.
+    """
+
+    gates: str = "sum"
+    frees: Callable[[Any], nn.Module] | None = None
+    lr: float | None = None
+
+
+RUNGS = {
+    "mole": Rung("mole"),
+    "flow": Rung("flow"),
+    "rank": Rung("rank"),  # a gate per rank, for every token
+    "factors": Rung(frees=factors, lr=3e-2),
+    "mixer": Rung(frees=mixer, lr=1e-2),
+    "A": Rung(frees=free_a, lr=3e-3),
+    "A+B": Rung(frees=free_both, lr=1.5e-3),  # both move their product
+}
+
+
+def layers(pipe: Any) -> Iterator[tuple[str, str, Any]]:
+    """(part, name in it, peft's layer) of each layer that an attached LoRA changes; A and B there are those of all LoRAs."""
+    for part in ("unet", "text_encoder"):
+        for name, module in getattr(pipe, part).named_modules():
+            if ADAPTER in getattr(module, "lora_A", {}):
+                yield part, name, module
+
+
+def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
+    """Put what a rung frees among the mixture's gates, which are what is trained and saved. It ends with `detach`."""
+    if rung.frees is not None:
+        mixture.banks["layers"] = GateBank({f"{part}.{name}": rung.frees(layer) for part, name, layer in layers(pipe)})
+
+
+def one_lora(pipe: Any, mixture: Mixture) -> dict[str, dict[str, LoraWeights]]:
+    """All LoRAs of a mixture with free layers as one ordinary LoRA."""
+    found: dict[str, dict[str, LoraWeights]] = {}
+    for part, name, layer in layers(pipe):
+        down, up = (half[ADAPTER].weight.detach().cpu() for half in (layer.lora_A, layer.lora_B))
+        free = mixture.banks["layers"][f"{part}.{name}"]
+        down = free.folded(down) if isinstance(free, Mixer) else down
+        found.setdefault(part, {})[name] = LoraWeights(down, up, 1.0)
+    return found
+
+
+# ---- training
+
+
+def lesson(case: Case) -> TrainingData:
+    """Captions of each concept alone, of each beside subjects of the base on the case's own canvas, and of the base."""
+    rng = np.random.default_rng(list(case.name.encode()))
+    canvas = "tall" if case.size is not None and case.size[1] > case.size[0] else "wide"
+    own = {c: [concept_scene(c, s, rng) for s in ("one", canvas) for _ in range(CAPTIONS)] for c in case.concepts}
+    plain = [draw_scene(words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=n) for n in (1, 2) for _ in range(CAPTIONS)]
+    return TrainingData(
+        singles={concept: [scene.caption for scene in scenes] for concept, scenes in own.items()},
+        plain=[scene.caption for scene in plain],
+        sizes={scene.caption: scene.size for scene in sum(own.values(), plain)},
+    )
+
+
+def train(
+    pipe: Any, experts: Mapping[str, Expert], rung: Rung, data: TrainingData, folder: Path, *, config: GateTraining
+) -> list[dict]:
+    """Train a rung on the sum of experts and write it to `folder`; returns the log. The pipeline is given back as it was."""
+    mixture = begin(pipe, experts, rung)
+    try:
+        log = train_gates(pipe, mixture, data, config=replace(config, lr=rung.lr))
+        if rung.frees is not None:
+            write_lora(one_lora(pipe, mixture), folder / ONE, dtype=torch.float32)
+        mixture.save_pretrained(folder)  # last of all: where its config is, all is there
+    finally:
+        detach(pipe)
+    return log
+
+
+def begin(pipe: Any, experts: Mapping[str, Expert], rung: Rung) -> Mixture:
+    """The sum of experts on the words that they own, none of them silent, with what a rung frees."""
+    mixture = attach(pipe, experts, rung.gates)
+    mixture.bind({name: replace(own, required=False) for name, own in mixture.binding.items()})
+    set_free(pipe, mixture, rung)
+    return mixture
+
+
+def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each term's mean over the last tenth of the updates."""
+    last = log[-max(1, len(log) // 10) :]
+    return {name: round(sum(row[name] for row in last) / len(last), 3) for name in log[0] if name != "step"}
+
+
+# ---- drawing
+
+
+def kept(name: str, updates: int) -> Callable[[Case], Path]:
+    """Where a rung of a case is kept."""
+    return arms.gates_of(WORK / "ladder" / name / str(updates))
+
+
+def bound(name: str, updates: int) -> Arm:
+    """A trained rung with every LoRA on its own words and in its own place."""
+    rung, folder = RUNGS[name], kept(name, updates)
+
+    @contextmanager
+    def draws(setup: Setup, case: Case) -> Iterator[None]:
+        experts = setup.weighted_experts(arms.ones(setup, case))
+        with arms.attached_to(setup, experts, rung.gates, {}) as mixture:
+            set_free(setup.pipe, mixture, rung)
+            checkpoint.load(folder(case)).fill(mixture.banks)
+            yield
+
+    def settings(setup: Setup, case: Case) -> dict[str, Any]:
+        return setup.expert_settings(case.experts) | {"trained": digest_files(folder(case) / checkpoint.WEIGHTS)}
+
+    return Arm(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
+
+
+def one(name: str, updates: int) -> Arm:
+    """The same as one ordinary LoRA."""
+    return in_file(f"{name} @ {updates}, one LoRA", lambda case: kept(name, updates)(case) / ONE)
+
+
+def placed(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows where the figure has them: against what is free, and those that are bound against updates, from the sum on."""
+    trained = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in rows if " @ " in row["arm"])
+    for row in rows:
+        rung, _, rest = row["arm"].partition(" @ ")
+        updates, _, alone = rest.partition(", ")
+        line = rest.replace(updates, f"{updates} updates") if rest else "for comparison"
+        yield row | {"panel": f"{row['kind']}: what is free", "at": rung, "line": line}
+        if not alone:
+            for name in [rung] if rest else trained if rung == "bound" else ():
+                yield row | {"panel": f"{row['kind']}: how long", "at": int(updates or 0), "line": name}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", nargs="*", choices=VALIDATION, default=["two subjects", "two subjects + style"])
+    parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--rungs", nargs="*", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--updates", nargs="*", type=int, default=UPDATES)
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure, too")
+    args = parser.parse_args()
+    world = emoji_world(device=device().type)
+    setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
+    found = emoji_protocol.cases({kind: VALIDATION[kind][: args.per_kind] for kind in args.kinds})
+    for updates, name, (case, _) in product(args.updates, args.rungs, found):
+        folder, start = kept(name, updates)(case), time.time()
+        if (folder / checkpoint.CONFIG).exists():
+            continue
+        config = replace(TRAINING, steps=updates, precision="bf16" if multiplies_bf16() else "no")
+        with small_attention():
+            experts = {concept: setup.experts[concept] for concept in case.concepts}
+            log = train(world.pipe, experts, RUNGS[name], lesson(case), folder, config=config)
+        note(f"ladder {name} {updates} {case.name}", **reached(log), seconds=round(time.time() - start))
+    trained = [bound(name, n) for n in args.updates for name in args.rungs]
+    alone = [one(name, n) for n in args.updates for name in args.rungs if RUNGS[name].frees]
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
+    with small_attention(), mixed_precision():
+        rows = evaluate(
+            setup,
+            [ARMS["sum"](), ARMS["bound"](), *trained, *alone, ARMS["joint LoRA"]()],
+            [case for case, _ in found],
+            metrics,
+            seeds=range(SEEDS["validation"], SEEDS["validation"] + args.seeds),
+            rows=Rows(WORK / "ladder" / "rows"),
+        )
+    table = as_frame(rows)
+    print(success_table(table))
+    print(paired_table(table, "bound"))
+    if args.figure:
+        curves(as_frame(placed(rows)), args.figure, at="at", line="line", panel="panel")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""How far from the conditions of the LoRAs' training composition holds: the plain sum and bound LoRAs along six axes.
+
+    python demos/experiments/emoji/robustness.py [--split validation] [--per-kind 6] [--seeds 4] [--kinds ...] [--axes ...]
+    python demos/experiments/emoji/robustness.py --figure docs/robustness.png
+
+Strangers attached, strength of all LoRAs, guidance, sampler, wording, and size of the picture: one moves, the others stay as
+`compose.py` has them. Beside the LoRAs stands the base on compositions of its own words: what it can do there at all. Rows
+are appended below work/robustness/, so a cut-off run goes on; `--figure` draws the same rows.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from compose import SEEDS, SPLITS
+from loop import WORK, device, mixed_precision, small_attention
+from sampling import GUIDANCE, STEPS
+
+from mole_diffusers.emoji import TEST, Scene, words
+from mole_diffusers.emoji.compositions import Concepts, compositions
+from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.scenes import article
+from mole_diffusers.emoji.world import emoji_world
+from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.plots import curves
+from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.runner import Arm, Case, Setup, add_idle_experts, evaluate
+from mole_diffusers.evaluation.tables import as_frame, interval, markdown
+from mole_diffusers.studio.samplers import sampler
+
+ATTACHED = (2, 3, 4, 6, 8)  # LoRAs, of which the prompt names two or three
+STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+GUIDANCES = (2.0, 3.0, 4.0, 5.0, 7.0)
+SAMPLERS = ("DPM++ 2M", "Euler a")  # beside the world's own, DDIM
+SIZES = (1.0, 1.25, 1.5)  # of a side, beside the canvas that the base was trained on
+KNOWN = words.BASE_SUBJECTS[::16], words.BASE_STYLES[2::3]  # what the base is measured on
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is drawn at one setting: these arms on these compositions."""
+
+    setup: Setup
+    arms: Sequence[Arm]
+    found: Sequence[tuple[Case, Scene]]
+
+    def worded(self, prompt: Callable[[Scene], str]) -> "Point":
+        """The same compositions in other words."""
+        return replace(self, found=[(replace(case, prompt=prompt(scene)), scene) for case, scene in self.found])
+
+    def scaled(self, factor: float) -> "Point":
+        """The same compositions on canvases whose sides are `factor` times as long."""
+        sizes = [(round(factor * scene.size[0]), round(factor * scene.size[1])) for _, scene in self.found]
+        return replace(self, found=[(replace(c, size=size), s) for (c, s), size in zip(self.found, sizes, strict=True)])
+
+    def rows(self, judge: Judge, seeds: range, rows: Rows) -> list[Row]:
+        """A row per picture, drawn where it is not there yet."""
+        metrics = emoji_protocol.JudgeMetrics(judge, {(case.prompt, case.size): scene for case, scene in self.found})
+        return evaluate(self.setup, self.arms, [case for case, _ in self.found], metrics, seeds=seeds, rows=rows)
+
+
+Axis = Callable[[Point], Mapping[float | str, Point]]  # how a composition is drawn by default -> how at each setting
+
+
+def strangers(point: Point) -> dict[int, Point]:
+    """LoRAs attached that the prompt does not name; the axis is the number of all."""
+    cases = add_idle_experts([case for case, _ in point.found], list(point.setup.experts), ATTACHED)
+    scenes = {case.prompt: scene for case, scene in point.found}
+    return {n: replace(point, found=[(c, scenes[c.prompt]) for c in cases if len(c.experts) == n]) for n in ATTACHED}
+
+
+def strength(point: Point) -> dict[float, Point]:
+    """Of all LoRAs together."""
+    strengths = {value: dict.fromkeys(point.setup.experts, value) for value in STRENGTHS}
+    return {value: replace(point, setup=replace(point.setup, strengths=found)) for value, found in strengths.items()}
+
+
+def guidance(point: Point) -> dict[float, Point]:
+    options = {value: {**point.setup.options, "guidance_scale": value} for value in GUIDANCES}
+    return {value: replace(point, setup=replace(point.setup, options=found)) for value, found in options.items()}
+
+
+def samplers(point: Point) -> dict[str, Point]:
+    others = {name: [drawn_by(name, arm) for arm in point.arms] for name in SAMPLERS}
+    return {"DDIM": point} | {name: replace(point, arms=found) for name, found in others.items()}
+
+
+def drawn_by(name: str, arm: Arm) -> Arm:
+    """An arm with another sampler."""
+
+    @contextmanager
+    def draws(setup: Setup, case: Case) -> Iterator[None]:
+        before = setup.pipe.scheduler
+        setup.pipe.scheduler = sampler(name, before)
+        try:
+            with arm.draws(setup, case):
+                yield
+        finally:
+            setup.pipe.scheduler = before
+
+    return replace(arm, draws=draws, settings=lambda setup, case: {**arm.settings(setup, case), "sampler": name})
+
+
+def wording(point: Point) -> dict[str, Point]:
+    return {name: point.worded(prompt) for name, prompt in WORDINGS.items()}
+
+
+def other_words(scene: Scene) -> str:
+    """None of "style", "showing" and "beside" was in a caption."""
+    things = " beside ".join(map(article, scene.subjects))
+    return f"a drawing in the style of {scene.style} showing {things} on a {scene.background} background"
+
+
+def other_order(scene: Scene) -> str:
+    return replace(scene, subjects=scene.subjects[::-1]).caption
+
+
+def style_last(scene: Scene) -> str:
+    return f"{scene.caption.removeprefix(f'{scene.style} ')} in {scene.style}"
+
+
+def places_said(scene: Scene) -> str:
+    """As a fifth of the base's captions has it, for the same canvas."""
+    relation = "above" if scene.size[1] > scene.size[0] else "left of"
+    return replace(scene, relation=relation if len(scene.subjects) > 1 else None).caption
+
+
+WORDINGS: dict[str, Callable[[Scene], str]] = {
+    "as trained": lambda scene: scene.caption,
+    "other words": other_words,
+    "style last": style_last,
+    "other order": other_order,
+    "places said": places_said,
+}
+
+
+def size(point: Point) -> dict[float, Point]:
+    return {factor: point.scaled(factor) for factor in SIZES}
+
+
+AXES: dict[str, Axis] = {axis.__name__: axis for axis in (strangers, strength, guidance, samplers, wording, size)}
+
+
+def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]:
+    """Compositions of a split by the sum and bound; and as many of words that the base knows, without LoRAs."""
+    known = compositions(*KNOWN, {kind: len(group) for kind, group in split.items()})
+    return [
+        Point(setup, [arms.summed(), arms.bound()], emoji_protocol.cases(split)),
+        Point(replace(setup, experts={}), [replace(arms.base(), name="base, own words")], emoji_protocol.cases(known)),
+    ]
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Success at each setting, a column per arm and kind."""
+    lines = list(frame["line"].unique())
+    body = [
+        [axis, str(at).removesuffix(".0"), *(interval(own[own["line"] == line], "success") for line in lines)]
+        for (axis, at), own in frame.groupby(["axis", "setting"], sort=False)
+    ]
+    return markdown(["axis", "setting", *lines], body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=SPLITS, default="validation")
+    parser.add_argument("--kinds", nargs="*", choices=TEST, default=["two subjects", "two subjects + style"])
+    parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
+    parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the curves, too")
+    args = parser.parse_args()
+    world = emoji_world(device=device().type)
+    setup, judge = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}), world.judge()
+    seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)
+    rows, found = Rows(WORK / "robustness" / args.split), []
+    with small_attention(), mixed_precision():
+        for axis in args.axes:
+            for start in starts(setup, {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}):
+                for at, point in AXES[axis](start).items():
+                    found += [row | {"axis": axis, "setting": at} for row in point.rows(judge, seeds, rows)]
+    frame = as_frame(found)
+    frame["line"] = frame["composer"] + ": " + frame["kind"]
+    print(table(frame))
+    if args.figure:
+        curves(frame, args.figure, at="setting", line="line", panel="axis")
+
+
+if __name__ == "__main__":
+    main()
