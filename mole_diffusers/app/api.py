@@ -268,7 +268,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         mask: gr.FileData | None = None,
     ) -> tuple[list[str], list[gr.FileData]]:
         """The same seed from the base, each LoRA alone, the plain sum, merges, bound, and with trained gates where there
-        are any. Returns labels and files.
+        are any. The gallery keeps a sheet of them. Returns labels and files.
 
         Args:
             recipe: RECIPE
@@ -307,7 +307,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         image: gr.FileData | None = None,
         mask: gr.FileData | None = None,
     ) -> gr.FileData:
-        """An XY grid of one recipe.
+        """An XY grid of one recipe, which the gallery keeps.
 
         Args:
             recipe: RECIPE
@@ -318,7 +318,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         axes = _text(x, "an axis"), _text(y, "an axis")
         wanted, over = _recipe(page, recipe), _pictures(image, mask)
-        return _file(await _job(page, request, "grid", lambda: actions.grid(wanted, *axes, over)))
+        return _file((await _job(page, request, "grid", lambda: actions.grid(wanted, *axes, over))).sheet)
 
     yield from (compare, look, grid)
 
@@ -363,15 +363,18 @@ def _gallery_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     kept = page.actions.gallery
 
     def gallery(text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
-        """The newest pictures that were kept, at most 100: files, and for each {"name", "favourite", "recipe"}.
+        """The newest pictures and sheets that were kept, at most 100: files, and for each {"name", "favourite", "recipe",
+        "sheet"}, which says what a sheet shows.
 
         Args:
-            text: words of the prompt, each of them, or of the file's name.
+            text: words of the prompt, each of them, of the file's name, or of what a sheet shows.
             lora: a LoRA that they were drawn with.
             favourites: only those.
         """
         found = kept.entries(text=_text(text, "the text"), lora=_text(lora, "the LoRA"), favourites=favourites is True)[:100]
-        about = [{"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict()} for e in found]
+        about = [
+            {"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict(), "sheet": e.sheet} for e in found
+        ]
         return [_file(entry.path) for entry in found], about
 
     def favourite(name: str, on: bool = True) -> bool:

@@ -107,7 +107,7 @@ def _grid(page: Page) -> None:
         return page.actions.grid(page.recipe(*given), x, y, draw_over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
-        return [str(job.event) if isinstance(job.event, Path) else None]
+        return [str(job.event.sheet) if job.event.sheet else None]
 
     inputs = [*page.inputs, x, y, page.over]
     connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
@@ -144,7 +143,7 @@ class Page:
             return "cancelled before it began" if job.state == "stopped" else "starting"
         if job.state == "stopped" and isinstance(job.event, Progress):
             return f"stopped after {len(job.event.pictures)} of {job.event.count} pictures"
-        words = "done" if isinstance(job.event, Path) else markdown(str(job.event))  # a file that was made
+        words = markdown(str(job.event))
         return f"stopped: {words}" if job.state == "stopped" else words
 
 

@@ -147,7 +147,8 @@ def started(sheet: options.Given) -> tuple[list[int], Path]:
 def write_sheet(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path, about: dict[str, Any]) -> None:
     """Write pictures by column label, one per seed, as one sheet; `about` is kept in the file."""
     from mole_diffusers.inspection.compare import image_grid
-    from mole_diffusers.studio.xy_grid import save_sheet
+    from mole_diffusers.studio import infotext
 
     rows = [[images[i] for images in columns.values()] for i in range(len(seeds))]
-    save_sheet(image_grid(rows, list(columns), [f"seed {s}" for s in seeds]), path, {"columns": list(columns), **about})
+    sheet = image_grid(rows, list(columns), [f"seed {s}" for s in seeds])
+    infotext.save(sheet, path, None, {"columns": list(columns), **about})

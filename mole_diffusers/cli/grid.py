@@ -38,7 +38,8 @@ def grid(
     """
     from tqdm import tqdm
 
-    from mole_diffusers.studio.xy_grid import cells, parse_axis, save, sheet
+    from mole_diffusers.studio import infotext
+    from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 
     across, down = parse_axis(x), parse_axis(y)
     path = target(out, "grid.png", overwrite=overwrite)
@@ -53,6 +54,7 @@ def grid(
                 drawn.append(studio.draw(studio.complete(cell)))
                 bar.update()
             pictures.append(drawn)
-    save(sheet(pictures, across, down), path, first, x, y)
-    facts = {"out": str(path), "x": x, "y": y, **first.to_dict()}
+    axes = {"x": x, "y": y}
+    infotext.save(sheet(pictures, across.labels, down.labels), path, first, axes)
+    facts = {"out": str(path), **axes, **first.to_dict()}
     print(json.dumps(facts) if as_json else f"{len(rows)} x {len(rows[0])} pictures: {path}")

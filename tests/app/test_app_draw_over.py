@@ -77,7 +77,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert not np.array_equal(pixels(compared["base"].path), wanted)
     assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
     assert str(said[-1]) == "2 of 2 steps"  # 0.6 of 4
-    sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore)
+    sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore).sheet
     assert infotext.read(sheet).mask == whole.recipe.mask
     cells = [path for path in actions.own.folder.glob("*.png") if infotext.read(path).arm == "gates"]
     assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
@@ -107,7 +107,7 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     report = actions.look(RECIPE, None, over)(ignore)  # of half the steps
     assert np.array_equal(pixels(heat), np.asarray(report.heat.convert("RGB")))
     sheet = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
-    assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore)))
+    assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore).sheet))
     assert infotext.read(sheet).image == whole.recipe.image
 
 

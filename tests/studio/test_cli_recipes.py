@@ -85,7 +85,7 @@ def test_cells_change_along_both_axes():
 def test_a_grid_that_was_stopped_keeps_what_is_done():
     x, y = parse_axis("seed=1,2"), parse_axis("steps=1")
     red = Image.new("RGB", (64, 64), "red")
-    half = sheet([[red, None]], x, y)
-    assert half.size == sheet([[red, red]], x, y).size
+    half = sheet([[red, None]], x.labels, y.labels)
+    assert half.size == sheet([[red, red]], x.labels, y.labels).size
     colours = {colour for _, colour in half.getcolors(100000)}
     assert {(255, 0, 0), (221, 221, 221)} <= colours
