@@ -162,12 +162,11 @@ class Actions:
         if source != self.studio.base and (known or file != Path(self.studio.base).name):
             raise ValueError(f"this is for the base model {known or file!r}, and here is {self.base!r}: {mend}")
 
-    def settings_of_base(self, prompt: str) -> dict[str, Any]:
-        """Size and usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
+    def settings_of_base(self) -> dict[str, Any]:
+        """Open sizes and the usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
         if self.studio.base == self._first_base:
             return {}
-        width, height = self.usual_size(prompt)
-        return {"width": width, "height": height, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
+        return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
 
     def usual_size(self, prompt: str) -> tuple[int, int]:
         """Width and height in pixels that the base model here usually draws a prompt at."""
@@ -292,7 +291,9 @@ class Actions:
         for _, recipe in recipes:
             check_pictures(recipe, **over or {})
         self._check_budget([recipe for _, recipe in recipes])
-        told = [text for (_, asked), (_, r) in zip(wanted, recipes, strict=True) for text in self.studio.notes(asked, r)]
+        image = (over or {}).get("image")
+        both = zip(wanted, recipes, strict=True)
+        told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, image)]
         steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
         state = Progress(0, steps, len(recipes), warnings=[*([note] if note else []), *dict.fromkeys(told)])
 
@@ -397,10 +398,12 @@ class Actions:
                 return path, mixture.export_lora(path, words, rank=rank, **call)
 
     def _completed(self, recipe: Recipe) -> Recipe:
-        if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
-            raise ValueError(f"width and height are at most {MAX_SIDE} here, got {recipe.width} x {recipe.height}")
         recipe.tag_bindings()  # raises where a painted region has no mask
-        return self.studio.complete(recipe)
+        recipe = self.studio.complete(recipe)
+        if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
+            larger = f", {recipe.hires:g} times larger" if recipe.hires > 1 else ""
+            raise ValueError(f"pictures have at most {MAX_SIDE} pixels a side, got {recipe.width} x {recipe.height}{larger}")
+        return recipe
 
     def _check_budget(self, recipes: Sequence[Recipe]) -> None:
         """Raises ValueError if drawing these takes more than `MAX_WORK`."""

@@ -23,7 +23,6 @@ from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import QUEUE, Page, session, with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
-from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
@@ -31,7 +30,8 @@ from mole_diffusers.studio.render import with_pictures
 
 RECIPE_FIELDS = (
     'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. Defaults: no negative '
-    'prompt, seed 0, the app\'s steps, guidance, width and height, its own sampler, gates "auto", arm "gates", no locks.'
+    "prompt, seed 0, the app's steps and guidance, the size that the prompt or the picture that is drawn over asks for, its "
+    'own sampler, gates "auto", arm "gates", no locks.'
 )
 
 IMAGE = "a picture to draw over, as much as the recipe's strength says; one that the recipe names must be this one."
@@ -66,8 +66,6 @@ def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
     first = {**page.fresh().to_dict(), "prompt": None, "base": ""}
-    if page.actions.base == WORLD:
-        first |= dict(zip(("width", "height"), page.actions.usual_size(str(given.get("prompt", ""))), strict=True))
     recipe = Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
     if recipe.base:
         page.actions.check_base(recipe.base, "change it first")
@@ -221,7 +219,7 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             guidance: 0..50; 1 is none. By default that of the base model.
             gates: "auto", "sum", "mean" or the name of trained gates.
             count: number of pictures, 1..16.
-            width: in pixels, rounded to what the model can draw; by default the base model's own.
+            width: in pixels, rounded to what the model can draw; by default the base model's own, or the image's.
             height: likewise.
             sampler: its usual name, for example "DPM++ 2M Karras"; "" is the model's own.
             image: a picture to draw over.

@@ -18,9 +18,8 @@ from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.interrupted import Interrupted, Offer
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.mixer_cards import cards_of
-from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.catalog import UNTRAINED
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import OPEN, Recipe
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
@@ -87,7 +86,7 @@ class Page:
         *given, locks, masks, base = values
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
-        named["width"], named["height"] = self.size(named["prompt"], named["width"], named["height"])
+        named |= {name: named[name] or 0 for name in OPEN}
         for name, kind in NUMBERS.items():
             if named[name] is None:
                 raise ValueError(f"{name} must be a number")
@@ -114,17 +113,12 @@ class Page:
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
-        return replace(self.defaults, **self.actions.settings_of_base(self.defaults.prompt))
+        return replace(self.defaults, **self.actions.settings_of_base())
 
     def shown_size(self, recipe: Recipe) -> dict[str, int]:
-        """Width and height as the controls show them: 0 where they follow the prompt, see `size`."""
-        follows = (recipe.width, recipe.height) == self.actions.usual_size(recipe.text) and self.actions.base == WORLD
+        """Width and height as the controls show them: 0 where they are what the prompt asks for, and follow it."""
+        follows = not recipe.image and (recipe.width, recipe.height) == self.actions.usual_size(recipe.text)
         return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
-
-    def size(self, prompt: str, width: float | None, height: float | None) -> tuple[int, int]:
-        """Width and height in pixels as in the controls; 0 is the base model's own for the prompt."""
-        own = self.actions.usual_size(prompt)
-        return int(width or own[0]), int(height or own[1])
 
     def gates(self) -> list[str]:
         """The gates that can be chosen."""

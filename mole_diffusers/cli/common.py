@@ -173,11 +173,10 @@ def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
 
 
 def first_recipe(studio: Studio, **changes: Any) -> Recipe:
-    """A recipe at the base's own picture size and usual guidance, with those of `changes` that are not None."""
-    from mole_diffusers.studio.base_models import usual_guidance, usual_size
+    """A recipe at the base's usual guidance, with those of `changes` that are not None."""
+    from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.recipe import Recipe
 
-    width, height = usual_size(studio.pipe, studio.base, changes.get("prompt", ""))
-    own = {"width": width, "height": height, "guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
+    own = {"guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
     given = {name: value for name, value in changes.items() if value is not None}
     return Recipe(**{"prompt": "", "gates": "auto", **own, **given})

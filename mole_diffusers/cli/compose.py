@@ -98,13 +98,9 @@ def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: S
     pipe.scheduler = sampler(how["sampler"], pipe.scheduler, seeds)
     guidance = usual_guidance(pipe, base) if how["guidance"] is None else how["guidance"]
     call: dict[str, Any] = {"num_inference_steps": how["steps"], "guidance_scale": guidance}
-    width, height = how["width"], how["height"]
-    if width or height:
-        size = drawable(pipe, width or height or 0, height or width or 0)
-        call |= dict(zip(("width", "height"), size, strict=True))
-    elif base == WORLD:
-        call |= dict(zip(("width", "height"), usual_size(pipe, base, prompt), strict=True))
-    return call
+    own = usual_size(pipe, base, prompt)
+    size = drawable(pipe, how["width"] or own[0], how["height"] or own[1])
+    return call | dict(zip(("width", "height"), size, strict=True))
 
 
 def drawn(pipe: Any, prompt: str, negative: str, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:

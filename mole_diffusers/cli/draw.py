@@ -68,8 +68,6 @@ def draw(
     pictures = open_pictures(image, mask)
     studio = open_studio(files, opening)
     settings = {**how, "seed": seed, "strength": strength, "hires": hires, "hires_strength": hires_strength}
-    if "image" in pictures:  # its own size, unless another is given
-        settings |= {side: how[side] or getattr(pictures["image"], side) for side in ("width", "height")}
     recipe = first_recipe(studio, prompt=prompt, gates=gates, **settings)
     draw_recipe(studio, with_pictures(recipe, **pictures), path, pictures, as_json=as_json)
 
@@ -89,7 +87,7 @@ def draw_recipe(studio: Studio, asked: Recipe, path: Path, pictures: Mapping[str
     from mole_diffusers.studio import infotext
 
     recipe = studio.complete(asked)
-    for note in studio.notes(asked, recipe):
+    for note in studio.notes(asked, recipe, pictures.get("image")):
         print(f"note: {note}", file=sys.stderr)
     infotext.save(studio.draw(recipe, image=pictures.get("image"), mask=pictures.get("mask")), path, recipe)
     said = f"{recipe.prompt}: {path}" if asked.seed == recipe.seed else f"{recipe.prompt}, seed {recipe.seed}: {path}"

@@ -101,7 +101,7 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
     at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     negative = "\n".join(lines[at:]).removeprefix(NEGATIVE).strip()
-    width, _, height = found.get("Size", "512x512").partition("x")
+    width, _, height = found.get("Size", "0x0").partition("x")
     pairs = [pair.partition(":") for pair in found.get("Lora hashes", "").split(",") if ":" in pair]
     sampler, lacking = _sampler(found.get("Sampler", "Default"), found.get("Schedule type", ""))
     strength, hires = found.get("Denoising strength"), found.get("Hires upscale") or _resized(found)

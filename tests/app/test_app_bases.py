@@ -139,7 +139,7 @@ def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     said, *shown = last
     now = dict(zip(labels, shown, strict=True))
     assert said.replace("\\", "") == "flux is open: FluxPipeline"
-    assert (now["Base model"], now["Width"], now["Height"], now["Guidance"]) == ("flux", 256, 256, 3.5)
+    assert (now["Base model"], now["Width"], now["Height"], now["Guidance"]) == ("flux", 0, 0, 3.5)
     assert (now["Sampler"]["choices"], now["Sampler"]["value"]) == (["default", "Euler"], "default")
     compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
     values = [component.value for component in compose.inputs[1:]]
@@ -161,10 +161,10 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
     fresh = dict(zip(labels, enter.fn("", None, PROMPT)[1:-2], strict=True))
-    assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 256, 3.5)
+    assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 0, 3.5)
     back = dict(zip(labels, enter.fn("me", old, PROMPT)[1:-2], strict=True))
     sizes = [back[name] for name in ("Width", "Height", "Guidance")]
-    assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [256, 256, 3.5])
+    assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [0, 0, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
     again = enter.fn("me", old, PROMPT)[1:-2]
     assert again[labels.index("Gates")] == "auto"
@@ -215,13 +215,13 @@ def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     assert main(["app", *bases, "--loras", files, "--device", "cpu", "--keep", str(tmp_path / "gates")]) == 0
     assert capsys.readouterr().err.splitlines()[-1].endswith("dream: StableDiffusionPipeline, cpu, float32")
     actions, recipe = built
-    assert (actions.base, list(actions.bases), recipe.width) == ("dream", ["dream", "flux"], 32)
+    assert (actions.base, list(actions.bases), recipe.width) == ("dream", ["dream", "flux"], 0)
     actions.change_base("flux")(ignore)
     said = capsys.readouterr().err.splitlines()
     assert said[-2].endswith("flux: FluxPipeline, cpu, float32")
     assert said[-1].startswith("note: pictures can be drawn, but FluxPipeline cannot be trained on")
     assert actions.studio.pipe._progress_bar_config["disable"]
-    assert actions.settings_of_base("")["guidance"] == 3.5
+    assert actions.settings_of_base()["guidance"] == 3.5
     assert main(["app", *bases, "--base-config", str(tmp_path / "flux"), "--loras", files]) == 1
     assert "--base-config is the config of one model, and these are 2: dream, flux" in capsys.readouterr().err
     assert main(["app", "--base", str(tmp_path / "gone.safetensors"), "--loras", files]) == 1

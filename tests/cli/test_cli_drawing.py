@@ -199,7 +199,7 @@ def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
     run(["compose", "a (fox:1.6) in ink", *again, "--out", out["weighed"]], capsys)
     other = ["--negative", "blur", "--sampler", "Euler", "--width", "43"]
     facts, _ = run(["compose", "a fox in ink", *again, *other, "--out", out["other"]], capsys)
-    assert (facts["sampler"], facts["width"], facts["height"]) == ("Euler", 40, 40)
+    assert (facts["sampler"], facts["width"], facts["height"]) == ("Euler", 40, 32)
     assert np.array_equal(pixels(out["plain"]), pixels(out["one"]))
     assert not np.array_equal(pixels(out["plain"]), pixels(out["weighed"]))
     assert not np.array_equal(pixels(out["plain"]), pixels(out["other"]))

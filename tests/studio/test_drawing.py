@@ -218,6 +218,24 @@ def test_a_hires_pass_draws_over_the_picture_made_larger(studio):
     assert far(studio.draw(dataclasses.replace(recipe, hires=1.0)), small) == 0  # the next one is as before
 
 
+@pytest.mark.parametrize(
+    ("size", "wide", "drawn", "said"),
+    [
+        ((64, 32), {}, (64, 32), []),
+        ((43, 70), {}, (40, 72), ["43 x 70 is rounded to 40 x 72 pixels"]),
+        ((64, 32), {"width": 48}, (48, 32), ["the picture of 64 x 32 is drawn over at 48 x 32 pixels"]),
+        ((4096, 512), {}, (2048, 256), ["the picture of 4096 x 512 is drawn over at 2048 x 256 pixels"]),
+        ((6, 3000), {}, (16, 2048), ["the picture of 6 x 3000 is drawn over at 16 x 2048 pixels"]),
+    ],
+)
+def test_a_picture_is_drawn_over_at_its_own_size(studio, size, wide, drawn, said):
+    image = Image.new("RGB", size)
+    asked = with_pictures(Recipe("a fox", **wide), image)
+    recipe = studio.complete(asked)
+    assert (recipe.width, recipe.height) == drawn
+    assert studio.notes(asked, recipe, image) == said
+
+
 def test_a_recipe_wants_its_own_pictures(studio, photo):
     recipe = studio.complete(with_pictures(RECIPE, photo))
     with pytest.raises(ValueError, match="needs the picture that it was made with as its image"):
