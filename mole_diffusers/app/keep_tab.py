@@ -92,7 +92,7 @@ def _saving(page: Page) -> None:
 
 
 def _grid(page: Page) -> None:
-    gr.Markdown("**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance.")
+    gr.Markdown("**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, strength.")
     with gr.Row():
         x = gr.Textbox("arm=base,sum,gates", label="Across", max_length=500, elem_id="axis-x")
         y = gr.Textbox("seed=0,1", label="Down", max_length=500, elem_id="axis-y")

@@ -11,7 +11,8 @@ from PIL import Image
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.studio.recipe import Recipe, with_strength
 
-KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "sampler": str, "weight": float}
+KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "sampler": str, "weight": float,
+         "strength": float, "hires": float, "hires_strength": float}  # fmt: skip
 MAX_CELLS = 400
 
 
@@ -24,7 +25,8 @@ class Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates and sampler.
+    """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates, sampler, strength, hires
+    and hires_strength.
 
     Raises ValueError naming the kinds.
     """
@@ -57,10 +59,19 @@ def _change(kind: str, about: str, value: object) -> Callable[[Recipe], Recipe]:
 
 
 def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
-    """A recipe per cell, row by row. Raises ValueError for more than MAX_CELLS."""
+    """A recipe per cell, row by row.
+
+    Raises ValueError for more than MAX_CELLS, and for strengths that would change nothing.
+    """
     if len(x.labels) * len(y.labels) > MAX_CELLS:
         raise ValueError(f"a grid of {len(x.labels)} x {len(y.labels)} is too large: at most {MAX_CELLS} cells")
-    return [[across(down(recipe)) for across in x.changes] for down in y.changes]
+    rows = [[across(down(recipe)) for across in x.changes] for down in y.changes]
+    drawn = [cell for row in rows for cell in row]
+    if any(cell.strength != recipe.strength and not cell.image for cell in drawn):
+        raise ValueError("an axis of strength needs a picture that is drawn over")
+    if any(cell.hires_strength != recipe.hires_strength and cell.hires == 1 for cell in drawn):
+        raise ValueError("an axis of hires_strength needs pictures that are made larger, hires above 1")
+    return rows
 
 
 def sheet(pictures: Sequence[Sequence[Image.Image | None]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:

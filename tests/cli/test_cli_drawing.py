@@ -12,6 +12,7 @@ from single_file import save_single_file
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.options import Opening
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.xy_grid import sheet
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
@@ -183,6 +184,34 @@ def test_grids_say_what_they_show(base, tmp_path, capsys):
     assert infotext.read(tmp_path / "g.png").experts == facts["experts"]
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     assert infotext.read_sheet(tmp_path / "x.png") == {}
+
+
+def test_a_grid_draws_over_a_picture(base, tmp_path, capsys):
+    """Each cell is what `mole draw` draws over it; its strengths, and those of a larger pass, are axes."""
+    Image.effect_noise((70, 40), 90).convert("RGB").save(tmp_path / "photo.png")
+    Image.linear_gradient("L").resize((70, 40)).save(tmp_path / "mask.png")
+    over = ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    given = [DRAW[1], "--steps", "4", *base, *over]
+    axes = ["--x", "strength=0.3,0.9", "--y", "seed=1,2"]
+    facts, said = run(["grid", *given, *axes, "--out", str(tmp_path / "g.png")], capsys)
+    assert "note: 70 x 40 is rounded to 72 x 40 pixels" in said
+    assert (facts["width"], facts["height"], infotext.read(tmp_path / "g.png").mask) == (72, 40, facts["mask"])
+    rows = []
+    for seed in ("1", "2"):
+        rows.append([])
+        for strength in ("0.3", "0.9"):
+            out = tmp_path / f"{seed}-{strength}.png"
+            run(["draw", *given, "--strength", strength, "--seed", seed, "--out", str(out)], capsys)
+            rows[-1].append(Image.open(out).convert("RGB"))
+    wanted = sheet(rows, ["strength 0.3", "strength 0.9"], ["seed 1", "seed 2"])
+    assert np.array_equal(pixels(tmp_path / "g.png"), np.asarray(wanted))
+    assert main(["grid", *given, "--x", "strength=0.9,0.1", "--out", str(tmp_path / "none.png")]) == 1
+    assert "4 steps at strength 0.1 are none" in capsys.readouterr().err
+    larger = [DRAW[1], "--steps", "2", *base, "--hires", "1.5", "--y", "seed=1"]
+    facts, _ = run(["grid", *larger, "--x", "hires_strength=0.5,1", "--out", str(tmp_path / "h.png")], capsys)
+    assert facts["hires"] == 1.5
+    left, right = np.split(pixels(tmp_path / "h.png")[32:, -2 * 134 :], 2, axis=1)  # cells of 128 with a margin of 6
+    assert not np.array_equal(left, right)
 
 
 def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):

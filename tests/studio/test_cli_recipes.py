@@ -107,6 +107,18 @@ def test_cells_change_along_both_axes():
     assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
 
 
+def test_strengths_that_change_nothing_are_refused():
+    seed = parse_axis("seed=1")
+    for axis, changes, said in (
+        ("strength=0.6,0.9", {}, "needs a picture that is drawn over"),
+        ("hires_strength=0.5,0.9", {"image": "0"}, "hires above 1"),
+        ("strength=2", {"image": "0"}, "strength must be a number in 0.0..1.0, got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cells(Recipe("a", **changes), seed, parse_axis(axis))
+    assert cells(Recipe("a", hires=2.0), parse_axis("hires_strength=0.5,0.9"), seed)[0][1].hires_strength == 0.9
+
+
 def test_a_grid_that_was_stopped_keeps_what_is_done():
     x, y = parse_axis("seed=1,2"), parse_axis("steps=1")
     red = Image.new("RGB", (64, 64), "red")
