@@ -33,7 +33,7 @@ from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.names import known_names, matching
-from mole_diffusers.studio.prompt_weights import plain_text
+from mole_diffusers.studio.prompt_weights import plain_text, prompts_read
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
 from mole_diffusers.training.data import precise
@@ -395,6 +395,8 @@ class Actions:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
             with mixture.strengths(strengths):
                 call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+                if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
+                    call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
                 return path, mixture.export_lora(path, words, rank=rank, **call)
 
     def _completed(self, recipe: Recipe) -> Recipe:

@@ -195,6 +195,8 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         request: gr.Request,
         prompt: str,
         negative: str = "",
+        prompt_2: str = "",
+        negative_2: str = "",
         seed: int = 0,
         steps: int = d.steps,
         guidance: float | None = None,
@@ -214,6 +216,8 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             prompt: with a <lora:name:strength> tag for every LoRA; te=, unet=, lbw=, start=, stop=, step= are read.
             negative: the negative prompt.
+            prompt_2: what the second text encoder reads instead, where the model has two, without tags.
+            negative_2: likewise.
             seed: of the first picture; the others have the next ones. -1 is a random one.
             steps: 1..150.
             guidance: 0..50; 1 is none. By default that of the base model.
@@ -228,7 +232,8 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             hires: above 1, the picture is made so many times as large and drawn over once more; at most 4.
             hires_strength: how much of it is drawn anew then, 0..1.
         """
-        wanted: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
+        wanted: dict[str, Any] = {"negative": negative, "prompt_2": prompt_2, "negative_2": negative_2}
+        wanted |= {"seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
         wanted |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         own = {"guidance": guidance, "width": width, "height": height}
         wanted |= {name: value for name, value in own.items() if value is not None}

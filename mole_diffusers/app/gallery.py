@@ -87,7 +87,7 @@ class Gallery:
             if (favourites and path.name not in starred) or (inside := self._inside(path, written)) is None:
                 continue
             recipe, sheet = inside
-            said = f"{recipe.prompt} {path.name} {sheet}".lower()
+            said = f"{recipe.prompt} {recipe.prompt_2} {path.name} {sheet}".lower()
             names = [tag.name.lower() for tag in recipe.tags]
             if all(word in said for word in wanted) and (not lora or lora.lower() in names):
                 found.append(Entry(path, recipe, path.name in starred, sheet))

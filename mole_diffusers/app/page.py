@@ -44,7 +44,7 @@ class Page:
         over: the editor of a picture that is drawn over, see `draw_over`.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
-        lists: dropdowns whose choices grow, each with a function that gives them.
+        lists: components that change with the base model and the LoRAs, each with a function for `gr.update`.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
         tabs, tab: all of them; the one that is being built.
@@ -72,7 +72,7 @@ class Page:
     tabs: Any = None
     tab: Any = None
     fields: list[Any] = field(default_factory=list)
-    lists: list[tuple[Any, Callable[[], Any]]] = field(default_factory=list)
+    lists: list[tuple[Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
     watched: dict[tuple[str, str], Job] = field(default_factory=dict)
     resumed: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
 

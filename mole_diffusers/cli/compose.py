@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +71,7 @@ def compose(
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
-    negative, call = how["negative"], call_options(pipe, base, prompt, how, seeds)
+    call = call_options(pipe, base, prompt, how, seeds)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
@@ -78,10 +79,10 @@ def compose(
     pictures = {}
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
-            pictures[label] = drawn(pipe, prompt, negative, seeds, call)
+            pictures[label] = drawn(pipe, prompt, how, seeds, call)
     if base == WORLD and (drawing := _true_drawing(prompt)):
         pictures["true drawing"] = [drawing] * len(seeds)
-    about = {"prompt": prompt, "negative": negative, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
+    about = {"prompt": prompt, **other_prompts(how), "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
     about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}
     about |= {"seeds": seeds, "sampler": how["sampler"], **call}
     write_sheet(pictures, seeds, path, about)
@@ -90,11 +91,14 @@ def compose(
 
 def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: Sequence[int]) -> dict[str, Any]:
     """The options of a pipeline call that draws pictures of `seeds`, with the size rounded; the sampler is put on the
-    pipeline."""
+    pipeline, and prompts that it does not read are said on stderr."""
     from mole_diffusers.studio.base_models import usual_guidance, usual_size
     from mole_diffusers.studio.picture_passes import drawable
+    from mole_diffusers.studio.prompt_weights import unread
     from mole_diffusers.studio.samplers import sampler
 
+    for note in unread(pipe, **other_prompts(how)):
+        print(f"note: {note}", file=sys.stderr)
     pipe.scheduler = sampler(how["sampler"], pipe.scheduler, seeds)
     guidance = usual_guidance(pipe, base) if how["guidance"] is None else how["guidance"]
     call: dict[str, Any] = {"num_inference_steps": how["steps"], "guidance_scale": guidance}
@@ -103,17 +107,21 @@ def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: S
     return call | dict(zip(("width", "height"), size, strict=True))
 
 
-def drawn(pipe: Any, prompt: str, negative: str, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:
+def other_prompts(how: options.Given) -> dict[str, Any]:
+    """The prompts beside the first, by their options."""
+    return {name: how[name] for name in ("negative", "prompt_2", "negative_2")}
+
+
+def drawn(pipe: Any, prompt: str, how: options.Given, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:
     """One picture per seed, each from a generator of its own."""
     import torch
 
     from mole_diffusers.studio.prompt_weights import call_arguments
 
-    texts = call_arguments(pipe, prompt, negative, guided=call["guidance_scale"] > 1)
+    texts = call_arguments(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
     rows = {
         name: [value] * len(seeds) if isinstance(value, str) else value.repeat_interleave(len(seeds), 0)
         for name, value in texts.items()
-        if value is not None
     }
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipe(**rows, generator=generators, **call).images

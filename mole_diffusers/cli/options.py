@@ -139,6 +139,11 @@ class Drawing:
     """How pictures are drawn."""
 
     negative: Annotated[str, Option(metavar="PROMPT", help="What shall not be in the picture.")] = ""
+    prompt_2: Annotated[
+        str,
+        Option(metavar="PROMPT", help="For the second text encoder of SDXL, SD 3 or Flux. Default: the same as the first."),
+    ] = ""
+    negative_2: Annotated[str, Option(metavar="PROMPT", help="As --prompt-2.")] = ""
     steps: Steps = 20
     guidance: Annotated[
         float | None,

@@ -27,6 +27,7 @@ RANGES = {
     "hires": (1.0, 4.0),
     "hires_strength": (0.0, 1.0),
 }
+PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 WHOLE, OPEN = ("seed", "steps", "width", "height"), ("width", "height")  # whole numbers; those that may be left open with 0
 BINDINGS = (AUTO, "none")
 MAX_MASKS = 128 << 10  # characters of all masks of a recipe
@@ -40,6 +41,8 @@ class Recipe:
     Attributes:
         prompt: with a `<lora:...>` tag for every LoRA.
         negative: the negative prompt.
+        prompt_2, negative_2: what the second text encoder of a base that has two reads instead, without tags; "" is the same
+            as the first.
         seed: of a generator on the CPU, whatever the device; -1 for a random one, before it is completed.
         steps, guidance: arguments of the pipeline call.
         width, height: in pixels; 0 is what the base model draws such a prompt at, or that of the picture that is drawn over,
@@ -64,6 +67,8 @@ class Recipe:
 
     prompt: str
     negative: str = ""
+    prompt_2: str = ""
+    negative_2: str = ""
     seed: int = 0
     steps: int = 20
     guidance: float = 3.0
@@ -86,12 +91,12 @@ class Recipe:
     hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative", "sampler", "gates", "arm", "gates_sha256", "base", "image", "mask"):
+        for name in (*PROMPTS, "sampler", "gates", "arm", "gates_sha256", "base", "image", "mask"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
         if not isinstance(self.weights, bool):
             raise ValueError(f"weights must be true or false, got {self.weights!r}")
-        if len(self.prompt) > 5000 or len(self.negative) > 5000:
+        if any(len(getattr(self, name)) > 5000 for name in PROMPTS):
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm.partition(" ")[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"

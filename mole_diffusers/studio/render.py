@@ -7,7 +7,6 @@ import secrets
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
-from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts
+from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts, unread
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -137,7 +136,9 @@ class Studio:
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
         if recipe.gates_sha256 not in ("", digest):
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
-        for text in (recipe.text, recipe.negative) if recipe.weights else ():
+        if "<lora:" in recipe.prompt_2 + recipe.negative_2:
+            raise ValueError("the tags of LoRAs stand in the first prompt, which counts for every text encoder")
+        for text in (recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2) if recipe.weights else ():
             parse_weights(text)
         kind, _, about = recipe.arm.partition(" ")
         if kind == "merge" and about not in MERGES:
@@ -184,10 +185,9 @@ class Studio:
         elif size != (recipe.width, recipe.height):
             notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
         if recipe.weights:
-            cut = [count for count in token_counts(self.pipe, recipe.text) if count.cut]
+            cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
-        if recipe.negative and "negative_prompt" not in signature(self.pipe.encode_prompt).parameters:
-            notes.append(f"{type(self.pipe).__name__} is drawn without the negative prompt")
+        notes += unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
         return [note for note in notes if note]
 
     # ---- drawing
@@ -257,10 +257,15 @@ class Studio:
                 stack.enter_context(mixture.planned(schedule))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
-            if recipe.weights:
-                texts = call_arguments(pipe, recipe.text, recipe.negative, guided=recipe.guidance > 1)
-            else:
-                texts = {"prompt": recipe.text, "negative_prompt": recipe.negative or None}
+            texts = call_arguments(
+                pipe,
+                recipe.text,
+                recipe.negative,
+                prompt_2=recipe.prompt_2,
+                negative_2=recipe.negative_2,
+                guided=recipe.guidance > 1,
+                weights=recipe.weights,
+            )
             return pipe(
                 **texts,
                 **picture_passes.size_arguments(pipe, *size),

@@ -122,11 +122,14 @@ def test_pictures_are_written_where_it_says_and_over_nothing(base, tmp_path, mon
 
 def test_every_setting_reaches_the_recipe(base, tmp_path, capsys):
     settings = ["--negative", "blur", "--sampler", "euler A", "--width", "43", "--height", "32", "--seed", "-1"]
+    settings += ["--prompt-2", "a hat", "--negative-2", "ink"]
     facts, said = run([*DRAW, *base, *settings, "--hires", "1.5", "--steps", "2", "--out", str(tmp_path / "a.png")], capsys)
     assert (facts["negative"], facts["sampler"], facts["width"], facts["height"]) == ("blur", "Euler a", 40, 32)
     assert facts["seed"] >= 0
     assert (facts["hires"], facts["guidance"]) == (1.5, 7.0)
     assert "note: 43 x 32 is rounded to 40 x 32 pixels" in said
+    assert (facts["prompt_2"], facts["negative_2"]) == ("a hat", "ink")
+    assert "note: StableDiffusionPipeline is drawn without a second prompt" in said
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (64, 48)
     weighed = [DRAW[0], "a (fox:1.5), far in the east <lora:fox:1>", *DRAW[2:], *base, "--out"]
@@ -169,6 +172,14 @@ def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, t
     assert [line for line in said if line.startswith("note")] == (
         ["note: FluxPipeline is drawn without the negative prompt"] if host == "flux" else []
     )
+    second = [*DRAW, *given, *size, "--prompt-2", "a hat", "--out"]
+    assert main([*second, str(tmp_path / "b.png")]) == 0
+    assert not np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "a.png"))
+    sheet = ["a fox", "--expert", f"fox={tmp_path / 'loras' / 'fox.safetensors'}", *given[:2], *given[4:], *size]
+    sheet += ["--rows", "1", "--steps", "1", "--prompt-2", "a hat"]
+    facts, said = run(["compose", *sheet, "--negative", "blur", "--out", str(tmp_path / "c.png")], capsys)
+    assert (facts["prompt_2"], infotext.read_sheet(tmp_path / "c.png")["prompt_2"]) == ("a hat", "a hat")
+    assert ("note: FluxPipeline is drawn without the negative prompt" in said) == (host == "flux")
     pytest.importorskip("gradio")
     monkeypatch.setattr("mole_diffusers.app.build.launch", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
