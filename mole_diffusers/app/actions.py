@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import token_hex
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -34,7 +33,7 @@ from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.names import known_names, matching
-from mole_diffusers.studio.prompt_weights import plain_text
+from mole_diffusers.studio.prompt_weights import plain_text, prompts_read
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
 from mole_diffusers.training.data import precise
@@ -58,9 +57,12 @@ class Picture:
     layout: Layout | None = None
 
 
+Sheet = Callable[[Sequence[Picture]], Path]
+
+
 @dataclass
 class Progress:
-    """How far a job is: steps done, of so many, for so many pictures."""
+    """How far a job is: steps done, of so many, for so many pictures; in the end the sheet of them, where one is made."""
 
     done: int
     total: int
@@ -69,6 +71,7 @@ class Progress:
     preview: Image.Image | None = None
     pictures: list[Picture] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    sheet: Path | None = None
 
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
@@ -83,7 +86,7 @@ class Actions:
 
     Attributes:
         folder: temporary files, deleted when the app ends.
-        own: pictures that are not kept, as those of a comparison.
+        own: pictures that are not kept: those of a comparison or a grid, of which the gallery has a sheet.
         bases: name -> what `opening` takes, of the base models that can be chosen.
 
     Args:
@@ -159,12 +162,11 @@ class Actions:
         if source != self.studio.base and (known or file != Path(self.studio.base).name):
             raise ValueError(f"this is for the base model {known or file!r}, and here is {self.base!r}: {mend}")
 
-    def settings_of_base(self, prompt: str) -> dict[str, Any]:
-        """Size and usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
+    def settings_of_base(self) -> dict[str, Any]:
+        """Open sizes and the usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
         if self.studio.base == self._first_base:
             return {}
-        width, height = self.usual_size(prompt)
-        return {"width": width, "height": height, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
+        return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
 
     def usual_size(self, prompt: str) -> tuple[int, int]:
         """Width and height in pixels that the base model here usually draws a prompt at."""
@@ -255,7 +257,7 @@ class Actions:
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = None) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, bound, with trained gates where there are any,
-        and with any of `render.MERGES`; `over` as in `compose`."""
+        and with any of `render.MERGES`; the gallery gets a sheet of them. `over` as in `compose`."""
         recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
         arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges if recipe.tags)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
@@ -264,7 +266,9 @@ class Actions:
         if is_trained := whole.gates not in UNTRAINED:
             wanted.append(("gates", whole))
         note = "" if is_trained else "no gates are trained for these LoRAs, see the tab Train"
-        return self.draw_all(wanted, note=note, over=over)
+        labels = [label for label, _ in wanted]
+        sheet = self._sheet(whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
+        return self.draw_all(wanted, note=note, over=over, sheet=sheet)
 
     def draw_all(
         self,
@@ -273,6 +277,7 @@ class Actions:
         gallery: Gallery | None = None,
         note: str = "",
         over: Over = None,
+        sheet: Sheet | None = None,
     ) -> Work:
         """Draw labelled recipes one after the other: a Progress after each step and in the end.
 
@@ -280,12 +285,15 @@ class Actions:
             gallery: where the pictures are kept; by default in the app's own folder.
             note: what the progress says besides.
             over: pictures that are drawn over, see `compose`.
+            sheet: makes a sheet of the pictures, also of those that are done when it is stopped.
         """
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
         for _, recipe in recipes:
             check_pictures(recipe, **over or {})
         self._check_budget([recipe for _, recipe in recipes])
-        told = [text for (_, asked), (_, r) in zip(wanted, recipes, strict=True) for text in self.studio.notes(asked, r)]
+        image = (over or {}).get("image")
+        both = zip(wanted, recipes, strict=True)
+        told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, image)]
         steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
         state = Progress(0, steps, len(recipes), warnings=[*([note] if note else []), *dict.fromkeys(told)])
 
@@ -297,15 +305,42 @@ class Actions:
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
                 report(dataclasses.replace(state, preview=self._preview(self.studio.pipe, latents)))
 
-            for label, recipe in recipes:
-                layouts: list[Layout] = []
-                image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts, recipe))
-                path = (gallery or self.own).add(image, recipe)
-                state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
-                report(dataclasses.replace(state))
+            try:
+                for label, recipe in recipes:
+                    layouts: list[Layout] = []
+                    image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts, recipe))
+                    path = (gallery or self.own).add(image, recipe)
+                    state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
+                    report(dataclasses.replace(state))
+            finally:
+                if sheet is not None and state.pictures:
+                    state.sheet = sheet(state.pictures)
+                    with suppress(StoppedError):
+                        report(dataclasses.replace(state))
             return state
 
         return work
+
+    def _sheet(self, recipe: Recipe, shows: Mapping[str, Any], columns: Sequence[str], labels: Sequence[str]) -> Sheet:
+        """For `draw_all`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
+        there.
+
+        Args:
+            recipe: completed; what the cells have in common.
+            shows: see `infotext.save`.
+            columns, labels: over each column, and before each row.
+        """
+
+        def sheet(pictures: Sequence[Picture]) -> Path:
+            cells: list[Image.Image | None] = []
+            for picture in pictures:
+                with Image.open(picture.path) as image:
+                    cells.append(image.convert("RGB"))
+            cells += [None] * (len(columns) * len(labels) - len(cells))
+            rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
+            return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
+
+        return sheet
 
     def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = None) -> Work:
         """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
@@ -336,36 +371,12 @@ class Actions:
         return work
 
     def grid(self, recipe: Recipe, x: str, y: str, over: Over = None) -> Work:
-        """Draw an XY grid: in the end the file of the sheet, with grey cells if it was stopped; its recipe is inside. `over`
-        as in `compose`."""
-        recipe = with_pictures(recipe, **over or {})
+        """Draw an XY grid, whose sheet the gallery gets; `over` as in `compose`."""
+        recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
-        rows = xy_grid.cells(recipe, across, down)
-        wanted = [(f"{r},{c}", cell) for r, row in enumerate(rows) for c, cell in enumerate(row)]
-        draw, drawn = self.draw_all(wanted, over=over), dict[str, Image.Image]()
-
-        def sheet() -> Path:
-            cells = [[drawn.get(f"{r},{c}") for c in range(len(row))] for r, row in enumerate(rows)]
-            path = self.folder / f"grid-{token_hex(8)}.png"
-            xy_grid.save(xy_grid.sheet(cells, across, down), path, self._completed(recipe), x, y)
-            return path
-
-        def work(report: Report) -> Path:
-            def on_event(state: Progress) -> None:
-                for picture in state.pictures[len(drawn) :]:
-                    with Image.open(picture.path) as image:
-                        drawn[picture.label] = image.convert("RGB")
-                report(state)
-
-            try:
-                draw(on_event)
-            except StoppedError:
-                with suppress(StoppedError):
-                    report(sheet())
-                raise
-            return sheet()
-
-        return work
+        wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
+        sheet = self._sheet(self._completed(recipe), {"x": x, "y": y}, across.labels, down.labels)
+        return self.draw_all(wanted, over=over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
         """Write one ordinary LoRA with the gates' average weights for this prompt; its file, and the error of the cut.
@@ -384,13 +395,17 @@ class Actions:
                 raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
             with mixture.strengths(strengths):
                 call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+                if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
+                    call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
                 return path, mixture.export_lora(path, words, rank=rank, **call)
 
     def _completed(self, recipe: Recipe) -> Recipe:
-        if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
-            raise ValueError(f"width and height are at most {MAX_SIDE} here, got {recipe.width} x {recipe.height}")
         recipe.tag_bindings()  # raises where a painted region has no mask
-        return self.studio.complete(recipe)
+        recipe = self.studio.complete(recipe)
+        if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
+            larger = f", {recipe.hires:g} times larger" if recipe.hires > 1 else ""
+            raise ValueError(f"pictures have at most {MAX_SIDE} pixels a side, got {recipe.width} x {recipe.height}{larger}")
+        return recipe
 
     def _check_budget(self, recipes: Sequence[Recipe]) -> None:
         """Raises ValueError if drawing these takes more than `MAX_WORK`."""

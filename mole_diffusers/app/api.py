@@ -23,7 +23,6 @@ from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import QUEUE, Page, session, with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
-from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
@@ -31,7 +30,8 @@ from mole_diffusers.studio.render import with_pictures
 
 RECIPE_FIELDS = (
     'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. Defaults: no negative '
-    'prompt, seed 0, the app\'s steps, guidance, width and height, its own sampler, gates "auto", arm "gates", no locks.'
+    "prompt, seed 0, the app's steps and guidance, the size that the prompt or the picture that is drawn over asks for, its "
+    'own sampler, gates "auto", arm "gates", no locks.'
 )
 
 IMAGE = "a picture to draw over, as much as the recipe's strength says; one that the recipe names must be this one."
@@ -66,8 +66,6 @@ def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
     first = {**page.fresh().to_dict(), "prompt": None, "base": ""}
-    if page.actions.base == WORLD:
-        first |= dict(zip(("width", "height"), page.actions.usual_size(str(given.get("prompt", ""))), strict=True))
     recipe = Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
     if recipe.base:
         page.actions.check_base(recipe.base, "change it first")
@@ -197,6 +195,8 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         request: gr.Request,
         prompt: str,
         negative: str = "",
+        prompt_2: str = "",
+        negative_2: str = "",
         seed: int = 0,
         steps: int = d.steps,
         guidance: float | None = None,
@@ -216,12 +216,14 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             prompt: with a <lora:name:strength> tag for every LoRA; te=, unet=, lbw=, start=, stop=, step= are read.
             negative: the negative prompt.
+            prompt_2: what the second text encoder reads instead, where the model has two, without tags.
+            negative_2: likewise.
             seed: of the first picture; the others have the next ones. -1 is a random one.
             steps: 1..150.
             guidance: 0..50; 1 is none. By default that of the base model.
             gates: "auto", "sum", "mean" or the name of trained gates.
             count: number of pictures, 1..16.
-            width: in pixels, rounded to what the model can draw; by default the base model's own.
+            width: in pixels, rounded to what the model can draw; by default the base model's own, or the image's.
             height: likewise.
             sampler: its usual name, for example "DPM++ 2M Karras"; "" is the model's own.
             image: a picture to draw over.
@@ -230,7 +232,8 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             hires: above 1, the picture is made so many times as large and drawn over once more; at most 4.
             hires_strength: how much of it is drawn anew then, 0..1.
         """
-        wanted: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
+        wanted: dict[str, Any] = {"negative": negative, "prompt_2": prompt_2, "negative_2": negative_2}
+        wanted |= {"seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
         wanted |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         own = {"guidance": guidance, "width": width, "height": height}
         wanted |= {name: value for name, value in own.items() if value is not None}
@@ -268,7 +271,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         mask: gr.FileData | None = None,
     ) -> tuple[list[str], list[gr.FileData]]:
         """The same seed from the base, each LoRA alone, the plain sum, merges, bound, and with trained gates where there
-        are any. Returns labels and files.
+        are any. The gallery keeps a sheet of them. Returns labels and files.
 
         Args:
             recipe: RECIPE
@@ -307,7 +310,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         image: gr.FileData | None = None,
         mask: gr.FileData | None = None,
     ) -> gr.FileData:
-        """An XY grid of one recipe.
+        """An XY grid of one recipe, which the gallery keeps.
 
         Args:
             recipe: RECIPE
@@ -318,7 +321,7 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         axes = _text(x, "an axis"), _text(y, "an axis")
         wanted, over = _recipe(page, recipe), _pictures(image, mask)
-        return _file(await _job(page, request, "grid", lambda: actions.grid(wanted, *axes, over)))
+        return _file((await _job(page, request, "grid", lambda: actions.grid(wanted, *axes, over))).sheet)
 
     yield from (compare, look, grid)
 
@@ -363,15 +366,18 @@ def _gallery_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
     kept = page.actions.gallery
 
     def gallery(text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
-        """The newest pictures that were kept, at most 100: files, and for each {"name", "favourite", "recipe"}.
+        """The newest pictures and sheets that were kept, at most 100: files, and for each {"name", "favourite", "recipe",
+        "sheet"}, which says what a sheet shows.
 
         Args:
-            text: words of the prompt, each of them, or of the file's name.
+            text: words of the prompt, each of them, of the file's name, or of what a sheet shows.
             lora: a LoRA that they were drawn with.
             favourites: only those.
         """
         found = kept.entries(text=_text(text, "the text"), lora=_text(lora, "the LoRA"), favourites=favourites is True)[:100]
-        about = [{"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict()} for e in found]
+        about = [
+            {"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict(), "sheet": e.sheet} for e in found
+        ]
         return [_file(entry.path) for entry in found], about
 
     def favourite(name: str, on: bool = True) -> bool:

@@ -22,7 +22,7 @@ def build(page: Page) -> Any:
 def connect(page: Page, status: Any) -> None:
     """Connect it, once the tabs are there, whose lists and sizes are those of the base."""
     sizes = [page.controls[name] for name in ("width", "height", "guidance")]
-    lists, choices = zip(*page.lists, strict=True)
+    lists, updates = zip(*page.lists, strict=True)
     outputs = [page.base, *sizes, *lists]
 
     def plan(*values: Any) -> Work:
@@ -35,7 +35,7 @@ def connect(page: Page, status: Any) -> None:
             return [page.actions.base or gr.update(value=None), *[None] * (len(outputs) - 1)]
         fresh = page.fresh()
         first: dict[Any, dict[str, Any]] = {page.controls["sampler"]: {"value": "default"}}
-        listed = [gr.update(choices=each(), **first.get(field, {})) for field, each in zip(lists, choices, strict=True)]
+        listed = [gr.update(**each(), **first.get(field, {})) for field, each in zip(lists, updates, strict=True)]
         return [page.actions.base, *page.shown_size(fresh).values(), fresh.guidance, *listed]
 
     inputs = [page.base]

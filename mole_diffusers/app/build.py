@@ -72,10 +72,10 @@ def _remember(page: Page) -> None:
             cards = []
         return visitor, *values, cards, redraw(cards)
 
-    lists, choices = zip(*page.lists, strict=True)
+    lists, updates = zip(*page.lists, strict=True)
 
     def now() -> Any:
-        return page.actions.base, *(gr.update(choices=each()) for each in choices)
+        return page.actions.base, *(gr.update(**each()) for each in updates)
 
     listed = page.blocks.load(now, None, [page.base, *lists], **PRIVATE)
     filled = [page.visitor, *fields, page.cards, page.shown]

@@ -27,6 +27,7 @@ from mole_diffusers.app.page import (
 )
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import with_pictures
 
@@ -105,6 +106,17 @@ def _prompts(page: Page) -> Any:
     page.controls["negative"] = gr.Textbox(
         page.defaults.negative, label="Negative prompt", max_length=5000, elem_id="negative"
     )
+
+    def second() -> dict[str, Any]:
+        """Seen where the base model has two text encoders; hidden and not left out, so that its fields keep their values."""
+        return {"visible": True if "prompt_2" in prompts_read(page.actions.studio.pipe) else "hidden"}
+
+    with gr.Accordion("Another prompt for the second text encoder", open=False, elem_id="second", **second()) as both:
+        for name, label in (("prompt_2", "Second prompt"), ("negative_2", "Second negative prompt")):
+            page.controls[name] = gr.Textbox(
+                getattr(page.defaults, name), label=label, info="empty: the same", max_length=5000, elem_id=name
+            )
+    page.lists.append((both, second))
     return page.controls["prompt"]
 
 
@@ -142,7 +154,7 @@ def _adding(page: Page, prompt: Any) -> None:
         name = page.actions.add_lora(Path(path))
         return (*added([name], text, cards), gr.update(choices=page.actions.choices()), f"added **{markdown(name)}**")
 
-    page.lists.append((add, page.actions.choices))
+    page.lists.append((add, lambda: {"choices": page.actions.choices()}))
     changed = [prompt, page.cards, page.shown]
     find.click(found, [prompt, page.cards], [*changed, why], concurrency_limit=None, **PRIVATE)
     add.input(chosen, [add, prompt, page.cards], [*changed, add, why], **PRIVATE)
@@ -167,13 +179,13 @@ def _settings(page: Page) -> Any:
         with gr.Row():
             for name in ("width", "height"):
                 page.controls[name] = gr.Number(
-                    page.shown_size(d)[name], label=name.capitalize(), info="0: the model's own", precision=0
+                    page.shown_size(d)[name], label=name.capitalize(), info="0: the prompt's, or the picture's", precision=0
                 )
         with gr.Row():
             page.controls["sampler"] = gr.Dropdown(
                 ["default", *page.actions.studio.samplers], value="default", label="Sampler", elem_id="sampler"
             )
-            page.lists.append((page.controls["sampler"], lambda: ["default", *page.actions.studio.samplers]))
+            page.lists.append((page.controls["sampler"], lambda: {"choices": ["default", *page.actions.studio.samplers]}))
             page.controls["gates"] = gr.Dropdown(
                 page.gates(),
                 value=d.gates,
@@ -188,7 +200,7 @@ def _settings(page: Page) -> Any:
                 info="on: each LoRA on its words, in its place",
                 elem_id="binding",
             )
-    page.lists.append((page.controls["gates"], page.gates))
+    page.lists.append((page.controls["gates"], lambda: {"choices": page.gates()}))
     return count
 
 

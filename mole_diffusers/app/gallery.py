@@ -1,15 +1,17 @@
-"""The gallery: pictures in a folder, each a PNG with its recipe inside, so that it needs no index and outlives the app."""
+"""The gallery: pictures in a folder, and sheets of them, each a PNG with its recipe inside, so that it needs no index and
+outlives the app."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from PIL import Image
 
@@ -23,16 +25,22 @@ FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of the gallery."""
+    """A picture of the gallery.
+
+    Attributes:
+        sheet: what a sheet of pictures shows, in words; "" for a single one.
+    """
 
     path: Path
     recipe: Recipe
     favourite: bool
+    sheet: str
 
     @property
     def label(self) -> str:
         """What stands below it."""
-        return f"{'★ ' if self.favourite else ''}{self.recipe.text[:80]} · seed {self.recipe.seed}"
+        what = f"{self.sheet[:80]}: " if self.sheet else ""
+        return f"{'★ ' if self.favourite else ''}{what}{self.recipe.text[:80]} · seed {self.recipe.seed}"
 
 
 class Gallery:
@@ -44,17 +52,23 @@ class Gallery:
 
     def __init__(self, folder: Path, *, most: int | None = None):
         self.folder, self.most = folder, most
-        self._recipes: dict[tuple[str, int], Recipe | None] = {}  # (file name, time it was written) -> what is in it
+        # (file name, time it was written) -> its recipe, and what it shows if it is a sheet; None without a recipe
+        self._read: dict[tuple[str, int], tuple[Recipe, str] | None] = {}
         self._lock = threading.Lock()
 
-    def add(self, image: Image.Image, recipe: Recipe) -> Path:
-        """Write a picture; its file, named after the time and the seed. No file is ever overwritten."""
+    def add(self, image: Image.Image, recipe: Recipe, sheet: Mapping[str, Any] | None = None) -> Path:
+        """Write a picture; its file, named after the time and the seed. No file is ever overwritten.
+
+        Args:
+            sheet: what a sheet of pictures shows, see `infotext.save`.
+        """
+        kind = "" if sheet is None else "-comparison" if "columns" in sheet else "-grid"
         self.folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=self.folder, prefix=".new-", suffix=".png", delete=False) as part:
             pass
         try:
-            infotext.save(image, part.name, recipe)
-            return _moved(Path(part.name), self.folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.seed}")
+            infotext.save(image, part.name, recipe, sheet)
+            return _moved(Path(part.name), self.folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.seed}{kind}")
         finally:
             Path(part.name).unlink(missing_ok=True)
             self._delete_oldest()
@@ -63,19 +77,20 @@ class Gallery:
         """The pictures, newest first. Files that are no PNG with a recipe are left out.
 
         Args:
-            text: words that the prompt or the file name has, each of them, in any case.
+            text: words that the prompt, the file name or what a sheet shows has, each of them, in any case.
             lora: a LoRA that the picture was drawn with, in any case.
             favourites: only those.
         """
         wanted, starred = text.lower().split(), self._favourites()
         found = []
         for written, path in sorted(self._pictures(), reverse=True):
-            if (favourites and path.name not in starred) or (recipe := self._recipe(path, written)) is None:
+            if (favourites and path.name not in starred) or (inside := self._inside(path, written)) is None:
                 continue
-            said = f"{recipe.prompt} {path.name}".lower()
+            recipe, sheet = inside
+            said = f"{recipe.prompt} {recipe.prompt_2} {path.name} {sheet}".lower()
             names = [tag.name.lower() for tag in recipe.tags]
             if all(word in said for word in wanted) and (not lora or lora.lower() in names):
-                found.append(Entry(path, recipe, path.name in starred))
+                found.append(Entry(path, recipe, path.name in starred, sheet))
         return found
 
     def favour(self, name: str, on: bool) -> None:
@@ -105,15 +120,15 @@ class Gallery:
             raise ValueError(f"there is no picture {name!r} in the gallery")
         return self.folder / name
 
-    def _recipe(self, path: Path, written: int) -> Recipe | None:
-        """The recipe in a file, None without one; read once."""
+    def _inside(self, path: Path, written: int) -> tuple[Recipe, str] | None:
+        """The recipe in a file, and what it shows if it is a sheet; None without a recipe. Read once."""
         key = path.name, written
-        if key not in self._recipes:
+        if key not in self._read:
             try:
-                self._recipes[key] = infotext.read(path)
+                self._read[key] = infotext.read(path), _in_words(infotext.read_sheet(path))
             except (ValueError, FileNotFoundError):
-                self._recipes[key] = None
-        return self._recipes[key]
+                self._read[key] = None
+        return self._read[key]
 
     def _favourites(self) -> set[str]:
         try:
@@ -128,6 +143,14 @@ class Gallery:
             for _, path in sorted(self._pictures())[: -self.most]:
                 if path.name not in starred:
                     path.unlink(missing_ok=True)
+
+
+def _in_words(sheet: Mapping[str, Any]) -> str:
+    """What a sheet shows: "seed=1,2 by steps=4,8", or "base, sum, bound"; "" for nothing."""
+    columns = sheet.get("columns")
+    if isinstance(columns, list):
+        return ", ".join(map(str, columns))
+    return " by ".join(str(sheet[axis]) for axis in ("x", "y") if axis in sheet)
 
 
 def _moved(path: Path, folder: Path, stem: str) -> Path:

@@ -1,4 +1,4 @@
-"""The Gallery tab: what was composed, found again, used again, marked and thrown away."""
+"""The Gallery tab: what was composed and compared, found again, used again, marked and thrown away."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ def build(page: Page) -> None:
     """Lay out the tab and connect it."""
     kept = page.actions.gallery
     with gr.Row():
-        text = gr.Textbox(label="Search", info="words of the prompt or the file name", max_length=500, elem_id="find-text")
+        text = gr.Textbox(
+            label="Search",
+            info="words of the prompt, comparison, grid",
+            max_length=500,
+            elem_id="find-text",
+        )
         lora = gr.Textbox(label="With the LoRA", max_length=200, elem_id="find-lora")
         starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
     status = gr.Markdown("", elem_id="gallery-status", elem_classes="status")
@@ -53,7 +58,8 @@ def build(page: Page) -> None:
         if entry is None:
             raise ValueError(f"there is no picture {wanted!r} in the gallery")
         _, values, notes = page.filled(entry.recipe)
-        return [*values, gr.update(selected="Compose"), markdown("; ".join(["its recipe is in all fields", *notes]))]
+        words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
+        return [*values, gr.update(selected="Compose"), markdown("; ".join(filter(None, words)))]
 
     @told(4)
     def favour(name: str, *search: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from mole_diffusers.gates import FAMILIES
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
+from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.picture_passes import drawable
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.training.config import GateTraining
@@ -150,8 +152,8 @@ class TrainingProgress:
 
 
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
-    """Train gates for the LoRAs of a recipe, at the strengths of its tags and at its size. In the end they are in
-    `home / name` and in the catalog; reports are a TrainingProgress.
+    """Train gates for the LoRAs of a recipe, at the strengths of its tags and at its size, or where that is open at the size
+    of the prompts with all LoRAs. In the end they are in `home / name` and in the catalog; reports are a TrainingProgress.
 
     A run that was stopped goes on under the same name and settings.
 
@@ -161,11 +163,13 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     Raises ValueError for bad settings and for a base that cannot be trained on, GatesExistError where `again` is needed.
     """
     check_trainable(studio.pipe)
+    width, height = _canvas(studio, recipe, request.composed)
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
-    size = {"width": recipe.width, "height": recipe.height}
-    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base, **size}
+    config = replace(request.config(), width=width, height=height)
+    settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
+    settings |= {"width": width, "height": height}
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
 
@@ -176,7 +180,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
         run.prepare(again)
         with studio.lock.held():
             try:
-                _train(studio, recipe, request, run=run, progress=progress, report=lambda: report(progress))
+                _train(studio, recipe, request, config, run=run, progress=progress, report=lambda: report(progress))
             except ValueError as error:  # visitors need not know the folder
                 raise ValueError(str(error).replace(f"{home}/", "")) from error
             finally:
@@ -186,10 +190,18 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     return work
 
 
+def _canvas(studio: Studio, recipe: Recipe, composed: Sequence[str]) -> tuple[int, int]:
+    """Width and height in pixels to train at: a recipe's, or where they are open the largest that the base draws any of the
+    composed prompts at, or the recipe's without those."""
+    widths, heights = zip(*(usual_size(studio.pipe, studio.base, text) for text in composed or [recipe.text]), strict=True)
+    return drawable(studio.pipe, recipe.width or max(widths), recipe.height or max(heights))
+
+
 def _train(
     studio: Studio,
     recipe: Recipe,
     request: TrainingRequest,
+    config: GateTraining,
     *,
     run: Run,
     progress: TrainingProgress,
@@ -197,7 +209,6 @@ def _train(
 ) -> None:
     pipe = studio.pipe
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
-    config = replace(request.config(), width=recipe.width, height=recipe.height)
 
     def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once
         progress.called += 1

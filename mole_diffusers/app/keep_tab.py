@@ -92,7 +92,7 @@ def _saving(page: Page) -> None:
 
 
 def _grid(page: Page) -> None:
-    gr.Markdown("**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance.")
+    gr.Markdown("**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, strength.")
     with gr.Row():
         x = gr.Textbox("arm=base,sum,gates", label="Across", max_length=500, elem_id="axis-x")
         y = gr.Textbox("seed=0,1", label="Down", max_length=500, elem_id="axis-y")
@@ -107,7 +107,7 @@ def _grid(page: Page) -> None:
         return page.actions.grid(page.recipe(*given), x, y, draw_over.pictures(editor))
 
     def show(job: Job) -> list[Any]:
-        return [str(job.event) if isinstance(job.event, Path) else None]
+        return [str(job.event.sheet) if job.event.sheet else None]
 
     inputs = [*page.inputs, x, y, page.over]
     connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])

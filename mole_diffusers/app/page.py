@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
@@ -19,9 +18,8 @@ from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.interrupted import Interrupted, Offer
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.mixer_cards import cards_of
-from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.catalog import UNTRAINED
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import OPEN, Recipe
 
 QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
@@ -46,7 +44,7 @@ class Page:
         over: the editor of a picture that is drawn over, see `draw_over`.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
-        lists: dropdowns whose choices grow, each with a function that gives them.
+        lists: components that change with the base model and the LoRAs, each with a function for `gr.update`.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
         tabs, tab: all of them; the one that is being built.
@@ -74,7 +72,7 @@ class Page:
     tabs: Any = None
     tab: Any = None
     fields: list[Any] = field(default_factory=list)
-    lists: list[tuple[Any, Callable[[], Any]]] = field(default_factory=list)
+    lists: list[tuple[Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
     watched: dict[tuple[str, str], Job] = field(default_factory=dict)
     resumed: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
 
@@ -88,7 +86,7 @@ class Page:
         *given, locks, masks, base = values
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
-        named["width"], named["height"] = self.size(named["prompt"], named["width"], named["height"])
+        named |= {name: named[name] or 0 for name in OPEN}
         for name, kind in NUMBERS.items():
             if named[name] is None:
                 raise ValueError(f"{name} must be a number")
@@ -115,17 +113,12 @@ class Page:
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
-        return replace(self.defaults, **self.actions.settings_of_base(self.defaults.prompt))
+        return replace(self.defaults, **self.actions.settings_of_base())
 
     def shown_size(self, recipe: Recipe) -> dict[str, int]:
-        """Width and height as the controls show them: 0 where they follow the prompt, see `size`."""
-        follows = (recipe.width, recipe.height) == self.actions.usual_size(recipe.text) and self.actions.base == WORLD
+        """Width and height as the controls show them: 0 where they are what the prompt asks for, and follow it."""
+        follows = not recipe.image and (recipe.width, recipe.height) == self.actions.usual_size(recipe.text)
         return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
-
-    def size(self, prompt: str, width: float | None, height: float | None) -> tuple[int, int]:
-        """Width and height in pixels as in the controls; 0 is the base model's own for the prompt."""
-        own = self.actions.usual_size(prompt)
-        return int(width or own[0]), int(height or own[1])
 
     def gates(self) -> list[str]:
         """The gates that can be chosen."""
@@ -144,7 +137,7 @@ class Page:
             return "cancelled before it began" if job.state == "stopped" else "starting"
         if job.state == "stopped" and isinstance(job.event, Progress):
             return f"stopped after {len(job.event.pictures)} of {job.event.count} pictures"
-        words = "done" if isinstance(job.event, Path) else markdown(str(job.event))  # a file that was made
+        words = markdown(str(job.event))
         return f"stopped: {words}" if job.state == "stopped" else words
 
 

@@ -101,10 +101,17 @@ def _connect_views(page: Page, panel: Panel) -> None:
     def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, *size: float | None) -> Any:
         picture = last(request)
         mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return canvas(picture, *page.size(text, *size), mask), ""
+        return canvas(picture, *shape(picture, text, *size), mask), ""
 
     def empty(request: gr.Request, text: str, *size: float | None) -> Any:
-        return canvas(last(request), *page.size(text, *size), None)
+        picture = last(request)
+        return canvas(picture, *shape(picture, text, *size), None)
+
+    def shape(picture: Picture | None, text: str, width: float | None, height: float | None) -> tuple[int, int]:
+        """Width and height as they are asked for, else those of the last picture or of the prompt's."""
+        recipe = None if picture is None else picture.recipe
+        own = (recipe.width, recipe.height) if recipe else page.actions.usual_size(text)
+        return int(width or own[0]), int(height or own[1])
 
     page.shown.change(names, page.cards, panel.which, show_progress="hidden", **PRIVATE)
     page.pictures.change(overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)

@@ -215,7 +215,7 @@ def _gate_files(page: Page) -> Any:
             words += f"; LoRAs that are not here: {markdown(', '.join(found['missing']))}"
         return *_gate_choices(page, found["name"]), words
 
-    page.lists.append((which, lambda: list(catalog.gates)))
+    page.lists.append((which, lambda: {"choices": list(catalog.gates)}))
     download.click(downloaded, which, [files, status], **PRIVATE)
     upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status], **PRIVATE)
     return which

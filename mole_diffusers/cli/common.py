@@ -15,6 +15,8 @@ from mole_diffusers.cli.console import busy
 from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mole_diffusers.lora import Expert
     from mole_diffusers.studio.base_models import Base
     from mole_diffusers.studio.catalog import Catalog
@@ -173,11 +175,30 @@ def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
 
 
 def first_recipe(studio: Studio, **changes: Any) -> Recipe:
-    """A recipe at the base's own picture size and usual guidance, with those of `changes` that are not None."""
-    from mole_diffusers.studio.base_models import usual_guidance, usual_size
+    """A recipe at the base's usual guidance, with those of `changes` that are not None."""
+    from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.recipe import Recipe
 
-    width, height = usual_size(studio.pipe, studio.base, changes.get("prompt", ""))
-    own = {"width": width, "height": height, "guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
+    own = {"guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
     given = {name: value for name, value in changes.items() if value is not None}
     return Recipe(**{"prompt": "", "gates": "auto", **own, **given})
+
+
+def open_pictures(given: Mapping[str, Path | None]) -> dict[str, Any]:
+    """The pictures of --image and --mask, by these names.
+
+    Raises ValueError for a file that is no picture, and a mask alone.
+    """
+    from mole_diffusers.studio.picture_passes import read_picture
+
+    if given["mask"] is not None and given["image"] is None:
+        raise ValueError("--mask shows a part of a picture: give --image")
+    return {name: read_picture(path, f"--{name} {path}") for name, path in given.items() if path is not None}
+
+
+def completed(studio: Studio, asked: Recipe, pictures: Mapping[str, Image.Image]) -> Recipe:
+    """A recipe with everything chosen; what its user should know of that is said on stderr."""
+    recipe = studio.complete(asked)
+    for note in studio.notes(asked, recipe, pictures.get("image")):
+        print(f"note: {note}", file=sys.stderr)
+    return recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +71,7 @@ def compose(
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
-    negative, call = how["negative"], call_options(pipe, base, prompt, how, seeds)
+    call = call_options(pipe, base, prompt, how, seeds)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
@@ -78,10 +79,10 @@ def compose(
     pictures = {}
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
-            pictures[label] = drawn(pipe, prompt, negative, seeds, call)
+            pictures[label] = drawn(pipe, prompt, how, seeds, call)
     if base == WORLD and (drawing := _true_drawing(prompt)):
         pictures["true drawing"] = [drawing] * len(seeds)
-    about = {"prompt": prompt, "negative": negative, "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
+    about = {"prompt": prompt, **other_prompts(how), "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
     about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}
     about |= {"seeds": seeds, "sampler": how["sampler"], **call}
     write_sheet(pictures, seeds, path, about)
@@ -90,34 +91,37 @@ def compose(
 
 def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: Sequence[int]) -> dict[str, Any]:
     """The options of a pipeline call that draws pictures of `seeds`, with the size rounded; the sampler is put on the
-    pipeline."""
+    pipeline, and prompts that it does not read are said on stderr."""
     from mole_diffusers.studio.base_models import usual_guidance, usual_size
     from mole_diffusers.studio.picture_passes import drawable
+    from mole_diffusers.studio.prompt_weights import unread
     from mole_diffusers.studio.samplers import sampler
 
+    for note in unread(pipe, **other_prompts(how)):
+        print(f"note: {note}", file=sys.stderr)
     pipe.scheduler = sampler(how["sampler"], pipe.scheduler, seeds)
     guidance = usual_guidance(pipe, base) if how["guidance"] is None else how["guidance"]
     call: dict[str, Any] = {"num_inference_steps": how["steps"], "guidance_scale": guidance}
-    width, height = how["width"], how["height"]
-    if width or height:
-        size = drawable(pipe, width or height or 0, height or width or 0)
-        call |= dict(zip(("width", "height"), size, strict=True))
-    elif base == WORLD:
-        call |= dict(zip(("width", "height"), usual_size(pipe, base, prompt), strict=True))
-    return call
+    own = usual_size(pipe, base, prompt)
+    size = drawable(pipe, how["width"] or own[0], how["height"] or own[1])
+    return call | dict(zip(("width", "height"), size, strict=True))
 
 
-def drawn(pipe: Any, prompt: str, negative: str, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:
+def other_prompts(how: options.Given) -> dict[str, Any]:
+    """The prompts beside the first, by their options."""
+    return {name: how[name] for name in ("negative", "prompt_2", "negative_2")}
+
+
+def drawn(pipe: Any, prompt: str, how: options.Given, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:
     """One picture per seed, each from a generator of its own."""
     import torch
 
     from mole_diffusers.studio.prompt_weights import call_arguments
 
-    texts = call_arguments(pipe, prompt, negative, guided=call["guidance_scale"] > 1)
+    texts = call_arguments(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
     rows = {
         name: [value] * len(seeds) if isinstance(value, str) else value.repeat_interleave(len(seeds), 0)
         for name, value in texts.items()
-        if value is not None
     }
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipe(**rows, generator=generators, **call).images
@@ -147,7 +151,8 @@ def started(sheet: options.Given) -> tuple[list[int], Path]:
 def write_sheet(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path, about: dict[str, Any]) -> None:
     """Write pictures by column label, one per seed, as one sheet; `about` is kept in the file."""
     from mole_diffusers.inspection.compare import image_grid
-    from mole_diffusers.studio.xy_grid import save_sheet
+    from mole_diffusers.studio import infotext
 
     rows = [[images[i] for images in columns.values()] for i in range(len(seeds))]
-    save_sheet(image_grid(rows, list(columns), [f"seed {s}" for s in seeds]), path, {"columns": list(columns), **about})
+    sheet = image_grid(rows, list(columns), [f"seed {s}" for s in seeds])
+    infotext.save(sheet, path, None, {"columns": list(columns), **about})

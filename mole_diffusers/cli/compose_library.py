@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import opened
-from mole_diffusers.cli.compose import Sheet, call_options, drawn, started, write_sheet
+from mole_diffusers.cli.compose import Sheet, call_options, drawn, other_prompts, started, write_sheet
 from mole_diffusers.cli.options import THRESHOLD, WORLD
 from mole_diffusers.cli.retrieve import in_words, open_library
 
@@ -44,12 +44,12 @@ def compose_library(
     seeds, path = started(sheet)
     pipe = opened(base, opening).pipe
     found_in = open_library(library, pipe, encoder)
-    negative, call = how["negative"], call_options(pipe, base, prompt, how, seeds)
-    pictures = {"base": drawn(pipe, prompt, negative, seeds, call)}
+    call = call_options(pipe, base, prompt, how, seeds)
+    pictures = {"base": drawn(pipe, prompt, how, seeds, call)}
     with composed(found_in, pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
-        pictures[f"found ({mode})"] = drawn(pipe, prompt, negative, seeds, call)
+        pictures[f"found ({mode})"] = drawn(pipe, prompt, how, seeds, call)
     found, weights = composition.found[0], composition.sets[0]
-    about: dict[str, Any] = {"prompt": prompt, "negative": negative, "found": report(found_in, found)}
+    about: dict[str, Any] = {"prompt": prompt, **other_prompts(how), "found": report(found_in, found)}
     about |= {
         "weights": weights,
         "mode": mode,

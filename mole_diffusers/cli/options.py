@@ -139,6 +139,11 @@ class Drawing:
     """How pictures are drawn."""
 
     negative: Annotated[str, Option(metavar="PROMPT", help="What shall not be in the picture.")] = ""
+    prompt_2: Annotated[
+        str,
+        Option(metavar="PROMPT", help="For the second text encoder of SDXL, SD 3 or Flux. Default: the same as the first."),
+    ] = ""
+    negative_2: Annotated[str, Option(metavar="PROMPT", help="As --prompt-2.")] = ""
     steps: Steps = 20
     guidance: Annotated[
         float | None,
@@ -151,8 +156,29 @@ class Drawing:
             help="Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.",
         ),
     ] = ""
-    width: Annotated[int | None, Option(help="Pixels, rounded to what the base can draw. Default: the base's own.")] = None
+    width: Annotated[
+        int | None,
+        Option(help="Pixels, rounded to what the base can draw. Default: as it draws such a prompt, or as --image."),
+    ] = None
     height: Annotated[int | None, Option(help="As --width.")] = None
+
+
+over = functools.partial(Option, rich_help_panel="Drawing over a picture")
+
+
+class Pictures:
+    """What is drawn over; what `common.open_pictures` takes."""
+
+    image: Annotated[Path | None, over(metavar="PICTURE", help="A picture to draw over (img2img).")] = None
+    mask: Annotated[Path | None, over(metavar="PICTURE", help="White where --image is drawn over (inpainting).")] = None
+
+
+class Over:
+    """How much is drawn over."""
+
+    strength: Annotated[float, over(min=0, max=1, help="How much of --image is drawn anew.")] = 0.6
+    hires: Annotated[float, over(min=1, max=4, help="Make the picture so much larger and draw over it once more.")] = 1.0
+    hires_strength: Annotated[float, over(min=0, max=1, help="How much of it is drawn anew then.")] = 0.5
 
 
 # ---- what is written and said

@@ -9,15 +9,13 @@ from typing import Annotated
 from typer import Argument, Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import open_studio, target
-from mole_diffusers.cli.draw import ImageOption, MaskOption, draw_recipe, open_pictures
+from mole_diffusers.cli.common import open_pictures, open_studio, target
+from mole_diffusers.cli.draw import draw_recipe
 
 
-@options.takes(files=options.Studio, opening=options.Opening)
+@options.takes(files=options.Studio, given=options.Pictures, opening=options.Opening)
 def redraw(
     picture: Annotated[Path, Argument(help="A PNG of mole draw, the app or A1111, or a recipe as a .json file.")],
-    image: ImageOption = None,
-    mask: MaskOption = None,
     out: Annotated[
         Path | None, Option(metavar="PNG", help="Where the picture goes. Default: a new redrawn.png, redrawn-2.png, ...")
     ] = None,
@@ -26,6 +24,7 @@ def redraw(
     verbose: options.Verbose = False,
     *,
     files: options.Given,
+    given: options.Given,
     opening: options.Given,
 ) -> None:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
@@ -42,9 +41,9 @@ def redraw(
     if lacking := infotext.left_out(picture):
         print(f"note: {printable(lacking)}", file=sys.stderr)
     base = files["base"]
-    given = base if base == options.WORLD else str(find_base(base))
-    if recipe.base and Path(recipe.base).name != Path(given).name:
+    here = base if base == options.WORLD else str(find_base(base))
+    if recipe.base and Path(recipe.base).name != Path(here).name:
         raise ValueError(f"{picture.name} was drawn with the base {recipe.base!r}; give it as --base")
-    pictures = open_pictures(image, mask)
+    pictures = open_pictures(given)
     studio = open_studio(files, opening)
     draw_recipe(studio, recipe, path, pictures, as_json=as_json)

@@ -104,7 +104,8 @@ def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str
 
 def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray, opacity: float = 0.65) -> Image.Image:
     """Lay colour [h, w, 3] or [1, 1, 3] over a grey picture by strength [h, w] in 0..1; tokens stay visible as squares."""
-    side = (max(image.width, 256), max(image.height, 256) * image.height // max(image.width, 1))
+    scale = max(1, 256 / image.width)
+    side = (round(image.width * scale), round(image.height * scale))
     grey = np.asarray(image.convert("L").resize(side, Image.Resampling.NEAREST), np.float32)[..., None]
     wide = Image.fromarray((strength * 255).clip(0, 255).astype(np.uint8)).resize(side, Image.Resampling.NEAREST)
     alpha = np.asarray(wide, np.float32)[..., None] / 255 * opacity

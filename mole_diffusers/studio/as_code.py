@@ -72,13 +72,12 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
         lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
         lines.append("with mixture.planned(schedule):")
         callback, indent = "callback_on_step_end=schedule.on_step()", "    "
-    texts = [repr(recipe.text), f"negative_prompt={recipe.negative!r}" if recipe.negative else ""]
-    if recipe.weights:
-        lines.insert(0, "from mole_diffusers.studio.prompt_weights import call_arguments")
-        guided = "" if recipe.guidance > 1 else ", guided=False"
-        texts = [f"**call_arguments({pipe}, {recipe.text!r}, {recipe.negative!r}{guided})"]
+    lines.insert(0, "from mole_diffusers.studio.prompt_weights import call_arguments")
+    texts = [pipe, repr(recipe.text), repr(recipe.negative)]
+    texts += [f"{name}={text!r}" for name in ("prompt_2", "negative_2") if (text := getattr(recipe, name))]
+    texts += ["guided=False"] * (recipe.guidance <= 1) + ["weights=False"] * (not recipe.weights)
     arguments = [
-        *texts,
+        f"**call_arguments({', '.join(texts)})",
         *call,
         f"num_inference_steps={recipe.steps}",
         f"guidance_scale={recipe.guidance!r}",

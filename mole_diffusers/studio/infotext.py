@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mole_diffusers.lora.safe_files import parse_json
 from mole_diffusers.studio.recipe import Recipe, load, loads
 from mole_diffusers.studio.samplers import SAMPLERS
 
-PARAMETERS, OWN = "parameters", "mole_diffusers"  # names of the PNG's text chunks
+PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 NEGATIVE = "Negative prompt: "
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
 READ = (
@@ -98,7 +101,7 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
     at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     negative = "\n".join(lines[at:]).removeprefix(NEGATIVE).strip()
-    width, _, height = found.get("Size", "512x512").partition("x")
+    width, _, height = found.get("Size", "0x0").partition("x")
     pairs = [pair.partition(":") for pair in found.get("Lora hashes", "").split(",") if ":" in pair]
     sampler, lacking = _sampler(found.get("Sampler", "Default"), found.get("Schedule type", ""))
     strength, hires = found.get("Denoising strength"), found.get("Hires upscale") or _resized(found)
@@ -171,12 +174,18 @@ def _unquoted(value: str) -> str:
         return value
 
 
-def save(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
-    """Write a PNG with its recipe inside, in both forms."""
+def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG with its recipe inside, in both forms.
+
+    Args:
+        sheet: what a sheet of pictures shows, as plain data: its axes as typed, or the labels of its columns.
+    """
+    texts = {SHEET: json.dumps(sheet)} if sheet else {}
+    if recipe is not None:
+        texts |= {PARAMETERS: parameters(recipe), OWN: json.dumps(recipe.to_dict())}
     about = PngInfo()
-    text = parameters(recipe)
-    (about.add_text if text.isascii() else about.add_itxt)(PARAMETERS, text)
-    about.add_text(OWN, json.dumps(recipe.to_dict()))
+    for name, text in texts.items():
+        (about.add_text if text.isascii() else about.add_itxt)(name, text)
     image.save(path, "PNG", pnginfo=about)
 
 
@@ -200,25 +209,32 @@ def read(path: str | Path) -> Recipe:
     return read_parameters(texts[PARAMETERS], path.name)
 
 
+def read_sheet(path: str | Path) -> dict[str, Any]:
+    """What a sheet of pictures shows, as `save` was given it; {} for any other PNG. Raises ValueError as `read`."""
+    with _opened(Path(path)) as image:
+        text = image.info.get(SHEET, "{}")  # which stands before the pixels
+    sheet = parse_json(text, Path(path).name)
+    return sheet if isinstance(sheet, dict) else {}
+
+
 def _texts(path: Path) -> dict[str, str]:
     """The text chunks of a PNG, also those after its pixels, which are unpacked for that."""
+    with _opened(path) as image:
+        return dict(image.text)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A PNG from anyone, while it is read."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            small = image.width * image.height <= MAX_PIXELS and not getattr(image, "is_animated", False)
-            texts = dict(image.text) if small else None  # type: ignore[attr-defined]
+            if image.width * image.height > MAX_PIXELS or getattr(image, "is_animated", False):
+                raise Image.DecompressionBombError
+            yield image
     except Image.DecompressionBombError:
-        texts = None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-    ) as error:
+        raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise ValueError(f"{path.name} is not a PNG that can be read") from error
-    if texts is None:
-        raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels")
-    return texts
 
 
 def read_any(path: str | Path) -> Recipe:

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 from PIL import Image, ImageOps
 
+LONGEST = 2048  # pixels of the longer side of a picture that is drawn over at its own size
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures to draw over
 
 PASSES = {  # pipeline class -> its classes that draw over a picture, and over a part of one
@@ -74,6 +75,12 @@ def drawable(pipe: Any, width: int, height: int) -> tuple[int, int]:
     unit = max(8, pipe.vae_scale_factor * (2 if hasattr(pipe, "transformer") else 1))
     rounded = [max(16, unit, round(side / unit) * unit) for side in (width, height)]
     return rounded[0], rounded[1]
+
+
+def own_size(image: Image.Image) -> tuple[int, int]:
+    """The size at which a picture is drawn over where none is asked for: its own, or smaller where that is too large."""
+    scale = min(1.0, LONGEST / max(image.size))
+    return max(16, round(image.width * scale)), max(16, round(image.height * scale))
 
 
 def size_arguments(pipe: Any, width: int, height: int) -> dict[str, int]:

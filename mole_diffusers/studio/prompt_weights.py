@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -37,6 +37,9 @@ class Chunk:
         text = self.text[part]
         start = (part.start or 0) + len(text) - len(text.lstrip())
         return Chunk(text.strip(), self.weights[start : start + len(text.strip())])
+
+
+NOTHING = Chunk("", ())
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,34 @@ def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
     return [part for chunk in parse_weights(prompt) for part in _short(chunk, tokenizer, limit)]
 
 
-def token_counts(pipe: Any, prompt: str) -> list[TokenCount]:
-    """What each text encoder reads of a prompt, and what it does not. Raises as `parse_weights`."""
-    chunks = chunks_of(pipe, prompt)
+def prompts_read(pipe: Any) -> set[str]:
+    """Which of the prompts that not every pipeline reads this one does: "negative_prompt", and with a second text encoder
+    beside the first "prompt_2" and "negative_prompt_2"."""
+    given = inspect.signature(pipe.encode_prompt).parameters
+    several = all(getattr(pipe, name, None) is not None for name in TOKENIZERS[:2])
+    names = ["negative_prompt", *(["prompt_2", "negative_prompt_2"] if several else [])]
+    return {name for name in names if name in given}
+
+
+def unread(pipe: Any, *, negative: str, prompt_2: str, negative_2: str) -> list[str]:
+    """A sentence for each of these prompts that the pipeline does not read."""
+    prompts = {"negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
+    words = {"negative_prompt": "the negative prompt", "prompt_2": "a second prompt",
+             "negative_prompt_2": "a second negative prompt"}  # fmt: skip
+    kind, known = type(pipe).__name__, prompts_read(pipe)
+    return [f"{kind} is drawn without {words[name]}" for name, text in prompts.items() if text and name not in known]
+
+
+def token_counts(pipe: Any, prompt: str, prompt_2: str = "") -> list[TokenCount]:
+    """What each text encoder reads of a prompt, the second of another one where that is given, and what it does not. Raises
+    as `parse_weights`."""
     counts = []
     for name in TOKENIZERS:
         tokenizer = getattr(pipe, name, None)
         if tokenizer is None:
             continue
+        is_second = name == "tokenizer_2" and "prompt_2" in prompts_read(pipe)
+        chunks = chunks_of(pipe, prompt_2 or prompt if is_second else prompt)
         limit = _limit(pipe, tokenizer)
         parts = [_offsets(tokenizer, chunk.text) for chunk in chunks]
         cut = [chunk.text[part[limit][0] :] for chunk, part in zip(chunks, parts, strict=True) if len(part) > limit]
@@ -134,31 +157,51 @@ def token_counts(pipe: Any, prompt: str) -> list[TokenCount]:
 
 
 @torch.no_grad()
-def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool = True) -> dict[str, Any]:
+def call_arguments(
+    pipe: Any,
+    prompt: str,
+    negative: str = "",
+    *,
+    prompt_2: str = "",
+    negative_2: str = "",
+    guided: bool = True,
+    weights: bool = True,
+) -> dict[str, Any]:
     """What a pipeline is called with for a prompt with weights: the text where it has none and is short, else its states.
 
-    Call it where the pipeline is called, inside any `with` block of a mixture: text encoders run here.
+    Call it where the pipeline is called, inside any `with` block of a mixture: text encoders run here. Prompts that the
+    pipeline does not read are left out, see `unread`.
 
     Args:
+        prompt_2, negative_2: what the second text encoder reads instead; "" is the same as the first.
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
+        weights: whether brackets are weights; else they are plain text, and a long prompt is cut.
     """
-    chunks, against = chunks_of(pipe, prompt), chunks_of(pipe, negative)
+    known = prompts_read(pipe)
+    prompts = {"negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
+    asked = {name: text for name, text in prompts.items() if text and name in known}
+    if not guided:
+        asked = {name: text for name, text in asked.items() if not name.startswith("negative")}
+    if "negative_prompt_2" in asked:  # without the first, SDXL would have zeros for both
+        asked.setdefault("negative_prompt", "")
+    asked["prompt"] = prompt
+    chunks = {name: chunks_of(pipe, text) if weights else [Chunk(text, (1.0,) * len(text))] for name, text in asked.items()}
+    if all(len(each) == 1 and set(each[0].weights) <= {1.0} for each in chunks.values()):
+        return {name: each[0].text for name, each in chunks.items()}
     given = inspect.signature(pipe.encode_prompt).parameters
-    has_negative = "negative_prompt" in given
-    if all(len(each) == 1 and set(each[0].weights) <= {1.0} for each in (chunks, against)):
-        return {"prompt": chunks[0].text} | ({"negative_prompt": against[0].text or None} if has_negative else {})
+    has_negative = "negative_prompt" in known
     names = ["prompt_embeds", *(["negative_prompt_embeds"] if has_negative else [])]
     if "pooled_prompt_embeds" in given:
         names += ["pooled_prompt_embeds", *(["negative_pooled_prompt_embeds"] if has_negative else [])]
     options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in given}
+    if has_negative:
+        options["do_classifier_free_guidance"] = guided
     made = []
-    for wanted, unwanted in zip_longest(chunks, against if has_negative and guided else [], fillvalue=Chunk("", ())):
-        if has_negative:  # None is what the pipeline takes for no negative prompt, which SDXL has zeros for
-            options |= {"negative_prompt": unwanted.text if negative else None, "do_classifier_free_guidance": guided}
-        with _weighing(pipe, [wanted, unwanted]):
-            states = pipe.encode_prompt(
-                prompt=wanted.text, device=pipe._execution_device, num_images_per_prompt=1, **options
-            )
+    for row in zip_longest(*chunks.values(), fillvalue=NOTHING):
+        part = dict(zip(chunks, row, strict=True))
+        texts = {name: [chunk.text] for name, chunk in part.items()}  # lists, since "" would be taken for the first's
+        with _weighing(pipe, part):
+            states = pipe.encode_prompt(device=pipe._execution_device, num_images_per_prompt=1, **options | texts)
         made.append(dict(zip(names, states, strict=False)))
     return {
         name: value if "pooled" in name else torch.cat([each[name] for each in made], 1)
@@ -168,16 +211,19 @@ def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool =
 
 
 @contextmanager
-def _weighing(pipe: Any, chunks: Sequence[Chunk]) -> Iterator[None]:
-    """Scale what the text encoders make of these chunks, which each reads in this order, while the block runs.
+def _weighing(pipe: Any, part: Mapping[str, Chunk]) -> Iterator[None]:
+    """Scale what the text encoders make of these prompts, each first of its prompt and then of its negative one, while the
+    block runs.
 
     It happens in the encoders, before anyone else sees their states, so that binding knows the states again.
     """
+    first = part["prompt"], part.get("negative_prompt", NOTHING)
+    second = part.get("prompt_2", first[0]), part.get("negative_prompt_2", first[1])
     with ExitStack() as undo:
         for name in TOKENIZERS:
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
             if encoder is not None:
-                hook = _scaling(getattr(pipe, name), iter(chunks))
+                hook = _scaling(getattr(pipe, name), iter(second if name == "tokenizer_2" else first))
                 undo.callback(encoder.register_forward_hook(hook, prepend=True).remove)
         yield
 

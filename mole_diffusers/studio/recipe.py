@@ -27,7 +27,8 @@ RANGES = {
     "hires": (1.0, 4.0),
     "hires_strength": (0.0, 1.0),
 }
-WHOLE = ("seed", "steps", "width", "height")
+PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
+WHOLE, OPEN = ("seed", "steps", "width", "height"), ("width", "height")  # whole numbers; those that may be left open with 0
 BINDINGS = (AUTO, "none")
 MAX_MASKS = 128 << 10  # characters of all masks of a recipe
 ARMS = ("gates", "sum", "base", "alone", "merge")
@@ -40,8 +41,12 @@ class Recipe:
     Attributes:
         prompt: with a `<lora:...>` tag for every LoRA.
         negative: the negative prompt.
+        prompt_2, negative_2: what the second text encoder of a base that has two reads instead, without tags; "" is the same
+            as the first.
         seed: of a generator on the CPU, whatever the device; -1 for a random one, before it is completed.
-        steps, guidance, width, height: arguments of the pipeline call; sizes in pixels.
+        steps, guidance: arguments of the pipeline call.
+        width, height: in pixels; 0 is what the base model draws such a prompt at, or that of the picture that is drawn over,
+            before it is completed.
         sampler: a name in `samplers.SAMPLERS`; "" is the pipeline's own.
         gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto" before it is completed.
         arm: how the LoRAs are combined: "gates"; for comparison "sum", "base" (no LoRA), "alone NAME", or "merge METHOD"
@@ -62,11 +67,13 @@ class Recipe:
 
     prompt: str
     negative: str = ""
+    prompt_2: str = ""
+    negative_2: str = ""
     seed: int = 0
     steps: int = 20
     guidance: float = 3.0
-    width: int = 64
-    height: int = 64
+    width: int = 0
+    height: int = 0
     sampler: str = ""
     gates: str = "sum"
     arm: str = "gates"
@@ -84,12 +91,12 @@ class Recipe:
     hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative", "sampler", "gates", "arm", "gates_sha256", "base", "image", "mask"):
+        for name in (*PROMPTS, "sampler", "gates", "arm", "gates_sha256", "base", "image", "mask"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
         if not isinstance(self.weights, bool):
             raise ValueError(f"weights must be true or false, got {self.weights!r}")
-        if len(self.prompt) > 5000 or len(self.negative) > 5000:
+        if any(len(getattr(self, name)) > 5000 for name in PROMPTS):
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm.partition(" ")[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
@@ -101,11 +108,11 @@ class Recipe:
 
     def _check_numbers(self) -> None:
         for name, (low, high) in RANGES.items():
-            value, whole = getattr(self, name), name in WHOLE
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
-                raise ValueError(
-                    f"{name} must be {'a whole number' if whole else 'a number'} in {low}..{high}, got {value!r}"
-                )
+            value, whole, is_open = getattr(self, name), name in WHOLE, name in OPEN
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fits or not (low <= value <= high or is_open and value == 0):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{name} must be {kind} in {low}..{high}{', or 0' if is_open else ''}, got {value!r}")
 
     def _check_mappings(self) -> None:
         if not _maps_to(self.locks, Mapping) or not all(_maps_to(row, int | float) for row in self.locks.values()):

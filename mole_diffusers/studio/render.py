@@ -7,7 +7,6 @@ import secrets
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,11 @@ from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.pipeline_lock import PipelineLock
 from mole_diffusers.studio import picture_passes
+from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
-from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts
+from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts, unread
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -136,12 +136,15 @@ class Studio:
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
         if recipe.gates_sha256 not in ("", digest):
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
-        for text in (recipe.text, recipe.negative) if recipe.weights else ():
+        if "<lora:" in recipe.prompt_2 + recipe.negative_2:
+            raise ValueError("the tags of LoRAs stand in the first prompt, which counts for every text encoder")
+        for text in (recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2) if recipe.weights else ():
             parse_weights(text)
         kind, _, about = recipe.arm.partition(" ")
         if kind == "merge" and about not in MERGES:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
-        width, height = picture_passes.drawable(self.pipe, recipe.width, recipe.height)
+        own = usual_size(self.pipe, self.base, recipe.text)
+        width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
             recipe,
             prompt=" ".join([recipe.text, *tags]).strip(),
@@ -164,18 +167,27 @@ class Studio:
         names = ", ".join(map(repr, others))
         return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
 
-    def notes(self, asked: Recipe, recipe: Recipe) -> list[str]:
-        """What its user should know of a completed recipe: its warning, what was changed, what is cut."""
+    def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
+        """What its user should know of a completed recipe: its warning, what was changed, what is cut.
+
+        Args:
+            image: the picture that is drawn over.
+        """
         notes = [self.warning(recipe)]
         if asked.base and Path(asked.base).name != Path(recipe.base).name:
             notes.append(f"it was drawn with the base {Path(asked.base).name!r}, and here is {Path(recipe.base).name!r}")
-        if (asked.width, asked.height) != (recipe.width, recipe.height):
-            notes.append(f"{asked.width} x {asked.height} is rounded to {recipe.width} x {recipe.height} pixels")
+        size, drawn = (
+            (asked.width or recipe.width, asked.height or recipe.height),
+            f"{recipe.width} x {recipe.height} pixels",
+        )
+        if image is not None and image.size != size:
+            notes.append(f"the picture of {image.width} x {image.height} is drawn over at {drawn}")
+        elif size != (recipe.width, recipe.height):
+            notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
         if recipe.weights:
-            cut = [count for count in token_counts(self.pipe, recipe.text) if count.cut]
+            cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
-        if recipe.negative and "negative_prompt" not in signature(self.pipe.encode_prompt).parameters:
-            notes.append(f"{type(self.pipe).__name__} is drawn without the negative prompt")
+        notes += unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
         return [note for note in notes if note]
 
     # ---- drawing
@@ -245,10 +257,15 @@ class Studio:
                 stack.enter_context(mixture.planned(schedule))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
-            if recipe.weights:
-                texts = call_arguments(pipe, recipe.text, recipe.negative, guided=recipe.guidance > 1)
-            else:
-                texts = {"prompt": recipe.text, "negative_prompt": recipe.negative or None}
+            texts = call_arguments(
+                pipe,
+                recipe.text,
+                recipe.negative,
+                prompt_2=recipe.prompt_2,
+                negative_2=recipe.negative_2,
+                guided=recipe.guidance > 1,
+                weights=recipe.weights,
+            )
             return pipe(
                 **texts,
                 **picture_passes.size_arguments(pipe, *size),
@@ -319,14 +336,17 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was. One
-    that names its pictures stays as it is: `Studio.draw` takes no others for it.
+    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was. A
+    size that is open is the picture's. One that names its pictures goes on naming them: `Studio.draw` takes no others.
 
     Raises ValueError for a mask of another size, or without a picture.
     """
     if image is not None and mask is not None and image.size != mask.size:
         sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
         raise ValueError(f"the mask has {sizes[0]} pixels and its picture {sizes[1]}")
+    if image is not None:
+        width, height = picture_passes.own_size(image)
+        recipe = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
     if recipe.image:
         return recipe
     first, second = ("" if given is None else picture_passes.pixels_hash(given) for given in (image, mask))

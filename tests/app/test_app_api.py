@@ -8,7 +8,7 @@ from app_client import PROMPT, RECIPE, built
 from PIL import Image
 from safetensors.torch import load_file
 
-from mole_diffusers.studio import infotext, xy_grid
+from mole_diffusers.studio import infotext
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -115,7 +115,7 @@ def test_what_the_gates_did(client):
 
 def test_grid(client):
     file = client.predict(RECIPE, "weight fox=0,2", "seed=1,2", api_name="/grid")
-    assert (infotext.read(file).prompt, xy_grid.axes_in(file)["x"]) == (PROMPT, "weight fox=0,2")
+    assert (infotext.read(file).prompt, infotext.read_sheet(file)["x"]) == (PROMPT, "weight fox=0,2")
     sheet = pixels(file)
     cells = [sheet[row : row + 120, column : column + 120] for row in (36, 170) for column in (90, 224)]
     assert len({cell.tobytes() for cell in cells}) == 4

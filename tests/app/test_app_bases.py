@@ -1,5 +1,6 @@
 """Another base model while the app runs: through the API, and as the pages of several visitors see it."""
 
+import dataclasses
 import threading
 
 import hosts
@@ -53,8 +54,8 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         assert tuple(client.predict(api_name="/bases")) == ("dream", ["dream", "flux", "broken"])
         (first,), _ = client.predict(PROMPT, api_name="/compose")
         assert client.predict("FLUX", api_name="/base") == "flux"
-        (other,), (recipe,) = client.predict("a fox", api_name="/compose")
-        own = {"base": BASES["flux"], "width": 256, "height": 256, "guidance": 3.5}
+        (other,), (recipe,) = client.predict("a fox", prompt_2="a hat", api_name="/compose")
+        own = {"base": BASES["flux"], "width": 256, "height": 256, "guidance": 3.5, "prompt_2": "a hat"}
         assert {name: recipe[name] for name in own} == own
         assert not np.array_equal(pixels(other), pixels(first))
         with pytest.raises(Exception, match="has no VAE"):
@@ -139,7 +140,7 @@ def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     said, *shown = last
     now = dict(zip(labels, shown, strict=True))
     assert said.replace("\\", "") == "flux is open: FluxPipeline"
-    assert (now["Base model"], now["Width"], now["Height"], now["Guidance"]) == ("flux", 256, 256, 3.5)
+    assert (now["Base model"], now["Width"], now["Height"], now["Guidance"]) == ("flux", 0, 0, 3.5)
     assert (now["Sampler"]["choices"], now["Sampler"]["value"]) == (["default", "Euler"], "default")
     compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
     values = [component.value for component in compose.inputs[1:]]
@@ -152,6 +153,32 @@ def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     assert last[0] == "done"
 
 
+def test_a_second_prompt_is_asked_for_where_the_base_reads_one(blocks, actions):
+    panel = "Another prompt for the second text encoder"
+
+    def shown(event, values):
+        return dict(zip([getattr(component, "label", None) for component in event.outputs], values, strict=True))[panel]
+
+    opened = next(event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "now")
+    change, compose = event_of(blocks, "begin", ["Base model"]), event_of(blocks, "begin", ["Prompt", "Negative prompt"])
+    values = [component.value for component in compose.inputs[1:]]
+    labels = [getattr(component, "label", None) for component in compose.inputs[1:]]
+    values[0], values[labels.index("Second prompt")], values[labels.index("Pictures")] = "a fox", "a hat", 1
+    assert shown(opened, opened.fn())["visible"] == "hidden"
+    *_, last = compose.fn(page("mine"), "me", *values)
+    assert last[0].replace("\\", "") == "done; StableDiffusionPipeline is drawn without a second prompt"
+    *_, last = change.fn(page("mine"), "me", "flux")
+    assert shown(change, last)["visible"] is True
+    assert shown(opened, opened.fn())["visible"] is True
+    values[labels.index("Base model")] = "flux"
+    *_, last = compose.fn(page("mine"), "me", *values)
+    assert last[0] == "done"
+    drawn = actions.gallery.entries(text="hat")[0]
+    assert (drawn.recipe.prompt_2, drawn.recipe.base) == ("a hat", BASES["flux"])
+    plain = actions.studio.draw(dataclasses.replace(drawn.recipe, prompt_2=""))
+    assert not np.array_equal(np.asarray(plain), pixels(drawn.path))
+
+
 def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions):
     enter = next(event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "enter")
     labels = [getattr(component, "label", None) for component in enter.outputs[1:-2]]
@@ -161,10 +188,10 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
     fresh = dict(zip(labels, enter.fn("", None, PROMPT)[1:-2], strict=True))
-    assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 256, 3.5)
+    assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 0, 3.5)
     back = dict(zip(labels, enter.fn("me", old, PROMPT)[1:-2], strict=True))
     sizes = [back[name] for name in ("Width", "Height", "Guidance")]
-    assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [256, 256, 3.5])
+    assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [0, 0, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
     again = enter.fn("me", old, PROMPT)[1:-2]
     assert again[labels.index("Gates")] == "auto"
@@ -215,13 +242,13 @@ def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     assert main(["app", *bases, "--loras", files, "--device", "cpu", "--keep", str(tmp_path / "gates")]) == 0
     assert capsys.readouterr().err.splitlines()[-1].endswith("dream: StableDiffusionPipeline, cpu, float32")
     actions, recipe = built
-    assert (actions.base, list(actions.bases), recipe.width) == ("dream", ["dream", "flux"], 32)
+    assert (actions.base, list(actions.bases), recipe.width) == ("dream", ["dream", "flux"], 0)
     actions.change_base("flux")(ignore)
     said = capsys.readouterr().err.splitlines()
     assert said[-2].endswith("flux: FluxPipeline, cpu, float32")
     assert said[-1].startswith("note: pictures can be drawn, but FluxPipeline cannot be trained on")
     assert actions.studio.pipe._progress_bar_config["disable"]
-    assert actions.settings_of_base("")["guidance"] == 3.5
+    assert actions.settings_of_base()["guidance"] == 3.5
     assert main(["app", *bases, "--base-config", str(tmp_path / "flux"), "--loras", files]) == 1
     assert "--base-config is the config of one model, and these are 2: dream, flux" in capsys.readouterr().err
     assert main(["app", "--base", str(tmp_path / "gone.safetensors"), "--loras", files]) == 1

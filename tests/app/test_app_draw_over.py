@@ -77,7 +77,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert not np.array_equal(pixels(compared["base"].path), wanted)
     assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
     assert str(said[-1]) == "2 of 2 steps"  # 0.6 of 4
-    sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore)
+    sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore).sheet
     assert infotext.read(sheet).mask == whole.recipe.mask
     cells = [path for path in actions.own.folder.glob("*.png") if infotext.read(path).arm == "gates"]
     assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
@@ -107,7 +107,7 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     report = actions.look(RECIPE, None, over)(ignore)  # of half the steps
     assert np.array_equal(pixels(heat), np.asarray(report.heat.convert("RGB")))
     sheet = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
-    assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore)))
+    assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore).sheet))
     assert infotext.read(sheet).image == whole.recipe.image
 
 
@@ -128,6 +128,32 @@ def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
             client.predict(told, *rest, image=text, api_name=f"/{name}")
     with pytest.raises(Exception, match="a mask needs a picture"):
         client.predict(PROMPT, mask=right, api_name="/compose")
+
+
+def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions, client, tmp_path):
+    """It was cut to the size of the prompt's own pictures."""
+    from gradio_client import handle_file
+
+    from mole_diffusers.app.build import build
+
+    odd = PICTURE.resize((70, 40))
+    value = {"background": odd.convert("RGBA"), "layers": [], "composite": None}
+    plain = dataclasses.replace(RECIPE, width=0, height=0)
+    event = next(event for event in build(actions, plain).fns.values() if event.fn and event.fn.__name__ == "begin")
+    values = [component.value for component in event.inputs[1:]]
+    sizes = [getattr(component, "label", "") in ("Width", "Height") for component in event.inputs[1:]]
+    assert [given for given, is_size in zip(values, sizes, strict=True) if is_size] == [0, 0]
+    request = type("Request", (), {"session_hash": "page"})()
+    *_, (said, *_) = event.fn(request, "me", *values[:-1], value)
+    assert said.replace("\\", "") == "done; 70 x 40 is rounded to 72 x 40 pixels"
+    newest = actions.gallery.entries()[0]
+    assert pixels(newest.path).shape == (40, 72, 3)
+    odd.save(tmp_path / "odd.png")
+    sent = {"width": 0, "height": 0, "image": handle_file(tmp_path / "odd.png")}
+    own = {name: newest.recipe.to_dict()[name] for name in ("seed", "steps", "guidance", "gates", "strength")}
+    (file,), (told,) = client.predict(newest.recipe.prompt, **own, **sent, api_name="/compose")
+    assert (told["width"], told["height"]) == (72, 40)
+    assert np.array_equal(pixels(file), pixels(newest.path))
 
 
 def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):

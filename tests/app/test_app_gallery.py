@@ -1,11 +1,21 @@
 """The gallery: what is kept, found again, marked and thrown away, on disk alone."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.gallery import Gallery
+from mole_diffusers.app.jobs import StoppedError, ignore
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.studio.xy_grid import sheet
+from mole_diffusers.testing import tiny_pipeline
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 
@@ -73,3 +83,76 @@ def test_a_folder_of_its_own_is_kept_small(tmp_path):
     for prompt in ("old", "new", "newer"):
         gallery.add(PICTURE, Recipe(prompt))
     assert found(gallery) == ["newer", "new", "favourite"]
+
+
+RECIPE = Recipe("a fox <lora:fox:1:region=left>", seed=3, steps=2, width=32, height=48, gates="sum")
+
+
+@pytest.fixture
+def actions(loras, tmp_path):
+    return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), gallery=tmp_path / "pictures")
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_sheets_of_comparisons_and_grids_outlive_the_app(actions):
+    """Each is one picture of the gallery, with the recipe that its cells have in common, and shows what that draws."""
+    actions.compare(RECIPE)(ignore)
+    actions.grid(RECIPE, "weight fox=0,0.5", "seed=1,2,3")(ignore)
+    recipe, other = actions.studio.complete(RECIPE), Gallery(actions.gallery.folder)  # after a restart
+    grid, compared = other.entries()
+    assert [entry.recipe for entry in (grid, compared)] == [recipe, recipe]
+    assert other.entries(text="COMPARISON bound", lora="fox") == [compared]
+    assert other.entries(text="grid 0,0.5") == [grid]
+    assert grid.label == "weight fox=0,0.5 by seed=1,2,3: a fox · seed 3"
+    assert compared.label == "base, alone fox, sum, bound: a fox · seed 3"
+
+    def drawn(**changed):
+        return actions.studio.draw(actions.studio.complete(dataclasses.replace(recipe, **changed)))
+
+    arms = {arm: drawn(arm=arm) for arm in ("base", "alone fox", "sum")} | {"bound": drawn()}
+    assert np.array_equal(pixels(compared.path), np.asarray(sheet([list(arms.values())], list(arms), ["seed 3"])))
+    at = [recipe.prompt.replace(":1:", f":{strength}:") for strength in ("0", "0.5")]
+    rows = [[drawn(prompt=prompt, seed=seed) for prompt in at] for seed in (1, 2, 3)]
+    wanted = sheet(rows, ["fox 0", "fox 0.5"], ["seed 1", "seed 2", "seed 3"])
+    assert np.array_equal(pixels(grid.path), np.asarray(wanted))
+
+
+def test_a_sheet_that_was_stopped_has_what_was_drawn(actions):
+    def stop(after):
+        def report(state):
+            if len(state.pictures) >= after:
+                raise StoppedError
+
+        return report
+
+    for work in (actions.compare(RECIPE), actions.grid(RECIPE, "seed=1,2", "steps=1,2")):
+        with pytest.raises(StoppedError):
+            work(stop(0))
+        assert actions.gallery.entries() == []  # of nothing there is no sheet
+        with pytest.raises(StoppedError):
+            work(stop(1))
+        (entry,) = actions.gallery.entries()
+        colours = {tuple(colour) for colour in pixels(entry.path).reshape(-1, 3)}
+        assert (221, 221, 221) in colours
+        assert len(colours) > 100
+        actions.gallery.trash(entry.path.name)
+
+
+def test_cells_of_a_grid_with_a_random_seed_share_it(actions):
+    done = actions.grid(dataclasses.replace(RECIPE, seed=-1), "weight fox=0,1", "steps=1,2")(ignore)
+    assert len({picture.recipe.seed for picture in done.pictures} | {infotext.read(done.sheet).seed}) == 1
+
+
+@pytest.mark.parametrize("said", ["[1", "[]", '{"x": {"y": [1]}, "columns": 3}', '"x"', "x" * 400_000])
+def test_what_others_say_in_a_picture_breaks_no_list(gallery, said):
+    mine = gallery.add(PICTURE, Recipe("ours"))
+    about = PngInfo()
+    about.add_text(infotext.OWN, Image.open(mine).text[infotext.OWN])
+    about.add_text(infotext.SHEET, said)
+    PICTURE.save(gallery.folder / "theirs.png", pnginfo=about)
+    assert "ours" in found(gallery)
+    assert all(len(entry.label) < 200 for entry in gallery.entries())

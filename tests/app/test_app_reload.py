@@ -67,6 +67,22 @@ def test_fields_come_back_and_what_does_not_fit_is_left_out(functions):
     assert (shown[0], cards) == ("a <lora:gone:1>", [])  # composing says that it is not here
 
 
+def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
+    """Pages without second prompts kept the size of all pictures, 64 x 64, as if it had been asked for."""
+    enter, event = functions["enter"]
+    labels = [getattr(component, "label", None) for component in event.outputs[1:-2]]
+    saved = fields(functions)
+    sizes = [labels.index(name) for name in ("Width", "Height")]
+    for at in sizes:
+        saved[at] = 0
+    assert enter("me", saved, PROMPT)[1:-2] == tuple(saved)
+    for at in sizes:
+        saved[at] = 64
+    older = [value for label, value in zip(labels, saved, strict=True) if not str(label).startswith("Second")]
+    assert len(older) == len(saved) - 2
+    assert all(map(is_left, enter("me", older, PROMPT)[1:-2]))
+
+
 def test_a_reloaded_page_finds_its_job(functions):
     begin, event = functions["begin"]
     resume, _ = functions["resume"]

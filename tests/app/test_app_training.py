@@ -13,6 +13,7 @@ from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import StoppedError, ignore
 from mole_diffusers.app.training_runs import GatesExistError
 from mole_diffusers.gates import checkpoint
+from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.mixture import attach
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
@@ -36,9 +37,9 @@ def studio(loras):
     return Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
 
 
-def request(**changes):
+def request(name="g", **changes):
     return TrainingRequest(
-        "g", **{"singles": {"fox": ["a fox"], "ink": ["ink"]}, "composed": ["fox in ink"], "steps": 8} | changes
+        name, **{"singles": {"fox": ["a fox"], "ink": ["ink"]}, "composed": ["fox in ink"], "steps": 8} | changes
     )
 
 
@@ -137,6 +138,30 @@ def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
     assert set(shapes) == {(16, 24), (16, 16)}  # collages are wide, their parts are not
     with pytest.raises(GatesExistError):
         run(studio, tmp_path, wanted)
+
+
+def test_an_open_size_is_that_of_what_is_trained(studio, tmp_path, monkeypatch):
+    """Of the largest composed prompt; pictures before and after have the size of their own."""
+    sizes = {"a fox": (32, 32), "fox in ink": (32, 48), "ink and a fox": (48, 32)}
+    for module in ("app.gate_training", "studio.render"):
+        monkeypatch.setattr(f"mole_diffusers.{module}.usual_size", lambda pipe, base, text: sizes[text])
+    recipe = Recipe("a fox <lora:fox:1> <lora:ink:1>", steps=2)
+    wanted = request(composed=["fox in ink", "ink and a fox"])
+    drawn = []
+
+    def stop(state):
+        drawn[:] = state.pictures
+        if drawn:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(studio, recipe, wanted, home=tmp_path)(stop)
+    settings = read_json(tmp_path / ".runs" / "g" / "run.json")
+    assert (settings["width"], settings["height"], drawn[0][0].size) == (48, 48, (32, 32))
+    train(studio, replace(recipe, width=48, height=48), wanted, home=tmp_path)  # the same training
+    with pytest.raises(GatesExistError):
+        train(studio, replace(recipe, width=32, height=32), wanted, home=tmp_path)
+    train(studio, recipe, request(name="other", composed=[], way="blend"), home=tmp_path)
 
 
 def test_the_verdict_compares_the_same_held_out_seeds(studio):

@@ -12,7 +12,7 @@ from single_file import save_single_file
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.options import Opening
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.xy_grid import axes_in
+from mole_diffusers.studio.xy_grid import sheet
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
@@ -122,11 +122,14 @@ def test_pictures_are_written_where_it_says_and_over_nothing(base, tmp_path, mon
 
 def test_every_setting_reaches_the_recipe(base, tmp_path, capsys):
     settings = ["--negative", "blur", "--sampler", "euler A", "--width", "43", "--height", "32", "--seed", "-1"]
+    settings += ["--prompt-2", "a hat", "--negative-2", "ink"]
     facts, said = run([*DRAW, *base, *settings, "--hires", "1.5", "--steps", "2", "--out", str(tmp_path / "a.png")], capsys)
     assert (facts["negative"], facts["sampler"], facts["width"], facts["height"]) == ("blur", "Euler a", 40, 32)
     assert facts["seed"] >= 0
     assert (facts["hires"], facts["guidance"]) == (1.5, 7.0)
     assert "note: 43 x 32 is rounded to 40 x 32 pixels" in said
+    assert (facts["prompt_2"], facts["negative_2"]) == ("a hat", "ink")
+    assert "note: StableDiffusionPipeline is drawn without a second prompt" in said
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (64, 48)
     weighed = [DRAW[0], "a (fox:1.5), far in the east <lora:fox:1>", *DRAW[2:], *base, "--out"]
@@ -169,6 +172,14 @@ def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, t
     assert [line for line in said if line.startswith("note")] == (
         ["note: FluxPipeline is drawn without the negative prompt"] if host == "flux" else []
     )
+    second = [*DRAW, *given, *size, "--prompt-2", "a hat", "--out"]
+    assert main([*second, str(tmp_path / "b.png")]) == 0
+    assert not np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "a.png"))
+    sheet = ["a fox", "--expert", f"fox={tmp_path / 'loras' / 'fox.safetensors'}", *given[:2], *given[4:], *size]
+    sheet += ["--rows", "1", "--steps", "1", "--prompt-2", "a hat"]
+    facts, said = run(["compose", *sheet, "--negative", "blur", "--out", str(tmp_path / "c.png")], capsys)
+    assert (facts["prompt_2"], infotext.read_sheet(tmp_path / "c.png")["prompt_2"]) == ("a hat", "a hat")
+    assert ("note: FluxPipeline is drawn without the negative prompt" in said) == (host == "flux")
     pytest.importorskip("gradio")
     monkeypatch.setattr("mole_diffusers.app.build.launch", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
@@ -180,11 +191,38 @@ def test_grids_say_what_they_show(base, tmp_path, capsys):
     axes = ["--x", "sampler=Euler,UniPC", "--y", "seed=1"]
     facts, _ = run(["grid", "a fox <lora:fox:1>", *base, *axes, "--steps", "1", "--out", str(tmp_path / "g.png")], capsys)
     assert (facts["x"], facts["prompt"]) == ("sampler=Euler,UniPC", "a fox <lora:fox:1>")
-    assert axes_in(tmp_path / "g.png") == {"x": "sampler=Euler,UniPC", "y": "seed=1"}
+    assert infotext.read_sheet(tmp_path / "g.png") == {"x": "sampler=Euler,UniPC", "y": "seed=1"}
     assert infotext.read(tmp_path / "g.png").experts == facts["experts"]
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="x.png is not a grid"):
-        axes_in(tmp_path / "x.png")
+    assert infotext.read_sheet(tmp_path / "x.png") == {}
+
+
+def test_a_grid_draws_over_a_picture(base, tmp_path, capsys):
+    """Each cell is what `mole draw` draws over it; its strengths, and those of a larger pass, are axes."""
+    Image.effect_noise((70, 40), 90).convert("RGB").save(tmp_path / "photo.png")
+    Image.linear_gradient("L").resize((70, 40)).save(tmp_path / "mask.png")
+    over = ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    given = [DRAW[1], "--steps", "4", *base, *over]
+    axes = ["--x", "strength=0.3,0.9", "--y", "seed=1,2"]
+    facts, said = run(["grid", *given, *axes, "--out", str(tmp_path / "g.png")], capsys)
+    assert "note: 70 x 40 is rounded to 72 x 40 pixels" in said
+    assert (facts["width"], facts["height"], infotext.read(tmp_path / "g.png").mask) == (72, 40, facts["mask"])
+    rows = []
+    for seed in ("1", "2"):
+        rows.append([])
+        for strength in ("0.3", "0.9"):
+            out = tmp_path / f"{seed}-{strength}.png"
+            run(["draw", *given, "--strength", strength, "--seed", seed, "--out", str(out)], capsys)
+            rows[-1].append(Image.open(out).convert("RGB"))
+    wanted = sheet(rows, ["strength 0.3", "strength 0.9"], ["seed 1", "seed 2"])
+    assert np.array_equal(pixels(tmp_path / "g.png"), np.asarray(wanted))
+    assert main(["grid", *given, "--x", "strength=0.9,0.1", "--out", str(tmp_path / "none.png")]) == 1
+    assert "4 steps at strength 0.1 are none" in capsys.readouterr().err
+    larger = [DRAW[1], "--steps", "2", *base, "--hires", "1.5", "--y", "seed=1"]
+    facts, _ = run(["grid", *larger, "--x", "hires_strength=0.5,1", "--out", str(tmp_path / "h.png")], capsys)
+    assert facts["hires"] == 1.5
+    left, right = np.split(pixels(tmp_path / "h.png")[32:, -2 * 134 :], 2, axis=1)  # cells of 128 with a margin of 6
+    assert not np.array_equal(left, right)
 
 
 def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
@@ -194,14 +232,14 @@ def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
     plain, _ = run(["compose", "a fox in ink", *where, "--seed", "-1", "--out", out["plain"]], capsys)
     seed = plain["seeds"][0]
     assert plain["seeds"] == [seed, seed + 1]
-    assert axes_in(out["plain"]) == {k: v for k, v in plain.items() if k != "out"} | {"columns": plain.get("columns") or (
-        ["base", "fox alone", "ink alone", "sum", "bound"])}  # fmt: skip
+    said = {key: value for key, value in plain.items() if key != "out"}
+    assert infotext.read_sheet(out["plain"]) == {"columns": ["base", "fox alone", "ink alone", "sum", "bound"], **said}
     again = [*where, "--seed", str(seed)]
     run(["compose", "a (fox:1) in ink", *again, "--out", out["one"]], capsys)
     run(["compose", "a (fox:1.6) in ink", *again, "--out", out["weighed"]], capsys)
     other = ["--negative", "blur", "--sampler", "Euler", "--width", "43"]
     facts, _ = run(["compose", "a fox in ink", *again, *other, "--out", out["other"]], capsys)
-    assert (facts["sampler"], facts["width"], facts["height"]) == ("Euler", 40, 40)
+    assert (facts["sampler"], facts["width"], facts["height"]) == ("Euler", 40, 32)
     assert np.array_equal(pixels(out["plain"]), pixels(out["one"]))
     assert not np.array_equal(pixels(out["plain"]), pixels(out["weighed"]))
     assert not np.array_equal(pixels(out["plain"]), pixels(out["other"]))

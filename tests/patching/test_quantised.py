@@ -5,11 +5,12 @@ The models are real and packed in memory; each kind is skipped where its package
 
 import pytest
 import torch
-from hosts import draw, models
+from hosts import HOSTS, draw, models
 from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.lora import layer_key
+from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -127,20 +128,33 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
     assert not torch.allclose(fixed, gated, atol=1e-3)
 
 
-def test_a_bound_picture_on_a_quantised_host(packed, files, tmp_path):
+def test_a_bound_picture_on_a_quantised_host(packed, files):
+    plain = wide()
+    read_back(packed.unet, plain.unet)
+    bound_alike(packed, plain, files, {})
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_a_bound_picture_on_other_quantised_hosts(other, kind):
+    (plain, _), model = HOSTS[other.name](), denoiser(other.pipe)
+    assert repacked(model, KINDS[kind])
+    read_back(model, denoiser(plain))
+    words = {"max_sequence_length": 16} if other.name == "flux" else {}  # T5 has a token per letter
+    bound_alike(other.pipe, plain, other.files, other.options | words)
+
+
+def bound_alike(packed, plain, files, options):
     """The other route: a picture that is the same for layers that were packed and read back as plain ones.
 
     Layout, masks and closed words come from what the packed host attends to.
     """
-    plain, prompt = wide(), "a fox an owl"
-    plain.unet = read_back(packed.unet, plain.unet)
     pictures, layouts = [], []
     for pipe in (packed, plain):
         mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
-        pictures.append(draw(pipe, {}, prompt, steps=3))
+        pictures.append(draw(pipe, options, "a fox an owl", steps=3))
         layouts.append(mixture.layouts[0])
         with mixture.bound(None):
-            unbound = draw(pipe, {}, prompt, steps=3)
+            unbound = draw(pipe, options, "a fox an owl", steps=3)
         assert not torch.allclose(pictures[-1], unbound, atol=1e-3)
     torch.testing.assert_close(*pictures, **CLOSE)
     torch.testing.assert_close(layouts[0].regions, layouts[1].regions)
@@ -149,7 +163,7 @@ def test_a_bound_picture_on_a_quantised_host(packed, files, tmp_path):
 
 
 def read_back(packed, plain):
-    """`plain` with the weights that the packed layers stand for: what they make of unit vectors, less their bias."""
+    """Give `plain` the weights that the packed layers stand for: what they make of unit vectors, less their bias."""
     with torch.no_grad():
         for name, layer in plain.named_modules():
             if isinstance(layer, nn.Conv2d) and type(packed.get_submodule(name)) is not nn.Conv2d:  # quanto packs them, too
@@ -157,7 +171,6 @@ def read_back(packed, plain):
             elif isinstance(layer, nn.Linear):
                 zero = packed.get_submodule(name)(torch.zeros(1, layer.in_features))
                 layer.weight.copy_((packed.get_submodule(name)(torch.eye(layer.in_features)) - zero).T)
-    return plain
 
 
 def compared(model, part, weighed, run):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import hosts
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
@@ -12,7 +13,7 @@ from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)
 LOCKED = {"locks": {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.2, "ink": 0.4}}}
@@ -60,6 +61,19 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
     exec(compile(as_code(recipe), "script", "exec"), {})
     with Image.open("picture.png") as image:
         assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe, **pictures), int)).max() <= 1
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_script_has_the_second_prompts(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    pipe.save_pretrained("base")
+    studio = Studio(pipe, Catalog({"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, {}), "base")
+    second = {"prompt_2": "a (fox:1.2) BREAK a hat", "negative_2": "ink", "weights": weights}
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt="a hen <lora:fox:1:word=fox>", **second))
+    exec(compile(as_code(recipe), "script", "exec"), {})
+    with Image.open("picture.png") as image:
+        assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe), int)).max() <= 1
 
 
 @pytest.fixture(scope="module")

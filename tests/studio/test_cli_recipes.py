@@ -8,7 +8,7 @@ from PIL import Image
 
 from mole_diffusers.cli import main
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
 from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 from mole_diffusers.testing import tiny_pipeline
 
@@ -30,6 +30,31 @@ def test_a_picture_re_creates_itself(tmp_path, capsys):
     infotext.read(again).save(tmp_path / "r.json")
     assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "d.png")]) == 0
     assert np.array_equal(pixels(first), pixels(tmp_path / "d.png"))
+
+
+def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
+    """A command, the app's page and its API, in the world whose canvas grows with the prompt."""
+    pytest.importorskip("gradio")
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.app.build import build
+    from mole_diffusers.cli.common import first_recipe, open_studio
+    from mole_diffusers.cli.options import Opening, Studio
+
+    prompt = "noto drawing of a sunflower and a (doughnut:1.1) <lora:sunflower:1>"
+    about = {"format": FORMAT, "version": VERSION, "prompt": prompt, "steps": 1}
+    (tmp_path / "r.json").write_text(json.dumps(about))
+    assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "a.png")]) == 0
+    assert pixels(tmp_path / "a.png").shape == (64, 128, 3)
+    options = {kind: {name: getattr(kind, name) for name in kind.__annotations__} for kind in (Studio, Opening)}
+    studio = open_studio(options[Studio], options[Opening])
+    blocks = build(Actions(studio, home=tmp_path / "gates"), first_recipe(studio))
+    functions = {event.fn.__name__: event for event in blocks.fns.values() if event.fn}
+    shown = functions["load"].fn(str(tmp_path / "r.json"))
+    at = [component.label for component in functions["load"].outputs].index("Width")
+    assert shown[at : at + 2] == [0, 0]
+    fields = shown[: len(functions["script"].inputs) - 1]  # beside the picture that is drawn over
+    assert "width=128, height=64" in functions["script"].fn(*fields, None)[0]
+    assert "width=128, height=64" in functions["code"].fn({"prompt": prompt})
 
 
 def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
@@ -82,10 +107,22 @@ def test_cells_change_along_both_axes():
     assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
 
 
+def test_strengths_that_change_nothing_are_refused():
+    seed = parse_axis("seed=1")
+    for axis, changes, said in (
+        ("strength=0.6,0.9", {}, "needs a picture that is drawn over"),
+        ("hires_strength=0.5,0.9", {"image": "0"}, "hires above 1"),
+        ("strength=2", {"image": "0"}, "strength must be a number in 0.0..1.0, got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cells(Recipe("a", **changes), seed, parse_axis(axis))
+    assert cells(Recipe("a", hires=2.0), parse_axis("hires_strength=0.5,0.9"), seed)[0][1].hires_strength == 0.9
+
+
 def test_a_grid_that_was_stopped_keeps_what_is_done():
     x, y = parse_axis("seed=1,2"), parse_axis("steps=1")
     red = Image.new("RGB", (64, 64), "red")
-    half = sheet([[red, None]], x, y)
-    assert half.size == sheet([[red, red]], x, y).size
+    half = sheet([[red, None]], x.labels, y.labels)
+    assert half.size == sheet([[red, red]], x.labels, y.labels).size
     colours = {colour for _, colour in half.getcolors(100000)}
     assert {(255, 0, 0), (221, 221, 221)} <= colours

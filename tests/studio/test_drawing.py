@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import warnings
 from contextlib import ExitStack, nullcontext
 
 import diffusers
@@ -218,6 +219,24 @@ def test_a_hires_pass_draws_over_the_picture_made_larger(studio):
     assert far(studio.draw(dataclasses.replace(recipe, hires=1.0)), small) == 0  # the next one is as before
 
 
+@pytest.mark.parametrize(
+    ("size", "wide", "drawn", "said"),
+    [
+        ((64, 32), {}, (64, 32), []),
+        ((43, 70), {}, (40, 72), ["43 x 70 is rounded to 40 x 72 pixels"]),
+        ((64, 32), {"width": 48}, (48, 32), ["the picture of 64 x 32 is drawn over at 48 x 32 pixels"]),
+        ((4096, 512), {}, (2048, 256), ["the picture of 4096 x 512 is drawn over at 2048 x 256 pixels"]),
+        ((6, 3000), {}, (16, 2048), ["the picture of 6 x 3000 is drawn over at 16 x 2048 pixels"]),
+    ],
+)
+def test_a_picture_is_drawn_over_at_its_own_size(studio, size, wide, drawn, said):
+    image = Image.new("RGB", size)
+    asked = with_pictures(Recipe("a fox", **wide), image)
+    recipe = studio.complete(asked)
+    assert (recipe.width, recipe.height) == drawn
+    assert studio.notes(asked, recipe, image) == said
+
+
 def test_a_recipe_wants_its_own_pictures(studio, photo):
     recipe = studio.complete(with_pictures(RECIPE, photo))
     with pytest.raises(ValueError, match="needs the picture that it was made with as its image"):
@@ -349,3 +368,33 @@ def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(loras, tmp_
     (tmp_path / "a.safetensors").write_text("<html>")
     catalog = Catalog({"a": tmp_path / "a.safetensors", "renamed": loras["fox"]}, {})
     assert catalog.local_name("fox", read_expert(loras["fox"]).sha256[:12]) == "renamed"
+
+
+@pytest.mark.parametrize("host", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)])
+def test_a_second_prompt_is_drawn_and_its_words_are_bound(host, tmp_path):
+    """Words that only the second encoder reads have places; the picture is that of the pipeline's own call."""
+    pipe, _ = hosts.HOSTS[host]()
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    studio = Studio(pipe, Catalog(files, {}), host)
+    tags = "<lora:fox:1:word=fox> <lora:hat:1:word=hat>"
+    asked = Recipe(f"a hen {tags}", prompt_2="a fox and a hat", steps=3, width=32, height=32, gates="sum")
+    recipe = studio.complete(asked)
+    assert studio.notes(asked, recipe) == []
+    with warnings.catch_warnings(record=True) as said:
+        drawn = studio.draw(recipe)
+        assert set(attached(pipe).layouts[0].regions) == {"fox", "hat"}
+        weighed = studio.draw(studio.complete(dataclasses.replace(asked, prompt_2="a fox and a (hat:1.2)")))
+        assert set(attached(pipe).layouts[0].regions) == {"fox", "hat"}
+    assert not [each for each in said if "silent" in str(each.message) or "not known" in str(each.message)]
+    assert far(weighed, drawn) > 0
+    other, _ = hosts.HOSTS[host]()
+    attach(other, files, binding={"fox": "fox", "hat": "hat"})
+    given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = other("a hen", prompt_2="a fox and a hat", width=32, height=32, **given).images[0]
+    assert far(drawn, wanted) == 0
+    with pytest.raises(ValueError, match="stand in the first prompt"):
+        studio.complete(dataclasses.replace(asked, prompt_2="a <lora:fox:1>"))
+    with pytest.raises(ValueError, match=r"does not close the \("):
+        studio.complete(dataclasses.replace(asked, negative_2="(blur"))

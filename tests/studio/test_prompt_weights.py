@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from mole_diffusers import attach, detach
-from mole_diffusers.studio.prompt_weights import call_arguments, chunks_of, parse_weights, plain_text, token_counts
+from mole_diffusers.studio.prompt_weights import (
+    call_arguments,
+    chunks_of,
+    parse_weights,
+    plain_text,
+    prompts_read,
+    token_counts,
+    unread,
+)
 
 
 def read(prompt):
@@ -140,6 +148,69 @@ def test_tokens_are_counted_for_each_encoder():
     clip, t5 = token_counts(pipe, "a red fox and an ink hat")
     assert (clip.used, clip.limit, clip.cut) == (14, 14, "k hat")
     assert (t5.limit, t5.cut) == (511, "")
+
+
+TWO = ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("host", TWO)
+def test_a_second_prompt_is_what_the_second_encoder_reads(host):
+    """As text, and through states with weights of nearly 1, for both prompts and against both."""
+    pipe, options = hosts.HOSTS[host]()
+    options.pop("max_sequence_length", None)
+    against = {} if host == "flux" else {"negative_prompt": "hat", "negative_prompt_2": "ink"}
+
+    def drawn(**texts):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(num_inference_steps=2, output_type="np", generator=generator, **options, **texts).images
+
+    plain = drawn(prompt="a hen", prompt_2="a fox", **against)
+    assert np.array_equal(drawn(**call_arguments(pipe, "a hen", "hat", prompt_2="a fox", negative_2="ink")), plain)
+    near = call_arguments(pipe, "a (hen:1.00001)", "(hat:1)", prompt_2="a fox", negative_2="ink")
+    assert "prompt_embeds" in near
+    assert np.abs(drawn(**near) - plain).max() < 1e-2
+    for other in ({"prompt_2": ""}, {"prompt_2": "a (fox:1.8)"}, {} if host == "flux" else {"negative_2": ""}):
+        changed = {"prompt_2": "a fox", "negative_2": "ink"} | other
+        assert other == {} or np.abs(drawn(**call_arguments(pipe, "a hen", "hat", **changed)) - plain).max() > 1e-4
+
+
+def test_texts_of_two_encoders_may_have_several_parts():
+    """Each part is what the pipeline makes of the two parts; where one text ends, its encoder reads nothing."""
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    made = call_arguments(pipe, "a fox BREAK a hat", "", prompt_2="ink", negative_2="hat BREAK fox BREAK tree")
+    width = pipe.text_encoder.config.hidden_size
+    assert made["prompt_embeds"].shape[1] == made["negative_prompt_embeds"].shape[1] == 3 * 16
+
+    def states(first, second):
+        return pipe.encode_prompt([first], [second], "cpu", 1, False)[0]
+
+    assert torch.equal(made["prompt_embeds"], torch.cat([states("a fox", "ink"), states("a hat", ""), states("", "")], 1))
+    wanted = torch.cat([states("", text)[..., width:] for text in ("hat", "fox", "tree")], 1)
+    assert torch.equal(made["negative_prompt_embeds"][..., width:], wanted)
+    assert made["negative_prompt_embeds"][..., :width].any()  # not the zeros of no negative prompt
+    first, second = token_counts(pipe, "a fox", "a red fox and an ink hat, far away")
+    assert (first.used, second.used > first.used, second.cut) == (4, True, "")
+
+
+def test_what_a_pipeline_does_not_read_is_said_and_left_out(pipe):
+    given = {"prompt_2": "a hat", "negative_2": "ink"}
+    assert call_arguments(pipe, "a fox", "blur", **given) == {"prompt": "a fox", "negative_prompt": "blur"}
+    assert unread(pipe, negative="blur", **given) == [
+        "StableDiffusionPipeline is drawn without a second prompt",
+        "StableDiffusionPipeline is drawn without a second negative prompt",
+    ]
+    flux, _ = hosts.HOSTS["flux"]()
+    assert call_arguments(flux, "a fox", "blur", **given) == {"prompt": "a fox", "prompt_2": "a hat"}
+    assert [note.partition("without ")[2] for note in unread(flux, negative="blur", **given)] == [
+        "the negative prompt",
+        "a second negative prompt",
+    ]
+    refiner, _ = hosts.HOSTS["sdxl-refiner"]()
+    assert prompts_read(refiner) == {"negative_prompt"}
+
+
+def test_plain_brackets_are_left_as_they_are(pipe):
+    assert call_arguments(pipe, "a (fox:2) [", "(", weights=False) == {"prompt": "a (fox:2) [", "negative_prompt": "("}
 
 
 @pytest.mark.parametrize("host", ["sd15", "sdxl"])

@@ -12,7 +12,7 @@ from mole_diffusers import attach, attached
 from mole_diffusers.binding.config import Bound, mask_text
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
-from mole_diffusers.studio.recipe import Recipe, load, with_strength
+from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
@@ -51,6 +51,20 @@ def test_what_was_drawn_before_does_not_change_a_picture(studio, recipe):
     studio.draw(studio.complete(Recipe("a hat", steps=1, width=32, height=32)))
     assert attached(studio.pipe) is None
     assert same(studio.draw(recipe), image)
+
+
+def test_a_recipe_without_a_size_has_that_of_its_prompt(studio, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"format": FORMAT, "version": VERSION, "prompt": "a fox", "height": 48}))
+    own = studio.pipe.unet.config.sample_size * studio.pipe.vae_scale_factor
+    assert own != 64
+    asked = infotext.read_any(tmp_path / "r.json")
+    recipe = studio.complete(asked)
+    assert (recipe.width, recipe.height, studio.notes(asked, recipe)) == (own, 48, [])
+    read = infotext.read_parameters("a fox\nSteps: 2, Sampler: Euler, Seed: 3")
+    assert studio.complete(read).width == own
+    for bad in (8, -1, 4097, False, 0.0):
+        with pytest.raises(ValueError, match="width must be a whole number in 16..4096, or 0"):
+            dataclasses.replace(recipe, width=bad)
 
 
 def test_arms(studio, recipe, draw):
