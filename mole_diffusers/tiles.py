@@ -56,7 +56,8 @@ def tiled(pipe: Any, prompt: str, *, until: float = UNTIL) -> Iterator[None]:
         prompt: what the pipeline is called with inside the block.
         until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
 
-    Raises ValueError for another kind of pipeline, a share outside of 0..1, or, when a picture is drawn, a ControlNet.
+    Raises ValueError for another kind of pipeline, a share outside of 0..1, or, when a picture is drawn, a ControlNet, a
+    prompt of several chunks, or regions that leave a thing no place.
     """
     mixture = attached(pipe)
     if mixture is None:
@@ -165,6 +166,8 @@ def _denoised(
         with mixture.bound(None), mixture.only(*names):
             return pipe.unet(**rest, **changed)[0]
 
+    if (long := text.shape[1]) != (short := found[0].text.shape[1]):
+        raise ValueError(f"tiles read prompts of {short} tokens, and this one has {long}: shorten it")
     masks = torch.stack([tile.mask for tile in found]).to(latents)  # [K, H, W]
     shares, outside = masks / masks.sum(0).clamp_min(1), (1 - masks.sum(0)).clamp_min(0)
     out = outside * predict(everywhere, latents, text) if outside.any() else torch.zeros_like(latents)

@@ -28,7 +28,7 @@ from mole_diffusers.app.page import (
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import TILES, Recipe
 from mole_diffusers.studio.render import with_pictures
 
 
@@ -194,10 +194,10 @@ def _settings(page: Page) -> Any:
                 elem_id="gates",
             )
             page.controls["binding"] = gr.Dropdown(
-                [("on", AUTO), ("off", "none")],
+                [("on", AUTO), (TILES, TILES), ("off", "none")],
                 value=d.binding,
                 label="Binding",
-                info="on: each LoRA on its words, in its place",
+                info="on: each LoRA on its words, in its place; tiles: drawn there by itself at first",
                 elem_id="binding",
             )
     page.lists.append((page.controls["gates"], lambda: {"choices": page.gates()}))

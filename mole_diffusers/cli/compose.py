@@ -45,6 +45,9 @@ def compose(
         ),
     ] = NONE,
     unbound: Annotated[bool, Option("--unbound", help="Let every LoRA act on every word and in the whole picture.")] = False,
+    tiles: Annotated[
+        bool, Option("--tiles", help="One more column: each subject drawn by itself in its place at first.")
+    ] = False,
     base: options.Base = WORLD,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -68,6 +71,7 @@ def compose(
     from mole_diffusers.binding.config import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
+    from mole_diffusers.tiles import tiled
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
@@ -80,6 +84,9 @@ def compose(
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, how, seeds, call)
+    if tiles:
+        with tiled(pipe, prompt):
+            pictures["tiles"] = drawn(pipe, prompt, how, seeds, call)
     if base == WORLD and (drawing := _true_drawing(prompt)):
         pictures["true drawing"] = [drawing] * len(seeds)
     about = {"prompt": prompt, **other_prompts(how), "experts": list(mixture.experts), "gates": mixture.config.to_dict()}

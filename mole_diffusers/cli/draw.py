@@ -31,6 +31,14 @@ def draw(
     ],
     gates: options.NamedGates = "auto",
     seed: options.Seed = 0,
+    binding: Annotated[
+        str,
+        Option(
+            metavar="HOW",
+            help="auto: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own at "
+            "first, for several subjects; none: all everywhere.",
+        ),
+    ] = "auto",
     out: PngOption = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -48,7 +56,7 @@ def draw(
     path = target(out, "picture.png", overwrite=overwrite)
     pictures = open_pictures(given)
     studio = open_studio(files, opening)
-    recipe = first_recipe(studio, prompt=prompt, gates=gates, seed=seed, **how, **over)
+    recipe = first_recipe(studio, prompt=prompt, gates=gates, seed=seed, binding=binding, **how, **over)
     draw_recipe(studio, with_pictures(recipe, **pictures), path, pictures, as_json=as_json)
 
 

@@ -70,7 +70,8 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
         lines.append(f'mole.attach({pipe}, {{"merged": merged}}, gates="sum", binding=None)')
     elif recipe.experts and kind != "base":
         lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
-        lines.append("with mixture.planned(schedule):")
+        tiles = f", mole.tiled({pipe}, {recipe.plain_text!r})" if recipe.in_tiles and pipe == "pipe" else ""
+        lines.append(f"with mixture.planned(schedule){tiles}:")
         callback, indent = "callback_on_step_end=schedule.on_step()", "    "
     lines.insert(0, "from mole_diffusers.studio.prompt_weights import call_arguments")
     texts = [pipe, repr(recipe.text), repr(recipe.negative)]

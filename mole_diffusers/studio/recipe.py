@@ -15,6 +15,7 @@ from mole_diffusers.lora.safe_files import parse_json, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio.names import matching
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
+from mole_diffusers.studio.prompt_weights import plain_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 3
 RANGES = {
@@ -29,7 +30,8 @@ RANGES = {
 }
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 WHOLE, OPEN = ("seed", "steps", "width", "height"), ("width", "height")  # whole numbers; those that may be left open with 0
-BINDINGS = (AUTO, "none")
+TILES = "tiles"
+BINDINGS = (AUTO, TILES, "none")
 MAX_MASKS = 128 << 10  # characters of all masks of a recipe
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
@@ -55,7 +57,8 @@ class Recipe:
         experts: LoRA -> sha256 of its tensors, by which a file is found again under any name.
         gates_sha256: of the trained gates, "" for a family.
         base: the base pipeline's name.
-        binding: "auto", each LoRA on its own words and in its own place, or "none".
+        binding: "auto", each LoRA on its own words and in its own place; "tiles", and drawn there as a picture of its own at
+            first, see `tiles.tiled`; or "none".
         masks: LoRA whose tag says region=painted -> its mask picture as `binding.config.mask_text` writes it.
         weights: whether brackets in the prompt are weights, see `prompt_weights`; else they are plain text, and a long
             prompt is cut.
@@ -133,6 +136,16 @@ class Recipe:
     def text(self) -> str:
         """The prompt without its tags."""
         return parse(self.prompt, self.experts).text
+
+    @property
+    def plain_text(self) -> str:
+        """The prompt without its tags, and without brackets where they are weights."""
+        return plain_text(self.text) if self.weights else self.text
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether its subjects are drawn in tiles at first."""
+        return self.binding == TILES and self.arm == "gates" and bool(self.experts)
 
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""

@@ -31,6 +31,7 @@ from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.base_models import Base
+from mole_diffusers.tiles import tiled
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
@@ -255,6 +256,8 @@ class Studio:
                 if (weights := _fixed_weights(recipe.arm, mixture)) is not None:
                     stack.enter_context(mixture.fixed(weights))
                 stack.enter_context(mixture.planned(schedule))
+                if recipe.in_tiles and not over:
+                    stack.enter_context(tiled(pipe, recipe.plain_text))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
             texts = call_arguments(

@@ -43,6 +43,7 @@ def folder(loras, tmp_path_factory):
         {"weights": False},
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
         {"image": "image.png", "strength": 0.5},
+        {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
         {"hires": 1.5, "hires_strength": 0.5},
         {"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"},
@@ -85,7 +86,7 @@ def world():
     return Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji")
 
 
-@pytest.mark.parametrize("changes", [{}, {"arm": "merge ties"}, {"strength": 1.0}])
+@pytest.mark.parametrize("changes", [{}, {"arm": "merge ties"}, {"binding": "tiles"}, {"strength": 1.0}])
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):
     """Its gates are trained, its LoRAs know their words, and its UNet has eight channels, which diffusers refuses."""
     monkeypatch.chdir(tmp_path)

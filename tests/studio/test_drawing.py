@@ -22,6 +22,7 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
+from mole_diffusers.tiles import tiled
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
 
@@ -181,6 +182,25 @@ def test_binding_acts_where_a_picture_is_drawn_over(studio, photo):
     assert layout is not None
     swapped = dataclasses.replace(recipe, prompt=prompt.replace("left", "top"))
     assert far(studio.draw(swapped, image=photo), bound) > 0
+
+
+def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo):
+    """With gates alone, and not over a picture; what is brought to a larger size is drawn over as one."""
+    prompt = "a fox, a (hat:1.0) <lora:fox:0.8:word=fox> <lora:ink:1:word=hat>"
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt=prompt, binding="tiles"))
+    pipe = tiny_pipeline()
+    attach(pipe, {"fox": (loras["fox"], 0.8), "ink": loras["ink"]}, binding={"fox": "fox", "ink": "hat"})
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "width": 32, "height": 32}
+    with tiled(pipe, "a fox, a hat"):
+        (wanted,) = pipe("a fox, a hat", generator=torch.Generator().manual_seed(7), **call).images
+    assert far(studio.draw(recipe), wanted) <= 1
+    bound = dataclasses.replace(recipe, binding="auto")
+    assert far(studio.draw(bound), wanted) > 1
+    for changes, pictures in (({"arm": "sum"}, {}), ({}, {"image": photo})):
+        each = [
+            studio.draw(with_pictures(dataclasses.replace(r, **changes), **pictures), **pictures) for r in (recipe, bound)
+        ]
+        assert far(*each) == 0
 
 
 def test_binding_knows_which_text_is_the_negative_one_where_a_picture_is_drawn_over(studio, photo):

@@ -1,7 +1,7 @@
 """How well LoRAs are composed without training: the sum, binding part by part, what others do, and one LoRA trained on all.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
-    python demos/experiments/emoji/compose.py --figure docs/bind.png
+    python demos/experiments/emoji/compose.py --figure tiles
 
 Rows are appended below work/compose/, so a cut-off run goes on. The joint LoRA is drawn where `check_world.py --rows joint`
 has made one.
@@ -23,12 +23,14 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.emoji import TEST, VALIDATION, scene_in
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.plots import bars
 from mole_diffusers.evaluation.regional_composers import Part
 from mole_diffusers.evaluation.rows import Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
+from mole_diffusers.tiles import tiled
 
 SPLITS = {"test": TEST, "validation": VALIDATION}
 SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
@@ -74,21 +76,42 @@ ARMS = {
 OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "tiles", "joint LoRA")
 
 
-def figure(world: EmojiWorld, path: Path) -> None:
-    """Three pairs of the test at its first seed: plain sum, bound, the regions over the bound picture, true drawing."""
-    cells, labels = [], []
-    for concepts in TEST["two subjects"][:6:2]:  # drawn on wide canvases
-        index = TEST["two subjects"].index(concepts)
-        scene = emoji_protocol.scene_of(concepts, index)
-        call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": scene.size[0], "height": scene.size[1]}
-        mixture = attach(world.pipe, {name: world.loras[name] for name in concepts})
-        with mixture.bound(None):
-            (plain,) = sample(world.pipe, scene.caption, [SEEDS["test"]], **call)
-        (bound,) = sample(world.pipe, scene.caption, [SEEDS["test"]], **call)
-        cells.append([plain, bound, overlay(bound, mixture.layouts[0], side=256), world.drawings.picture(scene)])
-        labels.append(" + ".join(concepts))
-        detach(world.pipe)
-    page = image_grid(cells, ["plain sum", "bound", "regions", "true drawing"], labels)
+def side_by_side(world: EmojiWorld, kind: str, index: int) -> tuple[dict[str, Image.Image], str]:
+    """A composition of the test at its first seed, in several ways and as it is drawn; and its name."""
+    concepts = TEST[kind][index]
+    scene = emoji_protocol.scene_of(concepts, index)
+    call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": scene.size[0], "height": scene.size[1]}
+    mixture, seeds = attach(world.pipe, {name: world.loras[name] for name in concepts}), [SEEDS["test"]]
+    with mixture.bound(None):
+        (plain,) = sample(world.pipe, scene.caption, seeds, **call)
+    (bound,) = sample(world.pipe, scene.caption, seeds, **call)
+    regions = overlay(bound, mixture.layouts[0], side=256)
+    with tiled(world.pipe, scene.caption):
+        (tiles,) = sample(world.pipe, scene.caption, seeds, **call)
+    detach(world.pipe)
+    true = world.drawings.picture(scene)
+    pictures = {"plain sum": plain, "bound": bound, "regions": regions, "tiles": tiles, "true drawing": true}
+    return pictures, " + ".join(concepts)
+
+
+FIGURES = {  # what is in each: compositions by kind and index, and columns
+    "bind": (
+        (("two subjects", 0), ("two subjects", 2), ("two subjects", 4)),  # drawn on wide canvases
+        ("plain sum", "bound", "regions", "true drawing"),
+    ),
+    "tiles": (
+        (("three subjects", 0), ("three subjects", 2), ("two subjects + style", 0)),
+        ("plain sum", "bound", "tiles", "true drawing"),
+    ),
+}
+
+
+def figure(world: EmojiWorld, name: str, path: Path) -> None:
+    """One of FIGURES."""
+    found, columns = FIGURES[name]
+    rows = [side_by_side(world, *each) for each in found]
+    cells = [[pictures[column] for column in columns] for pictures, _ in rows]
+    page = image_grid(cells, columns, [label for _, label in rows])
     page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # which keeps it small
 
 
@@ -99,11 +122,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure of docs/bind.md instead")
+    parser.add_argument("--figure", choices=FIGURES, help="draw docs/bind.png or docs/tiles.png instead")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     if args.figure:
-        figure(world, args.figure)
+        figure(world, args.figure, Path(__file__).parents[3] / "docs" / f"{args.figure}.png")
         return
     found = emoji_protocol.cases({kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
@@ -120,6 +144,8 @@ def main() -> None:
         )
     table = as_frame(rows)
     print(success_table(table))
+    if args.chart:
+        bars(table, args.chart)
     if "sum" in args.arms and len(args.arms) > 1:
         print(paired_table(table, "sum"))
 
