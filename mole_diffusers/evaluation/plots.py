@@ -49,7 +49,7 @@ def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *
         axes.set_ylim(*limits)
         axes.set_ylabel(value)
     panels[-1].set_xticks(range(len(arms)), arms, **TURNED)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return save_figure(figure, path)
 
 

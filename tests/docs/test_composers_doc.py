@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import mole_diffusers as mole
 from mole_diffusers.evaluation import arms
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.merging.merge import METHODS, by_activations
@@ -25,9 +26,17 @@ def test_every_family_and_every_merge_has_its_row():
     assert rows("Merges")[-4:] == [method for method in METHODS if by_activations(method)]
 
 
-@pytest.mark.parametrize("name", sorted(set(arms.PLAIN) - {"base", "sum", "mean", "bound", "words only"}))
+@pytest.mark.parametrize("name", sorted(set(arms.PLAIN) - {"base", "sum", "mean", "bound", "words only", "tiles"}))
 def test_every_rival_while_sampling_is_there(name):
     assert f"**{name}**" in SECTIONS["While sampling"].lower()
+
+
+def test_a_picture_is_drawn_in_tiles_as_shown():
+    (block,) = re.findall(r"```python\n(.*?)```", SECTIONS["Tiles"], re.DOTALL)
+    shown = {}
+    exec(compile(block, "composers.md", "exec"), shown)
+    assert shown["image"].size == (128, 128)
+    mole.detach(shown["world"].pipe)
 
 
 def test_the_librarys_modes_are_there():
