@@ -41,6 +41,7 @@ from mole_diffusers.patching.undo import Undo
 Source = str | Path | Expert
 Gates = str | Path | GateConfig
 MOST = 1e6  # a strength; far more than any picture survives, and few enough that products stay numbers
+FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 _lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that a block has lifted from it
 
@@ -331,10 +332,7 @@ class Mixture:
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
         averages = Averages()
         if self.is_bound:
-            warnings.warn(
-                "folded experts act on every word and in the whole picture: weights cannot hold words or places",
-                stacklevel=4,
-            )
+            warnings.warn(FOLDED, stacklevel=4)
         with self.listen(averages), nullcontext() if prompt is not None else self.bound(None):
             evaluate_gates(self._pipe, self._components, prompt, **call)
         return one_lora(self._components, averages.weights)
@@ -432,6 +430,12 @@ class Mixture:
     def layouts(self) -> list[Layout]:
         """Where each expert acts in the pictures that were drawn last, or are being drawn: one for each picture."""
         return [] if self._runtime.binding is None else self._runtime.binding.layouts
+
+    @property
+    def binding_warnings(self) -> list[str]:
+        """What binding had to warn of in the last call of the pipeline: experts whose words the prompt has not, places that
+        are undecided or that nobody got. As warnings of Python each is given once."""
+        return [] if self._runtime.binding is None else list(self._runtime.binding.said)
 
     def _bound(self, binding: Mapping[str, Any] | None) -> dict[str, Bound] | None:
         if binding is None:

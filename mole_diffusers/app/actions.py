@@ -23,7 +23,7 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
-from mole_diffusers.mixture import Mixture
+from mole_diffusers.mixture import FOLDED, Mixture
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
@@ -258,8 +258,10 @@ class Actions:
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = None) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, bound, with trained gates where there are any,
         and with any of `render.MERGES`; the gallery gets a sheet of them. `over` as in `compose`."""
+        if not recipe.tags:
+            raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
         recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
-        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges if recipe.tags)]
+        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
         whole = dataclasses.replace(self._completed(recipe), arm="gates")
         wanted.append(("bound", dataclasses.replace(whole, gates="sum", gates_sha256="", locks={}, binding=AUTO)))
@@ -307,8 +309,9 @@ class Actions:
 
             try:
                 for label, recipe in recipes:
-                    layouts: list[Layout] = []
-                    image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts, recipe))
+                    layouts, said = list[Layout](), list[str]()
+                    image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts, said, recipe))
+                    state.warnings = list(dict.fromkeys([*state.warnings, *said]))
                     path = (gallery or self.own).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
                     report(dataclasses.replace(state))
@@ -350,6 +353,7 @@ class Actions:
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         traced: dict[str, Any] = {}
+        said: list[str] = []
         state = Progress(0, self.studio.total_steps(recipe), 1)
 
         @contextmanager
@@ -359,6 +363,7 @@ class Actions:
                 traced["trace"] = stack.enter_context(mixture.trace())
                 traced["contributions"] = stack.enter_context(contributions(mixture, denoiser(self.studio.pipe), size))
                 yield
+                said.extend(mixture.binding_warnings)
 
         def work(report: Report) -> GateReport:
             def on_step(*_: Any) -> None:
@@ -366,7 +371,8 @@ class Actions:
                 report(dataclasses.replace(state))
 
             image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=tracing)
-            return gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
+            report_of = gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
+            return dataclasses.replace(report_of, warning="; ".join(filter(None, [report_of.warning, *said])))
 
         return work
 
@@ -378,8 +384,9 @@ class Actions:
         sheet = self._sheet(self._completed(recipe), {"x": x, "y": y}, across.labels, down.labels)
         return self.draw_all(wanted, over=over, sheet=sheet)
 
-    def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float]:
-        """Write one ordinary LoRA with the gates' average weights for this prompt; its file, and the error of the cut.
+    def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float, str]:
+        """Write one ordinary LoRA with the gates' average weights for this prompt; its file, the error of the cut, and what
+        else is lost in a sentence, "" for nothing.
 
         Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
         """
@@ -397,7 +404,8 @@ class Actions:
                 call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
                     call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
-                return path, mixture.export_lora(path, words, rank=rank, **call)
+                lost = FOLDED if mixture.is_bound else ""
+                return path, mixture.export_lora(path, words, rank=rank, **call), lost
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe.tag_bindings()  # raises where a painted region has no mask
@@ -418,8 +426,9 @@ class Actions:
             )
 
 
-def _noting(layouts: list[Layout], recipe: Recipe) -> Callable[[Mixture], AbstractContextManager]:
-    """For `Studio.draw`: add the layout of the picture to a list, if its LoRAs have places."""
+def _noting(layouts: list[Layout], said: list[str], recipe: Recipe) -> Callable[[Mixture], AbstractContextManager]:
+    """For `Studio.draw`: add the layout of the picture to a list, if its LoRAs have places, and what binding warns of to
+    another one."""
 
     @contextmanager
     def noting(mixture: Mixture) -> Iterator[None]:
@@ -427,6 +436,7 @@ def _noting(layouts: list[Layout], recipe: Recipe) -> Callable[[Mixture], Abstra
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8
         given = {name: region_mask(b.region, *side) for name, b in bound if b.region not in (AUTO, EVERYWHERE)}
+        said.extend(mixture.binding_warnings)
         layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
 
     return noting

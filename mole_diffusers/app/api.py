@@ -356,7 +356,7 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             recipe: RECIPE
             rank: None keeps everything: the ranks add up.
         """
-        path, error = actions.export(_recipe(page, recipe), None if rank is None else _whole(rank, "the rank"))
+        path, error, _ = actions.export(_recipe(page, recipe), None if rank is None else _whole(rank, "the rank"))
         return _file(path), error
 
     yield from (read, code, export)

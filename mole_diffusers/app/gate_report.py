@@ -31,7 +31,7 @@ class GateReport:
         labels: block's short name, of a transformer its module's name -> gate site.
         weights: block's short name -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps: the values that can be set by hand.
-        warning: see `Studio.warning`.
+        warning: see `Studio.warning`; and what binding warns of.
     """
 
     picture: Path

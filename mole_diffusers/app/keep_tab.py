@@ -83,8 +83,9 @@ def _saving(page: Page) -> None:
     @told(2)
     def exported(*values: Any) -> tuple[str, str]:
         *given, rank = values
-        path, error = page.actions.export(page.recipe(*given), int(rank) if rank else None)
-        return str(path), f"written with the gates' average weights; error of the cut {error:.3f}"
+        path, error, lost = page.actions.export(page.recipe(*given), int(rank) if rank else None)
+        words = f"written with the gates' average weights; error of the cut {error:.3f}"
+        return str(path), f"{words}; {lost}" if lost else words
 
     save.click(recipe_file, [*page.inputs, page.over], [file, status], **PRIVATE)
     code.click(script, [*page.inputs, page.over], [text, status], **PRIVATE)

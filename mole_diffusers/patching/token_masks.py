@@ -84,6 +84,7 @@ class TokenMasks:
         self._called = False  # whether a call of the pipeline runs
         self._level = 1.0  # of noise, at the last step outside of calls
         self._warned: set[str] = set()
+        self.said: list[str] = []  # what was to be warned of since the call of the pipeline began
 
     # ---- what layers ask
 
@@ -270,7 +271,7 @@ class TokenMasks:
 
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read, and its layout is planned, anew."""
-        self._called, self._texts, self._now = True, [], None
+        self._called, self._texts, self._now, self.said = True, [], None, []
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
@@ -371,6 +372,8 @@ class TokenMasks:
 
     def _warn(self, message: str) -> None:
         """Once for each message."""
+        if message not in self.said:
+            self.said.append(message)
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)

@@ -39,7 +39,8 @@ def parse_axis(text: str) -> Axis:
     try:
         parsed = [KINDS[kind](word) for word in values]
     except ValueError:
-        raise ValueError(f"the axis {text!r}: {kind} takes {KINDS[kind].__name__} values") from None
+        takes = "whole numbers" if KINDS[kind] is int else "numbers"
+        raise ValueError(f"the axis {text!r}: {kind} takes {takes}, separated by commas") from None
     label = f"{about or kind} "
     return Axis(
         tuple(word if kind in ("arm", "gates", "sampler") else label + word for word in values),

@@ -197,6 +197,33 @@ def test_what_was_changed_is_said_and_a_random_seed_is_shared(actions):
     assert len({picture.recipe.seed for picture in actions.compare(odd)(ignore).pictures}) == 1
 
 
+def test_what_binding_warns_of_is_said_of_every_job(actions):
+    """Python gives each of these warnings once, on the terminal."""
+    silent = dataclasses.replace(RECIPE, prompt="a hen <lora:fox:1:word=fox>")
+    unplaced = dataclasses.replace(RECIPE, prompt="a fox and a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>", steps=1)
+    for recipe, wanted in (
+        (silent, "expert 'fox' is silent: the prompt has none"),
+        (unplaced, "got no places of their own"),
+    ):
+        for _ in range(2):
+            said = str(actions.compose(recipe, 2)(ignore))
+            assert said.startswith("done; ")
+            assert said.count(wanted) == 1
+        (seen,) = [each for each in str(actions.look(recipe)(ignore)).split("; ") if wanted in each]
+        assert seen in said
+    assert str(actions.compose(RECIPE, 1)(ignore)) == "done"  # nothing of the jobs before
+    with pytest.raises(ValueError, match=r"nothing to compare: the prompt has no <lora:...> tag"):
+        actions.compare(dataclasses.replace(RECIPE, prompt="a fox"))
+
+
+def test_what_one_lora_cannot_hold_is_said(actions):
+    bound = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:region=left>", steps=1)
+    with pytest.warns(UserWarning, match="every word and in the whole picture") as warned:
+        *_, lost = actions.export(bound)
+    assert [str(each.message) for each in warned if "folded" in str(each.message)] == [lost]
+    assert actions.export(dataclasses.replace(bound, binding="none"))[2] == ""
+
+
 def test_painted_masks_keep_soft_edges():
     soft = paint.painted_mask(editor((0, 0, 32, 32), alpha=paint.OPACITY // 2), 0.0)
     assert 120 < np.asarray(soft)[:, :60].mean() < 135

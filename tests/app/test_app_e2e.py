@@ -81,7 +81,7 @@ def composed(page, folder, name):
 
     before = shown()[:1]
     page.click("#compose")
-    page.until(lambda: page.text("#status") == "done" and shown()[:1] not in ([], before), WAIT)
+    page.until(lambda: page.text("#status").startswith("done") and shown()[:1] not in ([], before), WAIT)
     urlretrieve(shown()[0], folder / name)
     return folder / name
 

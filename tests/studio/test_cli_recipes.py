@@ -84,7 +84,7 @@ def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
     ("argv", "message"),
     [
         (["grid", TAGS, "--x", "size=1"], "the axis 'size=1' is not KIND=VALUE,VALUE,...; kinds: seed, steps"),
-        (["grid", TAGS, "--x", "seed=a"], "seed takes int values"),
+        (["grid", TAGS, "--x", "seed=a"], "seed takes whole numbers, separated by commas"),
         (["redraw", "missing.png"], "missing.png"),
         (["grid", "x", "--base", "somewhere"], "give --loras FOLDER"),
         (["draw", "x <lora:owl:1>"], "there is no LoRA 'owl'"),
