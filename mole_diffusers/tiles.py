@@ -14,7 +14,7 @@ from mole_diffusers.binding.layout import partition, planned
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
 from mole_diffusers.binding.words import Reading, prompts_apart
 from mole_diffusers.mixture import Mixture, attached
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, groups_of
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, denoiser, groups_of
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
@@ -70,11 +70,11 @@ def tiled(pipe: Any, prompt: str, *, until: float = UNTIL) -> Iterator[None]:
     if len(plan.texts) < 2 or not until:
         yield
         return
-    reader, drawn = DenoiserInputs(pipe.unet), {}
+    reader, drawn = DenoiserInputs(denoiser(pipe)), {}
 
     def denoise(*args: Any, **kwargs: Any) -> Any:
-        time = reader.time(args, kwargs)[0].item() * reader.pure_noise
-        if (pipe.scheduler.timesteps > time).float().mean() >= until:
+        noisier = pipe.scheduler.timesteps.float().cpu() / reader.pure_noise > reader.time(args, kwargs)[0].cpu() + 1e-5
+        if noisier.float().mean() >= until:  # so many of the steps are behind
             return pipe.unet(*args, **kwargs)
         if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
             raise ValueError("a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them")
