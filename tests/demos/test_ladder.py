@@ -163,7 +163,8 @@ def test_a_lesson_is_of_each_concept_alone_and_beside_others(ladder):
 
 def test_the_figure_has_every_row_at_its_rung_and_the_bound_ones_at_their_updates(ladder):
     names = ("sum", "bound", "mixer @ 60", "mixer @ 60, one LoRA", "A @ 200", "joint LoRA")
-    found = [(r["arm"], r["panel"], r["at"], r["line"]) for r in ladder.placed([{"arm": n, "kind": "k"} for n in names])]
+    rows = ladder.placed([{"arm": name, "kind": "k"} for name in names])
+    found = [(row["arm"], row["panel"], row["setting"], row["line"]) for row in rows]
     free, long = "k: what is free", "k: how long"
     assert found == [
         ("sum", free, "sum", "for comparison"),
