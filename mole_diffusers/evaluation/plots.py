@@ -124,9 +124,14 @@ def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFr
     return figure, [(axes, own) for axes, (_, own) in zip(panels, groups, strict=True)]
 
 
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    """Name -> its colour in every panel, in order of first appearance."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+def _colours(names: Iterable[str]) -> dict[str, Any]:
+    """Name -> its colour in every panel, in order of first appearance; of more than twenty, some share one."""
+    import matplotlib
+
+    found = list(dict.fromkeys(names))
+    many = matplotlib.colormaps["tab20"]
+    palette = COLOURS if len(found) <= len(COLOURS) else [many(i) for i in range(many.N)]
+    return {name: palette[i % len(palette)] for i, name in enumerate(found)}
 
 
 def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> Image.Image:

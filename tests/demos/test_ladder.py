@@ -135,6 +135,19 @@ def test_what_was_trained_is_what_is_drawn_bound_or_as_one_lora(ladder, pipe, ex
     assert arms[0].settings(setup, case)["trained"]
 
 
+def test_trained_gates_are_drawn_as_attached_from_their_folder(ladder, pipe, experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "WORK", tmp_path)
+    setup, case = Setup(pipe, experts, {}), Case(NAMES, "pair", "a fox and a hat")
+    folder = ladder.kept("flow", 2)(case)
+    ladder.train(pipe, experts, ladder.RUNGS["flow"], DATA, folder, config=CONFIG)
+    with ladder.bound("flow", 2).draws(setup, case):
+        drawn = answer(pipe)
+    mole.attach(pipe, experts, folder)
+    assert torch.equal(answer(pipe), drawn)
+    mole.attach(pipe, experts)
+    assert not torch.equal(answer(pipe), drawn)
+
+
 def test_a_lesson_is_of_each_concept_alone_and_beside_others(ladder):
     for case, _ in emoji_protocol.cases(emoji.VALIDATION):
         data = ladder.lesson(case)
@@ -150,7 +163,8 @@ def test_a_lesson_is_of_each_concept_alone_and_beside_others(ladder):
 
 def test_the_figure_has_every_row_at_its_rung_and_the_bound_ones_at_their_updates(ladder):
     names = ("sum", "bound", "mixer @ 60", "mixer @ 60, one LoRA", "A @ 200", "joint LoRA")
-    found = [(r["arm"], r["panel"], r["at"], r["line"]) for r in ladder.placed([{"arm": n, "kind": "k"} for n in names])]
+    rows = ladder.placed([{"arm": name, "kind": "k"} for name in names])
+    found = [(row["arm"], row["panel"], row["setting"], row["line"]) for row in rows]
     free, long = "k: what is free", "k: how long"
     assert found == [
         ("sum", free, "sum", "for comparison"),
@@ -170,17 +184,17 @@ def test_a_run_trains_draws_and_goes_on(ladder, script, tmp_path, monkeypatch, c
     monkeypatch.setattr(ladder, "STEPS", 1)
     monkeypatch.setattr(ladder, "CAPTIONS", 1)
     monkeypatch.setattr(ladder, "TRAINING", GateTraining({"single": short, "base": short}))
-    options = ["--kinds", "two subjects", "--per-kind", "1", "--seeds", "1", "--rungs", "flow", "mixer", "--updates", "1"]
+    options = ["--kinds", "subject x style", "--per-kind", "1", "--seeds", "1", "--rungs", "mixer", "--updates", "1"]
     monkeypatch.setattr(sys, "argv", ["ladder.py", *options])
     ladder.main()
     table = capsys.readouterr().out.partition("| arm")[2]
     assert [line.split(" | ")[0] for line in table.splitlines()[2:6]] == [
-        "| sum", "| bound", "| flow @ 1", "| mixer @ 1"
+        "| sum", "| bound", "| mixer @ 1", "| mixer @ 1, one LoRA"
     ]  # fmt: skip
     took = json.loads((tmp_path / "took.json").read_text())
-    assert {name.split()[1] for name in took} == {"flow", "mixer"}
+    assert [name.split()[1] for name in took] == ["mixer"]
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
-    assert len(files) == 4  # gates twice, one LoRA, rows
+    assert len(files) == 3  # the mixers, one LoRA, rows
     monkeypatch.setattr(sys, "argv", ["ladder.py", *options, "--figure", str(tmp_path / "ladder.png")])
     ladder.main()
     assert capsys.readouterr().out.partition("| arm")[2] == table

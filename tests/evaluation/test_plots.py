@@ -123,7 +123,7 @@ def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
 
 
 def test_an_arm_has_one_colour_in_all_panels(tmp_path):
-    rows = [row(arm, "a+b", 0) for arm in ("sum", "gates", "mean @ 0.3", "mean @ 0.7")]
+    rows = [row(arm, "a+b", 0) for arm in ("sum", "gates", "mean @ 0.3", "mean @ 0.7", *"bcdefghijk")]
     rows += [row(arm, "a+c", 0, kind="other") for arm in ("gates", "mean @ 0.3", "mean @ 0.7")]
     frame = emoji_protocol.frame(rows)
     for draw in (partial(plots.frontier, values=emoji_protocol.REPORT.roles), plots.against_count):

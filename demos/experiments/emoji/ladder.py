@@ -233,10 +233,10 @@ def placed(rows: Sequence[Row]) -> Iterator[Row]:
         rung, _, rest = row["arm"].partition(" @ ")
         updates, _, alone = rest.partition(", ")
         line = rest.replace(updates, f"{updates} updates") if rest else "for comparison"
-        yield row | {"panel": f"{row['kind']}: what is free", "at": rung, "line": line}
+        yield row | {"panel": f"{row['kind']}: what is free", "setting": rung, "line": line}
         if not alone:
             for name in [rung] if rest else trained if rung == "bound" else ():
-                yield row | {"panel": f"{row['kind']}: how long", "at": int(updates or 0), "line": name}
+                yield row | {"panel": f"{row['kind']}: how long", "setting": int(updates or 0), "line": name}
 
 
 def main() -> None:
@@ -266,7 +266,7 @@ def main() -> None:
     with small_attention(), mixed_precision():
         rows = evaluate(
             setup,
-            [ARMS["sum"](), ARMS["bound"](), *trained, *alone, ARMS["joint LoRA"]()],
+            [*(ARMS[name]() for name in ("sum", "bound", "joint LoRA")), *trained, *alone],
             [case for case, _ in found],
             metrics,
             seeds=range(SEEDS["validation"], SEEDS["validation"] + args.seeds),
@@ -276,7 +276,7 @@ def main() -> None:
     print(success_table(table))
     print(paired_table(table, "bound"))
     if args.figure:
-        curves(as_frame(placed(rows)), args.figure, at="at", line="line", panel="panel")
+        curves(as_frame(placed(rows)), args.figure, at="setting", line="line", panel="panel")
 
 
 if __name__ == "__main__":
