@@ -106,6 +106,8 @@ class Page:
         recipe = self.actions.studio.complete(asked)
         cards = cards_of(recipe.prompt, [], self.actions.studio.catalog.loras)
         notes = self.actions.studio.notes(asked, recipe)
+        if recipe.prompt_2 or recipe.negative_2:
+            notes.append("it has another prompt for the second text encoder")
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')

@@ -18,7 +18,7 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.picture_passes import pixels_hash
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 pytest.importorskip("gradio")
 sys.path.insert(0, str(Path(__file__).parents[2] / "demos" / "app"))
@@ -287,6 +287,29 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     page.until(lambda: "region=painted" in value(page, "#prompt"), WAIT)
     assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(bound))
     assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_second_prompt_is_typed_and_survives_a_reload(tmp_path):
+    import hosts
+
+    from mole_diffusers.studio.render import Studio
+
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    studio = Studio(pipe, Catalog({"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, {}), "tiny")
+    with visiting(studio, RECIPE, tmp_path) as page:
+        page.click("#second button")
+        page.until(lambda: page.all("#prompt_2 textarea"), WAIT)
+        page.type("#prompt_2 textarea", "a hat")
+        first = composed(page, tmp_path, "first.png")
+        assert infotext.read(first).prompt_2 == "a hat"
+        page.open(page.url)
+        page.until(lambda: page.all("#second"), WAIT)
+        page.until(lambda: "Strength of fox" in page.text("body"), WAIT)
+        again = composed(page, tmp_path, "again.png")  # though its panel is closed
+        assert np.array_equal(pixels(again), pixels(first))
+        assert infotext.read(again).prompt_2 == "a hat"
+        assert not page.errors()
 
 
 @pytest.mark.thorough
