@@ -112,7 +112,7 @@ def test_there_is_nothing_to_learn_where_the_other_loras_are_silent(ladder, pipe
     assert not any(p.grad.any() for p in mixture.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["mixer", "A+B", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("factors", "A"))])
+@pytest.mark.parametrize("name", ["mixer", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("factors", "A", "A+B"))])
 def test_what_was_trained_is_what_is_drawn_bound_or_as_one_lora(ladder, pipe, experts, tmp_path, monkeypatch, name):
     monkeypatch.setattr(ladder, "WORK", tmp_path)
     setup, case, base = Setup(pipe, experts, {}), Case(NAMES, "pair", "a fox and a hat"), answer(pipe)
@@ -135,6 +135,7 @@ def test_what_was_trained_is_what_is_drawn_bound_or_as_one_lora(ladder, pipe, ex
     assert arms[0].settings(setup, case)["trained"]
 
 
+@pytest.mark.thorough
 def test_trained_gates_are_drawn_as_attached_from_their_folder(ladder, pipe, experts, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "WORK", tmp_path)
     setup, case = Setup(pipe, experts, {}), Case(NAMES, "pair", "a fox and a hat")
@@ -176,6 +177,7 @@ def test_the_figure_has_every_row_at_its_rung_and_the_bound_ones_at_their_update
     ]  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_run_trains_draws_and_goes_on(ladder, script, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     for module in (ladder, script("loop")):
