@@ -45,8 +45,8 @@ def evaluate(
         list[str],
         Option(
             metavar="NAME",
-            help="A composer: base, alone, sum, mean, bound, 'words only', 'grid search', the methods of merge, switch, "
-            "composite, k-lora, 'masked blend', freefuse, gates, 'bound gates', 'gates uniform', 'gates random', "
+            help="A composer: base, alone, sum, mean, bound, 'words only', tiles, 'grid search', the methods of merge, "
+            "switch, composite, k-lora, 'masked blend', freefuse, gates, 'bound gates', 'gates uniform', 'gates random', "
             "'gates hardened', 'gates averaged'. Repeatable. Default: all of them.",
         ),
     ] = NONE,

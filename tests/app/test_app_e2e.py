@@ -436,7 +436,7 @@ def test_a_visit_to_the_embedded_world(tmp_path):
 
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
-    recipe = Recipe("ink drawing of a fox <lora:fox:1> <lora:ink:1>", steps=4, gates="auto", base="emoji")
+    recipe = Recipe("duotone drawing of a fox <lora:fox:1> <lora:duotone:1>", steps=4, gates="auto", base="emoji")
     with visiting(Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), recipe, tmp_path) as page:
         first = composed(page, tmp_path, "first.png")
         _compares(page)
@@ -456,7 +456,7 @@ def _compares(page):
     page.click("#compare")
     page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
     assert "no gates are trained for these LoRAs" in page.text("#see-status")
-    arms = ["base", "alone fox", "alone ink", "sum", "bound"]  # drawn a moment after the status
+    arms = ["base", "alone fox", "alone duotone", "sum", "bound"]  # drawn a moment after the status
     page.until(lambda: [label.text for label in page.all("#arms .caption-label")] == arms, WAIT)
     assert len(page.all("#slider img")) == 2
     before = {image.get_attribute("src") for image in page.all("#slider img")}

@@ -18,7 +18,7 @@ DRAW = ["--rows", "2", "--steps", "2", "--seed", "3"]
 def folder(tmp_path_factory):
     """A library of five LoRAs and a page that is none."""
     folder = tmp_path_factory.mktemp("library")
-    for name in ("fox", "cheese wedge", "birthday cake", "ink", "duotone"):
+    for name in ("fox", "cheese wedge", "birthday cake", "relief", "duotone"):
         shutil.copy(concept_files()[name], folder)
     (folder / "page.safetensors").write_text("<html>")
     assert main(["index", str(folder)]) == 0
@@ -33,18 +33,18 @@ def pixels(path):
 def test_index_says_what_is_there_and_what_is_not(folder, capsys):
     assert main(["index", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["loras"] == ["birthday_cake", "cheese_wedge", "duotone", "fox", "ink"]
+    assert facts["loras"] == ["birthday_cake", "cheese_wedge", "duotone", "fox", "relief"]
     assert "is an HTML page" in facts["skipped"]["page.safetensors"]
     assert main(["index", str(folder)]) == 0
     assert "5 LoRAs\nleft out page.safetensors: " in capsys.readouterr().out
 
 
 def test_retrieve_says_what_and_why(folder, capsys):
-    search = ["retrieve", "ink drawing of a birthday cake and a fox", "--library", str(folder), "--threshold", "0.9"]
+    search = ["retrieve", "relief drawing of a birthday cake and a fox", "--library", str(folder), "--threshold", "0.9"]
     assert main([*search, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(each["name"], each["trigger"]) for each in found] == [
-        ("ink", "ink"),
+        ("relief", "relief"),
         ("birthday_cake", "birthday cake"),
         ("fox", "fox"),
     ]

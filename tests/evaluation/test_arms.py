@@ -67,7 +67,7 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
     json.dumps([dict(a.settings(setup, CASE)) for a in chosen if a.covers(CASE)])
     # The same by definition: a subject without a rival; equal gates that sum to N, and one whose words are attended
     # everywhere, as random weights do; and the first of two turns of five steps.
-    alike = (("bound", "words only", "freefuse"), ("sum", "gates uniform", "masked blend"), ("alone fox", "switch"))
+    alike = (("bound", "words only", "tiles", "freefuse"), ("sum", "gates uniform", "masked blend"), ("alone fox", "switch"))
     twins = {frozenset(pair) for group in alike for pair in combinations(group, 2)}
     names = list(pictures)
     same = {frozenset((a, b)) for i, a in enumerate(names) for b in names[i + 1 :] if pictures[a] == pictures[b]}
@@ -208,7 +208,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     setup.pipe = sdxl()
     found = arms.obstacles(arms.ARMS, setup)
     assert set(found) == {
-        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
+        "tiles", "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
         *arms.CONTROLS, "bound gates"
     }  # fmt: skip
     assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"

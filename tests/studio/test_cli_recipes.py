@@ -12,7 +12,7 @@ from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
 from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 from mole_diffusers.testing import tiny_pipeline
 
-TAGS = "ink drawing of a fox <lora:fox:1> <lora:ink:0.8:stop=1>"
+TAGS = "relief drawing of a fox <lora:fox:1> <lora:relief:0.8:stop=1>"
 
 
 def pixels(path):
