@@ -371,8 +371,8 @@ class Actions:
                 report(dataclasses.replace(state))
 
             image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=tracing)
-            report_of = gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
-            return dataclasses.replace(report_of, warning="; ".join(filter(None, [report_of.warning, *said])))
+            seen = gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
+            return dataclasses.replace(seen, warning="; ".join(filter(None, [seen.warning, *said])))
 
         return work
 

@@ -195,8 +195,6 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         request: gr.Request,
         prompt: str,
         negative: str = "",
-        prompt_2: str = "",
-        negative_2: str = "",
         seed: int = 0,
         steps: int = d.steps,
         guidance: float | None = None,
@@ -210,14 +208,14 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         strength: float = d.strength,
         hires: float = d.hires,
         hires_strength: float = d.hires_strength,
+        prompt_2: str = "",
+        negative_2: str = "",
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
 
         Args:
             prompt: with a <lora:name:strength> tag for every LoRA; te=, unet=, lbw=, start=, stop=, step= are read.
             negative: the negative prompt.
-            prompt_2: what the second text encoder reads instead, where the model has two, without tags.
-            negative_2: likewise.
             seed: of the first picture; the others have the next ones. -1 is a random one.
             steps: 1..150.
             guidance: 0..50; 1 is none. By default that of the base model.
@@ -231,6 +229,8 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             strength: how much of that picture is drawn anew, 0..1.
             hires: above 1, the picture is made so many times as large and drawn over once more; at most 4.
             hires_strength: how much of it is drawn anew then, 0..1.
+            prompt_2: what the second text encoder reads instead, where the model has two, without tags.
+            negative_2: likewise.
         """
         wanted: dict[str, Any] = {"negative": negative, "prompt_2": prompt_2, "negative_2": negative_2}
         wanted |= {"seed": seed, "steps": steps, "gates": gates, "sampler": sampler}

@@ -179,7 +179,10 @@ def _settings(page: Page) -> Any:
         with gr.Row():
             for name in ("width", "height"):
                 page.controls[name] = gr.Number(
-                    page.shown_size(d)[name], label=name.capitalize(), info="0: the prompt's, or the picture's", precision=0
+                    page.shown_size(d)[name],
+                    label=name.capitalize(),
+                    info="0: the model's own, or the picture's",
+                    precision=0,
                 )
         with gr.Row():
             page.controls["sampler"] = gr.Dropdown(

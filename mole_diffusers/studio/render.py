@@ -177,10 +177,8 @@ class Studio:
         notes = [self.warning(recipe)]
         if asked.base and Path(asked.base).name != Path(recipe.base).name:
             notes.append(f"it was drawn with the base {Path(asked.base).name!r}, and here is {Path(recipe.base).name!r}")
-        size, drawn = (
-            (asked.width or recipe.width, asked.height or recipe.height),
-            f"{recipe.width} x {recipe.height} pixels",
-        )
+        size = asked.width or recipe.width, asked.height or recipe.height
+        drawn = f"{recipe.width} x {recipe.height} pixels"
         if image is not None and image.size != size:
             notes.append(f"the picture of {image.width} x {image.height} is drawn over at {drawn}")
         elif size != (recipe.width, recipe.height):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from mole_diffusers.studio.recipe import Recipe, with_strength
 
 KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "sampler": str, "weight": float,
          "strength": float, "hires": float, "hires_strength": float}  # fmt: skip
-MAX_CELLS = 400
+MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # of a grid, and of the cells of its sheet
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,13 @@ def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
 
 
 def sheet(pictures: Sequence[Sequence[Image.Image | None]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """Rows of pictures as one, with a label over each column and before each row; cells that were not drawn are grey."""
+    """Rows of pictures as one, with a label over each column and before each row; cells that were not drawn are grey.
+
+    Cells are made as small as a file takes that `infotext.read` reads.
+    """
     sizes = [image.size for row in pictures for image in row if image] or [(64, 64)]
     size = max(width for width, _ in sizes), max(height for _, height in sizes)
     blank = Image.new("RGB", size, "#dddddd")
     rows = [[image or blank for image in row] for row in pictures]
-    longer = min(max(*size, 128), 512)
+    longer = min(max(*size, 128), 512, math.isqrt(MOST_PIXELS * max(size) // min(size) // (len(columns) * len(labels))))
     return image_grid(rows, columns, labels, cell=max(1, longer * min(size) // max(size)))

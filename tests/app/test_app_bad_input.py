@@ -133,6 +133,8 @@ BAD = [
     ("redraw", ({"prompt": "<lora:fox:1>", "experts": {"fox": "0" * 64}},), "with hash 000000000000 is not here"),
     ("redraw", ({"prompt": "<lora:fox:1>", "locks": {"unet.mid_block": "all"}},), "locks"),
     ("look", ({"prompt": "x"},), "there is nothing to see"),
+    ("compare", ({"prompt": "x"},), "there is nothing to compare"),
+    ("redraw", ({"prompt": "x", "prompt_2": "<lora:fox:1>"},), "stand in the first prompt"),
     ("compare", ({"prompt": "x", "arm": "worst"},), "unknown arm 'worst'"),
     ("compare", (RECIPE, ["best"]), "unknown merge 'best'; known: mean, svd"),
     ("compare", (RECIPE, "svd"), "merges are a list of names"),

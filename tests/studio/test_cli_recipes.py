@@ -107,6 +107,18 @@ def test_cells_change_along_both_axes():
     assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
 
 
+def test_the_largest_grid_can_be_read_again(tmp_path):
+    """Of noise, which no PNG makes smaller."""
+    noise = Image.merge("RGB", [Image.effect_noise((1024, 512), 200)] * 3)
+    columns, labels = [f"fox {i}" for i in range(20)], [f"seed {i}" for i in range(20)]
+    whole = sheet([[noise] * 20] * 20, columns, labels)
+    infotext.save(whole, tmp_path / "whole.png", Recipe("a fox"), {"x": "seed=1", "y": "seed=2"})
+    assert infotext.read(tmp_path / "whole.png").prompt == "a fox"
+    assert 10 << 20 < whole.width * whole.height < 15 << 20
+    assert whole.width * whole.height * 3 < infotext.MAX_BYTES
+    assert sheet([[noise] * 3], columns[:3], labels[:1]).height > 256  # few stay large
+
+
 def test_strengths_that_change_nothing_are_refused():
     seed = parse_axis("seed=1")
     for axis, changes, said in (
