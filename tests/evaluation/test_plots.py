@@ -48,8 +48,9 @@ def test_bars_have_a_panel_per_value_and_a_colour_per_kind_and_crowd(tmp_path):
         row("sum", "a", 0, light=5.0, kind="one"), row("sum", "a+b (c)", 0, light=7.0, idle=["c"]),
     ]  # fmt: skip
     frame = as_frame(rows).assign(twice=lambda frame: 2 * frame["light"])
-    light, twice = plots.bars(frame, tmp_path / "bars.png", ["light", "twice"], limits=(None, None)).axes
-    assert [t.get_text() for t in light.get_legend().get_texts()] == ["pair", "one", "pair, 3 LoRAs"]
+    figure = plots.bars(frame, tmp_path / "bars.png", ["light", "twice"], limits=(None, None))
+    light, twice = figure.axes
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["pair", "one", "pair, 3 LoRAs"]
     assert [bar.get_height() for bar in light.patches] == pytest.approx([0.3, -1.0, 5.0, 7.0])
     assert [bar.get_height() for bar in twice.patches] == pytest.approx([0.6, -2.0, 10.0, 14.0])
     assert (light.get_ylabel(), twice.get_ylabel()) == ("light", "twice")
