@@ -18,6 +18,7 @@ from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, denoiser, gr
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
+MOST = 8  # things with a tile of their own
 OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 
 
@@ -56,8 +57,8 @@ def tiled(pipe: Any, prompt: str, *, until: float = UNTIL) -> Iterator[None]:
         prompt: what the pipeline is called with inside the block.
         until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
 
-    Raises ValueError for another kind of pipeline, a share outside of 0..1, or, when a picture is drawn, a ControlNet, a
-    prompt of several chunks, or regions that leave a thing no place.
+    Raises ValueError for another kind of pipeline, a share outside of 0..1, more than eight things, or, when a picture is
+    drawn, a ControlNet, a prompt of several chunks, or regions that leave a thing no place.
     """
     mixture = attached(pipe)
     if mixture is None:
@@ -67,6 +68,8 @@ def tiled(pipe: Any, prompt: str, *, until: float = UNTIL) -> Iterator[None]:
     if not 0 <= until <= 1:
         raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
     plan = _Plan(pipe, mixture, prompt)
+    if len(plan.texts) > MOST:
+        raise ValueError(f"{MOST} things can have tiles of their own, and the prompt names {len(plan.texts)}")
     if len(plan.texts) < 2 or not until:
         yield
         return
@@ -154,7 +157,7 @@ def _denoised(
     reader: DenoiserInputs,
     args: tuple,
     kwargs: dict,
-) -> Any:
+) -> tuple[torch.Tensor]:
     """What the UNet predicts, tile by tile; where none is, the picture as a whole without the experts of the tiles."""
     latents, text = reader.latents(args, kwargs), reader.text(args, kwargs)
     groups = groups_of(pipe, text, latents) or (True,)
@@ -170,7 +173,10 @@ def _denoised(
         raise ValueError(f"tiles read prompts of {short} tokens, and this one has {long}: shorten it")
     masks = torch.stack([tile.mask for tile in found]).to(latents)  # [K, H, W]
     shares, outside = masks / masks.sum(0).clamp_min(1), (1 - masks.sum(0)).clamp_min(0)
-    out = outside * predict(everywhere, latents, text) if outside.any() else torch.zeros_like(latents)
+    channels = pipe.unet.config.out_channels  # fewer than go in, where it is a UNet for inpainting
+    out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
+    if outside.any():
+        out += outside * predict(everywhere, latents, text)
     for tile, share in zip(found, shares, strict=True):
         top, bottom, left, right = tile.box
         states = torch.where(prompted, tile.text.to(text), text)

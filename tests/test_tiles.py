@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import mole_diffusers as mole
+from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import tiny_lora
 
@@ -114,6 +117,31 @@ def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp
         torch.testing.assert_close(latent(pipe, "hat below fox"), below)
 
 
+def test_a_unet_for_inpainting_predicts_fewer_channels_than_it_reads(pipe, experts):
+    """The mask and the picture under it are cut as the latents are."""
+    reads = pipe.unet.conv_in
+    pipe.unet.conv_in = torch.nn.Conv2d(9, reads.out_channels, 3, padding=1)
+    pipe.unet.register_to_config(in_channels=9)
+    painting = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    painting.set_progress_bar_config(disable=True)
+    mole.attach(painting, {name: experts[name] for name in ("fox", "hat")})
+    picture, mask = Image.effect_noise((32, 32), 90).convert("RGB"), Image.new("L", (32, 32), 255)
+    call = {"image": picture, "mask_image": mask, "height": 32, "width": 32, "num_inference_steps": 2, "strength": 1.0}
+    with mole.tiled(painting, PROMPT, until=1.0):
+        found = painting(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
+    assert found.shape == (1, 4, 16, 16)
+    assert torch.isfinite(found).all()
+
+
+def test_where_experts_act_is_measured_when_the_picture_is_drawn_as_one(pipe, experts):
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    x = noise(16, 32)
+    with contributions(mixture, pipe.unet, (32, 64)) as found, mole.tiled(pipe, PROMPT, until=0.5):
+        latent(pipe, x=x, steps=2)
+    assert found.finest()[0] == (16, 32)
+    assert {height / width for height, width in found.sums} == {0.5}
+
+
 def test_the_pipeline_is_given_back(pipe, experts):
     mixture = mole.attach(pipe, experts)
     before = latent(pipe)
@@ -129,6 +157,12 @@ def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts):
         pass
     mixture = mole.attach(pipe, experts)
     with pytest.raises(ValueError, match=r"in 0\.\.1, got 1\.5"), mole.tiled(pipe, PROMPT, until=1.5):
+        pass
+    many = ", ".join(["a fox", *(f"an {letter}x" for letter in "bcdefghi")])
+    with (
+        pytest.raises(ValueError, match="8 things can have tiles of their own, and the prompt names 9"),
+        mole.tiled(pipe, many),
+    ):
         pass
     mixture.bind({"fox": (None, "everywhere"), "hat": (None, "everywhere")})
     with mole.tiled(pipe, PROMPT, until=1.0):  # nothing has a place

@@ -392,7 +392,6 @@ class Actions:
         """
         recipe = self._completed(recipe)
         strengths = recipe.constant_strengths()
-        words = plain_text(recipe.text) if recipe.weights else recipe.text
         named = "+".join(sorted(recipe.experts)) or "none"
         path = self.folder / f"{named.replace('/', '_')[:100]}.safetensors"
         with self.studio.lock.held():
@@ -405,7 +404,7 @@ class Actions:
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
                     call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
                 lost = FOLDED if mixture.is_bound else ""
-                return path, mixture.export_lora(path, words, rank=rank, **call), lost
+                return path, mixture.export_lora(path, recipe.plain_text, rank=rank, **call), lost
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe.tag_bindings()  # raises where a painted region has no mask

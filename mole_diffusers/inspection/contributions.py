@@ -48,22 +48,25 @@ class Contributions:
 
 @contextmanager
 def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Iterator[Contributions]:
-    """Measure while the block runs.
+    """Measure while the block runs. Calls for a part of the picture alone, as of tiles, do not count.
 
     Args:
         denoiser: the UNet or transformer of the mixture.
         size: (height, width) of the picture, whose shape the tokens have.
     """
     found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(denoiser)
-    tokens = 0  # of the picture, in this call
+    tokens = whole = 0  # of the picture, in this call and in the largest
 
     def count(_: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal tokens
+        nonlocal tokens, whole
         height, width = inputs.side(args, kwargs) or (0, 0)
         tokens = height * width
+        whole = max(whole, tokens)
 
     def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
+            if tokens < whole:
+                return
             z = args[0].detach()
             flat = z.flatten(2).transpose(1, 2) if z.dim() == 4 else z  # [B, T, R]
             if flat.dim() == 3:
