@@ -183,6 +183,8 @@ class Studio:
             notes.append(f"the picture of {image.width} x {image.height} is drawn over at {drawn}")
         elif size != (recipe.width, recipe.height):
             notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
+        if recipe.in_tiles and image is not None:
+            notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.weights:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]

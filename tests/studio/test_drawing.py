@@ -196,6 +196,8 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo):
     assert far(studio.draw(recipe), wanted) <= 1
     bound = dataclasses.replace(recipe, binding="auto")
     assert far(studio.draw(bound), wanted) > 1
+    assert not studio.notes(recipe, recipe)
+    assert "tiles are drawn from noise" in " ".join(studio.notes(recipe, recipe, photo))
     for changes, pictures in (({"arm": "sum"}, {}), ({}, {"image": photo})):
         each = [
             studio.draw(with_pictures(dataclasses.replace(r, **changes), **pictures), **pictures) for r in (recipe, bound)
