@@ -36,23 +36,11 @@ def test_a_job_stops_once_its_client_asks(client):
 
 def test_a_job_stops_once_its_client_is_gone(client):
     address = f"{client.src.rstrip('/')}/gradio_api"
-    values = [
-        PROMPT,
-        "",
-        9,
-        150,
-        3.0,
-        "sum",
-        16,
-        64,
-        64,
-        "",
-        None,
-        None,
-        0.6,
-        1.0,
-        0.5,
-    ]  # all of them: a raw call has no defaults
+    asked_for = {"prompt": PROMPT, **LONG}
+    endpoint = client.view_api(return_format="dict")["named_endpoints"]["/compose"]
+    values = [  # all of them: a raw call has no defaults
+        asked_for.get(one["parameter_name"], one["parameter_default"]) for one in endpoint["parameters"]
+    ]
     asked = httpx.post(f"{address}/call/compose", json={"data": values}).json()
     with httpx.stream("GET", f"{address}/call/compose/{asked['event_id']}", timeout=30) as answer:
         time.sleep(1)

@@ -236,6 +236,9 @@ def fuzz(kind, cases, host, valid, folder):
     """How many files were refused and how many worked, and the longest that one took."""
     outcomes, slowest, before = Counter(), [0.0], state(host)
     shutil.copytree(valid, folder, dirs_exist_ok=True)
+    attach(host, loras(folder))  # what is imported or made once does not count
+    step(host)
+    detach(host)
 
     @seed(0)
     @settings(max_examples=cases, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=HealthCheck)

@@ -334,7 +334,7 @@ def entered(block):
 
 
 @pytest.mark.parametrize("what", BLOCKS)
-@pytest.mark.parametrize("rounds", [8, pytest.param(50, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(50, marks=pytest.mark.thorough)])
 def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
     """Ctrl-C at the entry of functions of ours, drawn at random: the mixture draws as before, and comes off as a whole."""
     pipe, kind = of_its_own_kind(pipe)
@@ -391,7 +391,7 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
 
     def work(seed):
         pipe = tiny_pipeline(seed)
-        for _ in range(10):
+        for _ in range(5):
             mole.attach(pipe, loras)
             meta.append(torch.nn.Linear(2, 2).weight.is_meta)
             mole.detach(pipe)
@@ -402,7 +402,7 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     assert not any(meta)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(25, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_leaves_anything_behind(loras, family, rounds):
     """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""
@@ -540,7 +540,7 @@ def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-@pytest.mark.parametrize("rounds", [15, pytest.param(500, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("rounds", [6, pytest.param(500, marks=pytest.mark.thorough)])
 def test_drawing_and_attaching_on_two_pipelines(loras, draw, rounds):
     """8 threads draw and 2 attach: each picture is one that a mixture of that pipeline draws alone."""
     kinds = [("fox",), ("ink", "hat"), ("fox", "hat")]  # never none: diffusers' own pipelines are not for several threads
