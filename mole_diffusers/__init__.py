@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         MoLEStableDiffusionXLInpaintPipeline,
         MoLEStableDiffusionXLPipeline,
     )
-    from mole_diffusers.tiles import tiled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -68,7 +67,6 @@ __all__ = [
     "merge",
     "read_expert",
     "save_expert",
-    "tiled",
 ]
 
 _MODULES = {
@@ -85,7 +83,6 @@ _MODULES = {
     "patching.processor": ("MoLEAttnProcessor",),
     "patching.trace": ("Trace",),
     "pipelines": tuple(name for name in __all__ if name.endswith("Pipeline")),
-    "tiles": ("tiled",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
+from mole_diffusers.patching.tiles import UNTIL, Tiling, tiles_for
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
 from mole_diffusers.patching.undo import Undo
@@ -207,15 +208,18 @@ class Mixture:
                     self._runtime.map_watchers.remove(trace.record_maps)
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
+    def drawing(self, call: Mapping[str, Any] | None = None) -> Iterator[None]:
         """What every call of the pipeline runs in: other threads wait, and a layout of the picture is planned anew.
 
-        For pictures that are drawn without calling the pipeline, as in a loop of one's own.
+        For pictures that are drawn without calling the pipeline, as in a loop of one's own; those are not drawn in tiles.
+
+        Args:
+            call: the arguments of the pipeline's call.
         """
         with self._lock.held(draws=True):
             now = attached(self._pipe)
             if now is not self:  # it was replaced, or taken off, while this call waited
-                with nullcontext() if now is None else now.drawing():
+                with nullcontext() if now is None else now.drawing(call):
                     yield
                 return
             before, self._calling = self._calling, self._pipe
@@ -223,7 +227,8 @@ class Mixture:
             if binding is not None:
                 binding.begin()
             try:
-                yield
+                with self._in_tiles(call):
+                    yield
                 done = True
             finally:
                 self._calling = before
@@ -231,6 +236,25 @@ class Mixture:
                     trace.layouts = self.layouts
                 if binding is not None:
                     binding.end(warns=done and self._runtime.masks is binding)
+
+    def _in_tiles(self, call: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+        """Draws a call's pictures in tiles at first, where they are to be."""
+        runtime = self._runtime
+        binding, tiling = runtime.binding, runtime.tiling
+        if binding is None and tiling.always:
+            binding = self._masks(files_bindings(self.experts))
+        # Weights by hand hold everywhere, and rows of sets belong to other prompts.
+        if call is None or binding is None or not tiling.until or runtime.fixed is not None or runtime.rows is not None:
+            return nullcontext()
+
+        @contextmanager
+        def by(names: Sequence[str]) -> Iterator[None]:
+            with self.bound(None), self.only(*names):
+                yield
+
+        acting = [name for name in self.experts if name in self.active and self.strength(name) != 0]
+        tiles = tiles_for(self._pipe, tiling, call, bound=binding.bound, acting=acting, by=by, settle=binding.plan)
+        return nullcontext() if tiles is None else tiles.drawn()
 
     def announce_text(self, ids: torch.Tensor) -> None:
         """Token ids [B, T] on the CPU that a text encoder is about to be given; so they are not read back from a device."""
@@ -333,7 +357,7 @@ class Mixture:
         averages = Averages()
         if self.is_bound:
             warnings.warn(FOLDED, stacklevel=4)
-        with self.listen(averages), nullcontext() if prompt is not None else self.bound(None):
+        with self.listen(averages), self.tiled(0), nullcontext() if prompt is not None else self.bound(None):
             evaluate_gates(self._pipe, self._components, prompt, **call)
         return one_lora(self._components, averages.weights)
 
@@ -424,6 +448,34 @@ class Mixture:
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
         with self._lock.held(), self._with_settings(binding=self._masks(self._bound(binding))):
+            yield
+
+    @contextmanager
+    def tiled(self, until: float = UNTIL, *, prompt: str | None = None) -> Iterator[None]:
+        """Draw pictures in tiles at first: each thing that a prompt names as a picture of its own, in its own place.
+
+        In the first steps the denoiser is called for each thing on its part of the latents alone, with the prompt without
+        the other things, and with its own expert and those that act everywhere, as a style does. The last steps draw the
+        picture as one, bound as usual, which joins the parts. A prompt that names less than two things is drawn as usual.
+
+        A bound mixture does so by itself where a call has one prompt and nothing beside it (a picture, a ControlNet), which
+        lists things of two experts or more ("a fox and an owl", not "a fox riding an owl"), each with room for a picture of
+        the size that the UNet was trained at: for two of Stable Diffusion 1.5 a picture of 1024 x 512. Inside the block it
+        does so always, or with `until=0` never. Weights by hand (`fixed`) hold everywhere, without tiles.
+
+        Places are those that the mixture is bound to; things without one share the rest of the picture in the order of
+        naming, unless words as "left of" decide.
+
+        Args:
+            until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
+            prompt: the text of pictures whose call gives states instead.
+
+        Raises ValueError for a share outside of 0..1; and when a picture is drawn, for a pipeline without a UNet, no one
+        prompt, more than eight things, a ControlNet, a prompt of several chunks, or regions that leave a thing no place.
+        """
+        if not 0 <= until <= 1:
+            raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
+        with self._with_settings(tiling=Tiling(until, always=True, prompt=prompt)):
             yield
 
     @property

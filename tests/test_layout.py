@@ -11,7 +11,6 @@ STAGES = (
     "binding",
     "patching",
     "mixture",
-    "tiles",
     "merging",
     "pipelines",
     "modular",

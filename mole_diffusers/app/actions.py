@@ -34,7 +34,7 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import plain_text, prompts_read
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
 from mole_diffusers.training.data import precise
 
@@ -256,15 +256,19 @@ class Actions:
         return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = None) -> Work:
-        """Draw the same seed with the base, each LoRA alone, the plain sum, bound, with trained gates where there are any,
-        and with any of `render.MERGES`; the gallery gets a sheet of them. `over` as in `compose`."""
+        """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
+        there is room, and with trained gates where there are any; a sheet of them goes into the gallery. `over` as in
+        `compose`."""
         if not recipe.tags:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
         recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
         arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
         whole = dataclasses.replace(self._completed(recipe), arm="gates")
-        wanted.append(("bound", dataclasses.replace(whole, gates="sum", gates_sha256="", locks={}, binding=AUTO)))
+        summed = dataclasses.replace(whole, gates="sum", gates_sha256="", locks={})
+        wanted.append((BOUND, dataclasses.replace(summed, binding=BOUND)))
+        if not over and self.studio.draws_in_tiles(whole):
+            wanted.append((TILES, dataclasses.replace(summed, binding=TILES)))
         if is_trained := whole.gates not in UNTRAINED:
             wanted.append(("gates", whole))
         note = "" if is_trained else "no gates are trained for these LoRAs, see the tab Train"

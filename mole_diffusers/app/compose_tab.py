@@ -28,7 +28,7 @@ from mole_diffusers.app.page import (
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
-from mole_diffusers.studio.recipe import TILES, Recipe
+from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import with_pictures
 
 
@@ -197,10 +197,11 @@ def _settings(page: Page) -> Any:
                 elem_id="gates",
             )
             page.controls["binding"] = gr.Dropdown(
-                [("on", AUTO), (TILES, TILES), ("off", "none")],
+                [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("off", "none")],
                 value=d.binding,
                 label="Binding",
-                info="on: each LoRA on its words, in its place; tiles: drawn there by itself at first",
+                info="bound: each LoRA on its words, in its place; tiles: drawn there by itself at first; automatic: tiles "
+                "where there is room",
                 elem_id="binding",
             )
     page.lists.append((page.controls["gates"], lambda: {"choices": page.gates()}))

@@ -48,6 +48,11 @@ class Thing:
     experts: tuple[int, ...]
     tokens: tuple[bool, ...]
 
+    @property
+    def key(self) -> tuple[tuple[int, ...], str]:
+        """What another text calls it, too: whose words these are, or the noun."""
+        return self.experts, "" if self.experts else self.name
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -86,7 +91,7 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
 
 def prompts_apart(
     prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = ()
-) -> tuple[Reading, dict[int, str]]:
+) -> tuple[Reading, dict[int, str], bool]:
     """The prompt of each thing by itself: "ink drawing of an owl in snow" of "ink drawing of a red fox and an owl in snow".
 
     What is said before the first thing and after the last is said of each.
@@ -96,8 +101,9 @@ def prompts_apart(
         everywhere: the experts whose words are said of the whole picture.
 
     Returns:
-        how binding reads the prompt, with a character for a token; and, in the order of naming, each thing's index in it
-        and prompt.
+        how binding reads the prompt, with a character for a token; in the order of naming, each thing's index in it and
+        prompt; and whether the things are listed side by side, as by "and" or "left of": in "a fox riding a horse" they are
+        not.
     """
     reading = _reading(list(prompt), [[phrase.strip().lower() for phrase in each] for each in phrases])
     at = {
@@ -107,20 +113,22 @@ def prompts_apart(
     }
     order = sorted(at, key=at.__getitem__)
     if not order:
-        return reading, {}
+        return reading, {}, True
     before = prompt[: at[order[0]][0]]
     article = ARTICLE.search(before.lower())
     edges = [article.start() if article else len(before)]  # where what is said of one thing alone begins and ends, in turn
+    are_listed = True
     for i, j in zip(order, order[1:], strict=False):
         end, start = at[i][1], at[j][0]
         gap = prompt[end:start].lower()
         breaks = [match.span() for match in BREAK.finditer(gap)]
+        are_listed = are_listed and bool(breaks)
         article = ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(at[order[-1]][1])
     head, tail = prompt[: edges[0]].rstrip(), prompt[edges[-1] :]
     own = (prompt[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
-    return reading, {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}
+    return reading, {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}, are_listed
 
 
 def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]]) -> Reading:
@@ -184,7 +192,7 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
 
 def _keys(things: Sequence[Thing]) -> list[Key]:
     """What two texts call alike: the second lemon of one is the second of the other."""
-    names = [(thing.experts, "" if thing.experts else thing.name) for thing in things]
+    names = [thing.key for thing in things]
     return [(*name, names[:i].count(name)) for i, name in enumerate(names)]
 
 

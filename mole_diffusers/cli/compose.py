@@ -45,9 +45,6 @@ def compose(
         ),
     ] = NONE,
     unbound: Annotated[bool, Option("--unbound", help="Let every LoRA act on every word and in the whole picture.")] = False,
-    tiles: Annotated[
-        bool, Option("--tiles", help="One more column: each subject drawn by itself in its place at first.")
-    ] = False,
     base: options.Base = WORLD,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -58,7 +55,8 @@ def compose(
 ) -> None:
     """Draw a prompt with several LoRAs, beside the base, each LoRA alone and the plain sum.
 
-    Each LoRA is bound to its own words of the prompt and to a place of its own.
+    Each LoRA is bound to its own words of the prompt and to a place of its own; where each place has room for a picture of
+    the size that the model was trained at, it is also drawn by itself at first, in tiles.
 
     Without --expert, the LoRAs of the emoji world that the prompt names are taken.
     """
@@ -71,7 +69,7 @@ def compose(
     from mole_diffusers.binding.config import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
-    from mole_diffusers.tiles import tiled
+    from mole_diffusers.patching.tiles import draws_in_tiles
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
@@ -84,8 +82,8 @@ def compose(
     for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, how, seeds, call)
-    if tiles:
-        with tiled(pipe, prompt):
+    if mixture.binding and draws_in_tiles(pipe, prompt, (call["width"], call["height"]), mixture.binding, experts):
+        with mixture.tiled(prompt=prompt):
             pictures["tiles"] = drawn(pipe, prompt, how, seeds, call)
     if base == WORLD and (drawing := _true_drawing(prompt)):
         pictures["true drawing"] = [drawing] * len(seeds)

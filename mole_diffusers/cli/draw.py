@@ -35,8 +35,8 @@ def draw(
         str,
         Option(
             metavar="HOW",
-            help="auto: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own at "
-            "first, for several subjects; none: all everywhere.",
+            help="bound: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own at "
+            "first, for several subjects; auto: tiles where each has room, else bound; none: all everywhere.",
         ),
     ] = "auto",
     out: PngOption = None,

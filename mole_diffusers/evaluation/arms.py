@@ -26,8 +26,8 @@ from mole_diffusers.inspection.compare import sample
 from mole_diffusers.merging.merge import METHODS, by_activations, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
+from mole_diffusers.patching.tiles import UNTIL
 from mole_diffusers.patching.trace import Trace
-from mole_diffusers.tiles import UNTIL, tiled
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
@@ -97,7 +97,7 @@ def weighted(
     def draws(setup: Setup, case: Case) -> Iterator[None]:
         experts = setup.weighted_experts(weights(setup, case))
         said = binding(setup, case) if binding else None
-        with attached_to(setup, experts, gates(case), said) as mixture, context(setup, case, mixture):
+        with attached_to(setup, experts, gates(case), said) as mixture, mixture.tiled(0), context(setup, case, mixture):
             yield
 
     def described(setup: Setup, case: Case) -> Mapping[str, Any]:
@@ -142,10 +142,10 @@ def words_only() -> Arm:
 
 
 def in_tiles() -> Arm:
-    """Bound, and each subject drawn in a tile of its own at first; see `tiles.tiled`."""
+    """Bound, and each subject drawn in a tile of its own at first; see `Mixture.tiled`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return tiled(setup.pipe, case.prompt)
+        return mixture.tiled(prompt=case.prompt)
 
     return weighted("tiles", binding=lambda setup, case: {}, context=context, until=UNTIL)
 
@@ -386,9 +386,9 @@ def obstacles(
     for name in names:
         if name in METHODS and by_activations(name) and unprompted:
             found[name] = f"{name!r} runs every expert on prompts of its own, and there are none for {unprompted}"
-        elif name in ("tiles", "switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
+        elif name in ("switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
             found[name] = f"{name!r} needs a unet and one text encoder, unlike {kind}"
-        elif name == "k-lora" and getattr(setup.pipe, "unet", None) is None:
+        elif name in ("tiles", "k-lora") and getattr(setup.pipe, "unet", None) is None:
             found[name] = f"{name!r} needs a unet, unlike {kind}"
         elif name == "grid search" and weights is None:
             found[name] = f"{name!r} needs the weights of a search"

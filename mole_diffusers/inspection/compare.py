@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,18 +19,25 @@ MARGIN = 6  # pixels around a cell of a sheet
 def columns(mixture: Mixture) -> dict[str, Callable[[], AbstractContextManager]]:
     """What to compare on one attached mixture: label -> context in which the pipeline is called.
 
-    "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place.
+    "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place, without tiles.
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
     if mixture.binding is not None:
-        found["bound"] = partial(mixture.adjusted, _ones)
+        found["bound"] = partial(_bound, mixture, partial(mixture.adjusted, _ones))
     if mixture.binding is None or mixture.parameters():
         family = mixture.config.family
-        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = partial(mixture.only, *strengths)
+        gated = partial(mixture.only, *strengths)
+        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = partial(_bound, mixture, gated)
     return found
+
+
+@contextmanager
+def _bound(mixture: Mixture, weighed: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    with mixture.tiled(0), weighed():
+        yield
 
 
 def _ones(_: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from mole_diffusers.functional import onto
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
 MOST_THINGS = 8  # so many get places of their own
 
+Key = tuple[tuple[int, ...], str]  # of a thing
 Side = tuple[int, int]  # height and width of the latents, or of what a layer has of them
 
 
@@ -113,6 +114,15 @@ class PictureLayout:
                     warned.append(f"the places of {named} are undecided; give a region")
         return warned
 
+    def put(self, regions: Mapping[Key, torch.Tensor]) -> bool:
+        """Take places [H, W] that were planned elsewhere, by `Thing.key`; returns whether these are the pictures' things."""
+        rows = {row: [regions.get(thing.key) for thing in self._placed(row)] for row in set(self.prompt_of)}
+        found = {row: [r for r in each if r is not None and r.shape == self.side] for row, each in rows.items()}
+        fits = all(found.values()) and all(len(found[row]) == len(each) for row, each in rows.items())
+        if fits:
+            self._regions = {row: torch.stack(each) for row, each in found.items()}
+        return fits
+
     def keep(self, before: PictureLayout) -> None:
         """Keep the layouts of a text before this one where it names the same things: the prompt changes while drawing."""
         rows, others = sorted(set(self.prompt_of)), sorted(set(before.prompt_of))
@@ -120,7 +130,9 @@ class PictureLayout:
             return
         for row, other in zip(rows, others, strict=True):
             if other in before._regions and self._named(row) == before._named(other):
-                self._regions[row], self._maps[row] = before._regions[other], before._maps[other]
+                self._regions[row] = before._regions[other]
+                if other in before._maps:
+                    self._maps[row] = before._maps[other]
 
     def _named(self, row: int) -> list[str]:
         return [thing.name for thing in self.readings[row].things]

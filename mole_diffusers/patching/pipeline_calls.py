@@ -7,7 +7,7 @@ import inspect
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod, finalize
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakMethod, finalize
 from mole_diffusers.patching.pipeline_lock import running
 from mole_diffusers.patching.undo import Undo
 
-Around = Callable[[], AbstractContextManager[None]]  # the context that a call runs in
+Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]  # a call's arguments -> the context that it runs in
 Call = Callable[..., Any]
 
 _around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
@@ -25,7 +25,7 @@ _patching = threading.RLock()
 
 
 def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
-    """Have every call of `pipe` run inside `around()`, a method that holds a lock.
+    """Have every call of `pipe` run inside `around(arguments)`, a method that holds a lock.
 
     Python looks a call up on the class. So the class gets a `__call__` that asks which object is called, while one of its
     pipelines has a mixture. A scheduler holds the state of one call, so calls could not overlap without a mixture either.
@@ -85,11 +85,13 @@ def _patch(kind: Any) -> None:
 
 
 def _asking(found: Call) -> Call:
+    names = list(inspect.signature(found).parameters)[1:]
+
     @functools.wraps(found)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         method = _around.get(self)
         around = None if method is None else method()
-        with nullcontext() if around is None else around():
+        with nullcontext() if around is None else around({**dict(zip(names, args, strict=False)), **kwargs}):
             running.append(entry := (threading.get_ident(), self))
             try:
                 return found(self, *args, **kwargs)

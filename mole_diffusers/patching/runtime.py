@@ -12,6 +12,7 @@ import torch
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
+from mole_diffusers.patching.tiles import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
 
 Present = tuple[bool, ...]  # which of the N experts a layer has
@@ -109,6 +110,7 @@ class Runtime:
     map_watchers: list[Watcher] = field(default_factory=list)
     plan: Plan | None = None
     tokens: PromptTokens = field(default_factory=PromptTokens)
+    tiling: Tiling = Tiling()
     binding: TokenMasks | None = None
     masks: TokenMasks | None = None  # the binding, where it counts: weights by hand hold on every token
     changes: int = 0

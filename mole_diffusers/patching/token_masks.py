@@ -16,7 +16,7 @@ from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import Groups
-from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side, sides
+from mole_diffusers.patching.picture_layout import Key, Layout, PictureLayout, Side, sides
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
 Silent = tuple[bool, ...]
@@ -80,6 +80,7 @@ class TokenMasks:
         self._encoding: torch.Tensor | None = None  # [B, T, N] bool, while a text encoder runs
         self._encoded: dict[tuple, torch.Tensor | None] = {}  # its masks by what a layer asked for
         self._texts: list[BoundText] = []  # of the pictures that are being drawn
+        self._planned: Mapping[Key, torch.Tensor] = {}  # where their things are, if that was planned without maps
         self._now: BoundText | None = None
         self._called = False  # whether a call of the pipeline runs
         self._level = 1.0  # of noise, at the last step outside of calls
@@ -271,9 +272,16 @@ class TokenMasks:
 
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read, and its layout is planned, anew."""
-        self._called, self._texts, self._now, self.said = True, [], None, []
+        self._called, self._texts, self._now, self.said, self._planned = True, [], None, [], {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
+
+    def plan(self, regions: Mapping[Key, torch.Tensor]) -> None:
+        """Say where the things of this call's pictures are, [H, W] in 0..1 by `Thing.key`; maps are not read then."""
+        self._planned, self._now = regions, None
+        for state in self._texts:
+            if state.picture.put(regions):
+                self._place(state)
 
     def end(self, *, warns: bool) -> None:
         """The call has ended; `warns` of what got no place."""
@@ -355,7 +363,9 @@ class TokenMasks:
         if before is not None and not any(map(_says, readings)) and len(before.text) == len(text):
             state.silent, state.row_silent, state.lender = before.silent, before.row_silent, before
             return state
-        if before is not None and self._called:
+        if self._planned:
+            picture.put(self._planned)
+        elif before is not None and self._called:
             picture.keep(before.picture)
         self._place(state)
         return state

@@ -7,7 +7,7 @@ from PIL import Image
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.emoji.world import concept_files, gate_folders
 from mole_diffusers.studio.base_models import WORLD
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 
 
 def as_code(recipe: Recipe) -> str:
@@ -70,8 +70,7 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
         lines.append(f'mole.attach({pipe}, {{"merged": merged}}, gates="sum", binding=None)')
     elif recipe.experts and kind != "base":
         lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
-        tiles = f", mole.tiled({pipe}, {recipe.plain_text!r})" if recipe.in_tiles and pipe == "pipe" else ""
-        lines.append(f"with mixture.planned(schedule){tiles}:")
+        lines.append(f"with mixture.planned(schedule){_tiling(recipe, over=pipe == 'over')}:")
         callback, indent = "callback_on_step_end=schedule.on_step()", "    "
     lines.insert(0, "from mole_diffusers.studio.prompt_weights import call_arguments")
     texts = [pipe, repr(recipe.text), repr(recipe.negative)]
@@ -114,6 +113,15 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
         f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
         f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",
     ]
+
+
+def _tiling(recipe: Recipe, *, over: bool) -> str:
+    """The block that says whether pictures are drawn in tiles, as code; "" where that is up to the mixture."""
+    if recipe.arm != "gates" or recipe.binding == "none":
+        return ""
+    if recipe.binding == BOUND or over:
+        return ", mixture.tiled(0)"
+    return f", mixture.tiled(prompt={recipe.plain_text!r})" if recipe.binding == TILES else ""
 
 
 def _binding(recipe: Recipe, names: list[str]) -> str:

@@ -17,7 +17,7 @@ from mole_diffusers.studio.names import matching
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.prompt_weights import plain_text
 
-FORMAT, VERSION = "mole_diffusers.studio.recipe", 3
+FORMAT, VERSION = "mole_diffusers.studio.recipe", 4
 RANGES = {
     "seed": (-1, 2**63 - 1),
     "steps": (1, 150),
@@ -30,8 +30,8 @@ RANGES = {
 }
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 WHOLE, OPEN = ("seed", "steps", "width", "height"), ("width", "height")  # whole numbers; those that may be left open with 0
-TILES = "tiles"
-BINDINGS = (AUTO, TILES, "none")
+BOUND, TILES = "bound", "tiles"
+BINDINGS = (AUTO, BOUND, TILES, "none")
 MAX_MASKS = 128 << 10  # characters of all masks of a recipe
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
@@ -57,8 +57,8 @@ class Recipe:
         experts: LoRA -> sha256 of its tensors, by which a file is found again under any name.
         gates_sha256: of the trained gates, "" for a family.
         base: the base pipeline's name.
-        binding: "auto", each LoRA on its own words and in its own place; "tiles", and drawn there as a picture of its own at
-            first, see `tiles.tiled`; or "none".
+        binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there as a picture of its own
+            at first; "auto", in tiles where each has room for it, see `Mixture.tiled`; or "none".
         masks: LoRA whose tag says region=painted -> its mask picture as `binding.config.mask_text` writes it.
         weights: whether brackets in the prompt are weights, see `prompt_weights`; else they are plain text, and a long
             prompt is cut.
@@ -142,11 +142,6 @@ class Recipe:
         """The prompt without its tags, and without brackets where they are weights."""
         return plain_text(self.text) if self.weights else self.text
 
-    @property
-    def in_tiles(self) -> bool:
-        """Whether its subjects are drawn in tiles at first."""
-        return self.binding == TILES and self.arm == "gates" and bool(self.experts)
-
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""
         tags = self.tags
@@ -186,6 +181,8 @@ class Recipe:
             given["binding"] = "none"
         if values["version"] <= 2:  # before brackets were weights
             given["weights"] = False
+        if values["version"] <= 3 and given.get("binding", AUTO) == AUTO:  # before tiles
+            given["binding"] = BOUND
         if unknown := set(given) - {f.name for f in fields(cls)}:
             raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         if "prompt" not in given:

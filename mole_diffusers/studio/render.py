@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from mole_diffusers.binding.config import files_bindings
+from mole_diffusers.binding.config import bindings, files_bindings
 from mole_diffusers.lora import COMPONENTS, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.pipeline_lock import PipelineLock
+from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts, unread
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.base_models import Base
-from mole_diffusers.tiles import tiled
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
@@ -183,7 +183,7 @@ class Studio:
             notes.append(f"the picture of {image.width} x {image.height} is drawn over at {drawn}")
         elif size != (recipe.width, recipe.height):
             notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
-        if recipe.in_tiles and image is not None:
+        if recipe.binding == TILES and image is not None:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.weights:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
@@ -256,8 +256,10 @@ class Studio:
                 if (weights := _fixed_weights(recipe.arm, mixture)) is not None:
                     stack.enter_context(mixture.fixed(weights))
                 stack.enter_context(mixture.planned(schedule))
-                if recipe.in_tiles and not over:
-                    stack.enter_context(tiled(pipe, recipe.plain_text))
+                if recipe.binding == BOUND or over:
+                    stack.enter_context(mixture.tiled(0))
+                elif recipe.binding == TILES and recipe.arm == "gates":
+                    stack.enter_context(mixture.tiled(prompt=recipe.plain_text))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
             texts = call_arguments(
@@ -311,6 +313,12 @@ class Studio:
             attach(pipe, experts, self.catalog.gates_source(recipe.gates), binding=binding)
         self._attached_key = key
         return attached(pipe)
+
+    def draws_in_tiles(self, recipe: Recipe) -> bool:
+        """Whether a completed recipe would be drawn in tiles, were its binding "auto"."""
+        experts = {name: self.catalog.expert(name) for name in recipe.experts}
+        bound = bindings(recipe.tag_bindings(), experts, files_bindings(experts))
+        return draws_in_tiles(self.pipe, recipe.text, (recipe.width, recipe.height), bound, experts)
 
     def forget_attached(self) -> None:
         """Call this after attaching something else to the pipeline, so that the next picture attaches its own again."""

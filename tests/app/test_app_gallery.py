@@ -121,6 +121,14 @@ def test_sheets_of_comparisons_and_grids_outlive_the_app(actions):
     assert np.array_equal(pixels(grid.path), np.asarray(wanted))
 
 
+def test_a_comparison_has_a_column_in_tiles_where_there_is_room(actions):
+    recipe = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:word=fox> and an ink <lora:ink:1:word=ink>")
+    labels = ["base", "alone fox", "alone ink", "sum", "bound"]
+    assert [picture.label for picture in actions.compare(recipe)(ignore).pictures] == labels
+    actions.studio.pipe.unet.register_to_config(sample_size=8)  # as if trained on pictures of 16 pixels
+    assert [picture.label for picture in actions.compare(recipe)(ignore).pictures] == [*labels, "tiles"]
+
+
 def test_a_sheet_that_was_stopped_has_what_was_drawn(actions):
     def stop(after):
         def report(state):

@@ -208,7 +208,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     setup.pipe = sdxl()
     found = arms.obstacles(arms.ARMS, setup)
     assert set(found) == {
-        "tiles", "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
+        "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
         *arms.CONTROLS, "bound gates"
     }  # fmt: skip
     assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"

@@ -44,6 +44,7 @@ def folder(loras, tmp_path_factory):
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
         {"image": "image.png", "strength": 0.5},
         {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
+        {"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "bound", "width": 64},
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
         {"hires": 1.5, "hires_strength": 0.5},
         {"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"},

@@ -22,7 +22,6 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
-from mole_diffusers.tiles import tiled
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
 
@@ -191,11 +190,19 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo):
     pipe = tiny_pipeline()
     attach(pipe, {"fox": (loras["fox"], 0.8), "ink": loras["ink"]}, binding={"fox": "fox", "ink": "hat"})
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "width": 32, "height": 32}
-    with tiled(pipe, "a fox, a hat"):
+    with attached(pipe).tiled(prompt="a fox, a hat"):
         (wanted,) = pipe("a fox, a hat", generator=torch.Generator().manual_seed(7), **call).images
     assert far(studio.draw(recipe), wanted) <= 1
-    bound = dataclasses.replace(recipe, binding="auto")
+    bound = dataclasses.replace(recipe, binding="bound")
     assert far(studio.draw(bound), wanted) > 1
+    plain = dataclasses.replace(bound, prompt=prompt.replace("(hat:1.0)", "hat"))
+    automatic = dataclasses.replace(plain, binding="auto")
+    assert not studio.draws_in_tiles(automatic)
+    assert far(studio.draw(automatic), studio.draw(plain)) == 0
+    studio.pipe.unet.register_to_config(sample_size=8)
+    assert studio.draws_in_tiles(automatic)
+    assert far(studio.draw(automatic), wanted) <= 1
+    assert far(studio.draw(plain), studio.draw(bound)) <= 1
     assert not studio.notes(recipe, recipe)
     assert "tiles are drawn from noise" in " ".join(studio.notes(recipe, recipe, photo))
     for changes, pictures in (({"arm": "sum"}, {}), ({}, {"image": photo})):

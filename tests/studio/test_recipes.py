@@ -88,6 +88,9 @@ def test_words_and_regions_of_tags_bind(studio, recipe):
     assert same(studio.draw(recipe), unbound)  # the tag's binding does not stay
     old = {key: value for key, value in bound.to_dict().items() if key != "binding"} | {"version": 1}
     assert Recipe.from_dict(old).binding == "none"
+    for version, binding in ((3, "bound"), (4, "auto")):  # before a bound picture could be drawn in tiles
+        assert Recipe.from_dict(bound.to_dict() | {"version": version}).binding == binding
+        assert Recipe.from_dict(old | {"version": version}).binding == binding
 
 
 def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake, tmp_path):
@@ -170,7 +173,7 @@ def test_recipes_as_files(recipe, tmp_path):
         ({"locks": {"x": {"fox": "much"}}}, "locks must map gate sites"),
         ({"experts": ["fox"]}, "experts must map"),
         ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),
-        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 3"),
+        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 4"),
     ],
 )
 def test_bad_recipes_are_refused_with_one_sentence(recipe, changes, message):

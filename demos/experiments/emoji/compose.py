@@ -30,7 +30,6 @@ from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
-from mole_diffusers.tiles import tiled
 
 SPLITS = {"test": TEST, "validation": VALIDATION}
 SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
@@ -84,9 +83,10 @@ def side_by_side(world: EmojiWorld, kind: str, index: int) -> tuple[dict[str, Im
     mixture, seeds = attach(world.pipe, {name: world.loras[name] for name in concepts}), [SEEDS["test"]]
     with mixture.bound(None):
         (plain,) = sample(world.pipe, scene.caption, seeds, **call)
-    (bound,) = sample(world.pipe, scene.caption, seeds, **call)
+    with mixture.tiled(0):
+        (bound,) = sample(world.pipe, scene.caption, seeds, **call)
     regions = overlay(bound, mixture.layouts[0], side=256)
-    with tiled(world.pipe, scene.caption):
+    with mixture.tiled():
         (tiles,) = sample(world.pipe, scene.caption, seeds, **call)
     detach(world.pipe)
     true = world.drawings.picture(scene)

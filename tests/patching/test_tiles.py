@@ -5,11 +5,13 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from hosts import sd3, sdxl
 from PIL import Image
 
 import mole_diffusers as mole
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
+from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.testing import tiny_lora
 
 PROMPT = "a fox, a hat"  # a token per letter
@@ -19,6 +21,10 @@ PROMPT = "a fox, a hat"  # a token per letter
 def experts(loras):
     """fox and hat, and ink, which is a style."""
     return {name: replace(read_expert(path, name), triggers=(name,)) for name, path in loras.items()}
+
+
+def tiled(pipe, prompt=None, until=0.8):
+    return mole.attached(pipe).tiled(until, prompt=prompt)
 
 
 def noise(height=16, width=16):
@@ -43,7 +49,7 @@ def test_a_picture_in_tiles_is_the_pictures_of_its_parts_side_by_side(pipe, expe
     fox = alone(pipe, experts, ["fox"], "a fox", x[..., :8], empty)
     hat = alone(pipe, experts, ["hat"], "a hat", x[..., 8:], empty)
     mole.attach(pipe, {name: experts[name] for name in ("hat", "fox")})  # in whatever order
-    with mole.tiled(pipe, PROMPT, until=1.0):
+    with tiled(pipe, PROMPT, 1.0):
         found = latent(pipe)
     torch.testing.assert_close(found, torch.cat([fox, hat], -1), rtol=0, atol=1e-4)
     assert (found - latent(pipe)).abs().max() > 1e-2
@@ -55,7 +61,7 @@ def test_a_style_draws_in_every_tile_and_the_rest_of_the_picture_has_no_expert_o
     regions = {"fox": (0.0, 0.0, 0.5, 0.5), "hat": "bottom", "ink": "everywhere"}
     mixture = mole.attach(pipe, experts)
     mixture.bind({name: (None, region) for name, region in regions.items()})
-    with mole.tiled(pipe, prompt, until=1.0):
+    with tiled(pipe, prompt, 1.0):
         found = latent(pipe, prompt, steps=1)
     mole.attach(pipe, {"ink": experts["ink"]}, binding=None)
     for names, own, (rows, columns) in (
@@ -77,13 +83,13 @@ def test_tiles_give_way_to_the_bound_picture(pipe, experts):
     """Steps drawn in tiles come first; with none of them the picture is the bound one, bit for bit."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     bound = latent(pipe)
-    with mole.tiled(pipe, PROMPT, until=0.0):
+    with tiled(pipe, PROMPT, 0.0):
         assert torch.equal(latent(pipe), bound)
-    with mole.tiled(pipe, "a fox", until=1.0):  # one thing
+    with tiled(pipe, "a fox", 1.0):  # one thing
         assert torch.equal(latent(pipe), bound)
     seen = []
     pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
-    with mole.tiled(pipe, PROMPT, until=0.5):
+    with tiled(pipe, PROMPT, 0.5):
         mixed = latent(pipe, steps=4)
     assert seen == [8, 8, 8, 8, 16, 16]
     assert [*mixture.layouts[0].regions] == ["fox", "hat"]  # planned when the picture is drawn as one
@@ -93,7 +99,7 @@ def test_tiles_give_way_to_the_bound_picture(pipe, experts):
 def test_rows_of_a_batch_and_their_guidance_are_drawn_as_alone(pipe, experts):
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     x = torch.cat([noise(), -noise()])
-    with mole.tiled(pipe, PROMPT):
+    with tiled(pipe, PROMPT):
         both = latent(pipe, [PROMPT] * 2, x)
         each = torch.cat([latent(pipe, PROMPT, row[None]) for row in x])
         torch.testing.assert_close(both, each, rtol=0, atol=1e-4)
@@ -108,12 +114,12 @@ def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp
         for i, n in enumerate(names)
     }
     mole.attach(pipe, made)
-    with mole.tiled(pipe, "xa,xb,xc,an ox"):
+    with tiled(pipe, "xa,xb,xc,an ox"):
         assert torch.isfinite(latent(pipe, "xa,xb,xc,an ox")).all()
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
-    with mole.tiled(pipe, "a hat below a fox", until=1.0):
+    with tiled(pipe, "a hat below a fox", 1.0):
         below = latent(pipe, "hat below fox")
-    with mole.tiled(pipe, "a fox above a hat", until=1.0):
+    with tiled(pipe, "a fox above a hat", 1.0):
         torch.testing.assert_close(latent(pipe, "hat below fox"), below)
 
 
@@ -127,7 +133,7 @@ def test_a_unet_for_inpainting_predicts_fewer_channels_than_it_reads(pipe, exper
     mole.attach(painting, {name: experts[name] for name in ("fox", "hat")})
     picture, mask = Image.effect_noise((32, 32), 90).convert("RGB"), Image.new("L", (32, 32), 255)
     call = {"image": picture, "mask_image": mask, "height": 32, "width": 32, "num_inference_steps": 2, "strength": 1.0}
-    with mole.tiled(painting, PROMPT, until=1.0):
+    with tiled(painting, PROMPT, 1.0):
         found = painting(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
     assert found.shape == (1, 4, 16, 16)
     assert torch.isfinite(found).all()
@@ -136,7 +142,7 @@ def test_a_unet_for_inpainting_predicts_fewer_channels_than_it_reads(pipe, exper
 def test_where_experts_act_is_measured_when_the_picture_is_drawn_as_one(pipe, experts):
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     x = noise(16, 32)
-    with contributions(mixture, pipe.unet, (32, 64)) as found, mole.tiled(pipe, PROMPT, until=0.5):
+    with contributions(mixture, pipe.unet, (32, 64)) as found, tiled(pipe, PROMPT, 0.5):
         latent(pipe, x=x, steps=2)
     assert found.finest()[0] == (16, 32)
     assert {height / width for height, width in found.sums} == {0.5}
@@ -145,33 +151,135 @@ def test_where_experts_act_is_measured_when_the_picture_is_drawn_as_one(pipe, ex
 def test_the_pipeline_is_given_back(pipe, experts):
     mixture = mole.attach(pipe, experts)
     before = latent(pipe)
-    with pytest.raises(RuntimeError, match="stop"), mole.tiled(pipe, PROMPT):
+    with pytest.raises(RuntimeError, match="stop"), tiled(pipe, PROMPT):
         raise RuntimeError("stop")
     assert "forward" not in vars(pipe.unet)
     assert torch.equal(latent(pipe), before)
     assert mixture.active == set(experts)
 
 
-def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts):
-    with pytest.raises(ValueError, match="attach some first"), mole.tiled(pipe, PROMPT):
-        pass
+def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, experts):
+    """Room for pictures of the size that the UNet was trained at; and things are listed, not doing something together."""
+    assert pipe.unet.config.sample_size == 16
+    pipe.unet.register_to_config(sample_size=8)
     mixture = mole.attach(pipe, experts)
-    with pytest.raises(ValueError, match=r"in 0\.\.1, got 1\.5"), mole.tiled(pipe, PROMPT, until=1.5):
+    with mixture.tiled():
+        wanted = latent(pipe)
+    assert torch.equal(latent(pipe), wanted)
+    assert torch.equal(latent(pipe, [PROMPT]), wanted)
+    with mixture.tiled(0):
+        bound = latent(pipe)
+    assert not torch.equal(bound, wanted)
+    size = 32, 32
+    acting = list(experts)
+    assert draws_in_tiles(pipe, PROMPT, size, mixture.binding, acting)
+    for narrower in (
+        {"prompt": "a fox eats a hat"},
+        {"prompt": "a fox, an ox"},  # which is nobody's
+        {"x": noise(8, 8)},
+        {"cross_attention_kwargs": {"scale": 1.0}},
+        {"prompt": [PROMPT, "a fox, a hat ink"], "x": torch.cat([noise()] * 2)},
+    ):
+        with mixture.tiled(0):
+            alone = latent(pipe, **narrower)
+        assert torch.equal(latent(pipe, **narrower), alone), narrower
+        if "x" in narrower and len(narrower) == 1:
+            assert not draws_in_tiles(pipe, PROMPT, (16, 16), mixture.binding, acting)
+        elif isinstance(narrower.get("prompt"), str):
+            assert not draws_in_tiles(pipe, narrower["prompt"], size, mixture.binding, acting)
+    with mixture.only("fox"):
+        one = latent(pipe)
+    with mixture.only("fox"), mixture.tiled(0):
+        assert torch.equal(latent(pipe), one)
+    mixture.bind({"fox": (None, (0.0, 0.0, 0.3, 0.3))})
+    assert not draws_in_tiles(pipe, PROMPT, size, mixture.binding, acting)
+    mixture.bind(None)
+    plain = latent(pipe)
+    with mixture.tiled(0):
+        assert torch.equal(latent(pipe), plain)
+
+
+def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recwarn):
+    """Also where a single one is left, and nobody reads attention."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("hat", "fox")})
+    pipe.unet.register_to_config(sample_size=8)
+    found = latent(pipe, steps=4)
+    regions = mixture.layouts[0].regions
+    assert torch.equal(regions["fox"][:, :8], torch.ones(16, 8))
+    assert torch.equal(regions["hat"], 1 - regions["fox"])
+    assert mixture.layouts[0].maps == {}
+    with mixture.tiled(), mixture.bound({"fox": (None, "left"), "hat": (None, "right")}):
+        torch.testing.assert_close(latent(pipe, steps=4), found, rtol=0, atol=1e-5)
+    assert not [w for w in recwarn if "places" in str(w.message)]
+
+
+def test_prompts_of_tiles_skip_the_layers_that_the_call_skips(pipe, experts):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    x = noise()
+    skipped = latent(pipe, clip_skip=1)
+    assert not torch.equal(skipped, latent(pipe))
+    empty = pipe.encode_prompt("", "cpu", 1, False, clip_skip=1)[0]
+    parts = []
+    for name, part in (("fox", x[..., :8]), ("hat", x[..., 8:])):
+        mole.attach(pipe, {name: experts[name]}, binding=None)
+        parts.append(latent(pipe, f"a {name}", part, negative_prompt_embeds=empty, clip_skip=1))
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    with mixture.tiled(1.0):
+        found = latent(pipe, negative_prompt_embeds=empty, clip_skip=1)
+    torch.testing.assert_close(found, torch.cat(parts, -1), rtol=0, atol=1e-4)
+
+
+def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_path):
+    pipe = sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    experts = {
+        name: replace(read_expert(tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i), name), triggers=(name,))
+        for i, name in enumerate(("fox", "hat"))
+    }
+    x = noise()
+
+    def drawn(prompt, x):
+        size = {"height": 2 * x.shape[2], "width": 2 * x.shape[3]}
+        call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", **size}
+        states = dict(zip(("negative_prompt_embeds", "negative_pooled_prompt_embeds"), empty, strict=True))
+        return pipe(prompt, latents=x, **states, **call).images
+
+    states = pipe.encode_prompt("", None, "cpu", 1, False)
+    empty = states[0], states[2]
+    parts = []
+    for name, part in (("fox", x[..., :8]), ("hat", x[..., 8:])):
+        mole.attach(pipe, {name: experts[name]}, binding=None)
+        parts.append(drawn(f"a {name}", part))
+    mixture = mole.attach(pipe, experts)
+    with mixture.tiled(1.0):
+        torch.testing.assert_close(drawn(PROMPT, x), torch.cat(parts, -1), rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts, tmp_path):
+    mixture = mole.attach(pipe, experts)
+    with pytest.raises(ValueError, match=r"in 0\.\.1, got 1\.5"), mixture.tiled(1.5):
         pass
     many = ", ".join(["a fox", *(f"an {letter}x" for letter in "bcdefghi")])
     with (
+        mixture.tiled(),
         pytest.raises(ValueError, match="8 things can have tiles of their own, and the prompt names 9"),
-        mole.tiled(pipe, many),
     ):
-        pass
+        latent(pipe, many)
+    with mixture.tiled(), pytest.raises(ValueError, match="tiles are drawn of one prompt"):
+        latent(pipe, ["a fox", "a hat"], torch.cat([noise()] * 2))
     mixture.bind({"fox": (None, "everywhere"), "hat": (None, "everywhere")})
-    with mole.tiled(pipe, PROMPT, until=1.0):  # nothing has a place
+    with mixture.tiled(1.0):  # nothing has a place
         assert torch.isfinite(latent(pipe)).all()
     mixture.bind({"fox": (None, (0.0, 0.0, 1.0, 1.0)), "hat": (None, "auto")})
-    with mole.tiled(pipe, PROMPT), pytest.raises(ValueError, match="leave no place for 'hat'"):
+    with mixture.tiled(), pytest.raises(ValueError, match="leave no place for 'hat'"):
         latent(pipe)
     mixture.bind({"fox": (None, "left"), "hat": (None, "right")})
     residual = {"mid_block_additional_residual": torch.zeros(1, 16, 8, 8)}
     pipe.scheduler.set_timesteps(2)
-    with mole.tiled(pipe, PROMPT), pytest.raises(ValueError, match="a ControlNet sees the whole picture"):
+    call = {"prompt": PROMPT}
+    with mixture.tiled(), mixture.drawing(call), pytest.raises(ValueError, match="a ControlNet sees the whole picture"):
         pipe.unet(noise(), pipe.scheduler.timesteps[0], torch.zeros(1, 16, 16), **residual)
+    transformer = sd3()
+    mole.attach(transformer, {"fox": tiny_lora(transformer, tmp_path / "fox.safetensors")})
+    with mole.attached(transformer).tiled(), pytest.raises(ValueError, match="tiles need a unet"):
+        transformer("a fox", height=32, width=32, num_inference_steps=1)
