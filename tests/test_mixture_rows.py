@@ -31,6 +31,7 @@ def pictures(pipe, prompts, seeds, **options):
 
 @pytest.mark.parametrize(("config", "guidance"), [(GateConfig("mole"), 1.0), *((config, 5.0) for config in FAMILIES)])
 def test_rows_see_only_their_experts(pipe, loras, awake, config, guidance):
+    pipe.to(dtype=torch.float64)  # where the best ranks do not change places by rounding
     mixture = mole.attach(pipe, {n: (f, 0.9) for n, f in loras.items()}, config)
     awake(mixture, size=0.3 if config.family == "retrieval" else 1.0)  # its large scores only flip on rounding
     with mixture.rows(SETS):

@@ -177,9 +177,9 @@ def test_attaching_again_and_again_keeps_one_note_of_a_pipeline(pipe, loras):
 def test_a_call_is_entered_once_where_a_class_and_its_parent_are_patched(pipe, loras, draw, monkeypatch):
     entered, call = [], mole.Mixture.drawing
 
-    def counting(self):
+    def counting(self, arguments):
         entered.append(self)
-        return call(self)
+        return call(self, arguments)
 
     monkeypatch.setattr(mole.Mixture, "drawing", counting)
     mole.attach(pipe, loras)

@@ -210,7 +210,7 @@ def bound(name: str, updates: int) -> Arm:
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
         experts = setup.weighted_experts(arms.ones(setup, case))
-        with arms.attached_to(setup, experts, rung.gates, {}) as mixture:
+        with arms.attached_to(setup, experts, rung.gates, {}) as mixture, mixture.tiled(0):
             set_free(setup.pipe, mixture, rung)
             checkpoint.load(folder(case)).fill(mixture.banks)
             yield
@@ -266,7 +266,7 @@ def main() -> None:
     with small_attention(), mixed_precision():
         rows = evaluate(
             setup,
-            [*(ARMS[name]() for name in ("sum", "bound", "joint LoRA")), *trained, *alone],
+            [*(ARMS[name]() for name in ("sum", "bound", "tiles", "joint LoRA")), *trained, *alone],
             [case for case, _ in found],
             metrics,
             seeds=range(SEEDS["validation"], SEEDS["validation"] + args.seeds),

@@ -1,4 +1,4 @@
-"""How far from the conditions of the LoRAs' training composition holds: the plain sum and bound LoRAs along six axes.
+"""How far from the conditions of the LoRAs' training composition holds: the sum, bound LoRAs, and tiles along six axes.
 
     python demos/experiments/emoji/robustness.py [--split validation] [--per-kind 6] [--seeds 4] [--kinds ...] [--axes ...]
     python demos/experiments/emoji/robustness.py --figure docs/robustness.png
@@ -145,10 +145,10 @@ AXES: dict[str, Axis] = {axis.__name__: axis for axis in (strangers, strength, g
 
 
 def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]:
-    """Compositions of a split by the sum and bound; and as many of words that the base knows, without LoRAs."""
+    """Compositions of a split by the sum, bound, and in tiles; and as many of words that the base knows, without LoRAs."""
     known = compositions(*KNOWN, {kind: len(group) for kind, group in split.items()})
     return [
-        Point(setup, [arms.summed(), arms.bound()], emoji_protocol.cases(split)),
+        Point(setup, [arms.summed(), arms.bound(), arms.in_tiles()], emoji_protocol.cases(split)),
         Point(replace(setup, experts={}), [replace(arms.base(), name="base, own words")], emoji_protocol.cases(known)),
     ]
 
