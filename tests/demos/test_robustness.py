@@ -85,7 +85,7 @@ def test_a_run_prints_a_table_and_draws_curves_and_a_second_one_draws_nothing_an
     table = capsys.readouterr().out
     (rows,) = (tmp_path / "robustness" / "validation").glob("*.jsonl")
     drawn = rows.read_text()
-    assert len(drawn.splitlines()) == 2 * 3  # two samplers by three arms; strength 1 is the first of them again
+    assert len(drawn.splitlines()) == 2 * 4  # two samplers by four arms; strength 1 is the first of them again
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
         ["| samplers", "DDIM"], ["| samplers", "Euler a"], ["| strength", "1"],
     ]  # fmt: skip
