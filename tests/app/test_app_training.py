@@ -112,6 +112,13 @@ def test_the_same_name_with_other_settings_is_asked_about(studio, tmp_path):
     assert str(tmp_path) not in str(error.value)
     with pytest.raises(ValueError, match="are flow gates: continue with these"):
         train(studio, RECIPE, request(family="mole"), home=tmp_path, again="continue")
+    assert np.array_equal(weights(tmp_path / "g"), first)
+
+
+@pytest.mark.thorough
+def test_a_name_is_continued_or_overwritten(studio, tmp_path):
+    run(studio, tmp_path)
+    first, other = weights(tmp_path / "g"), request(steps=2)
     run(studio, tmp_path, other, again="continue", stop=lambda state: len(state.rows) > 0)
     assert np.array_equal(weights(tmp_path / "g"), first)  # the old ones stay until the new ones are done
     run(studio, tmp_path, other)  # goes on: its settings are known now

@@ -16,6 +16,7 @@ from mole_diffusers.studio.xy_grid import sheet
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
+SLOW = ("index", "retrieve", "merge", "train", "train-lora")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def test_every_command_with_a_base_takes_a_config_for_it(name):
     assert flags.count("--base-config") == 1
 
 
-def test_the_config_reaches_the_commands_that_do_not_draw(base, loras, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("asked", [("inspect",), pytest.param(SLOW, marks=pytest.mark.thorough)])
+def test_the_config_reaches_the_commands_that_do_not_draw(asked, base, loras, tmp_path, capsys, monkeypatch):
     """Each opens the checkpoint; without the config none of them can, as there is no network."""
     checkpoint, config, cpu = base[:2], base[2:4], base[-2:]
     files = [str(loras["fox"]), str(loras["ink"])]
@@ -87,6 +89,8 @@ def test_the_config_reaches_the_commands_that_do_not_draw(base, loras, tmp_path,
     for name, command in commands.items():
         assert main([*command, *checkpoint]) == 1, name
         assert "give --base-config" in capsys.readouterr().err, name
+    for name in asked:
+        command = commands[name]
         assert main([*command, *checkpoint, *config]) == 0, (name, capsys.readouterr().err)
         if name.startswith("train"):  # whose settings may be in a file
             file = tmp_path / f"{name}.json"

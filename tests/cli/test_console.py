@@ -53,7 +53,12 @@ def test_other_libraries_are_silent_unless_asked(tmp_path):
     said = [line for line in re.split(r"[\r\n]+ *", err) if line and "%|" not in line]  # its own bar, if it took long
     assert said == ["emoji: MoLEStableDiffusionPipeline, cpu, float32"]
     assert "Loading" not in err
-    out, err = shell(f"from mole_diffusers.cli import main; main({[*argv, '--overwrite', '-v']})")
+
+
+@pytest.mark.thorough
+def test_other_libraries_speak_where_asked(tmp_path):
+    argv = ["draw", "a fox <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png", "-v"]
+    out, err = shell(f"from mole_diffusers.cli import main; main({argv})")
     assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
     assert "Loading pipeline components" in err
 

@@ -103,7 +103,10 @@ def flux(guided):
     return pipe
 
 
-@pytest.mark.parametrize(("make", "option"), [(sd3, False), (sd3, True), (flux, False), (flux, True)])
+MADE = [(sd3, True), (flux, True), *(pytest.param(make, False, marks=pytest.mark.thorough) for make in (sd3, flux))]
+
+
+@pytest.mark.parametrize(("make", "option"), MADE)
 def test_checkpoints_of_transformers_draw_what_their_pipelines_draw(make, option, tmp_path, draw, monkeypatch):
     """diffusers' converter knows one width of Flux, 3072; here it cuts other widths in the same proportions."""
     pipe = make(option)
