@@ -16,16 +16,24 @@ import torch
 from torch import nn
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.gates.transforms import Control
-from mole_diffusers.lora import COMPONENTS, Expert, read_expert
+from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.writing import write_lora
 from mole_diffusers.patching import cross_attention, joint_attention
 from mole_diffusers.patching.component import Component
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, compiled_from, denoiser, groups_of, hosts
+from mole_diffusers.patching.denoiser_inputs import (
+    DENOISERS,
+    DenoiserInputs,
+    compiled_from,
+    denoiser,
+    groups_of,
+    hosts,
+    models_of,
+)
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
@@ -442,7 +450,7 @@ class Mixture:
     def is_bound(self) -> bool:
         """Whether any expert is kept from words of others, or to a place."""
         bounds = list((self.binding or {}).values())
-        return any(b.region not in (AUTO, EVERYWHERE) or (b.words and len(bounds) > 1) for b in bounds)
+        return any(b.given is not None or (b.words and len(bounds) > 1) for b in bounds)
 
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
@@ -702,8 +710,7 @@ def detach(pipe: Any) -> None:
 
 def attached(pipe: Any) -> Mixture | None:
     """The mixture on a pipeline, if any."""
-    models = {name: compiled_from(model) for name in COMPONENTS if (model := getattr(pipe, name, None)) is not None}
-    found = {name: mixture for name, model in models.items() if (mixture := vars(model).get(HANDLE)) is not None}
+    found = {name: mixture for name, model in models_of(pipe).items() if (mixture := vars(model).get(HANDLE)) is not None}
     by_denoiser = next((found[name] for name in DENOISERS if name in found), None)
     # Where another denoiser was put in the place of the one that had it, its text encoders still have it.
     return by_denoiser or next((mixture for mixture in found.values() if mixture._pipe is pipe), None)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mole_diffusers.lora import COMPONENTS
+from mole_diffusers.patching.denoiser_inputs import models_of
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
@@ -92,10 +92,9 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
 
 def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, Any]:
     """{"PART.NAME": module} of every linear and convolution layer whose name ends so."""
-    parts = {part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
     return {
         f"{part}.{name}": module
-        for part, model in parts.items()
+        for part, model in models_of(pipe).items()
         for name, module in model.named_modules()
         if name.endswith(tuple(ends)) and isinstance(module, nn.Linear | nn.Conv2d)
     }

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mole_diffusers.lora import COMPONENTS
+from mole_diffusers.patching.denoiser_inputs import models_of
 from mole_diffusers.testing import tiny_tokenizer
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -248,11 +248,6 @@ def draw(pipe, options, prompt="a fox in ink", *, steps=2):
     return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images)
 
 
-def models(pipe):
-    """The models of a pipeline that experts can sit on, by part."""
-    return {part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
-
-
 def networks(pipe):
     """All models of a pipeline."""
     return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -275,7 +270,7 @@ OFFLOADS = {  # the CPU plays the accelerator too; what is offloaded layer by la
 
 
 def denoiser(pipe):
-    return models(pipe).get("unet") or models(pipe)["transformer"]
+    return models_of(pipe).get("unet") or models_of(pipe)["transformer"]
 
 
 def snapshot(pipe):
@@ -288,7 +283,7 @@ def snapshot(pipe):
             {k for k in model.__dict__ if k != "_modules"},
             [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
         )
-        for part, model in models(pipe).items()
+        for part, model in models_of(pipe).items()
     }
 
 

@@ -19,12 +19,11 @@ from mole_diffusers.app import files
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.jobs import Report, StoppedError, Work
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
+from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
-from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
@@ -182,14 +181,9 @@ class Actions:
         facts: dict[str, Any] = {"name": name, "base": expert.base, "format": expert.format, "sha256": expert.sha256}
         facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers), "layers": total}
         try:
-            return facts | {"matched": total - len(match(expert, self._hosts).unmatched), "problem": ""}
+            return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched), "problem": ""}
         except ValueError as error:
             return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
-
-    @property
-    def _hosts(self) -> dict[str, Any]:
-        """The pipeline's models that LoRAs can be on."""
-        return {part: model for part in COMPONENTS if (model := getattr(self.studio.pipe, part, None)) is not None}
 
     def choices(self) -> list[tuple[str, str]]:
         """(what a list shows, name) of every LoRA; those that are made for another model are marked."""
@@ -218,7 +212,7 @@ class Actions:
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
-        return files.add_lora(self.studio.catalog, path, self.folder, self._hosts)
+        return files.add_lora(self.studio.catalog, path, self.folder, models_of(self.studio.pipe))
 
     def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
         """Add uploaded gates; their description. See `files.import_gates`."""
@@ -438,7 +432,7 @@ def _noting(layouts: list[Layout], said: list[str], recipe: Recipe) -> Callable[
         yield
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8
-        given = {name: region_mask(b.region, *side) for name, b in bound if b.region not in (AUTO, EVERYWHERE)}
+        given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
         said.extend(mixture.binding_warnings)
         layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
 

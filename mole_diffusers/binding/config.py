@@ -34,6 +34,16 @@ class Bound:
     region: Region = AUTO
     required: bool = True
 
+    @property
+    def given(self) -> Region | None:
+        """The part of the picture that the user gave; None where it is found, or is the whole."""
+        return None if self.region in (AUTO, EVERYWHERE) else self.region
+
+    @property
+    def needs_words(self) -> bool:
+        """Whether it is silent where a text has none of its words."""
+        return self.required and bool(self.words)
+
 
 def from_file(expert: Expert) -> Bound:
     """The words that an expert's file gives: trigger words, or else its most frequent training tags."""

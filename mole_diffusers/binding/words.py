@@ -31,7 +31,7 @@ NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|o
 ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
-Key = tuple[tuple[int, ...], str, int]  # whose words, or the noun, and how many of the same text come before it
+ThingKey = tuple[tuple[int, ...], str]  # whose words these are, or the noun
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Thing:
     tokens: tuple[bool, ...]
 
     @property
-    def key(self) -> tuple[tuple[int, ...], str]:
-        """What another text calls it, too: whose words these are, or the noun."""
+    def key(self) -> ThingKey:
+        """What another text calls it, too."""
         return self.experts, "" if self.experts else self.name
 
 
@@ -178,7 +178,7 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    named: dict[Key, list[tuple[str, tuple[bool, ...]]]] = {}
+    named: dict[tuple[ThingKey, int], list[tuple[str, tuple[bool, ...]]]] = {}
     relations: dict[tuple[int, int, str], None] = {}
     for reading, at in zip(readings, starts, strict=True):
         keys = _keys(reading.things)
@@ -186,14 +186,14 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
             named.setdefault(key, []).append((thing.name, placed(thing.tokens, at)))
         index = [list(named).index(key) for key in keys]
         relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
-    things = [Thing(each[0][0], key[0], _union([t for _, t in each], length)) for key, each in named.items()]
+    things = [Thing(each[0][0], experts, _union([t for _, t in each], length)) for ((experts, _), _), each in named.items()]
     return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
 
 
-def _keys(things: Sequence[Thing]) -> list[Key]:
+def _keys(things: Sequence[Thing]) -> list[tuple[ThingKey, int]]:
     """What two texts call alike: the second lemon of one is the second of the other."""
     names = [thing.key for thing in things]
-    return [(*name, names[:i].count(name)) for i, name in enumerate(names)]
+    return [(name, names[:i].count(name)) for i, name in enumerate(names)]
 
 
 def _as_text(token: str, added: Collection[str]) -> str:

@@ -24,11 +24,14 @@ def inspect(
     verbose: options.Verbose = False,
 ) -> None:
     """Show what is in LoRA files: format, base model, trigger words, and what cannot be used."""
-    from mole_diffusers.lora import COMPONENTS, read_expert
+    from mole_diffusers.lora import read_expert
     from mole_diffusers.lora.safe_files import printable
 
-    pipe = pipeline(base, config=base_config) if base else None
-    models = {part: model for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
+    models = {}
+    if base:
+        from mole_diffusers.patching.denoiser_inputs import models_of
+
+        models = models_of(pipeline(base, config=base_config))
     reports, failed = list[dict[str, Any]](), False
     for path in files:
         try:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mole_diffusers.lora import COMPONENTS, Expert, layer_key
+from mole_diffusers.lora import Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
+from mole_diffusers.patching.denoiser_inputs import models_of
 from mole_diffusers.patching.undo import Undo
 
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a UNet: their input is the text
@@ -76,15 +77,14 @@ class Activations:
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Record the inputs of the host layers of `expert` while the block runs."""
-        hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}
-        text_tokens = self._text_tokens(self.prompts[name])
+        models, text_tokens = models_of(self.pipe), self._text_tokens(self.prompts[name])
         found: dict[str, list[torch.Tensor]] = {}
         with Undo() as undo:
-            for part, modules in match(expert, hosts).layers.items():
+            for part, modules in match(expert, models).layers.items():
                 for module in modules:
                     tokens = text_tokens if part.startswith("text") or module.endswith(TEXT_LAYERS) else None
                     pieces = found.setdefault(f"{part}.{layer_key(module)}", [])
-                    undo.before_forward(hosts[part].get_submodule(module), _keeper(pieces, tokens, self.rows))
+                    undo.before_forward(models[part].get_submodule(module), _keeper(pieces, tokens, self.rows))
             yield found
 
     def _text_tokens(self, prompts: Sequence[str]) -> torch.Tensor:

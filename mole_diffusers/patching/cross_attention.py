@@ -83,11 +83,11 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
         if text is None or hidden.dim() != 3:
             return None
         if reads_maps and not torch.compiler.is_compiling() and masks.wants_maps:
-            rows, frames = sorted(set(masks.prompt_rows)), len(hidden) // len(masks.prompt_rows)
-            if frames and len(hidden) == frames * len(masks.prompt_rows):
-                drawn = [row * frames + frame for row in rows for frame in range(frames)]
+            frames, rest = divmod(len(hidden), masks.text_rows)
+            if frames and not rest:
+                drawn = [row * frames + frame for row in masks.picture_rows for frame in range(frames)]
                 shares = _probabilities(attention, hidden[drawn], text[drawn])
-                masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1), rows)  # a film has one layout
+                masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a film has one layout
         bias = masks.bias(hidden.shape[1], hidden.shape[0])
         if bias is None or bias.shape[2] != text.shape[1]:
             return None

@@ -90,12 +90,17 @@ def denoiser(pipe: Any) -> nn.Module:
     raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
 
 
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """Part -> model of a pipeline that LoRAs can be on."""
+    return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
+
+
 def hosts(pipe: Any) -> dict[str, nn.Module]:
-    """Part -> model of a pipeline that experts can sit on; ValueError where they could not act."""
+    """The models of a pipeline that experts are to sit on; ValueError where they could not act."""
     unet = denoiser(pipe)
     if any(_fused(module) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
-    return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
+    return models_of(pipe)
 
 
 def _fused(module: Any) -> bool:

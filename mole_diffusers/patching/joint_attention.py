@@ -99,12 +99,12 @@ class _Watched(TorchFunctionMode):
     @torch.no_grad()
     def _read(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Shares of the text's tokens in what the picture's attend to: query [B, heads, T, D], key [B, heads, S, D]."""
-        rows = sorted(set(self.masks.prompt_rows))
-        if len(query) != len(self.masks.prompt_rows):
+        rows = self.masks.picture_rows
+        if len(query) != self.masks.text_rows:
             return
         heads = query.shape[1]
         total = query.new_zeros(len(rows), query.shape[2], key.shape[2])
         for head in range(heads):  # all heads at once would be as large as the attention that hosts avoid
             logits = query[rows, head] @ key[rows, head].transpose(1, 2) / query.shape[-1] ** 0.5
             total += logits.softmax(-1) / heads
-        self.masks.add_maps(total, rows)
+        self.masks.add_maps(total)

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 
 from mole_diffusers.binding import layout
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
-from mole_diffusers.binding.words import Reading, Thing
+from mole_diffusers.binding.regions import EVERYWHERE, Region, region_mask
+from mole_diffusers.binding.words import Reading, Thing, ThingKey
 from mole_diffusers.functional import onto
 
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
 MOST_THINGS = 8  # so many get places of their own
 
-Key = tuple[tuple[int, ...], str]  # of a thing
 Side = tuple[int, int]  # height and width of the latents, or of what a layer has of them
 
 
@@ -62,6 +61,7 @@ class PictureLayout:
         first = groups.index(True) * pictures
         # The row whose prompt says what is in each row's picture: unconditional rows borrow it.
         self.prompt_of = [first + row % pictures // frames * frames for row in range(len(readings))]
+        self.picture_rows = sorted(set(self.prompt_of))  # of each picture, the row whose prompt says what is in it
         self._is_prompt = [groups[min(row // pictures, len(groups) - 1)] for row in range(len(readings))]
         self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], how much each thing's words are attended
         self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], once planned
@@ -71,16 +71,16 @@ class PictureLayout:
     @property
     def wants_maps(self) -> bool:
         """Whether there is something to place, and it is not placed yet."""
-        return not self._regions and any(self._placed(row) for row in set(self.prompt_of))
+        return not self._regions and any(map(self._placed, self.picture_rows))
 
     @property
     def can_plan(self) -> bool:
         """Whether maps have been read and the layout has not been planned."""
         return bool(self._maps) and not self._regions
 
-    def add_maps(self, shares: torch.Tensor, side: Side, rows: Sequence[int]) -> None:
-        """Add what a layer with this height and width attends to: shares [B, T, S] of its text's tokens, for these rows."""
-        for share, row in zip(shares, rows, strict=True):
+    def add_maps(self, shares: torch.Tensor, side: Side) -> None:
+        """Add what a layer with this height and width attends to in each picture: shares [P, T, S] of its text's tokens."""
+        for share, row in zip(shares, self.picture_rows, strict=True):
             if things := self._placed(row):
                 maps = _attended(share, things, side)
                 self._maps[row] = self._maps.get(row, torch.zeros_like(maps)) + maps
@@ -88,12 +88,12 @@ class PictureLayout:
     @property
     def has_things(self) -> bool:
         """Whether any picture shows something that the texts name, with a place or not."""
-        return any(self.readings[row].things for row in set(self.prompt_of))
+        return any(self.readings[row].things for row in self.picture_rows)
 
-    def named_maps(self, shares: torch.Tensor, side: Side, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """The maps of all things in one layer, given as to `add_maps`: for each row, name -> [h, w] on the CPU."""
+    def named_maps(self, shares: torch.Tensor, side: Side) -> list[dict[str, torch.Tensor]]:
+        """The maps of all things in one layer, given as to `add_maps`: for each picture, name -> [h, w] on the CPU."""
         named = []
-        for share, row in zip(shares, rows, strict=True):
+        for share, row in zip(shares, self.picture_rows, strict=True):
             things = self.readings[row].things
             maps = _attended(share, things, side).cpu() if things else ()
             named.append({label: map_ for thing, map_ in zip(things, maps, strict=True) for label in self._labels(thing)})
@@ -114,9 +114,9 @@ class PictureLayout:
                     warned.append(f"the places of {named} are undecided; give a region")
         return warned
 
-    def put(self, regions: Mapping[Key, torch.Tensor]) -> bool:
+    def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Take places [H, W] that were planned elsewhere, by `Thing.key`; returns whether these are the pictures' things."""
-        rows = {row: [regions.get(thing.key) for thing in self._placed(row)] for row in set(self.prompt_of)}
+        rows = {row: [regions.get(thing.key) for thing in self._placed(row)] for row in self.picture_rows}
         found = {row: [r for r in each if r is not None and r.shape == self.side] for row, each in rows.items()}
         fits = all(found.values()) and all(len(found[row]) == len(each) for row, each in rows.items())
         if fits:
@@ -125,7 +125,7 @@ class PictureLayout:
 
     def keep(self, before: PictureLayout) -> None:
         """Keep the layouts of a text before this one where it names the same things: the prompt changes while drawing."""
-        rows, others = sorted(set(self.prompt_of)), sorted(set(before.prompt_of))
+        rows, others = self.picture_rows, before.picture_rows
         if self.side != before.side or len(rows) != len(others):
             return
         for row, other in zip(rows, others, strict=True):
@@ -140,7 +140,7 @@ class PictureLayout:
     @property
     def unplaced(self) -> list[str]:
         """What should have a place of its own and has none."""
-        rows = [row for row in set(self.prompt_of) if row not in self._regions]
+        rows = [row for row in self.picture_rows if row not in self._regions]
         return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
 
     def _placed(self, row: int) -> list[Thing]:
@@ -155,8 +155,7 @@ class PictureLayout:
 
     def _given(self, thing: Thing) -> Region | None:
         """The user's own region of a thing, if there is one."""
-        regions = [self.bound[k].region for k in thing.experts]
-        return next((region for region in regions if region not in (AUTO, EVERYWHERE)), None)
+        return next((given for k in thing.experts if (given := self.bound[k].given) is not None), None)
 
     def _relations(self, row: int, things: Sequence[Thing]) -> list[tuple[int, int, str]]:
         """The place words of a row's prompt, between things that get a place."""
@@ -168,7 +167,7 @@ class PictureLayout:
 
     def expert_masks(self) -> torch.Tensor | None:
         """[B, N, H, W] in 0..1: where each expert acts; None where all act everywhere."""
-        given = {k: b.region for k, b in enumerate(self.bound) if b.region not in (AUTO, EVERYWHERE)}
+        given = {k: b.given for k, b in enumerate(self.bound) if b.given is not None}
         if self.side is None or not (self._regions or given):
             return None
         rows = []
@@ -208,11 +207,11 @@ class PictureLayout:
     def layouts(self) -> list[Layout]:
         """The layout of each picture, in their order."""
         found = []
-        for row in sorted(set(self.prompt_of)):
+        for row in self.picture_rows:
             regions = {label: region for thing, region in self._located(row) for label in self._labels(thing)}
             for name, bound in zip(self.names, self.bound, strict=True):
-                if self.side is not None and bound.region not in (AUTO, EVERYWHERE):
-                    regions.setdefault(name, region_mask(bound.region, *self.side))
+                if self.side is not None and bound.given is not None:
+                    regions.setdefault(name, region_mask(bound.given, *self.side))
             read = zip(self._placed(row), self._maps.get(row, ()), strict=False)
             maps = {label: map_.cpu() for thing, map_ in read for label in self._labels(thing)}
             found.append(Layout(regions, maps))

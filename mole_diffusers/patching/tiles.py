@@ -15,9 +15,8 @@ import torch
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.layout import partition, planned
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
-from mole_diffusers.binding.words import prompts_apart
+from mole_diffusers.binding.words import ThingKey, prompts_apart
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, groups_of
-from mole_diffusers.patching.picture_layout import Key
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
@@ -84,7 +83,7 @@ def tiles_for(
     bound: Mapping[str, Bound],
     acting: Collection[str],
     by: By,
-    settle: Callable[[Mapping[Key, torch.Tensor]], None],
+    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
 ) -> Tiles | None:
     """What draws the pictures of a call in tiles; None where they are drawn as one.
 
@@ -214,7 +213,7 @@ class Tiles:
         clip_skip: int | None,
         *,
         by: By,
-        settle: Callable[[Mapping[Key, torch.Tensor]], None],
+        settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
     ):
         self.pipe, self.tiling, self.things, self.clip_skip = pipe, tiling, things, clip_skip
         self.by, self.settle = by, settle

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from mole_diffusers import functional
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import EVERYWHERE
-from mole_diffusers.binding.words import Reading, joined, overlaid, read
+from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import Groups
-from mole_diffusers.patching.picture_layout import Key, Layout, PictureLayout, Side, sides
+from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side, sides
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
 Silent = tuple[bool, ...]
@@ -80,7 +80,7 @@ class TokenMasks:
         self._encoding: torch.Tensor | None = None  # [B, T, N] bool, while a text encoder runs
         self._encoded: dict[tuple, torch.Tensor | None] = {}  # its masks by what a layer asked for
         self._texts: list[BoundText] = []  # of the pictures that are being drawn
-        self._planned: Mapping[Key, torch.Tensor] = {}  # where their things are, if that was planned without maps
+        self._planned: Mapping[ThingKey, torch.Tensor] = {}  # where their things are, if that was planned without maps
         self._now: BoundText | None = None
         self._called = False  # whether a call of the pipeline runs
         self._level = 1.0  # of noise, at the last step outside of calls
@@ -101,9 +101,14 @@ class TokenMasks:
         return self._now is not None and self._now.image is not None
 
     @property
-    def prompt_rows(self) -> list[int]:
-        """For each row of the denoiser's text, the row whose prompt says what its picture shows."""
-        return [] if self._now is None else self._now.picture.prompt_of
+    def text_rows(self) -> int:
+        """B, of the text that the denoiser reads; 0 where its words are not known."""
+        return 0 if self._now is None else len(self._now.picture.prompt_of)
+
+    @property
+    def picture_rows(self) -> list[int]:
+        """The row of each picture whose prompt says what it shows."""
+        return [] if self._now is None else self._now.picture.picture_rows
 
     @property
     def text_tokens(self) -> int:
@@ -195,16 +200,16 @@ class TokenMasks:
             return False
         return self._now.picture.wants_maps or (bool(self._watchers) and self._now.picture.has_things)
 
-    def add_maps(self, shares: torch.Tensor, rows: Sequence[int]) -> None:
-        """Add what a layer attends to: shares [B, T, S] of its text's tokens, mean over heads, for these rows."""
+    def add_maps(self, shares: torch.Tensor) -> None:
+        """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
         side = self.side_of(shares.shape[1])
         if self._now is None or side is None:
             return
         picture = self._now.picture
         if picture.wants_maps:
-            picture.add_maps(shares, side, rows)
+            picture.add_maps(shares, side)
         for watcher in self._watchers:
-            watcher(picture.named_maps(shares, side, rows))
+            watcher(picture.named_maps(shares, side))
 
     @property
     def layouts(self) -> list[Layout]:
@@ -248,7 +253,7 @@ class TokenMasks:
         everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
         for reading in readings:
             own = torch.tensor(reading.own).T  # [T, N]
-            acts = torch.tensor([said or not _needs_words(b) for b, said in zip(bounds, reading.said, strict=True)])
+            acts = torch.tensor([said or not b.needs_words for b, said in zip(bounds, reading.said, strict=True)])
             nobodys = ~own.any(1, keepdim=True)  # [T, 1]
             rows.append(acts & (own | nobodys | everywhere))
         return torch.stack(rows)
@@ -263,7 +268,7 @@ class TokenMasks:
             [N], those that no row wants; and [B, N] on `device` where rows differ.
         """
         bounds = list(self.bound.values())
-        rows = [tuple(_needs_words(b) and not there for b, there in zip(bounds, row, strict=True)) for row in said]
+        rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in said]
         if len(set(rows)) == 1:
             return rows[0], None
         return tuple(map(all, zip(*rows, strict=True))), onto(torch.tensor(rows), device)
@@ -276,7 +281,7 @@ class TokenMasks:
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
-    def plan(self, regions: Mapping[Key, torch.Tensor]) -> None:
+    def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
         """Say where the things of this call's pictures are, [H, W] in 0..1 by `Thing.key`; maps are not read then."""
         self._planned, self._now = regions, None
         for state in self._texts:
@@ -387,11 +392,6 @@ class TokenMasks:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
-
-
-def _needs_words(bound: Bound) -> bool:
-    """Whether an expert is silent where a text has none of its words."""
-    return bound.required and bool(bound.words)
 
 
 def _says(reading: Reading) -> bool:

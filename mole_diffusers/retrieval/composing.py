@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from mole_diffusers.binding.config import files_bindings
-from mole_diffusers.lora import COMPONENTS, Expert, family_of
+from mole_diffusers.lora import Expert, family_of
 from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.patching.denoiser_inputs import models_of
 from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora
 
 MODES = ("selection", "mixture", "sum", "fusion")
@@ -23,8 +24,7 @@ def retrieve_for(
     library: LoraLibrary, pipe: Any, prompt: str, *, k: int = 3, threshold: float = THRESHOLD
 ) -> list[RetrievedLora]:
     """`LoraLibrary.retrieve` for a pipeline: LoRAs known to be for another model family are skipped."""
-    base = family_of({name: model for name in COMPONENTS if (model := getattr(pipe, name, None)) is not None})
-    return library.retrieve(prompt, k=k, threshold=threshold, base=base)
+    return library.retrieve(prompt, k=k, threshold=threshold, base=family_of(models_of(pipe)))
 
 
 def report(library: LoraLibrary, found: Sequence[RetrievedLora]) -> list[dict[str, Any]]:

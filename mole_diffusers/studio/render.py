@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import bindings, files_bindings
-from mole_diffusers.lora import COMPONENTS, check_family
+from mole_diffusers.lora import check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.pipeline_lock import PipelineLock
 from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.studio import picture_passes
@@ -110,9 +110,8 @@ class Studio:
 
     def misfit(self, name: str) -> str:
         """Why a LoRA cannot be used with this base, in one clause by its file's header; "" if it may fit."""
-        hosts = {part: model for part in COMPONENTS if (model := getattr(self.pipe, part, None)) is not None}
         try:
-            check_family(self.catalog.family(name), hosts)
+            check_family(self.catalog.family(name), models_of(self.pipe))
         except ValueError as error:
             return str(error)
         return ""

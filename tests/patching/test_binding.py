@@ -189,7 +189,7 @@ def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     text, latents = masks.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
     masks.on_denoiser(text, latents, side=lambda: (8, 8), level=lambda: 1.0, groups=lambda: (True,))
-    masks.add_maps(probabilities, [0])
+    masks.add_maps(probabilities)
     by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
     low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
     (layout,) = mixture.layouts
@@ -205,7 +205,7 @@ def test_maps_are_the_hosts_own_attention(pipe, attach):
     def keep(_, args, kwargs):
         inputs.append((args[0], kwargs["encoder_hidden_states"]))
 
-    mixture._runtime.binding.add_maps = lambda probabilities, rows: read.append(probabilities)
+    mixture._runtime.binding.add_maps = lambda probabilities: read.append(probabilities)
     attention = pipe.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2")
     hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)

@@ -7,7 +7,7 @@ import torch
 from hosts import assert_same, snapshot
 
 import mole_diffusers as mole
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, models_of
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora
 
 EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "SelfAttention.q", "linear_1", "norm.linear")
@@ -44,7 +44,7 @@ def train_one_step(pipe, options, mixture):
         for gate in mixture.parameters():
             if gate.grad is not None:
                 gate -= 10 * gate.grad / gate.grad.norm().clamp_min(1e-12)
-    learned = {id(p) for m in hosts.models(pipe).values() for p in m.parameters() if p.grad is not None}
+    learned = {id(p) for m in models_of(pipe).values() for p in m.parameters() if p.grad is not None}
     assert learned <= {id(p) for p in mixture.parameters()}
 
 
@@ -52,7 +52,7 @@ def test_attach_train_save_reload_detach(host, experts, tmp_path):
     pipe, options = host
     base, before = hosts.draw(pipe, options), snapshot(pipe)
     mixture = mole.attach(pipe, experts, "mole")
-    for model in hosts.models(pipe).values():
+    for model in models_of(pipe).values():
         model.requires_grad_(False)
     for gate in mixture.parameters():
         gate.requires_grad_(True)
