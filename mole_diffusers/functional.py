@@ -55,6 +55,13 @@ def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> tor
     return logits - logits.mean(-1, keepdim=True)
 
 
+def among_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """[...] bool: the `count` largest of the last axis; all of them where `count` is 0 or no less than there are."""
+    if not 0 < count < scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, -1).indices, True)
+
+
 def over_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What holds for a whole row of the batch, beside what holds per token: [N] or [B, N] broadcasts over `like`."""
     return rows[:, None] if rows.dim() == 2 and like.dim() == 3 else rows

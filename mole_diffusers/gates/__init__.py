@@ -6,7 +6,7 @@ from mole_diffusers.gates.constant import ConstantGate, StaticGate
 from mole_diffusers.gates.contract import Context, Gate, Layer
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
-from mole_diffusers.gates.prompt import Column, PromptGate
+from mole_diffusers.gates.prompt import LayerOfPromptGate, PromptGate
 from mole_diffusers.gates.rank import RankGate
 from mole_diffusers.gates.retrieval import RetrievalGate
 
@@ -15,7 +15,6 @@ __all__ = [
     "FEATURES",
     "GRANULARITIES",
     "INPUTS",
-    "Column",
     "ConstantGate",
     "Context",
     "FlowGate",
@@ -23,6 +22,7 @@ __all__ = [
     "GateBank",
     "GateConfig",
     "Layer",
+    "LayerOfPromptGate",
     "MoLEGate",
     "PromptGate",
     "RankGate",

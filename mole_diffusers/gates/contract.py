@@ -54,13 +54,11 @@ class Gate(Protocol):
     hidden [B, T, C] is what enters the gate's site, in the host's precision.
 
     Attributes:
-        total: what the weights sum to.
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
         input_free: the weights depend on no state at all.
         ranked: the weights are per rank of the layer instead, [B, T, R].
     """
 
-    total: str
     step_invariant: bool
     input_free: bool
     ranked: bool

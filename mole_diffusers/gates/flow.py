@@ -20,7 +20,7 @@ class FlowGate(nn.Module):
         start: the weights before training: "sum" 1 each, "mean" 1/n each, "faithful" (the paper) the last expert alone.
     """
 
-    total, step_invariant, input_free, ranked = "free", False, False, False
+    step_invariant, input_free, ranked = False, False, False
 
     def __init__(self, experts: int, width: int, start: str):
         super().__init__()

@@ -45,14 +45,6 @@ def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor, over: Mean =
     return count * (kept / kept.sum() * likely).sum()
 
 
-def largest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` largest of the last axis, the others 0; all of them where `count` is 0 or no less than there are."""
-    if not 0 < count < probabilities.shape[-1]:
-        return probabilities
-    values, index = probabilities.topk(count, -1)
-    return torch.zeros_like(probabilities).scatter(-1, index, values)
-
-
 class PromptGate(nn.Module):
     """softmax(W g(h)) of the prompt's tokens pooled by self-attention, h = softmax(H w)^T H (MiLoRA, eq. 5-8), then top-k.
 
@@ -115,7 +107,7 @@ class PromptGate(nn.Module):
 
     def _shared(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         probabilities = functional.gate_weights(logits, mask, "1")  # [B, E]
-        kept = largest(probabilities, self.top)
+        kept = probabilities * functional.among_largest(probabilities, self.top)
         if torch.is_grad_enabled():
             self._routed = probabilities, kept > 0
         if self.total == "none":
@@ -132,13 +124,13 @@ class PromptGate(nn.Module):
         return self._last[2]
 
 
-class Column:
+class LayerOfPromptGate:
     """One layer's weights of a prompt gate that weighs modules: [B, N]."""
 
     step_invariant, input_free, ranked = True, False, False
 
     def __init__(self, gate: PromptGate, module: int):
-        self.gate, self.module, self.total = gate, module, gate.total
+        self.gate, self.module = gate, module
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.gate.parameters()

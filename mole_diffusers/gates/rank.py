@@ -19,10 +19,7 @@ def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tens
 
     `top` 0, or more than there are, keeps all of them. `mask` broadcasts over `scores`.
     """
-    chosen = mask.expand_as(scores)
-    if 0 < top < scores.shape[-1]:
-        index = scores.masked_fill(~mask, -torch.inf).topk(top, -1).indices
-        chosen = torch.zeros_like(chosen).scatter(-1, index, True) & mask
+    chosen = functional.among_largest(scores.masked_fill(~mask, -torch.inf), top) & mask
     kept = scores * chosen
     return kept * chosen.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1e-12)
 
@@ -67,7 +64,7 @@ class RankGate(nn.Module):
             compete.
     """
 
-    total, step_invariant, input_free, ranked = "k", False, False, True
+    step_invariant, input_free, ranked = False, False, True
     group: torch.Tensor
     balance: torch.Tensor
 

@@ -1,6 +1,6 @@
 """One model of a pipeline under a mixture: its experts, its gates and the hooks that evaluate them.
 
-Models are changed here and in peft_injection.py, nowhere else.
+The LoRAs themselves are put on it by peft, see peft_injection.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import Column, GateBank, GateConfig, PromptGate, build_gate
+from mole_diffusers.gates import GateBank, GateConfig, LayerOfPromptGate, PromptGate, build_gate
 from mole_diffusers.gates.rank import singular
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching import peft_injection
@@ -51,10 +51,10 @@ class Component:
         names = list(blocks(model))
         self.owners = {layer: place_name(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
         self.places = {name: describe_place(name, config.layout, model) for name in dict.fromkeys(self.owners.values())}
-        self.columns: dict[str, list[str]] = {}  # block -> its layers, where one gate weighs them all
+        self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, where one gate weighs them all
         if config.layout == "module":
             for layer in stacks:
-                self.columns.setdefault(place_name(layer, "block_input", names), []).append(layer)
+                self.layers_of_block.setdefault(place_name(layer, "block_input", names), []).append(layer)
         self.bank = GateBank(self._gates())
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
@@ -129,7 +129,7 @@ class Component:
     def _gates(self) -> dict[str, nn.Module]:
         if not self.config.reads_prompt:
             return {name: self._gate(at) for name, at in self.places.items()}
-        rows = {block: [self.stacks[layer].present for layer in layers] for block, layers in self.columns.items()}
+        rows = {block: [self.stacks[layer].present for layer in layers] for block, layers in self.layers_of_block.items()}
         everyone = tuple(True for _ in self.runtime.active)
         return {name: self._prompt_gate(name, rows.get(name, [everyone])) for name in rows or self.places}
 
@@ -171,10 +171,12 @@ class Component:
 
     def _gate_of(self, at: Place) -> tuple[Any, Present | None]:
         """The gate at a place, and the experts it shares among where one gate weighs all layers of a block."""
-        for block, layers in self.columns.items():
+        for block, layers in self.layers_of_block.items():
             if at.name in layers:
                 presents = [self.stacks[layer].present for layer in layers]
-                return Column(self.bank[block], layers.index(at.name)), tuple(map(any, zip(*presents, strict=True)))
+                return LayerOfPromptGate(self.bank[block], layers.index(at.name)), tuple(
+                    map(any, zip(*presents, strict=True))
+                )
         return self.bank[at.name], None
 
     def _probe(self, at: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import mole_diffusers as mole
+from mole_diffusers.functional import among_largest
 from mole_diffusers.gates import Context, PromptGate
-from mole_diffusers.gates.prompt import GELU, largest, load_balance, rational
+from mole_diffusers.gates.prompt import GELU, load_balance, rational
 from mole_diffusers.patching.prompt_tokens import word_mask
 from mole_diffusers.testing import tiny_lora
 
@@ -71,9 +72,9 @@ def test_axes_by_hand(monkeypatch):
 def test_load_balance_over_processes_is_that_of_all_rows():
     rows = torch.softmax(torch.randn(4, 3), -1)
     own, others = rows.chunk(2)
-    theirs = iter([(largest(others, 1) > 0).float().mean(0), others.mean(0)])
-    found = load_balance(own, largest(own, 1) > 0, lambda mean: (mean + next(theirs)) / 2)
-    torch.testing.assert_close(found, load_balance(rows, largest(rows, 1) > 0))
+    theirs = iter([(among_largest(others, 1)).float().mean(0), others.mean(0)])
+    found = load_balance(own, among_largest(own, 1), lambda mean: (mean + next(theirs)) / 2)
+    torch.testing.assert_close(found, load_balance(rows, among_largest(rows, 1)))
 
 
 def test_load_balance_is_1_when_even_and_their_number_when_one_takes_all():
@@ -81,13 +82,13 @@ def test_load_balance_is_1_when_even_and_their_number_when_one_takes_all():
     by_turns = torch.eye(3, dtype=torch.bool).repeat(2, 1)
     assert load_balance(even, by_turns).item() == pytest.approx(1)
     assert load_balance(one, one > 0).item() == pytest.approx(3)
-    assert largest(LOGITS.softmax(-1), 1).count_nonzero() == 1
+    assert among_largest(LOGITS.softmax(-1), 1).count_nonzero() == 1
 
 
 def test_the_balance_loss_lowers_what_is_chosen_too_often():
     logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
     probabilities = logits.softmax(-1)
-    load_balance(probabilities, largest(probabilities, 1) > 0).backward()
+    load_balance(probabilities, among_largest(probabilities, 1)).backward()
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 1:] < 0).all()
 
