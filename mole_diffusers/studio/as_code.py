@@ -62,7 +62,7 @@ def _drawing_over(recipe: Recipe, size: str, call: list[str], *, masked: bool) -
 
 def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     """Lines that attach the LoRAs to a pipeline and call it, with `steps` steps in which it draws."""
-    kind, _, about = recipe.arm.partition(" ")
+    kind, about = recipe.arm_and_name
     lines, callback, indent = list[str](), "", ""
     if recipe.experts and kind == "merge":
         files = ", ".join(f"{name!r}: ({_lora(recipe, name)}, {w!r})" for name, w in recipe.constant_strengths().items())

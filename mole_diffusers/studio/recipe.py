@@ -101,7 +101,7 @@ class Recipe:
             raise ValueError(f"weights must be true or false, got {self.weights!r}")
         if any(len(getattr(self, name)) > 5000 for name in PROMPTS):
             raise ValueError("a prompt has at most 5000 characters")
-        if self.arm.partition(" ")[0] not in ARMS or self.binding not in BINDINGS:
+        if self.arm_and_name[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
             raise ValueError(f"unknown arm {self.arm!r} or binding {self.binding!r}; known: {arms}; {list(BINDINGS)}")
         if self.mask and not self.image:
@@ -126,6 +126,12 @@ class Recipe:
             raise ValueError("experts must map LoRA names to hashes")
         if not _maps_to(self.masks, str) or sum(map(len, self.masks.values())) > MAX_MASKS:
             raise ValueError(f"masks must map LoRA names to PNGs in base64, of at most {MAX_MASKS >> 10} KiB together")
+
+    @property
+    def arm_and_name(self) -> tuple[str, str]:
+        """The arm, and the LoRA that is drawn alone or the method of the merge."""
+        arm, _, name = self.arm.partition(" ")
+        return arm, name
 
     @property
     def tags(self) -> tuple[LoraTag, ...]:

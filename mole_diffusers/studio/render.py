@@ -140,7 +140,7 @@ class Studio:
             raise ValueError("the tags of LoRAs stand in the first prompt, which counts for every text encoder")
         for text in (recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2) if recipe.weights else ():
             parse_weights(text)
-        kind, _, about = recipe.arm.partition(" ")
+        kind, about = recipe.arm_and_name
         if kind == "merge" and about not in MERGES:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
         own = usual_size(self.pipe, self.base, recipe.text)
@@ -252,7 +252,7 @@ class Studio:
             mixture = self.attach_for(recipe, pipe)
             schedule = self._schedule(recipe, [] if mixture is None else list(mixture.experts), steps)
             if mixture is not None:
-                if (weights := _fixed_weights(recipe.arm, mixture)) is not None:
+                if (weights := _fixed_weights(recipe, mixture)) is not None:
                     stack.enter_context(mixture.fixed(weights))
                 stack.enter_context(mixture.planned(schedule))
                 if recipe.binding == BOUND or over:
@@ -292,7 +292,8 @@ class Studio:
             pipe: the pipeline whose calls the mixture is to know, one over the same models; by default `self.pipe`.
         """
         pipe = self.pipe if pipe is None else pipe
-        method = recipe.arm.removeprefix("merge ") if recipe.arm.startswith("merge ") else ""
+        kind, about = recipe.arm_and_name
+        method = about if kind == "merge" else ""
         strengths = recipe.constant_strengths() if method else {}
         key = (id(pipe), list(recipe.experts.items()), recipe.gates, recipe.gates_sha256, method, list(strengths.items()))
         binding = recipe.tag_bindings() if recipe.binding != "none" and not method else None
@@ -325,7 +326,7 @@ class Studio:
 
     def _schedule(self, recipe: Recipe, names: list[str], steps: int) -> StrengthSchedule:
         network = denoiser(self.pipe)
-        if recipe.arm.startswith("merge "):  # strengths are in the merge, which has no gates to lock
+        if recipe.arm_and_name[0] == "merge":  # strengths are in the merge, which has no gates to lock
             return StrengthSchedule(names, [LoraTag(name) for name in names], unet=network, steps=steps)
         return StrengthSchedule(names, recipe.tags, unet=network, steps=steps, locks=recipe.locks)
 
@@ -372,9 +373,9 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
             raise ValueError(f"the recipe {missing} as its {name}")
 
 
-def _fixed_weights(arm: str, mixture: Mixture) -> dict[str, float] | None:
-    """The weights that replace the gates for an arm; None if the gates decide."""
-    kind, _, about = arm.partition(" ")
+def _fixed_weights(recipe: Recipe, mixture: Mixture) -> dict[str, float] | None:
+    """The weights that replace the gates; None if the gates decide."""
+    kind, about = recipe.arm_and_name
     if kind == "base":
         return {}
     if kind == "alone":
