@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region, region_picture
+from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.metadata import training_tags
 
@@ -43,6 +44,11 @@ class Bound:
     def needs_words(self) -> bool:
         """Whether it is silent where a text has none of its words."""
         return self.required and bool(self.words)
+
+
+def given_region(thing: Thing, bound: Sequence[Bound]) -> Region | None:
+    """The region that the user gave for a thing, by one of its experts."""
+    return next((given for k in thing.experts if (given := bound[k].given) is not None), None)
 
 
 def from_file(expert: Expert) -> Bound:

@@ -8,6 +8,7 @@ from itertools import permutations
 import torch
 import torch.nn.functional as F
 
+MOST_THINGS = 8  # so many get places of their own: all orders of them are tried
 VIOLATED = 10.0  # what an assignment against the prompt's place words costs; scores are at most 1
 
 
@@ -74,19 +75,19 @@ def planned(
     width: int,
     relations: Sequence[tuple[int, int, str]] = (),
     *,
-    free: torch.Tensor | None = None,
+    taken: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, float]:
     """The region of each thing, from what its words attend to.
 
     Args:
         maps: [K, h, w].
         relations: see `assign`.
-        free: [height, width] in 0..1, the part of the picture that they share; None: all of it.
+        taken: masks [height, width] in 0..1 of what they do not share: the places of others.
 
     Returns:
         the regions [K, height, width], and how sure they are: the share of attention by which the next assignment is worse.
     """
-    free = torch.ones(height, width) if free is None else free
+    free = 1 - torch.stack(list(taken)).amax(0) if taken else torch.ones(height, width)
     rows, columns = (
         (free > 0.5).any(axis).nonzero().flatten().tolist() or [0, size - 1] for axis, size in ((1, height), (0, width))
     )

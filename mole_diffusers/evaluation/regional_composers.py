@@ -19,7 +19,7 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
 from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
-from mole_diffusers.patching.denoiser_inputs import groups_of
+from mole_diffusers.patching.denoiser_inputs import prompted_rows
 from mole_diffusers.patching.picture_layout import Side, sides
 from mole_diffusers.patching.undo import replaced_forward
 
@@ -73,8 +73,7 @@ class _RegionalAttention:
         latents, text = args[0], texts[-1]
         self.texts, self.side = texts, latents.shape[-2:]
         self.shares = _shares(torch.stack([_mask(region, self.side) for region in self.regions])).to(latents)
-        groups = groups_of(self.pipe, text, latents) or (True,)
-        self.prompted = torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))  # [B]
+        self.prompted = prompted_rows(self.pipe, text, latents)  # [B]
         return unet(*args, **{**kwargs, "encoder_hidden_states": text})
 
     def attend(self, module: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:

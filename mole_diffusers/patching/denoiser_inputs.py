@@ -77,6 +77,12 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
     return groups[: len(text)] if len(text) > 1 else (True,)  # a call for each
 
 
+def prompted_rows(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """[B] bool: the rows of a text [B, S, C] that are prompts; all, where that is not known."""
+    groups = groups_of(pipe, text, latents) or (True,)
+    return torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))
+
+
 def compiled_from(model: Any) -> Any:
     """The model inside what `torch.compile(model)` returns; any other model itself."""
     return getattr(model, "_orig_mod", model)

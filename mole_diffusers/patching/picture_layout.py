@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers.binding import layout
-from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.regions import EVERYWHERE, Region, region_mask
+from mole_diffusers.binding.config import Bound, given_region
+from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import Reading, Thing, ThingKey
 from mole_diffusers.functional import onto
 
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
-MOST_THINGS = 8  # so many get places of their own
 
 Side = tuple[int, int]  # height and width of the latents, or of what a layer has of them
 
@@ -105,9 +104,10 @@ class PictureLayout:
         for row, maps in self._maps.items():
             if self.side is not None:
                 things = self._placed(row)
-                given = [region_mask(r, *self.side) for t in self.readings[row].things if (r := self._given(t)) is not None]
-                free = 1 - torch.stack(given).amax(0) if given else None
-                regions, margin = layout.planned(maps.cpu(), *self.side, self._relations(row, things), free=free)
+                given = [given_region(thing, self.bound) for thing in self.readings[row].things]
+                taken = [region_mask(region, *self.side) for region in given if region is not None]
+                relations = self._relations(row, things)
+                regions, margin = layout.planned(maps.cpu(), *self.side, relations, taken=taken)
                 self._regions[row] = regions
                 if margin < UNDECIDED and len(things) > 1:
                     named = " and ".join(repr(thing.name) for thing in things)
@@ -146,16 +146,12 @@ class PictureLayout:
     def _placed(self, row: int) -> list[Thing]:
         """The things of a row's text that share what no region is given for: more than one, or beside given ones."""
         things = [thing for thing in self.readings[row].things if not self._is_everywhere(thing)]
-        free = [thing for thing in things if self._given(thing) is None]
+        free = [thing for thing in things if given_region(thing, self.bound) is None]
         wanted = len(things) > 1 and any(thing.experts for thing in free)
-        return free[:MOST_THINGS] if wanted else []
+        return free[: layout.MOST_THINGS] if wanted else []
 
     def _is_everywhere(self, thing: Thing) -> bool:
         return bool(thing.experts) and all(self.bound[k].region == EVERYWHERE for k in thing.experts)
-
-    def _given(self, thing: Thing) -> Region | None:
-        """The user's own region of a thing, if there is one."""
-        return next((given for k in thing.experts if (given := self.bound[k].given) is not None), None)
 
     def _relations(self, row: int, things: Sequence[Thing]) -> list[tuple[int, int, str]]:
         """The place words of a row's prompt, between things that get a place."""
@@ -200,7 +196,7 @@ class PictureLayout:
         found = list(zip(self._placed(row), self._regions[row], strict=True)) if row in self._regions else []
         there = [thing for thing, _ in found]
         for thing in self.readings[row].things if self.readings else ():
-            if thing not in there and self.side is not None and (region := self._given(thing)) is not None:
+            if thing not in there and self.side is not None and (region := given_region(thing, self.bound)) is not None:
                 found.append((thing, region_mask(region, *self.side)))
         return found
 

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.layout import partition, planned
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
+from mole_diffusers.binding.config import Bound, given_region
+from mole_diffusers.binding.layout import MOST_THINGS, partition, planned
+from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import ThingKey, prompts_apart
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, groups_of
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
-MOST = 8  # things with a tile of their own
 OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 # Arguments of a call that ask for more than a picture of the prompt: tiles know nothing of an image that is drawn over.
 BESIDE_THE_PROMPT = ("image", "ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "prompt_2")
@@ -98,17 +97,13 @@ def tiles_for(
     things; and when a picture is drawn, a ControlNet, a prompt of several chunks, or regions that leave a thing no place.
     """
     prompt = tiling.prompt or _one_prompt(call.get("prompt"))
-    if reason := _obstacle(pipe, prompt):
-        if tiling.always:
-            raise ValueError(reason)
+    things = None if prompt is None else Things(prompt, bound, acting)
+    reason = _obstacle(pipe, things)
+    if reason and tiling.always:
+        raise ValueError(reason)
+    if reason or things is None or len(things.prompts) < 2:
         return None
-    things = Things(str(prompt), bound, acting)
-    wanted = tiling.always or (things.are_listed and all(call.get(name) is None for name in BESIDE_THE_PROMPT))
-    if len(things.prompts) < 2 or not wanted:
-        return None
-    if len(things.prompts) > MOST:
-        if tiling.always:
-            raise ValueError(f"{MOST} things can have tiles of their own, and the prompt names {len(things.prompts)}")
+    if not tiling.always and not (things.are_listed and all(call.get(name) is None for name in BESIDE_THE_PROMPT)):
         return None
     return Tiles(pipe, tiling, things, call.get("clip_skip"), by=by, settle=settle)
 
@@ -117,19 +112,23 @@ def draws_in_tiles(
     pipe: Any, prompt: str, size: tuple[int, int], bound: Mapping[str, Bound], acting: Collection[str]
 ) -> bool:
     """Whether a bound mixture draws a prompt in tiles by itself, at `size`, width and height in pixels."""
-    if _obstacle(pipe, prompt):
+    things = Things(prompt, bound, acting)
+    if _obstacle(pipe, things) or not things.are_listed:
         return False
-    things, (width, height) = Things(prompt, bound, acting), (side // pipe.vae_scale_factor for side in size)
-    return 2 <= len(things.prompts) <= MOST and things.are_listed and _has_room(pipe.unet, things.masks(height, width))
+    width, height = (side // pipe.vae_scale_factor for side in size)
+    return _has_room(pipe.unet, things.masks(height, width))
 
 
-def _obstacle(pipe: Any, prompt: str | None) -> str:
-    """Why a pipeline cannot draw a prompt in tiles; "" where it can."""
+def _obstacle(pipe: Any, things: Things | None) -> str:
+    """Why a pipeline cannot draw these in tiles; "" where it can."""
     if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
         return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
     if compiled_from(pipe.unet) is not pipe.unet:
         return "tiles have other sizes than the picture, and the unet is compiled as one graph"
-    return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)" if prompt is None else ""
+    if things is None:
+        return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
+    count = len(things.prompts)
+    return f"{MOST_THINGS} things can have tiles of their own, and the prompt names {count}" if count > MOST_THINGS else ""
 
 
 def _one_prompt(given: Any) -> str | None:
@@ -170,12 +169,12 @@ class Things:
         whole = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
         self.reading, self.prompts, side_by_side = prompts_apart(prompt, [b.words for b in self.bound], whole)
         placed = {k for i in self.prompts for k in self.reading.things[i].experts}
-        self.everywhere = tuple(n for k, n in enumerate(self.names) if n in acting and self._acts(k) and k not in placed)
+        self.everywhere = tuple(
+            name
+            for k, (name, own) in enumerate(bound.items())
+            if name in acting and k not in placed and (self.reading.said[k] or not own.needs_words)
+        )
         self.are_listed = side_by_side and sum(bool(self.experts(i)) for i in self.prompts) > 1
-
-    def _acts(self, k: int) -> bool:
-        bound = self.bound[k]
-        return self.reading.said[k] or not bound.words or not bound.required
 
     def experts(self, thing: int) -> tuple[str, ...]:
         """The experts of a thing that are on."""
@@ -185,15 +184,14 @@ class Things:
         """[K, height, width] in 0..1: the place of each, as given, or a cell of what is left, in the order of naming."""
         reading, given = self.reading, {}
         for i in self.prompts:
-            regions = [self.bound[k].region for k in reading.things[i].experts]
-            if (region := next((r for r in regions if r not in (AUTO, EVERYWHERE)), None)) is not None:
+            if (region := given_region(reading.things[i], self.bound)) is not None:
                 given[i] = region_mask(region, height, width)
         free, masks = [i for i in self.prompts if i not in given], dict(given)
         if free:
             relations = [(free.index(a), free.index(b), axis) for a, b, axis in reading.relations if a in free and b in free]
             first = partition(len(free), height, width, [axis for _, _, axis in relations])[: len(free)]
-            left = 1 - torch.stack(list(given.values())).amax(0) if given else None
-            masks |= dict(zip(free, planned(first, height, width, relations, free=left)[0], strict=True))
+            places, _ = planned(first, height, width, relations, taken=list(given.values()))
+            masks |= dict(zip(free, places, strict=True))
         return torch.stack([masks[i] for i in self.prompts])
 
 
@@ -269,8 +267,7 @@ class Tiles:
     def _parts(self, tiles: Sequence[Tile], args: tuple, kwargs: dict) -> tuple[torch.Tensor]:
         """What the UNet predicts, tile by tile; where none is, the picture as a whole without the experts of the tiles."""
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        groups = groups_of(self.pipe, text, latents) or ()  # which pipelines of this kind say
-        prompted = torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))  # [B]
+        prompted = prompted_rows(self.pipe, text, latents)
         if (long := text.shape[1]) != (short := tiles[0].text.shape[1]):
             raise ValueError(f"tiles read prompts of {short} tokens, and this one has {long}: shorten it")
 

@@ -74,10 +74,10 @@ def test_three_things_of_a_square_get_a_quarter_each():
 def test_what_is_free_is_shared_and_nobody_gets_nothing():
     maps = torch.stack([bump(8, 8, 1, 1), bump(8, 8, 6, 6)])
     free = 1 - region_mask("left", 16, 16)
-    regions, _ = planned(maps, 16, 16, free=free)
+    regions, _ = planned(maps, 16, 16, taken=[1 - free])
     assert torch.equal(regions.sum(0), free)
     assert regions[0, :8, 8:].eq(1).all()  # above one another, since what is free is tall
-    regions, _ = planned(maps[:1], 16, 16, free=1 - region_mask("top", 16, 16))
+    regions, _ = planned(maps[:1], 16, 16, taken=[region_mask("top", 16, 16)])
     assert torch.equal(regions[0], region_mask("bottom", 16, 16))
 
 
