@@ -58,11 +58,11 @@ class GateSite:
         presents: Sequence[Present],
         one_evaluation: bool,
         timed: bool,
-        spans_blocks: bool = False,
-        reads_model_input: bool = False,
-        reads_text: bool = False,
-        scope: Present | None = None,
-        probe: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        spans_blocks: bool,
+        reads_model_input: bool,
+        reads_text: bool,
+        scope: Present | None,
+        probe: Callable[[torch.Tensor], torch.Tensor] | None,
     ):
         self.name, self.gate, self.runtime = name, gate, runtime
         self.presents, self.scope, self.probe = tuple(presents), scope, probe

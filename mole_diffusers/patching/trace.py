@@ -17,6 +17,7 @@ class Trace:
 
     Attributes:
         experts: names, in the order of the last axis.
+        before: how many calls the runtime had counted when the block began; a trace counts its own.
         records: (place, step, applied weights [N] or [B, N] on the CPU); step -1 is before the first denoiser call,
             where text encoders run. Layers of a place that have fewer of the experts are recorded apart, as
             "PLACE (fox, ink)".
@@ -24,15 +25,14 @@ class Trace:
         maps: with `maps=True`, call of the denoiser, counted from 0 -> for each picture, name of an expert or noun -> [h, w]
             on the CPU: the attention to its words, 0..1 in each layer that is read, summed over them. The layout is planned
             from those of the first call. Calls with a text that names nothing have none.
-        before: how many calls the runtime had counted when the block began; a trace counts its own.
     """
 
     experts: list[str]
     runtime: Runtime = field(repr=False)
+    before: int = field(repr=False)
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
     layouts: list[Layout] = field(default_factory=list, repr=False)
     maps: dict[int, list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
-    before: int = field(default=0, repr=False)
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:

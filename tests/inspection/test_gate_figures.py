@@ -21,7 +21,7 @@ def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(monkeypatch):
             records.append((place, step, torch.tensor([[step, 2.0], [step, 4.0]]) + (place == "unet.two")))
             records.append((f"{place} (b)", step, torch.zeros(1, 2)))  # layers that lack an expert
     records.append(("unet.once", 0, torch.ones(2)))
-    trace = Trace(["a", "b"], SimpleNamespace(), records)
+    trace = Trace(["a", "b"], SimpleNamespace(), 0, records)
     monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
     panels = gate_figures.heat_map(trace, gate_figures.block_places(trace)).axes
     assert panels[0].images[0].get_array().tolist() == [[0, 1, 2], [1, 2, 3]]
