@@ -37,7 +37,7 @@ from mole_diffusers.patching.denoiser_inputs import (
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
-from mole_diffusers.patching.peft_injection import switch, switched_off, switches
+from mole_diffusers.patching.peft_injection import off_after, switch, switched_off, switches
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
@@ -80,7 +80,6 @@ class Mixture:
         self._calling: Any = None  # the pipeline, while a call of it runs
         self._traces: list[Trace] = []
         self._locking, self._undo = Undo(), Undo()  # what gives back the pipeline's calls, and the rest
-        self._open: list[dict[str, Any]] = []  # of each `with` block that runs: the settings that it changed, as they were
         self._denoiser = denoiser(pipe)
         self._lock = lock_of(self._denoiser)
         self._inputs = DenoiserInputs(self._denoiser)
@@ -299,15 +298,15 @@ class Mixture:
             off, before = [model for model in models if switched_off(model)], {}  # by `disable_lora`, which stays so
             _lifted[self._denoiser] = self
             try:
-                _switch(off, on=True)
+                switch(off, on=True)
                 self._uninstall()
-                _switch(off, on=False)
+                switch(off, on=False)
                 before = switches(models)
                 yield
             finally:
                 if _lifted.pop(self._denoiser, None) is self:
                     if attached(self._pipe) is None:
-                        self._put_back(_now_off(models, off, before))
+                        self._put_back(off_after(models, off, before))
                     else:
                         self._locking = Undo()  # calls are those of the other now
 
@@ -386,31 +385,9 @@ class Mixture:
 
     @contextmanager
     def _with_settings(self, **values: Any) -> Iterator[None]:
-        """Keep other threads out and change the runtime settings while the block runs."""
-        with self._lock.held(around=True):
-            before = {name: getattr(self._runtime, name) for name in values}
-            self._open.append(before)
-            try:
-                self._runtime.set(**values)
-                yield
-            finally:
-                try:
-                    self._give_back(before)
-                except KeyboardInterrupt:  # a setting that stayed would change every picture to come
-                    self._give_back(before)
-                    raise
-
-    def _give_back(self, before: dict[str, Any]) -> None:
-        """End a block. Where a block that was opened later still runs, as in two generators, that one gives back instead."""
-        at = next((i for i, block in enumerate(self._open) if block is before), None)
-        if at is None:  # an interruption came after the end
-            return
-        for name, value in before.items():
-            if (block := next((b for b in self._open[at + 1 :] if name in b), None)) is not None:
-                block[name] = value
-            else:
-                self._runtime.set(**{name: value})
-        del self._open[at]
+        """Keep other threads out and change the runtime's settings while the block runs."""
+        with self._lock.held(around=True), self._runtime.changed_while(**values):
+            yield
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
@@ -556,17 +533,13 @@ class Mixture:
         mixture = Mixture(twin, self.experts, self.config)
         for name, bank in self.banks.items():
             mixture.banks[name].load_state_dict(bank.state_dict())
-        kept = {name: copy(self._outside(name)) for name in ("strength", "active", "plan")}
-        bound: TokenMasks | None = self._outside("binding")
+        kept = {name: copy(self._runtime.outside(name)) for name in ("strength", "active", "plan")}
+        bound: TokenMasks | None = self._runtime.outside("binding")
         mixture._runtime.set(**kept, binding=mixture._masks(None if bound is None else bound.bound))
-        _switch(models, on=True)
+        switch(models, on=True)
         mixture._replace(None)
-        _switch(models, on=False)
+        switch(models, on=False)
         return twin
-
-    def _outside(self, name: str) -> Any:
-        """A setting as it is outside of all `with` blocks."""
-        return next((before[name] for before in self._open if name in before), getattr(self._runtime, name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture | None:
         """The mixture of the pipeline's copy."""
@@ -578,9 +551,9 @@ class Mixture:
             if not calls_are_locked(self._pipe):  # another came and went
                 self._locking = Undo()
                 lock_calls(self._pipe, self.drawing, self._locking)
-            _switch(off, on=True)
+            switch(off, on=True)
             self._install()
-            _switch(off, on=False)
+            switch(off, on=False)
         except BaseException:
             self._take_off()
             raise
@@ -615,26 +588,6 @@ class Mixture:
             return None
         runtime = self._runtime
         return TokenMasks(binding, self._tokenizers, runtime.tokens, runtime.changed, runtime.map_watchers)
-
-
-def _switch(models: Sequence[nn.Module], *, on: bool) -> None:
-    for model in models:
-        switch(model, on)
-
-
-def _now_off(models: Sequence[nn.Module], off: Sequence[nn.Module], before: Mapping[nn.Module, bool]) -> list[nn.Module]:
-    """The models whose adapters are to be off after a lifted block, for which those in `off` were off.
-
-    Models without LoRAs in the block follow a switch of the others, since calls of the pipeline switch all that they find.
-    LoRAs that came on inside do not switch a model on.
-
-    Args:
-        before: what `switches` was when the block began.
-    """
-    now = {model: is_off for model, is_off in switches(models).items() if model in before or is_off}
-    switched = {is_off for model, is_off in now.items() if is_off != before.get(model, False)}
-    others = models if switched == {True} else () if switched == {False} else off
-    return [model for model in models if now.get(model, model in others)]
 
 
 def attach(

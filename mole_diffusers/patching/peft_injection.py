@@ -7,7 +7,7 @@ adapters, quantised layers and hooks of the host working. The extension point is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,10 +147,26 @@ def switches(models: Iterable[nn.Module]) -> dict[nn.Module, bool]:
     return {model: switched_off(model) for model in models if adapted(model)}
 
 
-def switch(model: nn.Module, on: bool) -> None:
-    """Switch all adapters of a model on or off, as `enable_lora` and `disable_lora` do."""
-    for layer in adapted(model):
-        layer.enable_adapters(on)
+def switch(models: Iterable[nn.Module], *, on: bool) -> None:
+    """Switch all adapters of models on or off, as `enable_lora` and `disable_lora` do."""
+    for model in models:
+        for layer in adapted(model):
+            layer.enable_adapters(on)
+
+
+def off_after(models: Sequence[nn.Module], off: Sequence[nn.Module], before: Mapping[nn.Module, bool]) -> list[nn.Module]:
+    """The models whose adapters are to be off after a lifted block, for which those in `off` were off.
+
+    Models without LoRAs in the block follow a switch of the others, since calls of the pipeline switch all that they find.
+    LoRAs that came on inside do not switch a model on.
+
+    Args:
+        before: what `switches` was when the block began.
+    """
+    now = {model: is_off for model, is_off in switches(models).items() if model in before or is_off}
+    switched = {is_off for model, is_off in now.items() if is_off != before.get(model, False)}
+    others = models if switched == {True} else () if switched == {False} else off
+    return [model for model in models if now.get(model, model in others)]
 
 
 def adapted(model: nn.Module) -> list[Any]:

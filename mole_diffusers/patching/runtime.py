@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -116,11 +117,45 @@ class Runtime:
     changes: int = 0
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
+    _blocks: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of each that runs: the settings that it changed, as they were
 
     def set(self, **values: Any) -> None:
         """Change settings."""
         vars(self).update(values)
         self.changed()
+
+    @contextmanager
+    def changed_while(self, **values: Any) -> Iterator[None]:
+        """Settings that are others while the block runs."""
+        before = {name: getattr(self, name) for name in values}
+        self._blocks.append(before)
+        try:
+            self.set(**values)
+            yield
+        finally:
+            try:
+                self._give_back(before)
+            except KeyboardInterrupt:  # a setting that stayed would change every picture to come
+                self._give_back(before)
+                raise
+
+    def _give_back(self, before: dict[str, Any]) -> None:
+        """End a block. Where a block that was opened later still runs, as in two generators, that one gives back instead."""
+        at = next((i for i, block in enumerate(self._blocks) if block is before), None)
+        if at is None:  # an interruption came after the end
+            return
+        for name, value in before.items():
+            if (block := next((b for b in self._blocks[at + 1 :] if name in b), None)) is not None:
+                block[name] = value
+            else:
+                self.set(**{name: value})
+        del self._blocks[at]
+
+    def outside(self, name: str) -> Any:
+        """A setting as it is outside of all blocks that run."""
+        return next((before[name] for before in self._blocks if name in before), getattr(self, name))
 
     def changed(self) -> None:
         """Bring what gates read up to date."""
