@@ -25,13 +25,20 @@ RELATIONS = {  # words between two things -> (axis, whether the first has the sm
 RELATION = re.compile(
     r"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?(left of|right of|above|over|below|under|beneath)\s+(?:an?\s+|the\s+)?"
 )
+PLACE_WORDS = "(?:is )?(?:beside|next to|near|(?:(?:to|on) the )?(?:left|right) of|above|over|below|under|beneath)"
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
-BREAK = re.compile(r"[,;.&+\n]|\b(?:and|beside|next to|near|(?:to the )?(?:left|right) of|above|over|below|under|beneath)\b")
+BREAK = re.compile(rf"[,;.&+\n]|\b(?:and|{PLACE_WORDS})\b")
+# All that is between two of them: "fox in a hat and an old owl", not "fox riding an owl" or "fox jumping over an owl".
+LISTED = re.compile(
+    rf"(?:.*(?:[,;.&+\n]|\band\b))?\s*(?:{PLACE_WORDS}\b)?\s*"
+    r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?",
+    re.DOTALL,
+)
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
 ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
-ThingKey = tuple[tuple[int, ...], str]  # whose words these are, or the noun
+ThingKey = tuple[tuple[int, ...], str, int]  # whose words these are, or the noun, and how many of the same come before it
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,6 @@ class Thing:
     name: str
     experts: tuple[int, ...]
     tokens: tuple[bool, ...]
-
-    @property
-    def key(self) -> ThingKey:
-        """What another text calls it, too."""
-        return self.experts, "" if self.experts else self.name
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def prompts_apart(
         end, start = at[i][1], at[j][0]
         gap = prompt[end:start].lower()
         breaks = [match.span() for match in BREAK.finditer(gap)]
-        are_listed = are_listed and bool(breaks)
+        are_listed = are_listed and bool(breaks) and LISTED.fullmatch(gap) is not None
         article = ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(at[order[-1]][1])
@@ -178,22 +180,22 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    named: dict[tuple[ThingKey, int], list[tuple[str, tuple[bool, ...]]]] = {}
+    named: dict[ThingKey, list[tuple[str, tuple[bool, ...]]]] = {}
     relations: dict[tuple[int, int, str], None] = {}
     for reading, at in zip(readings, starts, strict=True):
-        keys = _keys(reading.things)
-        for key, thing in zip(keys, reading.things, strict=True):
+        called = keys(reading.things)
+        for key, thing in zip(called, reading.things, strict=True):
             named.setdefault(key, []).append((thing.name, placed(thing.tokens, at)))
-        index = [list(named).index(key) for key in keys]
+        index = [list(named).index(key) for key in called]
         relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
-    things = [Thing(each[0][0], experts, _union([t for _, t in each], length)) for ((experts, _), _), each in named.items()]
+    things = [Thing(each[0][0], experts, _union([t for _, t in each], length)) for (experts, *_), each in named.items()]
     return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
 
 
-def _keys(things: Sequence[Thing]) -> list[tuple[ThingKey, int]]:
-    """What two texts call alike: the second lemon of one is the second of the other."""
-    names = [thing.key for thing in things]
-    return [(name, names[:i].count(name)) for i, name in enumerate(names)]
+def keys(things: Sequence[Thing]) -> list[ThingKey]:
+    """What two texts, or one text in other tokens, call alike: the second lemon of one is the second of the other."""
+    names = [(thing.experts, "" if thing.experts else re.sub(r"\W", "", thing.name)) for thing in things]
+    return [(*name, names[:i].count(name)) for i, name in enumerate(names)]
 
 
 def _as_text(token: str, added: Collection[str]) -> str:

@@ -70,6 +70,7 @@ def compose(
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
     from mole_diffusers.patching.tiles import draws_in_tiles
+    from mole_diffusers.studio.prompt_weights import plain_texts
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
@@ -79,12 +80,11 @@ def compose(
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
     mixture = attach(pipe, experts, gates or own, binding=binding)
     pictures = {}
-    for label, context in tqdm(columns(mixture).items(), desc="columns", delay=2, leave=False):
+    texts = plain_texts(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
+    has_tiles = mixture.binding and texts and draws_in_tiles(pipe, texts | call, mixture.binding, experts)
+    for label, context in tqdm(columns(mixture, prompt if has_tiles else "").items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, how, seeds, call)
-    if mixture.binding and draws_in_tiles(pipe, prompt, (call["width"], call["height"]), mixture.binding, experts):
-        with mixture.tiled(prompt=prompt):
-            pictures["tiles"] = drawn(pipe, prompt, how, seeds, call)
     if base == WORLD and (drawing := _true_drawing(prompt)):
         pictures["true drawing"] = [drawing] * len(seeds)
     about = {"prompt": prompt, **other_prompts(how), "experts": list(mixture.experts), "gates": mixture.config.to_dict()}

@@ -92,8 +92,8 @@ def read_by(pipe: Any, mixture: Mixture, names: Sequence[str], *args: Any, **kwa
 
 @contextmanager
 def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Run) -> Iterator[None]:
-    """`texts_apart` with the prompt as each expert's text encoder reads it."""
-    with texts_apart(pipe, [partial(read_by, pipe, mixture, [name]) for name in mixture.experts], run):
+    """`texts_apart` with the prompt as each expert's text encoder reads it, and the picture drawn as one."""
+    with mixture.tiled(0), texts_apart(pipe, [partial(read_by, pipe, mixture, [name]) for name in mixture.experts], run):
         yield
 
 

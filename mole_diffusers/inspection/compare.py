@@ -16,27 +16,36 @@ from mole_diffusers.mixture import Mixture
 MARGIN = 6  # pixels around a cell of a sheet
 
 
-def columns(mixture: Mixture) -> dict[str, Callable[[], AbstractContextManager]]:
+def columns(mixture: Mixture, tiles: str = "") -> dict[str, Callable[[], AbstractContextManager]]:
     """What to compare on one attached mixture: label -> context in which the pipeline is called.
 
-    "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place, without tiles.
+    "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place, and "tiles" the same in
+    tiles; "bound" and what is gated are drawn without them.
+
+    Args:
+        tiles: the prompt, where it is to be drawn in tiles, too.
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
     if mixture.binding is not None:
-        found["bound"] = partial(_bound, mixture, partial(mixture.adjusted, _ones))
+        summed = partial(mixture.adjusted, _ones)
+        found["bound"] = partial(_both, partial(mixture.tiled, 0), summed)
+        if tiles:
+            found["tiles"] = partial(_both, partial(mixture.tiled, prompt=tiles), summed)
     if mixture.binding is None or mixture.parameters():
         family = mixture.config.family
         gated = partial(mixture.only, *strengths)
-        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = partial(_bound, mixture, gated)
+        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = partial(
+            _both, partial(mixture.tiled, 0), gated
+        )
     return found
 
 
 @contextmanager
-def _bound(mixture: Mixture, weighed: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    with mixture.tiled(0), weighed():
+def _both(first: Callable[[], AbstractContextManager], second: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    with first(), second():
         yield
 
 

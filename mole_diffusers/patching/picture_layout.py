@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mole_diffusers.binding import layout
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
-from mole_diffusers.binding.words import Reading, Thing, ThingKey
+from mole_diffusers.binding.words import Reading, Thing, ThingKey, keys
 from mole_diffusers.functional import onto
 
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
@@ -115,8 +115,11 @@ class PictureLayout:
         return warned
 
     def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
-        """Take places [H, W] that were planned elsewhere, by `Thing.key`; returns whether these are the pictures' things."""
-        rows = {row: [regions.get(thing.key) for thing in self._placed(row)] for row in self.picture_rows}
+        """Take places [H, W] that were planned elsewhere, by `words.keys`; returns whether they are of the pictures' things."""
+        rows = {}
+        for row in self.picture_rows:
+            things, placed = self.readings[row].things, self._placed(row)
+            rows[row] = [regions.get(key) for key, thing in zip(keys(things), things, strict=True) if thing in placed]
         found = {row: [r for r in each if r is not None and r.shape == self.side] for row, each in rows.items()}
         fits = all(found.values()) and all(len(found[row]) == len(each) for row, each in rows.items())
         if fits:

@@ -8,21 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.layout import MOST_THINGS, partition, planned
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
-from mole_diffusers.binding.words import ThingKey, prompts_apart
+from mole_diffusers.binding.words import ThingKey, keys, prompts_apart
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
 OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
-# Arguments of a call that ask for more than a picture of the prompt: tiles know nothing of an image that is drawn over.
-BESIDE_THE_PROMPT = ("image", "ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "prompt_2")
+# Arguments of calls that ask for pictures of a prompt and nothing else: tiles know nothing of an image to draw over, say.
+OF_A_PROMPT = {
+    "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "height",
+    "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator",
+    "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+}  # fmt: skip
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
@@ -35,8 +41,8 @@ class Tiling:
     Attributes:
         until: share of the steps in 0..1, from pure noise; 0 for none.
         always: whatever the size and the prompt, and with a ValueError where that cannot be. Otherwise where a call asks for
-            a picture of nothing but its prompt, that lists things of two experts or more, side by side, and each has room
-            for a picture of the size that the model was trained at.
+            nothing but a picture of its prompt, that lists things of two experts or more and nobody else's, and each has
+            room for a picture of the size that the model was trained at.
         prompt: the text of pictures whose call has none, but its states.
     """
 
@@ -91,44 +97,52 @@ def tiles_for(
         bound: each expert's words and region.
         acting: the experts that are on.
         by: a context in which only some of them act, on every word.
-        settle: is told the place [H, W] of each thing, by `Thing.key`, before the first tile is drawn.
+        settle: is told the place [H, W] of each thing, by its key, before the first tile is drawn.
 
     Raises ValueError where tiles are always wanted and cannot be: another kind of pipeline, no one prompt, more than eight
     things; and when a picture is drawn, a ControlNet, a prompt of several chunks, or regions that leave a thing no place.
     """
-    prompt = tiling.prompt or _one_prompt(call.get("prompt"))
+    things = _things(pipe, tiling, call, bound, acting)
+    return None if things is None else Tiles(pipe, tiling, things, call.get("clip_skip"), by=by, settle=settle)
+
+
+def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
+    """Whether a bound mixture draws the pictures of a call, whose size is in it, in tiles by itself."""
+    things = _things(pipe, Tiling(), call, bound, acting)
+    if things is None:
+        return False
+    height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
+    return _has_room(pipe.unet, things.masks(height, width))
+
+
+def _things(
+    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
+) -> Things | None:
+    """What is drawn in tiles where it has room; None where a picture is drawn as one."""
+    prompt = tiling.prompt if call.get("prompt") is None else _one_prompt(call["prompt"])
     things = None if prompt is None else Things(prompt, bound, acting)
     reason = _obstacle(pipe, things)
     if reason and tiling.always:
         raise ValueError(reason)
     if reason or things is None or len(things.prompts) < 2:
         return None
-    if not tiling.always and not (things.are_listed and all(call.get(name) is None for name in BESIDE_THE_PROMPT)):
-        return None
-    return Tiles(pipe, tiling, things, call.get("clip_skip"), by=by, settle=settle)
-
-
-def draws_in_tiles(
-    pipe: Any, prompt: str, size: tuple[int, int], bound: Mapping[str, Bound], acting: Collection[str]
-) -> bool:
-    """Whether a bound mixture draws a prompt in tiles by itself, at `size`, width and height in pixels."""
-    things = Things(prompt, bound, acting)
-    if _obstacle(pipe, things) or not things.are_listed:
-        return False
-    width, height = (side // pipe.vae_scale_factor for side in size)
-    return _has_room(pipe.unet, things.masks(height, width))
+    asks_for_nothing_else = all(name in OF_A_PROMPT for name, value in call.items() if value is not None)
+    return things if tiling.always or (things.are_listed and asks_for_nothing_else) else None
 
 
 def _obstacle(pipe: Any, things: Things | None) -> str:
     """Why a pipeline cannot draw these in tiles; "" where it can."""
     if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
         return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
-    if compiled_from(pipe.unet) is not pipe.unet:
+    if compiled_from(pipe.unet) is not pipe.unet or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
         return "tiles have other sizes than the picture, and the unet is compiled as one graph"
     if things is None:
         return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
-    count = len(things.prompts)
-    return f"{MOST_THINGS} things can have tiles of their own, and the prompt names {count}" if count > MOST_THINGS else ""
+    if (count := len(things.prompts)) > MOST_THINGS:
+        return f"{MOST_THINGS} things can have tiles of their own, and the prompt names {count}"
+    if count > 1 and things.outside:
+        return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
+    return ""
 
 
 def _one_prompt(given: Any) -> str | None:
@@ -140,19 +154,24 @@ def _has_room(unet: Any, masks: torch.Tensor) -> bool:
     """Whether each place [K, H, W] is at least as large as the pictures that a UNet was trained with."""
     trained = unet.config.sample_size
     return isinstance(trained, int) and all(
-        min(below - top, right - left) >= trained for top, below, left, right in (_box(mask, unet) for mask in masks)
+        min(bottom - top, right - left) >= trained for top, bottom, left, right in map(_extent, masks)
     )
 
 
-def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of what is around a mask [H, W], as large as a UNet can halve without a rest."""
+def _extent(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of what is around a mask [H, W]; all 0 where it is empty."""
     if not mask.any():
         return 0, 0, 0, 0
-    step = 2 ** (len(unet.config.block_out_channels) - 1)
     rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
-    top, left = rows[0] // step * step, columns[0] // step * step
-    bottom, right = (-(-(last[-1] + 1) // step) * step for last in (rows, columns))
-    return top, min(bottom, mask.shape[0]), left, min(right, mask.shape[1])
+    return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+
+
+def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
+    """The extent of a mask [H, W], as large as a UNet can halve without a rest."""
+    step = 2 ** (len(unet.config.block_out_channels) - 1)
+    top, bottom, left, right = _extent(mask)
+    bottom, right = (-(-end // step) * step for end in (bottom, right))
+    return top // step * step, min(bottom, mask.shape[0]), left // step * step, min(right, mask.shape[1])
 
 
 class Things:
@@ -160,21 +179,25 @@ class Things:
 
     Attributes:
         prompts: index of a thing in the reading, in the order of naming -> the prompt of it alone.
+        keys: index of a thing in the reading -> its key, see `words.keys`.
         everywhere: the experts that act in the whole picture, as a style does.
-        are_listed: whether things of two experts or more are named, side by side.
+        outside: those of them that the user gave a region.
+        are_listed: whether things of two experts or more are named side by side, and nothing that is nobody's.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
         self.names, self.bound, self.acting = list(bound), list(bound.values()), acting
         whole = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
         self.reading, self.prompts, side_by_side = prompts_apart(prompt, [b.words for b in self.bound], whole)
+        self.keys = dict(enumerate(keys(self.reading.things)))
         placed = {k for i in self.prompts for k in self.reading.things[i].experts}
         self.everywhere = tuple(
             name
             for k, (name, own) in enumerate(bound.items())
             if name in acting and k not in placed and (self.reading.said[k] or not own.needs_words)
         )
-        self.are_listed = side_by_side and sum(bool(self.experts(i)) for i in self.prompts) > 1
+        self.outside = [name for name in self.everywhere if bound[name].given is not None]
+        self.are_listed = side_by_side and len(self.prompts) > 1 and all(map(self.experts, self.prompts))
 
     def experts(self, thing: int) -> tuple[str, ...]:
         """The experts of a thing that are on."""
@@ -221,23 +244,34 @@ class Tiles:
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """While the block runs, the UNet is called for each tile in the first steps."""
-        with replaced_forward(self.pipe.unet, self._denoise):
+        with replaced_forward(self.pipe.unet, partial(self._denoise, self.pipe.unet.forward)):
             yield
 
-    def _denoise(self, *args: Any, **kwargs: Any) -> Any:
-        now = self.reader.time(args, kwargs)[0].cpu()
-        noisier = self.pipe.scheduler.timesteps.float().cpu() / self.reader.pure_noise > now + 1e-5
-        if noisier.float().mean() >= self.tiling.until or not (tiles := self._tiles(args, kwargs)):
-            return self.pipe.unet(*args, **kwargs)
-        return self._parts(tiles, args, kwargs)
+    def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the UNet predicts; `whole` draws the picture as one."""
+        if not (tiles := self._tiles(args, kwargs)) or not self._is_early(args, kwargs):
+            return whole(*args, **kwargs)
+        out = self._parts(tiles, args, kwargs)
+        return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
+
+    def _is_early(self, args: tuple, kwargs: dict) -> bool:
+        """Whether this step is one of those in tiles. The last step is none, unless all of them are."""
+        now, times = self.reader.time(args, kwargs)[0].cpu(), self.pipe.scheduler.timesteps.float().cpu()
+        noisier = int((times / self.reader.pure_noise > now + 1e-5).sum())
+        return noisier + 1 <= self.tiling.until * len(times) + 1e-5
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
         """The tiles of a call; none where it draws the picture as one."""
-        side = self.reader.latents(args, kwargs).shape[-2:]
+        latents, reason = self.reader.latents(args, kwargs), ""
         if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
-            if self.tiling.always:
-                raise ValueError("a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them")
+            reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
+        elif latents.dim() != 4:
+            reason = "tiles are parts of a picture, and this is a film"
+        if reason and self.tiling.always:
+            raise ValueError(reason)
+        if reason:
             return []
+        side = latents.shape[-2:]
         if side not in self._found:
             self._found[side] = self._planned(*side)
         return self._found[side]
@@ -249,7 +283,7 @@ class Tiles:
         for i, mask in zip(things.prompts, masks, strict=True):
             if not mask.any():
                 raise ValueError(f"the regions leave no place for {things.reading.things[i].name!r}")
-        self.settle({things.reading.things[i].key: mask for i, mask in zip(things.prompts, masks, strict=True)})
+        self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)})
         return [self._tile(*each, mask) for each, mask in zip(things.prompts.items(), masks, strict=True)]
 
     def _tile(self, thing: int, prompt: str, mask: torch.Tensor) -> Tile:
@@ -264,7 +298,7 @@ class Tiles:
             )
         return Tile(names, made[0], made[2] if len(made) == 4 else None, mask, _box(mask, self.pipe.unet))
 
-    def _parts(self, tiles: Sequence[Tile], args: tuple, kwargs: dict) -> tuple[torch.Tensor]:
+    def _parts(self, tiles: Sequence[Tile], args: tuple, kwargs: dict) -> torch.Tensor:
         """What the UNet predicts, tile by tile; where none is, the picture as a whole without the experts of the tiles."""
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         prompted = prompted_rows(self.pipe, text, latents)
@@ -292,7 +326,7 @@ class Tiles:
                 **self._pooled(tile, prompted, kwargs.get("added_cond_kwargs")),
             )
             out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
-        return (out,)
+        return out
 
     def _pooled(self, tile: Tile, prompted: torch.Tensor, whole: Mapping[str, Any] | None) -> dict[str, Any]:
         """What SDXL reads beside the text: the pooled states, and the sizes of a picture that is the tile."""

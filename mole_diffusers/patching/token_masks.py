@@ -282,7 +282,7 @@ class TokenMasks:
         self._changed()
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
-        """Say where the things of this call's pictures are, [H, W] in 0..1 by `Thing.key`; maps are not read then."""
+        """Say where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`; maps are not read then."""
         self._planned, self._now = regions, None
         for state in self._texts:
             if state.picture.put(regions):

@@ -177,19 +177,12 @@ def call_arguments(
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
         weights: whether brackets are weights; else they are plain text, and a long prompt is cut.
     """
-    known = prompts_read(pipe)
-    prompts = {"negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
-    asked = {name: text for name, text in prompts.items() if text and name in known}
-    if not guided:
-        asked = {name: text for name, text in asked.items() if not name.startswith("negative")}
-    if "negative_prompt_2" in asked:  # without the first, SDXL would have zeros for both
-        asked.setdefault("negative_prompt", "")
-    asked["prompt"] = prompt
-    chunks = {name: chunks_of(pipe, text) if weights else [Chunk(text, (1.0,) * len(text))] for name, text in asked.items()}
-    if all(len(each) == 1 and set(each[0].weights) <= {1.0} for each in chunks.values()):
-        return {name: each[0].text for name, each in chunks.items()}
+    prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
+    chunks = _chunks_asked(pipe, prompts, guided=guided, weights=weights)
+    if (plain := _as_texts(chunks)) is not None:
+        return plain
     given = inspect.signature(pipe.encode_prompt).parameters
-    has_negative = "negative_prompt" in known
+    has_negative = "negative_prompt" in prompts_read(pipe)
     names = ["prompt_embeds", *(["negative_prompt_embeds"] if has_negative else [])]
     if "pooled_prompt_embeds" in given:
         names += ["pooled_prompt_embeds", *(["negative_pooled_prompt_embeds"] if has_negative else [])]
@@ -208,6 +201,40 @@ def call_arguments(
         for name, value in made[0].items()
         if value is not None
     }
+
+
+def plain_texts(
+    pipe: Any,
+    prompt: str,
+    negative: str = "",
+    *,
+    prompt_2: str = "",
+    negative_2: str = "",
+    guided: bool = True,
+    weights: bool = True,
+) -> dict[str, str] | None:
+    """What `call_arguments` gives where that is texts; None where it is states. No text encoder runs."""
+    prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
+    return _as_texts(_chunks_asked(pipe, prompts, guided=guided, weights=weights))
+
+
+def _chunks_asked(pipe: Any, prompts: Mapping[str, str], *, guided: bool, weights: bool) -> dict[str, list[Chunk]]:
+    """The chunks of the prompts that a call gives."""
+    known = prompts_read(pipe)
+    asked = {name: text for name, text in prompts.items() if text and name in known}
+    if not guided:
+        asked = {name: text for name, text in asked.items() if not name.startswith("negative")}
+    if "negative_prompt_2" in asked:  # without the first, SDXL would have zeros for both
+        asked.setdefault("negative_prompt", "")
+    asked["prompt"] = prompts["prompt"]
+    return {name: chunks_of(pipe, text) if weights else [Chunk(text, (1.0,) * len(text))] for name, text in asked.items()}
+
+
+def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
+    """Prompts that are short and have no weights, as texts; None for others."""
+    if all(len(each) == 1 and set(each[0].weights) <= {1.0} for each in chunks.values()):
+        return {name: each[0].text for name, each in chunks.items()}
+    return None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
-from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, token_counts, unread
+from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, plain_texts, token_counts, unread
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -184,6 +184,8 @@ class Studio:
             notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
         if recipe.binding == TILES and image is not None:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
+        if recipe.binding == TILES and recipe.prompt_2:
+            notes.append("tiles read the first prompt alone, not the second")
         if recipe.weights:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
@@ -261,17 +263,8 @@ class Studio:
                     stack.enter_context(mixture.tiled(prompt=recipe.plain_text))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
-            texts = call_arguments(
-                pipe,
-                recipe.text,
-                recipe.negative,
-                prompt_2=recipe.prompt_2,
-                negative_2=recipe.negative_2,
-                guided=recipe.guidance > 1,
-                weights=recipe.weights,
-            )
             return pipe(
-                **texts,
+                **call_arguments(pipe, **_prompts(recipe)),
                 **picture_passes.size_arguments(pipe, *size),
                 **over,
                 num_inference_steps=recipe.steps,
@@ -318,7 +311,9 @@ class Studio:
         """Whether a completed recipe would be drawn in tiles, were its binding "auto"."""
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         bound = bindings(recipe.tag_bindings(), experts, files_bindings(experts))
-        return draws_in_tiles(self.pipe, recipe.text, (recipe.width, recipe.height), bound, experts)
+        texts = plain_texts(self.pipe, **_prompts(recipe))
+        size = {"width": recipe.width, "height": recipe.height}
+        return texts is not None and draws_in_tiles(self.pipe, texts | size, bound, experts)
 
     def forget_attached(self) -> None:
         """Call this after attaching something else to the pipeline, so that the next picture attaches its own again."""
@@ -371,6 +366,18 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
             other = "was made with another picture" if wanted else "was made without a picture"
             missing = "needs the picture that it was made with" if given is None else other
             raise ValueError(f"the recipe {missing} as its {name}")
+
+
+def _prompts(recipe: Recipe) -> dict[str, Any]:
+    """As `call_arguments` takes them."""
+    return {
+        "prompt": recipe.text,
+        "negative": recipe.negative,
+        "prompt_2": recipe.prompt_2,
+        "negative_2": recipe.negative_2,
+        "guided": recipe.guidance > 1,
+        "weights": recipe.weights,
+    }
 
 
 def _fixed_weights(recipe: Recipe, mixture: Mixture) -> dict[str, float] | None:

@@ -1,14 +1,16 @@
 """A picture in tiles against the pictures of its parts, drawn one by one."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
-from hosts import sd3, sdxl
+from hosts import HOSTS, draw, sd3, sdxl
 from PIL import Image
 
 import mole_diffusers as mole
+from mole_diffusers.binding.layout import strips
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.tiles import draws_in_tiles
@@ -85,8 +87,10 @@ def test_tiles_give_way_to_the_bound_picture(pipe, experts):
     bound = latent(pipe)
     with tiled(pipe, PROMPT, 0.0):
         assert torch.equal(latent(pipe), bound)
-    with tiled(pipe, "a fox", 1.0):  # one thing
-        assert torch.equal(latent(pipe), bound)
+    with mixture.tiled(0):
+        fox = latent(pipe, "a fox")
+    with tiled(pipe, until=1.0):  # one thing
+        assert torch.equal(latent(pipe, "a fox"), fox)
     seen = []
     pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
     with tiled(pipe, PROMPT, 0.5):
@@ -117,10 +121,11 @@ def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp
     with tiled(pipe, "xa,xb,xc,an ox"):
         assert torch.isfinite(latent(pipe, "xa,xb,xc,an ox")).all()
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    states = {"prompt_embeds": pipe.encode_prompt("hat below fox", "cpu", 1, False)[0]}
     with tiled(pipe, "a hat below a fox", 1.0):
-        below = latent(pipe, "hat below fox")
+        below = latent(pipe, None, **states)
     with tiled(pipe, "a fox above a hat", 1.0):
-        torch.testing.assert_close(latent(pipe, "hat below fox"), below)
+        torch.testing.assert_close(latent(pipe, None, **states), below)
 
 
 def test_a_unet_for_inpainting_predicts_fewer_channels_than_it_reads(pipe, experts):
@@ -170,12 +175,12 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
     with mixture.tiled(0):
         bound = latent(pipe)
     assert not torch.equal(bound, wanted)
-    size = 32, 32
-    acting = list(experts)
-    assert draws_in_tiles(pipe, PROMPT, size, mixture.binding, acting)
+    call, acting = {"prompt": PROMPT, "width": 32, "height": 32}, list(experts)
+    assert draws_in_tiles(pipe, call, mixture.binding, acting)
     for narrower in (
         {"prompt": "a fox eats a hat"},
         {"prompt": "a fox, an ox"},  # which is nobody's
+        {"prompt": "a fox, a hat, an ox"},
         {"x": noise(8, 8)},
         {"cross_attention_kwargs": {"scale": 1.0}},
         {"prompt": [PROMPT, "a fox, a hat ink"], "x": torch.cat([noise()] * 2)},
@@ -184,15 +189,16 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
             alone = latent(pipe, **narrower)
         assert torch.equal(latent(pipe, **narrower), alone), narrower
         if "x" in narrower and len(narrower) == 1:
-            assert not draws_in_tiles(pipe, PROMPT, (16, 16), mixture.binding, acting)
-        elif isinstance(narrower.get("prompt"), str):
-            assert not draws_in_tiles(pipe, narrower["prompt"], size, mixture.binding, acting)
+            narrower = {"width": 16, "height": 16}
+        assert not draws_in_tiles(pipe, call | narrower, mixture.binding, acting)
     with mixture.only("fox"):
         one = latent(pipe)
     with mixture.only("fox"), mixture.tiled(0):
         assert torch.equal(latent(pipe), one)
+    for more in ({"timesteps": [500, 1]}, {"prompt_2": "a fox"}, {"original_size": (64, 64)}):
+        assert not draws_in_tiles(pipe, call | more, mixture.binding, acting)
     mixture.bind({"fox": (None, (0.0, 0.0, 0.3, 0.3))})
-    assert not draws_in_tiles(pipe, PROMPT, size, mixture.binding, acting)
+    assert not draws_in_tiles(pipe, call, mixture.binding, acting)
     mixture.bind(None)
     plain = latent(pipe)
     with mixture.tiled(0):
@@ -253,6 +259,68 @@ def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_
     mixture = mole.attach(pipe, experts)
     with mixture.tiled(1.0):
         torch.testing.assert_close(drawn(PROMPT, x), torch.cat(parts, -1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "early"), [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (10, 8)])
+def test_the_last_step_joins_the_tiles_however_few_there_are(pipe, experts, steps, early):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    widths = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[-1]))
+    with tiled(pipe):
+        latent(pipe, steps=steps)
+    assert widths == [8] * 2 * early + [16] * (steps - early)
+
+
+def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
+    """What is recorded by steps is as without tiles, and gates are evaluated as often."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")}, "mole")
+
+    def told(tiling):
+        decisions = []
+        with tiling, mixture.trace(maps=True) as trace, mixture.every(2), mixture.listen(decisions.append):
+            latent(pipe, steps=4)
+        return [*trace.maps], len(decisions)
+
+    by_itself = told(nullcontext())
+    assert by_itself == told(mixture.tiled(0))
+    assert by_itself[0] == [0, 1, 2, 3]
+
+
+def test_films_are_drawn_as_one(tmp_path):
+    pipe, options = HOSTS["animatediff"]()
+    pipe.set_progress_bar_config(disable=True)
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    mixture = mole.attach(pipe, {n: replace(read_expert(path, n), triggers=(n,)) for n, path in files.items()})
+    pipe.unet.config["sample_size"] = 1
+    film = draw(pipe, options, PROMPT)
+    with mixture.tiled(0):
+        assert torch.equal(draw(pipe, options, PROMPT), film)
+    with mixture.tiled(), pytest.raises(ValueError, match="this is a film"):
+        draw(pipe, options, PROMPT)
+
+
+def test_a_region_that_is_no_things_place_is_kept(pipe, experts):
+    """A style in a part of the picture cannot be kept there in tiles."""
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, experts)
+    mixture.bind({"ink": (None, "left")})
+    prompt = "ink drawing of a fox, a hat"
+    found = latent(pipe, prompt)
+    with mixture.tiled(0):
+        assert torch.equal(latent(pipe, prompt), found)
+    with mixture.tiled(), pytest.raises(ValueError, match="'ink' has a region, but is no thing"):
+        latent(pipe, prompt)
+
+
+def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
+    """However often they are named, and however the tokenizer spells them."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    for prompt, things in (("fox,hat,a b,a b", 4), ("fox,hat,a t-x", 3)):
+        with mixture.tiled():
+            latent(pipe, prompt, noise(16, 48), steps=2)
+        (regions,) = mixture._runtime.binding._texts[-1].picture._regions.values()
+        assert torch.equal(regions, strips(things, 16, 48))
+        assert not mixture.binding_warnings
 
 
 def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts, tmp_path):
