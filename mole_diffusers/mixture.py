@@ -440,13 +440,15 @@ class Mixture:
         """Draw pictures in tiles at first: each thing that a prompt names as a picture of its own, in its own place.
 
         In the first steps the denoiser is called for each thing on its part of the latents alone, with the prompt without
-        the other things, and with its own expert and those that act everywhere, as a style does. The last steps draw the
-        picture as one, bound as usual, which joins the parts. A prompt that names less than two things is drawn as usual.
+        the other things, and with its own expert and those that act everywhere, as a style does. The last steps, one at
+        least, draw the picture as one, bound to the same places, which joins the parts. A prompt that names less than two
+        things is drawn as usual.
 
-        A bound mixture does so by itself where a call has one prompt and nothing beside it (a picture, a ControlNet), which
-        lists things of two experts or more ("a fox and an owl", not "a fox riding an owl"), each with room for a picture of
-        the size that the UNet was trained at: for two of Stable Diffusion 1.5 a picture of 1024 x 512. Inside the block it
-        does so always, or with `until=0` never. Weights by hand (`fixed`) hold everywhere, without tiles.
+        A bound mixture does so by itself where a call asks for nothing but a picture of one prompt (none that is drawn over,
+        no ControlNet), which lists things of two experts or more and no other things ("a fox and an owl", not "a fox riding
+        an owl"), each with room for a picture of the size that the UNet was trained at: for two of Stable Diffusion 1.5 a
+        picture of 1024 x 512. Inside the block it does so always, or with `until=0` never. Weights by hand (`fixed`) hold
+        everywhere, and sets of experts (`rows`) belong to several prompts: they are drawn without tiles.
 
         Places are those that the mixture is bound to; things without one share the rest of the picture in the order of
         naming, unless words as "left of" decide.
@@ -456,7 +458,8 @@ class Mixture:
             prompt: the text of pictures whose call gives states instead.
 
         Raises ValueError for a share outside of 0..1; and when a picture is drawn, for a pipeline without a UNet, no one
-        prompt, more than eight things, a ControlNet, a prompt of several chunks, or regions that leave a thing no place.
+        prompt, more than eight things, a film, a ControlNet, a prompt of several chunks, a region of an expert that is no
+        thing, or regions that leave a thing no place.
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")

@@ -115,7 +115,7 @@ class PictureLayout:
         return warned
 
     def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
-        """Take places [H, W] that were planned elsewhere, by `words.keys`; returns whether they are of the pictures' things."""
+        """Take places [H, W] that were planned elsewhere, by `words.keys`; returns whether all things have one."""
         rows = {}
         for row in self.picture_rows:
             things, placed = self.readings[row].things, self._placed(row)
