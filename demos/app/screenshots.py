@@ -91,9 +91,9 @@ def train(page: Browser) -> None:
 
 
 def gallery(page: Browser) -> None:
-    """Eight pictures, one of them a favourite."""
+    """Eight pictures, one of them a favourite, and the comparison."""
     page.tab("Gallery")
-    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 8, WAIT)
+    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 9, WAIT)
     page.click("#gallery .thumbnail-item")
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#star")

@@ -128,7 +128,7 @@ def _connect_use(page: Page, panel: Panel) -> None:
     def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], text: str, cards: list[MixerCard]) -> Any:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
-        mask = painted_mask(painted, edge)
+        mask = painted_mask(without_margins(painted), edge)
         text, cards = set_region(text, cards, name, PAINTED, catalog.loras)
         return {**masks, name: mask_text(mask)}, text, cards, redraw(cards), f"**{markdown(name)}** acts there from now on"
 
@@ -161,6 +161,13 @@ def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: 
     if picture is not None and picture.layout is not None and name in picture.layout.regions:
         return _grey(picture.layout.regions[name].numpy())
     return None
+
+
+def without_margins(painted: dict[str, Any] | None) -> dict[str, Any]:
+    """What an editor has, on the picture alone: its canvas is a square, which is empty above and below a wide picture."""
+    background = (painted or {}).get("background")
+    box = None if background is None else background.convert("RGBA").getchannel("A").getbbox()
+    return {"layers": [layer and layer.crop(box) for layer in (painted or {}).get("layers", ())]}
 
 
 def painted_mask(painted: Any, edge: float) -> Image.Image:
