@@ -75,7 +75,7 @@ class Uncompiled:
 def _attend(runtime: Runtime, reads_maps: bool) -> Any:
     def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         masks = runtime.masks
-        if masks is None or not masks.binds:
+        if masks is None or (bound := masks.now) is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
@@ -83,12 +83,12 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
         if text is None or hidden.dim() != 3:
             return None
         if reads_maps and not torch.compiler.is_compiling() and masks.wants_maps:
-            frames, rest = divmod(len(hidden), masks.text_rows)
+            frames, rest = divmod(len(hidden), bound.rows)
             if frames and not rest:
-                drawn = [row * frames + frame for row in masks.picture_rows for frame in range(frames)]
+                drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
                 shares = _probabilities(attention, hidden[drawn], text[drawn])
                 masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a film has one layout
-        bias = masks.bias(hidden.shape[1], hidden.shape[0])
+        bias = bound.bias(hidden.shape[1], hidden.shape[0])
         if bias is None or bias.shape[2] != text.shape[1]:
             return None
         bias, given = bias.to(hidden.dtype), kwargs.get("attention_mask")

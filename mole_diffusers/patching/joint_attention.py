@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mole_diffusers.patching.bound_text import BoundText
 from mole_diffusers.patching.cross_attention import Uncompiled
 from mole_diffusers.patching.placement import JOINT_STREAM, blocks
 from mole_diffusers.patching.runtime import Runtime
@@ -28,12 +29,16 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook the joint attention of every block of a transformer; the middle half of the blocks is read for maps."""
     joint = JOINT_STREAM[-1]
     layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
-    compiled = Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or masks.has_regions)
+    compiled = Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or _has_regions(masks))
     if layers:
         undo.before_forward(model, compiled.before)
         undo.after_forward(model, compiled.after, always_call=True)
     for i, layer in enumerate(layers):
         _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
+
+
+def _has_regions(masks: TokenMasks) -> bool:
+    return masks.now is not None and masks.now.has_regions
 
 
 def _has(block: nn.Module, name: str) -> bool:
@@ -58,7 +63,7 @@ class _Hooks:
         if (
             masks is None
             or torch.compiler.is_compiling()
-            or not (masks.has_regions or (self.reads_maps and masks.wants_maps))
+            or not (_has_regions(masks) or (self.reads_maps and masks.wants_maps))
         ):
             return
         processor = self.layer.processor
@@ -84,23 +89,24 @@ class _Watched(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
-        words = self.masks.text_tokens
+        bound = self.masks.now
+        words = 0 if bound is None else bound.tokens
         picture = slice(0, -words) if self.picture_first else slice(words, None)
         text = slice(-words, None) if self.picture_first else slice(0, words)
-        if words and query.shape[2] == key.shape[2] > words:
+        if bound is not None and words and query.shape[2] == key.shape[2] > words:
             if self.reads_maps and self.masks.wants_maps:
-                self._read(query[:, :, picture], key[:, :, text])
-            bias = self.masks.joint_bias(query.shape[2], len(query), picture, text)
+                self._read(bound, query[:, :, picture], key[:, :, text])
+            bias = bound.joint_bias(query.shape[2], len(query), picture, text)
             if bias is not None:
                 before = given.get("attn_mask")
                 given["attn_mask"] = bias.to(query.dtype) if before is None else bias.to(query.dtype) + before
         return func(**given)
 
     @torch.no_grad()
-    def _read(self, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _read(self, bound: BoundText, query: torch.Tensor, key: torch.Tensor) -> None:
         """Shares of the text's tokens in what the picture's attend to: query [B, heads, T, D], key [B, heads, S, D]."""
-        rows = self.masks.picture_rows
-        if len(query) != self.masks.text_rows:
+        rows = bound.picture.picture_rows
+        if len(query) != bound.rows:
             return
         heads = query.shape[1]
         total = query.new_zeros(len(rows), query.shape[2], key.shape[2])

@@ -4,53 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from mole_diffusers import functional
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
+from mole_diffusers.patching.bound_text import BoundText, Made, Silent, spread
 from mole_diffusers.patching.denoiser_inputs import Groups
-from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side, sides
+from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
-Silent = tuple[bool, ...]
 Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # given name -> map [h, w], for each picture
 MOST_TEXTS = 4  # that pictures of one call are drawn with, in turn
 CLOSING = 8.0  # what attention to a thing's words loses outside its region, in logits
-
-
-@dataclass(eq=False)
-class BoundText:
-    """A text that the denoiser reads, and what follows from it.
-
-    Attributes:
-        text: its states, [B, S, C], which count as the same as long as nobody changes them (`version`).
-        shape: of the latents that were drawn with it.
-        own: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
-        silent: [N]: the experts that no row of it wants; row_silent: [B, N], where rows differ.
-        image: [B, N, H, W] in 0..1, the places that each expert acts on; None where all act everywhere.
-        biases: tokens of the picture -> [B, T, S], what cross-attention's logits lose.
-        made: masks by what a layer asked for.
-        lender: the text whose experts and places a text without anybody's words has, as of guidance by calls of its own.
-    """
-
-    text: torch.Tensor
-    version: int
-    shape: torch.Size
-    picture: PictureLayout
-    own: torch.Tensor | None
-    silent: Silent
-    row_silent: torch.Tensor | None
-    image: torch.Tensor | None = None
-    biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    made: dict[tuple, torch.Tensor | None] = field(default_factory=dict)
-    lender: BoundText | None = None
 
 
 class TokenMasks:
@@ -78,10 +48,10 @@ class TokenMasks:
         self.silent: Silent = (False,) * len(bound)  # experts whose words the text that is being read has not
         self.row_silent: torch.Tensor | None = None  # [B, N], where rows differ
         self._encoding: torch.Tensor | None = None  # [B, T, N] bool, while a text encoder runs
-        self._encoded: dict[tuple, torch.Tensor | None] = {}  # its masks by what a layer asked for
+        self._encoded: Made = {}
         self._texts: list[BoundText] = []  # of the pictures that are being drawn
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # where their things are, if that was planned without maps
-        self._now: BoundText | None = None
+        self.now: BoundText | None = None  # that the denoiser reads
         self._called = False  # whether a call of the pipeline runs
         self._level = 1.0  # of noise, at the last step outside of calls
         self._warned: set[str] = set()
@@ -91,29 +61,8 @@ class TokenMasks:
 
     @property
     def binds(self) -> bool:
-        """Whether any expert is kept from any token."""
-        now = self._now
-        return self._encoding is not None or (now is not None and (now.own is not None or now.image is not None))
-
-    @property
-    def has_regions(self) -> bool:
-        """Whether any expert is kept to a part of the picture."""
-        return self._now is not None and self._now.image is not None
-
-    @property
-    def text_rows(self) -> int:
-        """B, of the text that the denoiser reads; 0 where its words are not known."""
-        return 0 if self._now is None else len(self._now.picture.prompt_of)
-
-    @property
-    def picture_rows(self) -> list[int]:
-        """The row of each picture whose prompt says what it shows."""
-        return [] if self._now is None else self._now.picture.picture_rows
-
-    @property
-    def text_tokens(self) -> int:
-        """S, of the text that the denoiser reads; 0 where its words are not known."""
-        return 0 if self._now is None or self._now.own is None else self._now.own.shape[1]
+        """Whether any expert is kept from any token, of the text encoder or of the denoiser."""
+        return self._encoding is not None or (self.now is not None and self.now.binds)
 
     def over_ranks(
         self, stream: str | None, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
@@ -125,87 +74,24 @@ class TokenMasks:
             low: [B, R], [B, T, R] or [B, R, H, W].
             segment: [R], the expert of each rank; `ranks` [N] says how many each has.
         """
-        if stream is None or low.dim() == 2 or (stream == "image" and not self.has_regions):
+        if stream is None or low.dim() == 2:
             return None
-        made = self._encoded if stream == "encoding" or self._now is None else self._now.made
-        key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
-        if key not in made:
-            mask = self._mask(stream, low)
-            made[key] = None if mask is None else functional.over_ranks(mask.to(low.device), segment, low)
-        return made[key]
-
-    def _mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
-        """[B, T, N] for a layer whose tokens are those of `low`."""
-        own = None if self._now is None else self._now.own
-        if stream == "text" and low.dim() == 3 and own is not None and low.shape[1] != own.shape[1]:
-            stream = "image"  # SD 3.5 calls a second attention of the picture what others call cross-attention
-        if stream == "image":
-            side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(low.shape[1])
-            mask = None if side is None else self._image_tokens(side)
-        elif stream == "joint":
-            mask = self._joint(low.shape[1])
-        else:
-            mask = self._encoding if stream == "encoding" else own
-            if mask is not None and mask.shape[1] != low.shape[1]:
-                return None
-        return None if mask is None else functional.rows_for_layer(mask, low.shape[0])
-
-    def _image_tokens(self, side: Side) -> torch.Tensor | None:
-        image = None if self._now is None else self._now.image
-        if image is None:
-            return None
-        return F.adaptive_avg_pool2d(image, side).flatten(2).transpose(1, 2)  # [B, T, N]
-
-    def _joint(self, tokens: int) -> torch.Tensor | None:
-        """Text, then picture."""
-        own = None if self._now is None else self._now.own
-        if own is None or (side := self.side_of(tokens - own.shape[1])) is None:
-            return None
-        image = self._image_tokens(side)
-        if image is None:
-            image = torch.ones(len(own), tokens - own.shape[1], len(self.bound), device=own.device)
-        return torch.cat([own.float(), image.to(own.device)], 1)
-
-    def side_of(self, tokens: int) -> Side | None:
-        """Height and width of a layer that has so many tokens of the picture; None where it has others."""
-        whole = None if self._now is None else self._now.picture.side
-        return next((side for side in sides(whole) if side[0] * side[1] == tokens), None)
-
-    def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
-        """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: nothing is.
-
-        Args:
-            tokens: T.
-            rows: B, of the layer; a film's frames are rows of their own there.
-        """
-        bias = None if self._now is None else self._now.biases.get(tokens)
-        return None if bias is None or rows % bias.shape[0] else functional.resample_rows(bias, rows)
-
-    def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
-        """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
-        bias = self.bias(tokens - self.text_tokens, rows)
-        if bias is None or self._now is None:
-            return None
-        key = "joint bias", tokens, picture.start
-        if key not in self._now.made:
-            whole = bias.new_zeros(rows, 1, tokens, tokens)
-            whole[:, 0, picture, text] = bias
-            self._now.made[key] = whole
-        return self._now.made[key]
+        if stream == "encoding":
+            return spread(self._encoded, stream, low, segment, ranks, lambda: self._encoding)
+        return None if self.now is None else self.now.over_ranks(stream, low, segment, ranks)
 
     @property
     def wants_maps(self) -> bool:
         """Whether attention is to be read at this step."""
-        if self._now is None or torch.is_grad_enabled():
+        if self.now is None or torch.is_grad_enabled():
             return False
-        return self._now.picture.wants_maps or (bool(self._watchers) and self._now.picture.has_things)
+        return self.now.picture.wants_maps or (bool(self._watchers) and self.now.picture.has_things)
 
     def add_maps(self, shares: torch.Tensor) -> None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
-        side = self.side_of(shares.shape[1])
-        if self._now is None or side is None:
+        if self.now is None or (side := self.now.side_of(shares.shape[1])) is None:
             return
-        picture = self._now.picture
+        picture = self.now.picture
         if picture.wants_maps:
             picture.add_maps(shares, side)
         for watcher in self._watchers:
@@ -277,16 +163,16 @@ class TokenMasks:
 
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read, and its layout is planned, anew."""
-        self._called, self._texts, self._now, self.said, self._planned = True, [], None, [], {}
+        self._called, self._texts, self.now, self.said, self._planned = True, [], None, [], {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
         """Say where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`; maps are not read then."""
-        self._planned, self._now = regions, None
+        self._planned, self.now = regions, None
         for state in self._texts:
             if state.picture.put(regions):
-                self._place(state)
+                state.place(self.closing)
 
     def end(self, *, warns: bool) -> None:
         """The call has ended; `warns` of what got no place."""
@@ -322,7 +208,7 @@ class TokenMasks:
             before, self._level = self._level, level()
             if self._level > before:
                 self._texts = []
-        state = next((known for known in self._texts if _is_same(known, text, latents)), None)
+        state = next((known for known in self._texts if known.is_of(text, latents)), None)
         if state is None:
             state = self._read(text, latents, side(), groups(), frames)
             self._texts = [*self._texts[-MOST_TEXTS:], state]
@@ -332,12 +218,12 @@ class TokenMasks:
         elif state.picture.can_plan:
             for warning in state.picture.plan():
                 self._warn(warning)
-            self._place(state)
-            self._now = None
-        if state.lender is not None and state.image is not state.lender.image:  # planned since
-            state.image, state.made, self._now = state.lender.image, {}, None
-        if self._now is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
-            self._now, self.silent, self.row_silent = state, state.silent, state.row_silent
+            state.place(self.closing)
+            self.now = None
+        if state.borrow():
+            self.now = None
+        if self.now is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
+            self.now, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._changed()
 
     def _read(
@@ -361,29 +247,20 @@ class TokenMasks:
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         own = onto(self._own_tokens(readings), text.device) if readings else None
         said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        state = BoundText(
-            text.detach(), functional.version(text), latents.shape, picture, own, *self._silent(said, text.device)
-        )
         before = next((known for known in reversed(self._texts) if any(map(_says, known.picture.readings))), None)
-        if before is not None and not any(map(_says, readings)) and len(before.text) == len(text):
-            state.silent, state.row_silent, state.lender = before.silent, before.row_silent, before
+        lent = before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
+        lender = before if lent else None
+        silent, by_row = self._silent(said, text.device) if lender is None else (lender.silent, lender.row_silent)
+        now = text.detach(), functional.version(text), latents.shape
+        state = BoundText(*now, picture, own, silent, by_row, lender)
+        if lender is not None:
             return state
         if self._planned:
             picture.put(self._planned)
         elif before is not None and self._called:
             picture.keep(before.picture)
-        self._place(state)
+        state.place(self.closing)
         return state
-
-    def _place(self, state: BoundText) -> None:
-        """Masks of the picture, and what cross-attention's logits lose, by the regions that are known."""
-        picture, device = state.picture, state.text.device
-        image = picture.expert_masks()
-        state.image, state.biases, state.made = None if image is None else onto(image, device), {}, {}
-        if image is not None and picture.readings and self.closing:
-            for side in sides(picture.side):
-                bias = -self.closing * picture.closed_words(side)
-                state.biases[side[0] * side[1]] = onto(bias.to(state.text.dtype), device)
 
     def _warn(self, message: str) -> None:
         """Once for each message."""
@@ -396,17 +273,6 @@ class TokenMasks:
 
 def _says(reading: Reading) -> bool:
     return any(reading.said)
-
-
-def _is_same(known: BoundText, text: torch.Tensor, latents: torch.Tensor) -> bool:
-    """Whether this is that text, of a picture of that size; hooks that cast or move it make a copy at every step."""
-    if known.text.shape != text.shape or known.text.device != text.device or known.shape[1:] != latents.shape[1:]:
-        return False
-    if torch.is_grad_enabled():  # in training every text is new
-        return False
-    if known.text.data_ptr() == text.data_ptr():
-        return known.version == functional.version(text)
-    return torch.equal(known.text, text)
 
 
 def _groups(readings: Sequence[Reading]) -> Groups:

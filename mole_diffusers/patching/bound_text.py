@@ -1,0 +1,167 @@
+"""A text that the denoiser reads: which expert acts on which tokens of it and of the picture, and which words are closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from mole_diffusers import functional
+from mole_diffusers.functional import onto
+from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
+
+Silent = tuple[bool, ...]
+Made = dict[tuple, torch.Tensor | None]  # masks by what a layer asked for
+
+
+@dataclass(eq=False)
+class BoundText:
+    """A text that the denoiser reads, and what follows from it.
+
+    Attributes:
+        text: its states, [B, S, C], which count as the same as long as nobody changes them (`version`).
+        shape: of the latents that were drawn with it.
+        own: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
+        silent: [N]: the experts that no row of it wants; row_silent: [B, N], where rows differ.
+        lender: the text whose experts and places this one has, as a text without anybody's words, of guidance by calls of
+            its own, has those of the prompt.
+        image: [B, N, H, W] in 0..1, the places that each expert acts on; None where all act everywhere.
+        biases: tokens of the picture -> [B, T, S], what cross-attention's logits lose.
+    """
+
+    text: torch.Tensor
+    version: int
+    shape: torch.Size
+    picture: PictureLayout
+    own: torch.Tensor | None
+    silent: Silent
+    row_silent: torch.Tensor | None
+    lender: BoundText | None = None
+    image: torch.Tensor | None = None
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    _made: Made = field(default_factory=dict)
+
+    def is_of(self, text: torch.Tensor, latents: torch.Tensor) -> bool:
+        """Whether this is that text, of a picture of that size; hooks that cast or move it make a copy at every step."""
+        if self.text.shape != text.shape or self.text.device != text.device or self.shape[1:] != latents.shape[1:]:
+            return False
+        if torch.is_grad_enabled():  # in training every text is new
+            return False
+        if self.text.data_ptr() == text.data_ptr():
+            return self.version == functional.version(text)
+        return torch.equal(self.text, text)
+
+    def place(self, closing: float) -> None:
+        """Masks of the picture by the regions that are known, and what cross-attention loses there: `closing`, in logits."""
+        image, device = self.picture.expert_masks(), self.text.device
+        self.image, self.biases, self._made = None if image is None else onto(image, device), {}, {}
+        if image is not None and self.picture.readings and closing:
+            for side in sides(self.picture.side):
+                bias = -closing * self.picture.closed_words(side)
+                self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
+
+    def borrow(self) -> bool:
+        """Take over what its lender has planned since; returns whether there was something."""
+        if self.lender is None or self.image is self.lender.image:
+            return False
+        self.image, self._made = self.lender.image, {}
+        return True
+
+    # ---- what layers ask
+
+    @property
+    def binds(self) -> bool:
+        """Whether any expert is kept from any token."""
+        return self.own is not None or self.image is not None
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether any expert is kept to a part of the picture."""
+        return self.image is not None
+
+    @property
+    def rows(self) -> int:
+        """B, as far as words are known; else 0."""
+        return len(self.picture.prompt_of)
+
+    @property
+    def tokens(self) -> int:
+        """S; 0 where its words are not known."""
+        return 0 if self.own is None else self.own.shape[1]
+
+    def over_ranks(
+        self, stream: str, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
+    ) -> torch.Tensor | None:
+        """As `TokenMasks.over_ranks`, for the denoiser's layers."""
+        if stream == "image" and self.image is None:
+            return None
+        return spread(self._made, stream, low, segment, ranks, lambda: self._mask(stream, low))
+
+    def _mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
+        """[B, T, N] for a layer whose tokens are those of `low`."""
+        if stream == "text" and low.dim() == 3 and self.own is not None and low.shape[1] != self.tokens:
+            stream = "image"  # SD 3.5 calls a second attention of the picture what others call cross-attention
+        if stream == "image":
+            side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(low.shape[1])
+            return None if side is None else self._image_tokens(side)
+        return self._joint(low.shape[1]) if stream == "joint" else self.own
+
+    def _image_tokens(self, side: Side) -> torch.Tensor | None:
+        return (
+            None if self.image is None else F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)
+        )  # [B, T, N]
+
+    def _joint(self, tokens: int) -> torch.Tensor | None:
+        """Text, then picture."""
+        if self.own is None or (side := self.side_of(tokens - self.tokens)) is None:
+            return None
+        image = self._image_tokens(side)
+        if image is None:
+            image = self.own.new_ones(len(self.own), tokens - self.tokens, self.own.shape[2], dtype=torch.float32)
+        return torch.cat([self.own.float(), image.to(self.own.device)], 1)
+
+    def side_of(self, tokens: int) -> Side | None:
+        """Height and width of a layer that has so many tokens of the picture; None where it has others."""
+        return next((side for side in sides(self.picture.side) if side[0] * side[1] == tokens), None)
+
+    def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
+        """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: nothing is.
+
+        Args:
+            tokens: T.
+            rows: B, of the layer; a film's frames are rows of their own there.
+        """
+        bias = self.biases.get(tokens)
+        return None if bias is None or rows % bias.shape[0] else functional.resample_rows(bias, rows)
+
+    def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
+        """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
+        bias = self.bias(tokens - self.tokens, rows)
+        if bias is None:
+            return None
+        key = "joint bias", tokens, picture.start
+        if key not in self._made:
+            whole = bias.new_zeros(rows, 1, tokens, tokens)
+            whole[:, 0, picture, text] = bias
+            self._made[key] = whole
+        return self._made[key]
+
+
+def spread(
+    made: Made,
+    stream: str,
+    low: torch.Tensor,
+    segment: torch.Tensor,
+    ranks: tuple[int, ...],
+    mask: Callable[[], torch.Tensor | None],
+) -> torch.Tensor | None:
+    """A mask [B, T, N] over the ranks of a layer, in the shape of `low`; kept in `made`. None where the layer has others."""
+    key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
+    if key not in made:
+        found = mask()
+        fits = found is not None and (low.dim() == 4 or found.shape[1] == low.shape[1])
+        rows = functional.rows_for_layer(found, low.shape[0]) if found is not None and fits else None
+        made[key] = None if rows is None else functional.over_ranks(rows.to(low.device), segment, low)
+    return made[key]
