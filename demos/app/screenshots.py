@@ -55,15 +55,15 @@ def compose(page: Browser) -> None:
 
 
 def regions(page: Browser) -> None:
-    """The found region of the sunflower, with more of it painted."""
+    """The found region of the sunflower, with a strip more of it painted."""
     from selenium.webdriver import ActionChains
 
     page.click("#regions button")
     sheet = page.one("#paint canvas")
     page.until(lambda: page.all("#found img"), WAIT)
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
-    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, 40, 30).click_and_hold()
-    brush.move_by_offset(-30, -25).move_by_offset(-20, 25).release().perform()
+    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, 5, -60).click_and_hold()
+    brush.move_by_offset(0, 60).move_by_offset(0, 60).release().perform()
     page.click("#paint-use")
     page.until(lambda: "acts there" in page.text("#paint-status"), WAIT)
     compose(page)
