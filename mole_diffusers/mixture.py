@@ -49,7 +49,7 @@ from mole_diffusers.patching.undo import Undo
 
 Source = str | Path | Expert
 Gates = str | Path | GateConfig
-MOST = 1e6  # a strength; far more than any picture survives, and few enough that products stay numbers
+MAX_STRENGTH = 1e6  # a strength; far more than any picture survives, and few enough that products stay numbers
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 _lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that a block has lifted from it
@@ -391,10 +391,10 @@ class Mixture:
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
-        if abs(value) <= MOST:
+        if abs(value) <= MAX_STRENGTH:
             return float(value)
         if math.isfinite(value):
-            raise ValueError(f"the strength of {name!r} must be in -{MOST:g}..{MOST:g}, got {value}")
+            raise ValueError(f"the strength of {name!r} must be in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {value}")
         raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
 
     def _index(self, name: str) -> int:

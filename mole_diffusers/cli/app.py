@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ from typer import Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import first_recipe, open_catalog, opened
+from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def app(
         try:
             check_trainable(found.pipe)
         except ValueError as error:
-            print(f"note: pictures can be drawn, but {error}", file=sys.stderr)
+            note(f"pictures can be drawn, but {error}")
         return found
 
     bases = bases_of(base)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusers.cli.console import busy
+from mole_diffusers.cli.console import busy, note
 from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
@@ -199,6 +199,6 @@ def open_pictures(given: Mapping[str, Path | None]) -> dict[str, Any]:
 def completed(studio: Studio, asked: Recipe, pictures: Mapping[str, Image.Image]) -> Recipe:
     """A recipe with everything chosen; what its user should know of that is said on stderr."""
     recipe = studio.complete(asked)
-    for note in studio.notes(asked, recipe, pictures.get("image")):
-        print(f"note: {note}", file=sys.stderr)
+    for each in studio.notes(asked, recipe, pictures.get("image")):
+        note(each)
     return recipe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typer import Argument, Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import experts_for, named_values, opened, target
+from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import NONE, WORLD
 
 
@@ -102,8 +102,8 @@ def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: S
     from mole_diffusers.studio.prompt_weights import unread
     from mole_diffusers.studio.samplers import sampler
 
-    for note in unread(pipe, **other_prompts(how)):
-        print(f"note: {note}", file=sys.stderr)
+    for each in unread(pipe, **other_prompts(how)):
+        note(each)
     pipe.scheduler = sampler(how["sampler"], pipe.scheduler, seeds)
     guidance = usual_guidance(pipe, base) if how["guidance"] is None else how["guidance"]
     call: dict[str, Any] = {"num_inference_steps": how["steps"], "guidance_scale": guidance}

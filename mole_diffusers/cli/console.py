@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,11 @@ from rich.console import Console
 def busy(what: str) -> AbstractContextManager[Any]:
     """A sign on the terminal that something is going on whose length is not known."""
     return Console(stderr=True).status(what)
+
+
+def note(text: str) -> None:
+    """What a user should know, on stderr."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from typer import Argument, Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import open_pictures, open_studio, target
+from mole_diffusers.cli.console import note
 from mole_diffusers.cli.draw import draw_recipe
 
 
@@ -39,7 +39,7 @@ def redraw(
     path = target(out, "redrawn.png", overwrite=overwrite)
     recipe = infotext.read_any(picture)
     if lacking := infotext.left_out(picture):
-        print(f"note: {printable(lacking)}", file=sys.stderr)
+        note(printable(lacking))
     base = files["base"]
     here = base if base == options.WORLD else str(find_base(base))
     if recipe.base and Path(recipe.base).name != Path(here).name:

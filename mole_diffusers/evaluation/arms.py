@@ -341,10 +341,7 @@ PLAIN: dict[str, Callable[[], Arm]] = {
     "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
 }  # fmt: skip
 BOUND_GATES = "bound gates"
-ARMS = (
-    "base", "alone", "sum", "mean", "bound", "words only", "tiles", "grid search", *MERGES, "switch", "composite", "k-lora",
-    "masked blend", "freefuse", *CONTROLS, BOUND_GATES,
-)  # fmt: skip
+ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
 
 
 def chosen_arms(

@@ -6,7 +6,6 @@ Hooks, since other tools replace processors (IP-Adapter, attention slicing) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 from mole_diffusers.patching.placement import tokens_of
 from mole_diffusers.patching.runtime import Runtime
-from mole_diffusers.patching.token_masks import TokenMasks
+from mole_diffusers.patching.uncompiled import Uncompiled
 from mole_diffusers.patching.undo import Undo
 
 MAP_TOKENS = 256  # maps are read where the picture has about so many tokens: 16 x 16 in Stable Diffusion 1.5 at 512 pixels
@@ -29,9 +28,7 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
     ]
-    compiled = Uncompiled(runtime, around, lambda masks: masks.wants_maps)
-    undo.before_forward(model, compiled.before)
-    undo.after_forward(model, compiled.after, always_call=True)
+    Uncompiled(runtime, around, lambda masks: masks.wants_maps).install(model, undo)
 
 
 def cross_attentions(model: Any) -> dict[str, Attention]:
@@ -48,28 +45,6 @@ def map_layers(model: Any) -> list[str]:
     sizes = {name: tokens_of(name, model) for name in cross_attentions(model)}
     nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
     return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
-
-
-class Uncompiled:
-    """Blocks that were compiled one by one run as they are while `needed(masks)`: compiled code leaves out what hooks do."""
-
-    def __init__(self, runtime: Runtime, blocks: Sequence[nn.Module], needed: Callable[[TokenMasks], bool]):
-        self.runtime, self.blocks, self.needed = runtime, blocks, needed
-        self._calls: list[tuple[nn.Module, Any]] = []
-
-    def before(self, *_: object) -> None:
-        masks = self.runtime.masks
-        if torch.compiler.is_compiling() or masks is None or not self.needed(masks):
-            return
-        found = [(block, call) for block in self.blocks if (call := getattr(block, "_compiled_call_impl", None)) is not None]
-        self._calls = found
-        for block, _call in found:
-            block._compiled_call_impl = None
-
-    def after(self, *_: object) -> None:
-        for block, call in self._calls:
-            block._compiled_call_impl = call
-        self._calls = []
 
 
 def _attend(runtime: Runtime, reads_maps: bool) -> Any:

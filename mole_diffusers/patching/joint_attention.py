@@ -16,10 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.patching.bound_text import BoundText
-from mole_diffusers.patching.cross_attention import Uncompiled
 from mole_diffusers.patching.placement import JOINT_STREAM, blocks
 from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
+from mole_diffusers.patching.uncompiled import Uncompiled
 from mole_diffusers.patching.undo import Undo
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
@@ -29,10 +29,10 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook the joint attention of every block of a transformer; the middle half of the blocks is read for maps."""
     joint = JOINT_STREAM[-1]
     layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
-    compiled = Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or _has_regions(masks))
     if layers:
-        undo.before_forward(model, compiled.before)
-        undo.after_forward(model, compiled.after, always_call=True)
+        Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or _has_regions(masks)).install(
+            model, undo
+        )
     for i, layer in enumerate(layers):
         _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
 
