@@ -5,12 +5,12 @@ The models are real and packed in memory; each kind is skipped where its package
 
 import pytest
 import torch
-from hosts import HOSTS, draw, models
+from hosts import HOSTS, draw
 from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.lora import layer_key
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -203,7 +203,7 @@ def test_experts_ride_on_a_quantised_text_encoder(files, kind):
 def test_experts_ride_on_other_quantised_hosts(other, kind):
     """Those layers of the denoiser and of the first text encoder that are wide enough are packed."""
     weights = {"fox": 0.8, "ink": -0.5}
-    parts = {name: part for name, part in models(other.pipe).items() if name != "text_encoder_2"}
+    parts = {name: part for name, part in models_of(other.pipe).items() if name != "text_encoder_2"}
     packed = {name: repacked(model, KINDS[kind]) for name, model in parts.items()}
     mixture, weighed = other.attach(), [(other.files[name], weight) for name, weight in weights.items()]
     with mixture.fixed(weights):
