@@ -259,6 +259,10 @@ def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_
     mixture = mole.attach(pipe, experts)
     with mixture.tiled(1.0):
         torch.testing.assert_close(drawn(PROMPT, x), torch.cat(parts, -1), rtol=0, atol=1e-4)
+    pipe.unet.register_to_config(sample_size=8)
+    with mixture.tiled():
+        wanted = drawn(PROMPT, x)
+    assert torch.equal(drawn(PROMPT, x), wanted)  # by itself, where there is room
 
 
 @pytest.mark.parametrize(("steps", "early"), [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (10, 8)])
