@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, 
         train_gates(pipe, free, DRAWN, config=wrong, folder=tmp_path)
     assert [p.name for p in engine.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert all(torch.isfinite(v).all() for v in gates_of(free).values())
-    monkeypatch.setattr(mole.mixture, "MOST", 1e39)
+    monkeypatch.setattr(mole.mixture, "MAX_STRENGTH", 1e39)
     free.strength("ink", 1e38)
     with pytest.raises(ValueError, match=r"not finite at step 0: .*; expert 'ink' alone predicts what is not finite"):
         train_gates(pipe, free, DRAWN, config=DENOISE)
