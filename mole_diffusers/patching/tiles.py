@@ -99,8 +99,9 @@ def tiles_for(
         by: a context in which only some of them act, on every word.
         settle: is told the place [H, W] of each thing, by its key, before the first tile is drawn.
 
-    Raises ValueError where tiles are always wanted and cannot be: another kind of pipeline, no one prompt, more than eight
-    things; and when a picture is drawn, a ControlNet, a prompt of several chunks, or regions that leave a thing no place.
+    Raises ValueError where tiles are always wanted and cannot be: another kind of pipeline, a UNet compiled as one graph, no
+    one prompt, more than eight things, a region of an expert that is no thing; and when a picture is drawn, a film, a
+    ControlNet, a prompt of several chunks, or regions that leave a thing no place.
     """
     things = _things(pipe, tiling, call, bound, acting)
     return None if things is None else Tiles(pipe, tiling, things, call.get("clip_skip"), by=by, settle=settle)
