@@ -17,6 +17,7 @@ from mole_diffusers.app.compose_tab import build as compose_tab
 from mole_diffusers.app.gallery_tab import build as gallery_tab
 from mole_diffusers.app.interrupted import Interrupted
 from mole_diffusers.app.jobs import Jobs
+from mole_diffusers.app.keep_tab import axes
 from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.app.own_pages import OwnPagesOnly
@@ -39,6 +40,7 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         page.cards, page.shown = gr.State([]), gr.State({"cards": []})
         page.locks, page.masks = gr.State({}), gr.State({})
+        page.axes = axes()
         page.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
         status = base_choice.build(page)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as page.tabs:

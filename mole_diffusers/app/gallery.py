@@ -28,13 +28,21 @@ class Entry:
     """A picture of the gallery.
 
     Attributes:
-        sheet: what a sheet of pictures shows, in words; "" for a single one.
+        shows: what a sheet of pictures shows, see `infotext.save`; {} for a single one.
     """
 
     path: Path
     recipe: Recipe
     favourite: bool
-    sheet: str
+    shows: Mapping[str, Any]
+
+    @property
+    def sheet(self) -> str:
+        """What a sheet of pictures shows, in words: "seed=1,2 by steps=4,8", or "base, sum, bound"; "" for a single one."""
+        columns = self.shows.get("columns")
+        if isinstance(columns, list):
+            return ", ".join(map(str, columns))
+        return " by ".join(str(self.shows[axis]) for axis in ("x", "y") if axis in self.shows)
 
     @property
     def label(self) -> str:
@@ -53,7 +61,7 @@ class Gallery:
     def __init__(self, folder: Path, *, most: int | None = None):
         self.folder, self.most = folder, most
         # (file name, time it was written) -> its recipe, and what it shows if it is a sheet; None without a recipe
-        self._read: dict[tuple[str, int], tuple[Recipe, str] | None] = {}
+        self._read: dict[tuple[str, int], tuple[Recipe, dict[str, Any]] | None] = {}
         self._lock = threading.Lock()
 
     def add(self, image: Image.Image, recipe: Recipe, sheet: Mapping[str, Any] | None = None) -> Path:
@@ -86,11 +94,12 @@ class Gallery:
         for written, path in sorted(self._pictures(), reverse=True):
             if (favourites and path.name not in starred) or (inside := self._inside(path, written)) is None:
                 continue
-            recipe, sheet = inside
-            said = f"{recipe.prompt} {recipe.prompt_2} {path.name} {sheet}".lower()
+            recipe, shows = inside
+            entry = Entry(path, recipe, path.name in starred, shows)
+            said = f"{recipe.prompt} {recipe.prompt_2} {path.name} {entry.sheet}".lower()
             names = [tag.name.lower() for tag in recipe.tags]
             if all(word in said for word in wanted) and (not lora or lora.lower() in names):
-                found.append(Entry(path, recipe, path.name in starred, sheet))
+                found.append(entry)
         return found
 
     def favour(self, name: str, on: bool) -> None:
@@ -120,12 +129,12 @@ class Gallery:
             raise ValueError(f"there is no picture {name!r} in the gallery")
         return self.folder / name
 
-    def _inside(self, path: Path, written: int) -> tuple[Recipe, str] | None:
+    def _inside(self, path: Path, written: int) -> tuple[Recipe, dict[str, Any]] | None:
         """The recipe in a file, and what it shows if it is a sheet; None without a recipe. Read once."""
         key = path.name, written
         if key not in self._read:
             try:
-                self._read[key] = infotext.read(path), _in_words(infotext.read_sheet(path))
+                self._read[key] = infotext.read(path), infotext.read_sheet(path)
             except (ValueError, FileNotFoundError):
                 self._read[key] = None
         return self._read[key]
@@ -143,14 +152,6 @@ class Gallery:
             for _, path in sorted(self._pictures())[: -self.most]:
                 if path.name not in starred:
                     path.unlink(missing_ok=True)
-
-
-def _in_words(sheet: Mapping[str, Any]) -> str:
-    """What a sheet shows: "seed=1,2 by steps=4,8", or "base, sum, bound"; "" for nothing."""
-    columns = sheet.get("columns")
-    if isinstance(columns, list):
-        return ", ".join(map(str, columns))
-    return " by ".join(str(sheet[axis]) for axis in ("x", "y") if axis in sheet)
 
 
 def _moved(path: Path, folder: Path, stem: str) -> Path:

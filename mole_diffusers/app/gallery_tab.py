@@ -51,15 +51,16 @@ def build(page: Page) -> None:
             raise ValueError("click a picture first")
         return name
 
-    @told(len(page.inputs) + 4)
+    @told(len(page.filled_fields) + 2)
     def reuse(name: str) -> Any:
         wanted = the_chosen(name)
         entry = next((entry for entry in kept.entries() if entry.path.name == wanted), None)
         if entry is None:
             raise ValueError(f"there is no picture {wanted!r} in the gallery")
-        _, values, notes = page.filled(entry.recipe)
+        _, values, notes = page.filled(entry.recipe, entry.shows)
+        tab = "Keep" if "x" in entry.shows else "Compose"  # where it is made
         words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
-        return [*values, gr.update(selected="Compose"), markdown("; ".join(filter(None, words)))]
+        return [*values, gr.update(selected=tab), markdown("; ".join(filter(None, words)))]
 
     @told(4)
     def favour(name: str, *search: Any) -> Any:
@@ -78,6 +79,6 @@ def build(page: Page) -> None:
         [page.tab.select, text.submit, text.blur, lora.submit, lora.blur, starred.input], show(), search, outputs, **PRIVATE
     )
     pictures.select(choose, names, [chosen, status], **PRIVATE)
-    use.click(reuse, chosen, [*page.inputs, page.cards, page.shown, page.tabs, status], **PRIVATE)
+    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **PRIVATE)
     star.click(favour, [chosen, *search], outputs, **PRIVATE)
     trash.click(throw, [chosen, *search], outputs, **PRIVATE)

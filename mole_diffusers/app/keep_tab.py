@@ -26,6 +26,13 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import with_pictures
 
 
+def axes() -> list[Any]:
+    """The fields of a grid's axes, which are shown in this tab."""
+    x = gr.Textbox("arm=base,sum,gates", label="Across", max_length=500, elem_id="axis-x", render=False)
+    y = gr.Textbox("seed=0,1", label="Down", max_length=500, elem_id="axis-y", render=False)
+    return [x, y]
+
+
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
     with gr.Row(elem_classes="phone-column"):
@@ -42,17 +49,19 @@ def _loading(page: Page) -> None:
     )
     status = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
 
-    @told(len(page.inputs) + 3)
+    outputs = [*page.filled_fields, status]
+
+    @told(len(outputs))
     def load(path: str | None) -> Any:
         if path is None:
-            return [gr.skip()] * (len(page.inputs) + 3)
+            return [gr.skip()] * len(outputs)
         with uploaded(Path(path)) as file:
-            asked, lacking = infotext.read_any(file), infotext.left_out(file)
-            recipe, values, notes = page.filled(asked)
+            asked, lacking, shows = infotext.read_any(file), infotext.left_out(file), infotext.read_sheet(file)
+            recipe, values, notes = page.filled(asked, shows)
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
         return [*values, markdown("; ".join(filter(None, [words, *notes, lacking])))]
 
-    dropped.upload(load, dropped, [*page.inputs, page.cards, page.shown, status], **PRIVATE)
+    dropped.upload(load, dropped, outputs, **PRIVATE)
 
 
 def _saving(page: Page) -> None:
@@ -95,8 +104,8 @@ def _saving(page: Page) -> None:
 def _grid(page: Page) -> None:
     gr.Markdown("**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, strength.")
     with gr.Row():
-        x = gr.Textbox("arm=base,sum,gates", label="Across", max_length=500, elem_id="axis-x")
-        y = gr.Textbox("seed=0,1", label="Down", max_length=500, elem_id="axis-y")
+        for axis in page.axes:
+            axis.render()
     with gr.Row():
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
@@ -110,7 +119,7 @@ def _grid(page: Page) -> None:
     def show(job: Job) -> list[Any]:
         return [str(job.event.sheet) if job.event.sheet else None]
 
-    inputs = [*page.inputs, x, y, page.over]
+    inputs = [*page.inputs, *page.axes, page.over]
     connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])
     connect_cancel(page, cancel, status, ["grid"])
-    page.fields += [x, y]
+    page.fields += page.axes

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from tempfile import gettempdir
@@ -42,6 +42,7 @@ class Page:
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
         base: the choice of the base model.
         over: the editor of a picture that is drawn over, see `draw_over`.
+        axes: across and down, of a grid.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
         lists: components that change with the base model and the LoRAs, each with a function for `gr.update`.
@@ -66,6 +67,7 @@ class Page:
     masks: Any = None
     base: Any = None
     over: Any = None
+    axes: list[Any] = field(default_factory=list)
     visitor: Any = None
     line: Any = None
     pictures: Any = None
@@ -100,9 +102,18 @@ class Page:
         own = dict(recipe.locks), dict(recipe.masks), self.actions.base
         return [*(shown | {"sampler": recipe.sampler or "default"}).values(), *own]
 
-    def filled(self, asked: Recipe) -> tuple[Recipe, list[Any], list[str]]:
-        """What puts a recipe into a page: the recipe as it is here, values for `inputs`, `cards` and `shown`, and what its
-        visitor should know."""
+    @property
+    def filled_fields(self) -> list[Any]:
+        """The components whose values `filled` gives."""
+        return [*self.inputs, self.cards, self.shown, *self.axes]
+
+    def filled(self, asked: Recipe, shows: Mapping[str, Any]) -> tuple[Recipe, list[Any], list[str]]:
+        """What puts a recipe into a page: the recipe as it is here, values for `filled_fields`, and what its visitor should
+        know.
+
+        Args:
+            shows: what a sheet of pictures shows, {} for a single one; the axes of a grid come back.
+        """
         recipe = self.actions.studio.complete(asked)
         cards = cards_of(recipe.prompt, [], self.actions.studio.catalog.loras)
         notes = self.actions.studio.notes(asked, recipe)
@@ -111,7 +122,8 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        return recipe, [*self.values(recipe), cards, redraw(cards)], notes
+        axes = [each if isinstance(each := shows.get(axis), str) else gr.skip() for axis in ("x", "y")]
+        return recipe, [*self.values(recipe), cards, redraw(cards), *axes], notes
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""

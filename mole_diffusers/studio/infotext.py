@@ -210,7 +210,10 @@ def read(path: str | Path) -> Recipe:
 
 
 def read_sheet(path: str | Path) -> dict[str, Any]:
-    """What a sheet of pictures shows, as `save` was given it; {} for any other PNG. Raises ValueError as `read`."""
+    """What a sheet of pictures shows, as `save` was given it; {} for any other PNG, and for a JSON file. Raises ValueError
+    as `read`."""
+    if Path(path).suffix.lower() == ".json":
+        return {}
     with _opened(Path(path)) as image:
         text = image.info.get(SHEET, "{}")  # which stands before the pixels
     sheet = parse_json(text, Path(path).name)

@@ -4,6 +4,13 @@ import time
 
 import pytest
 from app_client import PROMPT, built
+from PIL import Image
+
+from mole_diffusers.app.actions import Actions
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import Studio
+from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
 REQUEST = type("Request", (), {"session_hash": "page"})()
@@ -11,8 +18,11 @@ REQUEST = type("Request", (), {"session_hash": "page"})()
 
 @pytest.fixture(scope="module")
 def functions(loras, tmp_path_factory):
-    """The page's functions by name; of those with one name, the first."""
-    blocks = built(loras, tmp_path_factory.mktemp("app"))
+    return named(built(loras, tmp_path_factory.mktemp("app")))
+
+
+def named(blocks):
+    """A page's functions by name; of those with one name, the first."""
     found = {}
     for event in blocks.fns.values():
         if event.fn is not None:
@@ -131,3 +141,32 @@ def test_one_page_shows_one_job_of_a_kind(functions):
     assert last[0] == "done"
     time.sleep(0.3)
     assert list(first) == []
+
+
+@pytest.mark.parametrize(
+    ("shows", "axes", "tab"),
+    [
+        ({"x": "steps=1,2", "y": "seed=4"}, ["steps=1,2", "seed=4"], "Keep"),
+        ({"columns": ["base", "sum"]}, None, "Compose"),
+        ({"x": ["no text"], "y": 5}, None, "Keep"),
+    ],
+)
+def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
+    """Both by the gallery's button and by dropping the file."""
+    from mole_diffusers.app.build import build
+
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
+    functions = named(build(actions, Recipe("a fox", steps=2)))
+    recipe = Recipe("a hat <lora:hat:1>", steps=2, width=32, height=32, base="tiny")
+    path = actions.gallery.add(Image.new("RGB", (8, 8)), recipe, shows)
+    for name, given, after in (("reuse", path.name, 2), ("load", str(path), 1)):
+        fill, event = functions[name]
+        values, fields = fill(given), [getattr(each, "elem_id", None) for each in event.outputs]
+        assert len(values) == len(fields)
+        assert values[0] == recipe.prompt
+        at = fields.index("axis-x")
+        assert fields[at : at + 2] == ["axis-x", "axis-y"]
+        assert at + 2 + after == len(fields)
+        assert values[at : at + 2] == axes if axes else all(map(is_left, values[at : at + 2]))
+        if name == "reuse":
+            assert values[-2]["selected"] == tab
