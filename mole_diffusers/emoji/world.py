@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 
 from mole_diffusers import emoji
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.pipelines import MoLEStableDiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EmojiWorld:
     """A real Stable Diffusion in small, with a ground truth for composition; see `emoji.canvas` for sizes of pictures.
 
     Attributes:
-        pipe: the base, a MoLEStableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
+        pipe: the base, a StableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
         loras: concept -> LoRA file, for every held-out subject and style.
         gates: "fox+relief" -> folder of gates trained for these experts.
         drawings: the artists' drawings.
@@ -51,7 +51,7 @@ def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> E
     Raises FileNotFoundError where the installation does not hold it.
     """
     folder = emoji.default_folder()
-    pipe = MoLEStableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     return EmojiWorld(
         pipe=pipe,

@@ -51,7 +51,7 @@ def test_other_libraries_are_silent_unless_asked(tmp_path):
     out, err = shell(f"from mole_diffusers.cli import main; main({argv})")
     assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
     said = [line for line in re.split(r"[\r\n]+ *", err) if line and "%|" not in line]  # its own bar, if it took long
-    assert said == ["emoji: MoLEStableDiffusionPipeline, cpu, float32"]
+    assert said == ["emoji: StableDiffusionPipeline, cpu, float32"]
     assert "Loading" not in err
 
 
