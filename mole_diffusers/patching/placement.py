@@ -47,11 +47,12 @@ def blocks(model: nn.Module) -> dict[str, str]:
 
     That is the first attention; the single blocks of Flux and its kin run a feed-forward layer beside it.
     """
-    found = {}
-    for name, module in model.named_modules():
-        if first := next((f for f in (*ONE_STREAM, *JOINT_STREAM) if hasattr(module, f)), None):
-            found[name] = f"{name}.{first}"
-    return found
+    return {name: f"{name}.{first}" for name, module in model.named_modules() if (first := _first_attention(module))}
+
+
+def _first_attention(module: nn.Module) -> str | None:
+    """What a transformer block calls its first attention; None for any other module."""
+    return next((name for name in (*ONE_STREAM, *JOINT_STREAM) if hasattr(module, name)), None)
 
 
 def place_name(layer: str, layout: str, block_names: Iterable[str]) -> str:
@@ -81,13 +82,15 @@ def describe_place(name: str, layout: str, model: nn.Module) -> Place:
         return _within(name, layout, model)
     if layout == "matrix":
         return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
-    entry = blocks(model)[name] if layout == "block" else name
+    entry = f"{name}.{_first_attention(model.get_submodule(name))}" if layout == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
 def _within(name: str, layout: str, model: nn.Module) -> Place:
     """A place that reads its block's input as it enters, before any norm; of two streams the text as its layers have it."""
-    block = next((b for b in blocks(model) if name == b or name.startswith(f"{b}.")), None)
+    parts = name.split(".")
+    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # the modules that it is in, and itself
+    block = next((each for each in around if _first_attention(model.get_submodule(each))), None)
     if layout == "stream":
         if block is not None and not any(hasattr(model.get_submodule(block), first) for first in ONE_STREAM):
             raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
