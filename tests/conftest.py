@@ -8,6 +8,7 @@ from unittest.mock import create_autospec
 import huggingface_hub
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora, tiny_pipeline
@@ -76,7 +77,7 @@ def awake():
     return wake
 
 
-OTHERS = ["flux", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd21", "sd3", "animatediff"))]
+OTHERS = ["flux", *thorough("sdxl", "sd21", "sd3", "animatediff")]
 
 
 @pytest.fixture(params=OTHERS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora
@@ -17,7 +18,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-@pytest.fixture(params=["sd15", pytest.param("sdxl", marks=pytest.mark.thorough)])
+@pytest.fixture(params=["sd15", *thorough("sdxl")])
 def both(request, tmp_path):
     """(the drop-in, diffusers' own pipeline, what calls need, two LoRA files); the same weights in both."""
     (ours, options), (stock, _) = (hosts.HOSTS[request.param]() for _ in range(2))

@@ -8,13 +8,23 @@ import hosts
 import pytest
 import torch
 from PIL import Image
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import tiny_lora
 
 BOTH = ["sd15", "sdxl"]
-FORMS = ("", "-img2img", "-inpaint", "-controlnet", "-controlnet-img2img", "-controlnet-inpaint")
+REST = (
+    "sdxl-img2img",
+    "sdxl-inpaint",
+    "sdxl-controlnet",
+    "sd15-controlnet-img2img",
+    "sdxl-controlnet-img2img",
+    "sd15-controlnet-inpaint",
+    "sdxl-controlnet-inpaint",
+)
+FORMS = ["sd15", "sdxl", "sd15-img2img", "sd15-inpaint", "sd15-controlnet", *thorough(*REST)]
 
 
 @pytest.fixture
@@ -38,7 +48,7 @@ def same(picture, wanted):
     torch.testing.assert_close(picture, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [base + form for base in ("sd15", "sdxl") for form in FORMS], indirect=True)
+@pytest.mark.parametrize("kind", FORMS, indirect=True)
 def test_a_folder_keeps_experts_gates_and_strengths(kind, awake, tmp_path):
     pipe, options = kind
     assert isinstance(pipe, getattr(diffusers, type(pipe).__name__.removeprefix("MoLE")))

@@ -135,6 +135,7 @@ def test_export_is_the_sum_as_one_file(client, loras):
     assert 0 < error < 1
 
 
+@pytest.mark.thorough
 def test_training_gives_gates_that_can_be_chosen(client):
     singles, composed = {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"]
     rows = client.predict(RECIPE, "mine", singles, composed, 2, api_name="/train")

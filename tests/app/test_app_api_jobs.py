@@ -34,6 +34,7 @@ def test_a_job_stops_once_its_client_asks(client):
     assert not is_drawing(client)
 
 
+@pytest.mark.thorough
 def test_a_job_stops_once_its_client_is_gone(client):
     address = f"{client.src.rstrip('/')}/gradio_api"
     asked_for = {"prompt": PROMPT, **LONG}

@@ -47,6 +47,7 @@ def pixels(path):
         return np.asarray(image.convert("RGB"))
 
 
+@pytest.mark.thorough
 def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
     from gradio_client import handle_file
 

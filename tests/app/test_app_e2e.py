@@ -109,6 +109,7 @@ def dropped(page, path):
     page.tab("Compose")
 
 
+@pytest.mark.thorough
 def test_a_picture_comes_back_from_itself(tiny, tmp_path):
     first = composed(tiny, tmp_path, "first.png")
     assert infotext.read(first).prompt == "a fox <lora:fox:1>"

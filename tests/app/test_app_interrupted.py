@@ -105,6 +105,7 @@ def test_what_is_over_or_cancelled_is_not_offered(apps):
     held.set()
 
 
+@pytest.mark.thorough
 def test_a_picture_that_was_drawn_over_is_asked_for(apps):
     editor = {"background": Image.effect_noise((32, 32), 90).convert("RGBA"), "layers": [], "composite": None}
     first = apps()
@@ -140,6 +141,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.thorough
 def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
     fields = {"Name of the gates": "mine", "Prompts of one LoRA each": "fox=a fox\nink=ink", "Updates": 40}
     fields["Prompts with all of them"] = "a fox in ink"

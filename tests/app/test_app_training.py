@@ -7,6 +7,7 @@ import hosts
 import numpy as np
 import pytest
 from app_client import PROMPT
+from tiers import thorough
 
 from mole_diffusers.app import held_out
 from mole_diffusers.app.gate_training import TrainingRequest, train
@@ -24,10 +25,7 @@ from mole_diffusers.training import GateTraining, TrainingData, train_gates
 pytest.importorskip("gradio")
 TEACHERS = [
     ("collage", ["ink"], 1),
-    *(
-        pytest.param(*case, marks=pytest.mark.thorough)
-        for case in (("collage", [], 2), ("blend", [], 1), ("blend", ["ink"], 2))
-    ),
+    *thorough(("collage", [], 2), ("blend", [], 1), ("blend", ["ink"], 2)),
 ]
 RECIPE = Recipe(PROMPT, steps=2, width=32, height=32)
 
@@ -85,6 +83,7 @@ def test_the_teachers_are_counted_right(studio, tmp_path, way, styles, composed)
     assert max(calls) - wanted.teachers()[1] in range(4)  # the first update calls it, too
 
 
+@pytest.mark.thorough
 def test_what_was_stopped_goes_on(loras, tmp_path):
     def fresh():
         return Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
@@ -103,6 +102,7 @@ def weights(folder):
     return np.concatenate([t.float().flatten().numpy() for _, t in sorted(checkpoint.load(folder).tensors.items())])
 
 
+@pytest.mark.thorough
 def test_the_same_name_with_other_settings_is_asked_about(studio, tmp_path):
     run(studio, tmp_path)
     first = weights(tmp_path / "g")
@@ -132,6 +132,7 @@ def test_a_name_is_continued_or_overwritten(studio, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".new", ".old"))] == []
 
 
+@pytest.mark.thorough
 def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
     shapes = []
     record = studio.pipe.unet.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[2:])))
@@ -171,6 +172,7 @@ def test_an_open_size_is_that_of_what_is_trained(studio, tmp_path, monkeypatch):
     train(studio, recipe, request(name="other", composed=[], way="blend"), home=tmp_path)
 
 
+@pytest.mark.thorough
 def test_the_verdict_compares_the_same_held_out_seeds(studio):
     wanted = request(seed=3)
     experts = {name: studio.catalog.expert(name) for name in ("fox", "ink")}
@@ -186,6 +188,7 @@ def test_the_verdict_compares_the_same_held_out_seeds(studio):
     assert "do not help" in worse
 
 
+@pytest.mark.thorough
 def test_work_that_nobody_reads_is_done(studio, tmp_path):
     assert train(studio, RECIPE, request(steps=1), home=tmp_path)(ignore).verdict
 

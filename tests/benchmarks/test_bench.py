@@ -75,6 +75,7 @@ def test_the_thin_host_has_sd15s_modules():
     assert [(n, type(m)) for n, m in thin.named_modules()] == [(n, type(m)) for n, m in real.named_modules()]
 
 
+@pytest.mark.thorough
 def test_dispatch_measures_the_families(capsys):
     assert main(["--what", "dispatch", "--experts", "2", "--repeats", "1", "--threads", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -179,6 +180,7 @@ def test_attaching_and_folding_are_undone_between_rounds(pipe, tmp_path):
     assert all(torch.equal(v, bits[k]) for k, v in pipe.unet.state_dict().items())
 
 
+@pytest.mark.thorough
 def test_memory_over_the_base(capsys):
     small = ["--what", "memory", "--experts", "1", "4", "--arms", "set_adapters", "gated", "--threads", "1"]
     assert main([*small, "--json"]) == 0
@@ -191,6 +193,7 @@ def test_memory_over_the_base(capsys):
     assert "MB over base" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_shares_of_a_step(capsys):
     small = ["--what", "shares", "--repeats", "1", "--experts", "2", "--arms", "gated", "--threads", "1"]
     assert main([*small, "--json"]) == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from single_file import save_single_file
+from tiers import thorough
 
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.options import Opening
@@ -163,7 +164,7 @@ def test_drawing_over_a_picture_and_again(base, tmp_path, capsys):
     assert "text.png is not a picture that can be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host", ["flux", pytest.param("sd3", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("host", ["flux", *thorough("sd3")])
 def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, tmp_path, monkeypatch, capsys):
     pipe, _ = hosts.HOSTS[host]()
     pipe.save_pretrained(tmp_path / "base")

@@ -57,6 +57,7 @@ def test_retrieve_says_what_and_why(folder, capsys):
     assert "the prompt asks for none of the 5 LoRAs" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, capsys):
     prompt, out = "duotone drawing of a fox", tmp_path / "new" / "found.png"
     found = ["--library", str(folder), "--threshold", "0.9", "--out", str(out), "--overwrite"]

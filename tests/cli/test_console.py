@@ -63,6 +63,7 @@ def test_other_libraries_speak_where_asked(tmp_path):
     assert "Loading pipeline components" in err
 
 
+@pytest.mark.thorough
 def test_our_own_warnings_are_one_line(tmp_path):
     for i in range(2):
         Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")

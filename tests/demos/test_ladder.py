@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
@@ -112,7 +113,7 @@ def test_there_is_nothing_to_learn_where_the_other_loras_are_silent(ladder, pipe
     assert not any(p.grad.any() for p in mixture.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["mixer", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("factors", "A", "A+B"))])
+@pytest.mark.parametrize("name", ["mixer", *thorough("factors", "A", "A+B")])
 def test_what_was_trained_is_what_is_drawn_bound_or_as_one_lora(ladder, pipe, experts, tmp_path, monkeypatch, name):
     monkeypatch.setattr(ladder, "WORK", tmp_path)
     setup, case, base = Setup(pipe, experts, {}), Case(NAMES, "pair", "a fox and a hat"), answer(pipe)

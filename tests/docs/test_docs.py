@@ -37,6 +37,7 @@ def shortened(code):
     return code
 
 
+@pytest.mark.thorough
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(shortened("\n".join(blocks("tutorial.md", "python"))), "tutorial.md", "exec"), {})
@@ -52,6 +53,7 @@ def test_the_page_of_binding_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "{'doughnut': 0.5, 'tiger': 0.5}"  # in the order of the prompt
 
 
+@pytest.mark.thorough
 def test_the_evaluation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (command,) = blocks("evaluation.md", "bash")

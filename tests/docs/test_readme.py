@@ -31,6 +31,7 @@ def test_the_pictures_it_shows_exist():
         Image.open(ROOT / path).verify()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [("01_compose.py", ["x.png"]), ("02_train_gates.py", ["gates", "2"]), ("03_watch_the_gates.py", [])],

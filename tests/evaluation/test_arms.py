@@ -185,6 +185,7 @@ def scaled(expert, strength):
     return replace(expert, layers=layers, sha256=f"{expert.sha256} at {strength}")
 
 
+@pytest.mark.thorough
 def test_the_users_strengths_reach_every_arm(setup, gates):
     """A strength of 1.6 draws what the same LoRA scaled by 1.6 draws, by every composer."""
     setup.options = OPTIONS | {"num_inference_steps": 1}

@@ -232,6 +232,7 @@ def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsy
     assert {path.name for path in (tmp_path / "other").glob("*.png")} == {"samples.png", "bars.png"}
 
 
+@pytest.mark.thorough
 def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
     """For a case's own kind; on any checkpoint they draw what the same strengths of the experts draw."""
     path = tmp_path / "weights.json"
@@ -256,6 +257,7 @@ def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
         assert message in capsys.readouterr().err, text
 
 
+@pytest.mark.thorough
 def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, capsys):
     assert main([*checkpoint, "--expert", f"fox={loras['fox']}:0.4", "--arm", "sum", "--arm", "mean", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -287,6 +289,7 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
     assert "left out: ['gates'] can draw none of the cases" in err
 
 
+@pytest.mark.thorough
 def test_pictures_measured_by_other_models_are_other_rows(checkpoint, models, loras, tmp_path, capsys):
     """A second CLIP, or another picture of a concept, does not answer with the first one's scores."""
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--seeds", "1", "--json"]

@@ -303,6 +303,7 @@ SEARCH_ARMS = strength_search.search_arms
 WORLD = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
 
 
+@pytest.mark.thorough
 def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(strength_search, "search_arms", lambda setup: SEARCH_ARMS(setup, (1.0, 1.3)))
     assert main([*WORLD, "--search", "--out", str(tmp_path / "search")]) == 0
@@ -319,6 +320,7 @@ def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkey
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.thorough
 def test_a_table_is_of_its_own_run_alone(tmp_path, capsys):
     """The same folder with more steps: what was drawn before is neither in the table nor in the figures' rows."""
     args = ["evaluate", "--limit", "1", "--seeds", "1", "--device", "cpu", "--arm", "base", "--out"]
@@ -333,6 +335,7 @@ def test_a_table_is_of_its_own_run_alone(tmp_path, capsys):
     assert len(Rows(tmp_path / "one").read()) == 2 * len(Rows(tmp_path / "two").read())
 
 
+@pytest.mark.thorough
 def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
     run = ["--arm", "sum", "--share", "0.3", "--share", "0.7", "--attached", "2", "--attached", "4", "--out", str(tmp_path)]
     assert main([*WORLD, *run]) == 0

@@ -8,6 +8,7 @@ import torch
 from attention import watched, word_map
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.evaluation.freefuse import balanced_argmax, freefuse
@@ -66,7 +67,7 @@ def region_masks(call, row):
     return [Image.fromarray(((owner == c).view(8, 8).numpy() * 255).astype("uint8")) for c in range(2)]
 
 
-@pytest.mark.parametrize("euler", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("euler", [False, *thorough(True)])
 def test_regions_come_from_a_first_pass_of_the_base(pipe, experts, euler):
     """Each picture of a batch is the bound picture with the regions that its own noise gives."""
     if euler:  # a scheduler that scales what the UNet is given, and counts its steps

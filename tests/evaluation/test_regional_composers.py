@@ -162,6 +162,7 @@ def test_regions_that_overlap_share_their_place(pipe, attach):
         torch.testing.assert_close(latent(pipe), fox + mask("right") * (hat - fox) / 2, atol=1e-5, rtol=0)
 
 
+@pytest.mark.thorough
 def test_a_masked_blend_finds_where_words_are_attended(pipe, attach, monkeypatch):
     """Each picture by its own maps, which the single LoRAs' predictions have."""
     monkeypatch.setattr(regional_composers, "THRESHOLD", 0.8)  # random weights attend to all places about alike
@@ -199,6 +200,7 @@ def composers(pipe, mixture, turn=dict):
         yield masked_blend(pipe, mixture, PROMPT, turn(parts))
 
 
+@pytest.mark.thorough
 def test_neither_order_nor_batch_changes_a_picture(pipe, attach):
     seeds, together, apart = (3, 4), [], []
     for composer in composers(pipe, attach("fox", "ink", "hat")):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from libraries import WordEncoder
 from mutations import json_mutated, safetensors_mutated
 from safetensors.torch import save_file
+from tiers import thorough
 
 from mole_diffusers import RefusedFileError, attach, attached, detach, read_expert
 from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE, PEFT_METADATA
@@ -30,7 +31,7 @@ SECONDS = 2.0  # of the processor, for one file
 ROOM = 1 << 30  # bytes of address space beyond what the process has
 SENTENCE = MAX_MESSAGE + 4
 FAMILIES = ("static", "mole", "flow", "prompt", "retrieval", "rank")
-CASES = {"loras": (300, 12_000), "gates": (90, 3_000), "kept": (50, 2_000), "index": (70, 2_500), "folder": (30, 1_000)}
+CASES = {"loras": (100, 12_000), "gates": (40, 3_000), "kept": (40, 2_000), "index": (70, 2_500), "folder": (30, 1_000)}
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def outcome(run):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("amount", ["some", pytest.param("many", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("amount", ["some", *thorough("many")])
 def test_broken_files_are_refused_or_work(kind, amount, host, valid, draw, bounded, tmp_path, capsys):
     picture = draw(host)
     cases = CASES[kind][amount == "many"]

@@ -116,6 +116,7 @@ def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
 SAVING = """
 import sys
 import torch
+from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.pipelines import keep
@@ -144,8 +145,9 @@ def check(folder):
     assert list(saved.experts) == (["fox", "ink"] if values == {1.0} else ["ink", "fox"])
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*is not what .* was saved with")
-@pytest.mark.parametrize("kills", [1, pytest.param(40, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [1, 40])
 def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
     rng = random.Random(0)
     for _ in range(kills):

@@ -38,6 +38,7 @@ def accelerated(pipe):
 # ---- ordinary LoRAs
 
 
+@pytest.mark.thorough
 def test_an_acceleration_lora_loaded_after_attach_and_its_weight(pipe, loras, lcm, draw):
     experts = {name: loras[name] for name in ("fox", "hat")}
     mole.attach(accelerated(pipe), experts)

@@ -4,6 +4,7 @@ import hosts
 import pytest
 import torch
 from hosts import assert_same, snapshot
+from tiers import thorough
 from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
@@ -60,7 +61,7 @@ class Case:
 
 FAST = [("sd15", ORDERS[0], ENDS[0]), ("sd15", ORDERS[1], ENDS[1]), ("flux", ORDERS[1], ENDS[0])]
 THOROUGH = [(name, o, e) for name in ("sd15", "sdxl", "flux", "sd21", "animatediff") for o in ORDERS for e in ENDS]
-CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.thorough) for case in THOROUGH if case not in FAST)]
+CASES = [*FAST, *thorough(*(case for case in THOROUGH if case not in FAST))]
 
 
 @pytest.mark.parametrize(("name", "order", "end"), CASES)
@@ -91,7 +92,7 @@ def test_an_ip_adapter_comes_and_goes_before_and_after_the_mixture(awake, tmp_pa
     assert kinds == {name: type(p) for name, p in denoiser.attn_processors.items()}
 
 
-MASKED = ["sd15", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sdxl", "sd21", "animatediff"))]
+MASKED = ["sd15", *thorough("sdxl", "sd21", "animatediff")]
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -5,6 +5,7 @@ import torch
 import torch._dynamo
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hosts import OFFLOADS
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
@@ -12,7 +13,7 @@ from mole_diffusers.testing import tiny_pipeline
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-LATER = [pytest.param(name, False, marks=[] if name == "sequential" else [pytest.mark.thorough]) for name in OFFLOADS]
+LATER = [("sequential", False), *thorough(*((name, False) for name in OFFLOADS if name != "sequential"))]
 
 
 @pytest.mark.parametrize(("name", "first"), [*((name, True) for name in OFFLOADS), *LATER])
@@ -111,7 +112,8 @@ def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw
     torch.testing.assert_close(picture, draw(plain), **CLOSE)
 
 
-@pytest.mark.parametrize("how", ["whole", pytest.param("blocks", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("how", ["whole", "blocks"])
 def test_gates_strengths_and_masks_change_without_compiling_again(pipe, loras, draw, awake, how):
     torch.compiler.reset()
     mixture = awake(mole.attach(pipe, loras, "mole"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from hosts import breaking
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.patching.peft_injection import ADAPTER
@@ -122,7 +123,7 @@ CONTROLLERS = {  # the models that are made of a denoiser's weights; there is no
 }
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("sd21", "sd3"))])
+@pytest.mark.parametrize("name", ["sdxl", "flux", *thorough("sd21", "sd3")])
 def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     pipe, _ = hosts.HOSTS[name]()
     make, denoiser = CONTROLLERS[name], hosts.denoiser(pipe)
@@ -136,7 +137,7 @@ def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     assert all(torch.equal(made[k], v) for k, v in wanted.items())
 
 
-@pytest.mark.parametrize("name", ["sdxl", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("sd21", "animatediff"))])
+@pytest.mark.parametrize("name", ["sdxl", *thorough("sd21", "animatediff")])
 def test_attention_slicing_on_and_off(name, awake, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     awake(mole.attach(pipe, {n: mole.testing.tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(HELD)}, "mole"))

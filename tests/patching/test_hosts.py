@@ -5,6 +5,7 @@ import hosts
 import pytest
 import torch
 from hosts import assert_same, snapshot
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, models_of
@@ -15,7 +16,7 @@ EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "Sel
 
 # One of each kind; the others, forms of these, are in the thorough tier.
 FAST = ("sd15", "sd15-controlnet", "sd15-ip-adapter", "sd15-pag", "sd15-t2i-adapter", "sdxl", "sd3", "flux")
-TIERS = [name if name in FAST else pytest.param(name, marks=pytest.mark.thorough) for name in hosts.HOSTS]
+TIERS = [*FAST, *thorough(*(name for name in hosts.HOSTS if name not in FAST))]
 
 
 @pytest.fixture(params=TIERS)

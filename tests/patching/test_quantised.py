@@ -6,6 +6,7 @@ The models are real and packed in memory; each kind is skipped where its package
 import pytest
 import torch
 from hosts import HOSTS, draw
+from tiers import thorough
 from torch import nn
 
 import mole_diffusers as mole
@@ -86,7 +87,7 @@ KINDS = {
 }
 
 
-EACH = [kind if kind == "gguf-Q8_0" else pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS]
+EACH = ["gguf-Q8_0", *thorough(*(kind for kind in KINDS if kind != "gguf-Q8_0"))]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from hosts import assert_same, breaking, snapshot
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
@@ -39,7 +40,7 @@ SETTINGS = {  # one per thread
 }
 
 
-@pytest.mark.parametrize("drop_in", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("drop_in", [*thorough(False), True])
 def test_eight_threads_draw_what_each_would_alone(loras, draw, awake, drop_in):
     pipe = tiny_pipeline()
     pipe = mole.MoLEStableDiffusionPipeline(**pipe.components, requires_safety_checker=False) if drop_in else pipe
@@ -95,9 +96,7 @@ FAST = [
 BREAKS = [(error, place) for place in [*PLACES, "callback"] for error in (RuntimeError, KeyboardInterrupt)]
 
 
-@pytest.mark.parametrize(
-    ("error", "place"), [*FAST, *(pytest.param(*b, marks=pytest.mark.thorough) for b in BREAKS if b not in FAST)]
-)
+@pytest.mark.parametrize(("error", "place"), [*FAST, *thorough(*(b for b in BREAKS if b not in FAST))])
 def test_a_call_interrupted_anywhere_leaves_a_usable_pipeline(pipe, loras, draw, awake, error, place):
     """At each of the calls of a place in turn, three steps long."""
     base = draw(pipe)
@@ -162,6 +161,7 @@ def test_a_class_gets_its_call_back_with_the_last_pipeline(loras, draw):
     assert kind not in pipeline_calls._patched
 
 
+@pytest.mark.thorough
 def test_attaching_again_and_again_keeps_one_note_of_a_pipeline(pipe, loras):
     mole.attach(pipe, {"fox": loras["fox"]})
     count = weakref.getweakrefcount(pipe)
@@ -189,6 +189,7 @@ def test_a_call_is_entered_once_where_a_class_and_its_parent_are_patched(pipe, l
     assert entered == [mixture]
 
 
+@pytest.mark.thorough
 def test_two_first_attaches_at_once_leave_one_mixture(loras, draw):
     for seed in range(6):
         pipe, names = tiny_pipeline(seed), ("fox", "ink")
@@ -304,9 +305,7 @@ def test_pickling_is_refused_but_of_the_original(pipe, loras, draw):
         assert torch.equal(draw(pickle.loads(pickle.dumps(pipe))), base)
 
 
-@pytest.mark.parametrize(
-    "share", [0.2, 0.6, 0.97, *(pytest.param(s, marks=pytest.mark.thorough) for s in (0.02, 0.4, 0.8, 0.9))]
-)
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.97, *thorough(0.02, 0.4, 0.8, 0.9)])
 def test_an_interrupted_attach_is_undone(pipe, loras, share):
     """Ctrl-C at the entry of some function of ours, the same share of the way through attaching."""
     experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}
@@ -334,7 +333,7 @@ def entered(block):
 
 
 @pytest.mark.parametrize("what", BLOCKS)
-@pytest.mark.parametrize("rounds", [4, pytest.param(50, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("rounds", [1, *thorough(50)])
 def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
     """Ctrl-C at the entry of functions of ours, drawn at random: the mixture draws as before, and comes off as a whole."""
     pipe, kind = of_its_own_kind(pipe)
@@ -385,6 +384,7 @@ def interrupted(run, at):
     return calls
 
 
+@pytest.mark.thorough
 def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     """On pipelines of their own; peft's way of making empty layers patches `nn.Module` for the whole process."""
     register, meta = torch.nn.Module.register_parameter, []
@@ -402,7 +402,7 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     assert not any(meta)
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("rounds", [1, *thorough(25)])
 def test_no_family_leaves_anything_behind(loras, rounds):
     """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""
     pipe = tiny_pipeline()
@@ -539,7 +539,7 @@ def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(500, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("rounds", [3, *thorough(500)])
 def test_drawing_and_attaching_on_two_pipelines(loras, draw, rounds):
     """8 threads draw and 2 attach: each picture is one that a mixture of that pipeline draws alone."""
     kinds = [("fox",), ("ink", "hat"), ("fox", "hat")]  # never none: diffusers' own pipelines are not for several threads

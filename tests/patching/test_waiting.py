@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.patching import pipeline_lock
@@ -156,6 +157,7 @@ def test_an_awaiting_task_is_waited_for(pipe, loras, draw, threads):
     assert torch.equal(asyncio.run(main()), whole)
 
 
+@pytest.mark.thorough
 def test_blocks_leave_nothing_behind(pipe, loras, draw, threads):
     """Neither one that was closed, nor a generator that was dropped, nor one that ended and left a block open."""
 
@@ -213,6 +215,7 @@ def test_a_block_that_waits_for_a_call_of_another_thread_is_warned_of(pipe, lora
     assert said in str(warned[0].message)
 
 
+@pytest.mark.thorough
 def test_a_wait_leaves_nothing_behind(pipe, loras, threads):
     """What the caller who waited had is freed with it, without a collection: pictures, say."""
 
@@ -250,7 +253,7 @@ def test_a_file_beside_the_package_is_a_users_own(pipe, loras):
     assert found == [f"{name}:1 in <module>"]
 
 
-@pytest.mark.parametrize("draws", ["in a block", "in no block", "many blocks", "a loop of one's own"])
+@pytest.mark.parametrize("draws", ["in a block", *thorough("in no block", "many blocks", "a loop of one's own")])
 def test_long_drawing_is_waited_for_without_a_word(pipe, loras, draw, threads, monkeypatch, draws):
     monkeypatch.setattr(pipeline_lock, "WARN_AFTER", 0.7)
     mixture = mole.attach(pipe, loras)

@@ -34,6 +34,7 @@ def layer(expert):
     return next(iter(expert.layers["unet"].values()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["selection", "mixture", "sum", "fusion"])
 def test_a_mixed_batch_is_its_prompts_one_by_one(pipe, lora_library, mode):
     base = pictures(pipe, PROMPTS[2:], [3])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tiers import thorough
 
 from mole_diffusers.binding.config import mask_text
 from mole_diffusers.studio.as_code import as_code
@@ -87,7 +88,7 @@ def world():
     return Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji")
 
 
-@pytest.mark.parametrize("changes", [{}, {"arm": "merge ties"}, {"binding": "tiles"}, {"strength": 1.0}])
+@pytest.mark.parametrize("changes", [{"binding": "tiles"}, *thorough({}, {"arm": "merge ties"}, {"strength": 1.0})])
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):
     """Its gates are trained, its LoRAs know their words, and its UNet has eight channels, which diffusers refuses."""
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file, save_transformer_file
+from tiers import thorough
 
 from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
 from mole_diffusers.studio.memory import Memory, place
@@ -103,7 +104,7 @@ def flux(guided):
     return pipe
 
 
-MADE = [(sd3, True), (flux, True), *(pytest.param(make, False, marks=pytest.mark.thorough) for make in (sd3, flux))]
+MADE = [(sd3, True), *thorough((flux, True), (sd3, False), (flux, False))]
 
 
 @pytest.mark.parametrize(("make", "option"), MADE)

@@ -107,6 +107,7 @@ def test_cells_change_along_both_axes():
     assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
 
 
+@pytest.mark.thorough
 def test_the_largest_grid_can_be_read_again(tmp_path):
     """Of noise, which no PNG makes smaller."""
     noise = Image.merge("RGB", [Image.effect_noise((1024, 512), 200)] * 3)

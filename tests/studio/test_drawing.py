@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiers import thorough
 
 from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.base_models import usual_size
@@ -53,7 +54,7 @@ def far(a, b):
 FAST = ("DPM++ 2M Karras", "DPM++ SDE", "Heun", "PLMS")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.thorough) for n in SAMPLERS])
+@pytest.mark.parametrize("name", [*FAST, *thorough(*(n for n in SAMPLERS if n not in FAST))])
 def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     """By its name in any case; strengths by step are those of steps, also where a step has two evaluations."""
     if package := NEEDED.get(SAMPLERS[name][0]):
@@ -319,7 +320,7 @@ def test_a_compiled_model_draws_what_it_draws_without(studio):
 # ---- other hosts
 
 
-@pytest.mark.parametrize("host", ["flux", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd3", "sdxl"))])
+@pytest.mark.parametrize("host", ["flux", *thorough("sd3", "sdxl")])
 def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
     pipe, _ = hosts.HOSTS[host]()
     loras = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}
@@ -399,7 +400,7 @@ def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(loras, tmp_
     assert catalog.local_name("fox", read_expert(loras["fox"]).sha256[:12]) == "renamed"
 
 
-@pytest.mark.parametrize("host", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("host", ["sdxl", "flux", *thorough("sd3")])
 def test_a_second_prompt_is_drawn_and_its_words_are_bound(host, tmp_path):
     """Words that only the second encoder reads have places; the picture is that of the pipeline's own call."""
     pipe, _ = hosts.HOSTS[host]()

@@ -7,6 +7,7 @@ import hosts
 import numpy as np
 import pytest
 import torch
+from tiers import thorough
 
 from mole_diffusers import attach, detach
 from mole_diffusers.studio.prompt_weights import (
@@ -81,7 +82,7 @@ def test_the_words_alone():
     assert plain_text(r"(a fox:1.3) in [ink] BREAK BREAK a \(red\) hat") == "a fox in ink a (red) hat"
 
 
-HOSTS = ["sd15", "sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)]
+HOSTS = ["sd15", "sdxl", "flux", *thorough("sd3")]
 
 
 def picture(pipe, options, prompt, negative="", **more):
@@ -150,7 +151,7 @@ def test_tokens_are_counted_for_each_encoder():
     assert (t5.limit, t5.cut) == (511, "")
 
 
-TWO = ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)]
+TWO = ["sdxl", "flux", *thorough("sd3")]
 
 
 @pytest.mark.parametrize("host", TWO)

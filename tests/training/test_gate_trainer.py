@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
@@ -55,7 +56,7 @@ def clip():
         {"denoise": 1.0},
         {"denoise": {"weight": 1e-6}, "balance": 0.5},
         {"clip": {"lengths": (3, 4), "clean": True}},
-        {"rollout": {"steps": 2, "batch": 4}},
+        *thorough({"rollout": {"steps": 2, "batch": 4}}),
     ],
     ids=lambda terms: "+".join(terms),
 )
@@ -202,6 +203,7 @@ def test_rates_move_every_gates_logits_alike(loras):
     assert {g["lr"] for g in parameter_groups(mixture.banks.values(), 1e-3)} == {1e-3}
 
 
+@pytest.mark.thorough
 def test_ema_is_what_is_kept(loras, tmp_path):
     plain = train(loras, None)[0]
     averaged = train(loras, tmp_path, config=replace(DENOISE, ema=0.5))[0]
@@ -318,6 +320,7 @@ def test_weights_and_biases_gets_the_same(pipe, mixture, tmp_path, monkeypatch):
     assert [(step, len(seen), type(seen[0])) for step, seen in pictures] == [(1, 1, wandb.Image), (3, 1, wandb.Image)]
 
 
+@pytest.mark.thorough
 def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
     train(loras, tmp_path, config=replace(DENOISE, every=1, keep=2))
     assert [p.name for p in engine.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]

@@ -52,6 +52,7 @@ def test_every_family_that_can_begins_where_told(start):
     torch.testing.assert_close(weights, torch.tensor([0.4, 0.0]).expand_as(weights))
 
 
+@pytest.mark.thorough
 def test_scalars_of_a_gate_equal_brute_force_over_its_layers(pipe, loras):
     context = context_of(pipe, loras, GateConfig("static", granularity="layer", total="linear"))
     initialize(context, "scalars")
@@ -87,6 +88,7 @@ def test_one_gate_per_matrix_from_scalars_draws_as_that_merge(pipe, loras):
         torch.testing.assert_close(found, predict(pipe, x, t, ["a fox", "ink"]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_ssr_is_the_weights_nearest_to_that_merge(pipe, loras, monkeypatch):
     context = context_of(pipe, loras, GateConfig("static", granularity="matrix", total="linear"))
     initialize(context, "ssr")
@@ -109,6 +111,7 @@ def test_ssr_is_the_weights_nearest_to_that_merge(pipe, loras, monkeypatch):
     assert not torch.allclose(free, ridged, atol=3e-4, rtol=0)
 
 
+@pytest.mark.thorough
 def test_training_starts_there_and_a_resumed_run_does_not_start_again(pipe, loras, tmp_path):
     gates = GateConfig("flow")
     context = context_of(pipe, loras, gates)

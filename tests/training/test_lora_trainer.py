@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
@@ -89,7 +90,7 @@ class Cut(BaseException):
     pass
 
 
-@pytest.mark.parametrize("beam", [False, True])
+@pytest.mark.parametrize("beam", [True, *thorough(False)])
 def test_a_run_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, beam):
     if beam:  # a period of 4 updates, so that ranks were copied before and after the cut
         monkeypatch.setattr("mole_diffusers.training.beam.period", lambda steps: 4)
@@ -230,7 +231,7 @@ def flags(base, tmp_path):
 PRIOR = ["--prior-prompt", "a fox", "--prior-count", "2", "--prior-steps", "2", "--prior-weight", "0.5"]
 
 
-@pytest.mark.parametrize("format", ["diffusers", pytest.param("kohya", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("format", ["diffusers", *thorough("kohya")])
 def test_one_command_from_photos_to_a_lora(flags, tmp_path, capsys, pipe, draw, format):
     out = tmp_path / "fox"
     assert main([*flags, *PRIOR, "--beam", "--format", format, "--out", str(out), "--json"]) == 0
@@ -306,8 +307,9 @@ def test_concept_training_on_cuda(precision):
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
-@pytest.mark.parametrize("save", [save_lora, save_kohya])
-@pytest.mark.parametrize("host", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("host", "save"), [("sd15", save_lora), ("sd15", save_kohya), ("sdxl", save_lora), *thorough(("sdxl", save_kohya))]
+)
 def test_concept_training_gives_an_ordinary_lora(host, draw, tmp_path, save):
     pipe, _ = hosts.HOSTS[host]()
     base, keys = draw(pipe), list(pipe.unet.state_dict())

@@ -51,6 +51,7 @@ def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, 
     assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
 
 
+@pytest.mark.thorough
 def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, capsys):
     experts = [f"--expert={name}={loras[name]}" for name in ("fox", "hat")]
     words = ["--prompt", "a fox and a hat", "--part", "a fox", "--part", "a hat"]

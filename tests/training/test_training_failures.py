@@ -46,6 +46,7 @@ def concept(loras, folder, **options):
     return train_lora(tiny_pipeline(), PICTURES, CONCEPT, folder=folder, **options)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("train", "weights"), [(gates, "gates.safetensors"), (concept, "lora.safetensors")])
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(loras, tmp_path, train, weights):
     """Full at the weights, and at the state beside them; both later go on to what an undisturbed run gives."""

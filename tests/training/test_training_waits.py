@@ -6,6 +6,7 @@ by a mask, `cpu()`) fails, where it would make the CPU wait for a card. Copies t
 
 import pytest
 import torch
+from tiers import thorough
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,11 +94,12 @@ def meta(monkeypatch):
     return pipe, clip, leave
 
 
-EACH = [pytest.param(t, "mole", marks=[pytest.mark.thorough] if t == "composed" else []) for t in OBJECTIVES]
-OTHERS = [pytest.param("denoise", f, marks=pytest.mark.thorough) for f in FAMILIES if f not in ("sum", "mean", "mole")]
+REST = [t for t in OBJECTIVES if t not in ("denoise", "single")]
+OTHERS = [f for f in FAMILIES if f not in ("sum", "mean", "mole")]
+CASES = [("denoise", "mole"), ("single", "mole"), *thorough(*((t, "mole") for t in REST), *(("denoise", f) for f in OTHERS))]
 
 
-@pytest.mark.parametrize(("term", "family"), [*EACH, *OTHERS])
+@pytest.mark.parametrize(("term", "family"), CASES)
 def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
     pipe, clip, leave = meta
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, family)
@@ -117,6 +119,7 @@ def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
     assert len(trainer.engine.pending) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:for gates")  # their values are gone
 def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
     pipe, clip, leave = meta
@@ -138,6 +141,7 @@ def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
         trainer.update(1)
 
 
+@pytest.mark.thorough
 def test_an_update_of_a_concept_waits_for_nothing(meta):
     pipe, _, leave = meta
     leave()
