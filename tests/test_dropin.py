@@ -14,8 +14,11 @@ import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import tiny_lora
 
-BOTH = ["sd15", "sdxl"]
+BOTH = ["sd15", *thorough("sdxl")]
 REST = (
+    "sd15-img2img",
+    "sd15-inpaint",
+    "sd15-controlnet",
     "sdxl-img2img",
     "sdxl-inpaint",
     "sdxl-controlnet",
@@ -24,7 +27,7 @@ REST = (
     "sd15-controlnet-inpaint",
     "sdxl-controlnet-inpaint",
 )
-FORMS = ["sd15", "sdxl", "sd15-img2img", "sd15-inpaint", "sd15-controlnet", *thorough(*REST)]
+FORMS = ["sd15", "sdxl", *thorough(*REST)]
 
 
 @pytest.fixture

@@ -117,6 +117,7 @@ def test_a_picture_that_was_drawn_over_is_asked_for(apps):
     assert second.offered("compose") == ""
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
     first = apps()
     killed(first, lambda: first.begin("status"))

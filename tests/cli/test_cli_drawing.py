@@ -202,6 +202,7 @@ def test_grids_say_what_they_show(base, tmp_path, capsys):
     assert infotext.read_sheet(tmp_path / "x.png") == {}
 
 
+@pytest.mark.thorough
 def test_a_grid_draws_over_a_picture(base, tmp_path, capsys):
     """Each cell is what `mole draw` draws over it; its strengths, and those of a larger pass, are axes."""
     Image.effect_noise((70, 40), 90).convert("RGB").save(tmp_path / "photo.png")

@@ -46,6 +46,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"mole {mole.__version__}\n"
 
 
+@pytest.mark.thorough
 def test_other_libraries_are_silent_unless_asked(tmp_path):
     argv = ["draw", "a fox <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png"]
     out, err = shell(f"from mole_diffusers.cli import main; main({argv})")

@@ -71,6 +71,7 @@ def test_another_sampler_draws_and_the_pipelines_own_comes_back(robustness, star
     assert pipe.scheduler is own
 
 
+@pytest.mark.thorough
 def test_a_run_prints_a_table_and_draws_curves_and_a_second_one_draws_nothing_anew(
     robustness, tmp_path, monkeypatch, capsys
 ):

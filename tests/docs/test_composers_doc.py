@@ -31,6 +31,7 @@ def test_every_rival_while_sampling_is_there(name):
     assert f"**{name}**" in SECTIONS["While sampling"].lower()
 
 
+@pytest.mark.thorough
 def test_a_picture_is_drawn_in_tiles_as_shown():
     (block,) = re.findall(r"```python\n(.*?)```", SECTIONS["Tiles"], re.DOTALL)
     shown = {}

@@ -149,6 +149,7 @@ def test_an_allowed_cell_is_all_that_is_drawn():
             assert not any(words.is_unseen(s, scene.style) for s in scene.subjects)
 
 
+@pytest.mark.thorough
 def test_every_subject_is_drawn_in_every_style(drawings):
     for subject in words.SUBJECTS:
         for style in words.STYLES:

@@ -187,6 +187,7 @@ def checkpoint(models, own, loras, tmp_path):
     return [*args, "--expert", f"ink={loras['ink']}", "--style", "ink", "--out", str(tmp_path / "out")]
 
 
+@pytest.mark.thorough
 def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]
     args += [word for arm in ("base", "np", "ssr", "k-lora", "sum") for word in ("--arm", arm)]

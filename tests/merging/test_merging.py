@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.lora import layer_key, read_expert
@@ -58,7 +59,9 @@ def test_stock_diffusers_loads_every_merge(method, loras, tmp_path, stock):
         torch.testing.assert_close(theirs[key], delta, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "options", "factor"), [("sum", {}, 1.0), ("lego", {"clusters": 10**6}, 0.5**0.5)])
+@pytest.mark.parametrize(
+    ("method", "options", "factor"), [("sum", {}, 1.0), *thorough(("lego", {"clusters": 10**6}, 0.5**0.5))]
+)
 def test_convolutions_are_merged_too(loras, tmp_path, stock, method, options, factor):
     """Against the mixture: LoRA-LEGO with as many clusters as ranks is the sum by the root of two."""
     pipe, _ = stock

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -154,7 +155,7 @@ def test_what_is_disabled_stays_so(pipe, loras, draw, tmp_path, beside):
     torch.testing.assert_close(draw(pipe), on, **close)
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["on both models", "beside experts on more models"])
+@pytest.mark.parametrize("mixed", [*thorough(False), True], ids=["on both models", "beside experts on more models"])
 def test_what_is_switched_in_a_lifted_block_stays(pipe, loras, draw, tmp_path, mixed):
     """The same calls inside the block and outside of it give the same pictures."""
     base, close = draw(pipe), {"atol": 1e-5, "rtol": 0}

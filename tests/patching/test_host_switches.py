@@ -3,6 +3,7 @@
 import hosts
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 
@@ -28,8 +29,10 @@ SWITCHES = hosts.OFFLOADS | {
     "vae slicing": lambda pipe: pipe.vae.enable_slicing(),
 }
 
+FAST = ("leaf", "channels_last")
 
-@pytest.mark.parametrize("switch", SWITCHES)
+
+@pytest.mark.parametrize("switch", [*FAST, *thorough(*(name for name in SWITCHES if name not in FAST))])
 def test_a_switch_changes_no_picture(other, switch, tmp_path):
     pipe, options = other.pipe, other.options
     base = hosts.draw(pipe, options)

@@ -25,6 +25,7 @@ BLOCKS = {
     "bound": lambda m: m.bound(None),
     "drawing": lambda m: m.drawing(),
 }
+REST = (("lifted", "with"), ("collapsed", "with"), ("bound", "with"), ("only", "of the user's own"))
 MOVED = (
     r"was entered at .*test_waiting.py:\d+ in {}.* on thread 'first_0', and the generator that holds it goes on on another"
 )
@@ -43,9 +44,7 @@ def threads():
         yield first, second
 
 
-@pytest.mark.parametrize(
-    ("what", "how"), [*((what, "with") for what in BLOCKS), ("only", "of the user's own"), ("only", "stack")]
-)
+@pytest.mark.parametrize(("what", "how"), [("only", "with"), ("drawing", "with"), ("only", "stack"), *thorough(*REST)])
 def test_a_generator_that_goes_on_on_another_thread_is_refused(pipe, loras, draw, threads, what, how):
     mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]})
     whole, (first, second) = draw(pipe), threads
@@ -196,6 +195,7 @@ def test_blocks_leave_nothing_behind(pipe, loras, draw, threads):
         gc.enable()
 
 
+@pytest.mark.thorough
 def test_a_block_that_waits_for_a_call_of_another_thread_is_warned_of(pipe, loras, draw, threads, monkeypatch):
     monkeypatch.setattr(pipeline_lock, "WARN_AFTER", 0.2)
     mixture = mole.attach(pipe, loras)

@@ -34,20 +34,17 @@ def folder(loras, tmp_path_factory):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"arm": "base"},
+        *thorough({}, {"arm": "base"}, {"weights": False}, {"hires": 1.5, "hires_strength": 0.5}),
         {"arm": "alone fox"},
         {"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"},
         {"prompt": "a fox"},
         {"sampler": "Euler", **LOCKED},
         {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
-        {"weights": False},
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
         {"image": "image.png", "strength": 0.5},
         {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
         {"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "bound", "width": 64},
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
-        {"hires": 1.5, "hires_strength": 0.5},
         {"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"},
     ],
 )

@@ -95,6 +95,7 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
         assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_prompts_are_drawn_at_sizes_of_their_own_and_met_as_often_as_they_have_rows(pipe, loras):
     """L1 of an expert alone is 0 and of none it is 1, whatever the size of the pictures."""
     mixture = mole.attach(pipe, {"fox": loras["fox"]})

@@ -52,8 +52,7 @@ def clip():
     "terms",
     [
         {"single": TEACH},
-        {"composed": TEACH},
-        {"denoise": 1.0},
+        *thorough({"composed": TEACH}, {"denoise": 1.0}),
         {"denoise": {"weight": 1e-6}, "balance": 0.5},
         {"clip": {"lengths": (3, 4), "clean": True}},
         *thorough({"rollout": {"steps": 2, "batch": 4}}),
@@ -124,7 +123,9 @@ def cut_at(patch, step):
     ("terms", "options"),
     [
         (BOTH | {"balance": 0.1}, {}),
-        ({"clip": {"lengths": (3, 3), "start": 0.0}, "denoise": 1.0}, {"ema": 0.9, "schedule": "linear", "warmup": 1}),
+        *thorough(
+            ({"clip": {"lengths": (3, 3), "start": 0.0}, "denoise": 1.0}, {"ema": 0.9, "schedule": "linear", "warmup": 1})
+        ),
     ],
     ids=["words", "pictures"],
 )
@@ -242,8 +243,7 @@ def test_validation_pictures_and_success(pipe, mixture, tmp_path):
     "terms",
     [
         {"single": TEACH, "composed": TEACH, "base": TEACH},
-        {"separate": {"steps": 2}},
-        {"collage": {"pictures": 2, "seeds": 1, "steps": 2}},
+        *thorough({"separate": {"steps": 2}}, {"collage": {"pictures": 2, "seeds": 1, "steps": 2}}),
         {"clip": {"lengths": (3, 4)}, "rollout": {"steps": 2, "batch": 4}},
     ],
     ids=lambda terms: "+".join(terms),

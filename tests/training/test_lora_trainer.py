@@ -308,7 +308,7 @@ def test_concept_training_on_cuda(precision):
 
 
 @pytest.mark.parametrize(
-    ("host", "save"), [("sd15", save_lora), ("sd15", save_kohya), ("sdxl", save_lora), *thorough(("sdxl", save_kohya))]
+    ("host", "save"), [("sd15", save_lora), ("sd15", save_kohya), *thorough(("sdxl", save_lora), ("sdxl", save_kohya))]
 )
 def test_concept_training_gives_an_ordinary_lora(host, draw, tmp_path, save):
     pipe, _ = hosts.HOSTS[host]()

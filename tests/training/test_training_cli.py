@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.cli import main
@@ -37,7 +38,7 @@ def test_options_of_a_term_may_be_lists(flags, tmp_path):
     assert training["drop"] == 0.5
 
 
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
+@pytest.mark.parametrize("suffix", ["yaml", *thorough("json")])
 def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, capsys):
     file, (one, two) = tmp_path / f"run.{suffix}", (tmp_path / n for n in ("one", "two"))
     assert main(["train", *flags, "--precision", "no", "--write-config", str(file)]) == 0
@@ -135,6 +136,7 @@ def test_yaml_means_what_it_says(flags, tmp_path):
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
 
 
+@pytest.mark.thorough
 def test_the_embedded_world_brings_its_own_judge(tmp_path, capsys):
     words = ["--prompt", "ink drawing of a fox", "--single", "fox=noto drawing of a fox"]
     how = ["--term", "single=1,seeds=2,steps=2", "--steps", "2", "--validate", "1", "--family", "static"]
