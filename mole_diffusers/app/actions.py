@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mole_diffusers.app import files
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.jobs import Report, StoppedError, Work
+from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.stacking import match
@@ -35,14 +37,13 @@ from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import plain_text, prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
-from mole_diffusers.training.data import precise
 
 MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
-PREVIEW_SHARE = 0.2  # of the drawing time that may go into previews
 
-Over = Mapping[str, Image.Image] | None  # pictures that are drawn over, see `Actions.compose`
+Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
+NOTHING: Over = MappingProxyType({})
 Thumbnail = Callable[[str], Image.Image | None]
 
 
@@ -236,7 +237,7 @@ class Actions:
 
     # ---- pictures
 
-    def compose(self, recipe: Recipe, count: int, over: Over = None) -> Work:
+    def compose(self, recipe: Recipe, count: int, over: Over = NOTHING) -> Work:
         """Draw `count` pictures with consecutive seeds into the gallery; if stopped, those that are done stay.
 
         Args:
@@ -244,18 +245,18 @@ class Actions:
         """
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
-        recipe = with_pictures(recipe, **over or {})
+        recipe = with_pictures(recipe, **over)
         seed = self._completed(recipe).seed  # -1 is a random one
         recipes = [dataclasses.replace(recipe, seed=seed + i) for i in range(count)]
         return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
 
-    def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = None) -> Work:
+    def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
         there is room, and with trained gates where there are any; a sheet of them goes into the gallery. `over` as in
         `compose`."""
         if not recipe.tags:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
-        recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
+        recipe = dataclasses.replace(with_pictures(recipe, **over), seed=self._completed(recipe).seed)
         arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
         whole = dataclasses.replace(self._completed(recipe), arm="gates")
@@ -276,7 +277,7 @@ class Actions:
         *,
         gallery: Gallery | None = None,
         note: str = "",
-        over: Over = None,
+        over: Over = NOTHING,
         sheet: Sheet | None = None,
     ) -> Work:
         """Draw labelled recipes one after the other: a Progress after each step and in the end.
@@ -289,9 +290,9 @@ class Actions:
         """
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
         for _, recipe in recipes:
-            check_pictures(recipe, **over or {})
+            check_pictures(recipe, **over)
         self._check_budget([recipe for _, recipe in recipes])
-        image = (over or {}).get("image")
+        image = over.get("image")
         both = zip(wanted, recipes, strict=True)
         told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, image)]
         steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
@@ -308,7 +309,7 @@ class Actions:
             try:
                 for label, recipe in recipes:
                     layouts, said = list[Layout](), list[str]()
-                    image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=_noting(layouts, said, recipe))
+                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=_noting(layouts, said, recipe))
                     state.warnings = list(dict.fromkeys([*state.warnings, *said]))
                     path = (gallery or self.own).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
@@ -343,10 +344,10 @@ class Actions:
 
         return sheet
 
-    def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = None) -> Work:
+    def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = NOTHING) -> Work:
         """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
         `compose`. Of a picture that is made larger, the first pass is traced."""
-        recipe = self._completed(with_pictures(dataclasses.replace(recipe, arm="gates"), **over or {}))
+        recipe = self._completed(with_pictures(dataclasses.replace(recipe, arm="gates"), **over))
         self._check_budget([recipe])
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
@@ -368,15 +369,15 @@ class Actions:
                 state.done += 1
                 report(dataclasses.replace(state))
 
-            image = self.studio.draw(recipe, **over or {}, on_step=on_step, inside=tracing)
+            image = self.studio.draw(recipe, **over, on_step=on_step, inside=tracing)
             seen = gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
             return dataclasses.replace(seen, warning="; ".join(filter(None, [seen.warning, *said])))
 
         return work
 
-    def grid(self, recipe: Recipe, x: str, y: str, over: Over = None) -> Work:
+    def grid(self, recipe: Recipe, x: str, y: str, over: Over = NOTHING) -> Work:
         """Draw an XY grid, whose sheet the gallery gets; `over` as in `compose`."""
-        recipe = dataclasses.replace(with_pictures(recipe, **over or {}), seed=self._completed(recipe).seed)
+        recipe = dataclasses.replace(with_pictures(recipe, **over), seed=self._completed(recipe).seed)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
         sheet = self._sheet(self._completed(recipe), {"x": x, "y": y}, across.labels, down.labels)
@@ -437,23 +438,3 @@ def _noting(layouts: list[Layout], said: list[str], recipe: Recipe) -> Callable[
         layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
 
     return noting
-
-
-class PreviewDecoder:
-    """Latents [1, C, h, w] -> picture, or None where decoding now would exceed PREVIEW_SHARE of the time."""
-
-    def __init__(self) -> None:
-        self._cost, self._last = 0.0, 0.0  # seconds that one takes; when the last was made
-
-    @torch.no_grad()
-    def __call__(self, pipe: Any, latents: torch.Tensor) -> Image.Image | None:
-        begun = time.monotonic()
-        if begun - self._last < self._cost / PREVIEW_SHARE:
-            return None
-        with precise(pipe) as vae:
-            shift = getattr(vae.config, "shift_factor", None) or 0
-            decoded = vae.decode(latents[:1].to(vae.dtype) / vae.config.scaling_factor + shift).sample
-        image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
-        self._last = time.monotonic()
-        self._cost = self._last - begun
-        return image

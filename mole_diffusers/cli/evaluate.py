@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from mole_diffusers.evaluation.rows import Row
     from mole_diffusers.evaluation.runner import Arm, Case, Setup
 
-checkpoint = partial(Option, rich_help_panel="A checkpoint of your own")
-choice = partial(Option, rich_help_panel="Choose and judge")
+measured = partial(Option, rich_help_panel="A checkpoint of your own")
+choosing = partial(Option, rich_help_panel="Choose and judge")
 
 
 class Real:
     """What a checkpoint is evaluated with; the emoji world has its own."""
 
     expert: options.Experts = NONE
-    cases: Annotated[
-        Path | None, checkpoint(metavar="FILE", help='JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.')
-    ] = None
-    images: Annotated[list[str], checkpoint(metavar="NAME=FOLDER", help="A concept's own pictures. Repeatable.")] = NONE
-    own: Annotated[list[str], checkpoint(metavar="NAME=PROMPT", help="A prompt of one concept alone. Repeatable.")] = NONE
-    style: Annotated[list[str], checkpoint(metavar="NAME", help="A concept that is a style. Repeatable.")] = NONE
-    clip: Annotated[str | None, checkpoint(metavar="MODEL", help="A CLIP to measure with.")] = None
-    dino: Annotated[str | None, checkpoint(metavar="MODEL", help="A DINO to measure with.")] = None
+    cases: Annotated[Path | None, measured(metavar="FILE", help='JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.')] = (
+        None
+    )
+    images: Annotated[list[str], measured(metavar="NAME=FOLDER", help="A concept's own pictures. Repeatable.")] = NONE
+    own: Annotated[list[str], measured(metavar="NAME=PROMPT", help="A prompt of one concept alone. Repeatable.")] = NONE
+    style: Annotated[list[str], measured(metavar="NAME", help="A concept that is a style. Repeatable.")] = NONE
+    clip: Annotated[str | None, measured(metavar="MODEL", help="A CLIP to measure with.")] = None
+    dino: Annotated[str | None, measured(metavar="MODEL", help="A DINO to measure with.")] = None
 
 
 @options.takes(real=Real)
@@ -73,12 +73,12 @@ def evaluate(
     as_json: options.Json = False,
     base: options.Base = WORLD,
     base_config: options.BaseConfig = None,
-    search: Annotated[bool, choice("--search", help="Find the best strengths on validation, for weights.json.")] = False,
+    search: Annotated[bool, choosing("--search", help="Find the best strengths on validation, for weights.json.")] = False,
     weights: Annotated[
-        Path | None, choice(metavar="FILE", help="Strengths for the arm 'grid search', as in weights.json.")
+        Path | None, choosing(metavar="FILE", help="Strengths for the arm 'grid search', as in weights.json.")
     ] = None,
-    sheet: Annotated[bool, choice("--sheet", help="Write a sheet on which people choose between two arms.")] = False,
-    judged: Annotated[bool, choice("--judged", help="Count the answers on the sheet in --out, and stop.")] = False,
+    sheet: Annotated[bool, choosing("--sheet", help="Write a sheet on which people choose between two arms.")] = False,
+    judged: Annotated[bool, choosing("--judged", help="Count the answers on the sheet in --out, and stop.")] = False,
     verbose: options.Verbose = False,
     *,
     real: options.Given,
@@ -103,8 +103,7 @@ def evaluate(
     if base == WORLD:
         setup, chosen, metrics, gates = _world(real, call, split=split, limit=limit, gates=gates, device=device)
     else:
-        checkpoint = {"base": base, "config": base_config}
-        setup, chosen, metrics = _checkpoint(real, call, checkpoint, limit=limit, device=device)
+        setup, chosen, metrics = _checkpoint(real, call, base, base_config, limit=limit, device=device)
     if attached:
         chosen = runner.add_idle_experts(chosen, sorted(setup.experts), attached)
     arms = search_arms(setup) if search else _arms(arm, setup, chosen, gates=gates, shares=share, weights=weights)
@@ -159,15 +158,14 @@ def _world(
 
 
 def _checkpoint(
-    real: options.Given, call: dict[str, Any], checkpoint: dict[str, Any], *, limit: int | None, device: str | None
+    real: options.Given, call: dict[str, Any], base: str, config: str | None, *, limit: int | None, device: str | None
 ) -> tuple[Setup, list[Case], Any]:
-    """Experts, cases and measures of a checkpoint of the user's own, which `checkpoint` names."""
+    """Experts, cases and measures of a checkpoint of the user's own."""
     from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
     from mole_diffusers.evaluation.runner import Setup
 
     if missing := [f"--{name}" for name in ("cases", "clip", "dino") if real[name] is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    base = checkpoint["base"]
     chosen = experts_for(base, dict(named_values(real["expert"], "--expert")), "")
     cases = read_cases(real["cases"], list(chosen))
     folders = {name: Path(folder) for name, folder in named_values(real["images"], "--images")}
@@ -175,7 +173,7 @@ def _checkpoint(
     if unknown := set(real["style"]) - set(chosen):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(chosen)}")
     setup = Setup(
-        pipeline(**checkpoint, device=device),
+        pipeline(base, device, config=config),
         {name: expert for name, (expert, _) in chosen.items()},
         call,
         base,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mole_diffusers.app.actions import Actions, PreviewDecoder
+from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
+from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
