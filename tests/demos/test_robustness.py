@@ -6,6 +6,7 @@ import pytest
 
 from mole_diffusers import emoji, emoji_world
 from mole_diffusers.evaluation import emoji_protocol
+from mole_diffusers.mixture import attached
 
 PAIR = {"two subjects": emoji.VALIDATION["two subjects"][:1]}
 
@@ -44,6 +45,12 @@ def test_the_settings_reach_what_is_drawn(robustness, start):
     points = {name: axis(composed) for name, axis in robustness.AXES.items()}
     ((case, _),) = points["strangers"][8].found
     assert len(set(case.experts)) == 8
+    ((case, scene),) = points["base_words"][1].found
+    assert case.concepts == scene.subjects
+    assert (case.concepts[0] in emoji.BASE_SUBJECTS, case.concepts[1]) == (True, composed.found[0][0].concepts[1])
+    for arm in points["base_words"][1].arms:
+        with arm.draws(composed.setup, case):
+            assert list(attached(composed.setup.pipe).experts) == [case.concepts[1]]
     assert set(points["strength"][0.4].setup.weighted_experts({"fox": 1.0})["fox"][1:]) == {0.4}
     assert points["guidance"][7.0].setup.options["guidance_scale"] == 7.0
     ((case, scene),) = points["size"][1.5].found

@@ -1,11 +1,11 @@
-"""How far from the conditions of the LoRAs' training composition holds: the sum, bound LoRAs, and tiles along six axes.
+"""How far from the conditions of the LoRAs' training composition holds: the sum, bound LoRAs, and tiles along seven axes.
 
     python demos/experiments/emoji/robustness.py [--split validation] [--per-kind 6] [--seeds 4] [--kinds ...] [--axes ...]
     python demos/experiments/emoji/robustness.py --figure docs/robustness.png
 
-Strangers attached, strength of all LoRAs, guidance, sampler, wording, and size of the picture: one moves, the others stay as
-`compose.py` has them. Beside the LoRAs stands the base on compositions of its own words: what it can do there at all. Rows
-are appended below work/robustness/, so a cut-off run goes on; `--figure` draws the same rows.
+Strangers attached, subjects without a LoRA, strength of all LoRAs, guidance, sampler, wording, and size of the picture: one
+moves, the others stay as `compose.py` has them. Beside the LoRAs stands the base on compositions of its own words: what it can
+do there at all. Rows are appended below work/robustness/, so a cut-off run goes on; `--figure` draws the same rows.
 """
 
 import argparse
@@ -36,6 +36,7 @@ STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 GUIDANCES = (2.0, 3.0, 4.0, 5.0, 7.0)
 SAMPLERS = ("DPM++ 2M", "Euler a")  # beside the world's own, DDIM
 SIZES = (1.0, 1.25, 1.5)  # of a side, beside the canvas that the base was trained on
+BESIDE = words.BASE_SUBJECTS[2::8]  # stand beside the LoRAs' subjects
 KNOWN = words.BASE_SUBJECTS[::16], words.BASE_STYLES[2::3]  # what the base is measured on
 
 
@@ -70,6 +71,32 @@ def strangers(point: Point) -> dict[int, Point]:
     cases = add_idle_experts([case for case, _ in point.found], list(point.setup.experts), ATTACHED)
     scenes = {case.prompt: scene for case, scene in point.found}
     return {n: replace(point, found=[(c, scenes[c.prompt]) for c in cases if len(c.experts) == n]) for n in ATTACHED}
+
+
+def base_words(point: Point) -> dict[int, Point]:
+    """So many of the subjects have no LoRA: the base knows them."""
+
+    def changed(i: int, case: Case, scene: Scene) -> tuple[Case, Scene]:
+        first, other = scene.subjects[0], BESIDE[i % len(BESIDE)]
+        scene = replace(scene, subjects=(other, *scene.subjects[1:]))
+        concepts = tuple(other if name == first else name for name in case.concepts)
+        return replace(case, concepts=concepts, prompt=scene.caption), scene
+
+    found = [changed(i, *each) for i, each in enumerate(point.found)]
+    return {0: point, 1: replace(point, arms=[with_its_loras(arm) for arm in point.arms], found=found)}
+
+
+def with_its_loras(arm: Arm) -> Arm:
+    """An arm that attaches the LoRAs of the concepts that have one."""
+
+    def own(setup: Setup, case: Case) -> Case:
+        return replace(case, concepts=tuple(name for name in case.concepts if name in setup.experts))
+
+    return replace(
+        arm,
+        draws=lambda setup, case: arm.draws(setup, own(setup, case)),
+        settings=lambda setup, case: arm.settings(setup, own(setup, case)),
+    )
 
 
 def strength(point: Point) -> dict[float, Point]:
@@ -141,7 +168,9 @@ def size(point: Point) -> dict[float, Point]:
     return {factor: point.scaled(factor) for factor in SIZES}
 
 
-AXES: dict[str, Axis] = {axis.__name__: axis for axis in (strangers, strength, guidance, samplers, wording, size)}
+AXES: dict[str, Axis] = {
+    axis.__name__: axis for axis in (strangers, base_words, strength, guidance, samplers, wording, size)
+}
 
 
 def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]:
