@@ -4,8 +4,8 @@
     python demos/experiments/emoji/robustness.py --figure docs/robustness.png
 
 Strangers attached, subjects without a LoRA, strength of all LoRAs, guidance, sampler, wording, and size of the picture: one
-moves, the others stay as `compose.py` has them. Beside the LoRAs stands the base on compositions of its own words: what it can
-do there at all. Rows are appended below work/robustness/, so a cut-off run goes on; `--figure` draws the same rows.
+moves, the others stay as `compose.py` has them. Beside the LoRAs stands the base on compositions of its own words: what it
+can do there at all. Rows are appended below work/robustness/, so a cut-off run goes on; `--figure` draws the same rows.
 """
 
 import argparse
