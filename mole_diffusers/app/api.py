@@ -210,6 +210,7 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         hires_strength: float = d.hires_strength,
         prompt_2: str = "",
         negative_2: str = "",
+        binding: str = d.binding,
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
 
@@ -231,8 +232,10 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             hires_strength: how much of it is drawn anew then, 0..1.
             prompt_2: what the second text encoder reads instead, where the model has two, without tags.
             negative_2: likewise.
+            binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there by itself at first;
+                "auto", tiles where each has room, else bound; "none", every LoRA everywhere.
         """
-        wanted: dict[str, Any] = {"negative": negative, "prompt_2": prompt_2, "negative_2": negative_2}
+        wanted: dict[str, Any] = {"negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "binding": binding}
         wanted |= {"seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
         wanted |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         own = {"guidance": guidance, "width": width, "height": height}
@@ -270,8 +273,8 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         image: gr.FileData | None = None,
         mask: gr.FileData | None = None,
     ) -> tuple[list[str], list[gr.FileData]]:
-        """The same seed from the base, each LoRA alone, the plain sum, merges, bound, and with trained gates where there
-        are any. The gallery keeps a sheet of them. Returns labels and files.
+        """The same seed from the base, each LoRA alone, the plain sum, merges, bound, in tiles where there is room, and with
+        trained gates where there are any. The gallery keeps a sheet of them. Returns labels and files.
 
         Args:
             recipe: RECIPE

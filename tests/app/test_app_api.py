@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mole_diffusers.studio import infotext
 
 gradio_client = pytest.importorskip("gradio_client")
+
 pytest.importorskip("gradio")
 
 
@@ -56,6 +57,17 @@ def test_size_and_sampler_are_taken_and_seeds_are_random(client):
     )
     assert (first["width"], first["height"], first["sampler"], first["seed"] + 1) == (48, 32, "Euler a", second["seed"])
     assert pixels(files[0]).shape == (32, 48, 3)
+
+
+def test_binding_is_taken_and_its_values_are_said(client):
+    pictures = {}
+    for binding in ("bound", "none"):
+        (file,), (recipe,) = client.predict("a <lora:fox:1:region=left>", binding=binding, api_name="/compose")
+        assert recipe["binding"] == binding
+        pictures[binding] = pixels(file)
+    assert not np.array_equal(pictures["bound"], pictures["none"])
+    with pytest.raises(gradio_client.exceptions.AppError, match="unknown .* binding 'x'; known: .*'tiles'"):
+        client.predict(PROMPT, binding="x", api_name="/compose")
 
 
 def test_pictures_are_kept_found_marked_and_thrown_away(client):
