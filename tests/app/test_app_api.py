@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from mole_diffusers.studio import infotext
 
 gradio_client = pytest.importorskip("gradio_client")
-
 pytest.importorskip("gradio")
 
 
