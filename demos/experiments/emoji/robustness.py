@@ -36,7 +36,7 @@ STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 GUIDANCES = (2.0, 3.0, 4.0, 5.0, 7.0)
 SAMPLERS = ("DPM++ 2M", "Euler a")  # beside the world's own, DDIM
 SIZES = (1.0, 1.25, 1.5)  # of a side, beside the canvas that the base was trained on
-BESIDE = words.BASE_SUBJECTS[2::8]  # stand beside the LoRAs' subjects
+BESIDE = 2 * words.BASE_SUBJECTS[2::8]  # stand in the place of the LoRAs' subjects
 KNOWN = words.BASE_SUBJECTS[::16], words.BASE_STYLES[2::3]  # what the base is measured on
 
 
@@ -74,16 +74,21 @@ def strangers(point: Point) -> dict[int, Point]:
 
 
 def base_words(point: Point) -> dict[int, Point]:
-    """So many of the subjects have no LoRA: the base knows them."""
+    """So many of the subjects have no LoRA, since the base knows them; something has one."""
 
-    def changed(i: int, case: Case, scene: Scene) -> tuple[Case, Scene]:
-        first, other = scene.subjects[0], BESIDE[i % len(BESIDE)]
-        scene = replace(scene, subjects=(other, *scene.subjects[1:]))
-        concepts = tuple(other if name == first else name for name in case.concepts)
+    def changed(i: int, count: int, case: Case, scene: Scene) -> tuple[Case, Scene]:
+        known = dict(zip(scene.subjects[:count], BESIDE[i:], strict=False))
+        scene = replace(scene, subjects=tuple(known.get(name, name) for name in scene.subjects))
+        concepts = tuple(known.get(name, name) for name in case.concepts)
         return replace(case, concepts=concepts, prompt=scene.caption), scene
 
-    found = [changed(i, *each) for i, each in enumerate(point.found)]
-    return {0: point, 1: replace(point, arms=[with_its_loras(arm) for arm in point.arms], found=found)}
+    points = {0: point}
+    for count in (1, 2):
+        found = [changed(i, count, *each) for i, each in enumerate(point.found)]
+        found = [(case, scene) for case, scene in found if set(case.concepts) & set(point.setup.experts)]
+        if found:
+            points[count] = replace(point, arms=[with_its_loras(arm) for arm in point.arms], found=found)
+    return points
 
 
 def with_its_loras(arm: Arm) -> Arm:
