@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlretrieve
 
@@ -288,6 +289,25 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     page.until(lambda: "region=painted" in value(page, "#prompt"), WAIT)
     assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(bound))
     assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_region_of_a_wide_picture_has_its_shape(studio, tmp_path):
+    """The editor's canvas is a square, with nothing above and below the picture."""
+    with visiting(studio, replace(RECIPE, width=64), tmp_path) as page:
+        assert pixels(composed(page, tmp_path, "wide.png")).shape[:2] == (32, 64)
+        page.click("#regions button")
+        page.until(lambda: value(page, "#paint-of") == "fox" and page.all("#paint canvas"), WAIT)
+        painted(page)
+        page.click("#paint-use")
+        page.until(lambda: "acts there" in page.text("#paint-status"), WAIT)
+        bound = composed(page, tmp_path, "bound.png")
+        mask = np.asarray(read_mask(infotext.read(bound).masks["fox"]), np.float32) / 255
+        assert mask.shape == (64, 128)
+        rows = mask.max(1) > 0
+        assert rows.sum() > 0.6 * len(rows)  # painted over four fifths of the height, not squeezed into two
+        assert mask[:, 96:].max() == 0
+        assert not page.errors()
 
 
 @pytest.mark.thorough
