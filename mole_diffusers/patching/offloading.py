@@ -11,6 +11,8 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from torch import nn
 
+HOOKS = ("_hf_hook", "_diffusers_hook")  # attributes of modules that Accelerate or diffusers calls hooks for
+
 
 @contextmanager
 def loaded(pipe: Any) -> Iterator[None]:
@@ -20,6 +22,9 @@ def loaded(pipe: Any) -> Iterator[None]:
     """
     models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
     modules = [module for model in models for module in model.modules()]
+    if not any(name in vars(module) for module in modules for name in HOOKS):
+        yield
+        return
     device, offloaded = _device(modules), [model for model in models if hasattr(model, "_hf_hook")]
     flags = [{name: p.requires_grad for name, p in module._parameters.items() if p is not None} for module in modules]
     whole, layers, _ = _func_optionally_disable_offloading(pipe)

@@ -143,4 +143,4 @@ def test_channels_last_draws_the_same(pipe, loras, draw, awake, first):
     if first:
         awake(mole.attach(pipe, loras, "mole"))
     assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(draw(pipe), picture, **CLOSE)
+    torch.testing.assert_close(draw(pipe), picture, atol=3e-5, rtol=0)  # another layout sums in another order
