@@ -34,6 +34,10 @@ LISTED = re.compile(
     r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?",
     re.DOTALL,
 )
+# What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
+# a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
+JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
+AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
 ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
@@ -105,7 +109,7 @@ def prompts_apart(
     Returns:
         how binding reads the prompt, with a character for a token; in the order of naming, each thing's index in it and
         prompt; and whether the things are listed side by side, as by "and" or "left of": in "a fox riding a horse" they are
-        not.
+        not. Nouns that are nobody's are only in a plain list with "and", as "a fox, a lemon and a tiger".
     """
     reading = _reading(list(prompt), [[phrase.strip().lower() for phrase in each] for each in phrases])
     at = {
@@ -119,16 +123,19 @@ def prompts_apart(
     before = prompt[: at[order[0]][0]]
     article = ARTICLE.search(before.lower())
     edges = [article.start() if article else len(before)]  # where what is said of one thing alone begins and ends, in turn
-    are_listed = True
+    are_listed, gaps = True, list[str]()
     for i, j in zip(order, order[1:], strict=False):
         end, start = at[i][1], at[j][0]
-        gap = prompt[end:start].lower()
+        gaps.append(gap := prompt[end:start].lower())
         breaks = [match.span() for match in BREAK.finditer(gap)]
         are_listed = are_listed and bool(breaks) and LISTED.fullmatch(gap) is not None
         article = ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(at[order[-1]][1])
     head, tail = prompt[: edges[0]].rstrip(), prompt[edges[-1] :]
+    if not all(reading.things[i].experts for i in order) and gaps:
+        is_plain = all(map(JOINED.fullmatch, gaps)) and AND.search(gaps[-1]) and not re.match(r"\s+of\b", tail.lower())
+        are_listed = are_listed and bool(is_plain)
     own = (prompt[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
     return reading, {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}, are_listed
 

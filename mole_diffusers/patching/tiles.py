@@ -41,8 +41,8 @@ class Tiling:
     Attributes:
         until: share of the steps in 0..1, from pure noise; 0 for none.
         always: whatever the size and the prompt, and with a ValueError where that cannot be. Otherwise where a call asks for
-            nothing but a picture of its prompt, that lists things, one of an expert's at least, and each has room for a
-            picture of the size that the model was trained at.
+            nothing but a picture of its prompt, that lists things, one at least of an expert that is on, and each has room
+            for a picture of the size that the model was trained at.
         prompt: the text of pictures whose call has none, but its states.
     """
 
@@ -183,7 +183,8 @@ class Things:
         keys: index of a thing in the reading -> its key, see `words.keys`.
         everywhere: the experts that act in the whole picture, as a style does.
         outside: those of them that the user gave a region.
-        are_listed: whether several things are named side by side, and one of them is an expert's.
+        are_listed: whether several things are listed, see `prompts_apart`, one of them an expert's at least, and those whose
+            words a thing has are on.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
@@ -198,7 +199,8 @@ class Things:
             if name in acting and k not in placed and (self.reading.said[k] or not own.needs_words)
         )
         self.outside = [name for name in self.everywhere if bound[name].given is not None]
-        self.are_listed = side_by_side and len(self.prompts) > 1 and any(map(self.experts, self.prompts))
+        owned = [i for i in self.prompts if self.reading.things[i].experts]
+        self.are_listed = side_by_side and len(self.prompts) > 1 and bool(owned) and all(map(self.experts, owned))
 
     def experts(self, thing: int) -> tuple[str, ...]:
         """The experts of a thing that are on."""

@@ -201,3 +201,28 @@ def test_each_thing_has_a_prompt_of_its_own(prompt, apart, listed):
     assert [reading.things[i].name for i in found] == [
         name for name in sorted(("fox", "owl", "lemon"), key=prompt.lower().find) if name in prompt.lower()
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "listed"),
+    [
+        ("ink drawing of a fox, a sliced lemon and a bell on a hill", True),
+        ("a bell, a fox, and two lemons", True),
+        ("a lemon left of a fox", True),
+        ("a fox, a forest, a lake", False),
+        ("photo of a fox, a sharp focus, a shallow depth of field", False),
+        ("photo of a fox in a red dress, a beautiful smile, a detailed face, the golden hour", False),
+        ("a portrait of a fox, a masterpiece, the best quality", False),
+        ("a photo of a fox in a forest and the moon above the trees", False),
+        ("a fox and the moon", False),
+        ("a fox with a red hat and a blue scarf", False),
+        ("a fox and a cup of tea", False),
+        ("a fox and a lemon, a sharp focus", False),
+        ("a fox, an owl", True),
+        ("a fox with a red hat and the owl", True),
+    ],
+)
+def test_nouns_of_nobody_are_listed_in_a_plain_list_alone(prompt, listed):
+    _, found, are_listed = prompts_apart(prompt, [["owl"], ["fox"]])
+    assert len(found) > 1
+    assert are_listed == listed

@@ -116,7 +116,6 @@ def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
 SAVING = """
 import sys
 import torch
-from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.pipelines import keep

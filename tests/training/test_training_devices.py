@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
@@ -23,7 +22,7 @@ from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
 
 CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
-DEVICES = [*thorough("cpu"), pytest.param("cuda", marks=CARD)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.thorough), pytest.param("cuda", marks=CARD)]
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox in ink"] * 4)
 SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)
 
@@ -106,7 +105,6 @@ from accelerate import PartialState
 state = PartialState(cpu={device!r} == "cpu", backend="gloo")  # NCCL refuses two processes on one card
 assert state.num_processes == 2
 from test_training_devices import train
-from tiers import thorough
 train(dict(fox=sys.argv[2], ink=sys.argv[3]), state.device, folder=sys.argv[1])
 """
 
