@@ -446,9 +446,9 @@ class Mixture:
 
         A bound mixture does so by itself where a call asks for nothing but a picture of one prompt (none that is drawn over,
         no ControlNet), which lists things, one at least of an expert that is on ("a fox and an owl", not "a fox riding an
-        owl"; what no expert is for only as in "a fox, a lemon and an owl"), each with room for a picture of the size that the
-        UNet was trained at: for two of Stable Diffusion 1.5 a picture of 1024 x 512. Inside the block it does so always, or
-        with `until=0` never. Weights by hand (`fixed`) hold everywhere, and sets of experts (`rows`) belong to several
+        owl"; what no expert is for only as in "a fox, a lemon and an owl"), each with room for a picture of the size that
+        the UNet was trained at: for two of Stable Diffusion 1.5 a picture of 1024 x 512. Inside the block it does so always,
+        or with `until=0` never. Weights by hand (`fixed`) hold everywhere, and sets of experts (`rows`) belong to several
         prompts: they are drawn without tiles.
 
         Places are those that the mixture is bound to; things without one share the rest of the picture in the order of
