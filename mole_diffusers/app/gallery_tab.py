@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, told
+from mole_diffusers.studio import infotext
 
 AT_ONCE = 60  # pictures shown; searching finds the others
 
@@ -57,8 +58,9 @@ def build(page: Page) -> None:
         entry = next((entry for entry in kept.entries() if entry.path.name == wanted), None)
         if entry is None:
             raise ValueError(f"there is no picture {wanted!r} in the gallery")
-        _, values, notes = page.filled(entry.recipe, entry.shows)
-        tab = "Keep" if "x" in entry.shows else "Compose"  # where it is made
+        axes = infotext.axes_of(entry.shows)
+        _, values, notes = page.filled(entry.recipe, axes)
+        tab = "Keep" if axes else "Compose"  # where the button for it is
         words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
         return [*values, gr.update(selected=tab), markdown("; ".join(filter(None, words)))]
 

@@ -56,9 +56,10 @@ def _loading(page: Page) -> None:
         if path is None:
             return [gr.skip()] * len(outputs)
         with uploaded(Path(path)) as file:
-            asked, lacking, shows = infotext.read_any(file), infotext.left_out(file), infotext.read_sheet(file)
-            recipe, values, notes = page.filled(asked, shows)
-        words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press Compose"
+            asked, lacking, axes = infotext.read_any(file), infotext.left_out(file), infotext.read_axes(file)
+            recipe, values, notes = page.filled(asked, axes)
+        button = "Make the grid" if axes else "Compose"
+        words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press {button}"
         return [*values, markdown("; ".join(filter(None, [words, *notes, lacking])))]
 
     dropped.upload(load, dropped, outputs, **PRIVATE)

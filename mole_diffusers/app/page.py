@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from tempfile import gettempdir
@@ -107,12 +107,12 @@ class Page:
         """The components whose values `filled` gives."""
         return [*self.inputs, self.cards, self.shown, *self.axes]
 
-    def filled(self, asked: Recipe, shows: Mapping[str, Any]) -> tuple[Recipe, list[Any], list[str]]:
+    def filled(self, asked: Recipe, axes: Sequence[str]) -> tuple[Recipe, list[Any], list[str]]:
         """What puts a recipe into a page: the recipe as it is here, values for `filled_fields`, and what its visitor should
         know.
 
         Args:
-            shows: what a sheet of pictures shows, {} for a single one; the axes of a grid come back.
+            axes: of a grid; for anything else there are none, and the page's stay.
         """
         recipe = self.actions.studio.complete(asked)
         cards = cards_of(recipe.prompt, [], self.actions.studio.catalog.loras)
@@ -122,8 +122,7 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        axes = [each if isinstance(each := shows.get(axis), str) else gr.skip() for axis in ("x", "y")]
-        return recipe, [*self.values(recipe), cards, redraw(cards), *axes], notes
+        return recipe, [*self.values(recipe), cards, redraw(cards), *(axes or [gr.skip()] * len(self.axes))], notes
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""

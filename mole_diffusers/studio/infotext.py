@@ -210,14 +210,25 @@ def read(path: str | Path) -> Recipe:
 
 
 def read_sheet(path: str | Path) -> dict[str, Any]:
-    """What a sheet of pictures shows, as `save` was given it; {} for any other PNG, and for a JSON file. Raises ValueError
-    as `read`."""
-    if Path(path).suffix.lower() == ".json":
-        return {}
+    """What a sheet of pictures shows, as `save` was given it; {} for any other PNG. Raises ValueError as `read`."""
     with _opened(Path(path)) as image:
         text = image.info.get(SHEET, "{}")  # which stands before the pixels
     sheet = parse_json(text, Path(path).name)
     return sheet if isinstance(sheet, dict) else {}
+
+
+def axes_of(sheet: Mapping[str, Any]) -> list[str]:
+    """The axes of a grid, across and down, of what its sheet shows; [] where it is none."""
+    x, y = sheet.get("x"), sheet.get("y")
+    return [x, y] if isinstance(x, str) and isinstance(y, str) else []
+
+
+def read_axes(path: str | Path) -> list[str]:
+    """The axes of a grid in a picture; [] for any other file."""
+    try:
+        return axes_of(read_sheet(path))
+    except ValueError:
+        return []
 
 
 def _texts(path: Path) -> dict[str, str]:

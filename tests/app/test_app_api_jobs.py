@@ -29,7 +29,6 @@ def begun(client):
     return job
 
 
-@pytest.mark.thorough
 def test_a_job_stops_once_its_client_asks(client):
     begun(client).cancel()
     assert not is_drawing(client)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from app_client import PROMPT
 from PIL import Image
+from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
@@ -83,7 +84,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
 
 
-@pytest.mark.parametrize("boxes", [((0, 0, 32, 32),), pytest.param((), marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("boxes", [((0, 0, 32, 32),), *thorough(((),))])
 def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes):
     from gradio_client import handle_file
 

@@ -148,7 +148,7 @@ def test_one_page_shows_one_job_of_a_kind(functions):
     [
         ({"x": "steps=1,2", "y": "seed=4"}, ["steps=1,2", "seed=4"], "Keep"),
         ({"columns": ["base", "sum"]}, None, "Compose"),
-        ({"x": ["no text"], "y": 5}, None, "Keep"),
+        ({"x": ["no text"], "y": 5}, None, "Compose"),
     ],
 )
 def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
@@ -170,3 +170,5 @@ def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
         assert values[at : at + 2] == axes if axes else all(map(is_left, values[at : at + 2]))
         if name == "reuse":
             assert values[-2]["selected"] == tab
+        else:
+            assert values[-1].endswith(f"now press {'Compose' if axes is None else 'Make the grid'}")

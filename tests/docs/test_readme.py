@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiers import thorough
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -31,10 +32,12 @@ def test_the_pictures_it_shows_exist():
         Image.open(ROOT / path).verify()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("script", "arguments"),
-    [("01_compose.py", ["x.png"]), ("02_train_gates.py", ["gates", "2"]), ("03_watch_the_gates.py", [])],
+    [
+        ("03_watch_the_gates.py", []),
+        *thorough(("01_compose.py", ["x.png"]), ("02_train_gates.py", ["gates", "2"])),
+    ],
 )
 def test_demos_run(script, arguments, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 from hosts import sdxl
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
@@ -86,7 +87,7 @@ def test_merges_protect_the_style_and_take_strengths(setup):
     assert drawn(setup, arm) == by_hand(setup, {"m": weak})
 
 
-@pytest.mark.parametrize("concepts", [pytest.param(("fox", "ink"), marks=pytest.mark.thorough), ("ink", "fox")])
+@pytest.mark.parametrize("concepts", [*thorough((("fox", "ink"),)), ("ink", "fox")])
 def test_switch_and_k_lora_know_the_style_by_its_name(setup, concepts):
     """Content before style whatever place a case gives them; a case that does not say which is which keeps its own order."""
     case = Case(concepts, CASE.kind, CASE.prompt)

@@ -15,7 +15,7 @@ EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "Sel
 
 
 # One of each kind; the others, forms of these, are in the thorough tier.
-FAST = ("sd15", "sd15-ip-adapter", "sdxl", "sd3", "flux")
+FAST = ("sd15", "sd15-controlnet", "sd15-ip-adapter", "sd15-pag", "sdxl", "sd3", "flux")
 TIERS = [*FAST, *thorough(*(name for name in hosts.HOSTS if name not in FAST))]
 
 

@@ -402,7 +402,6 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     assert not any(meta)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("rounds", [1, *thorough(25)])
 def test_no_family_leaves_anything_behind(loras, rounds):
     """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""

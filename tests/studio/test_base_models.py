@@ -104,7 +104,7 @@ def flux(guided):
     return pipe
 
 
-MADE = thorough((sd3, True), (flux, True), (sd3, False), (flux, False))
+MADE = [(sd3, True), *thorough((flux, True), (sd3, False), (flux, False))]
 
 
 @pytest.mark.parametrize(("make", "option"), MADE)

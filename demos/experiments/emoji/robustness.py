@@ -85,7 +85,7 @@ def base_words(point: Point) -> dict[int, Point]:
     points = {0: point}
     for count in (1, 2):
         found = [changed(i, count, *each) for i, each in enumerate(point.found)]
-        found = [(case, scene) for case, scene in found if set(case.concepts) & set(point.setup.experts)]
+        found = [(c, s) for c, s in found if len(s.subjects) >= count and set(c.concepts) & set(point.setup.experts)]
         if found:
             points[count] = replace(point, arms=[with_its_loras(arm) for arm in point.arms], found=found)
     return points
