@@ -489,9 +489,9 @@ def _watches(page):
     page.until(lambda: "mean weight: fox" in page.text("#see-status"), WAIT)
     assert page.all("#heat img")
     assert page.all("#shares img")
-    page.type("#weights textarea, #weights input", "fox=0.5, ink=1")
+    page.type("#weights textarea, #weights input", "fox=0.5, duotone=1")
     page.click("#lock")
-    page.until(lambda: "fox=0.5, ink=1" in value(page, "#held"), WAIT)
+    page.until(lambda: "fox=0.5, duotone=1" in value(page, "#held"), WAIT)
     before = page.one("#heat img").get_attribute("src")
     page.click("#look")
     page.until(lambda: page.one("#heat img").get_attribute("src") != before, WAIT)  # drawn anew, with what was set
@@ -538,7 +538,7 @@ def _gates_as_files(page, folder):
     page.driver.find_element("css selector", "input[type=file][data-testid^='Upload gates']").send_keys(
         "\n".join(map(str, paths))
     )
-    page.until(lambda: "flow gates again for fox, ink" in page.text("#gates-told"), WAIT)
+    page.until(lambda: "flow gates again for fox, duotone" in page.text("#gates-told"), WAIT)
     page.until(lambda: value(page, "#which-gates") == "again", WAIT)
 
 
