@@ -123,21 +123,26 @@ def prompts_apart(
     before = prompt[: at[order[0]][0]]
     article = ARTICLE.search(before.lower())
     edges = [article.start() if article else len(before)]  # where what is said of one thing alone begins and ends, in turn
-    are_listed, gaps = True, list[str]()
+    gaps = []
     for i, j in zip(order, order[1:], strict=False):
         end, start = at[i][1], at[j][0]
         gaps.append(gap := prompt[end:start].lower())
         breaks = [match.span() for match in BREAK.finditer(gap)]
-        are_listed = are_listed and bool(breaks) and LISTED.fullmatch(gap) is not None
         article = ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(at[order[-1]][1])
     head, tail = prompt[: edges[0]].rstrip(), prompt[edges[-1] :]
-    if not all(reading.things[i].experts for i in order) and gaps:
-        is_plain = all(map(JOINED.fullmatch, gaps)) and AND.search(gaps[-1]) and not re.match(r"\s+of\b", tail.lower())
-        are_listed = are_listed and bool(is_plain)
     own = (prompt[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
-    return reading, {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}, are_listed
+    apart = {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}
+    return reading, apart, _are_listed(gaps, tail.lower(), all(reading.things[i].experts for i in order))
+
+
+def _are_listed(gaps: Sequence[str], tail: str, all_owned: bool) -> bool:
+    """Whether things are listed side by side that have these texts between them, and this one after the last."""
+    if all_owned or not gaps:
+        return all(BREAK.search(gap) and LISTED.fullmatch(gap) for gap in gaps)
+    ends = AND.search(gaps[-1]) and not re.match(r"\s+of\b", tail)  # "a cup of tea" is not said of all
+    return bool(ends) and all(map(JOINED.fullmatch, gaps))
 
 
 def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]]) -> Reading:
