@@ -5,16 +5,18 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.request import urlretrieve
 
 import numpy as np
 import pytest
 from PIL import Image
+from single_file import save_single_file
 
 from mole_diffusers.binding.config import read_mask
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.base_models import Base
+from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.picture_passes import pixels_hash
@@ -192,10 +194,14 @@ def test_two_visitors_wait_for_each_other_and_cancel_their_own(studio, tmp_path)
 @pytest.mark.thorough
 @pytest.mark.parametrize("width", [1280, 390])
 def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, tmp_path, width):
-    def opening(base):
-        return Base(tiny_pipeline(1), base, Memory("cpu"))
-
-    bases = {"tiny": "tiny", "other": "models/other.safetensors"}
+    """The other is a checkpoint file."""
+    pipe = tiny_pipeline(1)
+    pipe.save_pretrained(tmp_path / "config")
+    for weights in (tmp_path / "config").rglob("*.safetensors"):
+        weights.unlink()
+    file = save_single_file(pipe, tmp_path / "other.safetensors")
+    opening = partial(open_base, config=tmp_path / "config", memory=Memory(device="cpu"))
+    bases = {"tiny": "tiny", "other": str(file)}
     with (
         served(studio, RECIPE, tmp_path, bases=bases, opening=opening) as url,
         browser.browser(tmp_path, width=width) as one,
@@ -208,7 +214,7 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
         one.choose("#base", "other")
         one.until(lambda: one.text("#base-status") == "other is open: StableDiffusionPipeline", WAIT)
         second = composed(one, tmp_path, "second.png")
-        assert infotext.read(second).base == "models/other.safetensors"
+        assert infotext.read(second).base == str(file)
         assert not np.array_equal(pixels(second), pixels(first))
         two.click("#compose")
         two.until(lambda: "this is for the base model 'tiny', and here is 'other'" in two.text("#status"), WAIT)
