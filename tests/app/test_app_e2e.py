@@ -544,7 +544,8 @@ def _gates_as_files(page, folder):
     page.driver.find_element("css selector", "input[type=file][data-testid^='Upload gates']").send_keys(
         "\n".join(map(str, paths))
     )
-    page.until(lambda: "flow gates again for fox, duotone" in page.text("#gates-told"), WAIT)
+    told = "flow gates again for duotone, fox", "flow gates again for fox, duotone"
+    page.until(lambda: page.text("#gates-told").startswith(told), WAIT)
     page.until(lambda: value(page, "#which-gates") == "again", WAIT)
 
 
