@@ -21,6 +21,7 @@ class Uncompiled:
         self._calls: list[tuple[nn.Module, Any]] = []
 
     def install(self, model: nn.Module, undo: Undo) -> None:
+        """Hook the calls of `model`; the undoing of each hook is recorded in `undo` before it."""
         undo.before_forward(model, self._before)
         undo.after_forward(model, self._after, always_call=True)
 
