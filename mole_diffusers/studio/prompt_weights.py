@@ -1,7 +1,8 @@
 """Weights inside a prompt, `(fox:1.3)`, and prompts of any length -> arguments of a pipeline call.
 
-The rules are A1111's: ( ) multiply by 1.1, [ ] divide by it, (words:1.3) by the number, a backslash makes a bracket plain
-text, BREAK begins a new chunk, and a prompt that is longer than the text encoder reads is encoded in chunks.
+They are written as in A1111: ( ) multiply by 1.1, [ ] divide by it, (words:1.3) by the number, a backslash makes a bracket
+plain text, BREAK begins a new chunk, and a prompt that is longer than the text encoder reads is encoded in chunks. What a
+weight does to the states of its words is compel's (https://github.com/damian0815/compel).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any
+from functools import partial
+from itertools import groupby, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +35,22 @@ class Chunk:
     text: str
     weights: tuple[float, ...]
 
+    @property
+    def has_weights(self) -> bool:
+        return not set(self.weights) <= {1.0}
+
+    @property
+    def fragments(self) -> list[tuple[str, float]]:
+        """Words of one weight, and the weight, from the first to the last; at least one."""
+        runs = [list(run) for _, run in groupby(range(len(self.text)), key=self.weights.__getitem__)]
+        texts = [(self.text[run[0] : run[-1] + 1].strip(), self.weights[run[0]]) for run in runs]
+        return [(text, weight) for text, weight in texts if text] or [("", 1.0)]
+
+    @property
+    def words(self) -> str:
+        """The text as compel reads it, in which a fragment begins with a new word."""
+        return " ".join(text for text, _ in self.fragments) if self.has_weights else self.text
+
     def __getitem__(self, part: slice) -> Chunk:
         text = self.text[part]
         start = (part.start or 0) + len(text) - len(text.lstrip())
@@ -40,6 +58,13 @@ class Chunk:
 
 
 NOTHING = Chunk("", ())
+
+
+class Weighted(NamedTuple):
+    """States of a text encoder's layers that pipelines read, with the weights in them, [1, T, C] each."""
+
+    last: torch.Tensor
+    before_last: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -192,7 +217,7 @@ def call_arguments(
     made = []
     for row in zip_longest(*chunks.values(), fillvalue=NOTHING):
         part = dict(zip(chunks, row, strict=True))
-        texts = {name: [chunk.text] for name, chunk in part.items()}  # lists, since "" would be taken for the first's
+        texts = {name: [chunk.words] for name, chunk in part.items()}  # lists, since "" would be taken for the first's
         with _weighing(pipe, part):
             states = pipe.encode_prompt(device=pipe._execution_device, num_images_per_prompt=1, **options | texts)
         made.append(dict(zip(names, states, strict=False)))
@@ -232,15 +257,15 @@ def _chunks_asked(pipe: Any, prompts: Mapping[str, str], *, guided: bool, weight
 
 def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
     """Prompts that are short and have no weights, as texts; None for others."""
-    if all(len(each) == 1 and set(each[0].weights) <= {1.0} for each in chunks.values()):
+    if not any(len(each) > 1 or each[0].has_weights for each in chunks.values()):
         return {name: each[0].text for name, each in chunks.items()}
     return None
 
 
 @contextmanager
 def _weighing(pipe: Any, part: Mapping[str, Chunk]) -> Iterator[None]:
-    """Scale what the text encoders make of these prompts, each first of its prompt and then of its negative one, while the
-    block runs.
+    """Have the text encoders give the weighted states of these prompts, each first of its prompt and then of its negative
+    one, while the block runs.
 
     It happens in the encoders, before anyone else sees their states, so that binding knows the states again.
     """
@@ -250,42 +275,67 @@ def _weighing(pipe: Any, part: Mapping[str, Chunk]) -> Iterator[None]:
         for name in TOKENIZERS:
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
             if encoder is not None:
-                hook = _scaling(getattr(pipe, name), iter(second if name == "tokenizer_2" else first))
-                undo.callback(encoder.register_forward_hook(hook, prepend=True).remove)
+                weighted = [_weighted(pipe, name, encoder, chunk) for chunk in (second if name == "tokenizer_2" else first)]
+                undo.callback(encoder.register_forward_hook(_giving(iter(weighted)), prepend=True).remove)
         yield
 
 
-def _scaling(tokenizer: Any, chunks: Iterator[Chunk]) -> Callable[[Any, Any, Any], Any]:
-    """A forward hook: states [1, T, C] times the weights of their tokens, with the mean that they had before."""
+@dataclass(frozen=True)
+class _RunsOn:
+    """A text encoder as compel sees it: on the device where it runs, not where offloading keeps its weights."""
+
+    encoder: Any
+    device: torch.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.encoder(*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+
+def _weighted(pipe: Any, name: str, encoder: Any, chunk: Chunk) -> Weighted | None:
+    """What compel makes of a chunk; None where it has no weights."""
+    if not chunk.has_weights:
+        return None
+    from compel import ReturnedEmbeddingsType
+    from compel.embeddings_provider import EmbeddingsProvider
+
+    tokenizer, device = getattr(pipe, name), pipe._execution_device
+    length = _limit(pipe, tokenizer) + tokenizer.num_special_tokens_to_add()
+    # Embeddings of several vectors are words of several tokens, as `encode_prompt` reads them.
+    read = partial(pipe.maybe_convert_prompt, tokenizer=tokenizer) if hasattr(pipe, "maybe_convert_prompt") else str
+    texts, weights = [read(text) for text, _ in chunk.fragments], [weight for _, weight in chunk.fragments]
+
+    def states(layer: ReturnedEmbeddingsType) -> torch.Tensor:
+        compel = EmbeddingsProvider(
+            tokenizer,
+            _RunsOn(encoder, device),
+            returned_embeddings_type=layer,
+            device=device,
+            model_max_length=length,
+        )
+        return compel.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
+
+    return Weighted(
+        last=states(ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED),
+        before_last=states(ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED),
+    )
+
+
+def _giving(weighted: Iterator[Weighted | None]) -> Callable[[Any, Any, Any], Any]:
+    """A forward hook that puts weighted states in the place of an encoder's own, the next at each run."""
 
     def hook(_: Any, __: Any, output: Any) -> Any:
-        chunk = next(chunks)
-        if set(chunk.weights) <= {1.0}:
+        if (states := next(weighted)) is None:
             return None
-
-        def scaled(states: torch.Tensor) -> torch.Tensor:
-            if states.dim() != 3:
-                return states
-            weighed = states * _token_weights(tokenizer, chunk, states.shape[1]).to(states)[None, :, None]
-            ratio = float(states.float().mean() / weighed.float().mean())
-            return weighed * ratio if 0.5 < ratio < 2 else weighed  # a mean near 0 says nothing
-
-        return type(output)(
-            **{
-                key: tuple(map(scaled, value)) if isinstance(value, tuple) else scaled(value)
-                for key, value in output.items()
-            }
-        )
+        changed: dict[str, Any] = {"last_hidden_state": states.last.to(output.last_hidden_state)}
+        if (hidden := output.get("hidden_states")) is not None:
+            changed["hidden_states"] = (*hidden[:-2], states.before_last.to(hidden[-2]), hidden[-1])
+        return type(output)(**dict(output) | changed)
 
     return hook
-
-
-def _token_weights(tokenizer: Any, chunk: Chunk, length: int) -> torch.Tensor:
-    """[length]: the weight of each token, 1 for marks and padding."""
-    read = tokenizer(chunk.text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)[
-        "offset_mapping"
-    ]
-    return torch.tensor([chunk.weights[end - 1] if end > start else 1.0 for start, end in read])
 
 
 def _main_tokenizer(pipe: Any) -> Any:

@@ -170,8 +170,13 @@ def test_a_job_and_the_fields_survive_a_reload(any_width):
 
 
 @pytest.mark.thorough
-def test_two_visitors_wait_for_each_other_and_cancel_their_own(studio, tmp_path):
-    with served(studio, RECIPE, tmp_path) as url, browser.browser(tmp_path) as one, browser.browser(tmp_path) as two:
+@pytest.mark.parametrize("width", [1280, 390])
+def test_two_visitors_wait_for_each_other_and_cancel_their_own(studio, tmp_path, width):
+    with (
+        served(studio, RECIPE, tmp_path) as url,
+        browser.browser(tmp_path, width=width) as one,
+        browser.browser(tmp_path, width=width) as two,
+    ):
         one.open(url)
         long_job(one)
         two.open(url)
@@ -227,36 +232,37 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
 
 
 @pytest.mark.thorough
-def test_every_tab_cancels_its_work(tiny):
-    tiny.type("#prompt textarea", "a fox in ink <lora:fox:1> <lora:ink:1>")
-    long_job(tiny)
-    cancelled(tiny)
-    tiny.tab("See")
+def test_every_tab_cancels_its_work(any_width):
+    page = any_width
+    page.type("#prompt textarea", "a fox in ink <lora:fox:1> <lora:ink:1>")
+    long_job(page)
+    cancelled(page)
+    page.tab("See")
     for start in ("#compare", "#look"):
-        tiny.click(start)
-        tiny.until(lambda: "left" in tiny.text("#see-status") or "of 150 steps" in tiny.text("#see-status"), WAIT)
-        tiny.click("#see-cancel")
-        tiny.until(lambda: tiny.text("#see-status").startswith("stopped"), WAIT)
-    tiny.tab("Keep")
-    tiny.click("#grid")
-    tiny.until(lambda: drawn(tiny, "#grid-status") > 150, WAIT)  # one of its pictures is there
-    tiny.click("#grid-cancel")
-    tiny.until(lambda: tiny.text("#grid-status").startswith("stopped after") and tiny.all("#sheet img"), WAIT)  # with grey
-    tiny.tab("Train")
-    tiny.type("#gates-name :is(input, textarea)", "mine")
-    tiny.type("#singles textarea", "fox=a fox\nink=ink")
-    tiny.type("#composed textarea", "a fox in ink")
-    tiny.type("#updates input[type=number]", "500")
-    tiny.click("#train")
-    tiny.until(lambda: "update " in tiny.text("#train-status"), WAIT)
-    tiny.click("#train-stop")
-    tiny.until(lambda: tiny.text("#train-status").startswith("stopped: update"), WAIT)
-    tiny.type("#updates input[type=number]", "1")
-    tiny.click("#train")
-    tiny.click("#train-over")  # it asks
-    tiny.until(lambda: tiny.text("#train-status").startswith("done: on 4 seeds"), WAIT)
-    assert not tiny.all("#again")
-    assert not tiny.errors()
+        page.click(start)
+        page.until(lambda: "left" in page.text("#see-status") or "of 150 steps" in page.text("#see-status"), WAIT)
+        page.click("#see-cancel")
+        page.until(lambda: page.text("#see-status").startswith("stopped"), WAIT)
+    page.tab("Keep")
+    page.click("#grid")
+    page.until(lambda: drawn(page, "#grid-status") > 150, WAIT)  # one of its pictures is there
+    page.click("#grid-cancel")
+    page.until(lambda: page.text("#grid-status").startswith("stopped after") and page.all("#sheet img"), WAIT)  # with grey
+    page.tab("Train")
+    page.type("#gates-name :is(input, textarea)", "mine")
+    page.type("#singles textarea", "fox=a fox\nink=ink")
+    page.type("#composed textarea", "a fox in ink")
+    page.type("#updates input[type=number]", "500")
+    page.click("#train")
+    page.until(lambda: "update " in page.text("#train-status"), WAIT)
+    page.click("#train-stop")
+    page.until(lambda: page.text("#train-status").startswith("stopped: update"), WAIT)
+    page.type("#updates input[type=number]", "1")
+    page.click("#train")
+    page.click("#train-over")  # it asks
+    page.until(lambda: page.text("#train-status").startswith("done: on 4 seeds"), WAIT)
+    assert not page.all("#again")
+    assert not page.errors()
 
 
 def painted(page, css="#paint canvas"):

@@ -7,6 +7,7 @@ import hosts
 import numpy as np
 import pytest
 import torch
+from compel import Compel, CompelForFlux, CompelForSD, CompelForSDXL, ReturnedEmbeddingsType
 from tiers import thorough
 
 from mole_diffusers import attach, detach
@@ -108,22 +109,66 @@ def test_weights_of_one_change_nothing_and_others_do(host):
         assert np.abs(picture(pipe, options, "a fox", "(hat:1.8)") - against).max() > 1e-4
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_states_are_scaled_by_token(host):
+@pytest.mark.parametrize(("host", "compel"), [("sd15", CompelForSD), ("sdxl", CompelForSDXL), ("flux", CompelForFlux)])
+def test_weights_do_what_they_do_in_compel(host, compel):
+    """Against compel's own class for the pipeline, which reads its own syntax."""
     pipe, _ = hosts.HOSTS[host]()
-    plain = call_arguments(pipe, "fox (hat:1.00001)")["prompt_embeds"]
-    states = call_arguments(pipe, "fox (hat:1.5)")["prompt_embeds"]
-    fox, hat = (slice(1, 4), slice(4, 7)) if host != "flux" else (slice(1, 4), slice(5, 8))
-    ratio = (states / plain)[0].median(-1).values
-    assert torch.allclose(ratio[hat] / ratio[fox], torch.tensor(1.5), atol=1e-3)
+    if host == "flux":
+        pipe.tokenizer_2.model_max_length = 512  # as published, and as long as the pipeline reads
+    pipe.text_encoder.final_layer_norm.weight.data.uniform_(0.5, 2)  # else two layers' states are nearly alike
+    got = call_arguments(pipe, "ink (fox:1.5) [hat]", "(hat:0.5) ink")
+    against = {} if host == "flux" else {"negative_prompt": "(hat)0.5 ink"}
+    wanted = compel(pipe)(f"ink (fox)1.5 (hat){1 / 1.1}", **against)
+    assert torch.allclose(got["prompt_embeds"], wanted.embeds, atol=1e-5)
+    if host != "flux":
+        assert torch.allclose(got["negative_prompt_embeds"], wanted.negative_embeds, atol=1e-5)
+    if host != "sd15":
+        words = compel(pipe)("ink fox hat").pooled_embeds  # of the prompt above, compel pools its brackets too
+        assert torch.allclose(got["pooled_prompt_embeds"], words, atol=1e-5)
+    plain = call_arguments(pipe, "ink (fox:1.00001) hat")["prompt_embeds"]
+    assert (got["prompt_embeds"] - plain).abs().max() > 0.1
 
 
-def test_states_keep_their_mean(pipe):
-    pipe.text_encoder.final_layer_norm.bias.data += 1  # else it is near 0, which says nothing
-    plain = call_arguments(pipe, "fox (hat:1.00001)")["prompt_embeds"]
-    states = call_arguments(pipe, "fox (hat:1.5)")["prompt_embeds"]
-    assert torch.allclose(states.mean(), plain.mean(), atol=1e-5)
-    assert not torch.allclose(states, plain, atol=1e-2)
+def test_all_three_encoders_of_sd3_read_the_weights():
+    """The two of CLIP side by side, then T5: each as compel weighs that encoder alone."""
+    pipe, _ = hosts.HOSTS["sd3"]()
+    pipe.text_encoder_3, pipe.tokenizer_3 = hosts.t5(32)
+    got = call_arguments(pipe, "ink (fox:1.5)")["prompt_embeds"][0]
+    length, width = pipe.tokenizer_max_length, 2 * pipe.text_encoder.config.hidden_size
+
+    def alone(name, layer, **options):
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        return Compel(getattr(pipe, name), encoder, returned_embeddings_type=layer, **options)("ink (fox)1.5")[0]
+
+    of_clip = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+    of_t5 = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
+    clip = torch.cat([alone("tokenizer", of_clip), alone("tokenizer_2", of_clip)], -1)
+    assert torch.allclose(got[:length, :width], clip, atol=1e-5)
+    assert torch.allclose(got[length:], alone("tokenizer_3", of_t5, model_max_length=len(got) - length), atol=1e-5)
+
+
+def test_brackets_inside_a_word_part_it(pipe):
+    """The encoder reads the tokens that compel weighs."""
+    read = []
+    with pipe.text_encoder.register_forward_pre_hook(lambda _, args: read.append(args[0][0].tolist())):
+        call_arguments(pipe, "(fo:1.5)x, a hat")
+    assert len({tuple(ids) for ids in read if len(ids) > 5 and ids[2] != pipe.tokenizer.eos_token_id}) == 1
+
+
+def test_an_embedding_of_two_vectors_is_weighed_whole(pipe):
+    width = pipe.text_encoder.config.hidden_size
+    pipe.load_textual_inversion({"<fox>": torch.randn(2, width)}, token="<fox>")
+    got = call_arguments(pipe, "ink (<fox>:1.5)")["prompt_embeds"]
+    plain = call_arguments(pipe, "ink (<fox>:1.00001)")["prompt_embeds"]
+    changed = (got - plain)[0].abs().amax(-1) > 1e-3
+    assert changed.nonzero().flatten().tolist() == [4, 5]  # after the begin and the letters of "ink"
+
+
+@pytest.mark.parametrize("offloading", hosts.OFFLOADS)
+def test_weights_where_the_encoder_is_offloaded(pipe, offloading):
+    plain = call_arguments(pipe, "ink (fox:1.5) [hat]")["prompt_embeds"]
+    hosts.OFFLOADS[offloading](pipe)
+    assert torch.equal(call_arguments(pipe, "ink (fox:1.5) [hat]")["prompt_embeds"], plain)
 
 
 def test_a_long_prompt_is_read_to_its_end(pipe, draw):
