@@ -136,6 +136,14 @@ class BoundText:
         bias = self.biases.get(tokens)
         return None if bias is None or rows % bias.shape[0] else functional.resample_rows(bias, rows)
 
+    def bias_of_heads(self, tokens: int, rows: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The same for each head, [B heads, T, S], once for all steps: diffusers would repeat it at each."""
+        key = "bias of heads", tokens, rows, heads, dtype
+        if key not in self._made:
+            bias = self.bias(tokens, rows)
+            self._made[key] = None if bias is None else bias.to(dtype).repeat_interleave(heads, 0)
+        return self._made[key]
+
     def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
         """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
         bias = self.bias(tokens - self.tokens, rows)

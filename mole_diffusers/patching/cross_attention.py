@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
 
 from mole_diffusers.patching.placement import tokens_of
 from mole_diffusers.patching.runtime import Runtime
@@ -48,7 +47,7 @@ def map_layers(model: Any) -> list[str]:
 
 
 def _attend(runtime: Runtime, reads_maps: bool) -> Any:
-    def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before(attention: Attention, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         masks = runtime.masks
         if masks is None or (bound := masks.now) is None or not bound.binds:
             return None
@@ -63,10 +62,14 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
                 drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
                 shares = _probabilities(attention, hidden[drawn], text[drawn])
                 masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a film has one layout
-        bias = bound.bias(hidden.shape[1], hidden.shape[0])
+        given = kwargs.get("attention_mask")
+        if given is None and not torch.compiler.is_compiling():
+            bias = bound.bias_of_heads(hidden.shape[1], hidden.shape[0], attention.heads, hidden.dtype)
+        else:
+            bias = bound.bias(hidden.shape[1], hidden.shape[0])
         if bias is None or bias.shape[2] != text.shape[1]:
             return None
-        bias, given = bias.to(hidden.dtype), kwargs.get("attention_mask")
+        bias = bias.to(hidden.dtype)
         return args, {**kwargs, "attention_mask": bias if given is None else given + bias}
 
     return before

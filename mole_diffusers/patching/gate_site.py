@@ -226,7 +226,7 @@ class GateSite:
             low: A x, [B, R], [B, T, R] or [B, R, H, W]; or for x [B, T, Cin] its rows, [B T, R].
 
         Returns:
-            a tensor in its dtype that broadcasts over `low`; for rows [R], [B, 1, R] or [B, T, R].
+            a tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
         """
         if self._deferred is not None:
             self.evaluate_deferred()
@@ -234,10 +234,13 @@ class GateSite:
             self._evaluate_on_input(layer, x, _by_token(low, x))
         masks = self.runtime.masks
         binds = masks is not None and masks.binds
-        key = (layer.ranks, layer.stream, x.shape[:2]) if binds else layer.ranks  # PAG gives a layer a part of the rows
+        shape = low.dim()  # rows of all tokens, or tokens by row
+        key = (layer.ranks, shape, layer.stream, x.shape[:2]) if binds else (layer.ranks, shape)  # PAG: a part of the rows
         factor = self._factors.get(key)
         if factor is None or factor.dtype != low.dtype or x.dim() != 3:
             factor = self._spread(layer, _by_token(low, x))
+            if low.dim() < x.dim() and factor.dim() == 3 and factor.shape[1] > 1:
+                factor = factor.flatten(0, 1)
             # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
             if x.dim() == 3 and not self.spans_blocks and not self.reads_model_input and not factor.requires_grad:
                 self._factors[key] = factor
