@@ -42,7 +42,7 @@ from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
-from mole_diffusers.patching.tiles import UNTIL, Tiling, tiles_for
+from mole_diffusers.patching.tiles import UNTIL, Encode, Tiling, tiles_for
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
 from mole_diffusers.patching.undo import Undo
@@ -436,7 +436,9 @@ class Mixture:
             yield
 
     @contextmanager
-    def tiled(self, until: float = UNTIL, *, prompt: str | None = None) -> Iterator[None]:
+    def tiled(
+        self, until: float = UNTIL, *, always: bool = True, prompt: str | None = None, encode: Encode | None = None
+    ) -> Iterator[None]:
         """Draw pictures in tiles at first: each thing that a prompt names as a picture of its own, in its own place.
 
         In the first steps the denoiser is called for each thing on its part of the latents alone, with the prompt without
@@ -456,7 +458,10 @@ class Mixture:
 
         Args:
             until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
+            always: whatever the size and the prompt; else where a mixture does so by itself.
             prompt: the text of pictures whose call gives states instead.
+            encode: makes the states of a part of the prompt, [1, S, C], and what SDXL reads of it as a whole, [1, P], else
+                None; by default the pipeline does. For prompts with weights see `studio.prompt_weights.tiled_prompt`.
 
         Raises ValueError for a share outside of 0..1; and when a picture is drawn, for a pipeline without a UNet, no one
         prompt, more than eight things, a film, a ControlNet, a prompt of several chunks, a region of an expert that is no
@@ -464,7 +469,7 @@ class Mixture:
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
-        with self._with_settings(tiling=Tiling(until, always=True, prompt=prompt)):
+        with self._with_settings(tiling=Tiling(until, always, prompt, encode)):
             yield
 
     @property

@@ -70,7 +70,7 @@ def compose(
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
     from mole_diffusers.patching.tiles import draws_in_tiles
-    from mole_diffusers.studio.prompt_weights import plain_texts
+    from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
@@ -82,7 +82,8 @@ def compose(
     pictures = {}
     texts = plain_texts(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
     has_tiles = mixture.binding and texts and draws_in_tiles(pipe, texts | call, mixture.binding, experts)
-    for label, context in tqdm(columns(mixture, prompt if has_tiles else "").items(), desc="columns", delay=2, leave=False):
+    tiles = tiled_prompt(pipe, prompt) if has_tiles else None
+    for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, how, seeds, call)
     if base == WORLD and (drawing := _true_drawing(prompt)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -16,14 +16,14 @@ from mole_diffusers.mixture import Mixture
 MARGIN = 6  # pixels around a cell of a sheet
 
 
-def columns(mixture: Mixture, tiles: str = "") -> dict[str, Callable[[], AbstractContextManager]]:
+def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[str, Callable[[], AbstractContextManager]]:
     """What to compare on one attached mixture: label -> context in which the pipeline is called.
 
     "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place, and "tiles" the same in
     tiles; "bound" and what is gated are drawn without them.
 
     Args:
-        tiles: the prompt, where it is to be drawn in tiles, too.
+        tiles: the prompt, as `Mixture.tiled` takes it, where it is to be drawn in tiles, too.
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
@@ -33,7 +33,7 @@ def columns(mixture: Mixture, tiles: str = "") -> dict[str, Callable[[], Abstrac
         summed = partial(mixture.adjusted, _ones)
         found["bound"] = partial(_both, partial(mixture.tiled, 0), summed)
         if tiles:
-            found["tiles"] = partial(_both, partial(mixture.tiled, prompt=tiles), summed)
+            found["tiles"] = partial(_both, partial(mixture.tiled, **tiles), summed)
     if mixture.binding is None or mixture.parameters():
         family = mixture.config.family
         gated = partial(mixture.only, *strengths)

@@ -29,9 +29,11 @@ OF_A_PROMPT = {
     "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator",
     "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
+OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the states of a known prompt
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
+Encode = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]  # a text -> its states [1, S, C], and pooled [1, P]
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Tiling:
             nothing but a picture of its prompt, that lists things, one at least of an expert that is on, and each has room
             for a picture of the size that the model was trained at.
         prompt: the text of pictures whose call has none, but its states.
+        encode: makes the states of a part of the prompt; None: the pipeline does.
     """
 
     until: float = UNTIL
     always: bool = False
     prompt: str | None = None
+    encode: Encode | None = None
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,16 @@ def _things(
     pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
 ) -> Things | None:
     """What is drawn in tiles where it has room; None where a picture is drawn as one."""
-    prompt = tiling.prompt if call.get("prompt") is None else _one_prompt(call["prompt"])
+    of_states = call.get("prompt") is None and tiling.prompt is not None
+    prompt = tiling.prompt if of_states else _one_prompt(call.get("prompt"))
     things = None if prompt is None else Things(prompt, bound, acting)
     reason = _obstacle(pipe, things)
     if reason and tiling.always:
         raise ValueError(reason)
     if reason or things is None or len(things.prompts) < 2:
         return None
-    asks_for_nothing_else = all(name in OF_A_PROMPT for name, value in call.items() if value is not None)
+    allowed = OF_A_PROMPT | OF_STATES if of_states else OF_A_PROMPT
+    asks_for_nothing_else = all(name in allowed for name, value in call.items() if value is not None)
     return things if tiling.always or (things.are_listed and asks_for_nothing_else) else None
 
 
@@ -265,7 +271,7 @@ class Tiles:
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
         """The tiles of a call; none where it draws the picture as one."""
-        latents, reason = self.reader.latents(args, kwargs), ""
+        latents, text, reason = self.reader.latents(args, kwargs), self.reader.text(args, kwargs), ""
         if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
             reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
         elif latents.dim() != 4:
@@ -276,37 +282,44 @@ class Tiles:
             return []
         side = latents.shape[-2:]
         if side not in self._found:
-            self._found[side] = self._planned(*side)
+            self._found[side] = self._planned(*side, tokens=text.shape[1])
         return self._found[side]
 
-    def _planned(self, height: int, width: int) -> list[Tile]:
+    def _planned(self, height: int, width: int, *, tokens: int) -> list[Tile]:
         things, masks = self.things, self.things.masks(height, width)
         if not self.tiling.always and not _has_room(self.pipe.unet, masks):
             return []
         for i, mask in zip(things.prompts, masks, strict=True):
             if not mask.any():
                 raise ValueError(f"the regions leave no place for {things.reading.things[i].name!r}")
+        tiles = [self._tile(*each, mask) for each, mask in zip(things.prompts.items(), masks, strict=True)]
+        if (short := tiles[0].text.shape[1]) != tokens:
+            if self.tiling.always:
+                raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
+            return []
         self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)})
-        return [self._tile(*each, mask) for each, mask in zip(things.prompts.items(), masks, strict=True)]
+        return tiles
 
     def _tile(self, thing: int, prompt: str, mask: torch.Tensor) -> Tile:
         names = self.things.experts(thing) + self.things.everywhere
         with torch.no_grad(), self.by(names):
-            made = self.pipe.encode_prompt(
-                prompt=prompt,
-                device=self.pipe._execution_device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-                **({} if self.clip_skip is None else {"clip_skip": self.clip_skip}),
-            )
-        return Tile(names, made[0], made[2] if len(made) == 4 else None, mask, _box(mask, self.pipe.unet))
+            text, pooled = (self.tiling.encode or self._encoded)(prompt)
+        return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))
+
+    def _encoded(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        made = self.pipe.encode_prompt(
+            prompt=prompt,
+            device=self.pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **({} if self.clip_skip is None else {"clip_skip": self.clip_skip}),
+        )
+        return made[0], made[2] if len(made) == 4 else None
 
     def _parts(self, tiles: Sequence[Tile], args: tuple, kwargs: dict) -> torch.Tensor:
         """What the UNet predicts, tile by tile; where none is, the picture as a whole without the experts of the tiles."""
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         prompted = prompted_rows(self.pipe, text, latents)
-        if (long := text.shape[1]) != (short := tiles[0].text.shape[1]):
-            raise ValueError(f"tiles read prompts of {short} tokens, and this one has {long}: shorten it")
 
         def predict(names: Sequence[str], **changed: Any) -> torch.Tensor:
             changed = {**kwargs, **changed, "return_dict": False}

@@ -63,16 +63,18 @@ def _drawing_over(recipe: Recipe, size: str, call: list[str], *, masked: bool) -
 def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     """Lines that attach the LoRAs to a pipeline and call it, with `steps` steps in which it draws."""
     kind, about = recipe.arm_and_name
-    lines, callback, indent = list[str](), "", ""
+    lines, callback, indent, tiling = list[str](), "", "", ""
     if recipe.experts and kind == "merge":
         files = ", ".join(f"{name!r}: ({_lora(recipe, name)}, {w!r})" for name, w in recipe.constant_strengths().items())
         lines.append(f"merged = mole.merge({{{files}}}, {about!r})")
         lines.append(f'mole.attach({pipe}, {{"merged": merged}}, gates="sum", binding=None)')
     elif recipe.experts and kind != "base":
         lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
-        lines.append(f"with mixture.planned(schedule){_tiling(recipe, over=pipe == 'over')}:")
+        tiling = _tiling(recipe, pipe)
+        lines.append(f"with mixture.planned(schedule){tiling}:")
         callback, indent = "callback_on_step_end=schedule.on_step()", "    "
-    lines.insert(0, "from mole_diffusers.studio.prompt_weights import call_arguments")
+    read = "call_arguments, tiled_prompt" if "tiled_prompt" in tiling else "call_arguments"
+    lines.insert(0, f"from mole_diffusers.studio.prompt_weights import {read}")
     texts = [pipe, repr(recipe.text), repr(recipe.negative)]
     texts += [f"{name}={text!r}" for name in ("prompt_2", "negative_2") if (text := getattr(recipe, name))]
     texts += ["guided=False"] * (recipe.guidance <= 1) + ["weights=False"] * (not recipe.weights)
@@ -115,13 +117,18 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
     ]
 
 
-def _tiling(recipe: Recipe, *, over: bool) -> str:
+def _tiling(recipe: Recipe, pipe: str) -> str:
     """The block that says whether pictures are drawn in tiles, as code; "" where that is up to the mixture."""
     if recipe.arm != "gates" or recipe.binding == "none":
         return ""
-    if recipe.binding == BOUND or over:
+    if recipe.binding == BOUND or pipe == "over":
         return ", mixture.tiled(0)"
-    return f", mixture.tiled(prompt={recipe.plain_text!r})" if recipe.binding == TILES else ""
+    weighted = recipe.weights and recipe.plain_text != recipe.text
+    if recipe.binding != TILES and not weighted:
+        return ""
+    always = [] if recipe.binding == TILES else ["always=False"]
+    prompt = f"**tiled_prompt({pipe}, {recipe.text!r})" if weighted else f"prompt={recipe.plain_text!r}"
+    return f", mixture.tiled({', '.join([*always, prompt])})"
 
 
 def _binding(recipe: Recipe, names: list[str]) -> str:

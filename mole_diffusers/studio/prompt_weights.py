@@ -204,8 +204,14 @@ def call_arguments(
     """
     prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
     chunks = _chunks_asked(pipe, prompts, guided=guided, weights=weights)
-    if (plain := _as_texts(chunks)) is not None:
-        return plain
+    texts = _as_texts(chunks)
+    if texts is not None and not any(chunk.has_weights for each in chunks.values() for chunk in each):
+        return texts
+    return _states(pipe, chunks, guided)
+
+
+def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[str, Any]:
+    """The states of prompts, as the pipeline's call takes them."""
     given = inspect.signature(pipe.encode_prompt).parameters
     has_negative = "negative_prompt" in prompts_read(pipe)
     names = ["prompt_embeds", *(["negative_prompt_embeds"] if has_negative else [])]
@@ -238,7 +244,7 @@ def plain_texts(
     guided: bool = True,
     weights: bool = True,
 ) -> dict[str, str] | None:
-    """What `call_arguments` gives where that is texts; None where it is states. No text encoder runs."""
+    """The words of the prompts that a call reads, where each is short enough for one chunk; else None."""
     prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
     return _as_texts(_chunks_asked(pipe, prompts, guided=guided, weights=weights))
 
@@ -256,10 +262,38 @@ def _chunks_asked(pipe: Any, prompts: Mapping[str, str], *, guided: bool, weight
 
 
 def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
-    """Prompts that are short and have no weights, as texts; None for others."""
-    if not any(len(each) > 1 or each[0].has_weights for each in chunks.values()):
-        return {name: each[0].text for name, each in chunks.items()}
-    return None
+    """The words of prompts of one chunk each; None where one has more."""
+    return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
+
+
+def tiled_prompt(pipe: Any, prompt: str, *, weights: bool = True) -> dict[str, Any]:
+    """What `Mixture.tiled` is given of a prompt with weights: its words, and what encodes a part of them with theirs.
+
+    Args:
+        weights: whether brackets are weights, as in `call_arguments`.
+    """
+    if not weights:
+        return {"prompt": prompt}
+    whole = [chunk for chunk in parse_weights(prompt) if chunk.text]
+    text = " ".join(chunk.text for chunk in whole)
+    of_text = Chunk(text, tuple(weight for chunk in whole for weight in (*chunk.weights, 1.0)))
+
+    @torch.no_grad()
+    def encode(part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states = _states(pipe, {"prompt": [_weighed_as(part, of_text)]}, guided=False)
+        return states["prompt_embeds"], states.get("pooled_prompt_embeds")
+
+    return {"prompt": text, "encode": encode}
+
+
+def _weighed_as(part: str, whole: Chunk) -> Chunk:
+    """A text of words of `whole`, in their order, with the weights that they have there; others have 1."""
+    weights, at = [1.0] * len(part), 0
+    for word in re.finditer(r"\S+", part):
+        if there := re.compile(rf"(?<!\w){re.escape(word[0])}(?!\w)").search(whole.text, at):
+            at = there.end()
+            weights[word.start() : word.end()] = whole.weights[there.start() : at]
+    return Chunk(part, tuple(weights))
 
 
 @contextmanager

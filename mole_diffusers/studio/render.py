@@ -25,7 +25,14 @@ from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
-from mole_diffusers.studio.prompt_weights import call_arguments, parse_weights, plain_texts, token_counts, unread
+from mole_diffusers.studio.prompt_weights import (
+    call_arguments,
+    parse_weights,
+    plain_texts,
+    tiled_prompt,
+    token_counts,
+    unread,
+)
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -259,8 +266,9 @@ class Studio:
                 stack.enter_context(mixture.planned(schedule))
                 if recipe.binding == BOUND or over:
                     stack.enter_context(mixture.tiled(0))
-                elif recipe.binding == TILES and recipe.arm == "gates":
-                    stack.enter_context(mixture.tiled(prompt=recipe.plain_text))
+                elif recipe.arm == "gates":
+                    tiles = tiled_prompt(pipe, recipe.text, weights=recipe.weights)
+                    stack.enter_context(mixture.tiled(always=recipe.binding == TILES, **tiles))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
             return pipe(

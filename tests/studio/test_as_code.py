@@ -85,7 +85,13 @@ def world():
     return Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji")
 
 
-@pytest.mark.parametrize("changes", [{"binding": "tiles"}, *thorough({}, {"arm": "merge ties"}, {"strength": 1.0})])
+WEIGHTS = {"prompt": "a (sunflower:1.3) and a doughnut"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"binding": "tiles"}, WEIGHTS, *thorough(WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0})],
+)
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):
     """Its gates are trained, its LoRAs know their words, and its UNet has eight channels, which diffusers refuses."""
     monkeypatch.chdir(tmp_path)
@@ -95,8 +101,9 @@ def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, m
         over["mask"].paste(255, (0, 0, 32, 64))
         for name, picture in over.items():
             picture.save(f"{name}.png")
-    prompt = "a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:0.8>"
-    recipe = Recipe(prompt, seed=3, steps=2, gates="auto", base="emoji", **changes)
+    text = changes.get("prompt", "a sunflower and a doughnut")
+    prompt = f"{text} <lora:sunflower:1> <lora:doughnut:0.8>"
+    recipe = Recipe(**changes | {"prompt": prompt}, seed=3, steps=2, gates="auto", base="emoji")
     recipe = world.complete(with_pictures(recipe, **over))
     assert recipe.gates == "sunflower+doughnut"
     exec(compile(as_code(recipe), "script", "exec"), {})

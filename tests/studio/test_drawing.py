@@ -19,6 +19,7 @@ from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, tensors_hash
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
+from mole_diffusers.studio.prompt_weights import call_arguments
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
@@ -184,7 +185,15 @@ def test_binding_acts_where_a_picture_is_drawn_over(studio, photo):
     assert far(studio.draw(swapped, image=photo), bound) > 0
 
 
-def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo):
+@pytest.fixture
+def room_for_tiles(studio):
+    """Sets the size in the latents that the UNet counts as trained at."""
+    own = studio.pipe.unet.config.sample_size
+    yield lambda size: studio.pipe.unet.register_to_config(sample_size=size)
+    studio.pipe.unet.register_to_config(sample_size=own)
+
+
+def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, room_for_tiles):
     """With gates alone, and not over a picture; what is brought to a larger size is drawn over as one."""
     prompt = "a fox, a (hat:1.0) <lora:fox:0.8:word=fox> <lora:ink:1:word=hat>"
     recipe = studio.complete(dataclasses.replace(RECIPE, prompt=prompt, binding="tiles"))
@@ -200,7 +209,7 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo):
     automatic = dataclasses.replace(plain, binding="auto")
     assert not studio.draws_in_tiles(automatic)
     assert far(studio.draw(automatic), studio.draw(plain)) == 0
-    studio.pipe.unet.register_to_config(sample_size=8)
+    room_for_tiles(8)
     assert studio.draws_in_tiles(automatic)
     assert far(studio.draw(automatic), wanted) <= 1
     assert far(studio.draw(plain), studio.draw(bound)) <= 1
@@ -211,6 +220,35 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo):
             studio.draw(with_pictures(dataclasses.replace(r, **changes), **pictures), **pictures) for r in (recipe, bound)
         ]
         assert far(*each) == 0
+
+
+def test_a_part_of_a_prompt_has_the_weights_of_its_words_in_tiles(studio, loras, room_for_tiles):
+    """By itself, where there is room, as without weights; each tile's prompt is the part with its brackets."""
+    prompt = "(ink:1.2) a fox, a ((hat)) <lora:fox:0.8:word=fox> <lora:ink:1:word=hat>"
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt=prompt, binding="tiles"))
+    pipe = tiny_pipeline()
+    attach(pipe, {"fox": (loras["fox"], 0.8), "ink": loras["ink"]}, binding={"fox": "fox", "ink": "hat"})
+    written = {"ink a fox": "(ink:1.2) a fox", "ink a hat": "(ink:1.2) a ((hat))"}
+
+    def encode(part):
+        return call_arguments(pipe, written[part], guided=False)["prompt_embeds"], None
+
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "width": 32, "height": 32}
+    with attached(pipe).tiled(prompt="ink a fox, a hat", encode=encode):
+        states = call_arguments(pipe, "(ink:1.2) a fox, a ((hat))")
+        (wanted,) = pipe(**states, generator=torch.Generator().manual_seed(7), **call).images
+    assert far(studio.draw(recipe), wanted) <= 1
+    automatic = dataclasses.replace(recipe, binding="auto")
+    assert not studio.draws_in_tiles(automatic)
+    bound = studio.draw(dataclasses.replace(recipe, binding="bound"))
+    assert far(studio.draw(automatic), bound) == 0
+    assert far(bound, wanted) > 1
+    room_for_tiles(8)
+    assert studio.draws_in_tiles(automatic)
+    assert far(studio.draw(automatic), wanted) <= 1
+    in_parts = dataclasses.replace(automatic, prompt=prompt.replace("hat))", "hat)) BREAK ink"))
+    assert not studio.draws_in_tiles(in_parts)
+    assert far(studio.draw(in_parts), studio.draw(dataclasses.replace(in_parts, binding="bound"))) == 0
 
 
 def test_binding_knows_which_text_is_the_negative_one_where_a_picture_is_drawn_over(studio, photo):

@@ -17,6 +17,7 @@ from mole_diffusers.studio.prompt_weights import (
     parse_weights,
     plain_text,
     prompts_read,
+    tiled_prompt,
     token_counts,
     unread,
 )
@@ -169,6 +170,25 @@ def test_weights_where_the_encoder_is_offloaded(pipe, offloading):
     plain = call_arguments(pipe, "ink (fox:1.5) [hat]")["prompt_embeds"]
     hosts.OFFLOADS[offloading](pipe)
     assert torch.equal(call_arguments(pipe, "ink (fox:1.5) [hat]")["prompt_embeds"], plain)
+
+
+@pytest.mark.parametrize("host", ["sd15", "sdxl"])
+def test_a_part_of_a_prompt_is_encoded_with_its_weights(host):
+    """Of words that come twice, a part has those that are still to come."""
+    pipe, _ = hosts.HOSTS[host]()
+    tiles = tiled_prompt(pipe, "(red:0.5) fox, a (red:1.5) hat BREAK [ink]")
+    assert tiles["prompt"] == "red fox, a red hat ink"
+    for part, written in {
+        "red fox, hat": "(red:0.5) fox, hat",
+        "fox, a red": "fox, a (red:1.5)",
+        "in ink": "in [ink]",
+    }.items():
+        states, pooled = tiles["encode"](part)
+        wanted = call_arguments(pipe, written, guided=False)
+        assert torch.equal(states, wanted["prompt_embeds"])
+        assert (pooled is None) == (host == "sd15")
+        assert pooled is None or torch.equal(pooled, wanted["pooled_prompt_embeds"])
+    assert tiled_prompt(pipe, "a (fox)", weights=False) == {"prompt": "a (fox)"}
 
 
 def test_a_long_prompt_is_read_to_its_end(pipe, draw):

@@ -1,15 +1,16 @@
 """Can gates be trained once, for LoRAs that they never saw? On validation compositions, then drawn on those of the test.
 
-    python demos/experiments/emoji/shared_gate.py [--kind "two subjects + style"] [--rounds 4] [--per-kind 8] [--seeds 4]
+    python demos/experiments/emoji/shared_gate.py [--kind "two subjects + style"] [--rounds 2] [--per-kind 8] [--seeds 4]
 
 Two gates, on top of binding. "scores": ten numbers that all layers share weigh an expert by what belongs to no expert: its
 kind, the layer, the noise level, and how large its output is beside the others'. "retrieval": RAMoLE's gate, which compares
-what the experts make of the input. Both begin as the bound sum and learn what the rungs of `ladder.py` learn, from
-each validation composition in turn. What is trained is kept in work/shared/, rows are appended below work/shared/rows.
+what the experts make of the input. Both begin as the bound sum and learn from each validation composition in turn to draw
+collages of its subjects, each drawn alone by its own LoRAs, under the composed prompt and with each LoRA in its place there.
+What is trained is kept in work/shared/, rows are appended below work/shared/rows.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from sampling import GUIDANCE, STEPS
 from torch import nn
 
 from mole_diffusers import attach, detach
+from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Rows, digest_files
@@ -33,14 +35,17 @@ from mole_diffusers.gates import GateBank
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
 
+Lessons = Sequence[tuple[Case, Scene]]
 FOLDER = WORK / "shared"
 NUMBERS = FOLDER / "numbers.pt"
 SCORES = ("kind", "kind, by noise", "kind, in cross-attention", "kind, on the way up")  # of subjects, then of styles
 OF_SIZE = ("log of the output's size, less the mean of all", "share of the outputs' sizes, less the mean")
-UPDATES = 10  # of a composition, before the next has its turn
-LR = {"scores": 2e-2, "retrieval": None}
+UPDATES = 15  # of a composition, before the next has its turn
+LR = 2e-2  # of the ten numbers
+TRAINING = GateTraining(terms={"collage": {"batch": 8, "seeds": 8}}, steps=UPDATES, warmup=0)
 
 
 class Clock:
@@ -114,43 +119,52 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, styles: Any, c
 # ---- training
 
 
-def train_scores(setup: Setup, cases: list[Case], rounds: int, config: GateTraining) -> None:
-    """Ten numbers, by turns."""
+@contextmanager
+def taught(setup: Setup, case: Case, scene: Scene, gates: Any) -> Iterator[tuple[Mixture, Callable[..., None]]]:
+    """The LoRAs of a composition attached, each in its place; and what trains their gates, given settings that differ."""
+    experts = {name: setup.experts[name] for name in case.concepts}
+    boxes = dict(zip(arms.subjects_of(setup, case), emoji_protocol.squares(case), strict=True))
+    data = TrainingData(
+        composed=[case.prompt],
+        styles=[name for name in case.concepts if name in setup.styles],
+        parts={case.prompt: [replace(scene, subjects=(name,)).caption for name in scene.subjects]},
+    )
+    width, height = scene.size
+    precision = "bf16" if multiplies_bf16() else "no"
+
+    def train(**settings: Any) -> None:
+        config = replace(TRAINING, width=width, height=height, precision=precision, **settings)
+        log = train_gates(setup.pipe, mixture, data, config=config)
+        print(case.name, ladder.reached(log), flush=True)
+
+    mixture = attach(setup.pipe, experts, gates, binding={name: (None, box) for name, box in boxes.items()})
+    try:
+        yield mixture, train
+    finally:
+        detach(setup.pipe)
+
+
+def train_scores(setup: Setup, lessons: Lessons) -> None:
+    """Ten numbers."""
     numbers, clock = nn.Parameter(torch.zeros(2 * len(SCORES) + len(OF_SIZE))), Clock()
-    for turn in range(rounds):
-        for case in cases:
-            experts = {name: setup.experts[name] for name in case.concepts}
-            mixture = ladder.begin(setup.pipe, experts, ladder.Rung())
-            try:
-                put_gates(setup.pipe, mixture, numbers, setup.styles, clock)
-                with clock.of(setup.pipe):
-                    log = train_gates(
-                        setup.pipe, mixture, ladder.lesson(case), config=replace(config, lr=LR["scores"], seed=turn)
-                    )
-            finally:
-                detach(setup.pipe)
-            said = ", ".join(f"{value:+.2f}" for value in numbers.tolist())
-            print(turn, case.name, ladder.reached(log), said, flush=True)
+    for turn, (case, scene) in enumerate(lessons):
+        with taught(setup, case, scene, "sum") as (mixture, train), clock.of(setup.pipe):
+            put_gates(setup.pipe, mixture, numbers, setup.styles, clock)
+            train(lr=LR, seed=turn)
+        print([round(value, 2) for value in numbers.tolist()], flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     torch.save(numbers.detach(), NUMBERS)
     names = [f"{kind}: {score}" for kind in ("subjects", "styles") for score in SCORES] + list(OF_SIZE)
     note("shared scores", **{name: round(value, 3) for name, value in zip(names, numbers.tolist(), strict=True)})
 
 
-def train_retrieval(setup: Setup, cases: list[Case], rounds: int, config: GateTraining) -> None:
-    """Retrieval gates, by turns."""
+def train_retrieval(setup: Setup, lessons: Lessons) -> None:
+    """Retrieval gates."""
     folder = FOLDER / "retrieval"
-    for turn in range(rounds):
-        for case in cases:
-            experts = {name: setup.experts[name] for name in case.concepts}
-            mixture = attach(setup.pipe, experts, folder if folder.exists() else "retrieval")
-            try:
-                mixture.bind({name: replace(own, required=False) for name, own in mixture.binding.items()})
-                log = train_gates(setup.pipe, mixture, ladder.lesson(case), config=replace(config, seed=turn))
-                mixture.save_pretrained(folder)
-            finally:
-                detach(setup.pipe)
-            print(turn, case.name, ladder.reached(log), flush=True)
+    for turn, (case, scene) in enumerate(lessons):
+        with taught(setup, case, scene, folder if folder.exists() else "retrieval") as (mixture, train):
+            train(seed=turn)
+            mixture.save_pretrained(folder)
 
 
 # ---- drawing
@@ -186,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=SPLITS["test"], default="two subjects + style")
     parser.add_argument("--gates", nargs="*", choices=TRAIN, default=list(TRAIN))
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--per-kind", type=int, default=8, help="compositions of the test; all of validation teach")
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args()
@@ -194,11 +208,10 @@ def main() -> None:
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     splits = {name: {args.kind: split[args.kind][: args.per_kind]} for name, split in SPLITS.items()}
     cases = {name: emoji_protocol.cases(split) for name, split in splits.items()}
-    config = replace(ladder.TRAINING, steps=UPDATES, warmup=0, precision="bf16" if multiplies_bf16() else "no")
     for name in args.gates:
         if not (FOLDER / ("numbers.pt" if name == "scores" else name)).exists():
             with small_attention():
-                TRAIN[name](setup, [case for case, _ in cases["validation"]], args.rounds, config)
+                TRAIN[name](setup, cases["validation"] * args.rounds)
     for split, found in cases.items():
         metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
         with small_attention(), mixed_precision():
