@@ -43,8 +43,8 @@ FOLDER = WORK / "shared"
 NUMBERS = FOLDER / "numbers.pt"
 SCORES = ("kind", "kind, by noise", "kind, in cross-attention", "kind, on the way up")  # of subjects, then of styles
 OF_SIZE = ("log of the output's size, less the mean of all", "share of the outputs' sizes, less the mean")
-UPDATES = 15  # of a composition, before the next has its turn
-LR = 2e-2  # of the ten numbers
+UPDATES = 25  # of a composition, before the next has its turn
+LR = 4e-3  # of the ten numbers; at 2e-2 they walk at random
 TRAINING = GateTraining(terms={"collage": {"batch": 8, "seeds": 8}}, steps=UPDATES, warmup=0)
 
 
@@ -109,9 +109,7 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, styles: Any, c
     """Score gates at every layer of the denoiser that has experts; they end with `detach`."""
     is_style = torch.tensor([name in styles for name in mixture.experts])
     gates = {
-        f"{part}.{name}": ScoreGate(numbers, layer, name, is_style, clock)
-        for part, name, layer in ladder.layers(pipe)
-        if part == "unet"
+        name: ScoreGate(numbers, layer, name, is_style, clock) for part, name, layer in ladder.layers(pipe) if part == "unet"
     }
     mixture.banks["scores"] = GateBank(gates)
 

@@ -1,0 +1,90 @@
+"""demos/experiments/emoji/shared_gate.py: gates of ten numbers, for any LoRAs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import mole_diffusers as mole
+from mole_diffusers.lora import read_expert
+from mole_diffusers.training.denoising import predict
+
+NAMES = ("fox", "ink")
+
+
+@pytest.fixture(scope="module")
+def shared(script):
+    return script("shared_gate")
+
+
+@pytest.fixture
+def mixture(pipe, loras):
+    """Of the denoiser's part alone, which is what the gates weigh."""
+    experts = {name: read_expert(loras[name], name) for name in NAMES}
+    of_unet = {name: replace(each, layers={"unet": each.layers["unet"]}) for name, each in experts.items()}
+    return mole.attach(pipe, of_unet, binding=None)
+
+
+@torch.no_grad()
+def answer(pipe):
+    """What a pipeline's UNet predicts for two prompts at different noise levels."""
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return predict(pipe, x, torch.tensor([100, 900]), ["a fox in ink", ""])
+
+
+def put(shared, pipe, mixture, numbers):
+    clock = shared.Clock()
+    shared.put_gates(pipe, mixture, nn.Parameter(torch.tensor(numbers)), {"ink"}, clock)
+    return clock
+
+
+def test_it_begins_as_the_sum(shared, pipe, mixture):
+    before = answer(pipe)
+    with put(shared, pipe, mixture, [0.0] * 10).of(pipe):
+        torch.testing.assert_close(answer(pipe), before, atol=1e-6, rtol=0)
+
+
+def test_a_number_of_a_kind_is_that_kinds_strength(shared, pipe, mixture):
+    with mixture.strengths({"fox": 0.5, "ink": 2.0}):
+        before = answer(pipe)
+    halved, doubled = torch.tensor([0.5, 2.0]).log().tolist()
+    with put(shared, pipe, mixture, [halved, 0, 0, 0, doubled, 0, 0, 0, 0, 0]).of(pipe):
+        torch.testing.assert_close(answer(pipe), before, atol=1e-5, rtol=1e-5)
+
+
+def test_by_noise_each_row_has_its_own_strength(shared, pipe, mixture):
+    """At .1 and .9 of the noise the factor is exp(number * (time - .5))."""
+    rows = []
+    for factor in torch.tensor([-0.4, 0.4]).exp().tolist():
+        with mixture.strengths({"fox": 1.0, "ink": factor}):
+            rows.append(answer(pipe))
+    with put(shared, pipe, mixture, [0, 0, 0, 0, 0, 1.0, 0, 0, 0, 0]).of(pipe):
+        got = answer(pipe)
+    torch.testing.assert_close(got, torch.stack([rows[0][0], rows[1][1]]), atol=1e-4, rtol=1e-4)
+
+
+def test_the_larger_of_two_outputs_is_weighed_by_its_size(shared, pipe, mixture):
+    put(shared, pipe, mixture, [0, 0, 0, 0, 0, 0, 0, 0, 0.5, 1.0])
+    gate = mixture.banks["scores"][next(name for _, name, _ in shared.ladder.layers(pipe) if name.endswith("attn1.to_q"))]
+    rows = torch.randn(1, 3, len(gate.segment))
+    sizes = [((rows * gate.lengths)[..., gate.segment == k] ** 2).sum(-1).sqrt() for k in (0, 1)]
+    log, share = [size.log() for size in sizes], sizes[0] / (sizes[0] + sizes[1])
+    apart = ((log[0] - log[1]) / 2).clamp(-3, 3)
+    wanted = torch.stack([0.5 * apart + share - 0.5, -0.5 * apart + 0.5 - share], -1).exp()
+    torch.testing.assert_close(gate.weights(rows).detach(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_held_out_words_are_told_apart_and_no_other_word_changes(script):
+    own_words = script("own_words")
+    pipe = mole.emoji_world().pipe
+    vectors = pipe.text_encoder.get_input_embeddings().weight
+    before, alike = vectors.detach().clone(), own_words.alikeness(pipe)
+    own_words.tell_words_apart(pipe)
+    changed = (vectors != before).any(1).nonzero().flatten().tolist()
+    held_out = own_words.tokens(pipe, (*own_words.words.HELD_OUT_SUBJECTS, *own_words.words.HELD_OUT_STYLES))
+    base = own_words.tokens(pipe, (*own_words.words.BASE_SUBJECTS, *own_words.words.BASE_STYLES))
+    assert changed
+    assert set(changed) <= set(held_out) - set(base)
+    assert alike > 0.99
+    assert own_words.alikeness(pipe) < 0.9
