@@ -460,12 +460,13 @@ class Mixture:
             until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
             always: whatever the size and the prompt; else where a mixture does so by itself.
             prompt: the text of pictures whose call gives states instead.
-            encode: makes the states of a part of the prompt, [1, S, C], and what SDXL reads of it as a whole, [1, P], else
-                None; by default the pipeline does. For prompts with weights see `studio.prompt_weights.tiled_prompt`.
+            encode: makes the states of a part of that prompt (`binding.words.Part`), [1, S, C], and what SDXL reads of it as
+                a whole, [1, P], else None; by default the pipeline does. `studio.prompt_weights.tiled_prompt` gives both
+                of a prompt with weights.
 
-        Raises ValueError for a share outside of 0..1; and when a picture is drawn, for a pipeline without a UNet, no one
-        prompt, more than eight things, a film, a ControlNet, a prompt of several chunks, a region of an expert that is no
-        thing, or regions that leave a thing no place.
+        Raises ValueError for a share outside of 0..1; and when a picture is drawn that is always to be in tiles, for a
+        pipeline without a UNet, no one prompt, more than eight things, a film, a ControlNet, a prompt of several chunks, or
+        a region of an expert that is no thing; and for regions that leave a thing no place.
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")

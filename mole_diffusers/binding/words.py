@@ -95,9 +95,22 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -
     return _reading(pieces, [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases])
 
 
+@dataclass(frozen=True)
+class Part:
+    """A prompt made of pieces of another one.
+
+    Attributes:
+        text: the prompt.
+        source: of each of its characters, which of the other prompt's it is; None for a space that joins two pieces.
+    """
+
+    text: str
+    source: tuple[int | None, ...]
+
+
 def prompts_apart(
     prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = ()
-) -> tuple[Reading, dict[int, str], bool]:
+) -> tuple[Reading, dict[int, Part], bool]:
     """The prompt of each thing by itself: "ink drawing of an owl in snow" of "ink drawing of a red fox and an owl in snow".
 
     What is said before the first thing and after the last is said of each.
@@ -131,10 +144,22 @@ def prompts_apart(
         article = ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(at[order[-1]][1])
-    head, tail = prompt[: edges[0]].rstrip(), prompt[edges[-1] :]
-    own = (prompt[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
-    apart = {i: f"{head} {text}{tail}".strip() for i, text in zip(order, own, strict=True)}
-    return reading, apart, _are_listed(gaps, tail.lower(), all(reading.things[i].experts for i in order))
+    head, tail = _stripped(prompt, 0, edges[0]), range(edges[-1], len(prompt))
+    own = (_stripped(prompt, a, b) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    apart = {i: _part(prompt, [*head, *([None] if head else []), *each, *tail]) for i, each in zip(order, own, strict=True)}
+    return reading, apart, _are_listed(gaps, prompt[edges[-1] :].lower(), all(reading.things[i].experts for i in order))
+
+
+def _stripped(text: str, start: int, end: int) -> range:
+    """The characters of a piece of a text, without spaces around it."""
+    piece = text[start:end]
+    return range(start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip()))
+
+
+def _part(prompt: str, source: Sequence[int | None]) -> Part:
+    text = "".join(" " if i is None else prompt[i] for i in source)
+    kept = _stripped(text, 0, len(text))
+    return Part(text[kept.start : kept.stop], tuple(source[kept.start : kept.stop]))
 
 
 def _are_listed(gaps: Sequence[str], tail: str, all_owned: bool) -> bool:

@@ -6,6 +6,7 @@ Nothing here or in a command imports torch before the command runs, so that `mol
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,8 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     from mole_diffusers.lora import read_expert
 
     known = concept_files()
-    found = {name: (read_expert(path, name), 1.0) for name, path in known.items() if f" {name} " in f" {prompt} "}
+    named = [name for name in known if re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)]
+    found = {name: (read_expert(known[name], name), 1.0) for name in named}
     if not found:
         raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
     return found

@@ -70,7 +70,7 @@ def compose(
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
     from mole_diffusers.patching.tiles import draws_in_tiles
-    from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
+    from mole_diffusers.studio.prompt_weights import plain_text, plain_texts, tiled_prompt
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
@@ -86,7 +86,7 @@ def compose(
     for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():
             pictures[label] = drawn(pipe, prompt, how, seeds, call)
-    if base == WORLD and (drawing := _true_drawing(prompt)):
+    if base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
         pictures["true drawing"] = [drawing] * len(seeds)
     about = {"prompt": prompt, **other_prompts(how), "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
     about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}

@@ -12,6 +12,7 @@ from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
 
+MOST_KEPT = 32 << 20  # bytes of a bias for each head
 Silent = tuple[bool, ...]
 Made = dict[tuple, torch.Tensor | None]  # masks by what a layer asked for
 
@@ -137,12 +138,19 @@ class BoundText:
         return None if bias is None or rows % bias.shape[0] else functional.resample_rows(bias, rows)
 
     def bias_of_heads(self, tokens: int, rows: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The same for each head, [B heads, T, S], once for all steps: diffusers would repeat it at each."""
+        """The same for each head, [B heads, T, S], once for all steps, as diffusers would repeat it at each; as it is where
+        that would be large."""
         key = "bias of heads", tokens, rows, heads, dtype
         if key not in self._made:
             bias = self.bias(tokens, rows)
-            self._made[key] = None if bias is None else bias.to(dtype).repeat_interleave(heads, 0)
+            if bias is not None and heads * bias.numel() * dtype.itemsize <= MOST_KEPT:
+                bias = bias.to(dtype).repeat_interleave(heads, 0)
+            self._made[key] = bias
         return self._made[key]
+
+    def forget(self) -> None:
+        """Let go of what layers asked for; it is made again where they ask again."""
+        self._made = {}
 
     def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
         """The same for attention over text and picture together: [B, 1, tokens, tokens]."""

@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.layout import MOST_THINGS, partition, planned
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
-from mole_diffusers.binding.words import ThingKey, keys, prompts_apart
+from mole_diffusers.binding.words import Part, ThingKey, keys, prompts_apart
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
 from mole_diffusers.patching.undo import replaced_forward
 
@@ -33,7 +33,7 @@ OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call wit
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
-Encode = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]  # a text -> its states [1, S, C], and pooled [1, P]
+Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]  # of a prompt -> its states [1, S, C], and pooled [1, P]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Tiling:
             nothing but a picture of its prompt, that lists things, one at least of an expert that is on, and each has room
             for a picture of the size that the model was trained at.
         prompt: the text of pictures whose call has none, but its states.
-        encode: makes the states of a part of the prompt; None: the pipeline does.
+        encode: makes the states of a part of that prompt; None: the pipeline does.
     """
 
     until: float = UNTIL
@@ -108,7 +108,7 @@ def tiles_for(
     ControlNet, a prompt of several chunks, or regions that leave a thing no place.
     """
     things = _things(pipe, tiling, call, bound, acting)
-    return None if things is None else Tiles(pipe, tiling, things, call.get("clip_skip"), by=by, settle=settle)
+    return None if things is None else Tiles(pipe, tiling, things, call, by=by, settle=settle)
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
@@ -240,15 +240,17 @@ class Tiles:
         pipe: Any,
         tiling: Tiling,
         things: Things,
-        clip_skip: int | None,
+        call: Mapping[str, Any],
         *,
         by: By,
         settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
     ):
-        self.pipe, self.tiling, self.things, self.clip_skip = pipe, tiling, things, clip_skip
+        self.pipe, self.tiling, self.things, self.clip_skip = pipe, tiling, things, call.get("clip_skip")
+        self.encode = tiling.encode if tiling.encode and call.get("prompt") is None else self._encode
         self.by, self.settle = by, settle
         self.reader = DenoiserInputs(pipe.unet)
-        self._found: dict[torch.Size, list[Tile]] = {}  # of latents of this size; none where they are drawn as one
+        # Of latents of this height and width and a text of so many tokens; none where they are drawn as one.
+        self._found: dict[tuple[int, int, int], list[Tile]] = {}
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -280,35 +282,37 @@ class Tiles:
             raise ValueError(reason)
         if reason:
             return []
-        side = latents.shape[-2:]
-        if side not in self._found:
-            self._found[side] = self._planned(*side, tokens=text.shape[1])
-        return self._found[side]
+        size = (*latents.shape[-2:], text.shape[1])
+        if size not in self._found:
+            self._found[size] = self._planned(*size)
+        return self._found[size]
 
-    def _planned(self, height: int, width: int, *, tokens: int) -> list[Tile]:
+    def _planned(self, height: int, width: int, tokens: int) -> list[Tile]:
         things, masks = self.things, self.things.masks(height, width)
         if not self.tiling.always and not _has_room(self.pipe.unet, masks):
             return []
         for i, mask in zip(things.prompts, masks, strict=True):
             if not mask.any():
                 raise ValueError(f"the regions leave no place for {things.reading.things[i].name!r}")
-        tiles = [self._tile(*each, mask) for each, mask in zip(things.prompts.items(), masks, strict=True)]
-        if (short := tiles[0].text.shape[1]) != tokens:
-            if self.tiling.always:
-                raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
-            return []
+        tiles: list[Tile] = []
+        for (i, prompt), mask in zip(things.prompts.items(), masks, strict=True):
+            tiles.append(self._tile(i, prompt, mask))
+            if (short := tiles[-1].text.shape[1]) != tokens:
+                if self.tiling.always:
+                    raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
+                return []
         self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)})
         return tiles
 
-    def _tile(self, thing: int, prompt: str, mask: torch.Tensor) -> Tile:
+    def _tile(self, thing: int, prompt: Part, mask: torch.Tensor) -> Tile:
         names = self.things.experts(thing) + self.things.everywhere
         with torch.no_grad(), self.by(names):
-            text, pooled = (self.tiling.encode or self._encoded)(prompt)
+            text, pooled = self.encode(prompt)
         return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))
 
-    def _encoded(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _encode(self, prompt: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         made = self.pipe.encode_prompt(
-            prompt=prompt,
+            prompt=prompt.text,
             device=self.pipe._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,

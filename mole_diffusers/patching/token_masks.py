@@ -177,6 +177,8 @@ class TokenMasks:
     def end(self, *, warns: bool) -> None:
         """The call has ended; `warns` of what got no place."""
         self._called = False
+        for text in self._texts:
+            text.forget()
         if warns and (unplaced := [name for text in self._texts for name in text.picture.unplaced]):
             named = " and ".join(map(repr, dict.fromkeys(unplaced)))
             self._warn(f"{named} got no places of their own: there was a single step, or no attention to read; give regions")

@@ -7,6 +7,7 @@ from PIL import Image
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.emoji.world import concept_files, gate_folders
 from mole_diffusers.studio.base_models import WORLD
+from mole_diffusers.studio.prompt_weights import plain_text
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 
 
@@ -123,12 +124,12 @@ def _tiling(recipe: Recipe, pipe: str) -> str:
         return ""
     if recipe.binding == BOUND or pipe == "over":
         return ", mixture.tiled(0)"
-    weighted = recipe.weights and recipe.plain_text != recipe.text
-    if recipe.binding != TILES and not weighted:
-        return ""
-    always = [] if recipe.binding == TILES else ["always=False"]
-    prompt = f"**tiled_prompt({pipe}, {recipe.text!r})" if weighted else f"prompt={recipe.plain_text!r}"
-    return f", mixture.tiled({', '.join([*always, prompt])})"
+    always = recipe.binding == TILES
+    prompts = recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2
+    if not recipe.weights or all(plain_text(text) == text for text in prompts):
+        return f", mixture.tiled(prompt={recipe.text!r})" if always else ""
+    second = f", prompt_2={recipe.prompt_2!r}" if recipe.prompt_2 and not always else ""
+    return f", mixture.tiled({'' if always else 'always=False, '}**tiled_prompt({pipe}, {recipe.text!r}{second}))"
 
 
 def _binding(recipe: Recipe, names: list[str]) -> str:

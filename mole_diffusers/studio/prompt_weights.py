@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,10 @@ from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from mole_diffusers.binding.words import Part
 
 STEP = 1.1
 MOST_NESTED = 50
@@ -26,6 +30,14 @@ PIECE = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
 NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 BREAK = "\0"
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+class Fragment(NamedTuple):
+    """Words of one weight in a chunk, and where they begin there."""
+
+    text: str
+    weight: float
+    start: int
 
 
 @dataclass(frozen=True)
@@ -40,16 +52,30 @@ class Chunk:
         return not set(self.weights) <= {1.0}
 
     @property
-    def fragments(self) -> list[tuple[str, float]]:
-        """Words of one weight, and the weight, from the first to the last; at least one."""
-        runs = [list(run) for _, run in groupby(range(len(self.text)), key=self.weights.__getitem__)]
-        texts = [(self.text[run[0] : run[-1] + 1].strip(), self.weights[run[0]]) for run in runs]
-        return [(text, weight) for text, weight in texts if text] or [("", 1.0)]
+    def fragments(self) -> list[Fragment]:
+        """From the first to the last."""
+        found, start = [], 0
+        for weight, run in groupby(self.weights):
+            text = self.text[start : (end := start + len(list(run)))]
+            if words := text.strip():
+                found.append(Fragment(words, weight, start + text.index(words)))
+            start = end
+        return found
 
     @property
     def words(self) -> str:
         """The text as compel reads it, in which a fragment begins with a new word."""
-        return " ".join(text for text, _ in self.fragments) if self.has_weights else self.text
+        return " ".join(fragment.text for fragment in self.fragments) if self.has_weights else self.text
+
+    def spans(self, tokenizer: Any) -> list[tuple[int, int]]:
+        """Where each token that is read of it begins and ends in the text."""
+        return [
+            (fragment.start + start, fragment.start + end)
+            for fragment in self.fragments
+            for start, end in tokenizer(fragment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
+        ]
 
     def __getitem__(self, part: slice) -> Chunk:
         text = self.text[part]
@@ -61,10 +87,13 @@ NOTHING = Chunk("", ())
 
 
 class Weighted(NamedTuple):
-    """States of a text encoder's layers that pipelines read, with the weights in them, [1, T, C] each."""
+    """States of a text encoder's layers that pipelines read, with the weights in them, [1, T, C] each.
+
+    `before_last` is None where no pipeline reads it.
+    """
 
     last: torch.Tensor
-    before_last: torch.Tensor
+    before_last: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -174,7 +203,7 @@ def token_counts(pipe: Any, prompt: str, prompt_2: str = "") -> list[TokenCount]
         is_second = name == "tokenizer_2" and "prompt_2" in prompts_read(pipe)
         chunks = chunks_of(pipe, prompt_2 or prompt if is_second else prompt)
         limit = _limit(pipe, tokenizer)
-        parts = [_offsets(tokenizer, chunk.text) for chunk in chunks]
+        parts = [chunk.spans(tokenizer) for chunk in chunks]
         cut = [chunk.text[part[limit][0] :] for chunk, part in zip(chunks, parts, strict=True) if len(part) > limit]
         used = sum(min(limit, len(part)) for part in parts)
         counts.append(TokenCount(name, used, limit * len(chunks), " ".join(cut)))
@@ -220,13 +249,14 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
     options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in given}
     if has_negative:
         options["do_classifier_free_guidance"] = guided
+    parts = [dict(zip(chunks, row, strict=True)) for row in zip_longest(*chunks.values(), fillvalue=NOTHING)]
+    weighted = [_weighted(pipe, part) for part in parts]  # before the pipeline encodes, whose runs binding remembers
     made = []
-    for row in zip_longest(*chunks.values(), fillvalue=NOTHING):
-        part = dict(zip(chunks, row, strict=True))
+    for part, states in zip(parts, weighted, strict=True):
         texts = {name: [chunk.words] for name, chunk in part.items()}  # lists, since "" would be taken for the first's
-        with _weighing(pipe, part):
-            states = pipe.encode_prompt(device=pipe._execution_device, num_images_per_prompt=1, **options | texts)
-        made.append(dict(zip(names, states, strict=False)))
+        with _giving(pipe, states):
+            found = pipe.encode_prompt(device=pipe._execution_device, num_images_per_prompt=1, **options | texts)
+        made.append(dict(zip(names, found, strict=False)))
     return {
         name: value if "pooled" in name else torch.cat([each[name] for each in made], 1)
         for name, value in made[0].items()
@@ -266,110 +296,117 @@ def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
     return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
 
 
-def tiled_prompt(pipe: Any, prompt: str, *, weights: bool = True) -> dict[str, Any]:
+def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "", weights: bool = True) -> dict[str, Any]:
     """What `Mixture.tiled` is given of a prompt with weights: its words, and what encodes a part of them with theirs.
 
     Args:
+        prompt_2: of the same call; where the pipeline reads it nothing is given, since tiles would not.
         weights: whether brackets are weights, as in `call_arguments`.
     """
+    if prompt_2 and "prompt_2" in prompts_read(pipe):
+        return {}
     if not weights:
         return {"prompt": prompt}
-    whole = [chunk for chunk in parse_weights(prompt) if chunk.text]
-    text = " ".join(chunk.text for chunk in whole)
-    of_text = Chunk(text, tuple(weight for chunk in whole for weight in (*chunk.weights, 1.0)))
+    chunks = [chunk for chunk in parse_weights(prompt) if chunk.text]
+    text = " ".join(chunk.text for chunk in chunks)
+    of_text = [weight for chunk in chunks for weight in (*chunk.weights, 1.0)]
 
     @torch.no_grad()
-    def encode(part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        states = _states(pipe, {"prompt": [_weighed_as(part, of_text)]}, guided=False)
+    def encode(part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        chunk = Chunk(part.text, tuple(1.0 if i is None else of_text[i] for i in part.source))
+        states = _states(pipe, {"prompt": [chunk]}, guided=False)
         return states["prompt_embeds"], states.get("pooled_prompt_embeds")
 
     return {"prompt": text, "encode": encode}
 
 
-def _weighed_as(part: str, whole: Chunk) -> Chunk:
-    """A text of words of `whole`, in their order, with the weights that they have there; others have 1."""
-    weights, at = [1.0] * len(part), 0
-    for word in re.finditer(r"\S+", part):
-        if there := re.compile(rf"(?<!\w){re.escape(word[0])}(?!\w)").search(whole.text, at):
-            at = there.end()
-            weights[word.start() : word.end()] = whole.weights[there.start() : at]
-    return Chunk(part, tuple(weights))
+def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted | None]]:
+    """What compel makes of the prompts of a chunk: for each encoder, by its name, of the prompt and of the negative one."""
+    first = part["prompt"], part.get("negative_prompt", NOTHING)
+    second = part.get("prompt_2", first[0]), part.get("negative_prompt_2", first[1])
+    found = {}
+    for name in TOKENIZERS:
+        encoder = getattr(pipe, _encoder(name), None)
+        if encoder is not None:
+            both = second if name == "tokenizer_2" else first
+            found[name] = [_weigh(pipe, name, encoder, chunk) if chunk.has_weights else None for chunk in both]
+    return found
+
+
+def _encoder(tokenizer: str) -> str:
+    return tokenizer.replace("tokenizer", "text_encoder")
 
 
 @contextmanager
-def _weighing(pipe: Any, part: Mapping[str, Chunk]) -> Iterator[None]:
-    """Have the text encoders give the weighted states of these prompts, each first of its prompt and then of its negative
-    one, while the block runs.
+def _giving(pipe: Any, weighted: Mapping[str, Sequence[Weighted | None]]) -> Iterator[None]:
+    """Have the text encoders give these states in the place of their own while the block runs, the next at each run.
 
     It happens in the encoders, before anyone else sees their states, so that binding knows the states again.
     """
-    first = part["prompt"], part.get("negative_prompt", NOTHING)
-    second = part.get("prompt_2", first[0]), part.get("negative_prompt_2", first[1])
     with ExitStack() as undo:
-        for name in TOKENIZERS:
-            encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
-            if encoder is not None:
-                weighted = [_weighted(pipe, name, encoder, chunk) for chunk in (second if name == "tokenizer_2" else first)]
-                undo.callback(encoder.register_forward_hook(_giving(iter(weighted)), prepend=True).remove)
+        for name, states in weighted.items():
+            hook = getattr(pipe, _encoder(name)).register_forward_hook(_replacing(iter(states)), prepend=True)
+            undo.callback(hook.remove)
         yield
 
 
-@dataclass(frozen=True)
-class _RunsOn:
-    """A text encoder as compel sees it: on the device where it runs, not where offloading keeps its weights."""
-
-    encoder: Any
-    device: torch.device
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.encoder(*args, **kwargs)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-
-def _weighted(pipe: Any, name: str, encoder: Any, chunk: Chunk) -> Weighted | None:
-    """What compel makes of a chunk; None where it has no weights."""
-    if not chunk.has_weights:
-        return None
-    from compel import ReturnedEmbeddingsType
-    from compel.embeddings_provider import EmbeddingsProvider
-
-    tokenizer, device = getattr(pipe, name), pipe._execution_device
-    length = _limit(pipe, tokenizer) + tokenizer.num_special_tokens_to_add()
-    # Embeddings of several vectors are words of several tokens, as `encode_prompt` reads them.
-    read = partial(pipe.maybe_convert_prompt, tokenizer=tokenizer) if hasattr(pipe, "maybe_convert_prompt") else str
-    texts, weights = [read(text) for text, _ in chunk.fragments], [weight for _, weight in chunk.fragments]
-
-    def states(layer: ReturnedEmbeddingsType) -> torch.Tensor:
-        compel = EmbeddingsProvider(
-            tokenizer,
-            _RunsOn(encoder, device),
-            returned_embeddings_type=layer,
-            device=device,
-            model_max_length=length,
-        )
-        return compel.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
-
-    return Weighted(
-        last=states(ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED),
-        before_last=states(ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED),
-    )
-
-
-def _giving(weighted: Iterator[Weighted | None]) -> Callable[[Any, Any, Any], Any]:
-    """A forward hook that puts weighted states in the place of an encoder's own, the next at each run."""
-
+def _replacing(weighted: Iterator[Weighted | None]) -> Callable[[Any, Any, Any], Any]:
     def hook(_: Any, __: Any, output: Any) -> Any:
         if (states := next(weighted)) is None:
             return None
         changed: dict[str, Any] = {"last_hidden_state": states.last.to(output.last_hidden_state)}
-        if (hidden := output.get("hidden_states")) is not None:
+        if (hidden := output.get("hidden_states")) is not None and states.before_last is not None:
             changed["hidden_states"] = (*hidden[:-2], states.before_last.to(hidden[-2]), hidden[-1])
         return type(output)(**dict(output) | changed)
 
     return hook
+
+
+class _Runs:
+    """A text encoder as compel sees it: on the device where it runs, not where offloading keeps its weights. It reads
+    nothing twice.
+
+    Args:
+        deep: the layer before the last is wanted, too.
+    """
+
+    def __init__(self, encoder: Any, device: torch.device, *, deep: bool):
+        self.encoder, self.device, self.dtype, self.deep = encoder, device, encoder.dtype, deep
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **_: Any) -> Any:
+        read = (*ids[0].tolist(), *(() if mask is None or mask.all() else mask[0].tolist()))
+        if read not in self._made:
+            self._made[read] = self.encoder(ids, mask, output_hidden_states=self.deep, return_dict=True)
+        return self._made[read]
+
+
+def _weigh(pipe: Any, name: str, encoder: Any, chunk: Chunk) -> Weighted:
+    from compel import ReturnedEmbeddingsType
+    from compel.embeddings_provider import EmbeddingsProvider
+
+    tokenizer, device = getattr(pipe, name), pipe._execution_device
+    # Embeddings of several vectors are words of several tokens, as `encode_prompt` reads them.
+    converts = isinstance(pipe, TextualInversionLoaderMixin)
+    read = partial(pipe.maybe_convert_prompt, tokenizer=tokenizer) if converts else str
+    fragments = [fragment for fragment in chunk.fragments if tokenizer(fragment.text, add_special_tokens=False).input_ids]
+    texts, weights = [read(fragment.text) for fragment in fragments], [fragment.weight for fragment in fragments]
+    has_layers = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)  # of T5 the last layer alone is read
+    runs = _Runs(encoder, device, deep=has_layers)
+
+    def states(layer: ReturnedEmbeddingsType) -> torch.Tensor:
+        compel = EmbeddingsProvider(
+            tokenizer,
+            runs,
+            returned_embeddings_type=layer,
+            device=device,
+            model_max_length=_limit(pipe, tokenizer) + tokenizer.num_special_tokens_to_add(),
+        )
+        return compel.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
+
+    last = states(ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED)
+    before = states(ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED) if has_layers else None
+    return Weighted(last, before)
 
 
 def _main_tokenizer(pipe: Any) -> Any:
@@ -390,7 +427,7 @@ def _limit(pipe: Any, tokenizer: Any) -> int:
 
 def _short(chunk: Chunk, tokenizer: Any, limit: int) -> Iterator[Chunk]:
     """The chunk in parts of at most `limit` tokens, cut after a comma or between words where one is near."""
-    offsets, first = _offsets(tokenizer, chunk.text), 0
+    offsets, first = chunk.spans(tokenizer), 0
     begin = 0
     while len(offsets) - first > limit:
         near = range(first + limit, first + max(limit - BACK, 0), -1)
@@ -400,9 +437,3 @@ def _short(chunk: Chunk, tokenizer: Any, limit: int) -> Iterator[Chunk]:
         yield chunk[begin : offsets[first][0]]
         begin = offsets[first][0]
     yield chunk[begin : len(chunk.text)]
-
-
-def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Where each token of a text begins and ends in it."""
-    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [tuple(span) for span in read["offset_mapping"]]

@@ -267,8 +267,10 @@ class Studio:
                 if recipe.binding == BOUND or over:
                     stack.enter_context(mixture.tiled(0))
                 elif recipe.arm == "gates":
-                    tiles = tiled_prompt(pipe, recipe.text, weights=recipe.weights)
-                    stack.enter_context(mixture.tiled(always=recipe.binding == TILES, **tiles))
+                    always = recipe.binding == TILES
+                    second = "" if always else recipe.prompt_2
+                    tiles = tiled_prompt(pipe, recipe.text, prompt_2=second, weights=recipe.weights)
+                    stack.enter_context(mixture.tiled(always=always, **tiles))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
             return pipe(

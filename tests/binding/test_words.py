@@ -196,7 +196,11 @@ def test_a_noun_that_a_text_names_twice_is_two_things(clip, prompt, things):
 def test_each_thing_has_a_prompt_of_its_own(prompt, apart, listed):
     """With what is said of all; a hat is said of the whole picture here."""
     reading, found, are_listed = prompts_apart(prompt, [["owl"], ["Fox"], ["ink"], ["hat"]], everywhere=[3])
-    assert list(found.values()) == apart
+    assert [part.text for part in found.values()] == apart
+    for part in found.values():
+        assert [c for c, i in zip(part.text, part.source, strict=True) if i is not None and prompt[i] != c] == []
+        assert {c for c, i in zip(part.text, part.source, strict=True) if i is None} <= {" "}
+        assert sorted(known := [i for i in part.source if i is not None]) == known
     assert are_listed == listed
     assert [reading.things[i].name for i in found] == [
         name for name in sorted(("fox", "owl", "lemon"), key=prompt.lower().find) if name in prompt.lower()

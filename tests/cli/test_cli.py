@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mole_diffusers import merge, read_expert
 from mole_diffusers.cli import main, parser
@@ -56,6 +57,22 @@ def test_merge_writes_one_lora(loras, base, tmp_path, capsys):
     assert main(["merge", *files, "--method", "ssr", *prompts, "--format", "kohya", "--out", str(out)]) == 0
     assert read_expert(out).format == "kohya"
     assert "mole.loss" in capsys.readouterr().out
+
+
+def test_compose_draws_weights_in_tiles(tmp_path, monkeypatch):
+    """Its column of tiles is what `mole draw` draws; a word in brackets, or before a comma, names its LoRA."""
+    sheets, picture = [], tmp_path / "one.png"
+    module = import_module("mole_diffusers.cli.compose")
+    monkeypatch.setattr(module, "write_sheet", lambda pictures, *_: sheets.append(pictures))
+    prompt = "noto drawing of a (doughnut:1.3), and a Sunflower"
+    assert main(["compose", prompt, "--rows", "1", "--steps", "2", "--gates", "sum"]) == 0
+    drawn = ["draw", f"{prompt} <lora:doughnut:1> <lora:sunflower:1>", "--gates", "sum", "--binding", "tiles"]
+    assert main([*drawn, "--steps", "2", "--seed", "0", "--out", str(picture)]) == 0
+    (tiles,) = sheets[0]["tiles"]
+    (bound,) = sheets[0]["bound"]
+    with Image.open(picture) as wanted:
+        assert ImageChops.difference(tiles, wanted.convert("RGB")).getextrema() == ((0, 0),) * 3
+        assert ImageChops.difference(bound, wanted.convert("RGB")).getextrema() != ((0, 0),) * 3
 
 
 def test_compose_on_the_embedded_world(tmp_path, capsys):

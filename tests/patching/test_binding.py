@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.patching import bound_text
 from mole_diffusers.patching.folding import Averages, evaluate_gates
 from mole_diffusers.testing import tiny_lora
 
@@ -500,6 +501,23 @@ def test_closed_words_reach_every_attention_processor(attach, pipe, draw, slicin
             if hasattr(module, "set_processor"):
                 module.set_processor(AttnProcessor())
     torch.testing.assert_close(draw(pipe, PROMPT), expected, atol=2e-5, rtol=0)
+
+
+def test_what_is_closed_is_kept_for_each_head_while_it_is_small_and_a_picture_is_drawn(attach, pipe, draw, monkeypatch):
+    mixture, kept = attach(HALVES), []
+
+    def rows(*_):
+        kept.append({made.shape[0] for key, made in now(mixture)._made.items() if key[0] == "bias of heads"})
+
+    pipe.unet.register_forward_hook(rows)
+    drawn = draw(pipe, PROMPT)
+    assert all(kept)
+    assert not any(2 in each for each in kept)  # of two rows, for several heads
+    assert not now(mixture)._made
+    kept.clear()
+    monkeypatch.setattr(bound_text, "MOST_KEPT", 0)
+    assert torch.equal(draw(pipe, PROMPT), drawn)
+    assert all(each == {2} for each in kept)
 
 
 def test_detach_is_exact_after_bound_pictures(attach, pipe, draw):

@@ -90,7 +90,12 @@ WEIGHTS = {"prompt": "a (sunflower:1.3) and a doughnut"}
 
 @pytest.mark.parametrize(
     "changes",
-    [{"binding": "tiles"}, WEIGHTS, *thorough(WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0})],
+    [
+        {"binding": "tiles"},
+        WEIGHTS,
+        {"negative": "(red:1.4)"},
+        *thorough(WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0}),
+    ],
 )
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):
     """Its gates are trained, its LoRAs know their words, and its UNet has eight channels, which diffusers refuses."""

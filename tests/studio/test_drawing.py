@@ -222,6 +222,24 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
         assert far(*each) == 0
 
 
+def _without_weights(recipe):
+    return dataclasses.replace(recipe, prompt=recipe.prompt.replace("(ink:1.2)", "ink").replace("((hat))", "hat"))
+
+
+def test_with_a_second_prompt_weights_bring_no_tiles(tmp_path):
+    """As without them: tiles would not read it."""
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    pipe.unet.register_to_config(sample_size=8)
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    studio = Studio(pipe, Catalog(files, {}), "tiny")
+    prompt = "a (fox:1.2), a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>"
+    for prompt_2, tiled in (("", True), ("ink", False)):
+        recipe = studio.complete(dataclasses.replace(RECIPE, prompt=prompt, prompt_2=prompt_2, width=32, height=32))
+        assert studio.draws_in_tiles(recipe) == tiled
+        bound = studio.draw(dataclasses.replace(recipe, binding="bound"))
+        assert (far(studio.draw(recipe), bound) > 1) == tiled
+
+
 def test_a_part_of_a_prompt_has_the_weights_of_its_words_in_tiles(studio, loras, room_for_tiles):
     """By itself, where there is room, as without weights; each tile's prompt is the part with its brackets."""
     prompt = "(ink:1.2) a fox, a ((hat)) <lora:fox:0.8:word=fox> <lora:ink:1:word=hat>"
@@ -231,7 +249,7 @@ def test_a_part_of_a_prompt_has_the_weights_of_its_words_in_tiles(studio, loras,
     written = {"ink a fox": "(ink:1.2) a fox", "ink a hat": "(ink:1.2) a ((hat))"}
 
     def encode(part):
-        return call_arguments(pipe, written[part], guided=False)["prompt_embeds"], None
+        return call_arguments(pipe, written[part.text], guided=False)["prompt_embeds"], None
 
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "width": 32, "height": 32}
     with attached(pipe).tiled(prompt="ink a fox, a hat", encode=encode):
@@ -246,6 +264,14 @@ def test_a_part_of_a_prompt_has_the_weights_of_its_words_in_tiles(studio, loras,
     room_for_tiles(8)
     assert studio.draws_in_tiles(automatic)
     assert far(studio.draw(automatic), wanted) <= 1
+    plain = _without_weights(automatic)
+    against = {
+        words: studio.draw(dataclasses.replace(plain, negative=words)) for words in ("blur", "(blur:1)", "(blur:1.5)")
+    }
+    assert far(against["blur"], against["(blur:1)"]) == 0
+    assert far(against["blur"], against["(blur:1.5)"]) > 0
+    bound = studio.draw(dataclasses.replace(plain, negative="(blur:1.5)", binding="bound"))
+    assert far(against["(blur:1.5)"], bound) > 1
     in_parts = dataclasses.replace(automatic, prompt=prompt.replace("hat))", "hat)) BREAK ink"))
     assert not studio.draws_in_tiles(in_parts)
     assert far(studio.draw(in_parts), studio.draw(dataclasses.replace(in_parts, binding="bound"))) == 0
