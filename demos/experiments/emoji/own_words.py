@@ -1,12 +1,12 @@
 """Do results depend on words that the base cannot tell apart? The same LoRAs, where the base can.
 
-    python demos/experiments/emoji/own_words.py [--kinds ...] [--arms ...] [--per-kind 6] [--seeds 4] [--joint 1]
+    python demos/experiments/emoji/own_words.py [--split validation] [--kinds ...] [--arms ...] [--per-kind 6] [--seeds 4]
 
 No caption of the base's training has a held-out word, so its token kept the short vector that it began with, and the text
 encoder makes nearly the same of every such word (cosine .99 and more). Models that know their words tell them apart. Here
 each such token gets a vector as `resize_token_embeddings` of transformers would give it, from a Gaussian with the mean and
-the covariance of those that were trained; the LoRAs of the validation's concepts are trained again on that base and composed
-as by `compose.py`. Kept in work/own_words/.
+the covariance of those that were trained; the LoRAs are trained again on that base and composed as by `compose.py`. Kept in
+work/own_words/.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import make_loras
 import torch
 import train_base
 from check_world import JOINT
-from compose import ARMS, SEEDS, in_file
+from compose import ARMS, SEEDS, SPLITS, in_file
 from loop import WORK, mixed_precision, note, small_attention
 from sampling import GUIDANCE, STEPS
 
-from mole_diffusers.emoji import VALIDATION, words
+from mole_diffusers.emoji import TEST, words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import emoji_protocol
@@ -31,7 +31,10 @@ from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.training.lora_adapter import save_lora
 
 FOLDER = WORK / "own_words"
-CONCEPTS = (*words.VALIDATION_SUBJECTS, *words.VALIDATION_STYLES)
+CONCEPTS = {
+    "validation": (*words.VALIDATION_SUBJECTS, *words.VALIDATION_STYLES),
+    "test": (*words.TEST_SUBJECTS, *words.TEST_STYLES),
+}
 
 
 @torch.no_grad()
@@ -86,7 +89,8 @@ def joint(case: Case):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", nargs="*", choices=VALIDATION, default=list(VALIDATION))
+    parser.add_argument("--split", choices=SPLITS, default="validation")
+    parser.add_argument("--kinds", nargs="*", choices=TEST, default=list(TEST))
     arms = ("sum", "words only", "words and given places", "bound", "tiles")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=arms)
     parser.add_argument("--per-kind", type=int, default=6)
@@ -98,16 +102,18 @@ def main() -> None:
     before = alikeness(pipe)
     tell_words_apart(pipe)
     print(f"largest cosine of two held-out subjects: {before:.4f}, now {alikeness(pipe):.4f}", flush=True)
-    for concept in args.only or CONCEPTS:
+    concepts = CONCEPTS[args.split]
+    split = {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}
+    for concept in args.only or concepts:
         make(pipe, drawings, (concept,))
     if args.only:
         return
-    for kind in args.kinds:
-        for concepts in VALIDATION[kind][: args.joint]:
-            make(pipe, drawings, concepts)
-    world = replace(emoji_world(), pipe=pipe, loras={concept: path_of((concept,)) for concept in CONCEPTS})
+    for composed in split.values():
+        for each in composed[: args.joint]:
+            make(pipe, drawings, each)
+    world = replace(emoji_world(), pipe=pipe, loras={concept: path_of((concept,)) for concept in concepts})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
-    found = emoji_protocol.cases({kind: VALIDATION[kind][: args.per_kind] for kind in args.kinds})
+    found = emoji_protocol.cases(split)
     metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
     with small_attention(), mixed_precision():
         rows = evaluate(
@@ -115,8 +121,8 @@ def main() -> None:
             [*(ARMS[name]() for name in args.arms), in_file("joint LoRA", joint)],
             [case for case, _ in found],
             metrics,
-            seeds=range(SEEDS["validation"], SEEDS["validation"] + args.seeds),
-            rows=Rows(FOLDER / "rows"),
+            seeds=range(SEEDS[args.split], SEEDS[args.split] + args.seeds),
+            rows=Rows(FOLDER / "rows" / args.split),
         )
     print(success_table(as_frame(rows)))
 
