@@ -86,8 +86,8 @@ def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, dr
     assert (len(own), len(text)) == (6, 2)
     assert all(w is own[0] for w in own)
     assert text[0] is text[1]
-    assert own[0].shape == (2, 64, 4)
-    assert text[0].shape == (2, 16, 4)
+    assert own[0].shape == (2 * 64, 4)
+    assert text[0].shape == (2 * 16, 4)
 
 
 def test_permuting_experts_with_their_rows_leaves_the_image(pipe, loras, draw, awake):
