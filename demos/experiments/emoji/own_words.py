@@ -3,21 +3,20 @@
     python demos/experiments/emoji/own_words.py [--split validation] [--kinds ...] [--arms ...] [--per-kind 6] [--seeds 4]
 
 No caption of the base's training has a held-out word, so its token kept the short vector that it began with, and the text
-encoder makes nearly the same of every such word (cosine .99 and more). Models that know their words tell them apart. Here
-each such token gets a vector as `resize_token_embeddings` of transformers would give it, from a Gaussian with the mean and
-the covariance of those that were trained; the LoRAs are trained again on that base and composed as by `compose.py`. Kept in
-work/own_words/.
+encoder makes nearly the same of every such word. Models that know their words tell them apart. Here each such token gets a
+vector as `resize_token_embeddings` of transformers would give it, from a Gaussian with the mean and the covariance of those
+that were trained; the LoRAs are trained again on that base and composed as by `compose.py`. Kept in work/own_words/.
 """
 
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import make_loras
 import torch
 import train_base
-from check_world import JOINT
-from compose import ARMS, SEEDS, SPLITS, in_file
+from compose import ARMS, SEEDS, SPLITS
 from loop import WORK, mixed_precision, note, small_attention
 from sampling import GUIDANCE, STEPS
 
@@ -26,7 +25,7 @@ from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import emoji_protocol
 from mole_diffusers.evaluation.rows import Rows
-from mole_diffusers.evaluation.runner import Case, evaluate
+from mole_diffusers.evaluation.runner import evaluate
 from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.training.lora_adapter import save_lora
 
@@ -55,36 +54,33 @@ def tokens(pipe, names: tuple[str, ...]) -> list[int]:
     return sorted({token for name in names for token in pipe.tokenizer(name).input_ids[1:-1]})
 
 
-def alikeness(pipe) -> float:
-    """The largest cosine of the text states of two held-out subjects."""
+def alikeness(pipe, names: tuple[str, ...]) -> tuple[float, float, float]:
+    """The smallest, the median and the largest cosine of the text states of two of these subjects."""
     states = []
-    for name in words.VALIDATION_SUBJECTS:
+    for name in names:
         read = pipe.tokenizer(f"a {name}", padding="max_length", return_tensors="pt").input_ids.to(pipe.device)
         with torch.no_grad():
             states.append(pipe.text_encoder(read)[0][0, len(pipe.tokenizer(f"a {name}").input_ids) - 2])
     states = torch.nn.functional.normalize(torch.stack(states), dim=1)
-    return float((states @ states.T - torch.eye(len(states)).to(states)).max())
+    cosines = (states @ states.T)[tuple(torch.triu_indices(len(states), len(states), 1))]
+    return float(cosines.min()), float(cosines.median()), float(cosines.max())
 
 
-def path_of(concepts: tuple[str, ...]):
-    """Where the LoRA of a concept, or of several jointly, is kept."""
-    return FOLDER / "loras" / f"{'+'.join(concepts).replace(' ', '_')}.safetensors"
+def path_of(concept: str) -> Path:
+    """Where the LoRA of a concept is kept."""
+    return FOLDER / "loras" / f"{concept.replace(' ', '_')}.safetensors"
 
 
-def make(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> None:
-    """The LoRA of a concept, by the recipe that it has in the world, or of several jointly."""
-    path, start = path_of(concepts), time.time()
+def make(pipe, drawings: Drawings, concept: str) -> None:
+    """The LoRA of a concept, by the recipe that it has in the world, but with alpha = rank for all."""
+    path, start = path_of(concept), time.time()
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = make_loras.recipe(*concepts) if len(concepts) == 1 else JOINT
-    tensors = make_loras.train(pipe, make_loras.concept_samples(pipe, drawings, concepts), chosen, chosen.rank)
-    save_lora(tensors, path, alpha=chosen.rank, rank=chosen.rank, triggers="+".join(concepts))
+    chosen = make_loras.recipe(concept)
+    tensors = make_loras.train(pipe, make_loras.concept_samples(pipe, drawings, (concept,)), chosen, chosen.rank)
+    save_lora(tensors, path, alpha=chosen.rank, rank=chosen.rank, triggers=concept)
     note(f"own words: {path.stem}", seconds=round(time.time() - start))
-
-
-def joint(case: Case):
-    return path_of(case.concepts)
 
 
 def main() -> None:
@@ -95,30 +91,28 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=arms)
     parser.add_argument("--per-kind", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--joint", type=int, default=0, help="compositions of each kind that get a joint LoRA")
     parser.add_argument("--only", nargs="*", help="train the LoRAs of these concepts and stop")
     args = parser.parse_args()
     pipe, drawings = train_base.trained(), Drawings(default_folder())
-    before = alikeness(pipe)
+    known, before = alikeness(pipe, words.BASE_SUBJECTS), alikeness(pipe, words.HELD_OUT_SUBJECTS)
     tell_words_apart(pipe)
-    print(f"largest cosine of two held-out subjects: {before:.4f}, now {alikeness(pipe):.4f}", flush=True)
+    after = alikeness(pipe, words.HELD_OUT_SUBJECTS)
+    for name, found in (("the base's subjects", known), ("held-out subjects", before), ("held-out subjects now", after)):
+        print(f"cosine of two of {name}:", *(f"{value:.3f}" for value in found), flush=True)
     concepts = CONCEPTS[args.split]
     split = {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}
     for concept in args.only or concepts:
-        make(pipe, drawings, (concept,))
+        make(pipe, drawings, concept)
     if args.only:
         return
-    for composed in split.values():
-        for each in composed[: args.joint]:
-            make(pipe, drawings, each)
-    world = replace(emoji_world(), pipe=pipe, loras={concept: path_of((concept,)) for concept in concepts})
+    world = replace(emoji_world(), pipe=pipe, loras={concept: path_of(concept) for concept in concepts})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     found = emoji_protocol.cases(split)
     metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
     with small_attention(), mixed_precision():
         rows = evaluate(
             setup,
-            [*(ARMS[name]() for name in args.arms), in_file("joint LoRA", joint)],
+            [ARMS[name]() for name in args.arms],
             [case for case, _ in found],
             metrics,
             seeds=range(SEEDS[args.split], SEEDS[args.split] + args.seeds),

@@ -10,7 +10,7 @@ What is trained is kept in work/shared/, rows are appended below work/shared/row
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -73,7 +73,7 @@ class Clock:
 class ScoreGate(nn.Module):
     """Weights exp(scores . numbers) of the experts at one layer, on top of the sum; the numbers are all layers' own."""
 
-    def __init__(self, numbers: nn.Parameter, layer: Any, name: str, is_style: torch.Tensor, clock: Clock):
+    def __init__(self, numbers: nn.Parameter, layer: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
         super().__init__()
         self.numbers, self.clock = numbers, clock
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].weight.detach()
@@ -105,11 +105,13 @@ class ScoreGate(nn.Module):
         return torch.exp(known + of_size @ self.numbers[8:])
 
 
-def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, styles: Any, clock: Clock) -> None:
+def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Collection[str], clock: Clock) -> None:
     """Score gates at every layer of the denoiser that has experts; they end with `detach`."""
     is_style = torch.tensor([name in styles for name in mixture.experts])
     gates = {
-        name: ScoreGate(numbers, layer, name, is_style, clock) for part, name, layer in ladder.layers(pipe) if part == "unet"
+        name: ScoreGate(numbers, layer, name=name, is_style=is_style, clock=clock)
+        for part, name, layer in ladder.layers(pipe)
+        if part == "unet"
     }
     mixture.banks["scores"] = GateBank(gates)
 
@@ -147,7 +149,7 @@ def train_scores(setup: Setup, lessons: Lessons) -> None:
     numbers, clock = nn.Parameter(torch.zeros(2 * len(SCORES) + len(OF_SIZE))), Clock()
     for turn, (case, scene) in enumerate(lessons):
         with taught(setup, case, scene, "sum") as (mixture, train), clock.of(setup.pipe):
-            put_gates(setup.pipe, mixture, numbers, setup.styles, clock)
+            put_gates(setup.pipe, mixture, numbers, styles=setup.styles, clock=clock)
             train(lr=LR, seed=turn)
         print([round(value, 2) for value in numbers.tolist()], flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,8 @@ def by_scores() -> Arm:
     def draws(setup: Setup, case: Case) -> Iterator[None]:
         experts = setup.weighted_experts(arms.ones(setup, case))
         with arms.attached_to(setup, experts, "sum", {}) as mixture, mixture.tiled(0), clock.of(setup.pipe):
-            put_gates(setup.pipe, mixture, nn.Parameter(torch.load(NUMBERS, weights_only=True)), setup.styles, clock)
+            numbers = nn.Parameter(torch.load(NUMBERS, weights_only=True))
+            put_gates(setup.pipe, mixture, numbers, styles=setup.styles, clock=clock)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
