@@ -42,8 +42,8 @@ def step_shares(settings: Settings, arms: Sequence[str], experts: Sequence[int])
         files, runs = lora_files(pipe.unet, Path(folder), max(experts), rank=settings.rank), {}
         for arm, n in wanted:
             other = twin(pipe, own=arm in FOLDING)
-            stack.enter_context(ARMS[arm](other, dict(list(files.items())[:n]), settings.gates))
-            runs[arm, n] = partial(other.unet, **given)
+            changed = stack.enter_context(ARMS[arm](other, dict(list(files.items())[:n]), settings.gates)) or {}
+            runs[arm, n] = partial(other.unet, **given | changed)
         rounds: dict[tuple[str, int], list[dict[str, tuple[int, float]]]] = defaultdict(list)
         for turn in range(2 + settings.repeats):
             for key, run in runs.items():

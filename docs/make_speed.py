@@ -48,8 +48,9 @@ ABOUT_DISPATCH = """
 
 A layer makes one down product, one product with the factor and one `addmm` beside the host's own: 5 operations more than
 the host's 4 (before: 9). Of PyTorch's operations a step of the base has 1,616; sum adds 644 (before: 1,156), mole 980
-(1,348), flow 932 (1,412), and nothing of a layer's is cached. The goals are not met, and trials on the sum at N=3 say what
-is left:
+(1,348), flow 825 (1,412, and 932 when the table was measured), and nothing of a layer's is cached
+(`tests/benchmarks/test_bench.py::test_what_a_step_asks_of_pytorch` counts them at N=3). The goals are not met, and trials on
+the sum at N=3 say what is left:
 
 | what a layer does | x base |
 |---|---|
@@ -78,7 +79,7 @@ Each LoRA on a word and in a part of the picture of its own, beside the same gat
 step of Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock. "More" is the median over rounds of the
 two ratios' difference. "Before", measured right after it on that machine: masks by token that each layer looked at anew, and
 biases of cross-attention that diffusers repeats for every head at every step, 210 operations more with the sum and 162 with
-`mole`; now 24 and 7.
+`mole`; now 24 and 7, by the same test.
 
 | | gates | N | not bound | bound | more | before |
 |---|---|---|---|---|---|---|

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from benchmarks import clock, once, settings, steps
@@ -34,6 +35,41 @@ def outputs(pipe, tmp_path):
         return found
 
     return run
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_what_a_step_asks_of_pytorch(tmp_path):
+    """docs/speed.md has these counts: binding adds no operation to the 128 layers."""
+    narrow = settings.Settings(size="thin", rank=4)
+    pipe = narrow.host()
+    given, files = inputs(pipe, "thin", pixels=narrow.side), lora_files(pipe.unet, tmp_path, 3, rank=4)
+    counts = {}
+    with ExitStack() as stack:
+        for arm in ("base", "sum", "mole", "flow", "bound sum", "bound mole"):
+            other = twin(pipe)
+            call = given | (stack.enter_context(ARMS[arm](other, files, SUM)) or {})
+            other.unet(**call)  # a text is read when it comes first
+            with Operations() as operations:
+                other.unet(**call)
+            counts[arm] = operations.count
+    more = {arm: count - counts["base"] for arm, count in counts.items()}
+    assert more["sum"] <= 644
+    assert more["mole"] <= 980
+    assert more["flow"] <= 825
+    assert more["bound sum"] - more["sum"] <= 24
+    assert more["bound mole"] - more["mole"] <= 7
 
 
 def test_every_arm_of_equal_gates_computes_the_same_step(outputs):
