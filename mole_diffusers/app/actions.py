@@ -34,9 +34,10 @@ from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.names import known_names, matching
-from mole_diffusers.studio.prompt_weights import plain_text, prompts_read
+from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
+from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20

@@ -70,7 +70,8 @@ def compose(
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
     from mole_diffusers.patching.tiles import draws_in_tiles
-    from mole_diffusers.studio.prompt_weights import plain_text, plain_texts, tiled_prompt
+    from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
+    from mole_diffusers.studio.weight_syntax import plain_text
 
     own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe

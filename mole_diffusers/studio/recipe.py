@@ -15,7 +15,7 @@ from mole_diffusers.lora.safe_files import parse_json, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio.names import matching
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
-from mole_diffusers.studio.prompt_weights import plain_text
+from mole_diffusers.studio.weight_syntax import plain_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 4
 RANGES = {
@@ -60,7 +60,7 @@ class Recipe:
         binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there as a picture of its own
             at first; "auto", in tiles where each has room for it, see `Mixture.tiled`; or "none".
         masks: LoRA whose tag says region=painted -> its mask picture as `binding.config.mask_text` writes it.
-        weights: whether brackets in the prompt are weights, see `prompt_weights`; else they are plain text, and a long
+        weights: whether brackets in the prompt are weights, see `weight_syntax`; else they are plain text, and a long
             prompt is cut.
         image, mask: sha256 of the pixels of a picture that is drawn over, and of the mask, white where it is drawn over;
             "" for none.

@@ -27,7 +27,6 @@ from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.prompt_weights import (
     call_arguments,
-    parse_weights,
     plain_texts,
     tiled_prompt,
     token_counts,
@@ -36,6 +35,7 @@ from mole_diffusers.studio.prompt_weights import (
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
+from mole_diffusers.studio.weight_syntax import parse_weights
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.base_models import Base

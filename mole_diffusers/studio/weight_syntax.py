@@ -1,0 +1,128 @@
+"""Weights inside a prompt, `(fox:1.3)` -> its words, the weight of each of their characters, and where chunks end.
+
+They are written as in A1111: ( ) multiply by 1.1, [ ] divide by it, (words:1.3) by the number, a backslash makes a bracket
+plain text, and BREAK begins a new chunk.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+STEP = 1.1
+MOST_NESTED = 50
+MOST_WEIGHT = 100.0
+PIECE = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
+NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
+BREAK = "\0"
+
+
+class Fragment(NamedTuple):
+    """Words of one weight in a chunk, and where they begin there."""
+
+    text: str
+    weight: float
+    start: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a prompt that is encoded by itself, and the weight of each of its characters."""
+
+    text: str
+    weights: tuple[float, ...]
+
+    @property
+    def has_weights(self) -> bool:
+        return not set(self.weights) <= {1.0}
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """From the first to the last."""
+        found, start = [], 0
+        for weight, run in groupby(self.weights):
+            text = self.text[start : (end := start + len(list(run)))]
+            if words := text.strip():
+                found.append(Fragment(words, weight, start + text.index(words)))
+            start = end
+        return found
+
+    @property
+    def words(self) -> str:
+        """The text as compel reads it, in which a fragment begins with a new word."""
+        return " ".join(fragment.text for fragment in self.fragments) if self.has_weights else self.text
+
+    def spans(self, tokenizer: Any) -> list[tuple[int, int]]:
+        """Where each token that is read of it begins and ends in the text."""
+        return [
+            (fragment.start + start, fragment.start + end)
+            for fragment in self.fragments
+            for start, end in tokenizer(fragment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
+        ]
+
+    def __getitem__(self, part: slice) -> Chunk:
+        text = self.text[part]
+        start = (part.start or 0) + len(text) - len(text.lstrip())
+        return Chunk(text.strip(), self.weights[start : start + len(text.strip())])
+
+
+NOTHING = Chunk("", ())
+
+
+def parse_weights(prompt: str) -> list[Chunk]:
+    """The chunks that a prompt asks for, at least one.
+
+    Raises ValueError for a bracket that is not closed or not opened, for a weight beyond MOST_WEIGHT, and for what else
+    A1111 has in square brackets.
+    """
+    characters: list[str] = []
+    weights: list[float] = []
+    opened: list[tuple[str, int]] = []
+    for piece in PIECE.findall(re.sub(r"\bBREAK\b", BREAK, prompt.replace(BREAK, " "))):
+        if piece in ("(", "["):
+            opened.append((piece, len(characters)))
+            if len(opened) > MOST_NESTED:
+                raise ValueError(f"brackets in a prompt are nested at most {MOST_NESTED} deep")
+        elif piece in (")", "]"):
+            if not opened or opened[-1][0] != ("(" if piece == ")" else "["):
+                raise ValueError(f"the prompt has a {piece} that nothing opens; write \\{piece} for a plain bracket")
+            start = opened.pop()[1]
+            factor, end = _closed(piece, "".join(characters[start:]), start)
+            del characters[end:], weights[end:]
+            weights[start:] = [weight * factor for weight in weights[start:]]
+        else:
+            text = piece[1:] if piece[0] == "\\" and len(piece) == 2 else piece
+            characters += text
+            weights += [1.0] * len(text)
+    if opened:
+        rest = "".join(characters[opened[-1][1] :]).strip()[:30]
+        raise ValueError(
+            f"the prompt does not close the {opened[-1][0]} before {rest!r}; write \\{opened[-1][0]} for a plain bracket"
+        )
+    if any(abs(weight) > MOST_WEIGHT for weight in weights):
+        raise ValueError(f"a weight in a prompt, with those around it, is at most {MOST_WEIGHT:g}")
+    return _chunks(Chunk("".join(characters), tuple(weights)))
+
+
+def plain_text(prompt: str) -> str:
+    """The words of a prompt without weights and breaks. Raises as `parse_weights`."""
+    return " ".join(chunk.text for chunk in parse_weights(prompt) if chunk.text)
+
+
+def _closed(bracket: str, inside: str, start: int) -> tuple[float, int]:
+    """The factor of a pair of brackets, and where its words end."""
+    number = NUMBER.search(inside)
+    if bracket == ")":
+        return (float(number[1]), start + number.start()) if number else (STEP, start + len(inside))
+    if number or "|" in inside:
+        raise ValueError(f"[{inside}] is not read: square brackets lower a weight here, and change no words between steps")
+    return 1 / STEP, start + len(inside)
+
+
+def _chunks(whole: Chunk) -> list[Chunk]:
+    edges = [-1, *(i for i, c in enumerate(whole.text) if c == BREAK), len(whole.text)]
+    return [whole[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]
