@@ -106,6 +106,16 @@ def _success_by_kind(rows: pd.DataFrame, kinds: Sequence[str], *, head: str, res
     return markdown([head, *kinds], body)
 
 
+def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str) -> str:
+    """Success for all values of the columns `down` that occur together, a column per value of the column `across`."""
+    columns = list(rows[across].unique())
+    body = [
+        [*map(str, at), *(interval(own[own[across] == column], "success") for column in columns)]
+        for at, own in rows.groupby(list(down), sort=False)
+    ]
+    return markdown([*down, *columns], body)
+
+
 def score_table(rows: pd.DataFrame, scores: Sequence[str], *, head: str = "arm", resample: Resample = "cases") -> str:
     """Every arm, a column per score."""
     body = [

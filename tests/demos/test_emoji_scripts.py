@@ -43,3 +43,22 @@ def test_each_subject_has_a_prompt_and_a_square_of_its_own(script):
         "octopus": ("noto drawing of an octopus on a blue background", (0.5, 0, 1, 1)),
     }
     assert parts(setup, styled) == {"fox": (styled.prompt, (0, 0, 1, 1))}
+
+
+def test_packed_verdicts_are_those_of_the_rows_and_of_one_world_only(script, tmp_path, monkeypatch):
+    import pandas as pd
+
+    compose = script("compose")
+    monkeypatch.setattr(compose, "WORK", tmp_path)
+    monkeypatch.setattr(compose, "DOCS", tmp_path)
+    (tmp_path / "results").mkdir()
+    row = {"case": "fox+ink 64x64", "kind": "subject x style", "concepts": ["fox", "ink"], "arm": "sum", "prompt": "a fox"}
+    rows = [row | {"seed": seed, "settings": {"base": "one"}, "success": seed == 2} for seed in (2, 1)]
+    kept = compose.Rows(tmp_path / "compose" / "test")
+    kept.append(rows)
+    compose.pack("test")
+    packed = pd.read_csv(tmp_path / "results" / "test.csv.gz")
+    assert packed[["concepts", "seed", "success"]].values.tolist() == [["fox+ink", 1, 0], ["fox+ink", 2, 1]]
+    kept.append([rows[0] | {"settings": {"base": "another"}}])
+    with pytest.raises(ValueError, match="rows of several worlds"):
+        compose.pack("test")

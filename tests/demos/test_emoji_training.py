@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from mole_diffusers import emoji
+from mole_diffusers import emoji, emoji_world
 
 
 def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
@@ -26,6 +26,37 @@ def test_every_subject_and_base_style_is_one_token_with_the_number_that_the_weig
     assert all(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in named)
     caption = tokenizer("a bat and a pig", add_special_tokens=False).input_ids
     assert caption == [71, 514, 124, 71, 612]  # trained anew, a tokenizer may give these words any of several numbers
+
+
+def word_tokens(tokenizer, names) -> list[int]:
+    return sorted({token for name in names for token in tokenizer(name, add_special_tokens=False).input_ids})
+
+
+def test_words_that_no_caption_had_get_vectors_of_their_own_and_no_other_word_changes(script):
+    world = emoji_world()
+    tokenizer, encoder = world.pipe.tokenizer, world.pipe.text_encoder
+    vectors = encoder.get_input_embeddings().weight.data
+    shipped = vectors.clone()
+    frame = ("drawing", "of", "a", "an", "and", "left", "right", "above", "below", "on", "background")
+    once = ("bar", "joy")  # an earlier training had them
+    known = word_tokens(tokenizer, (*emoji.BASE_SUBJECTS, *emoji.BASE_STYLES, *emoji.BACKGROUNDS, *frame, *once))
+    unseen = sorted(set(word_tokens(tokenizer, (*emoji.SUBJECTS, *emoji.STYLES))) - set(known))
+    vectors[unseen] *= 0.1  # as short as those that no update moved
+    script("train_base").tell_words_apart(tokenizer, encoder)
+    torch.testing.assert_close(vectors, shipped, atol=2e-3, rtol=0)  # which was rounded to half precision
+
+
+def test_the_text_encoder_tells_the_words_of_loras_apart():
+    """Where they were never trained and never given vectors, the smallest cosine of two was .994."""
+    pipe = emoji_world().pipe
+    read = pipe.tokenizer([f"a {name}" for name in emoji.HELD_OUT_SUBJECTS], padding="max_length", return_tensors="pt")
+    ends = (read.input_ids != pipe.tokenizer.eos_token_id).sum(1) - 1  # where the last word stands
+    with torch.no_grad():
+        states = pipe.text_encoder(read.input_ids)[0][torch.arange(len(ends)), ends]
+    states = torch.nn.functional.normalize(states, dim=1)
+    cosines = (states @ states.T)[tuple(torch.triu_indices(len(states), len(states), 1))]
+    assert cosines.max() < 0.8
+    assert cosines.median() < 0.2
 
 
 def tiny() -> nn.Module:

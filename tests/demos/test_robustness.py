@@ -2,6 +2,7 @@
 
 import sys
 
+import pandas as pd
 import pytest
 
 from mole_diffusers import emoji, emoji_world
@@ -76,6 +77,29 @@ def test_another_sampler_draws_and_the_pipelines_own_comes_back(robustness, star
         assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
         assert pipe.scheduler.config.prediction_type == own.config.prediction_type
     assert pipe.scheduler is own
+
+
+def test_packed_verdicts_are_replaced_by_axis_and_kind(robustness, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "PACKED", tmp_path / "robustness.csv.gz")
+
+    def rows(axis, setting, success):
+        one = {
+            "axis": axis,
+            "setting": setting,
+            "kind": "two subjects",
+            "concepts": ["fox", "koala"],
+            "arm": "sum",
+            "seed": 1,
+        }
+        return pd.DataFrame([one | {"success": success}])
+
+    robustness.pack(pd.concat([rows("size", "1", True), rows("samplers", "DDIM", True)]))
+    robustness.pack(pd.concat([rows("size", "1", False), rows("size", "1.5", True)]))
+    packed = pd.read_csv(robustness.PACKED, dtype={"setting": str})
+    found = [(row.axis, row.setting, row.concepts, row.success) for row in packed.itertuples()]
+    assert found == [
+        ("samplers", "DDIM", "fox+koala", 1), ("size", "1", "fox+koala", 0), ("size", "1.5", "fox+koala", 1),
+    ]  # fmt: skip
 
 
 @pytest.mark.thorough

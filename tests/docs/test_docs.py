@@ -1,5 +1,7 @@
 """The documents: code that runs, pictures that are there, tests that exist."""
 
+import csv
+import gzip
 import re
 import runpy
 from pathlib import Path
@@ -21,6 +23,38 @@ def blocks(name, language):
 def test_costs_are_what_was_measured():
     made = runpy.run_path(str(DOCS / "make_speed.py"))["document"]()
     assert (DOCS / "speed.md").read_text() == made, "run: python docs/make_speed.py"
+
+
+RESULTS = runpy.run_path(str(DOCS / "make_results.py"))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in RESULTS["PAGES"] if RESULTS["TABLE"].search(p.read_text())], ids=lambda p: p.name
+)
+def test_successes_are_what_was_judged(path):
+    assert path.read_text() == RESULTS["page"](path.read_text()), "run: python docs/make_results.py"
+
+
+def test_a_success_is_the_share_of_pictures_that_were_judged_right():
+    with gzip.open(DOCS / "results" / "test.csv.gz", "rt") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "two subjects"]
+    first = sorted({row["seed"] for row in rows})[0]
+    right = {
+        arm: {row["concepts"]: int(row["success"]) for row in rows if (row["arm"], row["seed"]) == (arm, first)}
+        for arm in ("sum", "bound")
+    }
+    shares = {arm: sum(found.values()) / len(found) for arm, found in right.items()}
+    assert right["sum"].keys() == right["bound"].keys()
+    assert cell(RESULTS["success"]("test; sum, bound; 1 seeds"), "bound", "two subjects") == f"{shares['bound']:.2f}"
+    less = f"{shares['bound'] - shares['sum']:.2f}"
+    assert cell(RESULTS["success"]("test; bound; 1 seeds; less sum"), "bound", "two subjects") == less
+
+
+def cell(table, row, column):
+    """The number in a table's cell, without its interval."""
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    (found,) = [line for line in lines if line[0] == row]
+    return found[head.index(column)].split()[0]
 
 
 def shortened(code):

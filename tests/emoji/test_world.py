@@ -35,10 +35,12 @@ def test_loras_mix_formats_ranks_and_layers(world):
     assert scales == {0.5}
 
 
-def test_sum_equals_set_adapters_on_the_trained_base(world):
+def test_sum_equals_set_adapters_on_the_trained_base():
+    """In double precision: in single, four guided steps make 3e-4 of what rounding differs by."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(**world.pipe.components, requires_safety_checker=False)
+    world = mole.emoji_world()
+    pipe = StableDiffusionPipeline(**world.pipe.components, requires_safety_checker=False).to(dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
 
@@ -55,8 +57,8 @@ def test_sum_equals_set_adapters_on_the_trained_base(world):
         pipe.load_lora_weights(path, adapter_name=name)
     pipe.set_adapters(list(concepts), [1.0] * 3)
     theirs = draw()
-    pipe.unload_lora_weights()
-    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+    assert (ours - base).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -10,7 +10,7 @@ work/joint/.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import make_loras
@@ -30,7 +30,7 @@ from mole_diffusers.evaluation.emoji_protocol import scene_of
 from mole_diffusers.training.lora_adapter import save_lora
 
 GATE = WORK / "gate.json"
-JOINT = make_loras.Recipe(rank=16, layers=make_loras.WIDE, steps=700)
+JOINT = make_loras.Recipe(rank=16)  # and as many updates for each concept as one LoRA has
 JOINT_ROWS = {  # kind -> share asked for
     "subject x style": 0.85,
     "two subjects": 0.95,
@@ -137,7 +137,8 @@ def joint_rows(world: World, pictures: int, per_kind: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 samples = make_loras.concept_samples(world.pipe, world.drawings, concepts)
-                tensors = make_loras.train(world.pipe, samples, JOINT, JOINT.rank)
+                chosen = replace(JOINT, steps=JOINT.steps * len(concepts))
+                tensors = make_loras.train(world.pipe, samples, chosen, JOINT.rank)
                 save_lora(tensors, path, alpha=JOINT.rank, rank=JOINT.rank)
             world.pipe.load_lora_weights(str(path), adapter_name="joint")
             share = world.look(f"joint {path.stem}", [scene_of(concepts, i) for i in range(pictures // 4)])

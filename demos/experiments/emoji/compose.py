@@ -2,9 +2,10 @@
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
     python demos/experiments/emoji/compose.py --figure tiles
+    python demos/experiments/emoji/compose.py --split validation --pack
 
 Rows are appended below work/compose/, so a cut-off run goes on. The joint LoRA is drawn where `check_world.py --rows joint`
-has made one.
+has made one. `--pack` writes every verdict to docs/results/, which docs/make_results.py makes the documents' tables from.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from check_world import joint_file
 from loop import WORK, device, mixed_precision, small_attention
 from PIL import Image
@@ -31,6 +33,7 @@ from mole_diffusers.evaluation.tables import as_frame, paired_table, success_tab
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
 
+DOCS = Path(__file__).parents[3] / "docs"
 SPLITS = {"test": TEST, "validation": VALIDATION}
 SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
 
@@ -115,6 +118,21 @@ def figure(world: EmojiWorld, name: str, path: Path) -> None:
     page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # which keeps it small
 
 
+def pack(split: str) -> None:
+    """Write the verdicts on all pictures of a split to docs/results/SPLIT.csv.gz."""
+    columns = ["kind", "concepts", "arm", "seed", "success"]
+    rows = [row | {"concepts": "+".join(row["concepts"])} for row in Rows(WORK / "compose" / split).read()]
+    table = pd.DataFrame(rows)[columns]
+    again = table[table.duplicated(columns[:-1])]
+    if len(again):
+        raise ValueError(
+            f"rows of several worlds are below {WORK / 'compose' / split}: {again.iloc[0].to_dict()} is there twice"
+        )
+    table["success"] = table["success"].astype(int)
+    packed = DOCS / "results" / f"{split}.csv.gz"
+    table.sort_values(columns).to_csv(packed, index=False, compression={"method": "gzip", "mtime": 0})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SPLITS, default="validation")
@@ -123,11 +141,15 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", choices=FIGURES, help="draw docs/bind.png or docs/tiles.png instead")
+    parser.add_argument("--pack", action="store_true", help="write the split's verdicts to docs/results/ instead")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
+    if args.pack:
+        pack(args.split)
+        return
     world = emoji_world(device=device().type)
     if args.figure:
-        figure(world, args.figure, Path(__file__).parents[3] / "docs" / f"{args.figure}.png")
+        figure(world, args.figure, DOCS / f"{args.figure}.png")
         return
     found = emoji_protocol.cases({kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})

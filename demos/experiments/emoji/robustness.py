@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from compose import SEEDS, SPLITS
+from compose import DOCS, SEEDS, SPLITS
 from loop import WORK, device, mixed_precision, small_attention
 from sampling import GUIDANCE, STEPS
 
@@ -28,9 +28,10 @@ from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, add_idle_experts, evaluate
-from mole_diffusers.evaluation.tables import as_frame, interval, markdown
+from mole_diffusers.evaluation.tables import as_frame, grid_table
 from mole_diffusers.studio.samplers import sampler
 
+PACKED = DOCS / "results" / "robustness.csv.gz"
 ATTACHED = (2, 3, 4, 6, 8)  # LoRAs, of which the prompt names two or three
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 GUIDANCES = (2.0, 3.0, 4.0, 5.0, 7.0)
@@ -187,14 +188,15 @@ def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]
     ]
 
 
-def table(frame: pd.DataFrame) -> str:
-    """Success at each setting, a column per arm and kind."""
-    lines = list(frame["line"].unique())
-    body = [
-        [axis, str(at).removesuffix(".0"), *(interval(own[own["line"] == line], "success") for line in lines)]
-        for (axis, at), own in frame.groupby(["axis", "setting"], sort=False)
-    ]
-    return markdown(["axis", "setting", *lines], body)
+def pack(frame: pd.DataFrame) -> None:
+    """Write the verdicts to docs/results/robustness.csv.gz, in the place of those of the same axes and kinds."""
+    columns = ["axis", "setting", "kind", "concepts", "arm", "seed", "success"]
+    found = frame.assign(concepts=frame["concepts"].str.join("+"), success=frame["success"].astype(int))[columns]
+    if PACKED.exists():
+        before = pd.read_csv(PACKED, dtype={"setting": str}, keep_default_na=False)
+        again = set(zip(found["axis"], found["kind"], strict=True))
+        found = pd.concat([before[[each not in again for each in zip(before["axis"], before["kind"], strict=True)]], found])
+    found.to_csv(PACKED, index=False, compression={"method": "gzip", "mtime": 0})
 
 
 def main() -> None:
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the curves, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
@@ -217,7 +220,10 @@ def main() -> None:
                     found += [row | {"axis": axis, "setting": at} for row in point.rows(judge, seeds, rows)]
     frame = as_frame(found)
     frame["line"] = frame["composer"] + ": " + frame["kind"]
-    print(table(frame))
+    named = frame.assign(setting=frame["setting"].astype(str).str.removesuffix(".0"))
+    print(grid_table(named, ["axis", "setting"], "line"))
+    if args.pack:
+        pack(named)
     if args.figure:
         curves(frame, args.figure, at="setting", line="line", panel="axis")
 

@@ -121,11 +121,38 @@ def build_both(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device())
 
 
+@torch.no_grad()
+def tell_words_apart(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Give tokens that no caption of the base has vectors like those that were trained.
+
+    They kept the short vectors that they began with, of which the text encoder makes nearly the same for every word. As by
+    `resize_token_embeddings` of transformers, theirs are drawn from a Gaussian with the mean and covariance of known ones.
+    """
+
+    def tokens(names: tuple[str, ...]) -> list[int]:
+        return sorted({token for name in names for token in tokenizer(name).input_ids[1:-1]})
+
+    vectors = text_encoder.get_input_embeddings().weight  # [V, C]
+    generator = torch.Generator().manual_seed(0)
+    for learned, unseen in (
+        (words.BASE_SUBJECTS, words.HELD_OUT_SUBJECTS),
+        (words.BASE_STYLES, words.HELD_OUT_STYLES),
+        (words.BASE_SUBJECTS, words.OTHER_SUBJECTS),
+        (words.BASE_STYLES, words.OTHER_STYLES),
+    ):
+        known = vectors[tokens(learned)]  # [K, C]
+        untrained = [i for i in tokens(unseen) if vectors[i].norm() < known.norm(dim=1).median() / 2]
+        mean = known.mean(0)
+        noise = torch.randn(len(untrained), len(known), generator=generator).to(known)
+        vectors[untrained] = mean + noise @ (known - mean) / (len(known) - 1) ** 0.5
+
+
 def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> StableDiffusionPipeline:
     """An ordinary pipeline of a run's averaged weights."""
     tokenizer = load_tokenizer()
     both = build_both(tokenizer)
     both.load_state_dict(weights)
+    tell_words_apart(tokenizer, both["text_encoder"])
     pipe = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=both["text_encoder"].eval(),
