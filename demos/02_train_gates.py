@@ -15,7 +15,7 @@ mixture = mole.attach(world.pipe, concepts, "flow")
 
 prompt = "noto drawing of an octopus and a koala"
 lesson = TrainingData(composed=[prompt], parts={prompt: ["noto drawing of an octopus", "noto drawing of a koala"]})
-config = GateTraining(terms={"collage": {"seeds": 6}}, steps=steps, lr=1e-2, batch=6, width=128, height=64)
+config = GateTraining(terms={"collage": {"seeds": 6}}, steps=steps, lr=2e-3, batch=6, width=128, height=64)
 log = train_gates(world.pipe, mixture, lesson, config=config, folder=folder)
 print(f"loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
 

@@ -3,7 +3,7 @@
     python docs/make_results.py
 
 A table follows a line that says what is in it:
-`<!-- success: SPLIT; ARM, ARM, ...; N seeds -->`, to which `; less ARM` or `; where ARM` may be added: less what that arm
+`<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` or `; where ARM` may be added: less what that arm
 has on the same compositions and seeds; on the compositions alone that it has.
 `<!-- robustness: KIND; AXIS, AXIS, ... -->`
 """
@@ -34,7 +34,7 @@ def success(asked: str) -> str:
     """Of arms on the compositions of a split."""
     split, names, count, *further = asked.split("; ")
     options = dict(option.split(" ", 1) for option in further)
-    rows, arms, against = verdicts(split), names.split(", "), options.get("less")
+    rows, arms, against = verdicts(split), names.split(" / "), options.get("less")
     if against:
         arms.insert(0, against)
     if unknown := set(arms) - set(rows["arm"]):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -434,6 +435,20 @@ class Mixture:
         """`bind` while the block runs."""
         with self._lock.held(), self._with_settings(binding=self._masks(self._bound(binding))):
             yield
+
+    def restore_point(self) -> Callable[[], None]:
+        """What puts the binding and the active experts back to what they are now, for what autograd computes again when
+        their `with` blocks have ended. `settings_kept` around it ends that in turn."""
+        return partial(self._runtime.set, **self._now())
+
+    @contextmanager
+    def settings_kept(self) -> Iterator[None]:
+        """The binding and the active experts are at the end of the block what they were at its beginning."""
+        with self._with_settings(**self._now()):
+            yield
+
+    def _now(self) -> dict[str, Any]:
+        return {"binding": self._runtime.binding, "active": list(self._runtime.active)}
 
     @contextmanager
     def tiled(

@@ -33,9 +33,9 @@ def compose(
     prompt: Annotated[str, Argument(help="What to draw.")] = "noto drawing of a sunflower and a doughnut",
     expert: options.Experts = NONE,
     gates: Annotated[
-        str | None,
-        Option(help="Trained gates, a folder or a hub id, or a family such as mean. Default: the world's own, else sum."),
-    ] = None,
+        str,
+        Option(help="Trained gates, a folder or a hub id, or a family such as mean: a column more."),
+    ] = "sum",
     bind: Annotated[
         list[str],
         Option(
@@ -73,13 +73,12 @@ def compose(
     from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_diffusers.studio.weight_syntax import plain_text
 
-    own = _world_gates(experts) if base == WORLD and not expert else "sum"
     pipe = opened(base, opening).pipe
     call = call_options(pipe, base, prompt, how, seeds)
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
-    mixture = attach(pipe, experts, gates or own, binding=binding)
+    mixture = attach(pipe, experts, gates, binding=binding)
     pictures = {}
     texts = plain_texts(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
     has_tiles = mixture.binding and texts and draws_in_tiles(pipe, texts | call, mixture.binding, experts)
@@ -132,13 +131,6 @@ def drawn(pipe: Any, prompt: str, how: options.Given, seeds: Sequence[int], call
     }
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipe(**rows, generator=generators, **call).images
-
-
-def _world_gates(experts: Mapping[str, Any]) -> str | Path:
-    """The emoji world's gates for these experts, where it has them."""
-    from mole_diffusers.emoji.world import gate_folders
-
-    return next((folder for name, folder in gate_folders().items() if set(name.split("+")) == set(experts)), "sum")
 
 
 def _true_drawing(prompt: str) -> Any:

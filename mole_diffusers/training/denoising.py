@@ -78,7 +78,14 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) ->
 
     if torch.is_grad_enabled() and pipe.unet.is_gradient_checkpointing:
         # Gates learn the noise level from the call; a block that is recomputed alone would see that of the last call.
-        return checkpoint(call, x, use_reentrant=False)
+        restore = mixture.restore_point() if (mixture := attached(pipe)) is not None else None
+
+        def again(x: torch.Tensor) -> torch.Tensor:
+            if restore is not None:
+                restore()
+            return call(x)
+
+        return checkpoint(again, x, use_reentrant=False)
     return call(x)
 
 

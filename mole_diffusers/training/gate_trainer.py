@@ -181,7 +181,7 @@ class GateTrainer:
             found = self.losses(step, index=index, shares=shares)
             return torch.stack([torch.stack([weights[name] * v for name, v in found.items()]).sum(), *found.values()])
 
-        with self._loads_counted():
+        with self._loads_counted(), self.mixture.settings_kept():
             self.engine.update(share_loss)
         if self.ema is not None:
             self.ema.step(self.mixture.parameters())

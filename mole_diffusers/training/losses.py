@@ -95,6 +95,18 @@ def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tenso
     return -shares.sum() / (len(rows) * concepts * layers * (layers - 1))
 
 
+def cells(count: int, width: int, height: int) -> list[tuple[float, float, float, float]]:
+    """The shares of a collage of this size as boxes (left, top, right, bottom) in 0..1, the first left or on top."""
+    across, down = _grid(count, width, height)
+    corners = [(i % across, i // across) for i in range(count)]
+    return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for x, y in corners]
+
+
+def _grid(count: int, width: int, height: int) -> tuple[int, int]:
+    """How many stand across and down: all along the longer side, but three or four in the quarters of a square."""
+    return (2, 2) if width == height and count in (3, 4) else (count, 1) if width >= height else (1, count)
+
+
 def side_by_side(pictures: torch.Tensor, width: int | None = None, height: int | None = None) -> torch.Tensor:
     """Collages [B, 3, height, width] of N pictures each [N, B, 3, H, W], by default of the size of one.
 
@@ -106,7 +118,7 @@ def side_by_side(pictures: torch.Tensor, width: int | None = None, height: int |
     edges = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1)  # [N, B, 3, E]
     background = edges.transpose(0, 1).transpose(1, 2).flatten(2).median(-1).values  # [B, 3]
     sheet = background[..., None, None].expand(batch, 3, height, width).clone()
-    across, down = (2, 2) if width == height and count in (3, 4) else (count, 1) if width >= height else (1, count)
+    across, down = _grid(count, width, height)
     cell = (height // down, width // across)
     scale = min(1.0, cell[0] / own[0], cell[1] / own[1])
     high, wide = (int(side * scale) for side in own)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from mole_diffusers.binding.config import Bound
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.config import CollageTerm, DenoiseTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, require
-from mole_diffusers.training.data import Samples, encode_pixels
+from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
 from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample, training_scheduler
 from mole_diffusers.training.distillation import base, composed, separate, single
-from mole_diffusers.training.losses import side_by_side
+from mole_diffusers.training.losses import cells, side_by_side
 from mole_diffusers.training.rewards import clip, rollout
 
 
@@ -28,6 +31,8 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
     A sum of LoRAs mixes subjects up. A collage shows each subject as its own LoRA draws it, under the composed prompt, so
     the gates learn to keep them apart. It needs the `parts` of a composed prompt. Where these leave out a style, `redraw`
     draws it over the collage, which then is where the style starts: subjects first, the style in the remaining steps.
+    The experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn: gates
+    that learned without places weigh them too little with them.
 
     Raises ValueError for training data without parts, or a `redraw` outside 0..1.
     """
@@ -36,7 +41,7 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
     prompts = require(context.data.parts, "collage", "the parts of composed prompts")
     generator = torch.Generator().manual_seed(context.seed)
     sampler: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance}
-    latents, captions = [], []
+    lessons: list[tuple[Samples, dict[str, Bound] | None]] = []  # collages of a prompt, and where its experts act in them
     for prompt, parts in prompts.items():
         drawn = [
             draw_part(context, part, generator, seeds=term.seeds, **sampler)
@@ -44,14 +49,32 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
         ]
         picks = torch.randint(0, term.seeds, (len(parts), term.pictures), generator=generator)
         pictures = torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)])
-        sheets = side_by_side(pictures, context.width, context.height)
+        sheets = side_by_side(pictures, context.width, context.height)  # [pictures, 3, H, W]
+        places = places_of(context.mixture, parts, *reversed(sheets.shape[2:]))
         sheets = encode_pixels(context.pipe, sheets)  # [pictures, C, h, w]
         if redrawn := round(term.steps * term.redraw):
             sheets = redraw(context, sheets, prompt, generator, start=term.steps - redrawn, **sampler)
-        latents.append(sheets)
-        captions += [prompt] * term.pictures
-    samples = Samples(torch.cat(latents), captions)
-    return lambda batch: denoising_loss(context.pipe, samples, batch, guidance=term.guidance)
+        lessons.append((Samples(sheets, [prompt] * term.pictures), places))
+
+    def loss(batch: RandomBatch) -> torch.Tensor:
+        samples, places = lessons[int(torch.randint(len(lessons), (), generator=batch.generator)) if len(lessons) > 1 else 0]
+        with context.mixture.bound(places):
+            return denoising_loss(context.pipe, samples, batch, guidance=term.guidance)
+
+    return loss
+
+
+def places_of(mixture: Mixture, parts: Sequence[str], width: int, height: int) -> dict[str, Bound] | None:
+    """How experts are bound in a collage of `parts`: one that has words, in a single part, acts in its place; others as they
+    are. None where nothing is bound."""
+    if (bound := mixture.binding) is None:
+        return None
+    named = [experts_in(mixture, part) for part in parts]
+    for own, box in zip(named, cells(len(parts), width, height), strict=True):
+        for name in own:
+            if bound[name].words and sum(name in each for each in named) == 1:
+                bound[name] = replace(bound[name], region=box)
+    return bound
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def test_a_success_is_the_share_of_pictures_that_were_judged_right():
     }
     shares = {arm: sum(found.values()) / len(found) for arm, found in right.items()}
     assert right["sum"].keys() == right["bound"].keys()
-    assert cell(RESULTS["success"]("test; sum, bound; 1 seeds"), "bound", "two subjects") == f"{shares['bound']:.2f}"
+    assert cell(RESULTS["success"]("test; sum / bound; 1 seeds"), "bound", "two subjects") == f"{shares['bound']:.2f}"
     less = f"{shares['bound'] - shares['sum']:.2f}"
     assert cell(RESULTS["success"]("test; bound; 1 seeds; less sum"), "bound", "two subjects") == less
 

@@ -47,6 +47,52 @@ def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, 
         collage(replace(context, data=TrainingData(composed=[PROMPT])), CollageTerm())
 
 
+BOUND = {"fox": "fox", "hat": "hat", "ink": (["ink"], "everywhere")}
+
+
+def test_in_a_collage_each_bound_expert_acts_in_the_place_of_its_part(pipe, loras):
+    mixture = mole.attach(pipe, {n: loras[n] for n in BOUND}, "mole", binding=BOUND)
+    data = TrainingData(composed=[PROMPT], parts={PROMPT: ["a fox in ink", "a hat in ink"]})
+    term = collage(TrainingContext(pipe, mixture, data), CollageTerm(pictures=3, seeds=1, steps=2))
+    found = term(RandomBatch(torch.Generator().manual_seed(5), 4))
+    assert mixture.binding["fox"].region == "auto"
+    draw = torch.Generator().manual_seed(0)
+    context = TrainingContext(pipe, mixture, data)
+    parts = [draw_part(context, part, draw, seeds=1, steps=2, guidance=3.0) for part in data.parts[PROMPT]]
+    samples = Samples(encode_pixels(pipe, side_by_side(torch.stack(parts))).repeat(3, 1, 1, 1), [PROMPT] * 3)
+    losses = []
+    for regions in (("left", "right"), ("auto", "auto"), ("right", "left")):
+        with mixture.bound({name: (name, region) for name, region in zip(("fox", "hat"), regions, strict=True)}):
+            losses.append(denoising_loss(pipe, samples, RandomBatch(torch.Generator().manual_seed(5), 4), guidance=3.0))
+    torch.testing.assert_close(found, losses[0])
+    assert all((found - other).abs() > 1e-5 for other in losses[1:])
+
+
+def test_what_is_computed_again_is_bound_and_acts_as_it_did(pipe, loras):
+    """With gradient checkpointing blocks run again when the layout and the experts that sit out are no longer those."""
+    mixture = mole.attach(pipe, {n: loras[n] for n in BOUND}, "mole", binding=BOUND)
+    term = collage(TrainingContext(pipe, mixture, DATA), CollageTerm(pictures=3, seeds=1, steps=2))
+    before = mixture.binding
+
+    def gradients():
+        with mixture.settings_kept():  # as around every update
+            with mixture.only("fox", "hat"):
+                loss = term(RandomBatch(torch.Generator().manual_seed(5), 4))
+            loss.backward()
+        found = torch.cat([p.grad.flatten() for p in mixture.parameters() if p.grad is not None])
+        for parameter in mixture.parameters():
+            parameter.grad = None
+        return found
+
+    wanted = gradients()
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+    torch.testing.assert_close(gradients(), wanted)
+    assert wanted.abs().max() > 0
+    assert mixture.binding == before
+    assert mixture.active == set(BOUND)
+
+
 def test_a_collage_is_redrawn_by_the_sum_from_the_asked_noise_level(pipe, loras):
     names = ("fox", "hat", "ink")
     mixture = mole.attach(pipe, {n: loras[n] for n in names}, "mole")

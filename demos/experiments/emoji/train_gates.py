@@ -19,7 +19,7 @@ from mole_diffusers.training.gate_trainer import train_gates
 
 SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+relief")
 REDRAW = 0.55  # share of the noise levels in which a style is drawn over subjects that were drawn without it
-TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=1e-2)
+TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=2e-3)
 
 
 def lesson(concepts: emoji.Concepts) -> TrainingData:
