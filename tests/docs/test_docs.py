@@ -61,7 +61,7 @@ def shortened(code):
     """The same code with fewer steps and trajectories."""
     for long, short in (
         ('"num_inference_steps": 20', '"num_inference_steps": 2'),
-        ('"seeds": 8, "steps": 20', '"seeds": 2, "steps": 3'),
+        ('{"seeds": 8}', '{"seeds": 2, "steps": 3}'),
         ("steps=60", "steps=2"),
         ("seeds=[1, 2]", "seeds=[1]"),
         ('["seed 1", "seed 2"]', '["seed 1"]'),
