@@ -106,7 +106,7 @@ def read_experts(files: Mapping[str, str]) -> dict[str, tuple[Expert, float]]:
 
 
 def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, tuple[Expert, float]]:
-    """The LoRAs that were asked for; in the embedded world, where none were, those that the prompt names."""
+    """The LoRAs that were asked for; in the embedded world, where none were, those that the prompt names, in its order."""
     if files:
         return read_experts(files)
     if base != WORLD:
@@ -115,11 +115,11 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     from mole_diffusers.lora import read_expert
 
     known = concept_files()
-    named = [name for name in known if re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)]
-    found = {name: (read_expert(known[name], name), 1.0) for name in named}
-    if not found:
+    words = {name: re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE) for name in known}
+    at = {name: word.start() for name, word in words.items() if word}
+    if not at:
         raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
-    return found
+    return {name: (read_expert(known[name], name), 1.0) for name in sorted(at, key=at.__getitem__)}
 
 
 def open_studio(files: Mapping[str, Any], opening: Mapping[str, Any]) -> Studio:
