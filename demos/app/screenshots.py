@@ -29,14 +29,15 @@ def main(folder: Path) -> None:
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as work:
-        studio, kept = Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), Path(work, "pictures")
+        catalog = Catalog(concept_files(), gate_folders(), examples=gate_folders())
+        studio, kept = Studio(pipe, catalog, "emoji"), Path(work, "pictures")
         actions = Actions(studio, home=Path(work, "gates"), gallery=kept, thumbnail=world_thumbnails())
         blocks = build(actions, Recipe(PROMPT, seed=2, width=128, height=64, gates="auto", base="emoji"))
         _, url, _ = launch(blocks, gallery=kept, prevent_thread_lock=True, quiet=True)
         try:
             with browser(work) as page:
                 page.open(url)
-                for view in (compose, regions, see, train, gallery, keep):
+                for view in (compose, regions, train, see, gallery, keep):
                     view(page)
                     shoot(page, folder / f"app_{view.__name__}.png")
             with browser(work, width=390) as page:
@@ -70,7 +71,7 @@ def regions(page: Browser) -> None:
 
 
 def see(page: Browser) -> None:
-    """The comparison, then the gates."""
+    """The comparison, then the gates that were trained."""
     page.tab("See")
     page.click("#compare")
     page.until(lambda: page.text("#see-status").startswith("done"), WAIT)

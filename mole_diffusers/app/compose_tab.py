@@ -193,7 +193,7 @@ def _settings(page: Page) -> Any:
                 page.gates(),
                 value=d.gates,
                 label="Gates",
-                info="auto: trained ones for these LoRAs, else the sum",
+                info="auto: your own for these LoRAs, else the sum",
                 elem_id="gates",
             )
             page.controls["binding"] = gr.Dropdown(

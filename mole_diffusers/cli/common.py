@@ -145,7 +145,7 @@ def open_catalog(
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
-        catalog = Catalog(concept_files(), gate_folders())
+        catalog = Catalog(concept_files(), gate_folders(), examples=gate_folders())
     elif loras is None and not experts:
         raise ValueError("give --loras FOLDER, the LoRA files for this base")
     else:

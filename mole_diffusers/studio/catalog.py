@@ -25,10 +25,11 @@ class Catalog:
     Attributes:
         loras: name -> file.
         gates: name -> folder of trained gates.
+        examples: names of gates that are taken where they are named, and not by themselves for the LoRAs that they fit.
     """
 
-    def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path]):
-        self.loras, self.gates = dict(loras), dict(gates)
+    def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path], *, examples: Iterable[str] = ()):
+        self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
         self._experts: dict[str, Expert] = {}
         self._families: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -95,7 +96,7 @@ class Catalog:
         return self.gates[name]
 
     def gates_for(self, experts: Iterable[str]) -> str:
-        """The first gates trained with exactly these files, else with LoRAs of these names, else "sum"."""
+        """The first gates trained with exactly these files, else with LoRAs of these names, else "sum"; no examples."""
         wanted = {name: self.expert(name).sha256 for name in experts}
         same_files = [g for g, hashes in self._trained_with.items() if set(hashes.values()) == set(wanted.values())]
         same_names = [g for g, hashes in self._trained_with.items() if set(hashes) == set(wanted)]
@@ -114,12 +115,14 @@ class Catalog:
         if name in FAMILIES:
             raise ValueError(f"{name!r} is the name of a family; choose another")
         self.gates[name] = folder
+        self.examples.discard(name)
         self.__dict__.pop("_trained_with", None)
 
     @cached_property
     def _trained_with(self) -> dict[str, dict[str, str]]:
-        """Gates -> {LoRA they were trained with: its hash}."""
-        loaded = {name: checkpoint.load(folder).experts for name, folder in self.gates.items()}
+        """Gates that are no examples -> {LoRA they were trained with: its hash}."""
+        own = {name: folder for name, folder in self.gates.items() if name not in self.examples}
+        loaded = {name: checkpoint.load(folder).experts for name, folder in own.items()}
         return {name: {n: expert["sha256"] for n, expert in experts.items()} for name, experts in loaded.items()}
 
 

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers import attach, attached
 from mole_diffusers.binding.config import Bound, mask_text
+from mole_diffusers.cli.common import open_catalog
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
@@ -107,6 +108,21 @@ def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake,
         mine.complete(dataclasses.replace(found, gates_sha256="0" * 64))
     with pytest.raises(ValueError, match="no gates 'other'; known: sum, mean, mine"):
         mine.complete(dataclasses.replace(asked, gates="other"))
+
+
+def test_examples_are_taken_by_name_alone_until_ones_own_have_that_name(loras, awake, tmp_path):
+    awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "shown")
+    catalog = Catalog(loras, folder_gates(tmp_path), examples=["shown"])
+    assert catalog.gates_for(["ink", "fox"]) == "sum"
+    assert catalog.gates_source("shown") == tmp_path / "shown"
+    catalog.add_gates("shown", tmp_path / "shown")
+    assert catalog.gates_for(["ink", "fox"]) == "shown"
+
+
+def test_the_worlds_gates_are_examples():
+    catalog = open_catalog(["emoji"], loras=None, trained=None)
+    assert "sunflower+doughnut" in catalog.gates
+    assert catalog.gates_for(["sunflower", "doughnut"]) == "sum"
 
 
 def test_a_lock_changes_the_picture(studio, recipe):
