@@ -31,8 +31,7 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
     A sum of LoRAs mixes subjects up. A collage shows each subject as its own LoRA draws it, under the composed prompt, so
     the gates learn to keep them apart. It needs the `parts` of a composed prompt. Where these leave out a style, `redraw`
     draws it over the collage, which then is where the style starts: subjects first, the style in the remaining steps.
-    The experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn: gates
-    that learned without places weigh them too little with them.
+    The experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn.
 
     Raises ValueError for training data without parts, or a `redraw` outside 0..1.
     """
