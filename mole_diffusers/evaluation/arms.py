@@ -284,9 +284,9 @@ def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones,
     return weighted(name, weights, gates=folder, context=context)
 
 
-def bound_gates(folder: Callable[[Case], Path]) -> Arm:
+def bound_gates(name: str, folder: Callable[[Case], Path]) -> Arm:
     """Trained gates, with every LoRA on its own words and in its own place."""
-    return weighted("bound gates", gates=folder, binding=lambda setup, case: {})
+    return weighted(name, gates=folder, binding=lambda setup, case: {})
 
 
 @contextmanager
@@ -368,7 +368,7 @@ def chosen_arms(
         elif name in CONTROLS and gates is not None:
             arms.append(gated(name, gates_of(gates), context=CONTROLS[name]))
         elif name == BOUND_GATES and gates is not None:
-            arms.append(bound_gates(gates_of(gates)))
+            arms.append(bound_gates(name, gates_of(gates)))
         else:
             arms.append(PLAIN[name]() if name in PLAIN else merged(name))
     return arms

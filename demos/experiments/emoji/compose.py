@@ -4,8 +4,9 @@
     python demos/experiments/emoji/compose.py --figure tiles
     python demos/experiments/emoji/compose.py --split validation --pack
 
-Rows are appended below work/compose/, so a cut-off run goes on. The joint LoRA is drawn where `check_world.py --rows joint`
-has made one. `--pack` writes every verdict to docs/results/, which docs/make_results.py makes the documents' tables from.
+Rows are appended below work/compose/, so a cut-off run goes on. Trained gates are drawn where `train_gates.py --to work/gates`
+has made some, the joint LoRA where `check_world.py --rows joint` has. `--pack` writes every verdict to docs/results/, which
+docs/make_results.py makes the documents' tables from.
 """
 
 import argparse
@@ -73,6 +74,7 @@ ARMS = {
     ),
     "regional prompts": lambda: arms.regional(parts),
     "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
+    "bound, trained gates": lambda: arms.bound_gates("bound, trained gates", arms.gates_of(WORK / "gates")),
     "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
 }
 OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "tiles", "joint LoRA")

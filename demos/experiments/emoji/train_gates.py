@@ -1,13 +1,15 @@
 """Gates that come with the world, for a few compositions: `flow` gates on bound LoRAs, trained from prompts alone.
 
-    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...]
+    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--to FOLDER]
 
-Writes `assets/gates/NAME`. Gates that exist are kept, so an interrupted run goes on.
+Writes `assets/gates/NAME`, or `FOLDER/NAME`: `compose.py` draws with those in work/gates. Gates that exist are kept, so an
+interrupted run goes on.
 """
 
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from loop import device, multiplies_bf16, note, small_attention
@@ -41,10 +43,11 @@ def recipe(concepts: emoji.Concepts) -> GateTraining:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
-    names = parser.parse_args().names
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: the world's own gates")
+    args = parser.parse_args()
     world = emoji_world(device=device().type)
-    for name in names:
-        concepts, folder = tuple(name.split("+")), world.folder / "gates" / name.replace(" ", "_")
+    for name in args.names:
+        concepts, folder = tuple(name.split("+")), (args.to or world.folder / "gates") / name.replace(" ", "_")
         if (folder / "config.json").exists():
             continue
         start = time.time()
