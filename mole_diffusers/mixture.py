@@ -257,7 +257,7 @@ class Mixture:
 
         @contextmanager
         def by(names: Sequence[str]) -> Iterator[None]:
-            with self.bound(None), self.only(*names):
+            with self.bound(None), self.only(*names), self._with_settings(within_step=True):
                 yield
 
         acting = [name for name in self.experts if name in self.active and self.strength(name) != 0]

@@ -104,7 +104,8 @@ class Runtime:
     images: int = 1  # pictures per prompt in the denoiser's batch, where `rows` is set
     control: Control | None = None  # transforms what every gate gives
     every: int = 1  # the denoiser's gates are evaluated in one of this many of its calls
-    step: int = -1  # counts denoiser calls; -1 before the first
+    step: int = -1  # counts denoiser calls, but for those `within_step`; -1 before the first
+    within_step: bool = False  # whether the denoiser is called for a part of a step that was counted
     run: int = 0  # counts denoiser calls with the same text
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
@@ -170,7 +171,7 @@ class Runtime:
         if torch.compiler.is_compiling():  # a number that counts would compile the model anew at every step
             self.step += bool(self.listeners)
             return
-        self.step, self.run = self.step + 1, self.run + 1
+        self.step, self.run = self.step + (not self.within_step), self.run + 1
         if self._text() is not text:
             self.run, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 

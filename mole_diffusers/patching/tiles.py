@@ -262,7 +262,7 @@ class Tiles:
         """What the UNet predicts; `whole` draws the picture as one."""
         if not (tiles := self._tiles(args, kwargs)) or not self._is_early(args, kwargs):
             return whole(*args, **kwargs)
-        out = self._parts(tiles, args, kwargs)
+        out = self._parts(tiles, whole, args, kwargs)
         return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
 
     def _is_early(self, args: tuple, kwargs: dict) -> bool:
@@ -320,8 +320,8 @@ class Tiles:
         )
         return made[0], made[2] if len(made) == 4 else None
 
-    def _parts(self, tiles: Sequence[Tile], args: tuple, kwargs: dict) -> torch.Tensor:
-        """What the UNet predicts, tile by tile; where none is, the picture as a whole without the experts of the tiles."""
+    def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
+        """What the UNet predicts, tile by tile; where none is, `whole` does, whose words of things are closed there."""
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         prompted = prompted_rows(self.pipe, text, latents)
 
@@ -336,7 +336,7 @@ class Tiles:
         channels = self.pipe.unet.config.out_channels  # fewer than go in, where it is a UNet for inpainting
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if outside.any():
-            out += outside * predict(self.things.everywhere, sample=latents, encoder_hidden_states=text)
+            out += outside * whole(*args, **{**kwargs, "return_dict": False})[0]
         for tile, share in zip(tiles, shares, strict=True):
             top, bottom, left, right = tile.box
             part = predict(

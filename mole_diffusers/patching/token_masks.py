@@ -169,10 +169,11 @@ class TokenMasks:
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
         """Say where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`; maps are not read then."""
-        self._planned, self.now = regions, None
+        self._planned = regions
         for state in self._texts:
             if state.picture.put(regions):
                 state.place(self.closing)
+        self._changed()
 
     def end(self, *, warns: bool) -> None:
         """The call has ended; `warns` of what got no place."""

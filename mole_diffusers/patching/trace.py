@@ -56,11 +56,19 @@ class Trace:
         return list(dict.fromkeys(place for place, _, _ in self.records))
 
     def weights(self, place: str) -> torch.Tensor:
-        """The weights at one place over its calls, mean over batch rows: [steps, N]."""
-        rows = [w.reshape(-1, w.shape[-1]).mean(0) for name, _, w in self.records if name == place]
-        if not rows:
+        """The weights at one place by step, mean over batch rows: [steps, N]; in a text encoder, over its calls.
+
+        In a step that is drawn in tiles each expert's is the mean over the tiles where it weighs anything.
+        """
+        steps: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for i, (name, step, weights) in enumerate(self.records):
+            if name == place:
+                call = (step, i if step < 0 else 0)
+                steps.setdefault(call, []).append(weights.reshape(-1, weights.shape[-1]).mean(0))
+        if not steps:
             raise ValueError(f"no gate was evaluated at {place!r}; known: {self.places}")
-        return torch.stack(rows)
+        calls = [torch.stack(each) for each in steps.values()]  # [calls, N] of each step
+        return torch.stack([each.sum(0) / (each != 0).sum(0).clamp_min(1) for each in calls])
 
     def mean(self) -> dict[str, float]:
         """Each expert's weight averaged over steps, rows and the places where it weighs anything."""

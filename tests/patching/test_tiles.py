@@ -57,7 +57,7 @@ def test_a_picture_in_tiles_is_the_pictures_of_its_parts_side_by_side(pipe, expe
     assert (found - latent(pipe)).abs().max() > 1e-2
 
 
-def test_a_style_draws_in_every_tile_and_the_rest_of_the_picture_has_no_expert_of_a_tile(pipe, experts):
+def test_a_style_draws_in_every_tile_and_the_rest_is_that_of_the_bound_picture(pipe, experts):
     x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
     prompt = "a fox,a hat ink"
     regions = {"fox": (0.0, 0.0, 0.5, 0.5), "hat": "bottom", "ink": "everywhere"}
@@ -75,10 +75,37 @@ def test_a_style_draws_in_every_tile_and_the_rest_of_the_picture_has_no_expert_o
         torch.testing.assert_close(found[:, :, rows, columns], wanted, rtol=0, atol=1e-4)
     mixture = mole.attach(pipe, experts)
     mixture.bind({name: (None, region) for name, region in regions.items()})
-    text = pipe.encode_prompt(prompt, "cpu", 1, False)[0]  # as the picture is asked for, by all
-    mole.attach(pipe, {"ink": experts["ink"]}, binding=None)
-    rest = latent(pipe, None, x, steps=1, prompt_embeds=text, negative_prompt_embeds=empty)
-    torch.testing.assert_close(found[:, :, :8, 8:], rest[:, :, :8, 8:], rtol=0, atol=1e-4)
+    with mixture.tiled(0):
+        rest = latent(pipe, prompt, x, steps=1)
+    assert torch.equal(found[:, :, :8, 8:], rest[:, :, :8, 8:])
+
+
+def test_the_rest_of_the_picture_is_bound_to_the_places_of_the_tiles_from_the_first_step(pipe, experts, tmp_path):
+    """Of three things in four quarters the last quarter is nobody's."""
+    owl = replace(read_expert(tiny_lora(pipe, tmp_path / "owl.safetensors", seed=7)), triggers=("owl",))
+    names = {"fox": experts["fox"], "hat": experts["hat"], "owl": owl}
+    mixture = mole.attach(pipe, names)
+    with mixture.tiled(until=1.0):
+        found = latent(pipe, "fox,hat,owl", steps=1)
+    places = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1)]
+    mixture.bind({name: (None, box) for name, box in zip(names, places, strict=True)})
+    with mixture.tiled(0):
+        rest = latent(pipe, "fox,hat,owl", steps=1)
+    assert torch.equal(found[:, :, 8:, 8:], rest[:, :, 8:, 8:])
+    assert not torch.equal(found[:, :, :8, :8], rest[:, :, :8, :8])
+
+
+def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
+    mixture = mole.attach(pipe, {"fox": experts["fox"], "hat": (experts["hat"], 0.5)})
+    steps = {}
+    for share in (0.0, 0.8):
+        with tiled(pipe, until=share), mixture.trace() as trace:
+            latent(pipe, steps=4)
+        steps[share] = sorted({step for place, step, _ in trace.records if place.startswith("unet")})
+        for place in trace.places:
+            if place.startswith("unet.") and place[-1] != ")":
+                assert torch.equal(trace.weights(place), torch.tensor([[1.0, 0.5]]).expand(4, 2)), place
+    assert steps[0.8] == steps[0.0] == [0, 1, 2, 3]
 
 
 def test_tiles_give_way_to_the_bound_picture(pipe, experts):
