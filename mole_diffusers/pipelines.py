@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,8 +28,13 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_INPAINT_PIPELINES_MAPPING,
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
 from mole_diffusers.gates import checkpoint
@@ -281,9 +286,15 @@ class DropIn:
     def _experts(self) -> dict[str, tuple[Expert, float]]:
         return {} if self.mixture is None else self.mixture.weighed()
 
-    def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates = "sum") -> None:
-        """Attach these experts in the place of those that are; who was bound or off stays so. None at all: detach."""
+    def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates | None = None) -> None:
+        """Attach these experts in the place of those that are; who was bound or off stays so. None at all: detach.
+
+        Args:
+            gates: None keeps those that are not trained, and sums in the place of others.
+        """
         mixture = self.mixture
+        if gates is None:
+            gates = "sum" if mixture is None or mixture.parameters() else mixture.config
         if not experts:
             detach(self)
         elif mixture is None:
@@ -425,9 +436,23 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
             return others[0]
         return folder / name
     try:
-        return Path(hf_hub_download(str(source), name, **hub))
+        try:
+            return Path(hf_hub_download(str(source), name, **hub))
+        except RemoteEntryNotFoundError:
+            if weight_name is not None:
+                raise
+            return Path(hf_hub_download(str(source), _only_file(str(source), **hub), **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{source} is no file, no folder and no hub repository that can be reached") from error
+
+
+def _only_file(repo: str, *, subfolder: str = "", revision: str | None = None, token: Any = None, **_: Any) -> str:
+    """The name of the one LoRA file in a folder of a hub repository."""
+    paths = map(PurePosixPath, list_repo_files(repo, revision=revision, token=token))
+    names = [path.name for path in paths if path.parent == PurePosixPath(subfolder) and path.suffix == ".safetensors"]
+    if len(names) != 1:
+        raise FileNotFoundError(f"{repo} has {len(names)} LoRA files; give a weight_name of {sorted(names)}")
+    return names[0]
 
 
 def _kept(source: str | Path, **hub: Any) -> Path | None:

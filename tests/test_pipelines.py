@@ -1,5 +1,6 @@
 """Code written for diffusers' LoRA calls, run on the drop-in pipeline."""
 
+import httpx
 import pytest
 import torch
 
@@ -97,3 +98,39 @@ def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatc
     dropin.load_lora_weights("me/fox", weight_name="f.safetensors", subfolder="s", token="t")
     assert asked == [("me/fox", "f.safetensors", {"subfolder": "s", "token": "t"})]
     assert dropin.get_active_adapters() == ["default_0"]
+
+
+def test_the_one_file_of_a_hub_repository_is_found_whatever_its_name(dropin, loras, monkeypatch):
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    from mole_diffusers import pipelines as files
+
+    missing = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+    listed = ["README.md", "fox.safetensors", "old/fox_1.safetensors", "old/fox_2.safetensors"]
+
+    def download(repo, name, subfolder="", **options):
+        if (f"{subfolder}/{name}" if subfolder else name) not in listed:
+            raise RemoteEntryNotFoundError("404", response=missing)
+        return str(loras[name.removesuffix(".safetensors")])
+
+    monkeypatch.setattr(files, "hf_hub_download", download)
+    monkeypatch.setattr(files, "list_repo_files", lambda repo, **options: listed)
+    dropin.load_lora_weights("me/fox")
+    assert dropin.mixture.experts["default_0"].source == str(loras["fox"])
+    with pytest.raises(FileNotFoundError, match="has 2 LoRA files; give a weight_name of .'fox_1.safetensors', 'fox_2"):
+        dropin.load_lora_weights("me/fox", subfolder="old")
+    with pytest.raises(FileNotFoundError, match="no hub repository that can be reached"):
+        dropin.load_lora_weights("me/fox", weight_name="cat.safetensors")
+
+
+def test_gates_that_are_not_trained_stay_when_experts_come_and_go(dropin, loras):
+    dropin.load_lora_weights(loras["fox"], "fox")
+    dropin.load_lora_weights(loras["ink"], "ink")
+    dropin.load_gates("mean")
+    dropin.load_lora_weights(loras["hat"], "hat")
+    assert dropin.mixture.config.family == "mean"
+    dropin.delete_adapters("fox")
+    assert dropin.mixture.config.family == "mean"
+    dropin.load_gates("mole")
+    dropin.delete_adapters("hat")
+    assert dropin.mixture.config.family == "sum"
