@@ -13,10 +13,9 @@ from torch import nn
 from mole_diffusers.lora import Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
-from mole_diffusers.patching.denoiser_inputs import models_of
+from mole_diffusers.patching.denoiser_inputs import DENOISERS, models_of
+from mole_diffusers.patching.placement import TEXT_LAYERS
 from mole_diffusers.patching.undo import Undo
-
-TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a UNet: their input is the text
 
 
 class Activations:
@@ -77,29 +76,40 @@ class Activations:
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Record the inputs of the host layers of `expert` while the block runs."""
-        models, text_tokens = models_of(self.pipe), self._text_tokens(self.prompts[name])
+        models = models_of(self.pipe)
         found: dict[str, list[torch.Tensor]] = {}
+        texts: dict[str, torch.Tensor] = {}  # text encoder -> [P, T] bool, the tokens of what it reads
         with Undo() as undo:
+            for part in (part for part in models if part not in DENOISERS):
+                tokenizer = getattr(self.pipe, part.replace("text_encoder", "tokenizer"))
+                undo.before_forward(models[part], _reader(texts, part, tokenizer), with_kwargs=True)
             for part, modules in match(expert, models).layers.items():
                 for module in modules:
-                    tokens = text_tokens if part.startswith("text") or module.endswith(TEXT_LAYERS) else None
+                    text = part if part not in DENOISERS else "text_encoder" if module.endswith(TEXT_LAYERS) else None
                     pieces = found.setdefault(f"{part}.{layer_key(module)}", [])
-                    undo.before_forward(models[part].get_submodule(module), _keeper(pieces, tokens, self.rows))
+                    undo.before_forward(models[part].get_submodule(module), _keeper(pieces, texts, text, self.rows))
             yield found
 
-    def _text_tokens(self, prompts: Sequence[str]) -> torch.Tensor:
-        """[P, T] bool: the tokens between the start and the end token of a text, the latter included."""
-        tokenizer = self.pipe.tokenizer
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
-        ended = (ids == tokenizer.eos_token_id).cumsum(1)
-        return (ids != tokenizer.bos_token_id) & (ended - (ids == tokenizer.eos_token_id).long() == 0)
+
+def _reader(texts: dict[str, torch.Tensor], encoder: str, tokenizer: Any) -> Callable[[nn.Module, tuple, dict], None]:
+    """Notes the tokens between the start and the end of what a text encoder reads, the end token included."""
+
+    def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = (args[0] if args else kwargs["input_ids"]).cpu()  # [P, T]
+        ends = ids == tokenizer.eos_token_id
+        texts[encoder] = (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
+
+    return read
 
 
-def _keeper(pieces: list[torch.Tensor], tokens: torch.Tensor | None, rows: int) -> Callable[[nn.Module, tuple], None]:
+def _keeper(
+    pieces: list[torch.Tensor], texts: Mapping[str, torch.Tensor], text: str | None, rows: int
+) -> Callable[[nn.Module, tuple], None]:
+    """Keeps the input of a layer that reads the text of an encoder, or (None) the picture."""
+
     def keep(module: nn.Module, args: tuple) -> None:
         x = as_rows(module, args[0].detach())  # [B, T, Cin]
-        kept = torch.ones(x.shape[:2], dtype=torch.bool) if tokens is None else tokens
+        kept = torch.ones(x.shape[:2], dtype=torch.bool) if text is None else texts[text]
         flat = x[kept.to(x.device)]  # [n, Cin]
         at = torch.linspace(0, len(flat) - 1, min(rows, len(flat))).round().long()
         pieces.append(flat[at.to(flat.device)].float().cpu())

@@ -63,7 +63,9 @@ def _basis(layer: Layer) -> torch.Tensor:
     blocks = r.split([p.rank for p in pairs], 1)
     core = torch.stack([b @ (p.down @ p.down.T) @ b.T for b, p in zip(blocks, pairs, strict=True)]).sum(0)  # [m, m]
     squares, vectors = torch.linalg.eigh(core)
-    return q @ vectors[:, squares.clamp_min(0).sqrt() > 1e-5]
+    kept = squares.clamp_min(0).sqrt() > 1e-5
+    kept[-1] = True  # a layer that changes nothing has a direction, too
+    return q @ vectors[:, kept]
 
 
 def _deltas(layers: Layers) -> Deltas:

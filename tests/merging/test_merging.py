@@ -1,5 +1,6 @@
 """Merges of real files: one ordinary LoRA that stock diffusers loads, and bad input."""
 
+import hosts
 import pytest
 import torch
 from tiers import thorough
@@ -163,6 +164,20 @@ def test_activations_are_what_reaches_the_layer(pipe, loras, activations):
     torch.testing.assert_close(found[key], wanted)
     assert activations.own("fox", expert) is found  # an expert is run once
     assert activations.own("fox", expert, 0.5) is not found
+
+
+def test_each_text_encoder_is_recorded_on_its_own_tokens(tmp_path):
+    """CLIP reads a beginning, words and an end; T5 no beginning."""
+    pipe, options = hosts.HOSTS["flux"]()
+    ends = ("self_attn.q_proj", "SelfAttention.q")
+    expert = read_expert(tiny_lora(pipe, tmp_path / "a.safetensors", ends=ends))
+    runs = mole.Activations(pipe, {"a": ["a fox", "fox"]}, steps=1, rows=10_000)
+    found = runs.own("a", expert)
+    assert {key.partition(".")[0] for key in found} == {"text_encoder", "text_encoder_2"}
+    for key, inputs in found.items():
+        clip = key.startswith("text_encoder.")
+        tokenizer = pipe.tokenizer if clip else pipe.tokenizer_2
+        assert len(inputs) == sum(len(tokenizer(prompt).input_ids) - clip for prompt in ("a fox", "fox"))
 
 
 def test_rows_are_spaced_and_limited(pipe, loras):

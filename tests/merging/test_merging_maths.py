@@ -139,6 +139,13 @@ def test_dare_is_right_on_average_and_repeats_by_seed():
         one(dare, pairs, drop=1.0)
 
 
+def test_knots_of_a_layer_that_nobody_changes_is_no_change():
+    pairs = [Pair(random(rank, CIN), torch.zeros(COUT, rank, dtype=torch.float64)) for rank in (2, 3)]
+    merged = knots({"l": pairs})["l"]
+    assert merged.rank == 1
+    assert not merged.delta().any()
+
+
 def test_knots_aligns_by_the_singular_vectors_of_all_and_ignores_the_gauge():
     pairs = layer(1.0, 0.5, 2.0)
     merged = knots({"l": pairs}, share=1.0)["l"]
