@@ -179,6 +179,16 @@ def flux():
     return quiet(d.FluxPipeline(**parts))
 
 
+def chroma():
+    torch.manual_seed(0)
+    shape = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8}
+    size = {"num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)}
+    small = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    encoder, words = t5()
+    parts = {"transformer": d.ChromaTransformer2DModel(**shape, **size, **small).eval(), "vae": vae(), "scheduler": flow()}
+    return quiet(d.ChromaPipeline(**parts, text_encoder=encoder, tokenizer=words))
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -238,6 +248,7 @@ HOSTS = {
     "sdxl-pag": lambda: (sdxl(d.StableDiffusionXLPAGPipeline, pag_applied_layers="mid"), {"pag_scale": 3.0}),
     "sd3": lambda: (sd3(), {}),
     "flux": lambda: (flux(), SIZE | {"max_sequence_length": 8}),
+    "chroma": lambda: (chroma(), SIZE | {"max_sequence_length": 8}),
 }
 
 

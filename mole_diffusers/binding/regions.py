@@ -25,6 +25,8 @@ KNOWN = (
 def checked_region(region: Region, whose: str) -> Region:
     """The region, boxes as tuples of floats. Raises ValueError naming what a region can be."""
     if isinstance(region, Image.Image):
+        if region.mode in ("I", "F"):  # which number is white is not known
+            raise ValueError(f"the region of {whose!r} is a picture of mode {region.mode!r}; make it one of mode 'L'")
         return region
     if isinstance(region, str):
         if region in (AUTO, EVERYWHERE, *BOXES):

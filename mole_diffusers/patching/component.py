@@ -96,6 +96,7 @@ class Component:
 
         Raises ValueError where a gate depends on its input.
         """
+        device = next(self.model.parameters()).device
         for name, at in self.places.items():
             gate = self.sites[name].gate
             if self.runtime.fixed is None and not gate.input_free:
@@ -105,7 +106,7 @@ class Component:
                 )
             masks = self.runtime.masks
             rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
-            self._site(at).evaluate(torch.zeros(rows, 1, at.width))
+            self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device))
 
     def place_of(self, layer: str) -> tuple[str, Present]:
         """The place whose weights a layer takes, and the experts that it has."""

@@ -7,17 +7,20 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionXLInstructPix2PixPipeline,
-)
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers.lora import COMPONENTS
 
 DENOISERS = ("unet", "transformer")
+UP_TO_1 = {  # transformers that pipelines give a timestep of 0..1
+    f"{name}Transformer2DModel"
+    for name in (
+        "AuraFlow", "Chroma", "Flux", "Flux2", "Flux3", "LongCatImage", "NucleusMoEImage", "OvisImage", "QwenImage",
+        "QwenImage21",
+    )
+}  # fmt: skip
 Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
 
 
@@ -29,7 +32,7 @@ class DenoiserInputs:
         if missing := [name for name in ("timestep", "encoder_hidden_states") if name not in self.names]:
             raise ValueError(f"{type(denoiser).__name__} is not given {missing[0]!r}, which gates need")
         self.patch = getattr(getattr(denoiser, "config", None), "patch_size", 1)
-        self.pure_noise = 1 if isinstance(denoiser, FluxTransformer2DModel) else 1000  # the timestep of pure noise
+        self.pure_noise = 1 if type(denoiser).__name__ in UP_TO_1 else 1000  # the timestep of pure noise
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
         return kwargs[name] if name in kwargs else args[self.names.index(name)]

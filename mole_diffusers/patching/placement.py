@@ -145,7 +145,9 @@ def tokens_of(name: str, model: Any) -> int:
     level = depth if numbered is None else int(numbered[2])
     if numbered and numbered[1] == "up":
         level = depth - level
-    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    if not (size := config.sample_size):  # made for pictures of any size
+        return 0
+    side = size if isinstance(size, int) else size[0]
     return (side >> level) ** 2
 
 

@@ -30,6 +30,13 @@ def test_a_mask_picture_is_a_region_whatever_its_size():
     assert torch.equal(region_mask(Image.fromarray(mask), 4, 8), region_mask("right", 4, 8))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_a_mask_whose_white_is_not_known_is_refused(kind):
+    with pytest.raises(ValueError, match="region of 'fox' is a picture of mode '[FI]'; make it one of mode 'L'"):
+        checked_region(Image.fromarray(np.ones((4, 4), kind)), "fox")
+    assert region_mask(checked_region(Image.fromarray(np.full((4, 4), 65535, np.uint16)), "fox"), 2, 2).mean() == 1
+
+
 @pytest.mark.parametrize(
     "bad", ["middle", (0, 0, 0, 1), (0, 0, 1, 1.5), (0, 0, 1), (0, 0, float("nan"), 1), 3, (True, "a", 1, 1)]
 )

@@ -10,6 +10,7 @@ from safetensors import safe_open
 import mole_diffusers as mole
 from mole_diffusers import functional
 from mole_diffusers.patching.folding import Averages, evaluate_gates
+from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.testing import CONVOLUTION, tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -43,6 +44,14 @@ def test_collapsed_respects_strength_and_only(pipe, loras, draw):
         gated = draw(pipe)
         with mixture.collapsed():
             torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+
+
+def test_gates_without_input_are_evaluated_where_their_model_is(pipe, loras, monkeypatch):
+    mixture, devices = mole.attach(pipe, {"fox": (loras["fox"], 0.8), "hat": loras["hat"]}, "static"), set()
+    monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden: devices.add(hidden.device.type))
+    pipe.unet.to("meta")
+    evaluate_gates(pipe, [part for part in mixture._components if part.name == "unet"], None)
+    assert devices == {"meta"}
 
 
 def test_gates_that_move_collapse_to_their_average(pipe, loras, draw, awake):

@@ -4,9 +4,9 @@
     python demos/experiments/emoji/compose.py --figure tiles
     python demos/experiments/emoji/compose.py --split validation --pack
 
-Rows are appended below work/compose/, so a cut-off run goes on. Trained gates are drawn where `train_gates.py --to work/gates`
-has made some, the joint LoRA where `check_world.py --rows joint` has. `--pack` writes every verdict to docs/results/, which
-docs/make_results.py makes the documents' tables from.
+Rows are appended below work/compose/, so a cut-off run goes on. Trained gates are drawn where `train_gates.py --to
+work/gates` has made some, the joint LoRA where `check_world.py --rows joint` has. `--pack` writes every verdict to
+docs/results/, which docs/make_results.py makes the documents' tables from.
 """
 
 import argparse
