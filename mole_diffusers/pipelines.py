@@ -469,23 +469,19 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     An expert's file is copied as it is. One that is in memory alone, or was changed since, is written in fp32.
     """
     with new_folder(folder) as part:
-        _keep(mixture, part)
-
-
-def _keep(mixture: Mixture, folder: Path) -> None:
-    (folder / EXPERTS).mkdir()
-    kept, rows, by_block = {}, [], _block_weights(mixture)
-    for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
-        file = f"{i}.safetensors"
-        kept[name] = _keep_expert(expert, folder / EXPERTS / file)
-        rows.append({"name": name, "file": file, "strength": strength, "active": name in mixture.active})
-        if name in by_block:
-            rows[-1]["weights"] = by_block[name]
-        if mixture.binding is not None:
-            rows[-1]["binding"] = to_json(mixture.binding[name])
-    checkpoint.save(folder / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
-    about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
-    (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n")
+        (part / EXPERTS).mkdir()
+        kept, rows, by_block = {}, [], _block_weights(mixture)
+        for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
+            file = f"{i}.safetensors"
+            kept[name] = _keep_expert(expert, part / EXPERTS / file)
+            rows.append({"name": name, "file": file, "strength": strength, "active": name in mixture.active})
+            if name in by_block:
+                rows[-1]["weights"] = by_block[name]
+            if mixture.binding is not None:
+                rows[-1]["binding"] = to_json(mixture.binding[name])
+        checkpoint.save(part / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
+        about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
+        (part / INDEX).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _keep_expert(expert: Expert, path: Path) -> Expert:

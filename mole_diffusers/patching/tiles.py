@@ -42,11 +42,7 @@ class Tiling:
 
     Attributes:
         until: share of the steps in 0..1, from pure noise; 0 for none.
-        always: whatever the size and the prompt, and with a ValueError where that cannot be. Otherwise where a call asks for
-            nothing but a picture of its prompt, that lists things, one at least of an expert that is on, and each has room
-            for a picture of the size that the model was trained at.
-        prompt: the text of pictures whose call has none, but its states.
-        encode: makes the states of a part of that prompt; None: the pipeline does.
+        always, prompt, encode: see `Mixture.tiled`.
     """
 
     until: float = UNTIL
@@ -73,16 +69,6 @@ class Tile:
     mask: torch.Tensor
     box: tuple[int, int, int, int]
 
-    @property
-    def height(self) -> int:
-        """Of its box."""
-        return self.box[1] - self.box[0]
-
-    @property
-    def width(self) -> int:
-        """Of its box."""
-        return self.box[3] - self.box[2]
-
 
 def tiles_for(
     pipe: Any,
@@ -103,9 +89,7 @@ def tiles_for(
         by: a context in which only some of them act, on every word.
         settle: is told the place [H, W] of each thing, by its key, before the first tile is drawn.
 
-    Raises ValueError where tiles are always wanted and cannot be: another kind of pipeline, a UNet compiled as one graph, no
-    one prompt, more than eight things, a region of an expert that is no thing; and when a picture is drawn, a film, a
-    ControlNet, a prompt of several chunks, or regions that leave a thing no place.
+    Raises ValueError where tiles are always wanted and cannot be, see `Mixture.tiled`.
     """
     things = _things(pipe, tiling, call, bound, acting)
     return None if things is None else Tiles(pipe, tiling, things, call, by=by, settle=settle)
@@ -228,12 +212,7 @@ class Things:
 
 
 class Tiles:
-    """The denoiser's calls for each thing of a prompt.
-
-    In the first steps the denoiser is called for each thing on its part of the latents alone, with the prompt without the
-    other things, and with its own expert and those that act everywhere. The last steps draw the picture as one, bound to
-    these places, which joins the parts.
-    """
+    """The denoiser's calls for each thing of a prompt, see `Mixture.tiled`."""
 
     def __init__(
         self,
@@ -352,8 +331,8 @@ class Tiles:
         """What SDXL reads beside the text: the pooled states, and the sizes of a picture that is the tile."""
         if tile.pooled is None or whole is None:
             return {}
-        side = self.pipe.vae_scale_factor
-        size = (side * tile.height, side * tile.width)
+        side, (top, bottom, left, right) = self.pipe.vae_scale_factor, tile.box
+        size = (side * (bottom - top), side * (right - left))
         times = whole["time_ids"]
         own = torch.tensor((*size, 0, 0, *size)).to(times)
         pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
