@@ -282,12 +282,12 @@ class Mixture:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """The original pipeline while the block runs, for saving it, say; the mixture is back afterwards.
+        """The original pipeline while the block runs, for saving it, say; afterwards the mixture is back.
 
-        Unless another is attached when the block ends, or `detach` was called while none was. What `enable_lora`,
-        `disable_lora` and `set_adapters` do to ordinary LoRAs inside stays, and a mixture beside them is on or off as they
-        are. Where there are none, those calls do nothing, as without a mixture.
-        Raises ValueError for a mixture that is off.
+        It is not put back where another one is attached when the block ends, or where `detach` was called inside. What
+        `enable_lora`, `disable_lora` and `set_adapters` do to ordinary LoRAs inside the block stays, and switches the
+        mixture beside them on or off, too. Where there are no ordinary LoRAs those calls do nothing.
+        Raises ValueError for a mixture that is not attached.
         """
         models = [part.model for part in self._components]
         with self._lock.held(around=True):
@@ -437,13 +437,16 @@ class Mixture:
             yield
 
     def restore_point(self) -> Callable[[], None]:
-        """What puts the binding and the active experts back to what they are now, for what autograd computes again when
-        their `with` blocks have ended. `settings_kept` around it ends that in turn."""
+        """A function that sets the binding and the active experts to what they are now.
+
+        For gradient checkpointing, which runs blocks of the model again when the `with` blocks that these settings come from
+        have ended. Call it inside of `settings_kept`, which gives back what was there before.
+        """
         return partial(self._runtime.set, **self._now())
 
     @contextmanager
     def settings_kept(self) -> Iterator[None]:
-        """The binding and the active experts are at the end of the block what they were at its beginning."""
+        """Give the binding and the active experts back, at the end of the block, as they were at its beginning."""
         with self._with_settings(**self._now()):
             yield
 

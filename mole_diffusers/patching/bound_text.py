@@ -26,8 +26,8 @@ class BoundText:
         shape: of the latents that were drawn with it.
         own: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
         silent: [N]: the experts that no row of it wants; row_silent: [B, N], where rows differ.
-        lender: the text whose experts and places this one has, as a text without anybody's words, of guidance by calls of
-            its own, has those of the prompt.
+        lender: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a call
+            of its own names nobody, and takes over those of the prompt.
         image: [B, N, H, W] in 0..1, the places that each expert acts on; None where all act everywhere.
         biases: tokens of the picture -> [B, T, S], what cross-attention's logits lose.
     """
@@ -45,7 +45,7 @@ class BoundText:
     _made: Made = field(default_factory=dict)
 
     def is_of(self, text: torch.Tensor, latents: torch.Tensor) -> bool:
-        """Whether this is that text, of a picture of that size; hooks that cast or move it make a copy at every step."""
+        """Whether this is that text, of a picture of that size. A copy counts: offloading makes one at every step."""
         if self.text.shape != text.shape or self.text.device != text.device or self.shape[1:] != latents.shape[1:]:
             return False
         if torch.is_grad_enabled():  # in training every text is new
@@ -64,7 +64,7 @@ class BoundText:
                 self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
 
     def borrow(self) -> bool:
-        """Take over what its lender has planned since; returns whether there was something."""
+        """Take over the places that its lender has planned since; returns whether there were any."""
         if self.lender is None or self.image is self.lender.image:
             return False
         self.image, self._made = self.lender.image, {}

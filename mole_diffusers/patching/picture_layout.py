@@ -147,7 +147,8 @@ class PictureLayout:
         return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
 
     def _placed(self, row: int) -> list[Thing]:
-        """The things of a row's text that share what no region is given for: more than one, or beside given ones."""
+        """The things of a row's text that get a place from attention: those without a given region, if there are several
+        things, and an expert has one of them."""
         things = [thing for thing in self.readings[row].things if not self._is_everywhere(thing)]
         free = [thing for thing in things if given_region(thing, self.bound) is None]
         wanted = len(things) > 1 and any(thing.experts for thing in free)

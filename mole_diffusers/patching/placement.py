@@ -58,9 +58,10 @@ def _first_attention(module: nn.Module) -> str | None:
 def place_name(layer: str, layout: str, block_names: Iterable[str]) -> str:
     """The name of the place that gates `layer`.
 
-    `layout` is a granularity; or "stream", a place for each stream of tokens in a block, the block's own and the text,
-    and for each layer outside blocks; or "block_input", a place per block that reads all that enters it; or "module", the
-    same for each layer of the block.
+    Args:
+        layout: a granularity, see `GateConfig`; or "stream": in a block one place for the layers that read the picture and
+            one for those that read the text, and outside of blocks one for each layer; or "block_input": one place for
+            each block; or "module": one for each layer.
     """
     if layout in ("matrix", "module"):
         return layer

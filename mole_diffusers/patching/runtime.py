@@ -143,7 +143,10 @@ class Runtime:
                 raise
 
     def _give_back(self, before: dict[str, Any]) -> None:
-        """End a block. Where a block that was opened later still runs, as in two generators, that one gives back instead."""
+        """End a block: set what it changed to what it was before.
+
+        Where a block that was opened later still runs, as in two generators, that one has to set it when it ends.
+        """
         at = next((i for i, block in enumerate(self._blocks) if block is before), None)
         if at is None:  # an interruption came after the end
             return

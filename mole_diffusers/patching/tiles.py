@@ -173,8 +173,8 @@ class Things:
         keys: index of a thing in the reading -> its key, see `words.keys`.
         everywhere: the experts that act in the whole picture, as a style does.
         outside: those of them that the user gave a region.
-        are_listed: whether several things are listed, see `prompts_apart`, one of them an expert's at least, and those whose
-            words a thing has are on.
+        are_listed: whether the prompt lists several things, see `prompts_apart`, at least one of them with an expert, and
+            the experts of all those are on.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
