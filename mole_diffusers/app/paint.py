@@ -86,9 +86,9 @@ def _connect_views(page: Page, panel: Panel) -> None:
         pictures = [] if job is None or job.event is None else job.event.pictures
         return pictures[-1] if pictures else None
 
-    def names(cards: list[MixerCard]) -> Any:
+    def names(cards: list[MixerCard], chosen: str | None) -> Any:
         known = [card["name"] for card in cards]
-        return gr.update(choices=known, value=known[0] if known else None)
+        return gr.update(choices=known, value=chosen if chosen in known else next(iter(known), None))
 
     def overlaid(request: gr.Request, cards: list[MixerCard]) -> Any:
         picture = last(request)
@@ -113,7 +113,7 @@ def _connect_views(page: Page, panel: Panel) -> None:
         own = (recipe.width, recipe.height) if recipe else page.actions.usual_size(text)
         return int(width or own[0]), int(height or own[1])
 
-    page.shown.change(names, page.cards, panel.which, show_progress="hidden", **PRIVATE)
+    page.shown.change(names, [page.cards, panel.which], panel.which, show_progress="hidden", **PRIVATE)
     page.pictures.change(overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
     begins = [panel.whole.expand, panel.over.click, panel.which.input]
     gr.on(begins, start, [panel.which, page.masks, prompt, *size], [panel.editor, panel.status], **PRIVATE)

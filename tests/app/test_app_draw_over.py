@@ -270,6 +270,17 @@ def test_regions_that_were_found_can_be_taken_over(actions):
     assert np.array_equal(np.asarray(found), (picture.layout.regions["fox"].numpy() * 255).round().astype(np.uint8))
 
 
+def test_the_lora_whose_region_is_painted_stays_chosen(actions):
+    """The cards are drawn again after each region, and the canvas keeps its paint."""
+    from mole_diffusers.app.build import build
+
+    names = next(event.fn for event in build(actions, RECIPE).fns.values() if event.fn and event.fn.__name__ == "names")
+    cards = [{"name": name} for name in ("fox", "hat")]
+    chosen = {given: names(cards, given)["value"] for given in (None, "hat", "ink")}
+    assert chosen == {None: "fox", "hat": "hat", "ink": "fox"}
+    assert names([], "hat")["value"] is None
+
+
 def test_regions_of_loras_without_words_are_shown_too(actions):
     picture = drawn(actions, dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:region=left>"))
     assert picture.layout.regions["fox"].tolist() == [[1, 1, 0, 0]] * 4
