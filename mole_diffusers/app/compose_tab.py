@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from mole_diffusers.app import draw_over, mixer, paint
 from mole_diffusers.app.interrupted import Offer, offer, read
@@ -25,6 +26,7 @@ from mole_diffusers.app.page import (
     redraw,
     told,
 )
+from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
@@ -77,19 +79,30 @@ def _offer(page: Page) -> Offer:
 
     def keep(*values: Any) -> dict[str, Any]:
         *given, number, editor = values
-        recipe = with_pictures(page.recipe(*given), **draw_over.pictures(editor))
-        return {"recipe": replace(recipe, base=page.actions.studio.base).to_dict(), "count": int(number)}
+        over = draw_over.pictures(editor)
+        recipe = replace(with_pictures(page.recipe(*given), **over), base=page.actions.studio.base)
+        mask = mask_text(paint.painted_mask(editor, 0.0)) if "mask" in over else ""
+        return {"recipe": recipe.to_dict(), "count": int(number), "mask": mask}
 
     def describe(kept: dict[str, Any]) -> str:
         recipe, count = Recipe.from_dict(kept["recipe"]), int(kept["count"])
         return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
 
     def plan(path: Path, editor: Any) -> Work:
-        recipe, count = read(path, lambda kept: (Recipe.from_dict(kept["recipe"]), int(kept["count"])))
+        recipe, count, mask = read(path, lambda kept: (Recipe.from_dict(kept["recipe"]), int(kept["count"]), _mask(kept)))
         page.actions.check_base(recipe.base, "change it first")
-        return page.actions.compose(recipe, count, draw_over.pictures(editor) if recipe.image else {})
+        over = draw_over.pictures(editor if recipe.image else None)
+        over.pop("mask", None)  # what is painted now
+        if over and mask is not None:
+            over["mask"] = mask.resize(over["image"].size)
+        return page.actions.compose(recipe, count, over)
 
     return offer(page.visitor, page.interrupted, "compose", "Draw again", describe, keep=keep, plan=plan)
+
+
+def _mask(kept: dict[str, Any]) -> Image.Image | None:
+    """The mask of a kept job, smaller than its picture; None without one."""
+    return read_mask(text) if (text := kept.get("mask", "")) else None
 
 
 def _prompts(page: Page) -> Any:

@@ -1,11 +1,13 @@
 """Jobs that were waiting or running when the app ended are offered again by the next one."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from app_client import PROMPT
 from PIL import Image
+from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio.catalog import Catalog
@@ -14,6 +16,9 @@ from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
+from mole_diffusers.app import draw_over
+from mole_diffusers.app.paint import COLOUR, OPACITY
+
 RECIPE = Recipe(PROMPT, seed=3, steps=2, width=32, height=32, gates="sum", base="tiny")
 REQUEST = type("Request", (), {"session_hash": "page"})()
 
@@ -105,16 +110,27 @@ def test_what_is_over_or_cancelled_is_not_offered(apps):
     held.set()
 
 
-@pytest.mark.thorough
-def test_a_picture_that_was_drawn_over_is_asked_for(apps):
-    editor = {"background": Image.effect_noise((32, 32), 90).convert("RGBA"), "layers": [], "composite": None}
+@pytest.mark.parametrize("painted", [True, *thorough(False)])
+def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, tmp_path, painted):
+    photo = Image.effect_noise((32, 32), 90).convert("RGBA")
+    plain = {"background": photo, "layers": [], "composite": None}
+    layer = Image.new("RGBA", photo.size)
+    layer.paste((*COLOUR, OPACITY), (3, 5, 20, 30))
+    editor = plain | {"layers": [layer]} if painted else plain
     first = apps()
     killed(first, lambda: first.begin("status", Steps=4, **{"To draw over": editor}))
     second = apps()
     assert "needs the picture that it was made with" in second.again("status", None)[0]
+    other = plain | {"background": photo.rotate(90)}
+    assert "made with another picture" in second.again("status", other)[0]
     assert second.offered("compose") != ""
-    assert second.again("status", editor)[0] == "done"
+    assert second.again("status", plain)[0] == "done"
     assert second.offered("compose") == ""
+    (file,) = (tmp_path / "pictures").glob("*.png")
+    (wanted,) = second.actions.compose(
+        replace(RECIPE, steps=4), 1, draw_over.pictures(editor)
+    )(lambda _: None).pictures
+    assert pixels(file).tolist() == pixels(wanted.path).tolist()
 
 
 @pytest.mark.thorough
