@@ -19,7 +19,6 @@ from mole_diffusers.app.interrupted import Interrupted
 from mole_diffusers.app.jobs import Jobs
 from mole_diffusers.app.keep_tab import axes
 from mole_diffusers.app.keep_tab import build as keep_tab
-from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.app.own_pages import OwnPagesOnly
 from mole_diffusers.app.page import PRIVATE, Page, redraw
 from mole_diffusers.app.see_tab import build as see_tab
@@ -68,10 +67,7 @@ def _remember(page: Page) -> None:
             values = [gr.skip()] * len(fields)
             if fresh != page.defaults:
                 values[: len(page.inputs)], prompt = page.values(fresh), fresh.prompt
-        try:
-            cards = cards_of(prompt, [], page.actions.studio.catalog.loras)
-        except ValueError:  # a LoRA that is not here any more; composing says so
-            cards = []
+        cards = page.cards_for(prompt)
         return visitor, *values, cards, redraw(cards)
 
     lists, updates = zip(*page.lists, strict=True)
@@ -87,23 +83,24 @@ def _remember(page: Page) -> None:
 
 
 def _kept(page: Page, fields: Sequence[Any], values: Any) -> list[Any] | None:
-    """The fields as a browser kept them, those of another base as they are by default; None where they do not fit."""
-    try:
-        entered = dict(zip(fields, values, strict=True))
-        known = {
-            page.controls["gates"]: page.gates(),
-            page.controls["sampler"]: ["default", *page.actions.studio.samplers],
-        }
-        if entered[page.base] != page.actions.base:  # it was changed meanwhile
-            fresh = dict(zip(page.inputs, page.values(page.fresh()), strict=True))
-            of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
-            unknown = [field for field, choices in known.items() if entered[field] not in choices]
-            entered |= {field: fresh[field] for field in [*of_base, *unknown]}
-        found = list(entered.values())
-        page.recipe(*found[: len(page.inputs)])
-        return found if all(entered[field] in choices for field, choices in known.items()) else None
-    except Exception:  # fields of another release, or what else a browser has there
+    """The fields as a browser kept them, and as on a fresh page those that do not fit and the sizes of another base; None
+    where they are those of another release."""
+    if not isinstance(values, list) or len(values) != len(fields):
         return None
+    entered = dict(zip(fields, values, strict=True))
+    fresh = dict(zip(page.inputs, page.values(page.fresh()), strict=True))
+    if entered[page.base] != page.actions.base:  # it was changed meanwhile
+        of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
+        entered |= {field: fresh[field] for field in of_base}
+    return list((entered | {field: fresh[field] for field in fresh if not _fits(page, fresh | {field: entered[field]})}).values())
+
+
+def _fits(page: Page, inputs: dict[Any, Any]) -> bool:
+    """Whether a recipe can be made of these, with choices that are here."""
+    try:
+        return not page.unknown_choices(page.recipe(*inputs.values()))
+    except Exception:  # whatever a browser has there
+        return False
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:

@@ -30,7 +30,7 @@ from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
-from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
+from mole_diffusers.studio.recipe import BOUND, RANGES, TILES, Recipe
 from mole_diffusers.studio.render import with_pictures
 
 
@@ -187,7 +187,7 @@ def _settings(page: Page) -> Any:
                 new.click(lambda: random.randrange(2**32), None, page.controls["seed"], queue=False, **PRIVATE)
             page.controls["steps"] = gr.Slider(1, 150, d.steps, step=1, label="Steps", elem_id="steps")
         with gr.Row():
-            page.controls["guidance"] = gr.Slider(0, 20, d.guidance, step=0.1, label="Guidance")
+            page.controls["guidance"] = gr.Slider(*RANGES["guidance"], d.guidance, step=0.1, label="Guidance")
             count = gr.Slider(1, 16, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count")
         with gr.Row():
             for name in ("width", "height"):

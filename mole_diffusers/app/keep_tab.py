@@ -59,8 +59,8 @@ def _loading(page: Page) -> None:
             asked, lacking, axes = infotext.read_any(file), infotext.left_out(file), infotext.read_axes(file)
             recipe, values, notes = page.filled(asked, axes)
         button = "Make the grid" if axes else "Compose"
-        words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}; now press {button}"
-        return [*values, markdown("; ".join(filter(None, [words, *notes, lacking])))]
+        words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
+        return [*values, markdown("; ".join(filter(None, [words, *notes, lacking, f"now press {button}"])))]
 
     dropped.upload(load, dropped, outputs, **PRIVATE)
 

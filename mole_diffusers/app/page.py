@@ -17,7 +17,7 @@ import gradio as gr
 from mole_diffusers.app.actions import Actions, Picture, Progress
 from mole_diffusers.app.interrupted import Interrupted, Offer
 from mole_diffusers.app.jobs import Job, Jobs, Work
-from mole_diffusers.app.mixer_cards import cards_of
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
@@ -114,15 +114,38 @@ class Page:
         Args:
             axes: of a grid; for anything else there are none, and the page's stay.
         """
-        recipe = self.actions.studio.complete(asked)
-        cards = cards_of(recipe.prompt, [], self.actions.studio.catalog.loras)
-        notes = self.actions.studio.notes(asked, recipe)
+        try:
+            recipe = self.actions.studio.complete(asked)
+            notes = self.actions.studio.notes(asked, recipe)
+        except ValueError as error:
+            unknown = self.unknown_choices(asked)
+            recipe = replace(asked, **unknown)
+            notes = [f"mend this first: {error}", *(f"without its {name} {getattr(asked, name)!r}" for name in unknown)]
+        if recipe.arm != "gates":
+            notes.append(f"it was drawn as {recipe.arm!r}, which has no field here: a grid draws it with arm={recipe.arm}")
+        if not recipe.weights and re.search(r"[()\[\]]", recipe.prompt + recipe.negative):
+            notes.append("its brackets were plain text, and are weights here")
         if recipe.prompt_2 or recipe.negative_2:
             notes.append("it has another prompt for the second text encoder")
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
+        cards = self.cards_for(recipe.prompt)
         return recipe, [*self.values(recipe), cards, redraw(cards), *(axes or [gr.skip()] * len(self.axes))], notes
+
+    def cards_for(self, prompt: str) -> list[MixerCard]:
+        """The cards of a prompt that fills the page; none where it cannot be read or has a LoRA that is not here, which
+        composing says."""
+        try:
+            return cards_of(prompt, [], self.actions.studio.catalog.loras)
+        except ValueError:
+            return []
+
+    def unknown_choices(self, recipe: Recipe) -> dict[str, str]:
+        """The choices of a recipe that are not here, each with what the page has by default."""
+        known = {"gates": self.gates(), "sampler": ["", *self.actions.studio.samplers]}
+        fresh = self.fresh()
+        return {name: getattr(fresh, name) for name, names in known.items() if getattr(recipe, name) not in names}
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
@@ -130,7 +153,11 @@ class Page:
 
     def shown_size(self, recipe: Recipe) -> dict[str, int]:
         """Width and height as the controls show them: 0 where they are what the prompt asks for, and follow it."""
-        follows = not recipe.image and (recipe.width, recipe.height) == self.actions.usual_size(recipe.text)
+        try:
+            usual = self.actions.usual_size(recipe.text)
+        except ValueError:  # a prompt that cannot be read
+            usual = None
+        follows = not recipe.image and (recipe.width, recipe.height) == usual
         return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
 
     def gates(self) -> list[str]:

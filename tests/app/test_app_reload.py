@@ -57,7 +57,7 @@ def test_the_cards_are_those_of_what_is_typed_while_a_page_opens(functions):
     assert [card["tag"] for card in cards] == ["<lora:hat:0.5>"]
 
 
-def test_fields_come_back_and_what_does_not_fit_is_left_out(functions):
+def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(functions):
     enter, event = functions["enter"]
     saved = fields(functions)
     assert saved[0] == PROMPT
@@ -66,11 +66,14 @@ def test_fields_come_back_and_what_does_not_fit_is_left_out(functions):
     assert shown == saved
     assert [card["name"] for card in cards] == ["hat"]
     labels = [component.label for component in event.outputs[1:-2]]
-    for label, value in (("Gates", "gone"), ("Sampler", "Best"), ("Seed", "x"), ("Steps", 0)):
-        at = labels.index(label)
-        _, *shown, cards, _ = enter("me", [*saved[:at], value, *saved[at + 1 :]], PROMPT)
-        assert all(map(is_left, shown)), label
-        assert [card["name"] for card in cards] == ["fox", "ink"]
+    bad = {"Gates": "gone", "Sampler": "Best", "Seed": None, "Steps": 0, "Binding": "x", "Guidance": "y", "Width": [1]}
+    for chosen in (*([label] for label in bad), list(bad)):
+        at = [labels.index(label) for label in chosen]
+        given = [bad[labels[i]] if i in at else value for i, value in enumerate(saved)]
+        _, *shown, cards, _ = enter("me", given, PROMPT)
+        first = fields(functions)
+        assert shown == [first[i] if i in at else value for i, value in enumerate(saved)], chosen
+        assert [card["name"] for card in cards] == ["hat"]
     for garbage in ([], saved[:-1], "x", 5, {"a": 1}):
         assert all(map(is_left, enter("me", garbage, PROMPT)[1:-2]))
     _, *shown, cards, _ = enter("me", ["a <lora:gone:1>", *saved[1:]], PROMPT)
@@ -141,6 +144,36 @@ def test_one_page_shows_one_job_of_a_kind(functions):
     assert last[0] == "done"
     time.sleep(0.3)
     assert list(first) == []
+
+
+@pytest.mark.parametrize(
+    ("about", "said", "shown"),
+    [
+        ({"prompt": "a hat <lora:hat:1> <lora:gone:1>"}, "mend this first: there is no LoRA 'gone'; known: ", {}),
+        ({"prompt": "a ((hat"}, "mend this first: ", {}),
+        ({"prompt": "<hypernet:hat:1>"}, "mend this first: <hypernet:hat:1> is not read", {}),
+        ({"gates": "gone"}, "known: sum, mean; without its gates 'gone'", {"gates": "auto"}),
+        ({"sampler": "Best"}, "without its sampler 'Best'", {"sampler": "default"}),
+        ({"arm": "base"}, "it was drawn as 'base', which has no field here: a grid draws it with arm=base", {}),
+        ({"prompt": "a (hat)", "weights": False}, "its brackets were plain text, and are weights here", {}),
+        ({"prompt": "a hat", "weights": False}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
+        ({"guidance": 50.0}, "now press Compose", {}),
+    ],
+)
+def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_path, about, said, shown):
+    wanted = {"prompt": "a hat", "seed": 5, "steps": 7, "width": 48, "height": 32, "gates": "sum", **about}
+    Recipe(**wanted).save(tmp_path / "recipe.json")
+    load, event = functions["load"]
+    *values, status = load(str(tmp_path / "recipe.json"))
+    assert said in status.replace("\\", "")
+    labels = ["Prompt", "Seed", "Steps", "Width", "Height", "Guidance", "Sampler", "Gates"]
+    at = {label.lower(): i for i, each in enumerate(event.outputs) if (label := getattr(each, "label", None)) in labels}
+    assert len(at) == len(labels)
+    for name, value in (wanted | shown).items():
+        if name in at:
+            assert values[at[name]] == value, name
+    slider = event.outputs[at["guidance"]]
+    assert slider.minimum <= values[at["guidance"]] <= slider.maximum
 
 
 @pytest.mark.parametrize(
