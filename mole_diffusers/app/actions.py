@@ -87,11 +87,13 @@ class Actions:
 
     Attributes:
         folder: temporary files, deleted when the app ends.
+        downloads: gates as visitors get them.
+        uploads: LoRAs that visitors have sent, which are here again at the next start.
         own: pictures that are not kept: those of a comparison or a grid, of which the gallery has a sheet.
         bases: name -> what `opening` takes, of the base models that can be chosen.
 
     Args:
-        home: folder of the trained gates; by default they are deleted when the app ends.
+        home: folder of the trained gates and the uploaded LoRAs; by default they are deleted when the app ends.
         gallery: folder of the composed pictures; by default they are deleted when the app ends.
         thumbnail: a small picture of a LoRA by name, where it has one; else the PNG beside its file, as in other tools.
         bases: the base models that can be chosen, as `base_models.bases_of` names them; by default the studio's own alone.
@@ -114,6 +116,8 @@ class Actions:
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
+        self.downloads, self.uploads = self.folder / "downloads", self.home / ".loras"  # which is no name of gates
+        files.find_loras(studio.catalog, [self.uploads])
         self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
         self._preview = PreviewDecoder()
@@ -214,7 +218,11 @@ class Actions:
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
-        return files.add_lora(self.studio.catalog, path, self.folder, models_of(self.studio.pipe))
+        return files.add_lora(self.studio.catalog, path, self.uploads, models_of(self.studio.pipe))
+
+    def find_loras(self) -> list[str]:
+        """Add the LoRA files that have come into the folders of those that are here; their names."""
+        return files.find_loras(self.studio.catalog, [file.parent for file in self.studio.catalog.loras.values()])
 
     def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
         """Add uploaded gates; their description. See `files.import_gates`."""
@@ -393,7 +401,7 @@ class Actions:
         recipe = self._completed(recipe)
         strengths = recipe.constant_strengths()
         named = "+".join(sorted(recipe.experts)) or "none"
-        path = self.folder / f"{named.replace('/', '_')[:100]}.safetensors"
+        path = self.folder / "exports" / f"{named.replace('/', '_')[:100]}.safetensors"
         with self.studio.lock.held():
             self.studio.check_base(recipe)
             mixture = self.studio.attach_for(recipe)

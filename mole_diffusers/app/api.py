@@ -451,7 +451,7 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             name: of the gates, as `gates` lists them.
         """
-        return [_file(path) for path in export_gates(catalog, _text(name, "the name"), actions.folder)]
+        return [_file(path) for path in export_gates(catalog, _text(name, "the name"), actions.downloads)]
 
     def upload_gates(weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
         """Add trained gates from their two files; bad ones are refused with one sentence.

@@ -72,10 +72,12 @@ def _remember(page: Page) -> None:
 
     lists, updates = zip(*page.lists, strict=True)
 
-    def now() -> Any:
-        return page.actions.base, *(gr.update(**each()) for each in updates)
+    def now() -> list[Any]:
+        return [gr.update(**each()) for each in updates]
 
-    listed = page.blocks.load(now, None, [page.base, *lists], **PRIVATE)
+    for event in page.added:
+        event.then(now, None, list(lists), show_progress="hidden", **PRIVATE)
+    listed = page.blocks.load(lambda: [page.actions.base, *now()], None, [page.base, *lists], **PRIVATE)
     filled = [page.visitor, *fields, page.cards, page.shown]
     entered = listed.then(enter, [page.visitor, saved, page.controls["prompt"]], filled, **PRIVATE)
     for resume, outputs in page.resumed:

@@ -134,7 +134,7 @@ def _prompts(page: Page) -> Any:
 
 
 def _adding(page: Page, prompt: Any) -> None:
-    """Three ways to add a LoRA: by name, found for the prompt, or uploaded."""
+    """Three ways to add a LoRA: by name, found for the prompt, or uploaded; and files that were copied into the folders."""
     catalog = page.actions.studio.catalog
     with gr.Row(equal_height=True):
         add = gr.Dropdown(page.actions.choices(), value=None, label="Add a LoRA", elem_id="add", min_width=120)
@@ -143,6 +143,7 @@ def _adding(page: Page, prompt: Any) -> None:
             upload = gr.UploadButton(
                 "Upload a LoRA", file_types=[".safetensors"], type="filepath", size="sm", elem_id="upload"
             )
+            again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
     why = gr.Markdown("", elem_id="why", elem_classes="status")
 
     def added(names: Iterable[str], text: str, cards: list[MixerCard]) -> Any:
@@ -162,16 +163,20 @@ def _adding(page: Page, prompt: Any) -> None:
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
         return (*added([hit.name for hit in hits], text, cards), words or "The prompt asks for none of the LoRAs here.")
 
-    @told(5)
+    @told(4)
     def uploaded(path: str, text: str, cards: list[MixerCard]) -> Any:
         name = page.actions.add_lora(Path(path))
-        return (*added([name], text, cards), gr.update(choices=page.actions.choices()), f"added **{markdown(name)}**")
+        return (*added([name], text, cards), f"added **{markdown(name)}**")
+
+    def looked_again() -> str:
+        return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
 
     page.lists.append((add, lambda: {"choices": page.actions.choices()}))
     changed = [prompt, page.cards, page.shown]
     find.click(found, [prompt, page.cards], [*changed, why], concurrency_limit=None, **PRIVATE)
     add.input(chosen, [add, prompt, page.cards], [*changed, add, why], **PRIVATE)
-    upload.upload(uploaded, [upload, prompt, page.cards], [*changed, add, why], **PRIVATE)
+    page.added.append(upload.upload(uploaded, [upload, prompt, page.cards], [*changed, why], **PRIVATE))
+    page.added.append(again.click(looked_again, None, why, **PRIVATE))
 
 
 def _settings(page: Page) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -39,6 +39,7 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
     A file that is here already, byte for byte, is not copied: its name here is returned. Raises ValueError for anything but
     a good LoRA file for the models `hosts`, and for a name that another file has; nothing is left then.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with uploaded(path):
         size = path.stat().st_size
         for known, file in list(catalog.loras.items()):
@@ -57,6 +58,17 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
         shutil.copyfile(path, part)
         catalog.add_lora(name, part.rename(copy))
         return name
+
+
+def find_loras(catalog: Catalog, folders: Iterable[Path]) -> list[str]:
+    """Add the LoRA files of folders that the catalog lacks; their names, with the folder where another has the same."""
+    added, known = [], {file.absolute() for file in catalog.loras.values()}
+    for path in sorted(path for folder in set(folders) for path in folder.glob("[!.]*.safetensors")):
+        name = path.stem if matching(path.stem, catalog.loras) is None else f"{path.parent.name}/{path.stem}"
+        if path.absolute() not in known and name not in catalog.loras:
+            catalog.loras[name] = path
+            added.append(name)
+    return added
 
 
 def check_gates_name(name: str) -> str:
@@ -85,6 +97,7 @@ def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
     """Copies of the two files of trained gates in `folder`, named after the gates."""
     if name not in catalog.gates:
         raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(catalog.gates) or 'none'}")
+    folder.mkdir(exist_ok=True)
     suffixes = {checkpoint.WEIGHTS: ".safetensors", checkpoint.CONFIG: ".json"}
     copies = {folder / f"{name}{suffix}": catalog.gates[name] / file for file, suffix in suffixes.items()}
     return [Path(shutil.copyfile(source, copy)) for copy, source in copies.items()]

@@ -46,6 +46,7 @@ class Page:
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
         lists: components that change with the base model and the LoRAs, each with a function for `gr.update`.
+        added: events after which there may be other LoRAs.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
         tabs, tab: all of them; the one that is being built.
@@ -75,6 +76,7 @@ class Page:
     tab: Any = None
     fields: list[Any] = field(default_factory=list)
     lists: list[tuple[Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
+    added: list[Any] = field(default_factory=list)
     watched: dict[tuple[str, str], Job] = field(default_factory=dict)
     resumed: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
 

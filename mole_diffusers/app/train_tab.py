@@ -128,6 +128,7 @@ def _fields(page: Page) -> list[Any]:
         label="Prompts with all of them", info="one per line", lines=2, max_length=5000, elem_id="composed"
     )
     styles = gr.Dropdown(list(catalog.loras), value=[], multiselect=True, label="Styles", info="they act everywhere")
+    page.lists.append((styles, lambda: {"choices": list(catalog.loras)}))
     steps = gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates")
     with gr.Row():
         family = gr.Dropdown(TRAINED, value="flow", label="Gates", info="flow weighs each token", elem_id="family")
@@ -203,7 +204,7 @@ def _gate_files(page: Page) -> Any:
 
     @told(2)
     def downloaded(name: str | None) -> tuple[list[str], str]:
-        return [str(path) for path in export_gates(catalog, name or "", page.actions.folder)], ""
+        return [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)], ""
 
     @told(3)
     def uploaded(paths: list[str], name: str) -> Any:

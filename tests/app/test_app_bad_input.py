@@ -5,11 +5,13 @@ import shutil
 import struct
 import tempfile
 import zlib
+from pathlib import Path
 
 import pytest
 from app_client import PROMPT, RECIPE
 from PIL import Image
 
+from mole_diffusers.mixture import attach
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_lora
 
@@ -60,7 +62,8 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
     good = tiny_lora(pipe, tmp_path / "good.safetensors", seed=9).read_bytes()
     assert actions.add_lora(sent("owl.safetensors", good)) == "owl"
     other = tiny_lora(pipe, tmp_path / "other.safetensors", seed=10).read_bytes()
-    kept = {path: path.read_bytes() for path in actions.folder.rglob("*") if path.is_file()}
+    kept = {path: path.read_bytes() for path in actions.home.rglob("*") if path.is_file()}
+    assert [path.name for path in kept] == ["owl.safetensors"]
     for name, data, message in (
         ("owl.safetensors", other, "already another LoRA 'owl'"),
         ("OWL.safetensors", other, "already another LoRA 'OWL'"),
@@ -81,8 +84,39 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
         with pytest.raises(ValueError):  # noqa: PT011
             actions.add_gates(files, "x")
         assert not any(path.exists() for path in files)
-    assert {path: path.read_bytes() for path in actions.folder.rglob("*") if path.is_file()} == kept
-    assert not list((tmp_path / "gates").iterdir())
+    assert {path: path.read_bytes() for path in actions.home.rglob("*") if path.is_file()} == kept
+    assert [path.name for path in actions.home.iterdir()] == [".loras"]
+
+
+def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path):
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.app.files import export_gates
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+
+    def started():
+        (tmp_path / "library").mkdir(exist_ok=True)
+        library = {"fox": shutil.copy(loras["fox"], tmp_path / "library")}
+        catalog = Catalog({name: Path(file) for name, file in library.items()}, {})
+        return Actions(Studio(pipe, catalog, "tiny"), home=tmp_path / "gates")
+
+    first, sent = started(), tiny_lora(pipe, tmp_path / "owl.safetensors", seed=9)
+    content = sent.read_bytes()
+    assert first.add_lora(sent) == "owl"
+    attach(pipe, loras, "mole").save_pretrained(tmp_path / "owl")
+    first.studio.catalog.add_gates("owl", tmp_path / "owl")
+    export_gates(first.studio.catalog, "owl", first.downloads)
+    exported, *_ = first.export(Recipe("an owl <lora:owl:1>", width=32, height=32))
+    assert exported.name == "owl.safetensors"
+    again = started()
+    assert list(again.studio.catalog.loras) == ["fox", "owl"]
+    assert again.studio.catalog.loras["owl"].read_bytes() == content
+    assert again.find_loras() == []
+    for name in ("hat", "OWL"):
+        shutil.copy(loras["hat"], tmp_path / "library" / f"{name}.safetensors")
+    assert again.find_loras() == ["library/OWL", "hat"]
+    assert again.studio.catalog.name("hat") == "hat"
+    assert again.find_loras() == []
 
 
 def test_a_message_has_no_temporary_folder_and_no_library():
