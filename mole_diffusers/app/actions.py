@@ -48,6 +48,12 @@ NOTHING: Over = MappingProxyType({})
 Thumbnail = Callable[[str], Image.Image | None]
 
 
+def drawn_over(over: Over) -> list[str]:
+    """A sentence where a picture is drawn over: its panel may be closed."""
+    part = "the painted part of " if "mask" in over else ""
+    return [f"drawn over {part}your picture"] if over else []
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture file, the recipe it was drawn from, and where each LoRA acted in it, if the LoRAs had places."""
@@ -305,7 +311,8 @@ class Actions:
         both = zip(wanted, recipes, strict=True)
         told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, image)]
         steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
-        state = Progress(0, steps, len(recipes), warnings=[*([note] if note else []), *dict.fromkeys(told)])
+        notes = [*drawn_over(over), *([note] if note else []), *dict.fromkeys(told)]
+        state = Progress(0, steps, len(recipes), warnings=notes)
 
         def work(report: Report) -> Progress:
             begun = time.monotonic()
@@ -361,8 +368,8 @@ class Actions:
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         traced: dict[str, Any] = {}
-        said: list[str] = []
-        state = Progress(0, self.studio.total_steps(recipe), 1)
+        said = drawn_over(over)
+        state = Progress(0, self.studio.total_steps(recipe), 1, warnings=list(said))
 
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:

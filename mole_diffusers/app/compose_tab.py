@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from mole_diffusers.app import draw_over, mixer, paint
+from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.interrupted import Offer, offer, read
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
@@ -47,12 +48,13 @@ def build(page: Page) -> None:
             _adding(page, prompt)
             mixer.build(page)
             count = _settings(page)
-            page.over = draw_over.build(page)
+            draw_over.build(page)
         with gr.Column(scale=4, elem_classes="results"):
             preview = gr.Image(
                 label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
             )
             page.pictures = gallery("Pictures", columns=2, elem_id="pictures")
+            _use_picture(page, status)
             paint.build(page)
     page.fields.append(count)
 
@@ -110,7 +112,7 @@ def _prompts(page: Page) -> Any:
         page.defaults.prompt,
         label="Prompt",
         info="<lora:name:strength>, also te= unet= lbw= start= stop= step= and 0@0,1@0.4. Ctrl+Up and Ctrl+Down change the "
-        "strength under the cursor, Shift+Enter composes.",
+        "strength under the cursor, Ctrl+Enter and Shift+Enter compose.",
         lines=2,
         max_length=5000,
         elem_id="prompt",
@@ -131,6 +133,34 @@ def _prompts(page: Page) -> Any:
             )
     page.lists.append((both, second))
     return page.controls["prompt"]
+
+
+def _use_picture(page: Page, status: Any) -> None:
+    """What becomes of the picture that was clicked, or else of the last one."""
+    with gr.Row():
+        over = gr.Button("Draw over this", size="sm", elem_id="draw-over-this")
+        seed = gr.Button("Use its seed", size="sm", elem_id="use-seed")
+    chosen = gr.State("")  # its file
+
+    def choose(request: gr.Request, event: gr.SelectData) -> str:
+        return str(page.drawn(request)[event.index].path)
+
+    def picture(request: gr.Request, chosen: str) -> Picture:
+        if not (pictures := page.drawn(request)):
+            raise ValueError("compose a picture first")
+        return next((each for each in pictures if str(each.path) == chosen), pictures[-1])
+
+    @told(3)
+    def draw_over_it(request: gr.Request, chosen: str) -> Any:
+        return *draw_over.put(picture(request, chosen).path), ""
+
+    @told(2)
+    def use_seed(request: gr.Request, chosen: str) -> Any:
+        return picture(request, chosen).recipe.seed, ""
+
+    page.pictures.select(choose, None, chosen, **PRIVATE)
+    over.click(draw_over_it, chosen, [page.over, page.over_panel, status], **PRIVATE)
+    seed.click(use_seed, chosen, [page.controls["seed"], status], **PRIVATE)
 
 
 def _adding(page: Page, prompt: Any) -> None:

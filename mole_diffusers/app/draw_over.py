@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,12 +12,12 @@ from mole_diffusers.app.page import Page
 from mole_diffusers.app.paint import BRUSH, ERASER, painted_mask
 
 
-def build(page: Page) -> Any:
-    """Lay out the panel; returns the editor, whose value `pictures` reads."""
+def build(page: Page) -> None:
+    """Lay out the panel."""
     d = page.defaults
-    with gr.Accordion("Draw over a picture, or larger", open=False, elem_id="over"):
+    with gr.Accordion("Draw over a picture, or larger", open=False, elem_id="over") as page.over_panel:
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
-        editor = gr.ImageEditor(
+        page.over = gr.ImageEditor(
             label="To draw over",
             type="pil",
             format="png",
@@ -36,7 +37,13 @@ def build(page: Page) -> Any:
                 1, 4, d.hires, step=0.25, label="Larger", info="times; drawn over at this size", elem_id="hires"
             )
             page.controls["hires_strength"] = gr.Slider(0, 1, d.hires_strength, step=0.05, label="Change when larger")
-    return editor
+
+
+def put(path: Path) -> tuple[Any, Any]:
+    """Updates of the editor and the panel that put a picture there."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    return {"background": picture, "layers": [], "composite": picture}, gr.update(open=True)
 
 
 def pictures(value: dict[str, Any] | None) -> dict[str, Image.Image]:

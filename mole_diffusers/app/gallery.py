@@ -102,16 +102,22 @@ class Gallery:
                 found.append(entry)
         return found
 
+    def path(self, name: str) -> Path:
+        """The file of this name. Raises ValueError for a name that is no picture's here."""
+        if name not in [path.name for _, path in self._pictures()]:
+            raise ValueError(f"there is no picture {name!r} in the gallery")
+        return self.folder / name
+
     def favour(self, name: str, on: bool) -> None:
         """Mark a picture as a favourite, or no longer."""
-        self._path(name)
+        self.path(name)
         with self._lock:
             starred = self._favourites() - {name} | ({name} if on else set())
             write_text(self.folder / FAVOURITES, json.dumps(sorted(starred)) + "\n")
 
     def trash(self, name: str) -> Path:
         """Move a picture to the folder "trash" beside the others; where it is now. Nothing is deleted there."""
-        path = self._path(name)
+        path = self.path(name)
         (self.folder / TRASH).mkdir(exist_ok=True)
         return _moved(path, self.folder / TRASH, path.stem)
 
@@ -122,12 +128,6 @@ class Gallery:
         for path in self.folder.glob("[!.]*.png"):
             with suppress(FileNotFoundError):  # another one has just moved it
                 yield path.stat().st_mtime_ns, path
-
-    def _path(self, name: str) -> Path:
-        """The file of this name. Raises ValueError for a name that is no picture's here."""
-        if name not in [path.name for _, path in self._pictures()]:
-            raise ValueError(f"there is no picture {name!r} in the gallery")
-        return self.folder / name
 
     def _inside(self, path: Path, written: int) -> tuple[Recipe, dict[str, Any]] | None:
         """The recipe in a file, and what it shows if it is a sheet; None without a recipe. Read once."""

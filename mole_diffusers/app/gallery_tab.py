@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from mole_diffusers.app import draw_over
 from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, told
 from mole_diffusers.studio import infotext
 
@@ -28,6 +29,7 @@ def build(page: Page) -> None:
     pictures = gallery("Gallery", columns=4, elem_id="gallery")
     with gr.Row():
         use = gr.Button("Use again", variant="primary", elem_id="use")
+        over = gr.Button("Draw over this", elem_id="gallery-over")
         star = gr.Button("Favourite", elem_id="star")
         trash = gr.Button("To the trash", elem_id="trash")
     names, chosen = gr.State([]), gr.State("")  # file names in the order shown; the one that was clicked
@@ -65,6 +67,10 @@ def build(page: Page) -> None:
         return [*values, gr.update(selected=tab), markdown("; ".join(filter(None, words)))]
 
     @told(4)
+    def draw_over_it(name: str) -> Any:
+        return *draw_over.put(kept.path(the_chosen(name))), gr.update(selected="Compose"), 'it is in "Draw over a picture"'
+
+    @told(4)
     def favour(name: str, *search: Any) -> Any:
         on = the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
         kept.favour(name, on)
@@ -82,5 +88,6 @@ def build(page: Page) -> None:
     )
     pictures.select(choose, names, [chosen, status], **PRIVATE)
     use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **PRIVATE)
+    over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status], **PRIVATE)
     star.click(favour, [chosen, *search], outputs, **PRIVATE)
     trash.click(throw, [chosen, *search], outputs, **PRIVATE)

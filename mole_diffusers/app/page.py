@@ -41,7 +41,7 @@ class Page:
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
         base: the choice of the base model.
-        over: the editor of a picture that is drawn over, see `draw_over`.
+        over, over_panel: the editor of a picture that is drawn over, see `draw_over`, and the panel around it.
         axes: across and down, of a grid.
         visitor: in the browser: who owns jobs, across reloads.
         fields: further components that survive a reload.
@@ -68,6 +68,7 @@ class Page:
     masks: Any = None
     base: Any = None
     over: Any = None
+    over_panel: Any = None
     axes: list[Any] = field(default_factory=list)
     visitor: Any = None
     line: Any = None
@@ -161,6 +162,11 @@ class Page:
             usual = None
         follows = not recipe.image and (recipe.width, recipe.height) == usual
         return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
+
+    def drawn(self, request: gr.Request) -> list[Picture]:
+        """The last pictures that a page composed."""
+        job = self.watched.get((session(request), "compose"))
+        return [] if job is None or job.event is None else job.event.pictures
 
     def gates(self) -> list[str]:
         """The gates that can be chosen."""

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.mixer_cards import MixerCard, set_region, shades
-from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, session, told
+from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, told
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import overlay
@@ -82,9 +82,7 @@ def _connect_views(page: Page, panel: Panel) -> None:
 
     def last(request: gr.Request) -> Picture | None:
         """The last picture of this page."""
-        job = page.watched.get((session(request), "compose"))
-        pictures = [] if job is None or job.event is None else job.event.pictures
-        return pictures[-1] if pictures else None
+        return next(reversed(page.drawn(request)), None)
 
     def names(cards: list[MixerCard], chosen: str | None) -> Any:
         known = [card["name"] for card in cards]

@@ -41,11 +41,17 @@ CSS = (
 """
 )
 
-# Ctrl+Up and Ctrl+Down change the strength of the tag under the cursor by 0.05, as in A1111.
+# As in A1111: Ctrl+Up and Ctrl+Down change the strength of the tag under the cursor by 0.05, Ctrl+Enter composes.
 HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {
   const box = event.target;
+  if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && box.closest("#prompt, #negative, #second")) {
+    box.blur();  // which brings the cards in step
+    document.querySelector("#compose").click();
+    box.focus();
+    event.preventDefault();
+  }
   if (!event.ctrlKey || !["ArrowUp", "ArrowDown"].includes(event.key) || box.tagName !== "TEXTAREA") return;
   for (const tag of box.value.matchAll(/<lora:[^:<>]+:(-?[0-9.]+)[^<>]*>/g)) {
     if (tag.index <= box.selectionStart && box.selectionStart <= tag.index + tag[0].length) {

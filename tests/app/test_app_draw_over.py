@@ -77,7 +77,10 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(compared["bound"].path), wanted)
     assert not np.array_equal(pixels(compared["base"].path), wanted)
     assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
-    assert str(said[-1]) == "2 of 2 steps"  # 0.6 of 4
+    assert str(said[-1]).startswith("2 of 2 steps")  # 0.6 of 4
+    words = f"drawn over {'the painted part of ' if boxes else ''}your picture"
+    for work in (actions.compose(RECIPE, 1, over), actions.look(RECIPE, None, over), actions.grid(RECIPE, "seed=1", "seed=1", over)):
+        assert words in str(work(ignore))
     sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore).sheet
     assert infotext.read(sheet).mask == whole.recipe.mask
     cells = [path for path in actions.own.folder.glob("*.png") if infotext.read(path).arm == "gates"]
@@ -146,7 +149,7 @@ def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions,
     assert [given for given, is_size in zip(values, sizes, strict=True) if is_size] == [0, 0]
     request = type("Request", (), {"session_hash": "page"})()
     *_, (said, *_) = event.fn(request, "me", *values[:-1], value)
-    assert said.replace("\\", "") == "done; 70 x 40 is rounded to 72 x 40 pixels"
+    assert said.replace("\\", "") == "done; drawn over your picture; 70 x 40 is rounded to 72 x 40 pixels"
     newest = actions.gallery.entries()[0]
     assert pixels(newest.path).shape == (40, 72, 3)
     odd.save(tmp_path / "odd.png")

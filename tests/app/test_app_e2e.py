@@ -435,6 +435,36 @@ def test_wrong_files_get_a_sentence_that_goes_once_they_are_right(any_width, lor
     assert not page.errors()
 
 
+@pytest.mark.thorough
+def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+
+    page = any_width
+    page.type("#seed input", "-1")
+    first = composed(page, tmp_path, "first.png")
+    page.click("#use-seed")
+    page.until(lambda: value(page, "#seed") == str(infotext.read(first).seed), WAIT)
+    assert np.array_equal(pixels(composed(page, tmp_path, "same.png")), pixels(first))
+    page.click("#draw-over-this")
+    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    page.one("#prompt textarea").click()
+    ActionChains(page.driver).send_keys(" ink").key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
+    page.until(lambda: page.text("#status") == "done; drawn over your picture", WAIT)
+    over, *_ = newest = sorted((tmp_path / "pictures").glob("*.png"), key=lambda path: path.stat().st_mtime_ns)[::-1]
+    assert len(newest) == 3
+    assert (infotext.read(over).prompt, infotext.read(over).image) == ("a fox ink <lora:fox:1>", pixels_hash(Image.open(first)))
+    page.open(page.url)
+    page.tab("Gallery")
+    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 3, WAIT)
+    page.click("#gallery .thumbnail-item:last-child")
+    page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
+    page.click("#gallery-over")
+    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    composed(page, tmp_path, "over.png")
+    assert page.text("#status") == "done; drawn over your picture"
+    assert not page.errors()
+
+
 CUT = """
 const right = (element) => element.getBoundingClientRect().right;
 const seen = (css) => [...document.querySelectorAll(css)].filter((element) => element.offsetParent);
