@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from secrets import token_hex
 from typing import Any
 
 from PIL import Image
@@ -72,13 +72,12 @@ class Gallery:
         """
         kind = "" if sheet is None else "-comparison" if "columns" in sheet else "-grid"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=self.folder, prefix=".new-", suffix=".png", delete=False) as part:
-            pass
+        part = self.folder / f".new-{token_hex(8)}.png"  # a name that nobody else has
         try:
-            infotext.save(image, part.name, recipe, sheet)
-            return _moved(Path(part.name), self.folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.seed}{kind}")
+            infotext.save(image, part, recipe, sheet)
+            return _moved(part, self.folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.seed}{kind}")
         finally:
-            Path(part.name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             self._delete_oldest()
 
     def entries(self, *, text: str = "", lora: str = "", favourites: bool = False) -> list[Entry]:

@@ -44,6 +44,9 @@ def test_pictures_outlive_the_app_and_are_found(gallery):
 def test_no_file_is_overwritten_or_half_written(gallery):
     paths = [gallery.add(PICTURE, Recipe("x")) for _ in range(3)]
     assert len(set(paths)) == 3
+    (gallery.folder / "other").touch()
+    assert {path.stat().st_mode for path in gallery.folder.iterdir()} == {(gallery.folder / "other").stat().st_mode}
+    (gallery.folder / "other").unlink()
     with pytest.raises(AttributeError):
         gallery.add(None, Recipe("x"))
     assert sorted(gallery.folder.iterdir()) == sorted(paths)
