@@ -9,7 +9,7 @@ import gradio as gr
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of, parse_lock, shades, with_block_weights
+from mole_diffusers.app.mixer_cards import parse_lock, shades
 from mole_diffusers.app.page import (
     BUTTONS,
     PRIVATE,
@@ -19,10 +19,8 @@ from mole_diffusers.app.page import (
     figure,
     gallery,
     gallery_items,
-    redraw,
     told,
 )
-from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.render import MERGES
 
@@ -109,7 +107,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
-    """Weights that replace a gate, and block weights of a LoRA; returns the choice of the block."""
+    """Weights that replace a gate; returns the choice of the block."""
     with gr.Accordion("Change it by hand", open=True):
         with gr.Row():
             block = gr.Dropdown([], label="Block", info="watch the gates first", elem_id="block")
@@ -120,34 +118,25 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             lock = gr.Button("Set the block", size="sm", elem_id="lock")
             free = gr.Button("Free all", size="sm", elem_id="free")
         locked = gr.Textbox(NO_LOCKS, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
-        with gr.Row():
-            names = list(page.actions.studio.catalog.loras)
-            name = gr.Dropdown(names, value=None, label="LoRA", info="whose blocks to scale", elem_id="lbw-name")
-            lbw = gr.Dropdown(["", *PRESETS, "ALL0.5"], value="", label="Block weights (lbw)", allow_custom_value=True,
-                              info="a preset, or numbers", elem_id="lbw")  # fmt: skip
         why = gr.Markdown("", elem_id="by-hand-status", elem_classes="status")
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @told(3)
+    @told(2)
     def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Any:
         if block not in sites:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
-        changed = {**locks, sites[block]: row}
+        return {**locks, sites[block]: row}, ""
+
+    def held(locks: dict[str, dict[str, float]], sites: dict[str, str]) -> str:
         labels = {site: label for label, site in sites.items()}
-        return changed, "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in changed.items()), ""
+        return "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in locks.items()) or NO_LOCKS
 
-    @told(4)
-    def set_block_weights(name: str | None, lbw: str, text: str, cards: list[MixerCard]) -> Any:
-        text = with_block_weights(text, name or "", lbw, catalog.loras)
-        new = cards_of(text, cards, catalog.loras)
-        return text, new, redraw(new), ""
-
-    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, locked, why], **PRIVATE)
-    free.click(lambda: ({}, NO_LOCKS), None, [page.locks, locked], **PRIVATE)
+    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, why], **PRIVATE)
+    free.click(lambda: {}, None, page.locks, **PRIVATE)
+    gr.on([page.locks.change, sites.change], held, [page.locks, sites], locked, show_progress="hidden", **PRIVATE)
     block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights, **PRIVATE)
-    lbw.input(set_block_weights, [name, lbw, prompt, page.cards], [prompt, page.cards, page.shown, why], **PRIVATE)
     return block
 
 

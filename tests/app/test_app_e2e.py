@@ -453,16 +453,37 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     over, *_ = newest = sorted((tmp_path / "pictures").glob("*.png"), key=lambda path: path.stat().st_mtime_ns)[::-1]
     assert len(newest) == 3
     assert (infotext.read(over).prompt, infotext.read(over).image) == ("a fox ink <lora:fox:1>", pixels_hash(Image.open(first)))
-    page.open(page.url)
     page.tab("Gallery")
     page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 3, WAIT)
-    page.click("#gallery .thumbnail-item:last-child")
+    page.click("#gallery .thumbnail-item")
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#gallery-over")
     page.until(lambda: page.all("#over-picture canvas"), WAIT)
-    composed(page, tmp_path, "over.png")
-    assert page.text("#status") == "done; drawn over your picture"
+    assert infotext.read(composed(page, tmp_path, "over.png")).image == pixels_hash(Image.open(over))
     assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_what_is_set_by_hand_is_seen_wherever_it_comes_from(tiny, tmp_path):
+    site = "unet.mid_block.attentions.0.transformer_blocks.0"
+    replace(RECIPE, locks={site: {"fox": 0.5}}).save(tmp_path / "recipe.json")
+    held = lambda: value(tiny, "#held")  # noqa: E731
+    tiny.tab("See")
+    tiny.until(lambda: held() == "nothing: every gate decides", WAIT)
+    dropped(tiny, tmp_path / "recipe.json")
+    tiny.tab("See")
+    tiny.until(lambda: held() == f"{site}: fox=0.5", WAIT)
+    tiny.open(tiny.url)
+    tiny.tab("See")
+    tiny.until(lambda: tiny.all("#held") and held() == f"{site}: fox=0.5", WAIT)
+    tiny.click("#look")
+    tiny.until(lambda: held() == "M00: fox=0.5", WAIT)
+    tiny.type("#weights textarea, #weights input", "fox=2")
+    tiny.click("#lock")
+    tiny.until(lambda: "fox=2" in held(), WAIT)
+    tiny.click("#free")
+    tiny.until(lambda: held() == "nothing: every gate decides", WAIT)
+    assert not tiny.errors()
 
 
 CUT = """
