@@ -86,6 +86,19 @@ class Progress:
         return "; ".join([state, *self.warnings])
 
 
+@dataclass(frozen=True)
+class Exported:
+    """One ordinary LoRA: its file, the error of cutting its rank, and what else is lost in a sentence, "" for nothing."""
+
+    path: Path
+    error: float
+    lost: str
+
+    def __str__(self) -> str:
+        words = f"written with the gates' average weights; error of the cut {self.error:.3f}"
+        return f"{words}; {self.lost}" if self.lost else words
+
+
 class Actions:
     """Everything the app can do with one studio.
 
@@ -399,27 +412,31 @@ class Actions:
         sheet = self._sheet(self._completed(recipe), {"x": x, "y": y}, across.labels, down.labels)
         return self.draw_all(wanted, over=over, sheet=sheet)
 
-    def export(self, recipe: Recipe, rank: int | None = None) -> tuple[Path, float, str]:
-        """Write one ordinary LoRA with the gates' average weights for this prompt; its file, the error of the cut, and what
-        else is lost in a sentence, "" for nothing.
+    def export(self, recipe: Recipe, rank: int | None = None) -> Work:
+        """Write one ordinary LoRA with the gates' average weights for this prompt: in the end an Exported.
 
         Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
         """
         recipe = self._completed(recipe)
         strengths = recipe.constant_strengths()
-        named = "+".join(sorted(recipe.experts)) or "none"
-        path = self.folder / "exports" / f"{named.replace('/', '_')[:100]}.safetensors"
-        with self.studio.lock.held():
-            self.studio.check_base(recipe)
-            mixture = self.studio.attach_for(recipe)
-            if mixture is None:
-                raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
-            with mixture.strengths(strengths):
-                call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+        if not strengths:
+            raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
+        path = self.folder / "exports" / f"{'+'.join(sorted(strengths)).replace('/', '_')[:100]}.safetensors"
+        call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+
+        def work(report: Report) -> Exported:
+            report("writing")
+            with self.studio.lock.held():
+                self.studio.check_base(recipe)
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
                     call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
-                lost = FOLDED if mixture.is_bound else ""
-                return path, mixture.export_lora(path, recipe.plain_text, rank=rank, **call), lost
+                mixture = self.studio.attach_for(recipe)
+                assert mixture is not None  # there are tags
+                with mixture.strengths(strengths):
+                    error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
+                return Exported(path, error, FOLDED if mixture.is_bound else "")
+
+        return work
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe.tag_bindings()  # raises where a painted region has no mask

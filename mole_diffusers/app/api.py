@@ -20,7 +20,7 @@ from mole_diffusers.app.files import describe_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
 from mole_diffusers.app.gate_training import train as train_gates
 from mole_diffusers.app.jobs import Work
-from mole_diffusers.app.page import QUEUE, Page, session, with_errors
+from mole_diffusers.app.page import Page, session, with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.picture_passes import read_picture
@@ -53,10 +53,8 @@ def add(page: Page) -> None:
         for endpoint in group(page):
             for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
                 endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
-            limit = (
-                {"concurrency_limit": None} if inspect.iscoroutinefunction(endpoint) else QUEUE
-            )  # a job waits in our queue, and finding for nothing
-            gr.api(with_errors(endpoint), api_name=endpoint.__name__, **limit)
+            limit = None if inspect.iscoroutinefunction(endpoint) else 1  # a job waits in our queue, and finding for nothing
+            gr.api(with_errors(endpoint), api_name=endpoint.__name__, concurrency_limit=limit)
 
 
 # ---- reading arguments, returning files
@@ -352,15 +350,16 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         return as_code(actions.studio.complete(_recipe(page, recipe)))
 
-    def export(recipe: dict, rank: int | None = None) -> tuple[gr.FileData, float]:
+    async def export(request: gr.Request, recipe: dict, rank: int | None = None) -> tuple[gr.FileData, float]:
         """One ordinary LoRA with the gates' average weights, and the relative error of cutting it to a rank.
 
         Args:
             recipe: RECIPE
             rank: None keeps everything: the ranks add up.
         """
-        path, error, _ = actions.export(_recipe(page, recipe), None if rank is None else _whole(rank, "the rank"))
-        return _file(path), error
+        wanted, number = _recipe(page, recipe), None if rank is None else _whole(rank, "the rank")
+        done = await _job(page, request, "export", lambda: actions.export(wanted, number))
+        return _file(done.path), done.error
 
     yield from (read, code, export)
 

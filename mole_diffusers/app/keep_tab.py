@@ -12,7 +12,6 @@ from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import (
     PRIVATE,
-    QUEUE,
     Page,
     connect_cancel,
     connect_job,
@@ -90,16 +89,16 @@ def _saving(page: Page) -> None:
     def script(*values: Any) -> tuple[str, str]:
         return as_code(completed(*values)), ""
 
-    @told(2)
-    def exported(*values: Any) -> tuple[str, str]:
+    def plan(*values: Any) -> Work:
         *given, rank = values
-        path, error, lost = page.actions.export(page.recipe(*given), int(rank) if rank else None)
-        words = f"written with the gates' average weights; error of the cut {error:.3f}"
-        return str(path), f"{words}; {lost}" if lost else words
+        return page.actions.export(page.recipe(*given), int(rank) if rank else None)
+
+    def show(job: Job) -> list[Any]:
+        return [str(job.event.path) if job.state == "done" else None]
 
     save.click(recipe_file, [*page.inputs, page.over], [file, status], **PRIVATE)
     code.click(script, [*page.inputs, page.over], [text, status], **PRIVATE)
-    export.click(exported, [*page.inputs, rank], [file, status], **QUEUE, **PRIVATE)
+    connect_job(page, "export", [export.click], plan, show, inputs=[*page.inputs, rank], status=status, outputs=[file])
 
 
 def _grid(page: Page) -> None:

@@ -21,7 +21,6 @@ from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
-QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one pipeline, one job at a time
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
 USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged

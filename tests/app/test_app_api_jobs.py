@@ -58,6 +58,17 @@ def test_one_call_waits_for_the_other(client):
     assert second.result(timeout=60)
 
 
+def test_what_needs_no_model_waits_for_no_job(client):
+    job = begun(client)
+    export = client.submit(RECIPE, api_name="/export")
+    time.sleep(0.5)
+    assert client.submit(api_name="/gallery").result(timeout=30)
+    assert client.submit(api_name="/loras").result(timeout=30)
+    assert not export.done()
+    job.cancel()
+    assert export.result(timeout=60)[1] == 0
+
+
 def test_the_request_is_no_argument_of_an_endpoint(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert [one["parameter_name"] for one in endpoints["/redraw"]["parameters"]] == ["recipe", "image", "mask"]

@@ -91,6 +91,7 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
 def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path):
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.files import export_gates
+    from mole_diffusers.app.jobs import ignore
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
 
@@ -106,8 +107,8 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
     attach(pipe, loras, "mole").save_pretrained(tmp_path / "owl")
     first.studio.catalog.add_gates("owl", tmp_path / "owl")
     export_gates(first.studio.catalog, "owl", first.downloads)
-    exported, *_ = first.export(Recipe("an owl <lora:owl:1>", width=32, height=32))
-    assert exported.name == "owl.safetensors"
+    exported = first.export(Recipe("an owl <lora:owl:1>", width=32, height=32))(ignore)
+    assert exported.path.name == "owl.safetensors"
     again = started()
     assert list(again.studio.catalog.loras) == ["fox", "owl"]
     assert again.studio.catalog.loras["owl"].read_bytes() == content
