@@ -12,12 +12,12 @@ PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1>"
 RECIPE = {"prompt": PROMPT, "seed": 3, "gates": "sum"}
 
 
-def built(loras, home):
+def built(loras, home, **recipe):
     """The app's blocks."""
     from mole_diffusers.app.build import build
 
     actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=home)
-    return build(actions, Recipe(PROMPT, steps=2, width=32, height=32, gates="auto", base="tiny"))
+    return build(actions, Recipe(PROMPT, **{"steps": 2, "width": 32, "height": 32, "gates": "auto", "base": "tiny"} | recipe))
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def add(page: Page) -> None:
 def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
-    first = {**page.fresh().to_dict(), "prompt": None, "base": ""}
+    first = {**page.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
     recipe = Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
     if recipe.base:
         page.actions.check_base(recipe.base, "change it first")
