@@ -17,7 +17,9 @@ def built(loras, home, **recipe):
     from mole_diffusers.app.build import build
 
     actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=home)
-    return build(actions, Recipe(PROMPT, **{"steps": 2, "width": 32, "height": 32, "gates": "auto", "base": "tiny"} | recipe))
+    return build(
+        actions, Recipe(PROMPT, **{"steps": 2, "width": 32, "height": 32, "gates": "auto", "base": "tiny"} | recipe)
+    )
 
 
 @contextmanager

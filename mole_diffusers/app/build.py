@@ -94,7 +94,8 @@ def _kept(page: Page, fields: Sequence[Any], values: Any) -> list[Any] | None:
     if entered[page.base] != page.actions.base:  # it was changed meanwhile
         of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
         entered |= {field: fresh[field] for field in of_base}
-    return list((entered | {field: fresh[field] for field in fresh if not _fits(page, fresh | {field: entered[field]})}).values())
+    bad = [field for field in fresh if not _fits(page, fresh | {field: entered[field]})]
+    return list((entered | {field: fresh[field] for field in bad}).values())
 
 
 def _fits(page: Page, inputs: dict[Any, Any]) -> bool:

@@ -49,14 +49,9 @@ def build(page: Page) -> None:
     def choose(names: list[str], event: gr.SelectData) -> Any:
         return names[event.index], f"chosen: {markdown(names[event.index])}"
 
-    def the_chosen(name: str) -> str:
-        if not name:
-            raise ValueError("click a picture first")
-        return name
-
     @told(len(page.filled_fields) + 2)
     def reuse(name: str) -> Any:
-        wanted = the_chosen(name)
+        wanted = _the_chosen(name)
         entry = next((entry for entry in kept.entries() if entry.path.name == wanted), None)
         if entry is None:
             raise ValueError(f"there is no picture {wanted!r} in the gallery")
@@ -68,18 +63,18 @@ def build(page: Page) -> None:
 
     @told(4)
     def draw_over_it(name: str) -> Any:
-        return *draw_over.put(kept.path(the_chosen(name))), gr.update(selected="Compose"), 'it is in "Draw over a picture"'
+        return *draw_over.put(kept.path(_the_chosen(name))), gr.update(selected="Compose"), 'it is in "Draw over a picture"'
 
     @told(4)
     def favour(name: str, *search: Any) -> Any:
-        on = the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
+        on = _the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
         kept.favour(name, on)
         pictures, names, _, status = show("marked; " if on else "no longer marked; ")(*search)
         return pictures, names, name if name in names else "", status
 
     @told(4)
     def throw(name: str, *search: Any) -> Any:
-        kept.trash(the_chosen(name))
+        kept.trash(_the_chosen(name))
         return show("moved to the folder trash beside the pictures; ")(*search)
 
     outputs = [pictures, names, chosen, status]
@@ -91,3 +86,9 @@ def build(page: Page) -> None:
     over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status], **PRIVATE)
     star.click(favour, [chosen, *search], outputs, **PRIVATE)
     trash.click(throw, [chosen, *search], outputs, **PRIVATE)
+
+
+def _the_chosen(name: str) -> str:
+    if not name:
+        raise ValueError("click a picture first")
+    return name

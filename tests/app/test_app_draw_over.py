@@ -79,7 +79,11 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
     assert str(said[-1]).startswith("2 of 2 steps")  # 0.6 of 4
     words = f"drawn over {'the painted part of ' if boxes else ''}your picture"
-    for work in (actions.compose(RECIPE, 1, over), actions.look(RECIPE, None, over), actions.grid(RECIPE, "seed=1", "seed=1", over)):
+    for work in (
+        actions.compose(RECIPE, 1, over),
+        actions.look(RECIPE, None, over),
+        actions.grid(RECIPE, "seed=1", "seed=1", over),
+    ):
         assert words in str(work(ignore))
     sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore).sheet
     assert infotext.read(sheet).mask == whole.recipe.mask

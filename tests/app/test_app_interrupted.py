@@ -15,7 +15,7 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
-gr = pytest.importorskip("gradio")
+pytest.importorskip("gradio")
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.paint import COLOUR, OPACITY
 
@@ -127,9 +127,7 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
     assert second.again("status", plain)[0] == "done"
     assert second.offered("compose") == ""
     (file,) = (tmp_path / "pictures").glob("*.png")
-    (wanted,) = second.actions.compose(
-        replace(RECIPE, steps=4), 1, draw_over.pictures(editor)
-    )(lambda _: None).pictures
+    (wanted,) = second.actions.compose(replace(RECIPE, steps=4), 1, draw_over.pictures(editor))(lambda _: None).pictures
     assert pixels(file).tolist() == pixels(wanted.path).tolist()
 
 
