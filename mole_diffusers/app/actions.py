@@ -260,8 +260,9 @@ class Actions:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > MAX_SIDE**2:
                 return None
-            image.thumbnail((128, 128), Image.Resampling.NEAREST)
-            return image.convert("RGB")
+            small = image.convert("RGB")
+            small.thumbnail((128, 128), Image.Resampling.LANCZOS)
+            return small
 
     # ---- pictures
 

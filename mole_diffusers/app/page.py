@@ -143,7 +143,7 @@ class Page:
         except ValueError:
             return []
 
-    def unknown_choices(self, recipe: Recipe) -> dict[str, str]:
+    def unknown_choices(self, recipe: Recipe) -> dict[str, Any]:
         """The choices of a recipe that are not here, each with what the page has by default."""
         known = {"gates": self.gates(), "sampler": ["", *self.actions.studio.samplers]}
         fresh = self.fresh()
@@ -269,7 +269,7 @@ def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True) -> An
     """A gallery of PNG files.
 
     Args:
-        pixel: show pixels as squares, not smoothed.
+        pixel: show the pixels of small pictures as squares, not smoothed.
     """
     return gr.Gallery(
         label=label,

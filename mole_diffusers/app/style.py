@@ -12,7 +12,6 @@ CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" fo
 CSS = (
     CARDS
     + """
-.pixel img { image-rendering: pixelated; }
 #now img, .pixel .thumbnail-item img { width: 100%; height: 100%; object-fit: contain; }
 .figure img { padding-top: 34px; object-fit: contain; }  /* the label and the buttons cover the top */
 .grid-wrap.fixed-height { min-height: 0 !important; max-height: none !important; overflow-y: visible !important;
@@ -41,9 +40,14 @@ CSS = (
 """
 )
 
+# Small pictures are shown with their pixels as squares.
 # As in A1111: Ctrl+Up and Ctrl+Down change the strength of the tag under the cursor by 0.05, Ctrl+Enter composes.
 HEAD = """
 <script>
+document.addEventListener("load", ({ target: image }) => {
+  if (image.tagName !== "IMG" || !image.closest(".pixel:not(.thumb)")) return;
+  image.style.imageRendering = Math.max(image.naturalWidth, image.naturalHeight) < 256 ? "pixelated" : "auto";
+}, true);
 document.addEventListener("keydown", (event) => {
   const box = event.target;
   if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && box.closest("#prompt, #negative, #second")) {

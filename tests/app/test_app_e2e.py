@@ -356,7 +356,10 @@ def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
     page.until(lambda: page.driver.find_elements(*chooser), WAIT)[0].send_keys(str(photo))
     page.until(lambda: page.all("#over-picture canvas"), WAIT)
     page.type("#strength input[type=number]", "0.5")
+    shown = "return getComputedStyle(document.querySelector('#pictures .thumbnail-item img')).imageRendering"
+    assert page.driver.execute_script(shown) == "pixelated"  # a small one, with its pixels as squares
     whole = composed(page, tmp_path, "whole.png")
+    page.until(lambda: page.driver.execute_script(shown) == "auto", WAIT)
     recipe = infotext.read(whole)
     assert (recipe.image, recipe.mask, recipe.strength) == (pixels_hash(Image.open(photo)), "", 0.5)
     assert not np.array_equal(pixels(whole), pixels(plain))
@@ -452,7 +455,10 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     page.until(lambda: page.text("#status") == "done; drawn over your picture", WAIT)
     over, *_ = newest = sorted((tmp_path / "pictures").glob("*.png"), key=lambda path: path.stat().st_mtime_ns)[::-1]
     assert len(newest) == 3
-    assert (infotext.read(over).prompt, infotext.read(over).image) == ("a fox ink <lora:fox:1>", pixels_hash(Image.open(first)))
+    assert (infotext.read(over).prompt, infotext.read(over).image) == (
+        "a fox ink <lora:fox:1>",
+        pixels_hash(Image.open(first)),
+    )
     page.tab("Gallery")
     page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 3, WAIT)
     page.click("#gallery .thumbnail-item")

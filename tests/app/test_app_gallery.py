@@ -167,3 +167,13 @@ def test_what_others_say_in_a_picture_breaks_no_list(gallery, said):
     PICTURE.save(gallery.folder / "theirs.png", pnginfo=about)
     assert "ours" in found(gallery)
     assert all(len(entry.label) < 200 for entry in gallery.entries())
+
+
+def test_a_thumbnail_is_a_mean_of_pixels(loras, tmp_path):
+    """The nearest pixel alone made noise of a photograph."""
+    file = tmp_path / "fox.safetensors"
+    file.write_bytes(loras["fox"].read_bytes())
+    Image.fromarray(np.indices((512, 512)).sum(0).astype(np.uint8) % 2 * 255).save(file.with_suffix(".png"))
+    small = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny")).thumbnail("fox")
+    assert small.size == (128, 128)
+    assert np.ptp(np.asarray(small)) < 9
