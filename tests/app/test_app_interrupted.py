@@ -124,7 +124,7 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
     other = plain | {"background": photo.rotate(90)}
     assert "made with another picture" in second.again("status", other)[0]
     assert second.offered("compose") != ""
-    assert second.again("status", plain)[0] == "done"
+    assert second.again("status", plain)[0].startswith("done; drawn over ")
     assert second.offered("compose") == ""
     (file,) = (tmp_path / "pictures").glob("*.png")
     (wanted,) = second.actions.compose(replace(RECIPE, steps=4), 1, draw_over.pictures(editor))(lambda _: None).pictures
