@@ -125,7 +125,7 @@ class Studio:
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with everything chosen: a random seed, a size that can be drawn, "auto" gates; with the LoRAs' names in
-        this catalog, every hash, and the base.
+        this catalog, every hash, and the base; without locks of LoRAs that the prompt has not.
 
         Raises ValueError if something is not here or does not fit.
         """
@@ -137,7 +137,8 @@ class Studio:
             if why := self.misfit(name):
                 raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in recipe.tags]
-        locks = {place: {names.get(n, n): w for n, w in row.items()} for place, row in recipe.locks.items()}
+        here = names | {name: name for name in names.values()}
+        rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
         source = self.catalog.gates_source(gates)
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
@@ -160,7 +161,7 @@ class Studio:
             height=height,
             sampler=sampler_name(recipe.sampler, self._own_scheduler) if recipe.sampler else "",
             arm=f"alone {names.get(about, about)}" if kind == "alone" else recipe.arm,
-            locks=locks,
+            locks={place: row for place, row in rows.items() if row},
             masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},
             gates=gates,
             gates_sha256=digest,
@@ -189,6 +190,9 @@ class Studio:
             notes.append(f"the picture of {image.width} x {image.height} is drawn over at {drawn}")
         elif size != (recipe.width, recipe.height):
             notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
+        known = {*recipe.experts, *(tag.name for tag in asked.tags)}
+        if gone := dict.fromkeys(name for row in asked.locks.values() for name in row if name not in known):
+            notes.append(f"weights set by hand for {', '.join(map(repr, gone))} are left out: the prompt has no such LoRA")
         if recipe.binding == TILES and image is not None:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.binding == TILES and recipe.prompt_2:

@@ -131,6 +131,16 @@ def test_a_lock_changes_the_picture(studio, recipe):
     assert not same(studio.draw(locked), studio.draw(recipe))
 
 
+def test_locks_of_loras_that_the_prompt_no_longer_has_are_left_out(studio, recipe):
+    """They silenced every LoRA of the next prompt."""
+    rows = {"a": {"FOX": 1.0, "hat": 0.5}, "b": {"fox": 1.0, "hat": 2.0}, "c": {"hat": 1.0}}
+    asked = dataclasses.replace(recipe, prompt="a fox <lora:FOX:1>", experts={}, locks=rows)
+    found = studio.complete(asked)
+    assert found.locks == {"a": {"fox": 1.0}, "b": {"fox": 1.0}}
+    assert studio.notes(asked, found) == ["weights set by hand for 'hat' are left out: the prompt has no such LoRA"]
+    assert studio.notes(found, found) == []
+
+
 def test_steps_are_told_and_can_end_a_picture(studio, recipe):
     class StopError(Exception):
         pass
