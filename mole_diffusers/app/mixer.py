@@ -13,6 +13,7 @@ from mole_diffusers.app.mixer_cards import (
     at_strength,
     fields_of,
     set_card,
+    triggers_in,
     with_fields,
     with_triggers,
     without,
@@ -69,12 +70,13 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
             slider = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
             unet = gr.Textbox(typed["unet"], label="Any number, or 0@0,1@0.4", max_length=500, elem_classes="any", **FIELD)
         triggers = report["triggers"]
-        present = [trigger for trigger in triggers if trigger in prompt]
+        present = triggers_in(prompt, triggers)
+        ticked = gr.State(present)
         chips = gr.CheckboxGroup(triggers, value=present, label="Trigger words", visible=bool(triggers), **EDITABLE)
         gr.Markdown(_facts(report), elem_classes="facts")
         fields = {"unet": unet, **_binding_fields(typed, triggers), **_more_fields(typed)}
     _connect_fields(page, card, on=on, slider=slider, fields=fields)
-    _connect_prompt(page, name, remove=remove, chips=chips)
+    _connect_prompt(page, name, remove=remove, chips=chips, ticked=ticked)
 
 
 def _binding_fields(typed: dict[str, str], triggers: Sequence[str]) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     gr.on(events, write, [on, prompt, page.cards, *boxes], outputs, **QUIET)
 
 
-def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any) -> None:
+def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:
     """Removing a card, and switching trigger words, changes the prompt."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
@@ -177,9 +179,9 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any) -> None:
         left = [other for other in cards if other["name"] != name]
         return without(text, name, catalog.loras), left, redraw(left), ""
 
-    @told(2)
-    def switched(chosen: list[str], text: str) -> tuple[str, str]:
-        return with_triggers(text, catalog.expert(name).triggers, chosen, catalog.loras), ""
+    @told(3)
+    def switched(before: list[str], chosen: list[str], text: str) -> tuple[str, list[str], str]:
+        return with_triggers(text, before, chosen, catalog.loras), chosen, ""
 
-    chips.input(switched, [chips, prompt], [prompt, page.line], **QUIET)
+    chips.input(switched, [ticked, chips, prompt], [prompt, ticked, page.line], **QUIET)
     remove.click(removed, [prompt, page.cards], [prompt, page.cards, page.shown, page.line], **QUIET)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching
-from mole_diffusers.studio.prompt_syntax import LoraTag, constant, parse
+from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, constant, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
 FIELDS = ("unet", "te", "lbw", "start", "stop", "word", "region")  # of a tag, as a card shows them
@@ -75,12 +75,8 @@ def set_card(
     prompt: str, cards: Sequence[MixerCard], card: MixerCard, known: Collection[str]
 ) -> tuple[str, list[MixerCard]]:
     """Prompt and cards after one card was edited or switched."""
-    parsed = parse(prompt, known)
-    tags = {tag.name: tag for tag in parsed.tags} | {card["name"]: tag_of(card, known)}
-    if not card["on"]:
-        del tags[card["name"]]
     changed = [card if old["name"] == card["name"] else old for old in cards]
-    return str(replace(parsed, tags=tuple(tags.values()))), changed
+    return _with_tag(prompt, card["name"], tag_of(card, known) if card["on"] else None, known), changed
 
 
 def set_region(
@@ -105,28 +101,53 @@ def add_card(prompt: str, cards: Sequence[MixerCard], name: str, known: Collecti
 
 def without(prompt: str, name: str, known: Collection[str]) -> str:
     """The prompt without the tag of one LoRA."""
-    parsed = parse(prompt, known)
-    return str(replace(parsed, tags=tuple(tag for tag in parsed.tags if tag.name != name)))
+    return _with_tag(prompt, name, None, known)
+
+
+def _with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]) -> str:
+    """The prompt with this tag in the place of the LoRA's own, or at its end; None takes it out. All else stays as typed."""
+    if name not in [old.name for old in parse(prompt, known).tags]:
+        return prompt if tag is None else f"{prompt.rstrip()} {tag}".strip()
+
+    def put(found: re.Match[str]) -> str:
+        (old,) = parse(found["tag"], known).tags
+        return found[0] if old.name != name else "" if tag is None else f"{found['space']}{tag}"
+
+    return re.sub(rf"(?P<space>[^\S\n]*)(?P<tag>{TAG.pattern})", put, prompt).strip()
 
 
 def with_block_weights(prompt: str, name: str, lbw: str, known: Collection[str]) -> str:
     """The prompt with the block weights of one LoRA's tag set; "" removes them. Raises ValueError if it has no tag."""
-    parsed = parse(prompt, known)
-    if name not in [tag.name for tag in parsed.tags]:
+    tag = next((tag for tag in parse(prompt, known).tags if tag.name == name), None)
+    if tag is None:
         raise ValueError(f"the prompt has no tag for {name!r}")
-    return str(replace(parsed, tags=tuple(replace(t, lbw=lbw) if t.name == name else t for t in parsed.tags)))
+    return _with_tag(prompt, name, replace(tag, lbw=lbw), known)
 
 
-def with_triggers(prompt: str, triggers: Collection[str], chosen: Collection[str], known: Collection[str]) -> str:
-    """The prompt with the chosen trigger words in it, and the others removed."""
-    parsed = parse(prompt, known)
-    text = parsed.text
-    for trigger in triggers:
-        if trigger in chosen and trigger not in text:
-            text = f"{text}, {trigger}".removeprefix(", ")
-        elif trigger not in chosen and trigger in text:
-            text = re.sub(rf",?\s*{re.escape(trigger)}", "", text, count=1).strip(" ,")
-    return str(replace(parsed, text=text))
+def triggers_in(prompt: str, triggers: Collection[str]) -> list[str]:
+    """Those of the trigger words that the prompt has beside its tags, as whole words in any case."""
+    text = TAG.sub("", prompt)
+    return [trigger for trigger in triggers if re.search(_whole(trigger), text, re.IGNORECASE)]
+
+
+def with_triggers(prompt: str, before: Collection[str], chosen: Collection[str], known: Collection[str]) -> str:
+    """The prompt with the trigger words that are newly chosen, and without those that were and are no longer."""
+    missing = [each for each in chosen if each not in (*before, *triggers_in(parse(prompt, known).text, chosen))]
+    for word in (_whole(each) for each in before if each not in chosen):
+        space = r"[^\S\n]*"  # in a line
+        unwanted = rf"{TAG.pattern}|^{word}{space},?{space}|,?{space}{word}"
+        kept = re.sub(unwanted, lambda found: found[0] if found[1] else "", prompt, flags=re.IGNORECASE | re.MULTILINE)
+        prompt = kept.strip(" ,")
+    if not missing:
+        return prompt
+    text = re.sub(rf"(?:\s*{TAG.pattern})*\s*$", "", prompt)  # without the tags at its end
+    end = prompt[len(text) :] if text else f" {prompt}"
+    return (", ".join([*filter(None, [text.rstrip(" ,")]), *missing]) + end).rstrip()
+
+
+def _whole(words: str) -> str:
+    """A pattern of these words as whole ones."""
+    return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
 
 
 def parse_lock(text: str, experts: Collection[str]) -> dict[str, float]:

@@ -54,9 +54,43 @@ def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
     assert drawn["new"] not in cards.shades(found).values()
 
 
-def test_trigger_words_come_and_go():
-    assert cards.with_triggers("a cat <lora:fox:1>", ["sks fox"], ["sks fox"], KNOWN) == "a cat, sks fox <lora:fox:1>"
-    assert cards.with_triggers("a cat, sks fox <lora:fox:1>", ["sks fox"], [], KNOWN) == "a cat <lora:fox:1>"
+def test_a_prompt_keeps_its_lines_and_a_tag_its_place():
+    lines = "a fox,\nin ink <lora:fox:1>\n\n<lora:ink:0.5>\nwide"
+    fox, _ = found = cards.cards_of(lines, [], KNOWN)
+    text, _ = cards.set_card(lines, found, cards.at_strength(fox, 2, KNOWN), KNOWN)
+    assert text == lines.replace("fox:1", "fox:2")
+    assert cards.with_block_weights(lines, "ink", "MIDD", KNOWN) == lines.replace("0.5", "0.5:lbw=MIDD")
+    assert cards.without(lines, "fox", KNOWN) == lines.replace(" <lora:fox:1>", "")
+    assert cards.add_card(lines, found, "a:b", KNOWN)[0] == f"{lines} <lora:a:b:1>"
+    assert cards.with_triggers(lines, [], ["sks fox"], KNOWN) == f"{lines}, sks fox"
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "chosen", "wanted"),
+    [
+        ("a cat <lora:fox:1>", [], ["sks fox"], "a cat, sks fox <lora:fox:1>"),
+        ("a cat, sks fox <lora:fox:1>", ["sks fox"], [], "a cat <lora:fox:1>"),
+        ("a fox in snow <lora:fox:1>", [], ["orange fur"], "a fox in snow, orange fur <lora:fox:1>"),
+        ("a fox in snow <lora:fox:1>", ["fox"], ["fox", "orange fur"], "a fox in snow, orange fur <lora:fox:1>"),
+        ("a category of things, cat", ["cat"], [], "a category of things"),
+        ("a Cat,\nCAT, red <lora:fox:1:word=cat>", ["cat"], [], "a,\nred <lora:fox:1:word=cat>"),
+        ("Sks  Fox in snow", [], ["sks fox"], "Sks  Fox in snow"),
+        ("<lora:fox:1>", [], ["fox"], "fox <lora:fox:1>"),
+        ("a cat,\n<lora:fox:1>\n<lora:ink:1>", [], ["fox", "fur"], "a cat, fox, fur\n<lora:fox:1>\n<lora:ink:1>"),
+        ("fox", ["fox"], [], ""),
+        ("", [], ["fox"], "fox"),
+    ],
+)
+def test_trigger_words_come_and_go(text, before, chosen, wanted):
+    """Whole words in any case, and only those whose tick has changed."""
+    assert cards.with_triggers(text, before, chosen, KNOWN) == wanted
+
+
+def test_a_trigger_word_is_ticked_where_the_prompt_says_it_beside_its_tags():
+    assert cards.triggers_in(
+        "a FOX <lora:hat:1> <lora:ink",
+        ["fox", "hat", "in"],
+    ) == ["fox"]
 
 
 def test_a_prompt_for_one_lora_names_no_other():

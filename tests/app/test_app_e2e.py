@@ -137,6 +137,24 @@ def test_cards_and_tags_are_in_step(tiny, tmp_path):
     assert infotext.read(composed(tiny, tmp_path, "negative.png")).tags[0].unet(0, 1) == -7
 
 
+@pytest.mark.thorough
+def test_a_trigger_word_is_ticked_and_the_rest_of_the_prompt_stays(loras, tmp_path):
+    from mole_diffusers.studio.render import Studio
+
+    shutil.copy(loras["fox"], tmp_path / "sks.safetensors")
+    (tmp_path / "sks.json").write_text('{"activation text": "fox, sks, fur"}')
+    studio = Studio(tiny_pipeline(), Catalog({"sks": tmp_path / "sks.safetensors"}, {}), "tiny")
+    with visiting(studio, replace(RECIPE, prompt="a hat,\nink <lora:sks:1>"), tmp_path) as page:
+        page.until(lambda: page.all(".card fieldset input"), WAIT)
+        assert not [box for box in page.all(".card fieldset input") if box.is_selected()]
+        page.type("#prompt textarea", "a fox, ink <lora:sks:1>")
+        for label, wanted in (("fur", "a fox, ink, fur"), ("sks", "a fox, ink, fur, sks"), ("fur", "a fox, ink, sks")):
+            page.one(f".card fieldset input[name='{label}']").click()
+            page.until(lambda wanted=wanted: value(page, "#prompt") == f"{wanted} <lora:sks:1>", WAIT)
+        page.type(".c0 .any input, .c0 .any textarea", "2")
+        page.until(lambda: value(page, "#prompt") == "a fox, ink, sks <lora:sks:2>", WAIT)
+
+
 def long_job(page):
     """Start many pictures, and wait until the first is on the way."""
     page.type("#steps input[type=number]", "150")

@@ -70,3 +70,13 @@ def test_cards_go(drawn):
     cards, _, events = drawn
     text, left, shown, _ = named(events, "removed")[0](TEXT, cards)
     assert (text, left, shown["cards"]) == ("a fox <lora:ink:0.5>", cards[1:], cards[1:])
+
+
+def test_a_tick_changes_its_own_word_alone(drawn):
+    """Also where the prompt was changed since the card was drawn."""
+    _, _, events = drawn
+    switched = named(events, "switched")[0]
+    text, ticked, said = switched([], ["orange fur"], TEXT)
+    assert (text, ticked, said) == (TEXT.replace("a fox", "a fox, orange fur"), ["orange fur"], "")
+    assert switched(ticked, [], text)[0] == TEXT
+    assert "is not closed" in switched([], ["x"], "a <lora:fox")[-1]
