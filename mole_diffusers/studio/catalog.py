@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +53,7 @@ class Catalog:
     def family(self, name: str) -> str:
         """The model family that a LoRA is made for, as `Expert.base`; by its file's header, so that hundreds take seconds.
 
-        Raises ValueError for an unknown name, and for a file that is not safetensors.
+        Raises ValueError for an unknown name, and what `read_header` raises.
         """
         name = self.name(name)
         if name not in self._families:
@@ -96,7 +97,10 @@ class Catalog:
         return self.gates[name]
 
     def gates_for(self, experts: Iterable[str]) -> str:
-        """The first gates trained with exactly these files, else with LoRAs of these names, else "sum"; no examples."""
+        """The first gates trained with exactly these files, else with LoRAs of these names, else "sum".
+
+        No examples, and none that cannot be read: these are passed over with a warning.
+        """
         wanted = {name: self.expert(name).sha256 for name in experts}
         same_files = [g for g, hashes in self._trained_with.items() if set(hashes.values()) == set(wanted.values())]
         same_names = [g for g, hashes in self._trained_with.items() if set(hashes) == set(wanted)]
@@ -121,9 +125,16 @@ class Catalog:
     @cached_property
     def _trained_with(self) -> dict[str, dict[str, str]]:
         """Gates that are no examples -> {LoRA they were trained with: its hash}."""
-        own = {name: folder for name, folder in self.gates.items() if name not in self.examples}
-        loaded = {name: checkpoint.load(folder).experts for name, folder in own.items()}
-        return {name: {n: expert["sha256"] for n, expert in experts.items()} for name, experts in loaded.items()}
+        found = {}
+        for name, folder in self.gates.items():
+            if name not in self.examples:
+                try:
+                    experts = checkpoint.load(folder).experts
+                except (ValueError, OSError) as error:
+                    warnings.warn(f"the gates {name!r} are passed over: {error}", stacklevel=2)
+                    continue
+                found[name] = {n: expert["sha256"] for n, expert in experts.items()}
+        return found
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:
@@ -151,7 +162,9 @@ def family_of_file(path: Path) -> str:
 
 
 def tensors_hash(path: Path) -> str:
-    """sha256 of the bytes after a safetensors file's header, which is `Expert.sha256`; "" for another file."""
+    """sha256 of the bytes after a safetensors file's header, which is `Expert.sha256`; "" for another file, or none."""
+    if not path.is_file():  # a broken link
+        return ""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")

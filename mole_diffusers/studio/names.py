@@ -20,8 +20,8 @@ def by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
 
 
 def own_name(path: Path) -> str:
-    """The name of a folder, and of a file without its suffix."""
-    return path.stem if path.is_file() else path.name
+    """The name of a folder, and of a safetensors file without its suffix."""
+    return path.name.removesuffix(".safetensors")
 
 
 def short_names(short: Mapping[T, str], long: Mapping[T, str]) -> dict[str, T]:

@@ -119,7 +119,7 @@ class Studio:
         """Why a LoRA cannot be used with this base, in one clause by its file's header; "" if it may fit."""
         try:
             check_family(self.catalog.family(name), models_of(self.pipe))
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""
 

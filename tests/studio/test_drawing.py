@@ -458,9 +458,14 @@ def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_
         other.complete(Recipe("a <lora:flux:1>"))
 
 
-def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(loras, tmp_path):
+def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(studio, loras, tmp_path):
     (tmp_path / "a.safetensors").write_text("<html>")
-    catalog = Catalog({"a": tmp_path / "a.safetensors", "renamed": loras["fox"]}, {})
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    catalog = Catalog({**folder_loras(tmp_path), "renamed": loras["fox"]}, {})
+    there = Studio(studio.pipe, catalog, "tiny")
+    assert [bool(there.misfit(name)) for name in catalog.loras] == [True, True, False]
+    with pytest.raises(ValueError, match="the LoRA 'gone' cannot be used here: no file at"):
+        there.complete(Recipe("a <lora:gone:1>"))
     assert catalog.local_name("fox", read_expert(loras["fox"]).sha256[:12]) == "renamed"
 
 

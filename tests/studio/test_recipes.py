@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -108,6 +110,27 @@ def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake,
         mine.complete(dataclasses.replace(found, gates_sha256="0" * 64))
     with pytest.raises(ValueError, match="no gates 'other'; known: sum, mean, mine"):
         mine.complete(dataclasses.replace(asked, gates="other"))
+
+
+def test_gates_that_cannot_be_read_stop_no_picture_that_does_not_name_them(loras, awake, tmp_path):
+    awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
+    for name, text in (("broken", "{"), ("newer", '{"format": "mole_diffusers.gates", "version": 99}')):
+        shutil.copytree(tmp_path / "mine", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
+    catalog = Catalog(loras, folder_gates(tmp_path))
+    with pytest.warns(UserWarning, match="passed over") as said:
+        assert catalog.gates_for(["ink", "fox"]) == "mine"
+    assert [str(each.message).partition(":")[0] for each in said] == [
+        f"the gates {name!r} are passed over" for name in ("broken", "half", "newer")
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert catalog.gates_for(["ink"]) == "sum"
+    studio = Studio(tiny_pipeline(), catalog, "tiny")
+    with pytest.raises(ValueError, match="this release reads mole_diffusers.gates version"):
+        studio.draw(studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="newer")))
 
 
 def test_examples_are_taken_by_name_alone_until_ones_own_have_that_name(loras, awake, tmp_path):
