@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.names import by_name, known_names, matching, own_name, short_names
+from mole_diffusers.studio.names import by_name, files_below, known_names, matching, own_name, short_names
 
 WORLD = "emoji"  # as a base: the embedded world
 INDEX = "model_index.json"
@@ -120,10 +120,11 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     known = [folder / place for place in PLACES if (folder / place).is_dir()]
-    patterns = [(root, "**/") for root in known] or [(folder, ""), (folder, "*/")]
-    saved = [index.parent for root, inside in patterns for index in root.glob(f"{inside}{INDEX}")]
-    files = [path for root, inside in patterns for path in root.glob(f"{inside}*.safetensors")]
-    return by_name([*saved, *(f for f in files if not any(f.is_relative_to(s) for s in saved))], folder)
+    below = [file for root in known for file in files_below(root)]
+    files = below if known else [*folder.glob("*"), *folder.glob("*/*")]
+    saved = [file.parent for file in files if file.name == INDEX]
+    alone = [f for f in files if f.suffix == ".safetensors" and not any(f.is_relative_to(s) for s in saved)]
+    return by_name([*saved, *alone], folder)
 
 
 def bases_of(given: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from mole_diffusers.lora import Expert, LoraWeights, read_expert
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
-from mole_diffusers.studio.names import by_name, known_names, matching
+from mole_diffusers.studio.names import by_name, files_below, known_names, matching
 
 UNTRAINED = ("sum", "mean")  # families that need no training
 
@@ -140,7 +140,7 @@ class Catalog:
 def folder_loras(folder: str | Path) -> dict[str, Path]:
     """{name: path} of the safetensors files below a folder: a file's own name, or where two have the same one, with the
     folder that each is in ("people/fox"). Raises ValueError if there are none."""
-    found = by_name(Path(folder).rglob("*.safetensors"), Path(folder))
+    found = by_name((file for file in files_below(Path(folder)) if file.suffix == ".safetensors"), Path(folder))
     if not found:
         raise ValueError(f"no .safetensors files in {folder}")
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,18 @@ def by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
     that each is in ("people/fox", "animals/fox")."""
     inside = {path: path.relative_to(folder).with_name(own_name(path)).as_posix() for path in paths}
     return dict(sorted(short_names({path: own_name(path) for path in inside}, inside).items()))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders, also of those that are links; of each folder once, whatever links to it."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: (Path(root, name).is_symlink(), name))
+        yield from (Path(root, name) for name in names)
 
 
 def own_name(path: Path) -> str:

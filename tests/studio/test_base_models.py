@@ -147,6 +147,16 @@ def test_a_models_folder_has_its_models_by_name(models, folder):
     assert find_base(str(alone)) == alone / "Dream.safetensors"
 
 
+def test_folders_that_are_links_have_models_too(models, folder):
+    inside = models / "models" / "Stable-diffusion"
+    (inside / "drive").symlink_to(folder)
+    (inside / "other" / "round").symlink_to(inside)
+    found = bases_in(models)
+    assert found["saved"] == inside / "drive" / "saved"
+    assert found["models/Stable-diffusion/drive/Dream"] == inside / "drive" / "Dream.safetensors"
+    assert len(found) == 6
+
+
 def test_what_is_no_base_model_is_said_in_one_sentence(folder, models, tmp_path, monkeypatch):
     torch.save({"a": torch.ones(1)}, tmp_path / "old.ckpt")
     (tmp_path / "page.safetensors").write_text("<html>")

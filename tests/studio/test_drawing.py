@@ -435,6 +435,21 @@ def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:HAT:1> <lora:hat:1>"))
 
 
+def test_folders_that_are_links_have_loras_too(loras, tmp_path):
+    """Also where they lead round in a circle; each file is there once."""
+    (tmp_path / "drive" / "people").mkdir(parents=True)
+    (tmp_path / "models" / "animals").mkdir(parents=True)
+    shutil.copy(loras["fox"], tmp_path / "drive" / "people" / "fox.safetensors")
+    shutil.copy(loras["hat"], tmp_path / "models" / "animals" / "hat.safetensors")
+    (tmp_path / "models" / "a drive").symlink_to(tmp_path / "drive")
+    (tmp_path / "models" / "a link").symlink_to(tmp_path / "models" / "animals")
+    (tmp_path / "drive" / "back").symlink_to(tmp_path / "models")
+    assert folder_loras(tmp_path / "models") == {
+        "fox": tmp_path / "models" / "a drive" / "people" / "fox.safetensors",
+        "hat": tmp_path / "models" / "animals" / "hat.safetensors",
+    }
+
+
 def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_path):
     files = {}
     for host in ("sd15", "sdxl", "flux", "sd3"):
