@@ -193,6 +193,42 @@ def test_parameters_are_what_other_tools_read(recipe):
     assert back.experts == {"fox": fox, "ink": ink}
 
 
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("/home/jane/models/dream v1.5.safetensors", "dream v1.5"),
+        ("models/dream.safetensors", "dream"),
+        ("/home/jane/dream.v2", "dream.v2"),
+        ("here/saved", "saved"),
+        ("owner/name.v1", "owner/name.v1"),
+        ("emoji", "emoji"),
+        ("", "unknown"),
+    ],
+)
+def test_other_tools_read_the_name_of_the_base_and_not_where_it_lies(recipe, base, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "saved").mkdir(parents=True)
+    assert f", Model: {name}, " in infotext.parameters(dataclasses.replace(recipe, base=base))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hires": 1.5, "hires_strength": 0.123456789},
+        {"hires": 2, "hires_strength": 0.0, "image": "0" * 64},
+        {"image": "0" * 64, "strength": 0.35},
+        {"strength": 0.35},
+    ],
+)
+def test_strengths_and_the_larger_size_come_back_from_the_text(recipe, changes):
+    recipe = dataclasses.replace(recipe, **changes)
+    text, back = infotext.parameters(recipe), infotext.read_parameters(infotext.parameters(recipe))
+    assert (back.hires, back.hires_strength) == (recipe.hires, recipe.hires_strength)
+    assert ("Denoising strength" in text) == (recipe.hires > 1 or recipe.image != "")
+    if recipe.image and recipe.hires == 1:
+        assert back.strength == recipe.strength
+
+
 def test_a_picture_of_another_tool(studio, recipe, tmp_path):
     about = PngInfo()
     about.add_text("parameters", infotext.parameters(recipe))
