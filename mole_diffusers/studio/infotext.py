@@ -244,9 +244,10 @@ def read_axes(path: str | Path) -> list[str]:
 
 
 def _texts(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG, also those after its pixels, which are unpacked for that."""
+    """The text chunks of a PNG; those after its pixels, which are unpacked for that, only where none before has a recipe."""
     with _opened(path) as image:
-        return dict(image.text)
+        before = {name: text for name, text in image.info.items() if isinstance(text, str)}
+        return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from mole_diffusers import attach, attached
 from mole_diffusers.binding.config import Bound, mask_text
@@ -234,6 +234,20 @@ def test_a_picture_of_another_tool(studio, recipe, tmp_path):
     about.add_text("parameters", infotext.parameters(recipe))
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png", pnginfo=about)
     assert same(studio.draw(studio.complete(infotext.read(tmp_path / "a.png"))), studio.draw(recipe))
+
+
+def test_pixels_are_unpacked_only_where_the_recipe_may_stand_after_them(recipe, tmp_path, monkeypatch):
+    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", recipe)
+    whole = (tmp_path / "a.png").read_bytes()
+    at, end = whole.index(b"IDAT") - 4, whole.index(b"IEND") - 4
+    chunks = whole[whole.index(b"tEXt") - 4 : at]
+    (tmp_path / "after.png").write_bytes(whole.replace(chunks, b"")[: end - len(chunks)] + chunks + whole[end:])
+    unpacked, load = [], PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: unpacked.append(image.filename) or load(image))
+    assert infotext.read(tmp_path / "a.png") == recipe
+    assert not unpacked
+    assert infotext.read(tmp_path / "after.png") == recipe
+    assert unpacked
 
 
 def test_recipes_as_files(recipe, tmp_path):
