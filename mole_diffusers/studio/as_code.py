@@ -23,18 +23,18 @@ def as_code(recipe: Recipe) -> str:
             "",
         ]
     if recipe.image:
-        over = ["image=start", *(["mask_image=mask"] if recipe.mask else []), f"strength={recipe.strength!r}"]
+        over = ["image=start", *(["mask_image=mask"] if recipe.mask else [])]
         lines.append(f'start = fitted(Image.open("image.png").convert("RGB"), {size})')
         lines += [f'mask = fitted(Image.open("mask.png").convert("L"), {size})'] if recipe.mask else []
-        lines += _drawing_over(recipe, size, over, masked=bool(recipe.mask))
+        lines += _drawing_over(recipe, size, over, recipe.strength, masked=bool(recipe.mask))
         lines += ["image = Image.composite(image, start, mask)"] if recipe.mask else []
     else:
         call = [f"width={recipe.width}", f"height={recipe.height}"]
         lines += _pass(recipe, "pipe", call, str(recipe.steps))
     if recipe.hires > 1:
         larger = f"drawable(pipe, round({recipe.width} * {recipe.hires!r}), round({recipe.height} * {recipe.hires!r}))"
-        over = ["image=fitted(image, *larger)", f"strength={recipe.hires_strength!r}"]
-        lines += ["", f"larger = {larger}", *_drawing_over(recipe, "*larger", over, masked=False)]
+        over = ["image=fitted(image, *larger)"]
+        lines += ["", f"larger = {larger}", *_drawing_over(recipe, "*larger", over, recipe.hires_strength, masked=False)]
     return "\n".join([*lines, 'image.save("picture.png")', ""])
 
 
@@ -53,11 +53,10 @@ def _pipeline(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _drawing_over(recipe: Recipe, size: str, call: list[str], *, masked: bool) -> list[str]:
+def _drawing_over(recipe: Recipe, size: str, call: list[str], strength: float, *, masked: bool) -> list[str]:
     """Lines that draw over a picture, which `call` names."""
-    strength = next(word.removeprefix("strength=") for word in call if word.startswith("strength="))
-    steps = f"steps_drawn(over, {recipe.steps}, {strength})"
-    call = [*call, f"**size_arguments(over, {size})"]
+    steps = f"steps_drawn(over, {recipe.steps}, {strength!r})"
+    call = [*call, f"strength={strength!r}", f"**size_arguments(over, {size})"]
     return [f"over = drawing_over(pipe, masked={masked})", *_pass(recipe, "over", call, steps)]
 
 
@@ -105,7 +104,7 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
         gates = f"gate_folders()[{gates}]"
     locks = {place: dict(row) for place, row in recipe.locks.items()}
     given = f", locks={locks}" if locks else ""
-    binding = _binding(recipe, names) if recipe.binding != "none" and recipe.arm == "gates" else "None"
+    binding = "None" if recipe.binding_of_pass() == "none" else _binding(recipe, names)
     return [
         *(["from mole_diffusers.binding.config import read_mask"] if "read_mask(" in binding else []),
         "from mole_diffusers.studio.prompt_syntax import parse",
@@ -120,11 +119,10 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
 
 def _tiling(recipe: Recipe, pipe: str) -> str:
     """The block that says whether pictures are drawn in tiles, as code; "" where that is up to the mixture."""
-    if recipe.arm != "gates" or recipe.binding == "none":
-        return ""
-    if recipe.binding == BOUND or pipe == "over":
-        return ", mixture.tiled(0)"
-    always = recipe.binding == TILES
+    bound = recipe.binding_of_pass(over=pipe == "over")
+    if bound in ("none", BOUND):
+        return ", mixture.tiled(0)" if bound == BOUND else ""
+    always = bound == TILES
     prompts = recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2
     if not recipe.weights or all(plain_text(text) == text for text in prompts):
         return f", mixture.tiled(prompt={recipe.text!r})" if always else ""

@@ -148,6 +148,12 @@ class Recipe:
         """The prompt without its tags, and without brackets where they are weights."""
         return plain_text(self.text) if self.weights else self.text
 
+    def binding_of_pass(self, *, over: bool = False) -> str:
+        """How the LoRAs are bound in a pass, one of `BINDINGS`: "none" without gates, and without tiles `over` a picture."""
+        if self.arm != "gates":
+            return "none"
+        return BOUND if over and self.binding != "none" else self.binding
+
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""
         tags = self.tags

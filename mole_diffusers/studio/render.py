@@ -268,10 +268,11 @@ class Studio:
                 if (weights := _fixed_weights(recipe, mixture)) is not None:
                     stack.enter_context(mixture.fixed(weights))
                 stack.enter_context(mixture.planned(schedule))
-                if recipe.binding == BOUND or over:
+                binding = recipe.binding_of_pass(over=bool(over))
+                if binding == BOUND:
                     stack.enter_context(mixture.tiled(0))
-                elif recipe.arm == "gates":
-                    always = recipe.binding == TILES
+                elif binding != "none":
+                    always = binding == TILES
                     second = "" if always else recipe.prompt_2
                     tiles = tiled_prompt(pipe, recipe.text, prompt_2=second, weights=recipe.weights)
                     stack.enter_context(mixture.tiled(always=always, **tiles))
