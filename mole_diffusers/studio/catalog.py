@@ -18,6 +18,7 @@ from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.studio.names import by_name, files_below, known_names, matching
 
 UNTRAINED = ("sum", "mean")  # families that need no training
+PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # ends of names of pictures beside LoRA files
 
 
 class Catalog:
@@ -144,6 +145,12 @@ def folder_loras(folder: str | Path) -> dict[str, Path]:
     if not found:
         raise ValueError(f"no .safetensors files in {folder}")
     return found
+
+
+def preview(path: Path) -> Path | None:
+    """The picture that A1111, Forge or ComfyUI put beside a LoRA file, "fox.preview.png" or "fox.png", say; None without."""
+    names = (path.with_suffix(f"{middle}{end}") for end in PREVIEWS for middle in (".preview", ""))
+    return next((name for name in names if name.is_file()), None)
 
 
 def family_of_file(path: Path) -> str:

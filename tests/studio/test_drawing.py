@@ -16,7 +16,7 @@ from tiers import thorough
 
 from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.base_models import usual_size
-from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, tensors_hash
+from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, preview, tensors_hash
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
 from mole_diffusers.studio.prompt_weights import call_arguments
@@ -433,6 +433,16 @@ def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:fox:1>"))
     with pytest.raises(ValueError, match="two tags of the prompt mean the same LoRA: HAT, hat"):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:HAT:1> <lora:hat:1>"))
+
+
+def test_the_picture_beside_a_lora_is_found(tmp_path):
+    lora = tmp_path / "dream v1.5.safetensors"
+    (tmp_path / "dream v1.png").touch()  # of another one
+    (tmp_path / "dream v1.5.jpeg").mkdir()
+    assert preview(lora) is None
+    for end in (".webp", ".preview.webp", ".jpg", ".png", ".preview.png"):  # the later ones first
+        (tmp_path / f"dream v1.5{end}").touch()
+        assert preview(lora) == tmp_path / f"dream v1.5{end}"
 
 
 def test_folders_that_are_links_have_loras_too(loras, tmp_path):
