@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 from mole_diffusers.app.page import Page
-from mole_diffusers.app.paint import BRUSH, ERASER, painted_mask
+from mole_diffusers.app.paint import BRUSH, ERASER
+from mole_diffusers.studio.picture_passes import on_white
+
+LATENT = 8  # pixels of a side; of a mask one pixel for each is read, so strokes are made so much wider
 
 
 def build(page: Page) -> None:
@@ -50,8 +53,10 @@ def pictures(value: dict[str, Any] | None) -> dict[str, Image.Image]:
     """What an editor has, for `Studio.draw`: "image" and, where something is painted, "mask"; {} without a picture."""
     if value is None or value.get("background") is None:
         return {}
-    image = value["background"].convert("RGB")
-    try:
-        return {"image": image, "mask": painted_mask(value, 0.0).resize(image.size)}
-    except ValueError:  # nothing is painted
+    image = on_white(value["background"])
+    mask = Image.new("L", image.size)
+    for layer in filter(None, value["layers"]):
+        mask = ImageChops.lighter(mask, layer.convert("RGBA").getchannel("A").resize(image.size))
+    if mask.getbbox() is None:
         return {"image": image}
+    return {"image": image, "mask": mask.filter(ImageFilter.BoxBlur(LATENT // 2)).point([0, *[255] * 255])}

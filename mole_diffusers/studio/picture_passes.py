@@ -89,6 +89,14 @@ def size_arguments(pipe: Any, width: int, height: int) -> dict[str, int]:
     return {"width": width, "height": height} if takes else {}
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, with white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture in this size, its edges cut where its proportions differ."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

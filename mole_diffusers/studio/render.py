@@ -232,7 +232,7 @@ class Studio:
                 drawn = self._pass(recipe, size, {}, on_step, inside)
             else:
                 over: dict[str, Any] = {"strength": recipe.strength}
-                over["image"] = picture_passes.fitted(image.convert("RGB"), *size)
+                over["image"] = picture_passes.fitted(picture_passes.on_white(image), *size)
                 if mask is not None:
                     over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
                 drawn = self._pass(recipe, size, over, on_step, inside)

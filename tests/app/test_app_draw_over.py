@@ -14,7 +14,7 @@ from mole_diffusers.binding.config import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio
+from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
@@ -55,6 +55,29 @@ def test_an_editor_gives_a_picture_and_a_mask():
     mask = np.asarray(found["mask"])
     assert mask[:, :28].min() == 255
     assert mask[:, 36:].max() == 0
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_thin_strokes_change_the_picture(at):
+    """Diffusers reads one pixel of a mask for each latent."""
+    value = {"background": Image.new("RGBA", (1024, 1024)), "layers": [Image.new("RGBA", (1024, 1024))]}
+    value["layers"][0].paste((*paint.COLOUR, paint.OPACITY), (500 + at, 200, 504 + at, 800))
+    mask = np.asarray(draw_over.pictures(value)["mask"])
+    assert mask[200:800, 500 + at : 504 + at].min() == 255
+    assert (mask[::8, ::8] > 127).sum() >= 600 // 8
+    assert (mask > 0).sum() <= 12 * 608
+
+
+def test_transparent_pictures_are_drawn_over_on_white(actions, tmp_path):
+    clear = PICTURE.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 32, 32))
+    white = PICTURE.copy()
+    white.paste("white", (0, 0, 32, 32))
+    found = draw_over.pictures({"background": clear, "layers": []})
+    assert found["image"].tobytes() == white.tobytes()
+    of_file = actions.studio.complete(with_pictures(RECIPE, clear))
+    of_page = actions.studio.complete(with_pictures(RECIPE, white))
+    assert np.array_equal(actions.studio.draw(of_file, image=clear), actions.studio.draw(of_page, image=white))
 
 
 def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
