@@ -32,7 +32,7 @@ from mole_diffusers.retrieval.encoders import PipelineText, text_beside
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
-from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
@@ -114,7 +114,7 @@ class Actions:
     Args:
         home: folder of the trained gates and the uploaded LoRAs; by default they are deleted when the app ends.
         gallery: folder of the composed pictures; by default they are deleted when the app ends.
-        thumbnail: a small picture of a LoRA by name, where it has one; else the PNG beside its file, as in other tools.
+        thumbnail: a small picture of a LoRA by name, where it has one; else that beside its file, see `preview`.
         bases: the base models that can be chosen, as `base_models.bases_of` names them; by default the studio's own alone.
         opening: opens one of them.
     """
@@ -250,14 +250,14 @@ class Actions:
 
     def thumbnail(self, name: str) -> Image.Image | None:
         """A small picture of a LoRA, None without one."""
-        return (self._thumbnail and self._thumbnail(name)) or self._png_beside(name)
+        return (self._thumbnail and self._thumbnail(name)) or self._picture_beside(name)
 
-    def _png_beside(self, name: str) -> Image.Image | None:
+    def _picture_beside(self, name: str) -> Image.Image | None:
         catalog = self.studio.catalog
-        path = catalog.loras[catalog.name(name)].with_suffix(".png")
-        if not path.is_file() or path.stat().st_size > MAX_THUMBNAIL:
+        path = preview(catalog.loras[catalog.name(name)])
+        if path is None or path.stat().st_size > MAX_THUMBNAIL:
             return None
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
             if image.width * image.height > MAX_SIDE**2:
                 return None
             small = image.convert("RGB")

@@ -16,7 +16,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from mole_diffusers.app.files import describe_gates, export_gates, uploaded
+from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
 from mole_diffusers.app.gate_training import train as train_gates
 from mole_diffusers.app.jobs import Work
@@ -441,8 +441,9 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         return (await _job(page, request, "train", plan)).rows
 
     def gates() -> list[dict]:
-        """All trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing."""
-        return [describe_gates(catalog, name) for name in catalog.gates]
+        """All trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing; or, of
+        gates that cannot be read, name and why."""
+        return describe_all_gates(catalog)
 
     def download_gates(name: str) -> list[gr.FileData]:
         """Trained gates as two files, the weights and their config.

@@ -93,6 +93,17 @@ def describe_gates(catalog: Catalog, name: str) -> dict[str, Any]:
     }
 
 
+def describe_all_gates(catalog: Catalog) -> list[dict[str, Any]]:
+    """`describe_gates` of each; of gates that cannot be read, their name and why ("unreadable")."""
+    found = []
+    for name in catalog.gates:
+        try:
+            found.append(describe_gates(catalog, name))
+        except (ValueError, OSError) as error:
+            found.append({"name": name, "unreadable": str(error)})
+    return found
+
+
 def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
     """Copies of the two files of trained gates in `folder`, named after the gates."""
     if name not in catalog.gates:

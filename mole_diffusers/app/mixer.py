@@ -57,7 +57,7 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
                     interactive=False,
                     height=56,
                     buttons=[],
-                    elem_classes=["thumb", "pixel"],
+                    elem_classes="thumb",
                     format="png",
                     min_width=56,
                     scale=0,

@@ -116,14 +116,6 @@ def _with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str
     return re.sub(rf"(?P<space>[^\S\n]*)(?P<tag>{TAG.pattern})", put, prompt).strip()
 
 
-def with_block_weights(prompt: str, name: str, lbw: str, known: Collection[str]) -> str:
-    """The prompt with the block weights of one LoRA's tag set; "" removes them. Raises ValueError if it has no tag."""
-    tag = next((tag for tag in parse(prompt, known).tags if tag.name == name), None)
-    if tag is None:
-        raise ValueError(f"the prompt has no tag for {name!r}")
-    return _with_tag(prompt, name, replace(tag, lbw=lbw), known)
-
-
 def triggers_in(prompt: str, triggers: Collection[str]) -> list[str]:
     """Those of the trigger words that the prompt has beside its tags, as whole words in any case."""
     text = TAG.sub("", prompt)

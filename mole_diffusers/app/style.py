@@ -45,7 +45,7 @@ CSS = (
 HEAD = """
 <script>
 document.addEventListener("load", ({ target: image }) => {
-  if (image.tagName !== "IMG" || !image.closest(".pixel:not(.thumb)")) return;
+  if (image.tagName !== "IMG" || !image.closest(".pixel")) return;
   image.style.imageRendering = Math.max(image.naturalWidth, image.naturalHeight) < 256 ? "pixelated" : "auto";
 }, true);
 document.addEventListener("keydown", (event) => {

@@ -59,7 +59,6 @@ def test_a_prompt_keeps_its_lines_and_a_tag_its_place():
     fox, _ = found = cards.cards_of(lines, [], KNOWN)
     text, _ = cards.set_card(lines, found, cards.at_strength(fox, 2, KNOWN), KNOWN)
     assert text == lines.replace("fox:1", "fox:2")
-    assert cards.with_block_weights(lines, "ink", "MIDD", KNOWN) == lines.replace("0.5", "0.5:lbw=MIDD")
     assert cards.without(lines, "fox", KNOWN) == lines.replace(" <lora:fox:1>", "")
     assert cards.add_card(lines, found, "a:b", KNOWN)[0] == f"{lines} <lora:a:b:1>"
     assert cards.with_triggers(lines, [], ["sks fox"], KNOWN) == f"{lines}, sks fox"

@@ -169,6 +169,17 @@ def test_what_others_say_in_a_picture_breaks_no_list(gallery, said):
     assert all(len(entry.label) < 200 for entry in gallery.entries())
 
 
+def test_a_thumbnail_is_the_picture_that_other_tools_put_there(loras, tmp_path):
+    file = tmp_path / "fox.safetensors"
+    file.write_bytes(loras["fox"].read_bytes())
+    actions = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny"))
+    assert actions.thumbnail("fox") is None
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "fox.preview.jpg")
+    small = actions.thumbnail("fox")
+    assert small.size == (64, 32)
+    assert np.abs(np.asarray(small)[16, 32].astype(int) - (255, 0, 0)).max() < 9
+
+
 def test_a_thumbnail_is_a_mean_of_pixels(loras, tmp_path):
     """The nearest pixel alone made noise of a photograph."""
     file = tmp_path / "fox.safetensors"

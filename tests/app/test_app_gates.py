@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.mixture import attach
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
+app_files = pytest.importorskip("mole_diffusers.app.files")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,14 @@ def pixels(path):
 def drawn(client, gates):
     (file,), (recipe,) = client.predict(PROMPT, gates=gates, api_name="/compose")
     return pixels(file), recipe
+
+
+def test_gates_that_cannot_be_read_are_listed_with_the_reason(trained, loras, tmp_path):
+    shutil.copytree(trained, tmp_path / "cut")
+    (tmp_path / "cut" / checkpoint.WEIGHTS).write_bytes(b"cut")
+    good, bad = app_files.describe_all_gates(Catalog(loras, {"good": trained, "bad": tmp_path / "cut"}))
+    assert (good["name"], good["family"]) == ("good", "mole")
+    assert set(bad) == {"name", "unreadable"}
 
 
 def test_gates_come_and_go(client, trained, tmp_path):
