@@ -249,14 +249,16 @@ def _surface(phrase: str, tokenizer: Any, added: Collection[str]) -> str:
     return "".join(_as_text(token, added) for token in tokenizer.tokenize(phrase)).strip().lower()
 
 
-def _pattern(phrase: str) -> re.Pattern[str]:
+def pattern(phrase: str) -> re.Pattern[str]:
+    """Finds a phrase in a text: its whole words in any case, or their plural."""
+    phrase = phrase.lower()
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     for end, other in (("y", "ies"), ("fe", "ves"), ("f", "ves")):
         if phrase.endswith(end):
             words = f"{words.removesuffix(end)}(?:{end}|{other})"
             break
     plural = "" if phrase[-1:] in punctuation else r"(?:'?e?s)?"
-    return re.compile(rf"(?<!\w){words}{plural}(?!\w)")
+    return re.compile(rf"(?<!\w){words}{plural}(?!\w)", re.IGNORECASE)
 
 
 def _spans(text: str, phrases: Sequence[Sequence[str]]) -> list[list[tuple[int, int]]]:
@@ -266,7 +268,7 @@ def _spans(text: str, phrases: Sequence[Sequence[str]]) -> list[list[tuple[int, 
         for k, each in enumerate(phrases)
         for phrase in each
         if phrase
-        for match in _pattern(phrase).finditer(text)
+        for match in pattern(phrase).finditer(text)
     ]
     spans: list[list[tuple[int, int]]] = [[] for _ in phrases]
     for (a, b), k in sorted(set(found)):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mole_diffusers.binding.words import pattern
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.data import RandomBatch, TrainingData
@@ -63,8 +64,8 @@ def triggers(mixture: Mixture, expert: str) -> list[str]:
 
 
 def experts_in(mixture: Mixture, prompt: str) -> list[str]:
-    """The experts that have a trigger word in a prompt."""
-    return [e for e in mixture.experts if any(_pattern(word).search(prompt) for word in triggers(mixture, e))]
+    """The experts whose trigger words a prompt has: in any case, or in the plural."""
+    return [e for e in mixture.experts if any(pattern(word).search(prompt) for word in triggers(mixture, e))]
 
 
 def warn_of_missing_triggers(context: TrainingContext) -> None:
@@ -105,8 +106,4 @@ def replace_word(prompt: str, word: str, other: str) -> str:
         article = found[1] and ("an " if other[0].lower() in "aeiou" else "a ")
         return f"{article or ''}{other}"
 
-    return _pattern(word).sub(put, prompt)
-
-
-def _pattern(word: str) -> re.Pattern[str]:
-    return re.compile(rf"\b(an? )?{re.escape(word)}(?!\w)")
+    return re.sub(rf"(?:\b(an? ))?{pattern(word).pattern}", put, prompt, flags=re.IGNORECASE)

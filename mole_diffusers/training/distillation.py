@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
+from mole_diffusers.binding import words
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.undo import Undo
@@ -256,19 +257,13 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
 
     Raises ValueError for a prompt that is not empty and has none.
     """
-    words = triggers(mixture, name)
-    ids = token_ids(pipe.tokenizer, prompts)
-    found = torch.zeros_like(ids, dtype=torch.float32)
-    for row, (prompt, tokens) in enumerate(zip(prompts, ids.tolist(), strict=True)):
-        for wanted in (pipe.tokenizer(t, add_special_tokens=False).input_ids for t in words):
-            for start in range(len(tokens) - len(wanted) + 1):
-                if tokens[start : start + len(wanted)] == wanted:
-                    found[row, start : start + len(wanted)] = 1
-        if not prompt:
-            found[row] = 1
-        elif not found[row].any():
-            raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {words}")
-    return onto(found, pipe.device)
+    phrases, found = triggers(mixture, name), []
+    for prompt, ids in zip(prompts, token_ids(pipe.tokenizer, prompts).tolist(), strict=True):
+        own = words.read(ids, pipe.tokenizer, [phrases]).own[0] if prompt else (True,) * len(ids)
+        if not any(own):
+            raise ValueError(f"the prompt {prompt!r} lacks every trigger of expert {name!r}: {phrases}")
+        found.append(own)
+    return onto(torch.tensor(found, dtype=torch.float32), pipe.device)
 
 
 @contextmanager

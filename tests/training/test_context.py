@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import mole_diffusers as mole
-from mole_diffusers.training.context import TrainingContext, negatives, replace_word
+from mole_diffusers.training.context import TrainingContext, experts_in, negatives, replace_word
 from mole_diffusers.training.data import TrainingData
 
 
@@ -13,6 +13,19 @@ def test_words_are_swapped_with_their_article():
     assert replace_word("ink drawing of an octopus", "octopus", "bear") == "ink drawing of a bear"
     assert replace_word("a fox and a foxglove", "fox", "owl") == "an owl and a foxglove"
     assert replace_word("ink drawing", "ink", "oil") == "oil drawing"
+    assert replace_word("An Owl and two foxes", "owl", "cat") == "a cat and two foxes"
+    assert replace_word("photo of <s0><s1> dog", "<s0><s1>", "old") == "photo of old dog"
+
+
+def test_triggers_are_found_however_they_are_written(pipe, loras):
+    mixture = mole.attach(pipe, {name: loras["fox"] for name in ("Tiger", "<s0><s1>")})
+    for prompt, named in (
+        ("a tiger in snow", ["Tiger"]),
+        ("two tigers", ["Tiger"]),
+        ("a photo of <s0><s1> dog", ["<s0><s1>"]),
+        ("tigerish snow", []),
+    ):
+        assert experts_in(mixture, prompt) == named
 
 
 def test_negatives_lack_a_concept_each(pipe, loras):

@@ -49,6 +49,8 @@ def test_trigger_tokens_are_found_or_missed_by_name(pipe, loras):
     found = trigger_tokens(pipe, mixture, "fox", ["a fox", ""])
     assert found[0].nonzero().flatten().tolist() == [2, 3, 4]  # start, a, f o x
     assert found[1].all()
+    written_otherwise = trigger_tokens(pipe, mixture, "fox", ["two Foxes", "a fox box"])
+    assert [row.nonzero().flatten().tolist() for row in written_otherwise] == [[4, 5, 6, 7, 8], [2, 3, 4]]
     with pytest.raises(ValueError, match=r"lacks every trigger of expert 'fox': \['fox'\]"):
         trigger_tokens(pipe, mixture, "fox", ["a cat"])
 
