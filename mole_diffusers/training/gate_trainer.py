@@ -100,6 +100,9 @@ class GateTrainer:
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
+        self.looks = list(config.validation.prompts or self.data.composed)  # what validation draws
+        if config.validation.every and not self.looks:
+            raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         latent_shape(self.pipe, context.width, context.height)  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
         if config.tracker and config.tracker not in (known := installed_trackers()):
@@ -260,7 +263,7 @@ class GateTrainer:
         if not self.accelerator.is_main_process:
             return
         how, images, shares = self.config.validation, [], []
-        for prompt in how.prompts or self.data.composed:
+        for prompt in self.looks:
             noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
                 drawn = self.pipe(

@@ -237,6 +237,8 @@ def test_validation_pictures_and_success(pipe, mixture, tmp_path):
     assert np.array_equal(np.asarray(again[0]), asked[-2][2])  # the mean gates drew the last ones too
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == log
+    with pytest.raises(ValueError, match="validation draws the composed prompts, and there are none"):
+        train_gates(pipe, mixture, replace(DRAWN, composed=[]), config=replace(config, validation=Validation(every=2)))
 
 
 @pytest.mark.parametrize(
