@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from typer import Option
 
@@ -25,7 +25,7 @@ from mole_diffusers.cli.training_runs import (
     updates,
     write_settings,
 )
-from mole_diffusers.training.config import GateTraining
+from mole_diffusers.training.config import GateTraining, check_options
 
 RECOMMENDED = "flow"  # what the validation compositions of docs/earlier_world.md chose
 learn = partial(Option, rich_help_panel=PICTURES)
@@ -119,8 +119,11 @@ def train(
     sections = {"experts": experts, "gates": gates, "lesson": lesson, "training": {**training, "terms": terms}}
     asked = settings(run, sections, data, clip=clip)
     asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
+    check_options(asked["experts"], dict.fromkeys(asked["experts"], str), "the experts")
     if validate is not None:
-        asked["training"]["validation"] = asked["training"].get("validation", {}) | {"every": validate}
+        drawn = {"validation": asked["training"].get("validation", {})}
+        check_options(drawn, {"validation": Mapping[str, Any]}, "the training")
+        asked["training"]["validation"] = drawn["validation"] | {"every": validate}
     if run["write_config"]:
         write_settings(run["write_config"], asked)
         return
@@ -152,6 +155,8 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     from mole_diffusers.training import TrainingData, read_clip, train_gates
     from mole_diffusers.training.gate_trainer import summary
 
+    kinds = {name: kind for name, kind in get_type_hints(TrainingData).items() if name != "samples"}
+    check_options(asked["lesson"], kinds, "the lesson")
     base, data = asked["base"], TrainingData(**asked["lesson"])
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Option
 
@@ -25,7 +25,7 @@ from mole_diffusers.cli.training_runs import (
     updates,
     write_settings,
 )
-from mole_diffusers.training.config import LoraTraining
+from mole_diffusers.training.config import LoraTraining, check_options
 
 CLASS = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
 learn = partial(Option, rich_help_panel=PICTURES)
@@ -98,11 +98,9 @@ def train_lora(
     prior = {name.removeprefix("prior_"): value for name, value in prior.items()}
     training = {**training, "layers": layers, "prior": prior_weight}
     asked = settings(run, {"concept": concept, "prior": prior, "training": training}, data)
-    known: dict[str, list[str]] = {"concept": list(concept), "prior": list(prior)}
-    known["training"] = [field.name for field in fields(LoraTraining)]
-    for name, names in known.items():
-        if unknown := set(asked[name]) - set(names):
-            raise ValueError(f"unknown {name} options {sorted(unknown)}; known: {names}")
+    check_options(asked["concept"], get_type_hints(Concept), "the concept")
+    check_options(asked["prior"], {n.removeprefix("prior_"): kind for n, kind in get_type_hints(Prior).items()}, "the prior")
+    config = _config(asked["training"])
     if run["write_config"]:
         write_settings(run["write_config"], asked)
         return
@@ -111,15 +109,17 @@ def train_lora(
         raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
     if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
-    facts = _train(asked, run["device"], out, resume=run["resume"])
+    facts = _train(asked, config, run["device"], out, resume=run["resume"])
     if is_main_process():
         print(json.dumps(facts) if as_json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
 
 
-def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None) -> dict[str, Any]:
+def _train(
+    asked: Mapping[str, Any], config: LoraTraining, device: str | None, out: Path, *, resume: str | None
+) -> dict[str, Any]:
     from mole_diffusers.training import train_lora as fit
 
-    concept, config = asked["concept"], _config(asked["training"])
+    concept = asked["concept"]
     pipe, trigger, side = trained_pipeline(asked, device), concept["trigger"], concept.get("resolution")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
@@ -135,13 +135,10 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
 def _config(training: Mapping[str, Any]) -> LoraTraining:
     """The training section, checked; alpha is the rank unless it is given."""
     options: dict[str, Any] = {"alpha": training.get("rank", LoraTraining.alpha), **training}
-    if "layers" in options:
-        options["layers"] = tuple(options["layers"])
-    options["precision"] = options.get("precision") or "no"  # a bare no is False in YAML
-    for field in fields(LoraTraining):
-        if field.type in ("int", "float") and isinstance(value := options.get(field.name), str):
-            raise ValueError(f"{field.name} must be a number, got {value!r}")
-    return LoraTraining(**options)
+    if options.get("precision") is False:  # what YAML makes of a bare no
+        options["precision"] = "no"
+    check_options(options, get_type_hints(LoraTraining), "the training")
+    return LoraTraining(**options | {"layers": tuple(options.get("layers", LoraTraining.layers))})
 
 
 def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer import Option
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import pipeline
 from mole_diffusers.cli.options import WORLD
+from mole_diffusers.training.config import check_options
 
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
@@ -68,25 +70,33 @@ def settings(
         data: folders of pictures.
         others: what else a file may hold beside sections.
 
-    Raises ValueError for a file that is neither YAML nor JSON, or with an unknown section.
+    Raises ValueError for a file that is neither YAML nor JSON, or with an unknown section or one of another kind.
     """
     alone = {"base": run["base"], "base_config": run["base_config"], "data": data, **others}
-    file = _read(run["config"], ["base", "base_config", *sections, "data", *others]) if run["config"] else {}
+    kinds = dict.fromkeys(("base", "base_config", *others), str) | dict.fromkeys(sections, Mapping[str, Any])
+    file = _read(run["config"], kinds | {"data": Sequence[str]}) if run["config"] else {}
     merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
     return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | given(alone)
 
 
-def _read(path: Path, known: Sequence[str]) -> dict[str, Any]:
+def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a file that are not empty."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML, of which JSON is a part, but for numbers as 1e-3, which YAML 1.1 takes for text."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
     try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
+        found = yaml.load(path.read_text(), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold sections of {list(known)}")
-    if unknown := set(found) - set(known):
-        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; known: {list(known)}")
+        raise ValueError(f"{path} must hold sections of {list(kinds)}")
+    found = {name: value for name, value in found.items() if value is not None}
+    check_options(found, kinds, str(path))
     return found
 
 

@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts")
 INITIAL = ("uniform", "scalars", "ssr")  # initial weights of gates, see `initialization`
 LORA_LAYERS = ("attention", "feed-forward", "convolution")
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
+
+
+# ---- checks
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError for an unknown name, or a value that is not of its name's kind: a type, as of an annotation."""
+    if unknown := set(values) - set(kinds):
+        raise ValueError(f"unknown options {sorted(unknown, key=str)} of {what}; known: {list(kinds)}")
+    for name, value in values.items():
+        if not _is_of(value, kinds[name]):
+            raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {value!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    form, parts = get_origin(kind), get_args(kind)
+    if form in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if form is Literal:
+        return value in parts
+    if form is Mapping:
+        return isinstance(value, Mapping) and all(_is_of(each, parts[1]) for each in value.values())
+    if form:  # list, tuple, Sequence
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(each, parts[0]) for each in value)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    form, parts = get_origin(kind), get_args(kind)
+    if form in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in parts if part is not NoneType)
+    if form is Literal:
+        return f"one of {list(parts)}"
+    if form is Mapping:
+        return f"names, each with {_in_words(parts[1])}"
+    return f"a list of {_in_words(parts[0]).removeprefix('a ')}s" if form else KINDS.get(kind, "a value")
+
+
+def _at_least_1(config: Any, *names: str) -> None:
+    if small := [name for name in names if getattr(config, name) < 1]:
+        raise ValueError(f"{small[0]} must be 1 or more, got {getattr(config, small[0])}")
+
+
+def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
+    if getattr(config, name) not in known:
+        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")
 
 
 # ---- the terms of the loss
@@ -153,12 +205,10 @@ def parse_term(name: str, given: float | Mapping[str, Any]) -> Term:
     if name not in TERMS:
         raise ValueError(f"unknown term {name!r}; known: {list(TERMS)}")
     options: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"weight": given}
-    known = [f.name for f in fields(TERMS[name])]
-    if unknown := set(options) - set(known):
-        raise ValueError(f"unknown options {sorted(unknown)} of the {name} term; known: {known}")
+    check_options(options, get_type_hints(TERMS[name]), f"the {name} term")
     term = TERMS[name](**options)
-    if not isinstance(term.weight, int | float) or not term.weight >= 0:
-        raise ValueError(f"the weight of the {name} term must be 0 or more, got {term.weight!r}")
+    if not term.weight >= 0:
+        raise ValueError(f"weight of the {name} term must be 0 or more, got {term.weight!r}")
     return term
 
 
@@ -181,6 +231,9 @@ class Validation:
     seeds: int = 4
     steps: int = 20
     guidance: float = 7.5
+
+    def __post_init__(self) -> None:
+        check_options(vars(self), get_type_hints(Validation), "the validation")
 
 
 @dataclass(frozen=True)
@@ -233,6 +286,7 @@ class GateTraining:
     height: int | None = None
 
     def __post_init__(self) -> None:
+        check_options(vars(self), get_type_hints(GateTraining), "the training")
         if not set(self.parsed) - {BALANCE}:
             objectives = [name for name in TERMS if name != BALANCE]
             raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
@@ -255,14 +309,12 @@ class GateTraining:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
-        """Raises ValueError for unknown options."""
-        values, validation = dict(values), dict(values.get("validation", {}))
-        for given, kind in ((values, cls), (validation, Validation)):
-            known = [f.name for f in fields(kind)]
-            if unknown := set(given) - set(known):
-                raise ValueError(f"unknown training options {sorted(unknown)}; known: {known}")
+        """Raises ValueError for unknown options, and values of another kind."""
+        values = dict(values)
         if values.get("precision") is False:  # what YAML makes of a bare no
             values["precision"] = "no"
+        check_options(values, get_type_hints(cls) | {"validation": Mapping[str, Any]}, "the training")
+        check_options(validation := dict(values.get("validation", {})), get_type_hints(Validation), "the validation")
         validation["prompts"] = tuple(validation.get("prompts", ()))
         return cls(**values | {"validation": Validation(**validation)})
 
@@ -308,6 +360,7 @@ class LoraTraining:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        check_options(vars(self), get_type_hints(LoraTraining), "the training")
         _at_least_1(self, "rank", "steps", "batch", "accumulation", "every", "keep")
         _one_of(self, "precision", PRECISIONS)
         if not self.layers or (unknown := set(self.layers) - set(LORA_LAYERS)):
@@ -324,13 +377,3 @@ class LoraTraining:
     def temperature(self) -> float:
         """BeamLoRA's temperature for this learning rate."""
         return 0.05 if self.lr >= 1e-4 else 0.03
-
-
-def _at_least_1(config: Any, *names: str) -> None:
-    if small := [name for name in names if getattr(config, name) < 1]:
-        raise ValueError(f"{small[0]} must be 1 or more, got {getattr(config, small[0])}")
-
-
-def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
-    if getattr(config, name) not in known:
-        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")

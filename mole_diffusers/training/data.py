@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mole_diffusers.lora.safe_files import parse_json
+from mole_diffusers.training.config import check_options
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -51,6 +52,9 @@ class TrainingData:
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     samples: Samples | None = None
+
+    def __post_init__(self) -> None:
+        check_options(vars(self), get_type_hints(TrainingData), "the training data")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that tells whether two runs have the same training data: the pictures by their captions."""

@@ -18,7 +18,7 @@ def test_words_are_swapped_with_their_article():
 
 
 def test_triggers_are_found_however_they_are_written(pipe, loras):
-    mixture = mole.attach(pipe, {name: loras["fox"] for name in ("Tiger", "<s0><s1>")})
+    mixture = mole.attach(pipe, dict.fromkeys(("Tiger", "<s0><s1>"), loras["fox"]))
     for prompt, named in (
         ("a tiger in snow", ["Tiger"]),
         ("two tigers", ["Tiger"]),

@@ -274,13 +274,16 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys):
     config.write_text("training: {stepps: 3}")
     words = tmp_path / "words.yaml"
     words.write_text("training: {alpha: big}")
+    kind = tmp_path / "kind.yaml"
+    kind.write_text("concept: {format: onnx}")
     for argv, message in (
         ([], "--out (a folder), --data (a folder of pictures) and --trigger"),
         (["--out", "x", "--precision", "int8"], "unknown precision 'int8'"),
         (["--out", "x", "--prior-count", "3"], "--prior-prompt is needed"),
         (["--out", "x", "--lr", "fast"], "Invalid value for '--lr'"),
-        (["--out", "x", "--config", str(words)], "alpha must be a number, got 'big'"),
-        (["--out", "x", "--config", str(config)], "unknown training options ['stepps']"),
+        (["--out", "x", "--config", str(words)], "alpha of the training must be a number, got 'big'"),
+        (["--out", "x", "--config", str(kind)], "format of the concept must be one of ['diffusers', 'kohya'], got 'onnx'"),
+        (["--out", "x", "--config", str(config)], "unknown options ['stepps'] of the training"),
     ):
         assert main([*flags, *argv]) == 1
         error = capsys.readouterr().err

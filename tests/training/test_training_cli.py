@@ -105,14 +105,27 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
     [
         ("[1, 2]", [], "must hold sections of"),
         ("{a: ", [], "is neither YAML nor JSON"),
-        ("trainning: {}", [], r"unknown sections ['trainning']; known: ['base', 'base_config', 'experts'"),
-        ("training: {stepps: 1, terms: {single: 1}}", [], "unknown training options ['stepps']"),
+        ("trainning: {}", [], "unknown options ['trainning'] of "),
+        ("training: {stepps: 1, terms: {single: 1}}", [], "unknown options ['stepps'] of the training; known: ['terms'"),
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
         ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
         ("{}", ["--lr", "fast"], "Invalid value for '--lr'"),
         ("{}", ["--family", "mole", "--bias", "yes"], "must be true or false, got 'yes'"),
         ("{}", ["--term", "single,seeds"], "--term 'seeds' is not NAME=VALUE"),
-        ("{}", ["--term", "single=much"], "weight of the single term must be 0 or more, got 'much'"),
+        ("{}", ["--term", "single=much"], "weight of the single term must be a number, got 'much'"),
+        ("experts: [a, b]", [], "experts of "),
+        ("experts: {hat: 3}", [], "hat of the experts must be a text, got 3"),
+        ("data: photos", [], "must be a list of texts, got 'photos'"),
+        ("training: 3", [], "must be names, each with a value, got 3"),
+        ("training: {lr: fast}", [], "lr of the training must be a number, got 'fast'"),
+        ("training: {steps: 1.5}", [], "steps of the training must be a whole number, got 1.5"),
+        ("training: {terms: [single]}", [], "terms of the training must be names, each with a number"),
+        ("training: {terms: {single: {seeds: many}}}", [], "seeds of the single term must be a whole number, got 'many'"),
+        ("training: {validation: {prompts: a fox}}", [], "prompts of the validation must be a list of texts, got 'a fox'"),
+        ("training: {validation: 5}", ["--validate", "3"], "validation of the training must be names, each with a value"),
+        ("lesson: {composd: [x]}", [], "unknown options ['composd'] of the lesson; known: ['singles', 'composed', "),
+        ("lesson: {plain: a fox}", [], "plain of the lesson must be a list of texts, got 'a fox'"),
+        ("lesson: {singles: {fox: a fox}}", [], "singles of the lesson must be names, each with a list of texts"),
     ],
 )
 def test_bad_settings_are_one_line(flags, tmp_path, capsys, file, argv, message):
@@ -131,8 +144,8 @@ def test_yaml_means_what_it_says(flags, tmp_path):
     training = yaml.safe_load(file.read_text())["training"]
     assert training["validation"] == {"every": 3}
     assert training["terms"] == {"single": {"weight": 1, "seeds": 2, "steps": 2}, "balance": {"weight": 0.5}}
-    bare = file.read_text().replace("precision: 'no'", "precision: no")
-    file.write_text(bare)
+    bare = file.read_text().replace("precision: 'no'", "precision: no\n  lr: 1e-3")
+    file.write_text(f"{bare}data:\n")
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
 
 
