@@ -81,9 +81,11 @@ def composed(
         raise ValueError("the pipeline already has a mixture; detach it first")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     found = [retrieve_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
-    experts, sets = _experts_and_sets(library, [[each.name for each in row] for row in found], mode)
-    # A LoRA that was found by its meaning acts, though the prompt has none of its words.
+    names = [[each.name for each in row] for row in found]
+    experts, sets = _experts_and_sets(library, names, mode)
+    # A LoRA that was found by its meaning acts, though the prompt has none of its words; so does one it was fused into.
     by_meaning = {each.name for row in found for each in row if each.trigger is None}
+    by_meaning |= {_fused_name(row) for row in names if by_meaning & set(row)}
     binding = {name: replace(b, required=name not in by_meaning) for name, b in files_bindings(experts).items()}
     mixture = attach(pipe, experts, gates, binding=binding) if experts else None
     try:
@@ -101,10 +103,14 @@ def _experts_and_sets(
         names = [row[:1] for row in names]
     experts = {name: library.expert(name) for name in dict.fromkeys(name for row in names for name in row)}
     if mode == "fusion":
-        groups = {"+".join(row): [experts[name] for name in row] for row in names if row}
-        sets = [{"+".join(row): 1.0} if row else {} for row in names]
+        groups = {_fused_name(row): [experts[name] for name in row] for row in names if row}
+        sets = [{_fused_name(row): 1.0} if row else {} for row in names]
         return {name: fused(name, group) for name, group in groups.items()}, sets
     return experts, [{name: 1 / len(row) if mode == "mixture" else 1.0 for name in row} for row in names]
+
+
+def _fused_name(names: Sequence[str]) -> str:
+    return "+".join(names)
 
 
 def fused(name: str, experts: Sequence[Expert]) -> Expert:

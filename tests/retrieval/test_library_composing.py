@@ -6,8 +6,9 @@ from libraries import WordEncoder
 from safetensors.torch import load_file
 
 import mole_diffusers as mole
+from mole_diffusers.retrieval import composing
 from mole_diffusers.retrieval.composing import composed, fused
-from mole_diffusers.retrieval.library import LoraLibrary
+from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 from mole_diffusers.training.lora_adapter import save_lora
 
@@ -70,6 +71,19 @@ def test_mixture_is_the_mean_gate_and_sum_is_the_plain_sum(pipe, lora_library, d
     with composed(lora_library, pipe, PROMPTS[1], mode="mixture", images=2) as composition:
         torch.testing.assert_close(gated, draw(pipe, num_images_per_prompt=2), atol=1e-5, rtol=0)
     assert composition.sets == [{"hat": 0.5, "ink": 0.5}]
+
+
+@pytest.mark.parametrize("mode", ["sum", "fusion"])
+def test_loras_that_were_found_by_meaning_act(pipe, tmp_path, draw, monkeypatch, mode):
+    """Though the prompt has none of their words, and whatever they were fused into."""
+    for i, name in enumerate(("hat", "ink")):
+        file = tiny_lora(pipe, tmp_path / f"{name}.safetensors", rank=2, seed=i, size=0.4)
+        save_lora(load_file(file), file, alpha=2.0, rank=2, triggers=f"sks {name}")
+    found = [RetrievedLora("hat", 0.9, "a cap"), RetrievedLora("ink", 0.9, "drawn")]
+    monkeypatch.setattr(composing, "retrieve_for", lambda *_, **__: found)
+    base = draw(pipe, "a cap drawn")
+    with composed(LoraLibrary.index(tmp_path, WordEncoder()), pipe, "a cap drawn", mode=mode):
+        assert not torch.allclose(draw(pipe, "a cap drawn"), base, atol=1e-3)
 
 
 def test_fusion_is_the_mixture_less_a_quarter_of_the_cross_terms(lora_library):
