@@ -59,21 +59,26 @@ def _opened(base: str, device: str | None, *, config: str | None, **memory: Any)
     return found
 
 
-def named_values(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
-    """NAME=VALUE texts as pairs. Raises ValueError with the option and the text that is not one."""
-    pairs = []
+def named_values(texts: Sequence[str], option: str, known: Collection[str] | None = None) -> dict[str, str]:
+    """NAME=VALUE texts as name -> value. Raises ValueError as `grouped_values` does, and for a name that comes twice."""
+    groups = grouped_values(texts, option, known)
+    if twice := [name for name, values in groups.items() if len(values) > 1]:
+        raise ValueError(f"{option} {twice[0]!r} is given more than once: {groups[twice[0]]}")
+    return {name: value for name, (value,) in groups.items()}
+
+
+def grouped_values(texts: Sequence[str], option: str, known: Collection[str] | None = None) -> dict[str, list[str]]:
+    """NAME=VALUE texts as name -> values.
+
+    Raises ValueError with the option and the text that is not one, or a name that is not known; None knows all.
+    """
+    groups: dict[str, list[str]] = {}
     for text in texts:
         name, _, value = text.partition("=")
         if not name or not value:
             raise ValueError(f"{option} {text!r} is not NAME=VALUE")
-        pairs.append((name, value))
-    return pairs
-
-
-def grouped_values(texts: Sequence[str], option: str) -> dict[str, list[str]]:
-    """NAME=VALUE texts as name -> values. Raises ValueError as `named_values` does."""
-    groups: dict[str, list[str]] = {}
-    for name, value in named_values(texts, option):
+        if known is not None and name not in known:
+            raise ValueError(f"{option} {name!r}: no such LoRA; known: {sorted(known)}")
         groups.setdefault(name, []).append(value)
     return groups
 
@@ -152,7 +157,7 @@ def open_catalog(
         catalog = Catalog({}, {})
     if loras is not None:
         catalog.loras |= folder_loras(loras)
-    for name, file in named_values(experts, "--expert"):
+    for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
     for name, folder in (folder_gates(trained) if trained else {}).items():
         catalog.add_gates(name, folder)

@@ -65,7 +65,7 @@ def compose(
     if "<lora:" in prompt:
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
     seeds, path = started(sheet)
-    experts = experts_for(base, dict(named_values(expert, "--expert")), prompt)
+    experts = experts_for(base, named_values(expert, "--expert"), prompt)
     from mole_diffusers.binding.config import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach

@@ -166,9 +166,10 @@ def _checkpoint(
 
     if missing := [f"--{name}" for name in ("cases", "clip", "dino") if real[name] is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    chosen = experts_for(base, dict(named_values(real["expert"], "--expert")), "")
+    chosen = experts_for(base, named_values(real["expert"], "--expert"), "")
     cases = read_cases(real["cases"], list(chosen))
-    folders = {name: Path(folder) for name, folder in named_values(real["images"], "--images")}
+    folders = {name: Path(folder) for name, folder in named_values(real["images"], "--images", chosen).items()}
+    prompts = grouped_values(real["own"], "--own", chosen)
     metrics = ClipDinoMetrics(real["clip"], real["dino"], folders, device=chosen_device(device))
     if unknown := set(real["style"]) - set(chosen):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(chosen)}")
@@ -177,7 +178,7 @@ def _checkpoint(
         {name: expert for name, (expert, _) in chosen.items()},
         call,
         base,
-        prompts=grouped_values(real["own"], "--own"),
+        prompts=prompts,
         styles=frozenset(real["style"]),
         strengths={name: strength for name, (_, strength) in chosen.items() if strength != 1},
         metrics=metrics.settings,

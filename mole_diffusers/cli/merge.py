@@ -50,13 +50,14 @@ def merge(
             raise ValueError(f"two files are named {path.stem!r}; rename one")
         named[path.stem] = text
     experts = read_experts(named)
-    settings = {key: json_or_text(value) for key, value in named_values(option, "--option")}
+    settings = {key: json_or_text(value) for key, value in named_values(option, "--option").items()}
+    prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
+    prompts |= grouped_values(own, "--own", known=experts)
     activations = None
     if by_activations(method):
         if base is None:
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
-        prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
-        activations = Activations(pipeline(base, device, config=base_config), prompts | grouped_values(own, "--own"))
+        activations = Activations(pipeline(base, device, config=base_config), prompts)
     with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline has bars of its own
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)
     save_expert(merged, out, format=format)

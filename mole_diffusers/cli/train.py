@@ -115,7 +115,7 @@ def train(
         "others": grouped_values(other, "--other"),
         "parts": _parts(prompt, part),
     }
-    experts, terms = dict(named_values(expert, "--expert")), dict(map(_term, term))
+    experts, terms = named_values(expert, "--expert"), dict(map(_term, term))
     sections = {"experts": experts, "gates": gates, "lesson": lesson, "training": {**training, "terms": terms}}
     asked = settings(run, sections, data, clip=clip)
     asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
@@ -146,7 +146,9 @@ def _term(text: str) -> tuple[str, Any]:
     """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
     first, *rest = re.split(r",(?![^\[]*\])", text)  # not at the commas of a list, as in lengths=[20,50]
     name, _, weight = first.partition("=")
-    return name, {"weight": json_or_text(weight or "1")} | {k: json_or_text(v) for k, v in named_values(rest, "--term")}
+    return name, {"weight": json_or_text(weight or "1")} | {
+        k: json_or_text(v) for k, v in named_values(rest, "--term").items()
+    }
 
 
 def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None, repo: str | None) -> list[dict]:

@@ -117,6 +117,7 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a cat", "--out", "x.png"], "names none of the world's concepts: "),
         (["compose", "a fox", "--rows", "0"], "Invalid value for '--rows'"),
         (["compose", "a fox", "--expert", "fox"], "--expert 'fox' is not NAME=VALUE"),
+        (["compose", "a fox", "--expert", "a=x", "--expert", "a=y"], "--expert 'a' is given more than once: ['x', 'y']"),
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
         (["compose", "a fox", "--base", "somewhere"], "give at least one --expert"),
@@ -135,6 +136,12 @@ def test_bad_input_is_one_line_and_status_1(capsys, argv, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_prompts_of_loras_that_are_not_merged_are_refused(loras, tmp_path, capsys):
+    files = [str(loras["fox"]), str(loras["ink"])]
+    assert main(["merge", *files, "--own", "foxx=a fox", "--out", str(tmp_path / "x.safetensors")]) == 1
+    assert "--own 'foxx': no such LoRA; known: ['fox', 'ink']" in capsys.readouterr().err
 
 
 def test_a_file_may_have_a_strength():

@@ -276,6 +276,8 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
     for asked, message in (
         (["--arm", "ssr"], "'ssr' runs every expert on prompts of its own, and there are none for ['fox', 'ink']"),
         (["--arm", "grid search"], "'grid search' needs the weights of a search"),
+        (["--images", f"typo={tmp_path}"], "--images 'typo': no such LoRA; known: ['fox', 'ink']"),
+        (["--own", "typo=a fox"], "--own 'typo': no such LoRA; known: ['fox', 'ink']"),
         (["--arm", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
         (["--arm", "sum", "--arm", "gates", "--share", "0.5"], "'gates' needs a folder of trained gates"),
     ):
