@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ METHODS: dict[str, Callable[..., Merged]] = {
     "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
 }  # fmt: skip
 ENERGY = 0.99  # share of a full-rank merge's energy to keep where no rank is asked for
+KINDS = {  # of options, by their annotations
+    "bool": (bool, "true or false"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "a text"),
+}
 GIVEN = ("inputs", "rerun", "protect")  # arguments of methods that are no options: `merge` fills them in
 
 
@@ -96,11 +103,15 @@ def _arguments(method: Callable[..., Merged]) -> dict[str, Any]:
 def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a method: those given, and the defaults of the others.
 
-    Raises ValueError for an unknown option.
+    Raises ValueError for an unknown option, and a value of another kind.
     """
     defaults = {name: value for name, value in _arguments(METHODS[method]).items() if name not in GIVEN}
     if unknown := sorted(set(options) - set(defaults)):
         raise ValueError(f"unknown options {unknown} of merge method {method!r}; known: {list(defaults)}")
+    for name, value in options.items():
+        kind, words = KINDS[inspect.signature(METHODS[method]).parameters[name].annotation.removesuffix(" | None")]
+        if value != defaults[name] and not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+            raise ValueError(f"{name} of merge method {method!r} must be {words}, got {value!r}")
     return defaults | dict(options)
 
 
