@@ -52,12 +52,15 @@ def count_answers(folder: Path) -> str:
     """The answers on a sheet as a table: for each pair of arms how often each was better, and how often both orders of the
     same two pictures got the same answer, "-" if none was answered in both.
 
-    Raises ValueError for an answer that is not one of `ANSWERS`.
+    Raises ValueError for an answer that is not one of `ANSWERS`, and a table that is not the sheet's.
     """
     import pandas as pd
 
-    questions, found = json.loads((folder / "sheet" / "key.json").read_text()), []
-    for number, (question, answer) in enumerate(zip(questions, _answers(folder), strict=True)):
+    questions, answers = json.loads((folder / "sheet" / "key.json").read_text()), _answers(folder)
+    if len(answers) != len(questions):
+        raise ValueError(f"answers.csv has {len(answers)} rows for the {len(questions)} questions of the sheet")
+    found = []
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         if answer not in (*ANSWERS, ""):
             raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
         if answer:
@@ -74,4 +77,7 @@ def count_answers(folder: Path) -> str:
 def _answers(folder: Path) -> list[str]:
     """The answers on a sheet, "" for questions without one."""
     with (folder / "sheet" / "answers.csv").open(newline="") as file:
-        return [line[2].strip().lower() for line in list(csv.reader(file))[1:]]
+        rows = [row for row in csv.reader(file) if row]
+    if narrow := next((row for row in rows if len(row) < 3), None):
+        raise ValueError(f"answers.csv: {narrow} is not question, prompt and answer, with commas between them")
+    return [row[2].strip().lower() for row in rows[1:]]

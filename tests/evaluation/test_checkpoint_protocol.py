@@ -173,6 +173,21 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
         count_answers(sheet)
 
 
+def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet):
+    path = sheet / "sheet" / "answers.csv"
+    answer(sheet, lambda q: "left")
+    table, text = count_answers(sheet), path.read_text()
+    path.write_text(text.replace("\n", "\n\n", 3) + "\n")
+    assert count_answers(sheet) == table
+    for edited, message in (
+        (text.replace(",", ";"), "is not question, prompt and answer, with commas between them"),
+        (text.rsplit("\n", 2)[0], "has 11 rows for the 12 questions"),
+    ):
+        path.write_text(edited)
+        with pytest.raises(ValueError, match=message):
+            count_answers(sheet)
+
+
 @pytest.fixture
 def checkpoint(models, own, loras, tmp_path):
     """`mole evaluate` on a tiny checkpoint file, with what a real one needs."""
