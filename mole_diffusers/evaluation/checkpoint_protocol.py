@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _case(json.loads(line))
             kind, size = str(row.get("kind", f"{len(row['concepts'])} concepts")), row.get("size")
             case = Case(tuple(row["concepts"]), kind, row["prompt"], size=size and _size(size))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -51,6 +51,12 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     if not cases:
         raise ValueError(f"{path} holds no cases")
     return cases
+
+
+def _case(found: object) -> dict[str, Any]:
+    if not isinstance(found, dict) or not isinstance(found["concepts"], list) or not isinstance(found["prompt"], str):
+        raise TypeError(f"got {found!r}")
+    return found
 
 
 def _size(found: object) -> tuple[int, int]:

@@ -108,6 +108,7 @@ def test_cases_are_read_and_checked(tmp_path):
     assert read_cases(path, ["fox"])[0].size == (768, 512)
     for text, message in (
         ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
+        ("[1]", "line 1: not"), ('"fox"', "line 1: not"), ('{"concepts": "fox", "prompt": "p"}', "line 1: not"),
         ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
         ('{"concepts": ["fox"], "prompt": "p", "size": [768]}', '"size" is [width, height] in pixels, got [768]'),
         ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', '"size" is [width, height]'),
