@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -163,7 +164,8 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})
     gates = GateConfig.from_dict(asked["gates"])
-    experts = experts_for(base, asked["experts"], " ".join(data.composed))
+    prompts = [*data.composed, *chain(*data.parts.values(), *data.singles.values())]
+    experts = experts_for(base, asked["experts"], " ".join(prompts))
     pipe = trained_pipeline(asked, device)
     mixture = attach(pipe, experts, gates)
     data.samples = samples(pipe, asked["data"])

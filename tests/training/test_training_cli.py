@@ -1,6 +1,7 @@
 """`mole train`: settings from flags and files, and everything that a run leaves behind."""
 
 import json
+from importlib import import_module
 
 import pytest
 import yaml
@@ -78,6 +79,23 @@ def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
     before = (tmp_path / "out" / "gates.safetensors").read_bytes()
     assert main(["train", *flags, "--out", out, "--resume", "checkpoint-2"]) == 0
     assert (tmp_path / "out" / "gates.safetensors").read_bytes() == before
+
+
+def test_loras_of_the_embedded_world_are_found_in_every_prompt(tmp_path, monkeypatch):
+    found = []
+
+    def attach(_, experts, __):
+        found.append(list(experts))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("mole_diffusers.mixture.attach", attach)
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: None)
+    for words in (
+        ["--prompt", "a picture", "--part", "a fox", "--part", "a tiger"],
+        ["--single", "fox=noto drawing of a fox", "--single", "tiger=a tiger", "--term", "single"],
+    ):
+        assert main(["train", *words, "--out", str(tmp_path / "x")]) == 1
+    assert found == [["fox", "tiger"]] * 2
 
 
 def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
