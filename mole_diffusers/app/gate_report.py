@@ -62,7 +62,11 @@ def gate_report(
     contributions: Contributions,
     shades: Mapping[str, str] | None,
 ) -> GateReport:
-    """The report of a picture that was drawn under a trace; `shades` has the LoRAs' colours."""
+    """The report of a picture that was drawn under a trace; `shades` has the LoRAs' colours.
+
+    Raises ValueError if no LoRA has acted on the picture.
+    """
+    places = gate_figures.places(image, contributions, shades=shades)  # raises where no LoRA acted on the denoiser
     network: Any = denoiser(studio.pipe)
     labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
@@ -71,7 +75,7 @@ def gate_report(
         experts=list(trace.experts),
         heat=gate_figures.heat_map(trace, labels, locked=recipe.locks, shades=shades),
         shares=gate_figures.shares(trace, labels, shades=shades),
-        places=gate_figures.places(image, contributions, shades=shades),
+        places=places,
         labels={label: place for place, label in labels.items()},
         weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
         gates={label: before_tags(trace.weights(place), schedule, place).tolist() for place, label in labels.items()},

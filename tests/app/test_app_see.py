@@ -56,6 +56,14 @@ def test_a_block_that_is_set_by_hand_is_followed(actions):
     assert sum(row == [0.5, 1.0] for row in report.weights.values()) == len(report.weights) - 1
 
 
+def test_loras_that_did_not_act_on_the_picture_are_said(tmp_path):
+    pipe, _ = hosts.HOSTS["sd15"]()
+    files = {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", ends=("q_proj",))}  # the text encoder's alone
+    actions = Actions(Studio(pipe, Catalog(files, {}), "sd15"), gallery=tmp_path / "pictures")
+    with pytest.raises(ValueError, match="no expert has acted on the picture"):
+        actions.look(dataclasses.replace(RECIPE, prompt="a <lora:fox:1>"))(ignore)
+
+
 def test_the_preview_of_the_last_step_is_the_picture(actions):
     studio, latents = actions.studio, []
     studio.pipe.vae.register_to_config(shift_factor=0.0 if hasattr(studio.pipe, "unet") else 0.5)
