@@ -155,10 +155,9 @@ def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: in
 def _save(pipe: Any, tensors: Any, path: Path, config: LoraTraining, *, concept: Mapping[str, Any], pictures: int) -> None:
     from mole_diffusers.training.lora_adapter import header, save_kohya, save_lora
 
-    about = header(pipe, title=path.stem, rank=config.rank, alpha=config.alpha, pictures=pictures)
+    as_kohya = concept.get("format") == "kohya"  # else alpha is folded into the weights
+    alpha = config.alpha if as_kohya else config.rank
+    about = header(pipe, title=path.stem, rank=config.rank, alpha=alpha, pictures=pictures)
     about["mole.training"] = json.dumps({name: str(value) for name, value in asdict(config).items()})
-    if concept.get("format") == "kohya":
-        two = getattr(pipe, "text_encoder_2", None) is not None
-        save_kohya(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about, two_encoders=two)
-    else:
-        save_lora(tensors, path, alpha=config.alpha, rank=config.rank, triggers=concept["trigger"], about=about)
+    save = save_kohya if as_kohya else save_lora
+    save(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about)

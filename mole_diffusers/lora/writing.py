@@ -42,12 +42,14 @@ def write_lora(
     format: str = "diffusers",
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
+    alphas: bool = False,
 ) -> None:
     """Write one ordinary LoRA. Every scale is folded into the up matrix, so alpha equals the rank: the default of all
     readers, which leaves them nothing to mix up between layers.
 
     Args:
         format: "diffusers" keys, or "kohya" keys.
+        alphas: write an alpha for each layer instead, which readers of kohya's keys know.
         dtype: of the tensors in the file.
         metadata: strings for the file header.
 
@@ -57,14 +59,17 @@ def write_lora(
     if format not in FORMATS:
         raise ValueError(f"unknown LoRA format {format!r}; known: {list(FORMATS)}")
     down, up = ("lora_down", "lora_up") if format == "kohya" else ("lora_A", "lora_B")
-    prefixes = _kohya_prefixes(layers)
+    prefixes = _kohya_prefixes(layers, metadata or {})
     tensors = {}
     for component, modules in layers.items():
         for module, weights in modules.items():
             # CLIPTextModel lost its `text_model` level in transformers 5.6; readers of every age know the name with it.
             full = f"text_model.{module}" if module.startswith("encoder.layers.") else module
             stem = prefixes[component] + full.replace(".", "_") if format == "kohya" else f"{component}.{full}"
-            for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * weights.scale)):
+            if alphas:
+                tensors[f"{stem}.alpha"] = torch.tensor(weights.scale * len(weights.down))
+            scale = 1.0 if alphas else weights.scale
+            for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * scale)):
                 if matrix.abs().max() > torch.finfo(dtype).max:
                     raise ValueError(f"the layer {component}.{module} holds numbers that {dtype} cannot; use a wider dtype")
                 tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
@@ -73,10 +78,10 @@ def write_lora(
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
 
 
-def _kohya_prefixes(layers: Layers) -> dict[str, str]:
+def _kohya_prefixes(layers: Layers, metadata: Mapping[str, str]) -> dict[str, str]:
     """Component -> how kohya's keys of its layers begin: the first of several text encoders is te1, a single one te."""
     prefixes = {component: prefix for prefix, component in KOHYA_PREFIXES.items()}
-    base = base_of({part: {layer_key(name): w for name, w in found.items()} for part, found in layers.items()}, {})
+    base = base_of({part: {layer_key(name): w for name, w in found.items()} for part, found in layers.items()}, metadata)
     if base not in ("SDXL", "SD 3", "Flux") and "text_encoder_2" not in layers:
         prefixes["text_encoder"] = "lora_te_"
     # kohya has no name for a transformer's layers as diffusers splits them; other tools know OneTrainer's.

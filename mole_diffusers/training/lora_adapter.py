@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from diffusers.training_utils import cast_training_params
 from torch import nn
 
-from mole_diffusers.lora import PEFT_METADATA, family_of
-from mole_diffusers.lora.writing import save_atomically
+from mole_diffusers.lora import LoraWeights, family_of
+from mole_diffusers.lora.writing import TRIGGERS, write_lora
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Ranks, importance
@@ -155,19 +154,12 @@ def save_lora(
     path: str | Path,
     *,
     alpha: float,
-    rank: int,
     triggers: str = "",
     about: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a LoRA that diffusers and `read_expert` load, with alpha, trigger words and `about` in the header."""
-    parts = sorted({key.split(".")[0] for key in tensors})
-    peft = {f"{p}.{k}": v for p in parts for k, v in {"r": rank, "lora_alpha": alpha, "peft_type": "LORA"}.items()}
-    targets = {
-        p: sorted({k.removeprefix(f"{p}.").split(".lora_")[0] for k in tensors if k.startswith(f"{p}.")}) for p in parts
-    }
-    peft |= {f"{p}.target_modules": names for p, names in targets.items()}
-    _save(tensors, path, {**(about or {}), PEFT_METADATA: json.dumps(peft)}, triggers=triggers, dtype=dtype)
+    """Write a LoRA that diffusers and `read_expert` load, alpha folded in; trigger words and `about` are in the header."""
+    write_lora(_by_layer(tensors, alpha), path, dtype=dtype, metadata={**(about or {}), TRIGGERS: triggers})
 
 
 def save_kohya(
@@ -178,27 +170,18 @@ def save_kohya(
     triggers: str = "",
     about: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float16,
-    two_encoders: bool = False,
 ) -> None:
-    """Write the same LoRA with kohya/A1111 keys and an alpha for every layer; other tools load it, and so does diffusers.
-
-    Args:
-        two_encoders: whether the base has two text encoders, as Stable Diffusion XL; it is the first that is trained.
-    """
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_" if two_encoders else "lora_te_text_model_"}
-    renamed: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        part, _, rest = key.partition(".")
-        layer, _, half = rest.removeprefix("text_model.").rpartition(".lora_")
-        stem = prefixes[part] + layer.replace(".", "_")
-        renamed[f"{stem}.{'lora_down' if half[0] == 'A' else 'lora_up'}.weight"] = tensor
-        renamed[f"{stem}.alpha"] = torch.tensor(alpha)
-    _save(renamed, path, about or {}, triggers=triggers, dtype=dtype)
+    """Write the same LoRA with kohya/A1111 keys and an alpha for every layer; other tools load it, and so does diffusers."""
+    options: dict[str, Any] = {"dtype": dtype, "metadata": {**(about or {}), TRIGGERS: triggers}}
+    write_lora(_by_layer(tensors, alpha), path, format="kohya", alphas=True, **options)
 
 
-def _save(
-    tensors: Mapping[str, torch.Tensor], path: str | Path, about: Mapping[str, str], *, triggers: str, dtype: torch.dtype
-) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", **about, "modelspec.trigger_phrase": triggers}
-    save_atomically({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path, metadata)
+def _by_layer(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, dict[str, LoraWeights]]:
+    found: dict[str, dict[str, LoraWeights]] = {}
+    for key, down in tensors.items():
+        name, _, half = key.rpartition(".lora_")
+        if half == "A.weight":
+            part, _, layer = name.partition(".")
+            weights = LoraWeights(down, tensors[f"{name}.lora_B.weight"], alpha / len(down))
+            found.setdefault(part, {})[layer.removeprefix("text_model.")] = weights
+    return found

@@ -156,7 +156,7 @@ class LoraTrainer:
             return
 
         def weights(path: Path) -> None:
-            save_lora(self.lora.tensors(), path / "lora.safetensors", alpha=self.config.alpha, rank=self.config.rank)
+            save_lora(self.lora.tensors(), path / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
 
         self.engine.save(self.folder, step, weights=weights, keep=self.config.keep, identity=self.identity())
 

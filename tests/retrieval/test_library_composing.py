@@ -21,7 +21,7 @@ def lora_library(tmp_path_factory):
     folder, host = tmp_path_factory.mktemp("loras"), tiny_pipeline()
     for i, name in enumerate(("fox", "hat", "ink")):
         path = tiny_lora(host, folder / f"{name}.safetensors", rank=2, seed=i, size=0.4)
-        save_lora(load_file(path), path, alpha=2.0**i, rank=2, dtype=torch.float32)
+        save_lora(load_file(path), path, alpha=2.0**i, dtype=torch.float32)
     return LoraLibrary.index(folder, WordEncoder())
 
 
@@ -78,7 +78,7 @@ def test_loras_that_were_found_by_meaning_act(pipe, tmp_path, draw, monkeypatch,
     """Though the prompt has none of their words, and whatever they were fused into."""
     for i, name in enumerate(("hat", "ink")):
         file = tiny_lora(pipe, tmp_path / f"{name}.safetensors", rank=2, seed=i, size=0.4)
-        save_lora(load_file(file), file, alpha=2.0, rank=2, triggers=f"sks {name}")
+        save_lora(load_file(file), file, alpha=2.0, triggers=f"sks {name}")
     found = [RetrievedLora("hat", 0.9, "a cap"), RetrievedLora("ink", 0.9, "drawn")]
     monkeypatch.setattr(composing, "retrieve_for", lambda *_, **__: found)
     base = draw(pipe, "a cap drawn")

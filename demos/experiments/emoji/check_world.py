@@ -139,7 +139,7 @@ def joint_rows(world: World, pictures: int, per_kind: int) -> None:
                 samples = make_loras.concept_samples(world.pipe, world.drawings, concepts)
                 chosen = replace(JOINT, steps=JOINT.steps * len(concepts))
                 tensors = make_loras.train(world.pipe, samples, chosen, JOINT.rank)
-                save_lora(tensors, path, alpha=JOINT.rank, rank=JOINT.rank)
+                save_lora(tensors, path, alpha=JOINT.rank)
             world.pipe.load_lora_weights(str(path), adapter_name="joint")
             share = world.look(f"joint {path.stem}", [scene_of(concepts, i) for i in range(pictures // 4)])
             world.pipe.unload_lora_weights()

@@ -128,10 +128,8 @@ def main() -> None:
         start, chosen = time.time(), recipe(name)
         alpha = chosen.rank / 2 if name in KOHYA else chosen.rank
         tensors = train(pipe, concept_samples(pipe, drawings, (name,)), chosen, alpha)
-        if name in KOHYA:
-            save_kohya(tensors, path, alpha=alpha, triggers=name)
-        else:
-            save_lora(tensors, path, alpha=alpha, rank=chosen.rank, triggers=name)
+        save = save_kohya if name in KOHYA else save_lora
+        save(tensors, path, alpha=alpha, triggers=name)
         note(f"lora {name}", rank=chosen.rank, steps=chosen.steps, seconds=round(time.time() - start))
 
 
