@@ -51,13 +51,6 @@ def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emo
     return found
 
 
-def squares(case: Case) -> list[tuple[float, float, float, float]]:
-    """A square of the canvas for each subject, in the order of naming: left to right, top to bottom."""
-    width, height = case.size or (1, 1)
-    across, down = max(1, round(width / 64)), max(1, round(height / 64))
-    return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y in range(down) for x in range(across)]
-
-
 def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
     """The world's pipeline and LoRAs.
 

@@ -7,7 +7,8 @@ from PIL import Image
 from mole_diffusers.emoji import TEST, VALIDATION, words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.evaluation.emoji_protocol import JudgeMetrics, cases, squares
+from mole_diffusers.evaluation.emoji_protocol import JudgeMetrics, cases
+from mole_diffusers.training.losses import cells
 
 
 def test_validation_decides_nothing_that_the_test_asks():
@@ -25,10 +26,9 @@ def test_a_case_has_the_canvas_of_its_scene():
     )
     assert [case.size for case, _ in found] == [(128, 64), (64, 128), (128, 128)]
     assert [case.prompt for case, _ in found] == [scene.caption for _, scene in found]
-    (across, _), (upright, _), (square, _) = found
-    assert squares(across) == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
-    assert squares(upright) == [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
-    assert squares(square)[3] == (0.5, 0.5, 1, 1)
+    places = [cells(len(scene.subjects), *scene.size) for _, scene in found]
+    assert places[:2] == [[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]]
+    assert places[2] == [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1)]
 
 
 @pytest.fixture(scope="module")

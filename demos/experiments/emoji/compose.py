@@ -33,6 +33,7 @@ from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
+from mole_diffusers.training.losses import cells
 
 DOCS = Path(__file__).parents[3] / "docs"
 SPLITS = {"test": TEST, "validation": VALIDATION}
@@ -42,7 +43,7 @@ SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     """A subject's place as a user would say it, with its own words or with every word."""
     subjects = [name for name in case.concepts if name not in setup.styles]
-    boxes = dict(zip(subjects, emoji_protocol.squares(case), strict=False)) if len(subjects) > 1 else {}
+    boxes = dict(zip(subjects, cells(len(subjects), *case.size), strict=True)) if len(subjects) > 1 else {}
     if words:
         return {name: (None, box) for name, box in boxes.items()}
     return {name: Bound((), boxes.get(name, "everywhere")) for name in case.concepts}
@@ -50,9 +51,9 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
 
 def parts(setup: Setup, case: Case) -> dict[str, Part]:
     """A prompt that names a subject alone and its square, for each subject."""
-    scene, squares = scene_in(case.prompt), emoji_protocol.squares(case)
-    subjects = arms.subjects_of(setup, case)
-    return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in zip(subjects, squares, strict=False)}
+    scene = scene_in(case.prompt)
+    boxes = zip(scene.subjects, cells(len(scene.subjects), *case.size), strict=True)
+    return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in boxes}
 
 
 def in_file(name: str, file: Callable[[Case], Path]) -> Arm:

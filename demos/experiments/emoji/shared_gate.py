@@ -37,6 +37,7 @@ from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.losses import cells
 
 Lessons = Sequence[tuple[Case, Scene]]
 FOLDER = WORK / "shared"
@@ -123,7 +124,8 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Col
 def taught(setup: Setup, case: Case, scene: Scene, gates: Any) -> Iterator[tuple[Mixture, Callable[..., None]]]:
     """The LoRAs of a composition attached, each in its place; and what trains their gates, given settings that differ."""
     experts = {name: setup.experts[name] for name in case.concepts}
-    boxes = dict(zip(arms.subjects_of(setup, case), emoji_protocol.squares(case), strict=True))
+    subjects = arms.subjects_of(setup, case)
+    boxes = dict(zip(subjects, cells(len(subjects), *scene.size), strict=True))
     data = TrainingData(
         composed=[case.prompt],
         styles=[name for name in case.concepts if name in setup.styles],
