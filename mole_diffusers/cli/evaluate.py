@@ -153,7 +153,7 @@ def _world(
     world = emoji_world(device=chosen_device(device))
     groups = emoji.TEST if split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases({kind: group[:limit] for kind, group in groups.items()})
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
     return emoji_protocol.setup(world, call), [case for case, _ in found], metrics, gates or world.folder / "gates"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -80,11 +80,11 @@ class JudgeMetrics:
     None for a single one). The judge knows the world's canvases alone, so larger pictures are shrunk to their scene's.
 
     Args:
-        scenes: (prompt, size) of a case -> its scene.
+        found: cases with their scenes, as `cases` has them.
     """
 
-    def __init__(self, judge: Judge, scenes: Mapping[tuple[str, tuple[int, int] | None], emoji.Scene]):
-        self.judge, self.scenes = judge, scenes
+    def __init__(self, judge: Judge, found: Iterable[tuple[Case, emoji.Scene]]):
+        self.judge, self.scenes = judge, {(case.prompt, case.size): scene for case, scene in found}
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
         scene = self.scenes[case.prompt, case.size]

@@ -16,8 +16,7 @@ SEVERAL = [pair for pair in CASES if len(pair[1].subjects) == 2]
 def judged():
     """judged(case, *scenes) -> a row per scene, drawn by the artists at `scale`, where the case was asked for."""
     world = emoji_world()
-    scenes = {(case.prompt, case.size): scene for case, scene in CASES}
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), scenes)
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), CASES)
 
     def rows(case, *scenes, scale=1.0):
         pictures = [world.drawings.picture(scene) for scene in scenes]

@@ -10,7 +10,7 @@ docs/results/, which docs/make_results.py makes the documents' tables from.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from sampling import GUIDANCE, STEPS
 
 from mole_diffusers import attach, detach
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.emoji import TEST, VALIDATION, scene_in
+from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in
+from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import bars
 from mole_diffusers.evaluation.regional_composers import Part
-from mole_diffusers.evaluation.rows import Rows, digest_files
+from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
@@ -79,6 +80,15 @@ ARMS = {
     "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
 }
 OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "tiles", "joint LoRA")
+
+
+def measured(
+    setup: Setup, drawn: Sequence[Arm], found: Sequence[tuple[Case, Scene]], judge: Judge, *, seeds: range, rows: Rows
+) -> list[Row]:
+    """A row per picture of these compositions by these arms, drawn where it is not there yet."""
+    metrics = emoji_protocol.JudgeMetrics(judge, found)
+    with small_attention(), mixed_precision():
+        return evaluate(setup, drawn, [case for case, _ in found], metrics, seeds=seeds, rows=rows)
 
 
 def side_by_side(world: EmojiWorld, kind: str, index: int) -> tuple[dict[str, Image.Image], str]:
@@ -156,18 +166,8 @@ def main() -> None:
         return
     found = emoji_protocol.cases({kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
-    first = SEEDS[args.split]
-    with small_attention(), mixed_precision():
-        rows = evaluate(
-            setup,
-            [ARMS[name]() for name in args.arms],
-            [case for case, _ in found],
-            metrics,
-            seeds=range(first, first + args.seeds),
-            rows=Rows(Path(WORK / "compose" / args.split)),
-        )
-    table = as_frame(rows)
+    seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
+    table = as_frame(measured(setup, [ARMS[name]() for name in args.arms], found, world.judge(), seeds=seeds, rows=rows))
     print(success_table(table))
     if args.chart:
         bars(table, args.chart)

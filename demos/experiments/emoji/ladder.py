@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compose import ARMS, SEEDS, in_file
-from loop import WORK, device, mixed_precision, multiplies_bf16, note, small_attention
+from compose import ARMS, SEEDS, in_file, measured
+from loop import WORK, device, multiplies_bf16, note, small_attention
 from make_loras import concept_scene
 from sampling import GUIDANCE, STEPS
 from torch import nn
@@ -37,7 +37,7 @@ from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
-from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
+from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.gates import GateBank, checkpoint
 from mole_diffusers.lora import Expert, LoraWeights
@@ -262,16 +262,9 @@ def main() -> None:
         note(f"ladder {name} {updates} {case.name}", **reached(log), seconds=round(time.time() - start))
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
     alone = [one(name, n) for n in args.updates for name in args.rungs if RUNGS[name].frees]
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
-    with small_attention(), mixed_precision():
-        rows = evaluate(
-            setup,
-            [*(ARMS[name]() for name in ("sum", "bound", "tiles", "joint LoRA")), *trained, *alone],
-            [case for case, _ in found],
-            metrics,
-            seeds=range(SEEDS["validation"], SEEDS["validation"] + args.seeds),
-            rows=Rows(WORK / "ladder" / "rows"),
-        )
+    drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles", "joint LoRA")), *trained, *alone]
+    seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
+    rows = measured(setup, drawn, found, world.judge(), seeds=seeds, rows=Rows(WORK / "ladder" / "rows"))
     table = as_frame(rows)
     print(success_table(table))
     print(paired_table(table, "bound"))

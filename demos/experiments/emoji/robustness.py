@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from compose import DOCS, SEEDS, SPLITS
-from loop import WORK, device, mixed_precision, small_attention
+from compose import DOCS, SEEDS, SPLITS, measured
+from loop import WORK, device
 from sampling import GUIDANCE, STEPS
 
 from mole_diffusers.emoji import TEST, Scene, words
@@ -27,7 +27,7 @@ from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows
-from mole_diffusers.evaluation.runner import Arm, Case, Setup, add_idle_experts, evaluate
+from mole_diffusers.evaluation.runner import Arm, Case, Setup, add_idle_experts
 from mole_diffusers.evaluation.tables import as_frame, grid_table
 from mole_diffusers.studio.samplers import sampler
 
@@ -60,8 +60,7 @@ class Point:
 
     def rows(self, judge: Judge, seeds: range, rows: Rows) -> list[Row]:
         """A row per picture, drawn where it is not there yet."""
-        metrics = emoji_protocol.JudgeMetrics(judge, {(case.prompt, case.size): scene for case, scene in self.found})
-        return evaluate(self.setup, self.arms, [case for case, _ in self.found], metrics, seeds=seeds, rows=rows)
+        return measured(self.setup, self.arms, self.found, judge, seeds=seeds, rows=rows)
 
 
 Axis = Callable[[Point], Mapping[float | str, Point]]  # how a composition is drawn by default -> how at each setting
@@ -213,11 +212,10 @@ def main() -> None:
     setup, judge = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}), world.judge()
     seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)
     rows, found = Rows(WORK / "robustness" / args.split), []
-    with small_attention(), mixed_precision():
-        for axis in args.axes:
-            for start in starts(setup, {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}):
-                for at, point in AXES[axis](start).items():
-                    found += [row | {"axis": axis, "setting": at} for row in point.rows(judge, seeds, rows)]
+    for axis in args.axes:
+        for start in starts(setup, {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}):
+            for at, point in AXES[axis](start).items():
+                found += [row | {"axis": axis, "setting": at} for row in point.rows(judge, seeds, rows)]
     frame = as_frame(found)
     frame["line"] = frame["composer"] + ": " + frame["kind"]
     named = frame.assign(setting=frame["setting"].astype(str).str.removesuffix(".0"))

@@ -19,8 +19,8 @@ from typing import Any
 
 import ladder
 import torch
-from compose import ARMS, SEEDS, SPLITS
-from loop import WORK, device, mixed_precision, multiplies_bf16, note, small_attention
+from compose import ARMS, SEEDS, SPLITS, measured
+from loop import WORK, device, multiplies_bf16, note, small_attention
 from sampling import GUIDANCE, STEPS
 from torch import nn
 
@@ -29,7 +29,7 @@ from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Rows, digest_files
-from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
+from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.gates import GateBank
 from mole_diffusers.mixture import Mixture
@@ -216,17 +216,9 @@ def main() -> None:
             with small_attention():
                 TRAIN[name](setup, cases["validation"] * args.rounds)
     for split, found in cases.items():
-        metrics = emoji_protocol.JudgeMetrics(world.judge(), {(case.prompt, case.size): scene for case, scene in found})
-        with small_attention(), mixed_precision():
-            rows = evaluate(
-                setup,
-                [ARMS["bound"](), *(DRAWN[name]() for name in args.gates)],
-                [case for case, _ in found],
-                metrics,
-                seeds=range(SEEDS[split], SEEDS[split] + args.seeds),
-                rows=Rows(FOLDER / "rows" / split),
-            )
-        table = as_frame(rows)
+        drawn = [ARMS["bound"](), *(DRAWN[name]() for name in args.gates)]
+        seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
+        table = as_frame(measured(setup, drawn, found, world.judge(), seeds=seeds, rows=rows))
         print(split, success_table(table), paired_table(table, "bound"), sep="\n", flush=True)
 
 
