@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mole_diffusers.gates import FAMILIES
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.picture_passes import drawable
@@ -224,7 +224,8 @@ def _train(
             show(f"after {row['step'] + 1} updates", recipe.seed)
         report()
 
-    with _before_denoiser(pipe, on_call):
+    with Undo() as undo:
+        undo.before_forward(pipe.unet, on_call)
         experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
         studio.forget_attached()
         mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates)
@@ -244,13 +245,3 @@ def _train(
             show(f"after, seed {seed}", seed)
         progress.verdict = held_out.verdict(before, [loss() for loss in losses])
     run.publish(mixture)
-
-
-@contextmanager
-def _before_denoiser(pipe: Any, on_call: Callable[..., None]) -> Iterator[None]:
-    """Call `on_call` before every call of the denoiser."""
-    handle = pipe.unet.register_forward_pre_hook(on_call)
-    try:
-        yield
-    finally:
-        handle.remove()

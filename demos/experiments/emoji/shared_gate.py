@@ -34,6 +34,7 @@ from mole_diffusers.evaluation.tables import as_frame, paired_table, success_tab
 from mole_diffusers.gates import GateBank
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gated_linear import ADAPTER
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
@@ -64,11 +65,9 @@ class Clock:
             time = args[1] if len(args) > 1 else kwargs["timestep"]
             self.time = torch.as_tensor(time).float().reshape(-1) / steps  # [B] or [1]
 
-        handle = pipe.unet.register_forward_pre_hook(before, with_kwargs=True)
-        try:
+        with Undo() as undo:
+            undo.before_forward(pipe.unet, before, with_kwargs=True)
             yield
-        finally:
-            handle.remove()
 
 
 class ScoreGate(nn.Module):
