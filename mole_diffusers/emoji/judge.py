@@ -14,27 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-STRIDE = 16  # pixels from one place of the subject map to the next
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in B pictures; indices into its word lists.
-
-    Attributes:
-        subjects: [B, S] log-probabilities that a subject is somewhere in the picture, each on its own.
-        style: [B] the most likely style.
-        background: [B] the most likely background.
-    """
-
-    subjects: torch.Tensor
-    style: torch.Tensor
-    background: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Logits:
-    """The judge's raw output on B pictures.
+    """What the judge sees in B pictures: logits of the words in its lists.
 
     Attributes:
         subjects: [B, S], the largest over places.
@@ -80,18 +63,17 @@ class Judge(nn.Module):
         self.style = nn.Conv2d(224, len(styles), 1)
         self.background = nn.Linear(224, len(backgrounds))
 
-    def forward(self, x: torch.Tensor) -> Logits:
+    def forward(self, x: torch.Tensor) -> Verdict:
         features = self.trunk(x)
         weight = self.weight(features).flatten(2).softmax(-1)  # [B, 1, P]
         style = (self.style(features).flatten(2) * weight).sum(-1)
         subjects = self.subject(features).flatten(2).logsumexp(-1)
-        return Logits(subjects, style, self.background(features.mean((2, 3))))
+        return Verdict(subjects, style, self.background(features.mean((2, 3))))
 
     @torch.no_grad()
     def verdict(self, images: Sequence[Image.Image]) -> Verdict:
         """Look at RGB pictures of one size."""
-        logits = self(_pixels(images))
-        return Verdict(F.logsigmoid(logits.subjects), logits.style.argmax(-1), logits.background.argmax(-1))
+        return self(_pixels(images))
 
     @torch.no_grad()
     def subject_map(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -106,11 +88,11 @@ class Judge(nn.Module):
 
     def is_style(self, verdict: Verdict, style: str) -> torch.Tensor:
         """[B] bool."""
-        return verdict.style == self.styles.index(style)
+        return verdict.style.argmax(-1) == self.styles.index(style)
 
     def is_background(self, verdict: Verdict, background: str) -> torch.Tensor:
         """[B] bool."""
-        return verdict.background == self.backgrounds.index(background)
+        return verdict.background.argmax(-1) == self.backgrounds.index(background)
 
     def save(self, folder: Path) -> None:
         """fp16 weights and the word lists."""

@@ -18,7 +18,7 @@ def test_it_looks_at_every_canvas(judge, size):
     pictures = [Image.new("RGB", size, colour) for colour in ("red", "white")]
     verdict = judge.verdict(pictures)
     assert verdict.subjects.shape == (2, 5)
-    assert verdict.style.shape == verdict.background.shape == (2,)
+    assert (verdict.style.shape, verdict.background.shape) == ((2, 2), (2, 3))
     assert judge.subject_map(pictures).shape == (2, 5, size[1] // 16, size[0] // 16)
 
 
