@@ -205,7 +205,6 @@ def _judge() -> Callable[[Any, str], float]:
         scene, verdict = emoji.scene_in(prompt), judge.verdict(images)
         if scene is None:
             raise ValueError(f"the prompt {prompt!r} names no subject of the emoji world, so nothing can be judged")
-        right = judge.sees(verdict, scene.subjects).all(-1)
-        return float((right & judge.is_style(verdict, scene.style)).float().mean())
+        return float(judge.is_right(verdict, scene).float().mean())
 
     return success

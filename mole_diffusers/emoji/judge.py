@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mole_diffusers.emoji.scenes import Scene
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -93,6 +95,10 @@ class Judge(nn.Module):
     def is_background(self, verdict: Verdict, background: str) -> torch.Tensor:
         """[B] bool."""
         return verdict.background.argmax(-1) == self.backgrounds.index(background)
+
+    def is_right(self, verdict: Verdict, scene: Scene) -> torch.Tensor:
+        """[B] bool: all subjects of the scene are there, in its style."""
+        return self.sees(verdict, scene.subjects).all(-1) & self.is_style(verdict, scene.style)
 
     def save(self, folder: Path) -> None:
         """fp16 weights and the word lists."""

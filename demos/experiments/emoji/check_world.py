@@ -15,12 +15,11 @@ from pathlib import Path
 
 import make_loras
 import numpy as np
-import torch
 import train_base
 from diffusers.utils import logging
 from loop import WORK
-from sampling import Share, generate, right, shares, sheet
-from train_judge import labelled, scenes_of
+from sampling import Share, generate, sheet
+from train_judge import read_right
 
 from mole_diffusers.emoji import TEST, words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
@@ -47,7 +46,7 @@ class World:
     drawings: Drawings
     judge: Judge
 
-    def look(self, name: str, scenes: list[Scene], key: str = "both") -> Share:
+    def look(self, name: str, scenes: list[Scene]) -> Share:
         """The share of pictures of these scenes that are right; a sheet of the first 24 is kept."""
         pictures = generate(self.pipe, scenes)
         folder = WORK / "sheets"
@@ -55,7 +54,8 @@ class World:
         first = scenes[:24]
         true = [self.drawings.picture(s) for s in first]
         sheet(first, [pictures[:24], true], columns=8).save(folder / f"{name.replace(' ', '_')}.png")
-        return shares(right(self.judge, scenes, pictures))[key]
+        right = [bool(self.judge.is_right(self.judge.verdict([p]), s)) for p, s in zip(pictures, scenes, strict=True)]
+        return Share(sum(right), len(right))
 
 
 def keep(row: str, share: Share, wanted: float) -> None:
@@ -71,22 +71,12 @@ def keep(row: str, share: Share, wanted: float) -> None:
 
 def judge_rows(world: World, pictures: int) -> None:
     """True drawings, clean, in arrangements that the judge was not trained on."""
-    right_style, seen = 0, 0
+    of_style: list[bool] = []
     for count, wanted in ((1, 0.99), (2, 0.98), (3, 0.95)):
-        rng = np.random.default_rng([99, count])
-        hits, done = 0, 0
-        while done < pictures:
-            scenes = [s for s in scenes_of(count, 32, rng) if len(set(s.subjects)) == count]
-            batch = labelled(world.drawings, world.judge, scenes, rng)
-            with torch.no_grad():
-                logits = world.judge(batch.pictures)
-            top = logits.subjects.topk(count).indices
-            hits += int(batch.subjects.gather(1, top).all(1).sum())
-            right_style += int((logits.style.argmax(-1) == batch.style).sum())
-            done += len(scenes)
-        seen += done
-        keep(f"judge: {count} subject{'s' * (count > 1)}", Share(hits, done), wanted)
-    keep("judge: style", Share(right_style, seen), 0.98)
+        subjects, style, _ = read_right(world.drawings, world.judge, count, pictures=pictures).tolist()
+        of_style += style
+        keep(f"judge: {count} subject{'s' * (count > 1)}", Share(sum(subjects), len(subjects)), wanted)
+    keep("judge: style", Share(sum(of_style), len(of_style)), 0.98)
 
 
 def base_scenes(count: int, number: int, allowed: Callable[[str, str], bool]) -> list[Scene]:

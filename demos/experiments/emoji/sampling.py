@@ -1,4 +1,4 @@
-"""Pictures by a pipeline, and which of them are what was asked for."""
+"""Pictures by a pipeline, and shares of them."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ import torch
 from loop import mixed_precision, small_attention
 from PIL import Image
 
-from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.scenes import Scene
 
 STEPS, GUIDANCE, BATCH = 20, 3.0, 16
@@ -54,22 +53,6 @@ class Share:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.share:.2f} [{low:.2f}, {high:.2f}] of {self.count}"
-
-
-def right(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> list[dict[str, bool]]:
-    """Per picture: are all its subjects there, is it of the style, and both."""
-    rows = []
-    for scene, picture in zip(scenes, pictures, strict=True):
-        verdict = judge.verdict([picture])
-        subjects = bool(judge.sees(verdict, scene.subjects).all())
-        style = bool(judge.is_style(verdict, scene.style).all())
-        rows.append({"subjects": subjects, "style": style, "both": subjects and style})
-    return rows
-
-
-def shares(rows: Sequence[dict[str, bool]]) -> dict[str, Share]:
-    """Over pictures: of each question, the share answered yes."""
-    return {name: Share(sum(row[name] for row in rows), len(rows)) for name in rows[0]}
 
 
 def sheet(scenes: Sequence[Scene], rows: Sequence[Sequence[Image.Image]], *, columns: int, scale: int = 2) -> Image.Image:

@@ -106,19 +106,25 @@ def loss_of(judge: Judge, batch: Batch, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 512) -> dict[str, float]:
-    """Shares of clean drawings of `count` subjects, in arrangements not seen in training, that the judge reads right."""
+def read_right(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 512) -> torch.Tensor:
+    """[3, `pictures` or some more] bool: whether the judge reads subjects, style and background of clean drawings right, of
+    `count` subjects in arrangements that it was not trained on."""
     rng = np.random.default_rng([99, count])
-    hits = []
-    for _ in range(pictures // 32):
+    hits: list[torch.Tensor] = []
+    while sum(found.shape[1] for found in hits) < pictures:
         scenes = [s for s in scenes_of(count, 32, rng) if len(set(s.subjects)) == count]
         batch = labelled(drawings, judge, scenes, rng)
-        logits = judge(batch.pictures)
-        top = logits.subjects.topk(count).indices
-        right = torch.stack([batch.subjects.gather(1, top).all(1), logits.style.argmax(-1) == batch.style])
-        hits.append(torch.cat([right, (logits.background.argmax(-1) == batch.background)[None]]).float())
-    names = ("subjects", "style", "background")
-    return dict(zip(names, [round(v, 4) for v in torch.cat(hits, 1).mean(1).tolist()], strict=True))
+        found = judge(batch.pictures)
+        subjects = batch.subjects.gather(1, found.subjects.topk(count).indices).all(1)
+        style, background = found.style.argmax(-1) == batch.style, found.background.argmax(-1) == batch.background
+        hits.append(torch.stack([subjects, style, background]))
+    return torch.cat(hits, 1)
+
+
+def accuracy(drawings: Drawings, judge: Judge, count: int) -> dict[str, float]:
+    """Shares of what is `read_right`."""
+    right = read_right(drawings, judge, count).float().mean(1)
+    return {name: round(v, 4) for name, v in zip(("subjects", "style", "background"), right.tolist(), strict=True)}
 
 
 def main() -> None:
