@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mole_diffusers.lora.safe_files import Contents, RefusedFileError, path_inside, read_json, read_safetensors
+from mole_diffusers.lora.whole_files import new_file
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json, read_entry, stamps
 
@@ -50,25 +50,19 @@ def lora_files(folder: Path) -> list[str]:
 
 
 def save(folder: Path, index: Index) -> None:
-    """Write an index. Each file appears complete or not at all; symbolic links are replaced, not followed."""
-    path_inside(folder, ABOUT).parent.mkdir(exist_ok=True)
-    vectors = {"embeddings": index.embeddings.contiguous(), "probe": index.probe.contiguous()}
-    new_vectors = folder / f"{VECTORS}.new"
-    new_vectors.unlink(missing_ok=True)
-    save_file(vectors, new_vectors, {"format": "pt"})
-    about = {
-        "format": FORMAT,
-        "version": VERSION,
-        "encoder": index.encoder,
-        "embeddings": read_safetensors(new_vectors).sha256,
-        "cards": [asdict(entry) for entry in index.entries],
-        "skipped": index.skipped,
-    }
-    new_about = folder / f"{ABOUT}.new"
-    new_about.unlink(missing_ok=True)
-    new_about.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(new_vectors, folder / VECTORS)
-    os.replace(new_about, folder / ABOUT)
+    """Write an index, each file complete or not at all. Raises RefusedFileError for links that lead out of the folder."""
+    tensors = {"embeddings": index.embeddings.contiguous(), "probe": index.probe.contiguous()}
+    with new_file(path_inside(folder, VECTORS)) as vectors, new_file(path_inside(folder, ABOUT)) as about:
+        save_file(tensors, vectors, {"format": "pt"})
+        found = {
+            "format": FORMAT,
+            "version": VERSION,
+            "encoder": index.encoder,
+            "embeddings": read_safetensors(vectors).sha256,
+            "cards": [asdict(entry) for entry in index.entries],
+            "skipped": index.skipped,
+        }
+        about.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def load(folder: Path) -> Index:
