@@ -22,6 +22,7 @@ from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.denoiser_inputs import prompted_rows
 from mole_diffusers.patching.picture_layout import Side, sides
 from mole_diffusers.patching.undo import replaced_forward
+from mole_diffusers.training.data import token_ids
 
 Part = tuple[str, Region]  # a prompt that asks for one concept alone, and where in the picture it is
 
@@ -176,14 +177,11 @@ def _readers(
         unprompted: the experts that read any other text; None: those that read the prompt.
     """
 
-    def tokens(text: str) -> torch.Tensor:  # [1, T]
-        length = pipe.tokenizer.model_max_length
-        return pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-
     def read(names: Sequence[str], own: str, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        asked = (ids == tokens(prompt).to(ids.device)).all(1, keepdim=True)  # [B, 1]
+        whole, part = token_ids(pipe.tokenizer, [prompt, own]).to(ids.device)[:, None]  # [1, T] each
+        asked = (ids == whole).all(1, keepdim=True)  # [B, 1]
         by = names if unprompted is None or asked.any() else unprompted
-        return read_by(pipe, mixture, by, torch.where(asked, tokens(own).to(ids.device), ids), *args, **kwargs)
+        return read_by(pipe, mixture, by, torch.where(asked, part, ids), *args, **kwargs)
 
     texts = [*(own for own, _ in parts.values()), prompt]
     return [partial(read, names, own) for names, own in zip(_names_by_text(mixture, parts), texts, strict=True)]

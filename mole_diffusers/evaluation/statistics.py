@@ -84,12 +84,8 @@ def recovery(samples: torch.Tensor) -> torch.Tensor:
 
 
 def harmonic(samples: torch.Tensor) -> torch.Tensor:
-    """The harmonic mean over a case's concepts: [D, G, S, C] -> [D, G]."""
-    return harmonic_mean(samples.nanmean(2))
-
-
-def harmonic_mean(shares: torch.Tensor) -> torch.Tensor:
-    """n / sum(1 / share), which is 0 if one concept is never seen: [..., C] -> [...], NaN left out."""
+    """The harmonic mean over a case's concepts, 0 if one is never seen: [D, G, S, C] -> [D, G], NaN left out."""
+    shares = samples.nanmean(2)
     return (~shares.isnan()).sum(-1) / (1 / shares).nansum(-1)
 
 

@@ -42,18 +42,14 @@ def concept_mean(values: pd.Series, concepts: Callable[[str], bool] = lambda _: 
     return values.map(mean)
 
 
-def subtract(rows: pd.DataFrame, reference: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
-    """The rows that `reference` has on the same prompt and noise too, their values less those of the reference."""
-    pairs = rows.merge(reference[[*SAME_NOISE, *values]], on=list(SAME_NOISE), suffixes=("", " of the reference"))
+def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.DataFrame:
+    """The rows of the other arms that `against` has on the same prompt and noise too, their values less those of it."""
+    is_reference = rows["arm"] == against
+    reference = rows.loc[is_reference, [*SAME_NOISE, *values]]
+    pairs = rows[~is_reference].merge(reference, on=list(SAME_NOISE), suffixes=("", " of the reference"))
     for value in values:
         pairs[value] = pairs[value].astype(float) - pairs[f"{value} of the reference"].astype(float)
     return pairs
-
-
-def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.DataFrame:
-    """The rows of the other arms less those of `against`, see `subtract`."""
-    reference = rows["arm"] == against
-    return subtract(rows[~reference], rows[reference], values)
 
 
 def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") -> Estimate:

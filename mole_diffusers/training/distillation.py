@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from mole_diffusers.binding import words
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import ComposedTerm, DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
@@ -286,9 +287,8 @@ def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iter
         undo.after_forward(attention.to_k, collect)
 
     with Undo() as undo:
-        for name, module in unet.named_modules():
-            if name.endswith("attn2") and isinstance(module, Attention):
-                read(module, undo)
+        for attention in cross_attentions(unet).values():
+            read(attention, undo)
         yield maps
 
 

@@ -20,7 +20,6 @@ from mole_diffusers.evaluation.statistics import (
     as_table,
     bootstrap,
     harmonic,
-    harmonic_mean,
     recovery,
     resample_cases,
     resample_concepts,
@@ -73,7 +72,7 @@ def test_a_case_counts_as_often_as_all_of_its_concepts_came():
 
 def test_harmonic_mean_is_as_small_as_the_worst():
     shares = torch.tensor([[1.0, 0.5, torch.nan], [1.0, 0.0, 1.0]])
-    assert harmonic_mean(shares).tolist() == pytest.approx([2 / 3, 0])
+    assert harmonic(shares[None, :, None])[0].tolist() == pytest.approx([2 / 3, 0])
     assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]
 
 
