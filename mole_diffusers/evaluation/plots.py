@@ -111,7 +111,7 @@ def curves(
 
 
 def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFrame]]]:
-    """A figure, and a panel per kind with its rows, three side by side; kinds are named if there are several."""
+    """A figure with a panel for each kind, three in a row, and each panel with its rows; several panels have titles."""
     from matplotlib.figure import Figure
 
     groups = list(rows.groupby(by, sort=False))

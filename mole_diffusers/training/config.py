@@ -87,7 +87,7 @@ class DistillationTerm(Term):
     """Terms "single" and "base": match a teacher's predictions on its own trajectories.
 
     Attributes:
-        seeds: trajectories of each expert and size of pictures, at least one per prompt.
+        seeds: trajectories for each expert, and for each size that its pictures have; at least one per prompt.
         steps, guidance: of the sampler.
     """
 

@@ -123,8 +123,8 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 @contextmanager
 def precise(pipe: Any) -> Iterator[Any]:
-    """The autoencoder; while the block runs in fp32, where the pipeline itself upcasts it, as Stable Diffusion XL's does: in
-    half precision it overflows.
+    """The autoencoder; while the block runs in fp32, where the pipeline does so, too: that of Stable Diffusion XL
+    overflows in half precision.
 
     Raises ValueError where gradients are wanted of one whose weights are fp16: they would be gone before the gradient.
     """

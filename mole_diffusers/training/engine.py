@@ -194,7 +194,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def join_processes(device: torch.device, **options: Any) -> Accelerator:
-    """This process among those that `accelerate launch` started; the first run of a process decides which these are."""
+    """The link to the other processes that `accelerate launch` started; later runs in a process share that of the first."""
     return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no", **options)
 
 

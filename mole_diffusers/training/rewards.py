@@ -1,4 +1,4 @@
-"""Objectives in which a CLIP looks at the pictures that the gates batch, with its gradient."""
+"""Objectives in which a CLIP looks at the pictures that the gates draw, with its gradient."""
 
 from __future__ import annotations
 
