@@ -47,7 +47,7 @@ def train_lora(
     Args:
         prior: pictures of the concept's class, see `class_samples`.
         name: beside the progress bar, and in error messages.
-        init: an earlier LoRA of the same layers and rank to start from.
+        init: tensors that this function returned, for the same layers and rank, to go on from.
         folder: checkpoints and `log.jsonl` are written here.
         resume_from: "latest" or "checkpoint-N" resumes there, "latest" without a checkpoint starts anew; None starts anew.
         report: called with every update's row, after its checkpoint; what it raises ends the run.
