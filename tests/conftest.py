@@ -38,7 +38,7 @@ def loras(tmp_path_factory):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draw():
     """draw(pipe) -> pictures [B, H, W, 3] of one fixed prompt and seed."""
 

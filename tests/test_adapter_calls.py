@@ -36,12 +36,11 @@ def same(ours, stock, options):
 
 
 WEIGHTS = [
-    0.5,
-    [0.3, -1.2],
+    *thorough(0.5, [0.3, -1.2]),
     [np.float32(0.3), torch.tensor(0.7)],
-    [{"text_encoder": 0.2}, 1.0],
+    *thorough([{"text_encoder": 0.2}, 1.0]),
     [{"unet": 0.4, "text_encoder": 2.0}, {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}}],
-    [{"unet": {"mid": 0.3}}, None],
+    *thorough([{"unet": {"mid": 0.3}}, None]),
 ]
 
 
@@ -87,7 +86,7 @@ def test_who_is_off_stays_off_when_gates_or_experts_change(both):
 BY_BLOCK = {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}, "text_encoder": 0.5}
 
 
-@pytest.mark.parametrize("then", ["load", "gates", "save", "fuse"])
+@pytest.mark.parametrize("then", ["save", "fuse", *thorough("load", "gates")])
 def test_weights_of_blocks_outlast_what_comes_after(both, then, tmp_path):
     ours, stock, options, files = both
     for pipe in (ours, stock):
@@ -153,7 +152,7 @@ def test_a_stock_pipeline_with_loras_becomes_a_drop_in(both):
     assert not torch.allclose(hosts.draw(ours, options), picture, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["dict", "folder", "weight_name", "options"])
+@pytest.mark.parametrize("how", ["dict", "folder", "weight_name", *thorough("options")])
 def test_sources_are_those_of_diffusers(both, how, tmp_path):
     ours, stock, options, files = both
     stock.load_lora_weights(files["fox"])

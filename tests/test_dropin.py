@@ -1,6 +1,7 @@
 """Every drop-in pipeline, its folder, and the hub."""
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -27,7 +28,7 @@ REST = (
     "sd15-controlnet-inpaint",
     "sdxl-controlnet-inpaint",
 )
-FORMS = ["sd15", "sdxl", *thorough(*REST)]
+FORMS = ["sd15", *thorough("sdxl", *REST)]
 
 
 @pytest.fixture
@@ -83,6 +84,16 @@ def test_an_expert_in_memory_is_written_out(kind, tmp_path):
     same(hosts.draw(again, options), hosts.draw(pipe, options))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A drop-in with a LoRA, what its call needs, the folder that its mixture was saved to, and what it draws."""
+    pipe, options = hosts.HOSTS["sd15"]()
+    pipe, folder = hosts.quiet(mole.MoLEPipeline.from_pipe(pipe)), tmp_path_factory.mktemp("saved")
+    pipe.load_lora_weights(tiny_lora(pipe, folder / "fox.safetensors"))
+    pipe.save_pretrained(folder)
+    return pipe, options, folder / "mole", hosts.draw(pipe, options)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,12 +103,10 @@ def test_an_expert_in_memory_is_written_out(kind, tmp_path):
         ({"experts": [{"name": "fox", "file": "../fox", "strength": 1}]}, "not the name of a file in experts/"),
     ],
 )
-def test_a_bad_folder_is_refused_and_changes_nothing(kind, tmp_path, change, message):
-    pipe, options = kind
-    pipe.load_lora_weights(tiny_lora(pipe, tmp_path / "fox.safetensors"))
-    image = hosts.draw(pipe, options)
-    pipe.save_pretrained(tmp_path / "saved")
-    index = tmp_path / "saved/mole/mixture.json"
+def test_a_bad_folder_is_refused_and_changes_nothing(saved, tmp_path, change, message):
+    pipe, options, folder, image = saved
+    shutil.copytree(folder, tmp_path / "mole")
+    index = tmp_path / "mole/mixture.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         pipe.load_mixture(index.parent)

@@ -32,7 +32,11 @@ def pictures(pipe, prompts, seeds, **options):
 
 @pytest.mark.parametrize(
     ("config", "guidance"),
-    [(GateConfig("mole"), 1.0), *((c, 5.0) for c in FAMILIES[::2]), *thorough(*((c, 5.0) for c in FAMILIES[1::2]))],
+    [
+        (GateConfig("mole"), 1.0),
+        *((c, 5.0) for c in FAMILIES if c.family == "flow"),
+        *thorough(*((c, 5.0) for c in FAMILIES if c.family != "flow")),
+    ],
 )
 def test_rows_see_only_their_experts(pipe, loras, awake, config, guidance):
     pipe.to(dtype=torch.float64)  # where the best ranks do not change places by rounding

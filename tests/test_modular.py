@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-CALL = {"num_inference_steps": 2, "output_type": "np", "height": 64, "width": 64}
-BINDINGS = [None, "auto", {"fox": ("fox", "left"), "ink": ("ink", "right")}]
+CALL = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+BINDINGS = [*thorough(None, "auto"), {"fox": ("fox", "left"), "ink": ("ink", "right")}]
 
 
 @pytest.fixture

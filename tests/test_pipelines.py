@@ -15,6 +15,7 @@ def dropin():
     return pipe
 
 
+@pytest.mark.thorough  # in the fast tier test_adapter_calls.py has these calls, one by one
 def test_the_calls_of_diffusers_give_the_images_of_diffusers(dropin, pipe, loras, draw):
     for host in (dropin, pipe):
         host.load_lora_weights(loras["fox"], adapter_name="fox")
@@ -53,6 +54,7 @@ def test_gates_load_and_unload(dropin, loras, draw, awake, tmp_path):
     assert dropin.mixture is None
 
 
+@pytest.mark.thorough
 def test_files_inside_a_folder_and_from_pretrained(dropin, loras, draw, tmp_path):
     dropin.load_lora_weights(loras["fox"].parent, weight_name="fox.safetensors")
     assert dropin.get_active_adapters() == ["default_0"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import transforms
@@ -27,6 +28,7 @@ SIZE = {
 }  # of random parameters; scores that are large only flip on rounding
 each = pytest.mark.parametrize("family", SUM)
 sharing = pytest.mark.parametrize("family", SHARE)
+some = pytest.mark.parametrize("family", ["flow", "rank", *thorough("prompt", "retrieval")])
 
 
 @each
@@ -80,7 +82,7 @@ def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awa
         torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
 
 
-@each
+@some
 def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
 
@@ -123,7 +125,7 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
     assert all(p.grad is None for p in others)
 
 
-@each
+@some
 def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     pipe.to(dtype=torch.bfloat16)
@@ -135,7 +137,7 @@ def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family
     assert {p.dtype for p in mixture.parameters()} == {torch.float32}
 
 
-@each
+@some
 def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig, MoLEGate, StaticGate
@@ -68,8 +70,10 @@ CONFIGS = [
 
 
 def tier(config):
-    """Every granularity and input with one normalisation, every normalisation with one gate; the products are thorough."""
-    fast = config.total == "N" or (config.granularity, config.inputs, config.features) == ("block", "hidden", "pooled")
+    """Every granularity, normalisation, input and kind of features in one case or more; their products are thorough."""
+    fast = (config.granularity, config.inputs, config.features) == ("block", "hidden", "pooled") or (
+        config.total == "N" and (config.features == "flattened") == (config.inputs == "experts") and config.family == "mole"
+    )
     name = "-".join(map(str, config.to_dict().values()))
     return pytest.param(config, id=name, marks=[] if fast else [pytest.mark.thorough])
 
@@ -207,7 +211,7 @@ def test_gates_speak_even_when_every_processor_is_replaced(pipe, loras, draw, aw
     assert not any(isinstance(p, MoLEAttnProcessor) for p in pipe.unet.attn_processors.values())
 
 
-@pytest.mark.parametrize("granularity", ["block", "model"])
+@pytest.mark.parametrize("granularity", ["block", *thorough("model")])
 def test_gradient_checkpointing_gives_the_same_gradients(pipe, loras, awake, granularity):
     """The one gate of a whole model speaks outside the blocks that are computed again."""
     from mole_diffusers.training.denoising import predict
@@ -240,7 +244,7 @@ def test_trace_by_hand(pipe, loras, draw):
         trace.weights("nowhere")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])
+@pytest.mark.parametrize("value", [math.nan, 1e38, *thorough(math.inf, -math.inf)])
 def test_numbers_that_no_picture_survives_are_refused(pipe, loras, value):
     mixture = mole.attach(pipe, loras)
     calls = {
@@ -257,6 +261,14 @@ def test_numbers_that_no_picture_survives_are_refused(pipe, loras, value):
     with pytest.raises(ValueError, match="one of 1 or more calls"):
         mixture.every(value).__enter__()
     assert mixture.strength("fox") == 1
+
+
+@pytest.fixture(scope="module")
+def saved(loras, draw, tmp_path_factory):
+    """A pipeline with gates, the folder they were saved to, and what it draws; a gate that is refused changes none of it."""
+    pipe, folder = tiny_pipeline(), tmp_path_factory.mktemp("gates")
+    mole.attach(pipe, loras, "mole").save_pretrained(folder)
+    return pipe, folder, draw(pipe)
 
 
 def edit(folder, change):
@@ -308,10 +320,10 @@ def change_weights(folder, value):
         (lambda f: edit(f, lambda a: a["experts"].pop("hat")), ValueError, "weigh .* but the experts given are"),
     ],
 )
-def test_damaged_or_foreign_gates_are_refused(pipe, loras, draw, tmp_path, damage, error, message):
-    mole.attach(pipe, loras, "mole").save_pretrained(tmp_path)
+def test_damaged_or_foreign_gates_are_refused(saved, loras, draw, tmp_path, damage, error, message):
+    pipe, folder, before = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
-    before = draw(pipe)
     with pytest.raises(error, match=message):
         mole.attach(pipe, loras, tmp_path)
     assert torch.equal(draw(pipe), before)

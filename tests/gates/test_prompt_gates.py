@@ -6,6 +6,7 @@ import hosts
 import pytest
 import torch
 import torch.nn.functional as F
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.functional import among_largest
@@ -115,7 +116,7 @@ def test_padding_does_not_reach_the_gate(pipe, loras, draw, awake, monkeypatch):
     assert {len(tokens) for tokens, _, _ in seen} == {1, 4}
 
 
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # as SDXL's first tokenizer, and its second, have it
+@pytest.mark.parametrize("pad", ["<|endoftext|>", *thorough("!")])  # as SDXL's first tokenizer, and its second, have it
 def test_words_of_either_prompt_reach_the_gate(pad, tmp_path, monkeypatch):
     """SDXL's two encoders lie side by side: a token counts where one of the texts has a word there, and never the end."""
     pipe, options = hosts.HOSTS["sdxl"]()
@@ -137,7 +138,7 @@ def test_words_of_either_prompt_reach_the_gate(pad, tmp_path, monkeypatch):
         assert seen[-1] == list(range(length))  # the UNet's, which come last
 
 
-@pytest.mark.parametrize("steps", [1, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10, *thorough(50)])
 def test_routers_speak_once_per_prompt(pipe, loras, awake, monkeypatch, steps):
     mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "prompt"))
     calls, route = [], PromptGate.route
@@ -195,7 +196,7 @@ def test_folded_away_the_prompt_decides_for_guidance_too(pipe, loras, draw, awak
         torch.testing.assert_close(draw(pipe, prompt="ab"), prompted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("axis", ["module", "both"])
+@pytest.mark.parametrize("axis", [*thorough("module"), "both"])
 def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
@@ -221,6 +222,6 @@ def test_training_uses_its_own_balance_loss(pipe, loras):
     from mole_diffusers.training.gate_trainer import train_gates
 
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("prompt", top=1))
-    config = GateTraining({"base": 1.0, "balance": 0.01}, steps=2, batch=2)
+    config = GateTraining({"base": {"seeds": 1, "steps": 1}, "balance": 0.01}, steps=2, batch=2)
     log = train_gates(pipe, mixture, TrainingData(plain=["a b", "c"]), config=config)
     assert 1 <= log[0]["balance"] <= 2

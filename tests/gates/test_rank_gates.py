@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, Layer, RankGate
@@ -161,7 +162,7 @@ def test_one_of_two_identical_experts_at_half_strength_each(pipe, loras, draw):
     assert not torch.allclose(draw(pipe), one, atol=1e-3)
 
 
-@pytest.mark.parametrize("refactor", [True, False])
+@pytest.mark.parametrize("refactor", [True, *thorough(False)])
 def test_gates_that_stand_still_fold_rank_by_rank(pipe, loras, draw, refactor):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, mole.GateConfig("rank", top=5, refactor=refactor))
     generator = torch.Generator().manual_seed(0)

@@ -233,7 +233,7 @@ def by_hand(steps, tokens, side):
     return found
 
 
-@pytest.mark.parametrize("binding", [{"fox": "fox", "ink": "owl"}, HALVES, {"fox": "fox", "ink": "everywhere"}])
+@pytest.mark.parametrize("binding", [{"fox": "fox", "ink": "owl"}, *thorough(HALVES, {"fox": "fox", "ink": "everywhere"})])
 def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
     """With places that are found or given, and for a thing that needs none."""
     names = ("fox", "ink", "hat") if "hat" in binding else ("fox", "ink")
@@ -383,7 +383,7 @@ class Reference:
         return draw(self.pipe, PROMPT)
 
 
-@pytest.mark.parametrize("closing", [0.0, 8.0])
+@pytest.mark.parametrize("closing", [*thorough(0.0), 8.0])
 def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, closing):
     host = copy.deepcopy(pipe)
     mixture = attach(HALVES)
@@ -553,7 +553,7 @@ def test_a_word_of_two_experts_is_open_where_either_stands(attach, pipe):
     assert torch.equal(closed[:, FOX[0]].reshape(16, 16), 1 - layout["fox"])
 
 
-@pytest.mark.parametrize("given", ["left", "top", (0.3, 0.3, 0.7, 0.7)])
+@pytest.mark.parametrize("given", ["left", *thorough("top", ((0.3, 0.3, 0.7, 0.7),))])
 def test_beside_a_given_region_everyone_has_a_place(attach, pipe, given):
     mixture = attach({"fox": ("fox", given), "ink": "owl", "hat": "a"})
     pipe("fox owl a", num_inference_steps=2, output_type="latent", guidance_scale=1)
@@ -640,7 +640,7 @@ def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
     assert not torch.allclose(bound, hosts.draw(pipe, options, "a hen"), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", *thorough("sd3")])
 def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
@@ -813,7 +813,7 @@ def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
     assert not torch.equal(bound, unbound)
 
 
-@pytest.mark.parametrize(("edits", "plain"), [("sd15-pix2pix", "sd15"), ("sdxl-pix2pix", "sdxl")])
+@pytest.mark.parametrize(("edits", "plain"), [("sd15-pix2pix", "sd15"), *thorough(("sdxl-pix2pix", "sdxl"))])
 @pytest.mark.parametrize(("count", "guidance"), [(3, 3.0), *thorough((1, 3.0), (3, 1.0))])
 def test_an_edit_that_cannot_see_its_picture_is_an_ordinary_drawing(edits, plain, count, guidance, tmp_path):
     """Pix2Pix has the prompts' rows first, and two groups of other texts; where the picture counts for nothing in the UNet

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from benchmarks.hosts import inputs
@@ -70,7 +71,7 @@ def test_a_low_rank_product_is_added_as_in_float64(dtype, rows, gradients):
         torch.testing.assert_close(given[2].grad.double(), expected, atol=20 * TOLERANCE[dtype], rtol=0.02)
 
 
-@pytest.mark.parametrize("family", ["sum", "mole", "flow"])
+@pytest.mark.parametrize("family", ["sum", "mole", *thorough("flow")])
 def test_a_picture_is_the_same_by_whole_layers_and_by_peft(pipe, loras, draw, awake, whole_layers, family):
     awake(mole.attach(pipe, loras, family))
     whole = draw(pipe)
@@ -99,7 +100,7 @@ def test_scale_is_applied(pipe, loras, draw, whole_layers):
     torch.testing.assert_close(ours, draw(pipe), **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *thorough(torch.float16)])
 def test_half_precision_is_near_and_stays_half(loras, awake, dtype):
     outputs = []
     for kind in (torch.float32, dtype):

@@ -6,6 +6,7 @@ import diffusers
 import hosts
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -65,7 +66,7 @@ def test_several_prompts_and_several_pictures_of_each(mixed):
     torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 64), (48, 32), (64, 64)])
+@pytest.mark.parametrize(("height", "width"), [(48, 32), *thorough((16, 64), (64, 64))])
 def test_any_resolution(mixed, draw, loras, height, width):
     """The other route: gates held at what they would be if they were still, summed by diffusers itself."""
     weights = {"fox": 0.3, "ink": 0.5, "hat": 0.2}

@@ -59,7 +59,7 @@ class Case:
         return hosts.draw(self.pipe, self.options | more)
 
 
-FAST = [("sd15", ORDERS[0], ENDS[0]), ("sd15", ORDERS[1], ENDS[1]), ("flux", ORDERS[1], ENDS[0])]
+FAST = [("sd15", ORDERS[1], ENDS[1]), ("flux", ORDERS[0], ENDS[0])]
 THOROUGH = [(name, o, e) for name in ("sd15", "sdxl", "flux", "sd21", "animatediff") for o in ORDERS for e in ENDS]
 CASES = [*FAST, *thorough(*(case for case in THOROUGH if case not in FAST))]
 
@@ -96,7 +96,7 @@ MASKED = ["sd15", *thorough("sdxl", "sd21", "animatediff")]
 
 
 @pytest.mark.parametrize("name", MASKED)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [ORDERS[0], *thorough(ORDERS[1])])
 def test_ip_adapter_masks_reach_the_adapter_through_the_mixture(awake, tmp_path, name, order):
     """The other route: the gates held at fixed weights, diffusers' own adapters at the same."""
     case = Case(name, tmp_path, awake)

@@ -13,10 +13,11 @@ from mole_diffusers.testing import tiny_pipeline
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-LATER = [("sequential", False), *thorough(*((name, False) for name in OFFLOADS if name != "sequential"))]
+FAST = [("model", True), ("sequential", False)]  # and the leaves of Flux in test_host_switches.py
+REST = [(name, first) for name in OFFLOADS for first in (True, False) if (name, first) not in FAST]
 
 
-@pytest.mark.parametrize(("name", "first"), [*((name, True) for name in OFFLOADS), *LATER])
+@pytest.mark.parametrize(("name", "first"), [*FAST, *thorough(*REST)])
 def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, name, first):
     base = draw(pipe)
     awake(mole.attach(pipe, loras, "mole")).save_pretrained(tmp_path)
@@ -54,7 +55,7 @@ class Elsewhere(ModelHook):
         return output
 
 
-@pytest.mark.parametrize("family", ["mole", "flow", "prompt", "rank", "retrieval", "static"])
+@pytest.mark.parametrize("family", ["mole", "rank", "retrieval", *thorough("flow", "prompt", "static")])
 def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, family):
     awake(mole.attach(pipe, loras, family))
     picture = draw(pipe)
@@ -91,7 +92,7 @@ def test_compiled_whole(pipe, loras, draw, awake, how):
     torch.testing.assert_close(draw(pipe), base, **CLOSE)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [*thorough(True), False])
 def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw, awake, first):
     """The other route: the same layers of the host rounded to fp8 by hand."""
     cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
@@ -133,7 +134,7 @@ def test_gates_strengths_and_masks_change_without_compiling_again(pipe, loras, d
         torch.testing.assert_close(draw(pipe), expected["changed"], **CLOSE)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, *thorough(False)])
 def test_channels_last_draws_the_same(pipe, loras, draw, awake, first):
     awake(mole.attach(pipe, loras, "mole"))
     picture = draw(pipe)

@@ -29,7 +29,7 @@ SWITCHES = hosts.OFFLOADS | {
     "vae slicing": lambda pipe: pipe.vae.enable_slicing(),
 }
 
-FAST = ("leaf", "channels_last")
+FAST = ("leaf",)
 
 
 @pytest.mark.parametrize("switch", [*FAST, *thorough(*(name for name in SWITCHES if name not in FAST))])

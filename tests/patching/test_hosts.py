@@ -14,12 +14,12 @@ from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lo
 EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "SelfAttention.q", "linear_1", "norm.linear")
 
 
-# One of each kind; the others, forms of these, are in the thorough tier.
-FAST = ("sd15", "sd15-controlnet", "sd15-ip-adapter", "sd15-pag", "sdxl", "sd3", "flux")
-TIERS = [*FAST, *thorough(*(name for name in hosts.HOSTS if name not in FAST))]
+def tiers(*fast):
+    """All hosts, of which the fast tier has these; what hosts add has tests of its own, as test_host_ip_adapters.py."""
+    return [*fast, *thorough(*(name for name in hosts.HOSTS if name not in fast))]
 
 
-@pytest.fixture(params=TIERS)
+@pytest.fixture(params=tiers("sd15", "sdxl", "flux"))
 def host(request):
     return hosts.HOSTS[request.param]()
 
@@ -72,7 +72,7 @@ def test_attach_train_save_reload_detach(host, experts, tmp_path):
     assert torch.equal(hosts.draw(pipe, options), base)
 
 
-@pytest.mark.parametrize("name", ["sd15", "animatediff", "sd3", "flux", "chroma"])
+@pytest.mark.parametrize("name", ["sd15", "flux", "chroma", *thorough("animatediff", "sd3")])
 def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     pipe, options = hosts.HOSTS[name]()
     denoiser, levels = hosts.denoiser(pipe), []
@@ -107,7 +107,7 @@ def test_a_denoiser_without_text_is_refused(tmp_path):
         mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))})
 
 
-@pytest.mark.parametrize("name", TIERS)
+@pytest.mark.parametrize("name", tiers("sd15", "flux"))
 def test_weights_held_are_those_of_diffusers_own_adapters(name, awake, tmp_path):
     """What the host adds, residuals, masks, image prompts, perturbed rows, meets the experts as it meets plain LoRAs."""
     pipe, options = hosts.HOSTS[name]()

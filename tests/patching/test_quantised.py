@@ -129,6 +129,7 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
     assert not torch.allclose(fixed, gated, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_bound_picture_on_a_quantised_host(packed, files):
     plain = wide()
     read_back(packed.unet, plain.unet)

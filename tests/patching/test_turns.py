@@ -48,16 +48,13 @@ def test_eight_threads_draw_what_each_would_alone(loras, draw, awake, drop_in):
     mixture = awake(mole.attach(pipe, loras, "mole"))
 
     def work(name):
-        images = []
-        for _ in range(2):
-            with SETTINGS[name](mixture):
-                images.append(draw(pipe, num_inference_steps=3))
-        return torch.cat(images)
+        with SETTINGS[name](mixture):
+            return draw(pipe)
 
     alone = {name: work(name) for name in SETTINGS}
-    with ThreadPoolExecutor(len(SETTINGS)) as threads:
-        together = dict(zip(SETTINGS, threads.map(work, SETTINGS), strict=True))
-    assert all(torch.equal(alone[name], together[name]) for name in SETTINGS)
+    with ThreadPoolExecutor(len(SETTINGS)) as threads:  # twice, so that each begins while others draw
+        together = list(threads.map(lambda name: (name, work(name), work(name)), SETTINGS))
+    assert all(torch.equal(alone[name], picture) for name, *pictures in together for picture in pictures)
     pairs = [(a, b) for a in SETTINGS for b in SETTINGS if a < b and {a, b} != {"all", "traced"}]
     assert not any(torch.allclose(alone[a], alone[b], atol=1e-3) for a, b in pairs)
 
@@ -87,12 +84,7 @@ PLACES = {  # what is interrupted -> the module in which it happens
 }
 
 
-FAST = [
-    (RuntimeError, "expert"),
-    (KeyboardInterrupt, "text encoder"),
-    (KeyboardInterrupt, "gate"),
-    (RuntimeError, "callback"),
-]
+FAST = [(RuntimeError, "expert"), (KeyboardInterrupt, "text encoder")]
 BREAKS = [(error, place) for place in [*PLACES, "callback"] for error in (RuntimeError, KeyboardInterrupt)]
 
 
@@ -305,7 +297,7 @@ def test_pickling_is_refused_but_of_the_original(pipe, loras, draw):
         assert torch.equal(draw(pickle.loads(pickle.dumps(pipe))), base)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.97, *thorough(0.02, 0.4, 0.8, 0.9)])
+@pytest.mark.parametrize("share", [0.97, *thorough(0.02, 0.2, 0.4, 0.6, 0.8, 0.9)])
 def test_an_interrupted_attach_is_undone(pipe, loras, share):
     """Ctrl-C at the entry of some function of ours, the same share of the way through attaching."""
     experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}
@@ -332,7 +324,7 @@ def entered(block):
         pass
 
 
-@pytest.mark.parametrize("what", BLOCKS)
+@pytest.mark.parametrize("what", ["detach", "collapsed", *thorough("only", "lifted")])
 @pytest.mark.parametrize("rounds", [1, *thorough(50)])
 def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
     """Ctrl-C at the entry of functions of ours, drawn at random: the mixture draws as before, and comes off as a whole."""
@@ -402,25 +394,26 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     assert not any(meta)
 
 
-@pytest.mark.parametrize("rounds", [1, *thorough(25)])
-def test_no_family_leaves_anything_behind(loras, rounds):
+@pytest.mark.parametrize(("families", "rounds"), [(("mole",), 1), *thorough((FAMILIES, 25))], ids=["mole", "each"])
+def test_no_family_leaves_anything_behind(loras, families, rounds):
     """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""
-    pipe = tiny_pipeline()
+    pipe, kinds = tiny_pipeline(), (torch.Tensor, torch.nn.Module, mole.Mixture)
 
     def alive():
         gc.collect()
-        things = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor | torch.nn.Module | mole.Mixture)]
+        things = [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
         modules = [module for model in (pipe.unet, pipe.text_encoder) for module in model.modules()]
         return len(things), sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
 
     def attaching(times):
-        for family in FAMILIES * times:
+        for family in families * times:
             mole.attach(pipe, loras, family)
             mole.detach(pipe)
-        return alive()
 
-    attaching(1)
-    assert attaching(rounds) == attaching(rounds)
+    attaching(rounds)
+    once = alive()
+    attaching(rounds)
+    assert alive() == once
 
 
 def test_the_first_attach_waits_for_the_calls_of_other_threads(pipe, loras, draw):
@@ -539,7 +532,8 @@ def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-@pytest.mark.parametrize("rounds", [3, *thorough(500)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("rounds", [3, 500])
 def test_drawing_and_attaching_on_two_pipelines(loras, draw, rounds):
     """8 threads draw and 2 attach: each picture is one that a mixture of that pipeline draws alone."""
     kinds = [("fox",), ("ink", "hat"), ("fox", "hat")]  # never none: diffusers' own pipelines are not for several threads
