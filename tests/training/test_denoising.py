@@ -4,6 +4,7 @@ import hosts
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora
@@ -25,7 +26,7 @@ def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
             torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("zeros", [True, *thorough(False)])
 def test_sampling_on_sdxl_equals_the_pipelines_own(tmp_path, zeros):
     """Both text encoders, the pooled state, the picture's size, and the empty prompt as that pipeline reads it."""
     pipe = hosts.sdxl(force_zeros_for_empty_prompt=zeros)

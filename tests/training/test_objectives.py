@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tiers import thorough
 from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
@@ -54,15 +55,18 @@ def draw_of(seed=0, batch=2, **share):
     return RandomBatch(torch.Generator().manual_seed(seed), batch, **share)
 
 
-VARIANTS = {name: (name, {}, ()) for name in OBJECTIVES} | {
+VARIANTS = {
     "composed with a style": ("composed", {}, ("ink",)),
     "clip of clean pictures": ("clip", {"clean": True}, ()),
     "guided denoise": ("denoise", {"guidance": 3.0}, ()),
     "rollout without guidance": ("rollout", {"guidance": 1.0, "checkpointing": True}, ()),
 }
+PLAIN = {name: (name, {}, ()) for name in OBJECTIVES}
 
 
-@pytest.mark.parametrize(("name", "options", "styles"), VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "options", "styles"), [*PLAIN.values(), *thorough(*VARIANTS.values())], ids=[*PLAIN, *VARIANTS]
+)
 def test_gradient_equals_the_difference_of_values(context, name, options, styles):
     """Along its own gradient a term must change by the gradient's length."""
     context.data = replace(context.data, styles=styles)
@@ -91,7 +95,10 @@ def test_gradient_equals_the_difference_of_values(context, name, options, styles
     assert ((moved(step) - moved(-step)) / (2 * step)).item() == pytest.approx(length.item(), rel=0.03)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+SHARED = ("single", "denoise", "collage")
+
+
+@pytest.mark.parametrize("name", [*SHARED, *thorough(*(name for name in OBJECTIVES if name not in SHARED))])
 def test_shares_of_a_batch_add_up(context, name):
     """The mean over two shares is the value of the whole batch."""
     term = OBJECTIVES[name](context, TERMS[name](**OPTIONS[name]))

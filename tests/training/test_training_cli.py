@@ -23,7 +23,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def flags(loras, base):
     words = ["--prompt", "a fox in ink", "--single", "fox=a fox", "--single", "ink=ink art", "--other", "fox=cat"]
-    how = ["--term", "single=1,seeds=2,steps=2", "--term", "balance=0.5", "--steps", "4", "--batch", "2", "--every", "2"]
+    how = ["--term", "single=1,seeds=2,steps=2", "--term", "balance=0.5", "--steps", "2", "--batch", "2", "--every", "1"]
     gates = ["--family", "static", "--total", "1", "--bins", "2"]
     return ["--base", base, "--expert", f"fox={loras['fox']}", "--expert", f"ink={loras['ink']}:0.7", *words, *how, *gates]
 
@@ -75,9 +75,9 @@ def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["train", *flags, "--out", out]) == 0
     assert main(["train", *flags, "--out", out]) == 1
-    assert "holds checkpoint-4 of an earlier run" in capsys.readouterr().err
+    assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
     before = (tmp_path / "out" / "gates.safetensors").read_bytes()
-    assert main(["train", *flags, "--out", out, "--resume", "checkpoint-2"]) == 0
+    assert main(["train", *flags, "--out", out, "--resume", "checkpoint-1"]) == 0
     assert (tmp_path / "out" / "gates.safetensors").read_bytes() == before
 
 
@@ -113,7 +113,7 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         "| ink | 0.7 | ",
         f"`{sha}` |",
         "single (weight 1), balance (weight 0.5)",
-        "4 updates",
+        "2 updates",
     ):
         assert part in written.text
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -108,10 +109,18 @@ def test_a_broken_picture_stops_gate_training_before_it_begins(loras, tmp_path, 
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text())["step"] == 0
 
 
+@pytest.fixture(scope="module")
+def trained(loras, tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    gates(loras, folder)
+    return folder
+
+
 @pytest.mark.parametrize("harm", [b"", b"\x80\x02no", None])
-def test_a_damaged_checkpoint_is_named(loras, tmp_path, harm):
+def test_a_damaged_checkpoint_is_named(loras, trained, tmp_path, harm):
     """Cut short, no such file at all, or half of it."""
-    gates(loras, tmp_path)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     state = tmp_path / "checkpoint-4" / engine.STATE
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2] if harm is None else harm)
