@@ -90,7 +90,7 @@ def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
     assert np.abs(np.asarray(redrawn, int) - pixels(part.path)).max() <= 1
 
 
-@pytest.mark.parametrize("boxes", [(), ((0, 0, 32, 32),)])
+@pytest.mark.parametrize("boxes", [*thorough(((),)), ((0, 0, 32, 32),)])
 def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     over = draw_over.pictures(editor(*boxes))
     whole, said = drawn(actions, RECIPE, over), []

@@ -6,6 +6,7 @@ import hosts
 import numpy as np
 import pytest
 from PIL import Image
+from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
@@ -24,7 +25,7 @@ def pixels(path):
         return np.asarray(image.convert("RGB"))
 
 
-@pytest.fixture(params=PARTS)
+@pytest.fixture(params=["sd15", "flux", *thorough("sd3")])
 def actions(request, tmp_path):
     pipe, _ = hosts.HOSTS[request.param]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}

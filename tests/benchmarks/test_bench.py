@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from PIL import Image
+from tiers import thorough
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
@@ -190,8 +191,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("what", "arms"),
     [
-        ("attach", ["load", "attach"]),
-        ("collapse", ["30 steps", "collapse static", "collapse prompt"]),
+        *thorough(("attach", ["load", "attach"]), ("collapse", ["30 steps", "collapse static", "collapse prompt"])),
         ("update", ["base", "update"]),
     ],
 )

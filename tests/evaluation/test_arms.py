@@ -58,10 +58,15 @@ def by_hand(setup, experts, inside=None, gates="sum"):
         mole.detach(setup.pipe)
 
 
-def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gates):
+@pytest.mark.parametrize(
+    "names",
+    [tuple(a for a in arms.ARMS if a == "svd" or a not in arms.MERGES), *thorough((arms.ARMS,))],
+    ids=["one merge", "all"],
+)
+def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gates, names):
     before = drawn(setup, arms.base())
-    chosen = arms.chosen_arms(arms.ARMS, setup, gates, weights=WEIGHTS)
-    assert {a.name for a in chosen} == {*arms.ARMS, *(f"alone {n}" for n in setup.experts)} - {"alone"}
+    chosen = arms.chosen_arms(names, setup, gates, weights=WEIGHTS)
+    assert {a.name for a in chosen} == {*names, *(f"alone {n}" for n in setup.experts)} - {"alone"}
     pictures = {a.name: drawn(setup, a)[0] for a in chosen if a.covers(CASE)}
     assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
     assert drawn(setup, arms.base()) == before

@@ -240,9 +240,14 @@ def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsy
     heat_map(trace, block_places(trace)).save(tmp_path / "wanted.png")
     assert (out / "gates.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
 
+
+@pytest.mark.thorough
+def test_a_frontier_is_drawn_where_subjects_and_styles_are_asked_for(checkpoint, loras, tmp_path, capsys):
+    args = [*checkpoint, *(word for name in ("fox", "hat") for word in ("--expert", f"{name}={loras[name]}"))]
+    args += ["--seeds", "1"]
     moved = ["--arm", "sum", "--share", "0.3", "--share", "0.7"]
     assert main([*args, *moved]) == 0
-    assert (out / "frontier.png").exists()
+    assert (tmp_path / "out" / "frontier.png").exists()
     at = args.index("--style")
     assert main([*args[:at], *args[at + 2 :], *moved, "--out", str(tmp_path / "other")]) == 0
     assert "no frontier.png: no picture asks for both a subject and a style" in capsys.readouterr().err
@@ -301,7 +306,7 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
     monkeypatch.setattr("mole_diffusers.evaluation.arms.ARMS", ("base", "ssr", "switch", "gates", "k-lora"))
-    assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--json"]) == 0
+    assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     assert {row["arm"] for row in json.loads(out)} == {"base", "switch", "k-lora"}
     assert "left out: 'ssr' runs every expert" in err

@@ -288,7 +288,7 @@ def test_splits_share_no_concept():
 
 
 def test_evaluate_on_the_embedded_world(tmp_path, capsys):
-    args = ["evaluate", "--limit", "1", "--seeds", "2", "--steps", "2", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    args = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--out", str(tmp_path), "--device", "cpu", "--json"]
     assert main([*args, "--arm", "base", "--arm", "sum"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in emoji.VALIDATION}

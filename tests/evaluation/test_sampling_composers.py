@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.evaluation import sampling_composers
@@ -43,7 +44,7 @@ def test_switch_begins_with_the_first_expert_and_its_own_text(pipe, loras):
     assert at == [[1, 0]] * 5 + [[0, 1]] * 2
 
 
-@pytest.mark.parametrize("period", [1, 5])
+@pytest.mark.parametrize("period", [1, *thorough(5)])
 def test_switch_of_one_expert_is_that_lora(pipe, loras, period):
     fox = alone(pipe, loras["fox"], steps=3)
     with sampling_composers.switched(pipe, mole.attach(pipe, {"fox": loras["fox"]}), period=period):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from libraries import WordEncoder
 from safetensors.torch import load_file
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.retrieval import composing
@@ -50,7 +51,7 @@ def test_a_mixed_batch_is_its_prompts_one_by_one(pipe, lora_library, mode):
     assert torch.equal(pictures(pipe, PROMPTS[2:], [3]), base)
 
 
-@pytest.mark.parametrize("mode", ["selection", "mixture", "sum", "fusion"])
+@pytest.mark.parametrize("mode", ["selection", "fusion", *thorough("mixture", "sum")])
 def test_one_lora_found_is_that_lora(pipe, lora_library, draw, mode):
     with composed(lora_library, pipe, "a fox", mode=mode):
         found = draw(pipe, "a fox")

@@ -34,18 +34,17 @@ def folder(loras, tmp_path_factory):
 @pytest.mark.parametrize(
     "changes",
     [
-        *thorough({}, {"arm": "base"}, {"weights": False}, {"hires": 1.5, "hires_strength": 0.5}),
-        {"arm": "alone fox"},
+        *thorough({}, {"arm": "base"}, {"weights": False}, {"hires": 1.5, "hires_strength": 0.5}, {"arm": "alone fox"}),
         {"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"},
-        {"prompt": "a fox"},
+        *thorough({"prompt": "a fox"}),
         {"sampler": "Euler", **LOCKED},
         {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
-        {"image": "image.png", "strength": 0.5},
+        *thorough({"image": "image.png", "strength": 0.5}),
         {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
-        {"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "bound", "width": 64},
+        *thorough({"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "bound", "width": 64}),
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
-        {"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"},
+        *thorough({"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"}),
     ],
 )
 def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch):
@@ -63,7 +62,7 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
         assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe, **pictures), int)).max() <= 1
 
 
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("weights", [True, *thorough(False)])
 def test_a_script_has_the_second_prompts(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe, _ = hosts.HOSTS["sdxl"]()
@@ -92,9 +91,8 @@ WEIGHTS = {"prompt": "a (sunflower:1.3) and a doughnut"}
     "changes",
     [
         {"binding": "tiles"},
-        WEIGHTS,
         {"negative": "(red:1.4)"},
-        *thorough(WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0}),
+        *thorough(WEIGHTS, WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0}),
     ],
 )
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def sd21():
     return hosts.sd(host=host, encoder=encoder, scheduler=hosts.noise(clip_sample=False, prediction_type="v_prediction"))
 
 
-@pytest.mark.parametrize("make", [sdxl, sd21])
+@pytest.mark.parametrize("make", [sdxl, *thorough(sd21)])
 def test_checkpoints_of_other_kinds_draw_what_their_pipelines_draw(make, tmp_path, draw):
     pipe = make()
     pipe.save_pretrained(tmp_path / "config")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiers import thorough
 
 from mole_diffusers import attached
 from mole_diffusers.studio import render
@@ -61,7 +62,7 @@ def test_weights_are_let_go_before_others_come(loras):
     assert seen == [{"meta"}]
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", ["model", *thorough("sequential")])
 def test_an_offloaded_base_is_let_go_too(loras, offload):
     studio = fresh("one", loras)
     hosts.OFFLOADS[offload](studio.pipe)

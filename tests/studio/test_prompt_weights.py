@@ -266,7 +266,7 @@ def test_plain_brackets_are_left_as_they_are(pipe):
     assert call_arguments(pipe, "a (fox:2) [", "(", weights=False) == {"prompt": "a (fox:2) [", "negative_prompt": "("}
 
 
-@pytest.mark.parametrize("host", ["sd15", "sdxl"])
+@pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])
 def test_binding_finds_words_in_a_prompt_with_weights(host, loras, tmp_path, monkeypatch):
     from mole_diffusers.testing import tiny_lora
 
