@@ -59,6 +59,7 @@ def test_merge_writes_one_lora(loras, base, tmp_path, capsys):
     assert "mole.loss" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_compose_draws_weights_in_tiles(tmp_path, monkeypatch):
     """Its column of tiles is what `mole draw` draws; a word in brackets, or before a comma, names its LoRA."""
     sheets, picture = [], tmp_path / "one.png"

@@ -250,6 +250,7 @@ def test_other_settings_are_other_rows(setup, tmp_path):
         assert Image.open(picture_path(tmp_path, row)).tobytes() == picture
 
 
+@pytest.mark.thorough
 def test_arms_are_what_they_say_and_leave_nothing_behind(setup, tmp_path, loras):
     case, before = CASES[0], sample(setup.pipe, "a fox in ink", [3], **OPTIONS)[0]
 

@@ -84,6 +84,7 @@ def test_hotswap_changes_the_ordinary_lora_and_leaves_the_mixture(pipe, loras, l
         pipe.load_lora_weights(lcm[1], adapter_name="none", hotswap=True)
 
 
+@pytest.mark.thorough
 def test_fusing_under_a_mixture_is_refused(pipe, loras, lcm, draw):
     pipe.load_lora_weights(lcm[0], adapter_name="lcm")
     mole.attach(pipe, {"fox": loras["fox"]})
@@ -107,17 +108,17 @@ def test_a_second_pipeline_over_the_same_models_chooses_its_loras_beside_the_mix
             with pytest.raises(ValueError, match="cannot be fused under a mixture"):
                 second.fuse_lora(part, adapter_names=names)
     assert torch.equal(draw(second), picture)
-    for weight in (1.0, 0.4):
-        second.set_adapters("ink", weight)
-        plain = draw(theirs({"fox": fox, "ink": loras["ink"]}, [1.0, weight]))
-        for each in (pipe, second):
-            torch.testing.assert_close(draw(each), plain, **CLOSE)
+    second.set_adapters("ink", 0.4)
+    plain = draw(theirs({"fox": fox, "ink": loras["ink"]}, [1.0, 0.4]))
+    for each in (pipe, second):
+        torch.testing.assert_close(draw(each), plain, **CLOSE)
     second.delete_adapters("ink")
     torch.testing.assert_close(draw(second), alone, **CLOSE)
     mole.detach(pipe)
     assert torch.equal(draw(second), base)
 
 
+@pytest.mark.thorough
 def test_a_lora_that_is_fused_before_attach(pipe, loras, lcm, draw):
     pipe.load_lora_weights(lcm[0], adapter_name="lcm")
     pipe.fuse_lora(lora_scale=0.7)
@@ -134,6 +135,7 @@ def test_a_lora_that_is_fused_before_attach(pipe, loras, lcm, draw):
     assert torch.equal(draw(pipe), fused)
 
 
+@pytest.mark.thorough
 def test_fusing_q_k_and_v_under_a_mixture_is_refused(pipe, loras, draw):
     mole.attach(pipe, loras)
     picture = draw(pipe)

@@ -50,6 +50,7 @@ def test_prompt_embeddings_and_clip_skip(mixed, draw, skip):
     assert torch.allclose(draw(mixed), picture, atol=1e-3) is (skip is None)
 
 
+@pytest.mark.thorough
 def test_clip_skip_of_sdxl(awake, tmp_path):
     pipe, _ = hosts.HOSTS["sdxl"]()
     awake(mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole"))
@@ -133,6 +134,7 @@ def test_saving_a_pipeline_with_a_mixture_saves_the_original(mixed, loras, draw,
     assert all(torch.equal(v, again.unet.state_dict()[k]) for k, v in alone.state_dict().items())
 
 
+@pytest.mark.thorough
 def test_a_copy_made_under_a_mixture_saves_as_the_original(mixed, tmp_path):
     copy.deepcopy(mixed.unet).save_pretrained(tmp_path)
     saved, original = (

@@ -74,6 +74,13 @@ def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
     one = ["--base", str(tmp_path / "base"), "--expert", f"hat={loras['hat']}"]
     assert main(["draw", "a <lora:hat:1>", *one, "--steps", "1", "--out", str(tmp_path / "q.png")]) == 0
     assert np.array_equal(pixels(tmp_path / "p.png"), pixels(tmp_path / "q.png"))
+
+
+@pytest.mark.thorough
+def test_a_grid_of_one_file_is_that_of_its_folder(loras, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    given = ["--base", str(tmp_path / "base"), "--loras", str(loras["fox"].parent)]
+    one = ["--base", str(tmp_path / "base"), "--expert", f"hat={loras['hat']}"]
     axes = ["--x", "weight hat=1", "--y", "seed=1", "--steps", "1", "--out"]
     for name, files in (("r", given), ("s", one)):
         assert main(["grid", "a <lora:hat:1>", *files, *axes, str(tmp_path / f"{name}.png")]) == 0
