@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from mole_diffusers.app import draw_over, mixer, paint
 from mole_diffusers.app.actions import Picture
@@ -83,28 +82,23 @@ def _offer(page: Page) -> Offer:
         *given, number, editor = values
         over = draw_over.pictures(editor)
         recipe = replace(with_pictures(page.recipe(*given), **over), base=page.actions.studio.base)
-        mask = mask_text(paint.painted_mask(editor, 0.0)) if "mask" in over else ""
-        return {"recipe": recipe.to_dict(), "count": int(number), "mask": mask}
+        mask = over.get("mask")
+        return {"recipe": recipe.to_dict(), "count": int(number), "mask": "" if mask is None else mask_text(mask)}
 
     def describe(kept: dict[str, Any]) -> str:
         recipe, count = Recipe.from_dict(kept["recipe"]), int(kept["count"])
         return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
 
     def plan(path: Path, editor: Any) -> Work:
-        recipe, count, mask = read(path, lambda kept: (Recipe.from_dict(kept["recipe"]), int(kept["count"]), _mask(kept)))
+        recipe, count, mask = read(path, lambda kept: (Recipe.from_dict(kept["recipe"]), int(kept["count"]), kept["mask"]))
         page.actions.check_base(recipe.base, "change it first")
         over = draw_over.pictures(editor if recipe.image else None)
         over.pop("mask", None)  # what is painted now
-        if over and mask is not None:
-            over["mask"] = mask.resize(over["image"].size)
+        if over and mask:
+            over["mask"] = read_mask(mask)
         return page.actions.compose(recipe, count, over)
 
     return offer(page.visitor, page.interrupted, "compose", "Draw again", describe, keep=keep, plan=plan)
-
-
-def _mask(kept: dict[str, Any]) -> Image.Image | None:
-    """The mask of a kept job, smaller than its picture; None without one."""
-    return read_mask(text) if (text := kept.get("mask", "")) else None
 
 
 def _prompts(page: Page) -> Any:
