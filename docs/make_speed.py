@@ -75,12 +75,12 @@ BINDING = """
 ## Binding
 
 Each LoRA on a word and in a part of the picture of its own, beside the same gates without (`--arms sum mole "bound sum"
-"bound mole"`): dispatch (`--size thin --rank 4`, 150 rounds in each of two runs, on another machine than above whose other
-core was idle), and a step of Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock. "More" is the median
-over rounds of the two ratios' difference; of dispatch its standard error is about .017, so what is near the goal is not told
-from it. "Before", 150 rounds after the first run: masks by token that each layer looked at anew, and biases of
-cross-attention that diffusers repeats for every head at every step, 210 operations more with the sum and 162 with `mole`; now
-24 and 7, by the same test.
+"bound mole"`): dispatch (`--size thin --rank 4`, 150 rounds in each of two runs, on another machine than above whose
+other core was idle), and a step of Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock. "More" is
+the median over rounds of the two ratios' difference; of dispatch its standard error is about .017, so what is near the
+goal is not told from it. "Before", 150 rounds after the first run: masks by token that each layer looked at anew, and
+biases of cross-attention that diffusers repeats for every head at every step, 210 operations more with the sum and 162
+with `mole`; now 24 and 7, by the same test.
 
 | | gates | N | not bound | bound | more | before |
 |---|---|---|---|---|---|---|
