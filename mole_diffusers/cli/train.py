@@ -26,7 +26,8 @@ from mole_diffusers.cli.training_runs import (
     updates,
     write_settings,
 )
-from mole_diffusers.training.config import GateTraining, check_options
+from mole_diffusers.options import check_options
+from mole_diffusers.training.config import GateTraining
 
 RECOMMENDED = "flow"  # what the validation compositions of docs/earlier_world.md chose
 learn = partial(Option, rich_help_panel=PICTURES)

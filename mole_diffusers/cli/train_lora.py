@@ -25,7 +25,8 @@ from mole_diffusers.cli.training_runs import (
     updates,
     write_settings,
 )
-from mole_diffusers.training.config import LoraTraining, check_options
+from mole_diffusers.options import check_options
+from mole_diffusers.training.config import LoraTraining
 
 CLASS = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
 learn = partial(Option, rich_help_panel=PICTURES)

@@ -15,7 +15,7 @@ from typer import Option
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import pipeline
 from mole_diffusers.cli.options import WORLD
-from mole_diffusers.training.config import check_options
+from mole_diffusers.options import check_options
 
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples

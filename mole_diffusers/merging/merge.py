@@ -7,8 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -22,18 +21,13 @@ from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
 from mole_diffusers.mixture import Source
+from mole_diffusers.options import check_options
 
 METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
     "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
 }  # fmt: skip
 ENERGY = 0.99  # share of a full-rank merge's energy to keep where no rank is asked for
-KINDS = {  # of options, by their annotations
-    "bool": (bool, "true or false"),
-    "int": (Integral, "a whole number"),
-    "float": (Real, "a number"),
-    "str": (str, "a text"),
-}
 GIVEN = ("inputs", "rerun", "protect")  # arguments of methods that are no options: `merge` fills them in
 
 
@@ -106,12 +100,8 @@ def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for an unknown option, and a value of another kind.
     """
     defaults = {name: value for name, value in _arguments(METHODS[method]).items() if name not in GIVEN}
-    if unknown := sorted(set(options) - set(defaults)):
-        raise ValueError(f"unknown options {unknown} of merge method {method!r}; known: {list(defaults)}")
-    for name, value in options.items():
-        kind, words = KINDS[inspect.signature(METHODS[method]).parameters[name].annotation.removesuffix(" | None")]
-        if value != defaults[name] and not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
-            raise ValueError(f"{name} of merge method {method!r} must be {words}, got {value!r}")
+    hints = get_type_hints(METHODS[method])
+    check_options(options, {name: hints[name] for name in defaults}, f"merge method {method!r}")
     return defaults | dict(options)
 
 

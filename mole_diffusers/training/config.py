@@ -5,65 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
+
+from mole_diffusers.options import check_options
 
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts")
 INITIAL = ("uniform", "scalars", "ssr")  # initial weights of gates, see `initialization`
 LORA_LAYERS = ("attention", "feed-forward", "convolution")
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
-
-
-# ---- checks
-
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for an unknown name, or a value that is not of its name's kind: a type, as of an annotation."""
-    if unknown := set(values) - set(kinds):
-        raise ValueError(f"unknown options {sorted(unknown, key=str)} of {what}; known: {list(kinds)}")
-    for name, value in values.items():
-        if not _is_of(value, kinds[name]):
-            raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {value!r}")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    form, parts = get_origin(kind), get_args(kind)
-    if form in (Union, UnionType):
-        return any(_is_of(value, part) for part in parts)
-    if form is Literal:
-        return value in parts
-    if form is Mapping:
-        return isinstance(value, Mapping) and all(_is_of(each, parts[1]) for each in value.values())
-    if form:  # list, tuple, Sequence
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(each, parts[0]) for each in value)
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    return kind is Any or isinstance(value, kind)
-
-
-def _in_words(kind: Any) -> str:
-    form, parts = get_origin(kind), get_args(kind)
-    if form in (Union, UnionType):
-        return " or ".join(_in_words(part) for part in parts if part is not NoneType)
-    if form is Literal:
-        return f"one of {list(parts)}"
-    if form is Mapping:
-        return f"names, each with {_in_words(parts[1])}"
-    return f"a list of {_in_words(parts[0]).removeprefix('a ')}s" if form else KINDS.get(kind, "a value")
-
-
-def _at_least_1(config: Any, *names: str) -> None:
-    if small := [name for name in names if getattr(config, name) < 1]:
-        raise ValueError(f"{small[0]} must be 1 or more, got {getattr(config, small[0])}")
-
-
-def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
-    if getattr(config, name) not in known:
-        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")
 
 
 # ---- the terms of the loss
@@ -377,3 +327,13 @@ class LoraTraining:
     def temperature(self) -> float:
         """BeamLoRA's temperature for this learning rate."""
         return 0.05 if self.lr >= 1e-4 else 0.03
+
+
+def _at_least_1(config: Any, *names: str) -> None:
+    if small := [name for name in names if getattr(config, name) < 1]:
+        raise ValueError(f"{small[0]} must be 1 or more, got {getattr(config, small[0])}")
+
+
+def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
+    if getattr(config, name) not in known:
+        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")

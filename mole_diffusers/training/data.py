@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mole_diffusers.lora.safe_files import parse_json
-from mole_diffusers.training.config import check_options
+from mole_diffusers.options import check_options
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
