@@ -167,8 +167,10 @@ class Engine:
     def resume(self, folder: Path | None, asked: str | None, *, identity: dict[str, Any]) -> dict[str, Any]:
         """Set everything to where a checkpoint left it, and return what it holds; {} for a new run, which stays as it is.
 
-        Raises ValueError for a checkpoint of a run with another `identity`, and as `find_checkpoint` does.
+        Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and as `find_checkpoint` does.
         """
+        if folder is None and asked is not None:
+            raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
         path = find_checkpoint(folder, asked) if folder else None
         state: dict[str, Any] = {}
         if path is not None:

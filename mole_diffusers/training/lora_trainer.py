@@ -148,7 +148,8 @@ class LoraTrainer:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
         settings = {n: str(v) for n, v in asdict(self.config).items() if n not in MAY_CHANGE}
-        return settings | {f"{name} pictures": samples.captions for name, samples in self.pictures.items()}
+        captions = {f"{name} pictures": samples.captions for name, samples in self.pictures.items()}
+        return settings | {"prior pictures": None} | captions
 
     def save(self, step: int) -> None:
         """Write checkpoint-`step` with the LoRA as it is now."""

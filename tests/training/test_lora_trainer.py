@@ -113,6 +113,10 @@ def test_a_run_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, beam):
     other = replace(config, rank=9)
     with pytest.raises(ValueError, match=r"other settings \(rank\)"):
         train_lora(tiny_pipeline(), PICTURES, other, prior=prior, folder=tmp_path / "cut", resume_from="latest")
+    with pytest.raises(ValueError, match=r"other settings \(prior pictures\)"):
+        train_lora(tiny_pipeline(), PICTURES, config, folder=tmp_path / "cut", resume_from="latest")
+    with pytest.raises(ValueError, match="resumes 'latest' needs the folder"):
+        train_lora(tiny_pipeline(), PICTURES, config, prior=prior, resume_from="latest")
 
 
 def test_a_checkpoint_holds_a_lora_that_works(pipe, tmp_path):
