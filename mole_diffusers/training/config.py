@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Any, get_type_hints
 
 from mole_diffusers.options import check_options
@@ -14,6 +15,22 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial
 INITIAL = ("uniform", "scalars", "ssr")  # initial weights of gates, see `initialization`
 LORA_LAYERS = ("attention", "feed-forward", "convolution")
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
+COUNTS = ("batch", "seeds", "steps", "pictures")  # options of terms that are 1 or more
+SHARES = ("own", "redraw", "start", "last")  # options of terms that are from 0 to 1
+
+
+def _check_range(config: Any, names: Sequence[str], what: str, *, low: float, high: float = inf) -> None:
+    """Raise ValueError for a number of `config` outside low..high; None is not set."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            limits = f"{low} or more" if high == inf else f"from {low} to {high}"
+            raise ValueError(f"{name} of {what} must be {limits}, got {value!r}")
+
+
+def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
+    if getattr(config, name) not in known:
+        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")
 
 
 # ---- the terms of the loss
@@ -120,6 +137,10 @@ class ClipTerm(Term):
     clean: bool = False
     templates: Sequence[str] = ("{}",)
 
+    def __post_init__(self) -> None:
+        if len(self.lengths) != 2 or not 1 <= self.lengths[0] <= self.lengths[1]:
+            raise ValueError(f"lengths of the clip term must be the least and the most steps, got {list(self.lengths)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTerm(Term):
@@ -151,14 +172,18 @@ TERMS: dict[str, type[Term]] = {
 
 
 def parse_term(name: str, given: float | Mapping[str, Any]) -> Term:
-    """A weight, or {"weight", "batch", option: value} -> the term. Raises ValueError for an unknown name or option."""
+    """A weight, or {"weight", "batch", option: value} -> the term.
+
+    Raises ValueError for an unknown name or option, or a value outside its range.
+    """
     if name not in TERMS:
         raise ValueError(f"unknown term {name!r}; known: {list(TERMS)}")
     options: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"weight": given}
     check_options(options, get_type_hints(TERMS[name]), f"the {name} term")
-    term = TERMS[name](**options)
-    if not term.weight >= 0:
-        raise ValueError(f"weight of the {name} term must be 0 or more, got {term.weight!r}")
+    term, what = TERMS[name](**options), f"the {name} term"
+    _check_range(term, ["weight"], what, low=0)
+    _check_range(term, [option for option in vars(term) if option in COUNTS], what, low=1)
+    _check_range(term, [option for option in vars(term) if option in SHARES], what, low=0, high=1)
     return term
 
 
@@ -184,6 +209,8 @@ class Validation:
 
     def __post_init__(self) -> None:
         check_options(vars(self), get_type_hints(Validation), "the validation")
+        _check_range(self, ["every"], "the validation", low=0)
+        _check_range(self, ["seeds", "steps"], "the validation", low=1)
 
 
 @dataclass(frozen=True)
@@ -240,7 +267,8 @@ class GateTraining:
         if not set(self.parsed) - {BALANCE}:
             objectives = [name for name in TERMS if name != BALANCE]
             raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
-        _at_least_1(self, "steps", "batch", "accumulation", "every", "keep")
+        _check_range(self, ["steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
+        _check_range(self, ["warmup", "weight_decay", "max_norm"], "the training", low=0)
         for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("initial", INITIAL)):
             _one_of(self, name, known)
         for name in ("ema", "drop"):
@@ -311,7 +339,8 @@ class LoraTraining:
 
     def __post_init__(self) -> None:
         check_options(vars(self), get_type_hints(LoraTraining), "the training")
-        _at_least_1(self, "rank", "steps", "batch", "accumulation", "every", "keep")
+        _check_range(self, ["rank", "steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
+        _check_range(self, ["lr", "text_lr", "prior"], "the training", low=0)
         _one_of(self, "precision", PRECISIONS)
         if not self.layers or (unknown := set(self.layers) - set(LORA_LAYERS)):
             raise ValueError(f"unknown layers {sorted(unknown) if self.layers else []}; known: {list(LORA_LAYERS)}")
@@ -327,13 +356,3 @@ class LoraTraining:
     def temperature(self) -> float:
         """BeamLoRA's temperature for this learning rate."""
         return 0.05 if self.lr >= 1e-4 else 0.03
-
-
-def _at_least_1(config: Any, *names: str) -> None:
-    if small := [name for name in names if getattr(config, name) < 1]:
-        raise ValueError(f"{small[0]} must be 1 or more, got {getattr(config, small[0])}")
-
-
-def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
-    if getattr(config, name) not in known:
-        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")

@@ -197,7 +197,11 @@ def class_samples(
         batch: pictures at a time.
         folder: where they are saved, and found by a run that resumes.
         progress: show a progress bar.
+
+    Raises ValueError for a count, or steps, below 1.
     """
+    if min(count, steps) < 1:
+        raise ValueError(f"class pictures need a count and steps of 1 or more, got {count} and {steps}")
     file, asked = folder / PRIOR_FILE if folder else None, json.dumps([prompt, count, steps, guidance, seed])
     if file is not None and file.exists():
         with safe_open(file, "pt") as saved:

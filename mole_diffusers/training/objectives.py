@@ -33,10 +33,8 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
     draws it over the collage, which then is where the style starts: subjects first, the style in the remaining steps.
     The experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn.
 
-    Raises ValueError for training data without parts, or a `redraw` outside 0..1.
+    Raises ValueError for training data without parts.
     """
-    if not 0 <= term.redraw <= 1:
-        raise ValueError(f"redraw must be from 0 to 1, got {term.redraw}")
     prompts = require(context.data.parts, "collage", "the parts of composed prompts")
     generator = torch.Generator().manual_seed(context.seed)
     sampler: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance}

@@ -32,16 +32,27 @@ def test_settings_are_checked_and_survive_json():
             {"terms": {"rollout": {"step": 3}}},
             r"unknown options \['step'\] of the rollout term; known: \['weight'",
         ),
-        ({"terms": {"single": -1.0}}, "must be 0 or more"),
+        ({"terms": {"single": -1.0}}, "weight of the single term must be 0 or more, got -1.0"),
+        ({"terms": {"single": {"batch": 0}}}, "batch of the single term must be 1 or more, got 0"),
+        ({"terms": {"rollout": {"steps": 0}}}, "steps of the rollout term must be 1 or more, got 0"),
+        ({"terms": {"composed": {"own": 3.0}}}, "own of the composed term must be from 0 to 1, got 3.0"),
+        ({"terms": {"collage": {"redraw": 2}}}, "redraw of the collage term must be from 0 to 1, got 2"),
+        ({"terms": {"clip": {"lengths": [50, 20]}}}, r"must be the least and the most steps, got \[50, 20\]"),
+        ({"terms": {"clip": {"lengths": [20]}}}, r"must be the least and the most steps, got \[20\]"),
         ({"lr": "1e-3"}, "lr of the training must be a number, got '1e-3'"),
         ({"steps": True}, "steps of the training must be a whole number, got True"),
-        ({"batch": 0}, "batch must be 1 or more, got 0"),
+        ({"batch": 0}, "batch of the training must be 1 or more, got 0"),
+        ({"max_norm": -1.0}, "max_norm of the training must be 0 or more, got -1.0"),  # would turn every gradient round
+        ({"warmup": -1}, "warmup of the training must be 0 or more, got -1"),
         ({"precision": "int8"}, "unknown precision 'int8'; known: "),
         ({"schedule": "steep"}, "unknown schedule 'steep'; known: "),
         ({"ema": 1.0}, "ema must be 0 or more and less than 1"),
     ):
         with pytest.raises(ValueError, match=message):
             GateTraining(**options)
+    for options, message in (({"every": -1}, "every of the validation must be 0"), ({"seeds": 0}, "seeds of the valid")):
+        with pytest.raises(ValueError, match=message):
+            Validation(**options)
     config = GateTraining({"rollout": {"steps": 4}}, lr=0.1, validation=Validation(every=3, prompts=("a fox",)))
     assert GateTraining.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for given in ({"stepps": 3}, {"validation": {"stepps": 3}}):

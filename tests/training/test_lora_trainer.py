@@ -190,12 +190,15 @@ def test_class_pictures_are_the_pipelines_own_and_are_kept(pipe, tmp_path):
     )
     with pytest.raises(AttributeError):
         class_samples(pipe, "a dog", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)
+    with pytest.raises(ValueError, match="a count and steps of 1 or more, got 0 and 3"):
+        class_samples(pipe, "a cat", count=0, steps=3)
 
 
 def test_what_cannot_be_taught_is_said(pipe):
     for options, message in (
         ({"beam": True, "rank": 4}, "need a rank of 8 or more, got 4"),
-        ({"every": 0}, "every must be 1 or more, got 0"),
+        ({"every": 0}, "every of the training must be 1 or more, got 0"),
+        ({"prior": -1.0}, "prior of the training must be 0 or more, got -1.0"),
         ({"layers": ("attn",)}, "unknown layers"),
     ):
         with pytest.raises(ValueError, match=message):
