@@ -24,13 +24,18 @@ class Encoder(Protocol):
 
 
 class PipelineText:
-    """A pipeline's own CLIP text encoder: the mean state of a text's tokens, minus that of everyday words.
+    """A pipeline's own first text encoder, CLIP mostly: the mean state of a text's tokens, minus that of everyday words.
 
     The end-of-text state, CLIP's own summary, separates concepts less well if the text encoder was not trained jointly with
     images; and all states share a large common part, which `COMMON` estimates. Attached LoRAs are switched off meanwhile.
+
+    Raises ValueError for a pipeline without one, as the refiner of SDXL.
     """
 
     def __init__(self, pipe: Any):
+        if getattr(pipe, "text_encoder", None) is None:
+            kind = type(pipe).__name__
+            raise ValueError(f"{kind} has no text encoder to read texts with; give a sentence-transformers model")
         self.pipe = pipe
         config = pipe.text_encoder.config
         self.id = f"{type(pipe.text_encoder).__name__} of {config.num_hidden_layers} layers and width {config.hidden_size}"
@@ -44,12 +49,14 @@ class PipelineText:
     @torch.no_grad()
     def _mean_states(self, texts: Sequence[str]) -> torch.Tensor:
         tokenizer, model = self.pipe.tokenizer, self.pipe.text_encoder
-        ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids  # [n, T]
+        rows = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        ids, mask = rows.input_ids, rows.attention_mask  # [n, T]; T5 would read the padding too
         mixture = attached(self.pipe)
         with nullcontext() if mixture is None else mixture.fixed({}):
-            states = model(ids.to(model.device)).last_hidden_state.float().cpu()  # [n, T, D]
-        special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
-        own = ~torch.isin(ids, special)
+            read = model(ids.to(model.device), attention_mask=mask.to(model.device))
+        states = read.last_hidden_state.float().cpu()  # [n, T, D]
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        own = ~torch.isin(ids, torch.tensor([token for token in special if token is not None]))
         return (states * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp_min(1)
 
 

@@ -5,9 +5,11 @@ import shutil
 import sys
 from types import ModuleType
 
+import hosts
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from libraries import WordEncoder, library
 
 from mole_diffusers.mixture import attach
@@ -332,6 +334,15 @@ def test_the_pipelines_own_encoder_by_hand_and_under_a_mixture(pipe, loras):
     )
     assert torch.equal(encoder(["a fox", "a long sentence"]), plain)
     assert encoder.id == "CLIPTextModel of 2 layers and width 16"
+
+
+def test_pipelines_whose_first_encoder_is_t5_or_none():
+    encoder = PipelineText(hosts.chroma())
+    one, both = encoder(["a fox"]), encoder(["a fox", "a long sentence with many more letters"])
+    torch.testing.assert_close(both[:1], one, atol=1e-5, rtol=0)
+    assert not torch.allclose(both[1], both[0], atol=0.1)
+    with pytest.raises(ValueError, match="StableDiffusionXLImg2ImgPipeline has no text encoder to read texts with"):
+        PipelineText(hosts.sdxl(StableDiffusionXLImg2ImgPipeline, refiner=True))
 
 
 def test_sentence_transformers_by_option(monkeypatch):
