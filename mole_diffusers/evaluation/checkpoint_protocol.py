@@ -56,6 +56,9 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
 def _case(found: object) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found["concepts"], list) or not isinstance(found["prompt"], str):
         raise TypeError(f"got {found!r}")
+    named = found["concepts"]
+    if not named or not all(isinstance(concept, str) for concept in named) or len(set(named)) < len(named):
+        raise TypeError(f"concepts are different names, one or more, got {named!r}")
     return found
 
 

@@ -110,6 +110,8 @@ def test_cases_are_read_and_checked(tmp_path):
         ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
         ("[1]", "line 1: not"), ('"fox"', "line 1: not"), ('{"concepts": "fox", "prompt": "p"}', "line 1: not"),
         ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
+        ('{"concepts": [], "prompt": "p"}', "line 1: not"), ('{"concepts": [["fox"]], "prompt": "p"}', "line 1: not"),
+        ('{"concepts": ["fox", "fox"], "prompt": "p"}', "different names, one or more, got ['fox', 'fox']"),
         ('{"concepts": ["fox"], "prompt": "p", "size": [768]}', '"size" is [width, height] in pixels, got [768]'),
         ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', '"size" is [width, height]'),
     ):  # fmt: skip
