@@ -167,10 +167,11 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     gates = GateConfig.from_dict(asked["gates"])
     prompts = [*data.composed, *chain(*data.parts.values(), *data.singles.values())]
     experts = experts_for(base, asked["experts"], " ".join(prompts))
+    drawn = config.validation.prompts or data.composed
+    success = _judge(drawn) if base == WORLD and config.validation.every else None
     pipe = trained_pipeline(asked, device)
     mixture = attach(pipe, experts, gates)
     data.samples = samples(pipe, asked["data"])
-    success = _judge() if base == WORLD and config.validation.every else None
     clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
     log = train_gates(pipe, mixture, data, config=config, clip=clip, folder=out, resume_from=resume, success=success)
     if is_main_process():
@@ -195,17 +196,17 @@ def _canvas(base: str, data: Any) -> dict[str, int]:
     return dict(zip(("width", "height"), sizes[0], strict=True)) if sizes else {}
 
 
-def _judge() -> Callable[[Any, str], float]:
-    """The embedded world's judge: every subject of the prompt is there, in the prompt's style."""
+def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:
+    """The embedded world's judge: every subject of the prompt is there, in the prompt's style.
+
+    Raises ValueError for a prompt that names no subject of the world.
+    """
     from mole_diffusers import emoji
     from mole_diffusers.emoji.judge import Judge
 
-    judge = Judge.load(emoji.default_folder() / "judge")
-
-    def success(images: Any, prompt: str) -> float:
-        scene, verdict = emoji.scene_in(prompt), judge.verdict(images)
-        if scene is None:
+    judge, scenes = Judge.load(emoji.default_folder() / "judge"), {}
+    for prompt in prompts:
+        if (scene := emoji.scene_in(prompt)) is None:
             raise ValueError(f"the prompt {prompt!r} names no subject of the emoji world, so nothing can be judged")
-        return float(judge.is_right(verdict, scene).float().mean())
-
-    return success
+        scenes[prompt] = scene
+    return lambda images, prompt: float(judge.is_right(judge.verdict(images), scenes[prompt]).float().mean())

@@ -98,6 +98,15 @@ def test_loras_of_the_embedded_world_are_found_in_every_prompt(tmp_path, monkeyp
     assert found == [["fox", "tiger"]] * 2
 
 
+def test_prompts_that_the_judge_cannot_judge_are_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: pytest.fail("opened"))
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {validation: {every: 1, prompts: [noto drawing of a fox, a spaceship]}}")
+    words = ["--single", "fox=noto drawing of a fox", "--config", str(file)]
+    assert main(["train", *words, "--out", str(tmp_path / "x")]) == 1
+    assert "the prompt 'a spaceship' names no subject of the emoji world" in capsys.readouterr().err
+
+
 def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
     api, out = hub[0], tmp_path / "out"
     assert main(["train", *flags, "--out", str(out), "--push-to-hub", "me/gates"]) == 0
