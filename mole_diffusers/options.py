@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,11 +12,16 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
     """Raise ValueError for an unknown name, or a value that is not of its name's kind: a type, as of an annotation."""
-    if unknown := set(values) - set(kinds):
-        raise ValueError(f"unknown options {sorted(unknown, key=str)} of {what}; known: {list(kinds)}")
+    check_names(values, kinds, what)
     for name, value in values.items():
         if not _is_of(value, kinds[name]):
             raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {value!r}")
+
+
+def check_names(names: Collection[str], known: Collection[str], what: str) -> None:
+    """Raise ValueError for a name that is not known."""
+    if unknown := set(names) - set(known):
+        raise ValueError(f"unknown options {sorted(unknown, key=str)} of {what}; known: {list(known)}")
 
 
 def _is_of(value: Any, kind: Any) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -159,9 +160,7 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     from mole_diffusers.training import TrainingData, read_clip, train_gates
     from mole_diffusers.training.gate_trainer import summary
 
-    kinds = {name: kind for name, kind in get_type_hints(TrainingData).items() if name != "samples"}
-    check_options(asked["lesson"], kinds, "the lesson")
-    base, data = asked["base"], TrainingData(**asked["lesson"])
+    base, data = asked["base"], TrainingData.from_dict(asked["lesson"])
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})
     gates = GateConfig.from_dict(asked["gates"])
@@ -171,7 +170,7 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     success = _judge(drawn) if base == WORLD and config.validation.every else None
     pipe = trained_pipeline(asked, device)
     mixture = attach(pipe, experts, gates)
-    data.samples = samples(pipe, asked["data"])
+    data = replace(data, samples=samples(pipe, asked["data"]))
     clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
     log = train_gates(pipe, mixture, data, config=config, clip=clip, folder=out, resume_from=resume, success=success)
     if is_main_process():

@@ -101,7 +101,7 @@ def train_lora(
     asked = settings(run, {"concept": concept, "prior": prior, "training": training}, data)
     check_options(asked["concept"], get_type_hints(Concept), "the concept")
     check_options(asked["prior"], {n.removeprefix("prior_"): kind for n, kind in get_type_hints(Prior).items()}, "the prior")
-    config = _config(asked["training"])
+    config = LoraTraining.from_dict(asked["training"])
     if run["write_config"]:
         write_settings(run["write_config"], asked)
         return
@@ -131,15 +131,6 @@ def _train(
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
     return {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
-
-
-def _config(training: Mapping[str, Any]) -> LoraTraining:
-    """The training section, checked; alpha is the rank unless it is given."""
-    options: dict[str, Any] = {"alpha": training.get("rank", LoraTraining.alpha), **training}
-    if options.get("precision") is False:  # what YAML makes of a bare no
-        options["precision"] = "no"
-    check_options(options, get_type_hints(LoraTraining), "the training")
-    return LoraTraining(**options | {"layers": tuple(options.get("layers", LoraTraining.layers))})
 
 
 def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:

@@ -28,6 +28,11 @@ def _check_range(config: Any, names: Sequence[str], what: str, *, low: float, hi
             raise ValueError(f"{name} of {what} must be {limits}, got {value!r}")
 
 
+def _as_meant(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file; YAML makes false of a bare no."""
+    return dict(values) | ({"precision": "no"} if values.get("precision") is False else {})
+
+
 def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
     if getattr(config, name) not in known:
         raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")
@@ -288,9 +293,7 @@ class GateTraining:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
         """Raises ValueError for unknown options, and values of another kind."""
-        values = dict(values)
-        if values.get("precision") is False:  # what YAML makes of a bare no
-            values["precision"] = "no"
+        values = _as_meant(values)
         check_options(values, get_type_hints(cls) | {"validation": Mapping[str, Any]}, "the training")
         check_options(validation := dict(values.get("validation", {})), get_type_hints(Validation), "the validation")
         validation["prompts"] = tuple(validation.get("prompts", ()))
@@ -346,6 +349,13 @@ class LoraTraining:
             raise ValueError(f"unknown layers {sorted(unknown) if self.layers else []}; known: {list(LORA_LAYERS)}")
         if self.beam and self.rank < LEAST_BEAM_RANK:
             raise ValueError(f"ranks that compete need a rank of {LEAST_BEAM_RANK} or more, got {self.rank}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraTraining:
+        """The alpha is the rank unless it is given. Raises ValueError for unknown options, and values of another kind."""
+        values = {"alpha": values.get("rank", cls.alpha)} | _as_meant(values)
+        check_options(values, get_type_hints(cls), "the training")
+        return cls(**values | {"layers": tuple(values.get("layers", cls.layers))})
 
     @property
     def rates(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mole_diffusers.lora.safe_files import parse_json
-from mole_diffusers.options import check_options
+from mole_diffusers.options import check_names, check_options
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -55,6 +55,12 @@ class TrainingData:
 
     def __post_init__(self) -> None:
         check_options(vars(self), get_type_hints(TrainingData), "the training data")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingData:
+        """All but the pictures. Raises ValueError for an unknown name, or a value of another kind."""
+        check_names(values, [f.name for f in fields(cls) if f.name != "samples"], "the training data")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that tells whether two runs have the same training data: the pictures by their captions."""

@@ -150,9 +150,9 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         ("training: {terms: {single: {seeds: many}}}", [], "seeds of the single term must be a whole number, got 'many'"),
         ("training: {validation: {prompts: a fox}}", [], "prompts of the validation must be a list of texts, got 'a fox'"),
         ("training: {validation: 5}", ["--validate", "3"], "validation of the training must be names, each with a value"),
-        ("lesson: {composd: [x]}", [], "unknown options ['composd'] of the lesson; known: ['singles', 'composed', "),
-        ("lesson: {plain: a fox}", [], "plain of the lesson must be a list of texts, got 'a fox'"),
-        ("lesson: {singles: {fox: a fox}}", [], "singles of the lesson must be names, each with a list of texts"),
+        ("lesson: {composd: [x]}", [], "unknown options ['composd'] of the training data; known: ['singles', 'composed', "),
+        ("lesson: {plain: a fox}", [], "plain of the training data must be a list of texts, got 'a fox'"),
+        ("lesson: {singles: {fox: a fox}}", [], "singles of the training data must be names, each with a list of texts"),
     ],
 )
 def test_bad_settings_are_one_line(flags, tmp_path, capsys, file, argv, message):
