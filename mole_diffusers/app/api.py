@@ -25,7 +25,7 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import parse
-from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
+from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import with_pictures
 
 RECIPE_FIELDS = (
@@ -64,7 +64,7 @@ def _recipe(page: Page, given: Any) -> Recipe:
     if not isinstance(given, dict):
         raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
     first = {**page.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
-    recipe = Recipe.from_dict({**first, **given, "format": FORMAT, "version": VERSION})
+    recipe = Recipe.from_dict({**first, **given})
     if recipe.base:
         page.actions.check_base(recipe.base, "change it first")
     return recipe

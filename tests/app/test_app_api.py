@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.recipe import FORMAT
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -143,6 +144,16 @@ def test_a_recipe_without_a_seed_has_0_whatever_the_page_begins_with(loras, tmp_
     code = next(event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "code")
     assert "manual_seed(0)" in code({"prompt": "a hat"})
     assert "manual_seed(0)" not in code({"prompt": "a hat", "seed": -1})
+
+
+def test_recipes_of_earlier_releases_mean_what_they_meant(loras, tmp_path):
+    blocks = built(loras, tmp_path)
+    code = next(event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "code")
+    old = {"format": FORMAT, "prompt": "a (hat)", "version": 2}
+    assert "weights=False" in code(old)  # when brackets were plain text
+    assert "weights=False" not in code({"prompt": "a (hat)"})
+    with pytest.raises(Exception, match="is not a mole_diffusers.studio.recipe of version 4"):
+        code(old | {"version": 9})
 
 
 def test_export_is_the_sum_as_one_file(client, loras):
