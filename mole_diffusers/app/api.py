@@ -71,12 +71,12 @@ def _recipe(page: Page, given: Any) -> Recipe:
 
 
 def _pictures(image: Any, mask: Any) -> dict[str, Image.Image]:
-    """Uploaded pictures as the page's editor has them, see `draw_over.pictures`."""
+    """Uploaded pictures, see `Actions.compose`."""
     found = {}
-    for name, mode, file in (("image", "RGB", image), ("mask", "L", mask)):
+    for name, file in (("image", image), ("mask", mask)):
         if file is not None:
             with uploaded(_uploaded(file)) as path:
-                found[name] = read_picture(path, path.name).convert(mode)
+                found[name] = read_picture(path, path.name)
     return found
 
 

@@ -120,5 +120,5 @@ def read_picture(path: Path, what: str) -> Image.Image:
 
 
 def pixels_hash(image: Image.Image) -> str:
-    """sha256 of a picture's size and pixels, whatever file it came from."""
+    """sha256 of a picture's mode, size and pixels."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()

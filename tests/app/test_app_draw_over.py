@@ -13,6 +13,7 @@ from mole_diffusers.app.jobs import ignore
 from mole_diffusers.binding.config import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.picture_passes import pixels_hash
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.testing import tiny_pipeline
@@ -78,6 +79,28 @@ def test_transparent_pictures_are_drawn_over_on_white(actions, tmp_path):
     of_file = actions.studio.complete(with_pictures(RECIPE, clear))
     of_page = actions.studio.complete(with_pictures(RECIPE, white))
     assert np.array_equal(actions.studio.draw(of_file, image=clear), actions.studio.draw(of_page, image=white))
+
+
+def test_a_picture_is_the_same_one_however_its_file_has_its_pixels(actions, client, tmp_path):
+    """Transparent for white, with a palette, a mask in colours: on the page, from a file and through the API."""
+    from gradio_client import handle_file
+
+    page = {"image": Image.new("RGB", (64, 32), "white"), "mask": Image.new("L", (64, 32), 255)}
+    page["image"].paste("red", (0, 0, 32, 32))
+    clear = Image.new("RGBA", (64, 32))
+    clear.paste("red", (0, 0, 32, 32))
+    whole = drawn(actions, RECIPE, page)
+    files = {"image": clear, "mask": page["mask"].convert("RGB")}
+    palette = page | {"image": page["image"].convert("P", palette=Image.Palette.ADAPTIVE)}
+    for over in (files, palette):
+        assert with_pictures(RECIPE, **over) == with_pictures(RECIPE, **page)
+        assert np.array_equal(actions.studio.draw(whole.recipe, **over), pixels(whole.path))
+    for name, picture in files.items():
+        picture.save(tmp_path / f"{name}.png")
+    sent = {name: handle_file(tmp_path / f"{name}.png") for name in files}
+    assert np.array_equal(pixels(client.predict(whole.recipe.to_dict(), **sent, api_name="/redraw")), pixels(whole.path))
+    before = dataclasses.replace(whole.recipe, image=pixels_hash(clear))  # as `mole draw --image` wrote it
+    assert np.array_equal(actions.studio.draw(before, **files), pixels(whole.path))
 
 
 def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
