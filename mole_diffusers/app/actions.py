@@ -34,6 +34,7 @@ from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.names import known_names, matching
+from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
@@ -249,7 +250,7 @@ class Actions:
         return files.describe_gates(self.studio.catalog, name)
 
     def thumbnail(self, name: str) -> Image.Image | None:
-        """A small picture of a LoRA, None without one."""
+        """A small picture of a LoRA, None without one that can be read."""
         return (self._thumbnail and self._thumbnail(name)) or self._picture_beside(name)
 
     def _picture_beside(self, name: str) -> Image.Image | None:
@@ -257,12 +258,12 @@ class Actions:
         path = preview(catalog.loras[catalog.name(name)])
         if path is None or path.stat().st_size > MAX_THUMBNAIL:
             return None
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            if image.width * image.height > MAX_SIDE**2:
-                return None
-            small = image.convert("RGB")
-            small.thumbnail((128, 128), Image.Resampling.LANCZOS)
-            return small
+        try:
+            small = read_picture(path, path.name, most=MAX_SIDE**2).convert("RGB")
+        except ValueError:  # another program's file, without which everything works
+            return None
+        small.thumbnail((128, 128), Image.Resampling.LANCZOS)
+        return small
 
     # ---- pictures
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -102,16 +103,19 @@ def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def read_picture(path: Path, what: str) -> Image.Image:
+def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Image:
     """The picture in a file, upright as its camera was held.
 
     Args:
         what: names the file in errors.
+        most: so many pixels it may have; by default as many as Pillow unpacks.
 
     Raises ValueError for anything else, and for one too large to unpack.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > most:
+                raise Image.DecompressionBombError
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise

@@ -180,6 +180,18 @@ def test_a_thumbnail_is_the_picture_that_other_tools_put_there(loras, tmp_path):
     assert np.abs(np.asarray(small)[16, 32].astype(int) - (255, 0, 0)).max() < 9
 
 
+@pytest.mark.parametrize("broken", [b"version https://git-lfs.github.com/spec/v1\n", b"\x89PNG\r\n\x1a\n\0", b""])
+def test_a_picture_that_cannot_be_read_is_no_thumbnail(loras, tmp_path, broken):
+    """The page has its card all the same."""
+    file = tmp_path / "fox.safetensors"
+    file.write_bytes(loras["fox"].read_bytes())
+    file.with_suffix(".png").write_bytes(broken)
+    actions = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny"))
+    assert actions.thumbnail("fox") is None
+    Image.new("L", (4096, 2048)).save(file.with_suffix(".png"))  # which would take its time
+    assert actions.thumbnail("fox") is None
+
+
 def test_a_thumbnail_is_a_mean_of_pixels(loras, tmp_path):
     """The nearest pixel alone made noise of a photograph."""
     file = tmp_path / "fox.safetensors"
