@@ -6,6 +6,7 @@ M00, OUT00.. going up, and BASE for the text encoder and everything outside the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,9 +75,9 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
     preset = next((name for name in sorted(PRESETS, key=len, reverse=True) if lbw.upper().startswith(name)), None)
     try:
         if preset is not None:
-            factor = float(lbw[len(preset) :] or 1)
+            factor = _finite(lbw[len(preset) :] or "1")
             return {label: factor * weight for label, weight in _preset(preset, short).items()}
-        values = [float(word) for word in lbw.split(",")]
+        values = [_finite(word) for word in lbw.split(",")]
     except ValueError:
         values = []
     for labels in (short, every):
@@ -86,6 +87,13 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
         f"lbw={lbw} is not a preset ({', '.join(PRESETS)}), one number, or a number for each of {', '.join(short)}"
         f" ({len(short)}) or {', '.join(every)} ({len(every)})"
     )
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _preset(name: str, labels: Sequence[str]) -> dict[str, float]:
