@@ -141,9 +141,10 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
 
 
 def _resized(found: dict[str, str]) -> str | None:
-    """How many times as wide a picture is made that is given a target size."""
-    sizes = [re.match(r"(\d{1,5})x\d", found.get(key, "")) for key in ("Hires resize", "Size")]
-    return f"{int(sizes[0][1]) / int(sizes[1][1]):.6g}" if sizes[0] and sizes[1] and int(sizes[1][1]) else None
+    """How many times as large a picture is made that is given a target size, of which one side may be open, with 0."""
+    target, own = (re.fullmatch(r"(\d{1,5})x(\d{1,5})", found.get(key, "")) for key in ("Hires resize", "Size"))
+    sides = zip(map(int, target.groups()), map(int, own.groups()), strict=True) if target and own else ()
+    return next((f"{larger / side:.6g}" for larger, side in sides if larger and side), None)
 
 
 def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:

@@ -52,11 +52,14 @@ def picture(tmp_path):
             {"sampler": "Euler a", "strength": 0.6, "hires": 1.0, "image": ""},
             "the picture that it was drawn over, Mask blur 4, Inpaint area Only masked",
         ),
-        (
-            NEW.replace("Hires upscale: 1.5", "Hires resize: 1536x2048"),
-            {"hires": 2.0, "hires_strength": 0.45, "strength": 0.6},
-            "Clip skip 2, Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
-            "ADetailer prompt a face, smiling",
+        *(
+            (
+                NEW.replace("Hires upscale: 1.5", f"Hires resize: {size}"),
+                {"hires": 2.0, "hires_strength": 0.45, "strength": 0.6},
+                "Clip skip 2, Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
+                "ADetailer prompt a face, smiling",
+            )
+            for size in ("1536x2048", "1536x0", "0x2048")  # one side may be left to the other
         ),
         (FLUX, {"sampler": "Euler", "guidance": 3.5, "steps": 20}, "Module 1 ae"),
     ],
