@@ -8,6 +8,8 @@ from typing import Any
 
 import diffusers
 
+from mole_diffusers.studio.names import matching
+
 KARRAS, PLAIN = {"use_karras_sigmas": True}, {"use_karras_sigmas": False}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 ODE = {"algorithm_type": "dpmsolver++"}
@@ -43,8 +45,12 @@ FLOW: dict[str, tuple[str, dict[str, Any]]] = {"Euler": ("FlowMatchEulerDiscrete
 def samplers_of(scheduler: Any) -> dict[str, tuple[str, dict[str, Any]]]:
     """The samplers that can draw with the model of a scheduler: those of flows for a model that was trained as one, and
     those whose packages are installed."""
-    known = FLOW if "FlowMatch" in type(scheduler).__name__ else SAMPLERS
-    return {name: made for name, made in known.items() if not _lacking(made[0])}
+    return {name: made for name, made in _fitting(scheduler).items() if not _lacking(made[0])}
+
+
+def _fitting(scheduler: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those that fit the training of the model, installed or not."""
+    return FLOW if "FlowMatch" in type(scheduler).__name__ else SAMPLERS
 
 
 def _lacking(kind: str) -> str:
@@ -63,8 +69,7 @@ def sampler(name: str, scheduler: Any, seed: int | Sequence[int] = 0) -> Any:
     """
     if not name:
         return scheduler
-    known = samplers_of(scheduler)
-    kind, options = known[sampler_name(name, scheduler)]
+    kind, options = _fitting(scheduler)[sampler_name(name, scheduler)]
     if kind in NEEDED:
         options = {**options, "noise_sampler_seed": seed}
     return getattr(diffusers, kind).from_config(scheduler.config, **options)
@@ -72,11 +77,9 @@ def sampler(name: str, scheduler: Any, seed: int | Sequence[int] = 0) -> Any:
 
 def sampler_name(name: str, scheduler: Any) -> str:
     """The name as it is written; raises as `sampler`."""
-    known = samplers_of(scheduler)
-    found = next((each for each in known if each.casefold() == name.casefold()), None)
-    others = {each.casefold(): made for each, made in SAMPLERS.items()}
-    if found is None and known is not FLOW and (package := _lacking(others.get(name.casefold(), ("",))[0])):
+    fitting = _fitting(scheduler)
+    if (found := matching(name, fitting)) is None:
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(samplers_of(scheduler))}")
+    if package := _lacking(fitting[found][0]):
         raise ValueError(f"the sampler {name!r} needs the package {package}: pip install 'mole-diffusers[samplers]'")
-    if found is None:
-        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(known)}")
     return found

@@ -87,6 +87,8 @@ def test_a_sampler_that_needs_a_package_is_listed_where_that_is(studio, monkeypa
         ValueError, match=r"'DPM\+\+ SDE Karras' needs the package torchsde: pip install 'mole-diffusers\[sampl"
     ):
         studio.complete(dataclasses.replace(RECIPE, sampler="DPM++ SDE Karras"))
+    with pytest.raises(ValueError, match=r"unknown sampler 'DPM\+\+ SDE'; known: Euler$"):  # which no package would help
+        sampler("DPM++ SDE", hosts.flow())
     monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: name)
     assert [name for name in studio.samplers if name.startswith("DPM++ SDE")] == ["DPM++ SDE", "DPM++ SDE Karras"]
     assert list(samplers_of(hosts.flow())) == ["Euler"]
