@@ -151,6 +151,8 @@ class Studio:
         kind, about = recipe.arm_and_name
         if kind == "merge" and about not in MERGES:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
+        if kind == "alone" and about not in here:
+            raise ValueError(f"the prompt has no LoRA {about!r} to draw alone, but {', '.join(names.values()) or 'none'}")
         own = usual_size(self.pipe, self.base, recipe.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
@@ -160,7 +162,7 @@ class Studio:
             width=width,
             height=height,
             sampler=sampler_name(recipe.sampler, self._own_scheduler) if recipe.sampler else "",
-            arm=f"alone {names.get(about, about)}" if kind == "alone" else recipe.arm,
+            arm=f"alone {here[about]}" if kind == "alone" else recipe.arm,
             locks={place: row for place, row in rows.items() if row},
             masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},
             gates=gates,

@@ -77,6 +77,9 @@ def test_arms(studio, recipe, draw):
     assert same(drawn["base"], studio.draw(plain))
     assert same(drawn["gates"], drawn["sum"])  # these gates are the sum
     assert np.abs(np.asarray(drawn["alone fox"], int) - np.asarray(studio.draw(alone), int)).max() <= 1
+    for prompt, there in ((PROMPT, "fox, ink"), ("a fox", "none")):
+        with pytest.raises(ValueError, match=f"the prompt has no LoRA 'hat' to draw alone, but {there}$"):
+            studio.complete(Recipe(prompt, arm="alone hat"))
 
 
 def test_words_and_regions_of_tags_bind(studio, recipe):
