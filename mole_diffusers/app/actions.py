@@ -275,21 +275,19 @@ class Actions:
         """
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
-        recipe = with_pictures(recipe, **over)
-        seed = self._completed(recipe).seed  # -1 is a random one
-        recipes = [dataclasses.replace(recipe, seed=seed + i) for i in range(count)]
+        recipe, _ = self._with_a_seed(recipe, over)
+        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
         return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
         there is room, and with trained gates where there are any; a sheet of them goes into the gallery. `over` as in
         `compose`."""
-        if not recipe.tags:
+        recipe, whole = self._with_a_seed(dataclasses.replace(recipe, arm="gates"), over)
+        if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
-        recipe = dataclasses.replace(with_pictures(recipe, **over), seed=self._completed(recipe).seed)
-        arms = ["base", *(f"alone {tag.name}" for tag in recipe.tags), "sum", *(f"merge {m}" for m in merges)]
+        arms = ["base", *(f"alone {name}" for name in whole.experts), "sum", *(f"merge {m}" for m in merges)]
         wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
-        whole = dataclasses.replace(self._completed(recipe), arm="gates")
         summed = dataclasses.replace(whole, gates="sum", gates_sha256="", locks={})
         wanted.append((BOUND, dataclasses.replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
@@ -408,10 +406,10 @@ class Actions:
 
     def grid(self, recipe: Recipe, x: str, y: str, over: Over = NOTHING) -> Work:
         """Draw an XY grid, whose sheet the gallery gets; `over` as in `compose`."""
-        recipe = dataclasses.replace(with_pictures(recipe, **over), seed=self._completed(recipe).seed)
+        recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
-        sheet = self._sheet(self._completed(recipe), {"x": x, "y": y}, across.labels, down.labels)
+        sheet = self._sheet(whole, {"x": x, "y": y}, across.labels, down.labels)
         return self.draw_all(wanted, over=over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
@@ -440,9 +438,15 @@ class Actions:
 
         return work
 
+    def _with_a_seed(self, recipe: Recipe, over: Over) -> tuple[Recipe, Recipe]:
+        """The recipe as it is asked for, but for a random seed, which several pictures share; and it completed."""
+        recipe = with_pictures(recipe, **over)
+        whole = self._completed(recipe)
+        return dataclasses.replace(recipe, seed=whole.seed), whole
+
     def _completed(self, recipe: Recipe) -> Recipe:
-        recipe.tag_bindings()  # raises where a painted region has no mask
         recipe = self.studio.complete(recipe)
+        recipe.tag_bindings()  # raises where a painted region has no mask
         if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
             larger = f", {recipe.hires:g} times larger" if recipe.hires > 1 else ""
             raise ValueError(f"pictures have at most {MAX_SIDE} pixels a side, got {recipe.width} x {recipe.height}{larger}")

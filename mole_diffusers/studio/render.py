@@ -24,7 +24,7 @@ from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
-from mole_diffusers.studio.prompt_syntax import LoraTag
+from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import (
     call_arguments,
     plain_texts,
@@ -130,13 +130,14 @@ class Studio:
         Raises ValueError if something is not here or does not fit.
         """
         self.check_open()
-        names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in recipe.tags}
+        given = parse(recipe.prompt, {*recipe.experts, *self.catalog.loras})
+        names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in given.tags}
         if len(set(names.values())) < len(names):
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
         for name in names.values():
             if why := self.misfit(name):
                 raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
-        tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in recipe.tags]
+        tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
         here = names | {name: name for name in names.values()}
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
@@ -146,18 +147,18 @@ class Studio:
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
         if "<lora:" in recipe.prompt_2 + recipe.negative_2:
             raise ValueError("the tags of LoRAs stand in the first prompt, which counts for every text encoder")
-        for text in (recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2) if recipe.weights else ():
+        for text in (given.text, recipe.negative, recipe.prompt_2, recipe.negative_2) if recipe.weights else ():
             parse_weights(text)
         kind, about = recipe.arm_and_name
         if kind == "merge" and about not in MERGES:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
         if kind == "alone" and about not in here:
             raise ValueError(f"the prompt has no LoRA {about!r} to draw alone, but {', '.join(names.values()) or 'none'}")
-        own = usual_size(self.pipe, self.base, recipe.text)
+        own = usual_size(self.pipe, self.base, given.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
             recipe,
-            prompt=" ".join([recipe.text, *tags]).strip(),
+            prompt=" ".join([given.text, *tags]).strip(),
             seed=secrets.randbelow(1 << 32) if recipe.seed == -1 else recipe.seed,
             width=width,
             height=height,
@@ -192,7 +193,7 @@ class Studio:
             notes.append(f"the picture of {image.width} x {image.height} is drawn over at {drawn}")
         elif size != (recipe.width, recipe.height):
             notes.append(f"{size[0]} x {size[1]} is rounded to {drawn}")
-        known = {*recipe.experts, *(tag.name for tag in asked.tags)}
+        known = {*recipe.experts, *(tag.name for tag in parse(asked.prompt, {*asked.experts, *recipe.experts}).tags)}
         if gone := dict.fromkeys(name for row in asked.locks.values() for name in row if name not in known):
             notes.append(f"weights set by hand for {', '.join(map(repr, gone))} are left out: the prompt has no such LoRA")
         if recipe.binding == TILES and image is not None:

@@ -132,6 +132,18 @@ def test_a_comparison_has_a_column_in_tiles_where_there_is_room(actions):
     assert [picture.label for picture in actions.compare(recipe)(ignore).pictures] == [*labels, "tiles"]
 
 
+def test_names_of_loras_may_have_a_colon(loras):
+    studio = Studio(tiny_pipeline(), Catalog({"Style: fox": loras["fox"]}, {}), "tiny")
+    recipe = Recipe("a fox <lora:Style: fox:0.5>", steps=1, width=32, height=32, seed=3)
+    actions = Actions(studio)
+    drawn = actions.compare(recipe)(ignore)
+    assert [picture.label for picture in drawn.pictures] == ["base", "alone Style: fox", "sum", "bound"]
+    assert infotext.read(drawn.pictures[-1].path).prompt == recipe.prompt
+    plain = Studio(tiny_pipeline(), Catalog({"fox": loras["fox"]}, {}), "tiny")
+    wanted = plain.draw(plain.complete(dataclasses.replace(recipe, prompt="a fox <lora:fox:0.5>")))
+    assert np.array_equal(pixels(drawn.pictures[-1].path), np.asarray(wanted))
+
+
 def test_a_sheet_that_was_stopped_has_what_was_drawn(actions):
     def stop(after):
         def report(state):
