@@ -10,7 +10,7 @@ from mole_diffusers.app import draw_over
 from mole_diffusers.app.page import PRIVATE, Page, gallery, markdown, told
 from mole_diffusers.studio import infotext
 
-AT_ONCE = 60  # pictures shown; searching finds the others
+AT_ONCE = 60  # pictures shown at first, and so many more each time
 
 
 def build(page: Page) -> None:
@@ -27,24 +27,28 @@ def build(page: Page) -> None:
         starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
     status = gr.Markdown("", elem_id="gallery-status", elem_classes="status")
     pictures = gallery("Gallery", columns=4, elem_id="gallery")
+    more = gr.Button("Show more", size="sm", visible=False, elem_id="gallery-more")
     with gr.Row():
         use = gr.Button("Use again", variant="primary", elem_id="use")
         over = gr.Button("Draw over this", elem_id="gallery-over")
         star = gr.Button("Favourite", elem_id="star")
         trash = gr.Button("To the trash", elem_id="trash")
     names, chosen = gr.State([]), gr.State("")  # file names in the order shown; the one that was clicked
-    search = [text, lora, starred]
+    most = gr.State(AT_ONCE)  # so many are shown
+    asked = [text, lora, starred]
 
-    def show(words: str = "") -> Any:
-        def shown(text: str, lora: str, starred: bool) -> Any:
-            found = kept.entries(text=text or "", lora=(lora or "").strip(), favourites=starred)
-            count = f"{len(found)} picture{'' if len(found) == 1 else 's'}"
-            more = f", the newest {AT_ONCE} of them shown" if len(found) > AT_ONCE else ""
-            found = found[:AT_ONCE]
-            items = [(str(entry.path), entry.label) for entry in found]
-            return gr.update(value=items, selected_index=None), [e.path.name for e in found], "", f"{words}{count}{more}"
+    def search(text: str, lora: str, starred: bool, most: int = AT_ONCE, words: str = "") -> Any:
+        """Values of `outputs`; `words` begin the status."""
+        found = kept.entries(text=text or "", lora=(lora or "").strip(), favourites=starred)
+        shown, is_cut = found[:most], len(found) > most
+        items = [(str(entry.path), entry.label) for entry in shown]
+        said = f"{words}{len(found)} picture{'' if len(found) == 1 else 's'}"
+        said += f", the newest {most} of them shown" if is_cut else ""
+        listed = gr.update(value=items, selected_index=None), [entry.path.name for entry in shown]
+        return *listed, most, gr.update(visible=is_cut), "", said
 
-        return shown
+    def show_more(text: str, lora: str, starred: bool, most: int) -> Any:
+        return search(text, lora, starred, most + AT_ONCE)
 
     def choose(names: list[str], event: gr.SelectData) -> Any:
         return names[event.index], f"chosen: {markdown(names[event.index])}"
@@ -65,27 +69,28 @@ def build(page: Page) -> None:
     def draw_over_it(name: str) -> Any:
         return *draw_over.put(kept.path(_the_chosen(name))), gr.update(selected="Compose"), 'it is in "Draw over a picture"'
 
-    @told(4)
-    def favour(name: str, *search: Any) -> Any:
+    outputs = [pictures, names, most, more, chosen, status]
+
+    @told(len(outputs))
+    def favour(name: str, *asked: Any) -> Any:
         on = _the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
         kept.favour(name, on)
-        pictures, names, _, status = show("marked; " if on else "no longer marked; ")(*search)
-        return pictures, names, name if name in names else "", status
+        *listed, _, status = search(*asked, "marked; " if on else "no longer marked; ")
+        return *listed, name if name in listed[1] else "", status
 
-    @told(4)
-    def throw(name: str, *search: Any) -> Any:
+    @told(len(outputs))
+    def throw(name: str, *asked: Any) -> Any:
         kept.trash(_the_chosen(name))
-        return show("moved to the folder trash beside the pictures; ")(*search)
+        return search(*asked, "moved to the folder trash beside the pictures; ")
 
-    outputs = [pictures, names, chosen, status]
-    gr.on(
-        [page.tab.select, text.submit, text.blur, lora.submit, lora.blur, starred.input], show(), search, outputs, **PRIVATE
-    )
+    searched = [page.tab.select, text.submit, text.blur, lora.submit, lora.blur, starred.input]
+    gr.on(searched, search, asked, outputs, **PRIVATE)
+    more.click(show_more, [*asked, most], outputs, **PRIVATE)
     pictures.select(choose, names, [chosen, status], **PRIVATE)
     use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **PRIVATE)
     over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status], **PRIVATE)
-    star.click(favour, [chosen, *search], outputs, **PRIVATE)
-    trash.click(throw, [chosen, *search], outputs, **PRIVATE)
+    star.click(favour, [chosen, *asked, most], outputs, **PRIVATE)
+    trash.click(throw, [chosen, *asked, most], outputs, **PRIVATE)
 
 
 def _the_chosen(name: str) -> str:

@@ -170,6 +170,28 @@ def test_cells_of_a_grid_with_a_random_seed_share_it(actions):
     assert len({picture.recipe.seed for picture in done.pictures} | {infotext.read(done.sheet).seed}) == 1
 
 
+def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
+    gallery_tab = pytest.importorskip("mole_diffusers.app.gallery_tab")
+    from mole_diffusers.app.build import build
+
+    monkeypatch.setattr(gallery_tab, "AT_ONCE", 2)
+    files = [actions.gallery.add(PICTURE, Recipe(f"{i}", seed=i)).name for i in range(5)][::-1]
+    functions = {event.fn.__name__: event.fn for event in build(actions, Recipe("a fox")).fns.values() if event.fn}
+    everything, shown = ("", "", False), []
+    for call in ("search", "show_more", "show_more"):
+        most = (shown[-1][2],) if shown else ()
+        shown.append(functions[call](*everything, *most))
+    assert [names for _, names, *_ in shown] == [files[:2], files[:4], files]
+    assert [more["visible"] for *_, more, _, _ in shown] == [True, True, False]
+    assert [status for *_, status in shown] == [
+        "5 pictures, the newest 2 of them shown", "5 pictures, the newest 4 of them shown", "5 pictures"
+    ]  # fmt: skip
+    _, names, most, _, chosen, status = functions["favour"](files[3], *everything, 4)  # and goes on showing them
+    assert (names, most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
+    assert functions["throw"](files[0], *everything, 4)[1] == files[1:]
+    assert functions["search"]("4", "", False)[1:3] == ([], 2)  # a new search begins anew
+
+
 @pytest.mark.parametrize("said", ["[1", "[]", '{"x": {"y": [1]}, "columns": 3}', '"x"', "x" * 400_000])
 def test_what_others_say_in_a_picture_breaks_no_list(gallery, said):
     mine = gallery.add(PICTURE, Recipe("ours"))
