@@ -175,7 +175,7 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     from mole_diffusers.app.build import build
 
     monkeypatch.setattr(gallery_tab, "AT_ONCE", 2)
-    files = [actions.gallery.add(PICTURE, Recipe(f"{i}", seed=i)).name for i in range(5)][::-1]
+    files = [actions.gallery.add(PICTURE, Recipe(f"owl{i}", seed=i)).name for i in range(5)][::-1]
     functions = {event.fn.__name__: event.fn for event in build(actions, Recipe("a fox")).fns.values() if event.fn}
     everything, shown = ("", "", False), []
     for call in ("search", "show_more", "show_more"):
@@ -189,7 +189,7 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     _, names, most, _, chosen, status = functions["favour"](files[3], *everything, 4)  # and goes on showing them
     assert (names, most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
     assert functions["throw"](files[0], *everything, 4)[1] == files[1:]
-    assert functions["search"]("4", "", False)[1:3] == ([], 2)  # a new search begins anew
+    assert functions["search"]("owl4", "", False)[1:3] == ([], 2)  # a new search begins anew
 
 
 @pytest.mark.parametrize("said", ["[1", "[]", '{"x": {"y": [1]}, "columns": 3}', '"x"', "x" * 400_000])
