@@ -37,7 +37,7 @@ def build(page: Page) -> None:
     most = gr.State(AT_ONCE)  # so many are shown
     asked = [text, lora, starred]
 
-    def search(text: str, lora: str, starred: bool, most: int = AT_ONCE, words: str = "") -> Any:
+    def search(text: str, lora: str, starred: bool, most: int = AT_ONCE, *, words: str = "") -> Any:
         """Values of `outputs`; `words` begin the status."""
         found = kept.entries(text=text or "", lora=(lora or "").strip(), favourites=starred)
         shown, is_cut = found[:most], len(found) > most
@@ -75,13 +75,13 @@ def build(page: Page) -> None:
     def favour(name: str, *asked: Any) -> Any:
         on = _the_chosen(name) not in [entry.path.name for entry in kept.entries(favourites=True)]
         kept.favour(name, on)
-        *listed, _, status = search(*asked, "marked; " if on else "no longer marked; ")
+        *listed, _, status = search(*asked, words="marked; " if on else "no longer marked; ")
         return *listed, name if name in listed[1] else "", status
 
     @told(len(outputs))
     def throw(name: str, *asked: Any) -> Any:
         kept.trash(_the_chosen(name))
-        return search(*asked, "moved to the folder trash beside the pictures; ")
+        return search(*asked, words="moved to the folder trash beside the pictures; ")
 
     searched = [page.tab.select, text.submit, text.blur, lora.submit, lora.blur, starred.input]
     gr.on(searched, search, asked, outputs, **PRIVATE)

@@ -373,21 +373,22 @@ def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.
         recipe = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
     if recipe.image:
         return recipe
-    return dataclasses.replace(recipe, **_hashes(image, mask))
+    first, second = _hashes(image, mask)
+    return dataclasses.replace(recipe, image=first, mask=second)
 
 
-def _hashes(image: Image.Image | None, mask: Image.Image | None) -> dict[str, str]:
+def _hashes(image: Image.Image | None, mask: Image.Image | None) -> tuple[str, str]:
     """The hashes of a recipe's pictures, "" for none: of the pixels that are drawn over, however their file has them."""
     first = "" if image is None else picture_passes.pixels_hash(picture_passes.on_white(image))
-    return {"image": first, "mask": "" if mask is None else picture_passes.pixels_hash(mask.convert("L"))}
+    return first, "" if mask is None else picture_passes.pixels_hash(mask.convert("L"))
 
 
 def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
     """Raises ValueError for other pictures than the recipe's, or without them."""
-    hashes = _hashes(image, mask)
-    for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
+    first, second = _hashes(image, mask)
+    for name, given, digest, wanted in (("image", image, first, recipe.image), ("mask", mask, second, recipe.mask)):
         of_file = "" if given is None else picture_passes.pixels_hash(given)  # in recipes of the command's earlier releases
-        if wanted not in (hashes[name], of_file):
+        if wanted not in (digest, of_file):
             other = "was made with another picture" if wanted else "was made without a picture"
             missing = "needs the picture that it was made with" if given is None else other
             raise ValueError(f"the recipe {missing} as its {name}")
