@@ -191,5 +191,6 @@ class Runtime:
         there = [
             p and a and s != 0 and not mute for p, a, s, mute in zip(present, self.active, strengths, silent, strict=True)
         ]
-        mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
+        with torch.inference_mode(False):  # they are kept, and gradients of gates read them, too
+            mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
         return ActiveExperts(mask, factor, all(there), all(s == 1 for s in strengths))

@@ -113,6 +113,15 @@ def test_half_precision_is_near_and_stays_half(loras, awake, dtype):
     assert (near - exact).abs().mean() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("family", ["mole", *thorough("flow", "static", "prompt", "rank", "retrieval")])
+def test_gates_learn_after_a_picture_of_inference_mode(pipe, loras, draw, family):
+    mixture = mole.attach(pipe, loras, family, binding=None)
+    with torch.inference_mode():
+        draw(pipe)
+    pipe.unet(torch.randn(1, 4, 16, 16), torch.tensor(500), torch.randn(1, 16, 16)).sample.sum().backward()
+    assert any(p.grad is not None for p in mixture.parameters())
+
+
 def test_gradients_reach_the_gates_and_change_no_number(pipe, loras, awake):
     mixture = awake(mole.attach(pipe, loras, "mole"))
     given = torch.randn(2, 4, 16, 16), torch.tensor(10), torch.randn(2, 16, 16)
