@@ -379,10 +379,15 @@ class Mixture:
             Path(folder, "README.md").write_text(model_card(self.weighed(), self.config, repo_id, pipeline=False))
             return upload(folder, repo_id, **options)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them."""
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype = torch.float32, experts: Mapping[str, Expert] | None = None
+    ) -> None:
+        """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them.
+
+        `experts`, by default those of the mixture, are the files that the gates will be read with.
+        """
         with self._lock.held(), loaded(self._pipe):  # offloaded gates have no values where they are between calls
-            checkpoint.save(folder, self.banks, self.config, experts=self.experts, dtype=dtype)
+            checkpoint.save(folder, self.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     @contextmanager
     def _with_settings(self, **values: Any) -> Iterator[None]:
@@ -557,10 +562,10 @@ class Mixture:
         off = [part.name for part in self._components if switched_off(part.model)]
         with self.lifted():
             twin = deepcopy(self._pipe, memo)
+            mixture = Mixture(twin, self.experts, self.config)
+            for name, bank in self.banks.items():  # which is not offloaded here
+                mixture.banks[name].load_state_dict(bank.state_dict())
         models = [getattr(twin, name) for name in off]
-        mixture = Mixture(twin, self.experts, self.config)
-        for name, bank in self.banks.items():
-            mixture.banks[name].load_state_dict(bank.state_dict())
         kept = {name: copy(self._runtime.outside(name)) for name in ("strength", "active", "plan")}
         bound: TokenMasks | None = self._runtime.outside("binding")
         mixture._runtime.set(**kept, binding=mixture._masks(None if bound is None else bound.bound))

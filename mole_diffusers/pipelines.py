@@ -37,7 +37,6 @@ from huggingface_hub.errors import (
 )
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
-from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.hub import model_card, upload
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
@@ -479,7 +478,7 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
                 rows[-1]["weights"] = by_block[name]
             if mixture.binding is not None:
                 rows[-1]["binding"] = to_json(mixture.binding[name])
-        checkpoint.save(part / GATES_FOLDER, mixture.banks, mixture.config, experts=kept)
+        mixture.save_pretrained(part / GATES_FOLDER, experts=kept)
         about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
         (part / INDEX).write_text(json.dumps(about, indent=1) + "\n")
 

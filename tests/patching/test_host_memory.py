@@ -1,5 +1,7 @@
 """Offloading, compiling and storing in fewer bits, with a mixture on the pipeline before or after."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo
@@ -8,6 +10,7 @@ from hosts import OFFLOADS
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.pipelines import attach_kept, keep
 from mole_diffusers.testing import tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -33,6 +36,11 @@ def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, 
     if name in ("block", "leaf"):
         leaf = pipe.unet.mid_block.attentions[0].proj_in.lora_A["mole_experts"]
         assert (name == "leaf") is (getattr(leaf, "_diffusers_hook", None) is not None)
+    keep(mole.attached(pipe), tmp_path / "kept")
+    attach_kept(other := tiny_pipeline(), tmp_path / "kept")
+    torch.testing.assert_close(draw(other), picture, **CLOSE)
+    if name in ("model", "sequential"):  # diffusers' own hooks of groups cannot be copied
+        torch.testing.assert_close(draw(copy.deepcopy(pipe)), picture, **CLOSE)
     mole.detach(pipe)
     torch.testing.assert_close(draw(pipe), base, **CLOSE)
 
