@@ -57,6 +57,25 @@ def test_weights_are_those_of_diffusers(both, weights):
     same(ours, stock, options)
 
 
+def test_a_weight_that_would_not_count_is_said(both):
+    ours, _, options, files = both
+    load(ours, files)
+    ours.set_adapters("fox", 0.5)
+    half = hosts.draw(ours, options)
+    for given in ({"unet": [0.3]}, {"text_encoder": [1, 2]}, {"unet": {"down": float("nan")}}):
+        with pytest.raises(ValueError, match="must be a"):
+            ours.set_adapters("fox", [given])
+    assert torch.equal(hosts.draw(ours, options), half)
+    for given in ({"unett": 0.3}, {"text_encoder": {"layers": 0.3}}):
+        with pytest.warns(UserWarning, match="does not count: there is a number for each of"):
+            ours.set_adapters("fox", [given])
+    ours.set_adapters("fox")
+    whole = hosts.draw(ours, options)
+    with pytest.warns(UserWarning, match="'unett' does not count"):
+        ours.set_adapters("fox", [{"unett": 0.3}])
+    assert torch.equal(hosts.draw(ours, options), whole)
+
+
 def test_adapters_are_listed_and_active_as_in_diffusers(both):
     ours, stock, options, files = both
     load(ours, files)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+from mole_diffusers.lora import COMPONENTS
 
 
 class AdapterWeights:
@@ -20,12 +24,16 @@ class AdapterWeights:
     Attributes:
         weights: the same in plain numbers, ready for JSON.
 
-    Raises what diffusers raises for blocks that the UNet does not have.
+    Warns of weights that are not a model's, as diffusers does. Raises ValueError for what is no number, and what diffusers
+    raises for blocks that the UNet does not have.
     """
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, Mapping[str, Any]], unet: Any):
         self.weights: dict[str, dict[str, Any]] = {name: _plain(given) for name, given in weights.items()}
         self._given = [self.weights.get(name, {}) for name in names]
+        for name, given in self.weights.items():
+            for part, value in given.items():
+                _check(name, part, value)
         blocks = [given["unet"] if isinstance(given.get("unet"), Mapping) else 1.0 for given in self._given]
         self._blocks = [1.0] * len(blocks) if unet is None else _maybe_expand_lora_scales(unet, blocks)
 
@@ -43,11 +51,21 @@ class AdapterWeights:
         """No gate is replaced."""
 
 
+def _check(expert: str, part: str, value: Any) -> None:
+    if isinstance(value, list):
+        raise ValueError(f"the weight of {expert!r} for {part!r} must be a number, got {value}")
+    if part not in COMPONENTS or (part != "unet" and isinstance(value, Mapping)):
+        known = f"there is a number for each of {list(COMPONENTS)}, or numbers by block for 'unet'"
+        warnings.warn(f"the weight of {expert!r} for {part!r} does not count: {known}", stacklevel=2)
+
+
 def _plain(weights: Any) -> Any:
     if isinstance(weights, Mapping):
         return {str(key): _plain(value) for key, value in weights.items()}
     if isinstance(weights, list | tuple):
         return [_plain(value) for value in weights]
+    if weights is not None and not math.isfinite(float(weights)):
+        raise ValueError(f"a weight must be a finite number, got {weights}")
     return None if weights is None else float(weights)
 
 
