@@ -135,7 +135,9 @@ class BoundText:
             rows: B, of the layer; a film's frames are rows of their own there.
         """
         bias = self.biases.get(tokens)
-        return None if bias is None or rows % bias.shape[0] else functional.resample_rows(bias, rows)
+        if bias is None or (rows > len(bias) and rows % len(bias)):
+            return None
+        return functional.rows_for_layer(bias, rows)
 
     def bias_of_heads(self, tokens: int, rows: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The same for each head, [B heads, T, S], once for all steps, as diffusers would repeat it at each; as it is where
@@ -157,7 +159,7 @@ class BoundText:
         bias = self.bias(tokens - self.tokens, rows)
         if bias is None:
             return None
-        key = "joint bias", tokens, picture.start
+        key = "joint bias", tokens, rows, picture.start
         if key not in self._made:
             whole = bias.new_zeros(rows, 1, tokens, tokens)
             whole[:, 0, picture, text] = bias

@@ -67,17 +67,23 @@ class DenoiserInputs:
 
 
 def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:
-    """How a call's guidance has put the rows of a text [B, S, C] together; None where that is not known."""
+    """How a call's guidance has put the rows of a text [B, S, C] together; None where that is not known, or where it calls
+    the denoiser for each text."""
     if isinstance(pipe, StableDiffusionInstructPix2PixPipeline | StableDiffusionXLInstructPix2PixPipeline):
         noisy = latents[:, : latents.shape[1] // 2]
-        repeated = len(text) % 3 == 0 and torch.equal(*noisy.chunk(3)[:2]) and torch.equal(*text.chunk(3)[1:])
-        return (True, False, False) if repeated else (True,)
+        return (True, False, False) if _repeats(noisy, 3) and torch.equal(*text.chunk(3)[1:]) else (True,)
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None:
         return None
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     groups = (False,) * bool(guided) + (True,) * (1 + perturbed)
-    return groups[: len(text)] if len(text) > 1 else (True,)  # a call for each
+    return groups if _repeats(latents, len(groups)) else None
+
+
+def _repeats(latents: torch.Tensor, times: int) -> bool:
+    """Whether the same pictures are there so many times, one batch after the other."""
+    first, *others = latents.chunk(times)
+    return len(others) == times - 1 and all(torch.equal(first, other) for other in others)
 
 
 def prompted_rows(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

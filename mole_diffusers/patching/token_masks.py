@@ -53,7 +53,7 @@ class TokenMasks:
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # where their things are, if that was planned without maps
         self.now: BoundText | None = None  # that the denoiser reads
         self._called = False  # whether a call of the pipeline runs
-        self._level = 1.0  # of noise, at the last step outside of calls
+        self._level = 0.0  # of noise, at the last step outside of calls
         self._warned: set[str] = set()
         self.said: list[str] = []  # what was to be warned of since the call of the pipeline began
 
@@ -109,11 +109,15 @@ class TokenMasks:
         """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call another picture begins."""
         if not self._called:
             self._texts = []
-        if self.has_words and self.tokenizers[encoder] is not None:
+        if not self.has_words:
+            return
+        own, said = None, [(True,) * len(self.bound)]  # where words are not known, every expert acts on every token
+        if self.tokenizers[encoder] is not None:
             readings = self._readings([[[(encoder, row)]] for row in ids.tolist()])
-            self._encoding, self._encoded = onto(self._own_tokens(readings), device), {}
-            self.silent, self.row_silent = self._silent([reading.said for reading in readings], device)
-            self._changed()
+            own, said = onto(self._own_tokens(readings), device), [reading.said for reading in readings]
+        self._encoding, self._encoded = own, {}
+        self.silent, self.row_silent = self._silent(said, device)
+        self._changed()
 
     def _readings(self, rows: Sequence[Sequence[Sequence[tuple[str, list[int]]]]], tokens: int = 0) -> list[Reading]:
         """A row is made of parts, token after token, and a part of (encoder, its ids), whose channels lie side by side; what
@@ -177,7 +181,7 @@ class TokenMasks:
 
     def end(self, *, warns: bool) -> None:
         """The call has ended; `warns` of what got no place."""
-        self._called = False
+        self._called, self._level = False, 0.0
         for text in self._texts:
             text.forget()
         if warns and (unplaced := [name for text in self._texts for name in text.picture.unplaced]):
@@ -237,8 +241,11 @@ class TokenMasks:
         groups: Groups | None,
         frames: int,
     ) -> BoundText:
-        """What follows from a text that is new. Within a call its layout is that of the text before, if things are the same;
-        and one without anybody's words, as of guidance by calls of its own, has the experts and places of that text."""
+        """What follows from a text that is new. Within a call its layout is that of the text before, if things are the same.
+
+        Where nobody knows whether it is a prompt, one without anybody's words counts as that of guidance by a call of its
+        own: it has the experts and places of the text before.
+        """
         readings: list[Reading] = []
         found = self.tokens.rows(text) if self.has_words else None
         encoders = {run.encoder for row in found or () for part in row for run, _ in part}
@@ -251,7 +258,7 @@ class TokenMasks:
         own = onto(self._own_tokens(readings), text.device) if readings else None
         said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
         before = next((known for known in reversed(self._texts) if any(map(_says, known.picture.readings))), None)
-        lent = before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
+        lent = groups is None and before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
         lender = before if lent else None
         silent, by_row = self._silent(said, text.device) if lender is None else (lender.silent, lender.row_silent)
         now = text.detach(), functional.version(text), latents.shape

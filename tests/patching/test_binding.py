@@ -6,7 +6,7 @@ import warnings
 import hosts
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3PAGPipeline, StableDiffusionPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from tiers import thorough
@@ -545,6 +545,51 @@ def test_a_second_pipeline_draws_each_picture_anew(attach, pipe):
         torch.testing.assert_close(picture(second, **size), expected[str(size)], atol=1e-5, rtol=0)
 
 
+def test_steps_by_hand_after_a_call_are_another_picture(attach, pipe):
+    """Of the same states: other noise, other maps."""
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    states, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+
+    @torch.no_grad()
+    def by_hand():
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        for time in (900, 600, 300):
+            x = x - 0.1 * pipe.unet(x, torch.tensor(time), states).sample
+        return mixture.layouts[0].maps["fox"]
+
+    pipe(prompt_embeds=states, num_inference_steps=2, output_type="latent", guidance_scale=1)
+    of_the_call = mixture.layouts[0].maps["fox"]
+    found = by_hand()
+    assert not torch.equal(found, of_the_call)
+    assert torch.equal(found, by_hand())
+
+
+def test_a_prompt_that_loses_its_words_midway_silences_their_experts(attach, pipe):
+    """Guidance's rows stand beside it, so it is no negative prompt of a call of its own."""
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    prompt, empty = pipe.encode_prompt("a tree", "cpu", 1, True, "")
+
+    def change(pipe, step, timestep, kwargs):
+        return {"prompt_embeds": torch.cat([empty, prompt])} if step == 0 else {}
+
+    with pytest.warns(UserWarning, match="'fox' is silent"):
+        pipe(PROMPT, num_inference_steps=3, output_type="latent", callback_on_step_end=change,
+             callback_on_step_end_tensor_inputs=["prompt_embeds"])  # fmt: skip
+    assert now(mixture).silent == (True, True)
+
+
+def test_an_encoder_without_a_tokenizer_has_no_words_of_another(tmp_path):
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    ids = torch.tensor([pipe.tokenizer(PROMPT, padding="max_length").input_ids])
+    pipe.tokenizer_2 = None
+    mole.attach(pipe, files, binding=None)
+    unbound = pipe.text_encoder_2(ids)[0]
+    mole.attach(pipe, files, binding={"fox": "fox", "ink": "cat"})
+    pipe.text_encoder(ids)
+    assert torch.equal(pipe.text_encoder_2(ids)[0], unbound)
+
+
 def test_a_word_of_two_experts_is_open_where_either_stands(attach, pipe):
     mixture = attach({"fox": "fox", "ink": "fox", "hat": "owl"})
     pipe(PROMPT, num_inference_steps=2, output_type="latent", guidance_scale=1)
@@ -781,6 +826,38 @@ def test_guidance_by_a_second_text_has_one_layout(other):
     assert spoken.image is not None
     assert negative.image is spoken.image
     assert negative.silent == spoken.silent == (False, False)
+
+
+def test_pictures_of_one_call_have_their_own_layouts_where_guidance_calls_for_each_text(tmp_path):
+    pipe, options = hosts.HOSTS["chroma"]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
+    noise, found = [torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)], []
+    for latents in (torch.cat(noise), *noise):
+        options = options | {"max_sequence_length": 16, "latents": latents, "num_inference_steps": 3}
+        pipe([PROMPT] * len(latents), output_type="latent", **options)
+        found.append([layout.maps["fox"] for layout in mixture.layouts])
+    torch.testing.assert_close(found[0], [*found[1], *found[2]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [3.0, *thorough(1.0)])
+def test_words_are_closed_in_layers_that_perturbed_attention_splits(guidance, tmp_path, monkeypatch):
+    """Rows as they were, then perturbed ones, which have the last prompts."""
+    parts = {name: part for name, part in hosts.sd3().components.items() if "image" not in name and "feature" not in name}
+    pipe = hosts.quiet(StableDiffusion3PAGPipeline(**parts, pag_applied_layers="blocks.1"))
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, binding={"fox": ("fox", "left"), "ink": ("owl", "right")})
+    given, ask = [], bound_text.BoundText.bias
+
+    def bias(self, tokens, rows):
+        given.append(ask(self, tokens, rows))
+        return given[-1]
+
+    monkeypatch.setattr(bound_text.BoundText, "bias", bias)
+    hosts.draw(pipe, hosts.SIZE | {"guidance_scale": guidance, "pag_scale": 3.0}, PROMPT, steps=1)
+    whole, before, perturbed = given
+    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-mixture._runtime.binding.closing] * 2
+    assert torch.equal(torch.cat([before, perturbed]), whole)
 
 
 @pytest.mark.parametrize("other", ["flux"], indirect=True)
