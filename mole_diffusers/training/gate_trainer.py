@@ -193,22 +193,25 @@ class GateTrainer:
         """Each term, without its weight, on share `index` of `shares` of the batch of update `step`."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         mixture, terms, decisions = self.mixture, self.config.parsed, list[Decision]()
-        names = drop_experts(list(mixture.experts), self.config.drop, generator) if self.config.drop else None
-        dropout = mixture.only(*names) if names is not None else nullcontext()
+        names = list(mixture.experts)
+        there = drop_experts(names, self.config.drop, generator) if self.config.drop else names
+        dropout = mixture.only(*there) if self.config.drop else nullcontext()
         found = {}
         with self.engine.autocast(), dropout, mixture.listen(decisions.append):
             for name, loss in self.loss_fns.items():
                 found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
         if BALANCE in terms:
-            found[BALANCE] = self._balance([d for d in decisions if d.gates.requires_grad])  # not those of teachers
+            live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
+            found[BALANCE] = self._balance(live, [names.index(name) for name in there])
         return found
 
-    def _balance(self, decisions: Sequence[Decision]) -> torch.Tensor:
-        """The family's own balance loss where it has one, MoLE's otherwise."""
+    def _balance(self, decisions: Sequence[Decision], experts: Sequence[int]) -> torch.Tensor:
+        """The family's own balance loss where it has one, MoLE's among the experts that take part otherwise."""
         if own := [g.balance_loss(self._over_processes) for g in self._gates() if isinstance(g, PromptGate)]:
             return torch.stack(own).mean()
-        present = onto(torch.tensor([d.present for d in decisions]), decisions[0].gates.device)  # [blocks, N]
-        shares = functional.mean_shares([d.gates for d in decisions], list(present))
+        present = [[d.present[i] for i in experts] for d in decisions]  # [blocks, N]
+        there, index = (onto(torch.tensor(found), decisions[0].gates.device) for found in (present, experts))
+        shares = functional.mean_shares([d.gates.index_select(-1, index) for d in decisions], list(there))
         return functional.balance_loss(self._over_processes(shares))
 
     def _over_processes(self, own: torch.Tensor) -> torch.Tensor:

@@ -427,6 +427,12 @@ def test_prompts_without_a_trigger_are_warned_of(pipe, mixture):
     ]
 
 
+def test_the_balance_is_that_of_the_experts_that_take_part(pipe, mixture):
+    config = replace(DENOISE, terms={"denoise": 1.0, "balance": 0.1}, drop=0.99, steps=2)  # one of two sits out
+    log = train_gates(pipe, mixture, DRAWN, config=config)
+    assert [row["balance"] for row in log] == pytest.approx([0, 0], abs=1e-5)
+
+
 def test_a_batch_that_cannot_be_divided(pipe, mixture):
     with pytest.raises(ValueError, match="denoise term's batch, 4, must be a multiple of processes x accumulation, 3"):
         train_gates(pipe, mixture, DRAWN, config=replace(DENOISE, accumulation=3))
