@@ -193,6 +193,11 @@ class RandomBatch:
     index: int = 0
     count: int = 1
 
+    @property
+    def own_rows(self) -> int:
+        """Of the share."""
+        return len(range(self.index, self.rows, self.count))
+
     def choice(self, among: int) -> list[int]:
         """One of 0 .. among - 1 for each row of the share."""
         return self._share(torch.randint(0, among, (self.rows,), generator=self.generator)).tolist()

@@ -65,7 +65,9 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
     def loss(batch: RandomBatch) -> torch.Tensor:
         losses, key = [], f"clip {batch.index}"
         for _ in range(term.steps):
-            now = context.state.get(key) or _start(context, judge, batch, term)
+            now = context.state.get(key)
+            if now is None or len(now["x"]) != batch.own_rows:  # others, after a run on another number of processes
+                now = _start(context, judge, batch, term)
             after, latents = _advance(context, batch, now, clean=term.clean)
             pictures = judge.image(decode(context.pipe, latents))
             texts = torch.stack([captions[i] for i in now["prompts"]]), torch.stack([sources[i] for i in now["pictures"]])

@@ -137,6 +137,14 @@ def test_clip_trajectories_end_and_begin_anew(context):
     assert seen == [2, 1, None]
 
 
+def test_a_clip_trajectory_of_another_share_is_not_gone_on_with(context):
+    """As where a run on one process resumes on two."""
+    loss = OBJECTIVES["clip"](context, ClipTerm(lengths=(3, 3), start=0.0, steps=1))
+    loss(draw_of(0, batch=4))
+    loss(draw_of(1, batch=4, index=0, count=2))
+    assert (context.state["clip 0"]["at"], len(context.state["clip 0"]["x"])) == (1, 2)
+
+
 def test_a_clip_trajectory_equals_ddpm(context):
     """Two routes: the term's own steps, and diffusers' DDPM scheduler with the same noise."""
     now = _start(context, context.clip, draw_of(), ClipTerm(lengths=(4, 4), start=0.0, last=1.0))
