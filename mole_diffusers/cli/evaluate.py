@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer import Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import chosen_device, experts_for, grouped_values, named_values, pipeline
+from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import NONE, WORLD
 
 if TYPE_CHECKING:
@@ -97,11 +97,12 @@ def evaluate(
         print(judging_sheet.count_answers(out))
         return
     if search:
-        _check_search(base, split)
+        _check_search(base, split, {"--arm": arm, "--share": share, "--weights": weights})
     state = PartialState(cpu=device == "cpu")
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     if base == WORLD:
-        setup, chosen, metrics, gates = _world(real, call, split=split, limit=limit, gates=gates, device=device)
+        others = {**real, "base-config": base_config}
+        setup, chosen, metrics, gates = _world(others, call, split=split, limit=limit, gates=gates, device=device)
     else:
         setup, chosen, metrics = _checkpoint(real, call, base, base_config, limit=limit, device=device)
     if attached:
@@ -122,33 +123,31 @@ def evaluate(
     if sheet:
         print(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
     if find_spec("matplotlib") is None:
-        _say("figures need matplotlib: pip install 'mole-diffusers[plot]'")
+        note("figures need matplotlib: pip install 'mole-diffusers[plot]'")
         return
     _figures(out, rows, report, attached=bool(attached), share=bool(share))
     _heat_map(out / "gates.png", setup, arms, chosen)
 
 
-def _check_search(base: str, split: str) -> None:
-    """Raises ValueError where --search would not count successes, or choose by the test split."""
+def _check_search(base: str, split: str, arms: Mapping[str, Any]) -> None:
+    """Raises ValueError where --search would not count successes, choose by the test split, or draw other arms."""
+    if given := [option for option, value in arms.items() if value]:
+        raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
     if base != WORLD:
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
     if split == "test":
         raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _world(
-    real: options.Given, call: dict[str, Any], *, split: str, limit: int | None, gates: Path | None, device: str | None
+    others: options.Given, call: dict[str, Any], *, split: str, limit: int | None, gates: Path | None, device: str | None
 ) -> tuple[Setup, list[Case], Any, Path]:
-    """Experts, cases, judge and gates of the embedded world."""
+    """Experts, cases, judge and gates of the embedded world. Raises ValueError for options that are for another base."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
     from mole_diffusers.evaluation import emoji_protocol
 
-    if ignored := [f"--{name}" for name, value in real.items() if value]:
+    if ignored := [f"--{name}" for name, value in others.items() if value]:
         raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")
     world = emoji_world(device=chosen_device(device))
     groups = emoji.TEST if split == "test" else emoji.VALIDATION
@@ -207,7 +206,7 @@ def _arms(
     if not asked:
         blocked = known.obstacles(names, setup, gates, weights=strengths)
         for reason in blocked.values():
-            _say(f"left out: {reason}")
+            note(f"left out: {reason}")
         names = [name for name in names if name not in blocked]
     if shares:
         arms = known.moved_arms(names, setup, gates, shares=shares)
@@ -219,7 +218,7 @@ def _arms(
         reason = f"{idle} can draw none of the cases (gates: {gates}, where {first} is the first's folder)"
         if asked:
             raise ValueError(reason)
-        _say(f"left out: {reason}")
+        note(f"left out: {reason}")
     return arms
 
 
@@ -235,7 +234,7 @@ def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, shar
             if wanted:
                 draw(rows, out / f"{name}.png")
         except ValueError as error:
-            _say(f"no {name}.png: {error}")
+            note(f"no {name}.png: {error}")
 
 
 def _heat_map(path: Path, setup: Setup, arms: Sequence[Arm], cases: Sequence[Case]) -> None:

@@ -366,6 +366,11 @@ def test_the_card_is_taken_where_there_is_one(checkpoint, loras, monkeypatch):
     assert places == ["cuda", "cuda"]
 
 
-def test_the_embedded_world_takes_no_parts_of_another(loras, capsys):
+def test_the_embedded_world_takes_no_parts_of_another(loras, capsys, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.emoji.world.emoji_world", lambda **_: pytest.fail("opened"))
     assert main(["evaluate", "--expert", f"fox={loras['fox']}:0.5", "--clip", "x"]) == 1
     assert "--expert, --clip: the embedded world has its own" in capsys.readouterr().err
+    assert main(["evaluate", "--base-config", "sd15"]) == 1
+    assert "--base-config: the embedded world has its own" in capsys.readouterr().err
+    assert main(["evaluate", "--search", "--arm", "sum", "--share", "0.5"]) == 1
+    assert "--search draws arms of its own: leave out --arm, --share" in capsys.readouterr().err
