@@ -38,6 +38,8 @@ def lego(
         raise ValueError(f"unknown features {features!r}; known: {list(FEATURES)}")
     if clusters is not None and clusters < 1:
         raise ValueError(f"clusters must be 1 or more, got {clusters}")
+    if starts < 1:
+        raise ValueError(f"starts of k-means must be 1 or more, got {starts}")
     out: Merged = {}
     for key, layer in layers.items():
         ranks = [p.rank for p in layer if p is not None]

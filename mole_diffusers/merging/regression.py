@@ -77,6 +77,8 @@ def iteris(
             they have channels, and with so small a ridge they answer other prompts worse than the mean does; 0.01 was
             chosen on the embedded world's validation split.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds of IterIS must be 1 or more, got {rounds}")
     seen: dict[str, Known] = {key: _known(layer, inputs[key]) for key, layer in layers.items()}
     out: Merged = {}
     for number in range(rounds):

@@ -210,6 +210,7 @@ def test_patches_of_a_convolution_are_what_its_matrix_multiplies():
         ({"method": "ties", "share": "half"}, "share of merge method 'ties' must be a number, got 'half'"),
         ({"method": "dare", "elect": 1}, "elect of merge method 'dare' must be true or false, got 1"),
         ({"method": "lego", "starts": 1.5}, "starts of merge method 'lego' must be a whole number, got 1.5"),
+        ({"method": "lego", "starts": 0}, "starts of k-means must be 1 or more, got 0"),
         ({"method": "lego", "clusters": "many"}, "clusters of merge method 'lego' must be a whole number, got 'many'"),
         ({"rank": 0}, "the rank of a merge must be 1 or more"),
     ],
@@ -225,6 +226,8 @@ def test_bad_experts(loras, pipe, activations, tmp_path):
         mole.merge({})
     with pytest.raises(ValueError, match="the strength of 'fox' must be a finite number"):
         mole.merge({"fox": (loras["fox"], float("nan"))})
+    with pytest.raises(ValueError, match="rounds of IterIS must be 1 or more, got 0"):
+        mole.merge({"fox": loras["fox"], "ink": loras["ink"]}, "iteris", activations=activations, rounds=0)
     with pytest.raises(ValueError, match="no prompts for expert 'cat'"):
         mole.merge({"cat": loras["fox"]}, "ssr", activations=activations)
     wide = tiny_lora(tiny_pipeline(width=32), tmp_path / "wide.safetensors")
