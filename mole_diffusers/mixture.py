@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +18,7 @@ from torch import nn
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
-from mole_diffusers.gates.hub import model_card, upload
+from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
@@ -374,10 +373,8 @@ class Mixture:
 
         `options` are those of `gates.hub.upload`: private, token, commit_message, ...
         """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            Path(folder, "README.md").write_text(model_card(self.weighed(), self.config, repo_id, pipeline=False))
-            return upload(folder, repo_id, **options)
+        card = model_card(self.weighed(), self.config, repo_id, pipeline=False)
+        return push(self.save_pretrained, card, repo_id, **options)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype = torch.float32, experts: Mapping[str, Expert] | None = None

@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 )
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
-from mole_diffusers.gates.hub import model_card, upload
+from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
@@ -271,10 +271,8 @@ class DropIn:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
         mixture = self._require()
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            Path(folder, "README.md").write_text(model_card(mixture.weighed(), mixture.config, repo_id, pipeline=True))
-            return upload(folder, repo_id, **options)
+        card = model_card(mixture.weighed(), mixture.config, repo_id, pipeline=True)
+        return push(self.save_pretrained, card, repo_id, **options)
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that diffusers knows."""

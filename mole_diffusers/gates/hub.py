@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mole_diffusers.gates import GateConfig
@@ -28,7 +29,7 @@ TEXT = """\
 # {title}
 
 {what} by [mole_diffusers](https://pypi.org/project/mole-diffusers/): {count} concept LoRAs in one picture, weighed by
-`{family}` gates, one per {granularity}.{missing}
+`{family}` gates{granularity}.{missing}
 
 | expert | strength | trigger words | trained for | SHA-256 of its file |
 |---|---|---|---|---|
@@ -75,12 +76,20 @@ def model_card(
         what="A pipeline" if pipeline else "Gates",
         count=len(experts),
         family=config.family,
-        granularity=config.granularity,
+        granularity=f", one per {config.granularity}" if "granularity" in config.to_dict() else "",
         missing="" if pipeline else " The LoRAs are not included.",
         rows="\n".join(rows),
         use=use.format(repo=repo, prompt=prompt, experts=f"{{{files}}}"),
         training=f"\n{training}\n" if training else "",
     )
+
+
+def push(save: Callable[[str], object], card: str, repo_id: str, **options: Any) -> str:
+    """Upload what `save(folder)` writes, with a model card; returns the commit's address. `options` are `upload`'s."""
+    with TemporaryDirectory() as folder:
+        save(folder)
+        Path(folder, CARD).write_text(card)
+        return upload(folder, repo_id, **options)
 
 
 def upload(folder: str | Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:

@@ -25,6 +25,9 @@ def test_a_card_of_gates_says_where_they_come_from(experts):
         "Trained for 4",
     ):
         assert text in card.text
+    assert "`flow` gates. The LoRAs" in card.text  # one for each stream of tokens, and no choice
+    by_layer = model_card(experts, mole.GateConfig("mole", granularity="layer"), "me/gates")
+    assert "`mole` gates, one per layer. The LoRAs" in by_layer
     for name, (expert, strength) in experts.items():
         assert f"| {name} | {strength:g} | " in card.text
         assert f"`{expert.sha256}`" in card.text
