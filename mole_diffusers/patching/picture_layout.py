@@ -104,11 +104,7 @@ class PictureLayout:
         for row, maps in self._maps.items():
             if self.side is not None:
                 things = self._placed(row)
-                given = [given_region(thing, self.bound) for thing in self.readings[row].things]
-                taken = [region_mask(region, *self.side) for region in given if region is not None]
-                relations = self._relations(row, things)
-                regions, margin = layout.planned(maps.cpu(), *self.side, relations, taken=taken)
-                self._regions[row] = regions
+                self._regions[row], margin = give_places(self.readings[row], things, maps.cpu(), self.bound, self.side)
                 if margin < UNDECIDED and len(things) > 1:
                     named = " and ".join(repr(thing.name) for thing in things)
                     warned.append(f"the places of {named} are undecided; give a region")
@@ -156,12 +152,6 @@ class PictureLayout:
 
     def _is_everywhere(self, thing: Thing) -> bool:
         return bool(thing.experts) and all(self.bound[k].region == EVERYWHERE for k in thing.experts)
-
-    def _relations(self, row: int, things: Sequence[Thing]) -> list[tuple[int, int, str]]:
-        """The place words of a row's prompt, between things that get a place."""
-        reading = self.readings[row]
-        index = {reading.things.index(thing): i for i, thing in enumerate(things)}
-        return [(index[a], index[b], axis) for a, b, axis in reading.relations if a in index and b in index]
 
     # ---- what it gives
 
@@ -222,6 +212,23 @@ class PictureLayout:
         if thing.experts:
             return [self.names[k] for k in thing.experts]
         return [f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name]
+
+
+def give_places(
+    reading: Reading, free: Sequence[Thing], maps: torch.Tensor | None, bound: Sequence[Bound], side: Side
+) -> tuple[torch.Tensor, float]:
+    """Places [K, H, W] of those things of a text that the user gave no region, and how sure they are, see `layout.planned`.
+
+    Args:
+        maps: [K, h, w], what the words of each attend to; None for places in the order of `free`.
+    """
+    given = [given_region(thing, bound) for thing in reading.things]
+    taken = [region_mask(region, *side) for region in given if region is not None]
+    index = {reading.things.index(thing): i for i, thing in enumerate(free)}
+    relations = [(index[a], index[b], axis) for a, b, axis in reading.relations if a in index and b in index]
+    if maps is None:
+        maps = layout.partition(len(free), *side, [axis for _, _, axis in relations])[: len(free)]
+    return layout.planned(maps, *side, relations, taken=taken)
 
 
 def _attended(share: torch.Tensor, things: Sequence[Thing], side: Side) -> torch.Tensor:

@@ -15,10 +15,11 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.layout import MOST_THINGS, partition, planned
+from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import Part, ThingKey, keys, prompts_apart
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
+from mole_diffusers.patching.picture_layout import give_places
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
@@ -198,15 +199,12 @@ class Things:
 
     def masks(self, height: int, width: int) -> torch.Tensor:
         """[K, height, width] in 0..1: the place of each, as given, or a cell of what is left, in the order of naming."""
-        reading, given = self.reading, {}
-        for i in self.prompts:
-            if (region := given_region(reading.things[i], self.bound)) is not None:
-                given[i] = region_mask(region, height, width)
-        free, masks = [i for i in self.prompts if i not in given], dict(given)
+        things, side = self.reading.things, (height, width)
+        regions = {i: given_region(things[i], self.bound) for i in self.prompts}
+        masks = {i: region_mask(region, *side) for i, region in regions.items() if region is not None}
+        free = [i for i in self.prompts if i not in masks]
         if free:
-            relations = [(free.index(a), free.index(b), axis) for a, b, axis in reading.relations if a in free and b in free]
-            first = partition(len(free), height, width, [axis for _, _, axis in relations])[: len(free)]
-            places, _ = planned(first, height, width, relations, taken=list(given.values()))
+            places, _ = give_places(self.reading, [things[i] for i in free], None, self.bound, side)
             masks |= dict(zip(free, places, strict=True))
         return torch.stack([masks[i] for i in self.prompts])
 
