@@ -222,11 +222,6 @@ def balance_loss(q: torch.Tensor) -> torch.Tensor:
     return -(q.clamp_min(1e-8).log().sum()) - len(q) * math.log(len(q))
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; tensors of inference mode do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on `device`, by a copy that waits for nothing.
 

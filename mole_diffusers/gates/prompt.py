@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.functional import version
 from mole_diffusers.gates.contract import Context
+from mole_diffusers.gates.seen import Seen, version
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
 AXES = ("concept", "module", "both")
@@ -74,7 +74,7 @@ class PromptGate(nn.Module):
         self.pooler = nn.Parameter(torch.zeros(width))  # w
         self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
-        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self._text, self._last = Seen(), (0, torch.zeros(0))  # what was read last, and its versions and logits
         self._routed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -116,12 +116,12 @@ class PromptGate(nn.Module):
         return share * mask.sum(-1, keepdim=True) if self.total == "N" else share
 
     def _once(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden.is_inference():  # whose changes do not show
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.route(hidden, tokens)
-        versions = version(hidden) + sum(version(p) for p in self.parameters())
-        if self._last is None or self._last[0] is not hidden or self._last[1] != versions:
-            self._last = hidden, versions, self.route(hidden, tokens)
-        return self._last[2]
+        versions = sum(version(p) for p in self.parameters())
+        if not self._text.again(hidden) or self._last[0] != versions:
+            self._last = versions, self.route(hidden, tokens)
+        return self._last[1]
 
 
 class LayerOfPromptGate:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
+from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
 
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
@@ -51,7 +52,7 @@ class BoundText:
         if torch.is_grad_enabled():  # in training every text is new
             return False
         if self.text.data_ptr() == text.data_ptr():
-            return self.version == functional.version(text)
+            return self.version == version(text)
         return torch.equal(self.text, text)
 
     def place(self, closing: float) -> None:
@@ -76,11 +77,6 @@ class BoundText:
     def binds(self) -> bool:
         """Whether any expert is kept from any token."""
         return self.own is not None or self.image is not None
-
-    @property
-    def has_regions(self) -> bool:
-        """Whether any expert is kept to a part of the picture."""
-        return self.image is not None
 
     @property
     def rows(self) -> int:

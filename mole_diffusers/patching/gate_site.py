@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +12,11 @@ import torch.nn.functional as F
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
+from mole_diffusers.gates.seen import Seen, version
 from mole_diffusers.patching.runtime import ActiveExperts, Decision, Present, Runtime
 
-
-class ReadingLayer(Protocol):
-    """A layer with experts that reads a gate's weights.
-
-    `name` (component first) is read only under a strength schedule: a name would make torch.compile compile every block
-    anew.
-    """
-
-    name: str
-    present: Present
-    ranks: tuple[int, ...]
-    stream: str | None
-
-    @property
-    def segment(self) -> torch.Tensor: ...
-
-    def described(self, low: torch.Tensor) -> Layer: ...
+if TYPE_CHECKING:
+    from mole_diffusers.patching.gated_linear import GatedExperts
 
 
 class GateSite:
@@ -71,8 +56,7 @@ class GateSite:
         self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
-        self._text: Callable[[], torch.Tensor | None] = lambda: None  # that the gate read last
-        self._texts = 0  # counts texts
+        self._text, self._texts = Seen(), 0  # what the gate read last, and how many texts it has read
         self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and where experts are bound by its tokens
         self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
         self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -130,11 +114,9 @@ class GateSite:
             return runtime.changes, hidden.device
         if self.timed and runtime.every > 1:
             return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
-        if self.reads_text and not hidden.is_inference():  # whose changes do not show
-            if self._text() is not hidden:
-                self._text, self._texts = weakref.ref(hidden), self._texts + 1
-            versions = functional.version(hidden) + sum(functional.version(p) for p in self.gate.parameters())
-            return runtime.changes, self._texts, versions
+        if self.reads_text:
+            self._texts += not self._text.again(hidden)
+            return runtime.changes, self._texts, sum(version(p) for p in self.gate.parameters())
         return None
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
@@ -215,7 +197,7 @@ class GateSite:
 
     # ---- reading
 
-    def factor(self, layer: ReadingLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """What multiplies A x of a layer, rank by rank.
 
         Where nobody evaluated the gate for this batch it is evaluated on `x`: each layer has a gate of its own, or another
@@ -246,18 +228,19 @@ class GateSite:
                 self._factors[key] = factor
         return factor
 
-    def _evaluate_on_input(self, layer: ReadingLayer, x: torch.Tensor, low: torch.Tensor) -> None:
+    def _evaluate_on_input(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
         if x.dim() == 4 and x.shape[2:] != low.shape[2:]:  # a strided convolution
             x = F.interpolate(x, low.shape[2:])  # nearest, so that every token keeps its own weights
         self.evaluate(functional.as_tokens(x), None if self.one_evaluation else layer.described(low))
 
-    def _spread(self, layer: ReadingLayer, low: torch.Tensor) -> torch.Tensor:
+    def _spread(self, layer: GatedExperts, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens where experts are bound."""
         weights = next(d.applied for d in self._decisions if d.present == layer.present)
         segment = layer.segment
         if self.reads_model_input and weights.dim() > 1:
             weights = functional.rows_for_layer(weights, low.shape[0])
         if self.spans_blocks and self.runtime.plan is not None:
+            # The name is read here alone: torch.compile would compile every block anew.
             block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
             weights = weights * (block[segment] if self.gate.ranked else block)
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)

@@ -38,7 +38,7 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
 
 
 def _has_regions(masks: TokenMasks) -> bool:
-    return masks.now is not None and masks.now.has_regions
+    return masks.now is not None and masks.now.image is not None
 
 
 def _has(block: nn.Module, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mole_diffusers.functional import version
+from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.undo import Undo
 
 LEAST_TEXTS, MOST_BYTES = 8, 32 << 20  # so many of the last texts are remembered, and more while they take no more than this
@@ -65,7 +64,7 @@ class PromptTokens:
         self.current: torch.Tensor | None = None
         self._announced: torch.Tensor | None = None
         self._known: deque[Encoded] = deque()
-        self._asked: tuple[Callable[[], torch.Tensor | None], int, list[Row] | None] = (lambda: None, 0, None)
+        self._asked, self._rows = Seen(), None  # the rows of the text that was asked about last
 
     def announce(self, ids: torch.Tensor) -> None:
         """What a text encoder is about to read, [B, T] on the CPU, so that nobody has to wait for a device to know it."""
@@ -124,11 +123,9 @@ class PromptTokens:
         two encoders' channels, and SD 3 and long prompts join runs token after token. A text that comes again, as at every
         step, is not searched again.
         """
-        asked, seen, rows = self._asked
-        if asked() is not text or seen != version(text) or text.is_inference():
-            rows = self._found(text)
-            self._asked = weakref.ref(text), version(text), rows
-        return rows
+        if not self._asked.again(text):
+            self._rows = self._found(text)
+        return self._rows
 
     def _found(self, text: torch.Tensor) -> list[Row] | None:
         for encoded in reversed(self._known):

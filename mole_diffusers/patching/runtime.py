@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,13 +16,10 @@ from mole_diffusers.patching.prompt_tokens import PromptTokens
 from mole_diffusers.patching.tiles import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
 
+if TYPE_CHECKING:
+    from mole_diffusers.patching.gate_site import GateSite
+
 Present = tuple[bool, ...]  # which of the N experts a layer has
-
-
-class Named(Protocol):
-    """A gate's site: its module name, component first ("unet.mid_block...")."""
-
-    name: str
 
 
 class Decision(NamedTuple):
@@ -36,7 +33,7 @@ class Decision(NamedTuple):
         per_rank: what they are multiplied by instead where the gate weighs ranks, [R] or [B, T, R].
     """
 
-    of: Named
+    of: GateSite
     present: Present
     gates: torch.Tensor
     weights: torch.Tensor
@@ -44,7 +41,8 @@ class Decision(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where the gate sits. Read only by listeners: a name would make torch.compile compile every block anew."""
+        """Where the gate sits, component first. Read only by listeners: a name would make torch.compile compile every block
+        anew."""
         return self.of.name
 
     @property

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from mole_diffusers import functional
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
+from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.bound_text import BoundText, Made, Silent, spread
 from mole_diffusers.patching.denoiser_inputs import Groups
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
@@ -261,7 +261,7 @@ class TokenMasks:
         lent = groups is None and before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
         lender = before if lent else None
         silent, by_row = self._silent(said, text.device) if lender is None else (lender.silent, lender.row_silent)
-        now = text.detach(), functional.version(text), latents.shape
+        now = text.detach(), version(text), latents.shape
         state = BoundText(*now, picture, own, silent, by_row, lender)
         if lender is not None:
             return state
