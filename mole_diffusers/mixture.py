@@ -259,7 +259,7 @@ class Mixture:
             with self.bound(None), self.only(*names), self._with_settings(within_step=True):
                 yield
 
-        acting = [name for name in self.experts if name in self.active and self.strength(name) != 0]
+        acting = [name for name, acts in zip(self.experts, runtime.acting, strict=True) if acts]
         tiles = tiles_for(self._pipe, tiling, call, bound=binding.bound, acting=acting, by=by, settle=binding.plan)
         return nullcontext() if tiles is None else tiles.drawn()
 
@@ -597,20 +597,18 @@ class Mixture:
             self._runtime.masks.on_text(encoder, ids, device)
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        text = self._inputs.text(args, kwargs)
-        self._runtime.on_denoiser_call(self._inputs.time(args, kwargs), text)
-        if (masks := self._runtime.masks) is not None and not torch.compiler.is_compiling():
-            latents = self._inputs.latents(args, kwargs)
-            runtime, called = self._runtime, self._calling is not None  # training has prompts of single experts
-            active = [called and a and s != 0 for a, s in zip(runtime.active, runtime.strength, strict=True)]
+        inputs, runtime, called = self._inputs, self._runtime, self._calling is not None
+        text = inputs.text(args, kwargs)
+        runtime.on_denoiser_call(inputs.time(args, kwargs), text)
+        if (masks := runtime.masks) is not None and not torch.compiler.is_compiling():
+            latents = inputs.latents(args, kwargs)
             masks.on_denoiser(
                 text,
                 latents,
-                side=lambda: self._inputs.side(args, kwargs),
+                side=lambda: inputs.side(args, kwargs),
                 level=lambda: float(runtime.time.max()),
                 groups=lambda: groups_of(self._calling, text, latents) if called else None,
-                frames=max(1, len(text) // len(latents)),
-                active=active,
+                wanted=runtime.acting if called else (),  # training has prompts of single experts
             )
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:

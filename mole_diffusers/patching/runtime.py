@@ -159,6 +159,11 @@ class Runtime:
         """A setting as it is outside of all blocks that run."""
         return next((before[name] for before in self._blocks if name in before), getattr(self, name))
 
+    @property
+    def acting(self) -> list[bool]:
+        """[N]: the experts that are on, and not at strength 0."""
+        return [on and strength != 0 for on, strength in zip(self.active, self.strength, strict=True)]
+
     def changed(self) -> None:
         """Bring what gates read up to date."""
         self.changes += 1

@@ -196,8 +196,7 @@ class TokenMasks:
         side: Callable[[], Side | None],
         level: Callable[[], float],
         groups: Callable[[], Groups | None],
-        frames: int = 1,
-        active: Sequence[bool] = (),
+        wanted: Sequence[bool] = (),
     ) -> None:
         """The denoiser is about to run.
 
@@ -208,8 +207,7 @@ class TokenMasks:
             level: of noise, 1 is the most. Outside of a call another picture begins where it rises.
             groups: of the rows of the text, whether they are prompts; None where that is not known: a first half without any
                 expert's words is taken for none.
-            frames: rows of the text for each row of the latents.
-            active: [N], the experts that the user wants to hear of if they are silent.
+            wanted: [N], the experts that the user wants to hear of if they are silent; by default none.
         """
         if not self._called and self.has_words and not torch.is_grad_enabled():
             before, self._level = self._level, level()
@@ -217,10 +215,10 @@ class TokenMasks:
                 self._texts = []
         state = next((known for known in self._texts if known.is_of(text, latents)), None)
         if state is None:
-            state = self._read(text, latents, side(), groups(), frames)
+            state = self._read(text, latents, side(), groups())
             self._texts = [*self._texts[-MOST_TEXTS:], state]
-            for (name, bound), silent, wanted in zip(self.bound.items(), state.silent, active, strict=False):
-                if silent and wanted:
+            for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=False):
+                if silent and wants:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
         elif state.picture.can_plan:
             for warning in state.picture.plan():
@@ -233,14 +231,7 @@ class TokenMasks:
             self.now, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._changed()
 
-    def _read(
-        self,
-        text: torch.Tensor,
-        latents: torch.Tensor,
-        side: Side | None,
-        groups: Groups | None,
-        frames: int,
-    ) -> BoundText:
+    def _read(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, groups: Groups | None) -> BoundText:
         """What follows from a text that is new. Within a call its layout is that of the text before, if things are the same.
 
         Where nobody knows whether it is a prompt, one without anybody's words counts as that of guidance by a call of its
@@ -254,6 +245,7 @@ class TokenMasks:
             readings = self._readings(rows, tokens=text.shape[1])
         elif self.has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
+        frames = max(1, len(text) // len(latents))  # a film has its text once a frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         own = onto(self._own_tokens(readings), text.device) if readings else None
         said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
