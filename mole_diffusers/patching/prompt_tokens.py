@@ -64,7 +64,8 @@ class PromptTokens:
         self.current: torch.Tensor | None = None
         self._announced: torch.Tensor | None = None
         self._known: deque[Encoded] = deque()
-        self._asked, self._rows = Seen(), None  # the rows of the text that was asked about last
+        self._asked = Seen()
+        self._rows: list[Row] | None = None  # of the text that was asked about last
 
     def announce(self, ids: torch.Tensor) -> None:
         """What a text encoder is about to read, [B, T] on the CPU, so that nobody has to wait for a device to know it."""
