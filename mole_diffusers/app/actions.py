@@ -33,7 +33,7 @@ from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, preview
-from mole_diffusers.studio.names import known_names, matching
+from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
@@ -174,18 +174,22 @@ class Actions:
 
         return work
 
-    def check_base(self, asked: str | None, mend: str) -> None:
-        """Raises ValueError for settings that are for another base model than is open.
+    def other_base(self, asked: str | None) -> str | None:
+        """The name of the base model that settings are for, where it is not the one that is open; None where it is.
 
         Args:
-            asked: its name in `bases`, or as a recipe has it.
-            mend: what to do about it.
+            asked: its name in `bases`, or as a recipe has it; one that is not here is known by its file's name alone.
         """
+        wanted, here = (shared_name(base) for base in (self.bases.get(asked or "", asked or ""), self.studio.base))
+        known = next((name for name, source in self.bases.items() if shared_name(source) == wanted), None)
+        file = Path(wanted).name
+        return None if wanted == here or (known is None and file == Path(here).name) else known or file
+
+    def check_base(self, asked: str | None, mend: str) -> None:
+        """Raises ValueError for settings that are for another base model than is open; `mend` is what to do about it."""
         self.studio.check_open()
-        source, file = self.bases.get(asked or "", asked or ""), Path(asked or "").name
-        known = next((name for name, each in self.bases.items() if each == source), None)  # else it may be in another folder
-        if source != self.studio.base and (known or file != Path(self.studio.base).name):
-            raise ValueError(f"this is for the base model {known or file!r}, and here is {self.base!r}: {mend}")
+        if (other := self.other_base(asked)) is not None:
+            raise ValueError(f"this is for the base model {other!r}, and here is {self.base!r}: {mend}")
 
     def settings_of_base(self) -> dict[str, Any]:
         """Open sizes and the usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""

@@ -123,6 +123,8 @@ class Page:
             unknown = self.unknown_choices(asked)
             recipe = replace(asked, **unknown)
             notes = [f"mend this first: {error}", *(f"without its {name} {getattr(asked, name)!r}" for name in unknown)]
+        if asked.base and (other := self.actions.other_base(asked.base)) is not None:
+            notes.append(f"it was drawn with the base {other!r}, and here is {self.actions.base!r}")
         if recipe.arm != "gates":
             notes.append(f"it was drawn as {recipe.arm!r}, which has no field here: a grid draws it with arm={recipe.arm}")
         if not recipe.weights and re.search(r"[()\[\]]", recipe.prompt + recipe.negative):

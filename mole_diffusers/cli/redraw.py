@@ -35,6 +35,7 @@ def redraw(
     from mole_diffusers.lora.safe_files import printable
     from mole_diffusers.studio import infotext
     from mole_diffusers.studio.base_models import find_base
+    from mole_diffusers.studio.names import model_name
 
     path = target(out, "redrawn.png", overwrite=overwrite)
     recipe = infotext.read_any(picture)
@@ -43,7 +44,7 @@ def redraw(
     base = files["base"]
     here = base if base == options.WORLD else str(find_base(base))
     if recipe.base and Path(recipe.base).name != Path(here).name:
-        raise ValueError(f"{picture.name} was drawn with the base {recipe.base!r}; give it as --base")
+        raise ValueError(f"{picture.name} was drawn with the base {model_name(recipe.base)!r}; give it as --base")
     pictures = open_pictures(given)
     studio = open_studio(files, opening)
     draw_recipe(studio, recipe, path, pictures, as_json=as_json)

@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.names import by_name, files_below, known_names, matching, own_name, short_names
+from mole_diffusers.studio.names import by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
 
 WORLD = "emoji"  # as a base: the embedded world
 INDEX = "model_index.json"
@@ -162,7 +162,7 @@ def find_base(base: str) -> Path | str:
             if (found := matching(name, models)) is not None:
                 return models[found]
             raise ValueError(f"there is no model {name!r} in {folder}; {known_names(name, models)}")
-    if path.is_absolute() or path.suffix in (".safetensors", ".ckpt") or base.count("/") != 1:
+    if not is_hub_id(base):
         raise ValueError(f"{base!r} is no file or folder here, and not a hub id such as OWNER/NAME")
     return base
 

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.lora.safe_files import parse_json
-from mole_diffusers.studio.names import own_name
+from mole_diffusers.studio.names import model_name
 from mole_diffusers.studio.recipe import Recipe, load, loads
 from mole_diffusers.studio.samplers import SAMPLERS
 
@@ -61,7 +61,7 @@ def parameters(recipe: Recipe) -> str:
         "CFG scale": f"{recipe.guidance:g}",
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",
-        "Model": _model_name(recipe.base) or "unknown",
+        "Model": model_name(recipe.base) or "unknown",
         "RNG": "CPU",
     }
     if recipe.image or recipe.hires > 1:
@@ -77,13 +77,6 @@ def parameters(recipe: Recipe) -> str:
     settings["Version"] = "mole_diffusers"
     last = ", ".join(f"{key}: {quoted(str(value))}" for key, value in settings.items())
     return "\n".join([recipe.prompt, *([NEGATIVE + recipe.negative] if recipe.negative else []), last])
-
-
-def _model_name(base: str) -> str:
-    """A hub id as it is; of a file or a folder its own name, without where it lies."""
-    path = Path(base)
-    is_local = path.is_absolute() or path.suffix == ".safetensors" or base.count("/") != 1 or path.exists()
-    return own_name(path) if is_local else base
 
 
 def read_parameters(text: str, where: str = "the text") -> Recipe:

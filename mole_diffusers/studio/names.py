@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+FOLDER = "#"  # before the hash of a folder, see `shared_name`
 FEW = 8  # so many names are listed in a message; of more, only the closest
 
 
@@ -35,6 +37,27 @@ def files_below(folder: Path) -> Iterator[Path]:
 def own_name(path: Path) -> str:
     """The name of a folder, and of a safetensors file without its suffix."""
     return path.name.removesuffix(".safetensors")
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether this can only be OWNER/NAME on the hub, and no file or folder."""
+    path = Path(base)
+    is_path = path.is_absolute() or path.suffix in (".safetensors", ".ckpt") or os.path.exists(base)
+    return base.count("/") == 1 and not is_path and not base.startswith(FOLDER)
+
+
+def model_name(base: str) -> str:
+    """A base model's name without where it lies: a hub id as it is, of a file or a folder its own name."""
+    return base if is_hub_id(base) else own_name(Path(base))
+
+
+def shared_name(base: str) -> str:
+    """What a picture says of its base model: a hub id as it is; of a file or a folder its name after a hash of where it
+    lies, which tells nobody else the folder, and tells two files of one name on a machine apart. Twice is as once."""
+    path = Path(base)
+    if base == path.name or base.startswith(FOLDER) or is_hub_id(base):
+        return base
+    return f"{FOLDER}{hashlib.sha256(str(path.parent.absolute()).encode()).hexdigest()[:8]}/{path.name}"
 
 
 def short_names(short: Mapping[T, str], long: Mapping[T, str]) -> dict[str, T]:

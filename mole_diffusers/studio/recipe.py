@@ -13,7 +13,7 @@ from mole_diffusers.binding.config import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import parse_json, read_json
 from mole_diffusers.lora.whole_files import write_text
-from mole_diffusers.studio.names import matching
+from mole_diffusers.studio.names import matching, shared_name
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -56,7 +56,7 @@ class Recipe:
         locks: gate site -> {LoRA: weight}, used instead of the gate there.
         experts: LoRA -> sha256 of its tensors, by which a file is found again under any name.
         gates_sha256: of the trained gates, "" for a family.
-        base: the base pipeline's name.
+        base: the base pipeline's name; in a file its `shared_name`.
         binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there as a picture of its own
             at first; "auto", in tiles where each has room for it, see `Mixture.tiled`; or "none".
         masks: LoRA whose tag says region=painted -> its mask picture as `binding.config.mask_text` writes it.
@@ -176,12 +176,12 @@ class Recipe:
         return bound
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data with format and version, for a file."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        """As plain data with format and version, for a file; the base by its `shared_name`."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self), "base": shared_name(self.base)}
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "the recipe") -> Recipe:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`, but for where the base lies.
 
         Raises ValueError for another format, an unknown or missing field, or a value out of range.
         """

@@ -24,6 +24,7 @@ from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
+from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import (
     call_arguments,
@@ -104,7 +105,7 @@ class Studio:
     def check_base(self, recipe: Recipe) -> None:
         """Raises ValueError for a recipe that was completed for another base than is here now."""
         self.check_open()
-        if recipe.base != self.base:
+        if shared_name(recipe.base) != shared_name(self.base):
             meant, here = (Path(base).name for base in (recipe.base, self.base))
             raise ValueError(f"this was meant for the base model {meant!r}, and now {here!r} is here: start it again")
 
@@ -185,8 +186,6 @@ class Studio:
             image: the picture that is drawn over.
         """
         notes = [self.warning(recipe)]
-        if asked.base and Path(asked.base).name != Path(recipe.base).name:
-            notes.append(f"it was drawn with the base {Path(asked.base).name!r}, and here is {Path(recipe.base).name!r}")
         size = asked.width or recipe.width, asked.height or recipe.height
         drawn = f"{recipe.width} x {recipe.height} pixels"
         if image is not None and image.size != size:

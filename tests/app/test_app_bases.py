@@ -1,6 +1,7 @@
 """Another base model while the app runs: through the API, and as the pages of several visitors see it."""
 
 import dataclasses
+import shutil
 import threading
 
 import hosts
@@ -15,6 +16,7 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import Base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
@@ -84,7 +86,8 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         (again,), _ = client.predict(PROMPT, api_name="/compose")
         assert np.array_equal(pixels(again), pixels(first))
         kept, about = client.predict(api_name="/gallery")
-        assert [entry["recipe"]["base"] for entry in about] == [BASES[name] for name in ("dream", "flux", "flux", "dream")]
+        used = [shared_name(BASES[name]) for name in ("dream", "flux", "flux", "dream")]
+        assert [entry["recipe"]["base"] for entry in about] == used
 
 
 def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions):
@@ -99,7 +102,7 @@ def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions):
     after = jobs.submit("me", "compose", actions.compose(recipe, 1))
     held.set()
     *_, _ = jobs.follow(after)
-    assert infotext.read(before.event.pictures[0].path).base == BASES["dream"]
+    assert infotext.read(before.event.pictures[0].path).base == shared_name(BASES["dream"])
     assert (change.state, str(change.event)) == ("done", "flux is open: FluxPipeline")
     assert str(after.error) == (
         "this was meant for the base model 'dream.safetensors', and now 'flux' is here: start it again"
@@ -132,6 +135,38 @@ def event_of(blocks, name, first):
     """An event whose function has this name, and whose first inputs have these labels."""
     labels = lambda event: [getattr(component, "label", None) for component in event.inputs[1 : 1 + len(first)]]  # noqa: E731
     return next(e for e in blocks.fns.values() if e.fn is not None and e.fn.__name__ == name and labels(e) == first)
+
+
+def test_pictures_know_their_base_among_those_of_one_name_and_tell_no_folder(loras, tmp_path):
+    from mole_diffusers.app.build import build
+
+    def app(bases):
+        studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), next(iter(bases.values())))
+        return Actions(studio, gallery=tmp_path / "pictures", bases=bases, opening=opening)
+
+    def noted(actions, path):
+        load = next(e.fn for e in build(actions, Recipe(PROMPT)).fns.values() if e.fn and e.fn.__name__ == "load")
+        shutil.copy(path, tmp_path / "dropped.png")
+        return "was drawn with the base 'new', and here is 'old'" in load(str(tmp_path / "dropped.png"))[-1].replace(
+            "\\", ""
+        )
+
+    bases = {name: str(tmp_path / "jane" / name / "dream.safetensors") for name in ("new", "old")}
+    actions = app(bases)
+    picture = actions.compose(Recipe(PROMPT, steps=1, width=32, height=32), 1)(ignore).pictures[0]
+    assert b"jane" not in picture.path.read_bytes()
+    read = infotext.read(picture.path)
+    for base in (read.base, bases["new"]):  # of today, and of before
+        assert (actions.other_base(base), app({"new": bases["new"]}).other_base(base)) == (None, None)
+    assert not noted(actions, picture.path)
+    assert np.array_equal(np.asarray(actions.studio.draw(read)), pixels(picture.path))
+    actions.change_base("old")(ignore)
+    for base in (read.base, bases["new"]):
+        with pytest.raises(ValueError, match="this is for the base model 'new', and here is 'old': change it first"):
+            actions.check_base(base, "change it first")
+    assert noted(actions, picture.path)
+    assert app({"dream": "/elsewhere/dream.safetensors"}).other_base(read.base) is None  # by its name, on another machine
+    assert app({"toon": "/elsewhere/toon.safetensors"}).other_base(read.base) == "dream.safetensors"
 
 
 def test_a_page_follows_the_change_and_others_are_told(blocks, actions):

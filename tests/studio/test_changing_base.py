@@ -151,13 +151,6 @@ def test_what_was_meant_for_another_base_is_refused(loras, tmp_path):
     assert drawn(studio, dataclasses.replace(RECIPE, prompt="a fox", steps=1)).shape == (32, 32, 3)
 
 
-def test_a_picture_of_another_base_is_noted(loras):
-    studio = fresh("two", loras)
-    asked = dataclasses.replace(RECIPE, base="models/one.safetensors")
-    assert studio.notes(asked, studio.complete(asked)) == ["it was drawn with the base 'one.safetensors', and here is 'two'"]
-    assert studio.notes(RECIPE, studio.complete(RECIPE)) == []
-
-
 def test_bases_are_named_and_a_models_folder_is_all_of_its_models(tmp_path, monkeypatch):
     folder, saved = tmp_path / "models", tmp_path / "saved"
     for path in (

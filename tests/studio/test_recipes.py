@@ -211,7 +211,13 @@ def test_parameters_are_what_other_tools_read(recipe):
 def test_other_tools_read_the_name_of_the_base_and_not_where_it_lies(recipe, base, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "saved").mkdir(parents=True)
-    assert f", Model: {name}, " in infotext.parameters(dataclasses.replace(recipe, base=base))
+    recipe = dataclasses.replace(recipe, base=base)
+    assert f", Model: {name}, " in infotext.parameters(recipe)
+    again = Recipe.from_dict(recipe.to_dict())  # our own text has a hash for the folder
+    assert (again.base == base) == (base in ("owner/name.v1", "emoji", ""))
+    assert not [folder for folder in ("jane", "models", "here") if folder in again.base]
+    assert again.to_dict() == recipe.to_dict()
+    assert f", Model: {name}, " in infotext.parameters(again)
 
 
 @pytest.mark.parametrize(
