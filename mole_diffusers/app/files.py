@@ -61,11 +61,12 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
 
 
 def find_loras(catalog: Catalog, folders: Iterable[Path]) -> list[str]:
-    """Add the LoRA files of folders that the catalog lacks; their names, with the folder where another has the same."""
+    """Add the LoRA files of folders that the catalog lacks; their names, with as much of the folder as tells them apart."""
     added, known = [], {file.absolute() for file in catalog.loras.values()}
     for path in sorted(path for folder in set(folders) for path in folder.glob("[!.]*.safetensors")):
-        name = path.stem if matching(path.stem, catalog.loras) is None else f"{path.parent.name}/{path.stem}"
-        if path.absolute() not in known and name not in catalog.loras:
+        if path.absolute() not in known:
+            short, whole = (path.stem, f"{path.parent.name}/{path.stem}"), path.absolute().with_suffix("").as_posix()
+            name = next((name for name in short if matching(name, catalog.loras) is None), whole)
             catalog.loras[name] = path
             added.append(name)
     return added

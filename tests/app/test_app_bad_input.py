@@ -90,7 +90,7 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
 
 def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path):
     from mole_diffusers.app.actions import Actions
-    from mole_diffusers.app.files import export_gates
+    from mole_diffusers.app.files import export_gates, find_loras
     from mole_diffusers.app.jobs import ignore
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
@@ -118,6 +118,14 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
     assert again.find_loras() == ["library/OWL", "hat"]
     assert again.studio.catalog.name("hat") == "hat"
     assert again.find_loras() == []
+    others = [tmp_path / side / "library" / "hat.safetensors" for side in ("left", "right")]
+    for other in others:
+        other.parent.mkdir(parents=True)
+        shutil.copy(loras["hat"], other)
+    assert find_loras(again.studio.catalog, [other.parent for other in others]) == [
+        "library/hat",
+        str(others[1].with_suffix("")),
+    ]
 
 
 def test_a_message_has_no_temporary_folder_and_no_library():
