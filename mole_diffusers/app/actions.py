@@ -417,11 +417,11 @@ class Actions:
         return self.draw_all(wanted, over=over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
-        """Write one ordinary LoRA with the gates' average weights for this prompt: in the end an Exported.
+        """Write one ordinary LoRA with the gates' average weights for this prompt, whatever its arm: in the end an Exported.
 
         Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
         """
-        recipe = self._completed(recipe)
+        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
         strengths = recipe.constant_strengths()
         if not strengths:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")

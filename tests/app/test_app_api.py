@@ -4,6 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
+import torch
 from app_client import PROMPT, RECIPE, built
 from PIL import Image
 from safetensors.torch import load_file
@@ -162,6 +163,8 @@ def test_export_is_the_sum_as_one_file(client, loras):
     assert len(load_file(path)) == len(load_file(loras["ink"]))  # ink has every layer that fox has
     cut, error = client.predict(RECIPE, 1, api_name="/export")
     assert 0 < error < 1
+    compared, _ = client.predict(RECIPE | {"arm": "merge svd"}, api_name="/export")  # a picture's recipe, of a comparison
+    assert all(torch.equal(tensor, load_file(path)[key]) for key, tensor in load_file(compared).items())
 
 
 @pytest.mark.thorough
