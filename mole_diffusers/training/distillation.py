@@ -38,7 +38,7 @@ def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L1: under the prompt of one concept, predict what its LoRA alone predicts."""
     stored = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
-        teacher = single_teacher(context.pipe, context.mixture, name)
+        teacher = sum_teacher(context.pipe, context.mixture, [name], unit=[])
         stored += _by_size(context, teacher, prompts, term, seed=context.seed + i, name=name)
     return _match(context, stored)
 
@@ -66,7 +66,8 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
 
 def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
-    prompts, teacher = require(context.data.plain, "base", "plain prompts"), base_teacher(context.pipe, context.mixture)
+    prompts = require(context.data.plain, "base", "plain prompts")
+    teacher = sum_teacher(context.pipe, context.mixture, [], unit=list(context.mixture.experts))
     return _match(context, _by_size(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
 
 
@@ -194,28 +195,14 @@ def own_trajectory(
 # ---- teachers
 
 
-def single_teacher(pipe: Any, mixture: Mixture, expert: str) -> Teacher:
-    """Predicts with `expert` alone at its strength; error 1 is the base."""
+def sum_teacher(pipe: Any, mixture: Mixture, experts: Sequence[str], *, unit: Sequence[str]) -> Teacher:
+    """Predicts with these experts at their strengths and no others; error 1 is what those of `unit` predict."""
 
-    def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        with mixture.fixed({}):
-            base = predict(pipe, x, timesteps, prompts)
-        with mixture.fixed({expert: mixture.strength(expert)}):
-            return predict(pipe, x, timesteps, prompts), base
+    def with_experts(names: Sequence[str], *inputs: Any) -> torch.Tensor:
+        with mixture.fixed({name: mixture.strength(name) for name in names}):
+            return predict(pipe, *inputs)
 
-    return predict_both
-
-
-def base_teacher(pipe: Any, mixture: Mixture) -> Teacher:
-    """Predicts without experts; error 1 is every expert at its strength."""
-
-    def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        with mixture.fixed({name: mixture.strength(name) for name in mixture.experts}):
-            everything = predict(pipe, x, timesteps, prompts)
-        with mixture.fixed({}):
-            return predict(pipe, x, timesteps, prompts), everything
-
-    return predict_both
+    return lambda *inputs: (with_experts(experts, *inputs), with_experts(unit, *inputs))
 
 
 def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teacher:

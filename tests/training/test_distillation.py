@@ -13,7 +13,7 @@ from mole_diffusers.training.distillation import (
     composed_teacher,
     sample_trajectories,
     single,
-    single_teacher,
+    sum_teacher,
     trigger_tokens,
 )
 from mole_diffusers.training.losses import recovery_error
@@ -59,8 +59,8 @@ def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
     x, t, prompts = torch.randn(2, 4, 16, 16), torch.tensor([5, 800]), ["a fox in ink", ""]
     with torch.no_grad():
-        fox, base = single_teacher(pipe, mixture, "fox")(x, t, prompts)
-        ink, _ = single_teacher(pipe, mixture, "ink")(x, t, prompts)
+        fox, base = sum_teacher(pipe, mixture, ["fox"], unit=[])(x, t, prompts)
+        ink, _ = sum_teacher(pipe, mixture, ["ink"], unit=[])(x, t, prompts)
         both, _ = composed_teacher(pipe, mixture, ["ink"])(x, t, prompts)
         torch.testing.assert_close(both, fox + ink - base, atol=1e-5, rtol=0)
         masked, _ = composed_teacher(pipe, mixture, [])(x, t, prompts)
@@ -73,7 +73,7 @@ def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
 
 def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
-    teach = single_teacher(pipe, mixture, "fox")
+    teach = sum_teacher(pipe, mixture, ["fox"], unit=[])
     context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
     stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
     assert stored.x.shape == (3 * 2 * 2, 4, 16, 16)
@@ -87,7 +87,7 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     """L1 of an ungated single expert is 0, and 1 where the expert weighs nothing."""
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
-    context, teach = TrainingContext(pipe, mixture, TrainingData()), single_teacher(pipe, mixture, "fox")
+    context, teach = TrainingContext(pipe, mixture, TrainingData()), sum_teacher(pipe, mixture, ["fox"], unit=[])
     stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
     with torch.no_grad():
         student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
