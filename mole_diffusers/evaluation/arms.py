@@ -42,6 +42,11 @@ def ones(setup: Setup, case: Case) -> dict[str, float]:
     return dict.fromkeys(case.experts, 1.0)
 
 
+def from_files(setup: Setup, case: Case) -> dict[str, Any]:
+    """The words are the trigger words of the files, and the places are found."""
+    return {}
+
+
 def by_role(subject: float, style: float) -> Weights:
     """One strength for subjects and one for styles."""
     return lambda setup, case: {name: style if name in setup.styles else subject for name in case.experts}
@@ -131,7 +136,7 @@ def mean() -> Arm:
     return weighted("mean", lambda setup, case: dict.fromkeys(case.experts, 1 / len(case.experts)))
 
 
-def bound(name: str = "bound", binding: Binding = lambda setup, case: {}) -> Arm:
+def bound(name: str = "bound", binding: Binding = from_files) -> Arm:
     """Every LoRA at the user's own strength, on its own words and in its own place; see `Mixture.bind`."""
     return weighted(name, binding=binding)
 
@@ -147,7 +152,7 @@ def in_tiles() -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return mixture.tiled(prompt=case.prompt)
 
-    return weighted("tiles", binding=lambda setup, case: {}, context=context, until=UNTIL)
+    return weighted("tiles", binding=from_files, context=context, until=UNTIL)
 
 
 def searched(weights: ByKind) -> Arm:
@@ -279,16 +284,6 @@ def gates_of(folder: Path) -> Callable[[Case], Path]:
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
 
 
-def gated(name: str, folder: Callable[[Case], Path], *, weights: Weights = ones, context: Context = as_they_are) -> Arm:
-    """Trained gates, one folder per case; `context` may change what they decide, as a control."""
-    return weighted(name, weights, gates=folder, context=context)
-
-
-def bound_gates(name: str, folder: Callable[[Case], Path]) -> Arm:
-    """Trained gates, with every LoRA on its own words and in its own place."""
-    return weighted(name, gates=folder, binding=lambda setup, case: {})
-
-
 @contextmanager
 def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
     """The denoiser's gates at their means over the steps of one picture of the case, separately per guidance row."""
@@ -366,9 +361,9 @@ def chosen_arms(
         elif name == "grid search" and weights is not None:
             arms.append(searched(weights))
         elif name in CONTROLS and gates is not None:
-            arms.append(gated(name, gates_of(gates), context=CONTROLS[name]))
+            arms.append(weighted(name, gates=gates_of(gates), context=CONTROLS[name]))
         elif name == BOUND_GATES and gates is not None:
-            arms.append(bound_gates(name, gates_of(gates)))
+            arms.append(weighted(name, gates=gates_of(gates), binding=from_files))
         else:
             arms.append(PLAIN[name]() if name in PLAIN else merged(name))
     return arms
@@ -417,5 +412,5 @@ def moved_arms(names: Sequence[str], setup: Setup, gates: Path | None = None, *,
             elif name in MERGES:
                 arms.append(merged(name, label, weights))
             elif gates is not None:
-                arms.append(gated(label, gates_of(gates), weights=weights))
+                arms.append(weighted(label, weights, gates=gates_of(gates)))
     return arms

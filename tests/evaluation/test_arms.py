@@ -163,7 +163,7 @@ def test_idle_experts_are_attached_and_named(setup):
 
 def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(setup, gates):
     folder = arms.gates_of(gates)
-    arm = arms.gated("gates averaged", folder, context=arms.averaged)
+    arm = arms.weighted("gates averaged", gates=folder, context=arms.averaged)
     with arm.draws(setup, CASE), mole.attached(setup.pipe).trace() as trace:
         sample(setup.pipe, CASE.prompt, [3, 4], **OPTIONS)
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
@@ -172,7 +172,7 @@ def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(setup, gates):
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[2], first[3])
     assert not torch.allclose(first[0], first[2], atol=1e-4)
-    live = arms.traced(setup, arms.gated("gates", folder), CASE)  # as the pictures are drawn
+    live = arms.traced(setup, arms.weighted("gates", gates=folder), CASE)  # as the pictures are drawn
     at = torch.stack([w for name, _, w in live.records if name == place])  # [steps, 2, N]
     assert len(at) == OPTIONS["num_inference_steps"]
     torch.testing.assert_close(first[[0, 2]], at.mean(0))
@@ -331,7 +331,7 @@ def test_crowds_grow_to_the_number_asked_for():
 
 
 def test_a_trace_of_an_arm(setup, gates):
-    arm = arms.gated("gates", arms.gates_of(gates))
+    arm = arms.weighted("gates", gates=arms.gates_of(gates))
     trace = arms.traced(setup, arm, CASE)
     assert trace.experts == ["fox", "ink"]
     assert len(trace.weights("unet.mid_block.attentions.0.transformer_blocks.0")) == 2

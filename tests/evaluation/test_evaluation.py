@@ -267,7 +267,7 @@ def test_arms_are_what_they_say_and_leave_nothing_behind(setup, tmp_path, loras)
     with mixture.fixed({"fox": 1.0}):
         fox = sample(setup.pipe, case.prompt, [3], **OPTIONS)[0].tobytes()
     detach(setup.pipe)
-    trained = arms.gated("gates", lambda case: tmp_path / case.name)
+    trained = arms.weighted("gates", gates=lambda case: tmp_path / case.name)
     assert drawn(arms.mean()) == half
     assert drawn(arms.alone("fox")) == fox
     assert drawn(trained) == gated

@@ -43,7 +43,7 @@ SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
 
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     """A subject's place as a user would say it, with its own words or with every word."""
-    subjects = [name for name in case.concepts if name not in setup.styles]
+    subjects = arms.subjects_of(setup, case)
     boxes = dict(zip(subjects, cells(len(subjects), *case.size), strict=True)) if len(subjects) > 1 else {}
     if words:
         return {name: (None, box) for name, box in boxes.items()}
@@ -76,7 +76,9 @@ ARMS = {
     ),
     "regional prompts": lambda: arms.regional(parts),
     "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
-    "bound, trained gates": lambda: arms.bound_gates("bound, trained gates", arms.gates_of(WORK / "gates")),
+    "bound, trained gates": lambda: arms.weighted(
+        "bound, trained gates", gates=arms.gates_of(WORK / "gates"), binding=arms.from_files
+    ),
     "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
 }
 OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "tiles", "joint LoRA")

@@ -191,7 +191,7 @@ def by_scores() -> Arm:
 
 def by_retrieval(folder: Path) -> Arm:
     """The same, weighed by the retrieval gates."""
-    return arms.weighted("shared retrieval", gates=lambda case: folder, binding=lambda setup, case: {})
+    return arms.weighted("shared retrieval", gates=lambda case: folder, binding=arms.from_files)
 
 
 TRAIN = {"scores": train_scores, "retrieval": train_retrieval}
