@@ -106,11 +106,14 @@ class LoraLibrary:
     def of(cls, files: Mapping[str, Path], encoder: Encoder) -> LoraLibrary:
         """A library in memory: LoRAs from anywhere, under names that also act as triggers. Nothing is written.
 
+        A file with several names, through links say, is one LoRA under the first of them, and each of them calls it.
         Entries are taken from indexes of the files' folders where there are any. Raises ValueError if no file can be read.
         """
-        paths = {Path(path).resolve(): name for name, path in files.items()}
+        paths: dict[Path, list[str]] = {}
+        for name, path in files.items():
+            paths.setdefault(Path(path).resolve(), []).append(name)
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
-        names = {path.relative_to(root).as_posix(): name for path, name in paths.items()}
+        names = {path.relative_to(root).as_posix(): own for path, own in paths.items()}
         around = {folder for path in paths for folder in path.parents if (folder / FOLDER).is_dir()}
         known = {
             path.relative_to(root).as_posix(): pair
@@ -119,10 +122,11 @@ class LoraLibrary:
             if (path := folder / file) in paths
         }
         index = _build_index(root, list(names), known, encoder)
-        entries = tuple(replace(entry, name=names[entry.file]) for entry in index.entries)
+        entries = tuple(replace(entry, name=names[entry.file][0]) for entry in index.entries)
         library = cls(root, replace(index, entries=entries), encoder)
         for row, entry in enumerate(entries):
-            library._add_trigger(entry.name, row)
+            for name in names[entry.file]:
+                library._add_trigger(name, row)
         return library
 
     def retrieve(

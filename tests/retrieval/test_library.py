@@ -189,6 +189,12 @@ def test_files_from_anywhere_are_found_under_names_of_their_own(folder, tmp_path
     again = LoraLibrary.of(files, WordEncoder())
     assert len(read) == 1  # what the index knows is not read
     assert torch.equal(again.embeddings, found.embeddings)
+    (folder / "link.safetensors").symlink_to(folder / "fox.safetensors")
+    linked = LoraLibrary.of(files | {"blue": folder / "link.safetensors"}, WordEncoder())
+    assert [(linked.retrieve(text)[0].name, linked.retrieve(text)[0].trigger) for text in ("red car", "blue car")] == [
+        ("red", "red"),
+        ("red", "blue"),
+    ]
     with pytest.raises(ValueError, match="holds no LoRA"):
         LoraLibrary.of({}, WordEncoder())
 
