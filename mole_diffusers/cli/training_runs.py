@@ -126,7 +126,8 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
     if not pairs:
         return None
     images, captions = zip(*pairs, strict=True)
-    return encode(pipe, [square(image, side or default_side(pipe)) for image in images], captions)
+    side = default_side(pipe) if side is None else side
+    return encode(pipe, [square(image, side) for image in images], captions)
 
 
 def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:

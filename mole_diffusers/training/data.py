@@ -123,7 +123,9 @@ def default_side(pipe: Any) -> int:
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The centre crop of a picture, resized to [side, side] pixels."""
+    """The centre crop of a picture, resized to [side, side] pixels. Raises ValueError for a side below 8."""
+    if side < 8:
+        raise ValueError(f"the side of pictures must be 8 pixels or more, got {side}")
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mole_diffusers.cli.training_runs import samples
 from mole_diffusers.training.data import RandomBatch, default_side, encode, read_folder, square
 
 
@@ -23,8 +24,8 @@ def test_a_folder_of_pictures(pipe, tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n')
     images, captions = read_folder(folder, prompt="none")
     assert captions == ["none", "one", "picture 2"]
-    samples = encode(pipe, images, captions, batch=2)
-    assert samples.latents.shape == (3, 4, 16, 16)
+    found = encode(pipe, images, captions, batch=2)
+    assert found.latents.shape == (3, 4, 16, 16)
     (folder / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1\.png cannot be read as a picture"):
         read_folder(folder)
@@ -45,6 +46,8 @@ def test_photos_are_turned_and_cut_square(pipe, tmp_path):
     assert cut.size == (32, 32)
     assert cut.getpixel((16, 1))[2] < 60  # the ends are gone
     assert encode(pipe, [cut], ["a photo"]).latents.shape == (1, 4, 16, 16)
+    with pytest.raises(ValueError, match="must be 8 pixels or more, got 0"):
+        samples(pipe, [tmp_path], prompt="a photo", side=0)
 
 
 def test_a_draw_is_divided_among_shares():
