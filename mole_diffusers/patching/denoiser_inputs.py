@@ -54,7 +54,9 @@ class DenoiserInputs:
         if "img_ids" not in self.names:
             return None
         ids = self._read("img_ids", args, kwargs)
-        height, width = (ids.reshape(-1, 3)[:, 1:].amax(0).long() + 1).tolist()
+        # Row and column come after the picture's number. Flux 2 has a number more, and LongCat counts on from its text.
+        places = ids.flatten(0, -2)[:, 1:3]
+        height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
         return height, width
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:

@@ -86,6 +86,33 @@ def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     assert means[-1] < 0.5
 
 
+@torch.no_grad()
+def test_flux_2_is_drawn_bound(tmp_path):
+    """It counts tokens by four numbers, where Flux has three. Others, LongCat's say, do not begin at 0."""
+    torch.manual_seed(0)
+    shape = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8}
+    size = {"num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (2,) * 4, "timestep_guidance_channels": 8}
+    transformer = diffusers.Flux2Transformer2DModel(**shape, **size).eval()
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": hosts.flow()}
+    pipe = diffusers.Flux2Pipeline(transformer=transformer, **parts)
+    files = {n: tiny_lora(pipe, tmp_path / n, seed=i, ends=("to_q", "to_k", "to_v")) for i, n in enumerate(("fox", "ink"))}
+    noise, text = torch.randn(1, 16, 4, 8), torch.randn(1, 5, 16)
+    call = {
+        "hidden_states": pipe._pack_latents(noise),
+        "img_ids": pipe._prepare_latent_ids(noise),
+        "timestep": torch.ones(1),
+    }
+    call |= {"encoder_hidden_states": text, "txt_ids": pipe._prepare_text_ids(text), "guidance": torch.ones(1)}
+    assert DenoiserInputs(transformer).side((), call | {"img_ids": call["img_ids"] + 512}) == (4, 8)
+    mixture, outputs = mole.attach(pipe, files), []
+    for region in ("left", (0.0, 0.0, 0.5, 1.0), "right"):
+        mixture.bind({"fox": (None, region)})
+        outputs.append(transformer(**call).sample)
+        assert mixture._runtime.binding.now.image.shape == (1, 2, 4, 8)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "kinds"), [("flux", ("transformer_blocks", "single_transformer_blocks")), ("sd3", ("transformer_blocks",))]
 )
