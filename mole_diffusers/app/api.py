@@ -423,7 +423,7 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         Args:
             recipe: RECIPE Its tags say which LoRAs.
             name: of the gates; `compose` takes it afterwards. The same name and settings go on with a run that was stopped.
-            singles: LoRA -> list of prompts that name it and no other.
+            singles: LoRA -> list of prompts that name it and no other; for a collage, subjects with the style.
             composed: prompts that name all.
             steps: total number of updates.
             styles: the LoRAs that act on the whole picture.

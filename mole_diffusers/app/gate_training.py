@@ -32,7 +32,6 @@ MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # of a run
 SHOWN = 2  # seeds whose pictures are shown before and after
 TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
 WAYS = ("collage", "blend")
-REDRAW = 0.55  # fraction of a collage's noise levels to draw again under the plain sum, so that a style covers all of it
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TrainingRequest:
 
     Attributes:
         name: of the gates; they can be chosen by it afterwards.
-        singles: LoRA -> prompts that name it and no other.
+        singles: LoRA -> prompts that name it and no other; for a collage, subjects with the style.
         composed: prompts that name all.
         styles: LoRAs that act on the whole picture.
         steps: total number of updates, including those of a run that is continued.
@@ -87,8 +86,7 @@ class TrainingRequest:
         if self.way == "collage":
             term: Any = terms["collage"]
             subjects = len(self._subject_prompts)
-            calls = len(self.composed) * (subjects * term.steps + round(term.steps * term.redraw))
-            return len(self.composed) * subjects * term.seeds, calls
+            return len(self.composed) * subjects * term.seeds, len(self.composed) * subjects * term.steps
         one: Any = terms["single"]
         counts = [max(one.seeds, len(prompts)) for prompts in self.singles.values()]
         return sum(counts) + max(one.seeds, len(self.composed)), one.steps * (2 * n + 1 + n)
@@ -102,8 +100,7 @@ class TrainingRequest:
 
     def config(self) -> GateTraining:
         """The settings for `train_gates`."""
-        collage = {"collage": {"redraw": REDRAW if self.styles else 0.0}}
-        terms = collage if self.way == "collage" else {"single": 1.0, "composed": 1.0}
+        terms = {"collage": 1.0} if self.way == "collage" else {"single": 1.0, "composed": 1.0}
         return GateTraining(terms, steps=self.steps, seed=self.seed, every=5)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,11 @@ def _fields(page: Page) -> list[Any]:
     catalog = page.actions.studio.catalog
     name = gr.Textbox(label="Name of the gates", max_length=60, elem_id="gates-name")
     singles = gr.Textbox(
-        label="Prompts of one LoRA each", info="one per line: NAME=PROMPT", lines=4, max_length=5000, elem_id="singles"
+        label="Prompts of one LoRA each",
+        info="one per line: NAME=PROMPT; for a collage, of a subject in the style",
+        lines=4,
+        max_length=5000,
+        elem_id="singles",
     )
     composed = gr.Textbox(
         label="Prompts with all of them", info="one per line", lines=2, max_length=5000, elem_id="composed"
@@ -138,18 +142,24 @@ def _fields(page: Page) -> list[Any]:
     why = gr.Markdown("", elem_classes="status")
 
     @told(4)
-    def suggestion(prompt: str) -> Any:
+    def suggestion(prompt: str, styles: Sequence[str], way: str) -> Any:
         parsed = parse(prompt, catalog.loras)
-        names = sorted(tag.name for tag in parsed.tags)
-        words = {name: [name, *catalog.expert(name).triggers] for name in names}
-        lines = []
-        for name in names:
-            others = [word for other in names if other != name for word in words[other]]
-            lines.append(f"{name}={single_prompt(parsed.text, others, keep=words[name])}")
-        return "+".join(names), "\n".join(lines), parsed.text, ""
+        words = {tag.name: [tag.name, *catalog.expert(tag.name).triggers] for tag in parsed.tags}
+        shared = styles if way == "collage" else []  # each subject of a collage is drawn in the style
+        lines = [f"{name}={own}" for name, own in single_prompts(parsed.text, words, shared).items()]
+        return "+".join(sorted(words)), "\n".join(lines), parsed.text, ""
 
-    suggest.click(suggestion, page.controls["prompt"], [name, singles, composed, why], **PRIVATE)
+    suggest.click(suggestion, [page.controls["prompt"], styles, way], [name, singles, composed, why], **PRIVATE)
     return [name, singles, composed, styles, steps, family, way]
+
+
+def single_prompts(text: str, words: Mapping[str, Sequence[str]], shared: Collection[str] = ()) -> dict[str, str]:
+    """A first guess at the prompt of each LoRA: the whole one without the words of the others, but of those in `shared`."""
+    found = {}
+    for name in sorted(words):
+        others = [word for other in words if other != name and other not in shared for word in words[other]]
+        found[name] = single_prompt(text, others, keep=words[name])
+    return found
 
 
 def single_prompt(text: str, others: Collection[str], *, keep: Collection[str]) -> str:

@@ -92,7 +92,7 @@ def train(
         Option(
             metavar="NAME[=WEIGHT][,OPTION=VALUE]",
             help="A goal: collage, single, composed, base, separate, denoise, clip, rollout, balance. "
-            "Repeatable. Default: what there are prompts for.",
+            "Repeatable. Default: collage where there are parts, else what there are prompts for.",
             rich_help_panel=UPDATES,
         ),
     ] = NONE,
@@ -182,9 +182,9 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
 
 
 def _own_terms(data: Any) -> list[str]:
-    """The terms where none is named: those that there are prompts for, or collages alone where no LoRA has own prompts."""
-    learned = {"single": data.singles, "composed": data.composed, "collage": data.parts}
-    return ["collage"] if data.parts and not data.singles else [name for name, prompts in learned.items() if prompts]
+    """The terms where none is named: collages where there are parts, else those that there are prompts for."""
+    learned = {"single": data.singles, "composed": data.composed}
+    return ["collage"] if data.parts else [name for name, prompts in learned.items() if prompts]
 
 
 def _canvas(base: str, data: Any) -> dict[str, int]:

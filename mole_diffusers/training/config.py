@@ -16,7 +16,7 @@ INITIAL = ("uniform", "scalars", "ssr")  # initial weights of gates, see `initia
 LORA_LAYERS = ("attention", "feed-forward", "convolution")
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
 COUNTS = ("batch", "seeds", "steps", "pictures")  # options of terms that are 1 or more
-SHARES = ("own", "redraw", "start", "last")  # options of terms that are from 0 to 1
+SHARES = ("own", "start", "last")  # options of terms that are from 0 to 1
 
 
 def _check_range(config: Any, names: Sequence[str], what: str, *, low: float, high: float = inf) -> None:
@@ -109,17 +109,15 @@ class CollageTerm(Term):
 
     Attributes:
         pictures: collages per composed prompt.
-        seeds, steps, guidance: pictures per subject, and how they are sampled. The loss is that of the guided prediction:
-            fitted to the unguided one, pictures drawn with guidance would be guided twice.
-        redraw: share of the noise levels, 0..1, over which the plain sum of all experts redraws the collages under the
-            composed prompt (SDEdit; Meng et al., ICLR 2022).
+        seeds, steps, guidance: pictures per subject, and how they are sampled. The loss is that of a prediction guided
+            alike. Above 1 it misleads: a guided prediction is no denoiser of the pictures that guidance draws, and its least
+            error has less of each LoRA than a picture needs.
     """
 
     pictures: int = 32
     seeds: int = 12
     steps: int = 12
-    guidance: float = 3.0
-    redraw: float = 0.0
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.config import CollageTerm, DenoiseTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, require
 from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
-from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample, training_scheduler
+from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample
 from mole_diffusers.training.distillation import base, composed, separate, single
 from mole_diffusers.training.losses import cells, side_by_side
 from mole_diffusers.training.rewards import clip, rollout
@@ -29,13 +29,19 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
     """The diffusion loss on collages: each subject of a prompt drawn with its own experts, all set side by side. Ours.
 
     A sum of LoRAs mixes subjects up. A collage shows each subject as its own LoRA draws it, under the composed prompt, so
-    the gates learn to keep them apart. It needs the `parts` of a composed prompt. Where these leave out a style, `redraw`
-    draws it over the collage, which then is where the style starts: subjects first, the style in the remaining steps.
-    The experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn.
+    the gates learn to keep them apart. It needs the `parts` of a composed prompt; a style is named in each of them. The
+    experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn.
 
-    Raises ValueError for training data without parts.
+    Raises ValueError for training data without parts, or with an expert that a prompt names and none of its parts.
     """
     prompts = require(context.data.parts, "collage", "the parts of composed prompts")
+    for prompt, parts in prompts.items():
+        there = {name for part in parts for name in experts_in(context.mixture, part)}
+        if left_out := [name for name in experts_in(context.mixture, prompt) if name not in there]:
+            raise ValueError(
+                f"{prompt!r} names {left_out} and none of its parts {list(parts)} does: gates would learn to "
+                "leave them out. Name a subject in one part, a style in each"
+            )
     generator = torch.Generator().manual_seed(context.seed)
     sampler: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance}
     lessons: list[tuple[Samples, dict[str, Bound] | None]] = []  # collages of a prompt, and where its experts act in them
@@ -49,8 +55,6 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
         sheets = side_by_side(pictures, context.width, context.height)  # [pictures, 3, H, W]
         places = places_of(context.mixture, parts, *reversed(sheets.shape[2:]))
         sheets = encode_pixels(context.pipe, sheets)  # [pictures, C, h, w]
-        if redrawn := round(term.steps * term.redraw):
-            sheets = redraw(context, sheets, prompt, generator, start=term.steps - redrawn, **sampler)
         lessons.append((Samples(sheets, [prompt] * term.pictures), places))
 
     def loss(batch: RandomBatch) -> torch.Tensor:
@@ -83,20 +87,6 @@ def draw_part(
     noise = torch.randn(seeds, *latent_shape(pipe), generator=generator).to(pipe.device)
     with mixture.fixed({name: mixture.strength(name) for name in experts_in(mixture, prompt)}):
         return decode(pipe, sample(pipe, noise, [prompt] * seeds, steps=steps, guidance=guidance))
-
-
-@torch.no_grad()
-def redraw(
-    context: TrainingContext, latents: torch.Tensor, prompt: str, generator: torch.Generator, *, start: int, **sampler: Any
-) -> torch.Tensor:
-    """Latents [B, C, h, w] noised to the level of step `start` and drawn from there with the plain sum of all experts."""
-    pipe, mixture = context.pipe, context.mixture
-    scheduler = training_scheduler(pipe)
-    scheduler.set_timesteps(sampler["steps"])
-    noise = torch.randn(latents.shape, generator=generator)
-    noisy = scheduler.add_noise(latents, noise, scheduler.timesteps[start].expand(len(latents)))
-    with mixture.fixed({name: mixture.strength(name) for name in mixture.experts}):
-        return sample(pipe, noisy.to(pipe.device), [prompt] * len(latents), start=start, **sampler).cpu()
 
 
 OBJECTIVES: dict[str, Callable[[TrainingContext, Any], LossFn]] = {

@@ -37,7 +37,7 @@ def studio(loras):
 
 def request(name="g", **changes):
     return TrainingRequest(
-        name, **{"singles": {"fox": ["a fox"], "ink": ["ink"]}, "composed": ["fox in ink"], "steps": 8} | changes
+        name, **{"singles": {"fox": ["a fox in ink"], "ink": ["ink"]}, "composed": ["fox in ink"], "steps": 8} | changes
     )
 
 

@@ -36,7 +36,6 @@ def test_settings_are_checked_and_survive_json():
         ({"terms": {"single": {"batch": 0}}}, "batch of the single term must be 1 or more, got 0"),
         ({"terms": {"rollout": {"steps": 0}}}, "steps of the rollout term must be 1 or more, got 0"),
         ({"terms": {"composed": {"own": 3.0}}}, "own of the composed term must be from 0 to 1, got 3.0"),
-        ({"terms": {"collage": {"redraw": 2}}}, "redraw of the collage term must be from 0 to 1, got 2"),
         ({"terms": {"clip": {"lengths": [50, 20]}}}, r"must be the least and the most steps, got \[50, 20\]"),
         ({"terms": {"clip": {"lengths": [20]}}}, r"must be the least and the most steps, got \[20\]"),
         ({"lr": "1e-3"}, "lr of the training must be a number, got '1e-3'"),
@@ -67,8 +66,8 @@ def test_every_term_has_an_objective_and_only_balance_has_none():
 
 
 def test_terms_are_read_once_and_keep_their_defaults():
-    config = GateTraining({"collage": {"weight": 2, "redraw": 0.5}, "single": 0.0, "balance": 0.1})
-    assert config.parsed == {"collage": CollageTerm(weight=2, redraw=0.5), "balance": Term(weight=0.1)}
+    config = GateTraining({"collage": {"weight": 2, "guidance": 3}, "single": 0.0, "balance": 0.1})
+    assert config.parsed == {"collage": CollageTerm(weight=2, guidance=3), "balance": Term(weight=0.1)}
     assert config.parsed is config.parsed
     assert replace(config, terms={"single": 1.0}).parsed == {"single": DistillationTerm()}
 

@@ -1,16 +1,11 @@
 """Where is the limit? From one weight per LoRA to the LoRAs' own matrices, more and more is free to learn to compose.
 
-    python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 6] [--seeds 8] [--rungs ...] [--updates 60 200 600]
+    python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 4] [--seeds 4] [--rungs ...] [--updates 60 240]
     python demos/experiments/emoji/ladder.py --figure docs/ladder.png
 
-Every rung begins as the bound sum and learns from prompts alone, by one objective and with one budget: to predict what each
-LoRA alone predicts on captions of its own, half of them beside subjects of the base, and what the base predicts on captions
-without any; with the caption and without. It is drawn on validation compositions, whose captions it never saw.
-
-Words are bound while it learns, but no LoRA is silent: were the others silent on a LoRA's own captions, as they are when
-pictures are drawn, there would be nothing to learn. What is trained is kept in work/ladder/RUNG/UPDATES, and rows are
-appended below work/ladder/rows, so a cut-off run goes on. What changed the LoRAs themselves is also written and drawn as one
-ordinary LoRA, which nothing binds.
+Every rung begins as bound LoRAs and learns from prompts alone, by one objective: collages of a composition's subjects, each
+drawn by itself, under the composition's prompt, with each LoRA in the place of its drawing. What is trained is kept in
+work/ladder/RUNG/UPDATES, and rows are appended below work/ladder/rows, so a cut-off run goes on.
 """
 
 import argparse
@@ -22,17 +17,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from compose import ARMS, SEEDS, in_file, measured
-from loop import WORK, device, multiplies_bf16, note, small_attention
-from make_loras import concept_scene
+from compose import ARMS, SEEDS, measured
+from loop import WORK, device, note, small_attention
 from sampling import GUIDANCE, STEPS
 from torch import nn
+from train_gates import lesson, recipe
 
 from mole_diffusers import attach, detach
-from mole_diffusers.emoji import VALIDATION, draw_scene, words
+from mole_diffusers.emoji import VALIDATION
 from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
@@ -40,18 +34,14 @@ from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.gates import GateBank, checkpoint
-from mole_diffusers.lora import Expert, LoraWeights
-from mole_diffusers.lora.writing import write_lora
+from mole_diffusers.lora import Expert
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
 
-UPDATES = (60, 200, 600)
-TRAINING = GateTraining(terms={"single": {"batch": 8}, "base": {"batch": 4}}, warmup=10)
-CAPTIONS = 12  # of each concept alone, of each beside others, and of one and two subjects of the base
-ONE = "one_lora.safetensors"
+UPDATES = (60, 240)
 
 
 # ---- rungs
@@ -60,7 +50,7 @@ ONE = "one_lora.safetensors"
 class Mixer(nn.Module):
     """D of y = W x + B (g * ((I + D) (A x))): [R], a factor per rank, or [R, R], which mixes the ranks of all LoRAs.
 
-    It is zero at first. With its layer's A it is one matrix, (I + D) A.
+    It is zero at first.
     """
 
     def __init__(self, down: nn.Module, change: torch.Tensor):
@@ -68,19 +58,11 @@ class Mixer(nn.Module):
         self.change = nn.Parameter(change)
         down.register_forward_hook(lambda _, __, low: self(low))
 
-    @property
-    def matrix(self) -> torch.Tensor:
-        """[R, R]."""
-        return torch.diag(self.change) if self.change.dim() == 1 else self.change
-
     def forward(self, low: torch.Tensor) -> torch.Tensor:
         """A x, [B, T, R] or [B, R, H, W] -> (I + D) (A x)."""
         axis = 1 if low.dim() == 4 else -1
-        return low + F.linear(low.movedim(axis, -1), self.matrix).movedim(-1, axis)
-
-    def folded(self, down: torch.Tensor) -> torch.Tensor:
-        """A, [R, ...] -> (I + D) A."""
-        return down + (self.matrix @ down.flatten(1)).view_as(down)
+        change = torch.diag(self.change) if self.change.dim() == 1 else self.change  # [R, R]
+        return low + F.linear(low.movedim(axis, -1), change).movedim(-1, axis)
 
 
 def factors(layer: Any) -> nn.Module:
@@ -139,54 +121,21 @@ def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
         mixture.banks["layers"] = GateBank({f"{part}.{name}": rung.frees(layer) for part, name, layer in layers(pipe)})
 
 
-def one_lora(pipe: Any, mixture: Mixture) -> dict[str, dict[str, LoraWeights]]:
-    """All LoRAs of a mixture with free layers as one ordinary LoRA."""
-    found: dict[str, dict[str, LoraWeights]] = {}
-    for part, name, layer in layers(pipe):
-        down, up = (half[ADAPTER].weight.detach().cpu() for half in (layer.lora_A, layer.lora_B))
-        free = mixture.banks["layers"][f"{part}.{name}"]
-        down = free.folded(down) if isinstance(free, Mixer) else down
-        found.setdefault(part, {})[name] = LoraWeights(down, up, 1.0)
-    return found
-
-
 # ---- training
-
-
-def lesson(case: Case) -> TrainingData:
-    """Captions of each concept alone, of each beside subjects of the base on the case's own canvas, and of the base."""
-    rng = np.random.default_rng(list(case.name.encode()))
-    canvas = "tall" if case.size is not None and case.size[1] > case.size[0] else "wide"
-    own = {c: [concept_scene(c, s, rng) for s in ("one", canvas) for _ in range(CAPTIONS)] for c in case.concepts}
-    plain = [draw_scene(words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=n) for n in (1, 2) for _ in range(CAPTIONS)]
-    return TrainingData(
-        singles={concept: [scene.caption for scene in scenes] for concept, scenes in own.items()},
-        plain=[scene.caption for scene in plain],
-        sizes={scene.caption: scene.size for scene in sum(own.values(), plain)},
-    )
 
 
 def train(
     pipe: Any, experts: Mapping[str, Expert], rung: Rung, data: TrainingData, folder: Path, *, config: GateTraining
 ) -> list[dict]:
-    """Train a rung on the sum of experts and write it to `folder`; returns the log. The pipeline is given back as it was."""
-    mixture = begin(pipe, experts, rung)
+    """Train a rung on bound experts and write it to `folder`; returns the log. The pipeline is given back as it was."""
+    mixture = attach(pipe, experts, rung.gates)
     try:
+        set_free(pipe, mixture, rung)
         log = train_gates(pipe, mixture, data, config=replace(config, lr=rung.lr))
-        if rung.frees is not None:
-            write_lora(one_lora(pipe, mixture), folder / ONE, dtype=torch.float32)
         mixture.save_pretrained(folder)  # last of all: where its config is, all is there
     finally:
         detach(pipe)
     return log
-
-
-def begin(pipe: Any, experts: Mapping[str, Expert], rung: Rung) -> Mixture:
-    """The sum of experts on the words that they own, none of them silent, with what a rung frees."""
-    mixture = attach(pipe, experts, rung.gates)
-    mixture.bind({name: replace(own, required=False) for name, own in mixture.binding.items()})
-    set_free(pipe, mixture, rung)
-    return mixture
 
 
 def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -221,29 +170,21 @@ def bound(name: str, updates: int) -> Arm:
     return Arm(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
 
 
-def one(name: str, updates: int) -> Arm:
-    """The same as one ordinary LoRA."""
-    return in_file(f"{name} @ {updates}, one LoRA", lambda case: kept(name, updates)(case) / ONE)
-
-
 def placed(rows: Sequence[Row]) -> Iterator[Row]:
-    """Rows where the figure has them: against what is free, and those that are bound against updates, from the sum on."""
-    trained = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in rows if " @ " in row["arm"])
+    """Rows where the figure has them: by rung, a line for each number of updates; what is not trained is at every rung."""
+    rungs = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in rows if " @ " in row["arm"])
     for row in rows:
-        rung, _, rest = row["arm"].partition(" @ ")
-        updates, _, alone = rest.partition(", ")
-        line = rest.replace(updates, f"{updates} updates") if rest else "for comparison"
-        yield row | {"panel": f"{row['kind']}: what is free", "setting": rung, "line": line}
-        if not alone:
-            for name in [rung] if rest else trained if rung == "bound" else ():
-                yield row | {"panel": f"{row['kind']}: how long", "setting": int(updates or 0), "line": name}
+        rung, _, updates = row["arm"].partition(" @ ")
+        line = f"{updates} updates" if updates else rung
+        for at in [rung] if updates else rungs:
+            yield row | {"panel": row["kind"], "setting": at, "line": line}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", nargs="*", choices=VALIDATION, default=["two subjects", "two subjects + style"])
-    parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--kinds", nargs="*", choices=VALIDATION, default=["three subjects"])
+    parser.add_argument("--per-kind", type=int, default=4, help="compositions of each kind")
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rungs", nargs="*", choices=RUNGS, default=list(RUNGS))
     parser.add_argument("--updates", nargs="*", type=int, default=UPDATES)
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure, too")
@@ -255,14 +196,12 @@ def main() -> None:
         folder, start = kept(name, updates)(case), time.time()
         if (folder / checkpoint.CONFIG).exists():
             continue
-        config = replace(TRAINING, steps=updates, precision="bf16" if multiplies_bf16() else "no")
         with small_attention():
-            experts = {concept: setup.experts[concept] for concept in case.concepts}
-            log = train(world.pipe, experts, RUNGS[name], lesson(case), folder, config=config)
+            experts, config = {c: setup.experts[c] for c in case.concepts}, replace(recipe(case.concepts), steps=updates)
+            log = train(world.pipe, experts, RUNGS[name], lesson(case.concepts), folder, config=config)
         note(f"ladder {name} {updates} {case.name}", **reached(log), seconds=round(time.time() - start))
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
-    alone = [one(name, n) for n in args.updates for name in args.rungs if RUNGS[name].frees]
-    drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles", "joint LoRA")), *trained, *alone]
+    drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles")), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
     rows = measured(setup, drawn, found, world.judge(), seeds=seeds, rows=Rows(WORK / "ladder" / "rows"))
     table = as_frame(rows)

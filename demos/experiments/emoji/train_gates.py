@@ -20,24 +20,23 @@ from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
 
 SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+relief")
-REDRAW = 0.55  # share of the noise levels in which a style is drawn over subjects that were drawn without it
-TRAINING = GateTraining(terms={"collage": {"guidance": 3.0}}, steps=60, batch=6, lr=2e-3)
+TRAINING = GateTraining(terms={"collage": 1.0}, steps=60, batch=6)
+CROWD = 240  # updates for three subjects and more
 
 
 def lesson(concepts: emoji.Concepts) -> TrainingData:
-    """The composition's prompt, with a prompt of each of its subjects by itself."""
+    """The composition's prompt, with a prompt of each of its subjects by itself in the same style."""
     scene = emoji.composition_scene(concepts)
-    parts = {scene.caption: [emoji.Scene((subject,), "noto").caption for subject in scene.subjects]}
+    parts = {scene.caption: [emoji.Scene((subject,), scene.style).caption for subject in scene.subjects]}
     styles = [concept for concept in concepts if concept in emoji.STYLES]
     return TrainingData(composed=[scene.caption], styles=styles, parts=parts)
 
 
 def recipe(concepts: emoji.Concepts) -> GateTraining:
     """How gates of a composition are trained: on its own canvas."""
-    data, (width, height) = lesson(concepts), emoji.composition_scene(concepts).size
-    terms = {"collage": {"guidance": 3.0, "redraw": REDRAW if data.styles else 0.0}}
-    precision = "bf16" if multiplies_bf16() else "no"
-    return replace(TRAINING, terms=terms, precision=precision, width=width, height=height)
+    scene = emoji.composition_scene(concepts)
+    config = replace(TRAINING, steps=CROWD) if len(scene.subjects) > 2 else TRAINING
+    return replace(config, precision="bf16" if multiplies_bf16() else "no", width=scene.size[0], height=scene.size[1])
 
 
 def main() -> None:
