@@ -70,7 +70,7 @@ def awake():
     def wake(mixture, seed=0, size=3.0):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in (p for p in mixture.parameters() if p.dim() == 2):
+            for parameter in (p for p in mixture.parameters() if p.dim() == 2 or mixture.config.family == "factors"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
         return mixture
 

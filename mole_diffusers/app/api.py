@@ -427,7 +427,7 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             composed: prompts that name all.
             steps: total number of updates.
             styles: the LoRAs that act on the whole picture.
-            family: of the gates: "static", "mole", "flow", "prompt", "retrieval" or "rank".
+            family: of the gates: "static", "mole", "flow", "prompt", "retrieval", "rank" or "factors".
             way: "collage" puts the subjects side by side, each as its own LoRA draws it; "blend" blends what LoRAs predict.
             again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.gates.config import GateConfig
-from mole_diffusers.gates.constant import ConstantGate, StaticGate
+from mole_diffusers.gates.constant import ConstantGate, FactorGate, StaticGate
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
 from mole_diffusers.gates.rank import RankGate
@@ -52,6 +52,8 @@ def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | N
         return RetrievalGate(width, stack.out, rank=config.rank, total=config.total, scores=config.scores)
     if config.family == "rank" and stack is not None:
         return RankGate(width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate)
+    if config.family == "factors" and stack is not None:
+        return FactorGate(stack.ranks)
     if config.family == "mole":
         return MoLEGate(experts, width, config.total, config.features, bias=config.bias)
     raise ValueError(f"{config.family!r} gates sit at one layer and need its experts")

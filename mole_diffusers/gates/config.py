@@ -20,6 +20,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
     "prompt": ("axis", "top", "total"),
     "retrieval": ("rank", "scores", "total"),
     "rank": ("top", "partition", "refactor", "rate"),
+    "factors": (),
 }
 FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
@@ -45,7 +46,7 @@ class GateConfig:
         family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
             "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt; "retrieval"
             compares the experts' outputs at every layer, and serves experts that it never saw; "rank" weighs
-            each rank of each expert at every layer.
+            each rank of each expert at every layer by what it reads there; "factors" learns a constant for each such rank.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
         total: (static, mole) what the weights sum to, see `functional.gate_weights`; the paper's is "1". (prompt) "1", "N",
             or "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
@@ -124,7 +125,13 @@ class GateConfig:
         """Where the gates sit, see `patching.placement.place_name`."""
         if self.reads_prompt:
             return "block_input" if self.axis == "concept" else "module"
-        return {"flow": "stream", "retrieval": "matrix", "rank": "matrix"}.get(self.family, self.granularity)
+        own = {"flow": "stream", "retrieval": "matrix", "rank": "matrix", "factors": "matrix"}
+        return own.get(self.family, self.granularity)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the gates weigh ranks instead of experts."""
+        return self.family in ("rank", "factors")
 
     @property
     def of_experts(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -43,3 +45,18 @@ class StaticGate(nn.Module):
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
         """Start at `weights` [N] of the experts in `mask` [N] at every noise level, as near as `total` allows."""
         self.logits.copy_(functional.logits_for(weights, self.total).expand_as(self.logits))
+
+
+class FactorGate(nn.Module):
+    """A learned factor for each rank of each expert in one layer: y = W x + B (g * (A x)), g constant, at first 1. Ours."""
+
+    step_invariant, input_free, ranked = True, True, True
+
+    def __init__(self, ranks: Sequence[int]):
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(sum(ranks)))  # g - 1, [R]
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        if context.layer is None:
+            raise ValueError("a factor gate sits at one layer and needs its experts")
+        return (1 + self.change.float()) * context.mask[..., context.layer.segment]  # [R] or [B, R]

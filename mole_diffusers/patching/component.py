@@ -14,7 +14,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import GateBank, GateConfig, LayerOfPromptGate, PromptGate, build_gate
+from mole_diffusers.gates import GateBank, GateConfig, Layer, LayerOfPromptGate, PromptGate, build_gate
 from mole_diffusers.gates.rank import singular
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching import peft_injection
@@ -46,7 +46,7 @@ class Component:
 
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, config: GateConfig, runtime: Runtime):
         self.name, self.model, self.stacks, self.config, self.runtime = name, model, dict(stacks), config, runtime
-        if self.ranked and config.refactor:
+        if config.family == "rank" and config.refactor:
             self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
         names = list(blocks(model))
         self.owners = {layer: place_name(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
@@ -84,7 +84,7 @@ class Component:
     @property
     def ranked(self) -> bool:
         """Whether the gates weigh ranks instead of experts."""
-        return self.config.family == "rank"
+        return self.config.ranked
 
     def evaluate_deferred(self) -> None:
         """Evaluate gates that wait for a layer to ask."""
@@ -106,7 +106,13 @@ class Component:
                 )
             masks = self.runtime.masks
             rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
-            self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device))
+            layer = self._layer(name, device) if gate.ranked else None
+            self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
+
+    def _layer(self, name: str, device: torch.device) -> Layer:
+        """What a gate that reads nothing is told of its one layer."""
+        stack = self.stacks[name]
+        return Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
 
     def place_of(self, layer: str) -> tuple[str, Present]:
         """The place whose weights a layer takes, and the experts that it has."""

@@ -17,7 +17,7 @@ from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import GateTrainer
 
-FREE = ("factors", "mixer", "A", "A+B")
+FREE = ("mixer", "A", "A+B")
 NAMES = ("fox", "hat")  # of different ranks, one with convolutions
 PROMPT = "a fox and a hat"
 DATA = TrainingData(composed=[PROMPT], parts={PROMPT: ["a fox", "a hat"]})
@@ -74,7 +74,7 @@ def learn(pipe, mixture):
         sum(trainer.losses(0, index=0, shares=1).values()).backward()
 
 
-LEARNS = {"mole": (), "factors": (), "mixer": (), "A": ("lora_A",), "A+B": ("lora_A", "lora_B")}  # of the LoRAs' matrices
+LEARNS = {"mole": (), "mixer": (), "A": ("lora_A",), "A+B": ("lora_A", "lora_B")}  # of the LoRAs' matrices
 
 
 @pytest.mark.parametrize("name", ["mole", *thorough(*(name for name in LEARNS if name != "mole"))])
@@ -89,7 +89,7 @@ def test_gradient_reaches_what_a_rung_frees_and_nothing_else(ladder, pipe, exper
     assert not any(p.requires_grad for n, p in hosts.items() if "lora_" in n)  # as they were
 
 
-@pytest.mark.parametrize("name", ["mixer", *thorough("factors", "A", "A+B")])
+@pytest.mark.parametrize("name", ["mixer", *thorough("A", "A+B")])
 def test_what_was_trained_is_what_is_drawn(ladder, pipe, experts, tmp_path, monkeypatch, name):
     monkeypatch.setattr(ladder, "WORK", tmp_path)
     setup, case, base, after = Setup(pipe, experts, {}), Case(NAMES, "pair", PROMPT), answer(pipe), []

@@ -14,8 +14,9 @@ SUM = {  # start at the plain sum
     "prompt": mole.GateConfig("prompt"),
     "retrieval": mole.GateConfig("retrieval"),
     "rank": mole.GateConfig("rank"),
+    "factors": mole.GateConfig("factors"),
 }
-SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together; not so for "rank"
+SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together; not so where ranks are weighed
     "flow": mole.GateConfig("flow", start="mean"),
     "prompt": mole.GateConfig("prompt", total="1"),
     "retrieval": mole.GateConfig("retrieval", total="1"),
@@ -25,6 +26,7 @@ SIZE = {
     "prompt": 1.0,
     "retrieval": 0.3,
     "rank": 1.0,
+    "factors": 1.0,
 }  # of random parameters; scores that are large only flip on rounding
 each = pytest.mark.parametrize("family", SUM)
 sharing = pytest.mark.parametrize("family", SHARE)

@@ -77,7 +77,7 @@ def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
 # ---- words
 
 
-@pytest.mark.parametrize("gates", ["sum", "mole", *thorough("flow", "prompt", "rank", "retrieval", "static")])
+@pytest.mark.parametrize("gates", ["sum", "mole", *thorough("flow", "prompt", "rank", "retrieval", "static", "factors")])
 def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
     mixture = awake(attach({"fox": "fox", "ink": "cat", "hat": "everywhere"}, gates))
     with pytest.warns(UserWarning, match="expert 'ink' is silent: the prompt has none of its words, cat"):

@@ -28,7 +28,7 @@ def narrow(width):
     return UNet2DConditionModel(sample_size=8, cross_attention_dim=width, **shape).eval()
 
 
-OTHERS = ("flow", "static", "prompt", "rank", "retrieval")
+OTHERS = ("flow", "static", "prompt", "rank", "retrieval", "factors")
 
 
 @pytest.mark.thorough

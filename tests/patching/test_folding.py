@@ -24,10 +24,10 @@ def load_stock(path, draw):
     return draw(pipe)
 
 
-@pytest.mark.parametrize("family", [*thorough("sum", "mean"), "static"])
+@pytest.mark.parametrize("family", [*thorough("sum", "mean"), "static", "factors"])
 def test_collapsed_gates_draw_the_same_and_leave_no_trace(pipe, loras, draw, awake, family):
     base, bits = draw(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    mixture = awake(mole.attach(pipe, loras, family))
+    mixture = awake(mole.attach(pipe, loras, family), size=0.3 if family == "factors" else 3.0)
     gated = draw(pipe)
     with mixture.collapsed():
         assert mole.attached(pipe) is None
@@ -49,7 +49,7 @@ def test_collapsed_respects_strength_and_only(pipe, loras, draw):
 
 def test_gates_without_input_are_evaluated_where_their_model_is(pipe, loras, monkeypatch):
     mixture, devices = mole.attach(pipe, {"fox": (loras["fox"], 0.8), "hat": loras["hat"]}, "static"), set()
-    monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden: devices.add(hidden.device.type))
+    monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden, layer: devices.add(hidden.device.type))
     pipe.unet.to("meta")
     evaluate_gates(pipe, [part for part in mixture._components if part.name == "unet"], None)
     assert devices == {"meta"}

@@ -113,7 +113,7 @@ def test_half_precision_is_near_and_stays_half(loras, awake, dtype):
     assert (near - exact).abs().mean() < 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("family", ["mole", *thorough("flow", "static", "prompt", "rank", "retrieval")])
+@pytest.mark.parametrize("family", ["mole", *thorough("flow", "static", "prompt", "rank", "retrieval", "factors")])
 def test_gates_learn_after_a_picture_of_inference_mode(pipe, loras, draw, family):
     mixture = mole.attach(pipe, loras, family, binding=None)
     with torch.inference_mode():

@@ -63,7 +63,7 @@ class Elsewhere(ModelHook):
         return output
 
 
-@pytest.mark.parametrize("family", ["mole", "rank", "retrieval", *thorough("flow", "prompt", "static")])
+@pytest.mark.parametrize("family", ["mole", "rank", "retrieval", *thorough("flow", "prompt", "static", "factors")])
 def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, family):
     awake(mole.attach(pipe, loras, family))
     picture = draw(pipe)

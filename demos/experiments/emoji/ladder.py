@@ -48,31 +48,22 @@ UPDATES = (60, 240)
 
 
 class Mixer(nn.Module):
-    """D of y = W x + B (g * ((I + D) (A x))): [R], a factor per rank, or [R, R], which mixes the ranks of all LoRAs.
+    """D [R, R] of y = W x + B (g * ((I + D) (A x))), which mixes the ranks of all LoRAs. It is zero at first."""
 
-    It is zero at first.
-    """
-
-    def __init__(self, down: nn.Module, change: torch.Tensor):
+    def __init__(self, down: nn.Module):
         super().__init__()
-        self.change = nn.Parameter(change)
+        ranks = len(down.weight)
+        self.change = nn.Parameter(torch.zeros(ranks, ranks, device=down.weight.device))
         down.register_forward_hook(lambda _, __, low: self(low))
 
     def forward(self, low: torch.Tensor) -> torch.Tensor:
         """A x, [B, T, R] or [B, R, H, W] -> (I + D) (A x)."""
         axis = 1 if low.dim() == 4 else -1
-        change = torch.diag(self.change) if self.change.dim() == 1 else self.change  # [R, R]
-        return low + F.linear(low.movedim(axis, -1), change).movedim(-1, axis)
-
-
-def factors(layer: Any) -> nn.Module:
-    down = layer.lora_A[ADAPTER]
-    return Mixer(down, torch.zeros(len(down.weight), device=down.weight.device))
+        return low + F.linear(low.movedim(axis, -1), self.change).movedim(-1, axis)
 
 
 def mixer(layer: Any) -> nn.Module:
-    down = layer.lora_A[ADAPTER]
-    return Mixer(down, torch.zeros(len(down.weight), len(down.weight), device=down.weight.device))
+    return Mixer(layer.lora_A[ADAPTER])
 
 
 def free_a(layer: Any) -> nn.Module:
@@ -100,7 +91,7 @@ RUNGS = {
     "mole": Rung("mole"),
     "flow": Rung("flow"),
     "rank": Rung("rank"),  # a gate per rank, for every token
-    "factors": Rung(frees=factors, lr=3e-2),
+    "factors": Rung("factors"),  # a constant per rank
     "mixer": Rung(frees=mixer, lr=1e-2),
     "A": Rung(frees=free_a, lr=3e-3),
     "A+B": Rung(frees=free_both, lr=1.5e-3),  # both move their product
