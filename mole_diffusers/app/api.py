@@ -414,7 +414,7 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         composed: list[str],
         steps: int = 60,
         styles: list[str] | None = None,
-        family: str = "flow",
+        family: str = "factors",
         way: str = "collage",
         again: str = "",
     ) -> list[dict]:

@@ -56,7 +56,7 @@ class TrainingRequest:
     styles: list[str] = field(default_factory=list)
     steps: int = 60
     seed: int = 0
-    family: str = "flow"
+    family: str = "factors"
     way: str = "collage"
 
     def __post_init__(self) -> None:

@@ -135,7 +135,13 @@ def _fields(page: Page) -> list[Any]:
     page.lists.append((styles, lambda: {"choices": list(catalog.loras)}))
     steps = gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates")
     with gr.Row():
-        family = gr.Dropdown(TRAINED, value="flow", label="Gates", info="flow weighs each token", elem_id="family")
+        family = gr.Dropdown(
+            TRAINED,
+            value="factors",
+            label="Gates",
+            info="factors weigh each rank of a LoRA, flow each token",
+            elem_id="family",
+        )
         about = "collage: subjects side by side; blend: predictions under masks"
         way = gr.Dropdown(WAYS, value="collage", label="Taught by", info=about, elem_id="way")
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")

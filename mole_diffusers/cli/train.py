@@ -30,7 +30,7 @@ from mole_diffusers.cli.training_runs import (
 from mole_diffusers.options import check_options
 from mole_diffusers.training.config import GateTraining
 
-RECOMMENDED = "flow"  # what the validation compositions of docs/earlier_world.md chose
+RECOMMENDED = "factors"  # what validation compositions chose, see docs/training.md
 learn = partial(Option, rich_help_panel=PICTURES)
 gate = partial(Option, rich_help_panel="Which gates")
 switch = partial(gate, parser=json_or_text, metavar="true|false")
@@ -39,7 +39,9 @@ switch = partial(gate, parser=json_or_text, metavar="true|false")
 class Gates:
     """Fields of `GateConfig`, which needs torch."""
 
-    family: Annotated[str | None, gate(help="flow, mole, static, prompt, rank, retrieval.", show_default=RECOMMENDED)] = None
+    family: Annotated[
+        str | None, gate(help="factors, flow, mole, static, prompt, rank, retrieval.", show_default=RECOMMENDED)
+    ] = None
     granularity: Annotated[str | None, gate(help="static, mole: one gate per model, block, layer or matrix.")] = None
     total: Annotated[str | None, gate(help="What the weights add up to: 1, N, sigmoid, linear or none, by family.")] = None
     inputs: Annotated[str | None, gate(help="mole: reads the hidden state, or the experts' outputs.")] = None

@@ -625,7 +625,7 @@ def _gates_as_files(page, folder):
     page.driver.find_element("css selector", "input[type=file][data-testid^='Upload gates']").send_keys(
         "\n".join(map(str, paths))
     )
-    told = "flow gates again for duotone, fox", "flow gates again for fox, duotone"
+    told = "factors gates again for duotone, fox", "factors gates again for fox, duotone"
     page.until(lambda: page.text("#gates-told").startswith(told), WAIT)
     page.until(lambda: value(page, "#which-gates") == "again", WAIT)
 

@@ -110,7 +110,7 @@ def test_the_same_name_with_other_settings_is_asked_about(studio, tmp_path):
     with pytest.raises(GatesExistError, match="continue from them, or overwrite") as error:
         train(studio, RECIPE, other, home=tmp_path)
     assert str(tmp_path) not in str(error.value)
-    with pytest.raises(ValueError, match="are flow gates: continue with these"):
+    with pytest.raises(ValueError, match="are factors gates: continue with these"):
         train(studio, RECIPE, request(family="mole"), home=tmp_path, again="continue")
     assert np.array_equal(weights(tmp_path / "g"), first)
 

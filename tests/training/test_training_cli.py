@@ -63,7 +63,7 @@ def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, c
     log = json.loads((out / "log.jsonl").read_text())
     assert "collage" in log
     assert not {"single", "composed"} & set(log)
-    assert json.loads((out / "config.json").read_text())["gates"]["family"] == "flow"  # unless asked otherwise
+    assert json.loads((out / "config.json").read_text())["gates"]["family"] == "factors"  # unless asked otherwise
     singles = ["--single", "fox=a fox", "--single", "hat=a hat"]
     assert main([*command, *singles, "--out", str(tmp_path / "all")]) == 0
     assert not {"single", "composed"} & set(json.loads((tmp_path / "all" / "log.jsonl").read_text()))

@@ -1,6 +1,6 @@
-"""Gates that come with the world, for a few compositions: `flow` gates on bound LoRAs, trained from prompts alone.
+"""Gates that come with the world, for a few compositions, trained on bound LoRAs from prompts alone.
 
-    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--to FOLDER]
+    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--family factors] [--to FOLDER]
 
 Writes `assets/gates/NAME`, or `FOLDER/NAME`: `compose.py` draws with those in work/gates. Gates that exist are kept, so an
 interrupted run goes on.
@@ -21,7 +21,6 @@ from mole_diffusers.training.gate_trainer import train_gates
 
 SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+relief")
 TRAINING = GateTraining(terms={"collage": 1.0}, steps=60, batch=6)
-CROWD = 240  # updates for three subjects and more
 
 
 def lesson(concepts: emoji.Concepts) -> TrainingData:
@@ -34,14 +33,14 @@ def lesson(concepts: emoji.Concepts) -> TrainingData:
 
 def recipe(concepts: emoji.Concepts) -> GateTraining:
     """How gates of a composition are trained: on its own canvas."""
-    scene = emoji.composition_scene(concepts)
-    config = replace(TRAINING, steps=CROWD) if len(scene.subjects) > 2 else TRAINING
-    return replace(config, precision="bf16" if multiplies_bf16() else "no", width=scene.size[0], height=scene.size[1])
+    width, height = emoji.composition_scene(concepts).size
+    return replace(TRAINING, precision="bf16" if multiplies_bf16() else "no", width=width, height=height)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
+    parser.add_argument("--family", default="flow", help="of the gates; the examples' differ from token to token")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: the world's own gates")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
@@ -51,7 +50,7 @@ def main() -> None:
             continue
         start = time.time()
         detach(world.pipe)
-        mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, "flow")
+        mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, args.family)
         with small_attention():
             log = train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts))
         mixture.save_pretrained(folder, dtype=torch.float16)
