@@ -81,11 +81,6 @@ class Component:
         """Whether no gate depends on anything."""
         return all(site.gate.input_free for site in self.sites.values())
 
-    @property
-    def ranked(self) -> bool:
-        """Whether the gates weigh ranks instead of experts."""
-        return self.config.ranked
-
     def evaluate_deferred(self) -> None:
         """Evaluate gates that wait for a layer to ask."""
         for site in self.sites.values():
@@ -106,13 +101,11 @@ class Component:
                 )
             masks = self.runtime.masks
             rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
-            layer = self._layer(name, device) if gate.ranked else None
+            layer = None
+            if gate.ranked:  # it sits at one layer, and asks for the experts of the ranks alone
+                stack = self.stacks[name]
+                layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
             self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
-
-    def _layer(self, name: str, device: torch.device) -> Layer:
-        """What a gate that reads nothing is told of its one layer."""
-        stack = self.stacks[name]
-        return Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
 
     def place_of(self, layer: str) -> tuple[str, Present]:
         """The place whose weights a layer takes, and the experts that it has."""

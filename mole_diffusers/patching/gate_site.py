@@ -53,7 +53,6 @@ class GateSite:
         self.presents, self.scope, self.probe = tuple(presents), scope, probe
         self.one_evaluation, self.timed = one_evaluation, timed
         self.spans_blocks, self.reads_model_input, self.reads_text = spans_blocks, reads_model_input, reads_text
-        self._constant = gate.input_free and not list(gate.parameters())
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
         self._text, self._texts = Seen(), 0  # what the gate read last, and how many texts it has read
@@ -110,8 +109,8 @@ class GateSite:
             or runtime.control is not None
         ):
             return None
-        if self._constant and runtime.rows is None and (runtime.masks is None or runtime.masks.row_silent is None):
-            return runtime.changes, hidden.device
+        if self.gate.input_free and runtime.rows is None and (runtime.masks is None or runtime.masks.row_silent is None):
+            return runtime.changes, len(hidden), hidden.device, sum(version(p) for p in self.gate.parameters())
         if self.timed and runtime.every > 1:
             return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
         if self.reads_text:

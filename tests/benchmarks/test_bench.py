@@ -58,9 +58,9 @@ def test_what_a_step_asks_of_pytorch(tmp_path):
     given, files = inputs(pipe, "thin", pixels=narrow.side), lora_files(pipe.unet, tmp_path, 3, rank=4)
     counts = {}
     with ExitStack() as stack:
-        for arm in ("base", "sum", "mole", "flow", "bound sum", "bound mole"):
+        for arm in ("base", "sum", "mole", "flow", "bound sum", "bound mole", "gated"):
             other = twin(pipe)
-            call = given | (stack.enter_context(ARMS[arm](other, files, SUM)) or {})
+            call = given | (stack.enter_context(ARMS[arm](other, files, mole.GateConfig("factors"))) or {})
             other.unet(**call)  # a text is read when it comes first
             with Operations() as operations:
                 other.unet(**call)
@@ -69,6 +69,9 @@ def test_what_a_step_asks_of_pytorch(tmp_path):
     assert more["sum"] <= 644
     assert more["mole"] <= 980
     assert more["flow"] <= 825
+    assert (
+        more["gated"] <= more["sum"] + 128
+    )  # gates that nothing but training changes are asked once; a view a layer is left
     assert more["bound sum"] - more["sum"] <= 24
     assert more["bound mole"] - more["mole"] <= 7
 

@@ -33,7 +33,7 @@ from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
-from mole_diffusers.gates import GateBank, checkpoint
+from mole_diffusers.gates import GateBank, GateConfig, checkpoint
 from mole_diffusers.lora import Expert
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gated_linear import ADAPTER
@@ -82,13 +82,14 @@ class Rung:
         lr: None is what suits each gate.
     """
 
-    gates: str = "sum"
+    gates: str | GateConfig = "sum"
     frees: Callable[[Any], nn.Module] | None = None
     lr: float | None = None
 
 
 RUNGS = {
     "mole": Rung("mole"),
+    "static": Rung(GateConfig("static", granularity="matrix", total="linear")),  # a constant per LoRA and layer
     "flow": Rung("flow"),
     "rank": Rung("rank"),  # a gate per rank, for every token
     "factors": Rung("factors"),  # a constant per rank
