@@ -11,11 +11,11 @@ from mole_diffusers.training import GateTraining, TrainingData, train_gates
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 60
 world = mole.emoji_world()
 concepts = {name: world.loras[name] for name in ("octopus", "koala")}
-mixture = mole.attach(world.pipe, concepts, "flow")
+mixture = mole.attach(world.pipe, concepts, "factors")
 
 prompt = "noto drawing of an octopus and a koala"
 lesson = TrainingData(composed=[prompt], parts={prompt: ["noto drawing of an octopus", "noto drawing of a koala"]})
-config = GateTraining(terms={"collage": {"seeds": 6}}, steps=steps, lr=2e-3, batch=6, width=128, height=64)
+config = GateTraining(terms={"collage": {"seeds": 6}}, steps=steps, batch=6, width=128, height=64)
 log = train_gates(world.pipe, mixture, lesson, config=config, folder=folder)
 print(f"loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
 

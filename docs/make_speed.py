@@ -66,10 +66,10 @@ an input that has to be recognised, and a second route. A gate of MoLE's form is
 step in all; taking out five of them (as a trial, with other results) gained .04.
 """
 FACTORS = """
-`factors`, what `mole train` teaches by default, sits at every layer, and its factors are kept until something changes. (Asked
-anew at every step they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3 and 8 LoRAs, 25 rounds.) Beside the sum
-and `mole` in one run (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts 3 8 16 --repeats
-ROUNDS`, as above; on the machine of the table of binding, beside a training):
+`factors`, what `mole train` teaches by default, sits at every layer, and its factors are kept until something changes.
+(Asked anew at every step they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3 and 8 LoRAs, 25 rounds.)
+Beside the sum and `mole` in one run (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts 3 8
+16 --repeats ROUNDS`, as above; on the machine of the table of binding, beside a training):
 
 | gates | N | x base |
 |---|---|---|

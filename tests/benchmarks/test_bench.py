@@ -69,9 +69,7 @@ def test_what_a_step_asks_of_pytorch(tmp_path):
     assert more["sum"] <= 644
     assert more["mole"] <= 980
     assert more["flow"] <= 825
-    assert (
-        more["gated"] <= more["sum"] + 128
-    )  # gates that nothing but training changes are asked once; a view a layer is left
+    assert more["gated"] <= more["sum"] + 128  # a gate that reads nothing is asked once; a view for each layer is left
     assert more["bound sum"] - more["sum"] <= 24
     assert more["bound mole"] - more["mole"] <= 7
 
