@@ -41,19 +41,26 @@ def _key(place: str) -> str:
 
 
 def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | None = None) -> nn.Module:
-    """One gate of the configured family; `width` is its feature size D, `stack` the experts of its one layer."""
-    if config.family in ("sum", "mean"):
-        return ConstantGate("N" if config.family == "sum" else "1")
-    if config.family == "static":
-        return StaticGate(experts, config.total, config.bins)
-    if config.family == "flow":
-        return FlowGate(experts, width, config.start)
-    if config.family == "retrieval" and stack is not None:
-        return RetrievalGate(width, stack.out, rank=config.rank, total=config.total, scores=config.scores)
-    if config.family == "rank" and stack is not None:
-        return RankGate(width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate)
-    if config.family == "factors" and stack is not None:
-        return FactorGate(stack.ranks)
-    if config.family == "mole":
-        return MoLEGate(experts, width, config.total, config.features, bias=config.bias)
-    raise ValueError(f"{config.family!r} gates sit at one layer and need its experts")
+    """One gate of the configured family, but for "prompt", whose gates weigh several layers.
+
+    Args:
+        width: D, its feature size.
+        stack: the experts of its one layer, where it sits at one.
+    """
+    return BUILDERS[config.family](config, experts, width, stack)
+
+
+BUILDERS: dict[str, Callable[[GateConfig, int, int, Any], nn.Module]] = {
+    "sum": lambda config, experts, width, stack: ConstantGate("N"),
+    "mean": lambda config, experts, width, stack: ConstantGate("1"),
+    "static": lambda config, experts, width, stack: StaticGate(experts, config.total, config.bins),
+    "mole": lambda config, experts, width, stack: MoLEGate(experts, width, config.total, config.features, bias=config.bias),
+    "flow": lambda config, experts, width, stack: FlowGate(experts, width, config.start),
+    "retrieval": lambda config, experts, width, stack: RetrievalGate(
+        width, stack.out, rank=config.rank, total=config.total, scores=config.scores
+    ),
+    "rank": lambda config, experts, width, stack: RankGate(
+        width, stack.ranks, top=config.top, partition=config.partition, rate=config.rate
+    ),
+    "factors": lambda config, experts, width, stack: FactorGate(stack.ranks),
+}

@@ -11,18 +11,33 @@ from mole_diffusers import functional
 from mole_diffusers.gates.prompt import AXES, PROMPT_TOTALS
 from mole_diffusers.gates.retrieval import RETRIEVAL_TOTALS, SCORES
 
-OPTIONS: dict[str, tuple[str, ...]] = {  # family -> what can be set about it
-    "sum": (),
-    "mean": (),
-    "static": ("granularity", "total", "bins"),
-    "mole": ("granularity", "total", "inputs", "features", "bias"),
-    "flow": ("start",),
-    "prompt": ("axis", "top", "total"),
-    "retrieval": ("rank", "scores", "total"),
-    "rank": ("top", "partition", "refactor", "rate"),
-    "factors": (),
+
+@dataclass(frozen=True)
+class Family:
+    """What the gates of one family have in common.
+
+    Attributes:
+        options: what can be set about them, fields of `GateConfig`.
+        one_gate_per: what each gate weighs the experts of, see `patching.placement.place_name`; None: as the config says.
+        of_experts: they belong to the experts that they were made for; else they serve any others, too.
+    """
+
+    options: tuple[str, ...] = ()
+    one_gate_per: str | None = None
+    of_experts: bool = True
+
+
+FAMILIES = {
+    "sum": Family(),
+    "mean": Family(),
+    "static": Family(("granularity", "total", "bins")),
+    "mole": Family(("granularity", "total", "inputs", "features", "bias")),
+    "flow": Family(("start",), one_gate_per="stream"),
+    "prompt": Family(("axis", "top", "total")),
+    "retrieval": Family(("rank", "scores", "total"), one_gate_per="matrix", of_experts=False),
+    "rank": Family(("top", "partition", "refactor", "rate"), one_gate_per="matrix"),
+    "factors": Family(one_gate_per="matrix"),
 }
-FAMILIES = tuple(OPTIONS)
 GRANULARITIES = ("model", "block", "layer", "matrix")
 FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "pooled": functional.pooled,
@@ -99,7 +114,7 @@ class GateConfig:
 
     def _check_names(self) -> None:
         known = {
-            "family": FAMILIES,
+            "family": tuple(FAMILIES),
             "granularity": GRANULARITIES,
             "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(str(self.family), functional.TOTALS),
             "inputs": INPUTS,
@@ -111,7 +126,7 @@ class GateConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown gate {name} {getattr(self, name)!r}; known: {list(values)}")
-        own = ("family", *OPTIONS[self.family])
+        own = ("family", *FAMILIES[self.family].options)
         if foreign := [f.name for f in fields(self) if f.name not in own and getattr(self, f.name) != f.default]:
             raise ValueError(f"{self.family!r} gates have no option {foreign[0]!r}; their options: {list(own[1:])}")
 
@@ -121,22 +136,16 @@ class GateConfig:
         return self.family == "prompt"
 
     @property
-    def layout(self) -> str:
-        """Where the gates sit, see `patching.placement.place_name`."""
+    def one_gate_per(self) -> str:
+        """What each gate weighs the experts of, see `patching.placement.place_name`."""
         if self.reads_prompt:
             return "block_input" if self.axis == "concept" else "module"
-        own = {"flow": "stream", "retrieval": "matrix", "rank": "matrix", "factors": "matrix"}
-        return own.get(self.family, self.granularity)
-
-    @property
-    def ranked(self) -> bool:
-        """Whether the gates weigh ranks instead of experts."""
-        return self.family in ("rank", "factors")
+        return FAMILIES[self.family].one_gate_per or self.granularity
 
     @property
     def of_experts(self) -> bool:
         """Whether gates belong to the experts they were made for. Those of "retrieval" serve any other."""
-        return self.family != "retrieval"
+        return FAMILIES[self.family].of_experts
 
     @classmethod
     def from_dict(cls, values: dict) -> GateConfig:
@@ -147,4 +156,4 @@ class GateConfig:
 
     def to_dict(self) -> dict:
         """The family and its own options."""
-        return {name: value for name, value in asdict(self).items() if name in ("family", *OPTIONS[self.family])}
+        return {name: value for name, value in asdict(self).items() if name in ("family", *FAMILIES[self.family].options)}

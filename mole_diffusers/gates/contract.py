@@ -51,12 +51,14 @@ class Context:
 class Gate(Protocol):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
-    hidden [B, T, C] is what enters the gate's site, in the host's precision.
+    An `nn.Module`. hidden [B, T, C] is what enters the gate's place, in the host's precision: a block's first attention, the
+    layer itself, or for what is outside of blocks [B, 1, C + 32], the mean text and the noise level. Experts in the mask
+    share what there is; the users' strengths are multiplied on top. A gate never waits for the device.
 
     Attributes:
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
         input_free: the weights depend on no state at all.
-        ranked: the weights are per rank of the layer instead, [B, T, R].
+        ranked: the weights are per rank of the layer instead, [R], [B, R] or [B, T, R].
     """
 
     step_invariant: bool

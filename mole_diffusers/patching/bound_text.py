@@ -27,7 +27,7 @@ class BoundText:
         shape: of the latents that were drawn with it.
         own: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
         silent: [N]: the experts that no row of it wants; row_silent: [B, N], where rows differ.
-        lender: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a call
+        prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a call
             of its own names nobody, and takes over those of the prompt.
         image: [B, N, H, W] in 0..1, the places that each expert acts on; None where all act everywhere.
         biases: tokens of the picture -> [B, T, S], what cross-attention's logits lose.
@@ -40,7 +40,7 @@ class BoundText:
     own: torch.Tensor | None
     silent: Silent
     row_silent: torch.Tensor | None
-    lender: BoundText | None = None
+    prompt: BoundText | None = None
     image: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
     _made: Made = field(default_factory=dict)
@@ -64,11 +64,11 @@ class BoundText:
                 bias = -closing * self.picture.closed_words(side)
                 self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
 
-    def borrow(self) -> bool:
-        """Take over the places that its lender has planned since; returns whether there were any."""
-        if self.lender is None or self.image is self.lender.image:
+    def follow_prompt(self) -> bool:
+        """Take over the places that were planned for the prompt since; returns whether there were any."""
+        if self.prompt is None or self.image is self.prompt.image:
             return False
-        self.image, self._made = self.lender.image, {}
+        self.image, self._made = self.prompt.image, {}
         return True
 
     # ---- what layers ask

@@ -14,12 +14,12 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import GateBank, GateConfig, Layer, LayerOfPromptGate, PromptGate, build_gate
+from mole_diffusers.gates import Gate, GateBank, GateConfig, Layer, LayerOfPromptGate, PromptGate, build_gate
 from mole_diffusers.gates.rank import singular
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs
-from mole_diffusers.patching.gate_site import GateSite
+from mole_diffusers.patching.gate_site import BlockSite, GateSite, LayerSite, ModelSite
 from mole_diffusers.patching.placement import (
     NETWORK,
     TEXT_LAYERS,
@@ -48,11 +48,11 @@ class Component:
         self.name, self.model, self.stacks, self.config, self.runtime = name, model, dict(stacks), config, runtime
         if config.family == "rank" and config.refactor:
             self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
-        names = list(blocks(model))
-        self.owners = {layer: place_name(layer, config.layout, names) for layer in stacks}  # layer -> name of its place
-        self.places = {name: describe_place(name, config.layout, model) for name in dict.fromkeys(self.owners.values())}
+        names, per = list(blocks(model)), config.one_gate_per
+        self.owners = {layer: place_name(layer, per, names) for layer in stacks}  # layer -> name of its place
+        self.places = {name: describe_place(name, per, model) for name in dict.fromkeys(self.owners.values())}
         self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, where one gate weighs them all
-        if config.layout == "module":
+        if per == "module":
             for layer in stacks:
                 self.layers_of_block.setdefault(place_name(layer, "block_input", names), []).append(layer)
         self.bank = GateBank(self._gates())
@@ -65,7 +65,7 @@ class Component:
         sites = {layer: self.sites[name] for layer, name in self.owners.items()}
         peft_injection.inject(self.model, self.stacks, sites, undo)
         if self.config.reads_prompt and self.name in DENOISERS:
-            hook = _defer_text(list(self.sites.values()), DenoiserInputs(self.model))
+            hook = _defer_text(self._model_sites, DenoiserInputs(self.model))
             undo.before_forward(self.model, hook, with_kwargs=True)
             return
         for name, at in self.places.items():
@@ -83,8 +83,12 @@ class Component:
 
     def evaluate_deferred(self) -> None:
         """Evaluate gates that wait for a layer to ask."""
-        for site in self.sites.values():
+        for site in self._model_sites:
             site.evaluate_deferred()
+
+    @property
+    def _model_sites(self) -> list[ModelSite]:
+        return [site for site in self.sites.values() if isinstance(site, ModelSite)]
 
     def evaluate_input_free(self) -> None:
         """Evaluate gates that read nothing, outside of any sampling, for the listeners.
@@ -110,6 +114,10 @@ class Component:
     def place_of(self, layer: str) -> tuple[str, Present]:
         """The place whose weights a layer takes, and the experts that it has."""
         return self._full_name(self.owners[layer]), self.stacks[layer].present
+
+    def gate_of(self, layer: str) -> Gate:
+        """The gate whose weights a layer takes."""
+        return self.sites[self.owners[layer]].gate
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate and the layers that take its weights; none for "prompt", whose gates weigh several places at once."""
@@ -155,19 +163,19 @@ class Component:
         presents = {self.stacks[layer].present for layer, name in self.owners.items() if name == at.name}
         timed, whole = self.name in DENOISERS, at.name == NETWORK
         gate, scope = self._gate_of(at)
-        return GateSite(
-            self._full_name(at.name),
-            gate,
-            self.runtime,
-            presents=sorted(presents, key=lambda present: (sum(present), present), reverse=True),
-            one_evaluation=whole or at.block is not None or self.config.reads_prompt,
-            timed=timed,
-            spans_blocks=whole,
-            reads_model_input=whole or (timed and self.config.reads_prompt),
-            reads_text=timed and self.config.layout == "stream" and at.name.endswith(TEXT_LAYERS),
-            scope=scope,
-            probe=self._probe(at),
-        )
+        common: dict[str, Any] = {
+            "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
+            "timed": timed,
+            "scope": scope,
+            "probe": self._probe(at),
+        }
+        about = self._full_name(at.name), gate, self.runtime
+        if whole or (timed and self.config.reads_prompt):
+            return ModelSite(*about, spans_blocks=whole, **common)
+        if at.block is not None or self.config.reads_prompt:
+            reads_text = timed and self.config.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)
+            return BlockSite(*about, reads_text=reads_text, **common)
+        return LayerSite(*about, **common)
 
     def _gate_of(self, at: Place) -> tuple[Any, Present | None]:
         """The gate at a place, and the experts it shares among where one gate weighs all layers of a block."""
@@ -199,27 +207,24 @@ class Component:
 
     def _hook(self, at: Place, site: GateSite, undo: Undo) -> None:
         """Evaluate the site's gate whenever sampling enters its place."""
-        if at.name == NETWORK or (site.one_evaluation and at.block is None):
-            self._hook_network(site, undo)
+        if isinstance(site, LayerSite):
             return
-        if at.block is not None:
-            block = self.model.get_submodule(at.block)
-            undo.before_forward(block, lambda *_: site.clear())
-        if at.entry is not None:
-            entry = self.model.get_submodule(at.entry)
-            if isinstance(entry, Attention):
-                _replace_processor(entry, site, undo)
-            else:
-                undo.before_forward(entry, self._evaluate_on_entry(site), with_kwargs=True)
-
-    def _hook_network(self, site: GateSite, undo: Undo) -> None:
-        """The denoiser's own gate reads text and time; a text encoder's reads what enters its first layer."""
-        if self.name in DENOISERS:
+        if isinstance(site, ModelSite) and self.name in DENOISERS:
             hook = _defer_text_and_time(site, DenoiserInputs(self.model))
             undo.before_forward(self.model, hook, with_kwargs=True)
+            return
+        entry = at.entry
+        if at.block is None:  # a text encoder's own gate reads what enters its first layer
+            entry = next(iter(blocks(self.model)))
+        elif isinstance(site, BlockSite):
+            undo.before_forward(self.model.get_submodule(at.block), lambda *_: site.begin_block())
+        if entry is None:  # the first of its layers evaluates it
+            return
+        module = self.model.get_submodule(entry)
+        if isinstance(module, Attention):
+            _replace_processor(module, site, undo)
         else:
-            first = self.model.get_submodule(next(iter(blocks(self.model))))
-            undo.before_forward(first, self._evaluate_on_entry(site), with_kwargs=True)
+            undo.before_forward(module, self._evaluate_on_entry(site), with_kwargs=True)
 
     def _evaluate_on_entry(self, site: GateSite) -> Callable[[nn.Module, tuple, dict], None]:
         def evaluate(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -229,7 +234,7 @@ class Component:
         return evaluate
 
 
-def _defer_text_and_time(site: GateSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
+def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
         time = inputs.time(args, kwargs)  # [B]
         text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a film has its text once a frame
@@ -239,7 +244,7 @@ def _defer_text_and_time(site: GateSite, inputs: DenoiserInputs) -> Callable[[nn
     return defer
 
 
-def _defer_text(sites: Sequence[GateSite], inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
+def _defer_text(sites: Sequence[ModelSite], inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
     """All gates of a denoiser read its text."""
 
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:

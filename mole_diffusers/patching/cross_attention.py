@@ -49,7 +49,7 @@ def map_layers(model: Any) -> list[str]:
 def _attend(runtime: Runtime, reads_maps: bool) -> Any:
     def before(attention: Attention, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         masks = runtime.masks
-        if masks is None or (bound := masks.now) is None or not bound.binds:
+        if masks is None or (bound := masks.text) is None or not bound.binds:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")

@@ -104,7 +104,7 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
     for part in parts:
         for name, stack in part.stacks.items():
             factor = weights[part.place_of(name)].cpu()
-            if (lora := _weighed(stack, factor if part.config.ranked else factor[stack.segment])).rank:
+            if (lora := _weighed(stack, factor if part.gate_of(name).ranked else factor[stack.segment])).rank:
                 layers.setdefault(part.name, {})[name] = lora
     return layers
 

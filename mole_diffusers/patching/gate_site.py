@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +14,24 @@ from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.seen import Seen, version
-from mole_diffusers.patching.runtime import ActiveExperts, Decision, Present, Runtime
+from mole_diffusers.patching.runtime import ActiveExperts, Decision, Plan, Present, Runtime
 
 if TYPE_CHECKING:
     from mole_diffusers.patching.gated_linear import GatedExperts
 
 
-class GateSite:
-    """One gate, and the weights that it last gave for each set of experts.
+class GateSite(ABC):
+    """One gate, the layers that take its weights, and the weights that it last gave for each set of experts.
 
     Args:
         name: the module name of the site, component first.
         presents: the sets of experts that the site's layers have, the largest first.
-        one_evaluation: the layers of the site use one evaluation; otherwise each evaluates the gate on its own input.
         timed: the site knows the noise level; a text encoder does not.
-        spans_blocks: each layer multiplies its own block's strength from a schedule.
-        reads_model_input: the gate reads the text or the noise level, so a layer's own input is no substitute.
-        reads_text: the gate reads what its layers read, the text, which may be the same tensor at every step.
         scope: the experts that the gate shares among, where that is more than the layers' own.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
+
+    shares_factors = True  # whether all layers of the same ranks have the same factor
 
     def __init__(
         self,
@@ -41,30 +40,17 @@ class GateSite:
         runtime: Runtime,
         *,
         presents: Sequence[Present],
-        one_evaluation: bool,
         timed: bool,
-        spans_blocks: bool,
-        reads_model_input: bool,
-        reads_text: bool,
         scope: Present | None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None,
     ):
         self.name, self.gate, self.runtime = name, gate, runtime
-        self.presents, self.scope, self.probe = tuple(presents), scope, probe
-        self.one_evaluation, self.timed = one_evaluation, timed
-        self.spans_blocks, self.reads_model_input, self.reads_text = spans_blocks, reads_model_input, reads_text
+        self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
-        self._text, self._texts = Seen(), 0  # what the gate read last, and how many texts it has read
         self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and where experts are bound by its tokens
-        self._batch = 0  # rows that the decisions are for; 0 where a layer has to evaluate the gate
-        self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     # ---- evaluating
-
-    def clear(self) -> None:
-        """The block begins: weights of the call before no longer count."""
-        self._batch = 0
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
         """Evaluate the gate on `hidden` [B, T, C].
@@ -80,43 +66,26 @@ class GateSite:
         for listener in self.runtime.listeners:
             for decision in self._decisions:
                 listener(decision)
-        self._batch = hidden.shape[0]
-
-    def defer(self, hidden: torch.Tensor, *, tokens: torch.Tensor | None = None) -> None:
-        """Keep what the gate is to read, [B, T, C], until the first layer asks.
-
-        At the entry of a whole model the gate may still be on another device: offloading brings it when the model's forward
-        begins. With gradients it is evaluated here: inside a checkpointed block it would be evaluated only the first time.
-        """
-        if torch.is_grad_enabled():
-            self.evaluate(hidden, tokens=tokens)
-            return
-        self._deferred, self._batch = (hidden, tokens), hidden.shape[0]
-
-    def evaluate_deferred(self) -> None:
-        """Evaluate the gate on what was deferred, if anything was."""
-        if self._deferred is not None:
-            (hidden, tokens), self._deferred = self._deferred, None
-            self.evaluate(hidden, tokens=tokens)
 
     def _validity(self, hidden: torch.Tensor) -> tuple[Any, ...] | None:
         """What decisions hold for: as long as it stays equal, the gate need not be evaluated. None: for this call only."""
         runtime = self.runtime
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or runtime.plan is not None
-            or runtime.control is not None
-        ):
+        if not self._may_keep():
             return None
         if self.gate.input_free and runtime.rows is None and (runtime.masks is None or runtime.masks.row_silent is None):
-            return runtime.changes, len(hidden), hidden.device, sum(version(p) for p in self.gate.parameters())
+            return runtime.changes, len(hidden), hidden.device, self._gate_version()
         if self.timed and runtime.every > 1:
             return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
-        if self.reads_text:
-            self._texts += not self._text.again(hidden)
-            return runtime.changes, self._texts, sum(version(p) for p in self.gate.parameters())
         return None
+
+    def _may_keep(self) -> bool:
+        """Whether decisions may hold beyond this call at all: under a schedule they change with the step."""
+        runtime = self.runtime
+        learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not learns and runtime.plan is None and runtime.control is None
+
+    def _gate_version(self) -> int:
+        return sum(version(p) for p in self.gate.parameters())
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
         """One decision for each set of experts among the site's layers."""
@@ -182,8 +151,7 @@ class GateSite:
             strengths = runtime.strength if runtime.fixed is None else [1.0] * len(present)
             if plan is not None:
                 part = plan.part(self.name.partition(".")[0])
-                factors = [part] if self.spans_blocks else [part, plan.block(self.name)]
-                strengths = [math.prod(row) for row in zip(strengths, *factors, strict=True)]
+                strengths = [math.prod(row) for row in zip(strengths, part, self._plan_of_block(plan), strict=True)]
             active = runtime.compute_active(present, strengths, hidden.device)
         if runtime.masks is not None and (silent := runtime.masks.row_silent) is not None:
             there = ~functional.rows_for_layer(silent, len(hidden))  # [B, N]
@@ -194,13 +162,14 @@ class GateSite:
         rows = functional.rows_per_prompt(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
         return ActiveExperts(active.mask & (rows != 0), active.strengths * rows, all_active=False, unit_strengths=False)
 
+    def _plan_of_block(self, plan: Plan) -> Sequence[float]:
+        """[N], a schedule's factors of the block that the site is in."""
+        return plan.block(self.name)
+
     # ---- reading
 
     def factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """What multiplies A x of a layer, rank by rank.
-
-        Where nobody evaluated the gate for this batch it is evaluated on `x`: each layer has a gate of its own, or another
-        processor took the place of ours (IP-Adapter, PAG) or splits the batch.
 
         Args:
             x: the layer's input, [B, Cin], [B, T, Cin] or [B, Cin, H, W].
@@ -209,44 +178,134 @@ class GateSite:
         Returns:
             a tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
         """
-        if self._deferred is not None:
-            self.evaluate_deferred()
-        if not self.one_evaluation or (self._batch != x.shape[0] and not (self.reads_model_input and self._batch)):
-            self._evaluate_on_input(layer, x, _by_token(low, x))
+        self._make_ready(layer, x, low)
         masks = self.runtime.masks
         binds = masks is not None and masks.binds
         shape = low.dim()  # rows of all tokens, or tokens by row
         key = (layer.ranks, shape, layer.stream, x.shape[:2]) if binds else (layer.ranks, shape)  # PAG: a part of the rows
         factor = self._factors.get(key)
         if factor is None or factor.dtype != low.dtype or x.dim() != 3:
-            factor = self._spread(layer, _by_token(low, x))
+            factor = self._spread(layer, self._weights_of(layer, len(x)), _by_token(low, x))
             if low.dim() < x.dim() and factor.dim() == 3 and factor.shape[1] > 1:
                 factor = factor.flatten(0, 1)
             # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
-            if x.dim() == 3 and not self.spans_blocks and not self.reads_model_input and not factor.requires_grad:
+            if x.dim() == 3 and self.shares_factors and not factor.requires_grad:
                 self._factors[key] = factor
         return factor
 
-    def _evaluate_on_input(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
-        if x.dim() == 4 and x.shape[2:] != low.shape[2:]:  # a strided convolution
-            x = F.interpolate(x, low.shape[2:])  # nearest, so that every token keeps its own weights
-        self.evaluate(functional.as_tokens(x), None if self.one_evaluation else layer.described(low))
+    @abstractmethod
+    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
+        """Evaluate the gate where the weights are not those of this call, or of this layer."""
 
-    def _spread(self, layer: GatedExperts, low: torch.Tensor) -> torch.Tensor:
+    def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
+        """The weights of a layer's experts, [N] or [R], [B, ...] or [B, T, ...]; `rows` of the batch reach it."""
+        return next(d.applied for d in self._decisions if d.present == layer.present)
+
+    def _spread(self, layer: GatedExperts, weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens where experts are bound."""
-        weights = next(d.applied for d in self._decisions if d.present == layer.present)
         segment = layer.segment
-        if self.reads_model_input and weights.dim() > 1:
-            weights = functional.rows_for_layer(weights, low.shape[0])
-        if self.spans_blocks and self.runtime.plan is not None:
-            # The name is read here alone: torch.compile would compile every block anew.
-            block = onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
-            weights = weights * (block[segment] if self.gate.ranked else block)
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)
         if (masks := self.runtime.masks) is not None and masks.binds:
             mask = masks.over_ranks(layer.stream, low, segment, layer.ranks)
             factor = factor if mask is None else factor * mask
         return factor
+
+
+class BlockSite(GateSite):
+    """A gate that is evaluated when its block begins. Where nobody did so for this batch, it is on a layer's own input:
+    another processor took the place of ours (IP-Adapter, PAG), or splits the batch.
+
+    Args:
+        reads_text: the gate reads what its layers read, the text, which may be the same tensor at every step.
+    """
+
+    def __init__(self, *args: Any, reads_text: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.reads_text = reads_text
+        self._text, self._texts = Seen(), 0  # what the gate read last, and how many texts it has read
+        self._batch = 0  # rows that the gate was evaluated on since the block began
+
+    def begin_block(self) -> None:
+        """The weights of the call before no longer count."""
+        self._batch = 0
+
+    def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
+        super().evaluate(hidden, layer, tokens=tokens)
+        self._batch = hidden.shape[0]
+
+    def _validity(self, hidden: torch.Tensor) -> tuple[Any, ...] | None:
+        found = super()._validity(hidden)
+        if found is None and self.reads_text and self._may_keep():
+            self._texts += not self._text.again(hidden)
+            found = self.runtime.changes, self._texts, self._gate_version()
+        return found
+
+    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
+        if self._batch != x.shape[0]:
+            self.evaluate(_as_input(x, low))
+
+
+class LayerSite(GateSite):
+    """A gate that is evaluated on its layer's input whenever that layer runs."""
+
+    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
+        low = _by_token(low, x)
+        self.evaluate(_as_input(x, low), layer.described(low))
+
+
+class ModelSite(GateSite):
+    """A gate that reads what a whole model is given, and is evaluated when its first layer asks.
+
+    At the entry of the model the gate may still be on another device: offloading brings it when the model's forward begins.
+
+    Args:
+        spans_blocks: each layer multiplies its own block's strength from a schedule.
+    """
+
+    shares_factors = False
+
+    def __init__(self, *args: Any, spans_blocks: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.spans_blocks = spans_blocks
+        self._deferred: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def defer(self, hidden: torch.Tensor, *, tokens: torch.Tensor | None = None) -> None:
+        """Keep what the gate is to read, [B, T, C], until the first layer asks.
+
+        With gradients it is evaluated here: inside a checkpointed block it would be evaluated only the first time.
+        """
+        if torch.is_grad_enabled():
+            self.evaluate(hidden, tokens=tokens)
+        else:
+            self._deferred = hidden, tokens
+
+    def evaluate_deferred(self) -> None:
+        """Evaluate the gate on what was deferred, if anything was."""
+        if self._deferred is not None:
+            (hidden, tokens), self._deferred = self._deferred, None
+            self.evaluate(hidden, tokens=tokens)
+
+    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
+        self.evaluate_deferred()
+
+    def _plan_of_block(self, plan: Plan) -> Sequence[float]:
+        return [1.0] * len(self.runtime.strength) if self.spans_blocks else super()._plan_of_block(plan)
+
+    def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
+        weights = super()._weights_of(layer, rows)
+        if weights.dim() > 1:
+            weights = functional.rows_for_layer(weights, rows)
+        if self.spans_blocks and self.runtime.plan is not None:
+            # The name is read here alone: torch.compile would compile every block anew.
+            weights = weights * onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
+        return weights
+
+
+def _as_input(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """A layer's input as a gate reads it, [B, T, C], with the tokens of A x."""
+    if x.dim() == 4 and x.shape[2:] != low.shape[2:]:  # a strided convolution
+        x = F.interpolate(x, low.shape[2:])  # nearest, so that every token keeps its own weights
+    return functional.as_tokens(x)
 
 
 def _by_token(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

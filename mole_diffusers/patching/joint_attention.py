@@ -38,7 +38,7 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
 
 
 def _has_regions(masks: TokenMasks) -> bool:
-    return masks.now is not None and masks.now.image is not None
+    return masks.text is not None and masks.text.image is not None
 
 
 def _has(block: nn.Module, name: str) -> bool:
@@ -89,7 +89,7 @@ class _Watched(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
-        bound = self.masks.now
+        bound = self.masks.text
         words = 0 if bound is None else bound.tokens
         picture = slice(0, -words) if self.picture_first else slice(words, None)
         text = slice(-words, None) if self.picture_first else slice(0, words)

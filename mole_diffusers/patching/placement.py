@@ -55,44 +55,44 @@ def _first_attention(module: nn.Module) -> str | None:
     return next((name for name in (*ONE_STREAM, *JOINT_STREAM) if hasattr(module, name)), None)
 
 
-def place_name(layer: str, layout: str, block_names: Iterable[str]) -> str:
+def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
     """The name of the place that gates `layer`.
 
     Args:
-        layout: a granularity, see `GateConfig`; or "stream": in a block one place for the layers that read the picture and
-            one for those that read the text, and outside of blocks one for each layer; or "block_input": one place for
-            each block; or "module": one for each layer.
+        one_gate_per: a granularity, see `GateConfig`; or "stream": in a block one place for the layers that read the
+            picture and one for those that read the text, and outside of blocks one for each layer; or "block_input": one
+            place for each block; or "module": one for each layer.
     """
-    if layout in ("matrix", "module"):
+    if one_gate_per in ("matrix", "module"):
         return layer
     block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
-    if layout == "stream" and block == NETWORK:
+    if one_gate_per == "stream" and block == NETWORK:
         return layer
-    if layout == "model" or block == NETWORK:
+    if one_gate_per == "model" or block == NETWORK:
         return NETWORK
-    if layout == "stream" and layer.endswith(TEXT_LAYERS):
+    if one_gate_per == "stream" and layer.endswith(TEXT_LAYERS):
         return f"{block}.{TEXT_LAYERS[0]}"
-    return block if layout != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
+    return block if one_gate_per != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
 
 
-def describe_place(name: str, layout: str, model: nn.Module) -> Place:
+def describe_place(name: str, one_gate_per: str, model: nn.Module) -> Place:
     """Describe the place that `place_name` named."""
     if name == NETWORK:
         return Place(name, None, None, _network_width(model), 1)
-    if layout in ("stream", "block_input", "module"):
-        return _within(name, layout, model)
-    if layout == "matrix":
+    if one_gate_per in ("stream", "block_input", "module"):
+        return _within(name, one_gate_per, model)
+    if one_gate_per == "matrix":
         return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
-    entry = f"{name}.{_first_attention(model.get_submodule(name))}" if layout == "block" else name
+    entry = f"{name}.{_first_attention(model.get_submodule(name))}" if one_gate_per == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
-def _within(name: str, layout: str, model: nn.Module) -> Place:
+def _within(name: str, one_gate_per: str, model: nn.Module) -> Place:
     """A place that reads its block's input as it enters, before any norm; of two streams the text as its layers have it."""
     parts = name.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # the modules that it is in, and itself
     block = next((each for each in around if _first_attention(model.get_submodule(each))), None)
-    if layout == "stream":
+    if one_gate_per == "stream":
         if block is not None and not any(hasattr(model.get_submodule(block), first) for first in ONE_STREAM):
             raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
         return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)

@@ -30,7 +30,7 @@ class Decision(NamedTuple):
         present: which experts these layers have; a site's first decision is for the largest set.
         gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
         weights: the same times the user's strengths, which is what the layers are multiplied by.
-        per_rank: what they are multiplied by instead where the gate weighs ranks, [R] or [B, T, R].
+        per_rank: what they are multiplied by instead where the gate weighs ranks, [R], [B, R] or [B, T, R].
     """
 
     of: GateSite

@@ -1,4 +1,16 @@
-"""Binding while sampling: which expert acts on which token of the texts and of the picture, right now."""
+"""Binding while sampling: which expert acts on which token of the texts and of the picture, right now.
+
+In the order of a call of the pipeline:
+
+    begin          forget the pictures of the call before
+    on_text        a text encoder reads a text: whose words its tokens are
+    on_denoiser    step 1, and any new text: whose words its tokens are, who is silent; regions that the user gave hold
+    add_maps       step 1: attention hooks say which word is attended where
+    on_denoiser    step 2: the layout is planned from these maps, and holds from here on
+    end            warn of what got no place
+
+Tiles plan the layout without maps, by `plan`, before the first step.
+"""
 
 from __future__ import annotations
 
@@ -51,18 +63,18 @@ class TokenMasks:
         self._encoded: Made = {}
         self._texts: list[BoundText] = []  # of the pictures that are being drawn
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # where their things are, if that was planned without maps
-        self.now: BoundText | None = None  # that the denoiser reads
+        self.text: BoundText | None = None  # that the denoiser reads
         self._called = False  # whether a call of the pipeline runs
         self._level = 0.0  # of noise, at the last step outside of calls
-        self._warned: set[str] = set()
-        self.said: list[str] = []  # what was to be warned of since the call of the pipeline began
+        self._ever_warned: set[str] = set()
+        self.warned: list[str] = []  # what was to be warned of since the call of the pipeline began
 
     # ---- what layers ask
 
     @property
     def binds(self) -> bool:
         """Whether any expert is kept from any token, of the text encoder or of the denoiser."""
-        return self._encoding is not None or (self.now is not None and self.now.binds)
+        return self._encoding is not None or (self.text is not None and self.text.binds)
 
     def over_ranks(
         self, stream: str | None, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
@@ -78,20 +90,20 @@ class TokenMasks:
             return None
         if stream == "encoding":
             return spread(self._encoded, stream, low, segment, ranks, lambda: self._encoding)
-        return None if self.now is None else self.now.over_ranks(stream, low, segment, ranks)
+        return None if self.text is None else self.text.over_ranks(stream, low, segment, ranks)
 
     @property
     def wants_maps(self) -> bool:
         """Whether attention is to be read at this step."""
-        if self.now is None or torch.is_grad_enabled():
+        if self.text is None or torch.is_grad_enabled():
             return False
-        return self.now.picture.wants_maps or (bool(self._watchers) and self.now.picture.has_things)
+        return self.text.picture.wants_maps or (bool(self._watchers) and self.text.picture.has_things)
 
     def add_maps(self, shares: torch.Tensor) -> None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
-        if self.now is None or (side := self.now.side_of(shares.shape[1])) is None:
+        if self.text is None or (side := self.text.side_of(shares.shape[1])) is None:
             return
-        picture = self.now.picture
+        picture = self.text.picture
         if picture.wants_maps:
             picture.add_maps(shares, side)
         for watcher in self._watchers:
@@ -167,7 +179,7 @@ class TokenMasks:
 
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read, and its layout is planned, anew."""
-        self._called, self._texts, self.now, self.said, self._planned = True, [], None, [], {}
+        self._called, self._texts, self.text, self.warned, self._planned = True, [], None, [], {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
@@ -224,11 +236,11 @@ class TokenMasks:
             for warning in state.picture.plan():
                 self._warn(warning)
             state.place(self.closing)
-            self.now = None
-        if state.borrow():
-            self.now = None
-        if self.now is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
-            self.now, self.silent, self.row_silent = state, state.silent, state.row_silent
+            self.text = None
+        if state.follow_prompt():
+            self.text = None
+        if self.text is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
+            self.text, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._changed()
 
     def _read(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, groups: Groups | None) -> BoundText:
@@ -250,12 +262,12 @@ class TokenMasks:
         own = onto(self._own_tokens(readings), text.device) if readings else None
         said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
         before = next((known for known in reversed(self._texts) if any(map(_says, known.picture.readings))), None)
-        lent = groups is None and before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
-        lender = before if lent else None
-        silent, by_row = self._silent(said, text.device) if lender is None else (lender.silent, lender.row_silent)
+        follows = groups is None and before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
+        prompt = before if follows else None
+        silent, by_row = self._silent(said, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
         now = text.detach(), version(text), latents.shape
-        state = BoundText(*now, picture, own, silent, by_row, lender)
-        if lender is not None:
+        state = BoundText(*now, picture, own, silent, by_row, prompt)
+        if prompt is not None:
             return state
         if self._planned:
             picture.put(self._planned)
@@ -266,10 +278,10 @@ class TokenMasks:
 
     def _warn(self, message: str) -> None:
         """Once for each message."""
-        if message not in self.said:
-            self.said.append(message)
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.append(message)
+        if message not in self._ever_warned:
+            self._ever_warned.add(message)
             warnings.warn(message, stacklevel=2)
 
 

@@ -43,7 +43,7 @@ def own_words(tokens=16):
 
 def now(mixture):
     """What binding knows of the text that was drawn last."""
-    return mixture._runtime.binding.now
+    return mixture._runtime.binding.text
 
 
 # ---- nothing is bound

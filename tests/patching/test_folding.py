@@ -49,7 +49,7 @@ def test_collapsed_respects_strength_and_only(pipe, loras, draw):
 
 def test_gates_without_input_are_evaluated_where_their_model_is(pipe, loras, monkeypatch):
     mixture, devices = mole.attach(pipe, {"fox": (loras["fox"], 0.8), "hat": loras["hat"]}, "static"), set()
-    monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden, layer: devices.add(hidden.device.type))
+    monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden, *__, **___: devices.add(hidden.device.type))
     pipe.unet.to("meta")
     evaluate_gates(pipe, [part for part in mixture._components if part.name == "unet"], None)
     assert devices == {"meta"}
