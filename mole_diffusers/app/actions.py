@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from types import MappingProxyType
 from typing import Any
 
@@ -137,10 +137,11 @@ class Actions:
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
         self.downloads, self.uploads = self.folder / "downloads", self.home / ".loras"  # which is no name of gates
-        files.find_loras(studio.catalog, [self.uploads])
+        studio.catalog.find_loras([self.uploads])
         self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
         self._preview = PreviewDecoder()
+        self._adding = threading.Lock()
         self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
         self._library: LoraLibrary | None = None
         # The base, the reader and the files that it is for: a base that was opened again has a reader of its own.
@@ -242,11 +243,14 @@ class Actions:
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
-        return files.add_lora(self.studio.catalog, path, self.uploads, models_of(self.studio.pipe))
+        with self._adding:  # two of one name may come at once
+            return files.add_lora(self.studio.catalog, path, self.uploads, models_of(self.studio.pipe))
 
     def find_loras(self) -> list[str]:
         """Add the LoRA files that have come into the folders of those that are here; their names."""
-        return files.find_loras(self.studio.catalog, [file.parent for file in self.studio.catalog.loras.values()])
+        catalog = self.studio.catalog
+        with self._adding:
+            return catalog.find_loras(file.parent for file in catalog.loras.values())
 
     def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
         """Add uploaded gates; their description. See `files.import_gates`."""
@@ -425,7 +429,8 @@ class Actions:
         strengths = recipe.constant_strengths()
         if not strengths:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
-        path = self.folder / "exports" / f"{'+'.join(sorted(strengths)).replace('/', '_')[:100]}.safetensors"
+        folder = Path(mkdtemp(prefix="export-", dir=self.folder))  # others may export these LoRAs at other weights
+        path = folder / f"{'+'.join(sorted(strengths)).replace('/', '_')[:100]}.safetensors"
         call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
 
         def work(report: Report) -> Exported:

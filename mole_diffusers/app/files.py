@@ -6,7 +6,7 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -58,18 +58,6 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
         shutil.copyfile(path, part)
         catalog.add_lora(name, part.rename(copy))
         return name
-
-
-def find_loras(catalog: Catalog, folders: Iterable[Path]) -> list[str]:
-    """Add the LoRA files of folders that the catalog lacks; their names, with as much of the folder as tells them apart."""
-    added, known = [], {file.absolute() for file in catalog.loras.values()}
-    for path in sorted(path for folder in set(folders) for path in folder.glob("[!.]*.safetensors")):
-        if path.absolute() not in known:
-            short, whole = (path.stem, f"{path.parent.name}/{path.stem}"), path.absolute().with_suffix("").as_posix()
-            name = next((name for name in short if matching(name, catalog.loras) is None), whole)
-            catalog.loras[name] = path
-            added.append(name)
-    return added
 
 
 def check_gates_name(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,6 +23,8 @@ PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # ends of names of pictures besid
 class Catalog:
     """The LoRAs and gates that can be used by name. LoRA files are read on first use, then cached.
 
+    Threads may share it: `loras` and `gates` are replaced and not changed, so that one may be walked through meanwhile.
+
     Attributes:
         loras: name -> file.
         gates: name -> folder of trained gates.
@@ -35,6 +36,8 @@ class Catalog:
         self._experts: dict[str, Expert] = {}
         self._families: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
+        # The gates that were read, and {those that are no examples: {LoRA they were trained with: its hash}}.
+        self._trained: tuple[dict[str, Path], dict[str, dict[str, str]]] = {}, {}
 
     # ---- LoRAs
 
@@ -66,8 +69,20 @@ class Catalog:
         expert = read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
-        self.loras[name], self._experts[name] = path, expert
+        self._experts[name] = expert
+        self.loras = self.loras | {name: path}
         return expert
+
+    def find_loras(self, folders: Iterable[Path]) -> list[str]:
+        """Add the LoRA files of folders that are not here; their names, with as much of the folder as tells them apart."""
+        added: dict[str, Path] = {}
+        known = {file.absolute() for file in self.loras.values()}
+        for path in sorted(path for folder in set(folders) for path in folder.glob("[!.]*.safetensors")):
+            if path.absolute() not in known:
+                short, whole = (path.stem, f"{path.parent.name}/{path.stem}"), path.absolute().with_suffix("").as_posix()
+                added[next((name for name in short if matching(name, self.loras | added) is None), whole)] = path
+        self.loras = self.loras | added
+        return list(added)
 
     def local_name(self, name: str, sha256: str) -> str:
         """The name that a recipe's LoRA has here: found by hash, or by name if the recipe has no hash.
@@ -103,8 +118,9 @@ class Catalog:
         No examples, and none that cannot be read: these are passed over with a warning.
         """
         wanted = {name: self.expert(name).sha256 for name in experts}
-        same_files = [g for g, hashes in self._trained_with.items() if set(hashes.values()) == set(wanted.values())]
-        same_names = [g for g, hashes in self._trained_with.items() if set(hashes) == set(wanted)]
+        trained = self._trained_with()
+        same_files = [g for g, hashes in trained.items() if set(hashes.values()) == set(wanted.values())]
+        same_names = [g for g, hashes in trained.items() if set(hashes) == set(wanted)]
         return next(iter(same_files + same_names), "sum")
 
     def other_files(self, gates: str, experts: Iterable[str]) -> list[str]:
@@ -119,22 +135,23 @@ class Catalog:
         """Add trained gates, replacing any of the same name; ValueError if it is a family's name."""
         if name in FAMILIES:
             raise ValueError(f"{name!r} is the name of a family; choose another")
-        self.gates[name] = folder
         self.examples.discard(name)
-        self.__dict__.pop("_trained_with", None)
+        self.gates = self.gates | {name: folder}
 
-    @cached_property
     def _trained_with(self) -> dict[str, dict[str, str]]:
-        """Gates that are no examples -> {LoRA they were trained with: its hash}."""
-        found = {}
-        for name, folder in self.gates.items():
+        """Gates that are no examples -> {LoRA they were trained with: its hash}; read once for each `gates`."""
+        gates, found = self.gates, dict[str, dict[str, str]]()
+        if gates is self._trained[0]:
+            return self._trained[1]
+        for name, folder in gates.items():
             if name not in self.examples:
                 try:
                     experts = checkpoint.load(folder).experts
                 except (ValueError, OSError) as error:
-                    warnings.warn(f"the gates {name!r} are passed over: {error}", stacklevel=2)
+                    warnings.warn(f"the gates {name!r} are passed over: {error}", stacklevel=3)
                     continue
                 found[name] = {n: expert["sha256"] for n, expert in experts.items()}
+        self._trained = gates, found
         return found
 
 

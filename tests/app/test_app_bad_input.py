@@ -4,13 +4,16 @@ import json
 import shutil
 import struct
 import tempfile
+import threading
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from app_client import PROMPT, RECIPE
 from PIL import Image
 
+from mole_diffusers.lora.families import check_family
 from mole_diffusers.mixture import attach
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_lora
@@ -90,7 +93,7 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
 
 def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path):
     from mole_diffusers.app.actions import Actions
-    from mole_diffusers.app.files import export_gates, find_loras
+    from mole_diffusers.app.files import export_gates
     from mole_diffusers.app.jobs import ignore
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
@@ -122,10 +125,70 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
     for other in others:
         other.parent.mkdir(parents=True)
         shutil.copy(loras["hat"], other)
-    assert find_loras(again.studio.catalog, [other.parent for other in others]) == [
+    assert again.studio.catalog.find_loras([other.parent for other in others]) == [
         "library/hat",
         str(others[1].with_suffix("")),
     ]
+
+
+def test_two_uploads_of_one_name_at_once_overwrite_nothing(loras, pipe, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mole_diffusers.app import files
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+
+    actions = Actions(Studio(pipe, Catalog(dict(loras), {}), "tiny"), home=tmp_path / "gates")
+    both = threading.Barrier(2)
+
+    def slowly(*given):
+        with suppress(threading.BrokenBarrierError):  # where they come one after the other
+            both.wait(0.5)
+        return check_family(*given)
+
+    monkeypatch.setattr(files, "check_family", slowly)
+    sent = []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        sent.append(tiny_lora(pipe, tmp_path / str(i) / "owl.safetensors", seed=i + 9))
+    content = [path.read_bytes() for path in sent]
+    with ThreadPoolExecutor(2) as threads:
+        ends = [threads.submit(actions.add_lora, path) for path in sent]
+    said = [str(end.exception()) for end in ends if end.exception()]
+    assert said == ["there is already another LoRA 'owl'; rename the file"]
+    (first,) = (i for i, end in enumerate(ends) if not end.exception())
+    assert actions.studio.catalog.loras["owl"].read_bytes() == content[first]
+
+
+def test_loras_and_gates_that_come_while_a_list_is_read_break_nothing(loras, pipe, tmp_path, monkeypatch):
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.gates import checkpoint
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+
+    file = tiny_lora(pipe, tmp_path / "owl.safetensors", seed=9)
+    attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "mole").save_pretrained(tmp_path / "old")
+    actions = Actions(Studio(pipe, Catalog(dict(loras), {"old": tmp_path / "old"}), "tiny"), home=tmp_path / "gates")
+    catalog, misfit, load = actions.studio.catalog, actions.studio.misfit, checkpoint.load
+
+    def meanwhile(name):
+        if "owl" not in catalog.loras:
+            catalog.add_lora("owl", file)
+        return misfit(name)
+
+    def trained(folder):
+        if "new" not in catalog.gates:
+            attach(pipe, {name: loras[name] for name in ("fox", "hat")}, "mole").save_pretrained(tmp_path / "new")
+            catalog.add_gates("new", tmp_path / "new")
+        return load(folder)
+
+    monkeypatch.setattr(actions.studio, "misfit", meanwhile)
+    monkeypatch.setattr(checkpoint, "load", trained)
+    assert [name for _, name in actions.choices()] == list(loras)
+    assert [name for _, name in actions.choices()] == [*loras, "owl"]
+    assert catalog.gates_for(["fox", "ink"]) == "old"
+    assert catalog.gates_for(["fox", "hat"]) == "new"
 
 
 def test_a_message_has_no_temporary_folder_and_no_library():

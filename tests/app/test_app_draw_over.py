@@ -278,6 +278,15 @@ def test_what_one_lora_cannot_hold_is_said(actions):
     assert actions.export(dataclasses.replace(bound, binding="none"))(ignore).lost == ""
 
 
+def test_an_exported_lora_stays_as_it_was_written(actions):
+    """A page shows it again after a reload, whatever others export meanwhile."""
+    first, second = (dataclasses.replace(RECIPE, prompt=f"a fox <lora:fox:{weight}>", steps=1) for weight in (1, 0.5))
+    path = actions.export(first)(ignore).path
+    content = path.read_bytes()
+    assert actions.export(second)(ignore).path.name == path.name == "fox.safetensors"
+    assert path.read_bytes() == content
+
+
 def test_painted_masks_keep_soft_edges():
     soft = paint.painted_mask(editor((0, 0, 32, 32), alpha=paint.OPACITY // 2), 0.0)
     assert 120 < np.asarray(soft)[:, :60].mean() < 135
