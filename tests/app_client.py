@@ -1,6 +1,7 @@
 """A served app on the tiny pipeline and a client of it: what the tests of the API share."""
 
-from contextlib import contextmanager
+import inspect
+from contextlib import closing, contextmanager
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio.catalog import Catalog
@@ -20,6 +21,27 @@ def built(loras, home, **recipe):
     return build(
         actions, Recipe(PROMPT, **{"steps": 2, "width": 32, "height": 32, "gates": "auto", "base": "tiny"} | recipe)
     )
+
+
+def plain(event):
+    """The function of an event of the page; what it gives is in the order of the event's outputs, as the page gets it."""
+    from gradio.blocks import Block, convert_component_dict_to_list, skip
+
+    def listed(given):
+        if given == skip() and len(event.outputs) > 1:
+            return tuple(skip() for _ in event.outputs)
+        is_by_component = isinstance(given, dict) and all(isinstance(key, Block) for key in given)
+        return tuple(convert_component_dict_to_list(event.outputs, given)) if is_by_component else given
+
+    def each(events):
+        with closing(events):
+            yield from map(listed, events)
+
+    def call(*args):
+        given = event.fn(*args)
+        return each(given) if inspect.isgenerator(given) else listed(given)
+
+    return call
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
 from mole_diffusers.app.gate_training import train as train_gates
 from mole_diffusers.app.jobs import Work
-from mole_diffusers.app.page import Page, session, with_errors
+from mole_diffusers.app.page import Page, session
+from mole_diffusers.app.sentences import with_errors
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.picture_passes import read_picture

@@ -2,108 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from secrets import token_urlsafe
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from mole_diffusers.app import base_choice
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import add as add_api
 from mole_diffusers.app.compose_tab import build as compose_tab
 from mole_diffusers.app.gallery_tab import build as gallery_tab
-from mole_diffusers.app.interrupted import Interrupted
-from mole_diffusers.app.jobs import Jobs
-from mole_diffusers.app.keep_tab import axes
+from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.own_pages import OwnPagesOnly
-from mole_diffusers.app.page import PRIVATE, Page, redraw
+from mole_diffusers.app.page import OF_BASE, PRIVATE, Page, Values
+from mole_diffusers.app.page_jobs import connect_job
 from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
 from mole_diffusers.app.train_tab import build as train_tab
 from mole_diffusers.studio.recipe import Recipe
-
-TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
-STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     """The whole app; `launch` shows it."""
     # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
-        page = Page(actions, Jobs(), defaults, blocks, Interrupted(actions.home / ".jobs"))
+        page = Page(actions, defaults, blocks)
         add_api(page)  # first, while its endpoint names are free
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
-        page.cards, page.shown = gr.State([]), gr.State({"cards": []})
-        page.locks, page.masks = gr.State({}), gr.State({})
-        page.axes = axes()
-        page.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
-        status = base_choice.build(page)
-        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as page.tabs:
-            for name, tab in TABS.items():
-                with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
-                    tab(page)
-        base_choice.connect(page, status)
-        _remember(page)
+        _base(page)
+        with page.tabs.render():
+            with _tab("Compose"):
+                compose_tab(page)
+            with _tab("See"):
+                see_tab(page)
+            with _tab("Train"):
+                train_tab(page)
+            with _tab("Gallery") as tab:
+                gallery_tab(page, tab)
+            with _tab("Keep"):
+                keep_tab(page)
     return blocks
 
 
-def _remember(page: Page) -> None:
-    """Fields and jobs survive a reload of the page."""
-    fields = [*page.inputs, *page.fields]
-    saved = gr.BrowserState(None, storage_key="mole-fields", **STORED)
-    changes = [field.change for field in fields]
-    gr.on(changes, lambda *values: list(values), fields, saved, queue=False, show_progress="hidden", **PRIVATE)
-
-    def enter(visitor: Any, values: Any, prompt: str) -> Any:
-        """Fill a page that is opened; `prompt` is what stands in it by now, where somebody types at once."""
-        visitor, fresh = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16), page.fresh()
-        if (kept := _kept(page, fields, values)) is not None:
-            values, prompt = kept, page.recipe(*kept[: len(page.inputs)]).prompt
-        else:
-            values = [gr.skip()] * len(fields)
-            if fresh != page.defaults:
-                values[: len(page.inputs)], prompt = page.values(fresh), fresh.prompt
-        cards = page.cards_for(prompt)
-        return visitor, *values, cards, redraw(cards)
-
-    lists, updates = zip(*page.lists, strict=True)
-
-    def now() -> list[Any]:
-        return [gr.update(**each()) for each in updates]
-
-    for event in page.added:
-        event.then(now, None, list(lists), show_progress="hidden", **PRIVATE)
-    listed = page.blocks.load(lambda: [page.actions.base, *now()], None, [page.base, *lists], **PRIVATE)
-    filled = [page.visitor, *fields, page.cards, page.shown]
-    entered = listed.then(enter, [page.visitor, saved, page.controls["prompt"]], filled, **PRIVATE)
-    for resume, outputs in page.resumed:
-        entered.then(resume, page.visitor, outputs, concurrency_limit=None, **PRIVATE)
+def _tab(name: str) -> gr.Tab:
+    return gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name)
 
 
-def _kept(page: Page, fields: Sequence[Any], values: Any) -> list[Any] | None:
-    """The fields as a browser kept them, and as on a fresh page those that do not fit and the sizes of another base; None
-    where they are those of another release."""
-    if not isinstance(values, list) or len(values) != len(fields):
-        return None
-    entered = dict(zip(fields, values, strict=True))
-    fresh = dict(zip(page.inputs, page.values(page.fresh()), strict=True))
-    if entered[page.base] != page.actions.base:  # it was changed meanwhile
-        of_base = [page.base, *(page.controls[name] for name in ("width", "height", "guidance"))]
-        entered |= {field: fresh[field] for field in of_base}
-    bad = [field for field in fresh if not _fits(page, fresh | {field: entered[field]})]
-    return list((entered | {field: fresh[field] for field in bad}).values())
+def _base(page: Page) -> None:
+    """The choice of the base model, where the app has several."""
+    page.base.render()
+    status = gr.Markdown("", elem_id="base-status", elem_classes="status")
+    sizes = [page.controls[name] for name in OF_BASE]
 
+    def show(job: Job) -> Values:
+        if not job.is_over or job.is_shown:  # after a reload, what was chosen since then stays
+            return {}
+        if job.state != "done":
+            return {page.base: page.actions.base or gr.update(value=None)}
+        fresh, now = page.fresh(), page.now()
+        now[page.controls["sampler"]]["value"] = "default"
+        return {page.base: page.actions.base} | {size: page.values(fresh)[size] for size in sizes} | now
 
-def _fits(page: Page, inputs: dict[Any, Any]) -> bool:
-    """Whether a recipe can be made of these, with choices that are here."""
-    try:
-        return not page.unknown_choices(page.recipe(*inputs.values()))
-    except Exception:  # whatever a browser has there
-        return False
+    starts, outputs = [page.base.input], [page.base, *sizes, *page.lists]
+    begun = connect_job(
+        page, "base", starts, page.actions.change_base, show, inputs=[page.base], status=status, outputs=outputs
+    )
+    for event in begun:
+        event.then(page.redraw, page.cards, [page.cards, page.shown], **PRIVATE)
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:

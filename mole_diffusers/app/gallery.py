@@ -88,39 +88,45 @@ class Gallery:
             lora: a LoRA that the picture was drawn with, in any case.
             favourites: only those.
         """
-        wanted, starred = text.lower().split(), self._favourites()
-        found = []
-        for written, path in sorted(self._pictures(), reverse=True):
-            if (favourites and path.name not in starred) or (inside := self._inside(path, written)) is None:
-                continue
-            recipe, shows = inside
-            entry = Entry(path, recipe, path.name in starred, shows)
-            said = f"{recipe.prompt} {recipe.prompt_2} {path.name} {entry.sheet}".lower()
-            names = [tag.name.lower() for tag in recipe.tags]
-            if all(word in said for word in wanted) and (not lora or lora.lower() in names):
+        wanted, found = text.lower().split(), []
+        for entry in self._entries():
+            said = f"{entry.recipe.prompt} {entry.recipe.prompt_2} {entry.path.name} {entry.sheet}".lower()
+            names = [tag.name.lower() for tag in entry.recipe.tags]
+            if (
+                entry.favourite >= favourites
+                and all(word in said for word in wanted)
+                and (not lora or lora.lower() in names)
+            ):
                 found.append(entry)
         return found
 
-    def path(self, name: str) -> Path:
-        """The file of this name. Raises ValueError for a name that is no picture's here."""
-        if name not in [path.name for _, path in self._pictures()]:
+    def entry(self, name: str) -> Entry:
+        """The picture of this file name. Raises ValueError for a name that is no picture's here."""
+        if (found := next(self._entries(name), None)) is None:
             raise ValueError(f"there is no picture {name!r} in the gallery")
-        return self.folder / name
+        return found
 
     def favour(self, name: str, on: bool) -> None:
         """Mark a picture as a favourite, or no longer."""
-        self.path(name)
+        self.entry(name)
         with self._lock:
             starred = self._favourites() - {name} | ({name} if on else set())
             write_text(self.folder / FAVOURITES, json.dumps(sorted(starred)) + "\n")
 
     def trash(self, name: str) -> Path:
         """Move a picture to the folder "trash" beside the others; where it is now. Nothing is deleted there."""
-        path = self.path(name)
+        path = self.entry(name).path
         (self.folder / TRASH).mkdir(exist_ok=True)
         return _moved(path, self.folder / TRASH, path.stem)
 
     # ---- the folder
+
+    def _entries(self, name: str | None = None) -> Iterator[Entry]:
+        """The pictures with a recipe, newest first; only that of a file name."""
+        starred = self._favourites()
+        for written, path in sorted(self._pictures(), reverse=True):
+            if name in (None, path.name) and (inside := self._inside(path, written)) is not None:
+                yield Entry(path, inside[0], path.name in starred, inside[1])
 
     def _pictures(self) -> Iterator[tuple[int, Path]]:
         """Time in nanoseconds and path of every PNG."""

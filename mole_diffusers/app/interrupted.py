@@ -6,14 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import gradio as gr
-
-from mole_diffusers.app.jobs import Work
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 
@@ -54,60 +50,3 @@ def read(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
     except (RefusedFileError, FileNotFoundError, TypeError, KeyError, AttributeError, ValueError) as error:
         reason = str(error).replace(f"{path.parent}/", "") if isinstance(error, ValueError) else "it is of another release"
         raise ValueError(f"what was kept of this job cannot be used: {reason}") from error
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A row of the page that offers a visitor's oldest job of a kind.
-
-    Attributes:
-        start: the button that starts it again.
-        row, said: the row and the text in it.
-        show: the visitor -> values for both.
-        keep: values of the page -> plain data, by which a job can be started again.
-        plan: a job's file, and the values of `inputs` -> its work.
-    """
-
-    start: Any
-    row: Any
-    said: Any
-    show: Callable[[str], Any]
-    keep: Callable[..., dict[str, Any]]
-    plan: Callable[..., Work]
-    inputs: Sequence[Any] = ()
-
-
-def offer(
-    visitor: Any, interrupted: Interrupted, kind: str, again: str, describe: Callable[[dict[str, Any]], str], **how: Any
-) -> Offer:
-    """Lay out an Offer.
-
-    Args:
-        visitor: the component that says whose jobs.
-        again: the label of its button.
-        describe: what was kept of a job -> what it is called, as Markdown.
-        how: the other attributes of the Offer.
-    """
-    with gr.Row(visible=False, elem_id=f"{kind}-interrupted", elem_classes="interrupted") as row:
-        said = gr.Markdown("", elem_classes="status")
-        start = gr.Button(again, size="sm", min_width=100)
-        forget = gr.Button("Forget it", size="sm", min_width=100)
-
-    def show(visitor: str) -> Any:
-        left = interrupted.left(visitor or "", kind)
-        if not left:
-            return gr.update(visible=False), ""
-        more = f" One of {len(left)}." if len(left) > 1 else ""
-        try:
-            words = f"{read(left[0], describe)} was interrupted when the app ended.{more}"
-        except ValueError as error:
-            words = f"A job was interrupted when the app ended, and {error}.{more}"
-        return gr.update(visible=True), words
-
-    def drop(visitor: str) -> Any:
-        for path in interrupted.left(visitor or "", kind)[:1]:
-            path.unlink(missing_ok=True)
-        return show(visitor)
-
-    forget.click(drop, visitor, [row, said], api_visibility="private")
-    return Offer(start, row, said, show, **how)

@@ -7,29 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import draw_over
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import (
-    PRIVATE,
-    Page,
-    connect_cancel,
-    connect_job,
-    figure,
-    markdown,
-    told,
-)
+from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page_jobs import connect_cancel, connect_job
+from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.style import figure
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import with_pictures
-
-
-def axes() -> list[Any]:
-    """The fields of a grid's axes, which are shown in this tab."""
-    x = gr.Textbox("arm=base,sum,gates", label="Across", max_length=500, elem_id="axis-x", render=False)
-    y = gr.Textbox("seed=0,1", label="Down", max_length=500, elem_id="axis-y", render=False)
-    return [x, y]
 
 
 def build(page: Page) -> None:
@@ -48,20 +35,18 @@ def _loading(page: Page) -> None:
     )
     status = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
 
-    outputs = [*page.filled_fields, status]
-
-    @told(len(outputs))
+    @told(status)
     def load(path: str | None) -> Any:
         if path is None:
-            return [gr.skip()] * len(outputs)
+            return gr.skip()
         with uploaded(Path(path)) as file:
             asked, lacking, axes = infotext.read_any(file), infotext.left_out(file), infotext.read_axes(file)
             recipe, values, notes = page.filled(asked, axes)
         button = "Make the grid" if axes else "Compose"
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
-        return [*values, markdown("; ".join(filter(None, [words, *notes, lacking, f"now press {button}"])))]
+        return values | {status: markdown("; ".join(filter(None, [words, *notes, lacking, f"now press {button}"])))}
 
-    dropped.upload(load, dropped, outputs, **PRIVATE)
+    dropped.upload(load, dropped, [*page.filled_fields, status], **PRIVATE)
 
 
 def _saving(page: Page) -> None:
@@ -75,26 +60,26 @@ def _saving(page: Page) -> None:
     text = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
 
     def completed(*values: Any) -> Recipe:
-        *given, editor = values
-        return page.actions.studio.complete(with_pictures(page.recipe(*given), **draw_over.pictures(editor)))
+        recipe, over = page.asked(*values)
+        return page.actions.studio.complete(with_pictures(recipe, **over))
 
-    @told(2)
-    def recipe_file(*values: Any) -> tuple[str, str]:
+    @told(status)
+    def recipe_file(*values: Any) -> Values:
         recipe = completed(*values)
         path = page.actions.folder / f"recipe-{recipe.seed}.json"
         recipe.save(path)
-        return str(path), ""
+        return {file: str(path), status: ""}
 
-    @told(2)
-    def script(*values: Any) -> tuple[str, str]:
-        return as_code(completed(*values)), ""
+    @told(status)
+    def script(*values: Any) -> Values:
+        return {text: as_code(completed(*values)), status: ""}
 
     def plan(*values: Any) -> Work:
         *given, rank = values
         return page.actions.export(page.recipe(*given), int(rank) if rank else None)
 
-    def show(job: Job) -> list[Any]:
-        return [str(job.event.path) if job.state == "done" else None]
+    def show(job: Job) -> Values:
+        return {file: str(job.event.path)} if job.state == "done" else {}
 
     save.click(recipe_file, [*page.inputs, page.over], [file, status], **PRIVATE)
     code.click(script, [*page.inputs, page.over], [text, status], **PRIVATE)
@@ -113,13 +98,12 @@ def _grid(page: Page) -> None:
     sheet = figure("Grid", elem_id="sheet")
 
     def plan(*values: Any) -> Work:
-        *given, x, y, editor = values
-        return page.actions.grid(page.recipe(*given), x, y, draw_over.pictures(editor))
+        recipe, over, x, y = page.asked(*values)
+        return page.actions.grid(recipe, x, y, over)
 
-    def show(job: Job) -> list[Any]:
-        return [str(job.event.sheet) if job.event.sheet else None]
+    def show(job: Job) -> Values:
+        return {sheet: str(job.event.sheet)} if job.event.sheet else {}
 
     inputs = [*page.inputs, *page.axes, page.over]
     connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])
     connect_cancel(page, cancel, status, ["grid"])
-    page.fields += page.axes

@@ -18,7 +18,8 @@ from mole_diffusers.app.mixer_cards import (
     with_triggers,
     without,
 )
-from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, told
+from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import PAINTED
@@ -141,18 +142,19 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     def current(cards: list[MixerCard], switched_on: bool) -> MixerCard:
         return {**next((one for one in cards if one["name"] == name), card), "on": switched_on}
 
-    def updates(new: MixerCard, text: str, cards: list[MixerCard]) -> Any:
+    def updates(new: MixerCard, text: str, cards: list[MixerCard]) -> Values:
         typed = fields_of(new, known)
-        slider = gr.update(**slider_update(typed["unet"]))
+        text, cards = set_card(text, cards, new, known)
         shown = {**typed, "word": [word for word in typed["word"].split("|") if word], "region": typed["region"] or AUTO}
-        return (*set_card(text, cards, new, known), slider, *(shown[key] for key in FIELDS), "")
+        card = {slider: gr.update(**slider_update(typed["unet"]))} | {fields[key]: shown[key] for key in FIELDS}
+        return {prompt: text, page.cards: cards, page.line: ""} | card
 
-    @told(4 + len(FIELDS))
-    def slide(value: float, switched_on: bool, text: str, cards: list[MixerCard]) -> Any:
+    @told(page.line)
+    def slide(value: float, switched_on: bool, text: str, cards: list[MixerCard]) -> Values:
         return updates(at_strength(current(cards, switched_on), value, known), text, cards)
 
-    @told(4 + len(FIELDS))
-    def write(switched_on: bool, text: str, cards: list[MixerCard], *values: Any) -> Any:
+    @told(page.line)
+    def write(switched_on: bool, text: str, cards: list[MixerCard], *values: Any) -> Values:
         now, given = current(cards, switched_on), {key: value or "" for key, value in zip(FIELDS, values, strict=True)}
         given["word"] = "|".join(given["word"])
         given["region"] = "" if given["region"] == AUTO else given["region"]
@@ -174,14 +176,14 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: A
     """Removing a card, and switching trigger words, changes the prompt."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @told(4)
-    def removed(text: str, cards: list[MixerCard]) -> Any:
+    @told(page.line)
+    def removed(text: str, cards: list[MixerCard]) -> Values:
         left = [other for other in cards if other["name"] != name]
-        return without(text, name, catalog.loras), left, redraw(left), ""
+        return {prompt: without(text, name, catalog.loras), page.line: ""} | page.redraw(left)
 
-    @told(3)
-    def switched(before: list[str], chosen: list[str], text: str) -> tuple[str, list[str], str]:
-        return with_triggers(text, before, chosen, catalog.loras), chosen, ""
+    @told(page.line)
+    def switched(before: list[str], chosen: list[str], text: str) -> Values:
+        return {prompt: with_triggers(text, before, chosen, catalog.loras), ticked: chosen, page.line: ""}
 
     chips.input(switched, [ticked, chips, prompt], [prompt, ticked, page.line], **QUIET)
     remove.click(removed, [prompt, page.cards], [prompt, page.cards, page.shown, page.line], **QUIET)

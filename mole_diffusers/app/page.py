@@ -1,89 +1,215 @@
-"""What the tabs share: controls, states, error messages, and components."""
+"""What the tabs share: the components whose values are a recipe, in both directions, and a page that is opened again."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from tempfile import gettempdir
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.actions import Actions, Picture, Progress
-from mole_diffusers.app.interrupted import Interrupted, Offer
-from mole_diffusers.app.jobs import Job, Jobs, Work
+from mole_diffusers.app import draw_over
+from mole_diffusers.app.actions import Actions, Picture
+from mole_diffusers.app.gate_training import TRAINED, WAYS
+from mole_diffusers.app.interrupted import Interrupted
+from mole_diffusers.app.jobs import Job, Jobs
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of
+from mole_diffusers.app.style import gallery
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.catalog import UNTRAINED
-from mole_diffusers.studio.recipe import OPEN, Recipe
+from mole_diffusers.studio.prompt_weights import prompts_read
+from mole_diffusers.studio.recipe import BOUND, OPEN, RANGES, TILES, Recipe
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
-BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
-USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged
+STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
+OF_BASE = ("width", "height", "guidance")  # fields that another base model changes
 NUMBERS = {"seed": int, "steps": int, "guidance": float, "width": int, "height": int, "strength": float, "hires": float,
            "hires_strength": float}  # fmt: skip
+Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
 
-@dataclass
 class Page:
-    """What the tabs share.
+    """The components that several tabs use, each laid out (`render`) by the tab that it belongs to.
 
     Attributes:
-        jobs: which visitor's job is running.
         defaults: the recipe of a fresh page.
+        jobs: the queue.
+        interrupted: jobs that an earlier run of the app has left.
         controls: field of a Recipe -> its component.
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
         base: the choice of the base model.
-        over, over_panel: the editor of a picture that is drawn over, see `draw_over`, and the panel around it.
+        inputs: the components whose values `recipe` takes.
+        over, over_panel: the editor of a picture that is drawn over, and the panel around it.
+        count: how many pictures are composed.
+        training: field of a TrainingRequest -> its component.
         axes: across and down, of a grid.
-        visitor: in the browser: who owns jobs, across reloads.
-        fields: further components that survive a reload.
-        lists: components that change with the base model and the LoRAs, each with a function for `gr.update`.
-        added: events after which there may be other LoRAs.
+        second: the panel of the second text encoder's prompts.
+        add, trained: the choices of a LoRA to add, and of gates to download.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
-        tabs, tab: all of them; the one that is being built.
-        blocks: the whole page.
-        interrupted: jobs that an earlier run of the app has left.
-        watched: (session, kind of job) -> the job that a page shows.
-        resumed: what pages do first after a reload: a function of the visitor, and its outputs.
+        tabs: all of them.
+        lists: components that change with the base model, the LoRAs and the gates, each with a function for `gr.update`.
+        visitor: in the browser: who owns jobs, across reloads.
+        entered: the event after which a page that is opened has its fields.
     """
 
-    actions: Actions
-    jobs: Jobs
-    defaults: Recipe
-    blocks: gr.Blocks
-    interrupted: Interrupted
-    controls: dict[str, Any] = field(default_factory=dict)
-    cards: Any = None
-    shown: Any = None
-    locks: Any = None
-    masks: Any = None
-    base: Any = None
-    over: Any = None
-    over_panel: Any = None
-    axes: list[Any] = field(default_factory=list)
-    visitor: Any = None
-    line: Any = None
-    pictures: Any = None
-    tabs: Any = None
-    tab: Any = None
-    fields: list[Any] = field(default_factory=list)
-    lists: list[tuple[Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
-    added: list[Any] = field(default_factory=list)
-    watched: dict[tuple[str, str], Job] = field(default_factory=dict)
-    resumed: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
+    def __init__(self, actions: Actions, defaults: Recipe, blocks: gr.Blocks):
+        self.actions, self.defaults, self.blocks = actions, defaults, blocks
+        self.jobs, self.interrupted = Jobs(), Interrupted(actions.home / ".jobs")
+        self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that a page shows
+        catalog = actions.studio.catalog
+        self.controls = self._controls()
+        self.cards, self.shown = gr.State([]), gr.State({"cards": []})
+        self.locks, self.masks = gr.State({}), gr.State({})
+        self.base = gr.Dropdown(
+            list(actions.bases), value=actions.base, label="Base model", visible=len(actions.bases) > 1,
+            info="for everyone here; waits for the jobs before it", elem_id="base", render=False,
+        )  # fmt: skip
+        self.inputs = [*self.controls.values(), self.locks, self.masks, self.base]
+        self.over = gr.ImageEditor(
+            label="To draw over", type="pil", format="png", sources=("upload", "clipboard"), transforms=(), layers=False,
+            brush=draw_over.BRUSH, eraser=draw_over.ERASER, buttons=[], elem_id="over-picture", render=False,
+        )  # fmt: skip
+        self.over_panel = gr.Accordion("Draw over a picture, or larger", open=False, elem_id="over", render=False)
+        self.count = gr.Slider(
+            1, 16, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
+        )
+        self.training = self._training()
+        text = partial(gr.Textbox, max_length=500, render=False)
+        self.axes = [
+            text("arm=base,sum,gates", label="Across", elem_id="axis-x"),
+            text("seed=0,1", label="Down", elem_id="axis-y"),
+        ]
+        self.second = gr.Accordion(
+            "Another prompt for the second text encoder",
+            open=False,
+            elem_id="second",
+            render=False,
+            **self._second_is_seen(),
+        )
+        choice = partial(gr.Dropdown, value=None, render=False)
+        self.add = choice(actions.choices(), label="Add a LoRA", elem_id="add", min_width=120)
+        self.trained = choice(list(catalog.gates), label="Gates", elem_id="which-gates")
+        self.line = gr.Markdown("", elem_id="problem", elem_classes="status", render=False)
+        self.pictures = gallery("Pictures", columns=2, elem_id="pictures", render=False)
+        self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
+        self.lists: dict[Any, Callable[[], dict[str, Any]]] = {
+            self.second: self._second_is_seen,
+            self.add: lambda: {"choices": actions.choices()},
+            self.controls["sampler"]: lambda: {"choices": self._samplers()},
+            self.controls["gates"]: lambda: {"choices": self.gates()},
+            self.training["styles"]: lambda: {"choices": list(catalog.loras)},
+            self.trained: lambda: {"choices": list(catalog.gates)},
+        }
+        self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
+        self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes]  # in this order in browsers
+        self.entered = self._remember()
 
-    @property
-    def inputs(self) -> list[Any]:
-        """The components whose values `recipe` takes."""
-        return [*self.controls.values(), self.locks, self.masks, self.base]
+    def _controls(self) -> dict[str, Any]:
+        d = self.defaults
+        text = partial(gr.Textbox, max_length=5000, render=False)
+        number = partial(gr.Number, precision=0, render=False)
+        slider, choice = partial(gr.Slider, render=False), partial(gr.Dropdown, render=False)
+        side = "0: the model's own, or the picture's"
+        return {
+            "prompt": text(
+                d.prompt,
+                label="Prompt",
+                info="<lora:name:strength>, also te= unet= lbw= start= stop= step= and 0@0,1@0.4. Ctrl+Up and Ctrl+Down "
+                "change the strength under the cursor, Ctrl+Enter and Shift+Enter compose.",
+                lines=2,
+                elem_id="prompt",
+            ),
+            "negative": text(d.negative, label="Negative prompt", elem_id="negative"),
+            "prompt_2": text(d.prompt_2, label="Second prompt", info="empty: the same", elem_id="prompt_2"),
+            "negative_2": text(d.negative_2, label="Second negative prompt", info="empty: the same", elem_id="negative_2"),
+            "seed": number(d.seed, label="Seed", info="-1: another one each time", minimum=-1, elem_id="seed"),
+            "steps": slider(1, 150, d.steps, step=1, label="Steps", elem_id="steps"),
+            "guidance": slider(*RANGES["guidance"], d.guidance, step=0.1, label="Guidance"),
+            **{name: number(shown, label=name.capitalize(), info=side) for name, shown in self.shown_size(d).items()},
+            "sampler": choice(self._samplers(), value="default", label="Sampler", elem_id="sampler"),
+            "gates": choice(
+                self.gates(),
+                value=d.gates,
+                label="Gates",
+                info="auto: your own for these LoRAs, else the sum",
+                elem_id="gates",
+            ),
+            "binding": choice(
+                [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("off", "none")],
+                value=d.binding,
+                label="Binding",
+                info="bound: each LoRA on its words, in its place; tiles: drawn there by itself at first; automatic: tiles "
+                "where there is room",
+                elem_id="binding",
+            ),
+            "strength": slider(
+                0, 1, d.strength, step=0.05, label="Change", info="how much of the picture is drawn anew", elem_id="strength"
+            ),
+            "hires": slider(
+                1, 4, d.hires, step=0.25, label="Larger", info="times; drawn over at this size", elem_id="hires"
+            ),
+            "hires_strength": slider(0, 1, d.hires_strength, step=0.05, label="Change when larger"),
+        }
+
+    def _training(self) -> dict[str, Any]:
+        text, choice = partial(gr.Textbox, render=False), partial(gr.Dropdown, render=False)
+        loras = list(self.actions.studio.catalog.loras)
+        return {
+            "name": text(label="Name of the gates", max_length=60, elem_id="gates-name"),
+            "singles": text(
+                label="Prompts of one LoRA each",
+                info="one per line: NAME=PROMPT; for a collage, of a subject in the style",
+                lines=4,
+                max_length=5000,
+                elem_id="singles",
+            ),
+            "composed": text(
+                label="Prompts with all of them", info="one per line", lines=2, max_length=5000, elem_id="composed"
+            ),
+            "styles": choice(
+                loras, value=[], multiselect=True, label="Styles", info="they act everywhere", elem_id="styles"
+            ),
+            "steps": gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates", render=False),
+            "family": choice(
+                TRAINED,
+                value="factors",
+                label="Gates",
+                info="factors weigh each rank of a LoRA, flow each token",
+                elem_id="family",
+            ),
+            "way": choice(
+                WAYS,
+                value="collage",
+                label="Taught by",
+                info="collage: subjects side by side; blend: predictions under masks",
+                elem_id="way",
+            ),
+        }
+
+    def gates(self) -> list[str]:
+        """The gates that can be chosen."""
+        return ["auto", *UNTRAINED, *self.actions.studio.catalog.gates]
+
+    def _samplers(self) -> list[str]:
+        return ["default", *self.actions.studio.samplers]
+
+    def _second_is_seen(self) -> dict[str, Any]:
+        """Where the base model has two text encoders; else hidden and not left out, so that its fields keep their values."""
+        return {"visible": True if "prompt_2" in prompts_read(self.actions.studio.pipe) else "hidden"}
+
+    def now(self) -> Values:
+        """Updates of `lists`."""
+        return {component: gr.update(**change()) for component, change in self.lists.items()}
+
+    # ---- a recipe in the components
 
     def recipe(self, *values: Any) -> Recipe:
         """The recipe in the controls. Raises ValueError for values out of range, and for another base model than is here."""
@@ -98,20 +224,40 @@ class Page:
         named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
         return Recipe(**named, locks=locks, masks=masks)
 
-    def values(self, recipe: Recipe) -> list[Any]:
+    def asked(self, *values: Any) -> tuple[Any, ...]:
+        """Of the values of `inputs`, any further components, and `over`: the recipe, the pictures that are drawn over, and
+        the further values."""
+        *given, editor = values
+        recipe = self.recipe(*given[: len(self.inputs)])
+        return recipe, draw_over.pictures(editor), *given[len(self.inputs) :]
+
+    def values(self, recipe: Recipe) -> Values:
         """The values of `inputs` for a recipe."""
         shown = {name: getattr(recipe, name) for name in self.controls} | self.shown_size(recipe)
-        own = dict(recipe.locks), dict(recipe.masks), self.actions.base
-        return [*(shown | {"sampler": recipe.sampler or "default"}).values(), *own]
+        shown["sampler"] = recipe.sampler or "default"
+        own = {self.locks: dict(recipe.locks), self.masks: dict(recipe.masks), self.base: self.actions.base}
+        return {self.controls[name]: value for name, value in shown.items()} | own
+
+    def fresh(self) -> Recipe:
+        """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
+        return replace(self.defaults, **self.actions.settings_of_base())
+
+    def shown_size(self, recipe: Recipe) -> dict[str, int]:
+        """Width and height as the controls show them: 0 where they are what the prompt asks for, and follow it."""
+        try:
+            usual = self.actions.usual_size(recipe.text)
+        except ValueError:  # a prompt that cannot be read
+            usual = None
+        follows = not recipe.image and (recipe.width, recipe.height) == usual
+        return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
 
     @property
     def filled_fields(self) -> list[Any]:
         """The components whose values `filled` gives."""
         return [*self.inputs, self.cards, self.shown, *self.axes]
 
-    def filled(self, asked: Recipe, axes: Sequence[str]) -> tuple[Recipe, list[Any], list[str]]:
-        """What puts a recipe into a page: the recipe as it is here, values for `filled_fields`, and what its visitor should
-        know.
+    def filled(self, asked: Recipe, axes: Sequence[str]) -> tuple[Recipe, Values, list[str]]:
+        """What puts a recipe into a page: the recipe as it is here, the values, and what its visitor should know.
 
         Args:
             axes: of a grid; for anything else there are none, and the page's stay.
@@ -134,16 +280,24 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        cards = self.cards_for(recipe.prompt)
-        return recipe, [*self.values(recipe), cards, redraw(cards), *(axes or [gr.skip()] * len(self.axes))], notes
+        values = self.values(recipe) | self.cards_for(recipe.prompt)
+        return recipe, values | dict(zip(self.axes, axes, strict=False)), notes
 
-    def cards_for(self, prompt: str) -> list[MixerCard]:
+    def put_over(self, path: Path) -> Values:
+        """What puts a picture where it is drawn over."""
+        return {self.over: draw_over.put(path), self.over_panel: gr.update(open=True)}
+
+    def cards_for(self, prompt: str) -> Values:
         """The cards of a prompt that fills the page; none where it cannot be read or has a LoRA that is not here, which
         composing says."""
         try:
-            return cards_of(prompt, [], self.actions.studio.catalog.loras)
+            return self.redraw(cards_of(prompt, [], self.actions.studio.catalog.loras))
         except ValueError:
-            return []
+            return self.redraw([])
+
+    def redraw(self, cards: list[MixerCard]) -> Values:
+        """The mixer's cards, which are drawn again even if they are the same as before."""
+        return {self.cards: cards, self.shown: {"cards": cards, "at": time.monotonic_ns()}}
 
     def unknown_choices(self, recipe: Recipe) -> dict[str, Any]:
         """The choices of a recipe that are not here, each with what the page has by default."""
@@ -151,234 +305,66 @@ class Page:
         fresh = self.fresh()
         return {name: getattr(fresh, name) for name, names in known.items() if getattr(recipe, name) not in names}
 
-    def fresh(self) -> Recipe:
-        """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
-        return replace(self.defaults, **self.actions.settings_of_base())
+    # ---- the jobs that a page shows
 
-    def shown_size(self, recipe: Recipe) -> dict[str, int]:
-        """Width and height as the controls show them: 0 where they are what the prompt asks for, and follow it."""
-        try:
-            usual = self.actions.usual_size(recipe.text)
-        except ValueError:  # a prompt that cannot be read
-            usual = None
-        follows = not recipe.image and (recipe.width, recipe.height) == usual
-        return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
+    def watch(self, request: gr.Request, kind: str, job: Job) -> Iterator[Job]:
+        """The job as it goes on, until the page starts another one of this kind."""
+        key = session(request), kind
+        self._watched[key] = job
+        for _ in self.jobs.follow(job):
+            if self._watched.get(key) is not job:
+                return
+            yield job
+        job.is_shown = True
+
+    def watched(self, request: gr.Request, kind: str) -> Job | None:
+        """The job of a kind that the page shows."""
+        return self._watched.get((session(request), kind))
 
     def drawn(self, request: gr.Request) -> list[Picture]:
         """The last pictures that a page composed."""
-        job = self.watched.get((session(request), "compose"))
+        job = self.watched(request, "compose")
         return [] if job is None or job.event is None else job.event.pictures
 
-    def gates(self) -> list[str]:
-        """The gates that can be chosen."""
-        return ["auto", *UNTRAINED, *self.actions.studio.catalog.gates]
+    # ---- a page that is opened again
 
-    def said(self, job: Job) -> str:
-        """What the status line says about a job."""
-        if job.state == "waiting":
-            ahead = self.jobs.ahead(job)
-            return f"waiting: {ahead} job{'' if ahead == 1 else 's'} before this one"
-        if job.state == "failed":
-            return problem(job.error)
-        if job.is_asked_to_stop and not job.is_over:
-            return "stopping"
-        if job.event is None:
-            return "cancelled before it began" if job.state == "stopped" else "starting"
-        if job.state == "stopped" and isinstance(job.event, Progress):
-            return f"stopped after {len(job.event.pictures)} of {job.event.count} pictures"
-        words = markdown(str(job.event))
-        return f"stopped: {words}" if job.state == "stopped" else words
+    def _remember(self) -> Any:
+        """Keep the fields in the browser, and fill a page that is opened; the event of that."""
+        saved = gr.BrowserState(None, storage_key="mole-fields", **STORED)
+        changes = [field.change for field in self._fields]
+        gr.on(changes, lambda *values: list(values), self._fields, saved, queue=False, show_progress="hidden", **PRIVATE)
+
+        def listed() -> Values:
+            return {self.base: self.actions.base} | self.now()
+
+        def enter(visitor: Any, values: Any, prompt: str) -> Values:
+            """Fill a page that is opened; `prompt` is what stands in it by now, where somebody types at once."""
+            visitor, fresh = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16), self.fresh()
+            filled = self._kept(values) or (self.values(fresh) if fresh != self.defaults else {})
+            return {self.visitor: visitor} | filled | self.cards_for(filled.get(self.controls["prompt"], prompt))
+
+        loaded = self.blocks.load(listed, None, [self.base, *self.lists], **PRIVATE)
+        filled = [self.visitor, *self._fields, self.cards, self.shown]
+        return loaded.then(enter, [self.visitor, saved, self.controls["prompt"]], filled, **PRIVATE)
+
+    def _kept(self, values: Any) -> Values:
+        """The fields as a browser kept them, and as on a fresh page those that do not fit and the sizes of another base; {}
+        where they are those of another release."""
+        if not isinstance(values, list) or len(values) != len(self._fields):
+            return {}
+        entered, fresh = dict(zip(self._fields, values, strict=True)), self.values(self.fresh())
+        if entered[self.base] != self.actions.base:  # it was changed meanwhile
+            entered |= {field: fresh[field] for field in (self.base, *(self.controls[name] for name in OF_BASE))}
+        return entered | {field: value for field, value in fresh.items() if not self._fits(fresh | {field: entered[field]})}
+
+    def _fits(self, inputs: Values) -> bool:
+        """Whether a recipe can be made of these, with choices that are here."""
+        try:
+            return not self.unknown_choices(self.recipe(*inputs.values()))
+        except Exception:  # whatever a browser has there
+            return False
 
 
 def session(request: gr.Request | None) -> str:
     """The visitor's session, "" for calls without one."""
     return str(getattr(request, "session_hash", "") or "")
-
-
-# ---- errors
-
-
-def problem(error: Exception | None) -> str:
-    """An error in a status line, as Markdown; one that is no visitor's fault is not told, but logged elsewhere."""
-    words = str(error) if isinstance(error, USER_ERRORS) else "something went wrong; the terminal of the app says what"
-    return f"**{markdown(without_folders(words))}**"
-
-
-def without_folders(text: str) -> str:
-    """A message without the temporary folders that files of visitors are in."""
-    return re.sub(rf"{re.escape(gettempdir())}/(?:[^\s/'\"]+/)*", "", text)
-
-
-def with_errors(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions and coroutines of the API: an error of bad input is one sentence to the client."""
-
-    @contextmanager
-    def sentences() -> Iterator[None]:
-        try:
-            yield
-        except USER_ERRORS as error:
-            raise gr.Error(without_folders(str(error)), print_exception=False) from error
-
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with sentences():
-            return fn(*args, **kwargs)
-
-    @functools.wraps(fn)
-    async def wait(*args: Any, **kwargs: Any) -> Any:
-        with sentences():
-            return await fn(*args, **kwargs)
-
-    return wait if inspect.iscoroutinefunction(fn) else call
-
-
-def told(outputs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For functions of so many outputs, the last of them a status line: an error of bad input is said there, until it is
-    mended, and the rest stays as it is."""
-
-    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fn)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return fn(*args, **kwargs)
-            except USER_ERRORS as error:
-                return (*[gr.skip()] * (outputs - 1), problem(error))
-
-        return call
-
-    return wrap
-
-
-# ---- values and components
-
-
-def markdown(text: str) -> str:
-    """Text from a file or prompt, escaped for Markdown so that it shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]()#+.!|<>~$:/&-])", r"\\\1", " ".join(text.split()))
-
-
-def redraw(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """A value for `Page.shown` that redraws the cards, even if they are the same as before."""
-    return {"cards": cards, "at": time.monotonic_ns()}
-
-
-def gallery_items(pictures: list[Picture]) -> list[tuple[str, str]]:
-    """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
-    return [(str(picture.path), picture.label) for picture in pictures]
-
-
-def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True) -> Any:
-    """A gallery of PNG files.
-
-    Args:
-        pixel: show the pixels of small pictures as squares, not smoothed.
-    """
-    return gr.Gallery(
-        label=label,
-        format="png",
-        columns=columns,
-        height="auto",
-        object_fit="contain",
-        buttons=BUTTONS,
-        interactive=False,
-        elem_classes="pixel" if pixel else None,
-        elem_id=elem_id,
-    )
-
-
-def figure(label: str, *, elem_id: str) -> Any:
-    """One figure."""
-    return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)
-
-
-# ---- jobs on the page
-
-
-def connect_job(
-    page: Page,
-    kind: str,
-    start: Sequence[Callable[..., Any]],
-    plan: Callable[..., Work],
-    show: Callable[[Job], Sequence[Any]],
-    *,
-    inputs: Sequence[Any],
-    status: Any,
-    outputs: Sequence[Any],
-    offer: Offer | None = None,
-) -> list[Any]:
-    """Let events start a job whose progress the page shows, also after a reload; what each event leads to.
-
-    Args:
-        start: events, for example `button.click`.
-        plan: the values of `inputs` -> the work. A ValueError is shown in the status.
-        show: the job, as it is now -> values for `outputs`, None where there is nothing to show yet.
-        offer: of jobs that were interrupted; by default they are lost when the app ends.
-    """
-    nothing = [gr.skip()] * len(outputs)
-
-    def watch(request: gr.Request, job: Job) -> Iterator[Any]:
-        key, before = (session(request), kind), [None] * len(outputs)
-        page.watched[key] = job
-        for _ in page.jobs.follow(job):
-            if page.watched.get(key) is not job:  # another one was started on this page
-                return
-            now = list(show(job)) if job.event is not None else [None] * len(outputs)
-            changed = [gr.skip() if new is None or new == old else new for old, new in zip(before, now, strict=True)]
-            before = [old if new is None else new for old, new in zip(before, now, strict=True)]
-            yield page.said(job), *changed
-        job.is_shown = True
-
-    def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Any]:
-        owner = visitor or session(request)
-        kept = None if offer is None else lambda: page.interrupted.keep(owner, kind, offer.keep(*values))
-        try:
-            job = page.jobs.submit(owner, kind, plan(*values), kept)
-        except USER_ERRORS as error:
-            yield problem(error), *nothing
-            return
-        yield from watch(request, job)
-
-    def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
-        job = page.jobs.latest(visitor, kind)
-        if job is None:
-            yield gr.skip(), *nothing
-        else:
-            yield from watch(request, job)
-
-    shown: dict[str, Any] = {"concurrency_limit": None, **PRIVATE}
-    page.resumed.append((resume, [status, *outputs]))
-    if offer is not None:
-        _connect_offer(page, kind, offer, watch, [status, *outputs])
-    return [event(begin, [page.visitor, *inputs], [status, *outputs], **shown) for event in start]
-
-
-def _connect_offer(page: Page, kind: str, offer: Offer, watch: Callable[..., Iterator[Any]], outputs: list[Any]) -> None:
-    """Let the offer of an interrupted job start it again, which `outputs` show, the status first."""
-
-    def begin_again(request: gr.Request, visitor: str, *values: Any) -> Iterator[Any]:
-        try:
-            if not (left := page.interrupted.left(visitor, kind)):
-                raise ValueError("this was started again or forgotten already")
-            work = offer.plan(left[0], *values)
-            job = page.jobs.submit(visitor, kind, work, lambda: page.interrupted.queued(left[0]))
-        except USER_ERRORS as error:
-            yield problem(error), *[gr.skip()] * (len(outputs) - 1)
-            return
-        yield from watch(request, job)
-
-    offered = [offer.row, offer.said]
-    page.resumed.append((offer.show, offered))
-    hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row, **PRIVATE)
-    again = hidden.then(begin_again, [page.visitor, *offer.inputs], outputs, concurrency_limit=None, **PRIVATE)
-    again.then(offer.show, page.visitor, offered, **PRIVATE)
-
-
-def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
-    """Let a button stop what this page watches of these kinds: a running job at its next step, one that waits at once."""
-
-    def cancel(request: gr.Request) -> Any:
-        jobs = [page.watched.get((session(request), kind)) for kind in kinds]
-        stopped = [page.jobs.stop(job) for job in jobs if job is not None]
-        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself says what becomes of it
-
-    button.click(cancel, None, status, concurrency_limit=None, **PRIVATE)

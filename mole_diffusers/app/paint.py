@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -10,75 +9,38 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from mole_diffusers.app.actions import Picture
+from mole_diffusers.app.draw_over import BRUSH, COLOUR, ERASER, OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, set_region, shades
-from mole_diffusers.app.page import PRIVATE, Page, markdown, redraw, told
+from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.studio.prompt_syntax import PAINTED, parse
 
 CANVAS, MASK_SIDE = 512, 128  # pixels of the longer side
-COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; of 255: the picture is seen through it
-BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
-ERASER = gr.Eraser(60)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The components of the panel."""
-
-    whole: Any
-    found: Any
-    which: Any
-    over: Any
-    empty: Any
-    editor: Any
-    edge: Any
-    use: Any
-    status: Any
 
 
 def build(page: Page) -> None:
     """Lay out the panel and connect it."""
-    panel = _components()
-    _connect_views(page, panel)
-    _connect_use(page, panel)
-
-
-def _components() -> Panel:
+    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
+    size = [page.controls["width"], page.controls["height"]]
     found = gr.Image(
         label="Where each LoRA acted in the last picture", format="png", interactive=False, visible=False, buttons=[],
         elem_id="found", elem_classes="figure",
     )  # fmt: skip
-    with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as whole:
+    with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as panel:
         which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
         with gr.Row():
             over = gr.Button("Start from what it has", size="sm", elem_id="paint-found")
             empty = gr.Button("Start empty", size="sm", elem_id="paint-empty")
         editor = gr.ImageEditor(
-            label="Paint where it acts",
-            type="pil",
-            format="png",
-            sources=(),
-            transforms=(),
-            layers=False,
-            fixed_canvas=True,
-            canvas_size=(CANVAS, CANVAS),
-            brush=BRUSH,
-            eraser=ERASER,
-            buttons=[],
-            elem_id="paint",
-        )
+            label="Paint where it acts", type="pil", format="png", sources=(), transforms=(), layers=False,
+            fixed_canvas=True, canvas_size=(CANVAS, CANVAS), brush=BRUSH, eraser=ERASER, buttons=[], elem_id="paint",
+        )  # fmt: skip
         edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
         use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
         status = gr.Markdown("", elem_id="paint-status", elem_classes="status")
-    return Panel(whole, found, which, over, empty, editor, edge, use, status)
-
-
-def _connect_views(page: Page, panel: Panel) -> None:
-    """What the last picture's regions were, and what is on the canvas."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
-    size = [page.controls["width"], page.controls["height"]]
 
     def last(request: gr.Request) -> Picture | None:
         """The last picture of this page."""
@@ -95,15 +57,16 @@ def _connect_views(page: Page, panel: Panel) -> None:
         with Image.open(picture.path) as image:
             return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
-    @told(2)
-    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, *size: float | None) -> Any:
+    @told(status)
+    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, *size: float | None) -> Values:
         picture = last(request)
         mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return canvas(picture, *shape(picture, text, *size), mask), ""
+        return {editor: canvas(picture, *shape(picture, text, *size), mask), status: ""}
 
-    def empty(request: gr.Request, text: str, *size: float | None) -> Any:
+    @told(status)
+    def start_empty(request: gr.Request, text: str, *size: float | None) -> Values:
         picture = last(request)
-        return canvas(picture, *shape(picture, text, *size), None)
+        return {editor: canvas(picture, *shape(picture, text, *size), None), status: ""}
 
     def shape(picture: Picture | None, text: str, width: float | None, height: float | None) -> tuple[int, int]:
         """Width and height as they are asked for, else those of the last picture or of the prompt's."""
@@ -111,27 +74,24 @@ def _connect_views(page: Page, panel: Panel) -> None:
         own = (recipe.width, recipe.height) if recipe else page.actions.usual_size(text)
         return int(width or own[0]), int(height or own[1])
 
-    page.shown.change(names, [page.cards, panel.which], panel.which, show_progress="hidden", **PRIVATE)
-    page.pictures.change(overlaid, page.cards, panel.found, show_progress="hidden", **PRIVATE)
-    begins = [panel.whole.expand, panel.over.click, panel.which.input]
-    gr.on(begins, start, [panel.which, page.masks, prompt, *size], [panel.editor, panel.status], **PRIVATE)
-    panel.empty.click(empty, [prompt, *size], panel.editor, **PRIVATE)
-
-
-def _connect_use(page: Page, panel: Panel) -> None:
-    """What is painted becomes the region."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
-
-    @told(5)
-    def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], text: str, cards: list[MixerCard]) -> Any:
+    @told(status)
+    def used(
+        name: str | None, painted: Any, edge: float, masks: dict[str, str], text: str, cards: list[MixerCard]
+    ) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
         mask = painted_mask(without_margins(painted), edge)
         text, cards = set_region(text, cards, name, PAINTED, catalog.loras)
-        return {**masks, name: mask_text(mask)}, text, cards, redraw(cards), f"**{markdown(name)}** acts there from now on"
+        words = f"**{markdown(name)}** acts there from now on"
+        return {page.masks: {**masks, name: mask_text(mask)}, prompt: text, status: words} | page.redraw(cards)
 
-    inputs = [panel.which, panel.editor, panel.edge, page.masks, prompt, page.cards]
-    panel.use.click(used, inputs, [page.masks, prompt, page.cards, page.shown, panel.status], **PRIVATE)
+    page.shown.change(names, [page.cards, which], which, show_progress="hidden", **PRIVATE)
+    page.pictures.change(overlaid, page.cards, found, show_progress="hidden", **PRIVATE)
+    begins = [panel.expand, over.click, which.input]
+    gr.on(begins, start, [which, page.masks, prompt, *size], [editor, status], **PRIVATE)
+    empty.click(start_empty, [prompt, *size], [editor, status], **PRIVATE)
+    inputs = [which, editor, edge, page.masks, prompt, page.cards]
+    use.click(used, inputs, [page.masks, prompt, page.cards, page.shown, status], **PRIVATE)
 
 
 def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:

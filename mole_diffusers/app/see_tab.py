@@ -6,21 +6,13 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import draw_over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import parse_lock, shades
-from mole_diffusers.app.page import (
-    BUTTONS,
-    PRIVATE,
-    Page,
-    connect_cancel,
-    connect_job,
-    figure,
-    gallery,
-    gallery_items,
-    told,
-)
+from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page_jobs import connect_cancel, connect_job
+from mole_diffusers.app.sentences import told
+from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.render import MERGES
 
@@ -64,16 +56,19 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
     def plan(*values: Any) -> Work:
-        *given, merges, editor = values
-        return page.actions.compare(page.recipe(*given), merges, draw_over.pictures(editor))
+        recipe, over, merges = page.asked(*values)
+        return page.actions.compare(recipe, merges, over)
 
-    def show(job: Job) -> list[Any]:
-        drawn = {picture.label: str(picture.path) for picture in job.event.pictures}
-        at_first = COMPARED if "gates" not in drawn else ("sum", "gates")
-        if not set(at_first) <= set(drawn):
-            return [gallery_items(job.event.pictures), None, None, None, drawn]
-        choices = [gr.update(choices=list(drawn), value=label) for label in at_first]
-        return [gallery_items(job.event.pictures), tuple(drawn[label] for label in at_first), *choices, drawn]
+    def show(job: Job) -> Values:
+        files = {picture.label: str(picture.path) for picture in job.event.pictures}
+        at_first = COMPARED if "gates" not in files else ("sum", "gates")
+        shown: Values = {arms: gallery_items(job.event.pictures), drawn: files}
+        if set(at_first) <= set(files):
+            shown[slider] = tuple(files[label] for label in at_first)
+            shown |= {
+                side: gr.update(choices=list(files), value=at) for side, at in zip((left, right), at_first, strict=True)
+            }
+        return shown
 
     for side in (left, right):
         side.input(sides, [drawn, left, right], slider, **PRIVATE)
@@ -90,17 +85,21 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
         block = _by_hand(page, sites, gates)
 
     def plan(*values: Any) -> Work:
-        *given, cards, editor = values
-        return page.actions.look(page.recipe(*given), shades(cards), draw_over.pictures(editor))
+        recipe, over, cards = page.asked(*values)
+        return page.actions.look(recipe, shades(cards), over)
 
-    def show(job: Job) -> list[Any]:
+    def show(job: Job) -> Values:
         report = job.event
         if not isinstance(report, GateReport):
-            return [None] * 6
-        maps = [(image, label) for label, image in report.places.items()]
-        typed = {label: _typed(dict(zip(report.experts, row, strict=True))) for label, row in report.gates.items()}
-        blocks = gr.update(choices=list(report.labels), value=next(iter(report.labels)))
-        return [report.heat, report.shares, maps, report.labels, typed, blocks]
+            return {}
+        return {
+            heat: report.heat,
+            shares: report.shares,
+            places: [(image, label) for label, image in report.places.items()],
+            sites: report.labels,
+            gates: {label: _typed(dict(zip(report.experts, row, strict=True))) for label, row in report.gates.items()},
+            block: gr.update(choices=list(report.labels), value=next(iter(report.labels))),
+        }
 
     inputs, outputs = [*page.inputs, page.cards, page.over], [heat, shares, places, sites, gates, block]
     connect_job(page, "look", [look.click], plan, show, inputs=inputs, status=status, outputs=outputs)
@@ -121,13 +120,13 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
         why = gr.Markdown("", elem_id="by-hand-status", elem_classes="status")
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @told(2)
-    def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Any:
+    @told(why)
+    def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Values:
         if block not in sites:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
-        return {**locks, sites[block]: row}, ""
+        return {page.locks: {**locks, sites[block]: row}, why: ""}
 
     def held(locks: dict[str, dict[str, float]], sites: dict[str, str]) -> str:
         labels = {site: label for label, site in sites.items()}

@@ -1,13 +1,16 @@
-"""The page's style: colours of the LoRAs, layout on a phone, and keys that change a weight."""
+"""The page's style: colours of the LoRAs, layout on a phone, keys that change a weight, and how pictures are shown."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
+from mole_diffusers.app.actions import Picture
 from mole_diffusers.inspection.gate_figures import COLOURS
 
+BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
 CSS = (
     CARDS
@@ -87,3 +90,26 @@ def theme() -> Any:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
     )
+
+
+def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True, render: bool = True) -> Any:
+    """A gallery of PNG files.
+
+    Args:
+        pixel: show the pixels of small pictures as squares, not smoothed.
+        render: lay it out here.
+    """
+    return gr.Gallery(
+        label=label, format="png", columns=columns, height="auto", object_fit="contain", buttons=BUTTONS, interactive=False,
+        elem_classes="pixel" if pixel else None, elem_id=elem_id, render=render,
+    )  # fmt: skip
+
+
+def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
+    return [(str(picture.path), picture.label) for picture in pictures]
+
+
+def figure(label: str, *, elem_id: str) -> Any:
+    """One figure."""
+    return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app.files import export_gates
-from mole_diffusers.app.gate_training import TRAINED, WAYS, TrainingProgress, TrainingRequest, train
-from mole_diffusers.app.interrupted import Offer, offer, read
+from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest, train
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import (
-    PRIVATE,
-    USER_ERRORS,
-    Page,
-    connect_cancel,
-    connect_job,
-    figure,
-    gallery,
-    markdown,
-    told,
-)
+from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
+from mole_diffusers.app.sentences import USER_ERRORS, markdown, told
+from mole_diffusers.app.style import figure, gallery
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
+from mole_diffusers.binding.config import Bound, files_bindings
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.lora import Expert
+from mole_diffusers.patching.tiles import Things
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.weight_syntax import plain_text
 
 
 def build(page: Page) -> None:
@@ -37,7 +34,7 @@ def build(page: Page) -> None:
     )
     with gr.Row(elem_classes="phone-column"):
         with gr.Column():
-            fields = _fields(page)
+            _fields(page)
             with gr.Row():
                 start = gr.Button("Train", variant="primary", elem_id="train")
                 cancel = gr.Button("Stop", elem_id="train-stop")
@@ -49,19 +46,18 @@ def build(page: Page) -> None:
         with gr.Column():
             loss = figure("Loss", elem_id="loss")
             pictures = gallery("The prompt's picture before, during and after", columns=4, elem_id="validation")
-            saved = _gate_files(page)
-    page.fields += fields
+            _gate_files(page)
     again = gr.State("")
 
     def plan(*values: Any) -> Work:
         recipe, wanted, again = _asked(page, *values)
         return train(page.actions.studio, recipe, wanted, home=page.actions.home, again=again)
 
-    def show(job: Job) -> list[Any]:
+    def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
+        shown: Values = {pictures: progress.pictures} | ({loss: progress.curve()} if progress.rows else {})
         is_new = job.state == "done" and not job.is_shown  # after a reload, what was chosen since then stays
-        choices = _gate_choices(page, progress.name) if is_new else (None, None)
-        return [progress.curve(), progress.pictures, *choices]
+        return shown | (_chosen(page, progress.name) if is_new else {})
 
     def ask(*values: Any) -> Any:
         """Whether to ask what becomes of gates that are there, and the answer so far: none."""
@@ -73,23 +69,27 @@ def build(page: Page) -> None:
             pass
         return gr.update(visible=False), ""
 
-    inputs = [*page.inputs, *fields]
+    inputs = [*page.inputs, *page.training.values(), again]
     hidden = gr.update(visible=False)
     answers = [
         button.click(lambda answer=answer: (hidden, answer), None, [asked, again], **PRIVATE)  # type: ignore[misc]
         for button, answer in ((more, AGAIN[0]), (over, AGAIN[1]))
     ]
-    asking = start.click(ask, [*inputs, again], [asked, again], **PRIVATE)
-    begins, outputs = [event.then for event in (asking, *answers)], [loss, pictures, page.controls["gates"], saved]
-    connect_job(page, "train", begins, plan, show, inputs=[*inputs, again], status=status, outputs=outputs, offer=offer)
+    asking = start.click(ask, inputs, [asked, again], **PRIVATE)
+    begins = [event.then for event in (asking, *answers)]
+    outputs = [loss, pictures, page.controls["gates"], page.trained]
+    connect_job(page, "train", begins, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
     connect_cancel(page, cancel, status, ["train"])
 
 
 def _asked(page: Page, *values: Any) -> tuple[Recipe, TrainingRequest, str]:
     """What the page asks for: the recipe, the training, and what becomes of gates that are there."""
-    *given, name, singles, composed, styles, steps, family, way, again = values
-    options = {"styles": styles or [], "steps": int(steps), "family": family, "way": way}
-    return page.recipe(*given), TrainingRequest(name or "", parse_singles(singles), _lines(composed), **options), again
+    *given, again = values
+    at = len(page.inputs)
+    wanted = dict(zip(page.training, given[at:], strict=True))
+    wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or [], "steps": int(wanted["steps"])}
+    wanted |= {"singles": parse_singles(wanted["singles"]), "composed": _lines(wanted["composed"])}
+    return page.recipe(*given[:at]), TrainingRequest(**wanted), again
 
 
 def _offer(page: Page) -> Offer:
@@ -98,74 +98,80 @@ def _offer(page: Page) -> Offer:
 
     def keep(*values: Any) -> dict[str, Any]:
         recipe, wanted, again = _asked(page, *values)
-        return {"recipe": replace(recipe, base=actions.studio.base).to_dict(), "training": asdict(wanted), "again": again}
+        return {"recipe": recipe, "training": asdict(wanted), "again": again}
 
-    def describe(kept: dict[str, Any]) -> str:
-        return f"The training **{markdown(TrainingRequest(**kept['training']).name)}**"
+    def load(kept: dict[str, Any]) -> dict[str, Any]:
+        return {"wanted": TrainingRequest(**kept["training"]), "again": kept["again"]}
 
-    def plan(path: Path) -> Work:
-        kept = read(
-            path, lambda kept: (Recipe.from_dict(kept["recipe"]), TrainingRequest(**kept["training"]), kept["again"])
-        )
-        recipe, wanted, again = kept
-        actions.check_base(recipe.base, "change it first")
+    def describe(recipe: Recipe, wanted: TrainingRequest, again: str) -> str:
+        return f"The training **{markdown(wanted.name)}**"
+
+    def plan(recipe: Recipe, wanted: TrainingRequest, again: str) -> Work:
         try:
             return train(actions.studio, recipe, wanted, home=actions.home)
         except GatesExistError:  # it had not begun
             return train(actions.studio, recipe, wanted, home=actions.home, again=again)
 
-    return offer(page.visitor, page.interrupted, "train", "Go on", describe, keep=keep, plan=plan)
+    return Offer(page, "train", "Go on", keep=keep, load=load, describe=describe, plan=plan)
 
 
-def _fields(page: Page) -> list[Any]:
+def _fields(page: Page) -> None:
     """The fields of a TrainingRequest, and the button that fills them from the prompt."""
-    catalog = page.actions.studio.catalog
-    name = gr.Textbox(label="Name of the gates", max_length=60, elem_id="gates-name")
-    singles = gr.Textbox(
-        label="Prompts of one LoRA each",
-        info="one per line: NAME=PROMPT; for a collage, of a subject in the style",
-        lines=4,
-        max_length=5000,
-        elem_id="singles",
-    )
-    composed = gr.Textbox(
-        label="Prompts with all of them", info="one per line", lines=2, max_length=5000, elem_id="composed"
-    )
-    styles = gr.Dropdown(list(catalog.loras), value=[], multiselect=True, label="Styles", info="they act everywhere")
-    page.lists.append((styles, lambda: {"choices": list(catalog.loras)}))
-    steps = gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates")
+    catalog, fields, prompt = page.actions.studio.catalog, page.training, page.controls["prompt"]
+    for name in ("name", "singles", "composed", "styles", "steps"):
+        fields[name].render()
     with gr.Row():
-        family = gr.Dropdown(
-            TRAINED,
-            value="factors",
-            label="Gates",
-            info="factors weigh each rank of a LoRA, flow each token",
-            elem_id="family",
-        )
-        about = "collage: subjects side by side; blend: predictions under masks"
-        way = gr.Dropdown(WAYS, value="collage", label="Taught by", info=about, elem_id="way")
+        fields["family"].render()
+        fields["way"].render()
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")
-    why = gr.Markdown("", elem_classes="status")
+    why = gr.Markdown("", elem_id="suggest-status", elem_classes="status")
 
-    @told(4)
-    def suggestion(prompt: str, styles: Sequence[str], way: str) -> Any:
-        parsed = parse(prompt, catalog.loras)
-        words = {tag.name: [tag.name, *catalog.expert(tag.name).triggers] for tag in parsed.tags}
-        shared = styles if way == "collage" else []  # each subject of a collage is drawn in the style
-        lines = [f"{name}={own}" for name, own in single_prompts(parsed.text, words, shared).items()]
-        return "+".join(sorted(words)), "\n".join(lines), parsed.text, ""
+    @told(why)
+    def suggestion(text: str, styles: Sequence[str], way: str) -> Values:
+        parsed = parse(text, catalog.loras)
+        experts = {tag.name: catalog.expert(tag.name) for tag in parsed.tags}
+        text, everywhere = plain_text(parsed.text), [tag.name for tag in parsed.tags if tag.region == EVERYWHERE]
+        singles, found, silent = suggested(text, experts, [*styles, *everywhere], way)
+        names = ", ".join(f"**{markdown(name)}**" for name in found if name not in styles)
+        words = [f"said of the whole picture, so taken as a style: {names}"] if names else []
+        words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
+        return {
+            fields["name"]: "+".join(sorted(experts)),
+            fields["singles"]: "\n".join(f"{name}={own}" for name, own in singles.items()),
+            fields["composed"]: text,
+            fields["styles"]: found,
+            why: "; ".join(words),
+        }
 
-    suggest.click(suggestion, [page.controls["prompt"], styles, way], [name, singles, composed, why], **PRIVATE)
-    return [name, singles, composed, styles, steps, family, way]
+    filled = [*(fields[name] for name in ("name", "singles", "composed", "styles")), why]
+    suggest.click(suggestion, [prompt, fields["styles"], fields["way"]], filled, **PRIVATE)
 
 
-def single_prompts(text: str, words: Mapping[str, Sequence[str]], shared: Collection[str] = ()) -> dict[str, str]:
-    """A first guess at the prompt of each LoRA: the whole one without the words of the others, but of those in `shared`."""
-    found = {}
-    for name in sorted(words):
-        others = [word for other in words if other != name and other not in shared for word in words[other]]
-        found[name] = single_prompt(text, others, keep=words[name])
-    return found
+def suggested(
+    text: str, experts: Mapping[str, Expert], styles: Collection[str], way: str
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """A first guess at what to train on, as binding reads a prompt: the prompt of each LoRA, the styles, and the LoRAs that
+    the prompt does not name.
+
+    For a collage subjects have prompts, from left to right as they are named, each in all styles: "ink drawing of an owl" of
+    "ink drawing of a red fox and an owl". Else every LoRA has one, without the words of the others.
+
+    Args:
+        text: the prompt, without tags and weights.
+        styles: those that are known; the others are what is said of the whole picture.
+    """
+    bound = {}
+    for name, own in files_bindings(experts).items():  # training knows a LoRA by the words of its file, and its name
+        region = EVERYWHERE if name in styles else AUTO
+        bound[name] = Bound((*own.words, name), region, required=own.needs_words)
+    things = Things(text, bound, bound)
+    subjects = {name: prompt.text for i, prompt in things.prompts.items() for name in things.experts(i)}
+    found = [name for name in bound if name in things.everywhere or name in styles]
+    silent = [name for name in bound if name not in subjects and name not in found]
+    if way == "collage":
+        return subjects, found, silent
+    others = {name: [word for other in bound if other != name for word in bound[other].words] for name in bound}
+    return {name: single_prompt(text, others[name], keep=bound[name].words) for name in bound}, found, silent
 
 
 def single_prompt(text: str, others: Collection[str], *, keep: Collection[str]) -> str:
@@ -198,12 +204,12 @@ def _lines(text: str | None) -> list[str]:
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
-def _gate_files(page: Page) -> Any:
-    """Download and upload of trained gates; returns the choice of gates."""
-    catalog = page.actions.studio.catalog
+def _gate_files(page: Page) -> None:
+    """Download and upload of trained gates."""
+    catalog, which = page.actions.studio.catalog, page.trained
     with gr.Accordion("Gates as files", open=False, elem_id="gate-files"):
         with gr.Row():
-            which = gr.Dropdown(list(catalog.gates), value=None, label="Gates", elem_id="which-gates")
+            which.render()
             download = gr.Button("Download", size="sm", elem_id="gates-out")
         files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="gates-given")
         with gr.Row():
@@ -218,27 +224,24 @@ def _gate_files(page: Page) -> Any:
             )
         status = gr.Markdown("", elem_id="gates-told", elem_classes="status")
 
-    @told(2)
-    def downloaded(name: str | None) -> tuple[list[str], str]:
-        return [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)], ""
+    @told(status)
+    def downloaded(name: str | None) -> Values:
+        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)], status: ""}
 
-    @told(3)
-    def uploaded(paths: list[str], name: str) -> Any:
+    @told(status)
+    def uploaded(paths: list[str], name: str) -> Values:
         found = page.actions.add_gates([Path(path) for path in paths], name or "")
         words = f"{found['family']} gates **{markdown(found['name'])}** for {markdown(', '.join(found['experts']))}"
         if found["other_files"]:
             words += f"; they were trained with another file of {markdown(', '.join(found['other_files']))}"
         if found["missing"]:
             words += f"; LoRAs that are not here: {markdown(', '.join(found['missing']))}"
-        return *_gate_choices(page, found["name"]), words
+        return _chosen(page, found["name"]) | {status: words}
 
-    page.lists.append((which, lambda: {"choices": list(catalog.gates)}))
     download.click(downloaded, which, [files, status], **PRIVATE)
     upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status], **PRIVATE)
-    return which
 
 
-def _gate_choices(page: Page, name: str) -> tuple[Any, Any]:
-    """Updates of both choices of gates after `name` was added."""
-    known = list(page.actions.studio.catalog.gates)
-    return gr.update(choices=page.gates(), value=name), gr.update(choices=known, value=name)
+def _chosen(page: Page, name: str) -> Values:
+    """Both choices of gates after `name` was added."""
+    return {field: gr.update(**page.lists[field](), value=name) for field in (page.controls["gates"], page.trained)}

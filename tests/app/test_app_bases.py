@@ -7,7 +7,7 @@ import threading
 import hosts
 import numpy as np
 import pytest
-from app_client import PROMPT, launched
+from app_client import PROMPT, launched, plain
 from PIL import Image
 
 from mole_diffusers.app.actions import Actions
@@ -145,7 +145,7 @@ def test_pictures_know_their_base_among_those_of_one_name_and_tell_no_folder(lor
         return Actions(studio, gallery=tmp_path / "pictures", bases=bases, opening=opening)
 
     def noted(actions, path):
-        load = next(e.fn for e in build(actions, Recipe(PROMPT)).fns.values() if e.fn and e.fn.__name__ == "load")
+        load = plain(next(e for e in build(actions, Recipe(PROMPT)).fns.values() if e.fn and e.fn.__name__ == "load"))
         shutil.copy(path, tmp_path / "dropped.png")
         return "was drawn with the base 'new', and here is 'old'" in load(str(tmp_path / "dropped.png"))[-1].replace(
             "\\", ""
@@ -172,7 +172,7 @@ def test_pictures_know_their_base_among_those_of_one_name_and_tell_no_folder(lor
 def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     change = event_of(blocks, "begin", ["Base model"])
     labels = [component.label for component in change.outputs[1:]]
-    *_, last = change.fn(page("mine"), "me", "flux")
+    *_, last = plain(change)(page("mine"), "me", "flux")
     said, *shown = last
     now = dict(zip(labels, shown, strict=True))
     assert said.replace("\\", "") == "flux is open: FluxPipeline"
@@ -181,11 +181,11 @@ def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
     values = [component.value for component in compose.inputs[1:]]
     at = [getattr(component, "label", None) for component in compose.inputs[1:]].index("Base model")
-    (said,) = compose.fn(page("other"), "you", *values[:at], "dream", *values[at + 1 :])
+    (said,) = plain(compose)(page("other"), "you", *values[:at], "dream", *values[at + 1 :])
     assert "this is for the base model 'dream', and here is 'flux': wait until it" in said[0].replace("\\", "")
     assert all(map(is_left, said[1:]))
     values[0], values[at] = "a fox", "flux"
-    *_, last = compose.fn(page("other"), "you", *values)
+    *_, last = plain(compose)(page("other"), "you", *values)
     assert last[0] == "done"
 
 
@@ -200,19 +200,19 @@ def test_a_second_prompt_is_asked_for_where_the_base_reads_one(blocks, actions):
     values = [component.value for component in compose.inputs[1:]]
     labels = [getattr(component, "label", None) for component in compose.inputs[1:]]
     values[0], values[labels.index("Second prompt")], values[labels.index("Pictures")] = "a fox", "a hat", 1
-    assert shown(opened, opened.fn())["visible"] == "hidden"
-    *_, last = compose.fn(page("mine"), "me", *values)
+    assert shown(opened, plain(opened)())["visible"] == "hidden"
+    *_, last = plain(compose)(page("mine"), "me", *values)
     assert last[0].replace("\\", "") == "done; StableDiffusionPipeline is drawn without a second prompt"
-    *_, last = change.fn(page("mine"), "me", "flux")
+    *_, last = plain(change)(page("mine"), "me", "flux")
     assert shown(change, last)["visible"] is True
-    assert shown(opened, opened.fn())["visible"] is True
+    assert shown(opened, plain(opened)())["visible"] is True
     values[labels.index("Base model")] = "flux"
-    *_, last = compose.fn(page("mine"), "me", *values)
+    *_, last = plain(compose)(page("mine"), "me", *values)
     assert last[0] == "done"
     drawn = actions.gallery.entries(text="hat")[0]
     assert (drawn.recipe.prompt_2, drawn.recipe.base) == ("a hat", BASES["flux"])
-    plain = actions.studio.draw(dataclasses.replace(drawn.recipe, prompt_2=""))
-    assert not np.array_equal(np.asarray(plain), pixels(drawn.path))
+    without = actions.studio.draw(dataclasses.replace(drawn.recipe, prompt_2=""))
+    assert not np.array_equal(np.asarray(without), pixels(drawn.path))
 
 
 def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions):
@@ -223,43 +223,44 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Prompt")] = "a hat"
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
-    fresh = dict(zip(labels, enter.fn("", None, PROMPT)[1:-2], strict=True))
+    fresh = dict(zip(labels, plain(enter)("", None, PROMPT)[1:-2], strict=True))
     assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 0, 3.5)
-    back = dict(zip(labels, enter.fn("me", old, PROMPT)[1:-2], strict=True))
+    back = dict(zip(labels, plain(enter)("me", old, PROMPT)[1:-2], strict=True))
     sizes = [back[name] for name in ("Width", "Height", "Guidance")]
     assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [0, 0, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
-    again = enter.fn("me", old, PROMPT)[1:-2]
+    again = plain(enter)("me", old, PROMPT)[1:-2]
     assert again[labels.index("Gates")] == "auto"
     assert dict(zip(labels, again, strict=True)) == back | {"Sampler": "default"}
     old[labels.index("Base model")], old[labels.index("Sampler")], old[labels.index("Gates")] = "flux", "Euler", "auto"
-    assert dict(zip(labels, enter.fn("me", old, PROMPT)[1:-2], strict=True))["Width"] == 48  # what was typed for it stays
+    again = dict(zip(labels, plain(enter)("me", old, PROMPT)[1:-2], strict=True))
+    assert again["Width"] == 48  # what was typed for it stays
 
 
 def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, actions):
     change = event_of(blocks, "begin", ["Base model"])
-    *_, last = change.fn(page("mine"), "me", "broken")
+    *_, last = plain(change)(page("mine"), "me", "broken")
     assert last[0].replace("\\", "") == "**models/broken has no VAE**"
     assert last[1] == "dream"
     assert all(map(is_left, last[2:]))
     resume = [
         e for e in blocks.fns.values() if e.fn is not None and e.fn.__name__ == "resume" and e.outputs == change.outputs
     ]
-    *_, last = resume[0].fn(page("reloaded"), "me")  # after a reload fields stay as they are
+    *_, last = plain(resume[0])(page("reloaded"), "me")  # after a reload fields stay as they are
     assert all(map(is_left, last[1:]))
 
 
 def test_after_two_failures_a_page_can_choose_the_old_base_again(actions, blocks):
     change = event_of(blocks, "begin", ["Base model"])
     actions._opening = lambda source: opening(BASES["broken"])
-    *_, last = change.fn(page("mine"), "me", "flux")
+    *_, last = plain(change)(page("mine"), "me", "flux")
     assert "cannot be opened again" in last[0]
     assert (actions.base, last[1]["value"]) == (None, None)  # the page shows none, so that any can be chosen
     compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
-    (said,) = compose.fn(page("other"), "you", *[component.value for component in compose.inputs[1:]])
+    (said,) = plain(compose)(page("other"), "you", *[component.value for component in compose.inputs[1:]])
     assert "no base model is open" in said[0]
     actions._opening = opening
-    *_, last = change.fn(page("mine"), "me", "dream")
+    *_, last = plain(change)(page("mine"), "me", "dream")
     assert (actions.base, last[1]) == ("dream", "dream")
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from app_client import PROMPT
+from app_client import PROMPT, plain
 from PIL import Image
 from tiers import thorough
 
@@ -192,13 +192,14 @@ def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions,
 
     odd = PICTURE.resize((70, 40))
     value = {"background": odd.convert("RGBA"), "layers": [], "composite": None}
-    plain = dataclasses.replace(RECIPE, width=0, height=0)
-    event = next(event for event in build(actions, plain).fns.values() if event.fn and event.fn.__name__ == "begin")
+    is_open = dataclasses.replace(RECIPE, width=0, height=0)
+    begins = [event for event in build(actions, is_open).fns.values() if event.fn and event.fn.__name__ == "begin"]
+    event = begins[1]  # after that of the base model
     values = [component.value for component in event.inputs[1:]]
     sizes = [getattr(component, "label", "") in ("Width", "Height") for component in event.inputs[1:]]
     assert [given for given, is_size in zip(values, sizes, strict=True) if is_size] == [0, 0]
     request = type("Request", (), {"session_hash": "page"})()
-    *_, (said, *_) = event.fn(request, "me", *values[:-1], value)
+    *_, (said, *_) = plain(event)(request, "me", *values[:-1], value)
     assert said.replace("\\", "") == "done; drawn over your picture; 70 x 40 is rounded to 72 x 40 pixels"
     newest = actions.gallery.entries()[0]
     assert pixels(newest.path).shape == (40, 72, 3)
@@ -215,12 +216,12 @@ def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
 
     kept = drawn(actions, RECIPE, draw_over.pictures(editor((0, 0, 32, 32))))
     functions = {event.fn.__name__: event for event in build(actions, RECIPE).fns.values() if event.fn}
-    *_, said = functions["load"].fn(str(kept.path))
+    *_, said = plain(functions["load"])(str(kept.path))
     assert "put that one into" in said
     values = [component.value for component in functions["script"].inputs[:-1]]
-    code, said = functions["script"].fn(*values, editor((0, 0, 32, 32)))
+    code, said = plain(functions["script"])(*values, editor((0, 0, 32, 32)))
     assert (said, 'Image.open("mask.png")' in code) == ("", True)
-    assert "image.png" not in functions["script"].fn(*values, None)[0]
+    assert "image.png" not in plain(functions["script"])(*values, None)[0]
 
 
 def test_photos_are_upright(tmp_path):

@@ -19,6 +19,7 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.picture_passes import pixels_hash
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -237,7 +238,7 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
         one.choose("#base", "other")
         one.until(lambda: one.text("#base-status") == "other is open: StableDiffusionPipeline", WAIT)
         second = composed(one, tmp_path, "second.png")
-        assert infotext.read(second).base == str(file)
+        assert infotext.read(second).base == shared_name(str(file))
         assert not np.array_equal(pixels(second), pixels(first))
         two.click("#compose")
         two.until(lambda: "this is for the base model 'tiny', and here is 'other'" in two.text("#status"), WAIT)
@@ -431,6 +432,28 @@ def test_the_gallery_keeps_finds_and_gives_back(any_width, tmp_path):
     page.until(lambda: page.text("#gallery-status").startswith("moved"), WAIT)
     assert [path.parent.name for path in (tmp_path / "pictures").rglob("*.png")].count("trash") == 1
     assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_click_in_the_gallery_is_not_lost_to_a_search(tiny, tmp_path, monkeypatch):
+    """Leaving the field, whose search was done, searched again; in a large gallery that ended after the click."""
+    import time
+
+    from selenium.webdriver import Keys
+
+    from mole_diffusers.app.gallery import Gallery
+
+    composed(tiny, tmp_path, "first.png")
+    tiny.tab("Gallery")
+    tiny.one("#find-text :is(input, textarea)").send_keys("fox", Keys.ENTER)
+    tiny.until(lambda: tiny.text("#gallery-status") == "1 picture", WAIT)
+    entries = Gallery.entries
+    monkeypatch.setattr(Gallery, "entries", lambda *given, **how: time.sleep(1) or entries(*given, **how))
+    tiny.click("#gallery .thumbnail-item")
+    time.sleep(3)
+    assert tiny.text("#gallery-status").startswith("chosen: ")
+    tiny.click("#star")
+    tiny.until(lambda: tiny.text("#gallery-status").startswith("marked"), WAIT)
 
 
 @pytest.mark.thorough

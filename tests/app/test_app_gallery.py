@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from app_client import plain
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -176,7 +177,7 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
 
     monkeypatch.setattr(gallery_tab, "AT_ONCE", 2)
     files = [actions.gallery.add(PICTURE, Recipe(f"owl{i}", seed=i)).name for i in range(5)][::-1]
-    functions = {event.fn.__name__: event.fn for event in build(actions, Recipe("a fox")).fns.values() if event.fn}
+    functions = {event.fn.__name__: plain(event) for event in build(actions, Recipe("a fox")).fns.values() if event.fn}
     everything, shown = ("", "", False), []
     for call in ("search", "show_more", "show_more"):
         most = (shown[-1][2],) if shown else ()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from app_client import PROMPT
+from app_client import PROMPT, plain
 from PIL import Image
 from tiers import thorough
 
@@ -44,19 +44,19 @@ class App:
         values = [component.value for component in event.inputs[1:]]
         for label, value in fields.items():
             values[labels.index(label)] = value
-        return event.fn(REQUEST, "me", *values)
+        return plain(event)(REQUEST, "me", *values)
 
     def offered(self, kind, visitor="me"):
-        row, said = self.event("show", f"{kind}-interrupted").fn(visitor)
+        row, said = plain(self.event("show", f"{kind}-interrupted"))(visitor)
         return said.replace("\\", "") if row["visible"] else ""
 
     def again(self, status, *values):
         """What the page says last once the offer is taken."""
-        *_, last = self.event("begin_again", status).fn(REQUEST, "me", *values)
+        *_, last = plain(self.event("begin_again", status))(REQUEST, "me", *values)
         return last
 
     def forget(self, kind):
-        return self.event("drop", f"{kind}-interrupted").fn("me")
+        return plain(self.event("drop", f"{kind}-interrupted"))("me")
 
 
 def killed(app, *presses):
@@ -176,7 +176,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
     begun = run.stat().st_mtime_ns
     second = apps()
     assert second.offered("train") == "The training **mine** was interrupted when the app ended."
-    updates = [said for said, *_ in second.event("begin_again", "train-status").fn(REQUEST, "me")]
+    updates = [said for said, *_ in plain(second.event("begin_again", "train-status"))(REQUEST, "me")]
     assert updates[-1].startswith("done")
     assert run.stat().st_mtime_ns == begun  # nothing was begun anew
     assert int(next(said for said in updates if said.startswith("update ")).split()[1]) > 5

@@ -1,7 +1,7 @@
 """The mixer without a browser: its cards are drawn, and their events keep prompt, cards and fields in step."""
 
 import pytest
-from app_client import built
+from app_client import built, plain
 
 from mole_diffusers.app.mixer_cards import FIELDS, cards_of, fields_of
 
@@ -23,7 +23,7 @@ def drawn(loras, tmp_path_factory):
 
 
 def named(events, name):
-    return [event.fn for event in events if event.fn.__name__ == name]
+    return [plain(event) for event in events if event.fn.__name__ == name]
 
 
 def test_a_card_has_a_field_for_all_that_its_tag_says(drawn, loras):

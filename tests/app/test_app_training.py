@@ -6,7 +6,7 @@ from dataclasses import replace
 import hosts
 import numpy as np
 import pytest
-from app_client import PROMPT
+from app_client import PROMPT, built, plain
 from tiers import thorough
 
 from mole_diffusers.app import held_out
@@ -203,3 +203,44 @@ def test_a_base_that_gates_cannot_be_trained_on_is_said_at_once(loras, tmp_path,
     data = TrainingData({"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"])
     with pytest.raises(ValueError, match="cannot be trained on"):
         train_gates(pipe, mixture, data, config=GateTraining({"single": 1.0}, steps=1))
+
+
+SUGGESTED = [  # prompt; trigger words in files; styles that were chosen -> prompts of a collage, styles, those not named
+    (
+        "ink drawing of a red fox, a hat",
+        {},
+        [],
+        {"fox": "ink drawing of a red fox", "hat": "ink drawing of a hat"},
+        "ink",
+        "",
+    ),
+    ("a hat and a fox in ink", {}, [], {"hat": "a hat in ink", "fox": "a fox in ink"}, "ink", ""),
+    ("a cap and a fox in ink", {"hat": ("cap",)}, [], {"hat": "a cap in ink", "fox": "a fox in ink"}, "ink", ""),
+    ("a fox and an ink", {}, ["ink"], {"fox": "a fox and an ink"}, "ink hat", ""),
+    ("a fox and a hat", {}, [], {"fox": "a fox", "hat": "a hat"}, "ink", ""),  # without words it acts everywhere
+    ("a fox and a hat", {"ink": ("line",)}, [], {"fox": "a fox", "hat": "a hat"}, "", "ink"),  # it is silent
+]
+
+
+@pytest.mark.parametrize(("text", "triggers", "styles", "singles", "found", "silent"), SUGGESTED)
+def test_suggestions_follow_what_binding_reads(studio, text, triggers, styles, singles, found, silent):
+    """A style had to be chosen first, else it was drawn as one more subject beside the others, which had no style."""
+    from mole_diffusers.app.train_tab import suggested
+
+    experts = {name: replace(studio.catalog.expert(name), triggers=triggers.get(name, ())) for name in ("fox", "ink", "hat")}
+    assert suggested(text, experts, styles, "collage") == (singles, found.split(), silent.split())
+    assert list(suggested(text, experts, styles, "collage")[0]) == list(singles)  # from left to right
+    assert set(suggested(text, experts, styles, "blend")[0]) == set(experts)
+
+
+def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, tmp_path):
+    blocks = built(loras, tmp_path)
+    event = next(event for event in blocks.fns.values() if event.fn and event.fn.__name__ == "suggestion")
+    prompt = "(ink:1.2) drawing of a fox <lora:fox:1> <lora:ink:1> <lora:hat:1>"
+    name, singles, composed, styles, said = plain(event)(prompt, [], "collage")
+    assert (name, singles, composed) == ("fox+hat+ink", "fox=ink drawing of a fox", "ink drawing of a fox")
+    assert (styles, said) == (["ink", "hat"], "said of the whole picture, so taken as a style: **ink**, **hat**")
+    _, singles, _, styles, said = plain(event)("a fox and a hat <lora:fox:1> <lora:hat:1:region=everywhere>", [], "collage")
+    assert (singles, styles) == ("fox=a fox and a hat", ["hat"])
+    _, singles, *_ = plain(event)("ink drawing of a fox <lora:fox:1> <lora:ink:1>", [], "blend")
+    assert singles == "fox=drawing of a fox\nink=ink drawing"
