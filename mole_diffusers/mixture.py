@@ -608,7 +608,7 @@ class Mixture:
                 side=lambda: inputs.side(args, kwargs),
                 level=lambda: float(runtime.time.max()),
                 groups=lambda: groups_of(self._calling, text, latents) if called else None,
-                wanted=runtime.acting if called else (),  # training has prompts of single experts
+                wanted=runtime.acting if called else [False] * len(self.experts),  # training has prompts of single experts
             )
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:

@@ -21,6 +21,7 @@ FAMILIES = [
     GateConfig("prompt", axis="both", total="1"),
     GateConfig("retrieval"),
     GateConfig("rank", top=3),
+    GateConfig("factors"),
 ]
 
 

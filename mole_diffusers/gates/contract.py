@@ -51,13 +51,15 @@ class Context:
 class Gate(Protocol):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
-    An `nn.Module`. hidden [B, T, C] is what enters the gate's place, in the host's precision: a block's first attention, the
-    layer itself, or for what is outside of blocks [B, 1, C + 32], the mean text and the noise level. Experts in the mask
-    share what there is; the users' strengths are multiplied on top. A gate never waits for the device.
+    An `nn.Module`. It never waits for the device (no `.item()`, no `if tensor`). The users' strengths come on top.
+
+    hidden [B, T, C] is what enters the gate's place: a block's first attention, behind its norm; for "flow" the block, or
+    its text; for "prompt" the text; for a gate of one layer that layer; for layers outside of a denoiser's blocks
+    [B, 1, C + 32], the mean text and the noise level. Its dtype may be any.
 
     Attributes:
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
-        input_free: the weights depend on no state at all.
+        input_free: the weights depend on parameters and `context.mask` alone.
         ranked: the weights are per rank of the layer instead, [R], [B, R] or [B, T, R].
     """
 

@@ -15,7 +15,7 @@ from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
 
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
 Silent = tuple[bool, ...]
-Made = dict[tuple, torch.Tensor | None]  # masks by what a layer asked for
+Made = dict[tuple, torch.Tensor | None]  # masks and biases, by what a layer asked for
 
 
 @dataclass(eq=False)
@@ -25,7 +25,7 @@ class BoundText:
     Attributes:
         text: its states, [B, S, C], which count as the same as long as nobody changes them (`version`).
         shape: of the latents that were drawn with it.
-        own: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
+        acts: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
         silent: [N]: the experts that no row of it wants; row_silent: [B, N], where rows differ.
         prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a call
             of its own names nobody, and takes over those of the prompt.
@@ -37,7 +37,7 @@ class BoundText:
     version: int
     shape: torch.Size
     picture: PictureLayout
-    own: torch.Tensor | None
+    acts: torch.Tensor | None
     silent: Silent
     row_silent: torch.Tensor | None
     prompt: BoundText | None = None
@@ -76,7 +76,7 @@ class BoundText:
     @property
     def binds(self) -> bool:
         """Whether any expert is kept from any token."""
-        return self.own is not None or self.image is not None
+        return self.acts is not None or self.image is not None
 
     @property
     def rows(self) -> int:
@@ -86,7 +86,7 @@ class BoundText:
     @property
     def tokens(self) -> int:
         """S; 0 where its words are not known."""
-        return 0 if self.own is None else self.own.shape[1]
+        return 0 if self.acts is None else self.acts.shape[1]
 
     def over_ranks(
         self, stream: str, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
@@ -94,16 +94,19 @@ class BoundText:
         """As `TokenMasks.over_ranks`, for the denoiser's layers."""
         if stream == "image" and self.image is None:
             return None
-        return spread(self._made, stream, low, segment, ranks, lambda: self._mask(stream, low))
+        return kept_over_ranks(self._made, stream, low, segment, ranks, lambda: self._mask(stream, low))
 
     def _mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer whose tokens are those of `low`."""
-        if stream == "text" and low.dim() == 3 and self.own is not None and low.shape[1] != self.tokens:
-            stream = "image"  # SD 3.5 calls a second attention of the picture what others call cross-attention
-        if stream == "image":
-            side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(low.shape[1])
-            return None if side is None else self._image_tokens(side)
-        return self._joint(low.shape[1]) if stream == "joint" else self.own
+        tokens = low.shape[1]
+        if stream == "joint":
+            return self._joint(tokens)
+        # SD 3.5 calls a second attention of the picture what others call cross-attention.
+        reads_picture = low.dim() == 3 and self.acts is not None and tokens != self.tokens
+        if stream == "text" and not reads_picture:
+            return self.acts
+        side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
+        return None if side is None else self._image_tokens(side)
 
     def _image_tokens(self, side: Side) -> torch.Tensor | None:
         return (
@@ -112,12 +115,12 @@ class BoundText:
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text, then picture."""
-        if self.own is None or (side := self.side_of(tokens - self.tokens)) is None:
+        if self.acts is None or (side := self.side_of(tokens - self.tokens)) is None:
             return None
         image = self._image_tokens(side)
         if image is None:
-            image = self.own.new_ones(len(self.own), tokens - self.tokens, self.own.shape[2], dtype=torch.float32)
-        return torch.cat([self.own.float(), image.to(self.own.device)], 1)
+            image = self.acts.new_ones(len(self.acts), tokens - self.tokens, self.acts.shape[2], dtype=torch.float32)
+        return torch.cat([self.acts.float(), image.to(self.acts.device)], 1)
 
     def side_of(self, tokens: int) -> Side | None:
         """Height and width of a layer that has so many tokens of the picture; None where it has others."""
@@ -163,7 +166,7 @@ class BoundText:
         return self._made[key]
 
 
-def spread(
+def kept_over_ranks(
     made: Made,
     stream: str,
     low: torch.Tensor,
@@ -174,8 +177,11 @@ def spread(
     """A mask [B, T, N] over the ranks of a layer, in the shape of `low`; kept in `made`. None where the layer has others."""
     key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
     if key not in made:
-        found = mask()
-        fits = found is not None and (low.dim() == 4 or found.shape[1] == low.shape[1])
-        rows = functional.rows_for_layer(found, low.shape[0]) if found is not None and fits else None
-        made[key] = None if rows is None else functional.over_ranks(rows.to(low.device), segment, low)
+        made[key] = _over_ranks(mask(), low, segment)
     return made[key]
+
+
+def _over_ranks(mask: torch.Tensor | None, low: torch.Tensor, segment: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or (low.dim() == 3 and mask.shape[1] != low.shape[1]):
+        return None
+    return functional.over_ranks(functional.rows_for_layer(mask, low.shape[0]).to(low.device), segment, low)

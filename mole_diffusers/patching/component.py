@@ -207,19 +207,20 @@ class Component:
 
     def _hook(self, at: Place, site: GateSite, undo: Undo) -> None:
         """Evaluate the site's gate whenever sampling enters its place."""
-        if isinstance(site, LayerSite):
+        if isinstance(site, LayerSite):  # asks by itself
             return
         if isinstance(site, ModelSite) and self.name in DENOISERS:
             hook = _defer_text_and_time(site, DenoiserInputs(self.model))
             undo.before_forward(self.model, hook, with_kwargs=True)
-            return
-        entry = at.entry
-        if at.block is None:  # a text encoder's own gate reads what enters its first layer
-            entry = next(iter(blocks(self.model)))
+        elif at.block is None:  # of a text encoder
+            self._evaluate_at(next(iter(blocks(self.model))), site, undo)
         elif isinstance(site, BlockSite):
             undo.before_forward(self.model.get_submodule(at.block), lambda *_: site.begin_block())
-        if entry is None:  # the first of its layers evaluates it
-            return
+            if at.entry is not None:  # else the first of its layers evaluates it
+                self._evaluate_at(at.entry, site, undo)
+
+    def _evaluate_at(self, entry: str, site: GateSite, undo: Undo) -> None:
+        """Evaluate a site's gate on what enters a module."""
         module = self.model.get_submodule(entry)
         if isinstance(module, Attention):
             _replace_processor(module, site, undo)

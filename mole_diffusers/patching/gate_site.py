@@ -27,7 +27,8 @@ class GateSite(ABC):
         name: the module name of the site, component first.
         presents: the sets of experts that the site's layers have, the largest first.
         timed: the site knows the noise level; a text encoder does not.
-        scope: the experts that the gate shares among, where that is more than the layers' own.
+        scope: the experts that the gate shares among, where that is more than the layers' own: a "prompt" gate that weighs
+            the layers of a block shares among all experts that one of them has.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
 
@@ -72,7 +73,7 @@ class GateSite(ABC):
         runtime = self.runtime
         if not self._may_keep():
             return None
-        if self.gate.input_free and runtime.rows is None and (runtime.masks is None or runtime.masks.row_silent is None):
+        if self.gate.input_free:
             return runtime.changes, len(hidden), hidden.device, self._gate_version()
         if self.timed and runtime.every > 1:
             return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
@@ -179,19 +180,21 @@ class GateSite(ABC):
             a tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
         """
         self._make_ready(layer, x, low)
+        if x.dim() != 3 or not self.shares_factors:
+            return self._new_factor(layer, x, low)
         masks = self.runtime.masks
-        binds = masks is not None and masks.binds
-        shape = low.dim()  # rows of all tokens, or tokens by row
-        key = (layer.ranks, shape, layer.stream, x.shape[:2]) if binds else (layer.ranks, shape)  # PAG: a part of the rows
-        factor = self._factors.get(key)
-        if factor is None or factor.dtype != low.dtype or x.dim() != 3:
-            factor = self._spread(layer, self._weights_of(layer, len(x)), _by_token(low, x))
-            if low.dim() < x.dim() and factor.dim() == 3 and factor.shape[1] > 1:
-                factor = factor.flatten(0, 1)
-            # A checkpointed block that is computed again must save what it saved at first: with gradients nothing is shared.
-            if x.dim() == 3 and self.shares_factors and not factor.requires_grad:
+        tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG: a part of the rows
+        key = layer.ranks, low.dim(), low.dtype, *tokens
+        if (factor := self._factors.get(key)) is None:
+            factor = self._new_factor(layer, x, low)
+            if not factor.requires_grad:  # a checkpointed block that is computed again must save what it saved at first
                 self._factors[key] = factor
         return factor
+
+    def _new_factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        factor = self._spread(layer, self._weights_of(layer, len(x)), _by_token(low, x))
+        by_token = factor.dim() == 3 and factor.shape[1] > 1
+        return factor.flatten(0, 1) if by_token and low.dim() < x.dim() else factor
 
     @abstractmethod
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -212,11 +215,11 @@ class GateSite(ABC):
 
 
 class BlockSite(GateSite):
-    """A gate that is evaluated when its block begins. Where nobody did so for this batch, it is on a layer's own input:
-    another processor took the place of ours (IP-Adapter, PAG), or splits the batch.
+    """A gate that is evaluated when its block begins. Where it was not, on as many rows as a layer has, that layer's own
+    input is read: another processor took the place of ours (IP-Adapter, PAG), or splits the batch.
 
     Args:
-        reads_text: the gate reads what its layers read, the text, which may be the same tensor at every step.
+        reads_text: the gate reads what its layers read, the text, and nothing else: it is asked once for the same tensor.
     """
 
     def __init__(self, *args: Any, reads_text: bool, **kwargs: Any):
@@ -226,7 +229,7 @@ class BlockSite(GateSite):
         self._batch = 0  # rows that the gate was evaluated on since the block began
 
     def begin_block(self) -> None:
-        """The weights of the call before no longer count."""
+        """The gate has to be asked again; what holds beyond a call (`_validity`) is not made anew."""
         self._batch = 0
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
@@ -254,9 +257,11 @@ class LayerSite(GateSite):
 
 
 class ModelSite(GateSite):
-    """A gate that reads what a whole model is given, and is evaluated when its first layer asks.
+    """A gate of layers outside of blocks, or one that reads the prompt.
 
-    At the entry of the model the gate may still be on another device: offloading brings it when the model's forward begins.
+    In a denoiser it reads what the model is given, and is evaluated when the first layer asks: at the entry of the model it
+    may still be on another device, since offloading brings it when the model's forward begins. In a text encoder it reads
+    what enters the first block.
 
     Args:
         spans_blocks: each layer multiplies its own block's strength from a schedule.

@@ -29,7 +29,7 @@ class Place:
     Attributes:
         name: the host's module name of the block, layer or matrix; "" for the network.
         entry: the module whose input the gate reads; None where each layer gives its own input.
-        block: on entering this module the weights of the call before are dropped, and its layers share the new ones; None
+        block: on entering this module the gate has to be asked again, and its layers share the new weights; None
             where every layer evaluates the gate for itself.
         width: channels C of that input.
         tokens: T at the host's default resolution, for flattened features; 0 where it is not fixed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -29,7 +29,7 @@ class Decision(NamedTuple):
         of: the gate's site.
         present: which experts these layers have; a site's first decision is for the largest set.
         gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
-        weights: the same times the user's strengths, which is what the layers are multiplied by.
+        weights: the same times the user's strengths, which is what the layers are multiplied by, beside masks of tokens.
         per_rank: what they are multiplied by instead where the gate weighs ranks, [R], [B, R] or [B, T, R].
     """
 
@@ -116,48 +116,49 @@ class Runtime:
     changes: int = 0
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
-    _blocks: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of each that runs: the settings that it changed, as they were
+    _blocks: list[dict[str, Any]] = field(default_factory=list)  # what each block that runs has set; the last one holds
+    _outside: dict[str, Any] = field(default_factory=dict)  # those settings as they are without any block
 
     def set(self, **values: Any) -> None:
         """Change settings."""
+        for name, value in values.items():
+            if (block := self._holder(name)) is not None:
+                block[name] = value
         vars(self).update(values)
         self.changed()
 
     @contextmanager
     def changed_while(self, **values: Any) -> Iterator[None]:
-        """Settings that are others while the block runs."""
-        before = {name: getattr(self, name) for name in values}
-        self._blocks.append(before)
+        """Settings that are others while the block runs. In generators, blocks may end in any order."""
+        self._outside |= {name: getattr(self, name) for name in values if self._holder(name) is None}
+        block = dict(values)
         try:
-            self.set(**values)
+            self._blocks.append(block)
+            self._show(block)
             yield
         finally:
             try:
-                self._give_back(before)
+                self._end(block)
             except KeyboardInterrupt:  # a setting that stayed would change every picture to come
-                self._give_back(before)
+                self._end(block)
                 raise
 
-    def _give_back(self, before: dict[str, Any]) -> None:
-        """End a block: set what it changed to what it was before.
+    def _end(self, block: dict[str, Any]) -> None:
+        self._blocks = [each for each in self._blocks if each is not block]
+        self._show(block)
 
-        Where a block that was opened later still runs, as in two generators, that one has to set it when it ends.
-        """
-        at = next((i for i, block in enumerate(self._blocks) if block is before), None)
-        if at is None:  # an interruption came after the end
-            return
-        for name, value in before.items():
-            if (block := next((b for b in self._blocks[at + 1 :] if name in b), None)) is not None:
-                block[name] = value
-            else:
-                self.set(**{name: value})
-        del self._blocks[at]
+    def _show(self, names: Iterable[str]) -> None:
+        """Give settings the values that hold."""
+        vars(self).update({name: (self._holder(name) or self._outside)[name] for name in names})
+        self.changed()
+
+    def _holder(self, name: str) -> dict[str, Any] | None:
+        """The block whose value of a setting holds."""
+        return next((block for block in reversed(self._blocks) if name in block), None)
 
     def outside(self, name: str) -> Any:
         """A setting as it is outside of all blocks that run."""
-        return next((before[name] for before in self._blocks if name in before), getattr(self, name))
+        return getattr(self, name) if self._holder(name) is None else self._outside[name]
 
     @property
     def acting(self) -> list[bool]:

@@ -25,13 +25,13 @@ from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
-from mole_diffusers.patching.bound_text import BoundText, Made, Silent, spread
+from mole_diffusers.patching.bound_text import BoundText, Made, Silent, kept_over_ranks
 from mole_diffusers.patching.denoiser_inputs import Groups
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
 Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # given name -> map [h, w], for each picture
-MOST_TEXTS = 4  # that pictures of one call are drawn with, in turn
+MOST_TEXTS = 5  # that pictures of one call are drawn with, in turn
 CLOSING = 8.0  # what attention to a thing's words loses outside its region, in logits
 
 
@@ -59,7 +59,7 @@ class TokenMasks:
         self.has_words = any(b.words for b in bound.values())  # else no text need be read
         self.silent: Silent = (False,) * len(bound)  # experts whose words the text that is being read has not
         self.row_silent: torch.Tensor | None = None  # [B, N], where rows differ
-        self._encoding: torch.Tensor | None = None  # [B, T, N] bool, while a text encoder runs
+        self._encoding: torch.Tensor | None = None  # [B, T, N] bool, of the text that an encoder read last
         self._encoded: Made = {}
         self._texts: list[BoundText] = []  # of the pictures that are being drawn
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # where their things are, if that was planned without maps
@@ -89,7 +89,7 @@ class TokenMasks:
         if stream is None or low.dim() == 2:
             return None
         if stream == "encoding":
-            return spread(self._encoded, stream, low, segment, ranks, lambda: self._encoding)
+            return kept_over_ranks(self._encoded, stream, low, segment, ranks, lambda: self._encoding)
         return None if self.text is None else self.text.over_ranks(stream, low, segment, ranks)
 
     @property
@@ -123,11 +123,11 @@ class TokenMasks:
             self._texts = []
         if not self.has_words:
             return
-        own, said = None, [(True,) * len(self.bound)]  # where words are not known, every expert acts on every token
+        acts, said = None, [(True,) * len(self.bound)]  # where words are not known, every expert acts on every token
         if self.tokenizers[encoder] is not None:
             readings = self._readings([[[(encoder, row)]] for row in ids.tolist()])
-            own, said = onto(self._own_tokens(readings), device), [reading.said for reading in readings]
-        self._encoding, self._encoded = own, {}
+            acts, said = onto(self._acting_tokens(readings), device), [reading.said for reading in readings]
+        self._encoding, self._encoded = acts, {}
         self.silent, self.row_silent = self._silent(said, device)
         self._changed()
 
@@ -146,7 +146,7 @@ class TokenMasks:
             readings.append(known[key])
         return readings
 
-    def _own_tokens(self, readings: Sequence[Reading]) -> torch.Tensor:
+    def _acting_tokens(self, readings: Sequence[Reading]) -> torch.Tensor:
         """[B, T, N] bool: an expert acts on a text that has its words, but not on the words of others there.
 
         One that is to act everywhere acts on those, too.
@@ -208,7 +208,7 @@ class TokenMasks:
         side: Callable[[], Side | None],
         level: Callable[[], float],
         groups: Callable[[], Groups | None],
-        wanted: Sequence[bool] = (),
+        wanted: Sequence[bool],
     ) -> None:
         """The denoiser is about to run.
 
@@ -219,27 +219,27 @@ class TokenMasks:
             level: of noise, 1 is the most. Outside of a call another picture begins where it rises.
             groups: of the rows of the text, whether they are prompts; None where that is not known: a first half without any
                 expert's words is taken for none.
-            wanted: [N], the experts that the user wants to hear of if they are silent; by default none.
+            wanted: [N], the experts that the user is told of if they are silent.
         """
         if not self._called and self.has_words and not torch.is_grad_enabled():
             before, self._level = self._level, level()
             if self._level > before:
                 self._texts = []
+        changed = False
         state = next((known for known in self._texts if known.is_of(text, latents)), None)
         if state is None:
             state = self._read(text, latents, side(), groups())
-            self._texts = [*self._texts[-MOST_TEXTS:], state]
-            for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=False):
+            self._texts = [*self._texts, state][-MOST_TEXTS:]
+            for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=True):
                 if silent and wants:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
         elif state.picture.can_plan:
             for warning in state.picture.plan():
                 self._warn(warning)
             state.place(self.closing)
-            self.text = None
-        if state.follow_prompt():
-            self.text = None
-        if self.text is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
+            changed = True
+        changed |= state.follow_prompt()
+        if changed or self.text is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
             self.text, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._changed()
 
@@ -259,14 +259,14 @@ class TokenMasks:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
         frames = max(1, len(text) // len(latents))  # a film has its text once a frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
-        own = onto(self._own_tokens(readings), text.device) if readings else None
+        acts = onto(self._acting_tokens(readings), text.device) if readings else None
         said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
         before = next((known for known in reversed(self._texts) if any(map(_says, known.picture.readings))), None)
         follows = groups is None and before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
         prompt = before if follows else None
         silent, by_row = self._silent(said, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
         now = text.detach(), version(text), latents.shape
-        state = BoundText(*now, picture, own, silent, by_row, prompt)
+        state = BoundText(*now, picture, acts, silent, by_row, prompt)
         if prompt is not None:
             return state
         if self._planned:
