@@ -7,9 +7,9 @@ are apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from mole_diffusers.binding import words
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
@@ -54,12 +55,12 @@ def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
     def loss(batch: RandomBatch) -> torch.Tensor:
         if float(torch.rand((), generator=batch.generator)) >= term.own:
             return match_stored(batch)
-        x, timesteps, texts = own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance)
-        x, timesteps, texts = torch.cat([x, x]), torch.cat([timesteps] * 2), ["" for _ in texts] + texts
+        inputs = with_and_without(*own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance))
         with torch.no_grad():
-            target, base = teacher(x, timesteps, texts)
-        norm = (target - base).square().mean().expand(len(x))
-        return recovery_error(predict(context.pipe, x, timesteps, texts), target, norm)
+            target, base = teacher(*inputs)
+        norm = (target - base).square().mean().expand(len(target))
+        with bound_to_words(context.mixture):
+            return recovery_error(predict(context.pipe, *inputs), target, norm)
 
     return loss
 
@@ -112,7 +113,10 @@ def _match(context: TrainingContext, stored: Sequence[Trajectories]) -> LossFn:
         pick = batch.choice(len(rows.x))
         chosen = (rows.x[pick], rows.timesteps[pick], rows.targets[pick], rows.norms[pick])
         x, timesteps, targets, norms = (onto(tensor, context.pipe.device) for tensor in chosen)
-        return recovery_error(predict(context.pipe, x, timesteps, [rows.prompts[i] for i in pick]), targets, norms)
+        inputs = with_and_without(x, timesteps, [rows.prompts[i] for i in pick])
+        with bound_to_words(context.mixture):
+            found = predict(context.pipe, *inputs)
+        return recovery_error(found, *(each.transpose(0, 1).flatten(0, 1) for each in (targets, norms)))
 
     return loss
 
@@ -126,8 +130,8 @@ class Trajectories:
 
     x: torch.Tensor  # [S, C, H, W]
     timesteps: torch.Tensor  # [S]
-    targets: torch.Tensor  # [S, C, H, W]
-    norms: torch.Tensor  # [S], the expected squared change from base to teacher, by trajectory set and timestep
+    targets: torch.Tensor  # [S, 2, C, H, W], without the prompt and with it
+    norms: torch.Tensor  # [S, 2], the expected squared change from base to teacher, by trajectory set and timestep
     prompts: list[str]  # S
 
     @staticmethod
@@ -151,7 +155,7 @@ def sample_trajectories(
 ) -> Trajectories:
     """Sample `term.seeds` trajectories with a teacher, cycling through `prompts` (each gets one), and keep every row.
 
-    Both rows of guidance are kept: guidance would amplify the error of an unconditional row that was not trained on.
+    What is predicted without the prompt is kept, too: guidance would amplify its error if it were not trained on.
 
     Args:
         shape: (C, H, W) of the latents.
@@ -164,15 +168,13 @@ def sample_trajectories(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
     texts = [prompts[i % len(prompts)] for i in range(seeds)]
-    both = ["" for _ in texts] + texts
     rows = []
     for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
-        scaled = torch.cat([scheduler.scale_model_input(x, t)] * 2)
-        timesteps = t.expand(2 * seeds)
-        prediction, base = teacher(scaled, timesteps, both)
-        norm = (prediction - base).square().flatten(1).mean(1)  # [2B], unconditional rows first
-        norm = norm.unflatten(0, (2, seeds)).mean(1).repeat_interleave(seeds)
-        rows.append(Trajectories(scaled.cpu(), timesteps.cpu(), prediction.cpu(), norm.cpu(), both))
+        scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
+        prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
+        targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
+        norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
+        rows.append(Trajectories(scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts))
         empty, full = prediction.chunk(2)
         x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
     return Trajectories.join(rows)
@@ -192,14 +194,57 @@ def own_trajectory(
     return x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts
 
 
+def with_and_without(
+    x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """What `predict` is given where guidance is computed: each row without its prompt, then each with it, [2B, ...].
+
+    Together they are bound as where a picture is drawn: a bound expert also acts on the row without the prompt that names it.
+    """
+    return torch.cat([x, x]), torch.cat([timesteps, timesteps]), [*([""] * len(prompts)), *prompts]
+
+
 # ---- teachers
+
+
+@contextmanager
+def bound_to_words(mixture: Mixture) -> Iterator[None]:
+    """The mixture's binding without places that would be found while a picture is drawn, for teachers and gates alike."""
+    own = mixture.binding or {}
+    found = {name: replace(b, region=EVERYWHERE) if b.words and b.region == AUTO else b for name, b in own.items()}
+    with mixture.bound(found or None):
+        yield
+
+
+class _Ones:
+    """A plan in which every gate gives the weight 1."""
+
+    def __init__(self, mixture: Mixture):
+        self._ones = [1.0] * len(mixture.experts)
+
+    def part(self, part: str) -> list[float]:
+        return self._ones
+
+    block = gates = part
+
+
+@contextmanager
+def alone(mixture: Mixture, strengths: Mapping[str, float]) -> Iterator[None]:
+    """These experts at these strengths and no others, whatever the gates say; none of them is the base."""
+    with (
+        bound_to_words(mixture),
+        mixture.only(*strengths),
+        mixture.strengths(strengths),
+        mixture.planned(_Ones(mixture)),
+    ):
+        yield
 
 
 def sum_teacher(pipe: Any, mixture: Mixture, experts: Sequence[str], *, unit: Sequence[str]) -> Teacher:
     """Predicts with these experts at their strengths and no others; error 1 is what those of `unit` predict."""
 
     def with_experts(names: Sequence[str], *inputs: Any) -> torch.Tensor:
-        with mixture.fixed({name: mixture.strength(name) for name in names}):
+        with alone(mixture, {name: mixture.strength(name) for name in names}):
             return predict(pipe, *inputs)
 
     return lambda *inputs: (with_experts(experts, *inputs), with_experts(unit, *inputs))
@@ -215,7 +260,7 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
     subjects = [n for n in names if n not in styles]
 
     def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        with mixture.fixed({}):
+        with alone(mixture, {}):
             base = predict(pipe, x, timesteps, prompts)
         masks = {n: torch.ones(len(x), 1, *x.shape[2:], device=x.device) for n in names}
         predictions, maps = [], []
@@ -224,7 +269,7 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
             reading: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
             if masked:
                 reading = attention_maps(pipe.unet, x.shape[2:], trigger_tokens(pipe, mixture, name, prompts)[None])
-            with mixture.fixed({name: 1.0}), reading as layers:
+            with alone(mixture, {name: 1.0}), reading as layers:
                 predictions.append(predict(pipe, x, timesteps, prompts))
             if masked:
                 maps.append(torch.stack(layers).mean(0)[0])

@@ -10,11 +10,13 @@ from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.distillation import (
     attention_maps,
+    base,
     composed_teacher,
     sample_trajectories,
     single,
     sum_teacher,
     trigger_tokens,
+    with_and_without,
 )
 from mole_diffusers.training.losses import recovery_error
 
@@ -76,11 +78,13 @@ def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
     teach = sum_teacher(pipe, mixture, ["fox"], unit=[])
     context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
     stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
-    assert stored.x.shape == (3 * 2 * 2, 4, 16, 16)
+    assert stored.targets.shape == (3 * 2, 2, 4, 16, 16)
+    rows = slice(2, 4)  # of the second step
     with torch.no_grad():
-        live, base = teach(stored.x[4:8], stored.timesteps[4:8], stored.prompts[4:8])
-    torch.testing.assert_close(live, stored.targets[4:8], atol=1e-5, rtol=1e-4)
-    assert stored.norms[4].item() == pytest.approx((live - base)[:2].square().mean().item(), rel=1e-4)
+        live, base = teach(*with_and_without(stored.x[rows], stored.timesteps[rows], stored.prompts[rows]))
+    torch.testing.assert_close(live.unflatten(0, (2, 2)).transpose(0, 1), stored.targets[rows], atol=1e-5, rtol=1e-4)
+    changes = (live - base).square().unflatten(0, (2, 2)).flatten(1).mean(1)
+    torch.testing.assert_close(stored.norms[2], changes, atol=0, rtol=1e-4)
 
 
 def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
@@ -89,12 +93,34 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
     context, teach = TrainingContext(pipe, mixture, TrainingData()), sum_teacher(pipe, mixture, ["fox"], unit=[])
     stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
+    inputs = with_and_without(stored.x, stored.timesteps, stored.prompts)
+    targets, norms = (each.transpose(0, 1).flatten(0, 1) for each in (stored.targets, stored.norms))
     with torch.no_grad():
-        student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
-        assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(0, abs=1e-6)
+        assert recovery_error(predict(pipe, *inputs), targets, norms).item() == pytest.approx(0, abs=1e-6)
         with mixture.fixed({}):
-            student = predict(pipe, stored.x, stored.timesteps, stored.prompts)
-        assert recovery_error(student, stored.targets, stored.norms).item() == pytest.approx(1, rel=1e-4)
+            assert recovery_error(predict(pipe, *inputs), targets, norms).item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("binding", [{"fox": "fox", "ink": "ink"}, {"fox": ("fox", "left"), "ink": ("ink", "right")}])
+def test_bound_experts_can_reach_their_teachers(pipe, loras, binding):
+    """At weights of 1 an expert on its own words errs by nothing, with a prompt and without; unbound teachers would leave
+    half of all error in the rows without."""
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, binding=binding)
+    data = TrainingData({"fox": ["a fox"], "ink": ["an ink"]}, plain=["a cat"])
+    context, term = TrainingContext(pipe, mixture, data), DistillationTerm(seeds=1, steps=2)
+    before = mixture.binding
+    for objective in (single, base):
+        loss = objective(context, term)
+        with torch.no_grad():
+            assert loss(RandomBatch(torch.Generator().manual_seed(0), 4)).item() < 1e-4
+    assert mixture.binding == before
+
+
+def test_a_bound_expert_that_is_missing_errs_by_one(pipe, loras):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]}, binding={"fox": "fox"})
+    loss = single(TrainingContext(pipe, mixture, TrainingData({"fox": ["a fox"]})), DistillationTerm(seeds=1, steps=1))
+    with torch.no_grad(), mixture.only():
+        assert loss(RandomBatch(torch.Generator().manual_seed(0), 4)).item() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.thorough
