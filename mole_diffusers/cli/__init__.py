@@ -1,4 +1,4 @@
-"""The `mole` command. Each file is one command: the arguments of its function are the options, its docstring is the help."""
+"""The `mole` command. The arguments of a command's function are its options, the docstring is its help."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ import typer
 from mole_diffusers import __version__
 from mole_diffusers.cli.app import app
 from mole_diffusers.cli.compose import compose
-from mole_diffusers.cli.compose_library import compose_library
-from mole_diffusers.cli.draw import draw
+from mole_diffusers.cli.draw import draw, grid, redraw
 from mole_diffusers.cli.evaluate import evaluate
-from mole_diffusers.cli.grid import grid
-from mole_diffusers.cli.index import index
 from mole_diffusers.cli.inspect import inspect
+from mole_diffusers.cli.library import compose_library, index, retrieve
 from mole_diffusers.cli.merge import merge
-from mole_diffusers.cli.redraw import redraw
-from mole_diffusers.cli.retrieve import retrieve
 from mole_diffusers.cli.train import train
 from mole_diffusers.cli.train_lora import train_lora
 

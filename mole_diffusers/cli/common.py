@@ -39,23 +39,20 @@ def pipeline(base: str, device: str | None = None, *, config: str | None = None,
         config: the value of --base-config.
         memory: as `studio.memory.Memory` takes it.
     """
-    return _opened(base, device, config=config, **memory).pipe
+    return opened(base, {"device": device, "config": config, **memory}, says=False).pipe
 
 
-def opened(base: str, opening: Mapping[str, Any]) -> Base:
-    """The pipeline of --base, opened by the options of `Opening`, and what is known of it, which is said on stderr."""
-    found = _opened(base, **opening)
-    print(found, file=sys.stderr)
-    return found
-
-
-def _opened(base: str, device: str | None, *, config: str | None, **memory: Any) -> Base:
+def opened(base: str, opening: Mapping[str, Any], *, says: bool = True) -> Base:
+    """The pipeline of --base, opened by the options of `Opening`, and what is known of it; `says` that on stderr."""
     from mole_diffusers.studio.base_models import open_base
     from mole_diffusers.studio.memory import Memory
 
+    memory = {name: value for name, value in opening.items() if name != "config"}
     with busy(f"loading {base}"):
-        found = open_base(base, config=config, memory=Memory(device, **memory))
+        found = open_base(base, config=opening["config"], memory=Memory(**memory))
     found.pipe.set_progress_bar_config(delay=2, leave=False)
+    if says:
+        print(found, file=sys.stderr)
     return found
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -14,6 +14,11 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.common import experts_for, named_values, opened, target
 from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import NONE, WORLD
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mole_diffusers.studio.base_models import Base
 
 
 class Sheet:
@@ -64,6 +69,8 @@ def compose(
 
     if "<lora:" in prompt:
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
+    if unbound and bind:
+        raise ValueError("--bind and --unbound exclude each other")
     seeds, path = started(sheet)
     experts = experts_for(base, named_values(expert, "--expert"), prompt)
     from mole_diffusers.binding.config import parse_binding
@@ -73,64 +80,20 @@ def compose(
     from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_diffusers.studio.weight_syntax import plain_text
 
-    pipe = opened(base, opening).pipe
-    call = call_options(pipe, base, prompt, how, seeds)
-    if unbound and bind:
-        raise ValueError("--bind and --unbound exclude each other")
+    page = PromptSheet(opened(base, opening), prompt, seeds, how)
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
-    mixture = attach(pipe, experts, gates, binding=binding)
-    pictures = {}
-    texts = plain_texts(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
-    has_tiles = mixture.binding and texts and draws_in_tiles(pipe, texts | call, mixture.binding, experts)
-    tiles = tiled_prompt(pipe, prompt) if has_tiles else None
+    mixture = attach(page.pipe, experts, gates, binding=binding)
+    texts = plain_texts(page.pipe, prompt, **page.others, guided=page.guided)
+    has_tiles = mixture.binding and texts and draws_in_tiles(page.pipe, texts | page.call, mixture.binding, experts)
+    tiles = tiled_prompt(page.pipe, prompt) if has_tiles else None
     for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():
-            pictures[label] = drawn(pipe, prompt, how, seeds, call)
+            page.draw(label)
     if base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
-        pictures["true drawing"] = [drawing] * len(seeds)
-    about = {"prompt": prompt, **other_prompts(how), "experts": list(mixture.experts), "gates": mixture.config.to_dict()}
-    about |= {"sha256": {name: expert.sha256 for name, expert in mixture.experts.items()}, "bind": bind, "base": base}
-    about |= {"seeds": seeds, "sampler": how["sampler"], **call}
-    write_sheet(pictures, seeds, path, about)
-    print(json.dumps({"out": str(path), **about}) if as_json else f"{prompt}: {path}")
-
-
-def call_options(pipe: Any, base: str, prompt: str, how: options.Given, seeds: Sequence[int]) -> dict[str, Any]:
-    """The options of a pipeline call that draws pictures of `seeds`, with the size rounded; the sampler is put on the
-    pipeline, and prompts that it does not read are said on stderr."""
-    from mole_diffusers.studio.base_models import usual_guidance, usual_size
-    from mole_diffusers.studio.picture_passes import drawable
-    from mole_diffusers.studio.prompt_weights import unread
-    from mole_diffusers.studio.samplers import sampler
-
-    for each in unread(pipe, **other_prompts(how)):
-        note(each)
-    pipe.scheduler = sampler(how["sampler"], pipe.scheduler, seeds)
-    guidance = usual_guidance(pipe, base) if how["guidance"] is None else how["guidance"]
-    call: dict[str, Any] = {"num_inference_steps": how["steps"], "guidance_scale": guidance}
-    own = usual_size(pipe, base, prompt)
-    size = drawable(pipe, how["width"] or own[0], how["height"] or own[1])
-    return call | dict(zip(("width", "height"), size, strict=True))
-
-
-def other_prompts(how: options.Given) -> dict[str, Any]:
-    """The prompts beside the first, by their options."""
-    return {name: how[name] for name in ("negative", "prompt_2", "negative_2")}
-
-
-def drawn(pipe: Any, prompt: str, how: options.Given, seeds: Sequence[int], call: Mapping[str, Any]) -> list[Any]:
-    """One picture per seed, each from a generator of its own."""
-    import torch
-
-    from mole_diffusers.studio.prompt_weights import call_arguments
-
-    texts = call_arguments(pipe, prompt, **other_prompts(how), guided=call["guidance_scale"] > 1)
-    rows = {
-        name: [value] * len(seeds) if isinstance(value, str) else value.repeat_interleave(len(seeds), 0)
-        for name, value in texts.items()
-    }
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipe(**rows, generator=generators, **call).images
+        page.columns["true drawing"] = [drawing] * len(seeds)
+    hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
+    facts = page.save(path, experts=list(hashes), sha256=hashes, gates=mixture.config.to_dict(), bind=bind)
+    print(json.dumps(facts) if as_json else f"{prompt}: {path}")
 
 
 def _true_drawing(prompt: str) -> Any:
@@ -147,11 +110,58 @@ def started(sheet: options.Given) -> tuple[list[int], Path]:
     return list(range(first, first + sheet["rows"])), target(sheet["out"], "grid.png", overwrite=sheet["overwrite"])
 
 
-def write_sheet(columns: Mapping[str, Sequence[Any]], seeds: Sequence[int], path: Path, about: dict[str, Any]) -> None:
-    """Write pictures by column label, one per seed, as one sheet; `about` is kept in the file."""
-    from mole_diffusers.inspection.compare import image_grid
-    from mole_diffusers.studio import infotext
+class PromptSheet:
+    """Pictures of one prompt side by side: a column for each way of drawing it, a row for each seed.
 
-    rows = [[images[i] for images in columns.values()] for i in range(len(seeds))]
-    sheet = image_grid(rows, list(columns), [f"seed {s}" for s in seeds])
-    infotext.save(sheet, path, None, {"columns": list(columns), **about})
+    The sampler of `how`, the options of `options.Drawing`, is put on the pipeline, and prompts that it does not read are
+    said on stderr.
+
+    Attributes:
+        others: the prompts beside the first, by their options.
+        call: options of the pipeline's calls, with the size rounded.
+        columns: label -> pictures, one per seed.
+    """
+
+    def __init__(self, base: Base, prompt: str, seeds: Sequence[int], how: options.Given):
+        from mole_diffusers.studio.base_models import usual_guidance, usual_size
+        from mole_diffusers.studio.names import shared_name
+        from mole_diffusers.studio.picture_passes import drawable
+        from mole_diffusers.studio.prompt_weights import unread
+        from mole_diffusers.studio.samplers import sampler
+
+        self.pipe, self.prompt, self.seeds = base.pipe, prompt, seeds
+        self.others = {name: how[name] for name in ("negative", "prompt_2", "negative_2")}
+        for each in unread(self.pipe, **self.others):
+            note(each)
+        self.pipe.scheduler = sampler(how["sampler"], self.pipe.scheduler, seeds)
+        guidance = usual_guidance(self.pipe, base.name) if how["guidance"] is None else how["guidance"]
+        own = usual_size(self.pipe, base.name, prompt)
+        width, height = drawable(self.pipe, how["width"] or own[0], how["height"] or own[1])
+        self.call = {"num_inference_steps": how["steps"], "guidance_scale": guidance, "width": width, "height": height}
+        self.guided = guidance > 1
+        self.columns: dict[str, Sequence[Image.Image]] = {}
+        self._facts = {"base": shared_name(base.name), "seeds": seeds, "sampler": how["sampler"]}
+
+    def draw(self, label: str) -> None:
+        """Draw a column: one picture per seed, each from a generator of its own."""
+        import torch
+
+        from mole_diffusers.studio.prompt_weights import call_arguments
+
+        texts = call_arguments(self.pipe, self.prompt, **self.others, guided=self.guided)
+        count = len(self.seeds)
+        rows = {n: [v] * count if isinstance(v, str) else v.repeat_interleave(count, 0) for n, v in texts.items()}
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        self.columns[label] = self.pipe(**rows, generator=generators, **self.call).images
+
+    def save(self, path: Path, **facts: Any) -> dict[str, Any]:
+        """Write the sheet, and keep in the file what it shows, with `facts`; returns that and where it lies."""
+        from mole_diffusers.inspection.compare import image_grid
+        from mole_diffusers.studio import infotext
+
+        about = {"prompt": self.prompt, **self.others, **facts, **self._facts, **self.call}
+        sheet = image_grid(
+            list(zip(*self.columns.values(), strict=True)), list(self.columns), [f"seed {s}" for s in self.seeds]
+        )
+        infotext.save(sheet, path, None, {"columns": list(self.columns), **about})
+        return {"out": str(path), **about}

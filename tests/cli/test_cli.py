@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from mole_diffusers import merge, read_expert
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.common import parse_file
-from mole_diffusers.cli.compose_library import Mode
+from mole_diffusers.cli.library import Mode
 from mole_diffusers.cli.merge import Method
 from mole_diffusers.cli.options import THRESHOLD
 from mole_diffusers.testing import tiny_pipeline
@@ -64,7 +64,7 @@ def test_compose_draws_weights_in_tiles(tmp_path, monkeypatch):
     """Its column of tiles is what `mole draw` draws; a word in brackets, or before a comma, names its LoRA."""
     sheets, picture = [], tmp_path / "one.png"
     module = import_module("mole_diffusers.cli.compose")
-    monkeypatch.setattr(module, "write_sheet", lambda pictures, *_: sheets.append(pictures))
+    monkeypatch.setattr(module.PromptSheet, "save", lambda page, *_, **__: sheets.append(page.columns))
     prompt = "noto drawing of a (doughnut:1.3), and a Sunflower"
     assert main(["compose", prompt, "--rows", "1", "--steps", "2", "--gates", "sum"]) == 0
     drawn = ["draw", f"{prompt} <lora:doughnut:1> <lora:sunflower:1>", "--gates", "sum", "--binding", "tiles"]

@@ -13,6 +13,8 @@ from tiers import thorough
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.options import Opening
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.base_models import find_base
+from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.xy_grid import sheet
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
@@ -236,6 +238,7 @@ def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
     where = [base[0], base[1], base[2], base[3], "--device", "cpu", *files, "--rows", "2", "--steps", "2"]
     out = {name: str(tmp_path / f"{name}.png") for name in ("plain", "one", "weighed", "other")}
     plain, _ = run(["compose", "a fox in ink", *where, "--seed", "-1", "--out", out["plain"]], capsys)
+    assert plain["base"] == shared_name(str(find_base(base[1])))  # as in recipes, without the folders of this machine
     seed = plain["seeds"][0]
     assert plain["seeds"] == [seed, seed + 1]
     said = {key: value for key, value in plain.items() if key != "out"}
