@@ -25,7 +25,7 @@ from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
+from mole_diffusers.patching.denoiser_inputs import models_of
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
@@ -397,7 +397,7 @@ class Actions:
             with ExitStack() as stack:
                 size = (recipe.height, recipe.width)
                 traced["trace"] = stack.enter_context(mixture.trace())
-                traced["contributions"] = stack.enter_context(contributions(mixture, denoiser(self.studio.pipe), size))
+                traced["contributions"] = stack.enter_context(contributions(self.studio.pipe, mixture, size))
                 yield
                 said.extend(mixture.binding_warnings)
 

@@ -11,7 +11,7 @@ import torch
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of
 from mole_diffusers.patching.placement import stream_of
 from mole_diffusers.patching.undo import Undo
 
@@ -47,21 +47,25 @@ class Contributions:
 
 
 @contextmanager
-def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Iterator[Contributions]:
+def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterator[Contributions]:
     """Measure while the block runs. Calls for a part of the picture alone, as of tiles, do not count.
 
     Args:
-        denoiser: the UNet or transformer of the mixture.
         size: (height, width) of the picture, whose shape the tokens have.
     """
-    found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(denoiser)
+    model = denoiser(pipe)
+    found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(model)
     tokens = whole = 0  # of the picture, in this call and in the largest
+    groups: Groups = (True,)  # of this call's rows
 
     def count(_: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal tokens, whole
+        nonlocal tokens, whole, groups
         height, width = inputs.side(args, kwargs) or (0, 0)
         tokens = height * width
         whole = max(whole, tokens)
+        latents = inputs.latents(args, kwargs)
+        repeated = len(latents) % 2 == 0 and torch.equal(*latents.chunk(2))
+        groups = groups_of(pipe, inputs.text(args, kwargs), latents) or ((False, True) if repeated else (True,))
 
     def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
@@ -73,13 +77,15 @@ def contributions(mixture: Mixture, denoiser: Any, size: tuple[int, int]) -> Ite
                 flat = flat[:, -tokens:] if has_text else flat  # the text comes first
                 height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
                 shape = (height, flat.shape[1] // height)
-                found.add(shape, norms(flat[flat.shape[0] // 2 :], up.weight, segment, len(found.experts)))
+                # PAG gives some layers the first groups alone, and others the perturbed ones, which are not the picture.
+                if prompted := [rows for rows, asks in zip(flat.chunk(len(groups)), groups, strict=False) if asks]:
+                    found.add(shape, norms(torch.cat(prompted), up.weight, segment, len(found.experts)))
 
         return measure
 
     with Undo() as undo:
-        undo.before_forward(denoiser, count, with_kwargs=True)
-        for name, (up, segment) in peft_injection.ups(denoiser).items():
+        undo.before_forward(model, count, with_kwargs=True)
+        for name, (up, segment) in peft_injection.ups(model).items():
             stream = stream_of("denoiser", name)
             if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
                 undo.before_forward(up, measuring(up, segment, has_text=stream == "joint"))

@@ -16,7 +16,7 @@ ACTING = {  # host -> layers that have a token per place, and the shape of these
 TEXT = {"sd15": "attn2.to_k", "sd3": "attn.add_q_proj", "flux": "ff_context.net.2"}
 
 
-def watched(host, folder, ends):
+def watched(host, folder, ends, **call):
     """The contributions of one LoRA while a picture is drawn, and what enters its layers."""
     pipe, options = hosts.HOSTS[host]()
     mixture = attach(pipe, {"fox": tiny_lora(pipe, folder / "fox.safetensors", ends=ends)}, binding=None)
@@ -24,8 +24,8 @@ def watched(host, folder, ends):
     layers = {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: entered.setdefault(name, []).append(args[0]))
-    with contributions(mixture, network, (32, 48)) as found:
-        hosts.draw(pipe, options | {"height": 32, "width": 48})
+    with contributions(pipe, mixture, (32, 48)) as found:
+        hosts.draw(pipe, options | {"height": 32, "width": 48} | call)
     return layers, entered, found
 
 
@@ -43,6 +43,16 @@ def test_maps_are_the_sizes_of_what_the_layers_add(host, tmp_path):
     ((size, sums),) = found.sums.items()
     assert size == shape
     torch.testing.assert_close(sums[0], wanted.detach().unflatten(0, shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_rows_of_every_prompt_count_and_of_guidance_none(guidance, tmp_path):
+    names, shape = ACTING["sd15"]
+    layers, entered, found = watched("sd15", tmp_path, names, guidance_scale=guidance, num_images_per_prompt=4)
+    (layer,), (inputs,) = layers.values(), entered.values()
+    (down,), (up,) = layer.lora_A.values(), layer.lora_B.values()
+    added = sum((x[-4:] @ down.weight.T @ up.weight.T).norm(dim=-1).mean(0) for x in inputs)
+    torch.testing.assert_close(found.sums[shape][0], added.detach().unflatten(0, shape), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("host", TEXT)

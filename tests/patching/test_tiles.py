@@ -175,7 +175,7 @@ def test_a_unet_for_inpainting_predicts_fewer_channels_than_it_reads(pipe, exper
 def test_where_experts_act_is_measured_when_the_picture_is_drawn_as_one(pipe, experts):
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     x = noise(16, 32)
-    with contributions(mixture, pipe.unet, (32, 64)) as found, tiled(pipe, PROMPT, 0.5):
+    with contributions(pipe, mixture, (32, 64)) as found, tiled(pipe, PROMPT, 0.5):
         latent(pipe, x=x, steps=2)
     assert found.finest()[0] == (16, 32)
     assert {height / width for height, width in found.sums} == {0.5}
