@@ -1,4 +1,4 @@
-"""What both training loops share: an update over processes and accumulated parts, its log, and checkpoints of all state.
+"""What both trainings share: the loop, an update over processes and accumulated parts, its log, checkpoints of all state.
 
 An update never waits for the device: its numbers stay there until `Engine.read_log`.
 """
@@ -13,15 +13,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from torch import nn
+from tqdm import tqdm
 
 from mole_diffusers.lora.whole_files import new_folder, write_text
 from mole_diffusers.patching.undo import Undo
+from mole_diffusers.training.config import GateTraining, LoraTraining
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
 READ_EVERY = 10  # updates between looks at their numbers, each of which waits for the device
@@ -29,6 +31,20 @@ STATE = "training.pt"
 LOG = "log.jsonl"
 LATEST = "latest"
 ShareLoss = Callable[[int, int], torch.Tensor]  # (index, count) -> [loss, terms...] of share `index` of `count` of a batch
+Report = Callable[[dict], None]  # is given every update's row; what it raises ends the run
+
+
+class Trainer(Protocol):
+    """What `Engine.fit` runs. An update's random choices follow from the seed and its number: resuming changes nothing."""
+
+    def update(self, step: int) -> None:
+        """One step of the optimizer, from 0."""
+
+    def read_log(self) -> dict[str, float]:
+        """`Engine.read_log` with the names of this training's numbers."""
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after so many updates."""
 
 
 @dataclass
@@ -36,8 +52,7 @@ class Engine:
     """The optimizer and all that goes with it.
 
     Attributes:
-        precision: of the forward pass, "no", "bf16" or "fp16"; fp16 scales the loss.
-        accumulation: parts that a process computes its share of a batch in.
+        folder: of the checkpoints and the log; None writes none.
         max_norm: the length that gradients are clipped to; 0 does not clip.
         log: one row of numbers per update, as far as they were read.
         pending: the numbers of updates that were not read yet, on the device.
@@ -48,8 +63,8 @@ class Engine:
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     schedule: Any
-    precision: str = "no"
-    accumulation: int = 1
+    config: GateTraining | LoraTraining
+    folder: Path | None = None
     max_norm: float = 1.0
     log: list[dict] = field(default_factory=list)
     pending: list[torch.Tensor] = field(default_factory=list)
@@ -57,7 +72,7 @@ class Engine:
     stateful: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
         self.stateful |= {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
 
     @property
@@ -72,7 +87,7 @@ class Engine:
     @property
     def shares(self) -> int:
         """Into how many shares a batch is divided, over processes and accumulated parts."""
-        return self.accelerator.num_processes * self.accumulation
+        return self.accelerator.num_processes * self.config.accumulation
 
     def check_batch(self, rows: int, what: str) -> None:
         """Raises ValueError where a batch cannot be divided evenly."""
@@ -80,17 +95,61 @@ class Engine:
             raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {self.shares}")
 
     def autocast(self) -> AbstractContextManager:
-        dtype = DTYPES.get(self.precision)
+        dtype = DTYPES.get(self.config.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    @property
+    def writes_to(self) -> Path | None:
+        """The folder that this process writes to; of several processes one does."""
+        return self.folder if self.accelerator.is_main_process else None
+
+    # ---- the loop
+
+    def fit(
+        self,
+        trainer: Trainer,
+        *,
+        name: str,
+        report: Report | None,
+        progress: bool,
+        validate: Callable[[int], None] | None = None,
+        every: int = 0,
+    ) -> None:
+        """Run the updates that are left, with a checkpoint every so often and at the end.
+
+        Args:
+            name: beside the progress bar.
+            validate: called every `every` updates, and after the last, before its checkpoint.
+        """
+        last, reported = self.config.steps, len(self.log)
+        hidden = not (progress and self.accelerator.is_main_process)
+        bar = tqdm(initial=reported, total=last, desc=name, disable=hidden, mininterval=1)
+        for done in range(reported + 1, last + 1):
+            trainer.update(done - 1)
+            saves = done == last or done % self.config.every == 0
+            validates = bool(every) and (done == last or done % every == 0)
+            if saves or validates or done % READ_EVERY == 0:
+                numbers = trainer.read_log()
+                bar.set_postfix({k: f"{v:.4f}" for k, v in numbers.items() if k != "step"}, refresh=False)
+            if validate is not None and validates:
+                validate(done)
+            if saves:
+                trainer.save(done)
+            for row in self.log[reported:]:
+                if report is not None:
+                    report(row)
+            reported = len(self.log)
+            bar.update()
+        bar.close()
 
     # ---- one update, and its numbers
 
     def update(self, share_loss: ShareLoss) -> None:
         """One step of the optimizer, without waiting for the device."""
         totals = []
-        for i in range(self.accumulation):
+        for i in range(self.config.accumulation):
             numbers = share_loss(i * self.accelerator.num_processes + self.accelerator.process_index, self.shares)
-            self.scaler.scale(numbers[0] / self.accumulation).backward()
+            self.scaler.scale(numbers[0] / self.config.accumulation).backward()
             totals.append(numbers.detach())
         self._average_gradients()
         self.scaler.unscale_(self.optimizer)
@@ -146,32 +205,29 @@ class Engine:
 
     # ---- checkpoints
 
-    def save(
-        self, folder: Path, step: int, *, weights: Callable[[Path], None], keep: int, identity: dict[str, Any], **state: Any
-    ) -> None:
+    def save(self, step: int, *, weights: Callable[[Path], None], identity: dict[str, Any], **state: Any) -> None:
         """Write checkpoint-`step` and the log, in one process while the others wait.
 
         Args:
             weights: writes what was trained into a folder.
-            keep: checkpoints to keep.
             identity: what must be the same for a run to resume here.
             state: what else `resume` should return.
         """
-        if self.accelerator.is_main_process:
+        if folder := self.writes_to:
             state |= {name: part.state_dict() for name, part in self.stateful.items()}
             state |= {"log": self.log, "run": json.dumps(identity)}
-            write_checkpoint(folder, step, state, weights=weights, keep=keep)
+            write_checkpoint(folder, step, state, weights=weights, keep=self.config.keep)
             write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
         self.accelerator.wait_for_everyone()
 
-    def resume(self, folder: Path | None, asked: str | None, *, identity: dict[str, Any]) -> dict[str, Any]:
+    def resume(self, asked: str | None, *, identity: dict[str, Any]) -> dict[str, Any]:
         """Set everything to where a checkpoint left it, and return what it holds; {} for a new run, which stays as it is.
 
         Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and as `find_checkpoint` does.
         """
-        if folder is None and asked is not None:
+        if self.folder is None and asked is not None:
             raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
-        path = find_checkpoint(folder, asked) if folder else None
+        path = find_checkpoint(self.folder, asked) if self.folder else None
         state: dict[str, Any] = {}
         if path is not None:
             state = _read_state(path / STATE)

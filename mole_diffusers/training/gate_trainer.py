@@ -16,7 +16,6 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
@@ -30,7 +29,7 @@ from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import check_trainable, latent_shape, predict
-from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes, save_activation_memory
+from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
@@ -50,7 +49,7 @@ def train_gates(
     folder: str | Path | None = None,
     resume_from: str | None = None,
     success: Success | None = None,
-    report: Callable[[dict], None] | None = None,
+    report: Report | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
@@ -77,7 +76,7 @@ def train_gates(
         pipe, mixture, data, clip, config.seed, progress=progress, width=config.width, height=config.height
     )
     trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
-    with only_run(trainer.writes_to), trainer.only_gates_learn():
+    with only_run(trainer.engine.writes_to), trainer.only_gates_learn():
         trainer.resume(resume_from)
         trainer.prepare()
         trainer.fit(report)
@@ -110,7 +109,10 @@ class GateTrainer:
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         context.progress = context.progress and self.accelerator.is_main_process
         initialize(context, config.initial)
-        self.engine = self._engine()
+        groups = parameter_groups(self.mixture.banks.values(), config.lr)
+        optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
+        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, config.max_norm)
         for name, term in config.parsed.items():
             self.engine.check_batch(term.batch or config.batch, f"the {name} term's batch")
         self.engine.stateful |= {f"gates of {part}": bank for part, bank in self.mixture.banks.items()}
@@ -118,13 +120,6 @@ class GateTrainer:
         if self.ema is not None:
             self.engine.stateful["ema"] = self.ema
         self.loss_fns: dict[str, LossFn] = {}
-
-    def _engine(self) -> Engine:
-        config, device = self.config, self.pipe.device
-        groups = parameter_groups(self.mixture.banks.values(), config.lr)
-        optimizer = adamw(groups, device, weight_decay=config.weight_decay)
-        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-        return Engine(self.accelerator, optimizer, schedule, config.precision, config.accumulation, config.max_norm)
 
     @contextmanager
     def only_gates_learn(self) -> Iterator[None]:
@@ -150,30 +145,13 @@ class GateTrainer:
 
     # ---- fit
 
-    def fit(self, report: Callable[[dict], None] | None = None) -> None:
-        """The loop. Random choices follow from the seed and the number of an update, so that resuming changes nothing."""
-        config, log = self.config, self.engine.log
-        start = reported = len(log)
-        if config.tracker:
+    def fit(self, report: Report | None = None) -> None:
+        """Run the updates, and leave the gates as they will be used."""
+        if self.config.tracker:
             self.accelerator.init_trackers("mole")
-        bar = tqdm(initial=start, total=config.steps, desc="gates", disable=not self.context.progress, mininterval=1)
-        for step in range(start, config.steps):
-            self.update(step)
-            done, last = step + 1, step + 1 == config.steps
-            save = last or done % config.every == 0
-            validate = bool(config.validation.every) and (last or done % config.validation.every == 0)
-            if save or validate or done % READ_EVERY == 0:
-                bar.set_postfix({k: f"{v:.3f}" for k, v in self.read_log().items() if k != "step"}, refresh=False)
-            if validate:
-                self.validate(done)
-            if save:
-                self.save(done)
-            for row in log[reported:]:
-                if report is not None:
-                    report(row)
-            reported = len(log)
-            bar.update()
-        bar.close()
+        every = self.config.validation.every
+        progress = self.context.progress
+        self.engine.fit(self, name="gates", report=report, progress=progress, validate=self.validate, every=every)
         self.finish()
 
     def update(self, step: int) -> None:
@@ -314,22 +292,14 @@ class GateTrainer:
 
     def save(self, step: int) -> None:
         """Write checkpoint-`step`."""
-        if self.folder is None:
-            return
         state: dict[str, Any] = send_to_device(self.context.state, "cpu")  # another machine may lack this device
         if self.accelerator.num_processes > 1:
             state = {name: value for part in gather_object([state]) for name, value in part.items()}
-        options: dict[str, Any] = {"keep": self.config.keep, "identity": self.identity(), "kept": state}
-        self.engine.save(self.folder, step, weights=self.mixture.save_pretrained, **options)
-
-    @property
-    def writes_to(self) -> Path | None:
-        """The folder that this process writes to; of several processes one does."""
-        return self.folder if self.accelerator.is_main_process else None
+        self.engine.save(step, weights=self.mixture.save_pretrained, identity=self.identity(), kept=state)
 
     def resume(self, asked: str | None) -> None:
         """Set everything to where a checkpoint left it; a new run stays as it is."""
-        if state := self.engine.resume(self.folder, asked, identity=self.identity()):
+        if state := self.engine.resume(asked, identity=self.identity()):
             self.context.state = send_to_device(state["kept"], self.pipe.device)
             if self.ema is not None:
                 self.ema.to(self.pipe.device)
@@ -338,7 +308,7 @@ class GateTrainer:
         """Leave the gates as they will be used, save them, and close the trackers."""
         if self.ema is not None:
             self.ema.copy_to(self.mixture.parameters())
-        if folder := self.writes_to:
+        if folder := self.engine.writes_to:
             self.mixture.save_pretrained(folder)
         for tracker in self.accelerator.trackers:
             tracker.finish()

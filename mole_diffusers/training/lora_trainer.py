@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample
-from mole_diffusers.training.engine import READ_EVERY, Engine, adamw, join_processes, save_activation_memory
+from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
 
 PRIOR_FILE = "prior.safetensors"
@@ -37,7 +36,7 @@ def train_lora(
     init: dict[str, torch.Tensor] | None = None,
     folder: str | Path | None = None,
     resume_from: str | None = None,
-    report: Callable[[dict], None] | None = None,
+    report: Report | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Train a LoRA for one concept; the pipeline is given back as it was.
@@ -62,14 +61,14 @@ def train_lora(
     """
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
     with Undo() as undo:
-        trainer = LoraTrainer(pipe, pictures, config, undo, folder=Path(folder) if folder else None)
+        trainer = LoraTrainer(pipe, pictures, config, undo, name=name, folder=Path(folder) if folder else None)
         if config.checkpointing:
             save_activation_memory(pipe.unet, undo)
-        with only_run(trainer.folder if trainer.engine.accelerator.is_main_process else None):
+        with only_run(trainer.engine.writes_to):
             if init is not None:
                 trainer.lora.load(init)
-            trainer.resume(resume_from)
-            trainer.fit(name=name, report=report, progress=progress)
+            trainer.engine.resume(resume_from, identity=trainer.identity())
+            trainer.engine.fit(trainer, name=name or "concept", report=report, progress=progress)
             return trainer.lora.tensors()
 
 
@@ -83,6 +82,7 @@ class LoraTrainer:
         config: LoraTraining,
         undo: Undo,
         *,
+        name: str = "",
         folder: Path | None = None,
     ):
         """Put the LoRA on the pipeline and make what an update needs. Under `accelerate launch` this joins the others.
@@ -92,43 +92,20 @@ class LoraTrainer:
             undo: takes the LoRA off again.
         """
         check_trainable(pipe)
-        self.pipe, self.pictures, self.config, self.folder = pipe, pictures, config, folder
+        self.pipe, self.pictures, self.config, self.name = pipe, pictures, config, name or "the concept"
         accelerator = join_processes(pipe.device)
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(config.seed)
             self.lora = add_lora(pipe, config, undo)
         optimizer = adamw([g for part, lr in config.rates.items() for g in _groups(self.lora, part, lr)], pipe.device)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
-        self.engine = Engine(accelerator, optimizer, cosine, config.precision, config.accumulation)
+        self.engine = Engine(accelerator, optimizer, cosine, config, folder)
         self.engine.check_batch(config.batch, "the batch")
         self.engine.stateful["lora"] = self.lora
         self.beams: Beams | None = None
         if config.beam:
             self.beams = Beams(self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
             self.engine.stateful["past"] = self.beams
-
-    def fit(self, *, name: str = "", report: Callable[[dict], None] | None = None, progress: bool = True) -> None:
-        """The loop. Random choices follow from the seed and the number of an update, so that resuming changes nothing."""
-        config, engine = self.config, self.engine
-        advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
-        start = reported = len(engine.log)
-        hidden = not (progress and engine.accelerator.is_main_process)
-        bar = tqdm(initial=start, total=config.steps, desc=name or "concept", disable=hidden, mininterval=1)
-        for step in range(start, config.steps):
-            self.update(step)
-            done = step + 1
-            save = done == config.steps or done % config.every == 0
-            if save or done % READ_EVERY == 0:
-                row = engine.read_log(["loss", *self.pictures], lambda: advice)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if k != "step"}, refresh=False)
-            if save:
-                self.save(done)
-            for row in engine.log[reported:]:
-                if report is not None:
-                    report(row)
-            reported = len(engine.log)
-            bar.update()
-        bar.close()
 
     def update(self, step: int) -> None:
         """One step of the optimizer, and of the competition among ranks."""
@@ -145,6 +122,11 @@ class LoraTrainer:
         loss = found[0] + self.config.prior * found[1] if len(found) > 1 else found[0]
         return torch.stack([loss, *found])
 
+    def read_log(self) -> dict[str, float]:
+        """Log the pending updates and return the last row; see `Engine.read_log`."""
+        advice = f"{self.name}: a lower rate or no half precision may help"
+        return self.engine.read_log(["loss", *self.pictures], lambda: advice)
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
         settings = {n: str(v) for n, v in asdict(self.config).items() if n not in MAY_CHANGE}
@@ -153,22 +135,16 @@ class LoraTrainer:
 
     def save(self, step: int) -> None:
         """Write checkpoint-`step` with the LoRA as it is now."""
-        if self.folder is None:
-            return
 
         def weights(path: Path) -> None:
             save_lora(self.lora.tensors(), path / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
 
-        self.engine.save(self.folder, step, weights=weights, keep=self.config.keep, identity=self.identity())
-
-    def resume(self, asked: str | None) -> None:
-        """Set everything to where a checkpoint left it; a new run stays as it is."""
-        self.engine.resume(self.folder, asked, identity=self.identity())
+        self.engine.save(step, weights=weights, identity=self.identity())
 
 
 def _groups(lora: LoraLayers, part: str, lr: float) -> list[dict[str, Any]]:
     logits = [g for name, g in lora.logits.items() if name.startswith(f"{part}.")]
-    groups = [{"params": lora.weights(part), "lr": lr, "weight_decay": 1e-2}]
+    groups = [{"params": list(lora.halves(f"{part}.").values()), "lr": lr, "weight_decay": 1e-2}]
     return groups + ([{"params": logits, "lr": lr, "weight_decay": 0.0}] if logits else [])
 
 
