@@ -11,8 +11,13 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for an unknown name, or a value that is not of its name's kind: a type, as of an annotation."""
+    """Raise ValueError for an unknown name, or a value that is not of its name's kind."""
     check_names(values, kinds, what)
+    check_kinds(values, kinds, what)
+
+
+def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError for a value that is not of its name's kind: a type, as of an annotation."""
     for name, value in values.items():
         if not _is_of(value, kinds[name]):
             raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {value!r}")

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import inf
 from typing import Any, get_type_hints
 
-from mole_diffusers.options import check_options
+from mole_diffusers.options import check_kinds, check_names, check_options
 
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts")
@@ -28,8 +28,9 @@ def _check_range(config: Any, names: Sequence[str], what: str, *, low: float, hi
             raise ValueError(f"{name} of {what} must be {limits}, got {value!r}")
 
 
-def _as_meant(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file; YAML makes false of a bare no."""
+def _settings(values: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """The settings of a file; YAML makes false of a bare no. Raises ValueError for other names; `config` checks kinds."""
+    check_names(values, get_type_hints(config), "the training")
     return dict(values) | ({"precision": "no"} if values.get("precision") is False else {})
 
 
@@ -205,13 +206,14 @@ class Validation:
     """
 
     every: int = 0
-    prompts: tuple[str, ...] = ()
+    prompts: Sequence[str] = ()
     seeds: int = 4
     steps: int = 20
     guidance: float = 7.5
 
     def __post_init__(self) -> None:
-        check_options(vars(self), get_type_hints(Validation), "the validation")
+        check_kinds(vars(self), get_type_hints(Validation), "the validation")
+        object.__setattr__(self, "prompts", tuple(self.prompts))  # a file has a list
         _check_range(self, ["every"], "the validation", low=0)
         _check_range(self, ["seeds", "steps"], "the validation", low=1)
 
@@ -266,7 +268,7 @@ class GateTraining:
     height: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(vars(self), get_type_hints(GateTraining), "the training")
+        check_kinds(vars(self), get_type_hints(GateTraining), "the training")
         if not set(self.parsed) - {BALANCE}:
             objectives = [name for name in TERMS if name != BALANCE]
             raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
@@ -286,16 +288,15 @@ class GateTraining:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which `from_dict` reads."""
-        return asdict(self) | {"validation": asdict(self.validation) | {"prompts": list(self.validation.prompts)}}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
         """Raises ValueError for unknown options, and values of another kind."""
-        values = _as_meant(values)
-        check_options(values, get_type_hints(cls) | {"validation": Mapping[str, Any]}, "the training")
-        check_options(validation := dict(values.get("validation", {})), get_type_hints(Validation), "the validation")
-        validation["prompts"] = tuple(validation.get("prompts", ()))
-        return cls(**values | {"validation": Validation(**validation)})
+        looks = values.get("validation", {})
+        check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
+        check_names(looks, get_type_hints(Validation), "the validation")
+        return cls(**_settings(values, cls) | {"validation": Validation(**looks)})
 
 
 # ---- LoRAs
@@ -324,7 +325,7 @@ class LoraTraining:
 
     rank: int = 8
     alpha: float = 8.0
-    layers: tuple[str, ...] = ("attention",)
+    layers: Sequence[str] = ("attention",)
     steps: int = 300
     batch: int = 16
     lr: float = 1e-3
@@ -339,7 +340,8 @@ class LoraTraining:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        check_options(vars(self), get_type_hints(LoraTraining), "the training")
+        check_kinds(vars(self), get_type_hints(LoraTraining), "the training")
+        object.__setattr__(self, "layers", tuple(self.layers))  # a file has a list
         _check_range(self, ["rank", "steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
         _check_range(self, ["lr", "text_lr", "prior"], "the training", low=0)
         _one_of(self, "precision", PRECISIONS)
@@ -351,9 +353,7 @@ class LoraTraining:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraTraining:
         """The alpha is the rank unless it is given. Raises ValueError for unknown options, and values of another kind."""
-        values = {"alpha": values.get("rank", cls.alpha)} | _as_meant(values)
-        check_options(values, get_type_hints(cls), "the training")
-        return cls(**values | {"layers": tuple(values.get("layers", cls.layers))})
+        return cls(**{"alpha": values.get("rank", cls.alpha)} | _settings(values, cls))
 
     @property
     def rates(self) -> dict[str, float]:

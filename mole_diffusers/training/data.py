@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mole_diffusers.lora.safe_files import parse_json
-from mole_diffusers.options import check_names, check_options
+from mole_diffusers.options import check_kinds, check_names
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -54,7 +54,7 @@ class TrainingData:
     samples: Samples | None = None
 
     def __post_init__(self) -> None:
-        check_options(vars(self), get_type_hints(TrainingData), "the training data")
+        check_kinds(vars(self), get_type_hints(TrainingData), "the training data")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingData:
@@ -63,10 +63,9 @@ class TrainingData:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that tells whether two runs have the same training data: the pictures by their captions."""
-        mappings = {n: {k: list(v) for k, v in getattr(self, n).items()} for n in ("singles", "others", "parts", "sizes")}
-        lists = {n: list(getattr(self, n)) for n in ("composed", "plain", "styles")}
-        return mappings | lists | {"pictures": self.samples.captions if self.samples else None}
+        """What tells whether two runs have the same training data, ready for JSON: the pictures by their captions."""
+        prompts = {name: value for name, value in vars(self).items() if name != "samples"}
+        return prompts | {"pictures": self.samples.captions if self.samples else None}
 
 
 def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
