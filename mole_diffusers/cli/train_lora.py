@@ -145,11 +145,10 @@ def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: in
 
 
 def _save(pipe: Any, tensors: Any, path: Path, config: LoraTraining, *, concept: Mapping[str, Any], pictures: int) -> None:
-    from mole_diffusers.training.lora_adapter import header, save_kohya, save_lora
+    from mole_diffusers.training.lora_adapter import header, save_lora
 
-    as_kohya = concept.get("format") == "kohya"  # else alpha is folded into the weights
-    alpha = config.alpha if as_kohya else config.rank
+    format: Any = concept.get("format") or "diffusers"
+    alpha = config.alpha if format == "kohya" else config.rank  # else it is folded into the weights
     about = header(pipe, title=path.stem, rank=config.rank, alpha=alpha, pictures=pictures)
     about["mole.training"] = json.dumps({name: str(value) for name, value in asdict(config).items()})
-    save = save_kohya if as_kohya else save_lora
-    save(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about)
+    save_lora(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about, format=format)

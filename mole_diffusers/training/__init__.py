@@ -11,15 +11,7 @@ if TYPE_CHECKING:
     from mole_diffusers.training.lora_adapter import save_kohya, save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
 
-_FILES = {
-    "config": ("GateTraining", "LoraTraining", "Validation"),
-    "data": ("Samples", "TrainingData", "encode", "read_folder"),
-    "gate_trainer": ("train_gates",),
-    "lora_adapter": ("save_kohya", "save_lora"),
-    "lora_trainer": ("class_samples", "train_lora"),
-    "clip": ("Clip", "read_clip"),
-}
-_HOME = {name: file for file, names in _FILES.items() for name in names}
+_FILES = ("config", "data", "clip", "lora_adapter", "gate_trainer", "lora_trainer")  # those that import least come first
 __all__ = [
     "Clip",
     "GateTraining",
@@ -40,6 +32,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: a config is read without loading diffusers."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    modules = (import_module(f"{__name__}.{file}") for file in _FILES) if name in __all__ else ()
+    for module in modules:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -47,24 +48,24 @@ class LoraLayers:
 
     def ranks(self) -> dict[str, Ranks]:
         """The layers whose ranks compete."""
+        halves = self.halves()
+        return {n: Ranks(g, halves[f"{n}.lora_A.weight"], halves[f"{n}.lora_B.weight"]) for n, g in self.logits.items()}
+
+    def halves(self, start: str = "") -> dict[str, nn.Parameter]:
+        """Down and up of every layer whose name begins so, by diffusers' keys: "unet.<layer>.lora_A.weight"."""
         return {
-            name: Ranks(logits, self.modules[name].lora_A[CONCEPT].weight, self.modules[name].lora_B[CONCEPT].weight)
-            for name, logits in self.logits.items()
+            f"{name}.lora_{half}.weight": getattr(module, f"lora_{half}")[CONCEPT].weight
+            for name, module in self.modules.items()
+            for half in "AB"
+            if name.startswith(start)
         }
 
-    def weights(self, part: str) -> list[nn.Parameter]:
-        """down and up of every layer of a component."""
-        return [h for n in self.modules if n.startswith(f"{part}.") for h in (self._down(n), self._up(n))]
-
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Diffusers' keys -> fp32 on the CPU, "unet.<layer>.lora_A.weight" say, with pi folded into the downs."""
-        found: dict[str, torch.Tensor] = {}
-        for name in self.modules:
-            down, up = (half.detach().float().cpu().clone() for half in (self._down(name), self._up(name)))
-            if name in self.logits:
-                pi = importance(self.logits[name].detach().float().cpu(), self.temperature)
-                down = down * pi.reshape(-1, *(1,) * (down.dim() - 1))
-            found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        """`halves` in fp32 on the CPU, with pi folded into the downs."""
+        found = {key: half.detach().float().cpu().clone() for key, half in self.halves().items()}
+        for name, logits in self.logits.items():
+            down = found[f"{name}.lora_A.weight"]
+            down *= importance(logits.detach().float().cpu(), self.temperature).reshape(-1, *(1,) * (down.dim() - 1))
         return found
 
     @torch.no_grad()
@@ -73,8 +74,7 @@ class LoraLayers:
 
         Raises ValueError for other layers or sizes.
         """
-        wanted = {f"{n}.lora_A.weight": self._down(n) for n in self.modules}
-        wanted |= {f"{n}.lora_B.weight": self._up(n) for n in self.modules}
+        wanted = self.halves()
         if odd := sorted(set(wanted) ^ set(tensors)):
             raise ValueError(f"the LoRA to start from has other layers: {odd[0]} is in one of the two only")
         for key, parameter in wanted.items():
@@ -95,14 +95,9 @@ class LoraLayers:
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        halves = {f"{n}.down": self._down(n) for n in self.modules} | {f"{n}.up": self._up(n) for n in self.modules}
-        return halves | {f"{n}.g": logits for n, logits in self.logits.items()}
-
-    def _down(self, name: str) -> nn.Parameter:
-        return self.modules[name].lora_A[CONCEPT].weight
-
-    def _up(self, name: str) -> nn.Parameter:
-        return self.modules[name].lora_B[CONCEPT].weight
+        names = {".lora_A.weight": ".down", ".lora_B.weight": ".up"}
+        halves = {key[:-14] + names[key[-14:]]: half for key, half in self.halves().items()}
+        return halves | {f"{name}.g": logits for name, logits in self.logits.items()}
 
 
 def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
@@ -157,23 +152,18 @@ def save_lora(
     triggers: str = "",
     about: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float16,
+    format: Literal["diffusers", "kohya"] = "diffusers",
 ) -> None:
-    """Write a LoRA that diffusers and `read_expert` load, alpha folded in; trigger words and `about` are in the header."""
-    write_lora(_by_layer(tensors, alpha), path, dtype=dtype, metadata={**(about or {}), TRIGGERS: triggers})
+    """Write a LoRA that diffusers and `read_expert` load; trigger words and `about` are in the header.
+
+    Args:
+        format: "diffusers" has alpha folded in; "kohya" has the keys of kohya and A1111, and an alpha for every layer.
+    """
+    metadata = {**(about or {}), TRIGGERS: triggers}
+    write_lora(_by_layer(tensors, alpha), path, format=format, alphas=format == "kohya", dtype=dtype, metadata=metadata)
 
 
-def save_kohya(
-    tensors: Mapping[str, torch.Tensor],
-    path: str | Path,
-    *,
-    alpha: float,
-    triggers: str = "",
-    about: Mapping[str, str] | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> None:
-    """Write the same LoRA with kohya/A1111 keys and an alpha for every layer; other tools load it, and so does diffusers."""
-    options: dict[str, Any] = {"dtype": dtype, "metadata": {**(about or {}), TRIGGERS: triggers}}
-    write_lora(_by_layer(tensors, alpha), path, format="kohya", alphas=True, **options)
+save_kohya = partial(save_lora, format="kohya")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, dict[str, LoraWeights]]:
