@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concept_mean, differences, score_table
+from mole_diffusers.options import check_kinds
 from mole_diffusers.training.data import read_folder
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
         if not line.strip():
             continue
         try:
-            row = _case(json.loads(line))
-            kind, size = str(row.get("kind", f"{len(row['concepts'])} concepts")), row.get("size")
-            case = Case(tuple(row["concepts"]), kind, row["prompt"], size=size and _size(size))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            case = _case(json.loads(line))
+        except (ValueError, KeyError) as error:
             raise ValueError(f'{path}, line {number}: not {{"concepts": [..], "prompt": ".."}}: {error}') from error
         if unknown := set(case.concepts) - set(known):
             raise ValueError(f"{path}, line {number}: no expert for {sorted(unknown)}; known: {sorted(known)}")
@@ -53,19 +52,18 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     return cases
 
 
-def _case(found: object) -> dict[str, Any]:
-    if not isinstance(found, dict) or not isinstance(found["concepts"], list) or not isinstance(found["prompt"], str):
-        raise TypeError(f"got {found!r}")
-    named = found["concepts"]
-    if not named or not all(isinstance(concept, str) for concept in named) or len(set(named)) < len(named):
-        raise TypeError(f"concepts are different names, one or more, got {named!r}")
-    return found
-
-
-def _size(found: object) -> tuple[int, int]:
-    if not isinstance(found, list) or len(found) != 2 or any(type(side) is not int or side < 1 for side in found):
-        raise TypeError(f'"size" is [width, height] in pixels, got {found!r}')
-    return found[0], found[1]
+def _case(found: object) -> Case:
+    if not isinstance(found, dict):
+        raise ValueError(f"got {found!r}")
+    concepts, prompt, size = found["concepts"], found["prompt"], found.get("size")
+    check_kinds({"concepts": concepts, "prompt": prompt}, {"concepts": list[str], "prompt": str}, "a case")
+    if not concepts or len(set(concepts)) < len(concepts):
+        raise ValueError(f"concepts are different names, one or more, got {concepts!r}")
+    pixels = size if isinstance(size, list) else []
+    if size is not None and (len(pixels) != 2 or any(type(side) is not int or side < 1 for side in pixels)):
+        raise ValueError(f'"size" is [width, height] in pixels, got {size!r}')
+    kind = str(found.get("kind", f"{len(concepts)} concepts"))
+    return Case(tuple(concepts), kind, prompt, size=(pixels[0], pixels[1]) if pixels else None)
 
 
 def windows(image: Image.Image) -> list[Image.Image]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, get_type_hints
 
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.metadata import summarize, training_tags
 from mole_diffusers.lora.safe_files import RefusedFileError, path_inside
+from mole_diffusers.options import check_kinds
 
 SAMPLES = 20  # texts per LoRA at most, as in LoraRetriever's code
 CAPTIONS_LIMIT = 1 << 20  # bytes
@@ -99,18 +100,17 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 def entry_from_json(value: Any) -> LibraryEntry:
     """An entry from an index file; ValueError if a field is missing or has the wrong type."""
-    names = ("name", "file", "base", "sha256")
-    if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in names):
-        raise ValueError("an entry lacks name, file, base or sha256")
-    triggers, samples, marks = (value.get(n) for n in ("triggers", "samples", "stamps"))
-    if not _list_of(triggers, str) or not _list_of(samples, str):
-        raise ValueError(f"the triggers or samples of {value['name']!r} are not lists of texts")
-    if not _list_of(marks, list) or [len(m) for m in marks] != [2, 2, 2] or not all(_list_of(m, int) for m in marks):
-        raise ValueError(f"the stamps of {value['name']!r} are not three pairs of numbers")
-    own, captions, note = ((size, time) for size, time in marks)
-    texts = (tuple(triggers), tuple(samples))
-    return LibraryEntry(value["name"], value["file"], value["base"], *texts, value["sha256"], (own, captions, note))
-
-
-def _list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+    if not isinstance(value, dict):
+        raise ValueError(f"an entry must be names with values, got {value!r}")
+    kinds = get_type_hints(LibraryEntry)
+    own = {name: value.get(name) for name in kinds}
+    check_kinds(own, kinds, f"the entry {own['name']!r}")
+    marks: Any = own["stamps"]
+    if [len(mark) for mark in marks] != [2, 2, 2]:
+        raise ValueError(f"stamps of the entry {own['name']!r} are not three pairs of numbers")
+    tuples: Any = {
+        "triggers": tuple(value["triggers"]),
+        "samples": tuple(value["samples"]),
+        "stamps": tuple(map(tuple, marks)),
+    }
+    return LibraryEntry(**own | tuples)

@@ -255,9 +255,13 @@ class Deaf(WordEncoder):
         (lambda f: edit_entry(f, file="../../etc/passwd"), WordEncoder(), "leads out of the folder"),
         (lambda f: edit_entry(f, file="/etc/passwd"), WordEncoder(), "leads out of the folder"),
         (lambda f: edit_entry(f, name="ink"), WordEncoder(), "two entries have one name"),
-        (lambda f: edit_entry(f, triggers="fox"), WordEncoder(), "triggers or samples of 'birds/owl' are not lists"),
-        (lambda f: edit_entry(f, stamps=[[1, 2]]), WordEncoder(), "stamps of 'birds/owl' are not three pairs"),
-        (lambda f: edit_entry(f, sha256=None), WordEncoder(), "an entry lacks name, file, base or sha256"),
+        (
+            lambda f: edit_entry(f, triggers="fox"),
+            WordEncoder(),
+            "triggers of the entry 'birds/owl' must be a list",
+        ),
+        (lambda f: edit_entry(f, stamps=[[1, 2]]), WordEncoder(), "stamps of the entry 'birds/owl' are not three pairs"),
+        (lambda f: edit_entry(f, sha256=None), WordEncoder(), "sha256 of the entry 'birds/owl' must be a text, got None"),
         (lambda f: (f / store.VECTORS).write_bytes(b"\x80\x02pickle.."), WordEncoder(), "a pickle, which can run code"),
     ],
 )
