@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,7 @@ PLAIN: dict[str, Callable[[], Arm]] = {
     "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
 }  # fmt: skip
 BOUND_GATES = "bound gates"
+MOVABLE = ("sum", *MERGES, "gates")  # arms whose strengths `moved_arms` can move
 ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
 
 
@@ -354,19 +356,24 @@ def chosen_arms(
         raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
     if found := obstacles(names, setup, gates, weights=weights):
         raise ValueError("; ".join(found.values()))
-    arms = []
-    for name in names:
-        if name == "alone":
-            arms += [alone(concept) for concept in setup.experts]
-        elif name == "grid search" and weights is not None:
-            arms.append(searched(weights))
-        elif name in CONTROLS and gates is not None:
-            arms.append(weighted(name, gates=gates_of(gates), context=CONTROLS[name]))
-        elif name == BOUND_GATES and gates is not None:
-            arms.append(weighted(name, gates=gates_of(gates), binding=from_files))
-        else:
-            arms.append(PLAIN[name]() if name in PLAIN else merged(name))
-    return arms
+    return [arm for name in names for arm in _named(name, setup, gates, weights)]
+
+
+def _named(
+    name: str, setup: Setup, gates: Path | None, searches: ByKind | None, weights: Weights = ones, label: str = ""
+) -> list[Arm]:
+    """The arm of a name that has no obstacles, "alone" one per expert; `weights` and `label` are for those of `MOVABLE`."""
+    label = label or name
+    if name == "alone":
+        return [alone(concept) for concept in setup.experts]
+    if name == "grid search" and searches is not None:
+        return [searched(searches)]
+    if gates is not None and name in (*CONTROLS, BOUND_GATES):
+        how = {"binding": from_files} if name == BOUND_GATES else {"context": CONTROLS[name]}
+        return [weighted(label, weights, gates=gates_of(gates), **how)]
+    if name in MERGES:
+        return [merged(name, label, weights)]
+    return [weighted(label, weights) if name == "sum" else PLAIN[name]()]
 
 
 def obstacles(
@@ -396,21 +403,13 @@ def moved_arms(names: Sequence[str], setup: Setup, gates: Path | None = None, *,
 
     Raises ValueError for an arm whose strengths cannot be moved or that cannot be drawn, or a share outside 0..1.
     """
-    known = ["sum", *MERGES, "gates"]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"the strengths of {unknown} cannot be moved; those of {known} can")
+    if unknown := [name for name in names if name not in MOVABLE]:
+        raise ValueError(f"the strengths of {unknown} cannot be moved; those of {list(MOVABLE)} can")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
     if found := obstacles(names, setup, gates):
         raise ValueError("; ".join(found.values()))
     arms = []
-    for name in names:
-        for share in shares:
-            weights, label = by_role(2 - 2 * share, 2 * share), f"{name} @ {share:g}"
-            if name == "sum":
-                arms.append(weighted(label, weights))
-            elif name in MERGES:
-                arms.append(merged(name, label, weights))
-            elif gates is not None:
-                arms.append(weighted(label, weights, gates=gates_of(gates)))
+    for name, share in product(names, shares):
+        arms += _named(name, setup, gates, None, by_role(2 - 2 * share, 2 * share), f"{name} @ {share:g}")
     return arms

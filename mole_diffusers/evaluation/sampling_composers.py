@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mole_diffusers.inspection.compare import PlainSum
 from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
@@ -140,13 +141,14 @@ def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
     return delta.abs().flatten().topk(min(count, delta.numel())).values.sum()
 
 
-class KLoRA:
+class KLoRA(PlainSum):
     """K-LoRA as a strength schedule: one of two experts per layer and step. Needs equal gates, one per matrix.
 
     Layers outside the denoiser's attention, and those that one of the two lacks, keep the sum.
     """
 
     def __init__(self, pipe: Any, mixture: Mixture, *, content: str, style: str):
+        super().__init__(mixture)
         names = list(mixture.experts)
         if sorted(names) != sorted((content, style)) or mixture.config.granularity != "matrix":
             raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")
@@ -155,12 +157,6 @@ class KLoRA:
         self.until, self.pipe, self.steps, self.step = last_content(layers), pipe, StepCounter(pipe.unet), 0
         self.content = [float(name == content) for name in names]
         self.style = [float(name == style) for name in names]
-
-    def part(self, part: str) -> list[float]:
-        return [1.0, 1.0]
-
-    def block(self, module: str) -> list[float]:
-        return [1.0, 1.0]
 
     def gates(self, place: str) -> list[float] | None:
         part, _, module = place.partition(".")

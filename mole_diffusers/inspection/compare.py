@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mole_diffusers import functional
 from mole_diffusers.mixture import Mixture
 
 MARGIN = 6  # pixels around a cell of a sheet
@@ -30,7 +29,7 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
     if mixture.binding is not None:
-        summed = partial(mixture.adjusted, _ones)
+        summed = partial(mixture.planned, PlainSum(mixture))
         found["bound"] = partial(_both, partial(mixture.tiled, 0), summed)
         if tiles:
             found["tiles"] = partial(_both, partial(mixture.tiled, **tiles), summed)
@@ -49,9 +48,20 @@ def _both(first: Callable[[], AbstractContextManager], second: Callable[[], Abst
         yield
 
 
-def _ones(_: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Gates of 1, as those of the plain sum."""
-    return torch.ones_like(gates) * functional.over_tokens(mask, gates)
+class PlainSum:
+    """A plan (`patching.runtime.Plan`) in which every gate gives 1, bound or not: what the users' strengths alone draw."""
+
+    def __init__(self, mixture: Mixture):
+        self.ones = [1.0] * len(mixture.experts)
+
+    def part(self, part: str) -> list[float]:
+        return self.ones
+
+    def block(self, module: str) -> list[float]:
+        return self.ones
+
+    def gates(self, place: str) -> list[float] | None:
+        return self.ones
 
 
 def sample(pipe: Any, prompt: str, seeds: Sequence[int], **options: Any) -> list[Image.Image]:

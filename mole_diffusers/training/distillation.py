@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from mole_diffusers.binding import words
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.functional import onto
+from mole_diffusers.inspection.compare import PlainSum
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.undo import Undo
@@ -199,7 +200,7 @@ def with_and_without(
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """What `predict` is given where guidance is computed: each row without its prompt, then each with it, [2B, ...].
 
-    Together they are bound as where a picture is drawn: a bound expert also acts on the row without the prompt that names it.
+    Together they are bound as where a picture is drawn: what the prompt names also acts on the row without it.
     """
     return torch.cat([x, x]), torch.cat([timesteps, timesteps]), [*([""] * len(prompts)), *prompts]
 
@@ -216,27 +217,10 @@ def bound_to_words(mixture: Mixture) -> Iterator[None]:
         yield
 
 
-class _Ones:
-    """A plan in which every gate gives the weight 1."""
-
-    def __init__(self, mixture: Mixture):
-        self._ones = [1.0] * len(mixture.experts)
-
-    def part(self, part: str) -> list[float]:
-        return self._ones
-
-    block = gates = part
-
-
 @contextmanager
 def alone(mixture: Mixture, strengths: Mapping[str, float]) -> Iterator[None]:
     """These experts at these strengths and no others, whatever the gates say; none of them is the base."""
-    with (
-        bound_to_words(mixture),
-        mixture.only(*strengths),
-        mixture.strengths(strengths),
-        mixture.planned(_Ones(mixture)),
-    ):
+    with bound_to_words(mixture), mixture.only(*strengths), mixture.strengths(strengths), mixture.planned(PlainSum(mixture)):
         yield
 
 
