@@ -20,6 +20,7 @@ from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concept_mean, differences, score_table
 from mole_diffusers.options import check_kinds
+from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.data import read_folder
 
 if TYPE_CHECKING:
@@ -84,10 +85,9 @@ class ClipDinoMetrics:
     """
 
     def __init__(self, clip: str, dino: str, folders: Mapping[str, Path], *, device: str = "cpu"):
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+        from transformers import AutoImageProcessor, AutoModel
 
-        self.device = device
-        self.clip, self.tokenizer = CLIPModel.from_pretrained(clip).eval().to(device), AutoTokenizer.from_pretrained(clip)
+        self.clip = read_clip(clip, device=device)
         self.clip_pixels = AutoImageProcessor.from_pretrained(clip)
         self.dino = AutoModel.from_pretrained(dino).eval().to(device)
         self.dino_pixels = AutoImageProcessor.from_pretrained(dino)
@@ -98,7 +98,7 @@ class ClipDinoMetrics:
         self.own_dino = {name: self._dino(images) for name, images in pictures.items()}
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
-        text = self._text(case.prompt)
+        text = self.clip.text([case.prompt])[0]  # [D]
         rows: list[Row] = []
         for image in images:
             crops = windows(image)
@@ -114,20 +114,12 @@ class ClipDinoMetrics:
         return rows
 
     @torch.no_grad()
-    def _text(self, prompt: str) -> torch.Tensor:
-        ids = self.tokenizer([prompt], padding=True, truncation=True, return_tensors="pt").to(self.device)
-        pooled = self.clip.text_model(**ids).pooler_output
-        return F.normalize(self.clip.text_projection(pooled)[0], dim=-1)  # [D]
-
-    @torch.no_grad()
     def _clip(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        x = self.clip_pixels(list(images), return_tensors="pt").pixel_values.to(self.device)
-        pooled = self.clip.vision_model(pixel_values=x).pooler_output
-        return F.normalize(self.clip.visual_projection(pooled), dim=-1)  # [B, D]
+        return self.clip.features(self.clip_pixels(list(images), return_tensors="pt").pixel_values)  # [B, D]
 
     @torch.no_grad()
     def _dino(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        x = self.dino_pixels(list(images), return_tensors="pt").pixel_values.to(self.device)
+        x = self.dino_pixels(list(images), return_tensors="pt").pixel_values.to(self.dino.device)
         return F.normalize(self.dino(pixel_values=x).last_hidden_state[:, 0], dim=-1)  # [B, D], the class token
 
 
