@@ -121,7 +121,7 @@ def evaluate(
     if search:
         (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
     if sheet:
-        print(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
+        note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
     if find_spec("matplotlib") is None:
         note("figures need matplotlib: pip install 'mole-diffusers[plot]'")
         return
@@ -203,6 +203,8 @@ def _arms(
 
     strengths = read_weights(weights) if weights else None
     names = list(asked) or (["sum", "gates"] if shares else list(known.ARMS))
+    if strengths and "grid search" not in names:
+        raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
     if not asked:
         blocked = known.obstacles(names, setup, gates, weights=strengths)
         for reason in blocked.values():

@@ -146,6 +146,7 @@ def evaluate(
     ]
     for arm, case in tqdm(own, desc="evaluate", mininterval=5):
         missing = [row for row in _unmeasured(setup, arm, case, seeds=seeds) if key(row) not in done]
+        done |= set(map(key, missing))
         if missing:
             with arm.draws(setup, case):
                 images = sample(setup.pipe, case.prompt, [row["seed"] for row in missing], **setup.call_of(case))
@@ -161,11 +162,12 @@ def requested_rows(
 ) -> list[Row]:
     """The rows of these arms, cases, seeds and settings, made by any process, as far as they exist.
 
-    In the order of the arms, without anything else that the folder may hold. Fields that an older row lacks are filled in.
+    In the order of the arms, each once, without anything else that the folder may hold. Fields that an older row lacks are
+    filled in.
     """
-    there = {key(row): row for row in rows.read()}
-    asked = [row for arm in arms for case in cases if arm.covers(case) for row in _unmeasured(setup, arm, case, seeds=seeds)]
-    return [row | there[key(row)] for row in asked if key(row) in there]
+    there, work = {key(row): row for row in rows.read()}, [(arm, case) for arm in arms for case in cases if arm.covers(case)]
+    asked = {key(row): row for arm, case in work for row in _unmeasured(setup, arm, case, seeds=seeds)}
+    return [row | there[name] for name, row in asked.items() if name in there]
 
 
 def _unmeasured(setup: Setup, arm: Arm, case: Case, *, seeds: Sequence[int]) -> list[Row]:
@@ -179,4 +181,4 @@ def _unmeasured(setup: Setup, arm: Arm, case: Case, *, seeds: Sequence[int]) -> 
         "idle": list(case.idle),
         "settings": {"base": setup.base, **setup.metrics, **setup.call_of(case), **arm.settings(setup, case)},
     }
-    return [{**facts, "seed": seed} for seed in seeds]
+    return [{**facts, "seed": seed} for seed in dict.fromkeys(seeds)]

@@ -73,7 +73,7 @@ def test_scores_are_the_models_own(models, own):
     (scores,) = metrics(case, [picture])
     pixels = CLIPImageProcessor.from_pretrained(models[0])
     joint = clip(
-        **metrics.tokenizer(["a fox in ink"], return_tensors="pt"),
+        **metrics.clip.tokenizer(["a fox in ink"], return_tensors="pt"),
         pixel_values=pixels(picture, return_tensors="pt").pixel_values,
     )
     assert scores["clip_t"] == pytest.approx((joint.logits_per_image / clip.logit_scale.exp()).item(), abs=1e-5)
@@ -210,13 +210,15 @@ def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]
     args += [word for arm in ("base", "np", "ssr", "k-lora", "sum") for word in ("--arm", arm)]
     assert main(args) == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
     assert text.startswith("| arm | CLIP-T | CLIP-I | DINO |")
     names = ["| base", "| np", "| ssr", "| k-lora"]
     assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == [*names, "| sum"]
     paired = text.splitlines()[8:]
     assert [line.split(" | ")[0] for line in paired[:6]] == ["| arm, less sum", "| ---", *names]
-    assert "40 questions" in text
+    assert "note: 40 questions in" in said
+    assert main([*args, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 20
     assert (tmp_path / "out" / "samples.png").exists()
     assert main([*args, "--search"]) == 1
     assert main([*args, "--style", "cat"]) == 1

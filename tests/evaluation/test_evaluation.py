@@ -212,6 +212,19 @@ def test_processes_divide_the_work_and_leave_nothing_out(setup, tmp_path):
     ]
 
 
+def test_what_is_asked_twice_counts_once(setup, tmp_path):
+    """Else two equal rows would pass for two seeds, and intervals be too narrow."""
+    measured, twice = [], [arms.base(), arms.base()]
+
+    def counted(case, images):
+        measured.extend(images)
+        return brightness(case, images)
+
+    made = evaluate(setup, twice, CASES[:1] * 2, counted, seeds=[1, 1, 2], rows=Rows(tmp_path))
+    assert [row["seed"] for row in made] == [1, 2]
+    assert len(measured) == 2
+
+
 def test_rows_that_say_less_of_their_case_are_still_its_rows(setup, tmp_path):
     rows, path = Rows(tmp_path), tmp_path / "rows-0.jsonl"
     made = evaluate(setup, [arms.base()], CASES[:1], brightness, seeds=[1, 2], rows=rows)
