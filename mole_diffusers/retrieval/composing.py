@@ -83,10 +83,13 @@ def composed(
     found = [retrieve_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
     names = [[each.name for each in row] for row in found]
     experts, sets = _experts_and_sets(library, names, mode)
-    # A LoRA that was found by its meaning acts, though the prompt has none of its words; so does one it was fused into.
-    by_meaning = {each.name for row in found for each in row if each.trigger is None}
-    by_meaning |= {_fused_name(row) for row in names if by_meaning & set(row)}
-    binding = {name: replace(b, required=name not in by_meaning) for name, b in files_bindings(experts).items()}
+    # A LoRA that was found by its meaning, or by a name that the library gave it, acts though the prompt has none of the
+    # words in its file; so does one it was fused into.
+    otherwise = {each.name for row in found for each in row if each.trigger not in library.file_triggers(each.name)}
+    otherwise |= {_fused_name(row) for row in names if otherwise & set(row)}
+    binding = {
+        name: replace(b, required=b.required and name not in otherwise) for name, b in files_bindings(experts).items()
+    }
     mixture = attach(pipe, experts, gates, binding=binding) if experts else None
     try:
         with nullcontext() if mixture is None else mixture.rows(sets, images=images):

@@ -184,6 +184,10 @@ class LoraLibrary:
             found.setdefault(name, RetrievedLora(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger)))
         return list(found.values())
 
+    def file_triggers(self, name: str) -> set[str]:
+        """The trigger words in a LoRA's file, as a `RetrievedLora` names them."""
+        return {" ".join(tokenize(trigger)) for trigger in self.entries[self._rows[name]].triggers}
+
     def expert(self, name: str) -> Expert:
         """Read a LoRA of the library; ValueError if the name is unknown or the file has changed since it was indexed."""
         if name not in self._rows:

@@ -87,6 +87,17 @@ def test_loras_that_were_found_by_meaning_act(pipe, tmp_path, draw, monkeypatch,
         assert not torch.allclose(draw(pipe, "a cap drawn"), base, atol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["sum", "fusion"])
+def test_loras_that_were_found_by_a_name_act(pipe, tmp_path, draw, mode):
+    """Though the prompt has none of the words in their files."""
+    file = tiny_lora(pipe, tmp_path / "hat.safetensors", rank=2, size=0.4)
+    save_lora(load_file(file), file, alpha=2.0, triggers="sks")
+    base, library = draw(pipe, "a cap"), LoraLibrary.of({"cap": file}, WordEncoder())
+    with composed(library, pipe, "a cap", mode=mode) as composition:
+        assert composition.found[0][0].trigger == "cap"
+        assert not torch.allclose(draw(pipe, "a cap"), base, atol=1e-3)
+
+
 def test_fusion_is_the_mixture_less_a_quarter_of_the_cross_terms(lora_library):
     one, two = (lora_library.expert(name) for name in ("hat", "ink"))
     (a1, b1), (a2, b2) = ((layer(e).down, layer(e).scale * layer(e).up) for e in (one, two))
