@@ -28,6 +28,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
         as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
+        disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             with busy("starting"):
@@ -40,4 +41,4 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             warnings.formatwarning = as_before
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
