@@ -35,7 +35,7 @@ Report = Callable[[dict], None]  # is given every update's row; what it raises e
 
 
 class Trainer(Protocol):
-    """What `Engine.fit` runs. An update's random choices follow from the seed and its number: resuming changes nothing."""
+    """What `Engine.fit` runs."""
 
     def update(self, step: int) -> None:
         """One step of the optimizer, from 0."""
@@ -88,6 +88,10 @@ class Engine:
     def shares(self) -> int:
         """Into how many shares a batch is divided, over processes and accumulated parts."""
         return self.accelerator.num_processes * self.config.accumulation
+
+    def generator(self, step: int) -> torch.Generator:
+        """Of the random choices of an update: they follow from the seed and its number, so resuming changes nothing."""
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
 
     def check_batch(self, rows: int, what: str) -> None:
         """Raises ValueError where a batch cannot be divided evenly."""

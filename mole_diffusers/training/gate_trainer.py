@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class GateTrainer:
         self, context: TrainingContext, config: GateTraining, *, folder: Path | None = None, success: Success | None = None
     ):
         """Check the settings and make what an update needs. Under `accelerate launch` this joins the other processes."""
-        self.context, self.config, self.folder, self.success = context, config, folder, success
+        self.config, self.success = config, success
         self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
         check_trainable(self.pipe)
         if not self.mixture.parameters():
@@ -107,8 +108,8 @@ class GateTrainer:
         if config.tracker and config.tracker not in (known := installed_trackers()):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
-        context.progress = context.progress and self.accelerator.is_main_process
-        initialize(context, config.initial)
+        self.context = replace(context, progress=context.progress and self.accelerator.is_main_process)
+        initialize(self.context, config.initial)
         groups = parameter_groups(self.mixture.banks.values(), config.lr)
         optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
         schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
@@ -169,7 +170,7 @@ class GateTrainer:
 
     def losses(self, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
         """Each term, without its weight, on share `index` of `shares` of the batch of update `step`."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        generator = self.engine.generator(step)
         mixture, terms, decisions = self.mixture, self.config.parsed, list[Decision]()
         names = list(mixture.experts)
         there = drop_experts(names, self.config.drop, generator) if self.config.drop else names
@@ -261,8 +262,8 @@ class GateTrainer:
             row = self.engine.log[-1]
             row["success"] = sum(shares) / len(shares)
             self.accelerator.log({"success": row["success"]}, step=step - 1)
-        if self.folder:
-            path = self.folder / "validation" / f"step-{step}.png"
+        if folder := self.engine.folder:
+            path = folder / "validation" / f"step-{step}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             make_image_grid(images, len(images) // how.seeds, how.seeds).save(path)
         for tracker in self.accelerator.trackers:
@@ -300,7 +301,7 @@ class GateTrainer:
     def resume(self, asked: str | None) -> None:
         """Set everything to where a checkpoint left it; a new run stays as it is."""
         if state := self.engine.resume(asked, identity=self.identity()):
-            self.context.state = send_to_device(state["kept"], self.pipe.device)
+            self.context.state.update(send_to_device(state["kept"], self.pipe.device))
             if self.ema is not None:
                 self.ema.to(self.pipe.device)
 

@@ -51,13 +51,16 @@ class LoraLayers:
         halves = self.halves()
         return {n: Ranks(g, halves[f"{n}.lora_A.weight"], halves[f"{n}.lora_B.weight"]) for n, g in self.logits.items()}
 
-    def halves(self, start: str = "") -> dict[str, nn.Parameter]:
-        """Down and up of every layer whose name begins so, by diffusers' keys: "unet.<layer>.lora_A.weight"."""
+    def weights(self, part: str) -> list[nn.Parameter]:
+        """down and up of every layer of a component."""
+        return [half for key, half in self.halves().items() if key.startswith(f"{part}.")]
+
+    def halves(self) -> dict[str, nn.Parameter]:
+        """down and up of every layer by diffusers' keys: "unet.<layer>.lora_A.weight"."""
         return {
             f"{name}.lora_{half}.weight": getattr(module, f"lora_{half}")[CONCEPT].weight
             for name, module in self.modules.items()
             for half in "AB"
-            if name.startswith(start)
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:

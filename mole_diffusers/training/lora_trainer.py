@@ -115,7 +115,7 @@ class LoraTrainer:
 
     def losses(self, step: int, *, index: int, shares: int) -> torch.Tensor:
         """[loss, concept, prior] on share `index` of `shares` of the batch of update `step`."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        generator = self.engine.generator(step)
         draws = [RandomBatch(generator, self.config.batch, index, shares) for _ in self.pictures]
         with self.engine.autocast():
             found = [denoising_loss(self.pipe, p, d) for p, d in zip(self.pictures.values(), draws, strict=True)]
@@ -144,7 +144,7 @@ class LoraTrainer:
 
 def _groups(lora: LoraLayers, part: str, lr: float) -> list[dict[str, Any]]:
     logits = [g for name, g in lora.logits.items() if name.startswith(f"{part}.")]
-    groups = [{"params": list(lora.halves(f"{part}.").values()), "lr": lr, "weight_decay": 1e-2}]
+    groups = [{"params": lora.weights(part), "lr": lr, "weight_decay": 1e-2}]
     return groups + ([{"params": logits, "lr": lr, "weight_decay": 0.0}] if logits else [])
 
 
