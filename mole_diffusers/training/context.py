@@ -59,7 +59,10 @@ def require(found: Any, term: str, what: str) -> Any:
 
 
 def triggers(mixture: Mixture, expert: str) -> list[str]:
-    """The trigger words of an expert: those in its file, and its name."""
+    """The words that call an expert: those that it is bound to and silent without, else those of its file and its name."""
+    bound = (mixture.binding or {}).get(expert)
+    if bound is not None and bound.needs_words:
+        return list(bound.words)
     return [*dict.fromkeys((*mixture.experts[expert].triggers, expert))]
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import mole_diffusers as mole
-from mole_diffusers.training.context import TrainingContext, experts_in, negatives, replace_word
+from mole_diffusers.training.context import TrainingContext, experts_in, negatives, replace_word, warn_of_missing_triggers
 from mole_diffusers.training.data import TrainingData
 
 
@@ -26,6 +26,17 @@ def test_triggers_are_found_however_they_are_written(pipe, loras):
         ("tigerish snow", []),
     ):
         assert experts_in(mixture, prompt) == named
+
+
+def test_a_bound_expert_is_called_by_its_words_alone(pipe, loras):
+    """By its name it would be silent, and its gates would learn nothing."""
+    mixture = mole.attach(pipe, {"fox": loras["fox"]}, binding={"fox": "vixen"})
+    context = TrainingContext(pipe, mixture, TrainingData({"fox": ["a vixen", "a fox"]}))
+    with pytest.warns(UserWarning, match="has no trigger") as caught:
+        warn_of_missing_triggers(context)
+    assert [str(warning.message) for warning in caught] == ["the prompt 'a fox' has no trigger of expert 'fox': ['vixen']"]
+    mixture.bind({"fox": "everywhere"})
+    assert [experts_in(mixture, prompt) for prompt in ("a vixen", "a fox")] == [[], ["fox"]]
 
 
 def test_negatives_lack_a_concept_each(pipe, loras):
