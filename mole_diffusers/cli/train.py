@@ -159,6 +159,7 @@ def _term(text: str) -> tuple[str, Any]:
 def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: str | None, repo: str | None) -> list[dict]:
     from mole_diffusers.gates import GateConfig, checkpoint, hub
     from mole_diffusers.mixture import attach
+    from mole_diffusers.studio.names import is_hub_id
     from mole_diffusers.training import TrainingData, read_clip, train_gates
     from mole_diffusers.training.gate_trainer import summary
 
@@ -176,7 +177,8 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
     log = train_gates(pipe, mixture, data, config=config, clip=clip, folder=out, resume_from=resume, success=success)
     if is_main_process():
-        about = {"prompt": next(iter(data.composed), None), "base": base, "training": summary(config, log)}
+        known = base if is_hub_id(base) else None  # a folder of this machine tells nobody else
+        about = {"prompt": next(iter(data.composed), None), "base": known, "training": summary(config, log)}
         (out / hub.CARD).write_text(hub.model_card(mixture.weighed(), mixture.config, **about))
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
