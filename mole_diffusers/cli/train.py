@@ -178,8 +178,9 @@ def _train(asked: Mapping[str, Any], device: str | None, out: Path, *, resume: s
     log = train_gates(pipe, mixture, data, config=config, clip=clip, folder=out, resume_from=resume, success=success)
     if is_main_process():
         known = base if is_hub_id(base) else None  # a folder of this machine tells nobody else
-        about = {"prompt": next(iter(data.composed), None), "base": known, "training": summary(config, log)}
-        (out / hub.CARD).write_text(hub.model_card(mixture.weighed(), mixture.config, **about))
+        prompt, about = next(iter(data.composed), None), summary(config, log)
+        card = hub.model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
+        (out / hub.CARD).write_text(card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
     return log
