@@ -18,8 +18,7 @@ from mole_diffusers.cli.evaluate import evaluate
 from mole_diffusers.cli.inspect import inspect
 from mole_diffusers.cli.library import compose_library, index, retrieve
 from mole_diffusers.cli.merge import merge
-from mole_diffusers.cli.train import train
-from mole_diffusers.cli.train_lora import train_lora
+from mole_diffusers.cli.train import train, train_lora
 
 COMMANDS = {
     "Make pictures": (compose, draw, redraw, grid, app),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers.cli.training_runs import samples
+from mole_diffusers.cli.train import samples
 from mole_diffusers.training.data import RandomBatch, default_side, encode, read_folder, square
 
 
