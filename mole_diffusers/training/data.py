@@ -117,8 +117,13 @@ def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
 
 
 def default_side(pipe: Any) -> int:
-    """The side of a pipeline's own pictures, in pixels."""
-    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    """The side of a pipeline's own pictures, in pixels. Raises ValueError where these are not known to be squares."""
+    side = pipe.unet.config.sample_size
+    if not isinstance(side, int):
+        raise ValueError(
+            f"the pictures of this model are no squares of a known side, its sample_size is {side}: give a side"
+        )
+    return int(side * pipe.vae_scale_factor)
 
 
 def square(image: Image.Image, side: int) -> Image.Image:

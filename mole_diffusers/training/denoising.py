@@ -108,11 +108,13 @@ def latent_shape(pipe: Any, width: int | None = None, height: int | None = None)
     Raises ValueError for a size that the pipeline cannot draw.
     """
     config, scale = pipe.unet.config, pipe.vae_scale_factor
-    own = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
+    own = config.sample_size if isinstance(config.sample_size, tuple | list) else (config.sample_size,) * 2
     for name, pixels in (("height", height), ("width", width)):
         if pixels is not None and (pixels < 1 or pixels % max(8, scale)):
             raise ValueError(f"{name} must be a multiple of {max(8, scale)} pixels, got {pixels}")
     high, wide = (side if pixels is None else pixels // scale for side, pixels in zip(own, (height, width), strict=True))
+    if high is None or wide is None:
+        raise ValueError("the UNet names no size of its own: give the width and the height of every prompt's pictures")
     return config.in_channels, high, wide
 
 

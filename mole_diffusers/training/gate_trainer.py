@@ -29,7 +29,7 @@ from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
-from mole_diffusers.training.denoising import check_trainable, latent_shape, predict
+from mole_diffusers.training.denoising import check_trainable, predict
 from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
@@ -103,7 +103,7 @@ class GateTrainer:
         self.looks = list(config.validation.prompts or self.data.composed)  # what validation draws
         if config.validation.every and not self.looks:
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
-        latent_shape(self.pipe, context.width, context.height)  # raises for a size that cannot be drawn
+        _ = context.composed_shape  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
         if config.tracker and config.tracker not in (known := installed_trackers()):
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
@@ -227,7 +227,7 @@ class GateTrainer:
     def _diagnose(self) -> str:
         """Which expert alone already predicts what is not finite."""
         broken = []
-        x = torch.randn(1, *latent_shape(self.pipe), generator=torch.Generator().manual_seed(0)).to(self.pipe.device)
+        x = torch.randn(1, *self.context.composed_shape, generator=torch.Generator().manual_seed(0)).to(self.pipe.device)
         timestep = torch.tensor([500], device=self.pipe.device)
         for name in self.mixture.experts:
             with self.engine.autocast(), self.mixture.fixed({name: self.mixture.strength(name)}):

@@ -8,8 +8,8 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora
-from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
-from mole_diffusers.training.denoising import decode, denoising_loss, predict, sample, training_scheduler
+from mole_diffusers.training.data import RandomBatch, Samples, default_side, encode_pixels
+from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, predict, sample, training_scheduler
 
 
 def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
@@ -59,6 +59,18 @@ def test_an_autoencoder_that_overflows_in_half_precision_works_in_fp32(half):
     torch.testing.assert_close(encoded, wanted)
     with pytest.raises(ValueError, match="overflows in float16"):
         decode(pipe.to(torch.float16), latents)
+
+
+def test_a_unet_without_a_size_needs_one(pipe):
+    pipe.unet.register_to_config(sample_size=None)
+    for unknown in (lambda: latent_shape(pipe), lambda: latent_shape(pipe, 64), lambda: default_side(pipe)):
+        with pytest.raises(ValueError, match="give "):
+            unknown()
+    assert latent_shape(pipe, 64, 32) == (4, 16, 32)
+    pipe.unet.register_to_config(sample_size=(16, 24))
+    assert latent_shape(pipe) == (4, 16, 24)
+    with pytest.raises(ValueError, match=r"no squares of a known side, its sample_size is \(16, 24\)"):
+        default_side(pipe)
 
 
 def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):
