@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_layout import STAGES
+from test_layout import PACKAGE, STAGES
 
 import mole_diffusers as mole
 
@@ -71,6 +71,6 @@ def test_the_map_of_contributing_names_every_folder_and_only_files_that_exist():
     beside = text.partition("| beside it |")[2].partition("\n\n")[0]
     for name in re.findall(r"^\| `(.+?)/` \|", beside, re.MULTILINE):
         assert (ROOT / name).is_dir(), name
-    near = (ROOT, ROOT / "mole_diffusers", ROOT / "mole_diffusers" / "merging", ROOT / "demos", ROOT / "tests" / "lora")
+    near = (ROOT, PACKAGE, PACKAGE / "merging", PACKAGE / "patching", ROOT / "demos", ROOT / "tests" / "lora")
     for path in set(re.findall(r"`([\w/.]+/[\w.]*|\w+\.py)`", text)) - {"tests/x.py"}:
         assert any((folder / path).exists() for folder in near), path
