@@ -35,6 +35,8 @@ def test_a_picture_re_creates_itself(tmp_path, capsys):
 def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     """A command, the app's page and its API, in the world whose canvas grows with the prompt."""
     pytest.importorskip("gradio")
+    from app_client import plain
+
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.build import build
     from mole_diffusers.cli.common import first_recipe, open_studio
@@ -49,11 +51,11 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     studio = open_studio(options[Studio], options[Opening])
     blocks = build(Actions(studio, home=tmp_path / "gates"), first_recipe(studio))
     functions = {event.fn.__name__: event for event in blocks.fns.values() if event.fn}
-    shown = functions["load"].fn(str(tmp_path / "r.json"))
+    shown = plain(functions["load"])(str(tmp_path / "r.json"))
     at = [component.label for component in functions["load"].outputs].index("Width")
-    assert shown[at : at + 2] == [0, 0]
+    assert shown[at : at + 2] == (0, 0)
     fields = shown[: len(functions["script"].inputs) - 1]  # beside the picture that is drawn over
-    assert "width=128, height=64" in functions["script"].fn(*fields, None)[0]
+    assert "width=128, height=64" in plain(functions["script"])(*fields, None)[0]
     assert "width=128, height=64" in functions["code"].fn({"prompt": prompt})
 
 
