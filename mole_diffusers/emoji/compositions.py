@@ -12,15 +12,19 @@ Concepts = tuple[str, ...]
 def compositions(
     subjects: Sequence[str], styles: Sequence[str], counts: Mapping[str, int]
 ) -> dict[str, tuple[Concepts, ...]]:
-    """Kind -> the first `counts[kind]` compositions; each subject and style comes about equally often."""
+    """Kind -> the first `counts[kind]` compositions; each subject and style comes about equally often.
+
+    There are none of a kind that needs more subjects or styles: three subjects are chosen among four or more.
+    """
     n, m = len(subjects), len(styles)
-    turns = [(i, (i + 1 + shift) % n) for shift in range(n // 2) for i in range(n) if shift < n // 2 - 1 or i < n // 2]
+    # At half way round an even circle a pair comes up from both its ends.
+    turns = [(i, (i + s) % n) for s in range(1, n // 2 + 1) for i in range(n) if 2 * s < n or i < s]
     pairs: list[Concepts] = [(subjects[i], subjects[j]) for i, j in turns]
     kinds: dict[str, list[Concepts]] = {
         "subject x style": [(subjects[i], styles[(i + shift) % m]) for shift in range(m) for i in range(n)],
         "two subjects": pairs,
-        "two subjects + style": [(*pair, styles[i % m]) for i, pair in enumerate(pairs)],
-        "three subjects": [(subjects[i], subjects[(i + 1) % n], subjects[(i + 3) % n]) for i in range(n)],
+        "two subjects + style": [(*pair, styles[i % m]) for i, pair in enumerate(pairs) if m],
+        "three subjects": [(subjects[i], subjects[(i + 1) % n], subjects[(i + 3) % n]) for i in range(n) if n > 3],
     }
     return {kind: tuple(kinds[kind][:count]) for kind, count in counts.items()}
 

@@ -1,10 +1,13 @@
 """What is composed in the emoji world, and how a picture of it is judged."""
 
+from itertools import combinations, product
+
 import pytest
 import torch
 from PIL import Image
 
 from mole_diffusers.emoji import TEST, VALIDATION, words
+from mole_diffusers.emoji.compositions import compositions
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.evaluation.emoji_protocol import JudgeMetrics, cases
@@ -18,6 +21,17 @@ def test_validation_decides_nothing_that_the_test_asks():
         others = {c for concepts in VALIDATION[kind] for c in concepts}
         assert others <= {*words.VALIDATION_SUBJECTS, *words.VALIDATION_STYLES}
         assert len({tuple(sorted(concepts)) for concepts in group}) == len(group) >= 8
+
+
+@pytest.mark.parametrize(("subjects", "styles"), [("ab", ""), ("abc", "x"), ("abcde", "xy"), ("abcdef", "x")])
+def test_any_concepts_are_composed_each_pair_once(subjects, styles):
+    found = compositions(subjects, styles, dict.fromkeys(TEST, 99))
+    pairs = set(combinations(subjects, 2))
+    assert sorted(tuple(sorted(pair)) for pair in found["two subjects"]) == sorted(pairs)
+    assert len(found["two subjects + style"]) == len(pairs) * bool(styles)
+    assert set(found["subject x style"]) == set(product(subjects, styles))
+    threes = found["three subjects"]
+    assert len(threes) == len(subjects) * (len(subjects) > 3) and all(len(set(three)) == 3 for three in threes)
 
 
 def test_a_case_has_the_canvas_of_its_scene():

@@ -1,10 +1,12 @@
 """How well LoRAs are composed without training: the sum, binding part by part, what others do, and one LoRA trained on all.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
+    python demos/experiments/emoji/compose.py --concepts dragon violin bus rose aurora
     python demos/experiments/emoji/compose.py --figure tiles
     python demos/experiments/emoji/compose.py --split validation --pack
 
-Rows are appended below work/compose/, so a cut-off run goes on. Trained gates are drawn where `train_gates.py --to
+Rows are appended below work/compose/, so a cut-off run goes on. `--concepts` composes drawn subjects and styles that are in
+no split, once `make_loras.py` has made their LoRAs. Trained gates are drawn where `train_gates.py --to
 work/gates` has made some, the joint LoRA where `check_world.py --rows joint` has. `--pack` writes every verdict to
 docs/results/, which docs/make_results.py makes the documents' tables from.
 """
@@ -23,7 +25,8 @@ from sampling import GUIDANCE, STEPS
 
 from mole_diffusers import attach, detach
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in
+from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in, words
+from mole_diffusers.emoji.compositions import compositions
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
@@ -38,7 +41,7 @@ from mole_diffusers.training.losses import cells
 
 DOCS = Path(__file__).parents[3] / "docs"
 SPLITS = {"test": TEST, "validation": VALIDATION}
-SEEDS = {"test": 1000, "validation": 3000}  # the first of each split's
+SEEDS = {"test": 1000, "validation": 3000, "other": 5000}  # the first of each split's; "other" are concepts of no split
 
 
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
@@ -150,7 +153,8 @@ def pack(split: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=SPLITS, default="validation")
+    parser.add_argument("--split", choices=SEEDS, default="validation")
+    parser.add_argument("--concepts", nargs="+", metavar="NAME", help='compose these instead: split "other"')
     parser.add_argument("--kinds", nargs="*", choices=TEST, default=list(TEST))
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
@@ -166,7 +170,15 @@ def main() -> None:
     if args.figure:
         figure(world, args.figure, DOCS / f"{args.figure}.png")
         return
-    found = emoji_protocol.cases({kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds})
+    if args.concepts:
+        args.split = "other"
+        subjects, styles = ([name for name in args.concepts if name in known] for known in (words.SUBJECTS, words.STYLES))
+        split = compositions(subjects, styles, dict.fromkeys(TEST, args.per_kind))
+    elif args.split == "other":
+        parser.error("split other needs --concepts")
+    else:
+        split = SPLITS[args.split]
+    found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
     table = as_frame(measured(setup, [ARMS[name]() for name in args.arms], found, world.judge(), seeds=seeds, rows=rows))
