@@ -31,7 +31,8 @@ def test_any_concepts_are_composed_each_pair_once(subjects, styles):
     assert len(found["two subjects + style"]) == len(pairs) * bool(styles)
     assert set(found["subject x style"]) == set(product(subjects, styles))
     threes = found["three subjects"]
-    assert len(threes) == len(subjects) * (len(subjects) > 3) and all(len(set(three)) == 3 for three in threes)
+    assert len(threes) == len(subjects) * (len(subjects) > 3)
+    assert all(len(set(three)) == 3 for three in threes)
 
 
 def test_a_case_has_the_canvas_of_its_scene():
