@@ -339,7 +339,7 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             file: a PNG, or a JSON file.
         """
         with uploaded(_uploaded(file)) as path:
-            asked = infotext.read_any(path)
+            asked = infotext.read(path)
         recipe = actions.studio.complete(asked)
         return replace(recipe, base=asked.base or recipe.base).to_dict()
 

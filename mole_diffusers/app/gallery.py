@@ -18,6 +18,7 @@ from PIL import Image
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.recipe import Recipe
 
 FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file names; a folder of what was deleted
@@ -25,24 +26,23 @@ FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of the gallery.
-
-    Attributes:
-        shows: what a sheet of pictures shows, see `infotext.save`; {} for a single one.
-    """
+    """A picture of the gallery, and what is inside."""
 
     path: Path
-    recipe: Recipe
+    contents: Contents
     favourite: bool
-    shows: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.contents.recipe
 
     @property
     def sheet(self) -> str:
         """What a sheet of pictures shows, in words: "seed=1,2 by steps=4,8", or "base, sum, bound"; "" for a single one."""
-        columns = self.shows.get("columns")
-        if isinstance(columns, list):
+        shows = self.contents.sheet
+        if isinstance(columns := shows.get("columns"), list):
             return ", ".join(map(str, columns))
-        return " by ".join(str(self.shows[axis]) for axis in ("x", "y") if axis in self.shows)
+        return " by ".join(str(shows[axis]) for axis in ("x", "y") if axis in shows)
 
     @property
     def label(self) -> str:
@@ -60,8 +60,7 @@ class Gallery:
 
     def __init__(self, folder: Path, *, most: int | None = None):
         self.folder, self.most = folder, most
-        # (file name, time it was written) -> its recipe, and what it shows if it is a sheet; None without a recipe
-        self._read: dict[tuple[str, int], tuple[Recipe, dict[str, Any]] | None] = {}
+        self._read: dict[tuple[str, int], Contents | None] = {}  # (file name, time it was written); None without a recipe
         self._lock = threading.Lock()
 
     def add(self, image: Image.Image, recipe: Recipe, sheet: Mapping[str, Any] | None = None) -> Path:
@@ -126,7 +125,7 @@ class Gallery:
         starred = self._favourites()
         for written, path in sorted(self._pictures(), reverse=True):
             if name in (None, path.name) and (inside := self._inside(path, written)) is not None:
-                yield Entry(path, inside[0], path.name in starred, inside[1])
+                yield Entry(path, inside, path.name in starred)
 
     def _pictures(self) -> Iterator[tuple[int, Path]]:
         """Time in nanoseconds and path of every PNG."""
@@ -134,12 +133,12 @@ class Gallery:
             with suppress(FileNotFoundError):  # another one has just moved it
                 yield path.stat().st_mtime_ns, path
 
-    def _inside(self, path: Path, written: int) -> tuple[Recipe, dict[str, Any]] | None:
-        """The recipe in a file, and what it shows if it is a sheet; None without a recipe. Read once."""
+    def _inside(self, path: Path, written: int) -> Contents | None:
+        """What is in a file; None without a recipe. Read once."""
         key = path.name, written
         if key not in self._read:
             try:
-                self._read[key] = infotext.read(path), infotext.read_sheet(path)
+                self._read[key] = infotext.contents(path)
             except (ValueError, FileNotFoundError):
                 self._read[key] = None
         return self._read[key]

@@ -9,7 +9,6 @@ import gradio as gr
 from mole_diffusers.app.page import PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import gallery
-from mole_diffusers.studio import infotext
 
 AT_ONCE = 60  # pictures shown at first, and so many more each time
 
@@ -61,9 +60,8 @@ def build(page: Page, tab: gr.Tab) -> None:
     @told(status)
     def reuse(name: str) -> Values:
         entry = kept.entry(_the_chosen(name))
-        axes = infotext.axes_of(entry.shows)
-        _, values, notes = page.filled(entry.recipe, axes)
-        tab = "Keep" if axes else "Compose"  # where the button for it is
+        _, values, notes = page.filled(entry.contents)
+        tab = "Keep" if entry.contents.axes else "Compose"  # where the button for it is
         words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
         return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
 

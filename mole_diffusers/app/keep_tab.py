@@ -40,11 +40,11 @@ def _loading(page: Page) -> None:
         if path is None:
             return gr.skip()
         with uploaded(Path(path)) as file:
-            asked, lacking, axes = infotext.read_any(file), infotext.left_out(file), infotext.read_axes(file)
-            recipe, values, notes = page.filled(asked, axes)
-        button = "Make the grid" if axes else "Compose"
+            found = infotext.contents(file)
+            recipe, values, notes = page.filled(found)
+        button = "Make the grid" if found.axes else "Compose"
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
-        return values | {status: markdown("; ".join(filter(None, [words, *notes, lacking, f"now press {button}"])))}
+        return values | {status: markdown("; ".join(filter(None, [words, *notes, found.left_out, f"now press {button}"])))}
 
     dropped.upload(load, dropped, [*page.filled_fields, status], **PRIVATE)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.app.style import gallery
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, OPEN, RANGES, TILES, Recipe
 
@@ -256,12 +257,12 @@ class Page:
         """The components whose values `filled` gives."""
         return [*self.inputs, self.cards, self.shown, *self.axes]
 
-    def filled(self, asked: Recipe, axes: Sequence[str]) -> tuple[Recipe, Values, list[str]]:
+    def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
         """What puts a recipe into a page: the recipe as it is here, the values, and what its visitor should know.
 
-        Args:
-            axes: of a grid; for anything else there are none, and the page's stay.
+        The page's axes stay where it is not that of a grid.
         """
+        asked = found.recipe
         try:
             recipe = self.actions.studio.complete(asked)
             notes = self.actions.studio.notes(asked, recipe)
@@ -281,7 +282,7 @@ class Page:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
         values = self.values(recipe) | self.cards_for(recipe.prompt)
-        return recipe, values | dict(zip(self.axes, axes, strict=False)), notes
+        return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 
     def put_over(self, path: Path) -> Values:
         """What puts a picture where it is drawn over."""

@@ -84,9 +84,10 @@ def redraw(
     from mole_diffusers.studio.names import model_name
 
     path = target(out, "redrawn.png", overwrite=overwrite)
-    recipe = infotext.read_any(picture)
-    if lacking := infotext.left_out(picture):
-        note(printable(lacking))
+    found = infotext.contents(picture)
+    recipe = found.recipe
+    if found.left_out:
+        note(printable(found.left_out))
     base = files["base"]
     here = base if base == options.WORLD else str(find_base(base))
     if recipe.base and Path(recipe.base).name != Path(here).name:

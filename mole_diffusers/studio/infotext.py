@@ -7,13 +7,14 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mole_diffusers.lora.safe_files import parse_json
+from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
 from mole_diffusers.studio.names import model_name
 from mole_diffusers.studio.recipe import Recipe, load, loads
 from mole_diffusers.studio.samplers import SAMPLERS
@@ -82,18 +83,9 @@ def parameters(recipe: Recipe) -> str:
 def read_parameters(text: str, where: str = "the text") -> Recipe:
     """A recipe from the text of A1111 or Forge, which is incomplete: hashes are cut to 12 digits, and there are no gates.
 
-    What else is in the text and not in the recipe is what `left_out` says.
-
     Raises ValueError if the last line has fewer than three settings, or one is out of range.
     """
     return _parsed(text, where)[0]
-
-
-def left_out(path: str | Path) -> str:
-    """One sentence on the settings in a picture's text that `read` does not carry over; "" where there are none."""
-    texts = {} if Path(path).suffix.lower() == ".json" else _texts(Path(path))
-    lacking = _parsed(texts[PARAMETERS], Path(path).name)[1] if PARAMETERS in texts and OWN not in texts else []
-    return f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
 
 
 def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
@@ -195,46 +187,60 @@ def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Map
     image.save(path, "PNG", pnginfo=about)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a picture or a recipe file has inside.
+
+    Attributes:
+        left_out: one sentence on the settings of A1111's text that the recipe lacks; "" where there are none.
+        sheet: what a sheet of pictures shows, as `save` was given it; {} for any other file.
+    """
+
+    recipe: Recipe
+    left_out: str = ""
+    sheet: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> list[str]:
+        """Of a grid, across and down; [] where it is none."""
+        x, y = self.sheet.get("x"), self.sheet.get("y")
+        return [x, y] if isinstance(x, str) and isinstance(y, str) else []
+
+
 def read(path: str | Path) -> Recipe:
-    """The recipe in a picture: our own if there is one, else from A1111's text.
+    """The recipe in a file. Raises as `contents`."""
+    return contents(path).recipe
+
+
+def contents(path: str | Path) -> Contents:
+    """What is in a PNG, our own recipe if there is one, else A1111's text; or in a JSON file (by the suffix).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a PNG, too large, or without a recipe.
     """
     path = Path(path)
+    if path.suffix.lower() == ".json":
+        return Contents(load(path))
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB")
     texts = _texts(path)
     if any(len(text) > MAX_TEXT for text in texts.values()):
         raise ValueError(f"{path.name} has more text than a recipe")
     if OWN in texts:
-        return loads(texts[OWN], path.name)
+        return Contents(loads(texts[OWN], path.name), sheet=_sheet(texts.get(SHEET, "{}"), path.name))
     if PARAMETERS not in texts:
         raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
-    return read_parameters(texts[PARAMETERS], path.name)
+    recipe, lacking = _parsed(texts[PARAMETERS], path.name)
+    return Contents(recipe, f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else "")
 
 
-def read_sheet(path: str | Path) -> dict[str, Any]:
-    """What a sheet of pictures shows, as `save` was given it; {} for any other PNG. Raises ValueError as `read`."""
-    with _opened(Path(path)) as image:
-        text = image.info.get(SHEET, "{}")  # which stands before the pixels
-    sheet = parse_json(text, Path(path).name)
-    return sheet if isinstance(sheet, dict) else {}
-
-
-def axes_of(sheet: Mapping[str, Any]) -> list[str]:
-    """The axes of a grid, across and down, of what its sheet shows; [] where it is none."""
-    x, y = sheet.get("x"), sheet.get("y")
-    return [x, y] if isinstance(x, str) and isinstance(y, str) else []
-
-
-def read_axes(path: str | Path) -> list[str]:
-    """The axes of a grid in a picture; [] for any other file."""
+def _sheet(text: str, where: str) -> dict[str, Any]:
     try:
-        return axes_of(read_sheet(path))
-    except ValueError:
-        return []
+        sheet = parse_json(text, where)
+    except RefusedFileError:  # of another program: the recipe can be read all the same
+        return {}
+    return sheet if isinstance(sheet, dict) else {}
 
 
 def _texts(path: Path) -> dict[str, str]:
@@ -256,8 +262,3 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise ValueError(f"{path.name} is not a PNG that can be read") from error
-
-
-def read_any(path: str | Path) -> Recipe:
-    """The recipe in a PNG, or in a JSON file (by the suffix)."""
-    return load(path) if Path(path).suffix.lower() == ".json" else read(path)

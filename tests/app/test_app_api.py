@@ -128,7 +128,7 @@ def test_what_the_gates_did(client):
 
 def test_grid(client):
     file = client.predict(RECIPE, "weight fox=0,2", "seed=1,2", api_name="/grid")
-    assert (infotext.read(file).prompt, infotext.read_sheet(file)["x"]) == (PROMPT, "weight fox=0,2")
+    assert (infotext.read(file).prompt, infotext.contents(file).sheet["x"]) == (PROMPT, "weight fox=0,2")
     sheet = pixels(file)
     cells = [sheet[row : row + 120, column : column + 120] for row in (36, 170) for column in (90, 224)]
     assert len({cell.tobytes() for cell in cells}) == 4

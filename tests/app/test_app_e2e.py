@@ -658,4 +658,4 @@ def _saves(page, folder):
     page.click("#save")
     link = page.until(lambda: page.all("#files a[href*='recipe-']"), WAIT)[0]
     urlretrieve(link.get_attribute("href"), folder / "r.json")
-    assert infotext.read_any(folder / "r.json").gates == "again"
+    assert infotext.read(folder / "r.json").gates == "again"

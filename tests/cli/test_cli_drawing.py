@@ -32,6 +32,12 @@ def base(loras, tmp_path_factory):
     return [*files, "--loras", str(loras["fox"].parent), "--device", "cpu"]
 
 
+def sheet_of(path):
+    """What a sheet of pictures says that it shows."""
+    with Image.open(path) as image:
+        return json.loads(image.info.get(infotext.SHEET, "{}"))
+
+
 def run(argv, capsys):
     """What a command prints as JSON, and the lines on stderr."""
     assert main([*argv, "--json"]) == 0
@@ -185,7 +191,7 @@ def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, t
     sheet = ["a fox", "--expert", f"fox={tmp_path / 'loras' / 'fox.safetensors'}", *given[:2], *given[4:], *size]
     sheet += ["--rows", "1", "--steps", "1", "--prompt-2", "a hat"]
     facts, said = run(["compose", *sheet, "--negative", "blur", "--out", str(tmp_path / "c.png")], capsys)
-    assert (facts["prompt_2"], infotext.read_sheet(tmp_path / "c.png")["prompt_2"]) == ("a hat", "a hat")
+    assert (facts["prompt_2"], sheet_of(tmp_path / "c.png")["prompt_2"]) == ("a hat", "a hat")
     assert ("note: FluxPipeline is drawn without the negative prompt" in said) == (host == "flux")
     pytest.importorskip("gradio")
     monkeypatch.setattr("mole_diffusers.app.build.launch", lambda *_, **__: None)
@@ -198,10 +204,10 @@ def test_grids_say_what_they_show(base, tmp_path, capsys):
     axes = ["--x", "sampler=Euler,UniPC", "--y", "seed=1"]
     facts, _ = run(["grid", "a fox <lora:fox:1>", *base, *axes, "--steps", "1", "--out", str(tmp_path / "g.png")], capsys)
     assert (facts["x"], facts["prompt"]) == ("sampler=Euler,UniPC", "a fox <lora:fox:1>")
-    assert infotext.read_sheet(tmp_path / "g.png") == {"x": "sampler=Euler,UniPC", "y": "seed=1"}
+    assert sheet_of(tmp_path / "g.png") == {"x": "sampler=Euler,UniPC", "y": "seed=1"}
     assert infotext.read(tmp_path / "g.png").experts == facts["experts"]
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    assert infotext.read_sheet(tmp_path / "x.png") == {}
+    assert sheet_of(tmp_path / "x.png") == {}
 
 
 @pytest.mark.thorough
@@ -242,7 +248,7 @@ def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
     seed = plain["seeds"][0]
     assert plain["seeds"] == [seed, seed + 1]
     said = {key: value for key, value in plain.items() if key != "out"}
-    assert infotext.read_sheet(out["plain"]) == {"columns": ["base", "fox alone", "ink alone", "sum", "bound"], **said}
+    assert sheet_of(out["plain"]) == {"columns": ["base", "fox alone", "ink alone", "sum", "bound"], **said}
     again = [*where, "--seed", str(seed)]
     run(["compose", "a (fox:1) in ink", *again, "--out", out["one"]], capsys)
     run(["compose", "a (fox:1.6) in ink", *again, "--out", out["weighed"]], capsys)

@@ -68,7 +68,7 @@ def test_their_settings_become_a_recipe_and_the_rest_is_said(picture, text, fiel
     path = picture(text)
     recipe = infotext.read(path)
     assert {name: getattr(recipe, name) for name in fields} == fields
-    assert infotext.left_out(path) == (f"not carried over from the picture's text: {lacking}" if lacking else "")
+    assert infotext.contents(path).left_out == (f"not carried over from the picture's text: {lacking}" if lacking else "")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_sampler_and_schedule_are_one_name(picture, sampler, schedule, name, lac
     apart = f", Schedule type: {schedule}" if schedule else ""
     path = picture(f"a cat\nSteps: 20, Sampler: {sampler}{apart}, CFG scale: 7, Seed: 1, Size: 64x64")
     assert infotext.read(path).sampler == name
-    assert infotext.left_out(path).rpartition("text: ")[2] == lacking
+    assert infotext.contents(path).left_out.rpartition("text: ")[2] == lacking
 
 
 def test_what_is_left_out_is_said_where_a_picture_is_read(picture, tmp_path, capsys):
@@ -100,6 +100,6 @@ def test_what_is_left_out_is_said_where_a_picture_is_read(picture, tmp_path, cap
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
     assert notes == ["note: not carried over from the picture's text: Clip skip 2 [2J"]  # what moves the cursor is gone
     assert infotext.read(tmp_path / "ours.png").sampler == "Euler Karras"
-    assert infotext.left_out(tmp_path / "ours.png") == ""  # which holds all
+    assert infotext.contents(tmp_path / "ours.png").left_out == ""  # which holds all
     infotext.read(tmp_path / "ours.png").save(tmp_path / "ours.json")
-    assert infotext.left_out(tmp_path / "ours.json") == ""
+    assert infotext.contents(tmp_path / "ours.json").left_out == ""

@@ -60,7 +60,7 @@ def test_a_recipe_without_a_size_has_that_of_its_prompt(studio, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"format": FORMAT, "version": VERSION, "prompt": "a fox", "height": 48}))
     own = studio.pipe.unet.config.sample_size * studio.pipe.vae_scale_factor
     assert own != 64
-    asked = infotext.read_any(tmp_path / "r.json")
+    asked = infotext.read(tmp_path / "r.json")
     recipe = studio.complete(asked)
     assert (recipe.width, recipe.height, studio.notes(asked, recipe)) == (own, 48, [])
     read = infotext.read_parameters("a fox\nSteps: 2, Sampler: Euler, Seed: 3")
