@@ -227,19 +227,17 @@ class Actions:
         The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed. It
         does not wait for what is drawn, but where the model is offloaded.
         """
-        loras = dict(self.studio.catalog.loras)
-        if not loras:
+        if not (loras := self.studio.catalog.loras):
             return []
         with self._finding, ExitStack() as stack:
             if (reader := self._reader) is None:
                 stack.enter_context(self.studio.lock.held())
             self.studio.check_open()
             wanted = (self.studio.base, reader, loras)
-            library = self._library
-            if library is None or self._library_of != wanted:
-                library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
-                self._library, self._library_of = library, wanted
-            return retrieve_for(library, self.studio.pipe, prompt)
+            if self._library is None or self._library_of != wanted:
+                self._library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
+                self._library_of = wanted
+            return retrieve_for(self._library, self.studio.pipe, prompt)
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
@@ -259,9 +257,8 @@ class Actions:
 
     def thumbnail(self, name: str) -> Image.Image | None:
         """A small picture of a LoRA, None without one that can be read."""
-        return (self._thumbnail and self._thumbnail(name)) or self._picture_beside(name)
-
-    def _picture_beside(self, name: str) -> Image.Image | None:
+        if self._thumbnail and (small := self._thumbnail(name)):
+            return small
         catalog = self.studio.catalog
         path = preview(catalog.loras[catalog.name(name)])
         if path is None or path.stat().st_size > MAX_THUMBNAIL:

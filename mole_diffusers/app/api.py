@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,160 +42,63 @@ MASK = "a picture of that size, white where it is drawn over; by default everywh
 def add(page: Page) -> None:
     """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS, "IMAGE" and "MASK" for
     what is said of pictures to draw over."""
-    for group in (
-        _base_endpoints,
-        _lora_endpoints,
-        _drawing_endpoints,
-        _comparing_endpoints,
-        _recipe_endpoints,
-        _gallery_endpoints,
-        _gate_endpoints,
-    ):
-        for endpoint in group(page):
-            for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
-                endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
-            limit = None if inspect.iscoroutinefunction(endpoint) else 1  # a job waits in our queue, and finding for nothing
-            gr.api(with_errors(endpoint), api_name=endpoint.__name__, concurrency_limit=limit)
+    endpoints = Endpoints(page)
+    for name in (name for name in vars(Endpoints) if not name.startswith("_")):
+        endpoint = with_errors(method := getattr(endpoints, name))
+        for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
+            endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
+        limit = None if inspect.iscoroutinefunction(method) else 1  # a job waits in our queue, and finding for nothing
+        gr.api(endpoint, api_name=name, concurrency_limit=limit)
 
 
-# ---- reading arguments, returning files
+class Endpoints:
+    """Each public method is an endpoint of its name."""
 
+    def __init__(self, page: Page):
+        self.page, self.actions = page, page.actions
 
-def _recipe(page: Page, given: Any) -> Recipe:
-    if not isinstance(given, dict):
-        raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
-    first = {**page.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
-    recipe = Recipe.from_dict({**first, **given})
-    if recipe.base:
-        page.actions.check_base(recipe.base, "change it first")
-    return recipe
-
-
-def _pictures(image: Any, mask: Any) -> dict[str, Image.Image]:
-    """Uploaded pictures, see `Actions.compose`."""
-    found = {}
-    for name, file in (("image", image), ("mask", mask)):
-        if file is not None:
-            with uploaded(_uploaded(file)) as path:
-                found[name] = read_picture(path, path.name)
-    return found
-
-
-def _uploaded(file: Any) -> Path:
-    """The path of an uploaded file. Raises ValueError for any other path: clients cannot name files of this machine."""
-    path = Path(str(file.get("path", ""))).resolve() if isinstance(file, dict) else Path()
-    if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
-        raise ValueError("send the file itself, by gradio_client.handle_file")
-    return path
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, got {value!r}")
-    return value
-
-
-def _whole(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{what} must be a whole number, got {value!r}")
-    return value
-
-
-async def _job(page: Page, request: gr.Request, kind: str, plan: Callable[[], Work]) -> Any:
-    """What a job gives in the end. It is stopped once its client is gone, or cancels it (`submit(...).cancel()`)."""
-    work = await asyncio.to_thread(plan)
-    owner = session(request)
-    job = page.jobs.submit(owner or f"call {id(request)}", kind, work)
-    try:
-        while not job.is_over:
-            await asyncio.sleep(0.05)
-            if owner and is_gone(page.blocks, owner):
-                break
-    finally:
-        page.jobs.stop(job)
-    if job.error is not None:
-        raise job.error
-    if job.state != "done":
-        raise ValueError("stopped")
-    return job.event
-
-
-def is_gone(blocks: gr.Blocks, session: str) -> bool:
-    """Whether the client of a session has closed its connection while calls of it run."""
-    events = [event for events in blocks._queue.active_jobs for event in events or ()]
-    return any(not event.alive for event in events if event.session_hash == session)
-
-
-def _file(path: Path) -> Any:
-    """A file for the client."""
-    return gr.FileData(path=str(path), orig_name=path.name).model_dump()
-
-
-def _image_file(page: Page, image: Image.Image, stem: str) -> Any:
-    path = page.actions.folder / f"{stem}.png"
-    image.save(path)
-    return _file(path)
-
-
-# ---- the endpoints
-
-
-def _base_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    actions = page.actions
-
-    def bases() -> tuple[str, list[str]]:
+    def bases(self) -> tuple[str, list[str]]:
         """The name of the base model that is open, "" where none is, and of all that can be."""
-        return actions.base or "", list(actions.bases)
+        return self.actions.base or "", list(self.actions.bases)
 
-    async def base(request: gr.Request, name: str) -> str:
+    async def base(self, request: gr.Request, name: str) -> str:
         """Open another base model, for everyone, after the jobs that are there; in the end its name.
 
         Args:
             name: one of `bases`.
         """
-        await _job(page, request, "base", lambda: actions.change_base(_text(name, "the name")))
-        return actions.base or ""
+        await self._job(request, "base", lambda: self.actions.change_base(_text(name, "the name")))
+        return self.actions.base or ""
 
-    yield from (bases, base)
-
-
-def _lora_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    actions, catalog = page.actions, page.actions.studio.catalog
-
-    def loras() -> list[dict]:
+    def loras(self) -> list[dict]:
         """What every LoRA's file says about itself, and how many of its layers the pipeline has."""
-        return [actions.report(name) for name in catalog.loras]
+        return [self.actions.report(name) for name in self.actions.studio.catalog.loras]
 
-    async def find(prompt: str) -> list[dict]:
+    async def find(self, prompt: str) -> list[dict]:
         """LoRAs that a prompt asks for, best first: {"name", "why", "score"}, a similarity in -1..1.
 
         Args:
             prompt: any text; tags in it are ignored.
         """
-        text = parse(_text(prompt, "the prompt"), catalog.loras).text
-        hits = await asyncio.to_thread(actions.find, text)
+        text = parse(_text(prompt, "the prompt"), self.actions.studio.catalog.loras).text
+        hits = await asyncio.to_thread(self.actions.find, text)
         return [{"name": hit.name, "why": hit.why, "score": hit.score} for hit in hits]
 
-    def upload(file: gr.FileData) -> dict:
+    def upload(self, file: gr.FileData) -> dict:
         """Add a LoRA file; a bad one is refused with one sentence.
 
         Args:
             file: a .safetensors file with a plain LoRA.
         """
-        return actions.report(actions.add_lora(_uploaded(file)))
-
-    yield from (loras, find, upload)
-
-
-def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    actions, d = page.actions, page.defaults
+        return self.actions.report(self.actions.add_lora(_uploaded(file)))
 
     async def compose(
+        self,
         request: gr.Request,
         prompt: str,
         negative: str = "",
         seed: int = 0,
-        steps: int = d.steps,
+        steps: int | None = None,
         guidance: float | None = None,
         gates: str = "auto",
         count: int = 1,
@@ -204,12 +107,12 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         sampler: str = "",
         image: gr.FileData | None = None,
         mask: gr.FileData | None = None,
-        strength: float = d.strength,
-        hires: float = d.hires,
-        hires_strength: float = d.hires_strength,
+        strength: float | None = None,
+        hires: float | None = None,
+        hires_strength: float | None = None,
         prompt_2: str = "",
         negative_2: str = "",
-        binding: str = d.binding,
+        binding: str | None = None,
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
 
@@ -217,7 +120,7 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             prompt: with a <lora:name:strength> tag for every LoRA; te=, unet=, lbw=, start=, stop=, step= are read.
             negative: the negative prompt.
             seed: of the first picture; the others have the next ones. -1 is a random one.
-            steps: 1..150.
+            steps: 1..150; by default those of the app.
             guidance: 0..50; 1 is none. By default that of the base model.
             gates: "auto", "sum", "mean" or the name of trained gates.
             count: number of pictures, 1..16.
@@ -234,18 +137,17 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there by itself at first;
                 "auto", tiles where each has room, else bound; "none", every LoRA everywhere.
         """
-        wanted: dict[str, Any] = {"negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "binding": binding}
-        wanted |= {"seed": seed, "steps": steps, "gates": gates, "sampler": sampler}
-        wanted |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
-        own = {"guidance": guidance, "width": width, "height": height}
-        wanted |= {name: value for name, value in own.items() if value is not None}
+        fields = {"prompt": prompt, "negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "seed": seed}
+        fields |= {"steps": steps, "guidance": guidance, "width": width, "height": height, "sampler": sampler}
+        fields |= {"gates": gates, "binding": binding}
+        fields |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         number = _whole(count, "the number of pictures")
-        recipe, over = _recipe(page, {"prompt": prompt, **wanted}), _pictures(image, mask)
-        pictures = (await _job(page, request, "compose", lambda: actions.compose(recipe, number, over))).pictures
+        recipe, over = self._drawn({name: value for name, value in fields.items() if value is not None}, image, mask)
+        pictures = (await self._job(request, "compose", lambda: self.actions.compose(recipe, number, over))).pictures
         return [_file(picture.path) for picture in pictures], [picture.recipe.to_dict() for picture in pictures]
 
     async def redraw(
-        request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
+        self, request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
     ) -> gr.FileData:
         """Draw exactly one recipe, as it is in a picture or with fields left out.
 
@@ -254,18 +156,15 @@ def _drawing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             image: IMAGE
             mask: MASK
         """
-        over = _pictures(image, mask)
-        wanted = [("picture", with_pictures(_recipe(page, recipe), **over))]
-        done = await _job(page, request, "compose", lambda: actions.draw_all(wanted, gallery=actions.gallery, over=over))
+        asked, over = self._drawn(recipe, image, mask)
+        wanted = [("picture", with_pictures(asked, **over))]
+        done = await self._job(
+            request, "compose", lambda: self.actions.draw_all(wanted, gallery=self.actions.gallery, over=over)
+        )
         return _file(done.pictures[0].path)
 
-    yield from (compose, redraw)
-
-
-def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    actions = page.actions
-
     async def compare(
+        self,
         request: gr.Request,
         recipe: dict,
         merges: list[str] | None = None,
@@ -283,12 +182,12 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         if merges is not None and not isinstance(merges, list):
             raise ValueError(f"merges are a list of names, got {merges!r}")
-        wanted, over = _recipe(page, recipe), _pictures(image, mask)
-        pictures = (await _job(page, request, "compare", lambda: actions.compare(wanted, merges or (), over))).pictures
+        wanted, over = self._drawn(recipe, image, mask)
+        pictures = (await self._job(request, "compare", lambda: self.actions.compare(wanted, merges or (), over))).pictures
         return [picture.label for picture in pictures], [_file(picture.path) for picture in pictures]
 
     async def look(
-        request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
+        self, request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
     ) -> tuple[dict, list[gr.FileData]]:
         """What the gates did: {"experts", "weights": block -> mean weight of each}, and figures of it.
 
@@ -297,14 +196,15 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             image: IMAGE
             mask: MASK
         """
-        wanted, over = _recipe(page, recipe), _pictures(image, mask)
-        report = await _job(page, request, "look", lambda: actions.look(wanted, over=over))
+        wanted, over = self._drawn(recipe, image, mask)
+        report = await self._job(request, "look", lambda: self.actions.look(wanted, over=over))
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
         stem = report.picture.stem
-        files = [_image_file(page, image, f"{stem}-{i}") for i, image in enumerate(figures.values())]
+        files = [self._image_file(image, f"{stem}-{i}") for i, image in enumerate(figures.values())]
         return {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}, files
 
     async def grid(
+        self,
         request: gr.Request,
         recipe: dict,
         x: str,
@@ -322,16 +222,10 @@ def _comparing_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             mask: MASK
         """
         axes = _text(x, "an axis"), _text(y, "an axis")
-        wanted, over = _recipe(page, recipe), _pictures(image, mask)
-        return _file((await _job(page, request, "grid", lambda: actions.grid(wanted, *axes, over))).sheet)
+        wanted, over = self._drawn(recipe, image, mask)
+        return _file((await self._job(request, "grid", lambda: self.actions.grid(wanted, *axes, over))).sheet)
 
-    yield from (compare, look, grid)
-
-
-def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    actions = page.actions
-
-    def read(file: gr.FileData) -> dict:
+    def read(self, file: gr.FileData) -> dict:
         """The recipe in a picture (ours or A1111's) or a recipe file, with the LoRAs' names in this app and the base model
         that it was drawn with.
 
@@ -340,35 +234,29 @@ def _recipe_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         with uploaded(_uploaded(file)) as path:
             asked = infotext.read(path)
-        recipe = actions.studio.complete(asked)
+        recipe = self.actions.studio.complete(asked)
         return replace(recipe, base=asked.base or recipe.base).to_dict()
 
-    def code(recipe: dict) -> str:
+    def code(self, recipe: dict) -> str:
         """Python code that draws a recipe with diffusers.
 
         Args:
             recipe: RECIPE
         """
-        return as_code(actions.studio.complete(_recipe(page, recipe)))
+        return as_code(self.actions.studio.complete(self._recipe(recipe)))
 
-    async def export(request: gr.Request, recipe: dict, rank: int | None = None) -> tuple[gr.FileData, float]:
+    async def export(self, request: gr.Request, recipe: dict, rank: int | None = None) -> tuple[gr.FileData, float]:
         """One ordinary LoRA with the gates' average weights, and the relative error of cutting it to a rank.
 
         Args:
             recipe: RECIPE
             rank: None keeps everything: the ranks add up.
         """
-        wanted, number = _recipe(page, recipe), None if rank is None else _whole(rank, "the rank")
-        done = await _job(page, request, "export", lambda: actions.export(wanted, number))
+        wanted, number = self._recipe(recipe), None if rank is None else _whole(rank, "the rank")
+        done = await self._job(request, "export", lambda: self.actions.export(wanted, number))
         return _file(done.path), done.error
 
-    yield from (read, code, export)
-
-
-def _gallery_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    kept = page.actions.gallery
-
-    def gallery(text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
+    def gallery(self, text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
         """The newest pictures and sheets that were kept, at most 100: files, and for each {"name", "favourite", "recipe",
         "sheet"}, which says what a sheet shows.
 
@@ -377,37 +265,34 @@ def _gallery_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             lora: a LoRA that they were drawn with.
             favourites: only those.
         """
-        found = kept.entries(text=_text(text, "the text"), lora=_text(lora, "the LoRA"), favourites=favourites is True)[:100]
+        found = self.actions.gallery.entries(
+            text=_text(text, "the text"), lora=_text(lora, "the LoRA"), favourites=favourites is True
+        )[:100]
         about = [
             {"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict(), "sheet": e.sheet} for e in found
         ]
         return [_file(entry.path) for entry in found], about
 
-    def favourite(name: str, on: bool = True) -> bool:
+    def favourite(self, name: str, on: bool = True) -> bool:
         """Mark a picture of the gallery as a favourite, or no longer.
 
         Args:
             name: of its file.
             on: whether it is one.
         """
-        kept.favour(_text(name, "the name"), on is True)
+        self.actions.gallery.favour(_text(name, "the name"), on is True)
         return on is True
 
-    def trash(name: str) -> str:
+    def trash(self, name: str) -> str:
         """Move a picture of the gallery to the folder "trash" beside the others; its name there.
 
         Args:
             name: of its file.
         """
-        return kept.trash(_text(name, "the name")).name
-
-    yield from (gallery, favourite, trash)
-
-
-def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
-    actions, catalog = page.actions, page.actions.studio.catalog
+        return self.actions.gallery.trash(_text(name, "the name")).name
 
     async def train(
+        self,
         request: gr.Request,
         recipe: dict,
         name: str,
@@ -434,27 +319,30 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
         """
         styles = [] if styles is None else styles
         wanted = TrainingRequest(_text(name, "the name"), singles, composed, styles, steps=steps, family=family, way=way)
-        drawn = _recipe(page, recipe)
+        drawn = self._recipe(recipe)
 
         def plan() -> Work:
-            return train_gates(actions.studio, drawn, wanted, home=actions.home, again=again)
+            return train_gates(self.actions.studio, drawn, wanted, home=self.actions.home, again=again)
 
-        return (await _job(page, request, "train", plan)).rows
+        return (await self._job(request, "train", plan)).rows
 
-    def gates() -> list[dict]:
+    def gates(self) -> list[dict]:
         """All trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing; or, of
         gates that cannot be read, name and why."""
-        return describe_all_gates(catalog)
+        return describe_all_gates(self.actions.studio.catalog)
 
-    def download_gates(name: str) -> list[gr.FileData]:
+    def download_gates(self, name: str) -> list[gr.FileData]:
         """Trained gates as two files, the weights and their config.
 
         Args:
             name: of the gates, as `gates` lists them.
         """
-        return [_file(path) for path in export_gates(catalog, _text(name, "the name"), actions.downloads)]
+        return [
+            _file(path)
+            for path in export_gates(self.actions.studio.catalog, _text(name, "the name"), self.actions.downloads)
+        ]
 
-    def upload_gates(weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
+    def upload_gates(self, weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
         """Add trained gates from their two files; bad ones are refused with one sentence.
 
         Args:
@@ -462,6 +350,81 @@ def _gate_endpoints(page: Page) -> Iterator[Callable[..., Any]]:
             about: the .json file.
             name: of the gates from now on; by default that of their LoRAs, for example "fox+ink".
         """
-        return actions.add_gates([_uploaded(weights), _uploaded(about)], _text(name, "the name"))
+        return self.actions.add_gates([_uploaded(weights), _uploaded(about)], _text(name, "the name"))
 
-    yield from (train, gates, download_gates, upload_gates)
+    # ---- what they share
+
+    def _recipe(self, given: Any) -> Recipe:
+        if not isinstance(given, dict):
+            raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
+        first = {**self.page.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
+        recipe = Recipe.from_dict({**first, **given})
+        if recipe.base:
+            self.actions.check_base(recipe.base, "change it first")
+        return recipe
+
+    def _drawn(self, given: Any, image: Any, mask: Any) -> tuple[Recipe, dict[str, Image.Image]]:
+        """A recipe, and the uploaded pictures that it is drawn over, see `Actions.compose`."""
+        recipe, over = self._recipe(given), dict[str, Image.Image]()
+        for name, file in (("image", image), ("mask", mask)):
+            if file is not None:
+                with uploaded(_uploaded(file)) as path:
+                    over[name] = read_picture(path, path.name)
+        return recipe, over
+
+    async def _job(self, request: gr.Request, kind: str, plan: Callable[[], Work]) -> Any:
+        """What a job gives in the end. It is stopped once its client is gone, or cancels it (`submit(...).cancel()`)."""
+        work = await asyncio.to_thread(plan)
+        owner = session(request)
+        job = self.page.jobs.submit(owner or f"call {id(request)}", kind, work)
+        try:
+            while not job.is_over:
+                await asyncio.sleep(0.05)
+                if owner and is_gone(self.page.blocks, owner):
+                    break
+        finally:
+            self.page.jobs.stop(job)
+        if job.error is not None:
+            raise job.error
+        if job.state != "done":
+            raise ValueError("stopped")
+        return job.event
+
+    def _image_file(self, image: Image.Image, stem: str) -> Any:
+        path = self.actions.folder / f"{stem}.png"
+        image.save(path)
+        return _file(path)
+
+
+# ---- reading arguments, returning files
+
+
+def _uploaded(file: Any) -> Path:
+    """The path of an uploaded file. Raises ValueError for any other path: clients cannot name files of this machine."""
+    path = Path(str(file.get("path", ""))).resolve() if isinstance(file, dict) else Path()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
+        raise ValueError("send the file itself, by gradio_client.handle_file")
+    return path
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, got {value!r}")
+    return value
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{what} must be a whole number, got {value!r}")
+    return value
+
+
+def is_gone(blocks: gr.Blocks, session: str) -> bool:
+    """Whether the client of a session has closed its connection while calls of it run."""
+    events = [event for events in blocks._queue.active_jobs for event in events or ()]
+    return any(not event.alive for event in events if event.session_hash == session)
+
+
+def _file(path: Path) -> Any:
+    """A file for the client."""
+    return gr.FileData(path=str(path), orig_name=path.name).model_dump()

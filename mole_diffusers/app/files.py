@@ -115,23 +115,19 @@ def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Pa
         for suffix, limit in ((".safetensors", MAX_WEIGHTS), (".json", MAX_CONFIG)):
             if by_suffix[suffix].stat().st_size > limit:
                 raise ValueError(f"{by_suffix[suffix].name} is larger than {limit >> 20} MiB")
-        return _import_gates(catalog, by_suffix, name, home)
-
-
-def _import_gates(catalog: Catalog, by_suffix: dict[str, Path], name: str, home: Path) -> str:
-    home.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=".new-", dir=home))  # a folder of its own: two visitors may upload at once
-    try:
-        shutil.copyfile(by_suffix[".safetensors"], folder / checkpoint.WEIGHTS)
-        shutil.copyfile(by_suffix[".json"], folder / checkpoint.CONFIG)
-        saved = checkpoint.load(folder)
-        name = check_gates_name(name.strip() or "+".join(sorted(saved.experts)))
-        if matching(name, catalog.gates) is not None or (home / name).exists():
-            raise ValueError(f"there are already gates {name!r}; give another name")
-        folder.rename(home / name)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "these files")) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    catalog.add_gates(name, home / name)
-    return name
+        home.mkdir(parents=True, exist_ok=True)
+        folder = Path(mkdtemp(prefix=".new-", dir=home))  # a folder of its own: two visitors may upload at once
+        try:
+            shutil.copyfile(by_suffix[".safetensors"], folder / checkpoint.WEIGHTS)
+            shutil.copyfile(by_suffix[".json"], folder / checkpoint.CONFIG)
+            saved = checkpoint.load(folder)
+            name = check_gates_name(name.strip() or "+".join(sorted(saved.experts)))
+            if matching(name, catalog.gates) is not None or (home / name).exists():
+                raise ValueError(f"there are already gates {name!r}; give another name")
+            folder.rename(home / name)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "these files")) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        catalog.add_gates(name, home / name)
+        return name

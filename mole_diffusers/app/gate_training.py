@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from PIL import Image
 
@@ -17,6 +17,7 @@ from mole_diffusers.gates import FAMILIES
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
+from mole_diffusers.options import check_options
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
@@ -30,8 +31,8 @@ from mole_diffusers.training.gate_trainer import train_gates
 
 MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # of a run
 SHOWN = 2  # seeds whose pictures are shown before and after
-TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
 WAYS = ("collage", "blend")
+TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TrainingRequest:
     """
 
     name: str
-    singles: dict[str, list[str]]
+    singles: Mapping[str, list[str]]
     composed: list[str]
     styles: list[str] = field(default_factory=list)
     steps: int = 60
@@ -60,14 +61,11 @@ class TrainingRequest:
     way: str = "collage"
 
     def __post_init__(self) -> None:
+        check_options(vars(self), get_type_hints(TrainingRequest), "a training")
         check_gates_name(self.name)
-        if not isinstance(self.singles, dict) or not all(_is_texts(lines) for lines in self.singles.values()):
-            raise ValueError("the prompts of one LoRA each map a LoRA's name to a list of texts")
-        if not _is_texts(self.composed) or not _is_texts(self.styles):
-            raise ValueError("prompts with all LoRAs, and styles, are lists of texts")
         if sum(map(len, self.singles.values())) + len(self.composed) > MAX_PROMPTS:
             raise ValueError(f"a training has at most {MAX_PROMPTS} prompts")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= MAX_UPDATES:
+        if not 1 <= self.steps <= MAX_UPDATES:
             raise ValueError(f"the number of updates must be in 1..{MAX_UPDATES}, got {self.steps}")
         for what, known in (("family", TRAINED), ("way", WAYS)):
             if getattr(self, what) not in known:
@@ -102,10 +100,6 @@ class TrainingRequest:
         """The settings for `train_gates`."""
         terms = {"collage": 1.0} if self.way == "collage" else {"single": 1.0, "composed": 1.0}
         return GateTraining(terms, steps=self.steps, seed=self.seed, every=5)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 @dataclass
@@ -177,7 +171,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
         run.prepare(again)
         with studio.lock.held():
             try:
-                _train(studio, recipe, request, config, run=run, progress=progress, report=lambda: report(progress))
+                _train(studio, recipe, request, config, run, progress, report)
             except ValueError as error:  # visitors need not know the folder
                 raise ValueError(str(error).replace(f"{home}/", "")) from error
             finally:
@@ -199,27 +193,27 @@ def _train(
     recipe: Recipe,
     request: TrainingRequest,
     config: GateTraining,
-    *,
     run: Run,
     progress: TrainingProgress,
-    report: Callable[[], None],
+    report: Report,
 ) -> None:
-    pipe = studio.pipe
+    pipe, seeds = studio.pipe, held_out.seeds(request.seed)[:SHOWN]
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
 
     def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once
         progress.called += 1
-        report()
+        report(progress)
 
-    def show(label: str, seed: int) -> None:
-        (picture,) = sample(pipe, recipe.text, [seed], num_inference_steps=min(recipe.steps, 10), **options)
-        progress.pictures = [*progress.pictures, (picture, label)]
+    def show(when: str, *seeds: int) -> None:
+        for seed in seeds:
+            (picture,) = sample(pipe, recipe.plain_text, [seed], num_inference_steps=min(recipe.steps, 10), **options)
+            progress.pictures = [*progress.pictures, (picture, when.format(seed))]
 
     def on_update(row: dict) -> None:
         progress.rows = [*progress.rows, row]
         if (row["step"] + 1) % max(request.steps // VALIDATION_PICTURES, 1) == 0:
             show(f"after {row['step'] + 1} updates", recipe.seed)
-        report()
+        report(progress)
 
     with Undo() as undo:
         undo.before_forward(pipe.unet, on_call)
@@ -227,18 +221,16 @@ def _train(
         studio.forget_attached()
         mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates)
         progress.doing = "drawing on seeds that the training will not see, before it"
-        for seed in held_out.seeds(request.seed)[:SHOWN]:
-            show(f"before, seed {seed}", seed)
+        show("before, seed {}", *seeds)
         losses = held_out.losses(pipe, mixture, request.data(), config)
         before = [loss() for loss in losses]
         progress.doing, progress.called = "", 0
-        report()
-        log = train_gates(
+        report(progress)
+        progress.rows = train_gates(
             pipe, mixture, request.data(), config=config, folder=run.folder, resume_from="latest", report=on_update,
             progress=False,
         )  # fmt: skip
-        progress.rows, progress.doing = log, "drawing on seeds that the training has not seen"
-        for seed in held_out.seeds(request.seed)[:SHOWN]:
-            show(f"after, seed {seed}", seed)
+        progress.doing = "drawing on seeds that the training has not seen"
+        show("after, seed {}", *seeds)
         progress.verdict = held_out.verdict(before, [loss() for loss in losses])
     run.publish(mixture)

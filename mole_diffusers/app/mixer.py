@@ -29,7 +29,7 @@ EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables what is draw
 FIELD: dict[str, Any] = {"min_width": 90, **EDITABLE}
 LOW, HIGH = -1.0, 2.0  # of the slider; any number can be typed
 REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
-REGIONS_KNOWN = ("", AUTO, EVERYWHERE, PAINTED, *BOXES)
+REGIONS_KNOWN = (AUTO, EVERYWHERE, PAINTED, *BOXES)
 
 
 def build(page: Page) -> None:
@@ -80,13 +80,12 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
     _connect_prompt(page, name, remove=remove, chips=chips, ticked=ticked)
 
 
-def _binding_fields(typed: dict[str, str], triggers: Sequence[str]) -> dict[str, Any]:
+def _binding_fields(typed: dict[str, Any], triggers: Sequence[str]) -> dict[str, Any]:
     """Which words are its own, and where it acts."""
-    own = [word for word in typed["word"].split("|") if word]
     with gr.Row(elem_classes="binding"):
         word = gr.Dropdown(
-            list(dict.fromkeys([*triggers, *own])),
-            value=own,
+            list(dict.fromkeys([*triggers, *typed["word"]])),
+            value=typed["word"],
             multiselect=True,
             allow_custom_value=True,
             label="Its words in the prompt",
@@ -96,7 +95,7 @@ def _binding_fields(typed: dict[str, str], triggers: Sequence[str]) -> dict[str,
         )
         region = gr.Dropdown(
             REGIONS if typed["region"] in REGIONS_KNOWN else [*REGIONS, typed["region"]],
-            value=typed["region"] or AUTO,
+            value=typed["region"],
             allow_custom_value=True,
             label="Where it acts",
             info="or a box, 0,0,0.5,1: left, top, right, bottom",
@@ -106,7 +105,7 @@ def _binding_fields(typed: dict[str, str], triggers: Sequence[str]) -> dict[str,
     return {"word": word, "region": region}
 
 
-def _more_fields(typed: dict[str, str]) -> dict[str, Any]:
+def _more_fields(typed: dict[str, Any]) -> dict[str, Any]:
     """The fields that few tags use, by name."""
     used = typed["te"] != typed["unet"] or any(typed[key] for key in ("lbw", "start", "stop"))
     with gr.Accordion("Text encoder, blocks, steps", open=used, elem_classes="rest"), gr.Row():
@@ -145,8 +144,7 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     def updates(new: MixerCard, text: str, cards: list[MixerCard]) -> Values:
         typed = fields_of(new, known)
         text, cards = set_card(text, cards, new, known)
-        shown = {**typed, "word": [word for word in typed["word"].split("|") if word], "region": typed["region"] or AUTO}
-        card = {slider: gr.update(**slider_update(typed["unet"]))} | {fields[key]: shown[key] for key in FIELDS}
+        card = {slider: gr.update(**slider_update(typed["unet"]))} | {fields[key]: typed[key] for key in FIELDS}
         return {prompt: text, page.cards: cards, page.line: ""} | card
 
     @told(page.line)
@@ -155,13 +153,8 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
 
     @told(page.line)
     def write(switched_on: bool, text: str, cards: list[MixerCard], *values: Any) -> Values:
-        now, given = current(cards, switched_on), {key: value or "" for key, value in zip(FIELDS, values, strict=True)}
-        given["word"] = "|".join(given["word"])
-        given["region"] = "" if given["region"] == AUTO else given["region"]
-        before = fields_of(now, known)
-        if before["te"] == before["unet"] == given["te"]:  # one strength for both stays one
-            given["te"] = given["unet"]
-        return updates(with_fields(now, given, known), text, cards)
+        given = dict(zip(FIELDS, values, strict=True))
+        return updates(with_fields(current(cards, switched_on), given, known), text, cards)
 
     boxes = [fields[key] for key in FIELDS]
     outputs = [prompt, page.cards, slider, *boxes, page.line]

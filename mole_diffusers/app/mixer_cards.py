@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, constant, parse
@@ -48,17 +49,22 @@ def tag_of(card: MixerCard, known: Collection[str]) -> LoraTag:
     return tags[0]
 
 
-def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, str]:
-    """A card's tag field by field, as typed; "unet" is the strength, a number or a list over the steps."""
+def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, Any]:
+    """A card's tag field by field, as the card shows them: texts, but for "word", a list of phrases; "unet" is the strength,
+    a number or a list over the steps."""
     tag = tag_of(card, known)
     stop = "" if tag.stop is None else str(tag.stop)
-    steps = {"start": str(tag.start or ""), "stop": stop}
-    return {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, **steps, "word": tag.word, "region": tag.region}
+    fields = {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, "start": str(tag.start or ""), "stop": stop}
+    return {**fields, "word": [word for word in tag.word.split("|") if word], "region": tag.region or AUTO}
 
 
-def with_fields(card: MixerCard, fields: Mapping[str, str], known: Collection[str]) -> MixerCard:
+def with_fields(card: MixerCard, fields: Mapping[str, Any], known: Collection[str]) -> MixerCard:
     """The card with the tag that the fields describe. Raises ValueError for fields that no tag can have."""
-    arguments = [f"{key}={' '.join(fields[key].split())}" for key in FIELDS if fields[key].strip()]
+    before, texts = tag_of(card, known), {key: value or "" for key, value in fields.items()}
+    texts |= {"word": "|".join(texts["word"]), "region": "" if texts["region"] == AUTO else texts["region"]}
+    if str(before.te) == str(before.unet) == texts["te"]:  # one strength for both stays one
+        texts["te"] = texts["unet"]
+    arguments = [f"{key}={' '.join(texts[key].split())}" for key in FIELDS if texts[key].strip()]
     if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
         raise ValueError(f"{bad!r} contains one of : < >, which end a tag")
     (tag,) = parse(f"<lora:{':'.join([card['name'], *arguments])}>", known).tags

@@ -40,25 +40,24 @@ class OwnPagesOnly:
     def problem(self, headers: Headers, method: str | None) -> str:
         """Why a request is refused; "" if it is not."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not (_is_address(name := _hostname(f"//{host}")) or name in self.names):
+        name, _ = _names(f"//{host}")
+        if not (_is_address(name) or name in self.names):
             return f"this app is not shown under {name!r}; use the address of the machine, or start it with --site {name}"
-        if method in READING or origin is None or _netloc(origin) == host.lower() or _hostname(origin) in self.sites:
+        if method in READING or origin is None:
+            return ""
+        name, with_port = _names(origin)
+        if with_port == host.lower() or name in self.sites:
             return ""
         return f"a page of {origin} may not send anything to this app"
 
 
-def _hostname(address: str) -> str:
+def _names(address: str) -> tuple[str, str]:
+    """The host's name in an address, without and with its port; "" in what is no address."""
     try:
-        return (urlsplit(address).hostname or "").lower()
+        parts = urlsplit(address)
+        return parts.hostname or "", parts.netloc.lower()
     except ValueError:
-        return ""
-
-
-def _netloc(address: str) -> str:
-    try:
-        return urlsplit(address).netloc.lower()
-    except ValueError:
-        return ""
+        return "", ""
 
 
 def _is_address(name: str) -> bool:

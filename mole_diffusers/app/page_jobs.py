@@ -119,24 +119,18 @@ def connect_job(
             yield {status: _said(page.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
             before |= now
 
+    def started(request: gr.Request, submit: Callable[[], Job]) -> Iterator[Values]:
+        try:
+            job = submit()
+        except USER_ERRORS as error:
+            yield {status: problem(error)}
+        else:
+            yield from watch(request, job)
+
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
         owner = visitor or session(request)
-        try:
-            keep = None if offer is None else partial(offer.keep, owner, *values)
-            job = page.jobs.submit(owner, kind, plan(*values), keep)
-        except USER_ERRORS as error:
-            yield {status: problem(error)}
-            return
-        yield from watch(request, job)
-
-    def begin_again(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
-        assert offer is not None
-        try:
-            job = offer.submit(visitor, *values)
-        except USER_ERRORS as error:
-            yield {status: problem(error)}
-            return
-        yield from watch(request, job)
+        keep = None if offer is None else partial(offer.keep, owner, *values)
+        yield from started(request, lambda: page.jobs.submit(owner, kind, plan(*values), keep))
 
     def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
         job = page.jobs.latest(visitor, kind)
@@ -144,6 +138,10 @@ def connect_job(
 
     page.entered.then(resume, page.visitor, shown, **SHOWN)
     if offer is not None:
+
+        def begin_again(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
+            yield from started(request, lambda: offer.submit(visitor, *values))
+
         hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row, **PRIVATE)
         again = hidden.then(begin_again, [page.visitor, *offer.inputs], shown, **SHOWN)
         again.then(offer.show, page.visitor, [offer.row, offer.said], **PRIVATE)

@@ -115,8 +115,8 @@ def call_arguments(
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
         weights: whether brackets are weights; else they are plain text, and a long prompt is cut.
     """
-    prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
-    chunks = _chunks_asked(pipe, prompts, guided=guided, weights=weights)
+    second = {"prompt_2": prompt_2, "negative_2": negative_2}
+    chunks = _chunks_asked(pipe, prompt, negative, **second, guided=guided, weights=weights)
     texts = _as_texts(chunks)
     if texts is not None and not any(chunk.has_weights for each in chunks.values() for chunk in each):
         return texts
@@ -148,23 +148,24 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
     }
 
 
-def plain_texts(
+def plain_texts(pipe: Any, prompt: str, negative: str = "", **how: Any) -> dict[str, str] | None:
+    """The words of the prompts that a call reads, where each is short enough for one chunk; else None. Takes what
+    `call_arguments` does."""
+    return _as_texts(_chunks_asked(pipe, prompt, negative, **how))
+
+
+def _chunks_asked(
     pipe: Any,
     prompt: str,
-    negative: str = "",
+    negative: str,
     *,
     prompt_2: str = "",
     negative_2: str = "",
     guided: bool = True,
     weights: bool = True,
-) -> dict[str, str] | None:
-    """The words of the prompts that a call reads, where each is short enough for one chunk; else None."""
-    prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
-    return _as_texts(_chunks_asked(pipe, prompts, guided=guided, weights=weights))
-
-
-def _chunks_asked(pipe: Any, prompts: Mapping[str, str], *, guided: bool, weights: bool) -> dict[str, list[Chunk]]:
+) -> dict[str, list[Chunk]]:
     """The chunks of the prompts that a call gives."""
+    prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
     known = prompts_read(pipe)
     asked = {name: text for name, text in prompts.items() if text and name in known}
     if not guided:

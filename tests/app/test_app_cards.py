@@ -13,7 +13,7 @@ def test_a_tag_is_what_its_card_shows():
     fox, ink = cards.cards_of(LIST, [], KNOWN)
     shown = cards.fields_of(fox, KNOWN)
     assert {key: value for key, value in shown.items() if value} == {
-        "unet": "0@0,1@0.4", "te": "0@0,1@0.4", "lbw": "OUTALL", "start": "2"
+        "unet": "0@0,1@0.4", "te": "0@0,1@0.4", "lbw": "OUTALL", "start": "2", "region": "auto"
     }  # fmt: skip
     assert (cards.fields_of(ink, KNOWN)["unet"], cards.fields_of(ink, KNOWN)["te"]) == ("1", "0.5")
     assert cards.with_fields(fox, shown, KNOWN) == fox
@@ -106,7 +106,7 @@ def test_a_prompt_for_one_lora_names_no_other():
 def test_words_and_a_region_are_fields_of_a_card():
     (fox,) = cards.cards_of("<lora:fox:1:word=a red fox|foxes:region=top left>", [], KNOWN)
     shown = cards.fields_of(fox, KNOWN)
-    assert (shown["word"], shown["region"]) == ("a red fox|foxes", "top left")
+    assert (shown["word"], shown["region"]) == (["a red fox", "foxes"], "top left")
     assert cards.with_fields(fox, shown, KNOWN) == fox
     text, (moved,) = cards.set_region("a fox", [{**fox, "on": False}], "fox", "painted", KNOWN)
     assert text == "a fox <lora:fox:1:word=a red fox|foxes:region=painted>"
