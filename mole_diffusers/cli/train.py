@@ -55,7 +55,7 @@ class Run:
 
 EVERY_RUN = {  # settings that both trainings have -> help
     "steps": "Updates.",
-    "precision": "no (full), bf16 or fp16.",
+    "precision": "Of the forward pass; no is the full one.",
     "accumulation": "Compute a batch in so many parts, for less memory.",
     "checkpointing": "Less memory, more time.",
     "every": "Updates between checkpoints.",
@@ -191,13 +191,13 @@ GateUpdates = updates(
     height="Likewise.",
     batch="Examples per update and term, over all processes.",
     lr="Learning rate. Default: what suits each gate.",
-    schedule="Of the learning rate: cosine, linear, constant, ...",
+    schedule="Of the learning rate.",
     warmup="First updates, in which the learning rate grows.",
     weight_decay="Of AdamW.",
     max_norm="Gradients are clipped to this length; 0 does not clip.",
     ema="Keep a moving average of the gates with this decay, 0.99 say.",
     drop="Chance of each LoRA to sit out an update.",
-    initial="Weights before the first update: uniform, scalars or ssr.",
+    initial="Weights before the first update.",
     seed="The same seed gives the same gates.",
     tracker="tensorboard or wandb.",
 )

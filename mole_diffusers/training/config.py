@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from mole_diffusers.options import check_kinds, check_names, check_options
 
-PRECISIONS = ("no", "bf16", "fp16")
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts")
-INITIAL = ("uniform", "scalars", "ssr")  # initial weights of gates, see `initialization`
+Precision = Literal["no", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts"]
+Initial = Literal["uniform", "scalars", "ssr"]  # weights of gates, see `initialization`
 LORA_LAYERS = ("attention", "feed-forward", "convolution")
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
 COUNTS = ("batch", "seeds", "steps", "pictures")  # options of terms that are 1 or more
@@ -32,11 +32,6 @@ def _settings(values: Mapping[str, Any], config: type) -> dict[str, Any]:
     """The settings of a file; YAML makes false of a bare no. Raises ValueError for other names; `config` checks kinds."""
     check_names(values, get_type_hints(config), "the training")
     return dict(values) | ({"precision": "no"} if values.get("precision") is False else {})
-
-
-def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
-    if getattr(config, name) not in known:
-        raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {list(known)}")
 
 
 # ---- the terms of the loss
@@ -246,18 +241,18 @@ class GateTraining:
     """
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
-    initial: str = "uniform"
+    initial: Initial = "uniform"
     steps: int = 150
     batch: int = 8
     accumulation: int = 1
     drop: float = 0.0
     lr: float | None = None
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
     max_norm: float = 1.0
     ema: float = 0.0
-    precision: str = "no"
+    precision: Precision = "no"
     checkpointing: bool = False
     seed: int = 0
     every: int = 50
@@ -274,8 +269,6 @@ class GateTraining:
             raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
         _check_range(self, ["steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
         _check_range(self, ["warmup", "weight_decay", "max_norm"], "the training", low=0)
-        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("initial", INITIAL)):
-            _one_of(self, name, known)
         for name in ("ema", "drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0 or more and less than 1, got {getattr(self, name)}")
@@ -331,7 +324,7 @@ class LoraTraining:
     lr: float = 1e-3
     text_lr: float = 5e-4
     seed: int = 0
-    precision: str = "no"
+    precision: Precision = "no"
     prior: float = 1.0
     beam: bool = False
     accumulation: int = 1
@@ -344,7 +337,6 @@ class LoraTraining:
         object.__setattr__(self, "layers", tuple(self.layers))  # a file has a list
         _check_range(self, ["rank", "steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
         _check_range(self, ["lr", "text_lr", "prior"], "the training", low=0)
-        _one_of(self, "precision", PRECISIONS)
         if not self.layers or (unknown := set(self.layers) - set(LORA_LAYERS)):
             raise ValueError(f"unknown layers {sorted(unknown) if self.layers else []}; known: {list(LORA_LAYERS)}")
         if self.beam and self.rank < LEAST_BEAM_RANK:

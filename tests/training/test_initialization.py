@@ -141,7 +141,9 @@ def test_what_cannot_start_elsewhere_is_said(pipe, loras):
     context = context_of(pipe, loras, GateConfig("flow"))
     with pytest.raises(ValueError, match="need single prompts of every expert, and 'ink' has none"):
         initialize(replace(context, data=TrainingData({"fox": ["a fox"]})), "scalars")
-    with pytest.raises(ValueError, match=r"unknown initial 'ties'; known: \['uniform', 'scalars', 'ssr'\]"):
+    with pytest.raises(
+        ValueError, match=r"initial of the training must be one of \['uniform', 'scalars', 'ssr'\], got 'ties'"
+    ):
         GateTraining(initial="ties")
     with pytest.raises(ValueError, match="'bias' must be true or false, got 'yes'"):
         GateConfig(bias="yes")

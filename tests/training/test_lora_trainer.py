@@ -286,7 +286,7 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys):
     kind.write_text("concept: {format: onnx}")
     for argv, message in (
         ([], "--out (a folder), --data (a folder of pictures) and --trigger"),
-        (["--out", "x", "--precision", "int8"], "unknown precision 'int8'"),
+        (["--out", "x", "--precision", "int8"], "Invalid value for '--precision'"),
         (["--out", "x", "--prior-count", "3"], "--prior-prompt is needed"),
         (["--out", "x", "--lr", "fast"], "Invalid value for '--lr'"),
         (["--out", "x", "--config", str(words)], "alpha of the training must be a number, got 'big'"),
