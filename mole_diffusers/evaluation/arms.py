@@ -20,7 +20,7 @@ from mole_diffusers.evaluation.freefuse import CORE, FIRST_PASS, freefuse
 from mole_diffusers.evaluation.regional_composers import THRESHOLD, Part, masked_blend, regional_prompts
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
-from mole_diffusers.evaluation.sampling_composers import composed_scores, encodes_by_expert, k_lora, last_content, switched
+from mole_diffusers.evaluation.sampling_composers import ALPHA, BETA, composed_scores, encodes_by_expert, k_lora, switched
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
@@ -231,8 +231,8 @@ def klora() -> Arm:
         content, style = mixture.experts
         return k_lora(setup.pipe, mixture, content=content, style=style)
 
-    gates, options = GateConfig("static", granularity="matrix"), last_content.__kwdefaults__ or {}
-    arm = while_sampling("k-lora", context, gates=gates, order=lambda s, case: subjects_first(s, case.experts), **options)
+    gates, order = GateConfig("static", granularity="matrix"), lambda setup, case: subjects_first(setup, case.experts)
+    arm = while_sampling("k-lora", context, gates=gates, order=order, alpha=ALPHA, beta=BETA)
     return replace(arm, covers=lambda case: len(case.experts) == 2)
 
 

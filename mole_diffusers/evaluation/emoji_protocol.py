@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+OWN = 7  # prompts of one concept alone
 NEAR = 2  # places of the judge, of 16 pixels: closer than this, subjects are blended into one
 
 
@@ -64,12 +65,12 @@ def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
     return Setup(world.pipe, experts, options, base, prompts=prompts, styles=styles)
 
 
-def own_prompts(concept: str, count: int = 7) -> list[str]:
+def own_prompts(concept: str) -> list[str]:
     """Prompts of one concept alone: a subject in the base's styles, a style over the base's subjects."""
     if concept in emoji.STYLES:
-        some = emoji.BASE_SUBJECTS[:: len(emoji.BASE_SUBJECTS) // count]
-        return [emoji.Scene((subject,), concept).caption for subject in some[:count]]
-    return [emoji.Scene((concept,), style).caption for style in emoji.BASE_STYLES[:count]]
+        some = emoji.BASE_SUBJECTS[:: len(emoji.BASE_SUBJECTS) // OWN]
+        return [emoji.Scene((subject,), concept).caption for subject in some[:OWN]]
+    return [emoji.Scene((concept,), style).caption for style in emoji.BASE_STYLES[:OWN]]
 
 
 class JudgeMetrics:

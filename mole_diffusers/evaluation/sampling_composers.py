@@ -19,6 +19,7 @@ from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.undo import replaced_forward
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
+ALPHA, BETA = 1.5, 0.5  # of K-LoRA
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
 
@@ -119,10 +120,10 @@ def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> I
         yield
 
 
-def last_content(layers: Mapping[str, Layer], *, alpha: float = 1.5, beta: float = 0.5) -> dict[str, float]:
+def last_content(layers: Mapping[str, Layer]) -> dict[str, float]:
     """K-LoRA (arXiv 2502.18461): the share of sampling up to which each layer uses the content LoRA, then the style LoRA.
 
-    Layer -> p*, where S_c = gamma (alpha p + beta) S_s and S is the sum of the r_c r_s largest entries of |delta W|; below
+    Layer -> p*, where S_c = gamma (ALPHA p + BETA) S_s and S is the sum of the r_c r_s largest entries of |delta W|; below
     0 the layer always has the style, above 1 always the content. gamma = sum |delta_c| / sum |delta_s| over all layers.
 
     Args:
@@ -132,7 +133,7 @@ def last_content(layers: Mapping[str, Layer], *, alpha: float = 1.5, beta: float
     deltas = {k: (c.delta(), s.delta(), c.rank * s.rank) for k, (c, s) in both.items() if c is not None and s is not None}
     gamma = sum(c.abs().sum() for c, _, _ in deltas.values()) / sum(s.abs().sum() for _, s, _ in deltas.values())
     return {
-        key: float((_largest(content, count) / (gamma * _largest(style, count)) - beta) / alpha)
+        key: float((_largest(content, count) / (gamma * _largest(style, count)) - BETA) / ALPHA)
         for key, (content, style, count) in deltas.items()
     }
 

@@ -40,7 +40,7 @@ def resample_concepts(concepts: Sequence[Sequence[str]]) -> Resampler:
 
 
 def bootstrap(
-    table: torch.Tensor, resample: Resampler, statistic: Statistic = overall, *, draws: int = 2000, seed: int = 0
+    table: torch.Tensor, resample: Resampler, statistic: Statistic = overall, *, draws: int = 2000
 ) -> tuple[float, float, float]:
     """The mean of a statistic over cases and its 95 % percentile interval; the seeds are resampled within each case.
 
@@ -48,7 +48,7 @@ def bootstrap(
         table: [G, S, ...] values, NaN where a case has fewer seeds than another.
         resample: how cases are drawn.
     """
-    values, generator = table.double(), torch.Generator().manual_seed(seed)
+    values, generator = table.double(), torch.Generator().manual_seed(0)
     cases, seeds = table.shape[:2]
     weights = resample(draws, generator)
     j = torch.randint(0, seeds, (draws, cases, seeds), generator=generator)

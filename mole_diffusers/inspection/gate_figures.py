@@ -17,7 +17,7 @@ from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.trace import Trace
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-DPI = 110
+DPI, OPACITY = 110, 0.65
 
 
 def colours(names: Collection[str], shades: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -102,13 +102,13 @@ def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str
     return pictures
 
 
-def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray, opacity: float = 0.65) -> Image.Image:
+def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray) -> Image.Image:
     """Lay colour [h, w, 3] or [1, 1, 3] over a grey picture by strength [h, w] in 0..1; tokens stay visible as squares."""
     scale = max(1, 256 / image.width)
     side = (round(image.width * scale), round(image.height * scale))
     grey = np.asarray(image.convert("L").resize(side, Image.Resampling.NEAREST), np.float32)[..., None]
     wide = Image.fromarray((strength * 255).clip(0, 255).astype(np.uint8)).resize(side, Image.Resampling.NEAREST)
-    alpha = np.asarray(wide, np.float32)[..., None] / 255 * opacity
+    alpha = np.asarray(wide, np.float32)[..., None] / 255 * OPACITY
     tint = Image.fromarray(np.broadcast_to(colour, (*strength.shape, 3)).astype(np.uint8))
     shown = grey * (1 - alpha) + np.asarray(tint.resize(side, Image.Resampling.NEAREST), np.float32) * alpha
     return Image.fromarray(shown.clip(0, 255).astype(np.uint8))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+TEMPERATURE = 0.5  # of `separation_loss`
+
 
 def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """How much of what the teacher changed is missing: ||student - teacher||^2 / E ||teacher - base||^2, mean over B.
@@ -77,7 +79,7 @@ def mole_clip_loss(
     return -((2.5 - whole - direction).clamp_min(1e-3) / 2).log().mean()
 
 
-def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+def separation_loss(maps: torch.Tensor) -> torch.Tensor:
     """InfoNCE over cross-attention as in CLoRA (Meral et al., 2024): each concept's maps alike, and unlike the others'.
 
     The maps of one concept in different layers are each other's positives, those of other concepts the negatives.
@@ -90,7 +92,7 @@ def separation_loss(maps: torch.Tensor, temperature: float = 0.5) -> torch.Tenso
     itself = torch.eye(concepts * layers, dtype=torch.bool, device=maps.device)
     owner = torch.arange(concepts, device=maps.device).repeat_interleave(layers)
     same = (owner[:, None] == owner[None]) & ~itself  # [K * L, K * L]
-    logits = (rows @ rows.transpose(1, 2) / temperature).masked_fill(itself, -torch.inf)
+    logits = (rows @ rows.transpose(1, 2) / TEMPERATURE).masked_fill(itself, -torch.inf)
     shares = torch.log_softmax(logits, -1).masked_fill(~same, 0)  # picking them out would wait for the device
     return -shares.sum() / (len(rows) * concepts * layers * (layers - 1))
 

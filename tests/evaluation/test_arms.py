@@ -16,7 +16,7 @@ from mole_diffusers import emoji
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.regional_composers import masked_blend, regional_prompts
 from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
-from mole_diffusers.evaluation.sampling_composers import k_lora, last_content, switched
+from mole_diffusers.evaluation.sampling_composers import k_lora, switched
 from mole_diffusers.evaluation.strength_search import VALUES, best_weights, search_arms
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import read_expert
@@ -257,7 +257,7 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     assert changed() == {"np", "masked blend", "freefuse"}
     setup.styles = frozenset({"ink"})
     monkeypatch.setitem(METHODS["np"].__kwdefaults__, "mu", 0.25)
-    monkeypatch.setitem(last_content.__kwdefaults__, "alpha", 1.0)
+    monkeypatch.setattr(arms, "ALPHA", 1.0)
     assert changed() == {"np", "k-lora"}
 
 
