@@ -64,8 +64,9 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
         tokens = height * width
         whole = max(whole, tokens)
         latents = inputs.latents(args, kwargs)
-        repeated = len(latents) % 2 == 0 and torch.equal(*latents.chunk(2))
-        groups = groups_of(pipe, inputs.text(args, kwargs), latents) or ((False, True) if repeated else (True,))
+        known = groups_of(pipe, inputs.text(args, kwargs), latents)
+        # Where nobody knows: the same pictures twice are those of guidance, the prompts' last.
+        groups = known or ((False, True) if len(latents) % 2 == 0 and torch.equal(*latents.chunk(2)) else (True,))
 
     def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
