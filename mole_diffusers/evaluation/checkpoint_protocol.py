@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concept_mean, differences, score_table
-from mole_diffusers.options import check_kinds
+from mole_diffusers.options import check_options
 from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.data import read_folder
 
@@ -56,15 +56,15 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
 def _case(found: object) -> Case:
     if not isinstance(found, dict):
         raise ValueError(f"got {found!r}")
-    concepts, prompt, size = found["concepts"], found["prompt"], found.get("size")
-    check_kinds({"concepts": concepts, "prompt": prompt}, {"concepts": list[str], "prompt": str}, "a case")
+    check_options(found, {"concepts": list[str], "prompt": str, "kind": str, "size": Any}, "a case")
+    concepts, size = found["concepts"], found.get("size")
     if not concepts or len(set(concepts)) < len(concepts):
         raise ValueError(f"concepts are different names, one or more, got {concepts!r}")
     pixels = size if isinstance(size, list) else []
     if size is not None and (len(pixels) != 2 or any(type(side) is not int or side < 1 for side in pixels)):
         raise ValueError(f'"size" is [width, height] in pixels, got {size!r}')
-    kind = str(found.get("kind", f"{len(concepts)} concepts"))
-    return Case(tuple(concepts), kind, prompt, size=(pixels[0], pixels[1]) if pixels else None)
+    kind = found.get("kind", f"{len(concepts)} concepts")
+    return Case(tuple(concepts), kind, found["prompt"], size=(pixels[0], pixels[1]) if pixels else None)
 
 
 def windows(image: Image.Image) -> list[Image.Image]:

@@ -26,7 +26,7 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
 
     Raises ValueError for rows of one arm, or if a sheet with answers is there.
     """
-    if (folder / "sheet" / "answers.csv").exists() and any(_answers(folder)):
+    if (folder / "sheet" / "answers.csv").exists() and any(answer for _, answer in _answers(folder)):
         raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -59,8 +59,11 @@ def count_answers(folder: Path) -> str:
     questions, answers = json.loads((folder / "sheet" / "key.json").read_text()), _answers(folder)
     if len(answers) != len(questions):
         raise ValueError(f"answers.csv has {len(answers)} rows for the {len(questions)} questions of the sheet")
+    if lost := set(range(len(questions))) - {number for number, _ in answers}:
+        raise ValueError(f"answers.csv has no row for question {min(lost):04}")
     found = []
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+    for number, answer in answers:
+        question = questions[number]
         if answer not in (*ANSWERS, ""):
             raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
         if answer:
@@ -74,10 +77,10 @@ def count_answers(folder: Path) -> str:
     return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
 
 
-def _answers(folder: Path) -> list[str]:
-    """The answers on a sheet, "" for questions without one."""
+def _answers(folder: Path) -> list[tuple[int, str]]:
+    """The numbers of a sheet's questions, in whatever order, each with its answer, "" for none."""
     with (folder / "sheet" / "answers.csv").open(newline="") as file:
         rows = [row for row in csv.reader(file) if row]
-    if narrow := next((row for row in rows if len(row) < 3), None):
-        raise ValueError(f"answers.csv: {narrow} is not question, prompt and answer, with commas between them")
-    return [row[2].strip().lower() for row in rows[1:]]
+    if wrong := next((row for row in rows[1:] if len(row) < 3 or not row[0].strip().isdecimal()), None):
+        raise ValueError(f"answers.csv: {wrong} is not question, prompt and answer, with commas between them")
+    return [(int(row[0]), row[2].strip().lower()) for row in rows[1:]]

@@ -112,6 +112,7 @@ def test_cases_are_read_and_checked(tmp_path):
         ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
         ('{"concepts": [], "prompt": "p"}', "line 1: not"), ('{"concepts": [["fox"]], "prompt": "p"}', "line 1: not"),
         ('{"concepts": ["fox", "fox"], "prompt": "p"}', "different names, one or more, got ['fox', 'fox']"),
+        ('{"concepts": ["fox"], "prompt": "p", "knd": "one"}', "unknown options ['knd'] of a case"),
         ('{"concepts": ["fox"], "prompt": "p", "size": [768]}', '"size" is [width, height] in pixels, got [768]'),
         ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', '"size" is [width, height]'),
     ):  # fmt: skip
@@ -182,9 +183,17 @@ def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet)
     table, text = count_answers(sheet), path.read_text()
     path.write_text(text.replace("\n", "\n\n", 3) + "\n")
     assert count_answers(sheet) == table
+    answer(sheet, lambda q: "left" if q["left"] == "gates" else "right" if q["right"] == "gates" else "same")
+    table, (head, *lines) = count_answers(sheet), path.read_text().splitlines()
+    path.write_text("\n".join([head, *sorted(lines, key=lambda line: line[::-1])]))  # as a spreadsheet sorts by answer
+    assert count_answers(sheet) == table
+    path.write_text("\n".join([head, *(line.lstrip("0") for line in lines[1:]), "0" + lines[0][4:]]))  # and writes numbers
+    assert count_answers(sheet) == table
     for edited, message in (
         (text.replace(",", ";"), "is not question, prompt and answer, with commas between them"),
         (text.rsplit("\n", 2)[0], "has 11 rows for the 12 questions"),
+        (text.replace("0001,", "0002,"), "has no row for question 0001"),
+        (text.replace("0001,", "one,"), "is not question, prompt and answer"),
     ):
         path.write_text(edited)
         with pytest.raises(ValueError, match=message):
