@@ -144,16 +144,14 @@ def open_catalog(
     """The LoRAs of --loras and --expert and the gates of --trained, with those of the embedded world where it is a base."""
     from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 
+    files, examples = folder_loras(loras) if loras is not None else {}, dict[str, Path]()
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
-        catalog = Catalog(concept_files(), gate_folders(), examples=gate_folders())
+        files, examples = concept_files() | files, gate_folders()
     elif loras is None and not experts:
         raise ValueError("give --loras FOLDER, the LoRA files for this base")
-    else:
-        catalog = Catalog({}, {})
-    if loras is not None:
-        catalog.loras |= folder_loras(loras)
+    catalog = Catalog(files, examples, examples=examples)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
     for name, folder in (folder_gates(trained) if trained else {}).items():
