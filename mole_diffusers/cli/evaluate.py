@@ -94,7 +94,7 @@ def evaluate(
     from mole_diffusers.evaluation.strength_search import best_weights, search_arms
 
     if judged:
-        print(judging_sheet.count_answers(out))
+        print(json.dumps(judging_sheet.votes(out)) if as_json else judging_sheet.count_answers(out))
         return
     if search:
         _check_search(base, split, {"--arm": arm, "--share": share, "--weights": weights})

@@ -17,6 +17,7 @@ from mole_diffusers.evaluation.tables import markdown
 from mole_diffusers.inspection.compare import image_grid
 
 ANSWERS = ("left", "right", "same")
+COLUMNS = ("first arm", "second arm", "first better", "second better", "same", "orders agree")
 
 
 def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
@@ -49,8 +50,16 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
 
 
 def count_answers(folder: Path) -> str:
-    """The answers on a sheet as a table: for each pair of arms how often each was better, and how often both orders of the
-    same two pictures got the same answer, "-" if none was answered in both.
+    """`votes` as a table, "-" for None."""
+    rows = (
+        [*map(str, counts), "-" if agree is None else f"{agree:.2f}"] for *counts, agree in map(dict.values, votes(folder))
+    )
+    return markdown(COLUMNS, rows)
+
+
+def votes(folder: Path) -> list[dict[str, Any]]:
+    """The answers on a sheet, `COLUMNS` of each pair of arms: how often each was better, and how often both orders of the
+    same two pictures got the same answer, None if none was answered in both.
 
     Raises ValueError for an answer that is not one of `ANSWERS`, and a table that is not the sheet's.
     """
@@ -69,18 +78,19 @@ def count_answers(folder: Path) -> str:
         if answer:
             arms = tuple(sorted((question["left"], question["right"])))
             found.append(question | {"arms": arms, "better": question.get(answer, "same")})
-    votes, body = pd.DataFrame(found, columns=["arms", "better", *SAME_NOISE]), []
-    for arms, own in votes.groupby("arms", sort=False):
+    counted = []
+    for arms, own in pd.DataFrame(found, columns=["arms", "better", *SAME_NOISE]).groupby("arms", sort=False):
         twice = [pair for _, pair in own.groupby(list(SAME_NOISE))["better"] if len(pair) == 2]
-        agree = f"{sum(pair.nunique() == 1 for pair in twice) / len(twice):.2f}" if twice else "-"
-        body.append([*arms, *(str((own["better"] == better).sum()) for better in (*arms, "same")), agree])
-    return markdown(["first arm", "second arm", "first better", "second better", "same", "orders agree"], body)
+        agree = sum(pair.nunique() == 1 for pair in twice) / len(twice) if twice else None
+        counts = [int((own["better"] == better).sum()) for better in (*arms, "same")]
+        counted.append(dict(zip(COLUMNS, [*arms, *counts, agree], strict=True)))
+    return counted
 
 
 def _answers(folder: Path) -> list[tuple[int, str]]:
-    """The numbers of a sheet's questions, in whatever order, each with its answer, "" for none."""
+    """The numbers of a sheet's questions, each with its answer, "" for none; the table may have them in any order."""
     with (folder / "sheet" / "answers.csv").open(newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if wrong := next((row for row in rows[1:] if len(row) < 3 or not row[0].strip().isdecimal()), None):
         raise ValueError(f"answers.csv: {wrong} is not question, prompt and answer, with commas between them")
-    return [(int(row[0]), row[2].strip().lower()) for row in rows[1:]]
+    return sorted((int(row[0]), row[2].strip().lower()) for row in rows[1:])
