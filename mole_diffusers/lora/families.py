@@ -36,6 +36,8 @@ def base_of(layers: Mapping[str, Mapping[str, LoraWeights]], metadata: Mapping[s
 def _by_shapes(layers: Mapping[str, Mapping[str, LoraWeights]]) -> str | None:
     if is_flux((component, layer) for component, named in layers.items() for layer in named):
         return "Flux"
+    if any(layer.startswith("joint_blocks_") for layer in layers.get("transformer", {})):  # by its original names
+        return "SD 3"
     for layer, weights in layers.get("unet", {}).items():
         if layer.endswith(("attn2_to_k", "attn2_to_v")):
             width = weights.down.shape[1]

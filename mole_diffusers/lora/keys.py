@@ -17,7 +17,9 @@ KOHYA_PREFIXES = {
     "lora_te3_": "text_encoder_3",
 }
 ONETRAINER_PREFIX = "lora_transformer_"
-DOTTED_PREFIXES = {  # of OMI and of ComfyUI; diffusers' prefixes are the components' names
+PREFIXES = {  # how a key begins -> component, and the files' format; diffusers' and PEFT's have the components' names
+    ONETRAINER_PREFIX: ("transformer", "onetrainer"),
+    **{prefix: (component, "kohya") for prefix, component in KOHYA_PREFIXES.items()},
     "clip_l.": ("text_encoder", "omi"),
     "clip_g.": ("text_encoder_2", "omi"),
     "t5.": ("text_encoder_3", "omi"),
@@ -26,15 +28,14 @@ DOTTED_PREFIXES = {  # of OMI and of ComfyUI; diffusers' prefixes are the compon
     "text_encoders.clip_g.transformer.": ("text_encoder_2", "comfy"),
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "comfy"),
 }
-LAYER_STARTS = {  # component -> how its layers' names begin, for files without a prefix
-    "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
+LAYER_STARTS = {  # component -> how its layer keys begin
+    "unet": ("down_blocks_", "mid_block_", "up_blocks_", "conv_in", "conv_out", "time_embedding_", "add_embedding_"),
     "transformer": (
-        "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "time_text_embed.",
-        "norm_out.", "proj_out", "pos_embed.",
+        "transformer_blocks_", "single_transformer_blocks_", "x_embedder", "context_embedder", "time_text_embed_",
+        "norm_out_", "proj_out", "pos_embed_",
     ),
-    "text_encoder": ("text_model.", "encoder.layers."),
+    "text_encoder": ("encoder_layers_",),
 }  # fmt: skip
-TRANSFORMER_BLOCKS = ("transformer_blocks_", "single_transformer_blocks_")
 FLUX_BLOCKS = ("double_blocks_", "single_blocks_", "single_transformer_blocks_")
 ROLES = {  # how a key ends -> what its tensor is
     r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight": "down",
@@ -69,12 +70,14 @@ class Key:
     Attributes:
         component: "unet", "text_encoder", ...
         layer: the layer key; for a transformer it may still be an original name that stands for several layers.
+        module: the layer as the file calls it, without the component: dotted in files of diffusers and PEFT.
         role: "down", "up", "mid", "alpha", or LyCORIS's own name ("hada_w1_a", ...).
         format: of the file, as in `Expert.format`.
     """
 
     component: str
     layer: str
+    module: str
     role: str
     format: str
 
@@ -86,53 +89,42 @@ def ignored(key: str) -> str | None:
 
 def parse_key(key: str) -> Key:
     """Parse one key. Raises ValueError saying what the key is instead, and what is known."""
-    if found := ROLE.search(key):
-        role = next((r for pattern, r in ROLES.items() if r and re.fullmatch(pattern, found["role"])), found["role"])
-        component, layer, form = _located(key[: found.start()], found["role"])
-        return Key(component, layer, role, form)
-    if (foreign := FOREIGN.search(key)) and foreign.lastgroup:
-        what = list(UNSUPPORTED.values())[int(foreign.lastgroup[1:])]
-        raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
-    raise ValueError(f"{key!r} is not a LoRA key")
+    if not (found := ROLE.search(key)):
+        if (foreign := FOREIGN.search(key)) and foreign.lastgroup:
+            what = list(UNSUPPORTED.values())[int(foreign.lastgroup[1:])]
+            raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
+        raise ValueError(f"{key!r} is not a LoRA key")
+    role = next((r for pattern, r in ROLES.items() if r and re.fullmatch(pattern, found["role"])), found["role"])
+    component, module, form = _located(key[: found.start()])
+    layer = plain = layer_key(module)
+    original = is_original_transformer(layer)
+    # kohya and ComfyUI file a transformer under "unet" too, and call the layers of both as the original code did.
+    if component == "unet" and (original or layer.startswith(LAYER_STARTS["transformer"])):
+        component = "transformer"
+    elif component == "unet":
+        layer = unet_name(plain)
+    if not form and (original or layer != plain):
+        form = "omi"
+    elif not form:
+        form = "peft" if found["role"].startswith(("lora_A", "lora_B")) else "diffusers"
+    return Key(component, layer, module, role, form)
 
 
-def _located(stem: str, role: str) -> tuple[str, str, str]:
-    """A key without its role -> (component, layer key, format)."""
-    if stem.startswith(ONETRAINER_PREFIX):
-        return "transformer", layer_key(stem.removeprefix(ONETRAINER_PREFIX)), "onetrainer"
-    for prefix, component in KOHYA_PREFIXES.items():
+def _located(stem: str) -> tuple[str, str, str]:
+    """A key without its role -> (component, module, format); "" for diffusers' and PEFT's, which the role tells apart."""
+    for prefix, (component, form) in PREFIXES.items():
         if stem.startswith(prefix):
-            return *_renamed(component, layer_key(stem.removeprefix(prefix))), "kohya"
-    for prefix, (component, form) in DOTTED_PREFIXES.items():
-        if stem.startswith(prefix):
-            return *_renamed(component, layer_key(stem.removeprefix(prefix))), form
-    return _located_by_diffusers(stem.removeprefix("base_model.model."), role)
-
-
-def _located_by_diffusers(stem: str, role: str) -> tuple[str, str, str]:
-    component, _, layer = stem.partition(".")
+            return component, stem.removeprefix(prefix), form
+    stem = stem.removeprefix("base_model.model.")
+    component, _, module = stem.partition(".")
     if component not in COMPONENTS:  # saved from a single model: the layer's name tells which
-        component, layer = next((c for c, starts in LAYER_STARTS.items() if stem.startswith(starts)), ""), stem
+        module, layer = stem, layer_key(stem)
+        component = next((c for c, starts in LAYER_STARTS.items() if layer.startswith(starts)), "")
     if not component:
-        known = [*(f"{c}." for c in COMPONENTS), *KOHYA_PREFIXES, ONETRAINER_PREFIX, *DOTTED_PREFIXES]
-        raise ValueError(f"{stem!r} begins with none of {known}")
-    if ".processor." in layer:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
-        layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))
-    key = layer_key(layer)
-    renamed = _renamed(component, key)
-    if renamed[1] != key or is_original_transformer(key):
-        return *renamed, "omi"
-    return component, key, "peft" if role.startswith(("lora_A", "lora_B")) else "diffusers"
-
-
-def _renamed(component: str, layer: str) -> tuple[str, str]:
-    """(component, layer) in diffusers' terms: kohya and ComfyUI file a transformer under "unet" too, and name the layers of
-    both as the original code did."""
-    if component != "unet":
-        return component, layer
-    if layer.startswith(TRANSFORMER_BLOCKS) or is_original_transformer(layer):
-        return "transformer", layer
-    return "unet", unet_name(layer)
+        raise ValueError(f"{stem!r} begins with none of {[*(f'{c}.' for c in COMPONENTS), *PREFIXES]}")
+    if ".processor." in module:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
+        module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
+    return component, module, ""
 
 
 def is_flux(layers: Iterable[tuple[str, str]]) -> bool:

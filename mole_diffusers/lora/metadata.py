@@ -7,18 +7,19 @@ on it.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mole_diffusers.lora.expert import COMPONENTS
-from mole_diffusers.lora.keys import layer_key
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"  # header key under which diffusers writes the LoraConfig of each component
 MOST_TRIGGERS = 64  # of a trigger phrase, each at most 200 characters: every prompt is searched for all of them
+MODULE = re.compile(r"\^?[\w.-]+")  # what is read of the patterns for names; regular expressions of a stranger are not run
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SUMMARY = {  # field of a summary -> the header keys it is taken from; the first one present counts
     "title": ("modelspec.title", "ss_output_name"),
@@ -79,20 +80,17 @@ class Scaling:
 
     Attributes:
         alpha: None: equal to the rank.
-        patterns: end of a layer key -> alpha.
+        patterns: the end of a module's name, or behind "^" the whole of it -> alpha; the first that fits counts.
         root: divide by sqrt(r), as rsLoRA does.
     """
 
     alpha: float | None = None
-    patterns: Mapping[str, float] | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
     root: bool = False
 
-    def __call__(self, layer: str, rank: int) -> float:
-        alpha = self.alpha
-        if self.patterns:  # each is the end of a module's name; of a_b_c, b_c and c the longest one given counts
-            words = layer.split("_")
-            ends = ("_".join(words[i:]) for i in range(len(words)))
-            alpha = next((self.patterns[end] for end in ends if end in self.patterns), alpha)
+    def __call__(self, module: str, rank: int) -> float:
+        given = (alpha for name, alpha in self.patterns.items() if name == f"^{module}" or f".{module}".endswith(f".{name}"))
+        alpha = next(given, self.alpha)
         return (rank if alpha is None else alpha) / (rank**0.5 if self.root else rank)
 
 
@@ -129,8 +127,10 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
     given = [] if alpha is None else [alpha]
     if not isinstance(patterns, dict) or not all(_is_number(value) for value in [*given, *patterns.values()]):
         raise ValueError(f"its {where} holds an alpha that is not a finite number")
-    ends = {layer_key(pattern.strip("^$")): float(value) for pattern, value in patterns.items()}
-    return Scaling(None if alpha is None else float(alpha), ends, bool(config.get("use_rslora")))
+    named = {pattern.replace(r"\.", ".").removesuffix("$"): float(value) for pattern, value in patterns.items()}
+    if unknown := [name for name in named if not MODULE.fullmatch(name)]:
+        raise ValueError(f"its {where} has an alpha for {unknown[0]!r}, which is not the name of a module, nor its end")
+    return Scaling(None if alpha is None else float(alpha), named, bool(config.get("use_rslora")))
 
 
 def _is_number(value: Any) -> bool:

@@ -172,6 +172,8 @@ def _rows(weights: LoraWeights, sizes: dict[str, int]) -> Layers:
 
 def _swapped(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
     """diffusers has scale before shift in its last normalisation."""
+    if len(weights.up) % 2:
+        raise ValueError(f"{len(weights.up)} rows are not 2 equal parts")
     shift, scale = weights.up.chunk(2)
     return {names[0]: LoraWeights(weights.down, torch.cat([scale, shift]), weights.scale, weights.error)}
 

@@ -75,14 +75,14 @@ class _Reader:
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Group the tensors by layer, then make each layer's weights."""
-        for (component, layer), roles in self._grouped(tensors).items():
+        for (component, layer), (module, roles) in self._grouped(tensors).items():
             name = f"{component}.{layer}"
             if not self._finite(name, roles):
                 continue
             alpha = roles.pop("alpha", None)
             try:
                 scaling = Scaling(alpha_value(alpha)) if alpha is not None else self.scalings.get(component, Scaling())
-                algorithm, weights = layer_weights(roles, partial(scaling, layer), self.tolerance, self.budget)
+                algorithm, weights = layer_weights(roles, partial(scaling, module), self.tolerance, self.budget)
                 made = split_fused(layer, weights) if component == "transformer" else {layer: weights}
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None
@@ -94,24 +94,20 @@ class _Reader:
         if not self.layers:
             raise ValueError("it holds no LoRA layers")
 
-    def _grouped(self, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
-        """(component, layer) -> {role: tensor}."""
-        grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if why := ignored(name):
-                self.left_out[name] = why
-                continue
-            key = parse_key(name)
-            roles = grouped.setdefault((key.component, key.layer), {})
+    def _grouped(self, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]]:
+        """(component, layer) -> what the file calls it, and {role: tensor}."""
+        self.left_out |= {name: why for name in tensors if (why := ignored(name))}
+        keys = {name: parse_key(name) for name in tensors if name not in self.left_out}
+        self.formats.update(key.format for key in keys.values())
+        flux = is_flux((key.component, key.layer) for key in keys.values())
+        grouped: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]] = {}
+        for name, key in keys.items():
+            # T5 is Flux's second text encoder, whatever number or name a trainer gives it.
+            component = "text_encoder_2" if flux and key.component == "text_encoder_3" else key.component
+            _, roles = grouped.setdefault((component, key.layer), (key.module, {}))
             if key.role in roles:
                 raise ValueError(f"{name!r}: its layer has two {key.role} tensors under different keys")
-            roles[key.role] = tensor
-            self.formats[key.format] += 1
-        if is_flux(grouped):  # T5 is Flux's second text encoder, whatever number or name a trainer gives it
-            for component, layer in [pair for pair in grouped if pair[0] == "text_encoder_3"]:
-                if ("text_encoder_2", layer) in grouped:
-                    raise ValueError(f"layer {f'text_encoder_2.{layer}'!r} is there twice under different keys")
-                grouped["text_encoder_2", layer] = grouped.pop((component, layer))
+            roles[key.role] = tensors[name]
         return grouped
 
     def _finite(self, layer: str, roles: Mapping[str, torch.Tensor]) -> bool:

@@ -70,7 +70,7 @@ def write_lora(
                 tensors[f"{stem}.alpha"] = torch.tensor(weights.scale * len(weights.down))
             scale = 1.0 if alphas else weights.scale
             for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * scale)):
-                if matrix.abs().max() > torch.finfo(dtype).max:
+                if not matrix.abs().max() <= torch.finfo(dtype).max:  # NaN, too
                     raise ValueError(f"the layer {component}.{module} holds numbers that {dtype} cannot; use a wider dtype")
                 tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
     if not tensors:

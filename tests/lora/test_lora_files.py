@@ -172,6 +172,13 @@ def pair(rank, rows, columns):
             },
             "13 rows are not 3 equal parts",
         ),
+        (
+            {
+                "lora_unet_final_layer_adaLN_modulation_1.lora_down.weight": torch.ones(2, 4),
+                "lora_unet_final_layer_adaLN_modulation_1.lora_up.weight": torch.ones(7, 2),
+            },
+            "7 rows are not 2 equal parts",
+        ),
         (GOOD | {"unet.conv_in.weight": torch.ones(2)}, "is not a LoRA key"),
         ({"vision.x.lora_A.weight": torch.ones(2, 2)}, "begins with none of"),
         ({"emb_params": torch.ones(2, 8)}, "is not a LoRA key"),

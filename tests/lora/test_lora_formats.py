@@ -189,7 +189,9 @@ def test_sd3_names_and_fused_matrices(read):
     last, last_delta = kohya("lora_unet_joint_blocks_6_context_block_adaLN_modulation_1", 8, 4)
     fused = {old: kohya(f"lora_unet_joint_blocks_5_{old}_qkv", 12, 4) for old in ("x_block_attn", "context_block_attn")}
     time, time_delta = kohya("lora_unet_t_embedder_mlp_2", 4, 4)
-    expert = read({k: v for one, _ in [*whole.values(), *fused.values()] for k, v in one.items()} | last | time)
+    text, text_delta = kohya("lora_unet_context_embedder", 4, 4)  # which diffusers calls the same
+    expert = read({k: v for one, _ in [*whole.values(), *fused.values()] for k, v in one.items()} | last | time | text)
+    assert list(expert.layers) == ["transformer"]
     layers = expert.layers["transformer"]
     for old, (_, delta) in whole.items():
         torch.testing.assert_close(layers[f"transformer_blocks_5_{SD3[old]}"].delta(), delta)
@@ -199,6 +201,7 @@ def test_sd3_names_and_fused_matrices(read):
     swapped = torch.cat([last_delta[4:], last_delta[:4]])
     torch.testing.assert_close(layers["transformer_blocks_6_norm1_context_linear"].delta(), swapped)
     torch.testing.assert_close(layers["time_text_embed_timestep_embedder_linear_2"].delta(), time_delta)
+    torch.testing.assert_close(layers["context_embedder"].delta(), text_delta)
 
 
 # ---- OneTrainer, OMI, ComfyUI
@@ -223,6 +226,7 @@ TOOLS = {
         "t5.encoder.block.0.layer.0.SelfAttention.q": ("text_encoder_2", "encoder_block_0_layer_0_SelfAttention_q"),
     },
     "comfy": {
+        "diffusion_model.context_embedder": ("transformer", "context_embedder"),
         "diffusion_model.double_blocks.0.txt_attn.proj": ("transformer", "transformer_blocks_0_attn_to_add_out"),
         "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc2": ("text_encoder", "encoder_layers_0_mlp_fc2"),
     },

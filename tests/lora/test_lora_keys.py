@@ -1,6 +1,7 @@
 """Files as each tool writes them, and the changes of weight that are computed here from the same numbers by hand."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -162,19 +163,23 @@ def test_peft_with_its_config_beside_it(tmp_path, root):
 
 
 def test_what_peft_itself_saves(tmp_path):
-    """PEFT's own file and PEFT's own change of weight."""
+    """PEFT's own file, and the change of weight that PEFT reads from it."""
     from diffusers import UNet2DConditionModel
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     unet = UNet2DConditionModel(
         block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=2,
     )  # fmt: skip
+    # Of several names that fit the first counts, as they are sorted in the file; "q" is not the end of one.
+    whole = r"^mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    alphas = {whole: 2, r"a.attn2\.to_q$": 9, "transformer_blocks.0.attn1.to_q": 5, "q": 9, "attn1.to_q": 7, "to_q": 3}
     config = LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False, rank_pattern={"conv1": 3}
-    )
-    model = get_peft_model(unet, config)
-    model.save_pretrained(tmp_path)
+        r=4, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False, rank_pattern={"conv1": 3},
+        alpha_pattern=alphas,
+    )  # fmt: skip
+    get_peft_model(deepcopy(unet), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(unet, tmp_path)
     layers = read_expert(tmp_path / PEFT_FILE).layers["unet"]
     modules = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
     assert len(layers) == len(modules) > 4
@@ -189,6 +194,7 @@ def test_what_peft_itself_saves(tmp_path):
         ("[1]", "its adapter_config.json is not a JSON object"),
         ('{"lora_alpha": "8"}', "its adapter_config.json holds an alpha that is not a finite number"),
         ('{"lora_alpha": 1e999}', "1e999 is larger than any number"),
+        ('{"alpha_pattern": {".*to_q": 8}}', "its adapter_config.json has an alpha for '.*to_q', which is not the"),
         ('{"use_dora": true}', "its adapter_config.json says DoRA"),
     ],
 )

@@ -86,8 +86,12 @@ def test_a_number_is_not_written_as_infinite(tmp_path, dtype):
     with pytest.raises(ValueError, match=f"layer unet.mid_block.*attn1.to_q holds numbers that {dtype} cannot"):
         save_expert(expert, tmp_path / "y", dtype=dtype)
     assert not (tmp_path / "y").exists()
+    key = KEY.removeprefix("unet.")
+    lost = dataclasses.replace(expert.layers["unet"][key], up=torch.full((16, 2), torch.nan))
+    with pytest.raises(ValueError, match="attn1.to_q holds numbers that torch.float32 cannot"):
+        save_expert(dataclasses.replace(expert, layers={"unet": {key: lost}}), tmp_path / "y", dtype=torch.float32)
     save_expert(expert, tmp_path / "y", dtype=torch.bfloat16)
-    delta = read_expert(tmp_path / "y").layers["unet"][KEY.removeprefix("unet.")].delta()
+    delta = read_expert(tmp_path / "y").layers["unet"][key].delta()
     torch.testing.assert_close(delta, torch.full((16, 16), 2e5), rtol=1e-2, atol=0)
 
 

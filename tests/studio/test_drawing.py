@@ -470,7 +470,9 @@ def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_
         files[host] = tiny_lora(pipe, tmp_path / f"{host}.safetensors")
     save_file(load_file(files["sdxl"]), tmp_path / "said.safetensors", {"modelspec.architecture": "stable-diffusion-xl-v1"})
     files["said"] = tmp_path / "said.safetensors"
-    for path in (*files.values(), *loras.values()):
+    stem, kohya = "lora_unet_joint_blocks_0_context_block_attn_qkv", tmp_path / "kohya.safetensors"
+    save_file({f"{stem}.lora_down.weight": torch.ones(1, 1536), f"{stem}.lora_up.weight": torch.ones(4608, 1)}, kohya)
+    for path in (*files.values(), *loras.values(), kohya):
         expert = read_expert(path)
         assert family_of_file(path) == expert.base
         assert tensors_hash(path) == expert.sha256
