@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,6 +57,7 @@ CUSTOM = """\
 from mole_diffusers import {name} as Pipeline# noqa: F401
 """  # one name for every kind: diffusers runs all of a process's files called pipeline.py in one module
 VERSION = 1
+MAX_INDEX = 256 << 20  # bytes; mask pictures are in it
 INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
 FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; a name may hold what no path can
 
@@ -236,8 +237,8 @@ class DropIn:
             (part / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
             with nullcontext() if mixture is None else mixture.lifted():
                 super().save_pretrained(str(part), *args, **kwargs)
-            if folder.is_dir():
-                copy_missing(folder, part, without=KEPT)  # another variant of the weights, say
+            if (before := whole_folder(folder)).is_dir():
+                copy_missing(before, part, without=KEPT)  # the weights in another precision, say
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -496,9 +497,10 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     Raises FileNotFoundError or RefusedFileError for what is no such folder, and all that `attach` raises.
     """
     folder = whole_folder(Path(folder))
-    experts, binding, active, by_block = _kept_experts(folder)
-    mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding)
-    _choose(pipe, {name: experts[name][1] for name in active}, by_block)
+    kept = _kept_experts(folder, getattr(pipe, "unet", None))
+    binding = {expert.name: expert.binding for expert in kept if expert.binding is not None}
+    mixture = attach(pipe, {e.name: (e.source, e.strength) for e in kept}, folder / GATES_FOLDER, binding=binding or None)
+    _choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
     return mixture
 
 
@@ -515,37 +517,40 @@ def _block_weights(mixture: Mixture) -> dict[str, dict[str, Any]]:
     return mixture.plan.weights if isinstance(mixture.plan, AdapterWeights) else {}
 
 
-def _kept_experts(
-    folder: Path,
-) -> tuple[dict[str, tuple[str | Path | Expert, float]], dict[str, Bound] | None, list[str], dict[str, dict[str, Any]]]:
-    """From mixture.json: name -> (file, strength), name -> binding (None where nothing is bound), who is on, and weights by
-    model and block."""
+@dataclass(frozen=True)
+class _Kept:
+    """One expert of a kept mixture: its row in mixture.json."""
+
+    name: str
+    source: Path
+    strength: float
+    active: bool
+    binding: Bound | None  # None where nothing is bound
+    weights: Mapping[str, Any]  # by model and block; none where it has one strength
+
+
+def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
+    """The experts in a folder's mixture.json, for a pipeline with this `unet`, if any."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
-    about = read_json(folder / INDEX)
+    about = read_json(folder / INDEX, limit=MAX_INDEX)
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
-    found: dict[str, tuple[str | Path | Expert, float]] = {}
-    binding: dict[str, Bound] = {}
-    active: list[str] = []
-    by_block: dict[str, dict[str, Any]] = {}
+    kept: list[_Kept] = []
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
-            name, file, strength = str(row["name"]), row["file"], float(row["strength"])
-            if "binding" in row:
-                binding[name] = from_json(row["binding"], name)
-            if "weights" in row:
-                by_block[name] = AdapterWeights([name], {name: row["weights"]}, None).weights[name]
+            name, file, strength, active = str(row["name"]), row["file"], float(row["strength"]), row.get("active", True)
+            binding = from_json(row["binding"], name) if "binding" in row else None
+            weights = AdapterWeights([name], {name: row["weights"]}, unet).weights[name] if "weights" in row else {}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
         if not isinstance(file, str) or not FILE.fullmatch(file):
             raise RefusedFileError(f"{folder / INDEX}: {file!r} is not the name of a file in {EXPERTS}/")
-        if name in found or not math.isfinite(strength) or not (folder / EXPERTS / file).is_file():
+        source = folder / EXPERTS / file
+        if any(name == other.name for other in kept) or not math.isfinite(strength) or not source.is_file():
             raise RefusedFileError(
                 f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
             )
-        found[name] = folder / EXPERTS / file, strength
-        if row.get("active", True):
-            active.append(name)
-    return found, binding or None, active, by_block
+        kept.append(_Kept(name, source, strength, bool(active), binding, weights))
+    return kept

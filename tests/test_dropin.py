@@ -13,6 +13,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
+from mole_diffusers.pipelines import attach_kept, keep
 from mole_diffusers.testing import tiny_lora
 
 BOTH = ["sd15", *thorough("sdxl")]
@@ -94,6 +95,9 @@ def saved(tmp_path_factory):
     return pipe, options, folder / "mole", hosts.draw(pipe, options)
 
 
+ROW = {"name": "fox", "file": "0.safetensors", "strength": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -101,6 +105,9 @@ def saved(tmp_path_factory):
         ({"experts": [{"name": "fox"}]}, "is not complete"),
         ({"experts": []}, "is not complete"),
         ({"experts": [{"name": "fox", "file": "../fox", "strength": 1}]}, "not the name of a file in experts/"),
+        ({"experts": [{**ROW, "weights": 3}]}, "the weights of 'fox' are by model, got 3"),
+        ({"experts": [{**ROW, "weights": None}]}, "the weights of 'fox' are by model, got None"),
+        ({"experts": [{**ROW, "weights": {"unet": {"up": {"block_0": [1] * 5}}}}]}, "is not complete: .*Expected 2 scales"),
     ],
 )
 def test_a_bad_folder_is_refused_and_changes_nothing(saved, tmp_path, change, message):
@@ -113,6 +120,27 @@ def test_a_bad_folder_is_refused_and_changes_nothing(saved, tmp_path, change, me
     with pytest.raises(FileNotFoundError, match=r"it has no mixture.json"):
         pipe.load_mixture(tmp_path)
     assert torch.equal(hosts.draw(pipe, options), image)
+
+
+def test_a_large_mask_is_read_again(saved, tmp_path):
+    pipe, _, _, _ = saved
+    noise = torch.randint(0, 256, (1024, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    name = next(iter(pipe.mixture.experts))
+    with pipe.mixture.bound({name: (["fox"], Image.fromarray(noise.numpy()))}):
+        keep(pipe.mixture, tmp_path / "mole")
+    assert (tmp_path / "mole/mixture.json").stat().st_size > 1 << 20
+    region = attach_kept(hosts.HOSTS["sd15"]()[0], tmp_path / "mole").binding[name].region
+    assert torch.equal(torch.tensor(list(region.tobytes()), dtype=torch.uint8), noise.flatten())
+
+
+def test_a_save_after_one_that_was_broken_off_keeps_what_else_was_there(saved, tmp_path):
+    pipe, *_ = saved
+    aside = tmp_path / ".pipe.old"  # as a save leaves it that was killed between its two renames
+    aside.mkdir()
+    (aside / "notes.txt").write_text("mine")
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert (tmp_path / "pipe/notes.txt").read_text() == "mine"
+    assert not aside.exists()
 
 
 def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):

@@ -24,14 +24,16 @@ class AdapterWeights:
     Attributes:
         weights: the same in plain numbers, ready for JSON.
 
-    Warns of weights that are not a model's, as diffusers does. Raises ValueError for what is no number, and what diffusers
-    raises for blocks that the UNet does not have.
+    Warns of weights that are not a model's, as diffusers does. Raises ValueError for what is no number, weights that are not
+    by model, and what diffusers raises for blocks that the UNet does not have.
     """
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, Mapping[str, Any]], unet: Any):
         self.weights: dict[str, dict[str, Any]] = {name: _plain(given) for name, given in weights.items()}
         self._given = [self.weights.get(name, {}) for name in names]
         for name, given in self.weights.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(f"the weights of {name!r} are by model, got {given!r}")
             for part, value in given.items():
                 _check(name, part, value)
         blocks = [given["unet"] if isinstance(given.get("unet"), Mapping) else 1.0 for given in self._given]
