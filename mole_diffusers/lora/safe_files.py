@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -74,23 +75,18 @@ def read_safetensors(path: str | Path) -> Contents:
             than the free memory.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
     with _open(path) as file:
-        size = path.stat().st_size
-        entries, metadata = _header(file, size, path)
+        entries, metadata = _header(file, path)
         stacked = sum(4 * math.prod(entry.shape) for entry in entries)  # experts are stacked in fp32
-        check_memory(size + stacked, f"{path}, once read and once stacked for the host, takes")
+        check_memory(path.stat().st_size + stacked, f"{path}, once read and once stacked for the host, takes")
         return _tensors(file, entries, metadata, path)
 
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shape of every tensor of a safetensors file of any size, and its metadata; raises as `read_safetensors`."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
     with _open(path) as file:
-        entries, metadata = _header(file, path.stat().st_size, path)
+        entries, metadata = _header(file, path)
     return {entry.key: entry.shape for entry in entries}, metadata
 
 
@@ -102,8 +98,6 @@ def read_json(path: str | Path, *, limit: int = 1 << 20) -> Any:
         RefusedFileError: too large, not UTF-8, not JSON, a duplicate key, NaN, or nested too deeply.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
     with _open(path) as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
@@ -151,10 +145,10 @@ def path_inside(folder: str | Path, name: Any) -> Path:
 
 
 def _open(path: Path) -> BufferedReader:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
     try:
         return path.open("rb")
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise RefusedFileError(f"{path} cannot be opened: {error.strerror}") from None
 
@@ -162,9 +156,9 @@ def _open(path: Path) -> BufferedReader:
 # ---- the header
 
 
-def _header(file: BufferedReader, size: int, path: Path) -> tuple[list[_Entry], dict[str, str]]:
+def _header(file: BufferedReader, path: Path) -> tuple[list[_Entry], dict[str, str]]:
     """The checked entries in the order of their bytes, and the metadata."""
-    head = file.read(64)
+    head, size = file.read(64), path.stat().st_size
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or head[8:9] != b"{":
         raise RefusedFileError(f"{path} is {_kind(head)}")
@@ -269,8 +263,7 @@ def _tensors(file: BufferedReader, entries: list[_Entry], metadata: Mapping[str,
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} is there twice")
     return values
 

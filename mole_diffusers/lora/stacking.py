@@ -88,8 +88,7 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
                 unmatched[f"{component}.{key}"] = _why_unmatched(key, component, hosts.get(component))
                 continue
             name, module = modules[key]
-            _check_shape(expert, f"{component}.{name}", weights, module)
-            _check_range(expert, f"{component}.{name}", weights, module)
+            _check_fits(about, f"{component}.{name}", weights, module)
             found.setdefault(component, {})[name] = weights
     if not found:
         key, why = next(iter(unmatched.items()))
@@ -123,25 +122,22 @@ def _shape(module: Any) -> tuple[int, ...]:
     return module.out_channels, module.in_channels // module.groups, *module.kernel_size
 
 
-def _check_shape(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
-    host = _shape(module)
-    down, up = tuple(weights.down.shape), tuple(weights.up.shape)
+def _check_fits(about: str, layer: str, weights: LoraWeights, module: Any) -> None:
+    """Raises RefusedFileError where a layer's shape or numbers do not fit those of the host's."""
+    host, down, up = _shape(module), tuple(weights.down.shape), tuple(weights.up.shape)
     # A 1 x 1 convolution and a linear layer have the same matrix; both are saved in either shape. LoHa and LoKr store
     # a convolution's channels and kernel as one axis.
     inner = math.prod(host[1:])
     fits = up[0] == host[0] and math.prod(down[1:]) == inner and (len(down) == 2 or down[2:] == (host[2:] or (1, 1)))
     if not fits:
         raise RefusedFileError(
-            f"expert {expert.name!r} ({expert.source}, {expert.base}) does not fit layer {name}: "
+            f"{about} does not fit layer {layer}: "
             f"the host's weight is {list(host)}, the LoRA's down is {list(down)} and up is {list(up)}"
         )
-
-
-def _check_range(expert: Expert, name: str, weights: LoraWeights, module: Any) -> None:
     if module.weight.dtype == torch.float16 and (largest := weights.largest()) > torch.finfo(torch.float16).max:
         raise RefusedFileError(
-            f"expert {expert.name!r} ({expert.source}): the numbers of layer {name} go up to {largest:.2g}, which float16 "
-            f"cannot hold; use the pipeline in bfloat16 or float32"
+            f"{about}: the numbers of layer {layer} go up to {largest:.2g}, which float16 cannot hold; use the pipeline in "
+            f"bfloat16 or float32"
         )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
 
@@ -49,22 +49,22 @@ def guard(
     Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
     the layers themselves keep the mixture's adapter active, and refuse to be fused.
     """
-    _lend(pipe, "fuse_lora", _refusing(MERGED), undo)
+    _wrap(pipe, "fuse_lora", partial(_refused, MERGED), undo)
     _set(pipe, "__deepcopy__", copy, undo)
-    _set(pipe, "__reduce_ex__", functools.partial(_not_pickled, pipe), undo)
+    _set(pipe, "__reduce_ex__", partial(_not_pickled, pipe), undo)
     for model in models:
-        _set(model, "__deepcopy__", functools.partial(_deepcopy, model, lift), undo)
-        _set(model, "__reduce_ex__", functools.partial(_not_pickled, model), undo)
+        _set(model, "__deepcopy__", partial(_deepcopy, model, lift), undo)
+        _set(model, "__reduce_ex__", partial(_not_pickled, model), undo)
         for name in ON_THE_ORIGINAL:
-            _lend(model, name, functools.partial(_lifting, lift), undo)
-        _lend(model, "unload_lora", functools.partial(_removing, remove), undo)
-        _lend(model, "delete_adapters", functools.partial(_deleting, remove), undo)
-        _lend(model, "fuse_qkv_projections", _refusing(FUSED), undo)
-        _lend(model, "fuse_lora", _refusing(MERGED), undo)
+            _wrap(model, name, partial(_on_the_original, lift), undo)
+        _wrap(model, "unload_lora", partial(_after_removing, remove), undo)
+        _wrap(model, "delete_adapters", partial(_deleted, remove), undo)
+        _wrap(model, "fuse_qkv_projections", partial(_refused, FUSED), undo)
+        _wrap(model, "fuse_lora", partial(_refused, MERGED), undo)
         for layer in adapted(model):
-            _lend(layer, "merge", _refusing(MERGED), undo)
+            _wrap(layer, "merge", partial(_refused, MERGED), undo)
             if ADAPTER in layer.lora_A:
-                _lend(layer, "set_adapter", _keeping, undo)
+                _wrap(layer, "set_adapter", _chosen_beside, undo)
         if isinstance(model, ModelMixin):
             _watch_parts(model, undo)
         elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
@@ -73,15 +73,15 @@ def guard(
             vars(model)["text_model"] = model
 
 
-def _lend(owner: Any, name: str, make: Callable[[Any], Any], undo: Undo) -> None:
-    """Give one object a method of its own, `make(the method it has)`; does nothing where it has none.
+def _wrap(owner: Any, name: str, call: Callable[..., Any], undo: Undo) -> None:
+    """Give one object a method of its own, `call(the method it has, self, ...)`; does nothing where it has none.
 
     A method that a subclass made its own, as a drop-in pipeline does, knows what it is about and stays.
     """
     found = getattr(type(owner), name, None)
     if found is None or found.__module__.startswith("mole_diffusers"):
         return
-    _set(owner, name, MethodType(functools.wraps(found)(make(found)), owner), undo)
+    _set(owner, name, MethodType(update_wrapper(partial(call, found), found), owner), undo)
 
 
 def _set(owner: Any, name: str, value: Any, undo: Undo) -> None:
@@ -102,56 +102,38 @@ def _not_pickled(owner: Any, _: int) -> Any:
     raise ValueError(PICKLE.format(kind=type(owner).__name__))
 
 
-def _lifting(lift: Lift, found: Any) -> Any:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
-        with nullcontext() if kwargs.get("hotswap") is True else lift():
-            return found(self, *args, **kwargs)
-
-    return call
+def _on_the_original(lift: Lift, found: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
+    with nullcontext() if kwargs.get("hotswap") is True else lift():
+        return found(model, *args, **kwargs)
 
 
-def _removing(remove: Callable[[], None], found: Any) -> Any:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _after_removing(remove: Callable[[], None], found: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    remove()
+    return found(model, *args, **kwargs)
+
+
+def _deleted(remove: Callable[[], None], found: Any, model: Any, adapter_names: str | list[str]) -> Any:
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    if ADAPTER in names:
         remove()
-        return found(self, *args, **kwargs)
-
-    return call
-
-
-def _deleting(remove: Callable[[], None], found: Any) -> Any:
-    def call(self: Any, adapter_names: str | list[str]) -> Any:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if ADAPTER in names:
-            remove()
-        others = [name for name in names if name != ADAPTER]
-        return found(self, others) if others else None
-
-    return call
+    others = [name for name in names if name != ADAPTER]
+    return found(model, others) if others else None
 
 
-def _keeping(found: Any) -> Any:
-    def call(self: Any, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        return found(self, [*(name for name in chosen if name != ADAPTER), ADAPTER], *args, **kwargs)
-
-    return call
+def _chosen_beside(found: Any, layer: Any, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> Any:
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    return found(layer, [*(name for name in names if name != ADAPTER), ADAPTER], *args, **kwargs)
 
 
-def _refusing(why: str) -> Callable[[Any], Any]:
-    def make(_: Any) -> Any:
-        def call(*_: Any, **__: Any) -> None:
-            raise ValueError(why)
-
-        return call
-
-    return make
+def _refused(why: str, *_: Any, **__: Any) -> None:
+    raise ValueError(why)
 
 
 def _watch_parts(model: Any, undo: Undo) -> None:
     for name, child in model.named_children():
         if any(ADAPTER in key for key, _ in child.named_parameters()):
-            undo.callback(child.register_state_dict_pre_hook(functools.partial(_whole_only, name)).remove)
+            undo.callback(child.register_state_dict_pre_hook(partial(_whole_only, name)).remove)
 
 
 def _whole_only(name: str, _: Any, prefix: str, *__: Any) -> None:

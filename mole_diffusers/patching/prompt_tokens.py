@@ -40,11 +40,6 @@ class Encoded:
     words: torch.Tensor
     states: tuple[torch.Tensor, ...]
 
-    @property
-    def bytes(self) -> int:
-        """What its states take."""
-        return sum(states.nbytes for states in self.states)
-
 
 OnText = Callable[[str, torch.Tensor, torch.device], None]  # (encoder, ids [B, T], where the encoder is)
 Run = tuple[Encoded, int]  # and the row in it
@@ -94,7 +89,7 @@ class PromptTokens:
             texts = tuple(s.detach() for s in states if s.dim() == 3)
             if reading and texts:
                 self._known.append(Encoded(name, *reading[0], texts))
-                while len(self._known) > LEAST_TEXTS and sum(encoded.bytes for encoded in self._known) > MOST_BYTES:
+                while len(self._known) > LEAST_TEXTS and sum(s.nbytes for e in self._known for s in e.states) > MOST_BYTES:
                     self._known.popleft()
 
         undo.before_forward(encoder, before, with_kwargs=True)
