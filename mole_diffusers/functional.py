@@ -174,7 +174,7 @@ def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Ten
 def resample_rows(values: torch.Tensor, batch: int) -> torch.Tensor:
     """Rows [have, ...] spread over, or thinned to, [batch, ...], where each stands for as many neighbours as any other.
 
-    A film's frames and an image's pixels are rows in some layers, one sample's after the other's.
+    A video's frames and an image's pixels are rows in some layers, one sample's after the other's.
     """
     have = values.shape[0]
     return values if have == batch else values[torch.arange(batch, device=values.device) * have // batch]

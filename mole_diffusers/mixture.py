@@ -485,7 +485,7 @@ class Mixture:
                 of a prompt with weights.
 
         Raises ValueError for a share outside of 0..1; and when a picture is drawn that is always to be in tiles, for a
-        pipeline without a UNet, no one prompt, more than eight things, a film, a ControlNet, a prompt of several chunks, or
+        pipeline without a UNet, no one prompt, more than eight things, a video, a ControlNet, a prompt of several chunks, or
         a region of an expert that is no thing; and for regions that leave a thing no place.
         """
         if not 0 <= until <= 1:

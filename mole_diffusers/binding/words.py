@@ -22,9 +22,7 @@ RELATIONS = {  # words between two things -> (axis, whether the first has the sm
     "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
     "under": ("y", False), "beneath": ("y", False),
 }  # fmt: skip
-RELATION = re.compile(
-    r"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?(left of|right of|above|over|below|under|beneath)\s+(?:an?\s+|the\s+)?"
-)
+RELATION = re.compile(rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+(?:an?\s+|the\s+)?")
 PLACE_WORDS = "(?:is )?(?:beside|next to|near|(?:(?:to|on) the )?(?:left|right) of|above|over|below|under|beneath)"
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
 BREAK = re.compile(rf"[,;.&+\n]|\b(?:and|{PLACE_WORDS})\b")
@@ -76,7 +74,7 @@ class Reading:
     relations: tuple[tuple[int, int, str], ...] = ()
 
     @property
-    def said(self) -> tuple[bool, ...]:
+    def mentioned(self) -> tuple[bool, ...]:
         """[N]: whose words the text has."""
         return tuple(any(tokens) for tokens in self.own)
 

@@ -131,7 +131,7 @@ class BoundText:
 
         Args:
             tokens: T.
-            rows: B, of the layer; a film's frames are rows of their own there.
+            rows: B, of the layer; a video's frames are rows of their own there.
         """
         bias = self.biases.get(tokens)
         if bias is None or (rows > len(bias) and rows % len(bias)):

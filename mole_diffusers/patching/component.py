@@ -238,7 +238,7 @@ class Component:
 def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
         time = inputs.time(args, kwargs)  # [B]
-        text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a film has its text once a frame
+        text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a video has its text once a frame
         time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
         site.defer(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
 

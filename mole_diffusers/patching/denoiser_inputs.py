@@ -60,11 +60,11 @@ class DenoiserInputs:
         return height, width
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """What is denoised: [B, C, H, W], a film's [B, C, F, H, W], or tokens [B, T, C]."""
+        """What is denoised: [B, C, H, W], a video's [B, C, F, H, W], or tokens [B, T, C]."""
         return self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
 
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """The text states [B, T, C]; B may be a multiple of the samples' where the samples are films."""
+        """The text states [B, T, C]; B may be a multiple of the samples' where the samples are videos."""
         return self._read("encoder_hidden_states", args, kwargs)
 
 

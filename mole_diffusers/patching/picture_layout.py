@@ -41,7 +41,7 @@ class PictureLayout:
         readings: of each row's text; empty where it is not known.
         groups: of the groups of rows that guidance puts together, in their order: whether they are prompts. The first that
             are say what is in the pictures.
-        frames: rows of one film, which have one layout.
+        frames: rows of one video, which have one layout.
         side: of the latents; None where it is not known, and nothing has a place.
     """
 
@@ -104,7 +104,7 @@ class PictureLayout:
         for row, maps in self._maps.items():
             if self.side is not None:
                 things = self._placed(row)
-                self._regions[row], margin = give_places(self.readings[row], things, maps.cpu(), self.bound, self.side)
+                self._regions[row], margin = planned_regions(self.readings[row], things, maps.cpu(), self.bound, self.side)
                 if margin < UNDECIDED and len(things) > 1:
                     named = " and ".join(repr(thing.name) for thing in things)
                     warned.append(f"the places of {named} are undecided; give a region")
@@ -214,13 +214,13 @@ class PictureLayout:
         return [f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name]
 
 
-def give_places(
+def planned_regions(
     reading: Reading, free: Sequence[Thing], maps: torch.Tensor | None, bound: Sequence[Bound], side: Side
 ) -> tuple[torch.Tensor, float]:
-    """Places [K, H, W] of those things of a text that the user gave no region, and how sure they are, see `layout.planned`.
+    """Regions [K, H, W] of those things of a text that the user gave none, and how sure they are, see `layout.planned`.
 
     Args:
-        maps: [K, h, w], what the words of each attend to; None for places in the order of `free`.
+        maps: [K, h, w], what the words of each attend to; None for regions in the order of `free`.
     """
     given = [given_region(thing, bound) for thing in reading.things]
     taken = [region_mask(region, *side) for region in given if region is not None]

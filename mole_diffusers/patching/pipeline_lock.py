@@ -22,11 +22,11 @@ OTHER_TASK = (
 )
 ENDED = "a `with` block of this mixture was opened on a thread that has ended; close it first"
 MOVED = (
-    "a `with` block of this mixture was entered at {place} on thread {thread!r}, and the generator that holds it goes on "
+    "a `with` block of this mixture was entered at {at} on thread {thread!r}, and the generator that holds it goes on "
     "on another; run such a generator on one thread"
 )
 WAITING = (
-    "waiting for {seconds:.0f} s for the `with` block that thread {thread!r} entered at {place}; if that block waits for "
+    "waiting for {seconds:.0f} s for the `with` block that thread {thread!r} entered at {at}; if that block waits for "
     "this thread, as by `future.result()`, neither will ever end"
 )
 WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
@@ -87,7 +87,7 @@ class PipelineLock:
             blocks = [block for opened in list(self._open) if (block := opened()) is not None]
             mine = set(_callers(sys._getframe(1)))  # not this frame: it would hold itself, and all that they hold
             if moved := next((block for block in blocks if mine & block.generators), None):
-                raise RuntimeError(MOVED.format(place=moved.place, thread=thread.name))
+                raise RuntimeError(MOVED.format(at=moved.entered_at, thread=thread.name))
             if not thread.is_alive():
                 raise RuntimeError(ENDED)
             around = next((block for block in blocks if block.around), None)
@@ -95,7 +95,7 @@ class PipelineLock:
             if around is None or draws or outermost != self._open[:1]:
                 since, outermost = time.monotonic(), self._open[:1]
             elif (waited := time.monotonic() - since) > WARN_AFTER:
-                warnings.warn(WAITING.format(seconds=waited, thread=thread.name, place=around.place), stacklevel=4)
+                warnings.warn(WAITING.format(seconds=waited, thread=thread.name, at=around.entered_at), stacklevel=4)
                 since = float("inf")  # once
 
 
@@ -105,7 +105,7 @@ class _Block:
     It is `held` that keeps it, and the lock knows it weakly: a block that everybody has dropped is collected, and so ends.
 
     Attributes:
-        place: where it was entered, outside of this package.
+        entered_at: where it was entered, outside of this package.
         generators: frames of the generators and coroutines that ran then. Each may be suspended, with the block open, and go
             on on another thread.
         around: whether a user's code runs inside.
@@ -114,7 +114,7 @@ class _Block:
 
     def __init__(self, frame: Any, around: bool, draws: bool):
         callers = [f for f in _callers(frame) if not f.f_code.co_filename.startswith(OWN)]
-        self.place = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in callers), "?")
+        self.entered_at = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in callers), "?")
         self.generators = {f for f in callers if f.f_code.co_flags & SUSPENDABLE}
         self.around, self.draws = around, draws
 

@@ -103,7 +103,7 @@ def _within(name: str, one_gate_per: str, model: nn.Module) -> Place:
 def stream_of(component: str, layer: str) -> str | None:
     """Which tokens a layer reads: "encoding" in a text encoder; in a denoiser "image", "text" (keys and values of
     cross-attention, and the text's own layers in SD 3 and Flux), or "joint", the text's and then the picture's; None where
-    its tokens are neither (the frames of a film)."""
+    its tokens are neither (the frames of a video)."""
     if component.startswith("text_encoder"):
         return "encoding"
     if layer.endswith(TEXT_LAYERS) or any(f".{name}" in f".{layer}" for name in TEXT_STREAM):

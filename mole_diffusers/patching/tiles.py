@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import Part, ThingKey, keys, prompts_apart
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
-from mole_diffusers.patching.picture_layout import give_places
+from mole_diffusers.patching.picture_layout import planned_regions
 from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
@@ -93,7 +93,7 @@ def tiles_for(
     Raises ValueError where tiles are always wanted and cannot be, see `Mixture.tiled`.
     """
     things = _things(pipe, tiling, call, bound, acting)
-    return None if things is None else Tiles(pipe, tiling, things, call, by=by, settle=settle)
+    return None if things is None else Tiles(pipe, tiling, things, call, by, settle)
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
@@ -187,7 +187,7 @@ class Things:
         self.everywhere = tuple(
             name
             for k, (name, own) in enumerate(bound.items())
-            if name in acting and k not in placed and (self.reading.said[k] or not own.needs_words)
+            if name in acting and k not in placed and (self.reading.mentioned[k] or not own.needs_words)
         )
         self.outside = [name for name in self.everywhere if bound[name].given is not None]
         owned = [i for i in self.prompts if self.reading.things[i].experts]
@@ -204,30 +204,26 @@ class Things:
         masks = {i: region_mask(region, *side) for i, region in regions.items() if region is not None}
         free = [i for i in self.prompts if i not in masks]
         if free:
-            places, _ = give_places(self.reading, [things[i] for i in free], None, self.bound, side)
+            places, _ = planned_regions(self.reading, [things[i] for i in free], None, self.bound, side)
             masks |= dict(zip(free, places, strict=True))
         return torch.stack([masks[i] for i in self.prompts])
 
 
+@dataclass(eq=False)
 class Tiles:
-    """The denoiser's calls for each thing of a prompt, see `Mixture.tiled`."""
+    """The denoiser's calls for each thing of a prompt, see `Mixture.tiled` and `tiles_for`."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        tiling: Tiling,
-        things: Things,
-        call: Mapping[str, Any],
-        *,
-        by: By,
-        settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
-    ):
-        self.pipe, self.tiling, self.things, self.clip_skip = pipe, tiling, things, call.get("clip_skip")
-        self.encode = tiling.encode if tiling.encode and call.get("prompt") is None else self._encode
-        self.by, self.settle = by, settle
-        self.reader = DenoiserInputs(pipe.unet)
-        # Of latents of this height and width and a text of so many tokens; none where they are drawn as one.
-        self._found: dict[tuple[int, int, int], list[Tile]] = {}
+    pipe: Any
+    tiling: Tiling
+    things: Things
+    call: Mapping[str, Any]
+    by: By
+    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
+    # Of latents of this height and width and a text of so many tokens; none where they are drawn as one.
+    _found: dict[tuple[int, int, int], list[Tile]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reader = DenoiserInputs(self.pipe.unet)
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -254,7 +250,7 @@ class Tiles:
         if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
             reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
         elif latents.dim() != 4:
-            reason = "tiles are parts of a picture, and this is a film"
+            reason = "tiles are parts of a picture, and this is a video"
         if reason and self.tiling.always:
             raise ValueError(reason)
         if reason:
@@ -284,7 +280,8 @@ class Tiles:
     def _tile(self, thing: int, prompt: Part, mask: torch.Tensor) -> Tile:
         names = self.things.experts(thing) + self.things.everywhere
         with torch.no_grad(), self.by(names):
-            text, pooled = self.encode(prompt)
+            encode = self.tiling.encode if self.tiling.encode and self.call.get("prompt") is None else self._encode
+            text, pooled = encode(prompt)
         return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))
 
     def _encode(self, prompt: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -293,7 +290,7 @@ class Tiles:
             device=self.pipe._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
-            **({} if self.clip_skip is None else {"clip_skip": self.clip_skip}),
+            **({"clip_skip": skip} if (skip := self.call.get("clip_skip")) is not None else {}),
         )
         return made[0], made[2] if len(made) == 4 else None
 

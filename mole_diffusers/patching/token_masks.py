@@ -112,7 +112,7 @@ class TokenMasks:
     @property
     def layouts(self) -> list[Layout]:
         """The layouts of the pictures that are being drawn, or were drawn last, in their order."""
-        spoken = [text for text in self._texts if any(map(_says, text.picture.readings))] or self._texts
+        spoken = [text for text in self._texts if any(map(_mentions, text.picture.readings))] or self._texts
         return spoken[-1].picture.layouts() if spoken else []
 
     # ---- texts
@@ -123,12 +123,12 @@ class TokenMasks:
             self._texts = []
         if not self.has_words:
             return
-        acts, said = None, [(True,) * len(self.bound)]  # where words are not known, every expert acts on every token
+        acts, mentioned = None, [(True,) * len(self.bound)]  # where words are not known, every expert acts on every token
         if self.tokenizers[encoder] is not None:
             readings = self._readings([[[(encoder, row)]] for row in ids.tolist()])
-            acts, said = onto(self._acting_tokens(readings), device), [reading.said for reading in readings]
+            acts, mentioned = onto(self._acting_tokens(readings), device), [reading.mentioned for reading in readings]
         self._encoding, self._encoded = acts, {}
-        self.silent, self.row_silent = self._silent(said, device)
+        self.silent, self.row_silent = self._silent(mentioned, device)
         self._changed()
 
     def _readings(self, rows: Sequence[Sequence[Sequence[tuple[str, list[int]]]]], tokens: int = 0) -> list[Reading]:
@@ -155,22 +155,22 @@ class TokenMasks:
         everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
         for reading in readings:
             own = torch.tensor(reading.own).T  # [T, N]
-            acts = torch.tensor([said or not b.needs_words for b, said in zip(bounds, reading.said, strict=True)])
+            acts = torch.tensor([there or not b.needs_words for b, there in zip(bounds, reading.mentioned, strict=True)])
             nobodys = ~own.any(1, keepdim=True)  # [T, 1]
             rows.append(acts & (own | nobodys | everywhere))
         return torch.stack(rows)
 
-    def _silent(self, said: Sequence[Sequence[bool]], device: torch.device) -> tuple[Silent, torch.Tensor | None]:
+    def _silent(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> tuple[Silent, torch.Tensor | None]:
         """Experts whose words a text must have, and has not, are as at strength 0.
 
         Args:
-            said: [B][N], whose words each row has.
+            mentioned: [B][N], whose words each row has.
 
         Returns:
             [N], those that no row wants; and [B, N] on `device` where rows differ.
         """
         bounds = list(self.bound.values())
-        rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in said]
+        rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in mentioned]
         if len(set(rows)) == 1:
             return rows[0], None
         return tuple(map(all, zip(*rows, strict=True))), onto(torch.tensor(rows), device)
@@ -257,14 +257,16 @@ class TokenMasks:
             readings = self._readings(rows, tokens=text.shape[1])
         elif self.has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
-        frames = max(1, len(text) // len(latents))  # a film has its text once a frame
+        frames = max(1, len(text) // len(latents))  # a video has its text once a frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
-        said = [readings[row].said for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        before = next((known for known in reversed(self._texts) if any(map(_says, known.picture.readings))), None)
-        follows = groups is None and before is not None and not any(map(_says, readings)) and len(before.text) == len(text)
+        mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
+        before = next((known for known in reversed(self._texts) if any(map(_mentions, known.picture.readings))), None)
+        follows = (
+            groups is None and before is not None and not any(map(_mentions, readings)) and len(before.text) == len(text)
+        )
         prompt = before if follows else None
-        silent, by_row = self._silent(said, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
+        silent, by_row = self._silent(mentioned, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
         now = text.detach(), version(text), latents.shape
         state = BoundText(*now, picture, acts, silent, by_row, prompt)
         if prompt is not None:
@@ -285,13 +287,13 @@ class TokenMasks:
             warnings.warn(message, stacklevel=2)
 
 
-def _says(reading: Reading) -> bool:
-    return any(reading.said)
+def _mentions(reading: Reading) -> bool:
+    return any(reading.mentioned)
 
 
 def _groups(readings: Sequence[Reading]) -> Groups:
     """Whether the first half of the rows are prompts, to judge by the texts alone."""
     half = len(readings) // 2
-    said = list(map(_says, readings))
-    guided = half and len(readings) == 2 * half and not any(said[:half]) and all(said[half:])
+    mentioned = list(map(_mentions, readings))
+    guided = half and len(readings) == 2 * half and not any(mentioned[:half]) and all(mentioned[half:])
     return (False, True) if guided else (True,)

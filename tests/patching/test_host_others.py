@@ -113,7 +113,7 @@ def test_threads_draw_what_each_would_alone(other):
     assert not torch.allclose(alone["fox"], alone["ink"], atol=1e-3)
 
 
-CONTROLLERS = {  # the models that are made of a denoiser's weights; there is none for films
+CONTROLLERS = {  # the models that are made of a denoiser's weights; there is none for videos
     "sdxl": lambda unet: diffusers.ControlNetModel.from_unet(unet),
     "sd21": lambda unet: diffusers.ControlNetModel.from_unet(unet),
     "flux": lambda transformer: diffusers.FluxControlNetModel.from_transformer(

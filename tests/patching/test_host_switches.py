@@ -1,4 +1,4 @@
-"""What people switch on, on hosts other than Stable Diffusion 1.5: text towers, transformers, films."""
+"""What people switch on, on hosts other than Stable Diffusion 1.5: text towers, transformers, videos."""
 
 import hosts
 import pytest
@@ -72,7 +72,7 @@ def test_prompt_embeddings_given_directly(other):
 def test_several_prompts_and_pictures_are_drawn_as_each_alone(other):
     pipe, options = other.pipe, other.options
     other.attach()
-    each = 1 if other.name == "animatediff" else 2  # which draws one film per prompt, whatever it is asked
+    each = 1 if other.name == "animatediff" else 2  # which draws one video per prompt, whatever it is asked
 
     def draw(prompt, *seeds, **more):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -329,10 +329,10 @@ def test_films_are_drawn_as_one(tmp_path):
     files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {n: replace(read_expert(path, n), triggers=(n,)) for n, path in files.items()})
     pipe.unet.config["sample_size"] = 1
-    film = draw(pipe, options, PROMPT)
+    video = draw(pipe, options, PROMPT)
     with mixture.tiled(0):
-        assert torch.equal(draw(pipe, options, PROMPT), film)
-    with mixture.tiled(), pytest.raises(ValueError, match="this is a film"):
+        assert torch.equal(draw(pipe, options, PROMPT), video)
+    with mixture.tiled(), pytest.raises(ValueError, match="this is a video"):
         draw(pipe, options, PROMPT)
 
 
