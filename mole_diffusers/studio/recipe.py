@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mole_diffusers.binding.config import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import parse_json, read_json
 from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.options import check_options
 from mole_diffusers.studio.names import matching, shared_name
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.weight_syntax import plain_text
@@ -29,7 +30,7 @@ RANGES = {
     "hires_strength": (0.0, 1.0),
 }
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
-WHOLE, OPEN = ("seed", "steps", "width", "height"), ("width", "height")  # whole numbers; those that may be left open with 0
+OPEN = ("width", "height")  # numbers that may be left open with 0
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
 MAX_MASKS = 128 << 10  # characters of all masks of a recipe
@@ -94,11 +95,8 @@ class Recipe:
     hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in (*PROMPTS, "sampler", "gates", "arm", "gates_sha256", "base", "image", "mask"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
-        if not isinstance(self.weights, bool):
-            raise ValueError(f"weights must be true or false, got {self.weights!r}")
+        texts_and_mappings = {name: value for name, value in vars(self).items() if name not in RANGES}
+        check_options(texts_and_mappings, KINDS, "a recipe")
         if any(len(getattr(self, name)) > 5000 for name in PROMPTS):
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm_and_name[0] not in ARMS or self.binding not in BINDINGS:
@@ -106,26 +104,16 @@ class Recipe:
             raise ValueError(f"unknown arm {self.arm!r} or binding {self.binding!r}; known: {arms}; {list(BINDINGS)}")
         if self.mask and not self.image:
             raise ValueError("a mask needs a picture that is drawn over")
-        self._check_numbers()
-        self._check_mappings()
-
-    def _check_numbers(self) -> None:
+        if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
+            raise ValueError("a locked weight must be a finite number")
+        if sum(map(len, self.masks.values())) > MAX_MASKS:
+            raise ValueError(f"masks are PNGs in base64, of at most {MAX_MASKS >> 10} KiB together")
         for name, (low, high) in RANGES.items():
-            value, whole, is_open = getattr(self, name), name in WHOLE, name in OPEN
+            value, whole, is_open = getattr(self, name), KINDS[name] is int, name in OPEN
             fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not fits or not (low <= value <= high or is_open and value == 0):
                 kind = "a whole number" if whole else "a number"
                 raise ValueError(f"{name} must be {kind} in {low}..{high}{', or 0' if is_open else ''}, got {value!r}")
-
-    def _check_mappings(self) -> None:
-        if not _maps_to(self.locks, Mapping) or not all(_maps_to(row, int | float) for row in self.locks.values()):
-            raise ValueError("locks must map gate sites to weights by LoRA")
-        if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
-            raise ValueError("a locked weight must be a finite number")
-        if not _maps_to(self.experts, str):
-            raise ValueError("experts must map LoRA names to hashes")
-        if not _maps_to(self.masks, str) or sum(map(len, self.masks.values())) > MAX_MASKS:
-            raise ValueError(f"masks must map LoRA names to PNGs in base64, of at most {MAX_MASKS >> 10} KiB together")
 
     @property
     def arm_and_name(self) -> tuple[str, str]:
@@ -209,6 +197,9 @@ class Recipe:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
+KINDS = get_type_hints(Recipe)  # field -> its type
+
+
 def load(path: str | Path) -> Recipe:
     """Read what `Recipe.save` wrote. Raises ValueError naming the file and what is wrong."""
     return Recipe.from_dict(read_json(path), str(Path(path).name))
@@ -227,8 +218,3 @@ def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] 
     name = matching(name, tags) or name
     tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
     return str(replace(parsed, tags=tuple(tags.values())))
-
-
-def _maps_to(values: Any, kind: Any) -> bool:
-    """Whether this is a mapping from texts to values of this type."""
-    return isinstance(values, Mapping) and all(isinstance(k, str) and isinstance(v, kind) for k, v in values.items())

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.pipeline_lock import PipelineLock
 from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.studio import picture_passes
-from mole_diffusers.studio.base_models import usual_size
+from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.names import shared_name
@@ -37,9 +37,6 @@ from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import parse_weights
-
-if TYPE_CHECKING:
-    from mole_diffusers.studio.base_models import Base
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
@@ -59,10 +56,10 @@ class Studio:
         self._use(pipe, base)
 
     def _use(self, pipe: Any, base: str) -> None:
-        self.pipe, self.base = pipe, base
-        self._own_scheduler = pipe.scheduler
+        self.pipe, self._own_scheduler = pipe, pipe.scheduler
         self._over: dict[bool, Any] = {}  # pipelines that draw over a picture, without and with a mask
         self._attached_key: tuple | None = None  # what is attached; None: unknown
+        self.base = base  # last: with it other threads take the rest for there
 
     def change_base(self, base: str, opening: Callable[[str], Base]) -> None:
         """Put another base model in the place of this one, whose weights are let go first: no two are in memory at once.
@@ -230,16 +227,14 @@ class Studio:
         size = recipe.width, recipe.height
         with self.lock.held():
             self.check_base(recipe)
-            if image is None:
-                drawn = self._pass(recipe, size, {}, on_step, inside)
-            else:
-                over: dict[str, Any] = {"strength": recipe.strength}
-                over["image"] = picture_passes.fitted(picture_passes.on_white(image), *size)
-                if mask is not None:
-                    over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
-                drawn = self._pass(recipe, size, over, on_step, inside)
-                if mask is not None:  # the VAE changes the rest a little
-                    drawn = Image.composite(drawn, over["image"], over["mask_image"])
+            over: dict[str, Any] = {}
+            if image is not None:
+                over = {"strength": recipe.strength, "image": picture_passes.fitted(picture_passes.on_white(image), *size)}
+            if mask is not None:
+                over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
+            drawn = self._pass(recipe, size, over, on_step, inside)
+            if mask is not None:  # the VAE changes the rest a little
+                drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}

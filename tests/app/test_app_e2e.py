@@ -130,6 +130,7 @@ def test_a_picture_comes_back_from_itself(tiny, tmp_path):
 
 @pytest.mark.thorough
 def test_cards_and_tags_are_in_step(tiny, tmp_path):
+    tiny.until(lambda: tiny.all(".c0"), WAIT)  # the fox of a fresh page, beside which ink gets the next colour
     tiny.type("#prompt textarea", "ink <lora:ink:0@0,1@0.4:stop=2>")
     tiny.until(lambda: value(tiny, ".c1 .any") == "0@0,1@0.4", WAIT)
     tiny.type(".c1 .any input, .c1 .any textarea", "-7")

@@ -244,3 +244,9 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     assert (singles, styles) == ("fox=a fox and a hat", ["hat"])
     _, singles, *_ = plain(event)("ink drawing of a fox <lora:fox:1> <lora:ink:1>", [], "blend")
     assert singles == "fox=drawing of a fox\nink=ink drawing"
+
+
+def test_two_loras_of_one_subject_are_one_part_of_a_collage():
+    singles = {"fox": ["a fox in ink"], "fur": ["a fox in ink"], "hat": ["a hat in ink"]}
+    wanted = request(singles=singles, styles=["ink"], composed=["a fox and a hat in ink"])
+    assert wanted.data().parts == {"a fox and a hat in ink": ["a fox in ink", "a hat in ink"]}
