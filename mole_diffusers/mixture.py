@@ -34,6 +34,7 @@ from mole_diffusers.patching.denoiser_inputs import (
     hosts,
     models_of,
 )
+from mole_diffusers.patching.drawn_over import drawn_over
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
@@ -234,7 +235,7 @@ class Mixture:
             if binding is not None:
                 binding.begin()
             try:
-                with self._in_tiles(call):
+                with self._by_things(call):
                     yield
                 done = True
             finally:
@@ -244,24 +245,28 @@ class Mixture:
                 if binding is not None:
                     binding.end(warns=done and self._runtime.masks is binding)
 
-    def _in_tiles(self, call: Mapping[str, Any] | None) -> AbstractContextManager[None]:
-        """Draws a call's pictures in tiles at first, where they are to be."""
+    def _by_things(self, call: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+        """Calls the denoiser for single things: to draw them in tiles at first, or to find them in a picture."""
         runtime = self._runtime
         binding, tiling = runtime.binding, runtime.tiling
-        if binding is None and tiling.always:
+        if binding is None and tiling.always and tiling.until:
             binding = self._masks(files_bindings(self.experts))
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
-        if call is None or binding is None or not tiling.until or runtime.fixed is not None or runtime.rows is not None:
+        if call is None or binding is None or runtime.fixed is not None or runtime.rows is not None:
             return nullcontext()
 
         @contextmanager
-        def by(names: Sequence[str]) -> Iterator[None]:
-            with self.bound(None), self.only(*names), self._with_settings(within_step=True):
+        def by(names: Sequence[str], **settings: Any) -> Iterator[None]:
+            with self.bound(None), self.only(*names), self._with_settings(within_step=True, **settings):
                 yield
 
         acting = [name for name, acts in zip(self.experts, runtime.acting, strict=True) if acts]
-        tiles = tiles_for(self._pipe, tiling, call, bound=binding.bound, acting=acting, by=by, settle=binding.plan)
-        return nullcontext() if tiles is None else tiles.drawn()
+        about: dict[str, Any] = {"bound": binding.bound, "acting": acting, "settle": binding.plan}
+        tiles = tiles_for(self._pipe, tiling, call, by=by, **about) if tiling.until else None
+        if tiles is not None:
+            return tiles.drawn()
+        over = drawn_over(self._pipe, tiling, call, by=partial(by, listeners=[]), **about)
+        return nullcontext() if over is None else over.placed()
 
     def announce_text(self, ids: torch.Tensor) -> None:
         """Token ids [B, T] on the CPU that a text encoder is about to be given; so they are not read back from a device."""

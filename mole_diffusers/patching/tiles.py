@@ -34,7 +34,8 @@ OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call wit
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
-Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]  # of a prompt -> its states [1, S, C], and pooled [1, P]
+# Of a part of a prompt -> its states [1, S, C], and what SDXL reads of it as a whole [1, P], None elsewhere.
+Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def tiles_for(
     Raises ValueError where tiles are always wanted and cannot be, see `Mixture.tiled`.
     """
     things = _things(pipe, tiling, call, bound, acting)
-    return None if things is None else Tiles(pipe, tiling, things, call, by, settle)
+    return None if things is None else Tiles(pipe, tiling, things, encoder(pipe, tiling, call), by, settle)
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
@@ -109,20 +110,45 @@ def _things(
     pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
 ) -> Things | None:
     """What is drawn in tiles where it has room; None where a picture is drawn as one."""
-    of_states = call.get("prompt") is None and tiling.prompt is not None
-    prompt = tiling.prompt if of_states else _one_prompt(call.get("prompt"))
-    things = None if prompt is None else Things(prompt, bound, acting)
-    reason = _obstacle(pipe, things)
+    things = things_of(tiling, call, bound, acting)
+    reason = obstacle(pipe, things)
     if reason and tiling.always:
         raise ValueError(reason)
     if reason or things is None or len(things.prompts) < 2:
         return None
-    allowed = OF_A_PROMPT | OF_STATES if of_states else OF_A_PROMPT
+    allowed = OF_A_PROMPT | OF_STATES if _gives_states(tiling, call) else OF_A_PROMPT
     asks_for_nothing_else = all(name in allowed for name, value in call.items() if value is not None)
     return things if tiling.always or (things.are_listed and asks_for_nothing_else) else None
 
 
-def _obstacle(pipe: Any, things: Things | None) -> str:
+def _gives_states(tiling: Tiling, call: Mapping[str, Any]) -> bool:
+    """Whether a call gives the states of a prompt that the tiling knows."""
+    return call.get("prompt") is None and tiling.prompt is not None
+
+
+def things_of(tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> Things | None:
+    """What the prompt of a call names; None where it has not one prompt."""
+    prompt = tiling.prompt if _gives_states(tiling, call) else _one_prompt(call.get("prompt"))
+    return None if prompt is None else Things(prompt, bound, acting)
+
+
+def encoder(pipe: Any, tiling: Tiling, call: Mapping[str, Any]) -> Encode:
+    """What makes the states of parts of a call's prompt."""
+    if tiling.encode is not None and _gives_states(tiling, call):
+        return tiling.encode
+    options = {} if (skip := call.get("clip_skip")) is None else {"clip_skip": skip}
+
+    def encode(prompt: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        device: Any = pipe._execution_device
+        made = pipe.encode_prompt(
+            prompt=prompt.text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+        )
+        return made[0], made[2] if len(made) == 4 else None
+
+    return encode
+
+
+def obstacle(pipe: Any, things: Things | None) -> str:
     """Why a pipeline cannot draw these in tiles; "" where it can."""
     if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
         return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
@@ -216,7 +242,7 @@ class Tiles:
     pipe: Any
     tiling: Tiling
     things: Things
-    call: Mapping[str, Any]
+    encode: Encode
     by: By
     settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
     # Of latents of this height and width and a text of so many tokens; none where they are drawn as one.
@@ -280,19 +306,8 @@ class Tiles:
     def _tile(self, thing: int, prompt: Part, mask: torch.Tensor) -> Tile:
         names = self.things.experts(thing) + self.things.everywhere
         with torch.no_grad(), self.by(names):
-            encode = self.tiling.encode if self.tiling.encode and self.call.get("prompt") is None else self._encode
-            text, pooled = encode(prompt)
+            text, pooled = self.encode(prompt)
         return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))
-
-    def _encode(self, prompt: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
-        made = self.pipe.encode_prompt(
-            prompt=prompt.text,
-            device=self.pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **({"clip_skip": skip} if (skip := self.call.get("clip_skip")) is not None else {}),
-        )
-        return made[0], made[2] if len(made) == 4 else None
 
     def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
         """What the UNet predicts, tile by tile; where none is, `whole` does, whose words of things are closed there."""

@@ -1,0 +1,125 @@
+"""Things keep their places in a picture that is drawn over."""
+
+import diffusers
+import pytest
+import torch
+from PIL import ImageOps
+
+import mole_diffusers as mole
+from mole_diffusers.emoji.scenes import Scene
+from mole_diffusers.patching import drawn_over
+
+CALL = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return mole.emoji_world()
+
+
+@pytest.fixture(scope="module")
+def over(world):
+    return diffusers.StableDiffusionImg2ImgPipeline(**world.pipe.components, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def picture(world):
+    """A koala left of a tiger."""
+    return world.drawings.picture(Scene(("koala", "tiger"), "noto", "green"))
+
+
+def drawn(pipe, prompt, image, **options):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, image=image, generator=generator, output_type="latent", **CALL | options).images
+
+
+def test_places_are_those_of_the_picture_whoever_is_named_first(world, over, picture):
+    mixture = mole.attach(over, {name: world.loras[name] for name in ("tiger", "koala")})
+    prompts = [
+        f"noto drawing of {things} on a green background" for things in ("a koala and a tiger", "a tiger and a koala")
+    ]
+    left = torch.zeros(16, 32)
+    left[:, :16] = 1
+    for prompt in prompts:
+        for image, koala in ((picture, left), (ImageOps.mirror(picture), 1 - left)):
+            drawn(over, prompt, image)
+            assert torch.equal(mixture.layouts[0].regions["koala"], koala)
+            assert torch.equal(mixture.layouts[0].regions["tiger"], 1 - koala)
+
+
+def test_what_is_found_is_drawn_as_what_is_given(world, over, picture):
+    """By gates that know the noise level: finding places leaves nothing of its own calls behind."""
+    config = mole.GateConfig("static", granularity="model", bins=10, total="linear")
+    mixture = mole.attach(over, {name: world.loras[name] for name in ("koala", "tiger")}, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter += torch.rand(parameter.shape, generator=generator) - 0.5
+    prompt = "noto drawing of a tiger and a koala on a green background"
+    hooks = list(over.unet._forward_pre_hooks)
+    with mixture.trace() as found_trace:
+        found = drawn(over, prompt, picture)
+    assert list(over.unet._forward_pre_hooks) == hooks
+    assert "add_noise" not in vars(over.scheduler)
+    with mixture.bound({"koala": (None, "left"), "tiger": (None, "right")}), mixture.trace() as given_trace:
+        given = drawn(over, prompt, picture)
+    torch.testing.assert_close(found, given, rtol=0, atol=1e-5)
+    steps = [[(place, step) for place, step, _ in trace.records if step >= 0] for trace in (found_trace, given_trace)]
+    assert steps[0] == steps[1] != []
+    with mixture.bound({"koala": (None, "right"), "tiger": (None, "left")}):
+        assert (drawn(over, prompt, picture) - given).abs().max() > 1e-2
+
+
+def test_a_place_fits_the_thing_whose_model_errs_least_there(pipe, loras, monkeypatch):
+    """The errors, by hand, of a model that predicts the noise."""
+    over = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    mixture = mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hat"})
+    image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(3))
+    seen = []
+    monkeypatch.setattr(
+        drawn_over, "planned_regions", lambda reading, free, maps, *_: (seen.append(maps), (torch.ones_like(maps), 0.0))[1]
+    )
+    with torch.no_grad():
+        latents = over.vae.encode(2 * image - 1).latent_dist.mode() * over.vae.config.scaling_factor
+    monkeypatch.setattr(type(over.vae), "encode", lambda *_, **__: Fixed(latents / over.vae.config.scaling_factor))
+    drawn(over, "a fox, a hat", image)
+    alpha = over.scheduler.alphas_cumprod[500]
+    noise = torch.randn(2, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    errors = []
+    for name in ("fox", "hat"):
+        with torch.no_grad(), mixture.bound(None), mixture.only(name):
+            text = over.encode_prompt(f"a {name}", "cpu", 1, False)[0].expand(2, -1, -1)
+            found = over.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, 500, text).sample
+        errors.append((found - noise).square().mean((0, 1)))
+    by_hand = torch.stack(errors)
+    torch.testing.assert_close(seen[0], by_hand.amax(0) - by_hand, rtol=0, atol=1e-5)
+
+
+class Fixed:
+    """What an autoencoder gives, without chance."""
+
+    def __init__(self, latents):
+        self.latents = latents
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "finds"),
+    [
+        ("Img2Img", {}, True),
+        ("Img2Img", {"prompt": "a fox"}, False),  # one thing
+        ("Img2Img", {"image": torch.rand(2, 3, 32, 64), "prompt": ["a fox, a hat"] * 2}, False),  # two pictures
+        ("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64)}, True),
+        ("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64), "strength": 1.0}, False),  # nothing of the picture is kept
+    ],
+)
+def test_the_unet_is_called_for_each_thing_of_one_picture(pipe, loras, kind, options, finds):
+    over = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**pipe.components, requires_safety_checker=False)
+    mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hat"})
+    calls = []
+    hook = over.unet.conv_in.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+    size = {"height": 32, "width": 64} if kind == "Inpaint" else {}
+    options = {"prompt": "a fox, a hat", "image": torch.rand(1, 3, 32, 64)} | size | options
+    drawn(over, **options)
+    hook.remove()
+    steps = max(1, int(4 * options.get("strength", 0.5)))
+    assert len(calls) == steps + 2 * finds
