@@ -3,11 +3,13 @@
 import diffusers
 import pytest
 import torch
+from hosts import sdxl
 from PIL import ImageOps
 
 import mole_diffusers as mole
 from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.patching import drawn_over
+from mole_diffusers.testing import tiny_lora
 
 CALL = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.0}
 
@@ -123,3 +125,19 @@ def test_the_unet_is_called_for_each_thing_of_one_picture(pipe, loras, kind, opt
     hook.remove()
     steps = max(1, int(4 * options.get("strength", 0.5)))
     assert len(calls) == steps + 2 * finds
+
+
+@pytest.mark.thorough
+def test_sdxl_reads_the_whole_prompt_of_each_thing_too(tmp_path):
+    pipe, (fox, ink) = sdxl(), (tmp_path / f"{name}.safetensors" for name in ("fox", "ink"))
+    for seed, path in enumerate((fox, ink)):
+        tiny_lora(pipe, path, seed=seed)
+    over = diffusers.StableDiffusionXLImg2ImgPipeline(**pipe.components)
+    mole.attach(over, {"fox": fox, "hat": ink}, binding={"fox": "fox", "hat": "hat"})
+    calls = []
+    over.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
+    drawn(over, "a fox, a hat", torch.rand(1, 3, 32, 64))
+    fox_alone, hat_alone, step, _ = (added["text_embeds"] for added in calls)
+    assert len(fox_alone) == len(step) == 2
+    assert torch.equal(fox_alone[0], fox_alone[1])
+    assert not torch.allclose(fox_alone, hat_alone)
