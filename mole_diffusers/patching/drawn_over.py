@@ -18,7 +18,7 @@ from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
-from mole_diffusers.patching.tiles import By, Encode, Things, Tiling, encoder, obstacle, things_of
+from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Things, Tiling, encoder, obstacle, things_of
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
 
@@ -97,38 +97,43 @@ class DrawnOver:
         if self._has_begun:
             return
         self._has_begun = True
-        things, picture, latents = self.things, self._picture, DenoiserInputs(self.pipe.unet).latents(args, kwargs)
+        things, picture, reader = self.things, self._picture, DenoiserInputs(self.pipe.unet)
+        latents, call = reader.latents(args, kwargs), dict(zip(reader.names, args, strict=False)) | kwargs
         free = [i for i in things.prompts if given_region(things.reading.things[i], things.bound) is None]
         if len(free) < 2 or picture is None or latents.shape[1:] != picture.shape[1:]:
             return
         if not all(torch.equal(each, picture[0]) for each in picture):
             return
-        errors = torch.stack([self._errors(i, picture[:1], latents, kwargs) for i in free]).cpu()  # [K, H, W]
+        errors = torch.stack([self._errors(i, picture[:1], latents, call) for i in free]).cpu()  # [K, H, W]
         chosen, (height, width) = [things.reading.things[i] for i in free], errors.shape[1:]
         regions, margin = planned_regions(things.reading, chosen, errors.amax(0) - errors, things.bound, (height, width))
         if margin >= UNDECIDED:
             self.settle({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
 
     @torch.no_grad()
-    def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The squared error of one thing's model at each place, [H, W], over as many draws of noise as a step has rows."""
+    def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+        """The squared error of one thing's model at each place, [H, W], over as many draws of noise as a step has rows.
+
+        Args:
+            picture: its latents, [1, C, H, W].
+            latents: of the step, [B, C, H, W]; `call` are all arguments that the UNet is given for it.
+        """
         alphas = self.pipe.scheduler.alphas_cumprod
         timestep = int(LEVEL * len(alphas))
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
         noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
-        noisy = alpha.sqrt() * picture + (1 - alpha).sqrt() * noise
-        names = self.things.experts(thing) + self.things.everywhere
-        with self.by(names):
+        with self.by(self.things.experts(thing) + self.things.everywhere):
             text, pooled = self.encode(self.things.prompts[thing])
-            more = {}
-            if pooled is not None and (added := kwargs.get("added_cond_kwargs")) is not None:
-                more = {"added_cond_kwargs": {**added, "text_embeds": pooled.to(latents).expand(len(latents), -1)}}
-            found = self.pipe.unet(
-                noisy,
-                torch.tensor(timestep, device=latents.device),
-                encoder_hidden_states=text.to(latents).expand(len(latents), -1, -1),
-                return_dict=False,
-                **more,
-            )[0]
+            changed = {
+                "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,
+                "timestep": torch.tensor(timestep, device=latents.device),
+                "encoder_hidden_states": text.to(latents).expand(len(latents), -1, -1),
+                "return_dict": False,
+            }
+            if pooled is not None:  # SDXL
+                pooled = pooled.to(latents).expand(len(latents), -1)
+                changed["added_cond_kwargs"] = {**call["added_cond_kwargs"], "text_embeds": pooled}
+            kept = {name: value for name, value in call.items() if name not in OF_WHOLE_SIZE}  # of another noise level
+            found = self.pipe.unet(**kept | changed)[0]
         wanted = WANTED[self.pipe.scheduler.config.prediction_type](picture, noise, alpha)
         return (found - wanted).float().square().mean((0, 1))

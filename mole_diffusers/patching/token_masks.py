@@ -9,7 +9,7 @@ In the order of a call of the pipeline:
     on_denoiser    step 2: the layout is planned from these maps, and holds from here on
     end            warn of what got no place
 
-Tiles plan the layout without maps, by `plan`, before the first step.
+Tiles, and a picture that is drawn over, plan the layout without maps, by `plan`, before the first step.
 """
 
 from __future__ import annotations

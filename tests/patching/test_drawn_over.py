@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from hosts import sdxl
+from hosts import ip_adapter, sdxl
 from PIL import ImageOps
 
 import mole_diffusers as mole
@@ -125,6 +125,18 @@ def test_the_unet_is_called_for_each_thing_of_one_picture(pipe, loras, kind, opt
     hook.remove()
     steps = max(1, int(4 * options.get("strength", 0.5)))
     assert len(calls) == steps + 2 * finds
+
+
+def test_what_else_the_unet_is_given_stays(pipe, loras):
+    over = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    ip_adapter(over)
+    mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hat"})
+    shown, calls = torch.rand(1, 3, 32, 32), []
+    over.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    drawn(over, "a fox, a hat", torch.rand(1, 3, 32, 64), ip_adapter_image=shown)
+    embeds = [call["added_cond_kwargs"]["image_embeds"][0] for call in calls]
+    assert len(embeds) == 4
+    assert all(torch.equal(each, embeds[-1]) for each in embeds)
 
 
 @pytest.mark.thorough
