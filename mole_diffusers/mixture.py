@@ -505,8 +505,8 @@ class Mixture:
 
     @property
     def binding_warnings(self) -> list[str]:
-        """What binding had to warn of in the last call of the pipeline: experts whose words the prompt has not, places that
-        are undecided or that nobody got. As warnings of Python each is given once."""
+        """What binding had to warn of in the last call of the pipeline: experts whose words the prompt has not, several in
+        one place, places that are undecided or that nobody got. As warnings of Python each is given once."""
         return [] if self._runtime.binding is None else list(self._runtime.binding.warned)
 
     def _bound(self, binding: Mapping[str, Any] | None) -> dict[str, Bound] | None:

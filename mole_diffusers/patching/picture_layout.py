@@ -106,7 +106,7 @@ class PictureLayout:
                 things = self._placed(row)
                 self._regions[row], margin = planned_regions(self.readings[row], things, maps.cpu(), self.bound, self.side)
                 if margin < UNDECIDED and len(things) > 1:
-                    named = " and ".join(repr(thing.name) for thing in things)
+                    named = _listed([thing.name for thing in things])
                     warned.append(f"the places of {named} are undecided; give a region")
         return warned
 
@@ -141,6 +141,24 @@ class PictureLayout:
         """What should have a place of its own and has none."""
         rows = [row for row in self.picture_rows if row not in self._regions]
         return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
+
+    def crowded(self, wanted: Sequence[bool]) -> list[str]:
+        """What is to be warned of where several of the experts that are `wanted`, [N], have one place: they share words, or
+        were given the same region."""
+        warned = []
+        for row in self.picture_rows:
+            things = [thing for thing in self.readings[row].things if any(wanted[k] for k in thing.experts)]
+            for thing in things:
+                place = given_region(thing, self.bound)
+                own = [self.names[k] for k in thing.experts if wanted[k] and (self.bound[k].given or place) == place]
+                if len(own) > 1:
+                    warned.append(f"{_listed(own)} share the words {thing.name!r} and a place: their strengths add up there")
+            given = [(thing.name, region) for thing in things if (region := given_region(thing, self.bound)) is not None]
+            for i, (_, region) in enumerate(given):
+                same = [name for name, other in given if other == region]
+                if len(same) > 1 and region not in [other for _, other in given[:i]]:
+                    warned.append(f"{_listed(same)} were given the same region: they are drawn there one over the other")
+        return list(dict.fromkeys(warned))
 
     def _placed(self, row: int) -> list[Thing]:
         """The things of a row's text that get a place from attention: those without a given region, if there are several
@@ -212,6 +230,10 @@ class PictureLayout:
         if thing.experts:
             return [self.names[k] for k in thing.experts]
         return [f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))
 
 
 def planned_regions(

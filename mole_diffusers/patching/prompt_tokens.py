@@ -183,6 +183,10 @@ def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
 
 
 def _same_memory(states: torch.Tensor, text: torch.Tensor) -> bool:
-    """Whether the two are the same memory, which is known without waiting for a device."""
-    alike = (states.shape, states.stride(), states.dtype) == (text.shape, text.stride(), text.dtype)
-    return alike and not text.is_meta and states.data_ptr() == text.data_ptr()
+    """Whether the two are the same memory, which is known without waiting for a device, and where there is none (meta)."""
+
+    def at(tensor: torch.Tensor) -> tuple:
+        storage = tensor.untyped_storage()._cdata
+        return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+    return at(states) == at(text)

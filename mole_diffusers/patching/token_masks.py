@@ -219,7 +219,7 @@ class TokenMasks:
             level: of noise, 1 is the most. Outside of a call another picture begins where it rises.
             groups: of the rows of the text, whether they are prompts; None where that is not known: a first half without any
                 expert's words is taken for none.
-            wanted: [N], the experts that the user is told of if they are silent.
+            wanted: [N], the experts that the user is told of if they are silent, or several in one place.
         """
         if not self._called and self.has_words and not torch.is_grad_enabled():
             before, self._level = self._level, level()
@@ -233,6 +233,8 @@ class TokenMasks:
             for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=True):
                 if silent and wants:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
+            for warning in state.picture.crowded(wanted):
+                self._warn(warning)
         elif state.picture.can_plan:
             for warning in state.picture.plan():
                 self._warn(warning)

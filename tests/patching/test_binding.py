@@ -74,6 +74,31 @@ def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
     assert not torch.equal(draw(pipe, PROMPT), unbound)
 
 
+@pytest.mark.parametrize(
+    ("binding", "warned"),
+    [
+        ({"fox": "fox", "ink": "fox", "hat": "owl"}, "'fox' and 'ink' share the words 'fox' and a place"),
+        ({"fox": ("fox", "left"), "ink": ("fox", "left"), "hat": "owl"}, "'fox' and 'ink' share the words 'fox' and a place"),
+        ({"fox": ("fox", "left"), "ink": ("fox", "right"), "hat": "owl"}, ""),
+        ({"fox": ("fox", "left"), "ink": ("owl", "left"), "hat": "cat"}, "'fox' and 'owl' were given the same region"),
+        (HALVES, ""),
+    ],
+)
+def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, warned):
+    mixture = attach(binding)
+    mixture.strength("hat", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):  # the warning comes once, and is kept for each call
+            draw(pipe, PROMPT)
+    told = [text for text in mixture.binding_warnings if "undecided" not in text]
+    assert [text.partition(":")[0] for text in told] == ([warned] if warned else [])
+    assert [str(w.message) for w in caught].count(told[0] if told else "") == len(told)
+    with mixture.only("fox"):
+        draw(pipe, PROMPT)
+    assert not [text for text in mixture.binding_warnings if "undecided" not in text]
+
+
 # ---- words
 
 
