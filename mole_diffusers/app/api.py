@@ -75,14 +75,16 @@ class Endpoints:
         return [self.actions.report(name) for name in self.actions.studio.catalog.loras]
 
     async def find(self, prompt: str) -> list[dict]:
-        """LoRAs that a prompt asks for, best first: {"name", "why", "score"}, a similarity in -1..1.
+        """LoRAs that a prompt asks for, best first: {"name", "why", "score", "passed_over"}, a similarity in -1..1, and the
+        names of those that share a trigger with it and are less like the prompt.
 
         Args:
             prompt: any text; tags in it are ignored.
         """
         text = parse(_text(prompt, "the prompt"), self.actions.studio.catalog.loras).text
         hits = await asyncio.to_thread(self.actions.find, text)
-        return [{"name": hit.name, "why": hit.why, "score": hit.score} for hit in hits]
+        facts = ("name", "why", "score", "passed_over")
+        return [{name: getattr(hit, name) for name in facts} for hit in hits]
 
     def upload(self, file: gr.FileData) -> dict:
         """Add a LoRA file; a bad one is refused with one sentence.

@@ -40,18 +40,21 @@ class RetrievedLora:
         score: cosine of the LoRA's mean sample and the most similar phrase of the prompt, -1..1.
         phrase: that phrase.
         trigger: the trigger word in the prompt; None if the score alone decided.
+        passed_over: LoRAs that share triggers in the prompt with it, are less like the prompt, and were not found otherwise.
     """
 
     name: str
     score: float
     phrase: str
     trigger: str | None = None
+    passed_over: tuple[str, ...] = ()
 
     @property
     def why(self) -> str:
-        """The reason in words."""
+        """The reason in words, and whom it was preferred to."""
         if self.trigger is not None:
-            return f"the prompt says its trigger {self.trigger!r}"
+            others = f"; passed over, less like the prompt: {', '.join(self.passed_over)}" if self.passed_over else ""
+            return f"the prompt says its trigger {self.trigger!r}{others}"
         return f"{self.phrase!r} is like its samples ({self.score:.2f})"
 
 
@@ -140,8 +143,9 @@ class LoraLibrary:
     ) -> list[RetrievedLora]:
         """The LoRAs that a prompt asks for: first those whose trigger it contains, in its order, then the most similar.
 
-        A trigger that several LoRAs share selects the one most similar to the prompt; one that more than k share ("1girl")
-        selects none. Triggers found are removed from the prompt; each remaining phrase is compared with every LoRA.
+        A trigger that several LoRAs share selects the one most similar to the prompt, which names the others as passed over;
+        one that more than k share ("1girl") selects none. Triggers found are removed from the prompt; each remaining phrase
+        is compared with every LoRA.
 
         Args:
             k: how many at most, 1 or more. Triggers always count, so a prompt with more than k of them gets them all.
@@ -165,11 +169,12 @@ class LoraLibrary:
         free = torch.tensor(allowed)
         free[[self._rows[each.name] for each in found]] = False
         left = phrases(rest)
-        if not left or k <= len(found):
-            return found
-        scores, best = similarity(self.encoder(left), self.embeddings)
-        rows = top(scores, free, k - len(found), threshold)
-        return found + [RetrievedLora(self.entries[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
+        if left and len(found) < k:
+            scores, best = similarity(self.encoder(left), self.embeddings)
+            rows = top(scores, free, k - len(found), threshold)
+            found += [RetrievedLora(self.entries[i].name, scores[i].item(), left[int(best[i])]) for i in rows]
+        names = {each.name for each in found}
+        return [replace(each, passed_over=tuple(n for n in each.passed_over if n not in names)) for each in found]
 
     def _by_trigger(self, triggers: Sequence[Words], spoken: list[str], allowed: Sequence[bool]) -> list[RetrievedLora]:
         """For each trigger the LoRA that has it, the most similar one if several do; `spoken` are the prompt's phrases."""
@@ -179,9 +184,11 @@ class LoraLibrary:
         scores, best = similarity(self.encoder(spoken), self.embeddings)
         found: dict[str, RetrievedLora] = {}
         for trigger in triggers:
-            row = max((i for i in self._trigger_rows[trigger] if allowed[i]), key=lambda i: scores[i].item())
-            name = self.entries[row].name
-            found.setdefault(name, RetrievedLora(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger)))
+            rows = [i for i in self._trigger_rows[trigger] if allowed[i]]
+            row = max(rows, key=lambda i: scores[i].item())
+            name, others = self.entries[row].name, [self.entries[i].name for i in rows if i != row]
+            first = found.get(name) or RetrievedLora(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger))
+            found[name] = replace(first, passed_over=tuple(dict.fromkeys((*first.passed_over, *others))))
         return list(found.values())
 
     def file_triggers(self, name: str) -> set[str]:

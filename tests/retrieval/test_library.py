@@ -129,8 +129,20 @@ def test_a_trigger_wins_over_similarity_and_is_searched_no_more():
 
 def test_a_trigger_that_several_claim_calls_the_most_similar_and_one_that_all_claim_calls_none():
     indexed = library(SAMPLES, {"fox": ["1girl"], "owl": ["1girl"], "ink": ["1girl"]})
-    assert names(indexed.retrieve("1girl, white owl", k=3, threshold=0.99)) == ["owl"]
+    (owl,) = indexed.retrieve("1girl, white owl", k=3, threshold=0.99)
+    assert (owl.name, owl.passed_over) == ("owl", ("fox", "ink"))
+    assert owl.why == "the prompt says its trigger '1girl'; passed over, less like the prompt: fox, ink"
     assert indexed.retrieve("1girl, white owl", k=2, threshold=0.99) == []
+
+
+def test_what_is_found_otherwise_was_not_passed_over():
+    indexed = library(SAMPLES, {"fox": ["beast", "sks"], "owl": ["beast"], "ink": ["sks"]})
+    found = indexed.retrieve("a sks beast, a red fox", k=3, threshold=0.99)
+    assert [(each.name, each.passed_over) for each in found] == [("fox", ("ink", "owl"))]
+    found = indexed.retrieve("a beast, fox, ink drawing", k=3, threshold=0.5, without=["owl"])
+    assert [(each.name, each.passed_over) for each in found] == [("fox", ()), ("ink", ())]
+    indexed = library(SAMPLES, {"fox": ["beast"], "owl": ["beast", "bird"]})
+    assert [each.passed_over for each in indexed.retrieve("a beast, a red fox, a bird")] == [(), ()]
 
 
 def test_only_loras_of_the_pipelines_family():
