@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -83,8 +84,12 @@ def compose_library(
     how: options.Given,
     opening: options.Given,
 ) -> None:
-    """Find the LoRAs that a prompt asks for in a library, and draw it without and with them."""
+    """Find the LoRAs that a prompt asks for in a library, and draw it without and with them.
+
+    They are bound, and drawn in tiles where there is room, as by mole draw.
+    """
     from mole_diffusers.retrieval.composing import composed, report
+    from mole_diffusers.studio.prompt_weights import tiled_prompt
 
     if "<lora:" in prompt:
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
@@ -93,7 +98,10 @@ def compose_library(
     found_in = open_library(library, page.pipe, encoder)
     page.draw("base")
     with composed(found_in, page.pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
-        page.draw(f"found ({mode})")
+        mixture = composition.mixture
+        tiles = tiled_prompt(page.pipe, prompt, prompt_2=page.others["prompt_2"])
+        with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):
+            page.draw(f"found ({mode})")
     found, weights = composition.found[0], composition.sets[0]
     facts = page.save(path, found=report(found_in, found), weights=weights, mode=mode, gates=gates)
     if as_json:

@@ -28,7 +28,7 @@ def retrieve_for(
 
 
 def report(library: LoraLibrary, found: Sequence[RetrievedLora]) -> list[dict[str, Any]]:
-    """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), why."""
+    """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), passed_over, why."""
     entries = {entry.name: entry for entry in library.entries}
     return [
         {"file": entries[each.name].file, "base": entries[each.name].base, "why": each.why, **asdict(each)} for each in found
@@ -62,7 +62,8 @@ def composed(
     gates: Gates = "sum",
     images: int = 1,
 ) -> Iterator[Composition]:
-    """Inside this context, `pipe(prompts)` draws each prompt with the LoRAs it asks for and with no others.
+    """Inside this context, `pipe(prompts)` draws each prompt with the LoRAs it asks for and with no others: bound, and one
+    prompt alone in tiles where there is room (`Mixture.tiled`).
 
     Args:
         prompts: what the pipeline will be called with, in this order.
@@ -90,9 +91,11 @@ def composed(
     binding = {
         name: replace(b, required=b.required and name not in otherwise) for name, b in files_bindings(experts).items()
     }
-    mixture = attach(pipe, experts, gates, binding=binding) if experts else None
+    one = sets[0] if len(sets) == 1 else {}  # whose factors are strengths: rows of several prompts are not drawn in tiles
+    weighed = {name: (expert, one.get(name, 1.0)) for name, expert in experts.items()}
+    mixture = attach(pipe, weighed, gates, binding=binding) if experts else None
     try:
-        with nullcontext() if mixture is None else mixture.rows(sets, images=images):
+        with nullcontext() if mixture is None or one else mixture.rows(sets, images=images):
             yield Composition(found, sets, mixture)
     finally:
         detach(pipe)

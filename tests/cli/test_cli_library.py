@@ -81,6 +81,17 @@ def test_compose_draws_what_was_found_as_if_it_had_been_named(folder, tmp_path, 
     assert np.array_equal(alone[30:, first], alone[30:, second])
 
 
+def test_several_subjects_are_drawn_in_tiles_where_there_is_room(folder, tmp_path):
+    prompt = "noto drawing of a (cheese wedge:1.2) and a fox"
+    out, alone = tmp_path / "found.png", tmp_path / "drawn.png"
+    how = ["--steps", "2", "--seed", "3", "--out"]
+    found = ["--library", str(folder), "--threshold", "0.9", "--rows", "1"]
+    assert main(["compose-library", prompt, *found, *how, str(out)]) == 0
+    assert main(["draw", f"{prompt} <lora:cheese wedge> <lora:fox>", "--gates", "sum", *how, str(alone)]) == 0
+    drawn = np.asarray(Image.open(alone).convert("RGB").resize((256, 128), Image.Resampling.NEAREST))
+    assert np.array_equal(pixels(out)[32:-6, -262:-6], drawn)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
