@@ -74,11 +74,14 @@ def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
     assert not torch.equal(draw(pipe, PROMPT), unbound)
 
 
+SHARED = "'fox' and 'ink' share the words 'fox' and a place"
+
+
 @pytest.mark.parametrize(
     ("binding", "warned"),
     [
-        ({"fox": "fox", "ink": "fox", "hat": "owl"}, "'fox' and 'ink' share the words 'fox' and a place"),
-        ({"fox": ("fox", "left"), "ink": ("fox", "left"), "hat": "owl"}, "'fox' and 'ink' share the words 'fox' and a place"),
+        ({"fox": "fox", "ink": "fox", "hat": "owl"}, SHARED),
+        ({"fox": ("fox", "left"), "ink": ("fox", "left"), "hat": "owl"}, SHARED),
         ({"fox": ("fox", "left"), "ink": ("fox", "right"), "hat": "owl"}, ""),
         ({"fox": ("fox", "left"), "ink": ("owl", "left"), "hat": "cat"}, "'fox' and 'owl' were given the same region"),
         (HALVES, ""),
