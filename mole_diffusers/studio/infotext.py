@@ -48,7 +48,7 @@ SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # names of settings, beside w
 PLAIN = ("Uniform", "Normal", "Simple")  # schedules that are a sampler's own here
 BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose schedule is Karras in A1111 where it is "Automatic"
 EXPONENTIAL = ("DPM++ 2M SDE",)  # and those whose schedule then is Exponential, which is not here
-MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 256 << 10  # of a file, of its picture, and characters of a text
+MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20  # of a file, of its picture, and characters of a text
 
 
 def parameters(recipe: Recipe) -> str:

@@ -33,7 +33,7 @@ PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 OPEN = ("width", "height")  # numbers that may be left open with 0
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
-MAX_MASKS = 128 << 10  # characters of all masks of a recipe
+MAX_MASKS = 512 << 10  # characters of all masks of a recipe; files with more than 1 MB of text are not read
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
 

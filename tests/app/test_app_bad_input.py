@@ -234,7 +234,7 @@ BAD = [
     ),
     ("redraw", ({"prompt": "<lora:fox:1:region=painted>"},), "the region of 'fox' is painted, but the recipe has no mask"),
     ("redraw", ({"prompt": "<lora:fox:1:region=painted>", "masks": {"fox": "png:AAAA"}},), "a PNG in base64"),
-    ("redraw", ({"prompt": "x", "masks": {"fox": "x" * 200_000}},), "of at most 128 KiB"),
+    ("redraw", ({"prompt": "x", "masks": {"fox": "x" * 600_000}},), "of at most 512 KiB"),
     ("redraw", ({"prompt": "x", "masks": ["x"]},), "masks of a recipe must be names, each with a text"),
     ("redraw", ({"prompt": "x", "width": 4000},), "at most 2048"),
     ("redraw", ({"seed": 1},), "prompt of a recipe must be a text"),

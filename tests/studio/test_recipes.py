@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from mole_diffusers import attach, attached
@@ -339,6 +339,23 @@ def test_with_strength():
     assert with_strength("a fox", "fox", 0.5) == "a fox <lora:fox:0.5>"
     assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2:stop=3> <lora:ink:1>"
     assert with_strength("a <lora:Fox:1:stop=3>", "FOX", 2) == "a <lora:Fox:2:stop=3>"
+
+
+def test_a_large_mask_with_soft_strokes_and_long_prompts_can_be_read_again(tmp_path):
+    mask, random = Image.new("L", (1024, 1024)), np.random.default_rng(0)
+    for _ in range(40):
+        grey, width = random.integers(100, 256), random.integers(5, 60)
+        ImageDraw.Draw(mask).line([tuple(p) for p in random.integers(0, 1024, (6, 2)).tolist()], int(grey), int(width))
+    mask = mask.filter(ImageFilter.GaussianBlur(8))
+    texts = dict.fromkeys(("negative", "prompt_2", "negative_2"), "🦊" * 5000)  # of 12 characters each in JSON
+    recipe = Recipe("a fox <lora:fox:region=painted>", masks={"fox": mask_text(mask)}, **texts)
+    assert len(recipe.masks["fox"]) > 200_000
+    recipe.save(tmp_path / "recipe.json")
+    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "picture.png", recipe)
+    for name in ("recipe.json", "picture.png"):
+        read = infotext.read(tmp_path / name)
+        assert read == recipe
+        assert np.array_equal(np.asarray(read.tag_bindings()["fox"][1]), np.asarray(mask))
 
 
 def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
