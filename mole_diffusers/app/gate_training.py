@@ -144,8 +144,9 @@ class TrainingProgress:
 
 
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
-    """Train gates for the LoRAs of a recipe, at the strengths of its tags and at its size, or where that is open at the size
-    of the prompts with all LoRAs. In the end they are in `home / name` and in the catalog; reports are a TrainingProgress.
+    """Train gates for the LoRAs of a recipe, at the strengths, words and regions of its tags and at its size, or where that
+    is open at the size of the prompts with all LoRAs. In the end they are in `home / name` and in the catalog; reports are a
+    TrainingProgress.
 
     A run that was stopped goes on under the same name and settings.
 
@@ -161,7 +162,8 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
     config = replace(request.config(), width=width, height=height)
     settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
-    settings |= {"width": width, "height": height}
+    settings |= {"width": width, "height": height} | ({"masks": recipe.masks} if recipe.masks else {})
+    recipe.tag_bindings()  # raises where a painted region has no mask
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
 
@@ -220,7 +222,7 @@ def _train(
         undo.before_forward(pipe.unet, on_call)
         experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
         studio.forget_attached()
-        mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates)
+        mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=recipe.tag_bindings())
         progress.doing = "drawing on seeds that the training will not see, before it"
         show("before, seed {}", *seeds)
         losses = held_out.losses(pipe, mixture, request.data(), config)

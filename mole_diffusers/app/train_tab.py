@@ -18,9 +18,8 @@ from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, told
 from mole_diffusers.app.style import figure, gallery
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
-from mole_diffusers.binding.config import Bound, files_bindings
+from mole_diffusers.binding.config import Bound, bindings, parse_phrases
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
-from mole_diffusers.lora import Expert
 from mole_diffusers.patching.tiles import Things
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
@@ -131,7 +130,8 @@ def _fields(page: Page) -> None:
         parsed = parse(text, catalog.loras)
         experts = {tag.name: catalog.expert(tag.name) for tag in parsed.tags}
         text, everywhere = plain_text(parsed.text), [tag.name for tag in parsed.tags if tag.region == EVERYWHERE]
-        singles, found, silent = suggested(text, experts, [*styles, *everywhere], way)
+        own = bindings({tag.name: (parse_phrases(tag.word), AUTO) for tag in parsed.tags}, experts, {})
+        singles, found, silent = suggested(text, own, [*styles, *everywhere], way)
         names = ", ".join(f"**{markdown(name)}**" for name in found if name not in styles)
         words = [f"said of the whole picture, so taken as a style: {names}"] if names else []
         words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
@@ -148,7 +148,7 @@ def _fields(page: Page) -> None:
 
 
 def suggested(
-    text: str, experts: Mapping[str, Expert], styles: Collection[str], way: str
+    text: str, own: Mapping[str, Bound], styles: Collection[str], way: str
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """A first guess at what to train on, as binding reads a prompt: the prompt of each LoRA, the styles, and the LoRAs that
     the prompt does not name.
@@ -158,12 +158,13 @@ def suggested(
 
     Args:
         text: the prompt, without tags and weights.
+        own: how each LoRA is bound.
         styles: those that are known; the others are what is said of the whole picture.
     """
     bound = {}
-    for name, own in files_bindings(experts).items():  # training knows a LoRA by the words of its file, and its name
-        region = EVERYWHERE if name in styles else AUTO
-        bound[name] = Bound((*own.words, name), region, required=own.needs_words)
+    for name, each in own.items():
+        words = each.words if each.needs_words else (*each.words, name)  # as `training.context.triggers`
+        bound[name] = Bound(words, EVERYWHERE if name in styles else AUTO, required=each.needs_words)
     things = Things(text, bound, bound)
     subjects = {name: prompt.text for i, prompt in things.prompts.items() for name in things.experts(i)}
     found = [name for name in bound if name in things.everywhere or name in styles]

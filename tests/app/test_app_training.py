@@ -13,9 +13,10 @@ from mole_diffusers.app import held_out
 from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import StoppedError, ignore
 from mole_diffusers.app.training_runs import GatesExistError
+from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.lora.safe_files import read_json
-from mole_diffusers.mixture import attach
+from mole_diffusers.mixture import attach, attached
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -73,6 +74,17 @@ def test_it_says_what_it_does_from_the_first_second_to_the_verdict(studio, tmp_p
         "before, seed 1000", "before, seed 1001", "after, seed 1000", "after, seed 1001"
     ]  # fmt: skip
     assert studio.catalog.gates["g"] == tmp_path / "g"
+
+
+@pytest.mark.parametrize("way", ["collage", *thorough("blend")])
+def test_loras_are_bound_as_their_tags_say(studio, tmp_path, recwarn, way):
+    prompt = "a beast in ink <lora:fox:1:word=beast:region=left> <lora:ink:1>"
+    singles = {"fox": ["a beast in ink"], "ink": ["ink"]}
+    run(studio, tmp_path, request(singles=singles, composed=["beast in ink"], steps=1, way=way), prompt=prompt)
+    assert attached(studio.pipe).binding["fox"] == Bound(("beast",), "left")
+    assert not [w for w in recwarn if "no trigger" in str(w.message)]
+    with pytest.raises(ValueError, match="the region of 'fox' is painted, but the recipe has no mask"):
+        train(studio, Recipe(prompt.replace("left", "painted")), request("painted"), home=tmp_path)
 
 
 @pytest.mark.parametrize(("way", "styles", "composed"), TEACHERS)
@@ -228,9 +240,10 @@ def test_suggestions_follow_what_binding_reads(studio, text, triggers, styles, s
     from mole_diffusers.app.train_tab import suggested
 
     experts = {name: replace(studio.catalog.expert(name), triggers=triggers.get(name, ())) for name in ("fox", "ink", "hat")}
-    assert suggested(text, experts, styles, "collage") == (singles, found.split(), silent.split())
-    assert list(suggested(text, experts, styles, "collage")[0]) == list(singles)  # from left to right
-    assert set(suggested(text, experts, styles, "blend")[0]) == set(experts)
+    bound = files_bindings(experts)
+    assert suggested(text, bound, styles, "collage") == (singles, found.split(), silent.split())
+    assert list(suggested(text, bound, styles, "collage")[0]) == list(singles)  # from left to right
+    assert set(suggested(text, bound, styles, "blend")[0]) == set(experts)
 
 
 def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, tmp_path):
@@ -242,6 +255,9 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     assert (styles, said) == (["ink", "hat"], "said of the whole picture, so taken as a style: **ink**, **hat**")
     _, singles, _, styles, said = plain(event)("a fox and a hat <lora:fox:1> <lora:hat:1:region=everywhere>", [], "collage")
     assert (singles, styles) == ("fox=a fox and a hat", ["hat"])
+    tags = "<lora:fox:1:word=red beast:region=painted> <lora:hat:1:region=left>"
+    _, singles, *_, said = plain(event)(f"a red beast and a hat {tags}", [], "collage")
+    assert (singles, said) == ("fox=a red beast\nhat=a hat", "")
     _, singles, *_ = plain(event)("ink drawing of a fox <lora:fox:1> <lora:ink:1>", [], "blend")
     assert singles == "fox=drawing of a fox\nink=ink drawing"
 
