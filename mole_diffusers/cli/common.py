@@ -162,7 +162,7 @@ def open_catalog(
 def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
     """Where a file goes: --out, or a name of its own that is free here (grid.png, grid-2.png, ...).
 
-    Raises ValueError where --out is there already, without --overwrite.
+    Raises ValueError where --out is a folder, is no file of the default's kind, or is there already, without --overwrite.
     """
     if out is None:
         path = Path(default)
@@ -170,6 +170,8 @@ def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
         return path if overwrite or not path.exists() else next(name for name in names if not name.exists())
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; give the name of a file in it")
+    if out.suffix.lower() != (kind := Path(default).suffix):
+        raise ValueError(f"--out {out} is no name of a {kind} file, which is what this writes")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} is there already; give another --out, or --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)

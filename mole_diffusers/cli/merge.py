@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,15 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, parse_file, pipeline, read_experts
+from mole_diffusers.cli.common import (
+    grouped_values,
+    json_or_text,
+    named_values,
+    parse_file,
+    pipeline,
+    read_experts,
+    target,
+)
 from mole_diffusers.cli.console import busy
 from mole_diffusers.cli.options import NONE
 
@@ -20,7 +29,9 @@ Method = Literal[
 
 
 def merge(
-    files: Annotated[list[str], Argument(metavar="FILE[:STRENGTH]", help="LoRA files; each is named as its file.")],
+    files: Annotated[
+        list[str], Argument(metavar="[NAME=]FILE[:STRENGTH]", help="LoRA files; each is named as its file, or NAME.")
+    ],
     out: Annotated[Path, Option(metavar="FILE", help="The file to write.")],
     method: Annotated[Method, Option(help="How. The last four run the LoRAs on a pipeline and need --base.")] = "svd",
     rank: Annotated[int | None, Option(help="The rank of the result, at most.")] = None,
@@ -34,6 +45,7 @@ def merge(
         Option(metavar="NAME=PROMPT", help="A prompt for one LoRA alone. Default: its trigger words. Repeatable."),
     ] = NONE,
     device: options.Device = None,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -43,13 +55,8 @@ def merge(
     from mole_diffusers.merging.merge import by_activations
     from mole_diffusers.merging.merge import merge as merge_experts
 
-    named = {}
-    for text in files:
-        path, _ = parse_file(text)
-        if path.stem in named:
-            raise ValueError(f"two files are named {path.stem!r}; rename one")
-        named[path.stem] = text
-    experts = read_experts(named)
+    out = target(out, "merged.safetensors", overwrite=overwrite)
+    experts = read_experts(by_name(files))
     settings = {key: json_or_text(value) for key, value in named_values(option, "--option").items()}
     prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
     prompts |= grouped_values(own, "--own", known=experts)
@@ -63,3 +70,16 @@ def merge(
     save_expert(merged, out, format=format)
     facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
     print(json.dumps(facts) if as_json else "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))
+
+
+def by_name(texts: Sequence[str]) -> dict[str, str]:
+    """[NAME=]FILE[:STRENGTH] texts as name -> FILE[:STRENGTH]. Raises ValueError where two have one name."""
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or "/" in name or parse_file(text)[0].is_file():  # the = is of the file's own name
+            name, file = parse_file(text)[0].stem, text
+        if name in named:
+            raise ValueError(f"two files are named {name!r}; name one yourself: {name}2={file}")
+        named[name] = file
+    return named

@@ -16,8 +16,11 @@ Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
 def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
     """ "unet.LAYER" -> one float64 pair per expert, its strength in the scale.
 
-    Raises ValueError where two experts' layers differ in size: they are for different models.
+    Raises ValueError where experts are for different models: known families differ, or sizes of a layer.
     """
+    families = {name: expert.base for name, (expert, _) in experts.items() if expert.base != "unknown"}
+    if len(set(families.values())) > 1:
+        raise ValueError(f"the experts do not fit one model: {', '.join(f'{n!r} is for {f}' for n, f in families.items())}")
     keys = dict.fromkeys(
         f"{part}.{key}" for expert, _ in experts.values() for part in expert.layers for key in expert.layers[part]
     )

@@ -21,6 +21,7 @@ MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # of a grid, and of the cells of its she
 class Axis:
     """What varies along one side of a grid."""
 
+    varies: str  # "seed", "weight fox", ...
     labels: tuple[str, ...]
     changes: tuple[Callable[[Recipe], Recipe], ...]  # one per label
 
@@ -44,6 +45,7 @@ def parse_axis(text: str) -> Axis:
         raise ValueError(f"the axis {text!r}: {kind} takes {takes}, separated by commas") from None
     label = f"{about or kind} "
     return Axis(
+        f"{kind} {about.strip()}".strip(),
         tuple(word if kind in ("arm", "gates", "sampler") else label + word for word in values),
         tuple(_change(kind, about.strip(), value) for value in parsed),
     )
@@ -63,8 +65,10 @@ def _change(kind: str, about: str, value: object) -> Callable[[Recipe], Recipe]:
 def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
     """A recipe per cell, row by row.
 
-    Raises ValueError for more than MAX_CELLS, and for strengths that would change nothing.
+    Raises ValueError for two axes of one kind, more than MAX_CELLS, and strengths that would change nothing.
     """
+    if x.varies.casefold() == y.varies.casefold():
+        raise ValueError(f"both axes vary {x.varies!r}, and a cell has only one; vary something else along one of them")
     if len(x.labels) * len(y.labels) > MAX_CELLS:
         raise ValueError(f"a grid of {len(x.labels)} x {len(y.labels)} is too large: at most {MAX_CELLS} cells")
     rows = [[across(down(recipe)) for across in x.changes] for down in y.changes]

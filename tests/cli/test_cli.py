@@ -14,7 +14,7 @@ from mole_diffusers import merge, read_expert
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.common import parse_file
 from mole_diffusers.cli.library import Mode
-from mole_diffusers.cli.merge import Method
+from mole_diffusers.cli.merge import Method, by_name
 from mole_diffusers.cli.options import THRESHOLD
 from mole_diffusers.testing import tiny_pipeline
 
@@ -54,7 +54,7 @@ def test_merge_writes_one_lora(loras, base, tmp_path, capsys):
     for key, weights in wanted.layers["unet"].items():
         torch.testing.assert_close(found.layers["unet"][key].delta(), weights.delta(), rtol=0, atol=1e-2)
     prompts = ["--base", base, "--device", "cpu", "--own", "fox=a fox", "--own", "ink=in ink"]
-    assert main(["merge", *files, "--method", "ssr", *prompts, "--format", "kohya", "--out", str(out)]) == 0
+    assert main(["merge", *files, "--method", "ssr", *prompts, "--format", "kohya", "--out", str(out), "--overwrite"]) == 0
     assert read_expert(out).format == "kohya"
     assert "mole.loss" in capsys.readouterr().out
 
@@ -122,13 +122,19 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
         (["compose", "a fox", "--base", "somewhere"], "give at least one --expert"),
-        (["merge", "a.safetensors", "b/a.safetensors", "--out", "x"], "two files are named 'a'; rename one"),
-        (["merge", "a.safetensors", "--method", "bits", "--out", "x"], "'bits' is not one of 'sum', 'mean', 'svd'"),
+        (["merge", "a.safetensors", "b/a.safetensors", "--out", "x.safetensors"], "name one yourself: a2=b/a.s"),
+        (["merge", "a.safetensors", "--out", "x"], "--out x is no name of a .safetensors file"),
+        (["compose", "a fox", "--out", "new/"], "--out new is no name of a .png file"),
+        (["draw", "a fox", "--out", "a.jpg"], "--out a.jpg is no name of a .png file"),
+        (
+            ["merge", "a.safetensors", "--method", "bits", "--out", "x.safetensors"],
+            "'bits' is not one of 'sum', 'mean', 'svd'",
+        ),
         (["compose", "a fox", "--rows", "x"], "Invalid value for '--rows'"),
         (["compose", "a fox", "--sead", "1"], "No such option: --sead"),
         (["compose", "a <lora:fox:1>"], "a prompt with <lora:...> tags is for mole draw"),
         (["compos"], "No such command 'compos'"),
-        (["merge", "a.safetensors", "--method", "np", "--option", "mu", "--out", "x"], "no LoRA file at"),
+        (["merge", "a.safetensors", "--method", "np", "--option", "mu", "--out", "x.safetensors"], "no LoRA file at"),
         (["train", "--prompt", "a fox", "--out", "g", "--single", "fox"], "--single 'fox' is not NAME=VALUE"),
     ],
 )
@@ -137,6 +143,26 @@ def test_bad_input_is_one_line_and_status_1(capsys, argv, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_merge_overwrites_no_file_unasked(loras, tmp_path, capsys):
+    mine = tmp_path / "fox.safetensors"
+    mine.write_bytes(before := loras["fox"].read_bytes())
+    assert main(["merge", str(mine), str(loras["ink"]), "--out", str(mine)]) == 1
+    assert "is there already; give another --out, or --overwrite" in capsys.readouterr().err
+    assert mine.read_bytes() == before
+    assert main(["merge", str(mine), str(loras["ink"]), "--out", str(mine), "--overwrite"]) == 0
+    assert mine.read_bytes() != before
+
+
+def test_files_of_one_name_are_merged_by_names_of_their_own(loras, tmp_path, capsys):
+    other = tmp_path / "a=b" / "fox.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(loras["ink"].read_bytes())
+    files = [str(loras["fox"]), f"ink={other}:0.5"]
+    assert main(["merge", *files, "--out", str(tmp_path / "one.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mole.experts"] == "fox, ink"
+    assert by_name([str(other)]) == {"fox": str(other)}
 
 
 def test_prompts_of_loras_that_are_not_merged_are_refused(loras, tmp_path, capsys):

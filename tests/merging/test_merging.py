@@ -1,5 +1,7 @@
 """Merges of real files: one ordinary LoRA that stock diffusers loads, and bad input."""
 
+from dataclasses import replace
+
 import hosts
 import pytest
 import torch
@@ -231,5 +233,8 @@ def test_bad_experts(loras, pipe, activations, tmp_path):
     with pytest.raises(ValueError, match="no prompts for expert 'cat'"):
         mole.merge({"cat": loras["fox"]}, "ssr", activations=activations)
     wide = tiny_lora(tiny_pipeline(width=32), tmp_path / "wide.safetensors")
-    with pytest.raises(ValueError, match="do not fit one model: .* of layer 'text_encoder"):
+    with pytest.raises(ValueError, match="'fox' is for cross-attention 16, 'wide' is for cross-attention 32"):
         mole.merge({"fox": loras["fox"], "wide": wide})
+    unknown = replace(read_expert(wide), base="unknown")
+    with pytest.raises(ValueError, match="do not fit one model: .* of layer 'text_encoder"):
+        mole.merge({"fox": loras["fox"], "wide": unknown})

@@ -141,6 +141,16 @@ def test_strengths_that_change_nothing_are_refused():
     assert cells(Recipe("a", hires=2.0), parse_axis("hires_strength=0.5,0.9"), seed)[0][1].hires_strength == 0.9
 
 
+def test_two_axes_of_one_kind_are_refused():
+    for x, y in (("weight Fox=0,1", "weight fox=1,2"), ("seed=1", "seed=2,3")):
+        with pytest.raises(ValueError, match="both axes vary"):
+            cells(Recipe("a <lora:fox:1>"), parse_axis(x), parse_axis(y))
+    recipe = Recipe("a <lora:fox:1> <lora:owl:1>")
+    assert (
+        cells(recipe, parse_axis("weight fox=0"), parse_axis("weight owl=0"))[0][0].prompt == "a <lora:fox:0> <lora:owl:0>"
+    )
+
+
 def test_a_grid_that_was_stopped_keeps_what_is_done():
     x, y = parse_axis("seed=1,2"), parse_axis("steps=1")
     red = Image.new("RGB", (64, 64), "red")
