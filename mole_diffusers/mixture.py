@@ -399,8 +399,11 @@ class Mixture:
 
     @staticmethod
     def _finite(name: str, value: float) -> float:
-        if abs(value) <= MAX_STRENGTH:
-            return float(value)
+        try:
+            if abs(value) <= MAX_STRENGTH:
+                return float(value)
+        except TypeError:
+            raise TypeError(f"the strength of {name!r} must be a number, got {value!r}") from None
         if math.isfinite(value):
             raise ValueError(f"the strength of {name!r} must be in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {value}")
         raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
@@ -661,6 +664,8 @@ def _prepared(
     pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates, binding: Mapping[str, Any] | str | None
 ) -> Mixture:
     """Read and check everything; nothing of the pipeline is changed."""
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
     read, strengths = {}, {}
     for name, given in experts.items():
         source, strengths[name] = given if isinstance(given, tuple) else (given, 1.0)

@@ -87,7 +87,9 @@ def _saving(page: Page) -> None:
 
 
 def _grid(page: Page) -> None:
-    gr.Markdown("**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, strength.")
+    gr.Markdown(
+        "**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, binding, strength."
+    )
     with gr.Row():
         for axis in page.axes:
             axis.render()

@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return parser().main(words, prog_name="mole", standalone_mode=False) or 0
     except (typer.TyperException, ValueError, OSError) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            there_is_none = isinstance(error, FileNotFoundError)
+            text = f"there is no file {error.filename}" if there_is_none else f"{error.filename}: {error.strerror}"
         name = f"mole {words[0]}" if words and not words[0].startswith("-") else "mole"
         print(f"{name}: {text}", file=sys.stderr)
         return 1

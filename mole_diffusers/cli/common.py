@@ -124,6 +124,17 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     return {name: (read_expert(known[name], name), 1.0) for name in sorted(at, key=at.__getitem__)}
 
 
+def named_gates(studio: Studio, gates: str) -> str:
+    """The name of --gates in the studio; a folder of trained gates, which has none yet, gets that of the folder."""
+    from mole_diffusers.gates import checkpoint
+
+    folder = Path(gates)
+    if gates in studio.catalog.gates or not (folder / checkpoint.CONFIG).is_file():
+        return gates
+    studio.catalog.add_gates(name := folder.resolve().name, folder)
+    return name
+
+
 def open_studio(files: Mapping[str, Any], opening: Mapping[str, Any]) -> Studio:
     """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog.
 

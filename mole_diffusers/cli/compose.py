@@ -80,8 +80,8 @@ def compose(
     from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_diffusers.studio.weight_syntax import plain_text
 
-    page = PromptSheet(opened(base, opening), prompt, seeds, how)
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
+    page = PromptSheet(opened(base, opening), prompt, seeds, how)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, prompt, **page.others, guided=page.guided)
     has_tiles = mixture.binding and texts and draws_in_tiles(page.pipe, texts | page.call, mixture.binding, experts)

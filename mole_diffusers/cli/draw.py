@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import completed, first_recipe, open_pictures, open_studio, target
+from mole_diffusers.cli.common import completed, first_recipe, named_gates, open_pictures, open_studio, target
 from mole_diffusers.cli.console import note
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def draw(
     path = target(out, "picture.png", overwrite=overwrite)
     pictures = open_pictures(given)
     studio = open_studio(files, opening)
-    recipe = first_recipe(studio, prompt=prompt, gates=gates, seed=seed, binding=binding, **how, **over)
+    recipe = first_recipe(studio, prompt=prompt, gates=named_gates(studio, gates), seed=seed, binding=binding, **how, **over)
     draw_recipe(studio, with_pictures(recipe, **pictures), path, pictures, as_json=as_json)
 
 
@@ -119,8 +119,8 @@ def grid(
     how: options.Given,
     opening: options.Given,
 ) -> None:
-    """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, steps, guidance, sampler, hires or
-    hires_strength, and with --image also strength.
+    """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, binding, steps, guidance, sampler,
+    hires or hires_strength, and with --image also strength.
 
     The PNG holds the recipe and both axes.
     """
@@ -134,7 +134,7 @@ def grid(
     path = target(out, "grid.png", overwrite=overwrite)
     pictures = open_pictures(given)
     studio = open_studio(files, opening)
-    asked = first_recipe(studio, prompt=prompt, gates=gates, seed=seed, **how, **over)
+    asked = first_recipe(studio, prompt=prompt, gates=named_gates(studio, gates), seed=seed, **how, **over)
     first = completed(studio, with_pictures(asked, **pictures), pictures)
     rows = [[studio.complete(cell) for cell in row] for row in cells(first, across, down)]
     for cell in (cell for row in rows for cell in row):

@@ -90,6 +90,7 @@ def evaluate(
     from accelerate import PartialState
 
     from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, judging_sheet, runner
+    from mole_diffusers.evaluation.arms import check_names
     from mole_diffusers.evaluation.rows import Rows
     from mole_diffusers.evaluation.strength_search import best_weights, search_arms
 
@@ -98,6 +99,7 @@ def evaluate(
         return
     if search:
         _check_search(base, split, {"--arm": arm, "--share": share, "--weights": weights})
+    check_names(arm)
     state = PartialState(cpu=device == "cpu")
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     if base == WORLD:
@@ -163,10 +165,10 @@ def _checkpoint(
     from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
     from mole_diffusers.evaluation.runner import Setup
 
+    chosen = experts_for(base, named_values(real["expert"], "--expert"), "")
+    cases = read_cases(real["cases"], list(chosen)) if real["cases"] is not None else []
     if missing := [f"--{name}" for name in ("cases", "clip", "dino") if real[name] is None]:
         raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    chosen = experts_for(base, named_values(real["expert"], "--expert"), "")
-    cases = read_cases(real["cases"], list(chosen))
     folders = {name: Path(folder) for name, folder in named_values(real["images"], "--images", chosen).items()}
     prompts = grouped_values(real["own"], "--own", chosen)
     metrics = ClipDinoMetrics(real["clip"], real["dino"], folders, device=chosen_device(device))

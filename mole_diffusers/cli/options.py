@@ -105,7 +105,7 @@ Loras = Annotated[
 ]
 NamedGates = Annotated[
     str,
-    Option("--gates", help="Trained gates by name, sum or mean; auto takes your own for these LoRAs, else sum."),
+    Option("--gates", help="Trained gates by name or folder, sum or mean; auto takes your own for these LoRAs, else sum."),
 ]
 Trained = Annotated[Path | None, Option(metavar="FOLDER", help="Trained gates that may be named: a folder each.")]
 

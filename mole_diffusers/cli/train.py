@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass, replace
 from functools import partial
 from itertools import chain
@@ -20,6 +22,7 @@ from typer import Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, pipeline
+from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import NONE, WORLD
 from mole_diffusers.options import check_kinds, check_options
 from mole_diffusers.training.config import GateTraining, LoraTraining
@@ -160,6 +163,22 @@ def is_main_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
+@contextmanager
+def says_what_is_kept(folder: Path) -> Iterator[None]:
+    """Say on stderr, where the block is interrupted by Ctrl-C, which checkpoint is there and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from mole_diffusers.training.engine import checkpoints
+
+        if is_main_process():
+            whole = checkpoints(folder)
+            kept = f"{whole[-1]} is kept; --resume latest goes on from there" if whole else "there is no checkpoint yet"
+            print(file=sys.stderr)  # after the line of the bar
+            note(f"interrupted: {kept}")
+        raise
+
+
 # ---- gates
 
 
@@ -261,7 +280,8 @@ def train(
         return
     if run["out"] is None:
         raise ValueError("--out is needed: the folder for gates, checkpoints and log")
-    log = _train_gates(asked, run, push_to_hub)
+    with says_what_is_kept(run["out"]):
+        log = _train_gates(asked, run, push_to_hub)
     if is_main_process():
         facts, first, last = {"out": str(run["out"]), **log[-1]}, log[0]["loss"], log[-1]["loss"]
         print(json.dumps(facts) if as_json else f"{run['out']}: loss {first:.3f} -> {last:.3f}")
@@ -422,7 +442,8 @@ def train_lora(
         raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
     if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
-    facts = _train_lora(asked, config, run)
+    with says_what_is_kept(run["out"]):
+        facts = _train_lora(asked, config, run)
     if is_main_process():
         print(json.dumps(facts) if as_json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
 

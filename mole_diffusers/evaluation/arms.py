@@ -341,6 +341,12 @@ MOVABLE = ("sum", *MERGES, "gates")  # arms whose strengths `moved_arms` can mov
 ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for names that are not of `ARMS`."""
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
+
+
 def chosen_arms(
     names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
 ) -> list[Arm]:
@@ -352,8 +358,7 @@ def chosen_arms(
 
     Raises ValueError for an unknown name, or an arm that cannot be drawn, see `obstacles`.
     """
-    if unknown := [name for name in names if name not in ARMS]:
-        raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
+    check_names(names)
     if found := obstacles(names, setup, gates, weights=weights):
         raise ValueError("; ".join(found.values()))
     return [arm for name in names for arm in _named(name, setup, gates, weights)]

@@ -14,7 +14,7 @@ import torch
 from mole_diffusers.gates import GateBank, GateConfig
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json, read_safetensors
-from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.lora.whole_files import check_no_file, write_text
 from mole_diffusers.lora.writing import save_atomically
 
 VERSION = 1
@@ -92,7 +92,7 @@ def save(
 
     The weights' file also holds what config.json says, so that gates and config fit wherever a write was broken off.
     """
-    folder = Path(folder)
+    check_no_file(folder := Path(folder))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}

@@ -39,7 +39,8 @@ def read_expert(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no LoRA file at {path}")
+        inside = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:5]) if path.is_dir() else ""
+        raise FileNotFoundError(f"no LoRA file at {path}" + (f", a folder; give a file in it: {inside}" if inside else ""))
     contents = read_safetensors(path)
     try:
         reader = _Reader(scalings(contents.metadata, read_peft_config(path)), tolerance, drop_nonfinite)

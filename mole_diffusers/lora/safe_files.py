@@ -129,7 +129,7 @@ def path_inside(folder: str | Path, name: Any) -> Path:
     Raises RefusedFileError for an absolute path, "..", a drive, a backslash, or a link that leads out.
     """
     about = f"the file name {name!r} in the index of {folder}"
-    if not isinstance(name, str) or not name or any(c in name for c in "\\:\0"):
+    if not isinstance(name, str) or not name or any(c in name for c in "\\\0") or name[1:2] == ":":
         raise RefusedFileError(f"{about} is not a relative path")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:

@@ -45,6 +45,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     in cannot be moved: there, what is new is moved in piece by piece.
     """
     path = Path(path).resolve()
+    check_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part, aside = _beside(path, "part"), _aside(path)
     part.mkdir()
@@ -98,12 +99,19 @@ def only_run(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    check_no_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=0):
             yield
     except Timeout:
         raise ValueError(f"another run is writing to {folder}; wait for it, or use another folder") from None
+
+
+def check_no_file(folder: Path) -> None:
+    """Raises FileExistsError, in a sentence, where a file lies in the place of a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, where a folder is to be written; give the name of a folder")
 
 
 def _move_into(part: Path, path: Path) -> None:

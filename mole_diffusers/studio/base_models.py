@@ -12,6 +12,7 @@ import diffusers
 import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 
+from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
@@ -124,7 +125,17 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     files = below if known else [*folder.glob("*"), *folder.glob("*/*")]
     saved = [file.parent for file in files if file.name == INDEX]
     alone = [f for f in files if f.suffix == ".safetensors" and not any(f.is_relative_to(s) for s in saved)]
+    alone = alone if known else [f for f in alone if not _is_lora(f)]
     return by_name([*saved, *alone], folder)
+
+
+def _is_lora(path: Path) -> bool:
+    """Whether a file has the keys of a LoRA; by its header alone."""
+    try:
+        shapes, _ = read_header(path)
+        return bool(shapes) and bool(parse_key(next(iter(shapes))))
+    except (ValueError, OSError):
+        return False
 
 
 def bases_of(given: Sequence[str]) -> dict[str, str]:

@@ -49,8 +49,9 @@ class Catalog:
         return self._experts[name]
 
     def name(self, name: str) -> str:
-        """A LoRA's name as it is written here, for one in any case. Raises ValueError for an unknown name."""
-        if (found := matching(name, self.loras)) is None:
+        """A LoRA's name as it is written here, for one in any case, with _ for a space. Raises ValueError for others."""
+        found = matching(name, self.loras) or matching(name.replace("_", " "), self.loras)
+        if found is None:
             raise ValueError(f"there is no LoRA {name!r}; {known_names(name, self.loras)}")
         return found
 
@@ -157,7 +158,9 @@ class Catalog:
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:
     """{name: path} of the safetensors files below a folder: a file's own name, or where two have the same one, with the
-    folder that each is in ("people/fox"). Raises ValueError if there are none."""
+    folder that each is in ("people/fox"). Raises ValueError for what is no folder, or one without."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is {'a file' if Path(folder).exists() else 'not there'}; give the folder of LoRA files")
     found = by_name((file for file in files_below(Path(folder)) if file.suffix == ".safetensors"), Path(folder))
     if not found:
         raise ValueError(f"no .safetensors files in {folder}")

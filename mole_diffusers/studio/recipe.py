@@ -101,7 +101,8 @@ class Recipe:
             raise ValueError("a prompt has at most 5000 characters")
         if self.arm_and_name[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
-            raise ValueError(f"unknown arm {self.arm!r} or binding {self.binding!r}; known: {arms}; {list(BINDINGS)}")
+            unknown = f"unknown arm {self.arm!r} or binding {self.binding!r}"
+            raise ValueError(f"{unknown}; known arms: {arms}; known bindings: {list(BINDINGS)}")
         if self.mask and not self.image:
             raise ValueError("a mask needs a picture that is drawn over")
         if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
@@ -215,6 +216,6 @@ def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] 
     blocks and steps are kept."""
     parsed = parse(prompt, known)
     tags = {tag.name: tag for tag in parsed.tags}
-    name = matching(name, tags) or name
+    name = matching(name, tags) or matching(name.replace("_", " "), tags) or name
     tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
     return str(replace(parsed, tags=tuple(tags.values())))

@@ -12,8 +12,8 @@ from PIL import Image
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.studio.recipe import Recipe, with_strength
 
-KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "sampler": str, "weight": float,
-         "strength": float, "hires": float, "hires_strength": float}  # fmt: skip
+KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "binding": str, "sampler": str,
+         "weight": float, "strength": float, "hires": float, "hires_strength": float}  # fmt: skip
 MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # of a grid, and of the cells of its sheet
 
 
@@ -27,8 +27,8 @@ class Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates, sampler, strength, hires
-    and hires_strength.
+    """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates, binding, sampler,
+    strength, hires and hires_strength.
 
     Raises ValueError naming the kinds.
     """
@@ -46,7 +46,7 @@ def parse_axis(text: str) -> Axis:
     label = f"{about or kind} "
     return Axis(
         f"{kind} {about.strip()}".strip(),
-        tuple(word if kind in ("arm", "gates", "sampler") else label + word for word in values),
+        tuple(word if kind in ("arm", "gates", "binding", "sampler") else label + word for word in values),
         tuple(_change(kind, about.strip(), value) for value in parsed),
     )
 

@@ -121,6 +121,11 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--expert", "a=x", "--expert", "a=y"], "--expert 'a' is given more than once: ['x', 'y']"),
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
+        (["compose", "a sunflower", "--bind", "sunflower=@ghost.png"], "there is no file ghost.png"),
+        (["redraw", "ghost.png"], "there is no file ghost.png"),
+        (["draw", "a fox", "--image", "ghost.png"], "there is no file ghost.png"),
+        (["draw", "a fox", "--loras", "nowhere"], "nowhere is not there; give the folder of LoRA files"),
+        (["draw", "a fox", "--loras", __file__], "test_cli.py is a file; give the folder of LoRA files"),
         (["compose", "a fox", "--base", "somewhere"], "give at least one --expert"),
         (["merge", "a.safetensors", "b/a.safetensors", "--out", "x.safetensors"], "name one yourself: a2=b/a.s"),
         (["merge", "a.safetensors", "--out", "x"], "--out x is no name of a .safetensors file"),
@@ -163,6 +168,13 @@ def test_files_of_one_name_are_merged_by_names_of_their_own(loras, tmp_path, cap
     assert main(["merge", *files, "--out", str(tmp_path / "one.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mole.experts"] == "fox, ink"
     assert by_name([str(other)]) == {"fox": str(other)}
+
+
+def test_a_folder_in_the_place_of_a_lora_names_its_files(loras, capsys):
+    folder = loras["fox"].parent
+    for argv in (["inspect", str(folder)], ["compose", "a fox", "--expert", f"fox={folder}"]):
+        assert main(argv) == 1
+        assert f"no LoRA file at {folder}, a folder; give a file in it: " in "".join(capsys.readouterr())
 
 
 def test_prompts_of_loras_that_are_not_merged_are_refused(loras, tmp_path, capsys):

@@ -218,6 +218,15 @@ def checkpoint(models, own, loras, tmp_path):
     return [*args, "--expert", f"ink={loras['ink']}", "--style", "ink", "--out", str(tmp_path / "out")]
 
 
+def test_bad_cases_and_arms_are_refused_before_models_are_asked_for(loras, tmp_path, capsys):
+    (tmp_path / "cases.jsonl").write_text('{"concepts": ["cat"], "prompt": "a cat"}\n')
+    command = ["evaluate", "--base", "nowhere", "--expert", f"fox={loras['fox']}", "--device", "cpu"]
+    assert main([*command, "--cases", str(tmp_path / "cases.jsonl")]) == 1
+    assert "line 1: no expert for ['cat']; known: ['fox']" in capsys.readouterr().err
+    assert main([*command, "--arm", "best"]) == 1
+    assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]

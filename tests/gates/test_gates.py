@@ -264,6 +264,17 @@ def test_numbers_that_no_picture_survives_are_refused(pipe, loras, value):
     assert mixture.strength("fox") == 1
 
 
+def test_what_is_no_number_mapping_or_folder_is_said(pipe, loras, tmp_path):
+    mixture = mole.attach(pipe, loras)
+    with pytest.raises(TypeError, match="the strength of 'fox' must be a number, got '1'"):
+        mixture.strength("fox", "1")
+    with pytest.raises(TypeError, match="experts are names with files"):
+        mole.attach(pipe, [loras["fox"]])
+    (file := tmp_path / "gates").touch()
+    with pytest.raises(FileExistsError, match="gates is a file, where a folder is to be written"):
+        mixture.save_pretrained(file)
+
+
 @pytest.fixture(scope="module")
 def saved(loras, draw, tmp_path_factory):
     """A pipeline with gates, the folder they were saved to, and what it draws; a gate that is refused changes none of it."""

@@ -150,6 +150,7 @@ def test_an_index_names_files_inside_its_folder_only(tmp_path):
     (folder / "loop").symlink_to(folder / "loop")
     assert path_inside(folder, "sub/a.safetensors") == (folder / "sub" / "a.safetensors").resolve()
     assert path_inside(folder, "sub/near") == (folder / "sub" / "a.safetensors").resolve()
+    assert path_inside(folder, "dra:gon,1.safetensors").parent == folder.resolve()
     bad = ["", None, 3, "/etc/passwd", "../secret", "sub/../../secret", "C:\\x", "a\\b", "c:x", "a\0b", "link", "loop"]
     for name in bad:
         with pytest.raises(RefusedFileError, match="in the index of"):

@@ -13,7 +13,7 @@ from tiers import thorough
 
 from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 GB = 1 << 30
 
@@ -143,6 +143,9 @@ def test_a_models_folder_has_its_models_by_name(models, folder):
     alone.mkdir()
     with pytest.raises(ValueError, match="is a folder of models; it has no .safetensors checkpoint"):
         find_base(str(alone))
+    tiny_lora(tiny_pipeline(), alone / "fox.safetensors")
+    with pytest.raises(ValueError, match="is a folder of models; it has no .safetensors checkpoint"):
+        find_base(str(alone))  # a LoRA is none
     shutil.copy(folder / "Dream.safetensors", alone)
     assert find_base(str(alone)) == alone / "Dream.safetensors"
 

@@ -1,11 +1,13 @@
 """Pictures that re-create themselves, and grids, from the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mole_diffusers import emoji
 from mole_diffusers.cli import main
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe
@@ -105,6 +107,14 @@ def test_bad_input_is_one_line_and_status_1(argv, message, capsys):
     assert message in error
 
 
+def test_gates_are_named_by_their_folder_too(tmp_path, capsys):
+    shutil.copytree(emoji.default_folder() / "gates" / "sunflower+doughnut", tmp_path / "mine")
+    words = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
+    made = ["--gates", str(tmp_path / "mine"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--json"]
+    assert main(["draw", words, *made]) == 0
+    assert json.loads(capsys.readouterr().out)["gates"] == "mine"
+
+
 def test_cells_change_along_both_axes():
     x, y = parse_axis("weight fox=0,0.5"), parse_axis("arm=base,gates")
     rows = cells(Recipe("a <lora:fox:1:lbw=INS>", gates="mine", gates_sha256="0"), x, y)
@@ -139,6 +149,13 @@ def test_strengths_that_change_nothing_are_refused():
         with pytest.raises(ValueError, match=said):
             cells(Recipe("a", **changes), seed, parse_axis(axis))
     assert cells(Recipe("a", hires=2.0), parse_axis("hires_strength=0.5,0.9"), seed)[0][1].hires_strength == 0.9
+
+
+def test_a_grid_varies_the_binding():
+    axis = parse_axis("binding=bound,tiles")
+    assert [cell.binding for cell in cells(Recipe("a"), axis, parse_axis("seed=1"))[0]] == ["bound", "tiles"]
+    with pytest.raises(ValueError, match="unknown arm 'tiles' .* known bindings: "):
+        cells(Recipe("a"), parse_axis("arm=sum,tiles"), parse_axis("seed=1"))
 
 
 def test_two_axes_of_one_kind_are_refused():

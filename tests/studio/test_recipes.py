@@ -323,6 +323,12 @@ def test_what_is_not_here_is_said(studio, recipe, tmp_path):
         folder_loras(tmp_path)
 
 
+def test_an_underscore_finds_a_lora_with_a_space(loras):
+    catalog = Catalog({"red fox": loras["fox"]}, {})
+    assert catalog.name("Red_Fox") == "red fox"
+    assert with_strength("a <lora:red fox:1>", "red_fox", 0.5) == "a <lora:red fox:0.5>"
+
+
 def test_a_catalog_takes_good_files_only(pipe, tmp_path):
     catalog = Catalog({}, {})
     (tmp_path / "bad.safetensors").write_text("<html>")

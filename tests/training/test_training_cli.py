@@ -98,6 +98,21 @@ def test_loras_of_the_embedded_world_are_found_in_every_prompt(tmp_path, monkeyp
     assert found == [["fox", "tiger"]] * 2
 
 
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "_train_gates", interrupted)
+    command = ["train", "--prompt", "a fox", "--out", str(tmp_path)]
+    assert main(command) == 130
+    assert "note: interrupted: there is no checkpoint yet" in capsys.readouterr().err
+    for step in (4, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "training.pt").touch()
+    assert main(command) == 130
+    assert f"{tmp_path / 'checkpoint-12'} is kept; --resume latest goes on from there" in capsys.readouterr().err
+
+
 def test_prompts_that_the_judge_cannot_judge_are_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: pytest.fail("opened"))
     file = tmp_path / "run.yaml"
