@@ -67,7 +67,7 @@ def test_binding_is_taken_and_its_values_are_said(client):
         assert recipe["binding"] == binding
         pictures[binding] = pixels(file)
     assert not np.array_equal(pictures["bound"], pictures["none"])
-    with pytest.raises(gradio_client.exceptions.AppError, match="unknown .* binding 'x'; known: .*'tiles'"):
+    with pytest.raises(gradio_client.exceptions.AppError, match="unknown .* binding 'x'; .*known bindings: .*'tiles'"):
         client.predict(PROMPT, binding="x", api_name="/compose")
 
 

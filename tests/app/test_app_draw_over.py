@@ -128,7 +128,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     for work in (
         actions.compose(RECIPE, 1, over),
         actions.look(RECIPE, None, over),
-        actions.grid(RECIPE, "seed=1", "seed=1", over),
+        actions.grid(RECIPE, "seed=1", "steps=4", over),
     ):
         assert words in str(work(ignore))
     sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore).sheet
@@ -173,7 +173,7 @@ def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     right, wrong, text = (handle_file(tmp_path / f"{name}.png") for name in ("image", "other", "text"))
     _, (told,) = client.predict(PROMPT, steps=4, image=right, api_name="/compose")
-    axes = ("seed=1", "seed=1")
+    axes = ("seed=1", "steps=4")
     for name, rest in (("redraw", ()), ("compare", ()), ("look", ()), ("grid", axes)):
         for given, said in (({}, "needs the picture"), ({"image": wrong}, "made with another picture")):
             with pytest.raises(Exception, match=said):
