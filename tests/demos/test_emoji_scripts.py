@@ -45,6 +45,24 @@ def test_each_subject_has_a_prompt_and_a_square_of_its_own(script):
     assert parts(setup, styled) == {"fox": (styled.prompt, (0, 0, 1, 1))}
 
 
+def test_what_is_drawn_over_is_right_where_its_things_stand(script, monkeypatch):
+    import diffusers
+
+    import mole_diffusers as mole
+    from mole_diffusers.emoji import Scene
+
+    draw_over, world = script("draw_over"), mole.emoji_world()
+    monkeypatch.setattr(draw_over, "STRENGTHS", (0.6,))
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**world.pipe.components, requires_safety_checker=False)
+    scene, ways = Scene(("tiger", "koala"), "noto", "green"), list(draw_over.WAYS.values())
+    found = []
+    for context in ways:
+        with context:
+            found.append(list(draw_over.kept(world, pipe, scene, range(1))))
+    assert found[0] == [True, True]  # whoever is named first
+    assert found[1] != [True, True]
+
+
 def test_packed_verdicts_are_those_of_the_rows_and_of_one_world_only(script, tmp_path, monkeypatch):
     import pandas as pd
 
