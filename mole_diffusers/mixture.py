@@ -246,7 +246,7 @@ class Mixture:
                     binding.end(warns=done and self._runtime.masks is binding)
 
     def _by_things(self, call: Mapping[str, Any] | None) -> AbstractContextManager[None]:
-        """Calls the denoiser for single things: to draw them in tiles at first, or to find them in a picture."""
+        """What calls the denoiser for single things: to draw them in tiles at first, or to find them in a picture."""
         runtime = self._runtime
         binding, tiling = runtime.binding, runtime.tiling
         if binding is None and tiling.always and tiling.until:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_diffusers.inspection.compare import PlainSum
 from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.runtime import PlainSum
 from mole_diffusers.patching.undo import replaced_forward
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
@@ -149,7 +149,7 @@ class KLoRA(PlainSum):
     """
 
     def __init__(self, pipe: Any, mixture: Mixture, *, content: str, style: str):
-        super().__init__(mixture)
+        super().__init__(len(mixture.experts))
         names = list(mixture.experts)
         if sorted(names) != sorted((content, style)) or mixture.config.granularity != "matrix":
             raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")

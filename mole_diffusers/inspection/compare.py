@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.runtime import PlainSum
 
 MARGIN = 6  # pixels around a cell of a sheet
 
@@ -29,7 +30,7 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
     if mixture.binding is not None:
-        summed = partial(mixture.planned, PlainSum(mixture))
+        summed = partial(mixture.planned, PlainSum(len(mixture.experts)))
         found["bound"] = partial(_both, partial(mixture.tiled, 0), summed)
         if tiles:
             found["tiles"] = partial(_both, partial(mixture.tiled, **tiles), summed)
@@ -46,22 +47,6 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
 def _both(first: Callable[[], AbstractContextManager], second: Callable[[], AbstractContextManager]) -> Iterator[None]:
     with first(), second():
         yield
-
-
-class PlainSum:
-    """A plan (`patching.runtime.Plan`) in which every gate gives 1, bound or not: what the users' strengths alone draw."""
-
-    def __init__(self, mixture: Mixture):
-        self.ones = [1.0] * len(mixture.experts)
-
-    def part(self, part: str) -> list[float]:
-        return self.ones
-
-    def block(self, module: str) -> list[float]:
-        return self.ones
-
-    def gates(self, place: str) -> list[float] | None:
-        return self.ones
 
 
 def sample(pipe: Any, prompt: str, seeds: Sequence[int], **options: Any) -> list[Image.Image]:

@@ -104,9 +104,8 @@ class GateSite(ABC):
     ) -> list[Decision]:
         runtime = self.runtime
         time = runtime.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
-        time = functional.resample_rows(
-            time, len(hidden)
-        )  # PAG gives single layers a part of the batch, videos their frames
+        # PAG gives single layers a part of the batch, videos their frames.
+        time = functional.resample_rows(time, len(hidden))
         features = hidden if self.probe is None else self.probe(hidden.float())
         decisions = []
         for present in self.presents:

@@ -86,6 +86,22 @@ class Plan(Protocol):
         ...
 
 
+class PlainSum:
+    """A plan in which every gate gives 1, so that the users' strengths decide alone."""
+
+    def __init__(self, experts: int):
+        self.ones = [1.0] * experts
+
+    def part(self, part: str) -> Sequence[float]:
+        return self.ones
+
+    def block(self, module: str) -> Sequence[float]:
+        return self.ones
+
+    def gates(self, place: str) -> Sequence[float] | None:
+        return self.ones
+
+
 @dataclass
 class Runtime:
     """Which experts are active, how strong, and how far sampling has come; call `changed` after setting anything.

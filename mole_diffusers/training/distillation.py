@@ -19,9 +19,9 @@ from diffusers.models.attention_processor import Attention
 from mole_diffusers.binding import words
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.functional import onto
-from mole_diffusers.inspection.compare import PlainSum
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
+from mole_diffusers.patching.runtime import PlainSum
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import ComposedTerm, DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
@@ -220,7 +220,8 @@ def bound_to_words(mixture: Mixture) -> Iterator[None]:
 @contextmanager
 def alone(mixture: Mixture, strengths: Mapping[str, float]) -> Iterator[None]:
     """These experts at these strengths and no others, whatever the gates say; none of them is the base."""
-    with bound_to_words(mixture), mixture.only(*strengths), mixture.strengths(strengths), mixture.planned(PlainSum(mixture)):
+    ones = PlainSum(len(mixture.experts))
+    with bound_to_words(mixture), mixture.only(*strengths), mixture.strengths(strengths), mixture.planned(ones):
         yield
 
 

@@ -98,9 +98,10 @@ class LoraLayers:
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        names = {".lora_A.weight": ".down", ".lora_B.weight": ".up"}
-        halves = {key[:-14] + names[key[-14:]]: half for key, half in self.halves().items()}
-        return halves | {f"{name}.g": logits for name, logits in self.logits.items()}
+        halves = self.halves()
+        downs = {f"{name}.down": halves[f"{name}.lora_A.weight"] for name in self.modules}
+        ups = {f"{name}.up": halves[f"{name}.lora_B.weight"] for name in self.modules}
+        return downs | ups | {f"{name}.g": logits for name, logits in self.logits.items()}
 
 
 def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
