@@ -80,3 +80,19 @@ def test_packed_verdicts_are_those_of_the_rows_and_of_one_world_only(script, tmp
     kept.append([rows[0] | {"settings": {"base": "another"}}])
     with pytest.raises(ValueError, match="rows of several worlds"):
         compose.pack("test")
+
+
+def test_gates_of_a_composition_are_trained_as_asked_and_kept_once(script, tmp_path, monkeypatch):
+    train_gates, seen = script("train_gates"), []
+
+    def trained(pipe, mixture, data, *, config):
+        seen.append((mixture.config.family, config.steps, config.width))
+        return [{"loss": 0.5}]
+
+    monkeypatch.setattr(train_gates, "train_gates", trained)
+    monkeypatch.setattr(train_gates, "note", lambda *_, **__: None)
+    monkeypatch.setattr("sys.argv", ["x", "fox+koala", "--family", "factors", "--updates", "7", "--to", str(tmp_path)])
+    train_gates.main()
+    train_gates.main()
+    assert seen == [("factors", 7, 128)]
+    assert (tmp_path / "fox+koala" / "gates.safetensors").is_file()

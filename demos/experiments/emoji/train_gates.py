@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
     parser.add_argument("--family", default="flow", help="of the gates; the examples' differ from token to token")
+    parser.add_argument("--updates", type=int, default=TRAINING.steps)
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: the world's own gates")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
@@ -52,7 +53,8 @@ def main() -> None:
         detach(world.pipe)
         mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, args.family)
         with small_attention():
-            log = train_gates(world.pipe, mixture, lesson(concepts), config=recipe(concepts))
+            config = replace(recipe(concepts), steps=args.updates)
+            log = train_gates(world.pipe, mixture, lesson(concepts), config=config)
         mixture.save_pretrained(folder, dtype=torch.float16)
         note(f"gates {name}", loss=round(log[-1]["loss"], 4), seconds=round(time.time() - start))
 
