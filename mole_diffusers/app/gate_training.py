@@ -75,9 +75,9 @@ class TrainingRequest:
 
     @property
     def _subject_prompts(self) -> list[str]:
-        """The first prompt of each subject."""
-        first = (prompts[0] for name, prompts in self.singles.items() if name not in self.styles and prompts)
-        return list(dict.fromkeys(first))  # two LoRAs of one subject are drawn in one picture
+        """The prompt of each subject."""
+        own = (prompt for name, prompts in self.singles.items() if name not in self.styles for prompt in prompts)
+        return list(dict.fromkeys(own))  # two LoRAs of one subject are drawn in one picture
 
     def teachers(self) -> tuple[int, int]:
         """How many pictures the teachers draw, and how often the denoiser is called for them."""

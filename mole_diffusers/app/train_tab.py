@@ -137,7 +137,7 @@ def _fields(page: Page) -> None:
         words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
         return {
             fields["name"]: "+".join(sorted(experts)),
-            fields["singles"]: "\n".join(f"{name}={own}" for name, own in singles.items()),
+            fields["singles"]: "\n".join(f"{name}={own}" for name, prompts in singles.items() for own in prompts),
             fields["composed"]: text,
             fields["styles"]: found,
             why: "; ".join(words),
@@ -149,8 +149,8 @@ def _fields(page: Page) -> None:
 
 def suggested(
     text: str, own: Mapping[str, Bound], styles: Collection[str], way: str
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """A first guess at what to train on, as binding reads a prompt: the prompt of each LoRA, the styles, and the LoRAs that
+) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """A first guess at what to train on, as binding reads a prompt: the prompts of each LoRA, the styles, and the LoRAs that
     the prompt does not name.
 
     For a collage subjects have prompts, from left to right as they are named, each in all styles: "ink drawing of an owl" of
@@ -166,13 +166,16 @@ def suggested(
         words = each.words if each.needs_words else (*each.words, name)  # as `training.context.triggers`
         bound[name] = Bound(words, EVERYWHERE if name in styles else AUTO, required=each.needs_words)
     things = Things(text, bound, bound)
-    subjects = {name: prompt.text for i, prompt in things.prompts.items() for name in things.experts(i)}
+    subjects: dict[str, list[str]] = {}
+    for i, prompt in things.prompts.items():
+        for name in things.experts(i):
+            subjects.setdefault(name, []).append(prompt.text)
     found = [name for name in bound if name in things.everywhere or name in styles]
     silent = [name for name in bound if name not in subjects and name not in found]
     if way == "collage":
         return subjects, found, silent
     others = {name: [word for other in bound if other != name for word in bound[other].words] for name in bound}
-    return {name: single_prompt(text, others[name], keep=bound[name].words) for name in bound}, found, silent
+    return {name: [single_prompt(text, others[name], keep=bound[name].words)] for name in bound}, found, silent
 
 
 def single_prompt(text: str, others: Collection[str], *, keep: Collection[str]) -> str:

@@ -35,6 +35,7 @@ LISTED = re.compile(
 # What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
 # a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
 JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
+APART = re.compile(rf"{JOINED.pattern}|\s*{PLACE_WORDS}\s*")  # the same between words of one LoRA: "fox next to owl"
 AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
 ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
@@ -79,18 +80,20 @@ class Reading:
         return tuple(any(tokens) for tokens in self.own)
 
 
-def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]]) -> Reading:
+def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], *, whole: Collection[int] = ()) -> Reading:
     """Find the words of every expert in a tokenised text: whole words of any case, or their plurals.
 
-    Where phrases of two experts overlap the longer one counts; a word that both name belongs to both.
+    Where phrases of two experts overlap the longer one counts; a word that both name belongs to both. Phrases of one expert
+    name one thing, unless they stand apart in a plain list with "and": "a fox and an owl" are two.
 
     Args:
         ids: of one row, [T].
         phrases: [N], each expert's words; none for an expert that has none.
+        whole: the experts whose words name one thing, however they stand.
     """
     special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
     pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
-    return _reading(pieces, [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases])
+    return _reading(pieces, [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases], whole)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Part:
 
 
 def prompts_apart(
-    prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = ()
+    prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = (), *, whole: Collection[int] = ()
 ) -> tuple[Reading, dict[int, Part], bool]:
     """The prompt of each thing by itself: "ink drawing of an owl in snow" of "ink drawing of a red fox and an owl in snow".
 
@@ -116,19 +119,26 @@ def prompts_apart(
     Args:
         phrases: [N], each expert's words.
         everywhere: the experts whose words are said of the whole picture.
+        whole: see `read`.
 
     Returns:
         how binding reads the prompt, with a character for a token; in the order of naming, each thing's index in it and
         prompt; and whether the things are listed side by side, as by "and" or "left of": in "a fox riding a horse" they are
         not. Nouns that are nobody's are only in a plain list with "and", as "a fox, a lemon and a tiger".
     """
-    reading = _reading(list(prompt), [[phrase.strip().lower() for phrase in each] for each in phrases])
-    at = {
-        i: (start := thing.tokens.index(True), start + len(thing.name))
+    reading = _reading(list(prompt), [[phrase.strip().lower() for phrase in each] for each in phrases], whole)
+    begins = {
+        i: thing.tokens.index(True)
         for i, thing in enumerate(reading.things)
         if not thing.experts or not set(thing.experts) <= set(everywhere)
     }
-    order = sorted(at, key=at.__getitem__)
+    order = sorted(begins, key=begins.__getitem__)
+    at = {}
+    for i, begin in begins.items():  # to its last word, or its first where other things come between
+        tokens = reading.things[i].tokens
+        end = len(tokens) - tokens[::-1].index(True)
+        between = any(begin < other < end for other in begins.values())
+        at[i] = begin, begin + len(reading.things[i].name) if between else end
     if not order:
         return reading, {}, True
     before = prompt[: at[order[0]][0]]
@@ -164,12 +174,16 @@ def _are_listed(gaps: Sequence[str], tail: str, all_owned: bool) -> bool:
     """Whether things are listed side by side that have these texts between them, and this one after the last."""
     if all_owned or not gaps:
         return all(BREAK.search(gap) and LISTED.fullmatch(gap) for gap in gaps)
-    ends = AND.search(gaps[-1]) and not re.match(r"\s+of\b", tail)  # "a cup of tea" is not said of all
-    return bool(ends) and all(map(JOINED.fullmatch, gaps))
+    return _ends_list(gaps[-1], tail) and all(map(JOINED.fullmatch, gaps))
 
 
-def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]]) -> Reading:
-    """Find the words of every expert in a text that consists of these pieces; phrases are in lower case."""
+def _ends_list(gap: str, tail: str) -> bool:
+    """Whether this text between two things is that before the last of a list; "a cup of tea" is none."""
+    return bool(AND.search(gap)) and not re.match(r"\s+of\b", tail)
+
+
+def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Collection[int]) -> Reading:
+    """As `read`, of a text that consists of these pieces; phrases are in lower case."""
     ends = list(accumulate(map(len, pieces)))
     text = "".join(pieces)
     text = text.lower() if len(text.lower()) == len(text) else text
@@ -183,9 +197,12 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]]) -> Reading
     spans = _spans(text, phrases)
     own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
     named: dict[tuple[tuple[int, int], ...], list[int]] = {}  # where a thing is named -> whose words these are
-    for k, each in enumerate(spans):
-        if at := tuple(span for span in each if not _is_style(text, span)):
-            named.setdefault(at, []).append(k)
+    placed = [[span for span in each if not _is_style(text, span)] for each in spans]
+    listed = _listed_spans(text, sorted({span for each in placed for span in each}))
+    for k, each in enumerate(placed):
+        for at in [tuple(each)] if k in whole else _by_thing(text, each, listed):
+            if at:
+                named.setdefault(at, []).append(k)
     owned, located = ([span for each in group for span in each] for group in (spans, named))
     found = [(at, tuple(experts)) for at, experts in named.items()]
     found += [((span,), ()) for span in _other_nouns(text, owned, located)]
@@ -194,6 +211,37 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]]) -> Reading
     ]
     places = {i: at[0] for i, (at, _) in enumerate(found)}
     return Reading(own, tuple(things), tuple(_relations(text, places)))
+
+
+def _listed_spans(text: str, spans: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those of these words, from left to right, that stand in a plain list with "and", or beside each other."""
+    listed: set[tuple[int, int]] = set()
+    runs: list[list[tuple[int, int]]] = []
+    for span in spans:
+        if runs and APART.fullmatch(text[runs[-1][-1][1] : span[0]]):
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    for run in runs:
+        if len(run) > 1 and _ends_list(text[run[-2][1] : run[-1][0]], text[run[-1][1] :]):
+            listed |= set(run)
+    return listed
+
+
+def _by_thing(
+    text: str, spans: Sequence[tuple[int, int]], listed: Collection[tuple[int, int]]
+) -> list[tuple[tuple[int, int], ...]]:
+    """One expert's words, from left to right, thing by thing: each phrase that is listed names one, and the others are said
+    of the last one before them, or of the first."""
+    names = list(dict.fromkeys(text[slice(*span)].lower() for span in spans if span in listed))
+    if len(names) < 2:
+        return [tuple(spans)]
+    things: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    now = names[0]
+    for span in spans:
+        now = name if (name := text[slice(*span)].lower()) in things else now
+        things[now].append(span)
+    return [tuple(each) for each in things.values()]
 
 
 def joined(readings: Sequence[Reading]) -> Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +95,7 @@ class PictureLayout:
         for share, row in zip(shares, self.picture_rows, strict=True):
             things = self.readings[row].things
             maps = _attended(share, things, side).cpu() if things else ()
-            named.append({label: map_ for thing, map_ in zip(things, maps, strict=True) for label in self._labels(thing)})
+            named.append(self._by_label(zip(things, maps, strict=True)))
         return named
 
     def plan(self) -> list[str]:
@@ -183,10 +183,10 @@ class PictureLayout:
             mask = torch.ones(len(self.bound), *self.side)
             for k, region in given.items():
                 mask[k] = region_mask(region, *self.side)
-            for thing, place in self._located(row):
-                for k in thing.experts:
-                    if k not in given:
-                        mask[k] = place
+            places = self._by_label(self._located(row))
+            for k, name in enumerate(self.names):
+                if k not in given and name in places:
+                    mask[k] = places[name]
             rows.append(mask)
         return torch.stack(rows)
 
@@ -216,20 +216,23 @@ class PictureLayout:
         """The layout of each picture, in their order."""
         found = []
         for row in self.picture_rows:
-            regions = {label: region for thing, region in self._located(row) for label in self._labels(thing)}
+            regions = self._by_label(self._located(row))
             for name, bound in zip(self.names, self.bound, strict=True):
                 if self.side is not None and bound.given is not None:
                     regions.setdefault(name, region_mask(bound.given, *self.side))
             read = zip(self._placed(row), self._maps.get(row, ()), strict=False)
-            maps = {label: map_.cpu() for thing, map_ in read for label in self._labels(thing)}
-            found.append(Layout(regions, maps))
+            found.append(Layout(regions, {label: map_.cpu() for label, map_ in self._by_label(read).items()}))
         return found
 
-    def _labels(self, thing: Thing) -> list[str]:
-        """The experts' names, or the noun, marked where an expert is called so."""
-        if thing.experts:
-            return [self.names[k] for k in thing.experts]
-        return [f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name]
+    def _by_label(self, found: Iterable[tuple[Thing, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Regions or maps of things by the experts' names, of all things of an expert together, or by the noun, marked where
+        an expert is called so."""
+        by_label: dict[str, torch.Tensor] = {}
+        for thing, place in found:
+            noun = f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name
+            for label in [self.names[k] for k in thing.experts] or [noun]:
+                by_label[label] = torch.maximum(by_label[label], place) if label in by_label else place
+        return by_label
 
 
 def _listed(names: Sequence[str]) -> str:

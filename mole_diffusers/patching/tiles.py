@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.layout import MOST_THINGS
-from mole_diffusers.binding.regions import EVERYWHERE, region_mask
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
 from mole_diffusers.binding.words import Part, ThingKey, keys, prompts_apart
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
 from mole_diffusers.patching.picture_layout import planned_regions
@@ -206,8 +206,10 @@ class Things:
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
         self.names, self.bound, self.acting = list(bound), list(bound.values()), acting
-        whole = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
-        self.reading, self.prompts, side_by_side = prompts_apart(prompt, [b.words for b in self.bound], whole)
+        everywhere = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
+        whole = [k for k, b in enumerate(self.bound) if b.region != AUTO]
+        phrases = [b.words for b in self.bound]
+        self.reading, self.prompts, side_by_side = prompts_apart(prompt, phrases, everywhere, whole=whole)
         self.keys = dict(enumerate(keys(self.reading.things)))
         placed = {k for i in self.prompts for k in self.reading.things[i].experts}
         self.everywhere = tuple(

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.regions import EVERYWHERE
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
@@ -136,11 +137,13 @@ class TokenMasks:
         is left of `tokens` has no words."""
         known: dict[tuple, Reading] = {}
         phrases = [bound.words for bound in self.bound.values()]
+        whole = [k for k, bound in enumerate(self.bound.values()) if bound.region != AUTO]
+        of_row = partial(read, phrases=phrases, whole=whole)
         readings = []
         for row in rows:
             key = tuple(tuple((encoder, *ids) for encoder, ids in part) for part in row)
             if key not in known:
-                texts = [overlaid([read(ids, self.tokenizers[encoder], phrases) for encoder, ids in part]) for part in row]
+                texts = [overlaid([of_row(ids, self.tokenizers[encoder]) for encoder, ids in part]) for part in row]
                 left = max(0, tokens - sum(len(text.own[0]) for text in texts))
                 known[key] = joined([*texts, Reading(((False,) * left,) * len(phrases))] if left else texts)
             readings.append(known[key])

@@ -222,15 +222,16 @@ SUGGESTED = [  # prompt; trigger words in files; styles that were chosen -> prom
         "ink drawing of a red fox, a hat",
         {},
         [],
-        {"fox": "ink drawing of a red fox", "hat": "ink drawing of a hat"},
+        {"fox": ["ink drawing of a red fox"], "hat": ["ink drawing of a hat"]},
         "ink",
         "",
     ),
-    ("a hat and a fox in ink", {}, [], {"hat": "a hat in ink", "fox": "a fox in ink"}, "ink", ""),
-    ("a cap and a fox in ink", {"hat": ("cap",)}, [], {"hat": "a cap in ink", "fox": "a fox in ink"}, "ink", ""),
-    ("a fox and an ink", {}, ["ink"], {"fox": "a fox and an ink"}, "ink hat", ""),
-    ("a fox and a hat", {}, [], {"fox": "a fox", "hat": "a hat"}, "ink", ""),  # without words it acts everywhere
-    ("a fox and a hat", {"ink": ("line",)}, [], {"fox": "a fox", "hat": "a hat"}, "", "ink"),  # it is silent
+    ("a hat and a fox in ink", {}, [], {"hat": ["a hat in ink"], "fox": ["a fox in ink"]}, "ink", ""),
+    ("a cap and a fox in ink", {"hat": ("cap",)}, [], {"hat": ["a cap in ink"], "fox": ["a fox in ink"]}, "ink", ""),
+    ("a fox and an ink", {}, ["ink"], {"fox": ["a fox and an ink"]}, "ink hat", ""),
+    ("a fox and a hat", {}, [], {"fox": ["a fox"], "hat": ["a hat"]}, "ink", ""),  # without words it acts everywhere
+    ("a fox and a hat", {"ink": ("line",)}, [], {"fox": ["a fox"], "hat": ["a hat"]}, "", "ink"),  # it is silent
+    ("a cap and a fez in ink", {"hat": ("cap", "fez")}, [], {"hat": ["a cap in ink", "a fez in ink"]}, "fox ink", ""),
 ]
 
 

@@ -230,3 +230,41 @@ def test_nouns_of_nobody_are_listed_in_a_plain_list_alone(prompt, listed):
     _, found, are_listed = prompts_apart(prompt, [["owl"], ["fox"]])
     assert len(found) > 1
     assert are_listed == listed
+
+
+TWO = ["fox", "owl", "blue hat", "ink"]  # all of one LoRA
+
+
+@pytest.mark.parametrize(
+    ("prompt", "apart"),
+    [
+        ("ink drawing of a fox and an owl in snow", ["ink drawing of a fox in snow", "ink drawing of an owl in snow"]),
+        ("a fox, an owl and a bear", ["a fox", "an owl", "a bear"]),
+        ("a bear, a fox and an owl", ["a bear", "a fox", "an owl"]),
+        ("an owl left of a fox", ["an owl", "a fox"]),
+        ("a fox and an owl in a blue hat", ["a fox in a blue hat", "an owl in a blue hat"]),
+        ("fox next to owl", ["fox", "owl"]),
+        ("a fox in a blue hat and an owl", ["a fox in a blue hat and an owl"]),
+        ("fox and owl", ["fox and owl"]),
+        ("a fox and an owl of ink", ["a fox and an owl of ink"]),
+        ("fox, owl, blue hat", ["fox, owl, blue hat"]),
+        ("a fox with an owl", ["a fox with an owl"]),
+        ("a fox, an owl", ["a fox, an owl"]),
+        ("a fox and a fox", ["a fox and a fox"]),
+        ("a fox and a bear", ["a fox", "a bear"]),
+        ("a fox, the fox asleep, and a bear", ["a fox, the fox asleep", "a bear"]),
+    ],
+)
+def test_a_lora_of_several_things_names_them_in_a_list(prompt, apart):
+    """Elsewhere its words are those of one thing, as are a character and its clothes; "bear" is another LoRA's."""
+    _, found, _ = prompts_apart(prompt, [TWO, ["bear"]])
+    assert [part.text for part in found.values()] == apart
+
+
+def test_a_lora_with_a_place_of_its_own_is_one_thing(clip):
+    prompt = "a bear, a fox and an owl"
+    reading, found, _ = prompts_apart(prompt, [TWO, ["bear"]], whole=[0])
+    assert [part.text for part in found.values()] == ["a bear", "a fox and an owl"]
+    ids, phrases = clip(prompt).input_ids, [TWO, ["bear"]]
+    assert [thing.experts for thing in read(ids, clip, phrases, whole=[0]).things] == [(0,), (1,)]
+    assert [thing.experts for thing in read(ids, clip, phrases).things] == [(0,), (0,), (1,)]

@@ -343,6 +343,24 @@ def test_a_region_of_one_and_attention_for_the_others(attach, pipe):
     assert owl.sum() > 0
 
 
+def test_a_lora_of_two_things_has_the_places_of_both(attach, pipe):
+    """Each word is closed in the place of the other, as where two LoRAs have these words."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for binding in ({"fox": "fox", "ink": "owl"}, {"fox": ["fox", "owl"]}):
+        mixture = attach(binding, names=tuple(binding))
+        for name in binding:
+            mixture.strength(name, 0)
+        pipe("a fox and an owl", num_inference_steps=2, output_type="latent", generator=generator.manual_seed(0))
+        found.append((now(mixture), mixture.layouts[0]))
+    (two, places), (one, place) = found
+    assert torch.equal(one.image[:, 0], torch.maximum(two.image[:, 0], two.image[:, 1]))
+    assert torch.equal(place.regions["fox"], torch.maximum(places.regions["fox"], places.regions["ink"]))
+    assert any(bias.any() for bias in one.biases.values())
+    for side, bias in one.biases.items():
+        assert torch.equal(bias, two.biases[side])
+
+
 def test_one_thing_alone_has_the_whole_picture(attach, pipe):
     mixture = attach({"fox": "fox"}, names=("fox",))
     pipe("a fox", num_inference_steps=2, output_type="latent")

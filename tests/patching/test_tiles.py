@@ -58,6 +58,19 @@ def test_a_picture_in_tiles_is_the_pictures_of_its_parts_side_by_side(pipe, expe
     assert (found - latent(pipe)).abs().max() > 1e-2
 
 
+def test_a_lora_of_two_things_draws_each_in_a_tile(pipe, experts):
+    """As two LoRAs that are the same file do, each with its own words."""
+    prompt, fox = "a fox and a hat", experts["fox"]
+    mole.attach(pipe, {"one": replace(fox, triggers=("fox",)), "other": replace(fox, triggers=("hat",))})
+    with tiled(pipe, prompt, 1.0):
+        two = latent(pipe, prompt)
+    mixture = mole.attach(pipe, {"both": replace(fox, triggers=("fox", "hat"))})
+    with tiled(pipe, prompt, 1.0):
+        torch.testing.assert_close(latent(pipe, prompt), two, rtol=0, atol=1e-5)
+    assert mixture.layouts[0].regions["both"].min() == 1  # it acts in both places
+    assert latent(pipe, prompt).sub(two).abs().max() > 1e-3
+
+
 def test_a_style_draws_in_every_tile_and_the_rest_is_that_of_the_bound_picture(pipe, experts):
     x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
     prompt = "a fox,a hat ink"

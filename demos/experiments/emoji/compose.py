@@ -13,6 +13,7 @@ docs/results/, which docs/make_results.py makes the documents' tables from.
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from loop import WORK, device, mixed_precision, small_attention
 from PIL import Image
 from sampling import GUIDANCE, STEPS
 
-from mole_diffusers import attach, detach
+from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in, words
 from mole_diffusers.emoji.compositions import compositions
@@ -60,11 +61,16 @@ def parts(setup: Setup, case: Case) -> dict[str, Part]:
     return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in boxes}
 
 
-def in_file(name: str, file: Callable[[Case], Path]) -> Arm:
-    """One ordinary LoRA of all concepts of a case, where its file is there."""
+def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) -> Arm:
+    """One ordinary LoRA of all concepts of a case, where its file is there; `by_words` binds it to each: tiles are drawn."""
+
+    def draws(setup: Setup, case: Case) -> AbstractContextManager[Mixture]:
+        binding = {name: list(case.concepts)} if by_words else None
+        return arms.attached_to(setup, {name: file(case)}, "sum", binding)
+
     return Arm(
         name,
-        lambda setup, case: arms.attached_to(setup, {name: file(case)}, "sum"),
+        draws,
         lambda setup, case: {"file": digest_files(file(case))},
         covers=lambda case: file(case).exists(),
     )
@@ -83,8 +89,18 @@ ARMS = {
         "bound, trained gates", gates=arms.gates_of(WORK / "gates"), binding=arms.from_files
     ),
     "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
+    "joint LoRA, tiles": lambda: in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),
 }
-OF_BINDING = ("sum", "words only", "places only", "words and given places", "bound", "tiles", "joint LoRA")
+OF_BINDING = (
+    "sum",
+    "words only",
+    "places only",
+    "words and given places",
+    "bound",
+    "tiles",
+    "joint LoRA",
+    "joint LoRA, tiles",
+)
 
 
 def measured(
