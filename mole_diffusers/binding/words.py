@@ -35,7 +35,10 @@ LISTED = re.compile(
 # What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
 # a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
 JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
-APART = re.compile(rf"{JOINED.pattern}|\s*{PLACE_WORDS}\s*")  # the same between words of one LoRA: "fox next to owl"
+# The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article, where a LoRA has no other
+# words there: "miku and rin", but not "miku with long hair and blue eyes".
+APART = re.compile(rf"{JOINED.pattern}|\s*{PLACE_WORDS}\s*")
+NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
 AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
 ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
@@ -198,9 +201,11 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Col
     own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
     named: dict[tuple[tuple[int, int], ...], list[int]] = {}  # where a thing is named -> whose words these are
     placed = [[span for span in each if not _is_style(text, span)] for each in spans]
-    listed = _listed_spans(text, sorted({span for each in placed for span in each}))
+    everyones = sorted({span for each in placed for span in each})
+    listed, names = (_lists(text, everyones, between) for between in (APART, NAMES_APART))
     for k, each in enumerate(placed):
-        for at in [tuple(each)] if k in whole else _by_thing(text, each, listed):
+        apart = next((words for words in names if words.issuperset(each)), set().union(*listed))
+        for at in [tuple(each)] if k in whole else _by_thing(text, each, apart):
             if at:
                 named.setdefault(at, []).append(k)
     owned, located = ([span for each in group for span in each] for group in (spans, named))
@@ -213,19 +218,17 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Col
     return Reading(own, tuple(things), tuple(_relations(text, places)))
 
 
-def _listed_spans(text: str, spans: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
-    """Those of these words, from left to right, that stand in a plain list with "and", or beside each other."""
-    listed: set[tuple[int, int]] = set()
-    runs: list[list[tuple[int, int]]] = []
+def _lists(text: str, spans: Sequence[tuple[int, int]], between: re.Pattern[str]) -> list[set[tuple[int, int]]]:
+    """Lists of these words, which stand from left to right, with `between` from each to the next, and "and" or a place."""
+    lists: list[list[tuple[int, int]]] = []
     for span in spans:
-        if runs and APART.fullmatch(text[runs[-1][-1][1] : span[0]]):
-            runs[-1].append(span)
+        if lists and between.fullmatch(text[lists[-1][-1][1] : span[0]]):
+            lists[-1].append(span)
         else:
-            runs.append([span])
-    for run in runs:
-        if len(run) > 1 and _ends_list(text[run[-2][1] : run[-1][0]], text[run[-1][1] :]):
-            listed |= set(run)
-    return listed
+            lists.append([span])
+    return [
+        set(each) for each in lists if len(each) > 1 and _ends_list(text[each[-2][1] : each[-1][0]], text[each[-1][1] :])
+    ]
 
 
 def _by_thing(

@@ -21,6 +21,7 @@ from loop import WORK
 from sampling import Share, generate, sheet
 from train_judge import read_right
 
+from mole_diffusers import attach, detach
 from mole_diffusers.emoji import TEST, words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
@@ -46,9 +47,16 @@ class World:
     drawings: Drawings
     judge: Judge
 
-    def look(self, name: str, scenes: list[Scene]) -> Share:
-        """The share of pictures of these scenes that are right; a sheet of the first 24 is kept."""
-        pictures = generate(self.pipe, scenes)
+    def look(self, name: str, scenes: list[Scene], *, batched: bool = True) -> Share:
+        """The share of pictures of these scenes that are right; a sheet of the first 24 is kept.
+
+        Args:
+            batched: draw several prompts in one call, which tiles cannot.
+        """
+        if batched:
+            pictures = generate(self.pipe, scenes)
+        else:
+            pictures = [generate(self.pipe, [scene], seed=i)[0] for i, scene in enumerate(scenes)]
         folder = WORK / "sheets"
         folder.mkdir(parents=True, exist_ok=True)
         first = scenes[:24]
@@ -119,9 +127,11 @@ def joint_file(concepts: tuple[str, ...]) -> Path:
 
 
 def joint_rows(world: World, pictures: int, per_kind: int) -> None:
-    """One LoRA trained on all concepts of a composition, no picture of them together: what a composer could reach."""
+    """One LoRA trained on all concepts of a composition, no picture of them together: everywhere, and bound to its words, in
+    tiles."""
     for kind, wanted in JOINT_ROWS.items():
-        hits, count = 0, 0
+        hits = {"joint": 0, "joint, in tiles": 0}
+        count = 0
         for concepts in TEST[kind][:per_kind]:
             path = joint_file(concepts)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,12 +140,16 @@ def joint_rows(world: World, pictures: int, per_kind: int) -> None:
                 chosen = replace(JOINT, steps=JOINT.steps * len(concepts))
                 tensors = make_loras.train(world.pipe, samples, chosen, JOINT.rank)
                 save_lora(tensors, path, alpha=JOINT.rank)
-            world.pipe.load_lora_weights(str(path), adapter_name="joint")
-            share = world.look(f"joint {path.stem}", [scene_of(concepts, i) for i in range(pictures // 4)])
-            world.pipe.unload_lora_weights()
-            print(kind, concepts, share, flush=True)
-            hits, count = hits + share.hits, count + share.count
-        keep(f"joint: {kind}", Share(hits, count), wanted)
+            scenes = [scene_of(concepts, i) for i in range(pictures // 4)]
+            for way, binding in (("joint", None), ("joint, in tiles", {"joint": list(concepts)})):
+                attach(world.pipe, {"joint": path}, binding=binding)
+                share = world.look(f"{way} {path.stem}", scenes, batched=binding is None)
+                detach(world.pipe)
+                print(kind, way, concepts, share, flush=True)
+                hits[way] += share.hits
+            count += len(scenes)
+        for way, right in hits.items():
+            keep(f"{way}: {kind}", Share(right, count), wanted)
 
 
 def table() -> str:
