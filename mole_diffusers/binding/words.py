@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress, count
 from string import punctuation
 from typing import Any
 
@@ -22,6 +22,13 @@ RELATIONS = {  # words between two things -> (axis, whether the first has the sm
     "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
     "under": ("y", False), "beneath": ("y", False),
 }  # fmt: skip
+SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}  # of the picture, likewise
+# "A fox on the left", "on the right side of the picture is a fox"; not "on the left cheek", "to the left of a road".
+SIDE = re.compile(
+    rf"\s*\b(?:is\s+)?(?:on|to|at|in)\s+the\s+({'|'.join(SIDES)})(?:\s+(?:side|half))?"
+    rf"(?:\s+of\s+the\s+(?:{MEDIA}|canvas))?(?:\s+(?:there\s+)?(?:is|are))?"
+    r"(?=\s*(?:[,;.:&+\n]|\band\b|\b(?:an?|the|one|two|three)\b|$))"
+)
 RELATION = re.compile(rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+(?:an?\s+|the\s+)?")
 PLACE_WORDS = "(?:is )?(?:beside|next to|near|(?:(?:to|on) the )?(?:left|right) of|above|over|below|under|beneath)"
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
@@ -37,13 +44,22 @@ LISTED = re.compile(
 JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
 # The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article, where a LoRA has no other
 # words there: "miku and rin", but not "miku with long hair and blue eyes".
-APART = re.compile(rf"{JOINED.pattern}|\s*{PLACE_WORDS}\s*")
+APART = re.compile(rf"{JOINED.pattern.replace('an?|one', 'an?|the|one')}|\s*{PLACE_WORDS}\s*")
 NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
+# Before a list that says what something has: "a girl with long hair and blue eyes", but not "photo with miku and rin".
+HAD = re.compile(
+    rf"(?:\b({MEDIA})s?\s+)?\b(?:with|wearing|holding|carrying|has|having)\s+"
+    rf"(?:(?:an?|the|her|his|its|their)\s+)?(?:(?!(?:{FUNCTION_WORDS})\b)[\w'-]+\s+){{0,2}}$"
+)
+# What is before and after a tag, which stands alone between commas, maybe with a weight.
+BEFORE_TAG = re.compile(r"(?:^|[,;.\n])[\s(\[]*$")
+AFTER_TAG = re.compile(r"(?:\s*:[\s\d.]+)?\s*[)\]]*\s*(?:[,;.\n]|$)")
 AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
 ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
+Span = tuple[int, int]  # in a text: its first character, and the one after its last
 ThingKey = tuple[tuple[int, ...], str, int]  # whose words these are, or the noun, and how many of the same come before it
 
 
@@ -55,11 +71,14 @@ class Thing:
         name: its words, as the text has them.
         experts: those whose words these are; none for a noun that no expert owns.
         tokens: [T] bool, the tokens of its words.
+        is_tag: whether they stand alone between commas, in no list with "and". Such words do not say whether they name a
+            thing beside others or a style, so they have no place.
     """
 
     name: str
     experts: tuple[int, ...]
     tokens: tuple[bool, ...]
+    is_tag: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,14 +146,16 @@ def prompts_apart(
     Returns:
         how binding reads the prompt, with a character for a token; in the order of naming, each thing's index in it and
         prompt; and whether the things are listed side by side, as by "and" or "left of": in "a fox riding a horse" they are
-        not. Nouns that are nobody's are only in a plain list with "and", as "a fox, a lemon and a tiger".
+        not, nor where words of one stand among those of another. Nouns that are nobody's are only in a plain list with
+        "and", as "a fox, a lemon and a tiger".
     """
     reading = _reading(list(prompt), [[phrase.strip().lower() for phrase in each] for each in phrases], whole)
     begins = {
         i: thing.tokens.index(True)
         for i, thing in enumerate(reading.things)
-        if not thing.experts or not set(thing.experts) <= set(everywhere)
+        if not thing.is_tag and (not thing.experts or not set(thing.experts) <= set(everywhere))
     }
+    text, sides = _without_sides(_lowered(prompt))
     order = sorted(begins, key=begins.__getitem__)
     at = {}
     for i, begin in begins.items():  # to its last word, or its first where other things come between
@@ -144,21 +165,24 @@ def prompts_apart(
         at[i] = begin, begin + len(reading.things[i].name) if between else end
     if not order:
         return reading, {}, True
-    before = prompt[: at[order[0]][0]]
-    article = ARTICLE.search(before.lower())
+    before = text[: at[order[0]][0]]
+    article = ARTICLE.search(before)
     edges = [article.start() if article else len(before)]  # where what is said of one thing alone begins and ends, in turn
     gaps = []
     for i, j in zip(order, order[1:], strict=False):
         end, start = at[i][1], at[j][0]
-        gaps.append(gap := prompt[end:start].lower())
+        gaps.append(gap := text[end:start])
         breaks = [match.span() for match in BREAK.finditer(gap)]
         article = ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(at[order[-1]][1])
-    head, tail = _stripped(prompt, 0, edges[0]), range(edges[-1], len(prompt))
-    own = (_stripped(prompt, a, b) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    said = {i for a, b, *_ in sides for i in range(a, b)}  # of places, which a tile has not
+    kept = [i for i in range(edges[-1], len(prompt)) if i not in said]
+    head, tail = [i for i in _stripped(text, 0, edges[0]) if i not in said], kept
+    own = ([i for i in _stripped(text, a, b) if i not in said] for a, b in zip(edges[::2], edges[1::2], strict=True))
     apart = {i: _part(prompt, [*head, *([None] if head else []), *each, *tail]) for i, each in zip(order, own, strict=True)}
-    return reading, apart, _are_listed(gaps, prompt[edges[-1] :].lower(), all(reading.things[i].experts for i in order))
+    listed = _are_listed(gaps, text[edges[-1] :], all(reading.things[i].experts for i in order))
+    return reading, apart, listed and _are_parted(reading, apart)
 
 
 def _stripped(text: str, start: int, end: int) -> range:
@@ -180,6 +204,13 @@ def _are_listed(gaps: Sequence[str], tail: str, all_owned: bool) -> bool:
     return _ends_list(gaps[-1], tail) and all(map(JOINED.fullmatch, gaps))
 
 
+def _are_parted(reading: Reading, apart: dict[int, Part]) -> bool:
+    """Whether each of the experts' words is in a part, and those of a thing in no other's."""
+    parts = {i: set(part.source) for i, part in apart.items()}
+    leaks = any(set(compress(count(), reading.things[i].tokens)) & parts[j] for i in parts for j in parts if i != j)
+    return not leaks and set().union(*parts.values()).issuperset(compress(count(), map(any, zip(*reading.own, strict=True))))
+
+
 def _ends_list(gap: str, tail: str) -> bool:
     """Whether this text between two things is that before the last of a list; "a cup of tea" is none."""
     return bool(AND.search(gap)) and not re.match(r"\s+of\b", tail)
@@ -188,10 +219,9 @@ def _ends_list(gap: str, tail: str) -> bool:
 def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Collection[int]) -> Reading:
     """As `read`, of a text that consists of these pieces; phrases are in lower case."""
     ends = list(accumulate(map(len, pieces)))
-    text = "".join(pieces)
-    text = text.lower() if len(text.lower()) == len(text) else text
+    text, sides = _without_sides(_lowered("".join(pieces)))
 
-    def tokens(span: tuple[int, int]) -> tuple[bool, ...]:
+    def tokens(span: Span) -> tuple[bool, ...]:
         return tuple(
             end > span[0] and end - len(piece) < span[1] and piece.strip() != ""
             for piece, end in zip(pieces, ends, strict=True)
@@ -199,28 +229,92 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Col
 
     spans = _spans(text, phrases)
     own = tuple(_union([tokens(span) for span in each], len(pieces)) for each in spans)
-    named: dict[tuple[tuple[int, int], ...], list[int]] = {}  # where a thing is named -> whose words these are
+    named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> whose words these are
     placed = [[span for span in each if not _is_style(text, span)] for each in spans]
     everyones = sorted({span for each in placed for span in each})
+    tags = _tags(text, everyones)
     listed, names = (_lists(text, everyones, between) for between in (APART, NAMES_APART))
+    if len(at_sides := {everyones[i] for i in _on_sides(text, dict(enumerate(everyones)), sides)}) > 1:
+        listed.append(at_sides)
     for k, each in enumerate(placed):
-        apart = next((words for words in names if words.issuperset(each)), set().union(*listed))
+        theirs, bare = ([words for words in lists if not _is_had(text, words, each, tags)] for lists in (listed, names))
+        apart = next((words for words in bare if words.issuperset(each)), set().union(*theirs))
         for at in [tuple(each)] if k in whole else _by_thing(text, each, apart):
             if at:
                 named.setdefault(at, []).append(k)
     owned, located = ([span for each in group for span in each] for group in (spans, named))
     found = [(at, tuple(experts)) for at, experts in named.items()]
     found += [((span,), ()) for span in _other_nouns(text, owned, located)]
-    things = [
-        Thing(text[slice(*at[0])].strip(), who, _union([tokens(span) for span in at], len(pieces))) for at, who in found
-    ]
     places = {i: at[0] for i, (at, _) in enumerate(found)}
-    return Reading(own, tuple(things), tuple(_relations(text, places)))
+    of_side = _on_sides(text, places, sides)
+    are_tags = [
+        tags.issuperset(at) and i not in of_side and not set(whole).intersection(who) for i, (at, who) in enumerate(found)
+    ]
+    things = [
+        Thing(text[slice(*at[0])].strip(), who, _union([tokens(span) for span in at], len(pieces)), is_tag)
+        for (at, who), is_tag in zip(found, are_tags, strict=True)
+    ]
+    placed = [i for i in places if not are_tags[i]]
+    relations = dict.fromkeys([*_relations(text, places), *_side_relations(of_side, placed)])
+    return Reading(own, tuple(things), tuple(relations))
 
 
-def _lists(text: str, spans: Sequence[tuple[int, int]], between: re.Pattern[str]) -> list[set[tuple[int, int]]]:
+def _lowered(text: str) -> str:
+    """A text in lower case, if that has as many characters."""
+    return lower if len(lower := text.lower()) == len(text) else text
+
+
+def _without_sides(text: str) -> tuple[str, list[tuple[int, int, str, bool]]]:
+    """A text with spaces instead of words as "on the left", and of each such place: where it was said, and as in `SIDES`."""
+    sides = []
+    for match in SIDE.finditer(text):
+        start, end = match.span()
+        if re.search(r"(?:^|[,;.:\n]|\band)$", text[:start]):  # "on the left, a fox"
+            end = re.compile(r"\s*[,:]?").match(text, end).end()  # type: ignore[union-attr]
+        sides.append((start, end, *SIDES[match[1]]))
+    for start, end, *_ in sides:
+        text = text[:start] + " " * (end - start) + text[end:]
+    return text, sides
+
+
+def _on_sides(
+    text: str, places: dict[int, Span], sides: Sequence[tuple[int, int, str, bool]]
+) -> dict[int, tuple[str, bool]]:
+    """Of which thing each side is said: of the one before it, unless something parts the two, else of the next one."""
+    of_side: dict[int, tuple[str, bool]] = {}
+    for start, end, *side in sides:
+        before = max((i for i in places if places[i][1] <= start), key=lambda i: places[i], default=None)
+        if before is None or BREAK.search(text[places[before][1] : start]):
+            before = min((i for i in places if places[i][0] >= end), key=lambda i: places[i], default=None)
+        if before is not None:
+            of_side.setdefault(before, (side[0], side[1]))
+    return of_side
+
+
+def _side_relations(of_side: dict[int, tuple[str, bool]], things: Collection[int]) -> Iterator[tuple[int, int, str]]:
+    """A thing on the left is left of those that are on the right, or of which nothing is said."""
+    for i, (axis, is_first) in of_side.items():
+        for j in things:
+            if i != j and of_side.get(j, (axis, not is_first)) == (axis, not is_first):
+                yield (i, j, axis) if is_first else (j, i, axis)
+
+
+def _tags(text: str, spans: Sequence[Span]) -> set[Span]:
+    """Those of these words, from left to right, that are tags; not those of a list with "and", as "fox, owl and bear"."""
+    tags: set[Span] = set()
+    following, following_is_listed = len(text), False
+    for start, end in reversed(spans):
+        gap = text[end:following] if following < len(text) else ""
+        listed = bool(AND.search(gap)) or (following_is_listed and gap.strip() == ",")
+        if not listed and BEFORE_TAG.search(text[:start]) and AFTER_TAG.match(text, end):
+            tags.add((start, end))
+        following, following_is_listed = start, listed
+    return tags
+
+
+def _lists(text: str, spans: Sequence[Span], between: re.Pattern[str]) -> list[set[Span]]:
     """Lists of these words, which stand from left to right, with `between` from each to the next, and "and" or a place."""
-    lists: list[list[tuple[int, int]]] = []
+    lists: list[list[Span]] = []
     for span in spans:
         if lists and between.fullmatch(text[lists[-1][-1][1] : span[0]]):
             lists[-1].append(span)
@@ -231,18 +325,27 @@ def _lists(text: str, spans: Sequence[tuple[int, int]], between: re.Pattern[str]
     ]
 
 
-def _by_thing(
-    text: str, spans: Sequence[tuple[int, int]], listed: Collection[tuple[int, int]]
-) -> list[tuple[tuple[int, int], ...]]:
+def _is_had(text: str, listed: Collection[Span], spans: Sequence[Span], tags: Collection[Span]) -> bool:
+    """Whether a list is of what something has, as "a girl with long hair and blue eyes", or says more of what one expert's
+    words, from left to right, named before it: "a knight with a sword and a shield", "miku, a hat and a scarf"."""
+    start = min(listed)[0]
+    before = [span for span in spans if span[1] <= start]
+    had = HAD.search(text[:start])
+    if had and not had[1]:
+        return True
+    return bool(before) and (before[-1] in tags or not BREAK.search(text[before[-1][1] : start]))
+
+
+def _by_thing(text: str, spans: Sequence[Span], listed: Collection[Span]) -> list[tuple[Span, ...]]:
     """One expert's words, from left to right, thing by thing: each phrase that is listed names one, and the others are said
     of the last one before them, or of the first."""
-    names = list(dict.fromkeys(text[slice(*span)].lower() for span in spans if span in listed))
+    names = list(dict.fromkeys(text[slice(*span)] for span in spans if span in listed))
     if len(names) < 2:
         return [tuple(spans)]
-    things: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    things: dict[str, list[Span]] = {name: [] for name in names}
     now = names[0]
     for span in spans:
-        now = name if (name := text[slice(*span)].lower()) in things else now
+        now = name if (name := text[slice(*span)]) in things else now
         things[now].append(span)
     return [tuple(each) for each in things.values()]
 

@@ -160,10 +160,22 @@ class PictureLayout:
                     warned.append(f"{_listed(same)} were given the same region: they are drawn there one over the other")
         return list(dict.fromkeys(warned))
 
+    def tags(self, wanted: Sequence[bool]) -> list[str]:
+        """What is to be warned of where several of the experts that are `wanted`, [N], are named as tags."""
+        warned = []
+        for row in self.picture_rows:
+            things = [t for t in self.readings[row].things if t.is_tag and any(wanted[k] for k in t.experts)]
+            if len(names := list(dict.fromkeys(thing.name for thing in things if not self._is_everywhere(thing)))) > 1:
+                warned.append(
+                    f"{_listed(names)} are named as tags, so they act in the whole picture; "
+                    f"for a place each write {' and '.join(names)!r}, or give regions"
+                )
+        return list(dict.fromkeys(warned))
+
     def _placed(self, row: int) -> list[Thing]:
         """The things of a row's text that get a place from attention: those without a given region, if there are several
         things, and an expert has one of them."""
-        things = [thing for thing in self.readings[row].things if not self._is_everywhere(thing)]
+        things = [thing for thing in self.readings[row].things if not (thing.is_tag or self._is_everywhere(thing))]
         free = [thing for thing in things if given_region(thing, self.bound) is None]
         wanted = len(things) > 1 and any(thing.experts for thing in free)
         return free[: layout.MOST_THINGS] if wanted else []

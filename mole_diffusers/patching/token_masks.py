@@ -236,7 +236,7 @@ class TokenMasks:
             for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=True):
                 if silent and wants:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
-            for warning in state.picture.crowded(wanted):
+            for warning in [*state.picture.crowded(wanted), *state.picture.tags(wanted)]:
                 self._warn(warning)
         elif state.picture.can_plan:
             for warning in state.picture.plan():

@@ -102,6 +102,63 @@ def test_a_style_has_words_and_no_place(clip, prompt):
     assert things == [(0, "fox")]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "things", "tags"),
+    [
+        ("a fox, ink", ["fox"], ["ink"]),
+        ("photo of a fox and an owl, (ink:1.2), night", ["fox", "owl"], ["ink"]),
+        ("ink, a fox and an owl", ["fox", "owl"], ["ink"]),
+        ("1girl, fox, owl, ink", [], ["fox", "owl", "ink"]),
+        ("fox, owl and ink", ["fox", "owl", "ink"], []),
+        ("fox, standing beside an owl, ink", ["fox", "owl"], ["ink"]),
+        ("a fox, an owl", ["fox", "owl"], []),
+        ("fox on the left, owl on the right", ["fox", "owl"], []),
+        ("fox owl", ["fox", "owl"], []),
+    ],
+)
+def test_words_alone_between_commas_are_tags_that_say_of_no_place(clip, prompt, things, tags):
+    """A style at the end of a prompt stands so; a list with "and" is one of things."""
+    phrases = [["fox"], ["owl"], ["ink"]]
+    reading = read(clip(prompt).input_ids, clip, phrases)
+    assert [thing.name for thing in reading.things if not thing.is_tag] == things
+    assert [thing.name for thing in reading.things if thing.is_tag] == tags
+    as_given = read(clip(prompt).input_ids, clip, phrases, whole=[0, 1, 2])  # with regions, these are their places
+    assert not any(thing.is_tag for thing in as_given.things)
+    found, apart, _ = prompts_apart(prompt, phrases)
+    assert [found.things[i].name for i in apart] == things
+    assert all(tag in part.text for part in apart.values() for tag in tags)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "relations", "apart"),
+    [
+        ("a fox on the right and an owl on the left, night", [(1, 0, "x")], ["a fox, night", "an owl, night"]),
+        ("a fox on the right side of the picture and an owl", [(1, 0, "x")], ["a fox", "an owl"]),
+        ("on the right, a fox, and on the left an owl", [(1, 0, "x")], ["a fox", "an owl"]),
+        ("on the left is a fox, an owl", [(0, 1, "x")], ["a fox", "an owl"]),
+        ("A FOX AT THE BOTTOM, AN OWL", [(1, 0, "y")], ["A FOX", "AN OWL"]),
+        ("a fox and an owl and a bear on the left", [(2, 0, "x"), (2, 1, "x")], ["a fox", "an owl", "a bear"]),
+        ("a fox with a scar on the left cheek and an owl", [], ["a fox with a scar on the left cheek", "an owl"]),
+        ("a fox on the left side of a road and an owl", [], ["a fox on the left side of a road", "an owl"]),
+    ],
+)
+def test_a_side_of_the_picture_is_a_place(clip, prompt, relations, apart):
+    """And in the prompt of that thing alone it is not said."""
+    phrases = [["fox"], ["owl"], ["bear"]]
+    assert list(read(clip(prompt).input_ids, clip, phrases).relations) == relations
+    reading, found, listed = prompts_apart(prompt, phrases)
+    assert list(reading.relations) == relations
+    assert [part.text for part in found.values()] == apart
+    assert listed
+
+
+def test_words_that_stand_among_those_of_another_thing_are_not_listed():
+    """Each of the two would be in the other's prompt, too."""
+    for prompt in ("fox, bear and owl", "a fox, a bear, the owl asleep"):
+        assert not prompts_apart(prompt, [["fox", "owl"], ["bear"]])[2]
+    assert not prompts_apart("a fox, ink style, and an owl", [["fox"], ["owl"], ["ink"]])[2]  # ink would be in none
+
+
 NO_STYLES = ["a fox on a horse", "a fox by a horse", "a horse painting a wall and a fox", "a horse art collector, a fox"]
 
 
@@ -249,12 +306,19 @@ TWO = ["fox", "owl", "blue hat", "ink"]  # all of one LoRA
         ("fox, owl and blue hat", ["fox, owl and blue hat"]),
         ("a fox with owl and blue hat", ["a fox with owl and blue hat"]),
         ("a fox and an owl of ink", ["a fox and an owl of ink"]),
-        ("fox, owl, blue hat", ["fox, owl, blue hat"]),
+        ("ink, fox, owl, blue hat", []),
         ("a fox with an owl", ["a fox with an owl"]),
         ("a fox, an owl", ["a fox, an owl"]),
         ("a fox and a fox", ["a fox and a fox"]),
         ("a fox and a bear", ["a fox", "a bear"]),
         ("a fox, the fox asleep, and a bear", ["a fox, the fox asleep", "a bear"]),
+        ("the fox and the owl", ["the fox", "the owl"]),
+        ("a fox on the left, an owl on the right", ["a fox", "an owl"]),
+        ("photo with fox and owl", ["photo with fox", "photo with owl"]),
+        ("a fox with an owl and a blue hat", ["a fox with an owl and a blue hat"]),
+        ("a girl with owl and blue hat", ["a girl with owl and blue hat"]),
+        ("a girl wearing a small blue hat and an owl", ["a girl wearing a small blue hat and an owl"]),
+        ("ink, fox, an owl and a blue hat", ["ink, fox, an owl and a blue hat"]),
     ],
 )
 def test_a_lora_of_several_things_names_them_in_a_list(prompt, apart):

@@ -100,11 +100,11 @@ def test_the_rest_of_the_picture_is_bound_to_the_places_of_the_tiles_from_the_fi
     names = {"fox": experts["fox"], "hat": experts["hat"], "owl": owl}
     mixture = mole.attach(pipe, names)
     with mixture.tiled(until=1.0):
-        found = latent(pipe, "fox,hat,owl", steps=1)
+        found = latent(pipe, "fox+hat+owl", steps=1)
     places = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1)]
     mixture.bind({name: (None, box) for name, box in zip(names, places, strict=True)})
     with mixture.tiled(0):
-        rest = latent(pipe, "fox,hat,owl", steps=1)
+        rest = latent(pipe, "fox+hat+owl", steps=1)
     assert torch.equal(found[:, :, 8:, 8:], rest[:, :, 8:, 8:])
     assert not torch.equal(found[:, :, :8, :8], rest[:, :, :8, :8])
 
@@ -159,8 +159,8 @@ def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp
         for i, n in enumerate(names)
     }
     mole.attach(pipe, made)
-    with tiled(pipe, "xa,xb,xc,an ox"):
-        assert torch.isfinite(latent(pipe, "xa,xb,xc,an ox")).all()
+    with tiled(pipe, "xa+xb+xc+an ox"):
+        assert torch.isfinite(latent(pipe, "xa+xb+xc+an ox")).all()
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     states = {"prompt_embeds": pipe.encode_prompt("hat below fox", "cpu", 1, False)[0]}
     with tiled(pipe, "a hat below a fox", 1.0):
@@ -365,7 +365,7 @@ def test_a_region_that_is_no_things_place_is_kept(pipe, experts):
 def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
     """However often they are named, and however the tokenizer spells them."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
-    for prompt, things in (("fox,hat,a b,a b", 4), ("fox,hat,a t-x", 3)):
+    for prompt, things in (("fox+hat,a b,a b", 4), ("fox+hat,a t-x", 3)):
         with mixture.tiled():
             latent(pipe, prompt, noise(16, 48), steps=2)
         (regions,) = mixture._runtime.binding._texts[-1].picture._regions.values()
