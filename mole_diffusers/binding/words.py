@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress, count
 from string import punctuation
@@ -29,7 +29,10 @@ SIDE = re.compile(
     rf"(?:\s+of\s+the\s+(?:{MEDIA}|canvas))?(?:\s+(?:there\s+)?(?:is|are))?"
     r"(?=\s*(?:[,;.:&+\n]|\band\b|\b(?:an?|the|one|two|three)\b|$))"
 )
-RELATION = re.compile(rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+(?:an?\s+|the\s+)?")
+RELATION = re.compile(
+    rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+"
+    r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?"
+)
 PLACE_WORDS = "(?:is )?(?:beside|next to|near|(?:(?:to|on) the )?(?:left|right) of|above|over|below|under|beneath)"
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
 BREAK = re.compile(rf"[,;.&+\n]|\b(?:and|{PLACE_WORDS})\b")
@@ -71,6 +74,7 @@ class Thing:
         name: its words, as the text has them.
         experts: those whose words these are; none for a noun that no expert owns.
         tokens: [T] bool, the tokens of its words.
+        phrases: which of its first expert's phrases these are, by index; first the one that names it.
         is_tag: whether they stand alone between commas, in no list with "and". Such words do not say whether they name a
             thing beside others or a style, so they have no place.
     """
@@ -78,6 +82,7 @@ class Thing:
     name: str
     experts: tuple[int, ...]
     tokens: tuple[bool, ...]
+    phrases: tuple[int, ...] = ()
     is_tag: bool = False
 
 
@@ -239,7 +244,7 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Col
     for k, each in enumerate(placed):
         theirs, bare = ([words for words in lists if not _is_had(text, words, each, tags)] for lists in (listed, names))
         apart = next((words for words in bare if words.issuperset(each)), set().union(*theirs))
-        for at in [tuple(each)] if k in whole else _by_thing(text, each, apart):
+        for at in _by_thing({span: _phrase(text, span, phrases[k]) for span in each}, () if k in whole else apart):
             if at:
                 named.setdefault(at, []).append(k)
     owned, located = ([span for each in group for span in each] for group in (spans, named))
@@ -251,11 +256,17 @@ def _reading(pieces: Sequence[str], phrases: Sequence[Sequence[str]], whole: Col
         tags.issuperset(at) and i not in of_side and not set(whole).intersection(who) for i, (at, who) in enumerate(found)
     ]
     things = [
-        Thing(text[slice(*at[0])].strip(), who, _union([tokens(span) for span in at], len(pieces)), is_tag)
+        Thing(
+            text[slice(*at[0])].strip(),
+            who,
+            _union([tokens(span) for span in at], len(pieces)),
+            tuple(dict.fromkeys(_phrase(text, span, phrases[who[0]]) for span in at)) if who else (),
+            is_tag,
+        )
         for (at, who), is_tag in zip(found, are_tags, strict=True)
     ]
-    placed = [i for i in places if not are_tags[i]]
-    relations = dict.fromkeys([*_relations(text, places), *_side_relations(of_side, placed)])
+    with_place = [i for i in places if not are_tags[i]]
+    relations = dict.fromkeys([*_relations(text, places), *_side_relations(of_side, with_place)])
     return Reading(own, tuple(things), tuple(relations))
 
 
@@ -282,12 +293,12 @@ def _on_sides(
 ) -> dict[int, tuple[str, bool]]:
     """Of which thing each side is said: of the one before it, unless something parts the two, else of the next one."""
     of_side: dict[int, tuple[str, bool]] = {}
-    for start, end, *side in sides:
+    for start, end, axis, is_first in sides:
         before = max((i for i in places if places[i][1] <= start), key=lambda i: places[i], default=None)
         if before is None or BREAK.search(text[places[before][1] : start]):
             before = min((i for i in places if places[i][0] >= end), key=lambda i: places[i], default=None)
         if before is not None:
-            of_side.setdefault(before, (side[0], side[1]))
+            of_side.setdefault(before, (axis, is_first))
     return of_side
 
 
@@ -336,16 +347,21 @@ def _is_had(text: str, listed: Collection[Span], spans: Sequence[Span], tags: Co
     return bool(before) and (before[-1] in tags or not BREAK.search(text[before[-1][1] : start]))
 
 
-def _by_thing(text: str, spans: Sequence[Span], listed: Collection[Span]) -> list[tuple[Span, ...]]:
+def _phrase(text: str, span: Span, phrases: Sequence[str]) -> int:
+    """Which of an expert's phrases stands there."""
+    return next(i for i, phrase in enumerate(phrases) if phrase and pattern(phrase).fullmatch(text[slice(*span)]))
+
+
+def _by_thing(spans: Mapping[Span, int], listed: Collection[Span]) -> list[tuple[Span, ...]]:
     """One expert's words, from left to right, thing by thing: each phrase that is listed names one, and the others are said
-    of the last one before them, or of the first."""
-    names = list(dict.fromkeys(text[slice(*span)] for span in spans if span in listed))
+    of the last one before them, or of the first. Spans are given with their phrases."""
+    names = list(dict.fromkeys(phrase for span, phrase in spans.items() if span in listed))
     if len(names) < 2:
         return [tuple(spans)]
-    things: dict[str, list[Span]] = {name: [] for name in names}
+    things: dict[int, list[Span]] = {name: [] for name in names}
     now = names[0]
-    for span in spans:
-        now = name if (name := text[slice(*span)]) in things else now
+    for span, phrase in spans.items():
+        now = phrase if phrase in things else now
         things[now].append(span)
     return [tuple(each) for each in things.values()]
 
@@ -369,22 +385,57 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    named: dict[ThingKey, list[tuple[str, tuple[bool, ...]]]] = {}
+    several: dict[tuple[int, ...], list[int]] = {}  # the phrases that name experts' things, in the text that names most
+    for reading in readings:
+        for experts, names in _names(reading.things).items():
+            several[experts] = max(several.get(experts, []), names, key=len)
+    named: dict[ThingKey, list[tuple[Thing, tuple[bool, ...]]]] = {}
     relations: dict[tuple[int, int, str], None] = {}
     for reading, at in zip(readings, starts, strict=True):
-        called = keys(reading.things)
-        for key, thing in zip(called, reading.things, strict=True):
-            named.setdefault(key, []).append((thing.name, placed(thing.tokens, at)))
-        index = [list(named).index(key) for key in called]
+        called = [_keys_of(thing, key, several) for thing, key in zip(reading.things, keys(reading.things), strict=True)]
+        for each, thing in zip(called, reading.things, strict=True):
+            for key in each:
+                named.setdefault(key, []).append((thing, placed(thing.tokens, at)))
+        index = [list(named).index(each[0]) for each in called]
         relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
-    things = [Thing(each[0][0], experts, _union([t for _, t in each], length)) for (experts, *_), each in named.items()]
+    things = [
+        Thing(
+            each[0][0].name,
+            experts,
+            _union([tokens for _, tokens in each], length),
+            tuple(dict.fromkeys(phrase for thing, _ in each for phrase in thing.phrases)),
+            all(thing.is_tag for thing, _ in each),
+        )
+        for (experts, *_), each in named.items()
+    ]
     return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
+
+
+def _names(things: Sequence[Thing]) -> dict[tuple[int, ...], list[int]]:
+    """Experts -> the phrases that name their things."""
+    names: dict[tuple[int, ...], list[int]] = {}
+    for thing in things:
+        if thing.experts:
+            names.setdefault(thing.experts, []).append(thing.phrases[0])
+    return names
+
+
+def _keys_of(thing: Thing, key: ThingKey, several: Mapping[tuple[int, ...], Sequence[int]]) -> list[ThingKey]:
+    """A thing of one text as another text calls it that names several of its experts: as all that its words name."""
+    if len(names := several.get(thing.experts, ())) < 2:
+        return [key]
+    return [(thing.experts, str(name), 0) for name in names if name in thing.phrases] or [(thing.experts, str(names[0]), 0)]
 
 
 def keys(things: Sequence[Thing]) -> list[ThingKey]:
     """What two texts, or one text in other tokens, call alike: the second lemon of one is the second of the other."""
-    names = [(thing.experts, "" if thing.experts else re.sub(r"\W", "", thing.name)) for thing in things]
-    return [(*name, names[:i].count(name)) for i, name in enumerate(names)]
+    several = _names(things)
+    names = [
+        (str(t.phrases[0]) if len(several[t.experts]) > 1 else "") if t.experts else re.sub(r"\W", "", t.name)
+        for t in things
+    ]
+    called = [(thing.experts, name) for thing, name in zip(things, names, strict=True)]
+    return [(*name, called[:i].count(name)) for i, name in enumerate(called)]
 
 
 def _as_text(token: str, added: Collection[str]) -> str:
@@ -413,7 +464,7 @@ def pattern(phrase: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){words}{plural}(?!\w)", re.IGNORECASE)
 
 
-def _spans(text: str, phrases: Sequence[Sequence[str]]) -> list[list[tuple[int, int]]]:
+def _spans(text: str, phrases: Sequence[Sequence[str]]) -> list[list[Span]]:
     """[N]: where each expert's phrases stand in the text; a phrase inside a longer one of another expert does not count."""
     found = [
         (match.span(), k)
@@ -422,7 +473,7 @@ def _spans(text: str, phrases: Sequence[Sequence[str]]) -> list[list[tuple[int, 
         if phrase
         for match in pattern(phrase).finditer(text)
     ]
-    spans: list[list[tuple[int, int]]] = [[] for _ in phrases]
+    spans: list[list[Span]] = [[] for _ in phrases]
     for (a, b), k in sorted(set(found)):
         if not any(c <= a and b <= d and (d - c) > (b - a) for (c, d), _ in found):
             spans[k].append((a, b))
@@ -433,7 +484,7 @@ def _union(masks: Sequence[tuple[bool, ...]], length: int) -> tuple[bool, ...]:
     return tuple(map(any, zip(*masks, strict=True))) if masks else (False,) * length
 
 
-def _is_style(text: str, span: tuple[int, int]) -> bool:
+def _is_style(text: str, span: Span) -> bool:
     """Whether words are said of the whole picture: a style or a setting."""
     return bool(
         BEFORE_MEDIUM.match(text, span[1])
@@ -442,9 +493,7 @@ def _is_style(text: str, span: tuple[int, int]) -> bool:
     )
 
 
-def _other_nouns(
-    text: str, owned: Sequence[tuple[int, int]], located: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
+def _other_nouns(text: str, owned: Sequence[Span], located: Sequence[Span]) -> Iterator[Span]:
     """Noun phrases with an article that stand beside those of the experts, and are no expert's."""
     edges = [0, *(edge for match in BREAK.finditer(text) for edge in match.span()), len(text)]
     if not located:
@@ -460,10 +509,9 @@ def _other_nouns(
             yield start, end
 
 
-def _relations(text: str, places: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, str]]:
+def _relations(text: str, places: dict[int, Span]) -> Iterator[tuple[int, int, str]]:
     for i, (_, end) in places.items():
-        between = RELATION.match(text, end)
-        second = next((j for j, (start, _) in places.items() if between and between.end() == start and j != i), None)
-        if between and second is not None:
+        after = min((j for j, (start, _) in places.items() if start >= end), key=places.__getitem__, default=None)
+        if after is not None and (between := RELATION.fullmatch(text, end, places[after][0])):
             axis, first_is_smaller = RELATIONS[between[1]]
-            yield (i, second, axis) if first_is_smaller else (second, i, axis)
+            yield (i, after, axis) if first_is_smaller else (after, i, axis)

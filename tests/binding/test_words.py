@@ -184,8 +184,9 @@ def test_nouns_beside_an_experts_have_a_place_and_others_have_none(clip):
     ],
 )
 def test_place_words_say_which_comes_first(clip, between, relation):
-    relations = found(clip, f"a fox {between} an octopus", ["fox"], ["octopus"])[2]
-    assert relations == ([] if relation is None else [relation])
+    for octopus in ("an octopus", "octopus", "two octopuses", "a big blue octopus in a hat"):
+        relations = found(clip, f"a fox {between} {octopus}", ["fox"], ["octopus"])[2]
+        assert relations == ([] if relation is None else [relation])
 
 
 def test_a_text_in_two_runs_is_one_text(clip, sentencepiece):
@@ -325,6 +326,28 @@ def test_a_lora_of_several_things_names_them_in_a_list(prompt, apart):
     """Elsewhere its words are those of one thing, as are a character and its clothes; "bear" is another LoRA's."""
     _, found, _ = prompts_apart(prompt, [TWO, ["bear"]])
     assert [part.text for part in found.values()] == apart
+
+
+def test_things_of_one_lora_are_known_by_their_words_in_every_text(clip):
+    """Of several encoders, or chunks of a long prompt: the owl of the second is that of the first."""
+    first, second, clothes = (
+        read(clip(text).input_ids, clip, [TWO])
+        for text in ("a fox and an owl", "an owl left of two foxes and a blue hat", "the owl, blue hat")
+    )
+    assert [thing.name for thing in first.things] == ["fox", "owl"]
+    both, (owl, foxes, hat) = overlaid([first, second]), second.things
+    assert [thing.name for thing in both.things] == ["fox", "owl", "blue hat"]
+    padded = [(*thing.tokens, *[False] * (len(owl.tokens) - len(thing.tokens))) for thing in first.things]
+    assert both.things[0].tokens == tuple(map(max, padded[0], foxes.tokens))
+    assert both.things[1].tokens == tuple(map(max, padded[1], owl.tokens))
+    assert both.things[2].tokens == hat.tokens
+    assert both.relations == ((1, 0, "x"),)
+    long = joined([first, clothes])
+    assert [thing.tokens for thing in long.things] == [
+        (*first.things[0].tokens, *[False] * len(clothes.own[0])),
+        (*first.things[1].tokens, *clothes.things[0].tokens),
+    ]
+    assert overlaid([first, first]) == first
 
 
 def test_a_lora_with_a_place_of_its_own_is_one_thing(clip):
