@@ -23,7 +23,7 @@ def draw(
     prompt: Annotated[
         str,
         Argument(
-            help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK as in A1111."
+            help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), \\[fox] and BREAK as in A1111."
         ),
     ],
     gates: options.NamedGates = "auto",

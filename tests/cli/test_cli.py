@@ -1,6 +1,7 @@
 """The `mole` command, as a user calls it."""
 
 import json
+import re
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -203,6 +204,14 @@ def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
     assert [arm for arm in ARMS if arm not in (*METHODS, "base") and arm not in said["evaluate"]] == []
     assert [name for name in TERMS if f" {name}" not in said["train"]] == []
     assert [name for name in FAMILIES if name not in ("sum", "mean") and name not in said["train"]] == []
+
+
+def test_brackets_of_the_help_are_no_markup(capsys):
+    for name, command in parser().commands.items():
+        assert main([name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        for option in command.params:
+            assert all(word in shown for word in re.findall(r"\[[a-z]+\]", option.help or "")), option.name
 
 
 def test_a_flag_for_every_setting_of_a_training_run():
