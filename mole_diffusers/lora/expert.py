@@ -42,7 +42,7 @@ class Expert:
     """
 
     name: str
-    layers: dict[str, dict[str, LoraWeights]]
+    layers: dict[str, dict[str, LoraWeights]] = field(repr=False)  # megabytes of numbers
     format: str  # "diffusers", "peft", "kohya", "onetrainer", "omi" or "comfy"
     base: str  # the model family by shapes, else by metadata: "SD 1.x", "SDXL", "Flux", ..., "unknown"
     triggers: tuple[str, ...]

@@ -220,7 +220,7 @@ def _build_index(
             else:
                 entry, _ = read_entry(folder, file)
                 row = embedding(entry.samples, encoder)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a link that leads nowhere, say
             skipped[file] = str(error)
             continue
         entries.append(replace(entry, file=file))

@@ -106,6 +106,7 @@ def test_what_a_file_says_of_itself(pipe, tmp_path):
     assert second.triggers == ("zwx fox", "red")
     assert first.sha256 == second.sha256  # of the tensors, so metadata does not count
     assert (first.ranks, first.base, first.name) == ((4, 4), "cross-attention 16", "a")
+    assert len(repr(first)) < 1000  # none of its numbers
 
 
 def test_base_family_from_shapes(tmp_path):

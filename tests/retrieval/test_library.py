@@ -218,8 +218,10 @@ def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
     (folder / "ink.txt").unlink()
     (folder / "ink.txt").symlink_to(outside)
     (folder / "link.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+    (folder / "gone.safetensors").symlink_to("nowhere")
+    (folder / "folder.safetensors").mkdir()
     made = LoraLibrary.index(folder, WordEncoder())
-    assert set(made.skipped) == {"page.safetensors", "ink.safetensors", "link.safetensors"}
+    assert set(made.skipped) == {f"{name}.safetensors" for name in ("page", "ink", "link", "gone", "folder")}
     assert "is an HTML page" in made.skipped["page.safetensors"]
     assert "leads out of the folder" in made.skipped["ink.safetensors"]
     assert LoraLibrary.open(folder, WordEncoder()).skipped == made.skipped
