@@ -9,7 +9,7 @@ work/joint/.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,10 +47,13 @@ class World:
     drawings: Drawings
     judge: Judge
 
-    def look(self, name: str, scenes: list[Scene], *, batched: bool = True) -> Share:
+    def look(
+        self, name: str, scenes: list[Scene], *, concepts: Collection[str] | None = None, batched: bool = True
+    ) -> Share:
         """The share of pictures of these scenes that are right; a sheet of the first 24 is kept.
 
         Args:
+            concepts: what has to be there; None: all that the scenes are of.
             batched: draw several prompts in one call, which tiles cannot.
         """
         if batched:
@@ -62,8 +65,12 @@ class World:
         first = scenes[:24]
         true = [self.drawings.picture(s) for s in first]
         sheet(first, [pictures[:24], true], columns=8).save(folder / f"{name.replace(' ', '_')}.png")
-        right = [bool(self.judge.is_right(self.judge.verdict([p]), s)) for p, s in zip(pictures, scenes, strict=True)]
-        return Share(sum(right), len(right))
+        right = 0
+        for scene, verdict in zip(scenes, (self.judge.verdict([picture]) for picture in pictures), strict=True):
+            wants_style = concepts is None or scene.style in concepts
+            there = self.judge.sees(verdict, scene.subjects).all()
+            right += bool(there and (not wants_style or self.judge.is_style(verdict, scene.style)))
+        return Share(right, len(scenes))
 
 
 def keep(row: str, share: Share, wanted: float) -> None:
@@ -143,7 +150,7 @@ def joint_rows(world: World, pictures: int, per_kind: int) -> None:
             scenes = [scene_of(concepts, i) for i in range(pictures // 4)]
             for way, binding in (("joint", None), ("joint, in tiles", {"joint": list(concepts)})):
                 attach(world.pipe, {"joint": path}, binding=binding)
-                share = world.look(f"{way} {path.stem}", scenes, batched=binding is None)
+                share = world.look(f"{way} {path.stem}", scenes, concepts=concepts, batched=binding is None)
                 detach(world.pipe)
                 print(kind, way, concepts, share, flush=True)
                 hits[way] += share.hits
