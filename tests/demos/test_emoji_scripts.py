@@ -63,6 +63,24 @@ def test_what_is_drawn_over_is_right_where_its_things_stand(script, monkeypatch)
     assert found[1] != [True, True]
 
 
+def test_strengths_change_while_a_picture_is_drawn_and_margins_are_those_written_out(script, monkeypatch):
+    import torch
+
+    import mole_diffusers as mole
+    from mole_diffusers.evaluation import emoji_protocol
+
+    styles, world = script("styles"), mole.emoji_world()
+    monkeypatch.setattr(styles, "STEPS", 4)
+    ((case, _),) = emoji_protocol.cases({"subject x style": (("koala", "relief"),)})
+    bound, silent, late = styles.Way(), styles.Way(late=(1, 0)), styles.Way(early=(1, 0), since=0.5)
+    assert [late.at(step) for step in range(4)] == [(1, 0), (1, 0), (1, 1), (1, 1)]
+    pictures = [styles.draw(world, case, way, 0).tobytes() for way in (bound, silent, late, bound)]
+    assert pictures[0] == pictures[3]
+    assert len(set(pictures)) == 3
+    assert styles.margin(torch.tensor([4.0, 1.0, 3.0, 2.5]), [0, 2]) == 0.5
+    assert styles.margin(torch.tensor([4.0, 1.0, 3.0, 2.5]), [1]) == -3.0
+
+
 def test_packed_verdicts_are_those_of_the_rows_and_of_one_world_only(script, tmp_path, monkeypatch):
     import pandas as pd
 
