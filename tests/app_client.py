@@ -44,6 +44,14 @@ def plain(event):
     return call
 
 
+def kept_fields(blocks):
+    """The components whose values a browser keeps."""
+    from mole_diffusers.app.page import KEEP
+
+    (event,) = [event for event in blocks.fns.values() if event.js == KEEP]
+    return event.inputs[2:]
+
+
 @contextmanager
 def served(loras, folder, **options):
     """A client of a fresh app. `folder` is for its gates and what the client downloads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,15 @@ NUMBERS = {"seed": int, "steps": int, "guidance": float, "width": int, "height":
            "hires_strength": float}  # fmt: skip
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
+# What runs in the browser. Fields are kept there once the page has been filled, in the order in which they change: calls
+# of the app could overtake each other. A page that opens is filled where nothing was typed or chosen meanwhile.
+KEEP = "(filled, kept, ...fields) => [filled ? fields : kept]"
+FILL = """(filled, ...fields) => {
+  const first = %s, same = (a, b) => JSON.stringify(a ?? "") === JSON.stringify(b ?? "");
+  const now = fields.map((field, i) => filled[i] === null || !same(field, first[i]) ? field : filled[i]);
+  return [now, ...now];
+}"""
+
 
 class Page:
     """The components that several tabs use, each laid out (`render`) by the tab that it belongs to.
@@ -44,7 +54,7 @@ class Page:
         controls: field of a Recipe -> its component.
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
-        locks, masks: states: gates set by hand, and painted regions, as in a Recipe.
+        locks, masks: gates set by hand, and painted regions, as in a Recipe; in the browser, where nobody sees them.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
         over, over_panel: the editor of a picture that is drawn over, and the panel around it.
@@ -68,7 +78,7 @@ class Page:
         catalog = actions.studio.catalog
         self.controls = self._controls()
         self.cards, self.shown = gr.State([]), gr.State({"cards": []})
-        self.locks, self.masks = gr.State({}), gr.State({})
+        self.locks, self.masks = gr.JSON({}, visible=False), gr.JSON({}, visible=False)
         self.base = gr.Dropdown(
             list(actions.bases), value=actions.base, label="Base model", visible=len(actions.bases) > 1,
             info="for everyone here; waits for the jobs before it", elem_id="base", render=False,
@@ -236,7 +246,8 @@ class Page:
         """The values of `inputs` for a recipe."""
         shown = {name: getattr(recipe, name) for name in self.controls} | self.shown_size(recipe)
         shown["sampler"] = recipe.sampler or "default"
-        own = {self.locks: dict(recipe.locks), self.masks: dict(recipe.masks), self.base: self.actions.base}
+        locks = {site: dict(row) for site, row in recipe.locks.items()}
+        own = {self.locks: locks, self.masks: dict(recipe.masks), self.base: self.actions.base}
         return {self.controls[name]: value for name, value in shown.items()} | own
 
     def fresh(self) -> Recipe:
@@ -331,22 +342,24 @@ class Page:
 
     def _remember(self) -> Any:
         """Keep the fields in the browser, and fill a page that is opened; the event of that."""
-        saved = gr.BrowserState(None, storage_key="mole-fields", **STORED)
-        changes = [field.change for field in self._fields]
-        gr.on(changes, lambda *values: list(values), self._fields, saved, queue=False, show_progress="hidden", **PRIVATE)
+        fields, kept = self._fields, gr.BrowserState(None, storage_key="mole-fields", **STORED)
+        filling = gr.JSON(None, visible=False)  # values of the fields of a page that is opened; None where one stays
+        gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP, **PRIVATE)
 
         def listed() -> Values:
             return {self.base: self.actions.base} | self.now()
 
-        def enter(visitor: Any, values: Any, prompt: str) -> Values:
-            """Fill a page that is opened; `prompt` is what stands in it by now, where somebody types at once."""
+        def enter(visitor: Any, values: Any) -> tuple[str, list[Any]]:
             visitor, fresh = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16), self.fresh()
             filled = self._kept(values) or (self.values(fresh) if fresh != self.defaults else {})
-            return {self.visitor: visitor} | filled | self.cards_for(filled.get(self.controls["prompt"], prompt))
+            return visitor, [filled.get(field) for field in fields]
 
         loaded = self.blocks.load(listed, None, [self.base, *self.lists], **PRIVATE)
-        filled = [self.visitor, *self._fields, self.cards, self.shown]
-        return loaded.then(enter, [self.visitor, saved, self.controls["prompt"]], filled, **PRIVATE)
+        known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling], **PRIVATE)
+        first = json.dumps([field.value for field in fields])
+        filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first, **PRIVATE)
+        filled.then(self.cards_for, self.controls["prompt"], [self.cards, self.shown], **PRIVATE)
+        return filled
 
     def _kept(self, values: Any) -> Values:
         """The fields as a browser kept them, and as on a fresh page those that do not fit and the sizes of another base; {}

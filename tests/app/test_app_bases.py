@@ -7,7 +7,7 @@ import threading
 import hosts
 import numpy as np
 import pytest
-from app_client import PROMPT, launched, plain
+from app_client import PROMPT, kept_fields, launched, plain
 from PIL import Image
 
 from mole_diffusers.app.actions import Actions
@@ -217,23 +217,23 @@ def test_a_second_prompt_is_asked_for_where_the_base_reads_one(blocks, actions):
 
 def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions):
     enter = next(event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "enter")
-    labels = [getattr(component, "label", None) for component in enter.outputs[1:-2]]
-    old = [component.value for component in enter.outputs[1:-2]]
+    labels = [getattr(component, "label", None) for component in kept_fields(blocks)]
+    old = [component.value for component in kept_fields(blocks)]
     old[labels.index("Base model")] = "dream"
     old[labels.index("Prompt")] = "a hat"
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
-    fresh = dict(zip(labels, plain(enter)("", None, PROMPT)[1:-2], strict=True))
+    fresh = dict(zip(labels, plain(enter)("", None)[1], strict=True))
     assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 0, 3.5)
-    back = dict(zip(labels, plain(enter)("me", old, PROMPT)[1:-2], strict=True))
+    back = dict(zip(labels, plain(enter)("me", old)[1], strict=True))
     sizes = [back[name] for name in ("Width", "Height", "Guidance")]
     assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [0, 0, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
-    again = plain(enter)("me", old, PROMPT)[1:-2]
+    again = plain(enter)("me", old)[1]
     assert again[labels.index("Gates")] == "auto"
     assert dict(zip(labels, again, strict=True)) == back | {"Sampler": "default"}
     old[labels.index("Base model")], old[labels.index("Sampler")], old[labels.index("Gates")] = "flux", "Euler", "auto"
-    again = dict(zip(labels, plain(enter)("me", old, PROMPT)[1:-2], strict=True))
+    again = dict(zip(labels, plain(enter)("me", old)[1], strict=True))
     assert again["Width"] == 48  # what was typed for it stays
 
 

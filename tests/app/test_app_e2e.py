@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from urllib.request import urlretrieve
 
 import numpy as np
@@ -187,6 +188,29 @@ def test_a_job_and_the_fields_survive_a_reload(any_width):
     cancelled(page)
     page.open(page.url)
     page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)  # what became of it is still said
+
+
+@pytest.mark.thorough
+def test_what_is_typed_while_a_page_opens_stays(tiny, monkeypatch):
+    """The other fields come back, and the cards are those of what was typed."""
+    from mole_diffusers.app.page import Page
+
+    tiny.until(lambda: "Strength of fox" in tiny.text("body"), WAIT)
+    tiny.type("#prompt textarea", "ink <lora:ink:0.5>")
+    tiny.type("#seed input", "5")
+    tiny.until(lambda: "Strength of ink" in tiny.text("body"), WAIT)
+    kept, typed = Page._kept, Event()
+    monkeypatch.setattr(Page, "_kept", lambda page, values: typed.wait(WAIT) and kept(page, values))
+    tiny.open(tiny.url)
+    tiny.type("#prompt textarea", "hat <lora:hat:1>")
+    typed.set()
+    for _ in range(2):
+        tiny.until(lambda: value(tiny, "#seed") == "5", WAIT)
+        assert value(tiny, "#prompt") == "hat <lora:hat:1>"
+        tiny.until(lambda: "Strength of hat" in tiny.text("body"), WAIT)
+        assert "Strength of ink" not in tiny.text("body")
+        tiny.open(tiny.url)
+    assert not tiny.errors()
 
 
 @pytest.mark.thorough

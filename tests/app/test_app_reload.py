@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from app_client import PROMPT, built, plain
+from app_client import PROMPT, built, kept_fields, plain
 from PIL import Image
 
 from mole_diffusers.app.actions import Actions
@@ -23,17 +23,20 @@ def functions(loras, tmp_path_factory):
 
 def named(blocks):
     """A page's functions by name; of those with one name, the first, but for those of the base model."""
-    found = {}
+    found = {"fields": kept_fields(blocks)}
     for event in blocks.fns.values():
         if event.fn is not None and "base-status" not in [getattr(each, "elem_id", None) for each in event.outputs]:
             found.setdefault(event.fn.__name__, (plain(event), event))
     return found
 
 
-def fields(functions):
+def values(functions):
     """How the page's fields are at first."""
-    enter, event = functions["enter"]
-    return [component.value for component in event.outputs[1:-2]]
+    return [component.value for component in functions["fields"]]
+
+
+def labels(functions):
+    return [getattr(component, "label", None) for component in functions["fields"]]
 
 
 def is_left(value):
@@ -42,58 +45,50 @@ def is_left(value):
 
 def test_a_new_browser_gets_a_name_and_keeps_the_defaults(functions):
     enter, _ = functions["enter"]
-    visitor, *shown, cards, _ = enter("", None, PROMPT)
+    visitor, filled = enter("", None)
     assert len(visitor) > 16
-    assert all(map(is_left, shown))
-    assert [card["name"] for card in cards] == ["fox", "ink"]
-    assert enter("", None, PROMPT)[0] != visitor
-    assert enter("me", None, PROMPT)[0] == "me"
+    assert filled == [None] * len(functions["fields"])
+    assert enter("", None)[0] != visitor
+    assert enter("me", None)[0] == "me"
 
 
-def test_the_cards_are_those_of_what_is_typed_while_a_page_opens(functions):
-    enter, _ = functions["enter"]
-    _, *shown, cards, _ = enter("", None, "a hat <lora:hat:0.5>")
-    assert all(map(is_left, shown))
-    assert [card["tag"] for card in cards] == ["<lora:hat:0.5>"]
+def test_the_cards_are_those_of_the_prompt_after_a_page_was_filled(functions):
+    cards_for, _ = functions["cards_for"]
+    assert [card["tag"] for card in cards_for("a hat <lora:hat:0.5>")[0]] == ["<lora:hat:0.5>"]
+    assert cards_for("a <lora:gone:1>")[0] == []  # composing says that it is not here
 
 
 def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(functions):
-    enter, event = functions["enter"]
-    saved = fields(functions)
+    enter, _ = functions["enter"]
+    saved = values(functions)
     assert saved[0] == PROMPT
     saved[0] = "a hat <lora:hat:1>"
-    _, *shown, cards, _ = enter("me", saved, PROMPT)
-    assert shown == saved
-    assert [card["name"] for card in cards] == ["hat"]
-    labels = [component.label for component in event.outputs[1:-2]]
+    assert enter("me", saved) == ("me", saved)
     bad = {"Gates": "gone", "Sampler": "Best", "Seed": None, "Steps": 0, "Binding": "x", "Guidance": "y", "Width": [1]}
     for chosen in (*([label] for label in bad), list(bad)):
-        at = [labels.index(label) for label in chosen]
-        given = [bad[labels[i]] if i in at else value for i, value in enumerate(saved)]
-        _, *shown, cards, _ = enter("me", given, PROMPT)
-        first = fields(functions)
-        assert shown == [first[i] if i in at else value for i, value in enumerate(saved)], chosen
-        assert [card["name"] for card in cards] == ["hat"]
+        at = [labels(functions).index(label) for label in chosen]
+        given = [bad[labels(functions)[i]] if i in at else value for i, value in enumerate(saved)]
+        first = values(functions)
+        assert enter("me", given)[1] == [first[i] if i in at else value for i, value in enumerate(saved)], chosen
     for garbage in ([], saved[:-1], "x", 5, {"a": 1}):
-        assert all(map(is_left, enter("me", garbage, PROMPT)[1:-2]))
-    _, *shown, cards, _ = enter("me", ["a <lora:gone:1>", *saved[1:]], PROMPT)
-    assert (shown[0], cards) == ("a <lora:gone:1>", [])  # composing says that it is not here
+        assert set(enter("me", garbage)[1]) == {None}
+    assert enter("me", ["a <lora:gone:1>", *saved[1:]])[1][0] == "a <lora:gone:1>"
 
 
 def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
     """Pages without second prompts kept the size of all pictures, 64 x 64, as if it had been asked for."""
-    enter, event = functions["enter"]
-    labels = [getattr(component, "label", None) for component in event.outputs[1:-2]]
-    saved = fields(functions)
-    sizes = [labels.index(name) for name in ("Width", "Height")]
+    enter, _ = functions["enter"]
+    saved = values(functions)
+    sizes = [labels(functions).index(name) for name in ("Width", "Height")]
     for at in sizes:
         saved[at] = 0
-    assert enter("me", saved, PROMPT)[1:-2] == tuple(saved)
+    assert enter("me", saved)[1] == saved
     for at in sizes:
         saved[at] = 64
-    older = [value for label, value in zip(labels, saved, strict=True) if not str(label).startswith("Second")]
+    both = zip(labels(functions), saved, strict=True)
+    older = [value for label, value in both if not str(label).startswith("Second")]
     assert len(older) == len(saved) - 2
-    assert all(map(is_left, enter("me", older, PROMPT)[1:-2]))
+    assert set(enter("me", older)[1]) == {None}
 
 
 def test_a_reloaded_page_finds_its_job(functions):
