@@ -16,7 +16,7 @@ from mole_diffusers.app.gallery_tab import build as gallery_tab
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.own_pages import OwnPagesOnly
-from mole_diffusers.app.page import OF_BASE, PRIVATE, Page, Values
+from mole_diffusers.app.page import OF_BASE, ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import connect_job
 from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
@@ -70,7 +70,7 @@ def _base(page: Page) -> None:
         page, "base", starts, page.actions.change_base, show, inputs=[page.base], status=status, outputs=outputs
     )
     for event in begun:
-        event.then(page.redraw, page.cards, [page.cards, page.shown], **PRIVATE)
+        event.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED, **PRIVATE)
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:

@@ -12,8 +12,8 @@ import gradio as gr
 from mole_diffusers.app import draw_over, mixer, paint
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of, newest
+from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import gallery_items
@@ -61,13 +61,13 @@ def build(page: Page) -> None:
     @told(page.line)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
-        return ({} if new == cards else page.redraw(new)) | {page.line: ""}
+        return ({} if new == cards else page.redraw(new)) | {page.rewrites: [], page.line: ""}
 
     starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, page.count, page.over], [preview, page.pictures]
     connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
-    for event in (prompt.blur, prompt.submit):
-        event(changed, [prompt, page.cards], [page.cards, page.shown, page.line], show_progress="hidden", **PRIVATE)
+    shown = [page.cards, page.shown, page.rewrites, page.line]
+    gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
 
 
 def _offer(page: Page) -> Offer:
@@ -136,39 +136,60 @@ def _adding(page: Page) -> None:
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
     why = gr.Markdown("", elem_id="why", elem_classes="status")
 
-    def added(names: Iterable[str], text: str, cards: list[MixerCard], words: str) -> Values:
-        for name in names:
-            if why_not := page.actions.studio.misfit(name):
-                raise ValueError(f"the LoRA {name!r} cannot be used here: {why_not}")
-            text, cards = add_card(text, cards, name, catalog.loras)
-        return {prompt: text} | page.redraw(cards) | {why: words}
+    @told(why)
+    def chosen(name: str | None, *now: Any) -> Values:
+        return _added(page, _fitting(page, [name] if name else []), *now) | {page.add: None, why: ""}
 
     @told(why)
-    def chosen(name: str | None, text: str, cards: list[MixerCard]) -> Values:
-        return added([name] if name else [], text, cards, "") | {page.add: None}
-
-    @told(why)
-    def found(text: str, cards: list[MixerCard]) -> Values:
+    def found(text: str) -> Any:
         hits = page.actions.find(parse(text, catalog.loras).text)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
-        return added([hit.name for hit in hits], text, cards, words or "The prompt asks for none of the LoRAs here.")
+        return _fitting(page, [hit.name for hit in hits]), words or "The prompt asks for none of the LoRAs here."
 
     @told(why)
-    def uploaded(path: str, text: str, cards: list[MixerCard]) -> Values:
+    def uploaded(path: str) -> Any:
         name = page.actions.add_lora(Path(path))
-        return added([name], text, cards, f"added **{markdown(name)}**")
+        return _fitting(page, [name]), f"added **{markdown(name)}**"
 
     def looked_again() -> str:
         return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
 
-    now, changed = [prompt, page.cards], [prompt, page.cards, page.shown, why]
-    find.click(found, now, changed, concurrency_limit=None, **PRIVATE)
-    page.add.input(chosen, [page.add, *now], [*changed, page.add], **PRIVATE)
+    now = [prompt, page.cards, page.rewrites]
+    outputs = [*now, page.shown, page.add, why]
+    page.add.input(chosen, [page.add, *now], outputs, trigger_mode="multiple", **ORDERED, **PRIVATE)
+    _add_found(page, find.click, found, prompt, why, concurrency_limit=None)
     for event in (
-        upload.upload(uploaded, [upload, *now], changed, **PRIVATE),
+        _add_found(page, upload.upload, uploaded, upload, why),
         again.click(looked_again, None, why, **PRIVATE),
     ):
         event.then(page.now, None, list(page.lists), show_progress="hidden", **PRIVATE)
+
+
+def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
+    """Let an event find the names of LoRAs, which may take long, and then add them to the prompt as it is by then."""
+    names, now = gr.State([]), [page.controls["prompt"], page.cards, page.rewrites]
+
+    def add(found: list[str], *now: Any) -> Values:
+        return (_added(page, found, *now) if found else {}) | {names: []}
+
+    known = event(find, given, [names, why], **options, **PRIVATE)
+    return known.then(add, [names, *now], [names, *now, page.shown], **ORDERED, **PRIVATE)
+
+
+def _fitting(page: Page, names: list[str]) -> list[str]:
+    """The names. Raises ValueError for a LoRA that cannot be used with this base."""
+    for name in names:
+        if why_not := page.actions.studio.misfit(name):
+            raise ValueError(f"the LoRA {name!r} cannot be used here: {why_not}")
+    return names
+
+
+def _added(page: Page, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
+    """Prompt and cards with these LoRAs switched on."""
+    new = newest(text, rewrites)
+    for name in names:
+        new, cards = add_card(new, cards, name, page.actions.studio.catalog.loras)
+    return page.rewrite(text, new, rewrites) | page.redraw(cards)
 
 
 def _settings(page: Page) -> None:

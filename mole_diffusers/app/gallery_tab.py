@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import gallery
 
@@ -88,7 +88,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     gr.on([text.input, lora.input], search, asked, outputs, trigger_mode="always_last", show_progress="hidden", **PRIVATE)
     more.click(show_more, [*asked, count], outputs, **PRIVATE)
     pictures.select(choose, names, [chosen, status], **PRIVATE)
-    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **PRIVATE)
+    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED, **PRIVATE)
     over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status], **PRIVATE)
     star.click(favour, [chosen, *asked, count], outputs, **PRIVATE)
     trash.click(throw, [chosen, *asked, count], outputs, **PRIVATE)

@@ -9,7 +9,7 @@ import gradio as gr
 
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import figure
@@ -46,7 +46,7 @@ def _loading(page: Page) -> None:
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
         return values | {status: markdown("; ".join(filter(None, [words, *notes, found.left_out, f"now press {button}"])))}
 
-    dropped.upload(load, dropped, [*page.filled_fields, status], **PRIVATE)
+    dropped.upload(load, dropped, [*page.filled_fields, status], **ORDERED, **PRIVATE)
 
 
 def _saving(page: Page) -> None:

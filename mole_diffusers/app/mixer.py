@@ -12,19 +12,20 @@ from mole_diffusers.app.mixer_cards import (
     MixerCard,
     at_strength,
     fields_of,
+    newest,
     set_card,
     triggers_in,
     with_fields,
     with_triggers,
     without,
 )
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import PAINTED
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, **PRIVATE}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables what is drawn again, unless told otherwise
 FIELD: dict[str, Any] = {"min_width": 90, **EDITABLE}
 LOW, HIGH = -1.0, 2.0  # of the slider; any number can be typed
@@ -35,7 +36,7 @@ REGIONS_KNOWN = (AUTO, EVERYWHERE, PAINTED, *BOXES)
 def build(page: Page) -> None:
     """The cards, drawn again whenever `page.shown` changes."""
 
-    @gr.render(inputs=[page.shown, page.controls["prompt"]], triggers=[page.shown.change])
+    @gr.render(inputs=[page.shown, page.controls["prompt"]], triggers=[page.shown.change], **ORDERED)
     def draw(shown: dict[str, Any], prompt: str) -> None:
         if not shown["cards"]:
             gr.Markdown("No LoRA yet: write a prompt and find the LoRAs for it, or add one.")
@@ -135,34 +136,43 @@ def _facts(report: dict[str, Any]) -> str:
 
 
 def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields: dict[str, Any]) -> None:
-    """A change of the switch, the slider or a field goes to the prompt, the cards and the other fields."""
-    known, prompt, name = page.actions.studio.catalog.loras, page.controls["prompt"], card["name"]
+    """A change of the switch, the slider or a field goes to the prompt, the cards and the other fields.
 
-    def current(cards: list[MixerCard], switched_on: bool) -> MixerCard:
-        return {**next((one for one in cards if one["name"] == name), card), "on": switched_on}
+    Only what was changed is taken from the card, as the rest may be older than its tag, and only what has to be is written
+    into it, as the rest may be typed by now.
+    """
+    known, name = page.actions.studio.catalog.loras, card["name"]
+    parts = {"on": on, "slider": slider, **{key: fields[key] for key in FIELDS}}
 
-    def updates(new: MixerCard, text: str, cards: list[MixerCard]) -> Values:
-        typed = fields_of(new, known)
-        text, cards = set_card(text, cards, new, known)
-        card = {slider: gr.update(**slider_update(typed["unet"]))} | {fields[key]: typed[key] for key in FIELDS}
-        return {prompt: text, page.cards: cards, page.line: ""} | card
+    def shows(card: MixerCard) -> dict[str, Any]:
+        typed = fields_of(card, known)
+        return {"on": card["on"], "slider": slider_update(typed["unet"])["value"], **typed}
 
-    @told(page.line)
-    def slide(value: float, switched_on: bool, text: str, cards: list[MixerCard]) -> Values:
-        return updates(at_strength(current(cards, switched_on), value, known), text, cards)
+    seen = gr.State(shows(card))  # what this card shows
 
     @told(page.line)
-    def write(switched_on: bool, text: str, cards: list[MixerCard], *values: Any) -> Values:
-        given = dict(zip(FIELDS, values, strict=True))
-        return updates(with_fields(current(cards, switched_on), given, known), text, cards)
+    def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
+        given = dict(zip(parts, values, strict=True))
+        edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
+        old = next((one for one in cards if one["name"] == name), None)
+        if old is None or not edits:  # it was removed meanwhile, or a field was left as it was
+            return {page.line: ""}
+        new = with_fields(old, {key: edits.get(key, value) for key, value in fields_of(old, known).items()}, known)
+        if "slider" in edits:
+            new = at_strength(new, edits["slider"], known)
+        new = {**new, "on": edits.get("on", old["on"])}
+        shown = shows(new)
+        rewritten, cards = set_card(newest(text, rewrites), cards, new, known)
+        written = {parts[key]: value for key, value in shown.items() if key != "slider" and value != given[key]}
+        if "slider" not in edits and shown["unet"] != seen_now["unet"]:
+            written[slider] = gr.update(**slider_update(shown["unet"]))
+        return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown, page.line: ""}
 
-    boxes = [fields[key] for key in FIELDS]
-    outputs = [prompt, page.cards, slider, *boxes, page.line]
-    slider.release(slide, [slider, on, prompt, page.cards], outputs, **QUIET)
-    events = [on.input, fields["lbw"].input, fields["word"].input, fields["region"].input]
+    now = [seen, page.controls["prompt"], page.cards, page.rewrites]
+    events = [on.input, slider.release, fields["lbw"].input, fields["word"].input, fields["region"].input]
     for key in ("unet", "te", "start", "stop"):
         events += [fields[key].submit, fields[key].blur]
-    gr.on(events, write, [on, prompt, page.cards, *boxes], outputs, **QUIET)
+    gr.on(events, write, [*now, *parts.values()], [*now, *parts.values(), page.line], **LAST)
 
 
 def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:
@@ -170,13 +180,16 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: A
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
     @told(page.line)
-    def removed(text: str, cards: list[MixerCard]) -> Values:
+    def removed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
         left = [other for other in cards if other["name"] != name]
-        return {prompt: without(text, name, catalog.loras), page.line: ""} | page.redraw(left)
+        rewritten = page.rewrite(text, without(newest(text, rewrites), name, catalog.loras), rewrites)
+        return rewritten | {page.line: ""} | page.redraw(left)
 
     @told(page.line)
-    def switched(before: list[str], chosen: list[str], text: str) -> Values:
-        return {prompt: with_triggers(text, before, chosen, catalog.loras), ticked: chosen, page.line: ""}
+    def switched(before: list[str], chosen: list[str], text: str, rewrites: list[str]) -> Values:
+        new = with_triggers(newest(text, rewrites), before, chosen, catalog.loras)
+        return page.rewrite(text, new, rewrites) | {ticked: chosen, page.line: ""}
 
-    chips.input(switched, [ticked, chips, prompt], [prompt, ticked, page.line], **QUIET)
-    remove.click(removed, [prompt, page.cards], [prompt, page.cards, page.shown, page.line], **QUIET)
+    chips.input(switched, [ticked, chips, prompt, page.rewrites], [prompt, page.rewrites, ticked, page.line], **LAST)
+    now = [prompt, page.cards, page.rewrites]
+    remove.click(removed, now, [*now, page.shown, page.line], **LAST)

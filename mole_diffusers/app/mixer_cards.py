@@ -31,6 +31,11 @@ def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) ->
     return found
 
 
+def newest(prompt: str, rewrites: Sequence[str]) -> str:
+    """The prompt as it is: an event that was sent before the page has shown the last of the rewrites has an older one."""
+    return rewrites[-1] if prompt in rewrites else prompt
+
+
 def _free_colour(cards: Sequence[MixerCard]) -> int:
     """The first colour that no card has, so that a LoRA keeps its own while others come and go."""
     taken = [card["colour"] for card in cards]

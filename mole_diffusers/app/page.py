@@ -19,7 +19,7 @@ from mole_diffusers.app.actions import Actions, Picture
 from mole_diffusers.app.gate_training import TRAINED, WAYS
 from mole_diffusers.app.interrupted import Interrupted
 from mole_diffusers.app.jobs import Job, Jobs
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of, newest
 from mole_diffusers.app.style import gallery
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.catalog import UNTRAINED
@@ -28,6 +28,8 @@ from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, OPEN, RANGES, TILES, Recipe
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
+# Events that write the prompt or the cards, and drawing the cards: one at a time, in the order in which they were sent.
+ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
 OF_BASE = ("width", "height", "guidance")  # fields that another base model changes
 NUMBERS = {"seed": int, "steps": int, "guidance": float, "width": int, "height": int, "strength": float, "hires": float,
@@ -54,6 +56,7 @@ class Page:
         controls: field of a Recipe -> its component.
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
+        rewrites: state: the texts that events have put into the prompt since it was typed, and those that these replaced.
         locks, masks: gates set by hand, and painted regions, as in a Recipe; in the browser, where nobody sees them.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
@@ -77,7 +80,7 @@ class Page:
         self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that a page shows
         catalog = actions.studio.catalog
         self.controls = self._controls()
-        self.cards, self.shown = gr.State([]), gr.State({"cards": []})
+        self.cards, self.shown, self.rewrites = gr.State([]), gr.State({"cards": []}), gr.State([])
         self.locks, self.masks = gr.JSON({}, visible=False), gr.JSON({}, visible=False)
         self.base = gr.Dropdown(
             list(actions.bases), value=actions.base, label="Base model", visible=len(actions.bases) > 1,
@@ -266,7 +269,7 @@ class Page:
     @property
     def filled_fields(self) -> list[Any]:
         """The components whose values `filled` gives."""
-        return [*self.inputs, self.cards, self.shown, *self.axes]
+        return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes]
 
     def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
         """What puts a recipe into a page: the recipe as it is here, the values, and what its visitor should know.
@@ -303,9 +306,16 @@ class Page:
         """The cards of a prompt that fills the page; none where it cannot be read or has a LoRA that is not here, which
         composing says."""
         try:
-            return self.redraw(cards_of(prompt, [], self.actions.studio.catalog.loras))
+            cards = cards_of(prompt, [], self.actions.studio.catalog.loras)
         except ValueError:
-            return self.redraw([])
+            cards = []
+        return self.redraw(cards) | {self.rewrites: []}
+
+    def rewrite(self, given: str, new: str, rewrites: list[str]) -> Values:
+        """What puts another text into the prompt, if it is another one; `given` is what the event was sent with."""
+        if new == newest(given, rewrites):
+            return {}
+        return {self.controls["prompt"]: new, self.rewrites: [*(rewrites if given in rewrites else [given]), new]}
 
     def redraw(self, cards: list[MixerCard]) -> Values:
         """The mixer's cards, which are drawn again even if they are the same as before."""
@@ -358,7 +368,8 @@ class Page:
         known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling], **PRIVATE)
         first = json.dumps([field.value for field in fields])
         filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first, **PRIVATE)
-        filled.then(self.cards_for, self.controls["prompt"], [self.cards, self.shown], **PRIVATE)
+        cards = [self.cards, self.shown, self.rewrites]
+        filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED, **PRIVATE)
         return filled
 
     def _kept(self, values: Any) -> Values:

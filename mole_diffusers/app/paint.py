@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import BRUSH, COLOUR, ERASER, OPACITY
-from mole_diffusers.app.mixer_cards import MixerCard, set_region, shades
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.mixer_cards import MixerCard, newest, set_region, shades
+from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
@@ -76,22 +76,28 @@ def build(page: Page) -> None:
 
     @told(status)
     def used(
-        name: str | None, painted: Any, edge: float, masks: dict[str, str], text: str, cards: list[MixerCard]
+        name: str | None,
+        painted: Any,
+        edge: float,
+        masks: dict[str, str],
+        text: str,
+        cards: list[MixerCard],
+        rewrites: list[str],
     ) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
         mask = painted_mask(without_margins(painted), edge)
-        text, cards = set_region(text, cards, name, PAINTED, catalog.loras)
-        words = f"**{markdown(name)}** acts there from now on"
-        return {page.masks: {**masks, name: mask_text(mask)}, prompt: text, status: words} | page.redraw(cards)
+        new, cards = set_region(newest(text, rewrites), cards, name, PAINTED, catalog.loras)
+        said = {page.masks: {**masks, name: mask_text(mask)}, status: f"**{markdown(name)}** acts there from now on"}
+        return page.rewrite(text, new, rewrites) | page.redraw(cards) | said
 
     page.shown.change(names, [page.cards, which], which, show_progress="hidden", **PRIVATE)
     page.pictures.change(overlaid, page.cards, found, show_progress="hidden", **PRIVATE)
     begins = [panel.expand, over.click, which.input]
     gr.on(begins, start, [which, page.masks, prompt, *size], [editor, status], **PRIVATE)
     empty.click(start_empty, [prompt, *size], [editor, status], **PRIVATE)
-    inputs = [which, editor, edge, page.masks, prompt, page.cards]
-    use.click(used, inputs, [page.masks, prompt, page.cards, page.shown, status], **PRIVATE)
+    now = [page.masks, prompt, page.cards, page.rewrites]
+    use.click(used, [which, editor, edge, *now], [*now, page.shown, status], **ORDERED, **PRIVATE)
 
 
 def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:

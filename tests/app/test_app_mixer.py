@@ -1,11 +1,14 @@
-"""The mixer without a browser: its cards are drawn, and their events keep prompt, cards and fields in step."""
+"""The mixer without a browser: its cards are drawn, and their events keep prompt, cards and fields in step, in whatever
+order they are sent and answered."""
+
+from copy import deepcopy
 
 import pytest
 from app_client import built, plain
 
 from mole_diffusers.app.mixer_cards import FIELDS, cards_of, fields_of
 
-pytest.importorskip("gradio")
+gr = pytest.importorskip("gradio")
 TEXT = "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5>"
 
 
@@ -19,15 +22,57 @@ def drawn(loras, tmp_path_factory):
     with blocks:
         renderable.fn({"cards": cards}, TEXT)
     events = [event for number, event in blocks.fns.items() if number not in before]
-    return cards, list(blocks.blocks.values()), events
+    return cards, list(blocks.blocks.values()), events, blocks
 
 
-def named(events, name):
-    return [plain(event) for event in events if event.fn.__name__ == name]
+class Visit:
+    """A page and its server. An event is sent with what the page shows, answered with the states of the server, and what
+    comes back is shown; `do` is all of it at once."""
+
+    def __init__(self, drawn):
+        cards, components, of_cards, blocks = drawn
+        self.events = of_cards + [event for event in blocks.fns.values() if event.fn is not None and event not in of_cards]
+        self.values = {one: deepcopy(one.value) for one in components if hasattr(one, "value")}
+        _, self.prompt, self.cards, self.rewrites = self.event("write").inputs[:4]
+        self.values |= {self.prompt: TEXT, self.cards: cards}
+
+    def event(self, name, card=0):
+        return [event for event in self.events if event.fn.__name__ == name][card]
+
+    def part(self, name, card=1):
+        """A component of a card, by default of ink."""
+        return self.event("write", card).inputs[4 + ["on", "slider", *FIELDS].index(name)]
+
+    def send(self, event, **edits):
+        self.values |= edits.pop("shown", {})
+        return event, [self.values[each] for each in event.inputs]
+
+    def edit(self, card=1, **edits):
+        """An edit of a card, by default of ink."""
+        return self.send(self.event("write", card), shown={self.part(name, card): edits[name] for name in edits})
+
+    def answer(self, sent):
+        event, given = sent
+        given = [
+            self.values[one] if isinstance(one, gr.State) else value for one, value in zip(event.inputs, given, strict=True)
+        ]
+        after = list(zip(event.outputs, plain(event)(*given), strict=True))
+        self._put([each for each in after if isinstance(each[0], gr.State)])
+        return [each for each in after if not isinstance(each[0], gr.State)]
+
+    def do(self, sent):
+        self._put(self.answer(sent))
+        return self.values[self.prompt]
+
+    def _put(self, after):
+        for one, value in after:
+            is_update = isinstance(value, dict) and value.get("__type__") == "update"
+            if not is_update or "value" in value:
+                self.values[one] = value["value"] if is_update else value
 
 
 def test_a_card_has_a_field_for_all_that_its_tag_says(drawn, loras):
-    cards, components, _ = drawn
+    cards, components, *_ = drawn
     labels = [getattr(one, "label", None) for one in components]
     for card in cards:
         assert card["name"] in labels
@@ -38,45 +83,106 @@ def test_a_card_has_a_field_for_all_that_its_tag_says(drawn, loras):
 
 
 def test_what_is_typed_and_moved_stays_in_step(drawn, loras):
-    cards, _, events = drawn
-    slide, write = named(events, "slide")[1], named(events, "write")[1]  # of ink
-    text, found, slider, *fields = slide(1.5, True, TEXT, cards)
-    assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:1.5>"
-    assert fields == ["1.5", "1.5", "", "", "", [], "auto", ""]
-    assert fields[:5] == [fields_of(found[1], loras)[key] for key in FIELDS[:5]]
-    text, found, slider, *_ = write(True, TEXT, cards, "-7", "0.5", "OUTALL", None, "3", [], "auto")
+    visit = Visit(drawn)
+    shows = lambda *names: [visit.values[visit.part(name)] for name in names]  # noqa: E731
+    assert visit.do(visit.edit(slider=1.5)) == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:1.5>"
+    assert shows(*FIELDS) == ["1.5", "1.5", "", "", "", [], "auto"]
+    text = visit.do(visit.edit(unet="-7", lbw="OUTALL", start=None, stop="3"))
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:-7:lbw=OUTALL:stop=3>"  # te followed, as it was the same
-    assert (slider["value"], slider["interactive"]) == (-1, True)
-    text, off, *_ = write(False, text, found, "-7", "-7", "OUTALL", "", "3", [], "auto")
-    assert text == "a fox <lora:fox:0@0,1@0.4:stop=9>"
-    assert not off[1]["on"]
-    assert write(True, text, off, "-7", "-7", "OUTALL", "", "3", [], "auto")[0].endswith("<lora:ink:-7:lbw=OUTALL:stop=3>")
-    assert "is not a number" in write(True, TEXT, cards, "strong", "", "", "", "", [], "auto")[-1]
+    assert shows("slider", "te") == [-1, "-7"]
+    assert [fields_of(visit.values[visit.cards][1], loras)[key] for key in FIELDS] == shows(*FIELDS)
+    assert visit.do(visit.edit(on=False)) == "a fox <lora:fox:0@0,1@0.4:stop=9>"
+    assert not visit.values[visit.cards][1]["on"]
+    assert visit.do(visit.edit(on=True)) == text
+    said = visit.answer(visit.edit(unet="strong"))[-1][1]
+    assert "is not a number" in said
+    assert visit.do(visit.edit(unet="0@0,1@0.4")).endswith("<lora:ink:0@0,1@0.4:lbw=OUTALL:stop=3>")
+    assert visit.do(visit.edit(unet="1", te="0.5")).endswith("<lora:ink:0.5:unet=1:lbw=OUTALL:stop=3>")
 
 
 def test_words_and_regions_go_into_the_tag_and_come_back(drawn):
-    cards, components, events = drawn
-    write = named(events, "write")[1]
-    text, found, _, *fields = write(True, TEXT, cards, "0.5", "0.5", "", "", "", ["an ink", "lines"], "top left")
+    visit = Visit(drawn)
+    text = visit.do(visit.edit(word=["an ink", "lines"], region="top left"))
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5:word=an ink|lines:region=top left>"
-    assert fields[5:] == [["an ink", "lines"], "top left", ""]
-    assert write(True, text, found, "0.5", "0.5", "", "", "", [], "auto")[0] == TEXT
-    assert "a region is 'auto'" in write(True, TEXT, cards, "0.5", "0.5", "", "", "", [], "0,0,2,1")[-1].replace("\\", "")
-    regions = [one for one in components if getattr(one, "elem_classes", None) == ["region"]]
+    assert visit.do(visit.edit(word=[], region="auto")) == TEXT
+    said = visit.answer(visit.edit(region="0,0,2,1"))[-1][1]
+    assert "a region is 'auto'" in said.replace("\\", "")
+    regions = [one for one in drawn[1] if getattr(one, "elem_classes", None) == ["region"]]
     assert [region.value for region in regions] == ["auto", "auto"]
 
 
 def test_cards_go(drawn):
-    cards, _, events = drawn
-    text, left, shown, _ = named(events, "removed")[0](TEXT, cards)
-    assert (text, left, shown["cards"]) == ("a fox <lora:ink:0.5>", cards[1:], cards[1:])
+    visit = Visit(drawn)
+    assert visit.do(visit.send(visit.event("removed"))) == "a fox <lora:ink:0.5>"
+    assert visit.values[visit.cards] == drawn[0][1:]
 
 
 def test_a_tick_changes_its_own_word_alone(drawn):
     """Also where the prompt was changed since the card was drawn."""
-    _, _, events = drawn
-    switched = named(events, "switched")[0]
-    text, ticked, said = switched([], ["orange fur"], TEXT)
-    assert (text, ticked, said) == (TEXT.replace("a fox", "a fox, orange fur"), ["orange fur"], "")
-    assert switched(ticked, [], text)[0] == TEXT
-    assert "is not closed" in switched([], ["x"], "a <lora:fox")[-1]
+    visit = Visit(drawn)
+    switched = visit.event("switched")
+    ticked, chips = switched.inputs[:2]
+    orange = TEXT.replace("a fox", "a fox, orange fur")
+    assert visit.do(visit.send(switched, shown={chips: ["orange fur"]})) == orange
+    assert visit.values[ticked] == ["orange fur"]
+    assert visit.do(visit.send(switched, shown={chips: []})) == TEXT
+
+
+def test_changes_that_are_sent_before_the_page_has_shown_the_last_one_add_up(drawn):
+    visit = Visit(drawn)
+    strength, stop, tick = visit.edit(slider=1.5), visit.edit(0, stop="7"), visit.send(visit.event("switched"))
+    tick[1][1] = ["orange fur"]
+    for answer in [visit.answer(sent) for sent in (strength, stop, tick)]:
+        visit._put(answer)
+    assert visit.values[visit.prompt] == "a fox, orange fur <lora:fox:0@0,1@0.4:stop=7> <lora:ink:1.5>"
+    back = visit.edit(slider=0.5), visit.edit(slider=1.5)  # the second as if nothing had changed
+    for answer in [visit.answer(sent) for sent in back]:
+        visit._put(answer)
+    assert visit.values[visit.prompt] == "a fox, orange fur <lora:fox:0@0,1@0.4:stop=7> <lora:ink:1.5>"
+
+
+def test_a_card_that_was_drawn_before_the_prompt_was_typed_changes_what_was_changed_in_it(drawn, loras):
+    """Whoever types a strength into the prompt and clicks on a card, both at once."""
+    visit = Visit(drawn)
+    typed = "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.9>"
+    visit.values |= {visit.prompt: typed, visit.cards: cards_of(typed, drawn[0], loras)}
+    assert visit.do(visit.edit(stop="3")) == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.9:stop=3>"
+    assert (visit.values[visit.part("unet")], visit.values[visit.part("slider")]) == ("0.9", 0.9)
+
+
+def test_a_field_that_is_left_as_it_was_and_a_card_that_is_gone_write_nothing(drawn):
+    visit = Visit(drawn)
+    left, late = visit.edit(), visit.edit(slider=1.5)
+    for sent in (left, late):
+        visit.values[visit.cards] = drawn[0] if sent is left else drawn[0][:1]
+        *others, line = visit.answer(sent)
+        assert all(value.get("__type__") == "update" and "value" not in value for _, value in others)
+        assert line[1] == ""
+    visit = Visit(drawn)
+    answer = visit.answer(visit.edit(te="0.7"))
+    visit.values |= {visit.part("start"): "2"}  # typed meanwhile
+    visit._put(answer)
+    assert visit.values[visit.part("start")] == "2"
+
+
+def test_loras_that_are_found_are_added_to_the_prompt_as_it_is_by_then(drawn):
+    visit = Visit(drawn)
+    visit.do(visit.send(visit.event("found"), shown={visit.prompt: "a hat"}))
+    add = visit.event("add")
+    typed = {visit.prompt: "a red hat", visit.cards: []}
+    assert visit.do(visit.send(add, shown=typed)) == "a red hat <lora:hat:1>"
+    assert [card["name"] for card in visit.values[visit.cards]] == ["hat"]
+    assert visit.do(visit.send(add, shown=typed)) == "a red hat"  # once
+
+
+def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
+    """Also the drawing of the cards; and what is changed while an event of the same kind is on its way is sent then."""
+    visit, (renderable,) = Visit(drawn), drawn[3].default_config.renderables
+    ours = {visit.prompt, visit.cards, visit.rewrites}
+    events = [event for event in visit.events if ours & {*event.outputs}]
+    names = "cards_for changed chosen add write switched removed used load reuse redraw"
+    assert {event.fn.__name__ for event in events} == set(names.split())
+    events += [event for event in drawn[3].fns.values() if event.renderable is renderable]
+    assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("prompt", 1)}
+    last = {event.fn.__name__ for event in events if event.trigger_mode == "always_last"}
+    assert last >= {"changed", "write", "switched"}
