@@ -16,8 +16,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.layout import MOST_THINGS
+from mole_diffusers.binding.parts import Part, prompts_apart
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
-from mole_diffusers.binding.words import Part, ThingKey, keys, prompts_apart
+from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
 from mole_diffusers.patching.picture_layout import planned_regions
 from mole_diffusers.patching.undo import replaced_forward

@@ -18,7 +18,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from mole_diffusers.binding.words import Part
+from mole_diffusers.binding.parts import Part
 from mole_diffusers.studio.weight_syntax import NOTHING, Chunk, parse_weights
 
 BACK = 20  # tokens that may move to the next chunk, so that it begins after a comma or with a whole word

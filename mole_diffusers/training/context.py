@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mole_diffusers.binding.words import pattern
+from mole_diffusers.binding.sentence import pattern
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.data import RandomBatch, TrainingData

@@ -10,7 +10,7 @@ from compel import Compel, CompelForFlux, CompelForSD, CompelForSDXL, ReturnedEm
 from tiers import thorough
 
 from mole_diffusers import attach, detach
-from mole_diffusers.binding.words import prompts_apart
+from mole_diffusers.binding.parts import prompts_apart
 from mole_diffusers.patching import prompt_tokens
 from mole_diffusers.studio.prompt_weights import (
     call_arguments,

@@ -1,0 +1,294 @@
+"""What a text says: where experts' words stand in it, which of them name things, and where those are in the picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from string import punctuation
+
+MEDIA = (
+    "drawing|painting|photo|photograph|picture|image|illustration|sketch|render|rendering|portrait|poster|sticker|icon|print|"
+    "comic|cartoon|artwork|art|style"
+)
+FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
+# A style stands before a medium, "ink drawing of", or after a word that says how or where: "in ink", "in the style of ink".
+END = r"(?=\s+(?:of|in|on|with|style)\b|\s*[,.;\n]|\s*$)"  # what follows a medium: "a fox painting a wall" has none
+BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
+AFTER_STYLE_WORD = re.compile(r"\b(?:in|style of|made of)\s+(?:(?:an?|the)\s+)?$|\bby\s+$")
+RELATIONS = {  # words between two things -> (axis, whether the first has the smaller coordinate)
+    "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
+    "under": ("y", False), "beneath": ("y", False),
+}  # fmt: skip
+SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}  # of the picture, likewise
+# "A fox on the left", "on the right side of the picture is a fox"; not "on the left cheek", "to the left of a road".
+SIDE = re.compile(
+    rf"\s*\b(?:is\s+)?(?:on|to|at|in)\s+the\s+({'|'.join(SIDES)})(?:\s+(?:side|half))?"
+    rf"(?:\s+of\s+the\s+(?:{MEDIA}|canvas))?(?:\s+(?:there\s+)?(?:is|are))?"
+    r"(?=\s*(?:[,;.:&+\n]|\band\b|\b(?:an?|the|one|two|three)\b|$))"
+)
+RELATION = re.compile(
+    rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+"
+    r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?"
+)
+PLACE_WORDS = "(?:is )?(?:beside|next to|near|(?:(?:to|on) the )?(?:left|right) of|above|over|below|under|beneath)"
+# Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
+BREAK = re.compile(rf"[,;.&+\n]|\b(?:and|{PLACE_WORDS})\b")
+# All that is between two of them: "fox in a hat and an old owl", not "fox riding an owl" or "fox jumping over an owl".
+LISTED = re.compile(
+    rf"(?:.*(?:[,;.&+\n]|\band\b))?\s*(?:{PLACE_WORDS}\b)?\s*"
+    r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?",
+    re.DOTALL,
+)
+# What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
+# a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
+JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
+# The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article, where a LoRA has no other
+# words there: "miku and rin", but not "miku with long hair and blue eyes".
+APART = re.compile(rf"{JOINED.pattern.replace('an?|one', 'an?|the|one')}|\s*{PLACE_WORDS}\s*")
+NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
+# Before a list that says what something has: "a girl with long hair and blue eyes", but not "photo with miku and rin".
+HAD = re.compile(
+    rf"(?:\b({MEDIA})s?\s+)?\b(?:with|wearing|holding|carrying|has|having)\s+"
+    rf"(?:(?:an?|the|her|his|its|their)\s+)?(?:(?!(?:{FUNCTION_WORDS})\b)[\w'-]+\s+){{0,2}}$"
+)
+# What is before and after a tag, which stands alone between commas, maybe with a weight.
+BEFORE_TAG = re.compile(r"(?:^|[,;.\n])[\s(\[]*$")
+AFTER_TAG = re.compile(r"(?:\s*:[\s\d.]+)?\s*[)\]]*\s*(?:[,;.\n]|$)")
+AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
+NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
+ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
+DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
+
+Span = tuple[int, int]  # in a text: its first character, and the one after its last
+Side = tuple[str, bool]  # of the picture, as in `SIDES`
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Something that a text names.
+
+    Attributes:
+        spans: where its words stand, from left to right.
+        experts: those whose words these are; none for a noun that no expert owns.
+        phrases: which of its first expert's phrases these are, by index; first the one that names it.
+        is_tag: whether they stand alone between commas, in no list with "and". Such words do not say whether they name a
+            thing beside others or a style, so they have no place.
+    """
+
+    spans: tuple[Span, ...]
+    experts: tuple[int, ...] = ()
+    phrases: tuple[int, ...] = ()
+    is_tag: bool = False
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text as binding reads it.
+
+    Attributes:
+        text: in lower case, with spaces instead of the words of `sides`.
+        words: [N], where each expert's words stand, and which of its phrases that is.
+        mentions: what has a place in the picture, or is a tag.
+        relations: (first mention, second mention, "x" or "y"): the first has the smaller coordinate.
+        sides: words that say a side of the picture, as "on the left".
+    """
+
+    text: str
+    words: tuple[Mapping[Span, int], ...]
+    mentions: tuple[Mention, ...]
+    relations: tuple[tuple[int, int, str], ...]
+    sides: Mapping[Span, Side]
+
+
+def parse(text: str, phrases: Sequence[Sequence[str]], whole: Collection[int] = ()) -> Sentence:
+    """Read a text; arguments as of `words.read`, but for phrases in lower case."""
+    text, sides = _without_sides(lower if len(lower := text.lower()) == len(text) else text)
+    words = _words(text, phrases)
+    located = [{span: phrase for span, phrase in each.items() if not _is_style(text, span)} for each in words]
+    everyones = sorted({span for each in located for span in each})
+    tags = _tags(text, everyones)
+    mentions = _mentions(text, located, everyones, tags, sides, whole)
+    mentions += [Mention((span,)) for span in _other_nouns(text, [s for each in words for s in each], everyones)]
+    places = {i: mention.spans[0] for i, mention in enumerate(mentions)}
+    of_side = _on_sides(text, places, sides)
+    mentions = [
+        replace(m, is_tag=tags.issuperset(m.spans) and i not in of_side and not set(whole).intersection(m.experts))
+        for i, m in enumerate(mentions)
+    ]
+    with_place = [i for i, mention in enumerate(mentions) if not mention.is_tag]
+    relations = dict.fromkeys([*_relations(text, places), *_side_relations(of_side, with_place)])
+    return Sentence(text, tuple(words), tuple(mentions), tuple(relations), sides)
+
+
+def pattern(phrase: str) -> re.Pattern[str]:
+    """Finds a phrase in a text: its whole words in any case, or their plural."""
+    phrase = phrase.lower()
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    for end, other in (("y", "ies"), ("fe", "ves"), ("f", "ves")):
+        if phrase.endswith(end):
+            words = f"{words.removesuffix(end)}(?:{end}|{other})"
+            break
+    plural = "" if phrase[-1:] in punctuation else r"(?:'?e?s)?"
+    return re.compile(rf"(?<!\w){words}{plural}(?!\w)", re.IGNORECASE)
+
+
+def _words(text: str, phrases: Sequence[Sequence[str]]) -> list[dict[Span, int]]:
+    """[N]: where each expert's phrases stand in the text, and which; one inside a longer one, whosever, does not count."""
+    found = [
+        (match.span(), k, i)
+        for k, each in enumerate(phrases)
+        for i, phrase in enumerate(each)
+        if phrase
+        for match in pattern(phrase).finditer(text)
+    ]
+    words: list[dict[Span, int]] = [{} for _ in phrases]
+    for (a, b), k, i in sorted(found):
+        if not any(c <= a and b <= d and (d - c) > (b - a) for (c, d), *_ in found):
+            words[k].setdefault((a, b), i)
+    return words
+
+
+def _is_style(text: str, span: Span) -> bool:
+    """Whether words are said of the whole picture: a style or a setting."""
+    return bool(
+        BEFORE_MEDIUM.match(text, span[1])
+        or AFTER_STYLE_WORD.search(text[: span[0]])
+        or re.search(rf"\b(?:{MEDIA})\b", text[slice(*span)])
+    )
+
+
+def _mentions(
+    text: str,
+    located: Sequence[Mapping[Span, int]],
+    everyones: Sequence[Span],
+    tags: Collection[Span],
+    sides: Mapping[Span, Side],
+    whole: Collection[int],
+) -> list[Mention]:
+    """What the words of experts name that are not said of the whole picture; `everyones` are all of them in order."""
+    listed, names = (_lists(text, everyones, between) for between in (APART, NAMES_APART))
+    if len(at_sides := {everyones[i] for i in _on_sides(text, dict(enumerate(everyones)), sides)}) > 1:
+        listed.append(at_sides)
+    named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> whose words these are
+    for k, each in enumerate(located):
+        theirs, bare = ([spans for spans in lists if not _is_had(text, spans, each, tags)] for lists in (listed, names))
+        apart = next((spans for spans in bare if spans.issuperset(each)), set().union(*theirs))
+        for spans in _by_thing(each, () if k in whole else apart):
+            if spans:
+                named.setdefault(spans, []).append(k)
+    return [
+        Mention(spans, tuple(experts), tuple(dict.fromkeys(located[experts[0]][span] for span in spans)))
+        for spans, experts in named.items()
+    ]
+
+
+def _by_thing(spans: Mapping[Span, int], listed: Collection[Span]) -> list[tuple[Span, ...]]:
+    """One expert's words, from left to right, thing by thing: each phrase that is listed names one, and the others are said
+    of the last one before them, or of the first. Spans are given with their phrases."""
+    names = list(dict.fromkeys(phrase for span, phrase in spans.items() if span in listed))
+    if len(names) < 2:
+        return [tuple(spans)]
+    things: dict[int, list[Span]] = {name: [] for name in names}
+    now = names[0]
+    for span, phrase in spans.items():
+        now = phrase if phrase in things else now
+        things[now].append(span)
+    return [tuple(each) for each in things.values()]
+
+
+def _lists(text: str, spans: Sequence[Span], between: re.Pattern[str]) -> list[set[Span]]:
+    """Lists of these words, which stand from left to right, with `between` from each to the next, and "and" or a place."""
+    lists: list[list[Span]] = []
+    for span in spans:
+        if lists and between.fullmatch(text[lists[-1][-1][1] : span[0]]):
+            lists[-1].append(span)
+        else:
+            lists.append([span])
+    return [set(each) for each in lists if len(each) > 1 and ends_list(text[each[-2][1] : each[-1][0]], text[each[-1][1] :])]
+
+
+def _is_had(text: str, listed: Collection[Span], spans: Collection[Span], tags: Collection[Span]) -> bool:
+    """Whether a list is of what something has, as "a girl with long hair and blue eyes", or says more of what one expert's
+    words, from left to right, named before it: "a knight with a sword and a shield", "miku, a hat and a scarf"."""
+    start = min(listed)[0]
+    before = [span for span in spans if span[1] <= start]
+    had = HAD.search(text[:start])
+    if had and not had[1]:
+        return True
+    return bool(before) and (before[-1] in tags or not BREAK.search(text[before[-1][1] : start]))
+
+
+def ends_list(gap: str, tail: str) -> bool:
+    """Whether this text between two things is that before the last of a list; "a cup of tea" is none."""
+    return bool(AND.search(gap)) and not re.match(r"\s+of\b", tail)
+
+
+def _tags(text: str, spans: Sequence[Span]) -> set[Span]:
+    """Those of these words, from left to right, that are tags; not those of a list with "and", as "fox, owl and bear"."""
+    tags: set[Span] = set()
+    following, following_is_listed = len(text), False
+    for start, end in reversed(spans):
+        gap = text[end:following] if following < len(text) else ""
+        listed = bool(AND.search(gap)) or (following_is_listed and gap.strip() == ",")
+        if not listed and BEFORE_TAG.search(text[:start]) and AFTER_TAG.match(text, end):
+            tags.add((start, end))
+        following, following_is_listed = start, listed
+    return tags
+
+
+def _other_nouns(text: str, owned: Sequence[Span], located: Sequence[Span]) -> Iterator[Span]:
+    """Noun phrases with an article that stand beside those of the experts, and are no expert's."""
+    edges = [0, *(edge for match in BREAK.finditer(text) for edge in match.span()), len(text)]
+    if not located:
+        return
+    for a, b in zip(edges[::2], edges[1::2], strict=True):
+        noun = NOUN.match(text[a:b])
+        if noun is None:
+            noun = DRAWN_NOUN.search(text[a:b])
+        if noun is None or not noun[1].strip() or any(a <= c < b for c, _ in located):
+            continue
+        start, end = a + noun.start(1), a + noun.end(1)
+        if not any(c < end and start < d for c, d in owned) and not noun[1].strip().endswith("background"):
+            yield start, end
+
+
+def _relations(text: str, places: dict[int, Span]) -> Iterator[tuple[int, int, str]]:
+    for i, (_, end) in places.items():
+        after = min((j for j, (start, _) in places.items() if start >= end), key=places.__getitem__, default=None)
+        if after is not None and (between := RELATION.fullmatch(text, end, places[after][0])):
+            axis, first_is_smaller = RELATIONS[between[1]]
+            yield (i, after, axis) if first_is_smaller else (after, i, axis)
+
+
+def _without_sides(text: str) -> tuple[str, dict[Span, Side]]:
+    """A text with spaces instead of words as "on the left", and where they stood."""
+    sides = {}
+    for match in SIDE.finditer(text):
+        start, end = match.span()
+        if re.search(r"(?:^|[,;.:\n]|\band)$", text[:start]):  # "on the left, a fox"
+            end += len(re.match(r"\s*[,:]?", text[end:])[0])  # type: ignore[index]
+        sides[start, end] = SIDES[match[1]]
+    for start, end in sides:
+        text = text[:start] + " " * (end - start) + text[end:]
+    return text, sides
+
+
+def _on_sides(text: str, places: Mapping[int, Span], sides: Mapping[Span, Side]) -> dict[int, Side]:
+    """Of which thing each side is said: of the one before it, unless something parts the two, else of the next one."""
+    of_side: dict[int, Side] = {}
+    for (start, end), side in sides.items():
+        thing = max((i for i in places if places[i][1] <= start), key=places.__getitem__, default=None)
+        if thing is None or BREAK.search(text[places[thing][1] : start]):
+            thing = min((i for i in places if places[i][0] >= end), key=places.__getitem__, default=None)
+        if thing is not None:
+            of_side.setdefault(thing, side)
+    return of_side
+
+
+def _side_relations(of_side: Mapping[int, Side], things: Collection[int]) -> Iterator[tuple[int, int, str]]:
+    """A thing on the left is left of those that are on the right, or of which nothing is said."""
+    for i, (axis, is_first) in of_side.items():
+        for j in things:
+            if i != j and of_side.get(j, (axis, not is_first)) == (axis, not is_first):
+                yield (i, j, axis) if is_first else (j, i, axis)
