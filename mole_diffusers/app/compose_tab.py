@@ -16,7 +16,7 @@ from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of, newest
 from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import gallery_items
+from mole_diffusers.app.style import clicked, gallery_items
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
@@ -99,16 +99,12 @@ def _use_picture(page: Page, status: Any) -> None:
     with gr.Row():
         over = gr.Button("Draw over this", size="sm", elem_id="draw-over-this")
         seed = gr.Button("Use its seed", size="sm", elem_id="use-seed")
-    chosen = gr.State("")  # its file
-
-    def choose(request: gr.Request, event: gr.SelectData) -> str:
-        paths = [str(picture.path) for picture in page.drawn(request)]
-        return paths[event.index] if event.index < len(paths) else ""  # of a job before the one that waits
+    chosen = gr.State("")  # its file name
 
     def picture(request: gr.Request, chosen: str) -> Picture:
         if not (pictures := page.drawn(request)):
             raise ValueError("compose a picture first")
-        return next((each for each in pictures if str(each.path) == chosen), pictures[-1])
+        return next((each for each in pictures if each.path.name == chosen), pictures[-1])
 
     @told(status)
     def draw_over_it(request: gr.Request, chosen: str) -> Values:
@@ -118,7 +114,7 @@ def _use_picture(page: Page, status: Any) -> None:
     def use_seed(request: gr.Request, chosen: str) -> Values:
         return {page.controls["seed"]: picture(request, chosen).recipe.seed, status: ""}
 
-    page.pictures.select(choose, None, chosen, **PRIVATE)
+    page.pictures.select(clicked, None, chosen, trigger_mode="multiple", **PRIVATE)
     over.click(draw_over_it, chosen, [page.over, page.over_panel, status], **PRIVATE)
     seed.click(use_seed, chosen, [page.controls["seed"], status], **PRIVATE)
 

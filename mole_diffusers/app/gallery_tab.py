@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import gallery
+from mole_diffusers.app.style import clicked, gallery
 
 AT_ONCE = 60  # pictures shown at first, and so many more each time
 
@@ -33,7 +34,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         over = gr.Button("Draw over this", elem_id="gallery-over")
         star = gr.Button("Favourite", elem_id="star")
         trash = gr.Button("To the trash", elem_id="trash")
-    names, chosen = gr.State([]), gr.State("")  # file names in the order shown; the one that was clicked
+    chosen = gr.State("")  # the file name of the picture that was clicked
     count = gr.State(AT_ONCE)  # so many are shown
     asked = [text, lora, starred]
 
@@ -44,7 +45,6 @@ def build(page: Page, tab: gr.Tab) -> None:
         said = f"{words}{len(found)} picture{'' if len(found) == 1 else 's'}"
         return {
             pictures: gr.update(value=[(str(entry.path), entry.label) for entry in shown], selected_index=None),
-            names: [entry.path.name for entry in shown],
             count: most,
             more: gr.update(visible=is_cut),
             chosen: "",
@@ -54,8 +54,8 @@ def build(page: Page, tab: gr.Tab) -> None:
     def show_more(text: str, lora: str, starred: bool, most: int) -> Values:
         return search(text, lora, starred, most + AT_ONCE)
 
-    def choose(names: list[str], event: gr.SelectData) -> Any:
-        return names[event.index], f"chosen: {markdown(names[event.index])}"
+    def choose(event: gr.SelectData) -> Any:
+        return clicked(event), f"chosen: {markdown(clicked(event))}"
 
     @told(status)
     def reuse(name: str) -> Values:
@@ -75,19 +75,19 @@ def build(page: Page, tab: gr.Tab) -> None:
         on = not kept.entry(_the_chosen(name)).favourite
         kept.favour(name, on)
         found = search(*asked, words="marked; " if on else "no longer marked; ")
-        return found | {chosen: name if name in found[names] else ""}
+        return found | {chosen: name if name in [Path(file).name for file, _ in found[pictures]["value"]] else ""}
 
     @told(status)
     def throw(name: str, *asked: Any) -> Values:
         kept.trash(_the_chosen(name))
         return search(*asked, words="moved to the folder trash beside the pictures; ")
 
-    outputs = [pictures, names, count, more, chosen, status]
-    gr.on([tab.select, starred.input], search, asked, outputs, **PRIVATE)
+    outputs = [pictures, count, more, chosen, status]
     # While it is typed, and not when the field is left: that is where a picture is clicked, which would be lost.
-    gr.on([text.input, lora.input], search, asked, outputs, trigger_mode="always_last", show_progress="hidden", **PRIVATE)
+    asking = [tab.select, starred.input, text.input, lora.input]
+    gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden", **PRIVATE)
     more.click(show_more, [*asked, count], outputs, **PRIVATE)
-    pictures.select(choose, names, [chosen, status], **PRIVATE)
+    pictures.select(choose, None, [chosen, status], trigger_mode="multiple", **PRIVATE)
     use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED, **PRIVATE)
     over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status], **PRIVATE)
     star.click(favour, [chosen, *asked, count], outputs, **PRIVATE)

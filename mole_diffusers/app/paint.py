@@ -94,7 +94,8 @@ def build(page: Page) -> None:
     page.shown.change(names, [page.cards, which], which, show_progress="hidden", **PRIVATE)
     page.pictures.change(overlaid, page.cards, found, show_progress="hidden", **PRIVATE)
     begins = [panel.expand, over.click, which.input]
-    gr.on(begins, start, [which, page.masks, prompt, *size], [editor, status], **PRIVATE)
+    given = [which, page.masks, prompt, *size]
+    gr.on(begins, start, given, [editor, status], trigger_mode="always_last", **PRIVATE)
     empty.click(start_empty, [prompt, *size], [editor, status], **PRIVATE)
     now = [page.masks, prompt, page.cards, page.rewrites]
     use.click(used, [which, editor, edge, *now], [*now, page.shown, status], **ORDERED, **PRIVATE)

@@ -70,8 +70,7 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
             }
         return shown
 
-    for side in (left, right):
-        side.input(sides, [drawn, left, right], slider, **PRIVATE)
+    gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last", **PRIVATE)
     inputs, outputs = [*page.inputs, merges, page.over], [arms, slider, left, right, drawn]
     connect_job(page, "compare", [compare.click], plan, show, inputs=inputs, status=status, outputs=outputs)
 

@@ -110,6 +110,11 @@ def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     return [(str(picture.path), picture.label) for picture in pictures]
 
 
+def clicked(event: gr.SelectData) -> str:
+    """The file name of the picture that was clicked in a gallery, whatever the gallery shows by now."""
+    return str(event.value["image"]["orig_name"])
+
+
 def figure(label: str, *, elem_id: str) -> Any:
     """One figure."""
     return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)

@@ -1,6 +1,7 @@
 """The gallery: what is kept, found again, marked and thrown away, on disk alone."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,18 +180,38 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     files = [actions.gallery.add(PICTURE, Recipe(f"owl{i}", seed=i)).name for i in range(5)][::-1]
     functions = {event.fn.__name__: plain(event) for event in build(actions, Recipe("a fox")).fns.values() if event.fn}
     everything, shown = ("", "", False), []
+    names = lambda found: [Path(file).name for file, _ in found[0]["value"]]  # noqa: E731
     for call in ("search", "show_more", "show_more"):
-        most = (shown[-1][2],) if shown else ()
+        most = (shown[-1][1],) if shown else ()
         shown.append(functions[call](*everything, *most))
-    assert [names for _, names, *_ in shown] == [files[:2], files[:4], files]
+    assert list(map(names, shown)) == [files[:2], files[:4], files]
     assert [more["visible"] for *_, more, _, _ in shown] == [True, True, False]
     assert [status for *_, status in shown] == [
         "5 pictures, the newest 2 of them shown", "5 pictures, the newest 4 of them shown", "5 pictures"
     ]  # fmt: skip
-    _, names, most, _, chosen, status = functions["favour"](files[3], *everything, 4)  # and goes on showing them
-    assert (names, most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
-    assert functions["throw"](files[0], *everything, 4)[1] == files[1:]
-    assert functions["search"]("owl4", "", False)[1:3] == ([], 2)  # a new search begins anew
+    found = functions["favour"](files[3], *everything, 4)  # and goes on showing them
+    _, most, _, chosen, status = found
+    assert (names(found), most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
+    assert names(functions["throw"](files[0], *everything, 4)) == files[1:]
+    found = functions["search"]("owl4", "", False)  # a new search begins anew
+    assert (names(found), found[1]) == ([], 2)
+
+
+def test_the_picture_that_was_clicked_last_is_chosen(actions):
+    """Whatever a search has found since the page has shown it; and not left out while a click before is answered."""
+    gr = pytest.importorskip("gradio")
+    from mole_diffusers.app.build import build
+
+    everything = build(actions, Recipe("a fox")).fns.values()
+    events = [event for event in everything if "select" in [name for _, name in event.targets]]
+    file = {"path": "/cache/owl_2.png", "orig_name": "owl 2.png"}
+    click = gr.SelectData(None, {"index": 0, "value": {"image": file, "caption": None}})
+    assert {event.fn.__name__: plain(event)(click) for event in events if not event.inputs} == {
+        "clicked": "owl 2.png", "choose": ("owl 2.png", "chosen: owl 2\\.png")
+    }  # fmt: skip
+    assert {event.trigger_mode for event in events if not event.inputs} == {"multiple"}
+    (search,) = [event for event in events if event.inputs]
+    assert (search.fn.__name__, search.trigger_mode, len(search.targets)) == ("search", "always_last", 4)
 
 
 @pytest.mark.parametrize("said", ["[1", "[]", '{"x": {"y": [1]}, "columns": 3}', '"x"', "x" * 400_000])
