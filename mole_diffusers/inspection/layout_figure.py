@@ -33,13 +33,19 @@ def overlay(
         image = Image.composite(Image.blend(image, Image.new("RGB", size, colour), TINT), image, grey)
         inside = np.asarray(grey) > 127
         image = _outlined(image, inside, colour)
-        rows, columns = np.nonzero(inside)
-        if len(rows):
-            names.append((name, (int(columns.mean()), int(rows.min()) + 6), colour))
+        names += [(name, at, colour) for at in _name_places(inside)]
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, side // 22))
     for name, at, colour in names:
         draw.text(at, name, "white", font, anchor="ma", stroke_width=3, stroke_fill=colour)
     return image
+
+
+def _name_places(inside: np.ndarray) -> list[tuple[int, int]]:
+    """(x, y) of a region's name, [H, W] bool: at its top, and once more where others' columns part it."""
+    columns = np.flatnonzero(inside.any(0))
+    runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1) if len(columns) else []
+    tops = [int(np.argmax(inside[:, run].any(1))) for run in runs]
+    return [(int(run[inside[top, run]].mean()), top + 6) for run, top in zip(runs, tops, strict=True)]
 
 
 def _outlined(image: Image.Image, inside: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
