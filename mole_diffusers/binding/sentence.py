@@ -16,6 +16,12 @@ FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
 END = r"(?=\s+(?:of|in|on|with|style)\b|\s*[,.;\n]|\s*$)"  # what follows a medium: "a fox painting a wall" has none
 BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
 AFTER_STYLE_WORD = re.compile(r"\b(?:in|style of|made of)\s+(?:(?:an?|the)\s+)?$|\bby\s+$")
+# What somebody has is beside nobody: "a knight wearing a red cape", "a girl with blue eyes"; but "a fox with an owl", and
+# "photo with fox and owl".
+HELD = re.compile(
+    rf"(?:\b({MEDIA})s?\s+)?\b(?:with|(?:wearing|wears|holding|holds|carrying|carries|has|having)(\s+(?:an?|the))?)\s+"
+    rf"(?:(?!(?:{FUNCTION_WORDS}|one|two|three|beside|next|near|above|over|below|under|beneath)\b)[\w'-]+\s+){{0,3}}$"
+)
 RELATIONS = {  # words between two things -> (axis, whether the first has the smaller coordinate)
     "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
     "under": ("y", False), "beneath": ("y", False),
@@ -105,7 +111,9 @@ def parse(text: str, phrases: Sequence[Sequence[str]], whole: Collection[int] = 
     """Read a text; arguments as of `words.read`, but for phrases in lower case."""
     text, sides = _without_sides(lower if len(lower := text.lower()) == len(text) else text)
     words = _words(text, phrases)
-    located = [{span: phrase for span, phrase in each.items() if not _is_style(text, span)} for each in words]
+    placeless = _held(text, sorted({span for each in words for span in each}))
+    placeless |= {span for each in words for span in each if _is_style(text, span)}
+    located = [{span: phrase for span, phrase in each.items() if span not in placeless} for each in words]
     everyones = sorted({span for each in located for span in each})
     tags = _tags(text, everyones)
     mentions = _mentions(text, located, everyones, tags, sides, whole)
@@ -156,6 +164,20 @@ def _is_style(text: str, span: Span) -> bool:
         or AFTER_STYLE_WORD.search(text[: span[0]])
         or re.search(rf"\b(?:{MEDIA})\b", text[slice(*span)])
     )
+
+
+def _held(text: str, spans: Sequence[Span]) -> set[Span]:
+    """Those of these words, from left to right, that say what somebody has: they have no place of their own."""
+    held: dict[Span, bool] = {}  # and whether without an article
+    before = (0, 0)
+    for span in spans:
+        found = HELD.search(text[: span[0]])
+        if found and not found[1]:
+            held[span] = found[2] is None
+        elif held.get(before) and re.fullmatch(r"\s*(?:and|[&+])\s*", text[before[1] : span[0]]):
+            held[span] = True  # "with blue eyes and long hair"; of "wearing a hat and miku" she is not worn
+        before = span
+    return set(held)
 
 
 def _mentions(

@@ -122,7 +122,7 @@ class DrawnOver:
         timestep = int(LEVEL * len(alphas))
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
         noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
-        with self.by(self.things.experts(thing) + self.things.everywhere):
+        with self.by(self.things.drawing(thing)):
             text, pooled = self.encode(self.things.prompts[thing])
             changed = {
                 "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,

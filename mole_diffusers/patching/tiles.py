@@ -207,6 +207,7 @@ class Things:
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
         self.names, self.bound, self.acting = list(bound), list(bound.values()), acting
+        self.required = {name: own.needs_words for name, own in bound.items()}
         everywhere = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
         whole = [k for k, b in enumerate(self.bound) if b.region != AUTO]
         phrases = [b.words for b in self.bound]
@@ -225,6 +226,13 @@ class Things:
     def experts(self, thing: int) -> tuple[str, ...]:
         """The experts of a thing that are on."""
         return tuple(name for k in self.reading.things[thing].experts if (name := self.names[k]) in self.acting)
+
+    def drawing(self, thing: int) -> tuple[str, ...]:
+        """The experts that draw a thing alone: its own, and those that act everywhere, if its prompt has their words."""
+        said = [i for i in self.prompts[thing].source if i is not None]
+        own = dict(zip(self.names, self.reading.own, strict=True))
+        spoken = [n for n in self.everywhere if any(own[n][i] for i in said) or not self.required[n]]
+        return (*self.experts(thing), *spoken)
 
     def masks(self, height: int, width: int) -> torch.Tensor:
         """[K, height, width] in 0..1: the place of each, as given, or a cell of what is left, in the order of naming."""
@@ -307,7 +315,7 @@ class Tiles:
         return tiles
 
     def _tile(self, thing: int, prompt: Part, mask: torch.Tensor) -> Tile:
-        names = self.things.experts(thing) + self.things.everywhere
+        names = self.things.drawing(thing)
         with torch.no_grad(), self.by(names):
             text, pooled = self.encode(prompt)
         return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))

@@ -153,6 +153,28 @@ def test_a_side_of_the_picture_is_a_place(clip, prompt, relations, apart):
     assert listed
 
 
+@pytest.mark.parametrize(
+    ("prompt", "things"),
+    [
+        ("miku wearing a red cape", ["miku"]),
+        ("miku holding a cape and rin", ["miku", "rin"]),
+        ("rin, wearing cape, and miku", ["miku", "rin"]),
+        ("miku with blue eyes and cape", ["miku"]),
+        ("photo of miku with her big blue eyes next to rin", ["miku", "rin"]),
+        ("photo with miku and rin", ["miku", "rin"]),
+        ("miku with a cape", ["miku", "cape"]),
+        ("miku riding a cape", ["miku", "cape"]),
+        ("miku with a friend beside rin", ["miku", "rin"]),
+    ],
+)
+def test_what_somebody_has_has_no_place_of_its_own(clip, prompt, things):
+    """Beside its owner it would be a second thing; all of these are LoRAs of their own."""
+    reading = read(clip(prompt).input_ids, clip, [["miku"], ["rin"], ["cape"], ["blue eyes"]])
+    assert [thing.name for thing in reading.things] == things
+    words = ("miku", "rin", "cape", "blue eyes")
+    assert [any(own) for own in reading.own] == [f" {word}" in f" {prompt}" for word in words]
+
+
 NO_STYLES = ["a fox on a horse", "a fox by a horse", "a horse painting a wall and a fox", "a horse art collector, a fox"]
 
 

@@ -71,6 +71,16 @@ def test_a_lora_of_two_things_draws_each_in_a_tile(pipe, experts):
     assert latent(pipe, prompt).sub(two).abs().max() > 1e-3
 
 
+def test_what_one_thing_has_draws_in_its_tile_alone(pipe, experts):
+    x, empty, prompt = noise(), pipe.encode_prompt("", "cpu", 1, False)[0], "fox has a ink&hat"
+    assert len(pipe.tokenizer(prompt).input_ids) <= 16
+    fox = alone(pipe, experts, ["fox", "ink"], "fox has a ink", x[..., :8], empty)
+    hat = alone(pipe, experts, ["hat"], "hat", x[..., 8:], empty)
+    mole.attach(pipe, experts)
+    with tiled(pipe, prompt, 1.0):
+        torch.testing.assert_close(latent(pipe, prompt), torch.cat([fox, hat], -1), rtol=0, atol=1e-4)
+
+
 def test_a_style_draws_in_every_tile_and_the_rest_is_that_of_the_bound_picture(pipe, experts):
     x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
     prompt = "a fox,a hat ink"
