@@ -1,5 +1,6 @@
 """Tiny real pipelines and LoRA files, offline."""
 
+import gc
 import os
 import shutil
 from types import SimpleNamespace
@@ -15,6 +16,15 @@ from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lo
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take every core wait for one another
     torch.set_num_threads(1)
+gc.disable()  # until everything is imported
+
+
+def pytest_collection_finish():
+    """Collect rarely, and never look through what the imports made: that took a sixth of the time."""
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(10_000)
+
 
 SHAPES = {  # name: (rank, layers)
     "fox": (4, ATTENTION),
