@@ -8,14 +8,16 @@ import pytest
 from app_client import PROMPT, RECIPE
 
 pytest.importorskip("gradio")
+from gradio_client.utils import Status
+
 LONG = {"steps": 150, "count": 16, "seed": 9}
 
 
-def is_drawing(client):
-    """Whether another call has to wait."""
+def is_drawing(client, seconds=30):
+    """Whether another call has to wait so long."""
     quick = client.submit(RECIPE, api_name="/redraw")
     try:
-        quick.result(timeout=5)
+        quick.result(timeout=seconds)
     except TimeoutError:
         quick.cancel()
         return True
@@ -23,9 +25,11 @@ def is_drawing(client):
 
 
 def begun(client):
-    job = client.submit(PROMPT, **LONG, api_name="/compose")
-    time.sleep(1)
-    assert is_drawing(client)
+    job, deadline = client.submit(PROMPT, **LONG, api_name="/compose"), time.monotonic() + 30
+    while job.status().code not in (Status.PROCESSING, Status.PROGRESS, Status.ITERATING):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert is_drawing(client, seconds=2)
     return job
 
 
@@ -45,10 +49,10 @@ def test_a_job_stops_once_its_client_is_gone(client):
     asked = httpx.post(f"{address}/call/compose", json={"data": values}).json()
     with httpx.stream("GET", f"{address}/call/compose/{asked['event_id']}", timeout=30) as answer:
         time.sleep(1)
-        assert is_drawing(client)
+        assert is_drawing(client, seconds=2)
         assert answer.status_code == 200
     deadline = time.monotonic() + 30
-    while is_drawing(client):
+    while is_drawing(client, seconds=5):
         assert time.monotonic() < deadline
 
 

@@ -79,7 +79,7 @@ def test_compose_draws_weights_in_tiles(tmp_path, monkeypatch):
 
 def test_compose_on_the_embedded_world(tmp_path, capsys):
     out = tmp_path / "new" / "grid.png"
-    assert main(["compose", "--rows", "1", "--steps", "2", "--out", str(out), "--json"]) == 0
+    assert main(["compose", "--rows", "1", "--steps", "1", "--out", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["experts"] == ["sunflower", "doughnut"]  # as the prompt names them
     assert facts["gates"]["family"] == "sum"  # gates are a column that one asks for

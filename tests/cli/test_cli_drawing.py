@@ -241,7 +241,7 @@ def test_a_grid_draws_over_a_picture(base, tmp_path, capsys):
 
 def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
     files = [f"--expert={name}={loras[name]}" for name in ("fox", "ink")]
-    where = [base[0], base[1], base[2], base[3], "--device", "cpu", *files, "--rows", "2", "--steps", "2"]
+    where = [base[0], base[1], base[2], base[3], "--device", "cpu", *files, "--rows", "2", "--steps", "1"]
     out = {name: str(tmp_path / f"{name}.png") for name in ("plain", "one", "weighed", "other")}
     plain, _ = run(["compose", "a fox in ink", *where, "--seed", "-1", "--out", out["plain"]], capsys)
     assert plain["base"] == shared_name(str(find_base(base[1])))  # as in recipes, without the folders of this machine
