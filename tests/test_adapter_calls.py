@@ -37,8 +37,7 @@ def same(ours, stock, options):
 
 WEIGHTS = [
     *thorough(0.5, [0.3, -1.2]),
-    [np.float32(0.3), torch.tensor(0.7)],
-    *thorough([{"text_encoder": 0.2}, 1.0]),
+    *thorough([np.float32(0.3), torch.tensor(0.7)], [{"text_encoder": 0.2}, 1.0]),
     [{"unet": 0.4, "text_encoder": 2.0}, {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}}],
     *thorough([{"unet": {"mid": 0.3}}, None]),
 ]
@@ -105,7 +104,7 @@ def test_who_is_off_stays_off_when_gates_or_experts_change(both):
 BY_BLOCK = {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}, "text_encoder": 0.5}
 
 
-@pytest.mark.parametrize("then", ["save", "fuse", *thorough("load", "gates")])
+@pytest.mark.parametrize("then", ["fuse", *thorough("save", "load", "gates")])
 def test_weights_of_blocks_outlast_what_comes_after(both, then, tmp_path):
     ours, stock, options, files = both
     for pipe in (ours, stock):
@@ -198,7 +197,7 @@ def test_an_expert_is_swapped_in_place_of_another(both):
         ours.load_lora_weights(files["fox"], weigth_name="x")
 
 
-@pytest.mark.parametrize("then", ["unload", "unfuse"])
+@pytest.mark.parametrize("then", ["unfuse", *thorough("unload")])
 def test_fusing_is_that_of_diffusers(both, then):
     """load, fuse, unload is the usual idiom."""
     ours, stock, options, files = both

@@ -34,7 +34,7 @@ def pictures(pipe, prompts, seeds, **options):
 @pytest.mark.parametrize(
     ("config", "guidance"),
     [
-        (GateConfig("mole"), 1.0),
+        *thorough((GateConfig("mole"), 1.0)),
         *((c, 5.0) for c in FAMILIES if c.family == "flow"),
         *thorough(*((c, 5.0) for c in FAMILIES if c.family != "flow")),
     ],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hosts import assert_same, snapshot
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -93,10 +94,10 @@ def test_sum_equals_set_adapters(pipe, loras, draw):
     torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
 
 
-LEARNED = [mole.GateConfig(family, total=total) for family in ("static", "mole") for total in ("1", "N")]
+REST = [mole.GateConfig(*kind) for kind in (("static", "block", "1"), ("static", "block", "N"), ("mole", "block", "N"))]
 
 
-@pytest.mark.parametrize("gates", ["sum", "mean", *LEARNED], ids=str)
+@pytest.mark.parametrize("gates", ["sum", mole.GateConfig("mole", total="1"), *thorough("mean", *REST)], ids=str)
 def test_one_expert_equals_that_lora_in_diffusers(pipe, loras, draw, awake, gates):
     awake(mole.attach(pipe, {"hat": loras["hat"]}, gates))
     ours = draw(pipe)
@@ -123,7 +124,7 @@ def test_strength_and_weights_are_what_is_applied(pipe, loras, draw):
     torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("total", ["1", "N"])
+@pytest.mark.parametrize("total", ["N", *thorough("1")])
 def test_strength_zero_means_absent(pipe, loras, draw, awake, total):
     config = mole.GateConfig("mole", total=total)
     mixture = awake(mole.attach(pipe, loras, config))

@@ -103,6 +103,7 @@ def test_comparison(client):
     assert len({picture.tobytes() for picture in (base, summed, bound)}) == 3
 
 
+@pytest.mark.thorough
 def test_merges_are_compared_too(client):
     labels, files = client.predict(RECIPE, ["mean", "svd"], api_name="/compare")
     assert labels[-3:] == ["merge mean", "merge svd", "bound"]

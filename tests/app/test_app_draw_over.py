@@ -254,7 +254,7 @@ def test_what_was_changed_is_said_and_a_random_seed_is_shared(actions):
 
 def test_what_binding_warns_of_is_said_of_every_job(actions):
     """Python gives each of these warnings once, on the terminal."""
-    silent = dataclasses.replace(RECIPE, prompt="a hen <lora:fox:1:word=fox>")
+    silent = dataclasses.replace(RECIPE, prompt="a hen <lora:fox:1:word=fox>", steps=1)
     unplaced = dataclasses.replace(RECIPE, prompt="a fox and a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>", steps=1)
     for recipe, wanted in (
         (silent, "expert 'fox' is silent: the prompt has none"),

@@ -126,6 +126,7 @@ def test_sheets_of_comparisons_and_grids_outlive_the_app(actions):
     assert np.array_equal(pixels(grid.path), np.asarray(wanted))
 
 
+@pytest.mark.thorough
 def test_a_comparison_has_a_column_in_tiles_where_there_is_room(actions):
     recipe = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:word=fox> and an ink <lora:ink:1:word=ink>")
     labels = ["base", "alone fox", "alone ink", "sum", "bound"]

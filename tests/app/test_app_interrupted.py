@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from app_client import PROMPT, plain
 from PIL import Image
-from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio.catalog import Catalog
@@ -110,7 +109,8 @@ def test_what_is_over_or_cancelled_is_not_offered(apps):
     held.set()
 
 
-@pytest.mark.parametrize("painted", [True, *thorough(False)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("painted", [True, False])
 def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, tmp_path, painted):
     photo = Image.effect_noise((32, 32), 90).convert("RGBA")
     plain = {"background": photo, "layers": [], "composite": None}

@@ -48,6 +48,7 @@ def test_every_model_shows_where_which_lora_acted(actions):
     assert np.array_equal(pixels(report.picture), pixels(actions.compose(RECIPE, 1)(ignore).pictures[0].path))
 
 
+@pytest.mark.parametrize("actions", ["flux", *thorough("sd15", "sd3")], indirect=True)
 def test_a_block_that_is_set_by_hand_is_followed(actions):
     label, site = next(iter(actions.look(RECIPE)(ignore).labels.items()))
     held = dataclasses.replace(RECIPE, locks={site: {"fox": 2.0, "ink": 0.0}})

@@ -45,6 +45,7 @@ def test_each_subject_has_a_prompt_and_a_square_of_its_own(script):
     assert parts(setup, styled) == {"fox": (styled.prompt, (0, 0, 1, 1))}
 
 
+@pytest.mark.thorough
 def test_what_is_drawn_over_is_right_where_its_things_stand(script, monkeypatch):
     import diffusers
 

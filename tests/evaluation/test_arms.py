@@ -93,31 +93,27 @@ def test_merges_protect_the_style_and_take_strengths(setup):
 
 
 @pytest.mark.parametrize("concepts", [*thorough((("fox", "ink"),)), ("ink", "fox")])
-def test_switch_and_k_lora_know_the_style_by_its_name(setup, concepts):
+@pytest.mark.parametrize("name", ["k-lora", *thorough("switch")])
+def test_switch_and_k_lora_know_the_style_by_its_name(setup, name, concepts):
     """Content before style whatever place a case gives them; a case that does not say which is which keeps its own order."""
     case = Case(concepts, CASE.kind, CASE.prompt)
     pipe, gates = setup.pipe, mole.GateConfig("static", granularity="matrix")
-    composers = {
+    arm, form, inside = {
         "switch": (arms.switch(period=1), "sum", lambda m, order: switched(pipe, m, period=1)),
-        "k-lora": (
-            arms.klora(),
-            gates,
-            lambda m, order: k_lora(pipe, m, content=order[0], style=order[1]),
-        ),
-    }
-    for arm, form, inside in composers.values():
-        seen = []
-        for styles, order in (
-            (frozenset({"ink"}), ["fox", "ink"]),
-            (frozenset(), concepts),
-            (frozenset(concepts), concepts),
-        ):
-            setup.styles = styles
-            wanted = by_hand(setup, {n: setup.experts[n] for n in order}, partial(inside, order=order), gates=form)
-            assert drawn(setup, arm, case) == wanted, (arm.name, styles)
-            seen.append((wanted, dict(arm.settings(setup, case))))
-        assert (seen[0] == seen[1]) == (concepts == ("fox", "ink"))  # and another order is another row
-        assert seen[1] == seen[2]
+        "k-lora": (arms.klora(), gates, lambda m, order: k_lora(pipe, m, content=order[0], style=order[1])),
+    }[name]
+    seen = []
+    for styles, order in (
+        (frozenset({"ink"}), ["fox", "ink"]),
+        (frozenset(), concepts),
+        (frozenset(concepts), concepts),
+    ):
+        setup.styles = styles
+        wanted = by_hand(setup, {n: setup.experts[n] for n in order}, partial(inside, order=order), gates=form)
+        assert drawn(setup, arm, case) == wanted, styles
+        seen.append((wanted, dict(arm.settings(setup, case))))
+    assert (seen[0] == seen[1]) == (concepts == ("fox", "ink"))  # and another order is another row
+    assert seen[1] == seen[2]
 
 
 def test_switch_takes_what_was_asked_for_before_what_only_stands_by(setup):

@@ -155,6 +155,7 @@ def test_a_masked_blend_is_that_of_the_predictions(pipe, attach):
     assert min((x - y).abs().max() for x, y in ((fox, hat), (hat, rest), (rest, fox))) > 1e-3
 
 
+@pytest.mark.thorough
 def test_regions_that_overlap_share_their_place(pipe, attach):
     fox, hat = (alone(pipe, attach, (name,), PROMPT)[0] for name in ("fox", "hat"))
     parts = {"fox": (PROMPT, "everywhere"), "hat": (PROMPT, "right")}

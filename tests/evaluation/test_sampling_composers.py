@@ -60,6 +60,7 @@ def test_composite_is_the_mean_of_the_predictions(pipe, loras):
     assert (singles[0] - singles[1]).abs().max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_composite_of_one_and_of_twins_is_that_one(pipe, loras):
     fox = alone(pipe, loras["fox"], steps=2)
     with sampling_composers.composed_scores(pipe, mole.attach(pipe, {"fox": loras["fox"]})):

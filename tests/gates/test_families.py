@@ -29,8 +29,9 @@ SIZE = {
     "factors": 1.0,
 }  # of random parameters; scores that are large only flip on rounding
 each = pytest.mark.parametrize("family", SUM)
-sharing = pytest.mark.parametrize("family", SHARE)
-some = pytest.mark.parametrize("family", ["flow", "rank", *thorough("prompt", "retrieval")])
+some = pytest.mark.parametrize("family", ["flow", "rank", *thorough("prompt", "retrieval", "factors")])
+rows = pytest.mark.parametrize("family", ["rank", *thorough("flow", "prompt", "retrieval")])  # factors are those of no row
+sharing = pytest.mark.parametrize("family", ["flow", *thorough("prompt", "retrieval")])
 
 
 @each
@@ -62,7 +63,7 @@ def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
     torch.testing.assert_close(draw(pipe), one, atol=1e-5, rtol=0)
 
 
-@each
+@some
 def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     gated = draw(pipe)
@@ -84,7 +85,7 @@ def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awa
         torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
 
 
-@some
+@rows
 def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
 
@@ -103,7 +104,7 @@ def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family)
     assert set(trace.mean()) == set(loras)
 
 
-@each
+@some
 def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
     awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family]).save_pretrained(tmp_path)
     image, fresh = draw(pipe), tiny_pipeline()
@@ -127,7 +128,7 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
     assert all(p.grad is None for p in others)
 
 
-@some
+@rows
 def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     pipe.to(dtype=torch.bfloat16)
@@ -139,7 +140,7 @@ def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family
     assert {p.dtype for p in mixture.parameters()} == {torch.float32}
 
 
-@some
+@rows
 def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, FlowGate
@@ -55,7 +56,7 @@ def test_permuting_tokens_permutes_weights():
 
 @pytest.mark.parametrize(
     ("start", "bias", "weights"),
-    [("sum", [0.5, 0.5], [1.0, 1.0]), ("mean", [0.0, 0.0], [0.5, 0.5]), ("faithful", [-0.5, 0.5], [0.0, 1.0])],
+    [*thorough(("sum", [0.5, 0.5], [1.0, 1.0])), ("mean", [0.0, 0.0], [0.5, 0.5]), ("faithful", [-0.5, 0.5], [0.0, 1.0])],
 )
 def test_each_start_is_set_adapters_with_its_weights(pipe, loras, draw, tmp_path, start, bias, weights):
     """The paper's start is the last LoRA alone."""

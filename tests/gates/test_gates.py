@@ -72,9 +72,14 @@ CONFIGS = [
 
 def tier(config):
     """Every granularity, normalisation, input and kind of features in one case or more; their products are thorough."""
-    kind = config.granularity, config.inputs, config.features
-    chosen = [("block", "experts", "flattened"), *((granularity, "hidden", "pooled") for granularity in GRANULARITIES)]
-    fast = kind == ("block", "hidden", "pooled") or (config.family == "mole" and config.total == "N" and kind in chosen)
+    chosen = [
+        GateConfig("mole", "model"),
+        GateConfig("mole", "block", "sigmoid", "experts", "flattened"),
+        GateConfig("mole", "layer", "linear"),
+        GateConfig("mole", "matrix", inputs="experts"),
+        GateConfig("static", "block", "N", bins=2),
+    ]
+    fast = config in chosen
     name = "-".join(map(str, config.to_dict().values()))
     return pytest.param(config, id=name, marks=[] if fast else [pytest.mark.thorough])
 

@@ -101,6 +101,7 @@ def test_expert_dropout_never_leaves_none():
     assert drop_experts(names, 0, generator) == names
 
 
+@pytest.mark.thorough
 def test_experts_that_sit_out_weigh_nothing_in_that_update(pipe, loras):
     mixture = mole.attach(pipe, loras, "retrieval")
     seen = []

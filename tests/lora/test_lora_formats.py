@@ -149,6 +149,7 @@ def test_flux_names_and_fused_matrices(read):
     torch.testing.assert_close(expert.layers["text_encoder_2"]["encoder_block_0_layer_0_SelfAttention_q"].delta(), t5_delta)
 
 
+@pytest.mark.thorough
 def test_flux_files_are_what_diffusers_makes_of_them(read):
     """At full width, since diffusers' conversion knows no other."""
     tensors = kohya("lora_unet_double_blocks_2_img_attn_qkv", 9216, 3072, alpha=2.0)[0]

@@ -80,11 +80,11 @@ SHARED = "'fox' and 'ink' share the words 'fox' and a place"
 @pytest.mark.parametrize(
     ("binding", "warned"),
     [
-        ({"fox": "fox", "ink": "fox", "hat": "owl"}, SHARED),
+        *thorough(({"fox": "fox", "ink": "fox", "hat": "owl"}, SHARED)),
         ({"fox": ("fox", "left"), "ink": ("fox", "left"), "hat": "owl"}, SHARED),
         ({"fox": ("fox", "left"), "ink": ("fox", "right"), "hat": "owl"}, ""),
         ({"fox": ("fox", "left"), "ink": ("owl", "left"), "hat": "cat"}, "'fox' and 'owl' were given the same region"),
-        (HALVES, ""),
+        *thorough((HALVES, "")),
     ],
 )
 def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, warned):
@@ -105,7 +105,7 @@ def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, w
 # ---- words
 
 
-@pytest.mark.parametrize("gates", ["sum", "mole", *thorough("flow", "prompt", "rank", "retrieval", "static", "factors")])
+@pytest.mark.parametrize("gates", ["mole", *thorough("sum", "flow", "prompt", "rank", "retrieval", "static", "factors")])
 def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
     mixture = awake(attach({"fox": "fox", "ink": "cat", "hat": "everywhere"}, gates))
     with pytest.warns(UserWarning, match="expert 'ink' is silent: the prompt has none of its words, cat"):
@@ -204,6 +204,7 @@ def test_swapping_two_experts_words_swaps_their_maps_and_regions(attach, pipe):
         assert not torch.equal(one["fox"], one["ink"])
 
 
+@pytest.mark.thorough
 def test_permuting_experts_changes_nothing(attach, pipe, draw):
     pictures = []
     for names in (("fox", "ink", "hat"), ("hat", "ink", "fox")):
@@ -296,6 +297,7 @@ def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
     assert trace.maps == {}
 
 
+@pytest.mark.thorough
 def test_a_trace_inside_a_trace_counts_its_own_calls(pipe, attach, draw):
     """Other sizes and numbers of pictures inside change nothing of what the outer one has."""
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
@@ -502,6 +504,7 @@ def test_a_long_prompt_is_read_in_parts(attach, pipe):
     assert text[:16].all()
 
 
+@pytest.mark.thorough
 def test_clip_skip_finds_the_words(attach, pipe):
     mixture = attach(WORDS)
     pipe(PROMPT, clip_skip=1, num_inference_steps=1, output_type="latent", guidance_scale=1)
@@ -535,7 +538,7 @@ def test_gates_learn_under_binding(attach, pipe, awake):
     assert all(p.grad is None for n, p in pipe.unet.named_parameters() if "lora_" in n)
 
 
-@pytest.mark.parametrize("slicing", [False, True])
+@pytest.mark.parametrize("slicing", [False, *thorough(True)])
 def test_closed_words_reach_every_attention_processor(attach, pipe, draw, slicing):
     attach(HALVES)
     expected = draw(pipe, PROMPT)
@@ -550,6 +553,7 @@ def test_closed_words_reach_every_attention_processor(attach, pipe, draw, slicin
     torch.testing.assert_close(draw(pipe, PROMPT), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.thorough
 def test_what_is_closed_is_kept_for_each_head_while_it_is_small_and_a_picture_is_drawn(attach, pipe, draw, monkeypatch):
     mixture, kept = attach(HALVES), []
 
@@ -624,6 +628,7 @@ def test_a_prompt_that_loses_its_words_midway_silences_their_experts(attach, pip
     assert now(mixture).silent == (True, True)
 
 
+@pytest.mark.thorough
 def test_an_encoder_without_a_tokenizer_has_no_words_of_another(tmp_path):
     pipe, _ = hosts.HOSTS["sdxl"]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
@@ -660,6 +665,7 @@ def test_what_has_no_place_is_named(attach, pipe):
         pipe(PROMPT, num_inference_steps=1, output_type="latent")
 
 
+@pytest.mark.thorough
 def test_a_layout_stays_when_guidance_ends_midway(attach, pipe):
     mixture, seen = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink")), []
 
@@ -677,6 +683,7 @@ def test_a_layout_stays_when_guidance_ends_midway(attach, pipe):
     assert now(mixture).image.shape[0] == 1
 
 
+@pytest.mark.thorough
 def test_averages_of_several_prompts_count_each(attach, pipe):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     found = []
@@ -710,7 +717,7 @@ class OneEncoder:
         return None
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", *thorough("sd3")])
 def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
     """The other route: an expert is off by hand in the encoder whose text has none of its words."""
     pipe, options = hosts.HOSTS[name]()
@@ -794,7 +801,7 @@ def test_a_layout_is_planned_on_any_host(other):
         torch.testing.assert_close(draw_other(other, steps=3), base, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("other", ["flux", "sd3"], indirect=True)
+@pytest.mark.parametrize("other", ["flux", *thorough("sd3")], indirect=True)
 def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatch):
     """Logits of the picture's tokens to other experts' words, lowered by hand in a plain attention."""
     binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
@@ -861,6 +868,7 @@ def test_a_trace_keeps_the_maps_of_joint_attention(other):
         torch.testing.assert_close(torch.stack(list(maps.values())), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("other", ["flux"], indirect=True)
 def test_guidance_by_a_second_text_has_one_layout(other):
     """Flux's true guidance calls the transformer twice a step."""
@@ -874,6 +882,7 @@ def test_guidance_by_a_second_text_has_one_layout(other):
     assert negative.silent == spoken.silent == (False, False)
 
 
+@pytest.mark.thorough
 def test_pictures_of_one_call_have_their_own_layouts_where_guidance_calls_for_each_text(tmp_path):
     pipe, options = hosts.HOSTS["chroma"]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
@@ -919,7 +928,7 @@ def test_closed_words_do_not_depend_on_the_attention_backend(other):
 
 
 @pytest.mark.parametrize(
-    "name", ["sd15-inpaint", "sd15-ip-adapter", *thorough("sd15-img2img", "sd15-controlnet", "sd15-pag", "sdxl-img2img")]
+    "name", ["sd15-ip-adapter", *thorough("sd15-inpaint", "sd15-img2img", "sd15-controlnet", "sd15-pag", "sdxl-img2img")]
 )
 def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
     """The layout is planned, and closing everything everywhere gives the unbound picture."""

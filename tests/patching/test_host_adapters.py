@@ -96,6 +96,7 @@ def test_fusing_under_a_mixture_is_refused(pipe, loras, lcm, draw):
     assert torch.equal(draw(pipe), picture)
 
 
+@pytest.mark.thorough
 def test_a_second_pipeline_over_the_same_models_chooses_its_loras_beside_the_mixture(pipe, loras, draw, tmp_path):
     base = draw(pipe)
     fox = tiny_lora(pipe, tmp_path / "fox.safetensors", ends=("to_q", "v_proj"))  # the ordinary one has layers before it

@@ -40,7 +40,7 @@ def text_states(pipe, prompts, skip=None):
     return states[0] if skip is None else pipe.text_encoder.final_layer_norm(states.hidden_states[-(skip + 1)])
 
 
-@pytest.mark.parametrize("skip", [None, 1])
+@pytest.mark.parametrize("skip", [*thorough(None), 1])
 def test_prompt_embeddings_and_clip_skip(mixed, draw, skip):
     with torch.no_grad():  # diffusers skips layers for the prompt alone
         states, empty = text_states(mixed, ["a fox in ink"], skip), text_states(mixed, [""])

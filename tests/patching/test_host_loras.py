@@ -115,7 +115,7 @@ def second(pipe):
     return other
 
 
-@pytest.mark.parametrize("how", ["unet", "second pipeline", "delete", *thorough("pipeline")])
+@pytest.mark.parametrize("how", ["second pipeline", *thorough("unet", "delete", "pipeline")])
 def test_what_takes_loras_out_takes_the_mixture_out(pipe, second, loras, draw, tmp_path, how):
     base = draw(pipe)
     mole.attach(pipe, loras)

@@ -16,7 +16,7 @@ from mole_diffusers.testing import tiny_pipeline
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-FAST = [("model", True), ("sequential", False)]  # and the leaves of Flux in test_host_switches.py
+FAST = [("sequential", False)]  # whole models in studio/test_drawing.py, and the leaves of Flux in test_host_switches.py
 REST = [(name, first) for name in OFFLOADS for first in (True, False) if (name, first) not in FAST]
 
 
@@ -63,7 +63,7 @@ class Elsewhere(ModelHook):
         return output
 
 
-@pytest.mark.parametrize("family", ["mole", "rank", "retrieval", *thorough("flow", "prompt", "static", "factors")])
+@pytest.mark.parametrize("family", ["rank", *thorough("mole", "flow", "prompt", "retrieval", "static", "factors")])
 def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, family):
     awake(mole.attach(pipe, loras, family))
     picture = draw(pipe)

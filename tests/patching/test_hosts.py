@@ -19,7 +19,7 @@ def tiers(*fast):
     return [*fast, *thorough(*(name for name in hosts.HOSTS if name not in fast))]
 
 
-@pytest.fixture(params=tiers("sd15", "sdxl", "flux"))
+@pytest.fixture(params=tiers("sd15", "flux"))
 def host(request):
     return hosts.HOSTS[request.param]()
 

@@ -35,8 +35,7 @@ def folder(loras, tmp_path_factory):
     "changes",
     [
         *thorough({}, {"arm": "base"}, {"weights": False}, {"hires": 1.5, "hires_strength": 0.5}, {"arm": "alone fox"}),
-        {"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"},
-        *thorough({"prompt": "a fox"}),
+        *thorough({"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"}, {"prompt": "a fox"}),
         {"sampler": "Euler", **LOCKED},
         {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
@@ -91,8 +90,9 @@ WEIGHTS = {"prompt": "a (sunflower:1.3) and a doughnut"}
     "changes",
     [
         {"binding": "tiles"},
-        {"negative": "(red:1.4)"},
-        *thorough(WEIGHTS, WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0}),
+        *thorough(
+            {"negative": "(red:1.4)"}, WEIGHTS, WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0}
+        ),
     ],
 )
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tiers import thorough
 
 from mole_diffusers import GateConfig, attach, detach
 from mole_diffusers.studio.block_weights import block_names, block_weights, layouts
@@ -129,7 +130,7 @@ def drawn(pipe, draw, mixture, tags, steps=3):
         return draw(pipe, num_inference_steps=steps, callback_on_step_end=plan.on_step())
 
 
-@pytest.mark.parametrize("gates", ["sum", "mole"])
+@pytest.mark.parametrize("gates", [*thorough("sum"), "mole"])
 def test_plain_numbers_are_the_mixtures_strengths(pipe, loras, draw, gates):
     mixture = attach(pipe, {"fox": (loras["fox"], 0.6), "ink": (loras["ink"], -0.4)}, gates)
     expected = draw(pipe, num_inference_steps=3)

@@ -68,6 +68,7 @@ def test_in_a_collage_each_bound_expert_acts_in_the_place_of_its_part(pipe, lora
     assert all((found - other).abs() > 1e-5 for other in losses[1:])
 
 
+@pytest.mark.thorough
 def test_what_is_computed_again_is_bound_and_acts_as_it_did(pipe, loras):
     """With gradient checkpointing blocks run again when the layout and the experts that sit out are no longer those."""
     mixture = mole.attach(pipe, {n: loras[n] for n in BOUND}, "mole", binding=BOUND)

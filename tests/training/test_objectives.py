@@ -95,7 +95,7 @@ def test_gradient_equals_the_difference_of_values(context, name, options, styles
     assert ((moved(step) - moved(-step)) / (2 * step)).item() == pytest.approx(length.item(), rel=0.03)
 
 
-SHARED = ("single", "denoise", "collage")
+SHARED = ("single", "denoise")
 
 
 @pytest.mark.parametrize("name", [*SHARED, *thorough(*(name for name in OBJECTIVES if name not in SHARED))])
