@@ -35,7 +35,9 @@ class Interrupted:
         return [path for path in sorted(self._of(owner).glob(f"[!.]*-{kind}.json")) if path not in self._queued]
 
     def queued(self, path: Path) -> Path:
-        """The file, which belongs to a job of this queue from now on."""
+        """The file, which belongs to a job of this queue from now on. Raises ValueError if it does already."""
+        if path in self._queued:
+            raise ValueError("this was started again already")
         self._queued.add(path)
         return path
 

@@ -50,26 +50,27 @@ class Offer:
             self.said = gr.Markdown("", elem_classes="status")
             self.start = gr.Button(again, size="sm", min_width=100)
             forget = gr.Button("Forget it", size="sm", min_width=100)
+        self.offered = gr.Textbox("", visible=False)  # its file's name: another page of the visitor may have taken it since
+        self.shown = [self.row, self.said, self.offered]
 
-        def drop(visitor: str) -> Any:
-            for path in page.interrupted.left(visitor or "", kind)[:1]:
+        def drop(visitor: str, offered: str) -> Any:
+            for path in self._left(visitor, offered):
                 path.unlink(missing_ok=True)
             return self.show(visitor)
 
-        forget.click(drop, page.visitor, [self.row, self.said], **PRIVATE)
-        page.entered.then(self.show, page.visitor, [self.row, self.said], **SHOWN)
+        forget.click(drop, [page.visitor, self.offered], self.shown, **PRIVATE)
+        page.entered.then(self.show, page.visitor, self.shown, **SHOWN)
 
     def show(self, visitor: str) -> Values:
         """The row as it is for a visitor."""
-        left = self.page.interrupted.left(visitor or "", self.kind)
-        if not left:
-            return {self.row: gr.update(visible=False), self.said: ""}
+        if not (left := self._left(visitor)):
+            return {self.row: gr.update(visible=False), self.said: "", self.offered: ""}
         more = f" One of {len(left)}." if len(left) > 1 else ""
         try:
             words = f"{self._describe(**self._read(left[0]))} was interrupted when the app ended.{more}"
         except ValueError as error:
             words = f"A job was interrupted when the app ended, and {error}.{more}"
-        return {self.row: gr.update(visible=True), self.said: words}
+        return {self.row: gr.update(visible=True), self.said: words, self.offered: left[0].name}
 
     def keep(self, owner: str, *values: Any) -> Any:
         """Write down a job with these inputs; the file."""
@@ -77,14 +78,18 @@ class Offer:
         recipe = replace(kept["recipe"], base=self.page.actions.studio.base)
         return self.page.interrupted.keep(owner, self.kind, kept | {"recipe": recipe.to_dict()})
 
-    def submit(self, visitor: str, *values: Any) -> Job:
-        """Start the job again. Raises ValueError where it cannot be."""
-        if not (left := self.page.interrupted.left(visitor, self.kind)):
+    def submit(self, visitor: str, offered: str, *values: Any) -> Job:
+        """Start the job again that was offered. Raises ValueError where it cannot be."""
+        if not (left := self._left(visitor, offered)):
             raise ValueError("this was started again or forgotten already")
         kept = self._read(left[0])
         self.page.actions.check_base(kept["recipe"].base, "change it first")
         work = self._plan(*values, **kept)
         return self.page.jobs.submit(visitor, self.kind, work, lambda: self.page.interrupted.queued(left[0]))
+
+    def _left(self, visitor: str, offered: str | None = None) -> list[Path]:
+        """The visitor's files of this kind, the oldest first; only that of this name."""
+        return [path for path in self.page.interrupted.left(visitor or "", self.kind) if offered in (None, path.name)]
 
     def _read(self, path: Path) -> dict[str, Any]:
         return read(path, lambda kept: {"recipe": Recipe.from_dict(kept["recipe"]), **self._load(kept)})
@@ -139,12 +144,12 @@ def connect_job(
     page.entered.then(resume, page.visitor, shown, **SHOWN)
     if offer is not None:
 
-        def begin_again(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
-            yield from started(request, lambda: offer.submit(visitor, *values))
+        def begin_again(request: gr.Request, visitor: str, offered: str, *values: Any) -> Iterator[Values]:
+            yield from started(request, lambda: offer.submit(visitor, offered, *values))
 
         hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row, **PRIVATE)
-        again = hidden.then(begin_again, [page.visitor, *offer.inputs], shown, **SHOWN)
-        again.then(offer.show, page.visitor, [offer.row, offer.said], **PRIVATE)
+        again = hidden.then(begin_again, [page.visitor, offer.offered, *offer.inputs], shown, **SHOWN)
+        again.then(offer.show, page.visitor, offer.shown, **PRIVATE)
     return [event(begin, [page.visitor, *inputs], shown, **SHOWN) for event in start]
 
 

@@ -16,6 +16,7 @@ from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from mole_diffusers.app import draw_over
+from mole_diffusers.app.interrupted import Interrupted
 from mole_diffusers.app.paint import COLOUR, OPACITY
 
 RECIPE = Recipe(PROMPT, seed=3, steps=2, width=32, height=32, gates="sum", base="tiny")
@@ -46,16 +47,16 @@ class App:
         return plain(event)(REQUEST, "me", *values)
 
     def offered(self, kind, visitor="me"):
-        row, said = plain(self.event("show", f"{kind}-interrupted"))(visitor)
+        row, said, self.offer = plain(self.event("show", f"{kind}-interrupted"))(visitor)
         return said.replace("\\", "") if row["visible"] else ""
 
     def again(self, status, *values):
         """What the page says last once the offer is taken."""
-        *_, last = plain(self.event("begin_again", status))(REQUEST, "me", *values)
+        *_, last = plain(self.event("begin_again", status))(REQUEST, "me", self.offer, *values)
         return last
 
     def forget(self, kind):
-        return plain(self.event("drop", f"{kind}-interrupted"))("me")
+        return plain(self.event("drop", f"{kind}-interrupted"))("me", self.offer)
 
 
 def killed(app, *presses):
@@ -91,10 +92,34 @@ def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_f
     assert [pixels(path).tolist() for path in drawn] == [pixels(p.path).tolist() for p in wanted.pictures]
     assert second.offered("compose") == "“a hat” was interrupted when the app ended."
     assert apps().offered("compose") == "“a hat” was interrupted when the app ended."
-    row, _ = second.forget("compose")
+    row, *_ = second.forget("compose")
     assert not row["visible"]
     assert apps().offered("compose") == ""
     assert "started again or forgotten" in second.again("status", None)[0]
+
+
+def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps):
+    """Two pages of one visitor that offer the same job."""
+    first = apps()
+    killed(first, lambda: first.begin("status", Prompt="a hat"), lambda: first.begin("status", Prompt="a sea"))
+    second = apps()
+    assert second.offered("compose").startswith("“a hat”")
+    second.forget("compose")
+    row, said, offer = second.forget("compose")  # of the page that still shows it
+    assert row["visible"]
+    assert said.startswith("“a sea” was interrupted")
+    assert "started again or forgotten already" in second.again("status", None)[0]
+    second.offer, kept = offer, second.actions.home / ".jobs"
+    held = killed(second, lambda: second.begin("status"))
+    event = plain(second.event("begin_again", "status"))
+    assert next(event(REQUEST, "me", offer, None))[0].startswith("waiting")
+    assert "started again" in next(event(REQUEST, "me", offer, None))[0]
+    assert len(list(kept.rglob("*-compose.json"))) == 2
+    other = Interrupted(kept)
+    assert (path := other.left("me", "compose")[0]) == other.queued(path)
+    with pytest.raises(ValueError, match="started again already"):  # by another page, at the same moment
+        other.queued(path)
+    held.set()
 
 
 def test_what_is_over_or_cancelled_is_not_offered(apps):
@@ -120,6 +145,7 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
     first = apps()
     killed(first, lambda: first.begin("status", Steps=4, **{"To draw over": editor}))
     second = apps()
+    assert second.offered("compose") != ""
     assert "needs the picture that it was made with" in second.again("status", None)[0]
     other = plain | {"background": photo.rotate(90)}
     assert "made with another picture" in second.again("status", other)[0]
@@ -137,6 +163,12 @@ def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
     killed(first, lambda: first.begin("status"))
     (file,) = (tmp_path / "gates" / ".jobs").rglob("*-compose.json")
     whole = file.read_text()
+
+    def again():
+        app = apps()
+        assert app.offered("compose") != ""
+        return app.again("status", None)[0].replace("\\", "")
+
     for text, reason in (
         ("{", "is not JSON"),
         ("{}", "another release"),
@@ -147,12 +179,12 @@ def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
         assert said.startswith("A job was interrupted when the app ended, and what was kept of this job cannot be used: ")
         assert reason in said
         assert str(tmp_path) not in said
-        assert "cannot be used" in apps().again("status", None)[0]
+        assert "cannot be used" in again()
         assert file.exists()
     file.write_text(whole.replace('"base": "tiny"', '"base": "flux"'))
-    assert "for the base model 'flux', and here is 'tiny'" in apps().again("status", None)[0].replace("\\", "")
+    assert "for the base model 'flux', and here is 'tiny'" in again()
     file.write_text(whole)
-    assert apps().again("status", None)[0] == "done"
+    assert again() == "done"
     assert not file.exists()
 
 
@@ -176,7 +208,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
     begun = run.stat().st_mtime_ns
     second = apps()
     assert second.offered("train") == "The training **mine** was interrupted when the app ended."
-    updates = [said for said, *_ in plain(second.event("begin_again", "train-status"))(REQUEST, "me")]
+    updates = [said for said, *_ in plain(second.event("begin_again", "train-status"))(REQUEST, "me", second.offer)]
     assert updates[-1].startswith("done")
     assert run.stat().st_mtime_ns == begun  # nothing was begun anew
     assert int(next(said for said in updates if said.startswith("update ")).split()[1]) > 5
