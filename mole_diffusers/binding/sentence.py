@@ -53,11 +53,6 @@ JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one
 # words there: "miku and rin", but not "miku with long hair and blue eyes".
 APART = re.compile(rf"{JOINED.pattern.replace('an?|one', 'an?|the|one')}|\s*{PLACE_WORDS}\s*")
 NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
-# Before a list that says what something has: "a girl with long hair and blue eyes", but not "photo with miku and rin".
-HAD = re.compile(
-    rf"(?:\b({MEDIA})s?\s+)?\b(?:with|wearing|holding|carrying|has|having)\s+"
-    rf"(?:(?:an?|the|her|his|its|their)\s+)?(?:(?!(?:{FUNCTION_WORDS})\b)[\w'-]+\s+){{0,2}}$"
-)
 # What is before and after a tag, which stands alone between commas, maybe with a weight.
 BEFORE_TAG = re.compile(r"(?:^|[,;.\n])[\s(\[]*$")
 AFTER_TAG = re.compile(r"(?:\s*:[\s\d.]+)?\s*[)\]]*\s*(?:[,;.\n]|$)")
@@ -194,7 +189,7 @@ def _mentions(
         listed.append(at_sides)
     named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> whose words these are
     for k, each in enumerate(located):
-        theirs, bare = ([spans for spans in lists if not _is_had(text, spans, each, tags)] for lists in (listed, names))
+        theirs, bare = ([spans for spans in lists if not _says_more(text, spans, each, tags)] for lists in (listed, names))
         apart = next((spans for spans in bare if spans.issuperset(each)), set().union(*theirs))
         for spans in _by_thing(each, () if k in whole else apart):
             if spans:
@@ -230,14 +225,11 @@ def _lists(text: str, spans: Sequence[Span], between: re.Pattern[str]) -> list[s
     return [set(each) for each in lists if len(each) > 1 and ends_list(text[each[-2][1] : each[-1][0]], text[each[-1][1] :])]
 
 
-def _is_had(text: str, listed: Collection[Span], spans: Collection[Span], tags: Collection[Span]) -> bool:
-    """Whether a list is of what something has, as "a girl with long hair and blue eyes", or says more of what one expert's
-    words, from left to right, named before it: "a knight with a sword and a shield", "miku, a hat and a scarf"."""
+def _says_more(text: str, listed: Collection[Span], spans: Collection[Span], tags: Collection[Span]) -> bool:
+    """Whether a list says more of what one expert's words, from left to right, named before it: "a knight with a sword and a
+    shield", "miku, a hat and a scarf"."""
     start = min(listed)[0]
     before = [span for span in spans if span[1] <= start]
-    had = HAD.search(text[:start])
-    if had and not had[1]:
-        return True
     return bool(before) and (before[-1] in tags or not BREAK.search(text[before[-1][1] : start]))
 
 
