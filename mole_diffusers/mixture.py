@@ -61,7 +61,7 @@ class Mixture:
 
     Threads may share it: calls of the pipeline, `with` blocks of the mixture and settings wait for one another, so a
     block's masks and strengths never reach another thread's picture. A second pipeline over the same models does not
-    wait; call it inside a block, or attach to it.
+    wait, and draws neither in tiles nor after the places in a picture; call it inside a block, or attach to it.
 
     Attributes:
         experts: name -> Expert, in the order of the gates' columns.

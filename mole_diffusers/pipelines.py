@@ -54,7 +54,7 @@ IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads, which
 CUSTOM = """\
 \"\"\"For `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`.\"\"\"
 
-from mole_diffusers import {name} as Pipeline# noqa: F401
+from mole_diffusers import {name} as Pipeline  # noqa: F401
 """  # one name for every kind: diffusers runs all of a process's files called pipeline.py in one module
 VERSION = 1
 MAX_INDEX = 256 << 20  # bytes; mask pictures are in it
@@ -226,7 +226,7 @@ class DropIn:
         """Save the pipeline as diffusers reads it, and beside it experts, gates and strengths.
 
         Any diffusers pipeline of the kind opens the folder without them. Its pipeline.py is what
-        `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)` asks for.
+        `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)` asks for; `load_mixture` then takes them.
         """
         folder, mixture = Path(save_directory), self.mixture
         if kwargs.get("push_to_hub"):
