@@ -112,12 +112,18 @@ def measured(
         return evaluate(setup, drawn, [case for case, _ in found], metrics, seeds=seeds, rows=rows)
 
 
-def side_by_side(world: EmojiWorld, kind: str, index: int) -> tuple[dict[str, Image.Image], str]:
-    """A composition of the test at its first seed, in several ways and as it is drawn; and its name."""
+def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tuple[dict[str, Image.Image], str]:
+    """A composition of the test at its first seed, in several ways and as it is drawn; and its name.
+
+    Args:
+        joint: by the one LoRA of all its concepts.
+    """
     concepts = TEST[kind][index]
+    experts = {"joint": joint_file(concepts)} if joint else {name: world.loras[name] for name in concepts}
     scene = emoji_protocol.scene_of(concepts, index)
     call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": scene.size[0], "height": scene.size[1]}
-    mixture, seeds = attach(world.pipe, {name: world.loras[name] for name in concepts}), [SEEDS["test"]]
+    mixture = attach(world.pipe, experts, binding={"joint": list(concepts)} if joint else "auto")
+    seeds = [SEEDS["test"]]
     with mixture.bound(None):
         (plain,) = sample(world.pipe, scene.caption, seeds, **call)
     with mixture.tiled(0):
@@ -127,7 +133,13 @@ def side_by_side(world: EmojiWorld, kind: str, index: int) -> tuple[dict[str, Im
         (tiles,) = sample(world.pipe, scene.caption, seeds, **call)
     detach(world.pipe)
     true = world.drawings.picture(scene)
-    pictures = {"plain sum": plain, "bound": bound, "regions": regions, "tiles": tiles, "true drawing": true}
+    pictures = {
+        "everywhere" if joint else "plain sum": plain,
+        "bound": bound,
+        "regions": regions,
+        "tiles": tiles,
+        "true drawing": true,
+    }
     return pictures, " + ".join(concepts)
 
 
@@ -140,13 +152,17 @@ FIGURES = {  # what is in each: compositions by kind and index, and columns
         (("three subjects", 0), ("three subjects", 2), ("two subjects + style", 0)),
         ("plain sum", "bound", "tiles", "true drawing"),
     ),
+    "joint": (
+        (("three subjects", 0), ("two subjects", 0), ("two subjects + style", 0)),
+        ("everywhere", "bound", "tiles", "true drawing"),
+    ),
 }
 
 
 def figure(world: EmojiWorld, name: str, path: Path) -> None:
     """One of FIGURES."""
     found, columns = FIGURES[name]
-    rows = [side_by_side(world, *each) for each in found]
+    rows = [side_by_side(world, *each, joint=name == "joint") for each in found]
     cells = [[pictures[column] for column in columns] for pictures, _ in rows]
     page = image_grid(cells, columns, [label for _, label in rows])
     page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # which keeps it small
@@ -175,7 +191,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--figure", choices=FIGURES, help="draw docs/bind.png or docs/tiles.png instead")
+    parser.add_argument("--figure", choices=FIGURES, help="draw that picture of docs/ instead")
     parser.add_argument("--pack", action="store_true", help="write the split's verdicts to docs/results/ instead")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
