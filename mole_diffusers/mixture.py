@@ -61,7 +61,8 @@ class Mixture:
 
     Threads may share it: calls of the pipeline, `with` blocks of the mixture and settings wait for one another, so a
     block's masks and strengths never reach another thread's picture. A second pipeline over the same models does not
-    wait, and draws neither in tiles nor after the places in a picture; call it inside a block, or attach to it.
+    wait, and draws neither in tiles nor after the places in a picture; call it inside a block, or attach to it. One that
+    a drop-in's `from_pipe` made does all that.
 
     Attributes:
         experts: name -> Expert, in the order of the gates' columns.
@@ -216,26 +217,28 @@ class Mixture:
                         self._runtime.map_watchers.remove(trace.record_maps)
 
     @contextmanager
-    def drawing(self, call: Mapping[str, Any] | None = None) -> Iterator[None]:
+    def drawing(self, call: Mapping[str, Any] | None = None, *, pipe: Any = None) -> Iterator[None]:
         """What every call of the pipeline runs in: other threads wait, and a layout of the picture is planned anew.
 
         For pictures that are drawn without calling the pipeline, as in a loop of one's own; those are not drawn in tiles.
 
         Args:
             call: the arguments of the pipeline's call.
+            pipe: the pipeline that is called, over the same models; by default the one that the mixture is attached to.
         """
+        pipe = self._pipe if pipe is None else pipe
         with self._lock.held(draws=True):
             now = attached(self._pipe)
             if now is not self:  # it was replaced, or taken off, while this call waited
-                with nullcontext() if now is None else now.drawing(call):
+                with nullcontext() if now is None else now.drawing(call, pipe=pipe):
                     yield
                 return
-            before, self._calling = self._calling, self._pipe
+            before, self._calling = self._calling, pipe
             binding, done = self._runtime.binding, False
             if binding is not None:
                 binding.begin()
             try:
-                with self._by_things(call):
+                with self._by_things(call, pipe):
                     yield
                 done = True
             finally:
@@ -245,7 +248,7 @@ class Mixture:
                 if binding is not None:
                     binding.end(warns=done and self._runtime.masks is binding)
 
-    def _by_things(self, call: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+    def _by_things(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """What calls the denoiser for single things: to draw them in tiles at first, or to find them in a picture."""
         runtime = self._runtime
         binding, tiling = runtime.binding, runtime.tiling
@@ -262,10 +265,10 @@ class Mixture:
 
         acting = [name for name, acts in zip(self.experts, runtime.acting, strict=True) if acts]
         about: dict[str, Any] = {"bound": binding.bound, "acting": acting, "settle": binding.plan}
-        tiles = tiles_for(self._pipe, tiling, call, by=by, **about) if tiling.until else None
+        tiles = tiles_for(pipe, tiling, call, by=by, **about) if tiling.until else None
         if tiles is not None:
             return tiles.drawn()
-        over = drawn_over(self._pipe, tiling, call, by=partial(by, listeners=[]), **about)
+        over = drawn_over(pipe, tiling, call, by=partial(by, listeners=[]), **about)
         return nullcontext() if over is None else over.placed()
 
     def announce_text(self, ids: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -47,6 +47,7 @@ from mole_diffusers.patching.adapter_weights import AdapterWeights
 from mole_diffusers.patching.denoiser_inputs import hosts
 from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.patching.peft_injection import adapted
+from mole_diffusers.patching.pipeline_calls import share_calls
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
@@ -256,8 +257,20 @@ class DropIn:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in diffusers, but the shared models keep their precisions, where diffusers casts them to float32.
 
-        A mixture on the models is shared with them.
+        A mixture on the models is shared with them, and draws in calls of either as if it were attached to that one.
         """
+        pipe = cls._over_models_of(pipeline, **kwargs)
+        share_calls(pipe, pipe._drawing)
+        return pipe
+
+    def _drawing(self, call: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """What a call runs in, with these arguments."""
+        mixture = self.mixture
+        return nullcontext() if mixture is None else mixture.drawing(call, pipe=self)
+
+    @classmethod
+    def _over_models_of(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Diffusers' `from_pipe`, without its cast to float32."""
         if {"torch_dtype", "dtype"} & set(kwargs):
             return super().from_pipe(pipeline, **kwargs)
         models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]

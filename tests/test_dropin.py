@@ -158,6 +158,37 @@ def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):
     assert mole.MoLEStableDiffusionPipeline.from_pipe(cast).vae.dtype == torch.bfloat16
 
 
+def test_a_pipeline_of_from_pipe_draws_as_if_the_mixture_were_attached_to_it(kind, tmp_path):
+    """In tiles, and in the places of a picture that is drawn over; also with a mixture that came later, or went."""
+    pipe, _ = kind
+    over, again = (
+        hosts.quiet(made.from_pipe(pipe))
+        for made in (mole.MoLEStableDiffusionImg2ImgPipeline, mole.MoLEStableDiffusionPipeline)
+    )
+    base = hosts.draw(over, hosts.IMAGE)
+    made = {
+        name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i, size=2.0) for i, name in enumerate(("fox", "owl"))
+    }
+    words = {name: name for name in made}
+
+    def draw(pipe, prompt="fox&owl", **options):
+        options |= {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+        return pipe(prompt, **options).images
+
+    call = {"width": 64, "height": 32}
+    wanted = {}
+    for name, called, options in (("over", over, hosts.IMAGE), ("again", again, call)):
+        mole.attach(called, made, binding=words)
+        wanted[name] = draw(called, **options)
+    mixture = mole.attach(pipe, made, binding=words)
+    same(draw(over, **hosts.IMAGE), wanted["over"])
+    same(draw(again, **call), wanted["again"])
+    with mixture.tiled(0):
+        assert (draw(again, **call) - wanted["again"]).abs().max() > 1e-3
+    mole.detach(pipe)
+    same(hosts.draw(over, hosts.IMAGE), base)
+
+
 def test_a_kind_without_a_dropin_is_refused():
     with pytest.raises(ValueError, match="FluxPipeline has no drop-in pipeline; those that have one"):
         mole.MoLEPipeline.from_pipe(hosts.flux())

@@ -19,6 +19,7 @@ Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]  # a call's
 Call = Callable[..., Any]
 
 _around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
+_shared: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # the same, for those that are not in `_around`
 _patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, whether it had one of its own
 _begun: list[Any] = []  # frames of calls that had begun before their class was patched, whose pipelines nobody noted
 _patching = threading.RLock()
@@ -37,15 +38,26 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
     collected = finalize(pipe, _give_back, kind)  # a pipeline that nobody detached
     collected.atexit = False
     undo.callback(collected.detach)
-    with _patching:
-        _around[pipe] = WeakMethod(around)
-        if kind not in _patched or not _reaches(kind.__call__, _patched[kind][0]):
-            _patch(kind)
+    _register(_around, pipe, around)
     code = _code(kind)
     while any(called is pipe and thread != me for thread, called in list(running)) or any(
         frame in _begun and frame.f_code is code for frame in _frames_of_others()
     ):
         time.sleep(0.02)
+
+
+def share_calls(pipe: Any, around: Around) -> None:
+    """As `lock_calls`, for as long as the pipeline lives and its calls are not locked for itself."""
+    finalize(pipe, _give_back, type(pipe)).atexit = False
+    _register(_shared, pipe, around)
+
+
+def _register(known: WeakKeyDictionary[Any, WeakMethod], pipe: Any, around: Around) -> None:
+    kind = type(pipe)
+    with _patching:
+        known[pipe] = WeakMethod(around)
+        if kind not in _patched or not _reaches(kind.__call__, _patched[kind][0]):
+            _patch(kind)
 
 
 def calls_are_locked(pipe: Any) -> bool:
@@ -63,7 +75,7 @@ def unlock_calls(pipe: Any) -> None:
 def _give_back(kind: Any) -> None:
     with _patching:
         ours, had_own = _patched.get(kind, (None, False))
-        if ours is None or any(type(pipe) is kind for pipe in list(_around)):
+        if ours is None or any(type(pipe) is kind for pipe in [*_around, *_shared]):
             return
         # Where someone has wrapped ours since, it stays inside theirs and does nothing.
         if vars(kind).get("__call__") is ours:
@@ -89,7 +101,7 @@ def _asking(found: Call) -> Call:
 
     @functools.wraps(found)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = _around.get(self)
+        method = _around.get(self) or _shared.get(self)
         around = None if method is None else method()
         with nullcontext() if around is None else around({**dict(zip(names, args, strict=False)), **kwargs}):
             running.append(entry := (threading.get_ident(), self))
