@@ -394,7 +394,7 @@ def test_attaching_in_threads_leaves_torch_as_it_was(loras):
     assert not any(meta)
 
 
-@pytest.mark.parametrize(("families", "rounds"), [(("mole",), 1), *thorough((FAMILIES, 25))], ids=["mole", "each"])
+@pytest.mark.parametrize(("families", "rounds"), [(("mole",), 1), *thorough((tuple(FAMILIES), 25))], ids=["mole", "each"])
 def test_no_family_leaves_anything_behind(loras, families, rounds):
     """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""
     pipe, kinds = tiny_pipeline(), (torch.Tensor, torch.nn.Module, mole.Mixture)
