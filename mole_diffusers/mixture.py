@@ -160,6 +160,8 @@ class Mixture:
         """
         table = torch.zeros(len(sets), len(self.experts))  # [b, N]
         for row, chosen in enumerate(sets):
+            if not isinstance(chosen, Mapping):
+                raise ValueError(f'each prompt has experts with their factors, as {{"fox": 1.0}}, got {chosen!r}')
             for name, factor in chosen.items():
                 table[row, self._index(name)] = self._finite(name, factor)
         with self._with_settings(rows=table, images=images):

@@ -75,6 +75,8 @@ def test_fixed_weights_go_by_rows_too(pipe, loras):
 def test_rows_restore_and_refuse_what_does_not_fit(pipe, loras, draw):
     mixture = mole.attach(pipe, loras)
     before = draw(pipe)
+    with pytest.raises(ValueError, match="experts with their factors, .* got {'fox'}"), mixture.rows([{"fox"}]):
+        pass
     with pytest.raises(ValueError, match="unknown expert 'cat'"), mixture.rows([{"cat": 1.0}]):
         pass
     with pytest.raises(ValueError, match="sets for 3 prompts x 1 pictures do not divide a batch of 1 rows"):  # noqa: SIM117
