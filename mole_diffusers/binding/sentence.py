@@ -48,10 +48,11 @@ LISTED = re.compile(
 )
 # What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
 # a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
-JOINED = re.compile(rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
+COMMA_OR_AND = rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*"
+JOINED = re.compile(rf"{COMMA_OR_AND}(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
 # The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article, where a LoRA has no other
 # words there: "miku and rin", but not "miku with long hair and blue eyes".
-APART = re.compile(rf"{JOINED.pattern.replace('an?|one', 'an?|the|one')}|\s*{PLACE_WORDS}\s*")
+APART = re.compile(rf"{COMMA_OR_AND}(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}|\s*{PLACE_WORDS}\s*")
 NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
 # What is before and after a tag, which stands alone between commas, maybe with a weight.
 BEFORE_TAG = re.compile(r"(?:^|[,;.\n])[\s(\[]*$")
