@@ -493,7 +493,7 @@ class Mixture:
             until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
             always: whatever the size and the prompt; else where a mixture does so by itself.
             prompt: the text of pictures whose call gives states instead.
-            encode: makes the states of a part of that prompt (`binding.words.Part`), [1, S, C], and what SDXL reads of it as
+            encode: makes the states of a part of that prompt (`binding.parts.Part`), [1, S, C], and what SDXL reads of it as
                 a whole, [1, P], else None; by default the pipeline does. `studio.prompt_weights.tiled_prompt` gives both
                 of a prompt with weights.
 

@@ -12,6 +12,7 @@ MEDIA = (
     "comic|cartoon|artwork|art|style"
 )
 FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
+BEFORE_NOUN = r"(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}"  # an article, and what is between it and its noun
 # A style stands before a medium, "ink drawing of", or after a word that says how or where: "in ink", "in the style of ink".
 END = r"(?=\s+(?:of|in|on|with|style)\b|\s*[,.;\n]|\s*$)"  # what follows a medium: "a fox painting a wall" has none
 BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
@@ -33,17 +34,14 @@ SIDE = re.compile(
     rf"(?:\s+of\s+the\s+(?:{MEDIA}|canvas))?(?:\s+(?:there\s+)?(?:is|are))?"
     r"(?=\s*(?:[,;.:&+\n]|\band\b|\b(?:an?|the|one|two|three)\b|$))"
 )
-RELATION = re.compile(
-    rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+"
-    r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?"
-)
+RELATION = re.compile(rf"\s*(?:is\s+)?(?:(?:to|on)\s+the\s+)?({'|'.join(RELATIONS)})\s+(?:{BEFORE_NOUN})?")
 PLACE_WORDS = "(?:is )?(?:beside|next to|near|(?:(?:to|on) the )?(?:left|right) of|above|over|below|under|beneath)"
 # Things are named side by side: "a fox and a lemon", "a fox, a lemon", "a fox left of a lemon".
 BREAK = re.compile(rf"[,;.&+\n]|\b(?:and|{PLACE_WORDS})\b")
 # All that is between two of them: "fox in a hat and an old owl", not "fox riding an owl" or "fox jumping over an owl".
 LISTED = re.compile(
     rf"(?:.*(?:[,;.&+\n]|\band\b))?\s*(?:{PLACE_WORDS}\b)?\s*"
-    r"(?:(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3})?",
+    rf"(?:{BEFORE_NOUN})?",
     re.DOTALL,
 )
 # What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
@@ -52,14 +50,14 @@ COMMA_OR_AND = rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*"
 JOINED = re.compile(rf"{COMMA_OR_AND}(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
 # The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article, where a LoRA has no other
 # words there: "miku and rin", but not "miku with long hair and blue eyes".
-APART = re.compile(rf"{COMMA_OR_AND}(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}|\s*{PLACE_WORDS}\s*")
+APART = re.compile(rf"{COMMA_OR_AND}{BEFORE_NOUN}|\s*{PLACE_WORDS}\s*")
 NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
 # What is before and after a tag, which stands alone between commas, maybe with a weight.
 BEFORE_TAG = re.compile(r"(?:^|[,;.\n])[\s(\[]*$")
 AFTER_TAG = re.compile(r"(?:\s*:[\s\d.]+)?\s*[)\]]*\s*(?:[,;.\n]|$)")
 AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
 NOUN = re.compile(r"^\s*(?:an?|the|one|two|three)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with|from|under|by|to|is|are)\b)")
-ARTICLE = re.compile(r"\b(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}$")  # with what is between it and its noun
+ARTICLE = re.compile(rf"\b{BEFORE_NOUN}$")
 DRAWN_NOUN = re.compile(rf"\b(?:{MEDIA})\s+of\s+(?:an?|the)\s+([\w' -]+?)\s*(?=$|\b(?:in|on|of|at|with)\b)")
 
 Span = tuple[int, int]  # in a text: its first character, and the one after its last
@@ -185,14 +183,17 @@ def _mentions(
     whole: Collection[int],
 ) -> list[Mention]:
     """What the words of experts name that are not said of the whole picture; `everyones` are all of them in order."""
-    listed, names = (_lists(text, everyones, between) for between in (APART, NAMES_APART))
+    lists, lists_of_names = (_lists(text, everyones, between) for between in (APART, NAMES_APART))
     if len(at_sides := {everyones[i] for i in _on_sides(text, dict(enumerate(everyones)), sides)}) > 1:
-        listed.append(at_sides)
+        lists.append(at_sides)
     named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> whose words these are
     for k, each in enumerate(located):
-        theirs, bare = ([spans for spans in lists if not _says_more(text, spans, each, tags)] for lists in (listed, names))
-        apart = next((spans for spans in bare if spans.issuperset(each)), set().union(*theirs))
-        for spans in _by_thing(each, () if k in whole else apart):
+        own, own_names = (
+            [words for words in found if not _says_more(text, words, each, tags)] for found in (lists, lists_of_names)
+        )
+        # Names without an article are a list where it has all words of the expert, as "miku and rin".
+        listed = next((names for names in own_names if names.issuperset(each)), set().union(*own))
+        for spans in _by_thing(each, () if k in whole else listed):
             if spans:
                 named.setdefault(spans, []).append(k)
     return [

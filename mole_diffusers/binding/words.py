@@ -63,7 +63,8 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], *
     Args:
         ids: of one row, [T].
         phrases: [N], each expert's words; none for an expert that has none.
-        whole: the experts whose words name one thing, however they stand.
+        whole: the experts whose words name one thing, however they stand: those that the user gave a region, or the whole
+            picture.
     """
     special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
     pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
