@@ -1,9 +1,11 @@
 """Is a style diluted by the subjects' LoRAs, and do other strengths, early or late, help?
 
     python demos/experiments/emoji/styles.py [--split validation] [--per-kind 8] [--seeds 4]
+    python demos/experiments/emoji/styles.py fox+chalk koala+chalk
 
-All LoRAs are bound, subjects in tiles where they have room. Beside success, the judge's margins: by how much, in logits, it
-is surer of the style than of any other, and of the least visible subject than of the likeliest that is not there.
+The second draws these, of any subjects and styles that `make_loras.py` has made LoRAs of. All LoRAs are bound, subjects in
+tiles where they have room. Beside success, the judge's margins: by how much, in logits, it is surer of the style than of any
+other, and of the least visible subject than of the likeliest that is not there.
 """
 
 import argparse
@@ -49,6 +51,7 @@ WAYS = {
     "subjects at .6 after .4": Way(late=(0.6, 1), since=0.4),
     "subjects at .5 after .5": Way(late=(0.5, 1), since=0.5),
     "style at 1.2": Way(late=(1, 1.2)),
+    "style at 1.2 after .4": Way(late=(1, 1.2), since=0.4),
     "style after .2": Way(early=(1, 0), since=0.2),
 }
 
@@ -59,7 +62,7 @@ def draw(world: EmojiWorld, case: Case, way: Way, seed: int) -> Image.Image:
 
     def put(step: int) -> None:
         for name in case.concepts:
-            mixture.strength(name, way.at(step)[name in words.HELD_OUT_STYLES])
+            mixture.strength(name, way.at(step)[name in words.STYLES])
 
     def after_step(pipe: object, step: int, timestep: torch.Tensor, state: dict) -> dict:
         put(step + 1)
@@ -114,6 +117,7 @@ def table(frame: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="SUBJECT+STYLE", help="draw these instead of a split's")
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--per-kind", type=int, default=8)
@@ -121,8 +125,11 @@ def main() -> None:
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)
-    for kind in args.kinds:
-        found = emoji_protocol.cases({kind: SPLITS[args.split][kind][: args.per_kind]})
+    chosen = {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}
+    if args.names:
+        chosen = {"subject x style": [tuple(name.split("+")) for name in args.names]}
+    for kind, group in chosen.items():
+        found = emoji_protocol.cases({kind: group})
         print(
             f"{kind}, {len(found)} compositions, {args.seeds} seeds:\n\n{table(pd.DataFrame(rows(world, found, seeds)))}\n"
         )
