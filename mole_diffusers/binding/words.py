@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -101,6 +101,7 @@ def overlaid(readings: Sequence[Reading]) -> Reading:
 
 
 def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> Reading:
+    """One reading of texts whose tokens begin at `starts` among `length`."""
     if len(readings) == 1:
         return readings[0]
 
@@ -108,18 +109,13 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    several: dict[tuple[int, ...], list[int]] = {}  # the phrases that name experts' things, in the text that names most
-    for reading in readings:
-        for experts, names in _names(reading.things).items():
-            several[experts] = max(several.get(experts, []), names, key=len)
-    named: dict[ThingKey, list[tuple[Thing, tuple[bool, ...]]]] = {}
+    same: dict[ThingKey, list[tuple[Thing, tuple[bool, ...]]]] = {}  # what the texts call one thing, and its tokens
     relations: dict[tuple[int, int, str], None] = {}
-    for reading, at in zip(readings, starts, strict=True):
-        called = [_keys_of(thing, key, several) for thing, key in zip(reading.things, keys(reading.things), strict=True)]
-        for each, thing in zip(called, reading.things, strict=True):
-            for key in each:
-                named.setdefault(key, []).append((thing, placed(thing.tokens, at)))
-        index = [list(named).index(each[0]) for each in called]
+    for reading, at, common in zip(readings, starts, _common_keys(readings), strict=True):
+        for thing, its_keys in zip(reading.things, common, strict=True):
+            for key in its_keys:
+                same.setdefault(key, []).append((thing, placed(thing.tokens, at)))
+        index = [list(same).index(its_keys[0]) for its_keys in common]
         relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
     things = [
         Thing(
@@ -129,9 +125,26 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
             tuple(dict.fromkeys(phrase for thing, _ in each for phrase in thing.phrases)),
             all(thing.is_tag for thing, _ in each),
         )
-        for (experts, *_), each in named.items()
+        for (experts, *_), each in same.items()
     ]
     return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
+
+
+def _common_keys(readings: Sequence[Reading]) -> list[list[list[ThingKey]]]:
+    """[text][thing] -> its keys in all the texts together: one, or several where another text names apart what this one
+    takes for a single thing, as "a fox and an owl" in `prompt` and "fox, owl" in `prompt_2`, both of one LoRA."""
+    several: dict[tuple[int, ...], list[int]] = {}  # the phrases that name experts' things, in the text that names most
+    for reading in readings:
+        for experts, names in _names(reading.things).items():
+            several[experts] = max(several.get(experts, []), names, key=len)
+
+    def common(thing: Thing, key: ThingKey) -> list[ThingKey]:
+        if len(names := several.get(thing.experts, ())) < 2:
+            return [key]
+        said = [name for name in names if name in thing.phrases] or names[:1]
+        return [(thing.experts, str(name), 0) for name in said]
+
+    return [[common(*each) for each in zip(r.things, keys(r.things), strict=True)] for r in readings]
 
 
 def _names(things: Sequence[Thing]) -> dict[tuple[int, ...], list[int]]:
@@ -141,13 +154,6 @@ def _names(things: Sequence[Thing]) -> dict[tuple[int, ...], list[int]]:
         if thing.experts:
             names.setdefault(thing.experts, []).append(thing.phrases[0])
     return names
-
-
-def _keys_of(thing: Thing, key: ThingKey, several: Mapping[tuple[int, ...], Sequence[int]]) -> list[ThingKey]:
-    """A thing of one text as another text calls it that names several of its experts: as all that its words name."""
-    if len(names := several.get(thing.experts, ())) < 2:
-        return [key]
-    return [(thing.experts, str(name), 0) for name in names if name in thing.phrases] or [(thing.experts, str(names[0]), 0)]
 
 
 def keys(things: Sequence[Thing]) -> list[ThingKey]:

@@ -113,7 +113,7 @@ class TokenMasks:
     @property
     def layouts(self) -> list[Layout]:
         """The layouts of the pictures that are being drawn, or were drawn last, in their order."""
-        spoken = [text for text in self._texts if any(map(_mentions, text.picture.readings))] or self._texts
+        spoken = [text for text in self._texts if any(map(_names_an_expert, text.picture.readings))] or self._texts
         return spoken[-1].picture.layouts() if spoken else []
 
     # ---- texts
@@ -266,9 +266,12 @@ class TokenMasks:
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        before = next((known for known in reversed(self._texts) if any(map(_mentions, known.picture.readings))), None)
+        before = next((known for known in reversed(self._texts) if any(map(_names_an_expert, known.picture.readings))), None)
         follows = (
-            groups is None and before is not None and not any(map(_mentions, readings)) and len(before.text) == len(text)
+            groups is None
+            and before is not None
+            and not any(map(_names_an_expert, readings))
+            and len(before.text) == len(text)
         )
         prompt = before if follows else None
         silent, by_row = self._silent(mentioned, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
@@ -292,13 +295,13 @@ class TokenMasks:
             warnings.warn(message, stacklevel=2)
 
 
-def _mentions(reading: Reading) -> bool:
+def _names_an_expert(reading: Reading) -> bool:
     return any(reading.mentioned)
 
 
 def _groups(readings: Sequence[Reading]) -> Groups:
     """Whether the first half of the rows are prompts, to judge by the texts alone."""
     half = len(readings) // 2
-    mentioned = list(map(_mentions, readings))
-    guided = half and len(readings) == 2 * half and not any(mentioned[:half]) and all(mentioned[half:])
+    named = list(map(_names_an_expert, readings))
+    guided = half and len(readings) == 2 * half and not any(named[:half]) and all(named[half:])
     return (False, True) if guided else (True,)
