@@ -51,6 +51,11 @@ def given_region(thing: Thing, bound: Sequence[Bound]) -> Region | None:
     return next((given for k in thing.experts if (given := bound[k].given) is not None), None)
 
 
+def with_region(bound: Sequence[Bound]) -> list[int]:
+    """The experts, by index, whose place is said, be it everywhere: their words name one thing, see `words.read`."""
+    return [k for k, own in enumerate(bound) if own.region != AUTO]
+
+
 def from_file(expert: Expert) -> Bound:
     """The words that an expert's file gives: trigger words, or else its most frequent training tags."""
     guessed = bool(expert.triggers) and expert.triggers == training_tags(expert.metadata)[:3]

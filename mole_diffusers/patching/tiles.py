@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from mole_diffusers.binding.config import Bound, given_region
+from mole_diffusers.binding.config import Bound, given_region, with_region
 from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.parts import Part, prompts_apart
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, region_mask
+from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
 from mole_diffusers.patching.picture_layout import planned_regions
@@ -209,9 +209,9 @@ class Things:
         self.names, self.bound, self.acting = list(bound), list(bound.values()), acting
         self.required = {name: own.needs_words for name, own in bound.items()}
         everywhere = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
-        whole = [k for k, b in enumerate(self.bound) if b.region != AUTO]
         phrases = [b.words for b in self.bound]
-        self.reading, self.prompts, side_by_side = prompts_apart(prompt, phrases, everywhere, whole=whole)
+        apart = prompts_apart(prompt, phrases, everywhere, whole=with_region(self.bound))
+        self.reading, self.prompts, side_by_side = apart
         self.keys = dict(enumerate(keys(self.reading.things)))
         placed = {k for i in self.prompts for k in self.reading.things[i].experts}
         self.everywhere = tuple(

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.binding.config import Bound, with_region
+from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
@@ -137,8 +137,7 @@ class TokenMasks:
         is left of `tokens` has no words."""
         known: dict[tuple, Reading] = {}
         phrases = [bound.words for bound in self.bound.values()]
-        whole = [k for k, bound in enumerate(self.bound.values()) if bound.region != AUTO]
-        of_row = partial(read, phrases=phrases, whole=whole)
+        of_row = partial(read, phrases=phrases, whole=with_region(list(self.bound.values())))
         readings = []
         for row in rows:
             key = tuple(tuple((encoder, *ids) for encoder, ids in part) for part in row)
