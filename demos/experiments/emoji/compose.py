@@ -4,14 +4,17 @@
     python demos/experiments/emoji/compose.py --concepts dragon violin bus rose aurora
     python demos/experiments/emoji/compose.py --figure tiles
     python demos/experiments/emoji/compose.py --split validation --pack
+    python demos/experiments/emoji/compose.py --search --seeds 2
 
 Rows are appended below work/compose/, so a cut-off run goes on. `--concepts` composes drawn subjects and styles that are in
 no split, once `make_loras.py` has made their LoRAs. Trained gates are drawn where `train_gates.py --to
-work/gates` has made some, the joint LoRA where `check_world.py --rows joint` has. `--pack` writes every verdict to
-docs/results/, which docs/make_results.py makes the documents' tables from.
+work/gates` has made some, the joint LoRA where `check_world.py --rows joint` has. `--search` finds the strengths of the arm
+"grid search" on validation compositions. `--pack` writes every verdict to docs/results/, which docs/make_results.py makes
+the documents' tables from.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -35,12 +38,15 @@ from mole_diffusers.evaluation.plots import bars
 from mole_diffusers.evaluation.regional_composers import Part
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
+from mole_diffusers.evaluation.strength_search import best_weights, read_weights, search_arms
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.training.losses import cells
 
 DOCS = Path(__file__).parents[3] / "docs"
+STRENGTHS = DOCS / "results" / "strengths.json"  # of a grid search: by kind, the best of validation
+GRID = (0.6, 0.8, 1.0, 1.2)
 SPLITS = {"test": TEST, "validation": VALIDATION}
 SEEDS = {"test": 1000, "validation": 3000, "other": 5000}  # the first of each split's; "other" are concepts of no split
 
@@ -79,6 +85,7 @@ def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) 
 ARMS = {
     **arms.PLAIN,
     **{method: partial(arms.merged, method) for method in arms.MERGES},
+    "grid search": lambda: arms.searched(read_weights(STRENGTHS)),
     "places only": lambda: arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
     "words and given places": lambda: arms.bound(
         "words and given places", lambda setup, case: given(setup, case, words=True)
@@ -193,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", choices=FIGURES, help="draw that picture of docs/ instead")
     parser.add_argument("--pack", action="store_true", help="write the split's verdicts to docs/results/ instead")
+    parser.add_argument("--search", action="store_true", help="find each kind's best strengths of the sum on validation")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
     if args.pack:
@@ -202,6 +210,8 @@ def main() -> None:
     if args.figure:
         figure(world, args.figure, DOCS / f"{args.figure}.png")
         return
+    if args.search:
+        args.split = "validation"
     if args.concepts:
         args.split = "other"
         subjects, styles = ([name for name in args.concepts if name in known] for known in (words.SUBJECTS, words.STYLES))
@@ -213,8 +223,13 @@ def main() -> None:
     found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
-    table = as_frame(measured(setup, [ARMS[name]() for name in args.arms], found, world.judge(), seeds=seeds, rows=rows))
+    drawn = search_arms(setup, GRID) if args.search else [ARMS[name]() for name in args.arms]
+    verdicts = measured(setup, drawn, found, world.judge(), seeds=seeds, rows=rows)
+    table = as_frame(verdicts)
     print(success_table(table))
+    if args.search:
+        STRENGTHS.write_text(json.dumps(best_weights(verdicts), indent=1) + "\n")
+        return
     if args.chart:
         bars(table, args.chart)
     if "sum" in args.arms and len(args.arms) > 1:
