@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.hosts import ATTENTION
+from benchmarks.settings import Files
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture, attach
 
-Files = Mapping[str, Path]
 # What the context gives, if anything, replaces arguments of the denoiser's call.
 Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[dict[str, torch.Tensor] | None]]
 WORDS = "bcdefghk"  # a word of one letter for each LoRA
@@ -60,25 +59,17 @@ def fused(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
 
 
 @contextmanager
-def gated(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
-    """Gates."""
-    awake(pipe, files, gates)
+def gated(pipe: Any, files: Files, gates: GateConfig, *, family: str | None = None) -> Iterator[None]:
+    """Gates, of one family whatever the run is set to."""
+    awake(pipe, files, GateConfig(family) if family else gates)
     yield
 
 
 @contextmanager
-def family(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator[None]:
-    """Gates of one family, whatever family the run is set to."""
-    awake(pipe, files, GateConfig(name))
-    yield
-
-
-@contextmanager
-def bound(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator[dict[str, torch.Tensor]]:
+def bound(pipe: Any, files: Files, gates: GateConfig, *, family: str) -> Iterator[dict[str, torch.Tensor]]:
     """Gates of one family, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
-    mixture, n = awake(pipe, files, GateConfig(name)), len(files)
-    boxes = {file: (i / n, 0.0, (i + 1) / n, 1.0) for i, file in enumerate(files)}
-    mixture.bind({file: (WORDS[i % len(WORDS)], boxes[file]) for i, file in enumerate(files)})
+    mixture, n = awake(pipe, files, GateConfig(family)), len(files)
+    mixture.bind({file: (WORDS[i % len(WORDS)], (i / n, 0.0, (i + 1) / n, 1.0)) for i, file in enumerate(files)})
     positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
     yield {"encoder_hidden_states": torch.cat([negative, positive])}
 
@@ -105,12 +96,19 @@ ARMS: Mapping[str, Arm] = {
     "again": base,  # the base once more: how much of a ratio is noise
     "set_adapters": set_adapters,
     "fused": fused,
-    "sum": partial(family, name="sum"),
-    "mole": partial(family, name="mole"),
-    "flow": partial(family, name="flow"),
-    "bound sum": partial(bound, name="sum"),
-    "bound mole": partial(bound, name="mole"),
+    **{family: partial(gated, family=family) for family in ("sum", "mole", "flow")},
+    **{f"bound {family}": partial(bound, family=family) for family in ("sum", "mole")},
     "gated": gated,
     "collapsed": collapsed,
 }
-FOLDING = ("fused", "collapsed")  # they write into the weights
+
+
+def own_pipeline(arm: str, pipe: Any) -> Any:
+    """A twin for an arm, with weights of its own where the arm writes into them."""
+    return twin(pipe, own=arm in ("fused", "collapsed"))
+
+
+def entered(stack: ExitStack, arm: str, pipe: Any, files: Files, gates: GateConfig, given: Any) -> Callable[[], object]:
+    """A step with an arm that is entered until the stack ends."""
+    changed = stack.enter_context(ARMS[arm](pipe, files, gates)) or {}
+    return partial(pipe.unet, **given | changed)

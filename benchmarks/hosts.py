@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
@@ -18,7 +16,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}
+THIN = {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
 XL = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (320, 640, 1280),
@@ -31,19 +33,16 @@ XL = {
 }
 
 
-def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: str, seed: int = 0) -> Any:
-    """The module that `build` makes, with the spread of PyTorch's own initialisation, made where and as it is used."""
-    with init_empty_weights():
-        module = build()
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, empty in list(module.named_parameters()):
-        if empty.dim() < 2:
-            value = torch.full(empty.shape, float(name.endswith("weight")), device=device, dtype=dtype)
-        else:
-            value = torch.randn(empty.shape, generator=generator, device=device, dtype=dtype)
-            value *= (3 * empty[0].numel()) ** -0.5
-        set_module_tensor_to_device(module, name, device, value=value, dtype=dtype)
-    return module.to(device).eval()
+def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
+    """The module that `build` makes, initialised as its classes do, where and as it is used; the same every time."""
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return build().eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _text(width: int, layers: int, heads: int, *, projected: int = 0) -> nn.Module:
@@ -58,62 +57,46 @@ def _vae() -> nn.Module:
     return AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=down, up_block_types=up, norm_num_groups=2)
 
 
-def _tokenizer() -> Any:
-    tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = 77
-    return tokenizer
-
-
-def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
-
-
-def _stable_diffusion(unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, tokenizer: Any) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline(
-        unet=unet,
-        text_encoder=text_encoder,
-        vae=vae,
-        tokenizer=tokenizer,
-        scheduler=_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def _pipeline(
+    kind: Any,
+    unet: Mapping[str, Any],
+    texts: Mapping[str, Callable[[], nn.Module]],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    tokens: int = 77,
+    **options: Any,
+) -> Any:
+    """A pipeline of this class; `texts` are its text encoders by the end of their names, "" and "_2"."""
+    parts: dict[str, Any] = {"scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)}
+    for end, text in texts.items():
+        parts[f"text_encoder{end}"] = random_weights(text, dtype, device)
+        parts[f"tokenizer{end}"] = tiny_tokenizer()
+        parts[f"tokenizer{end}"].model_max_length = tokens
+    parts["unet"] = random_weights(lambda: UNet2DConditionModel(**unet), dtype, device)
+    pipe = kind(**parts, vae=random_weights(_vae, dtype, device), **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def sd15(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     """SD 1.5's UNet (859.5 M) and text encoder from their published configurations."""
-    unet = random_weights(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768), dtype, device)
-    text_encoder = random_weights(lambda: _text(768, 12, 12), dtype, device)
-    return _stable_diffusion(unet, text_encoder, random_weights(_vae, dtype, device), _tokenizer())
+    return _pipeline(StableDiffusionPipeline, SD15, {"": lambda: _text(768, 12, 12)}, dtype, device, **UNCHECKED)
 
 
 def sdxl(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionXLPipeline:
     """SDXL's UNet (2.57 B) and text encoders from their published configurations."""
-    pipe = StableDiffusionXLPipeline(
-        unet=random_weights(lambda: UNet2DConditionModel(sample_size=128, cross_attention_dim=2048, **XL), dtype, device),
-        text_encoder=random_weights(lambda: _text(768, 12, 12), dtype, device),
-        text_encoder_2=random_weights(lambda: _text(1280, 32, 20, projected=1280), dtype, device),
-        vae=random_weights(_vae, dtype, device),
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
-        scheduler=_scheduler(),
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    texts = {"": lambda: _text(768, 12, 12), "_2": lambda: _text(1280, 32, 20, projected=1280)}
+    return _pipeline(StableDiffusionXLPipeline, XL, texts, dtype, device, add_watermarker=False)
 
 
 def thin(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
     """SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does."""
-    heads = {"norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
-    unet = random_weights(
-        lambda: UNet2DConditionModel(sample_size=64, block_out_channels=(8, 16, 24, 24), **heads), dtype, device
-    )
-    text_encoder = random_weights(lambda: _text(8, 2, 2), dtype, device)
-    return _stable_diffusion(unet, text_encoder, random_weights(_vae, dtype, device), tiny_tokenizer())
+    texts = {"": lambda: _text(8, 2, 2)}
+    return _pipeline(StableDiffusionPipeline, {"sample_size": 64, **THIN}, texts, dtype, device, tokens=16, **UNCHECKED)
 
 
 def _tiny(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
@@ -129,28 +112,23 @@ class Size:
     factor: int = 8
 
 
-SIZES: Mapping[str, Size] = {
-    "tiny": Size(_tiny, 32, 2),
-    "thin": Size(thin, 64),
-    "sd15": Size(sd15, 512),
-    "sdxl": Size(sdxl, 1024),
-}
+SIZES = {"tiny": Size(_tiny, 32, 2), "thin": Size(thin, 64), "sd15": Size(sd15, 512), "sdxl": Size(sdxl, 1024)}
 
 
-def inputs(pipe: Any, size: str, *, pixels: int, batch: int = 2) -> dict[str, Any]:
+def inputs(pipe: Any, size: str, *, pixels: int) -> dict[str, Any]:
     """What the denoiser is called with in a step of guided sampling (a batch of 2), random."""
     unet, generator = pipe.unet, torch.Generator(pipe.device).manual_seed(1)
     like = {"generator": generator, "device": pipe.device, "dtype": unet.dtype}
     side, tokens = pixels // SIZES[size].factor, pipe.tokenizer.model_max_length
     given: dict[str, Any] = {
-        "sample": torch.randn(batch, unet.config.in_channels, side, side, **like),
+        "sample": torch.randn(2, unet.config.in_channels, side, side, **like),
         "timestep": torch.tensor(500, device=pipe.device),
-        "encoder_hidden_states": torch.randn(batch, tokens, unet.config.cross_attention_dim, **like),
+        "encoder_hidden_states": torch.randn(2, tokens, unet.config.cross_attention_dim, **like),
         "return_dict": False,
     }
     if unet.config.addition_embed_type == "text_time":
-        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * batch, device=pipe.device, dtype=unet.dtype)
-        given["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, 1280, **like), "time_ids": sizes}
+        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=pipe.device, dtype=unet.dtype)
+        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 1280, **like), "time_ids": sizes}
     return given
 
 

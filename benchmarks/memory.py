@@ -5,17 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.arms import ARMS, FOLDING, twin
-from benchmarks.hosts import inputs, lora_files
+from benchmarks.arms import entered, own_pipeline
 from benchmarks.settings import Settings
 
 MARK = "the step that counts"
@@ -31,29 +28,20 @@ class Memory:
     own: int
     ratio: float
 
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @torch.no_grad()
 def memory_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Memory]:
     """Peaks of `arms` (see `arms.ARMS`) with each number of experts; ratio 1 is the experts alone."""
-    pipe, rows = settings.host(), []
-    given = inputs(pipe, settings.size, pixels=settings.side)
-    base = peak(lambda _: partial(pipe.unet, **given), settings.device)
-    with TemporaryDirectory() as folder:
-        files = lora_files(pipe.unet, Path(folder), max(experts), rank=settings.rank)
+    rows = []
+    with settings.host(experts) as (pipe, given, files):
+        base = peak(lambda _: partial(pipe.unet, **given), settings.device)
         for n in experts:
-            some = dict(list(files.items())[:n])
-            own = sum(_numbers(path) for path in some.values()) * next(pipe.unet.parameters()).element_size()
+            own = sum(tensor.nbytes for path in files[n].values() for tensor in load_file(path).values())
             for arm in (arm for arm in arms if arm != "base"):
-                other = twin(pipe, own=arm in FOLDING)
-
-                def prepared(stack: ExitStack, arm: str = arm, other: Any = other, some: Any = some) -> Callable[[], object]:
-                    stack.enter_context(ARMS[arm](other, some, settings.gates))
-                    return partial(other.unet, **given)
-
-                over = peak(prepared, settings.device) - base
+                prepare = partial(
+                    entered, arm=arm, pipe=own_pipeline(arm, pipe), files=files[n], gates=settings.gates, given=given
+                )
+                over = peak(prepare, settings.device) - base
                 rows.append(Memory(arm, n, over, own, over / own))
     return rows
 
@@ -89,7 +77,3 @@ def _highest(profile: Any) -> int:
         held += event.nbytes()
         highest = max(highest, held) if event.start_ns() >= start else held
     return highest
-
-
-def _numbers(path: Path) -> int:
-    return sum(tensor.numel() for tensor in load_file(path).values())

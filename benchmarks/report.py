@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
-from benchmarks.memory import Memory
 from benchmarks.settings import Cost
-from benchmarks.shares import Share
 
 
 def machine(device: str) -> str:
@@ -17,33 +17,9 @@ def machine(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
 
 
-def table(costs: Sequence[Cost]) -> str:
-    """One line per arm and number of experts."""
-    lines = [f"{'arm':<17}{'N':>4}{'ms':>10}{'x base':>9}   quartiles"]
-    for c in costs:
-        lines.append(f"{c.arm:<17}{c.experts or '':>4}{c.ms:>10.1f}{c.ratio:>9.3f}   {c.low:.3f} - {c.high:.3f}")
-    return "\n".join(lines)
-
-
-def memory_table(rows: Sequence[Memory]) -> str:
-    """One line per arm and number of experts."""
-    lines = [f"{'arm':<17}{'N':>4}{'MB over base':>14}{'experts':>9}{'ratio':>8}"]
-    for r in rows:
-        lines.append(f"{r.arm:<17}{r.experts:>4}{r.over / 1e6:>14.1f}{r.own / 1e6:>9.1f}{r.ratio:>8.3f}")
-    return "\n".join(lines)
-
-
-def share_table(rows: Sequence[Share]) -> str:
-    """Milliseconds of each operator, one column per arm and number of experts; what takes 1 ms nowhere is left out."""
-    columns = list(dict.fromkeys((r.arm, r.experts) for r in rows))
-    by_operator: dict[str, dict[tuple[str, int], float]] = {}
-    for r in rows:
-        by_operator.setdefault(r.operator, {})[r.arm, r.experts] = r.ms
-    lines = [f"{'operator':<44}" + "".join(f"{f'{arm} {n}' if n else arm:>18}" for arm, n in columns)]
-    for name, found in sorted(by_operator.items(), key=lambda item: -max(item[1].values())):
-        if max(found.values()) >= 1:
-            lines.append(f"{name:<44}" + "".join(f"{found.get(column, 0):>18.1f}" for column in columns))
-    return "\n".join(lines)
+def table(costs: Sequence[Any]) -> str:
+    """One line per arm and number of experts, without the times of single rounds."""
+    return pd.DataFrame(costs).drop(columns="seconds", errors="ignore").to_string(index=False, float_format="{:.3f}".format)
 
 
 def curve(costs: Sequence[Cost], path: Path) -> None:
