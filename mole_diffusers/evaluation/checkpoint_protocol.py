@@ -153,7 +153,6 @@ def report(styles: Collection[str]) -> Report:
         paired=paired_scores,
         values=SCORES,
         roles=DINO_BY_ROLE,
-        count_value="DINO",
         limits=(None, None),
         styles=styles,
     )

@@ -74,11 +74,6 @@ def frontier(rows: pd.DataFrame, path: Path, values: tuple[str, str], *, limits:
     return save_figure(figure, path)
 
 
-def against_count(rows: pd.DataFrame, path: Path, value: str = "success", *, limits: Limits = (0, 1)) -> Any:
-    """A value against the number of attached experts, one line per arm, a panel per kind."""
-    return curves(rows.assign(experts=rows["attached"]), path, value, at="experts", limits=limits)
-
-
 def curves(
     rows: pd.DataFrame,
     path: Path,
@@ -143,12 +138,7 @@ def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> 
     for row in shown:
         arms.setdefault(row["arm"], {})[row["seed"]] = row
     arms = {arm: found for arm, found in arms.items() if set(found) == set(seeds)}
-    pictures = [[_read(picture_path(folder, found[seed])) for seed in seeds] for found in arms.values()]
+    pictures = [[Image.open(picture_path(folder, found[seed])).convert("RGB") for seed in seeds] for found in arms.values()]
     sheet = image_grid(pictures, [f"seed {seed}" for seed in seeds], list(arms))
     save_picture(sheet, path)
     return sheet
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isnan, nan
+from math import nan
 from typing import TYPE_CHECKING, Literal
 
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row
@@ -60,15 +60,13 @@ def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") ->
     return bootstrap(as_table([case[value].astype(float).tolist() for case in cases]), drawn)
 
 
-def as_text(found: Estimate, digits: int = 2) -> str:
-    """As "0.52 [0.28, 0.75]", or "-" for NaN."""
-    mean, low, high = (f"{number:.{digits}f}" for number in found)
-    return "-" if isnan(found[0]) else f"{mean} [{low}, {high}]"
-
-
 def interval(rows: pd.DataFrame, value: str, *, digits: int = 2, resample: Resample = "cases") -> str:
-    """`estimate` as text; "-" without rows."""
-    return as_text(estimate(rows, value, resample=resample), digits) if len(rows) else "-"
+    """`estimate` as "0.52 [0.28, 0.75]", of the rows that have the value; "-" if none does."""
+    rows = rows.dropna(subset=[value])
+    if rows.empty:
+        return "-"
+    mean, low, high = (f"{number:.{digits}f}" for number in estimate(rows, value, resample=resample))
+    return f"{mean} [{low}, {high}]"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -85,37 +83,39 @@ def by_kind(rows: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
 
 def success_table(rows: pd.DataFrame) -> str:
     """Success of every arm, a column per kind of case."""
-    return _success_by_kind(rows, rows["group"].unique(), head="arm")
+    return grid_table(rows, ["composer"], "group", head=["arm"])
 
 
 def paired_table(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
     """Success of every other arm less that of `against` on the same prompt and noise, a column per kind of case."""
-    less = differences(rows, against, ["success"])
-    return _success_by_kind(less, rows["group"].unique(), head=f"arm, less {against}", resample=resample)
+    less, kinds, head = differences(rows, against, ["success"]), rows["group"].unique(), [f"arm, less {against}"]
+    return grid_table(less, ["composer"], "group", columns=kinds, head=head, resample=resample)
 
 
-def _success_by_kind(rows: pd.DataFrame, kinds: Sequence[str], *, head: str, resample: Resample = "cases") -> str:
-    body = [
-        [arm, *(interval(own[own["group"] == kind], "success", resample=resample) for kind in kinds)]
-        for arm, own in rows.groupby("composer", sort=False)
-    ]
-    return markdown([head, *kinds], body)
-
-
-def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str) -> str:
+def grid_table(
+    rows: pd.DataFrame,
+    down: Sequence[str],
+    across: str,
+    *,
+    columns: Iterable[str] | None = None,
+    head: Sequence[str] | None = None,
+    resample: Resample = "cases",
+) -> str:
     """Success for all values of the columns `down` that occur together, a column per value of the column `across`."""
-    columns = list(rows[across].unique())
+    columns = list(rows[across].unique() if columns is None else columns)
     body = [
-        [*map(str, at), *(interval(own[own[across] == column], "success") for column in columns)]
+        [*map(str, at), *(interval(own[own[across] == column], "success", resample=resample) for column in columns)]
         for at, own in rows.groupby(list(down), sort=False)
     ]
-    return markdown([*down, *columns], body)
+    return markdown([*(head or down), *columns], body)
 
 
-def score_table(rows: pd.DataFrame, scores: Sequence[str], *, head: str = "arm", resample: Resample = "cases") -> str:
+def score_table(
+    rows: pd.DataFrame, scores: Sequence[str], *, head: str = "arm", digits: int = 3, resample: Resample = "cases"
+) -> str:
     """Every arm, a column per score."""
     body = [
-        [arm, *(interval(own, score, digits=3, resample=resample) for score in scores)]
+        [arm, *(interval(own, score, digits=digits, resample=resample) for score in scores)]
         for arm, own in rows.groupby("composer", sort=False)
     ]
     return markdown([head, *scores], body)

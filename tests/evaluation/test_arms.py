@@ -168,7 +168,8 @@ def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(setup, gates):
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[2], first[3])
     assert not torch.allclose(first[0], first[2], atol=1e-4)
-    live = arms.traced(setup, arms.weighted("gates", gates=folder), CASE)  # as the pictures are drawn
+    with arms.weighted("gates", gates=folder).draws(setup, CASE) as mixture, mixture.trace() as live:
+        sample(setup.pipe, CASE.prompt, [0], **OPTIONS)  # as the pictures are drawn
     at = torch.stack([w for name, _, w in live.records if name == place])  # [steps, 2, N]
     assert len(at) == OPTIONS["num_inference_steps"]
     torch.testing.assert_close(first[[0, 2]], at.mean(0))
@@ -219,7 +220,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
         with pytest.raises(ValueError, match=re.escape(reason)):
             arms.chosen_arms(["base", name], setup)
     with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
-        arms.moved_arms(["sum", "gates"], setup, shares=[0.5])
+        arms.chosen_arms(["sum", "gates"], setup, shares=[0.5])
 
 
 def settings_of(setup, arm):
@@ -300,7 +301,7 @@ def test_the_world_knows_its_styles():
 
 
 def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
-    chosen = arms.moved_arms(["sum", "svd", "gates"], setup, gates, shares=[0.25, 1.0])
+    chosen = arms.chosen_arms(["sum", "svd", "gates"], setup, gates, shares=[0.25, 1.0])
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
     experts = {n: setup.experts[n] for n in CASE.concepts}
     assert drawn(setup, chosen[0]) == by_hand(setup, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
@@ -310,9 +311,9 @@ def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
         mixture = mole.attached(setup.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        arms.moved_arms(["base"], setup, shares=[0.5])
+        arms.chosen_arms(["base"], setup, shares=[0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        arms.moved_arms(["sum"], setup, shares=[2])
+        arms.chosen_arms(["sum"], setup, shares=[2])
 
 
 def test_crowds_grow_to_the_number_asked_for():
@@ -324,12 +325,3 @@ def test_crowds_grow_to_the_number_asked_for():
     assert add_idle_experts([pair], ("a", "b"), (2, 3)) == [pair]  # nobody is left to stand by
     with pytest.raises(ValueError, match=r"no case can have \[1, 6\] experts attached: it has more, or there are only 5"):
         add_idle_experts([pair], pool, (6, 1))
-
-
-def test_a_trace_of_an_arm(setup, gates):
-    arm = arms.weighted("gates", gates=arms.gates_of(gates))
-    trace = arms.traced(setup, arm, CASE)
-    assert trace.experts == ["fox", "ink"]
-    assert len(trace.weights("unet.mid_block.attentions.0.transformer_blocks.0")) == 2
-    with pytest.raises(ValueError, match="the arm 'base' attaches no gates"):
-        arms.traced(setup, arms.base(), CASE)

@@ -195,8 +195,8 @@ def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet)
     assert count_answers(sheet) == table
     for edited, message in (
         (text.replace(",", ";"), "is not question, prompt and answer, with commas between them"),
-        (text.rsplit("\n", 2)[0], "has 11 rows for the 12 questions"),
-        (text.replace("0001,", "0002,"), "has no row for question 0001"),
+        (text.rsplit("\n", 2)[0], "a row for each question from 0000 to 0011, each once"),
+        (text.replace("0001,", "0002,"), "a row for each question from 0000 to 0011, each once"),
         (text.replace("0001,", "one,"), "is not question, prompt and answer"),
     ):
         path.write_text(edited)
