@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -49,8 +49,9 @@ def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping
     parts: dict[str, dict[str, LoraWeights]] = {}
     for key, pair in merged.items():
         part, _, layer = key.partition(".")
-        shapes = [w.down.shape[1:] for e, _ in experts.values() if (w := _weights(e, key)) is not None]
-        parts.setdefault(part, {})[layer] = _shaped(pair, max(shapes, key=len))
+        inputs = max((w.down.shape[1:] for e, _ in experts.values() if (w := _weights(e, key)) is not None), key=len)
+        up = (pair.up * pair.scale).float().reshape(-1, pair.rank, *(1,) * (len(inputs) - 1))
+        parts.setdefault(part, {})[layer] = LoraWeights(pair.down.float().reshape(-1, *inputs), up, 1.0)
     first = next(iter(experts.values()))[0]
     return Expert(
         name=name,
@@ -62,14 +63,6 @@ def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping
         sha256=_hash(merged),
         metadata=dict(metadata),
     )
-
-
-def _shaped(pair: Pair, inputs: Sequence[int]) -> LoraWeights:
-    """A pair as a layer whose input is (Cin,), or (Cin, k, k) for a convolution."""
-    down, up = pair.down.float(), (pair.up * pair.scale).float()
-    if len(inputs) == 1:
-        return LoraWeights(down, up, 1.0)
-    return LoraWeights(down.reshape(-1, *inputs), up[:, :, None, None], 1.0)
 
 
 def _hash(merged: Merged) -> str:
