@@ -59,7 +59,6 @@ UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"lora_embedding_[AB](?:\.\w+)?": "a LoRA of an embedding",
     r"set_weight": "a replaced weight",
 }
-FOREIGN = re.compile("|".join(rf"(?P<_{i}>(?:^|[._])(?:{end})$)" for i, end in enumerate(UNSUPPORTED)))
 IGNORED = {"bundle_emb.": "an embedding of a trigger word, which is no part of the LoRA"}
 
 
@@ -90,9 +89,9 @@ def ignored(key: str) -> str | None:
 def parse_key(key: str) -> Key:
     """Parse one key. Raises ValueError saying what the key is instead, and what is known."""
     if not (found := ROLE.search(key)):
-        if (foreign := FOREIGN.search(key)) and foreign.lastgroup:
-            what = list(UNSUPPORTED.values())[int(foreign.lastgroup[1:])]
-            raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
+        for end, what in UNSUPPORTED.items():
+            if re.search(rf"(?:^|[._])(?:{end})$", key):
+                raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
         raise ValueError(f"{key!r} is not a LoRA key")
     role = next((r for pattern, r in ROLES.items() if r and re.fullmatch(pattern, found["role"])), found["role"])
     component, module, form = _located(key[: found.start()])
