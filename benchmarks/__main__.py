@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from benchmarks.arms import ARMS
@@ -17,7 +17,6 @@ from benchmarks.clock import CLOCKS
 from benchmarks.hosts import SIZES
 from benchmarks.memory import memory_costs
 from benchmarks.once import attaching, collapsing, once_costs, updating
-from benchmarks.report import curve, machine, table
 from benchmarks.settings import COMPILED, DTYPES, Settings
 from benchmarks.steps import step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
@@ -52,8 +51,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=0, help="on the CPU; default: PyTorch's own choice")
     command.add_argument("--device", default=None, help="default: cuda where there is one")
     command.add_argument("--json", action="store_true")
-    command.add_argument("--plot", type=Path, help="also draw cost against N, of steps")
     return command
+
+
+def machine(device: str) -> str:
+    """The card's name, or the number of CPU threads in use."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,14 +69,13 @@ def run(args: argparse.Namespace) -> int:
     if min(args.experts) < 1:
         raise ValueError(f"the numbers of experts must be 1 or more, got {args.experts}")
     costs = WHAT[args.what](settings, args.arms, args.experts)
-    if args.plot is not None:
-        curve(costs, args.plot)
     if args.json:
         about = {n: getattr(settings, n) for n in names} | {"pixels": settings.side, "gates": args.gates}
         print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": [asdict(cost) for cost in costs]}))
     else:
         print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
-        print(table(costs))
+        table = pd.DataFrame(costs).drop(columns="seconds", errors="ignore")  # of single rounds
+        print(table.to_string(index=False, float_format="{:.3f}".format))
     return 0
 
 

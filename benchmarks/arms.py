@@ -50,15 +50,6 @@ def load(pipe: Any, files: Files) -> None:
 
 
 @contextmanager
-def fused(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
-    """diffusers' own merging: every LoRA loaded, fused into the weights and unloaded. No gate can act any more."""
-    with set_adapters(pipe, files, gates):
-        pipe.fuse_lora(adapter_names=list(files))
-        pipe.unload_lora_weights()
-        yield
-
-
-@contextmanager
 def gated(pipe: Any, files: Files, gates: GateConfig, *, family: str | None = None) -> Iterator[None]:
     """Gates, of one family whatever the run is set to."""
     awake(pipe, files, GateConfig(family) if family else gates)
@@ -95,7 +86,6 @@ ARMS: Mapping[str, Arm] = {
     "base": base,
     "again": base,  # the base once more: how much of a ratio is noise
     "set_adapters": set_adapters,
-    "fused": fused,
     **{family: partial(gated, family=family) for family in ("sum", "mole", "flow")},
     **{f"bound {family}": partial(bound, family=family) for family in ("sum", "mole")},
     "gated": gated,
@@ -105,7 +95,7 @@ ARMS: Mapping[str, Arm] = {
 
 def own_pipeline(arm: str, pipe: Any) -> Any:
     """A twin for an arm, with weights of its own where the arm writes into them."""
-    return twin(pipe, own=arm in ("fused", "collapsed"))
+    return twin(pipe, own=arm == "collapsed")
 
 
 def entered(stack: ExitStack, arm: str, pipe: Any, files: Files, gates: GateConfig, given: Any) -> Callable[[], object]:
