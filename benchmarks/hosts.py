@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-THIN = {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 8}
+THIN = SD15 | {
+    "block_out_channels": (8, 16, 24, 24),
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 8,
+}
 XL = {
     "sample_size": 128,
     "cross_attention_dim": 2048,
@@ -45,7 +51,7 @@ def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: s
         torch.set_default_dtype(before)
 
 
-def _text(width: int, layers: int, heads: int, *, projected: int = 0) -> nn.Module:
+def _text(width: int, layers: int, heads: int, projected: int = 0) -> nn.Module:
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return kind(CLIPTextConfig(**shape, num_attention_heads=heads, projection_dim=projected or 512))
@@ -57,62 +63,51 @@ def _vae() -> nn.Module:
     return AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=down, up_block_types=up, norm_num_groups=2)
 
 
-def _pipeline(
-    kind: Any,
-    unet: Mapping[str, Any],
-    texts: Mapping[str, Callable[[], nn.Module]],
-    dtype: torch.dtype,
-    device: str,
-    *,
-    tokens: int = 77,
-    **options: Any,
-) -> Any:
-    """A pipeline of this class; `texts` are its text encoders by the end of their names, "" and "_2"."""
-    parts: dict[str, Any] = {"scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)}
-    for end, text in texts.items():
-        parts[f"text_encoder{end}"] = random_weights(text, dtype, device)
-        parts[f"tokenizer{end}"] = tiny_tokenizer()
-        parts[f"tokenizer{end}"].model_max_length = tokens
-    parts["unet"] = random_weights(lambda: UNet2DConditionModel(**unet), dtype, device)
-    pipe = kind(**parts, vae=random_weights(_vae, dtype, device), **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-
-def sd15(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
-    """SD 1.5's UNet (859.5 M) and text encoder from their published configurations."""
-    return _pipeline(StableDiffusionPipeline, SD15, {"": lambda: _text(768, 12, 12)}, dtype, device, **UNCHECKED)
-
-
-def sdxl(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionXLPipeline:
-    """SDXL's UNet (2.57 B) and text encoders from their published configurations."""
-    texts = {"": lambda: _text(768, 12, 12), "_2": lambda: _text(1280, 32, 20, projected=1280)}
-    return _pipeline(StableDiffusionXLPipeline, XL, texts, dtype, device, add_watermarker=False)
-
-
-def thin(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
-    """SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does."""
-    texts = {"": lambda: _text(8, 2, 2)}
-    return _pipeline(StableDiffusionPipeline, {"sample_size": 64, **THIN}, texts, dtype, device, tokens=16, **UNCHECKED)
-
-
-def _tiny(dtype: torch.dtype, device: str = "cpu") -> StableDiffusionPipeline:
-    return tiny_pipeline().to(device, dtype)
-
-
 @dataclass(frozen=True)
 class Size:
-    """A pipeline to measure on: how to make it, its usual side in pixels, and pixels to a latent."""
+    """A pipeline to measure on.
 
-    build: Callable[..., Any]
+    Attributes:
+        pixels: the usual side of its pictures.
+        unet: its configuration; without one, the pipeline is the tests' own.
+        texts: width, layers and heads of one text encoder or two, and what the second projects to.
+        tokens: of a text.
+        factor: pixels to a latent.
+    """
+
     pixels: int
+    unet: Mapping[str, Any] = field(default_factory=dict)
+    texts: Sequence[tuple[int, ...]] = ()
+    tokens: int = 77
     factor: int = 8
 
+    def build(self, dtype: torch.dtype, device: str = "cpu") -> Any:
+        """A new pipeline."""
+        if not self.unet:
+            return tiny_pipeline().to(device, dtype)
+        made = partial(random_weights, dtype=dtype, device=device)
+        parts = {"unet": made(lambda: UNet2DConditionModel(**self.unet)), "vae": made(_vae)}
+        for end, text in zip(("", "_2"), self.texts, strict=False):
+            parts |= {f"text_encoder{end}": made(partial(_text, *text)), f"tokenizer{end}": tiny_tokenizer()}
+            parts[f"tokenizer{end}"].model_max_length = self.tokens
+        scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+        if len(self.texts) > 1:
+            pipe = StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)
+        else:
+            unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipe = StableDiffusionPipeline(**parts, scheduler=scheduler, **unchecked)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
-SIZES = {"tiny": Size(_tiny, 32, 2), "thin": Size(thin, 64), "sd15": Size(sd15, 512), "sdxl": Size(sdxl, 1024)}
+
+SIZES = {
+    "tiny": Size(32, factor=2),
+    # SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does
+    "thin": Size(64, THIN, [(8, 2, 2)], tokens=16),
+    # UNets (859.5 M and 2.57 B) and text encoders as published
+    "sd15": Size(512, SD15, [(768, 12, 12)]),
+    "sdxl": Size(1024, XL, [(768, 12, 12), (1280, 32, 20, 1280)]),
+}
 
 
 def inputs(pipe: Any, size: str, *, pixels: int) -> dict[str, Any]:

@@ -166,20 +166,19 @@ def searched(weights: ByKind) -> Arm:
     )
 
 
-def merged(method: str, name: str = "", weights: Weights = ones, *, rank: int | None = None, **options: Any) -> Arm:
+def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
     """A training-free merge; NP-LoRA protects the case's styles, or its last concept if there is no style."""
-    chosen = resolved(method, options)
 
     def styles(setup: Setup, case: Case) -> list[str]:
         return [concept for concept in case.experts if concept in setup.styles]
 
     def draws(setup: Setup, case: Case) -> AbstractContextManager[Any]:
         experts, protect = setup.weighted_experts(weights(setup, case)), styles(setup, case)
-        one = merge(experts, method, rank=rank, protect=protect, activations=setup.activations, **chosen)
+        one = merge(experts, method, protect=protect, activations=setup.activations)
         return attached_to(setup, {"merged": one}, "sum")
 
     def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
-        found = setup.expert_settings(case.experts) | {"method": method, "rank": rank} | chosen
+        found = setup.expert_settings(case.experts) | {"method": method, "rank": None} | resolved(method, {})
         if method == "np":
             found["protect"] = styles(setup, case)
         if by_activations(method):
@@ -312,6 +311,7 @@ PLAIN: dict[str, Callable[[], Arm]] = {
     "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
 }  # fmt: skip
 BOUND_GATES = "bound gates"
+BY_EXPERT = ("switch", "composite", "masked blend", "freefuse")  # arms that read the prompt with single experts
 MOVABLE = ("sum", *MERGES, "gates")  # arms whose strengths can be moved
 ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
 
@@ -370,17 +370,13 @@ def obstacles(
     names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
 ) -> dict[str, str]:
     """Those of the named arms that cannot be drawn with this setup -> why, known before anything is drawn."""
-    unprompted = sorted(name for name in setup.experts if not setup.prompts.get(name))
-    kind, found = type(setup.pipe).__name__, {}
-    for name in names:
-        if name in METHODS and by_activations(name) and unprompted:
-            found[name] = f"{name!r} runs every expert on prompts of its own, and there are none for {unprompted}"
-        elif name in ("switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
-            found[name] = f"{name!r} needs a unet and one text encoder, unlike {kind}"
-        elif name in ("tiles", "k-lora") and getattr(setup.pipe, "unet", None) is None:
-            found[name] = f"{name!r} needs a unet, unlike {kind}"
-        elif name == "grid search" and weights is None:
-            found[name] = f"{name!r} needs the weights of a search"
-        elif name in (*CONTROLS, BOUND_GATES) and gates is None:
-            found[name] = f"{name!r} needs a folder of trained gates"
-    return found
+    kind, unprompted = type(setup.pipe).__name__, sorted(name for name in setup.experts if not setup.prompts.get(name))
+    own_runs = [name for name in MERGES if by_activations(name)]
+    needs = [  # what is lacking, the arms that need it, and what is said of them
+        (unprompted, own_runs, f"runs every expert on prompts of its own, and there are none for {unprompted}"),
+        (not encodes_by_expert(setup.pipe), BY_EXPERT, f"needs a unet and one text encoder, unlike {kind}"),
+        (getattr(setup.pipe, "unet", None) is None, ("tiles", "k-lora"), f"needs a unet, unlike {kind}"),
+        (weights is None, ("grid search",), "needs the weights of a search"),
+        (gates is None, (*CONTROLS, BOUND_GATES), "needs a folder of trained gates"),
+    ]
+    return {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -18,10 +19,6 @@ from mole_diffusers.evaluation.rows import Row, digest_files
 from mole_diffusers.evaluation.runner import Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, paired_table, score_table, success_table
 from mole_diffusers.lora import read_expert
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 OWN = 7  # prompts of one concept alone
 NEAR = 2  # places of the judge, of 16 pixels: closer than this, subjects are blended into one

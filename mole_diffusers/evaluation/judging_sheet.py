@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -63,8 +64,6 @@ def votes(folder: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for an answer that is not one of `ANSWERS`, and a table that is not the sheet's.
     """
-    import pandas as pd
-
     questions, answers = json.loads((folder / "sheet" / "key.json").read_text()), _answers(folder)
     if [number for number, _ in answers] != list(range(len(questions))):
         raise ValueError(f"answers.csv is to have a row for each question from 0000 to {len(questions) - 1:04}, each once")

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from PIL import Image
 
 from mole_diffusers.evaluation.rows import Row, picture_path, save_picture
 from mole_diffusers.evaluation.tables import estimate
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.inspection.gate_figures import COLOURS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Limits = tuple[float | None, float | None]  # of an axis; None for where the values end
 ACROSS = 3  # panels side by side
@@ -109,14 +107,14 @@ def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFr
     """A figure with a panel for each kind, three in a row, and each panel with its rows; several panels have titles."""
     from matplotlib.figure import Figure
 
-    groups = list(rows.groupby(by, sort=False))
+    groups, panels = list(rows.groupby(by, sort=False)), []
     across, down = min(len(groups), ACROSS), -(-len(groups) // ACROSS)
     figure = Figure((5 * across, 4 * down), layout="constrained")
-    panels = [figure.add_subplot(down, across, i + 1) for i in range(len(groups))]
-    if len(groups) > 1:
-        for axes, (kind, _) in zip(panels, groups, strict=True):
-            axes.set_title(kind, fontsize=9)
-    return figure, [(axes, own) for axes, (_, own) in zip(panels, groups, strict=True)]
+    for i, (kind, own) in enumerate(groups):
+        axes = figure.add_subplot(down, across, i + 1)
+        axes.set_title(kind if len(groups) > 1 else "", fontsize=9)
+        panels.append((axes, own))
+    return figure, panels
 
 
 def _colours(names: Iterable[str]) -> dict[str, Any]:

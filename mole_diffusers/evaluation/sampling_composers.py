@@ -22,21 +22,14 @@ ALPHA, BETA = 1.5, 0.5  # of K-LoRA
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
 
-def turn(step: int, count: int, period: int) -> int:
-    """The expert that is active at `step`, from 0: each of `count` in order for `period` steps, then from the start.
-
-    LoRA Switch (arXiv 2402.16843, sec. 3.2). The released code gives the first expert one step more than the others.
-    """
-    return step % (count * period) // period
-
-
 @contextmanager
 def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> Iterator[None]:
-    """LoRA Switch: one expert at a time, in the mixture's order (the paper: characters first), each with its own text."""
+    """LoRA Switch (arXiv 2402.16843, sec. 3.2): one expert at a time, in the mixture's order (the paper: characters first),
+    each for `period` steps with its own text. The released code gives the first expert one step more than the others."""
     names, steps = list(mixture.experts), StepCounter(pipe.unet)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
-        index = turn(steps.at(args, kwargs), len(names), period)
+        index = steps.at(args, kwargs) // period % len(names)
         with mixture.only(names[index]):
             return unet(*args, **{**kwargs, "encoder_hidden_states": texts[index]})
 

@@ -8,6 +8,8 @@ from itertools import product
 from math import isfinite
 from pathlib import Path
 
+import pandas as pd
+
 from mole_diffusers.evaluation.arms import by_role, weighted
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
@@ -38,8 +40,6 @@ def best_weights(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
     Raises ValueError if no row is of a search.
     """
-    import pandas as pd
-
     tried = [row for row in rows if set(ROLES) <= set(row["settings"])]
     if not tried:
         raise ValueError("no rows of a grid search; draw the arms of `search_arms` on a validation split first")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import nan
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import pandas as pd
 
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row
 from mole_diffusers.evaluation.statistics import as_table, bootstrap, resample_cases, resample_concepts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Estimate = tuple[float, float, float]  # a mean and both ends of its interval
 Resample = Literal["cases", "concepts"]  # what the bootstrap draws, see `statistics.resample_cases` and `resample_concepts`
@@ -22,8 +21,6 @@ def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
     `composer` is the arm, with "alone fox", "alone ink", .. together as "alone"; `attached` is the number of experts that
     were attached; `group` is the kind of case, with that number where some were idle: "pair, 4 LoRAs".
     """
-    import pandas as pd
-
     frame = pd.DataFrame(list(rows))
     frame["composer"] = frame["arm"].mask(frame["arm"].str.startswith("alone "), "alone")
     idle = frame["idle"].str.len()
@@ -83,31 +80,23 @@ def by_kind(rows: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
 
 def success_table(rows: pd.DataFrame) -> str:
     """Success of every arm, a column per kind of case."""
-    return grid_table(rows, ["composer"], "group", head=["arm"])
+    return grid_table(rows.assign(arm=rows["composer"]), ["arm"], "group")
 
 
 def paired_table(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
     """Success of every other arm less that of `against` on the same prompt and noise, a column per kind of case."""
-    less, kinds, head = differences(rows, against, ["success"]), rows["group"].unique(), [f"arm, less {against}"]
-    return grid_table(less, ["composer"], "group", columns=kinds, head=head, resample=resample)
+    less, head = differences(rows, against, ["success"]), f"arm, less {against}"
+    return grid_table(less.assign(**{head: less["composer"]}), [head], "group", resample=resample)
 
 
-def grid_table(
-    rows: pd.DataFrame,
-    down: Sequence[str],
-    across: str,
-    *,
-    columns: Iterable[str] | None = None,
-    head: Sequence[str] | None = None,
-    resample: Resample = "cases",
-) -> str:
+def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str, *, resample: Resample = "cases") -> str:
     """Success for all values of the columns `down` that occur together, a column per value of the column `across`."""
-    columns = list(rows[across].unique() if columns is None else columns)
+    columns = list(rows[across].unique())
     body = [
         [*map(str, at), *(interval(own[own[across] == column], "success", resample=resample) for column in columns)]
         for at, own in rows.groupby(list(down), sort=False)
     ]
-    return markdown([*(head or down), *columns], body)
+    return markdown([*down, *columns], body)
 
 
 def score_table(

@@ -62,7 +62,7 @@ MORE = {  # than another arm: at most so many operations
 def test_what_a_step_asks_of_pytorch(tmp_path, arm):
     """docs/speed.md has these counts: binding adds no operation to the 128 layers."""
     less, most = MORE[arm]
-    pipe = hosts.thin(torch.float32)
+    pipe = hosts.SIZES["thin"].build(torch.float32)
     given, files = inputs(pipe, "thin", pixels=64), lora_files(pipe.unet, tmp_path, 3, rank=4)
     counts = {}
     with ExitStack() as stack:
@@ -107,7 +107,7 @@ def test_gates_of_the_arms_depend_on_what_they_read(outputs):
 
 
 def test_the_thin_host_has_sd15s_modules():
-    thin = hosts.thin(torch.float32).unet
+    thin = hosts.SIZES["thin"].build(torch.float32).unet
     with torch.device("meta"):
         real = type(thin)(sample_size=64, cross_attention_dim=768)
     assert [(n, type(m)) for n, m in thin.named_modules()] == [(n, type(m)) for n, m in real.named_modules()]
@@ -141,9 +141,9 @@ def test_rounds_take_turns_and_ratios_are_by_round():
 
 
 def test_published_sizes(monkeypatch):
-    monkeypatch.setattr(hosts, "random_weights", lambda build, *_: _on_meta(build))
-    assert sum(p.numel() for p in hosts.sd15(torch.float32).unet.parameters()) == 859_520_964
-    big = hosts.sdxl(torch.float32)
+    monkeypatch.setattr(hosts, "random_weights", lambda build, **_: _on_meta(build))
+    assert sum(p.numel() for p in hosts.SIZES["sd15"].build(torch.float32).unet.parameters()) == 859_520_964
+    big = hosts.SIZES["sdxl"].build(torch.float32)
     assert sum(p.numel() for p in big.unet.parameters()) == 2_567_463_684
     assert sum(p.numel() for p in big.text_encoder_2.parameters()) == 694_659_840
 

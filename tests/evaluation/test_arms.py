@@ -86,9 +86,9 @@ def test_merges_protect_the_style_and_take_strengths(setup):
     assert drawn(setup, arms.merged("np")) == by_hand(setup, {"m": kept})
     turned = Case(("ink", "fox"), CASE.kind, CASE.prompt)  # the style is known by name, not by place
     assert drawn(setup, arms.merged("np"), turned) != drawn(setup, arms.merged("np", weights=arms.by_role(1.0, 0.2)), turned)
-    weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd", rank=3)
-    arm = arms.merged("svd", "svd 3", arms.by_role(0.4, 1.6), rank=3)
-    assert arm.name == "svd 3"
+    weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd")
+    arm = arms.merged("svd", "weak", arms.by_role(0.4, 1.6))
+    assert arm.name == "weak"
     assert drawn(setup, arm) == by_hand(setup, {"m": weak})
 
 
@@ -258,14 +258,11 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     assert changed() == {"np", "k-lora"}
 
 
-def test_a_merge_says_its_options_and_the_defaults_of_the_others(setup):
-    settings = settings_of(setup, arms.merged("dare", rank=3, drop=0.5))
+def test_a_merge_says_the_defaults_of_its_options(setup):
+    settings = settings_of(setup, arms.merged("dare"))
     assert {name: settings[name] for name in ("method", "rank", "drop", "elect", "seed")} == {
-        "method": "dare", "rank": 3, "drop": 0.5, "elect": False, "seed": 0
+        "method": "dare", "rank": None, "drop": 0.9, "elect": False, "seed": 0
     }  # fmt: skip
-    assert settings_of(setup, arms.merged("dare", drop=0.9)) == settings_of(setup, arms.merged("dare"))
-    with pytest.raises(ValueError, match=r"unknown options \['drip'\] of merge method 'dare'"):
-        arms.merged("dare", drip=0.5)
 
 
 def row(kind, subject, style, *seen):

@@ -114,7 +114,7 @@ def test_cases_are_read_and_checked(tmp_path):
         ('{"concepts": ["fox", "fox"], "prompt": "p"}', "different names, one or more, got ['fox', 'fox']"),
         ('{"concepts": ["fox"], "prompt": "p", "knd": "one"}', "unknown options ['knd'] of a case"),
         ('{"concepts": ["fox"], "prompt": "p", "size": [768]}', '"size" is [width, height] in pixels, got [768]'),
-        ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', '"size" is [width, height]'),
+        ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', "size of a case must be a list of whole numbers"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError) as error:  # noqa: PT011
