@@ -129,15 +129,13 @@ def inputs(pipe: Any, size: str, *, pixels: int) -> dict[str, Any]:
 
 def lora_files(unet: nn.Module, folder: Path, count: int, *, rank: int) -> dict[str, Path]:
     """Write `count` random LoRAs of all attention layers of a UNet, in its dtype and in diffusers' own keys."""
-    files = {}
-    for index in range(count):
-        tensors, generator = {}, torch.Generator().manual_seed(index)
-        for name, module in unet.named_modules():
-            if name.endswith(ATTENTION) and isinstance(module, nn.Linear):
-                (out, inside), dtype = module.weight.shape, module.weight.dtype
-                for half, shape in (("A", (rank, inside)), ("B", (out, rank))):
-                    random = torch.randn(shape, generator=generator) * 0.1 * shape[1] ** -0.5
-                    tensors[f"unet.{name}.lora_{half}.weight"] = random.to(dtype)
-        files[f"lora{index}"] = folder / f"lora{index}.safetensors"
-        save_file(tensors, files[f"lora{index}"], {"format": "pt"})
+    layers = {name: m.weight for name, m in unet.named_modules() if isinstance(m, nn.Linear) and name.endswith(ATTENTION)}
+    files = {f"lora{i}": folder / f"lora{i}.safetensors" for i in range(count)}
+    for seed, path in enumerate(files.values()):
+        tensors, generator = {}, torch.Generator().manual_seed(seed)
+        for name, weight in layers.items():
+            for half, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
+                random = torch.randn(shape, generator=generator) * 0.1 * shape[1] ** -0.5
+                tensors[f"unet.{name}.lora_{half}.weight"] = random.to(weight.dtype)
+        save_file(tensors, path, {"format": "pt"})
     return files
