@@ -59,7 +59,7 @@ def machine(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Measure and print the table; ratios are to the base of the same round."""
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -68,25 +68,25 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(**{n: getattr(args, n) for n in names}, device=device, gates=GateConfig(args.gates))
     if min(args.experts) < 1:
         raise ValueError(f"the numbers of experts must be 1 or more, got {args.experts}")
-    costs = WHAT[args.what](settings, args.arms, args.experts)
+    costs = [asdict(cost) for cost in WHAT[args.what](settings, args.arms, args.experts)]
+    about = {n: getattr(settings, n) for n in names} | {"pixels": settings.side, "gates": args.gates}
     if args.json:
-        about = {n: getattr(settings, n) for n in names} | {"pixels": settings.side, "gates": args.gates}
-        print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": [asdict(cost) for cost in costs]}))
-    else:
-        print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
-        table = pd.DataFrame(costs).drop(columns="seconds", errors="ignore")  # of single rounds
-        print(table.to_string(index=False, float_format="{:.3f}".format))
-    return 0
+        print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": costs}))
+        return
+    print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
+    table = pd.DataFrame(costs).drop(columns="seconds", errors="ignore")  # of single rounds
+    print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 1 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
     try:
-        return run(args)
+        run(args)
     except (ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

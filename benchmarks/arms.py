@@ -1,10 +1,10 @@
-"""The arms of a measurement: ways of having N LoRAs on one host. Each is a context on a pipeline of its own."""
+"""The arms of a measurement: ways of having N LoRAs on one host. Each is put on a pipeline of its own."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from benchmarks.settings import Files
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture, attach
 
-# What the context gives, if anything, replaces arguments of the denoiser's call.
-Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[dict[str, torch.Tensor] | None]]
+# Puts the LoRAs on a pipeline until the stack ends; what it returns replaces arguments of the denoiser's call.
+Arm = Callable[[Any, Files, GateConfig, ExitStack], dict[str, torch.Tensor]]
 WORDS = "bcdefghk"  # a word of one letter for each LoRA
 
 
@@ -29,18 +29,16 @@ def twin(pipe: Any, *, own: bool = False) -> Any:
     return other
 
 
-@contextmanager
-def base(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def base(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """No LoRA."""
-    yield
+    return {}
 
 
-@contextmanager
-def set_adapters(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def set_adapters(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """diffusers' own stacking: every LoRA loaded, and active with weight 1."""
     load(pipe, files)
     pipe.set_adapters(list(files), [1.0] * len(files))
-    yield
+    return {}
 
 
 def load(pipe: Any, files: Files) -> None:
@@ -49,27 +47,29 @@ def load(pipe: Any, files: Files) -> None:
         pipe.load_lora_weights(str(path), adapter_name=name)
 
 
-@contextmanager
-def gated(pipe: Any, files: Files, gates: GateConfig, *, family: str | None = None) -> Iterator[None]:
-    """Gates, of one family whatever the run is set to."""
-    awake(pipe, files, GateConfig(family) if family else gates)
-    yield
+def gated(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
+    """Gates."""
+    awake(pipe, files, gates)
+    return {}
 
 
-@contextmanager
-def bound(pipe: Any, files: Files, gates: GateConfig, *, family: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Gates of one family, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
-    mixture, n = awake(pipe, files, GateConfig(family)), len(files)
+def bound(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
+    """Gates, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
+    mixture, n = awake(pipe, files, gates), len(files)
     mixture.bind({file: (WORDS[i % len(WORDS)], (i / n, 0.0, (i + 1) / n, 1.0)) for i, file in enumerate(files)})
     positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
-    yield {"encoder_hidden_states": torch.cat([negative, positive])}
+    return {"encoder_hidden_states": torch.cat([negative, positive])}
 
 
-@contextmanager
-def collapsed(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def collapsed(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """Gates averaged over one step and folded into the weights."""
-    with awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64):
-        yield
+    stack.enter_context(awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64))
+    return {}
+
+
+def of_family(arm: Arm, family: str) -> Arm:
+    """An arm with gates of one family, whatever family the run is set to."""
+    return lambda pipe, files, gates, stack: arm(pipe, files, GateConfig(family), stack)
 
 
 def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
@@ -86,8 +86,8 @@ ARMS: Mapping[str, Arm] = {
     "base": base,
     "again": base,  # the base once more: how much of a ratio is noise
     "set_adapters": set_adapters,
-    **{family: partial(gated, family=family) for family in ("sum", "mole", "flow")},
-    **{f"bound {family}": partial(bound, family=family) for family in ("sum", "mole")},
+    **{family: of_family(gated, family) for family in ("sum", "mole", "flow")},
+    **{f"bound {family}": of_family(bound, family) for family in ("sum", "mole")},
     "gated": gated,
     "collapsed": collapsed,
 }
@@ -100,5 +100,4 @@ def own_pipeline(arm: str, pipe: Any) -> Any:
 
 def entered(stack: ExitStack, arm: str, pipe: Any, files: Files, gates: GateConfig, given: Any) -> Callable[[], object]:
     """A step with an arm that is entered until the stack ends."""
-    changed = stack.enter_context(ARMS[arm](pipe, files, gates)) or {}
-    return partial(pipe.unet, **given | changed)
+    return partial(pipe.unet, **given | ARMS[arm](pipe, files, gates, stack))

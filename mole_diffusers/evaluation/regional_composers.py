@@ -6,7 +6,7 @@ Contexts on a mixture without binding. Experts that have no part, as a style, ac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -90,8 +90,7 @@ class _RegionalAttention:
         return torch.where(self.prompted[:, None, None], (shares * found).sum(0), read((), self.texts[-1]))
 
 
-@contextmanager
-def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> Iterator[None]:
+def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> AbstractContextManager[None]:
     """One prediction for each LoRA, blended by regions: e = sum_k M_k e_k + (1 - sum_k M_k) e_0.
 
     e_k is what LoRA k alone predicts with its own prompt, e_0 what none of them does with `prompt`: a call of the UNet for
@@ -122,8 +121,7 @@ def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, P
         shares = _shares(_masks(parts, maps[:-1], args[0].shape[-2:])).to(scores)[:, :, None]  # [K + 1, B, 1, H, W]
         return ((scores * shares.repeat(1, scores.shape[1] // shares.shape[1], 1, 1, 1)).sum(0),)
 
-    with texts_apart(pipe, _readers(pipe, mixture, prompt, parts), run):
-        yield
+    return texts_apart(pipe, _readers(pipe, mixture, prompt, parts), run)
 
 
 def _reading(mixture: Mixture, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,7 @@ ALPHA, BETA = 1.5, 0.5  # of K-LoRA
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
 
-@contextmanager
-def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> Iterator[None]:
+def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> AbstractContextManager[None]:
     """LoRA Switch (arXiv 2402.16843, sec. 3.2): one expert at a time, in the mixture's order (the paper: characters first),
     each for `period` steps with its own text. The released code gives the first expert one step more than the others."""
     names, steps = list(mixture.experts), StepCounter(pipe.unet)
@@ -33,12 +32,10 @@ def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> Iterator[None]:
         with mixture.only(names[index]):
             return unet(*args, **{**kwargs, "encoder_hidden_states": texts[index]})
 
-    with _encoded_by_expert(pipe, mixture, run):
-        yield
+    return _encoded_by_expert(pipe, mixture, run)
 
 
-@contextmanager
-def composed_scores(pipe: Any, mixture: Mixture) -> Iterator[None]:
+def composed_scores(pipe: Any, mixture: Mixture) -> AbstractContextManager[None]:
     """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of what each alone predicts, guided as one."""
     names = list(mixture.experts)
 
@@ -49,8 +46,7 @@ def composed_scores(pipe: Any, mixture: Mixture) -> Iterator[None]:
                 found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
         return (torch.stack(found).mean(0),)
 
-    with _encoded_by_expert(pipe, mixture, run):
-        yield
+    return _encoded_by_expert(pipe, mixture, run)
 
 
 class StepCounter:

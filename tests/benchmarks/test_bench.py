@@ -88,13 +88,14 @@ def test_every_arm_of_equal_gates_computes_the_same_step(outputs):
 @pytest.mark.parametrize("arm", ["bound sum", "bound mole"])
 def test_what_is_bound_has_words_places_and_closed_words(pipe, tmp_path, arm):
     files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, "tiny", pixels=32)
-    with ARMS[arm](pipe, files, SUM) as changed:
-        pipe.unet(**given | changed)
+    with ExitStack() as stack:
+        step = entered(stack, arm, pipe, files, SUM, given)
+        step()
         mixture = mole.attached(pipe)
         assert [mask.mean().item() for mask in mixture.layouts[0].regions.values()] == [0.5, 0.5]
-        bound = pipe.unet(**given | changed)[0]
+        bound = step()[0]
         with mixture.bound(None):
-            assert (pipe.unet(**given | changed)[0] - bound).abs().max() > 1e-4
+            assert (step()[0] - bound).abs().max() > 1e-4
     mole.detach(pipe)
 
 
