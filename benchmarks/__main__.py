@@ -15,10 +15,9 @@ import torch
 from benchmarks.arms import ARMS
 from benchmarks.clock import CLOCKS
 from benchmarks.hosts import SIZES
-from benchmarks.memory import memory_costs
 from benchmarks.once import attaching, collapsing, once_costs, updating
 from benchmarks.settings import COMPILED, DTYPES, Settings
-from benchmarks.steps import step_costs
+from benchmarks.steps import memory_costs, step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
 DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole")

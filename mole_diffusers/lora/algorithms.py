@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mole_diffusers.lora.expert import LoraWeights
-from mole_diffusers.lora.factors import Factors, cut, hadamard, kronecker, tucker_down
+from mole_diffusers.lora.factors import Factors, cut, hadamard, kronecker
 from mole_diffusers.lora.safe_files import check_memory
 
 Tensors = Mapping[str, torch.Tensor]  # role -> tensor
@@ -113,7 +113,7 @@ def _tucker(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     columns = core[0, 0].numel() * down.shape[1]
     _check_size(max(core.shape[:2]), 1, columns)
     check_memory(8 * len(core) * columns, "a convolution in three factors takes")
-    return tucker_down(core.float(), down.float().flatten(1))
+    return torch.einsum("rskl,si->rikl", core.float(), down.float().flatten(1))
 
 
 # ---- LoHa and LoKr
