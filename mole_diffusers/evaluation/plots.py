@@ -39,9 +39,9 @@ def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *
     width = 0.8 / len(kinds)
     for axes, value in zip(panels, values, strict=True):
         for k, (kind, own) in enumerate(rows.groupby("group", sort=False)):
-            found = {arm: estimate(cell, value) for arm, cell in own.groupby("composer", sort=False)}
-            at = [arms.index(arm) + (k - (len(kinds) - 1) / 2) * width for arm in found]
-            means, lows, highs = zip(*found.values(), strict=True)
+            beside = (k - (len(kinds) - 1) / 2) * width
+            found = [(arms.index(arm) + beside, *estimate(cell, value)) for arm, cell in own.groupby("composer", sort=False)]
+            at, means, lows, highs = zip(*found, strict=True)
             axes.bar(at, means, width, color=COLOURS[k % len(COLOURS)], label=kind)
             axes.vlines(at, lows, highs, color="#444444", linewidth=1)
         axes.set_ylim(*limits)
@@ -93,10 +93,10 @@ def curves(
         named = isinstance(ticks[0], str)
         places = {tick: i if named else tick for i, tick in enumerate(ticks if named else sorted(ticks))}
         for name, cells in own.groupby(line, sort=False):
-            found = {places[tick]: estimate(cell, value) for tick, cell in cells.groupby(at)}
-            means, lows, highs = zip(*(found[x] for x in sorted(found)), strict=True)
-            axes.plot(sorted(found), means, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
-            axes.vlines(sorted(found), lows, highs, color=colours[name], linewidth=1)
+            found = sorted((places[tick], *estimate(cell, value)) for tick, cell in cells.groupby(at))
+            x, means, lows, highs = zip(*found, strict=True)
+            axes.plot(x, means, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
+            axes.vlines(x, lows, highs, color=colours[name], linewidth=1)
         axes.set(xlabel=at, ylabel=value, ylim=limits)
         axes.set_xticks(list(places.values()), list(map(str, places)), **TURNED if named else {})
         axes.legend(fontsize=7)
