@@ -6,44 +6,36 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
+import pandas as pd
 import torch
 
 from benchmarks.arms import ARMS
 from benchmarks.clock import CLOCKS
 from benchmarks.hosts import SIZES
-from benchmarks.memory import memory_costs
-from benchmarks.once import attach_costs, collapse_costs, update_costs
-from benchmarks.report import curve, machine, memory_table, share_table, table
+from benchmarks.once import attaching, collapsing, once_costs, updating
 from benchmarks.settings import COMPILED, DTYPES, Settings
-from benchmarks.shares import step_shares
-from benchmarks.steps import step_costs
+from benchmarks.steps import memory_costs, step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
 DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole")
-WHAT: Mapping[str, Callable[[Settings, argparse.Namespace], list[Any]]] = {
-    "step": lambda settings, args: step_costs(settings, args.arms, args.experts),
-    "dispatch": lambda settings, args: step_costs(replace(settings, size="thin", rank=4), DISPATCH, args.experts),
-    "attach": lambda settings, args: attach_costs(settings, args.experts),
-    "collapse": lambda settings, args: collapse_costs(settings, args.experts),
-    "update": lambda settings, args: update_costs(settings, args.experts),
-    "memory": lambda settings, args: memory_costs(settings, args.arms, args.experts),
-    "shares": lambda settings, args: step_shares(settings, args.arms, args.experts),
+WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]] = {
+    "step": step_costs,
+    "dispatch": lambda settings, _, experts: step_costs(replace(settings, size="thin", rank=4), DISPATCH, experts),
+    "attach": lambda settings, _, experts: once_costs(settings, attaching, experts),
+    "collapse": lambda settings, _, experts: once_costs(settings, collapsing, experts),
+    "update": lambda settings, _, experts: once_costs(settings, updating, experts),
+    "memory": memory_costs,
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    command.add_argument(
-        "--what",
-        default="step",
-        choices=list(WHAT),
-        help="default: one step; dispatch: one of a very narrow UNet (with --threads 1 --clock cpu)",
-    )
+    what = "default: one step; dispatch: one of a very narrow UNet (with --threads 1 --clock cpu)"
+    command.add_argument("--what", default="step", choices=list(WHAT), help=what)
     command.add_argument("--size", default="tiny", choices=list(SIZES))
     command.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     command.add_argument("--pixels", type=int, default=0, help="side of the picture; default: the host's usual one")
@@ -52,49 +44,48 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, default=16)
     command.add_argument("--repeats", type=int, default=6, help="rounds; in each everything runs once")
     command.add_argument("--gates", default="mole", choices=FAMILIES)
-    command.add_argument(
-        "--compile", default="no", choices=list(COMPILED), help="the whole UNet, also in CUDA graphs, or its repeated blocks"
-    )
-    command.add_argument("--channels-last", action="store_true")
+    compiled = "the whole UNet, also in CUDA graphs, or its repeated blocks"
+    command.add_argument("--compile", default="no", choices=list(COMPILED), help=compiled)
     command.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: this process's own time alone")
     command.add_argument("--threads", type=int, default=0, help="on the CPU; default: PyTorch's own choice")
     command.add_argument("--device", default=None, help="default: cuda where there is one")
     command.add_argument("--json", action="store_true")
-    command.add_argument("--plot", type=Path, help="also draw cost against N, of steps")
     return command
 
 
-def run(args: argparse.Namespace) -> int:
+def machine(device: str) -> str:
+    """The card's name, or the number of CPU threads in use."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+
+
+def run(args: argparse.Namespace) -> None:
     """Measure and print the table; ratios are to the base of the same round."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = ("size", "dtype", "pixels", "rank", "repeats", "compile", "channels_last", "clock")
+    names = ("size", "dtype", "pixels", "rank", "repeats", "compile", "clock")
     settings = Settings(**{n: getattr(args, n) for n in names}, device=device, gates=GateConfig(args.gates))
     if min(args.experts) < 1:
         raise ValueError(f"the numbers of experts must be 1 or more, got {args.experts}")
-    costs = WHAT[args.what](settings, args)
-    if args.plot is not None:
-        curve(costs, args.plot)
+    costs = [asdict(cost) for cost in WHAT[args.what](settings, args.arms, args.experts)]
+    about = {n: getattr(settings, n) for n in names} | {"pixels": settings.side, "gates": args.gates}
     if args.json:
-        about = {n: getattr(settings, n) for n in names} | {"pixels": settings.side, "gates": args.gates}
-        rows = [cost.row() for cost in costs]
-        print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": rows}))
-    else:
-        print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
-        tables: dict[str, Callable[[list[Any]], str]] = {"memory": memory_table, "shares": share_table}
-        print(tables.get(args.what, table)(costs))
-    return 0
+        print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": costs}))
+        return
+    print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
+    table = pd.DataFrame(costs).drop(columns="seconds", errors="ignore")  # of single rounds
+    print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 1 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
     try:
-        return run(args)
+        run(args)
     except (ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""The arms of a measurement: ways of having N LoRAs on one host. Each is a context on a pipeline of its own."""
+"""The arms of a measurement: ways of having N LoRAs on one host. Each is put on a pipeline of its own."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.hosts import ATTENTION
+from benchmarks.settings import Files
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture, attach
 
-Files = Mapping[str, Path]
-# What the context gives, if anything, replaces arguments of the denoiser's call.
-Arm = Callable[[Any, Files, GateConfig], AbstractContextManager[dict[str, torch.Tensor] | None]]
+# Puts the LoRAs on a pipeline until the stack ends; what it returns replaces arguments of the denoiser's call.
+Arm = Callable[[Any, Files, GateConfig, ExitStack], dict[str, torch.Tensor]]
 WORDS = "bcdefghk"  # a word of one letter for each LoRA
 
 
@@ -30,18 +29,16 @@ def twin(pipe: Any, *, own: bool = False) -> Any:
     return other
 
 
-@contextmanager
-def base(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def base(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """No LoRA."""
-    yield
+    return {}
 
 
-@contextmanager
-def set_adapters(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def set_adapters(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """diffusers' own stacking: every LoRA loaded, and active with weight 1."""
     load(pipe, files)
     pipe.set_adapters(list(files), [1.0] * len(files))
-    yield
+    return {}
 
 
 def load(pipe: Any, files: Files) -> None:
@@ -50,44 +47,29 @@ def load(pipe: Any, files: Files) -> None:
         pipe.load_lora_weights(str(path), adapter_name=name)
 
 
-@contextmanager
-def fused(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
-    """diffusers' own merging: every LoRA loaded, fused into the weights and unloaded. No gate can act any more."""
-    with set_adapters(pipe, files, gates):
-        pipe.fuse_lora(adapter_names=list(files))
-        pipe.unload_lora_weights()
-        yield
-
-
-@contextmanager
-def gated(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def gated(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """Gates."""
     awake(pipe, files, gates)
-    yield
+    return {}
 
 
-@contextmanager
-def family(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator[None]:
-    """Gates of one family, whatever family the run is set to."""
-    awake(pipe, files, GateConfig(name))
-    yield
-
-
-@contextmanager
-def bound(pipe: Any, files: Files, gates: GateConfig, *, name: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Gates of one family, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
-    mixture, n = awake(pipe, files, GateConfig(name)), len(files)
-    boxes = {file: (i / n, 0.0, (i + 1) / n, 1.0) for i, file in enumerate(files)}
-    mixture.bind({file: (WORDS[i % len(WORDS)], boxes[file]) for i, file in enumerate(files)})
+def bound(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
+    """Gates, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
+    mixture, n = awake(pipe, files, gates), len(files)
+    mixture.bind({file: (WORDS[i % len(WORDS)], (i / n, 0.0, (i + 1) / n, 1.0)) for i, file in enumerate(files)})
     positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
-    yield {"encoder_hidden_states": torch.cat([negative, positive])}
+    return {"encoder_hidden_states": torch.cat([negative, positive])}
 
 
-@contextmanager
-def collapsed(pipe: Any, files: Files, gates: GateConfig) -> Iterator[None]:
+def collapsed(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """Gates averaged over one step and folded into the weights."""
-    with awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64):
-        yield
+    stack.enter_context(awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64))
+    return {}
+
+
+def of_family(arm: Arm, family: str) -> Arm:
+    """An arm with gates of one family, whatever family the run is set to."""
+    return lambda pipe, files, gates, stack: arm(pipe, files, GateConfig(family), stack)
 
 
 def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
@@ -104,13 +86,18 @@ ARMS: Mapping[str, Arm] = {
     "base": base,
     "again": base,  # the base once more: how much of a ratio is noise
     "set_adapters": set_adapters,
-    "fused": fused,
-    "sum": partial(family, name="sum"),
-    "mole": partial(family, name="mole"),
-    "flow": partial(family, name="flow"),
-    "bound sum": partial(bound, name="sum"),
-    "bound mole": partial(bound, name="mole"),
+    **{family: of_family(gated, family) for family in ("sum", "mole", "flow")},
+    **{f"bound {family}": of_family(bound, family) for family in ("sum", "mole")},
     "gated": gated,
     "collapsed": collapsed,
 }
-FOLDING = ("fused", "collapsed")  # they write into the weights
+
+
+def own_pipeline(arm: str, pipe: Any) -> Any:
+    """A twin for an arm, with weights of its own where the arm writes into them."""
+    return twin(pipe, own=arm == "collapsed")
+
+
+def entered(stack: ExitStack, arm: str, pipe: Any, files: Files, gates: GateConfig, given: Any) -> Callable[[], object]:
+    """A step with an arm that is entered until the stack ends."""
+    return partial(pipe.unet, **given | ARMS[arm](pipe, files, gates, stack))

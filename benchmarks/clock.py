@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -46,18 +47,7 @@ def interleaved(measures: Mapping[str, Measure], *, repeats: int, warmup: int = 
     return times
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle one, or the mean of the two in the middle."""
-    return quantiles(values)[1]
-
-
-def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double())
-    return low.item(), middle.item(), high.item()
-
-
 def ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratios round by round."""
-    low, middle, high = quantiles([t / b for t, b in zip(times, base, strict=True)])
+    middle, low, high = np.quantile(np.divide(times, base), (0.5, 0.25, 0.75)).tolist()
     return middle, low, high

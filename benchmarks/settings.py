@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from benchmarks.clock import CLOCKS, median, ratio
-from benchmarks.hosts import SIZES
+from benchmarks.clock import ratio
+from benchmarks.hosts import SIZES, inputs, lora_files
 from mole_diffusers.gates import GateConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,6 +23,7 @@ COMPILED: dict[str, Callable[[Any], None]] = {
     "graphs": lambda unet: unet.compile(fullgraph=True, mode="reduce-overhead"),
     "blocks": lambda unet: unet.compile_repeated_blocks(fullgraph=True),
 }
+Files = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,6 @@ class Settings:
         rank: of each LoRA, which have all attention layers.
         repeats: rounds; in each every arm runs once.
         compile: "no", the UNet as a "whole", the same in CUDA "graphs", or its repeated "blocks"; each without a break.
-        channels_last: memory format of the UNet.
         clock: "wall", or "cpu": the time that the process itself had, where other work shares its core.
         gates: which gates the arms with gates have.
     """
@@ -44,14 +48,10 @@ class Settings:
     repeats: int = 6
     device: str = "cpu"
     compile: str = "no"
-    channels_last: bool = False
     clock: str = "wall"
     gates: GateConfig = GateConfig("mole")
 
     def __post_init__(self) -> None:
-        for name, known in (("size", SIZES), ("dtype", DTYPES), ("compile", COMPILED), ("clock", CLOCKS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {list(known)}")
         if self.rank < 1 or self.repeats < 1 or self.pixels % 64:
             raise ValueError(f"rank and repeats must be 1 or more and pixels a multiple of 64: {self}")
 
@@ -60,12 +60,13 @@ class Settings:
         """In pixels."""
         return self.pixels or SIZES[self.size].pixels
 
-    def host(self) -> Any:
-        """A new pipeline."""
+    @contextmanager
+    def host(self, counts: Sequence[int]) -> Iterator[tuple[Any, dict[str, Any], dict[int, Files]]]:
+        """A new pipeline, what its denoiser is called with, and for each of these numbers the files of so many LoRAs."""
         pipe = SIZES[self.size].build(DTYPES[self.dtype], self.device)
-        if self.channels_last:
-            pipe.unet.to(memory_format=torch.channels_last)
-        return pipe
+        with TemporaryDirectory() as folder:
+            files = lora_files(pipe.unet, Path(folder), max(counts), rank=self.rank)
+            yield pipe, inputs(pipe, self.size, pixels=self.side), {n: dict(list(files.items())[:n]) for n in counts}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,3 @@ class Cost:
     @classmethod
     def of(cls, arm: str, experts: int, *, seconds: list[float], base: list[float]) -> Cost:
         return cls(arm, experts, seconds, 1000 * median(seconds), *ratio(seconds, base))
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)

@@ -1,39 +1,99 @@
-"""One denoiser step of every arm, in time against the base's."""
+"""One denoiser step of every arm, in time against the base's and in memory against the experts' own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch._dynamo
+from safetensors.torch import load_file
 
-from benchmarks.arms import ARMS, FOLDING, twin
+from benchmarks.arms import entered, own_pipeline
 from benchmarks.clock import interleaved, seconds
-from benchmarks.hosts import inputs, lora_files
 from benchmarks.settings import COMPILED, Cost, Settings
+
+MARK = "the step that counts"
 
 
 @torch.no_grad()
 def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Cost]:
     """Measure `arms` (see `arms.ARMS`) with each number of experts side by side; the base comes first."""
-    if unknown := set(arms) - set(ARMS):
-        raise ValueError(f"unknown arms {sorted(unknown)}; known: {list(ARMS)}")
-    pipe, wanted = settings.host(), [("base", 0), *((arm, n) for n in experts for arm in arms if arm != "base")]
-    given = inputs(pipe, settings.size, pixels=settings.side)
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        files = lora_files(pipe.unet, Path(folder), max(experts), rank=settings.rank)
+    wanted = [("base", 0), *((arm, n) for n in experts for arm in arms if arm != "base")]
+    with settings.host([0, *experts]) as (pipe, given, files), ExitStack() as stack:
         # All arms share the code of the host's blocks, and each may have as many graphs of it as a host alone.
         limit = torch._dynamo.config.recompile_limit * len(wanted)
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit))
         measures = {}
         for arm, n in wanted:
-            other = twin(pipe, own=arm in FOLDING)
-            changed = stack.enter_context(ARMS[arm](other, dict(list(files.items())[:n]), settings.gates)) or {}
+            other = own_pipeline(arm, pipe)
+            step = entered(stack, arm, other, files[n], settings.gates, given)
             COMPILED[settings.compile](other.unet)
-            measures[f"{arm} {n}"] = partial(seconds, partial(other.unet, **given | changed), clock=settings.clock)
+            measures[f"{arm} {n}"] = partial(seconds, step, clock=settings.clock)
         times = interleaved(measures, repeats=settings.repeats, warmup=2)  # a text is kept when it comes again
     return [Cost.of(arm, n, seconds=times[f"{arm} {n}"], base=times["base 0"]) for arm, n in wanted]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step over those of the base, the bytes of the experts' matrices, and their ratio."""
+
+    arm: str
+    experts: int
+    over: int
+    own: int
+    ratio: float
+
+
+@torch.no_grad()
+def memory_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Memory]:
+    """Peaks of `arms` (see `arms.ARMS`) with each number of experts; ratio 1 is the experts alone."""
+    rows = []
+    with settings.host(experts) as (pipe, given, files):
+        base = peak(lambda _: partial(pipe.unet, **given), settings.device)
+        for n in experts:
+            own = sum(tensor.nbytes for path in files[n].values() for tensor in load_file(path).values())
+            for arm in (arm for arm in arms if arm != "base"):
+                prepare = partial(
+                    entered, arm=arm, pipe=own_pipeline(arm, pipe), files=files[n], gates=settings.gates, given=given
+                )
+                over = peak(prepare, settings.device) - base
+                rows.append(Memory(arm, n, over, own, over / own))
+    return rows
+
+
+def peak(prepare: Callable[[ExitStack], Callable[[], object]], device: str) -> int:
+    """Bytes allocated between the call of `prepare` and the peak of the fourth call of what it gives, less those freed."""
+    gc.collect()  # what is freed meanwhile would count
+    with ExitStack() as stack:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            run = prepare(stack)
+            for _ in range(3):
+                run()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run = prepare(stack)
+            for _ in range(3):
+                run()
+            with torch.profiler.record_function(MARK):
+                run()
+        return _highest(profile)
+
+
+def _highest(profile: Any) -> int:
+    """The highest sum of allocations since the profile began, within MARK."""
+    events = profile.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == MARK)
+    held = highest = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held) if event.start_ns() >= start else held
+    return highest

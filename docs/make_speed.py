@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import curve
+from matplotlib.figure import Figure
+
 from benchmarks.settings import Cost
 
 HERE = Path(__file__).parent
@@ -226,6 +227,23 @@ of the embedded world (`benchmarks/reuse.py`: trained gates per token, 20 steps,
 def document() -> str:
     """The whole page."""
     return HEAD + DISPATCH + dispatch() + ABOUT_DISPATCH + factors() + binding() + steps() + once() + reuse()
+
+
+def curve(costs: list[Cost], path: Path) -> None:
+    """Draw each arm's cost against the number of experts, with its quartiles."""
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="#000000", linewidth=0.8)
+    for arm in dict.fromkeys(cost.arm for cost in costs if cost.experts):
+        line = sorted((c for c in costs if c.arm == arm), key=lambda c: c.experts)
+        x, spread = [c.experts for c in line], [[c.ratio - c.low for c in line], [c.high - c.ratio for c in line]]
+        axes.errorbar(x, [c.ratio for c in line], spread, marker="o", markersize=4, capsize=2, label=arm)
+    ticks = sorted({c.experts for c in costs if c.experts})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set_xlabel("LoRAs")
+    axes.set_ylabel("one step / one step of the base")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

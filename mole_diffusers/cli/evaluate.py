@@ -212,10 +212,7 @@ def _arms(
         for reason in blocked.values():
             note(f"left out: {reason}")
         names = [name for name in names if name not in blocked]
-    if shares:
-        arms = known.moved_arms(names, setup, gates, shares=shares)
-    else:
-        arms = known.chosen_arms(names, setup, gates, weights=strengths)
+    arms = known.chosen_arms(names, setup, gates, weights=strengths, shares=shares)
     idle = [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]
     if idle:
         first = known.gates_of(Path())(cases[0])
@@ -243,10 +240,12 @@ def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, shar
 
 def _heat_map(path: Path, setup: Setup, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
     """What trained gates decide, for the first case that has them."""
-    from mole_diffusers.evaluation.arms import traced
+    from mole_diffusers.inspection.compare import sample
     from mole_diffusers.inspection.gate_figures import block_places, heat_map
 
     seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
     if seen is not None:
-        trace = traced(setup, *seen)
+        arm, case = seen
+        with arm.draws(setup, case) as mixture, mixture.trace() as trace:
+            sample(setup.pipe, case.prompt, [0], **setup.call_of(case))
         heat_map(trace, block_places(trace)).save(path)

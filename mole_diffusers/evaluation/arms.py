@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.merging.merge import METHODS, by_activations, merge, resolved
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.tiles import UNTIL
-from mole_diffusers.patching.trace import Trace
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
@@ -84,47 +82,49 @@ def weighted(
     weights: Weights = ones,
     /,
     *,
-    gates: Callable[[Case], Gates] = lambda case: "sum",
+    gates: Gates | Callable[[Case], Path] = "sum",
     binding: Binding | None = None,
     context: Context = as_they_are,
+    covers: Callable[[Case], bool] = lambda case: True,
     **settings: Any,
 ) -> Arm:
     """The LoRAs of a case attached with these weights: by default a weighted sum, as `set_adapters` with these strengths.
 
     Args:
         weights: also say the order of the experts.
-        gates: what weighs them on top; a case whose folder of trained gates is not there cannot be drawn.
+        gates: what weighs them on top, or where a case's trained gates lie; without that folder it cannot be drawn.
         binding: what is said of words and regions beyond the trigger words of the files; None binds nothing.
         context: what the case is drawn inside of.
-        settings: what rows say beside experts, binding and trained gates.
+        covers: which cases it can draw.
+        settings: what rows say beside experts, binding and trained gates; what depends on the case as functions.
     """
 
     @contextmanager
-    def draws(setup: Setup, case: Case) -> Iterator[None]:
+    def draws(setup: Setup, case: Case) -> Iterator[Mixture]:
         experts = setup.weighted_experts(weights(setup, case))
-        said = binding(setup, case) if binding else None
-        with attached_to(setup, experts, gates(case), said) as mixture, mixture.tiled(0), context(setup, case, mixture):
-            yield
+        said, weighing = binding(setup, case) if binding else None, gates(case) if callable(gates) else gates
+        with attached_to(setup, experts, weighing, said) as mixture, mixture.tiled(0), context(setup, case, mixture):
+            yield mixture
 
     def described(setup: Setup, case: Case) -> Mapping[str, Any]:
-        found = setup.expert_settings(list(weights(setup, case))) | settings
+        found = setup.expert_settings(list(weights(setup, case)))
+        found |= {key: value(setup, case) if callable(value) else value for key, value in settings.items()}
         if binding:
             said = binding(setup, case).items()
             found["binding"] = {name: to_json(value) if isinstance(value, Bound) else value for name, value in said}
-        if isinstance(folder := gates(case), Path):
-            found["gates"] = digest_files(folder / checkpoint.CONFIG, folder / checkpoint.WEIGHTS)
+        if callable(gates):
+            found["gates"] = digest_files(gates(case) / checkpoint.CONFIG, gates(case) / checkpoint.WEIGHTS)
         return found
 
-    def covers(case: Case) -> bool:
-        return not isinstance(folder := gates(case), Path) or (folder / checkpoint.CONFIG).exists()
+    def can_draw(case: Case) -> bool:
+        return covers(case) and (not callable(gates) or (gates(case) / checkpoint.CONFIG).exists())
 
-    return Arm(name, draws, described, covers)
+    return Arm(name, draws, described, can_draw)
 
 
 def alone(concept: str) -> Arm:
     """One concept's LoRA alone on the whole prompt: the upper bound for that concept."""
-    arm = weighted(f"alone {concept}", lambda setup, case: {concept: 1.0})
-    return replace(arm, covers=lambda case: concept in case.concepts)
+    return weighted(f"alone {concept}", lambda setup, case: {concept: 1.0}, covers=lambda case: concept in case.concepts)
 
 
 def summed() -> Arm:
@@ -158,28 +158,27 @@ def in_tiles() -> Arm:
 
 def searched(weights: ByKind) -> Arm:
     """The best strengths that a search found for the case's kind, see `strength_search.best_weights`."""
-    arm = weighted(
+    return weighted(
         "grid search",
         lambda setup, case: by_role(**weights[case.kind])(setup, case),
-        weights={kind: dict(found) for kind, found in weights.items()},
+        covers=lambda case: case.kind in weights,
+        weights=weights,
     )
-    return replace(arm, covers=lambda case: case.kind in weights)
 
 
-def merged(method: str, name: str = "", weights: Weights = ones, *, rank: int | None = None, **options: Any) -> Arm:
+def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
     """A training-free merge; NP-LoRA protects the case's styles, or its last concept if there is no style."""
-    chosen = resolved(method, options)
 
     def styles(setup: Setup, case: Case) -> list[str]:
         return [concept for concept in case.experts if concept in setup.styles]
 
     def draws(setup: Setup, case: Case) -> AbstractContextManager[Any]:
         experts, protect = setup.weighted_experts(weights(setup, case)), styles(setup, case)
-        one = merge(experts, method, rank=rank, protect=protect, activations=setup.activations, **chosen)
+        one = merge(experts, method, protect=protect, activations=setup.activations)
         return attached_to(setup, {"merged": one}, "sum")
 
     def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
-        found = setup.expert_settings(case.experts) | {"method": method, "rank": rank} | chosen
+        found = setup.expert_settings(case.experts) | {"method": method, "rank": None} | resolved(method, {})
         if method == "np":
             found["protect"] = styles(setup, case)
         if by_activations(method):
@@ -196,32 +195,27 @@ def subjects_first(setup: Setup, names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: name in setup.styles)
 
 
-def while_sampling(name: str, context: Context, *, gates: Gates = "sum", order: Order | None = None, **settings: Any) -> Arm:
-    """A composer that acts on an attached mixture while sampling; `settings` describe it in the rows.
-
-    Args:
-        order: in which it takes a case's experts; by default the case's own, idle ones last.
-    """
-
-    def weights(setup: Setup, case: Case) -> Mapping[str, float]:
-        return dict.fromkeys(order(setup, case) if order else case.experts, 1.0)
-
-    return weighted(name, weights, gates=lambda case: gates, context=context, **settings)
+def in_order(order: Order) -> Weights:
+    """Every expert at the user's own strength, in this order."""
+    return lambda setup, case: dict.fromkeys(order(setup, case), 1.0)
 
 
 def switch(period: int = 5) -> Arm:
     """LoRA Switch: subjects, then styles, then idle experts take turns."""
-    return while_sampling(
-        "switch",
-        lambda setup, case, mixture: switched(setup.pipe, mixture, period=period),
-        order=lambda setup, case: [*subjects_first(setup, case.concepts), *case.idle],
-        period=period,
-    )
+    order = in_order(lambda setup, case: [*subjects_first(setup, case.concepts), *case.idle])
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return switched(setup.pipe, mixture, period=period)
+
+    return weighted("switch", order, context=context, period=period)
 
 
 def composite() -> Arm:
     """LoRA Composite; as many UNet calls per step as experts."""
-    return while_sampling("composite", lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
+    return weighted("composite", context=lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
+
+
+MATRIX = GateConfig("static", granularity="matrix")
 
 
 def klora() -> Arm:
@@ -231,9 +225,8 @@ def klora() -> Arm:
         content, style = mixture.experts
         return k_lora(setup.pipe, mixture, content=content, style=style)
 
-    gates, order = GateConfig("static", granularity="matrix"), lambda setup, case: subjects_first(setup, case.experts)
-    arm = while_sampling("k-lora", context, gates=gates, order=order, alpha=ALPHA, beta=BETA)
-    return replace(arm, covers=lambda case: len(case.experts) == 2)
+    order, covers = in_order(lambda setup, case: subjects_first(setup, case.experts)), lambda case: len(case.experts) == 2
+    return weighted("k-lora", order, gates=MATRIX, context=context, covers=covers, alpha=ALPHA, beta=BETA)
 
 
 def subjects_of(setup: Setup, case: Case) -> list[str]:
@@ -243,7 +236,7 @@ def subjects_of(setup: Setup, case: Case) -> list[str]:
 
 def regional(parts: Parts) -> Arm:
     """Regional prompts: a prompt and a LoRA for each region; the parts say where."""
-    return in_parts("regional prompts", regional_prompts, parts, gates=GateConfig("static", granularity="matrix"))
+    return in_parts("regional prompts", regional_prompts, parts, gates=MATRIX)
 
 
 def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, Part]:
@@ -263,7 +256,7 @@ def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], pa
         found = parts(setup, case)
         return composer(setup.pipe, mixture, case.prompt, found) if found else nullcontext()
 
-    return _also_says(while_sampling(name, context, **options), "parts", parts)
+    return weighted(name, context=context, parts=parts, **options)
 
 
 def freefused() -> Arm:
@@ -272,12 +265,7 @@ def freefused() -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return freefuse(setup.pipe, mixture, subjects_of(setup, case))
 
-    return _also_says(while_sampling("freefuse", context, first_pass=FIRST_PASS, core=CORE), "subjects", subjects_of)
-
-
-def _also_says(arm: Arm, name: str, fact: Callable[[Setup, Case], Any]) -> Arm:
-    """The arm, with one more setting, which depends on the case."""
-    return replace(arm, settings=lambda setup, case: {**arm.settings(setup, case), name: fact(setup, case)})
+    return weighted("freefuse", context=context, subjects=subjects_of, first_pass=FIRST_PASS, core=CORE)
 
 
 def gates_of(folder: Path) -> Callable[[Case], Path]:
@@ -315,20 +303,6 @@ CONTROLS: dict[str, Context] = {
 }
 
 
-def traced(setup: Setup, arm: Arm, case: Case) -> Trace:
-    """What the gates of an arm decide while one picture of a case is drawn, seed 0.
-
-    Raises ValueError if the arm attaches no gates.
-    """
-    with arm.draws(setup, case):
-        mixture = attached(setup.pipe)
-        if mixture is None:
-            raise ValueError(f"the arm {arm.name!r} attaches no gates")
-        with mixture.trace() as trace:
-            sample(setup.pipe, case.prompt, [0], **setup.call_of(case))
-    return trace
-
-
 # ---- arms by name
 
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
@@ -337,7 +311,8 @@ PLAIN: dict[str, Callable[[], Arm]] = {
     "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
 }  # fmt: skip
 BOUND_GATES = "bound gates"
-MOVABLE = ("sum", *MERGES, "gates")  # arms whose strengths `moved_arms` can move
+BY_EXPERT = ("switch", "composite", "masked blend", "freefuse")  # arms that read the prompt with single experts
+MOVABLE = ("sum", *MERGES, "gates")  # arms whose strengths can be moved
 ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
 
 
@@ -348,73 +323,60 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def chosen_arms(
-    names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
+    names: Sequence[str],
+    setup: Setup,
+    gates: Path | None = None,
+    *,
+    weights: ByKind | None = None,
+    shares: Sequence[float] = (),
 ) -> list[Arm]:
     """The arms of these names, of `ARMS`; "alone" is one arm per expert.
 
     Args:
         gates: a folder with one folder of trained gates per case, see `gates_of`.
         weights: the result of a search, see `searched`.
+        shares: draw each as strength moves from subjects, at 2 - 2s, to styles, at 2s, for each share s: as "sum @ 0.3",
+            which `plots.frontier` reads.
 
-    Raises ValueError for an unknown name, or an arm that cannot be drawn, see `obstacles`.
+    Raises ValueError for an unknown name, an arm that cannot be drawn, see `obstacles`, or whose strengths cannot be moved,
+    or a share outside 0..1.
     """
     check_names(names)
+    if shares and (fixed := [name for name in names if name not in MOVABLE]):
+        raise ValueError(f"the strengths of {fixed} cannot be moved; those of {list(MOVABLE)} can")
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
     if found := obstacles(names, setup, gates, weights=weights):
         raise ValueError("; ".join(found.values()))
-    return [arm for name in names for arm in _named(name, setup, gates, weights)]
+    moved = [(f" @ {share:g}", by_role(2 - 2 * share, 2 * share)) for share in shares] or [("", ones)]
+    return [arm for name, each in product(names, moved) for arm in _named(name, setup, gates, weights, *each)]
 
 
-def _named(
-    name: str, setup: Setup, gates: Path | None, searches: ByKind | None, weights: Weights = ones, label: str = ""
-) -> list[Arm]:
-    """The arm of a name that has no obstacles, "alone" one per expert; `weights` and `label` are for those of `MOVABLE`."""
-    label = label or name
+def _named(name: str, setup: Setup, gates: Path | None, searches: ByKind | None, at: str, weights: Weights) -> list[Arm]:
+    """The arm of a name that has no obstacles, "alone" one per expert; `at` and `weights` are for those of `MOVABLE`."""
     if name == "alone":
         return [alone(concept) for concept in setup.experts]
     if name == "grid search" and searches is not None:
         return [searched(searches)]
     if gates is not None and name in (*CONTROLS, BOUND_GATES):
         how = {"binding": from_files} if name == BOUND_GATES else {"context": CONTROLS[name]}
-        return [weighted(label, weights, gates=gates_of(gates), **how)]
+        return [weighted(name + at, weights, gates=gates_of(gates), **how)]
     if name in MERGES:
-        return [merged(name, label, weights)]
-    return [weighted(label, weights) if name == "sum" else PLAIN[name]()]
+        return [merged(name, name + at, weights)]
+    return [weighted(name + at, weights) if name == "sum" else PLAIN[name]()]
 
 
 def obstacles(
     names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
 ) -> dict[str, str]:
     """Those of the named arms that cannot be drawn with this setup -> why, known before anything is drawn."""
-    unprompted = sorted(name for name in setup.experts if not setup.prompts.get(name))
-    kind, found = type(setup.pipe).__name__, {}
-    for name in names:
-        if name in METHODS and by_activations(name) and unprompted:
-            found[name] = f"{name!r} runs every expert on prompts of its own, and there are none for {unprompted}"
-        elif name in ("switch", "composite", "masked blend", "freefuse") and not encodes_by_expert(setup.pipe):
-            found[name] = f"{name!r} needs a unet and one text encoder, unlike {kind}"
-        elif name in ("tiles", "k-lora") and getattr(setup.pipe, "unet", None) is None:
-            found[name] = f"{name!r} needs a unet, unlike {kind}"
-        elif name == "grid search" and weights is None:
-            found[name] = f"{name!r} needs the weights of a search"
-        elif name in (*CONTROLS, BOUND_GATES) and gates is None:
-            found[name] = f"{name!r} needs a folder of trained gates"
-    return found
-
-
-def moved_arms(names: Sequence[str], setup: Setup, gates: Path | None = None, *, shares: Sequence[float]) -> list[Arm]:
-    """Sums, merges and gates as strength moves from subjects, at 2 - 2s, to styles, at 2s, for each share s.
-
-    They are named "sum @ 0.3", which `plots.frontier` reads.
-
-    Raises ValueError for an arm whose strengths cannot be moved or that cannot be drawn, or a share outside 0..1.
-    """
-    if unknown := [name for name in names if name not in MOVABLE]:
-        raise ValueError(f"the strengths of {unknown} cannot be moved; those of {list(MOVABLE)} can")
-    if wrong := [share for share in shares if not 0 <= share <= 1]:
-        raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
-    if found := obstacles(names, setup, gates):
-        raise ValueError("; ".join(found.values()))
-    arms = []
-    for name, share in product(names, shares):
-        arms += _named(name, setup, gates, None, by_role(2 - 2 * share, 2 * share), f"{name} @ {share:g}")
-    return arms
+    kind, unprompted = type(setup.pipe).__name__, sorted(name for name in setup.experts if not setup.prompts.get(name))
+    own_runs = [name for name in MERGES if by_activations(name)]
+    needs = [  # what is lacking, the arms that need it, and what is said of them
+        (unprompted, own_runs, f"runs every expert on prompts of its own, and there are none for {unprompted}"),
+        (not encodes_by_expert(setup.pipe), BY_EXPERT, f"needs a unet and one text encoder, unlike {kind}"),
+        (getattr(setup.pipe, "unet", None) is None, ("tiles", "k-lora"), f"needs a unet, unlike {kind}"),
+        (weights is None, ("grid search",), "needs the weights of a search"),
+        (gates is None, (*CONTROLS, BOUND_GATES), "needs a folder of trained gates"),
+    ]
+    return {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}

@@ -9,8 +9,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,9 +22,6 @@ from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concep
 from mole_diffusers.options import check_options
 from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.data import read_folder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCORES = ("CLIP-T", "CLIP-I", "DINO")
 DINO_BY_ROLE = ("DINO of subjects", "DINO of styles")
@@ -56,15 +53,14 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
 def _case(found: object) -> Case:
     if not isinstance(found, dict):
         raise ValueError(f"got {found!r}")
-    check_options(found, {"concepts": list[str], "prompt": str, "kind": str, "size": Any}, "a case")
+    check_options(found, {"concepts": list[str], "prompt": str, "kind": str, "size": list[int] | None}, "a case")
     concepts, size = found["concepts"], found.get("size")
     if not concepts or len(set(concepts)) < len(concepts):
         raise ValueError(f"concepts are different names, one or more, got {concepts!r}")
-    pixels = size if isinstance(size, list) else []
-    if size is not None and (len(pixels) != 2 or any(type(side) is not int or side < 1 for side in pixels)):
+    if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f'"size" is [width, height] in pixels, got {size!r}')
     kind = found.get("kind", f"{len(concepts)} concepts")
-    return Case(tuple(concepts), kind, found["prompt"], size=(pixels[0], pixels[1]) if pixels else None)
+    return Case(tuple(concepts), kind, found["prompt"], size=(size[0], size[1]) if size else None)
 
 
 def windows(image: Image.Image) -> list[Image.Image]:
@@ -153,7 +149,6 @@ def report(styles: Collection[str]) -> Report:
         paired=paired_scores,
         values=SCORES,
         roles=DINO_BY_ROLE,
-        count_value="DINO",
         limits=(None, None),
         styles=styles,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -14,23 +15,10 @@ from mole_diffusers import emoji
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation.report import Report
-from mole_diffusers.evaluation.rows import SAME_NOISE, Row, digest_files
+from mole_diffusers.evaluation.rows import Row, digest_files
 from mole_diffusers.evaluation.runner import Case, Setup
-from mole_diffusers.evaluation.statistics import bootstrap, harmonic, recovery, resample_cases, share
-from mole_diffusers.evaluation.tables import (
-    as_frame,
-    as_text,
-    by_kind,
-    interval,
-    markdown,
-    paired_table,
-    success_table,
-)
+from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, paired_table, score_table, success_table
 from mole_diffusers.lora import read_expert
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 OWN = 7  # prompts of one concept alone
 NEAR = 2  # places of the judge, of 16 pixels: closer than this, subjects are blended into one
@@ -113,60 +101,22 @@ class JudgeMetrics:
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows as a table, with the figures' names for `subjects` and `style`."""
+    """Rows as a table, with the share of a case's concepts that is seen."""
     found = as_frame(rows)
-    found["subject seen"], found["style seen"] = found["subjects"], found["style"]
+    found["concepts seen"] = concept_mean(found["seen"])
     return found
-
-
-def concept_table(rows: pd.DataFrame) -> str:
-    """What stands behind success, by arm.
-
-    The share of concepts seen, recovery (of what the single LoRA shows on the same seeds), the harmonic mean over a case's
-    concepts, style, background, and how often several subjects stand apart.
-    """
-    alone = {
-        (*place, concept): seen[concept]
-        for arm, seen, *place in rows[["arm", "seen", *SAME_NOISE]].itertuples(index=False)
-        for concept in seen
-        if arm == f"alone {concept}"
-    }
-    body = []
-    for arm, own in rows.groupby("composer", sort=False):
-        cases = [case for _, case in own.groupby(["arm", "case"], sort=False)]  # each single LoRA on each case by itself
-        seen, drawn = _seen(cases, alone), resample_cases(len(cases))  # [G, S, 2, C]
-        body.append(
-            [
-                arm,
-                as_text(bootstrap(seen[:, :, 0], drawn, share)),
-                as_text(bootstrap(seen, drawn, recovery)),
-                as_text(bootstrap(seen[:, :, 0], drawn, harmonic)),
-                *(interval(own, value) for value in ("style", "background")),
-                interval(own.dropna(subset=["apart"]), "apart"),
-            ]
-        )
-    head = ["arm", "concepts seen", "recovery", "harmonic mean", "style", "background", "apart"]
-    return markdown(head, body)
-
-
-def _seen(cases: Sequence[pd.DataFrame], alone: Mapping[tuple, bool]) -> torch.Tensor:
-    """[G, S, 2, C]: whether each concept is seen, and is with its LoRA alone on the same noise; NaN where there is none."""
-    seeds, concepts = max(map(len, cases)), max(len(case["seen"].iloc[0]) for case in cases)
-    table = torch.full((len(cases), seeds, 2, concepts), torch.nan)
-    for g, case in enumerate(cases):
-        for s, (seen, *place) in enumerate(case[["seen", *SAME_NOISE]].itertuples(index=False)):
-            for c, (concept, there) in enumerate(seen.items()):
-                table[g, s, :, c] = torch.tensor([float(there), float(alone.get((*place, concept), torch.nan))])
-    return table
 
 
 REPORT = Report(
     frame=frame,
-    tables=(success_table, partial(by_kind, table=concept_table)),
+    tables=(
+        success_table,
+        # What stands behind success: concepts one by one, and whether several subjects stand apart.
+        partial(by_kind, table=partial(score_table, scores=("concepts seen", "style", "background", "apart"), digits=2)),
+    ),
     paired=paired_table,
     values=("success",),
-    roles=("subject seen", "style seen"),
-    count_value="success",
+    roles=("subjects", "style"),
     limits=(0, 1),
     styles=emoji.STYLES,
 )

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -63,16 +64,11 @@ def votes(folder: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for an answer that is not one of `ANSWERS`, and a table that is not the sheet's.
     """
-    import pandas as pd
-
     questions, answers = json.loads((folder / "sheet" / "key.json").read_text()), _answers(folder)
-    if len(answers) != len(questions):
-        raise ValueError(f"answers.csv has {len(answers)} rows for the {len(questions)} questions of the sheet")
-    if lost := set(range(len(questions))) - {number for number, _ in answers}:
-        raise ValueError(f"answers.csv has no row for question {min(lost):04}")
+    if [number for number, _ in answers] != list(range(len(questions))):
+        raise ValueError(f"answers.csv is to have a row for each question from 0000 to {len(questions) - 1:04}, each once")
     found = []
-    for number, answer in answers:
-        question = questions[number]
+    for (number, answer), question in zip(answers, questions, strict=True):
         if answer not in (*ANSWERS, ""):
             raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
         if answer:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from PIL import Image
 
 from mole_diffusers.evaluation.rows import Row, picture_path, save_picture
 from mole_diffusers.evaluation.tables import estimate
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.inspection.gate_figures import COLOURS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Limits = tuple[float | None, float | None]  # of an axis; None for where the values end
 ACROSS = 3  # panels side by side
@@ -41,9 +39,9 @@ def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *
     width = 0.8 / len(kinds)
     for axes, value in zip(panels, values, strict=True):
         for k, (kind, own) in enumerate(rows.groupby("group", sort=False)):
-            found = {arm: estimate(cell, value) for arm, cell in own.groupby("composer", sort=False)}
-            at = [arms.index(arm) + (k - (len(kinds) - 1) / 2) * width for arm in found]
-            means, lows, highs = zip(*found.values(), strict=True)
+            beside = (k - (len(kinds) - 1) / 2) * width
+            found = [(arms.index(arm) + beside, *estimate(cell, value)) for arm, cell in own.groupby("composer", sort=False)]
+            at, means, lows, highs = zip(*found, strict=True)
             axes.bar(at, means, width, color=COLOURS[k % len(COLOURS)], label=kind)
             axes.vlines(at, lows, highs, color="#444444", linewidth=1)
         axes.set_ylim(*limits)
@@ -74,11 +72,6 @@ def frontier(rows: pd.DataFrame, path: Path, values: tuple[str, str], *, limits:
     return save_figure(figure, path)
 
 
-def against_count(rows: pd.DataFrame, path: Path, value: str = "success", *, limits: Limits = (0, 1)) -> Any:
-    """A value against the number of attached experts, one line per arm, a panel per kind."""
-    return curves(rows.assign(experts=rows["attached"]), path, value, at="experts", limits=limits)
-
-
 def curves(
     rows: pd.DataFrame,
     path: Path,
@@ -100,10 +93,10 @@ def curves(
         named = isinstance(ticks[0], str)
         places = {tick: i if named else tick for i, tick in enumerate(ticks if named else sorted(ticks))}
         for name, cells in own.groupby(line, sort=False):
-            found = {places[tick]: estimate(cell, value) for tick, cell in cells.groupby(at)}
-            means, lows, highs = zip(*(found[x] for x in sorted(found)), strict=True)
-            axes.plot(sorted(found), means, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
-            axes.vlines(sorted(found), lows, highs, color=colours[name], linewidth=1)
+            found = sorted((places[tick], *estimate(cell, value)) for tick, cell in cells.groupby(at))
+            x, means, lows, highs = zip(*found, strict=True)
+            axes.plot(x, means, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
+            axes.vlines(x, lows, highs, color=colours[name], linewidth=1)
         axes.set(xlabel=at, ylabel=value, ylim=limits)
         axes.set_xticks(list(places.values()), list(map(str, places)), **TURNED if named else {})
         axes.legend(fontsize=7)
@@ -114,14 +107,14 @@ def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFr
     """A figure with a panel for each kind, three in a row, and each panel with its rows; several panels have titles."""
     from matplotlib.figure import Figure
 
-    groups = list(rows.groupby(by, sort=False))
+    groups, panels = list(rows.groupby(by, sort=False)), []
     across, down = min(len(groups), ACROSS), -(-len(groups) // ACROSS)
     figure = Figure((5 * across, 4 * down), layout="constrained")
-    panels = [figure.add_subplot(down, across, i + 1) for i in range(len(groups))]
-    if len(groups) > 1:
-        for axes, (kind, _) in zip(panels, groups, strict=True):
-            axes.set_title(kind, fontsize=9)
-    return figure, [(axes, own) for axes, (_, own) in zip(panels, groups, strict=True)]
+    for i, (kind, own) in enumerate(groups):
+        axes = figure.add_subplot(down, across, i + 1)
+        axes.set_title(kind if len(groups) > 1 else "", fontsize=9)
+        panels.append((axes, own))
+    return figure, panels
 
 
 def _colours(names: Iterable[str]) -> dict[str, Any]:
@@ -143,12 +136,7 @@ def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> 
     for row in shown:
         arms.setdefault(row["arm"], {})[row["seed"]] = row
     arms = {arm: found for arm, found in arms.items() if set(found) == set(seeds)}
-    pictures = [[_read(picture_path(folder, found[seed])) for seed in seeds] for found in arms.values()]
+    pictures = [[Image.open(picture_path(folder, found[seed])).convert("RGB") for seed in seeds] for found in arms.values()]
     sheet = image_grid(pictures, [f"seed {seed}" for seed in seeds], list(arms))
     save_picture(sheet, path)
     return sheet
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

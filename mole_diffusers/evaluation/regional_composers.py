@@ -6,7 +6,7 @@ Contexts on a mixture without binding. Experts that have no part, as a style, ac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,47 +51,36 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
         raise ValueError(f"regional prompts need a gate per matrix, got one per {mixture.config.granularity}")
     if lost := [name for name, (_, region) in parts.items() if region == AUTO]:
         raise ValueError(f"regional prompts need a region for each part, and there is none for {lost}")
-    attention = _RegionalAttention(pipe, mixture, parts)
+    names, regions = _names_by_text(mixture, parts), [region for _, region in parts.values()]
     whole = {name: Bound((), parts[name][1] if name in parts else EVERYWHERE) for name in mixture.experts}
-    readers = _readers(pipe, mixture, prompt, parts, unprompted=())
+    now: dict[str, Any] = {}  # of the UNet's call: its texts, the shares of the regions, and which rows are prompted
+
+    def run(unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+        shares = _shares(torch.stack([_mask(region, args[0].shape[-2:]) for region in regions])).to(args[0])
+        now.update(texts=texts, shares=shares, prompted=prompted_rows(pipe, texts[-1], args[0])[:, None, None])
+        return unet(*args, **{**kwargs, "encoder_hidden_states": texts[-1]})
+
+    def attend(module: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """One cross-attention, [B, T, C] -> [B, T, C]: regions read their own texts, the rest of the picture the last."""
+
+        def read(names: Sequence[str], text: torch.Tensor) -> torch.Tensor:
+            with mixture.only(*names):
+                return module(hidden, **{**kwargs, "encoder_hidden_states": text})
+
+        side = next(side for side in sides(now["shares"].shape[-2:]) if side[0] * side[1] == hidden.shape[1])
+        shares = F.adaptive_avg_pool2d(now["shares"], side).flatten(1)[:, None, :, None].to(hidden.dtype)  # [K + 1, 1, T, 1]
+        found = torch.stack([read(*each) for each in zip(names, now["texts"], strict=True)])
+        return torch.where(now["prompted"], (shares * found).sum(0), read((), now["texts"][-1]))
+
     with ExitStack() as undo:
         undo.enter_context(mixture.bound(whole))
-        undo.enter_context(texts_apart(pipe, readers, attention.run))
+        undo.enter_context(texts_apart(pipe, _readers(pipe, mixture, prompt, parts, unprompted=()), run))
         for module in cross_attentions(pipe.unet).values():
-            undo.enter_context(replaced_forward(module, partial(attention.attend, module)))
+            undo.enter_context(replaced_forward(module, partial(attend, module)))
         yield
 
 
-class _RegionalAttention:
-    """Cross-attention in which each region reads a text of its own, and the rest of the picture the last."""
-
-    def __init__(self, pipe: Any, mixture: Mixture, parts: Mapping[str, Part]):
-        self.pipe, self.mixture = pipe, mixture
-        self.regions, self.readers = [region for _, region in parts.values()], _names_by_text(mixture, parts)
-
-    def run(self, unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
-        """The UNet with K + 1 texts [B, S, C]."""
-        latents, text = args[0], texts[-1]
-        self.texts, self.side = texts, latents.shape[-2:]
-        self.shares = _shares(torch.stack([_mask(region, self.side) for region in self.regions])).to(latents)
-        self.prompted = prompted_rows(self.pipe, text, latents)  # [B]
-        return unet(*args, **{**kwargs, "encoder_hidden_states": text})
-
-    def attend(self, module: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """One cross-attention, [B, T, C] -> [B, T, C]."""
-
-        def read(names: Sequence[str], text: torch.Tensor) -> torch.Tensor:
-            with self.mixture.only(*names):
-                return module(hidden, **{**kwargs, "encoder_hidden_states": text})
-
-        side = next(side for side in sides(self.side) if side[0] * side[1] == hidden.shape[1])
-        shares = F.adaptive_avg_pool2d(self.shares, side).flatten(1)[:, None, :, None].to(hidden.dtype)  # [K + 1, 1, T, 1]
-        found = torch.stack([read(*each) for each in zip(self.readers, self.texts, strict=True)])
-        return torch.where(self.prompted[:, None, None], (shares * found).sum(0), read((), self.texts[-1]))
-
-
-@contextmanager
-def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> Iterator[None]:
+def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> AbstractContextManager[None]:
     """One prediction for each LoRA, blended by regions: e = sum_k M_k e_k + (1 - sum_k M_k) e_0.
 
     e_k is what LoRA k alone predicts with its own prompt, e_0 what none of them does with `prompt`: a call of the UNet for
@@ -122,8 +111,7 @@ def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, P
         shares = _shares(_masks(parts, maps[:-1], args[0].shape[-2:])).to(scores)[:, :, None]  # [K + 1, B, 1, H, W]
         return ((scores * shares.repeat(1, scores.shape[1] // shares.shape[1], 1, 1, 1)).sum(0),)
 
-    with texts_apart(pipe, _readers(pipe, mixture, prompt, parts), run):
-        yield
+    return texts_apart(pipe, _readers(pipe, mixture, prompt, parts), run)
 
 
 def _reading(mixture: Mixture, name: str) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mole_diffusers.evaluation.plots import Limits, against_count, bars, frontier
+import pandas as pd
+
+from mole_diffusers.evaluation.plots import Limits, bars, curves, frontier
 from mole_diffusers.evaluation.rows import Row
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,8 @@ class Report:
         frame: rows as a table with the protocol's values.
         tables: of all arms.
         paired: of every other arm less one: (frame, arm, resample="cases" or "concepts").
-        values: what bars show.
+        values: what bars show; the last is drawn against the number of experts, too.
         roles: what the frontier shows, of subjects and of styles.
-        count_value: what is drawn against the number of experts.
         limits: of the figures' axes.
         styles: the concepts that are styles.
     """
@@ -34,7 +32,6 @@ class Report:
     paired: Callable[..., str]
     values: Sequence[str]
     roles: tuple[str, str]
-    count_value: str
     limits: Limits
     styles: Collection[str]
 
@@ -53,22 +50,24 @@ class Report:
         return bars(frame, path, [value for value in self.values if frame[value].notna().any()], limits=self.limits)
 
     def draw_count(self, rows: Sequence[Row], path: Path) -> Any:
-        """A value against the number of attached experts.
+        """The last value against the number of attached experts.
 
         Raises ValueError if no row has the value.
         """
-        shown = self.frame(rows).dropna(subset=[self.count_value])
+        value = self.values[-1]
+        shown = self.frame(rows).dropna(subset=[value])
         if shown.empty:
-            raise ValueError(f"no picture has {self.count_value}")
-        return against_count(shown, path, self.count_value, limits=self.limits)
+            raise ValueError(f"no picture has {value}")
+        return curves(shown, path, value, at="attached", limits=self.limits)
 
     def draw_frontier(self, rows: Sequence[Row], path: Path) -> Any:
         """Styles against subjects, of the cases that ask for both.
 
         Raises ValueError if no row of theirs has both values.
         """
-        both = [row for row in rows if len({concept in self.styles for concept in row["concepts"]}) == 2]
-        shown = self.frame(both).dropna(subset=list(self.roles)) if both else None
-        if shown is None or shown.empty:
+        frame = self.frame(rows)
+        both = frame["concepts"].map(lambda concepts: len({concept in self.styles for concept in concepts}) == 2)
+        shown = frame[both].dropna(subset=list(self.roles))
+        if shown.empty:
             raise ValueError(f"no picture asks for both a subject and a style and has {' and '.join(self.roles)}")
         return frontier(shown, path, self.roles, limits=self.limits)

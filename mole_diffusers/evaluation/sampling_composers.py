@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,38 +15,27 @@ from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
-from mole_diffusers.patching.runtime import PlainSum
-from mole_diffusers.patching.undo import replaced_forward
+from mole_diffusers.patching.undo import Undo, replaced_forward
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
 ALPHA, BETA = 1.5, 0.5  # of K-LoRA
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
 
 
-def turn(step: int, count: int, period: int) -> int:
-    """The expert that is active at `step`, from 0: each of `count` in order for `period` steps, then from the start.
-
-    LoRA Switch (arXiv 2402.16843, sec. 3.2). The released code gives the first expert one step more than the others.
-    """
-    return step % (count * period) // period
-
-
-@contextmanager
-def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> Iterator[None]:
-    """LoRA Switch: one expert at a time, in the mixture's order (the paper: characters first), each with its own text."""
+def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> AbstractContextManager[None]:
+    """LoRA Switch (arXiv 2402.16843, sec. 3.2): one expert at a time, in the mixture's order (the paper: characters first),
+    each for `period` steps with its own text. The released code gives the first expert one step more than the others."""
     names, steps = list(mixture.experts), StepCounter(pipe.unet)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
-        index = turn(steps.at(args, kwargs), len(names), period)
+        index = steps.at(args, kwargs) // period % len(names)
         with mixture.only(names[index]):
             return unet(*args, **{**kwargs, "encoder_hidden_states": texts[index]})
 
-    with _encoded_by_expert(pipe, mixture, run):
-        yield
+    return _encoded_by_expert(pipe, mixture, run)
 
 
-@contextmanager
-def composed_scores(pipe: Any, mixture: Mixture) -> Iterator[None]:
+def composed_scores(pipe: Any, mixture: Mixture) -> AbstractContextManager[None]:
     """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of what each alone predicts, guided as one."""
     names = list(mixture.experts)
 
@@ -57,8 +46,7 @@ def composed_scores(pipe: Any, mixture: Mixture) -> Iterator[None]:
                 found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
         return (torch.stack(found).mean(0),)
 
-    with _encoded_by_expert(pipe, mixture, run):
-        yield
+    return _encoded_by_expert(pipe, mixture, run)
 
 
 class StepCounter:
@@ -142,41 +130,30 @@ def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
     return delta.abs().flatten().topk(min(count, delta.numel())).values.sum()
 
 
-class KLoRA(PlainSum):
-    """K-LoRA as a strength schedule: one of two experts per layer and step. Needs equal gates, one per matrix.
-
-    Layers outside the denoiser's attention, and those that one of the two lacks, keep the sum.
-    """
-
-    def __init__(self, pipe: Any, mixture: Mixture, *, content: str, style: str):
-        super().__init__(len(mixture.experts))
-        names = list(mixture.experts)
-        if sorted(names) != sorted((content, style)) or mixture.config.granularity != "matrix":
-            raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")
-        pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
-        layers = {k: v for k, v in layers_of(pair).items() if k.startswith("unet.") and k.endswith(ATTENTION)}
-        self.until, self.pipe, self.steps, self.step = last_content(layers), pipe, StepCounter(pipe.unet), 0
-        self.content = [float(name == content) for name in names]
-        self.style = [float(name == style) for name in names]
-
-    def gates(self, place: str) -> list[float] | None:
-        part, _, module = place.partition(".")
-        until = self.until.get(f"{part}.{layer_key(module)}")
-        if until is None:
-            return None
-        return self.content if self.step / len(self.pipe.scheduler.timesteps) <= until else self.style
-
-    def _advance(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.step = self.steps.at(args, kwargs)
-
-
 @contextmanager
 def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator[None]:
-    """K-LoRA on an attached mixture of a content and a style expert."""
-    plan = KLoRA(pipe, mixture, content=content, style=style)
-    hook = pipe.unet.register_forward_pre_hook(plan._advance, prepend=True, with_kwargs=True)
-    try:
-        with mixture.planned(plan):
-            yield
-    finally:
-        hook.remove()
+    """K-LoRA on a mixture of a content and a style expert: one of the two per layer and step.
+
+    Layers outside the denoiser's attention, and those that one of the two lacks, keep the sum.
+
+    Raises ValueError for other experts, or gates that are not one per matrix.
+    """
+    names, steps = list(mixture.experts), StepCounter(pipe.unet)
+    if sorted(names) != sorted((content, style)) or mixture.config.granularity != "matrix":
+        raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")
+    pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
+    until = last_content({k: v for k, v in layers_of(pair).items() if k.startswith("unet.") and k.endswith(ATTENTION)})
+
+    def count(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        steps.at(args, kwargs)
+
+    def chosen(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        part, _, module = place.partition(".")
+        if (key := f"{part}.{layer_key(module)}") not in until:
+            return gates
+        name = content if steps.step / len(pipe.scheduler.timesteps) <= until[key] else style
+        return gates.new_tensor([float(each == name) for each in names])
+
+    with Undo() as undo, mixture.adjusted(chosen):
+        undo.before_forward(pipe.unet, count, with_kwargs=True)
+        yield

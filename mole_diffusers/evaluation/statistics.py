@@ -1,4 +1,4 @@
-"""Bootstrap intervals and summaries of an evaluation: pure functions. G cases (compositions), S seeds, D samples."""
+"""Bootstrap intervals of an evaluation: pure functions. G cases (compositions), S seeds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-Statistic = Callable[[torch.Tensor], torch.Tensor]  # [D, G, S, ...], D samples of the seeds of G cases -> [D, G]
 Resampler = Callable[[int, torch.Generator], torch.Tensor]  # a number of draws -> how often each case is drawn, [draws, G]
-
-
-def overall(samples: torch.Tensor) -> torch.Tensor:
-    """The mean of everything in a case: [D, G, S, ...] -> [D, G]."""
-    return samples.flatten(2).nanmean(2)
 
 
 def resample_cases(count: int) -> Resampler:
@@ -39,22 +33,20 @@ def resample_concepts(concepts: Sequence[Sequence[str]]) -> Resampler:
     return resample
 
 
-def bootstrap(
-    table: torch.Tensor, resample: Resampler, statistic: Statistic = overall, *, draws: int = 2000
-) -> tuple[float, float, float]:
-    """The mean of a statistic over cases and its 95 % percentile interval; the seeds are resampled within each case.
+def bootstrap(table: torch.Tensor, resample: Resampler, *, draws: int = 2000) -> tuple[float, float, float]:
+    """The mean over cases of their means over seeds and its 95 % percentile interval; seeds are resampled within each case.
 
     Args:
-        table: [G, S, ...] values, NaN where a case has fewer seeds than another.
+        table: [G, S] values, NaN where a case has fewer seeds than another.
         resample: how cases are drawn.
     """
     values, generator = table.double(), torch.Generator().manual_seed(0)
-    cases, seeds = table.shape[:2]
+    cases, seeds = table.shape
     weights = resample(draws, generator)
     j = torch.randint(0, seeds, (draws, cases, seeds), generator=generator)
-    found = _mean(statistic(values[torch.arange(cases)[:, None], j]), weights)  # [draws]
+    found = _mean(values[torch.arange(cases)[:, None], j].nanmean(2), weights)  # [draws]
     low, high = torch.nanquantile(found, torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
-    return _mean(statistic(values[None]), weights.new_ones(1, cases)).item(), low, high
+    return _mean(values.nanmean(1)[None], weights.new_ones(1, cases)).item(), low, high
 
 
 def _counts(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
@@ -64,29 +56,9 @@ def _counts(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over cases that have a value: [D, G], [D, G] -> [D], NaN where none has weight."""
+    """Weighted mean over cases that have a value: [draws, G] twice -> [draws], NaN where none has weight."""
     weights = weights * ~values.isnan()
     return (values.nan_to_num() * weights).sum(1) / weights.sum(1)
-
-
-def share(samples: torch.Tensor) -> torch.Tensor:
-    """Mean over a case's concepts of the share of seeds: [D, G, S, C] -> [D, G], NaN where a case has fewer concepts."""
-    return samples.nanmean(2).nanmean(2)
-
-
-def recovery(samples: torch.Tensor) -> torch.Tensor:
-    """Mean over a case's concepts of a concept's share of its upper bound, at most 1: [D, G, S, 2, C] -> [D, G].
-
-    The two are the arm's own and the bound's, on the same seeds; concepts whose bound shows nothing are left out.
-    """
-    own, bound = samples.nanmean(2).unbind(2)  # [D, G, C]
-    return (own / bound.where(bound > 0, torch.nan)).clamp(max=1.0).nanmean(2)
-
-
-def harmonic(samples: torch.Tensor) -> torch.Tensor:
-    """The harmonic mean over a case's concepts, 0 if one is never seen: [D, G, S, C] -> [D, G], NaN left out."""
-    shares = samples.nanmean(2)
-    return (~shares.isnan()).sum(-1) / (1 / shares).nansum(-1)
 
 
 def as_table(groups: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isnan, nan
-from typing import TYPE_CHECKING, Literal
+from math import nan
+from typing import Literal
+
+import pandas as pd
 
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row
 from mole_diffusers.evaluation.statistics import as_table, bootstrap, resample_cases, resample_concepts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Estimate = tuple[float, float, float]  # a mean and both ends of its interval
 Resample = Literal["cases", "concepts"]  # what the bootstrap draws, see `statistics.resample_cases` and `resample_concepts`
@@ -22,8 +21,6 @@ def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
     `composer` is the arm, with "alone fox", "alone ink", .. together as "alone"; `attached` is the number of experts that
     were attached; `group` is the kind of case, with that number where some were idle: "pair, 4 LoRAs".
     """
-    import pandas as pd
-
     frame = pd.DataFrame(list(rows))
     frame["composer"] = frame["arm"].mask(frame["arm"].str.startswith("alone "), "alone")
     idle = frame["idle"].str.len()
@@ -60,15 +57,13 @@ def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") ->
     return bootstrap(as_table([case[value].astype(float).tolist() for case in cases]), drawn)
 
 
-def as_text(found: Estimate, digits: int = 2) -> str:
-    """As "0.52 [0.28, 0.75]", or "-" for NaN."""
-    mean, low, high = (f"{number:.{digits}f}" for number in found)
-    return "-" if isnan(found[0]) else f"{mean} [{low}, {high}]"
-
-
 def interval(rows: pd.DataFrame, value: str, *, digits: int = 2, resample: Resample = "cases") -> str:
-    """`estimate` as text; "-" without rows."""
-    return as_text(estimate(rows, value, resample=resample), digits) if len(rows) else "-"
+    """`estimate` as "0.52 [0.28, 0.75]", of the rows that have the value; "-" if none does."""
+    rows = rows.dropna(subset=[value])
+    if rows.empty:
+        return "-"
+    mean, low, high = (f"{number:.{digits}f}" for number in estimate(rows, value, resample=resample))
+    return f"{mean} [{low}, {high}]"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -85,37 +80,31 @@ def by_kind(rows: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
 
 def success_table(rows: pd.DataFrame) -> str:
     """Success of every arm, a column per kind of case."""
-    return _success_by_kind(rows, rows["group"].unique(), head="arm")
+    return grid_table(rows.assign(arm=rows["composer"]), ["arm"], "group")
 
 
 def paired_table(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
     """Success of every other arm less that of `against` on the same prompt and noise, a column per kind of case."""
-    less = differences(rows, against, ["success"])
-    return _success_by_kind(less, rows["group"].unique(), head=f"arm, less {against}", resample=resample)
+    less, head = differences(rows, against, ["success"]), f"arm, less {against}"
+    return grid_table(less.assign(**{head: less["composer"]}), [head], "group", resample=resample)
 
 
-def _success_by_kind(rows: pd.DataFrame, kinds: Sequence[str], *, head: str, resample: Resample = "cases") -> str:
-    body = [
-        [arm, *(interval(own[own["group"] == kind], "success", resample=resample) for kind in kinds)]
-        for arm, own in rows.groupby("composer", sort=False)
-    ]
-    return markdown([head, *kinds], body)
-
-
-def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str) -> str:
+def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str, *, resample: Resample = "cases") -> str:
     """Success for all values of the columns `down` that occur together, a column per value of the column `across`."""
     columns = list(rows[across].unique())
     body = [
-        [*map(str, at), *(interval(own[own[across] == column], "success") for column in columns)]
+        [*map(str, at), *(interval(own[own[across] == column], "success", resample=resample) for column in columns)]
         for at, own in rows.groupby(list(down), sort=False)
     ]
     return markdown([*down, *columns], body)
 
 
-def score_table(rows: pd.DataFrame, scores: Sequence[str], *, head: str = "arm", resample: Resample = "cases") -> str:
+def score_table(
+    rows: pd.DataFrame, scores: Sequence[str], *, head: str = "arm", digits: int = 3, resample: Resample = "cases"
+) -> str:
     """Every arm, a column per score."""
     body = [
-        [arm, *(interval(own, score, digits=3, resample=resample) for score in scores)]
+        [arm, *(interval(own, score, digits=digits, resample=resample) for score in scores)]
         for arm, own in rows.groupby("composer", sort=False)
     ]
     return markdown([head, *scores], body)

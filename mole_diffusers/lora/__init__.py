@@ -2,15 +2,12 @@
 
 from mole_diffusers.lora.expert import COMPONENTS, Expert, LoraWeights
 from mole_diffusers.lora.families import check_family, family_of, stated_base
-from mole_diffusers.lora.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
-from mole_diffusers.lora.metadata import PEFT_METADATA, summarize
+from mole_diffusers.lora.keys import layer_key
+from mole_diffusers.lora.metadata import summarize
 from mole_diffusers.lora.reading import read_expert
 
 __all__ = [
     "COMPONENTS",
-    "KOHYA_PREFIXES",
-    "ONETRAINER_PREFIX",
-    "PEFT_METADATA",
     "Expert",
     "LoraWeights",
     "check_family",

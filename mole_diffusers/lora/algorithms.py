@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mole_diffusers.lora.expert import LoraWeights
-from mole_diffusers.lora.factors import Factors, cut, hadamard, kronecker, tucker_down
+from mole_diffusers.lora.factors import Factors, cut, hadamard, kronecker
 from mole_diffusers.lora.safe_files import check_memory
 
 Tensors = Mapping[str, torch.Tensor]  # role -> tensor
@@ -113,21 +113,22 @@ def _tucker(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     columns = core[0, 0].numel() * down.shape[1]
     _check_size(max(core.shape[:2]), 1, columns)
     check_memory(8 * len(core) * columns, "a convolution in three factors takes")
-    return tucker_down(core.float(), down.float().flatten(1))
+    return torch.einsum("rskl,si->rikl", core.float(), down.float().flatten(1))
 
 
-# ---- LoHa
+# ---- LoHa and LoKr
 
 
 def _loha(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> LoraWeights:
-    _required(tensors, *(f"hada_w{i}_{half}" for i in (1, 2) for half in "ab"), optional=("hada_t1", "hada_t2"))
+    names = [f"hada_w{i}_{half}" for i in (1, 2) for half in "ab"]
+    if any(matrix.dim() != 2 for matrix in _required(tensors, *names, optional=("hada_t1", "hada_t2"))):
+        raise ValueError(f"{', '.join(names)} are not all matrices")
     if ("hada_t1" in tensors) != ("hada_t2" in tensors):
         raise ValueError("it has one of hada_t1 and hada_t2 and not the other")
-    first, second = (_loha_half(tensors, i) for i in (1, 2))
+    first, second = (_low_rank(tensors, f"hada_w{i}", core=f"hada_t{i}") for i in (1, 2))
     rows, columns = len(first[0]), first[1][0].numel()
     if (len(second[0]), second[1].shape[1:]) != (rows, first[1].shape[1:]):
         raise ValueError(f"its halves change weights of {rows} x {columns} and {len(second[0])} x {second[1][0].numel()}")
-    _check_size(1, rows, columns)
     if (rank := len(first[1]) * len(second[1])) > MAX_LOHA_RANK:
         raise ValueError(f"the product of its ranks, {rank}, is too large: at most {MAX_LOHA_RANK} is accepted")
     budget.spend(rank, rows, columns, operations=4.0 * rank**2 * (rows + columns + rank))
@@ -137,25 +138,10 @@ def _loha(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     return _shaped(up, down, first[1].shape[1:], scale=scale(len(first[1])), error=error)
 
 
-def _loha_half(tensors: Tensors, i: int) -> Factors:
-    """One of LoHa's two low-rank matrices: up [O, r], down [r, I], or [r, Cin, k, k] with a core."""
-    up, down, core = tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"], tensors.get(f"hada_t{i}")
-    if up.dim() != 2 or down.dim() != 2:
-        raise ValueError(f"hada_w{i}_a and hada_w{i}_b are not matrices")
-    if core is not None:  # up is stored as [r, O] then
-        up, down = up.T, _tucker(core, down)
-    if up.shape[1] != down.shape[0]:
-        raise ValueError(f"hada_w{i}_a {list(up.shape)} and hada_w{i}_b {list(down.shape)} are not a low-rank pair")
-    return up, down
-
-
-# ---- LoKr
-
-
 def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> LoraWeights:
     known = tuple(f"lokr_w{i}{half}" for i in (1, 2) for half in ("", "_a", "_b"))
     _required(tensors, optional=(*known, "lokr_t2"))
-    (first, rank1), (second, rank2) = (_lokr_factor(tensors, i) for i in (1, 2))
+    first, second = (_lokr_factor(tensors, i) for i in (1, 2))
     if first[1].dim() != 2:
         raise ValueError("lokr_w1 is not a matrix")
     rows, columns = (len(first[0]) * len(second[0]), first[1].shape[1] * second[1][0].numel())
@@ -166,31 +152,36 @@ def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     check_memory(12 * most * (rows + columns), "the factors of a LoKr layer take")
     (up, down), error = _finite(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
     inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])
-    rank = rank2 or rank1  # two full matrices have no rank, and no alpha then
-    return _shaped(up, down, inner, scale=scale(rank) if rank else 1.0, error=error)
+    # alpha is over the rank of the second matrix, else of the first; two full ones have no rank, and no alpha then
+    ranks = [len(down) for i, (_, down) in ((2, second), (1, first)) if f"lokr_w{i}" not in tensors]
+    return _shaped(up, down, inner, scale=scale(ranks[0]) if ranks else 1.0, error=error)
 
 
-def _lokr_factor(tensors: Tensors, i: int) -> tuple[Factors, int]:
-    """One of LoKr's two matrices as up [O, r], down [r, I] or [r, Cin, k, k], and its rank in the file (0: stored full)."""
+def _lokr_factor(tensors: Tensors, i: int) -> Factors:
+    """One of LoKr's two matrices as up [O, r], down [r, I] or [r, Cin, k, k]; of one that is stored full an identity."""
     full = tensors.get(f"lokr_w{i}")
-    halves = (f"lokr_w{i}_a", f"lokr_w{i}_b")
-    if full is not None:
-        if any(half in tensors for half in halves):
-            raise ValueError(f"it has lokr_w{i} both whole and in factors")
-        columns = full[0].numel()
-        _check_size(min(len(full), columns), len(full), columns)
-        # The identity of the shorter side is the other factor.
-        if len(full) <= columns:
-            return (torch.eye(len(full)), full), 0
-        return (full.flatten(1), torch.eye(columns).reshape(columns, *full.shape[1:])), 0
+    if full is None:
+        return _low_rank(tensors, f"lokr_w{i}", core=f"lokr_t{i}")
+    if f"lokr_w{i}_a" in tensors or f"lokr_w{i}_b" in tensors:
+        raise ValueError(f"it has lokr_w{i} both whole and in factors")
+    columns = full[0].numel()
+    _check_size(min(len(full), columns), len(full), columns)
+    # The identity of the shorter side is the other factor.
+    if len(full) <= columns:
+        return torch.eye(len(full)), full
+    return full.flatten(1), torch.eye(columns).reshape(columns, *full.shape[1:])
+
+
+def _low_rank(tensors: Tensors, name: str, *, core: str) -> Factors:
+    """A matrix stored in factors: up [O, r], down [r, I], or [r, Cin, k, k] with a core."""
+    halves = (f"{name}_a", f"{name}_b")
     up, down = _required({role: tensors[role] for role in halves if role in tensors}, *halves)
-    core = tensors.get("lokr_t2") if i == 2 else None
-    if core is not None:  # up is stored as [r, O] then
-        up, down = up.T if up.dim() == 2 else up, _tucker(core, down)
+    if core in tensors:  # up is stored as [r, O] then
+        up, down = up.T if up.dim() == 2 else up, _tucker(tensors[core], down)
     if up.dim() != 2 or up.shape[1] != len(down):
-        raise ValueError(f"lokr_w{i}_a {list(up.shape)} and lokr_w{i}_b {list(down.shape)} are not a low-rank pair")
+        raise ValueError(f"{name}_a {list(up.shape)} and {name}_b {list(down.shape)} are not a low-rank pair")
     _check_size(len(down), len(up), down[0].numel())
-    return (up, down), len(down)
+    return up, down
 
 
 def _finite(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:

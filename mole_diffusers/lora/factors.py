@@ -1,4 +1,4 @@
-"""LoHa, LoKr and Tucker convolutions as up @ down: exact, then cut to a lower rank with the error stated.
+"""LoHa and LoKr as up @ down: exact, then cut to a lower rank with the error stated.
 
 Names as in LyCORIS (Yeh et al., 2024). Everything is fp32; a convolution's Cin and kernel are one axis, I = Cin k k.
 """
@@ -12,11 +12,6 @@ from mole_diffusers.functional import low_rank
 Factors = tuple[torch.Tensor, torch.Tensor]  # up [O, R], down [R, I]
 
 
-def tucker_down(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """core [r, s, k, k], down [s, Cin] -> [r, Cin, k, k]: the first two of a convolution's three factors in one."""
-    return torch.einsum("rskl,si->rikl", core, down)
-
-
 def hadamard(first: Factors, second: Factors) -> Factors:
     """(U1 D1) * (U2 D2) elementwise, which is LoHa, has rank r1 r2: the products of all pairs of columns and of rows."""
     (up1, down1), (up2, down2) = first, second
@@ -27,7 +22,7 @@ def hadamard(first: Factors, second: Factors) -> Factors:
 
 def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
     """The pair of the smallest rank whose relative Frobenius error is within `tolerance`, and that error."""
-    up, down, values = _decomposed(up, down)
+    down, up, values = low_rank(down, up, min(*up.shape, *down.shape))
     rank, error = _smallest_rank(values, tolerance)
     return (up[:, :rank], down[:rank]), error
 
@@ -38,20 +33,14 @@ def kronecker(first: Factors, second: Factors, tolerance: float) -> tuple[Factor
     Its singular values are the products of one of W1's and one of W2's, its vectors their Kronecker products, so the large
     matrix itself is never decomposed.
     """
-    up1, down1, values1 = _decomposed(*first)
-    up2, down2, values2 = _decomposed(*second)
+    down1, up1, values1 = low_rank(first[1], first[0], min(*first[0].shape, *first[1].shape))
+    down2, up2, values2 = low_rank(second[1], second[0], min(*second[0].shape, *second[1].shape))
     values, order = torch.outer(values1, values2).flatten().sort(descending=True)
     rank, error = _smallest_rank(values, tolerance)
     i, j = order[:rank] // len(values2), order[:rank] % len(values2)
     up = up1[:, None, i] * up2[None, :, j]  # [a, c, R]
     down = down1[i, :, None] * down2[j, None, :]  # [R, b, D]
     return (up.flatten(0, 1), down.flatten(1)), error
-
-
-def _decomposed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """up [O, q], down [q, I] along the singular vectors, largest first, and the singular values [q]."""
-    down, up, values = low_rank(down, up, min(*up.shape, *down.shape))
-    return up, down, values
 
 
 def _smallest_rank(values: torch.Tensor, tolerance: float) -> tuple[int, float]:

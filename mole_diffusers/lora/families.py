@@ -12,19 +12,13 @@ BY_TEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDX
 BY_INNER_WIDTH = {1536: "SD 3", 2432: "SD 3", 3072: "Flux"}  # of a transformer with text and image streams
 BY_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "SD 3"}
 FAMILIES = {*BY_TEXT_WIDTH.values(), *BY_INNER_WIDTH.values()}
-ARCHITECTURES = {  # how modelspec.architecture or ss_base_model_version begins -> family
-    "stable-diffusion-xl-v1-refiner": "SDXL refiner",
-    "stable-diffusion-xl": "SDXL",
-    "sdxl": "SDXL",
-    "stable-diffusion-v1": "SD 1.x",
-    "sd_v1": "SD 1.x",
-    "sd_1": "SD 1.x",
-    "stable-diffusion-v2": "SD 2.x",
-    "sd_v2": "SD 2.x",
-    "stable-diffusion-3": "SD 3",
-    "stable-diffusion-v3": "SD 3",
-    "sd3": "SD 3",
-    "flux": "Flux",
+ARCHITECTURES = {  # family -> how modelspec.architecture or ss_base_model_version begins; the first that fits counts
+    "SDXL refiner": ("stable-diffusion-xl-v1-refiner",),
+    "SDXL": ("stable-diffusion-xl", "sdxl"),
+    "SD 1.x": ("stable-diffusion-v1", "sd_v1", "sd_1"),
+    "SD 2.x": ("stable-diffusion-v2", "sd_v2"),
+    "SD 3": ("stable-diffusion-3", "stable-diffusion-v3", "sd3"),
+    "Flux": ("flux",),
 }
 
 
@@ -52,19 +46,16 @@ def stated_base(metadata: Mapping[str, str]) -> str | None:
     """The family that a file's header states; ModelSpec's field counts before kohya's."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         stated = metadata.get(key, "").lower()
-        if family := next((f for start, f in ARCHITECTURES.items() if stated.startswith(start)), None):
+        if family := next((f for f, starts in ARCHITECTURES.items() if stated.startswith(starts)), None):
             return family
     return {"true": "SD 2.x"}.get(metadata.get("ss_v2", "").lower())
 
 
 def family_of(hosts: Mapping[str, Any]) -> str | None:
     """The family of a pipeline's models (component -> model); None if it is not a known one."""
-    for model in (hosts[name] for name in ("unet", "transformer") if name in hosts):
-        if (name := type(model).__name__) in BY_CLASS:
-            return BY_CLASS[name]
-        width = getattr(getattr(model, "config", None), "cross_attention_dim", None)
-        return BY_TEXT_WIDTH.get(width) if isinstance(width, int) else None
-    return None
+    model = hosts.get("unet", hosts.get("transformer"))
+    width = getattr(getattr(model, "config", None), "cross_attention_dim", None)
+    return BY_CLASS.get(type(model).__name__) or (BY_TEXT_WIDTH.get(width) if isinstance(width, int) else None)
 
 
 def check_family(base: str, hosts: Mapping[str, Any]) -> None:

@@ -37,15 +37,14 @@ LAYER_STARTS = {  # component -> how its layer keys begin
     "text_encoder": ("encoder_layers_",),
 }  # fmt: skip
 FLUX_BLOCKS = ("double_blocks_", "single_blocks_", "single_transformer_blocks_")
-ROLES = {  # how a key ends -> what its tensor is
-    r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight": "down",
-    r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight": "up",
-    r"lora_mid\.weight": "mid",
-    r"alpha": "alpha",
-    r"hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|hada_t1|hada_t2": "",  # the ending is the role
-    r"lokr_w1|lokr_w1_a|lokr_w1_b|lokr_w2|lokr_w2_a|lokr_w2_b|lokr_t2": "",
+ROLES = {  # what a tensor is -> how its key ends
+    "down": r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight",
+    "up": r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight",
+    "mid": r"lora_mid\.weight",
+    "alpha": r"alpha",
+    "lycoris": r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2",  # the ending is its role
 }
-ROLE = re.compile(rf"(?:^|[._])(?P<role>{'|'.join(ROLES)})$")
+ROLE = re.compile("|".join(rf"(?:^|[._])(?P<{role}>{ends})$" for role, ends in ROLES.items()))
 UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"dora_scale|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?": "DoRA, whose change depends on the base's own weights",
     r"diff": "a full weight difference",
@@ -59,7 +58,6 @@ UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"lora_embedding_[AB](?:\.\w+)?": "a LoRA of an embedding",
     r"set_weight": "a replaced weight",
 }
-FOREIGN = re.compile("|".join(rf"(?P<_{i}>(?:^|[._])(?:{end})$)" for i, end in enumerate(UNSUPPORTED)))
 IGNORED = {"bundle_emb.": "an embedding of a trigger word, which is no part of the LoRA"}
 
 
@@ -90,11 +88,11 @@ def ignored(key: str) -> str | None:
 def parse_key(key: str) -> Key:
     """Parse one key. Raises ValueError saying what the key is instead, and what is known."""
     if not (found := ROLE.search(key)):
-        if (foreign := FOREIGN.search(key)) and foreign.lastgroup:
-            what = list(UNSUPPORTED.values())[int(foreign.lastgroup[1:])]
-            raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
+        for end, what in UNSUPPORTED.items():
+            if re.search(rf"(?:^|[._])(?:{end})$", key):
+                raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
         raise ValueError(f"{key!r} is not a LoRA key")
-    role = next((r for pattern, r in ROLES.items() if r and re.fullmatch(pattern, found["role"])), found["role"])
+    role = found["lycoris"] or str(found.lastgroup)
     component, module, form = _located(key[: found.start()])
     layer = plain = layer_key(module)
     original = is_original_transformer(layer)
@@ -106,7 +104,7 @@ def parse_key(key: str) -> Key:
     if not form and (original or layer != plain):
         form = "omi"
     elif not form:
-        form = "peft" if found["role"].startswith(("lora_A", "lora_B")) else "diffusers"
+        form = "peft" if found[0].strip("._").startswith(("lora_A", "lora_B")) else "diffusers"
     return Key(component, layer, module, role, form)
 
 

@@ -124,8 +124,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
     if config.get("use_dora"):
         raise ValueError(f"its {where} says DoRA, whose change depends on the base's own weights")
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    given = [] if alpha is None else [alpha]
-    if not isinstance(patterns, dict) or not all(_is_number(value) for value in [*given, *patterns.values()]):
+    if not isinstance(patterns, dict) or not all(map(_is_number, [*patterns.values(), 0 if alpha is None else alpha])):
         raise ValueError(f"its {where} holds an alpha that is not a finite number")
     named = {pattern.replace(r"\.", ".").removesuffix("$"): float(value) for pattern, value in patterns.items()}
     if unknown := [name for name in named if not MODULE.fullmatch(name)]:

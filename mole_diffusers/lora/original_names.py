@@ -60,10 +60,6 @@ def unet_name(layer: str) -> str:
 
 # ---- the transformers
 
-ATTENTION = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
-OUT = {"img": "to_out_0", "txt": "to_add_out"}
-CONTEXT = {"img": "", "txt": "_context"}
-STREAM = {"x": "img", "context": "txt"}
 TRANSFORMER_OUTSIDE_BLOCKS = {
     "img_in": "x_embedder", "img_in_proj": "x_embedder", "txt_in": "context_embedder", "x_embedder_proj": "pos_embed_proj",
     "final_layer_linear": "proj_out",
@@ -78,10 +74,36 @@ TRANSFORMER_OUTSIDE_BLOCKS = {
     "guidance_in_in_layer": "time_text_embed_guidance_embedder_linear_1",
     "guidance_in_out_layer": "time_text_embed_guidance_embedder_linear_2",
 }  # fmt: skip
-DOUBLE = re.compile(r"double_blocks_(\d{1,3})_(img|txt)_(\w+)$")
-SINGLE = re.compile(r"single_blocks_(\d{1,3})_(\w+)$")
-JOINT = re.compile(r"joint_blocks_(\d{1,3})_(x|context)_block_(\w+)$")
-FEED_FORWARD = {"mlp_0": "net_0_proj", "mlp_2": "net_2", "mlp_fc1": "net_0_proj", "mlp_fc2": "net_2"}
+
+
+def _with_parts(layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """And each part of a fused matrix by itself, as OMI has them."""
+    fused = {name: targets for name, targets in layers.items() if len(targets) > 1}
+    return layers | {f"{name}_{i}": (target,) for name, targets in fused.items() for i, target in enumerate(targets)}
+
+
+# the layers of a block with one stream, and those of either stream of a block with two
+SINGLE = _with_parts({
+    "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"), "linear2": ("proj_out",),
+    "modulation_lin": ("norm_linear",),
+})  # fmt: skip
+IMAGE = _with_parts({
+    "attn_qkv": ("attn_to_q", "attn_to_k", "attn_to_v"), "attn_proj": ("attn_to_out_0",),
+    "attn2_qkv": ("attn2_to_q", "attn2_to_k", "attn2_to_v"), "attn2_proj": ("attn2_to_out_0",),
+    "mlp_0": ("ff_net_0_proj",), "mlp_2": ("ff_net_2",), "mod_lin": ("norm1_linear",),
+})  # fmt: skip
+TEXT = _with_parts({
+    "attn_qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"), "attn_proj": ("attn_to_add_out",),
+    "mlp_0": ("ff_context_net_0_proj",), "mlp_2": ("ff_context_net_2",), "mod_lin": ("norm1_context_linear",),
+})  # fmt: skip
+OF_SD3 = {"mlp_fc1": "mlp_0", "mlp_fc2": "mlp_2", "adaLN_modulation_1": "mod_lin"}  # what it calls the same layers
+BLOCKS = {  # how the layers of a block begin -> what diffusers calls the block, and its layers
+    r"single_blocks_(\d{1,3})_": ("single_transformer_blocks", SINGLE),
+    r"double_blocks_(\d{1,3})_img_": ("transformer_blocks", IMAGE),
+    r"double_blocks_(\d{1,3})_txt_": ("transformer_blocks", TEXT),
+    r"joint_blocks_(\d{1,3})_x_block_": ("transformer_blocks", IMAGE),
+    r"joint_blocks_(\d{1,3})_context_block_": ("transformer_blocks", TEXT),
+}
 
 
 def is_original_transformer(layer: str) -> bool:
@@ -97,43 +119,14 @@ def split_fused(layer: str, weights: LoraWeights) -> Layers:
 
 def _transformer_targets(layer: str) -> tuple[tuple[str, ...], Split]:
     """diffusers' layer names, and how the rows of the up matrix are divided among them."""
-    unknown = (layer,), _whole
-    if layer in TRANSFORMER_OUTSIDE_BLOCKS:
-        return (TRANSFORMER_OUTSIDE_BLOCKS[layer],), _whole
     if layer == "final_layer_adaLN_modulation_1":
         return ("norm_out_linear",), _swapped
-    if found := SINGLE.match(layer):
-        return _single_block_targets(f"single_transformer_blocks_{found[1]}", found[2]) or unknown
-    if found := DOUBLE.match(layer):
-        return _stream_targets(f"transformer_blocks_{found[1]}", found[2], found[3]) or unknown
-    if found := JOINT.match(layer):
-        return _stream_targets(f"transformer_blocks_{found[1]}", STREAM[found[2]], found[3]) or unknown
-    return unknown
-
-
-def _single_block_targets(block: str, rest: str) -> tuple[tuple[str, ...], Split] | None:
-    """A layer of a block with one stream; None for an unknown name."""
-    names = tuple(f"{block}_{name}" for name in ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"))
-    if rest == "linear1":
-        return names, _square_then_rest
-    if found := re.match(r"linear1_([0-3])$", rest):
-        return (names[int(found[1])],), _whole
-    known = {"linear2": "proj_out", "modulation_lin": "norm_linear"}
-    return ((f"{block}_{known[rest]}",), _whole) if rest in known else None
-
-
-def _stream_targets(block: str, stream: str, rest: str) -> tuple[tuple[str, ...], Split] | None:
-    """A layer of one stream, image or text, of a block with both; None for an unknown name."""
-    if found := re.match(r"(attn2?)_qkv(?:_([0-2]))?$", rest):
-        names = tuple(f"{block}_{found[1]}_{name}" for name in ATTENTION[stream])
-        return (names, _equal) if found[2] is None else ((names[int(found[2])],), _whole)
-    if found := re.match(r"(attn2?)_proj$", rest):
-        return (f"{block}_{found[1]}_{OUT[stream]}",), _whole
-    if rest in FEED_FORWARD:
-        return (f"{block}_ff{CONTEXT[stream]}_{FEED_FORWARD[rest]}",), _whole
-    if rest in ("mod_lin", "adaLN_modulation_1"):
-        return (f"{block}_norm1{CONTEXT[stream]}_linear",), _modulation
-    return None
+    for start, (block, layers) in BLOCKS.items():
+        if found := re.match(start, layer):
+            name = OF_SD3.get(layer[found.end() :], layer[found.end() :])
+            if name in layers:
+                return tuple(f"{block}_{found[1]}_{target}" for target in layers[name]), DIVIDED.get(name, _whole)
+    return (TRANSFORMER_OUTSIDE_BLOCKS.get(layer, layer),), _whole
 
 
 # ---- how the rows of a fused up matrix are divided
@@ -182,3 +175,8 @@ def _modulation(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
     """Six values per channel in order; the text stream of SD 3's last block has only the two of a last normalisation."""
     last = weights.up.shape[0] == 2 * weights.down.shape[1]
     return (_swapped if last else _whole)(weights, names)
+
+
+DIVIDED: dict[str, Split] = {
+    "linear1": _square_then_rest, "attn_qkv": _equal, "attn2_qkv": _equal, "mod_lin": _modulation
+}  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import torch
 from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
-from mole_diffusers.lora.keys import ignored, is_flux, parse_key
+from mole_diffusers.lora.keys import Key, ignored, is_flux, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_note, read_peft_config, scalings, triggers
 from mole_diffusers.lora.original_names import split_fused
-from mole_diffusers.lora.safe_files import RefusedFileError, read_safetensors
+from mole_diffusers.lora.safe_files import Contents, RefusedFileError, read_safetensors
 
 TOLERANCE = 0.01
 
@@ -43,79 +42,65 @@ def read_expert(
         raise FileNotFoundError(f"no LoRA file at {path}" + (f", a folder; give a file in it: {inside}" if inside else ""))
     contents = read_safetensors(path)
     try:
-        reader = _Reader(scalings(contents.metadata, read_peft_config(path)), tolerance, drop_nonfinite)
-        reader.read(contents.tensors)
+        return _expert(path, name or path.stem, contents, tolerance=tolerance, drop_nonfinite=drop_nonfinite)
     except ValueError as error:
         raise RefusedFileError(f"{path}: {error}") from None
+
+
+def _expert(path: Path, name: str, contents: Contents, *, tolerance: float, drop_nonfinite: bool) -> Expert:
+    stated, budget = scalings(contents.metadata, read_peft_config(path)), Budget()
+    left_out = {key: why for key in contents.tensors if (why := ignored(key))}
+    keys = {key: parse_key(key) for key in contents.tensors if key not in left_out}
+    layers: dict[str, dict[str, LoraWeights]] = {}
+    algorithms: Counter[str] = Counter()
+    for (component, layer), (module, roles) in _grouped(keys, contents.tensors).items():
+        where = f"{component}.{layer}"
+        bad = [role for role, t in roles.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+        why = f"its {bad[0]} holds NaN or infinite values" if bad else ""
+        if why and drop_nonfinite:
+            left_out[where] = why
+            continue
+        try:
+            if why:
+                raise ValueError(why)
+            alpha = roles.pop("alpha", None)
+            scaling = Scaling(alpha_value(alpha)) if alpha is not None else stated.get(component, Scaling())
+            algorithm, weights = layer_weights(roles, partial(scaling, module), tolerance, budget)
+            made = split_fused(layer, weights) if component == "transformer" else {layer: weights}
+        except ValueError as error:
+            raise ValueError(f"layer {where!r}: {error}") from None
+        algorithms[algorithm] += 1
+        known = layers.setdefault(component, {})
+        if twice := sorted(set(made) & set(known)):
+            raise ValueError(f"layer {f'{component}.{twice[0]}'!r} is there twice under different keys")
+        known.update(made)
+    if not layers:
+        raise ValueError("it holds no LoRA layers")
     return Expert(
-        name=name or path.stem,
-        layers=reader.layers,
-        format=reader.formats.most_common(1)[0][0],
-        base=base_of(reader.layers, contents.metadata),
+        name=name,
+        layers=layers,
+        format=Counter(key.format for key in keys.values()).most_common(1)[0][0],
+        base=base_of(layers, contents.metadata),
         triggers=triggers(contents.metadata, read_note(path)),
         source=str(path),
         sha256=contents.sha256,
         metadata=contents.metadata,
-        algorithms=dict(reader.algorithms),
-        left_out=reader.left_out,
+        algorithms=dict(algorithms),
+        left_out=left_out,
     )
 
 
-@dataclass
-class _Reader:
-    """Collects the layers of one file."""
-
-    scalings: Mapping[str, Scaling]  # component -> for the layers that state no alpha of their own
-    tolerance: float
-    drop_nonfinite: bool
-    budget: Budget = field(default_factory=Budget)
-    layers: dict[str, dict[str, LoraWeights]] = field(default_factory=dict)
-    formats: Counter[str] = field(default_factory=Counter)
-    algorithms: Counter[str] = field(default_factory=Counter)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Group the tensors by layer, then make each layer's weights."""
-        for (component, layer), (module, roles) in self._grouped(tensors).items():
-            name = f"{component}.{layer}"
-            if not self._finite(name, roles):
-                continue
-            alpha = roles.pop("alpha", None)
-            try:
-                scaling = Scaling(alpha_value(alpha)) if alpha is not None else self.scalings.get(component, Scaling())
-                algorithm, weights = layer_weights(roles, partial(scaling, module), self.tolerance, self.budget)
-                made = split_fused(layer, weights) if component == "transformer" else {layer: weights}
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
-            self.algorithms[algorithm] += 1
-            known = self.layers.setdefault(component, {})
-            if twice := sorted(set(made) & set(known)):
-                raise ValueError(f"layer {f'{component}.{twice[0]}'!r} is there twice under different keys")
-            known.update(made)
-        if not self.layers:
-            raise ValueError("it holds no LoRA layers")
-
-    def _grouped(self, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]]:
-        """(component, layer) -> what the file calls it, and {role: tensor}."""
-        self.left_out |= {name: why for name in tensors if (why := ignored(name))}
-        keys = {name: parse_key(name) for name in tensors if name not in self.left_out}
-        self.formats.update(key.format for key in keys.values())
-        flux = is_flux((key.component, key.layer) for key in keys.values())
-        grouped: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]] = {}
-        for name, key in keys.items():
-            # T5 is Flux's second text encoder, whatever number or name a trainer gives it.
-            component = "text_encoder_2" if flux and key.component == "text_encoder_3" else key.component
-            _, roles = grouped.setdefault((component, key.layer), (key.module, {}))
-            if key.role in roles:
-                raise ValueError(f"{name!r}: its layer has two {key.role} tensors under different keys")
-            roles[key.role] = tensors[name]
-        return grouped
-
-    def _finite(self, layer: str, roles: Mapping[str, torch.Tensor]) -> bool:
-        bad = [role for role, t in roles.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
-        why = f"its {bad[0]} holds NaN or infinite values" if bad else ""
-        if bad and not self.drop_nonfinite:
-            raise ValueError(f"layer {layer!r}: {why}")
-        if bad:
-            self.left_out[layer] = why
-        return not bad
+def _grouped(
+    keys: Mapping[str, Key], tensors: Mapping[str, torch.Tensor]
+) -> dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]]:
+    """(component, layer) -> what the file calls it, and {role: tensor}."""
+    flux = is_flux((key.component, key.layer) for key in keys.values())
+    grouped: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]] = {}
+    for name, key in keys.items():
+        # T5 is Flux's second text encoder, whatever number or name a trainer gives it.
+        component = "text_encoder_2" if flux and key.component == "text_encoder_3" else key.component
+        _, roles = grouped.setdefault((component, key.layer), (key.module, {}))
+        if key.role in roles:
+            raise ValueError(f"{name!r}: its layer has two {key.role} tensors under different keys")
+        roles[key.role] = tensors[name]
+    return grouped

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -79,7 +78,15 @@ def read_safetensors(path: str | Path) -> Contents:
         entries, metadata = _header(file, path)
         stacked = sum(4 * math.prod(entry.shape) for entry in entries)  # experts are stacked in fp32
         check_memory(path.stat().st_size + stacked, f"{path}, once read and once stacked for the host, takes")
-        return _tensors(file, entries, metadata, path)
+        digest, tensors = hashlib.sha256(), {}
+        for entry in entries:
+            data = bytearray(entry.end - entry.begin)
+            if file.readinto(data) != len(data):
+                raise RefusedFileError(f"{path} changed while it was read")
+            digest.update(data)
+            flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
+            tensors[entry.key] = flat.reshape(entry.shape)
+    return Contents(tensors, metadata, digest.hexdigest())
 
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -236,25 +243,10 @@ def _check_layout(entries: list[_Entry], present: int, path: Path) -> None:
         raise RefusedFileError(f"{path}: {present - end} bytes after the last tensor belong to none")
 
 
-# ---- the tensors
-
-
 def check_memory(size: int, what: str) -> None:
     """Raises RefusedFileError if `size` bytes exceed the free memory; `what` begins the message ("the experts take")."""
     if size > (free := psutil.virtual_memory().available):
         raise RefusedFileError(f"{what} {size} bytes, more than the {free} bytes of free memory")
-
-
-def _tensors(file: BufferedReader, entries: list[_Entry], metadata: Mapping[str, str], path: Path) -> Contents:
-    digest, tensors = hashlib.sha256(), {}
-    for entry in entries:
-        data = bytearray(entry.end - entry.begin)
-        if file.readinto(data) != len(data):
-            raise RefusedFileError(f"{path} changed while it was read")
-        digest.update(data)
-        flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
-        tensors[entry.key] = flat.reshape(entry.shape)
-    return Contents(tensors, dict(metadata), digest.hexdigest())
 
 
 # ---- JSON

@@ -147,9 +147,8 @@ def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[
     check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
     stacks: dict[str, dict[str, Stack]] = {}
     for component, host in hosts.items():
-        changed = {name for m in matches for name in m.layers.get(component, {})}
         for name, module in _modules_by_key(host).values():
-            if name in changed:
-                rows = tuple(m.layers.get(component, {}).get(name) for m in matches)
+            rows = tuple(m.layers.get(component, {}).get(name) for m in matches)
+            if any(rows):
                 stacks.setdefault(component, {})[name] = Stack(rows, _shape(module)[1:])
     return stacks

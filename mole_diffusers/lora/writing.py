@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mole_diffusers.lora import KOHYA_PREFIXES, ONETRAINER_PREFIX, PEFT_METADATA, Expert, LoraWeights, layer_key
+from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
+from mole_diffusers.lora.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
+from mole_diffusers.lora.metadata import PEFT_METADATA
 from mole_diffusers.lora.whole_files import new_file
 
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # component -> {module name in the host: weights}

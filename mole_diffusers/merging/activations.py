@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,32 +20,28 @@ from mole_diffusers.patching.placement import TEXT_LAYERS
 from mole_diffusers.patching.undo import Undo
 
 
+@dataclass(eq=False)
 class Activations:
     """Runs experts on a pipeline and records the inputs of their layers; an expert is run once, then cached.
 
     Only conditional rows are recorded, since the unconditional prompt is the same for every expert; of a text, only the
     tokens up to its end, since padding is the same too.
+
+    Args:
+        pipe: the pipeline to run; a mixture on it is attached again afterwards.
+        prompts: expert name -> prompts for it, without the other experts' concepts.
+        steps: of sampling from pure noise, without guidance.
+        rows: how many of a layer's tokens are recorded per step at most, evenly spaced.
+        seed: of the noise.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        prompts: Mapping[str, Sequence[str]],
-        *,
-        steps: int = 4,
-        rows: int = 256,
-        seed: int = 42,
-    ):
-        """
-        Args:
-            pipe: the pipeline to run; a mixture on it is attached again afterwards.
-            prompts: expert name -> prompts for it, without the other experts' concepts.
-            steps: of sampling from pure noise, without guidance.
-            rows: how many of a layer's tokens are recorded per step at most, evenly spaced.
-            seed: of the noise.
-        """
-        self.pipe, self.prompts, self.steps, self.rows, self.seed = pipe, dict(prompts), steps, rows, seed
-        self._own: dict[tuple[str, str, float], dict[str, torch.Tensor]] = {}
+    pipe: Any
+    prompts: Mapping[str, Sequence[str]]
+    _: KW_ONLY
+    steps: int = 4
+    rows: int = 256
+    seed: int = 42
+    _own: dict[tuple[str, str, float], dict[str, torch.Tensor]] = field(default_factory=dict, init=False)
 
     def own(self, name: str, expert: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
         """ "component.layer" -> [n, Cin]: the inputs of the expert's layers while it runs alone."""
@@ -62,16 +60,14 @@ class Activations:
         before = attached(self.pipe)
         with nullcontext() if before is None else before.lifted(), self._recording(name, expert) as found:
             attach(self.pipe, {name: (running, strength)}, "sum", binding=None)
+            prompts = list(self.prompts[name])
+            generators = [torch.Generator().manual_seed(self.seed + i) for i in range(len(prompts))]
+            options = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "output_type": "latent"}
             try:
-                self._sample(self.prompts[name])
+                self.pipe(prompts, generator=generators, **options)
             finally:
                 detach(self.pipe)
         return {key: torch.cat(pieces) for key, pieces in found.items()}
-
-    def _sample(self, prompts: Sequence[str]) -> None:
-        generators = [torch.Generator().manual_seed(self.seed + i) for i in range(len(prompts))]
-        options = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "output_type": "latent"}
-        self.pipe(list(prompts), generator=generators, **options)
 
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
@@ -79,42 +75,31 @@ class Activations:
         models = models_of(self.pipe)
         found: dict[str, list[torch.Tensor]] = {}
         texts: dict[str, torch.Tensor] = {}  # text encoder -> [P, T] bool, the tokens of what it reads
+
+        def read(part: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+            """The tokens between the start and the end of what a text encoder reads, the end token included."""
+            tokenizer = getattr(self.pipe, part.replace("text_encoder", "tokenizer"))
+            ids = (args[0] if args else kwargs["input_ids"]).cpu()  # [P, T]
+            ends = ids == tokenizer.eos_token_id
+            texts[part] = (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
+
+        def keep(key: str, text: str | None, module: nn.Module, args: tuple) -> None:
+            """The input of a layer that reads the text of an encoder, or (None) the picture."""
+            x = as_rows(module, args[0].detach())  # [B, T, Cin]
+            kept = torch.ones(x.shape[:2], dtype=torch.bool) if text is None else texts[text]
+            flat = x[kept.to(x.device)]  # [n, Cin]
+            at = torch.linspace(0, len(flat) - 1, min(self.rows, len(flat))).round().long()
+            found.setdefault(key, []).append(flat[at.to(flat.device)].float().cpu())
+
         with Undo() as undo:
             for part in (part for part in models if part not in DENOISERS):
-                tokenizer = getattr(self.pipe, part.replace("text_encoder", "tokenizer"))
-                undo.before_forward(models[part], _reader(texts, part, tokenizer), with_kwargs=True)
+                undo.before_forward(models[part], partial(read, part), with_kwargs=True)
             for part, modules in match(expert, models).layers.items():
                 for module in modules:
                     text = part if part not in DENOISERS else "text_encoder" if module.endswith(TEXT_LAYERS) else None
-                    pieces = found.setdefault(f"{part}.{layer_key(module)}", [])
-                    undo.before_forward(models[part].get_submodule(module), _keeper(pieces, texts, text, self.rows))
+                    keeper = partial(keep, f"{part}.{layer_key(module)}", text)
+                    undo.before_forward(models[part].get_submodule(module), keeper)
             yield found
-
-
-def _reader(texts: dict[str, torch.Tensor], encoder: str, tokenizer: Any) -> Callable[[nn.Module, tuple, dict], None]:
-    """Notes the tokens between the start and the end of what a text encoder reads, the end token included."""
-
-    def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = (args[0] if args else kwargs["input_ids"]).cpu()  # [P, T]
-        ends = ids == tokenizer.eos_token_id
-        texts[encoder] = (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
-
-    return read
-
-
-def _keeper(
-    pieces: list[torch.Tensor], texts: Mapping[str, torch.Tensor], text: str | None, rows: int
-) -> Callable[[nn.Module, tuple], None]:
-    """Keeps the input of a layer that reads the text of an encoder, or (None) the picture."""
-
-    def keep(module: nn.Module, args: tuple) -> None:
-        x = as_rows(module, args[0].detach())  # [B, T, Cin]
-        kept = torch.ones(x.shape[:2], dtype=torch.bool) if text is None else texts[text]
-        flat = x[kept.to(x.device)]  # [n, Cin]
-        at = torch.linspace(0, len(flat) - 1, min(rows, len(flat))).round().long()
-        pieces.append(flat[at.to(flat.device)].float().cpu())
-
-    return keep
 
 
 def as_rows(module: Any, x: torch.Tensor) -> torch.Tensor:

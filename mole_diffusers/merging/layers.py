@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -21,10 +21,9 @@ def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
     families = {name: expert.base for name, (expert, _) in experts.items() if expert.base != "unknown"}
     if len(set(families.values())) > 1:
         raise ValueError(f"the experts do not fit one model: {', '.join(f'{n!r} is for {f}' for n, f in families.items())}")
-    keys = dict.fromkeys(
-        f"{part}.{key}" for expert, _ in experts.values() for part in expert.layers for key in expert.layers[part]
-    )
-    layers = {key: [_pair(expert, key, strength) for expert, strength in experts.values()] for key in keys}
+    found = [(_by_key(expert), strength) for expert, strength in experts.values()]
+    keys = dict.fromkeys(key for own, _ in found for key in own)
+    layers = {key: [_pair(own[key], strength) if key in own else None for own, strength in found] for key in keys}
     for key, layer in layers.items():
         shapes = {n: (p.up.shape[0], p.down.shape[1]) for n, p in zip(experts, layer, strict=True) if p is not None}
         if len(set(shapes.values())) > 1:
@@ -32,25 +31,23 @@ def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
     return layers
 
 
-def _pair(expert: Expert, key: str, strength: float) -> Pair | None:
-    weights = _weights(expert, key)
-    if weights is None:
-        return None
+def _by_key(expert: Expert) -> dict[str, LoraWeights]:
+    return {f"{part}.{layer}": weights for part, layers in expert.layers.items() for layer, weights in layers.items()}
+
+
+def _pair(weights: LoraWeights, strength: float) -> Pair:
     return Pair(weights.down.double().flatten(1), weights.up.double().flatten(1), weights.scale * strength)
-
-
-def _weights(expert: Expert, key: str) -> LoraWeights | None:
-    part, _, layer = key.partition(".")
-    return expert.layers.get(part, {}).get(layer)
 
 
 def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping[str, str]) -> Expert:
     """A merge as one ordinary LoRA in fp32, in the shapes of the experts' layers, with all their trigger words."""
     parts: dict[str, dict[str, LoraWeights]] = {}
+    found = [_by_key(expert) for expert, _ in experts.values()]
     for key, pair in merged.items():
         part, _, layer = key.partition(".")
-        shapes = [w.down.shape[1:] for e, _ in experts.values() if (w := _weights(e, key)) is not None]
-        parts.setdefault(part, {})[layer] = _shaped(pair, max(shapes, key=len))
+        inputs = max((own[key].down.shape[1:] for own in found if key in own), key=len)
+        up = (pair.up * pair.scale).float().reshape(-1, pair.rank, *(1,) * (len(inputs) - 1))
+        parts.setdefault(part, {})[layer] = LoraWeights(pair.down.float().reshape(-1, *inputs), up, 1.0)
     first = next(iter(experts.values()))[0]
     return Expert(
         name=name,
@@ -62,14 +59,6 @@ def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping
         sha256=_hash(merged),
         metadata=dict(metadata),
     )
-
-
-def _shaped(pair: Pair, inputs: Sequence[int]) -> LoraWeights:
-    """A pair as a layer whose input is (Cin,), or (Cin, k, k) for a convolution."""
-    down, up = pair.down.float(), (pair.up * pair.scale).float()
-    if len(inputs) == 1:
-        return LoraWeights(down, up, 1.0)
-    return LoraWeights(down.reshape(-1, *inputs), up[:, :, None, None], 1.0)
 
 
 def _hash(merged: Merged) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
 from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair
 
-FEATURES = ("raw", "normalized")
 ROUNDS = 100  # of Lloyd's algorithm; it stops when nothing moves
 
 
@@ -15,7 +16,7 @@ def lego(
     layers: Layers,
     *,
     clusters: int | None = None,
-    features: str = "raw",
+    features: Literal["raw", "normalized"] = "raw",
     canonical: bool = False,
     seed: int = 0,
     starts: int = 10,
@@ -34,8 +35,6 @@ def lego(
         seed: of the first centres.
         starts: how often k-means starts; the tightest clustering is taken.
     """
-    if features not in FEATURES:
-        raise ValueError(f"unknown features {features!r}; known: {list(FEATURES)}")
     if clusters is not None and clusters < 1:
         raise ValueError(f"clusters must be 1 or more, got {clusters}")
     if starts < 1:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, get_type_hints
 
-import torch
-
 from mole_diffusers import functional
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.merging.activations import Activations
@@ -66,14 +64,25 @@ def merge(
         raise ValueError(f"unknown merge method {method!r}; known: {list(METHODS)}")
     if not experts:
         raise ValueError("a merge needs at least one expert")
-    read = {n: _weighted(n, given) for n, given in experts.items()}
-    layers = layers_of(read)
-    given = _filled_in(METHODS[method], read, layers, protect=protect, activations=activations)
+    read = {n: _weighted(n, source) for n, source in experts.items()}
+    layers, asked = layers_of(read), _arguments(METHODS[method])
+    if unknown := sorted(set(protect) - set(read)):
+        raise ValueError(f"unknown experts {unknown} to protect; given: {list(read)}")
+    given: dict[str, Any] = {}  # what of `GIVEN` the method takes
+    if "protect" in asked and protect:
+        given["protect"] = [list(read).index(n) for n in protect]
+    if "inputs" in asked:
+        if activations is None:
+            raise ValueError("this method needs the experts' own activations: give activations=Activations(pipe, prompts)")
+        runs = partial(_inputs, read, layers, activations)
+        given = {"inputs": runs(), "rerun": runs} if "rerun" in asked else {"inputs": runs()}
     merged, lost = truncated(METHODS[method](layers, **given, **resolved(method, options)), layers, method=method, rank=rank)
     about = {"mole.method": method, "mole.experts": ", ".join(read), "mole.options": json.dumps(options)}
     about["mole.lost_energy"] = f"{lost:.4f}"
     if "inputs" in given:
-        about["mole.loss"] = f"{_loss(layers, given['inputs'], merged):.4f}"
+        shared = [key for key, layer in layers.items() if sum(p is not None for p in layer) > 1]
+        losses = [relative_loss(layers[key], given["inputs"][key], merged[key]) for key in shared]
+        about["mole.loss"] = f"{sum(losses) / max(1, len(losses)):.4f}"
     return as_expert(merged, read, name=name, metadata=about)
 
 
@@ -105,40 +114,18 @@ def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | dict(options)
 
 
-def _filled_in(
-    method: Callable[..., Merged],
-    experts: Weighted,
-    layers: Layers,
-    *,
-    protect: Sequence[str],
-    activations: Activations | None,
-) -> dict[str, Any]:
-    """The arguments of a method that are no options, see `GIVEN`."""
-    asked, names = _arguments(method), list(experts)
-    given: dict[str, Any] = {}
-    if unknown := sorted(set(protect) - set(names)):
-        raise ValueError(f"unknown experts {unknown} to protect; given: {names}")
-    if "protect" in asked and protect:
-        given["protect"] = [names.index(n) for n in protect]
-    if "inputs" not in asked:
-        return given
-    if activations is None:
-        raise ValueError("this method needs the experts' own activations: give activations=Activations(pipe, prompts)")
-    given["inputs"] = _by_layer(layers, names, [activations.own(n, e, s) for n, (e, s) in experts.items()])
-    return given | ({"rerun": partial(_rerun, experts, layers, activations)} if "rerun" in asked else {})
-
-
-def _by_layer(layers: Layers, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> Inputs:
+def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged: Merged | None = None) -> Inputs:
+    """What each layer gets of each expert's own prompts while it runs alone, or a merge in its place."""
+    if merged is None:
+        found = [activations.own(n, expert, strength) for n, (expert, strength) in experts.items()]
+    else:
+        running = as_expert(merged, experts, name="merged", metadata={})
+        found = [activations.run(n, expert, running) for n, (expert, _) in experts.items()]
     for key, layer in layers.items():
-        for n, pair, own in zip(names, layer, found, strict=True):
+        for n, pair, own in zip(experts, layer, found, strict=True):
             if pair is not None and key not in own:
                 raise ValueError(f"layer {key!r} of expert {n!r} is not in the pipeline that the experts ran on")
     return {key: [own.get(key) for own in found] for key in layers}
-
-
-def _rerun(experts: Weighted, layers: Layers, activations: Activations, merged: Merged) -> Inputs:
-    running = as_expert(merged, experts, name="merged", metadata={})
-    return _by_layer(layers, list(experts), [activations.run(n, e, running) for n, (e, _) in experts.items()])
 
 
 def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) -> tuple[Merged, float]:
@@ -152,19 +139,8 @@ def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) 
         wanted = max(ranks) if rank is None and method == "svd" else rank
         if pair.rank > (wanted or sum(ranks)):
             down, up, values = functional.low_rank(pair.down, pair.folded().up, pair.rank)
-            most = wanted or _enough(values)
+            energy = values.square().cumsum(0)
+            most = wanted or int((energy < ENERGY * energy[-1]).sum()) + 1
             pair, lost = Pair(down[:most], up[:, :most]), lost + values[most:].square().sum().item()
         out[key] = pair
     return out, lost / whole if whole else 0.0
-
-
-def _enough(values: torch.Tensor) -> int:
-    """The smallest rank that keeps the share `ENERGY`, by singular values."""
-    share = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
-    return int((share < ENERGY).sum()) + 1
-
-
-def _loss(layers: Layers, inputs: Inputs, merged: Merged) -> float:
-    """The relative loss, mean over the layers that several experts have."""
-    shared = [key for key, layer in layers.items() if sum(p is not None for p in layer) > 1]
-    return sum(relative_loss(layers[key], inputs[key], merged[key]) for key in shared) / max(1, len(shared))

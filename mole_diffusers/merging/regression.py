@@ -14,7 +14,6 @@ import torch
 from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concatenated
 
 Inputs = Mapping[str, Sequence[torch.Tensor | None]]  # layer -> X_k [n_k, Cin] per expert
-Known = tuple[list[Pair], list[torch.Tensor]]  # the experts of one layer that have it, and their X_k
 
 
 def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
@@ -79,12 +78,10 @@ def iteris(
     """
     if rounds < 1:
         raise ValueError(f"rounds of IterIS must be 1 or more, got {rounds}")
-    seen: dict[str, Known] = {key: _known(layer, inputs[key]) for key, layer in layers.items()}
     out: Merged = {}
     for number in range(rounds):
         now = rerun(out) if number else inputs
-        for key, (pairs, own) in seen.items():
-            out[key] = _iterated(pairs, own, _known(layers[key], now[key])[1], ridge)
+        out = {k: _iterated(*_known(layer, inputs[k]), _known(layer, now[k])[1], ridge) for k, layer in layers.items()}
     return out
 
 
@@ -186,7 +183,8 @@ def _each(layers: Layers, inputs: Inputs, solve: Callable[[list[Pair], list[torc
     return out
 
 
-def _known(layer: Layer, inputs: Sequence[torch.Tensor | None]) -> Known:
+def _known(layer: Layer, inputs: Sequence[torch.Tensor | None]) -> tuple[list[Pair], list[torch.Tensor]]:
+    """The experts that have a layer, and their X_k."""
     both = [(p.folded(), x.to(p.down.dtype)) for p, x in zip(layer, inputs, strict=True) if p is not None and x is not None]
     return [p for p, _ in both], [x for _, x in both]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concatenated, dense, present
@@ -19,8 +17,8 @@ def ties(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
             layer).
         scale: of the result; the paper's lambda.
     """
-    elected = _elected(_trimmed(_deltas(layers), share))
-    return {key: dense(scale * delta) for key, delta in elected.items()}
+    deltas: Deltas = {key: [None if p is None else p.delta() for p in layer] for key, layer in layers.items()}
+    return {key: dense(scale * _elected(kept)) for key, kept in _trimmed(deltas, share).items()}
 
 
 def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 0) -> Merged:
@@ -34,14 +32,12 @@ def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 
     if not 0 <= drop < 1:
         raise ValueError(f"DARE's drop must be at least 0 and below 1, got {drop}")
     generator = torch.Generator().manual_seed(seed)
-    kept: Deltas = {}
-    for key, deltas in _deltas(layers).items():
-        kept[key] = [
-            None if d is None else d * (torch.rand(d.shape, generator=generator) >= drop) / (1 - drop) for d in deltas
-        ]
-    if elect:
-        return {key: dense(delta) for key, delta in _elected(kept).items()}
-    return {key: dense(torch.stack(_there(deltas)).sum(0)) for key, deltas in kept.items()}
+    out = {}
+    for key, layer in layers.items():
+        deltas = [pair.delta() for pair in present(layer)]
+        kept = torch.stack([d * (torch.rand(d.shape, generator=generator) >= drop) / (1 - drop) for d in deltas])
+        out[key] = dense(_elected(kept) if elect else kept.sum(0))
+    return out
 
 
 def knots(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
@@ -53,7 +49,7 @@ def knots(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
     aligned: Deltas = {
         key: [None if p is None else (bases[key].T @ p.folded().up) @ p.down for p in layer] for key, layer in layers.items()
     }
-    return {key: Pair(scale * merged, bases[key]) for key, merged in _elected(_trimmed(aligned, share)).items()}
+    return {key: Pair(scale * _elected(kept), bases[key]) for key, kept in _trimmed(aligned, share).items()}
 
 
 def _basis(layer: Layer) -> torch.Tensor:
@@ -68,40 +64,21 @@ def _basis(layer: Layer) -> torch.Tensor:
     return q @ vectors[:, kept]
 
 
-def _deltas(layers: Layers) -> Deltas:
-    return {key: [None if p is None else p.delta() for p in layer] for key, layer in layers.items()}
-
-
-def _there(deltas: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [d for d in deltas if d is not None]
-
-
-def _trimmed(deltas: Deltas, share: float) -> Deltas:
-    """Each expert without its small entries: the threshold is taken over all its layers."""
+def _trimmed(deltas: Deltas, share: float) -> dict[str, torch.Tensor]:
+    """Layer -> [n, ...], those of the experts that have it without their small entries, by a threshold over all layers."""
     if not 0 < share <= 1:
         raise ValueError(f"the share of entries that stays must be above 0 and at most 1, got {share}")
-    count = len(next(iter(deltas.values())))
-    limits = [_threshold([d[k] for d in deltas.values()], share) for k in range(count)]
+    limits = []
+    for own in zip(*deltas.values(), strict=True):  # of one expert
+        sizes = torch.cat([d.abs().flatten() for d in own if d is not None])
+        limits.append(sizes.kthvalue(len(sizes) - max(1, round(share * len(sizes))) + 1).values)
     return {
-        key: [None if d is None else d * (d.abs() >= limit) for d, limit in zip(row, limits, strict=True)]
+        key: torch.stack([d * (d.abs() >= limit) for d, limit in zip(row, limits, strict=True) if d is not None])
         for key, row in deltas.items()
     }
 
 
-def _threshold(deltas: Sequence[torch.Tensor | None], share: float) -> float:
-    sizes = torch.cat([d.abs().flatten() for d in _there(deltas)])
-    kept = max(1, round(share * len(sizes)))
-    return sizes.kthvalue(len(sizes) - kept + 1).values.item()
-
-
-def _elected(deltas: Deltas) -> dict[str, torch.Tensor]:
-    """Steps 2 and 3 of TIES: the sign of the sum, then the mean of the entries with that sign."""
-    sums = {key: torch.stack(_there(row)).sum(0) for key, row in deltas.items()}
-    majority = torch.stack([s.sign().sum() for s in sums.values()]).sum().sign()  # where a sum is 0
-    out = {}
-    for key, row in deltas.items():
-        stacked = torch.stack(_there(row))  # [n, Cout, Cin]
-        sign = torch.where(sums[key] == 0, majority, sums[key].sign())
-        agree = stacked * sign > 0
-        out[key] = (stacked * agree).sum(0) / agree.sum(0).clamp_min(1)
-    return out
+def _elected(deltas: torch.Tensor) -> torch.Tensor:
+    """Steps 2 and 3 of TIES, [n, ...] -> [...]: the sign of the sum, then the mean of the entries with that sign."""
+    agree = deltas * deltas.sum(0).sign() > 0
+    return (deltas * agree).sum(0) / agree.sum(0).clamp_min(1)

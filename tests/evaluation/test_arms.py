@@ -86,9 +86,9 @@ def test_merges_protect_the_style_and_take_strengths(setup):
     assert drawn(setup, arms.merged("np")) == by_hand(setup, {"m": kept})
     turned = Case(("ink", "fox"), CASE.kind, CASE.prompt)  # the style is known by name, not by place
     assert drawn(setup, arms.merged("np"), turned) != drawn(setup, arms.merged("np", weights=arms.by_role(1.0, 0.2)), turned)
-    weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd", rank=3)
-    arm = arms.merged("svd", "svd 3", arms.by_role(0.4, 1.6), rank=3)
-    assert arm.name == "svd 3"
+    weak = mole.merge({"fox": (experts["fox"], 0.4), "ink": (experts["ink"], 1.6)}, "svd")
+    arm = arms.merged("svd", "weak", arms.by_role(0.4, 1.6))
+    assert arm.name == "weak"
     assert drawn(setup, arm) == by_hand(setup, {"m": weak})
 
 
@@ -168,7 +168,8 @@ def test_averaged_gates_stand_still_and_keep_guidance_rows_apart(setup, gates):
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[2], first[3])
     assert not torch.allclose(first[0], first[2], atol=1e-4)
-    live = arms.traced(setup, arms.weighted("gates", gates=folder), CASE)  # as the pictures are drawn
+    with arms.weighted("gates", gates=folder).draws(setup, CASE) as mixture, mixture.trace() as live:
+        sample(setup.pipe, CASE.prompt, [0], **OPTIONS)  # as the pictures are drawn
     at = torch.stack([w for name, _, w in live.records if name == place])  # [steps, 2, N]
     assert len(at) == OPTIONS["num_inference_steps"]
     torch.testing.assert_close(first[[0, 2]], at.mean(0))
@@ -219,7 +220,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
         with pytest.raises(ValueError, match=re.escape(reason)):
             arms.chosen_arms(["base", name], setup)
     with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
-        arms.moved_arms(["sum", "gates"], setup, shares=[0.5])
+        arms.chosen_arms(["sum", "gates"], setup, shares=[0.5])
 
 
 def settings_of(setup, arm):
@@ -257,14 +258,11 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     assert changed() == {"np", "k-lora"}
 
 
-def test_a_merge_says_its_options_and_the_defaults_of_the_others(setup):
-    settings = settings_of(setup, arms.merged("dare", rank=3, drop=0.5))
+def test_a_merge_says_the_defaults_of_its_options(setup):
+    settings = settings_of(setup, arms.merged("dare"))
     assert {name: settings[name] for name in ("method", "rank", "drop", "elect", "seed")} == {
-        "method": "dare", "rank": 3, "drop": 0.5, "elect": False, "seed": 0
+        "method": "dare", "rank": None, "drop": 0.9, "elect": False, "seed": 0
     }  # fmt: skip
-    assert settings_of(setup, arms.merged("dare", drop=0.9)) == settings_of(setup, arms.merged("dare"))
-    with pytest.raises(ValueError, match=r"unknown options \['drip'\] of merge method 'dare'"):
-        arms.merged("dare", drip=0.5)
 
 
 def row(kind, subject, style, *seen):
@@ -300,7 +298,7 @@ def test_the_world_knows_its_styles():
 
 
 def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
-    chosen = arms.moved_arms(["sum", "svd", "gates"], setup, gates, shares=[0.25, 1.0])
+    chosen = arms.chosen_arms(["sum", "svd", "gates"], setup, gates, shares=[0.25, 1.0])
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
     experts = {n: setup.experts[n] for n in CASE.concepts}
     assert drawn(setup, chosen[0]) == by_hand(setup, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
@@ -310,9 +308,9 @@ def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
         mixture = mole.attached(setup.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        arms.moved_arms(["base"], setup, shares=[0.5])
+        arms.chosen_arms(["base"], setup, shares=[0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        arms.moved_arms(["sum"], setup, shares=[2])
+        arms.chosen_arms(["sum"], setup, shares=[2])
 
 
 def test_crowds_grow_to_the_number_asked_for():
@@ -324,12 +322,3 @@ def test_crowds_grow_to_the_number_asked_for():
     assert add_idle_experts([pair], ("a", "b"), (2, 3)) == [pair]  # nobody is left to stand by
     with pytest.raises(ValueError, match=r"no case can have \[1, 6\] experts attached: it has more, or there are only 5"):
         add_idle_experts([pair], pool, (6, 1))
-
-
-def test_a_trace_of_an_arm(setup, gates):
-    arm = arms.weighted("gates", gates=arms.gates_of(gates))
-    trace = arms.traced(setup, arm, CASE)
-    assert trace.experts == ["fox", "ink"]
-    assert len(trace.weights("unet.mid_block.attentions.0.transformer_blocks.0")) == 2
-    with pytest.raises(ValueError, match="the arm 'base' attaches no gates"):
-        arms.traced(setup, arms.base(), CASE)

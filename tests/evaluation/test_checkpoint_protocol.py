@@ -114,7 +114,7 @@ def test_cases_are_read_and_checked(tmp_path):
         ('{"concepts": ["fox", "fox"], "prompt": "p"}', "different names, one or more, got ['fox', 'fox']"),
         ('{"concepts": ["fox"], "prompt": "p", "knd": "one"}', "unknown options ['knd'] of a case"),
         ('{"concepts": ["fox"], "prompt": "p", "size": [768]}', '"size" is [width, height] in pixels, got [768]'),
-        ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', '"size" is [width, height]'),
+        ('{"concepts": ["fox"], "prompt": "p", "size": [64, "2"]}', "size of a case must be a list of whole numbers"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -195,8 +195,8 @@ def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet)
     assert count_answers(sheet) == table
     for edited, message in (
         (text.replace(",", ";"), "is not question, prompt and answer, with commas between them"),
-        (text.rsplit("\n", 2)[0], "has 11 rows for the 12 questions"),
-        (text.replace("0001,", "0002,"), "has no row for question 0001"),
+        (text.rsplit("\n", 2)[0], "a row for each question from 0000 to 0011, each once"),
+        (text.replace("0001,", "0002,"), "a row for each question from 0000 to 0011, each once"),
         (text.replace("0001,", "one,"), "is not question, prompt and answer"),
     ):
         path.write_text(edited)

@@ -16,14 +16,7 @@ from mole_diffusers.cli import main
 from mole_diffusers.evaluation import arms, checkpoint_protocol, emoji_protocol, strength_search, tables
 from mole_diffusers.evaluation.rows import Rows, picture_path
 from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows
-from mole_diffusers.evaluation.statistics import (
-    as_table,
-    bootstrap,
-    harmonic,
-    recovery,
-    resample_cases,
-    resample_concepts,
-)
+from mole_diffusers.evaluation.statistics import as_table, bootstrap, resample_cases, resample_concepts
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import read_expert
 
@@ -70,9 +63,7 @@ def test_a_case_counts_as_often_as_all_of_its_concepts_came():
     assert (mean, [low, high]) == (0.5, pytest.approx(every))
 
 
-def test_harmonic_mean_is_as_small_as_the_worst():
-    shares = torch.tensor([[1.0, 0.5, torch.nan], [1.0, 0.0, 1.0]])
-    assert harmonic(shares[None, :, None])[0].tolist() == pytest.approx([2 / 3, 0])
+def test_cases_of_fewer_seeds_are_padded():
     assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]
 
 
@@ -95,52 +86,21 @@ def rows_of(*cells):
 def test_tables_by_hand():
     rows = rows_of(
         ("alone fox", "fox+ink", {"fox": True, "ink": False}),
-        ("alone fox", "fox+ink", {"fox": False, "ink": False}),
-        ("alone ink", "fox+ink", {"fox": False, "ink": True}),
+        ("alone ink", "fox+ink", {"fox": False, "ink": False}),
         ("sum", "fox+ink", {"fox": True, "ink": True}),
         ("sum", "fox+ink", {"fox": False, "ink": True}),
         ("mean", "fox+ink", {"fox": True, "ink": True}),
         ("mean", "fox+ink", {"fox": True, "ink": True}),
     )
     frame = emoji_protocol.frame(rows)
-    lines = emoji_protocol.concept_table(frame).splitlines()
-    # Seen: fox .5, ink 1; recovered: fox .5 of .5, ink 1 of 1; harmonic mean 2 / (1 / .5 + 1 / 1).
-    # Two seeds give four samples: (fox, ink) are seen in shares (1, 1), (.5, 1) twice and (0, 1), beside fox alone's.
-    row = "| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] | 0.67 [0.00, 1.00] | 1.00 [1.00, 1.00] |"
-    assert next(line for line in lines if "| sum" in line).startswith(row)
-    assert "| mean | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in lines[4]
+    _, concept_table = emoji_protocol.REPORT.tables
+    lines = concept_table(frame).splitlines()
+    assert lines[0] == "| arm | concepts seen | style | background | apart |"
+    assert lines[2] == "| alone | 0.25 [0.00, 0.50] | 1.00 [1.00, 1.00] | 0.00 [0.00, 0.00] | - |"
+    assert lines[3].startswith("| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] |")  # fox in one of two, ink in both
+    assert lines[4].startswith("| mean | 1.00 [1.00, 1.00] |")
     assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(frame)
     assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(frame, "sum")
-
-
-def test_intervals_behind_success_are_those_of_every_sample():
-    """One case of three seeds has 27 samples, and all of them can be counted."""
-    fox, ink, bound = (1.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)
-    table = torch.tensor([[[[f, i], [b, 1.0]] for f, i, b in zip(fox, ink, bound, strict=True)]])  # [1, 3, 2, 2]
-    recovered, harmonics = [], []
-    for chosen in itertools.product(range(3), repeat=3):
-        f, i, b = (sum(values[s] for s in chosen) / 3 for values in (fox, ink, bound))
-        parts = [i] + ([min(1.0, f / b)] if b else [])
-        recovered.append(sum(parts) / len(parts))
-        harmonics.append(2 / (1 / f + 1 / i) if f and i else 0.0)
-    for values, drawn in (
-        (recovered, bootstrap(table, resample_cases(1), recovery)),
-        (harmonics, bootstrap(table[:, :, 0], resample_cases(1), harmonic)),
-    ):
-        every = torch.tensor(values).repeat(1000)  # as often as so many draws would have them
-        wanted = torch.quantile(every, torch.tensor([0.025, 0.975])).tolist()
-        assert list(drawn[1:]) == pytest.approx(wanted, abs=1e-6)
-    assert bootstrap(table, resample_cases(1), recovery)[0] == pytest.approx((1.0 + 2 / 3) / 2)
-    assert bootstrap(table[:, :, 0], resample_cases(1), harmonic)[0] == pytest.approx(2 / 3)
-
-
-def test_single_loras_are_not_mixed_into_one_that_shows_every_concept():
-    """Each alone shows one of two concepts, so the harmonic mean is 0 for each, and 0 is their mean."""
-    rows = rows_of(
-        ("alone fox", "fox+ink", {"fox": True, "ink": False}), ("alone ink", "fox+ink", {"fox": False, "ink": True})
-    )
-    seen, recovered, harmonic = emoji_protocol.concept_table(emoji_protocol.frame(rows)).splitlines()[2].split(" | ")[1:4]
-    assert (seen, recovered, harmonic) == ("0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.00 [0.00, 0.00]")
 
 
 def test_standing_apart_is_of_the_cases_with_several_subjects():
@@ -148,7 +108,7 @@ def test_standing_apart_is_of_the_cases_with_several_subjects():
     for row, value in zip(rows, (True, False, False, None), strict=True):
         row["apart"] = value
     wanted = tables.interval(emoji_protocol.frame(rows[:3]), "apart")
-    assert emoji_protocol.concept_table(emoji_protocol.frame(rows)).splitlines()[2].endswith(f"| {wanted} |")
+    assert tables.interval(emoji_protocol.frame(rows), "apart") == wanted
     assert wanted.startswith("0.25 [0.00, ")
 
 

@@ -79,12 +79,12 @@ def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
         row("sum", "a+b", 0), row("sum", "a+b", 1, seen={"a": False}), row("sum", "a+b (c)", 0, idle=["c"]),
         row("sum", "a+b (c) (d)", 0, seen={"a": False}, idle=["c", "d"]), row("sum", "a+b+c", 0, light=0.3, kind="three"),
     ]  # fmt: skip
-    pair, three = plots.against_count(as_frame(rows), tmp_path / "experts.png").axes
+    pair, three = plots.curves(as_frame(rows), tmp_path / "experts.png", at="attached").axes
     assert pair.get_lines()[0].get_xydata().tolist() == [[2, 0.5], [3, 1.0], [4, 0.0]]
     assert three.get_lines()[0].get_xydata().tolist() == [[3, 1.0]]
     assert pair.get_ylabel() == "success"
     assert (pair.get_xticks().tolist(), three.get_xticks().tolist()) == ([2, 3, 4], [3])
-    figure = plots.against_count(as_frame(rows[4:]), tmp_path / "light.png", "light", limits=(None, None))
+    figure = plots.curves(as_frame(rows[4:]), tmp_path / "light.png", "light", at="attached", limits=(None, None))
     assert lines(figure) == {"sum": [[3, 0.3]]}
 
 
@@ -127,7 +127,7 @@ def test_an_arm_has_one_colour_in_all_panels(tmp_path):
     rows = [row(arm, "a+b", 0) for arm in ("sum", "gates", "mean @ 0.3", "mean @ 0.7", *"bcdefghijk")]
     rows += [row(arm, "a+c", 0, kind="other") for arm in ("gates", "mean @ 0.3", "mean @ 0.7")]
     frame = emoji_protocol.frame(rows)
-    for draw in (partial(plots.frontier, values=emoji_protocol.REPORT.roles), plots.against_count):
+    for draw in (partial(plots.frontier, values=emoji_protocol.REPORT.roles), partial(plots.curves, at="attached")):
         one, other = draw(frame, tmp_path / "x.png").axes
         colours, again = ({line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (one, other))
         assert again == {name: colours[name] for name in again}

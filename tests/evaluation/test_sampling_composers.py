@@ -9,6 +9,7 @@ from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers.evaluation import sampling_composers
 from mole_diffusers.merging.factors import Pair
+from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.testing import tiny_lora
 
 LATENT = {"output_type": "latent", "guidance_scale": 3.0}
@@ -24,24 +25,15 @@ def alone(pipe, path, steps=1):
     return latent(pipe, steps)
 
 
-def test_turns_are_shared_and_in_order():
-    turns = [sampling_composers.turn(step, 3, 5) for step in range(50)]
-    assert turns[:16] == [0] * 5 + [1] * 5 + [2] * 5 + [0]
-    counts = [turns.count(i) for i in range(3)]
-    assert sum(counts) == 50
-    assert max(counts) - min(counts) <= 5
-    assert sampling_composers.turn(7, 1, 5) == 0
-
-
 def test_switch_begins_with_the_first_expert_and_its_own_text(pipe, loras):
     fox = alone(pipe, loras["fox"])
     mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]})
     with sampling_composers.switched(pipe, mixture):
         torch.testing.assert_close(latent(pipe), fox, rtol=0, atol=1e-5)
         with mixture.trace() as trace:
-            latent(pipe, steps=7)
+            latent(pipe, steps=12)
     at = [w.tolist() for place, _, w in trace.records if place == "unet.mid_block.attentions.0.transformer_blocks.0"]
-    assert at == [[1, 0]] * 5 + [[0, 1]] * 2
+    assert at == [[1, 0]] * 5 + [[0, 1]] * 5 + [[1, 0]] * 2
 
 
 @pytest.mark.parametrize("period", [1, *thorough(5)])
@@ -122,8 +114,12 @@ def test_k_lora_turns_each_layer_once_at_the_same_share_of_any_run(pipe, loras):
         assert abs(turned[4][place] - share) <= 1 / 4
     forward = trace.weights("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2")
     assert forward[0, 1] == 1  # no attention, and only ink has it
-    with pytest.raises(ValueError, match="K-LoRA takes two experts and a gate per matrix"):
-        sampling_composers.KLoRA(pipe, mole.attach(pipe, experts), content="fox", style="ink")
+    mixture = mole.attach(pipe, experts)
+    with (
+        pytest.raises(ValueError, match="K-LoRA takes two experts and a gate per matrix"),
+        sampling_composers.k_lora(pipe, mixture, content="fox", style="ink"),
+    ):
+        pass
 
 
 def after_each_step(pipe, steps):
@@ -146,7 +142,8 @@ def test_k_lora_is_the_content_lora_up_to_its_least_share(pipe, tmp_path):
     mixture = mole.attach(pipe, files, mole.GateConfig("static", granularity="matrix"))
     with sampling_composers.k_lora(pipe, mixture, content="fox", style="ink"):
         found = after_each_step(pipe, 12)
-    least = min(sampling_composers.KLoRA(pipe, mixture, content="fox", style="ink").until.values())
+    layers = layers_of({name: (expert, 1.0) for name, expert in mixture.experts.items()})
+    least = min(sampling_composers.last_content({k: v for k, v in layers.items() if k.startswith("unet.")}).values())
     content = [step for step in range(12) if step / 12 <= least]
     assert 1 < len(content) < 12
     for step in content:

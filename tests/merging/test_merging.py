@@ -215,6 +215,7 @@ def test_patches_of_a_convolution_are_what_its_matrix_multiplies():
         ({"method": "ties", "share": "half"}, "share of merge method 'ties' must be a number, got 'half'"),
         ({"method": "dare", "elect": 1}, "elect of merge method 'dare' must be true or false, got 1"),
         ({"method": "lego", "starts": 1.5}, "starts of merge method 'lego' must be a whole number, got 1.5"),
+        ({"method": "lego", "features": "cosine"}, "must be one of ['raw', 'normalized'], got 'cosine'"),
         ({"method": "lego", "starts": 0}, "starts of k-means must be 1 or more, got 0"),
         ({"method": "lego", "clusters": "many"}, "clusters of merge method 'lego' must be a whole number, got 'many'"),
         ({"rank": 0}, "the rank of a merge must be 1 or more"),

@@ -219,8 +219,6 @@ def test_lego_clusters_by_direction_when_normalized():
     by_size = one(lego, pairs, clusters=2)
     assert by_direction[0, 1] == 0
     assert not torch.allclose(by_direction, by_size)
-    with pytest.raises(ValueError, match="unknown features 'cosine'; known"):
-        one(lego, pairs, features="cosine")
     with pytest.raises(ValueError, match="clusters must be 1 or more"):
         one(lego, pairs, clusters=0)
 
