@@ -11,8 +11,6 @@ import numpy as np
 from mole_diffusers.emoji.words import BACKGROUNDS, STYLES, SUBJECTS
 
 SIDE = 64  # pixels: the side of the square that one subject is given
-SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
-SHIFT = 1  # pixels, at most, that a subject stands off the middle of its square: what no caption says is blurred at first
 ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
 RELATIONS = ACROSS + UPRIGHT
 Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
@@ -93,26 +91,12 @@ def composition_scene(concepts: Sequence[str]) -> Scene:
     return Scene(tuple(c for c in concepts if c not in STYLES), styles[0] if styles else "noto")
 
 
-def places(scene: Scene, rng: np.random.Generator | None, freedom: float = 1.0) -> list[Box]:
-    """A box per subject, none over another. Without `rng`: size 54 in the middle of its square, in the order named.
-
-    Args:
-        freedom: 0..1, how far sizes and places within a square may be from those.
-    """
-    if rng is None:
-        return [(54, x + 5, y + 5) for x, y in _squares(scene, np.arange)]
-    squares = _squares(scene, rng.permutation)
-    return [(size, x + dx, y + dy) for x, y in squares for size, dx, dy in [_within_square(rng, freedom)]]
+def places(scene: Scene) -> list[Box]:
+    """A box per subject, none over another: size 54 in the middle of its square, in the order named."""
+    return [(54, x + 5, y + 5) for x, y in squares(scene)]
 
 
-def _within_square(rng: np.random.Generator, freedom: float) -> Box:
-    """A box near the middle of a square of SIDE pixels: a UNet knows where it is by its padding alone."""
-    size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
-    x, y = (round((SIDE - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
-    return size, x, y
-
-
-def _squares(scene: Scene, order: Callable[[int], np.ndarray]) -> list[tuple[int, int]]:
+def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
     """The upper left corner of each subject's square, in pixels; `order` permutes those that nothing decides."""
     count = len(scene.subjects)
     if count == 1:
@@ -131,26 +115,3 @@ def _squares(scene: Scene, order: Callable[[int], np.ndarray]) -> list[tuple[int
     if relation in ACROSS:
         return [(near, SIDE // 2), *((far, i * SIDE) for i in others)]
     return [(SIDE // 2, near), *((i * SIDE, far) for i in others)]
-
-
-def draw_scene(
-    subjects: Sequence[str],
-    styles: Sequence[str],
-    rng: np.random.Generator,
-    *,
-    count: int,
-    allowed: Callable[[str, str], bool] | None = None,
-    placed: float = 0.2,
-) -> Scene:
-    """A random scene of `count` different subjects; a third have a coloured background.
-
-    Args:
-        allowed: allowed(subject, style) says which cells may be drawn; None allows all.
-        placed: the share of two or three subjects whose places are said.
-    """
-    style = str(rng.choice(styles))
-    open_to = [s for s in subjects if allowed is None or allowed(s, style)]
-    chosen = tuple(str(s) for s in rng.choice(open_to, count, replace=False))
-    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
-    relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < placed else None
-    return Scene(chosen, style, background, relation, bool(rng.integers(2)))

@@ -18,7 +18,7 @@ class EmojiWorld:
     """A real Stable Diffusion in small, with a ground truth for composition; see `emoji.canvas` for sizes of pictures.
 
     Attributes:
-        pipe: the base, a StableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
+        pipe: the base, a StableDiffusionPipeline; knows `emoji.words.BASE_SUBJECTS` in `emoji.words.BASE_STYLES`.
         loras: concept -> LoRA file, for every held-out subject and style.
         gates: "fox+relief" -> folder of gates trained for these experts.
         drawings: the artists' drawings.

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import train_base
 from loop import mixed_precision, note, small_attention
+from random_scenes import draw_scene, random_picture
 from torch import nn
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples, encode
@@ -82,7 +83,7 @@ def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict
     found = {}
     for shape, count in PICTURES.items():
         scenes = [concept_scene(concepts[i % len(concepts)], shape, rng) for i in range(count * len(concepts))]
-        found[shape] = encode(pipe, [drawings.picture(s, rng) for s in scenes], [s.caption for s in scenes])
+        found[shape] = encode(pipe, [random_picture(drawings, s, rng) for s in scenes], [s.caption for s in scenes])
     return found
 
 

@@ -18,11 +18,12 @@ from diffusers import AutoencoderKL
 from encoder import Patches, patches
 from loop import averaged, cosine, device, fit, mixed_precision, note, to_tensor
 from muon import MuonAndAdamW
+from random_scenes import draw_scene, random_picture
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 
 BATCH = {1: 40, 2: 20, 3: 10, 4: 10}  # subjects in the picture -> pictures per update
 TURNS = (1, 2, 1, 2, 3, 4)  # subjects in the pictures of an update, in turn
@@ -57,7 +58,7 @@ def begin(judge: Judge, saved: Judge) -> None:
 def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator) -> Batch:
     """Pictures of scenes that share one canvas, with the judge's indices."""
     return Batch(
-        to_tensor([drawings.picture(s, rng) for s in scenes]).to(device()),
+        to_tensor([random_picture(drawings, s, rng) for s in scenes]).to(device()),
         torch.tensor([[float(s in scene.subjects) for s in judge.subjects] for scene in scenes], device=device()),
         torch.tensor([judge.styles.index(s.style) for s in scenes], device=device()),
         torch.tensor([judge.backgrounds.index(s.background) for s in scenes], device=device()),
