@@ -103,8 +103,7 @@ class Judge(nn.Module):
     def save(self, folder: Path) -> None:
         """fp16 weights and the word lists."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.contiguous() for k, v in self.state_dict().items()}
-        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in self.state_dict().items()}
         save_file(halves, folder / "judge.safetensors")
         names = {"subjects": self.subjects, "styles": self.styles, "backgrounds": self.backgrounds}
         (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
@@ -113,8 +112,7 @@ class Judge(nn.Module):
     def load(cls, folder: Path) -> Judge:
         """Read what `save` wrote, as fp32, in evaluation mode."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
-        weights = load_file(folder / "judge.safetensors")
-        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        judge.load_state_dict(load_file(folder / "judge.safetensors"))
         return judge.eval()
 
 

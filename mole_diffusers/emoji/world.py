@@ -53,10 +53,4 @@ def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> E
     folder = emoji.default_folder()
     pipe = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
-    return EmojiWorld(
-        pipe=pipe,
-        loras=concept_files(),
-        gates=gate_folders(),
-        drawings=emoji.Drawings(folder),
-        folder=folder,
-    )
+    return EmojiWorld(pipe, concept_files(), gate_folders(), emoji.Drawings(folder), folder)
