@@ -10,7 +10,7 @@ import torch
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.training.config import CollageTerm, DenoiseTerm
+from mole_diffusers.training.config import CollageTerm, Term
 from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, require
 from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
 from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample
@@ -19,10 +19,10 @@ from mole_diffusers.training.losses import cells, side_by_side
 from mole_diffusers.training.rewards import clip, rollout
 
 
-def denoise(context: TrainingContext, term: DenoiseTerm) -> LossFn:
+def denoise(context: TrainingContext, term: Term) -> LossFn:
     """The diffusion loss on pictures with captions."""
     samples = require(context.data.samples, "denoise", "pictures")
-    return lambda batch: denoising_loss(context.pipe, samples, batch, guidance=term.guidance)
+    return lambda batch: denoising_loss(context.pipe, samples, batch)
 
 
 def collage(context: TrainingContext, term: CollageTerm) -> LossFn:

@@ -36,7 +36,6 @@ def test_settings_are_checked_and_survive_json():
         ({"terms": {"single": -1.0}}, "weight of the single term must be 0 or more, got -1.0"),
         ({"terms": {"single": {"batch": 0}}}, "batch of the single term must be 1 or more, got 0"),
         ({"terms": {"rollout": {"steps": 0}}}, "steps of the rollout term must be 1 or more, got 0"),
-        ({"terms": {"composed": {"own": 3.0}}}, "own of the composed term must be from 0 to 1, got 3.0"),
         ({"terms": {"clip": {"lengths": [50, 20]}}}, r"must be the least and the most steps, got \[50, 20\]"),
         ({"terms": {"clip": {"lengths": [20]}}}, r"must be the least and the most steps, got \[20\]"),
         ({"lr": "1e-3"}, "lr of the training must be a number, got '1e-3'"),
