@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, send_to_device
 from tqdm import tqdm
 
 from mole_diffusers.binding.sentence import pattern
@@ -40,6 +41,14 @@ class TrainingContext:
     progress: bool = False
     width: int | None = None
     height: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state` of all processes; on the CPU, since another machine may lack this device."""
+        return {name: value for part in gather_object([send_to_device(self.state, "cpu")]) for name, value in part.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set it to what `state_dict` returned."""
+        self.state.update(state)
 
     @property
     def composed_shape(self) -> tuple[int, int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,22 +69,6 @@ class LoraLayers:
             down = found[f"{name}.lora_A.weight"]
             down *= importance(logits.detach().float().cpu(), self.temperature).reshape(-1, *(1,) * (down.dim() - 1))
         return found
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Start from an earlier LoRA of the same layers and rank.
-
-        Raises ValueError for other layers or sizes.
-        """
-        wanted = self.halves()
-        if odd := sorted(set(wanted) ^ set(tensors)):
-            raise ValueError(f"the LoRA to start from has other layers: {odd[0]} is in one of the two only")
-        for key, parameter in wanted.items():
-            if tensors[key].shape != parameter.shape:
-                raise ValueError(
-                    f"the LoRA to start from has {list(tensors[key].shape)} at {key}, not {list(parameter.shape)}"
-                )
-            parameter.copy_(tensors[key])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that is trained, for a checkpoint."""
@@ -165,9 +148,6 @@ def save_lora(
     """
     metadata = {**(about or {}), TRIGGERS: triggers}
     write_lora(_by_layer(tensors, alpha), path, format=format, alphas=format == "kohya", dtype=dtype, metadata=metadata)
-
-
-save_kohya = partial(save_lora, format="kohya")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, dict[str, LoraWeights]]:

@@ -84,7 +84,7 @@ def test_an_update_waits_for_no_card(loras, precision):
             trainer.update(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert len(trainer.read_log()) == 4
+        assert len(trainer.engine.read_log()) == 4
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -131,7 +131,7 @@ def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
     mixture = mole.attach(pipe, files, "mole")
     leave()
     trainer = GateTrainer(TrainingContext(pipe, mixture, data, clip), config, folder=tmp_path)
-    trainer.resume("checkpoint-1")
+    trainer.engine.resume("checkpoint-1")
     way, state = trainer.context.state["clip 0"], trainer.engine.optimizer.state
     found = [way["x"], way["looks"], *trainer.ema.shadow_params, *(state[p]["exp_avg"] for p in trainer.engine.parameters)]
     assert all(tensor.is_meta for tensor in found)

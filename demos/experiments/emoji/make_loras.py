@@ -26,7 +26,7 @@ from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.lora_adapter import add_lora, save_kohya, save_lora
+from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
 PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded per canvas
 BATCH = {"one": 16, "wide": 8, "tall": 8}  # per update
@@ -129,8 +129,7 @@ def main() -> None:
         start, chosen = time.time(), recipe(name)
         alpha = chosen.rank / 2 if name in KOHYA else chosen.rank
         tensors = train(pipe, concept_samples(pipe, drawings, (name,)), chosen, alpha)
-        save = save_kohya if name in KOHYA else save_lora
-        save(tensors, path, alpha=alpha, triggers=name)
+        save_lora(tensors, path, alpha=alpha, triggers=name, format="kohya" if name in KOHYA else "diffusers")
         note(f"lora {name}", rank=chosen.rank, steps=chosen.steps, seconds=round(time.time() - start))
 
 
