@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
     prompts = list(require(context.data.composed, "composed", "composed prompts"))
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
     where: dict[str, Any] = {"shape": context.composed_shape, "seed": context.seed + 99, "name": "the blend"}
-    match = _match(context, [sample_trajectories(context, teacher, prompts, term, **where)])
+    match = _match(context, sample_trajectories(context, teacher, prompts, term, **where))
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         torch.rand((), generator=batch.generator)  # unused: a seed goes on giving the rows that it always gave
@@ -85,29 +85,29 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
 
 def _by_size(
     context: TrainingContext, teacher: Teacher, prompts: Sequence[str], term: DistillationTerm, *, seed: int, name: str
-) -> list[Trajectories]:
-    """Trajectories of prompts, for each size of their pictures; see `sample_trajectories`."""
+) -> list[Row]:
+    """The rows of prompts, of each size of their pictures; see `sample_trajectories`."""
     by_shape: dict[tuple[int, int, int], list[str]] = {}
     for prompt in prompts:
         size = context.data.sizes.get(prompt, (None, None))
         by_shape.setdefault(latent_shape(context.pipe, *size), []).append(prompt)
-    return [sample_trajectories(context, teacher, p, term, shape=s, seed=seed, name=name) for s, p in by_shape.items()]
+    found = (sample_trajectories(context, teacher, p, term, shape=s, seed=seed, name=name) for s, p in by_shape.items())
+    return [row for rows in found for row in rows]
 
 
-def _match(context: TrainingContext, stored: Sequence[Trajectories]) -> LossFn:
+def _match(context: TrainingContext, stored: Sequence[Row]) -> LossFn:
     """The recovery error on random rows of stored trajectories; of several sizes, one is drawn for each update."""
-    by_shape: dict[torch.Size, list[Trajectories]] = {}
-    for part in stored:
-        by_shape.setdefault(part.x.shape[1:], []).append(part)
-    sizes = [Trajectories.join(parts) for parts in by_shape.values()]
-    shares = torch.tensor([float(len(rows.x)) for rows in sizes])
+    by_shape: dict[torch.Size, list[Row]] = {}
+    for row in stored:
+        by_shape.setdefault(row.x.shape, []).append(row)
+    sizes = list(by_shape.values())
+    shares = torch.tensor([float(len(rows)) for rows in sizes])
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         rows = sizes[int(torch.multinomial(shares, 1, generator=batch.generator)) if len(sizes) > 1 else 0]
-        pick = batch.choice(len(rows.x))
-        chosen = (rows.x[pick], rows.timesteps[pick], rows.targets[pick], rows.norms[pick])
-        x, timesteps, targets, norms = (onto(tensor, context.pipe.device) for tensor in chosen)
-        inputs = with_and_without(x, timesteps, [rows.prompts[i] for i in pick])
+        *tensors, prompts = zip(*(rows[i] for i in batch.choice(len(rows))), strict=True)
+        x, timesteps, targets, norms = (onto(torch.stack(each), context.pipe.device) for each in tensors)
+        inputs = with_and_without(x, timesteps, prompts)
         with bound_to_words(context.mixture):
             found = predict(context.pipe, *inputs)
         return recovery_error(found, *(each.transpose(0, 1).flatten(0, 1) for each in (targets, norms)))
@@ -118,22 +118,14 @@ def _match(context: TrainingContext, stored: Sequence[Trajectories]) -> LossFn:
 # ---- trajectories
 
 
-@dataclass
-class Trajectories:
-    """Rows of sampled trajectories, on the CPU: at `x`, `timesteps`, `prompts` the gates should predict `targets`."""
+class Row(NamedTuple):
+    """A step of a sampled trajectory, on the CPU: at `x`, `timestep` and `prompt` the gates should predict `targets`."""
 
-    x: torch.Tensor  # [S, C, H, W]
-    timesteps: torch.Tensor  # [S]
-    targets: torch.Tensor  # [S, 2, C, H, W], without the prompt and with it
-    norms: torch.Tensor  # [S, 2], the expected squared change from base to teacher, by trajectory set and timestep
-    prompts: list[str]  # S
-
-    @staticmethod
-    def join(parts: Sequence[Trajectories]) -> Trajectories:
-        """All rows, in order."""
-        names = ("x", "timesteps", "targets", "norms")
-        tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
-        return Trajectories(**tensors, prompts=[t for p in parts for t in p.prompts])
+    x: torch.Tensor  # [C, H, W]
+    timestep: torch.Tensor  # []
+    targets: torch.Tensor  # [2, C, H, W], without the prompt and with it
+    norms: torch.Tensor  # [2], the expected squared change from base to teacher, by trajectory set and timestep
+    prompt: str
 
 
 @torch.no_grad()
@@ -146,7 +138,7 @@ def sample_trajectories(
     shape: tuple[int, int, int],
     seed: int,
     name: str,
-) -> Trajectories:
+) -> list[Row]:
     """Sample `term.seeds` trajectories with a teacher, cycling through `prompts` (each gets one), and keep every row.
 
     What is predicted without the prompt is kept, too: guidance would amplify its error if it were not trained on.
@@ -162,16 +154,16 @@ def sample_trajectories(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
     texts = [prompts[i % len(prompts)] for i in range(seeds)]
-    rows = []
+    rows: list[Row] = []
     for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
         scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
         prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
         targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
         norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
-        rows.append(Trajectories(scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts))
+        rows += map(Row, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
         empty, full = prediction.chunk(2)
         x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
-    return Trajectories.join(rows)
+    return rows
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -240,17 +240,12 @@ class GateTrainer:
         if not self.accelerator.is_main_process:
             return
         how, images, shares = self.config.validation, [], []
+        call: dict[str, Any] = {"width": self.context.width, "height": self.context.height}
+        call |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
         for prompt in self.looks:
             noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
-                drawn = self.pipe(
-                    [prompt] * how.seeds,
-                    width=self.context.width,
-                    height=self.context.height,
-                    generator=noise,
-                    num_inference_steps=how.steps,
-                    guidance_scale=how.guidance,
-                ).images
+                drawn = self.pipe([prompt] * how.seeds, generator=noise, **call).images
             images += drawn
             shares += [self.success(drawn, prompt)] if self.success else []
         if shares:
@@ -268,15 +263,12 @@ class GateTrainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The gates' moving average instead of the gates, where there is one."""
-        if self.ema is None:
+        with ExitStack() as undo:
+            if self.ema is not None:
+                self.ema.store(self.mixture.parameters())
+                undo.callback(self.ema.restore, self.mixture.parameters())
+                self.ema.copy_to(self.mixture.parameters())
             yield
-            return
-        self.ema.store(self.mixture.parameters())
-        self.ema.copy_to(self.mixture.parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.mixture.parameters())
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""

@@ -90,12 +90,5 @@ def draw_part(
 
 
 OBJECTIVES: dict[str, Callable[[TrainingContext, Any], LossFn]] = {
-    "single": single,
-    "composed": composed,
-    "base": base,
-    "separate": separate,
-    "denoise": denoise,
-    "clip": clip,
-    "collage": collage,
-    "rollout": rollout,
+    objective.__name__: objective for objective in (single, composed, base, separate, denoise, clip, collage, rollout)
 }

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 
@@ -16,11 +15,9 @@ from mole_diffusers.training.config import (
     CollageTerm,
     DistillationTerm,
     GateTraining,
-    Initial,
     Term,
     Validation,
 )
-from mole_diffusers.training.initialization import ANSWERS
 from mole_diffusers.training.lora_adapter import LAYERS
 from mole_diffusers.training.objectives import OBJECTIVES
 
@@ -62,7 +59,6 @@ def test_settings_are_checked_and_survive_json():
 def test_every_term_has_an_objective_and_only_balance_has_none():
     assert TERMS.keys() == {*OBJECTIVES, BALANCE}
     assert LAYERS.keys() == set(LORA_LAYERS)
-    assert set(get_args(Initial)) == {"uniform", *ANSWERS}
 
 
 def test_terms_are_read_once_and_keep_their_defaults():

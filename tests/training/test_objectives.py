@@ -159,7 +159,8 @@ def test_clip_features_equal_transformers_own(tmp_path):
     torch.testing.assert_close(clip.scale * clip.image(pixels) @ clip.text(["a fox", "ink"]).T, logits)
     model.save_pretrained(tmp_path)
     CLIPImageProcessor(image_mean=[0.1] * 3, image_std=[0.2] * 3).save_pretrained(tmp_path)
-    read = read_clip(tmp_path, tokenizer=tiny_tokenizer())
+    tiny_tokenizer().save_pretrained(tmp_path)
+    read = read_clip(tmp_path)
     expected = model(pixel_values=(pixels / 2 + 0.4) / 0.2, **ids).logits_per_image
     torch.testing.assert_close(read.scale * read.image(pixels) @ read.text(["a fox", "ink"]).T, expected)
     assert not any(p.requires_grad for p in read.model.parameters())
