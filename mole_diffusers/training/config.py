@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_type_hints
 
@@ -12,7 +12,11 @@ from mole_diffusers.options import check_kinds, check_names, check_options
 Precision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts"]
 Initial = Literal["uniform", "scalars", "ssr"]  # weights of gates, see `initialization`
-LORA_LAYERS = ("attention", "feed-forward", "convolution")
+LORA_LAYERS = {  # kind -> module names, as a regular expression
+    "attention": r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)",
+    "feed-forward": r".*(ff\.net\.(0\.proj|2)|mlp\.fc[12])",
+    "convolution": r".*(resnets\.\d+\.conv[12]|proj_in|proj_out)",
+}
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
 LEAST = {  # of numbers, by their names in all settings
     **dict.fromkeys(("weight", "warmup", "weight_decay", "max_norm", "lr", "text_lr", "prior"), 0),
@@ -243,13 +247,9 @@ class GateTraining:
         found = {name: parse_term(name, given) for name, given in self.terms.items()}
         return {name: term for name, term in found.items() if term.weight}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, which `from_dict` reads."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
-        """Raises ValueError for unknown options, and values of another kind."""
+        """From what `dataclasses.asdict` makes. Raises ValueError for unknown options, and values of another kind."""
         looks = values.get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         check_names(looks, get_type_hints(Validation), "the validation")

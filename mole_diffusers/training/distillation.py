@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
     stored = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
         teacher = sum_teacher(context.pipe, context.mixture, [name], unit=[])
-        stored += _by_size(context, teacher, prompts, term, seed=context.seed + i, name=name)
+        stored += sample_trajectories(context, teacher, prompts, term, seed=context.seed + i, name=name)
     return _match(context, stored)
 
 
@@ -49,8 +50,9 @@ def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L2 and L3: under a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
     prompts = list(require(context.data.composed, "composed", "composed prompts"))
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
-    where: dict[str, Any] = {"shape": context.composed_shape, "seed": context.seed + 99, "name": "the blend"}
-    match = _match(context, sample_trajectories(context, teacher, prompts, term, **where))
+    sizes = dict.fromkeys(prompts, (context.width, context.height))
+    how: dict[str, Any] = {"sizes": sizes, "seed": context.seed + 99, "name": "the blend"}
+    match = _match(context, sample_trajectories(context, teacher, prompts, term, **how))
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         torch.rand((), generator=batch.generator)  # unused: a seed goes on giving the rows that it always gave
@@ -63,7 +65,7 @@ def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
     prompts = require(context.data.plain, "base", "plain prompts")
     teacher = sum_teacher(context.pipe, context.mixture, [], unit=list(context.mixture.experts))
-    return _match(context, _by_size(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
+    return _match(context, sample_trajectories(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
 
 
 def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
@@ -81,18 +83,6 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
         return separation_loss(torch.stack(maps, 1))
 
     return loss
-
-
-def _by_size(
-    context: TrainingContext, teacher: Teacher, prompts: Sequence[str], term: DistillationTerm, *, seed: int, name: str
-) -> list[Row]:
-    """The rows of prompts, of each size of their pictures; see `sample_trajectories`."""
-    by_shape: dict[tuple[int, int, int], list[str]] = {}
-    for prompt in prompts:
-        size = context.data.sizes.get(prompt, (None, None))
-        by_shape.setdefault(latent_shape(context.pipe, *size), []).append(prompt)
-    found = (sample_trajectories(context, teacher, p, term, shape=s, seed=seed, name=name) for s, p in by_shape.items())
-    return [row for rows in found for row in rows]
 
 
 def _match(context: TrainingContext, stored: Sequence[Row]) -> LossFn:
@@ -135,34 +125,40 @@ def sample_trajectories(
     prompts: Sequence[str],
     term: DistillationTerm,
     *,
-    shape: tuple[int, int, int],
     seed: int,
     name: str,
+    sizes: Mapping[str, tuple[int | None, int | None]] | None = None,
 ) -> list[Row]:
-    """Sample `term.seeds` trajectories with a teacher, cycling through `prompts` (each gets one), and keep every row.
+    """Sample `term.seeds` trajectories of each size with a teacher, cycling through its `prompts` (each gets one), and keep
+    every row.
 
     What is predicted without the prompt is kept, too: guidance would amplify its error if it were not trained on.
 
     Args:
-        shape: (C, H, W) of the latents.
         seed: of the noise.
         name: of the teacher, beside the progress bar.
+        sizes: width and height of prompts' pictures in pixels; by default those of the training data.
     """
     scheduler, device = training_scheduler(context.pipe), context.pipe.device
-    seeds = max(term.seeds, len(prompts))
     scheduler.set_timesteps(term.steps, device=device)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
-    texts = [prompts[i % len(prompts)] for i in range(seeds)]
+    sizes = context.data.sizes if sizes is None else sizes
+    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    for prompt in prompts:
+        by_shape.setdefault(latent_shape(context.pipe, *sizes.get(prompt, (None, None))), []).append(prompt)
     rows: list[Row] = []
-    for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
-        scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
-        prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
-        targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
-        norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
-        rows += map(Row, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
-        empty, full = prediction.chunk(2)
-        x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
+    for shape, own in by_shape.items():
+        seeds = max(term.seeds, len(own))
+        texts = [own[i % len(own)] for i in range(seeds)]
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
+        for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
+            scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
+            prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
+            targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
+            norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
+            rows += map(Row, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
+            empty, full = prediction.chunk(2)
+            x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
     return rows
 
 
@@ -227,27 +223,25 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
     trigger words; a single other one has all of it.
     """
     names = list(mixture.experts)
-    subjects = [n for n in names if n not in styles]
+    subjects = [i for i, name in enumerate(names) if name not in styles]
+    divided = subjects if len(subjects) > 1 else []  # those that share the picture
 
     def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with alone(mixture, {}):
             base = predict(pipe, x, timesteps, prompts)
-        masks = {n: torch.ones(len(x), 1, *x.shape[2:], device=x.device) for n in names}
+        masks = torch.ones(len(names), len(x), 1, *x.shape[2:], device=x.device)
         predictions, maps = [], []
-        for name in names:
-            masked = name in subjects and len(subjects) > 1
+        for i, name in enumerate(names):
             reading: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
-            if masked:
+            if i in divided:
                 reading = attention_maps(pipe.unet, x.shape[2:], trigger_tokens(pipe, mixture, name, prompts)[None])
             with alone(mixture, {name: 1.0}), reading as layers:
                 predictions.append(predict(pipe, x, timesteps, prompts))
-            if masked:
-                maps.append(torch.stack(layers).mean(0)[0])
-        if maps:
-            masks |= dict(zip(subjects, territory(torch.stack(maps)), strict=True))
-        strengths = onto(torch.tensor([mixture.strength(n) for n in names]), x.device)
-        stacked = torch.stack([masks[n] for n in names])
-        return composed_target(base, torch.stack(predictions), stacked, strengths), base
+            maps += [torch.stack(layers).mean(0)[0]] if layers else []
+        if divided:
+            masks[divided] = territory(torch.stack(maps))
+        strengths = onto(torch.tensor([mixture.strength(name) for name in names]), x.device)
+        return composed_target(base, torch.stack(predictions), masks, strengths), base
 
     return predict_both
 
@@ -276,30 +270,17 @@ def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iter
     Queries and keys are read where their projections return them, so any attention processor will do.
     """
     maps: list[torch.Tensor] = []
-    queries: dict[Any, torch.Tensor] = {}
+    queries: list[torch.Tensor] = []  # of the attention that is running, [B, T, C]
 
-    def read(attention: Attention, undo: Undo) -> None:
-        def keep(_: Any, __: Any, query: torch.Tensor) -> None:
-            queries[attention] = query
-
-        def collect(_: Any, __: Any, key: torch.Tensor) -> None:
-            maps.append(_attention_map(attention, queries.pop(attention), key, tokens=tokens, size=size))
-
-        undo.after_forward(attention.to_q, keep)
-        undo.after_forward(attention.to_k, collect)
+    def collect(attention: Attention, _: Any, __: Any, key: torch.Tensor) -> None:
+        q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (queries.pop(), key))
+        shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S], over heads
+        flat = torch.einsum("bts,kbs->kbt", shares, tokens)
+        height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
+        maps.append(F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear"))
 
     with Undo() as undo:
         for attention in cross_attentions(unet).values():
-            read(attention, undo)
+            undo.after_forward(attention.to_q, lambda _, __, query: queries.append(query))
+            undo.after_forward(attention.to_k, partial(collect, attention))
         yield maps
-
-
-def _attention_map(
-    attention: Attention, query: torch.Tensor, key: torch.Tensor, *, tokens: torch.Tensor, size: Sequence[int]
-) -> torch.Tensor:
-    """query [B, T, C], key [B, S, C], tokens [K, B, S] -> [K, B, H, W]."""
-    q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))  # [B, heads, ., c]
-    shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S]
-    flat = torch.einsum("bts,kbs->kbt", shares, tokens)
-    height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
-    return F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear")

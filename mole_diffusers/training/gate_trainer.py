@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,8 @@ class GateTrainer:
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         _ = context.composed_shape  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
-        if config.tracker and config.tracker not in (known := installed_trackers()):
+        known = [name for name in map(str, get_available_trackers()) if name in TRACKERS]
+        if config.tracker and config.tracker not in known:
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         self.context = replace(context, progress=context.progress and self.accelerator.is_main_process)
@@ -203,13 +204,11 @@ class GateTrainer:
     def _loads_counted(self) -> Iterator[None]:
         """Rank gates even out their loads once, after the update, over the rows of all its parts and processes."""
         gates = [gate for gate in self._gates() if isinstance(gate, RankGate)]
-        for gate in gates:
-            gate.held = True
-        try:
-            yield
-        finally:
+        with ExitStack() as undo:
             for gate in gates:
-                gate.held = False
+                gate.held = True
+                undo.callback(setattr, gate, "held", False)
+            yield
         for gate in gates:
             if gate.load is not None:
                 gate.load = self.accelerator.reduce(gate.load)
@@ -272,14 +271,9 @@ class GateTrainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in MAY_CHANGE}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
         experts = {name: [expert.sha256, strength] for name, (expert, strength) in self.mixture.weighed().items()}
         return {**settings, **self.data.to_dict(), "gates": self.mixture.config.to_dict(), "experts": experts}
-
-
-def installed_trackers() -> list[str]:
-    """Of `TRACKERS`."""
-    return [name for name in map(str, get_available_trackers()) if name in TRACKERS]
 
 
 def summary(config: GateTraining, log: Sequence[dict]) -> str:

@@ -16,18 +16,13 @@ from mole_diffusers.lora.writing import TRIGGERS, write_lora
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Ranks, importance
-from mole_diffusers.training.config import LoraTraining
+from mole_diffusers.training.config import LORA_LAYERS, LoraTraining
 
 CONCEPT = "concept"  # the adapter's name
 ARCHITECTURES = {  # ModelSpec's words
     "SD 1.x": "stable-diffusion-v1/lora",
     "SD 2.x": "stable-diffusion-v2-768-v/lora",
     "SDXL": "stable-diffusion-xl-v1-base/lora",
-}
-LAYERS = {  # of config.LORA_LAYERS -> module names, as a regular expression
-    "attention": r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)",
-    "feed-forward": r".*(ff\.net\.(0\.proj|2)|mlp\.fc[12])",
-    "convolution": r".*(resnets\.\d+\.conv[12]|proj_in|proj_out)",
 }
 
 
@@ -83,7 +78,7 @@ def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
     `undo` takes it off again, so that the models are as they were.
     """
     lora = LoraLayers({}, {}, config.temperature)
-    pattern = "|".join(LAYERS[kind] for kind in config.layers)
+    pattern = "|".join(LORA_LAYERS[kind] for kind in config.layers)
     for part in config.rates:
         model = getattr(pipe, part)
         peft_injection.inject_trainable(model, CONCEPT, undo, pattern=pattern, rank=config.rank, alpha=config.alpha)

@@ -85,7 +85,7 @@ def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     teach = sum_teacher(pipe, mixture, ["fox"], unit=[])
     context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
-    stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
     assert len(stored) == 3 * 2
     inputs, targets, norms = joined(stored[2:4])  # of the second step
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
     context, teach = TrainingContext(pipe, mixture, TrainingData()), sum_teacher(pipe, mixture, ["fox"], unit=[])
-    stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
     inputs, targets, norms = joined(stored)
     with torch.no_grad():
         assert recovery_error(predict(pipe, *inputs), targets, norms).item() == pytest.approx(0, abs=1e-6)
