@@ -13,6 +13,7 @@ from mole_diffusers.emoji.words import BACKGROUNDS, STYLES, SUBJECTS
 SIDE = 64  # pixels: the side of the square that one subject is given
 ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
 RELATIONS = ACROSS + UPRIGHT
+FIRST = ("left of", "above")  # where the order of naming is that of places
 Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
 
 
@@ -98,20 +99,16 @@ def places(scene: Scene) -> list[Box]:
 
 def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
     """The upper left corner of each subject's square, in pixels; `order` permutes those that nothing decides."""
-    count = len(scene.subjects)
-    if count == 1:
-        return [(0, 0)]
-    if count == 2:
-        wide = [(0, 0), (SIDE, 0)] if scene.size[0] > scene.size[1] else [(0, 0), (0, SIDE)]
+    width, height = scene.size
+    if len(scene.subjects) != 3:
+        whole = [(x, y) for y in range(0, height, SIDE) for x in range(0, width, SIDE)]
         if scene.relation:
-            return wide if scene.relation in ("left of", "above") else wide[::-1]
-        return [wide[i] for i in order(2)]
-    if count == 4:
-        return [(i % 2 * SIDE, i // 2 * SIDE) for i in order(4)]
+            return whole if scene.relation in FIRST else whole[::-1]
+        return [whole[i] for i in order(len(whole))]
     turned = order(4)
     relation = scene.relation or RELATIONS[int(turned[0])]
     others = [int(i) for i in turned if i < 2]
-    near, far = (0, SIDE) if relation in ("left of", "above") else (SIDE, 0)  # of the first subject and of the others
+    near, far = (0, SIDE) if relation in FIRST else (SIDE, 0)  # of the first subject and of the others
     if relation in ACROSS:
         return [(near, SIDE // 2), *((far, i * SIDE) for i in others)]
     return [(SIDE // 2, near), *((i * SIDE, far) for i in others)]

@@ -76,7 +76,7 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
         raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
 
     def loss(batch: RandomBatch) -> torch.Tensor:
-        x, timesteps, texts = own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance)
+        x, timesteps, texts = own_trajectory(context, batch, prompts, term)
         found = [trigger_tokens(context.pipe, context.mixture, name, texts) for name in subjects]
         with attention_maps(context.pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
             predict(context.pipe, x, timesteps, texts)
@@ -164,15 +164,15 @@ def sample_trajectories(
 
 @torch.no_grad()
 def own_trajectory(
-    context: TrainingContext, batch: RandomBatch, prompts: list[str], *, steps: int, guidance: float
+    context: TrainingContext, batch: RandomBatch, prompts: list[str], term: SeparateTerm
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Sample with the gates as they are: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
     texts = [prompts[i] for i in batch.choice(len(prompts))]
     noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
-    stop = int(torch.randint(0, steps, (), generator=batch.generator))
+    stop = int(torch.randint(0, term.steps, (), generator=batch.generator))
     scheduler = training_scheduler(context.pipe)
-    scheduler.set_timesteps(steps)
-    x = sample(context.pipe, noise, texts, steps=steps, guidance=guidance, stop=stop)
+    scheduler.set_timesteps(term.steps)
+    x = sample(context.pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
     return x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts
 
 

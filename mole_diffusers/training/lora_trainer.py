@@ -114,11 +114,9 @@ class LoraTrainer:
 
     def losses(self, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
         """Each kind of pictures, and "loss", their weighted sum, on share `index` of `shares` of a batch."""
-        generator = self.engine.generator(step)
-        draws = [RandomBatch(generator, self.config.batch, index, shares) for _ in self.pictures]
+        batch = RandomBatch(self.engine.generator(step), self.config.batch, index, shares)
         with self.engine.autocast():
-            parts = zip(self.pictures.items(), draws, strict=True)
-            found = {name: denoising_loss(self.pipe, samples, draw) for (name, samples), draw in parts}
+            found = {name: denoising_loss(self.pipe, samples, batch) for name, samples in self.pictures.items()}
         loss = found["concept"] + self.config.prior * found["prior"] if "prior" in found else found["concept"]
         return {"loss": loss, **found}
 

@@ -1,14 +1,16 @@
-"""What the emoji world's base is trained with: its latents and its optimizer."""
+"""What the emoji world's base is trained with, its latents and its optimizer, and how its judge is written."""
 
 from copy import deepcopy
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 
 from mole_diffusers import emoji_world
 from mole_diffusers.emoji import Drawings, default_folder, words
+from mole_diffusers.emoji.judge import Judge
 
 
 def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
@@ -98,3 +100,13 @@ def test_a_resumed_run_takes_the_same_step(script):
     step(other, resumed)
     for (name, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_judge_is_saved_with_its_words(script, tmp_path):
+    torch.manual_seed(0)
+    judge = Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"]).eval()
+    script("train_judge").save(judge, tmp_path)
+    again = Judge.load(tmp_path)
+    assert (again.subjects, again.styles, again.backgrounds) == (judge.subjects, judge.styles, judge.backgrounds)
+    picture = [Image.new("RGB", (64, 64), "red")]
+    assert torch.allclose(again.verdict(picture).subjects, judge.verdict(picture).subjects, atol=0.05)

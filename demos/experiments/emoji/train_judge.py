@@ -8,7 +8,9 @@ checkpoint goes on from the judge in `assets/judge`, where there is one; words t
 """
 
 import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from encoder import Patches, patches
 from loop import averaged, cosine, device, fit, mixed_precision, note, to_tensor
 from muon import MuonAndAdamW
 from random_scenes import draw_scene, random_picture
+from safetensors.torch import save_file
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
@@ -128,6 +131,15 @@ def accuracy(drawings: Drawings, judge: Judge, count: int) -> dict[str, float]:
     return {name: round(v, 4) for name, v in zip(("subjects", "style", "background"), right.tolist(), strict=True)}
 
 
+def save(judge: Judge, folder: Path) -> None:
+    """Write what `Judge.load` reads: fp16 weights and the word lists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in judge.state_dict().items()}
+    save_file(halves, folder / "judge.safetensors")
+    names = {"subjects": judge.subjects, "styles": judge.styles, "backgrounds": judge.backgrounds}
+    (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8000)
@@ -152,7 +164,7 @@ def main() -> None:
     muon = MuonAndAdamW(judge, 2e-3, ("trunk.0.", "subject.", "weight.weight", "style.", "background."))
     fit("judge", judge, loss_at, steps=steps, lr=2e-3, share=share, decay=0.99, optimizer=muon)
     judge.load_state_dict(averaged("judge"))
-    judge.eval().cpu().save(drawings.folder / "judge")
+    save(judge.eval().cpu(), drawings.folder / "judge")
     saved = Judge.load(drawings.folder / "judge").to(device())
     note("judge_accuracy", **{str(count): accuracy(drawings, saved, count) for count in (1, 2, 3, 4)})
 
