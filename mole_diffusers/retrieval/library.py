@@ -59,18 +59,19 @@ class LoraLibrary:
         skipped: file -> why it is not an entry.
     """
 
-    def __init__(self, folder: str | Path, index: store.Index, encoder: Encoder):
+    def __init__(
+        self, folder: str | Path, index: store.Index, encoder: Encoder, *, names: Mapping[str, Sequence[str]] | None = None
+    ):
+        """`names` (file -> words) call a LoRA as its triggers do."""
         self.folder, self.encoder = Path(folder), encoder
         self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
         self._rows = {entry.name: row for row, entry in enumerate(self.entries)}
         self._trigger_rows: dict[Words, list[int]] = {}  # a trigger's words -> rows of the LoRAs that have it
-        for row, entry in enumerate(self.entries):
-            for trigger in entry.triggers:
-                self._add_trigger(trigger, row)
-
-    def _add_trigger(self, trigger: str, row: int) -> None:
-        if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
-            rows.append(row)
+        called = [(trigger, row) for row, entry in enumerate(self.entries) for trigger in entry.triggers]
+        called += [(name, row) for row, entry in enumerate(self.entries) for name in (names or {}).get(entry.file, ())]
+        for trigger, row in called:
+            if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
+                rows.append(row)
 
     @classmethod
     def index(cls, folder: str | Path, encoder: Encoder) -> LoraLibrary:
@@ -116,11 +117,7 @@ class LoraLibrary:
         }
         index = _build_index(root, list(names), known, encoder)
         entries = tuple(replace(entry, name=names[entry.file][0]) for entry in index.entries)
-        library = cls(root, replace(index, entries=entries), encoder)
-        for row, entry in enumerate(entries):
-            for name in names[entry.file]:
-                library._add_trigger(name, row)
-        return library
+        return cls(root, replace(index, entries=entries), encoder, names=names)
 
     def retrieve(
         self, prompt: str, *, k: int = 3, threshold: float = THRESHOLD, base: str | None = None

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -104,8 +105,7 @@ def negatives(context: TrainingContext, prompt: str) -> list[str]:
         for word in triggers(context.mixture, expert)
         for other in others
     ]
-    found = [*dict.fromkeys([*replaced, *(p for prompts in data.singles.values() for p in prompts)])]
-    found = [caption for caption in found if caption != prompt]
+    found = [caption for caption in dict.fromkeys(chain(replaced, *data.singles.values())) if caption != prompt]
     if not found:
         raise ValueError(f"{prompt!r} has no caption to be told from: give single prompts, or other words for its concepts")
     return found

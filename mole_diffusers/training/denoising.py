@@ -15,6 +15,8 @@ from mole_diffusers.functional import onto
 from mole_diffusers.mixture import attached
 from mole_diffusers.training.data import RandomBatch, Samples, precise, token_ids
 
+DROP = 0.1  # share of captions that `denoising_loss` takes for empty
+
 
 def check_trainable(pipe: Any) -> None:
     """Raises ValueError for a pipeline that gates and LoRAs cannot be trained on: it needs a UNet and a text encoder, as
@@ -160,19 +162,15 @@ def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps
     raise ValueError(f"prediction type {kind!r} cannot be trained; known: ['epsilon', 'v_prediction']")
 
 
-def denoising_loss(
-    pipe: Any, samples: Samples, batch: RandomBatch, *, drop: float = 0.1, guidance: float = 1.0
-) -> torch.Tensor:
+def denoising_loss(pipe: Any, samples: Samples, batch: RandomBatch, *, guidance: float = 1.0) -> torch.Tensor:
     """The diffusion training loss on a random batch: MSE of the prediction, uniform timesteps.
 
     Args:
-        drop: share of captions replaced by the empty prompt, so that the unconditional prediction is trained too; 0 where
-            the prediction is guided.
         guidance: of the prediction. 1 is the plain loss, for photos and other pictures that the conditional model is to
-            imitate; pictures from a guided sampler need the guidance that will be used later.
+            imitate, in which some captions are empty, so that the unconditional prediction is trained, too.
     """
     pick = batch.choice(len(samples.latents))
-    dropped = batch.uniform() < (drop if guidance == 1 else 0.0)
+    dropped = batch.uniform() < (DROP if guidance == 1 else 0.0)
     prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick, dropped.tolist(), strict=True)]
     latents = samples.latents[pick]
     noise, scheduler = batch.normal(*latents.shape[1:]), training_scheduler(pipe)
