@@ -99,11 +99,10 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
     if len({entry.name for entry in entries}) < len(entries):
         raise ValueError("two entries have one name")
     embeddings, probe = (vectors.tensors.get(name, torch.empty(0)) for name in ("embeddings", "probe"))
-    shapes = (len(entries), len(PROBE))
-    if any(t.dim() != 2 or t.dtype != torch.float32 or not t.isfinite().all() for t in (embeddings, probe)) or (
-        (len(embeddings), len(probe)) != shapes or embeddings.shape[1] != probe.shape[1]
-    ):
-        raise ValueError(f"its embeddings are not finite fp32 matrices with {shapes[0]} and {shapes[1]} rows of one width")
+    rows, width = (len(entries), len(PROBE)), embeddings.shape[-1:]
+    for tensor, count in zip((embeddings, probe), rows, strict=True):
+        if tensor.shape != (count, *width) or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise ValueError(f"its embeddings are not finite fp32 matrices with {rows[0]} and {rows[1]} rows of one width")
     return Index(about["encoder"], probe, entries, embeddings, about["skipped"])
 
 

@@ -69,17 +69,27 @@ def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
 
 
 def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
-    """L5: keep the cross-attention of different concepts' trigger words apart, in pictures of the current gates."""
-    prompts = list(require(context.data.composed, "separate", "composed prompts"))
+    """L5: keep the cross-attention of different concepts' trigger words apart, in pictures of the current gates.
+
+    Attention is read after a random number of steps.
+    """
+    pipe, prompts = context.pipe, list(require(context.data.composed, "separate", "composed prompts"))
     subjects = [name for name in context.mixture.experts if name not in context.data.styles]
     if len(subjects) < 2:
         raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
 
+    scheduler = training_scheduler(pipe)
+    scheduler.set_timesteps(term.steps)
+
     def loss(batch: RandomBatch) -> torch.Tensor:
-        x, timesteps, texts = own_trajectory(context, batch, prompts, term)
-        found = [trigger_tokens(context.pipe, context.mixture, name, texts) for name in subjects]
-        with attention_maps(context.pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
-            predict(context.pipe, x, timesteps, texts)
+        texts = [prompts[i] for i in batch.choice(len(prompts))]
+        noise = onto(batch.normal(*context.composed_shape), pipe.device)
+        stop = int(torch.randint(0, term.steps, (), generator=batch.generator))
+        with torch.no_grad():
+            x = sample(pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
+        found = [trigger_tokens(pipe, context.mixture, name, texts) for name in subjects]
+        with attention_maps(pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
+            predict(pipe, x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts)
         return separation_loss(torch.stack(maps, 1))
 
     return loss
@@ -160,20 +170,6 @@ def sample_trajectories(
             empty, full = prediction.chunk(2)
             x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
     return rows
-
-
-@torch.no_grad()
-def own_trajectory(
-    context: TrainingContext, batch: RandomBatch, prompts: list[str], term: SeparateTerm
-) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Sample with the gates as they are: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
-    texts = [prompts[i] for i in batch.choice(len(prompts))]
-    noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
-    stop = int(torch.randint(0, term.steps, (), generator=batch.generator))
-    scheduler = training_scheduler(context.pipe)
-    scheduler.set_timesteps(term.steps)
-    x = sample(context.pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
-    return x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts
 
 
 def with_and_without(
