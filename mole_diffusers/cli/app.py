@@ -92,8 +92,8 @@ def world_thumbnails() -> Any:
     drawings = emoji.Drawings(emoji.default_folder())
 
     def thumbnail(name: str) -> Any:
-        if name in emoji.HELD_OUT_SUBJECTS:
+        if name in emoji.words.HELD_OUT_SUBJECTS:
             return drawings.picture(emoji.Scene((name,), "noto", "white"))
-        return drawings.picture(emoji.Scene(("bear",), name, "white")) if name in emoji.HELD_OUT_STYLES else None
+        return drawings.picture(emoji.Scene(("bear",), name, "white")) if name in emoji.words.HELD_OUT_STYLES else None
 
     return thumbnail

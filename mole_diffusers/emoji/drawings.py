@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mole_diffusers.emoji.filters import FILTERS
-from mole_diffusers.emoji.scenes import SIDE, Scene, places
+from mole_diffusers.emoji.scenes import SIDE, Box, Scene, places
 from mole_diffusers.emoji.words import BACKGROUNDS
 
 
@@ -37,10 +38,10 @@ class Drawings:
         x, y = column * cell, row * cell
         return self._atlas.crop((x, y, x + cell, y + cell)).resize((size, size), Image.Resampling.HAMMING)
 
-    def picture(self, scene: Scene, rng: np.random.Generator | None = None, freedom: float = 1.0) -> Image.Image:
-        """The scene as RGB of `scene.size`. With `rng` sizes and places vary, by `freedom`; without, none does."""
+    def picture(self, scene: Scene, boxes: Sequence[Box] = ()) -> Image.Image:
+        """The scene as RGB of `scene.size`, with a box for each subject; by default `places`."""
         canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
-        for subject, (size, x, y) in zip(scene.subjects, places(scene, rng, freedom), strict=True):
+        for subject, (size, x, y) in zip(scene.subjects, boxes or places(scene), strict=True):
             drawing = self.drawing(subject, scene.style, size)
             canvas.paste(drawing, (x, y), drawing)
         return canvas

@@ -5,7 +5,8 @@ Each takes and gives RGBA as float32 [H, W, 4] in 0..255, at the size that the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -15,7 +16,7 @@ Colour = tuple[int, int, int]
 Filter = Callable[[np.ndarray], np.ndarray]
 
 
-def _ramp(rgba: np.ndarray, *stops: Colour) -> np.ndarray:
+def _ramp(rgba: np.ndarray, stops: Sequence[Colour]) -> np.ndarray:
     """Luminance looked up on a piecewise linear ramp of colours, dark to light."""
     luma = rgba[..., :3] @ LUMA
     at = np.linspace(0, 255, len(stops))
@@ -36,17 +37,8 @@ def _lines(rgba: np.ndarray, body: np.ndarray | Colour, line: Colour) -> np.ndar
     return np.dstack([body + (np.asarray(line) - body) * _edges(rgba)[..., None], rgba[..., 3]])
 
 
-def _filtered(rgba: np.ndarray, *steps: ImageFilter.Filter) -> np.ndarray:
-    """Pillow's filters on colour and alpha."""
-    image = Image.fromarray(rgba.clip(0, 255).astype(np.uint8), "RGBA")
-    for step in steps:
-        image = image.filter(step)
-    return np.asarray(image, np.float32)
-
-
-def sepia(rgba: np.ndarray) -> np.ndarray:
-    """Browns of an old photograph."""
-    return _ramp(rgba, (40, 22, 8), (150, 100, 55), (250, 232, 195))
+def _image(rgba: np.ndarray) -> Image.Image:
+    return Image.fromarray(rgba.clip(0, 255).astype(np.uint8), "RGBA")
 
 
 def negative(rgba: np.ndarray) -> np.ndarray:
@@ -57,8 +49,7 @@ def negative(rgba: np.ndarray) -> np.ndarray:
 def mosaic(rgba: np.ndarray) -> np.ndarray:
     """12 x 12 tiles, each the mean of what it covers."""
     height, width = rgba.shape[:2]
-    image = Image.fromarray(rgba.clip(0, 255).astype(np.uint8), "RGBA").resize((12, 12), Image.Resampling.BOX)
-    tiles = np.array(image)
+    tiles = np.array(_image(rgba).resize((12, 12), Image.Resampling.BOX))
     tiles[..., 3] = np.where(tiles[..., 3] > 90, 255, 0)
     return np.asarray(Image.fromarray(tiles, "RGBA").resize((width, height), Image.Resampling.NEAREST), np.float32)
 
@@ -86,42 +77,12 @@ def poster(rgba: np.ndarray) -> np.ndarray:
     return np.dstack([np.round(rgba[..., :3] / 127.5) * 127.5, rgba[..., 3]])
 
 
-def emerald(rgba: np.ndarray) -> np.ndarray:
-    """Greens of a gem, deep to pale."""
-    return _ramp(rgba, (0, 45, 40), (20, 150, 95), (215, 255, 205))
-
-
-def violet(rgba: np.ndarray) -> np.ndarray:
-    """Bluish violets, light where the drawing is dark."""
-    return _ramp(rgba, (235, 220, 255), (150, 110, 220), (45, 15, 95))
-
-
-def sketch(rgba: np.ndarray) -> np.ndarray:
-    """Dark pencil lines on grey paper."""
-    return _lines(rgba, (222, 222, 214), (50, 50, 60))
-
-
 def watercolour(rgba: np.ndarray) -> np.ndarray:
     """Colours that ran: softened, washed out, darker at the rim."""
-    soft = _filtered(rgba, ImageFilter.MedianFilter(3), ImageFilter.GaussianBlur(0.8))
+    soft = np.asarray(_image(rgba).filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.GaussianBlur(0.8)), np.float32)
     wet = soft[..., :3] * 0.62 + 92
     rim = np.clip(1 - np.abs(soft[..., 3] - 140) / 110, 0, 1)[..., None]
     return np.dstack([wet * (1 - 0.4 * rim), np.clip(soft[..., 3] * 1.15, 0, 255)])
-
-
-def duotone(rgba: np.ndarray) -> np.ndarray:
-    """Two printing inks: luminance from deep violet to orange."""
-    return _ramp(rgba, (50, 10, 110), (255, 160, 40))
-
-
-def thermal(rgba: np.ndarray) -> np.ndarray:
-    """A heat camera's palette over luminance: blue, magenta, red, yellow."""
-    return _ramp(rgba, (10, 10, 140), (190, 20, 170), (250, 70, 30), (255, 245, 90))
-
-
-def blueprint(rgba: np.ndarray) -> np.ndarray:
-    """Pale lines on blue."""
-    return _lines(rgba, (25, 70, 160), (225, 240, 255))
 
 
 def chalk(rgba: np.ndarray) -> np.ndarray:
@@ -144,5 +105,19 @@ def aurora(rgba: np.ndarray) -> np.ndarray:
     return np.dstack([np.clip(hue * light, 0, 255), rgba[..., 3]])
 
 
-BASE_FILTERS = (sepia, negative, mosaic, neon, outline, pastel, poster, emerald, sketch, violet, watercolour)
-FILTERS: dict[str, Filter] = {f.__name__: f for f in (*BASE_FILTERS, chalk, relief, aurora, duotone, thermal, blueprint)}
+RAMPS: dict[str, tuple[Colour, ...]] = {  # luminance as a colour, dark to light
+    "sepia": ((40, 22, 8), (150, 100, 55), (250, 232, 195)),
+    "emerald": ((0, 45, 40), (20, 150, 95), (215, 255, 205)),
+    "violet": ((235, 220, 255), (150, 110, 220), (45, 15, 95)),  # light where the drawing is dark
+    "duotone": ((50, 10, 110), (255, 160, 40)),  # two printing inks
+    "thermal": ((10, 10, 140), (190, 20, 170), (250, 70, 30), (255, 245, 90)),  # a heat camera's palette
+}
+LINES: dict[str, tuple[Colour, Colour]] = {  # paper, and the edges on it
+    "sketch": ((222, 222, 214), (50, 50, 60)),
+    "blueprint": ((25, 70, 160), (225, 240, 255)),
+}
+FILTERS: dict[str, Filter] = {
+    **{f.__name__: f for f in (negative, mosaic, neon, outline, pastel, poster, watercolour, chalk, relief, aurora)},
+    **{name: partial(_ramp, stops=stops) for name, stops in RAMPS.items()},
+    **{name: partial(_lines, body=body, line=line) for name, (body, line) in LINES.items()},
+}

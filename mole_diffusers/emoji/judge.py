@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mole_diffusers.emoji.scenes import Scene
@@ -100,21 +100,11 @@ class Judge(nn.Module):
         """[B] bool: all subjects of the scene are there, in its style."""
         return self.sees(verdict, scene.subjects).all(-1) & self.is_style(verdict, scene.style)
 
-    def save(self, folder: Path) -> None:
-        """fp16 weights and the word lists."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.contiguous() for k, v in self.state_dict().items()}
-        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        save_file(halves, folder / "judge.safetensors")
-        names = {"subjects": self.subjects, "styles": self.styles, "backgrounds": self.backgrounds}
-        (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
-
     @classmethod
     def load(cls, folder: Path) -> Judge:
-        """Read what `save` wrote, as fp32, in evaluation mode."""
+        """Read one from its folder, as fp32, in evaluation mode."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
-        weights = load_file(folder / "judge.safetensors")
-        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        judge.load_state_dict(load_file(folder / "judge.safetensors"))
         return judge.eval()
 
 

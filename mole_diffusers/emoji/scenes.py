@@ -11,10 +11,9 @@ import numpy as np
 from mole_diffusers.emoji.words import BACKGROUNDS, STYLES, SUBJECTS
 
 SIDE = 64  # pixels: the side of the square that one subject is given
-SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
-SHIFT = 1  # pixels, at most, that a subject stands off the middle of its square: what no caption says is blurred at first
 ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
 RELATIONS = ACROSS + UPRIGHT
+FIRST = ("left of", "above")  # where the order of naming is that of places
 Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
 
 
@@ -93,64 +92,23 @@ def composition_scene(concepts: Sequence[str]) -> Scene:
     return Scene(tuple(c for c in concepts if c not in STYLES), styles[0] if styles else "noto")
 
 
-def places(scene: Scene, rng: np.random.Generator | None, freedom: float = 1.0) -> list[Box]:
-    """A box per subject, none over another. Without `rng`: size 54 in the middle of its square, in the order named.
-
-    Args:
-        freedom: 0..1, how far sizes and places within a square may be from those.
-    """
-    if rng is None:
-        return [(54, x + 5, y + 5) for x, y in _squares(scene, np.arange)]
-    squares = _squares(scene, rng.permutation)
-    return [(size, x + dx, y + dy) for x, y in squares for size, dx, dy in [_within_square(rng, freedom)]]
+def places(scene: Scene) -> list[Box]:
+    """A box per subject, none over another: size 54 in the middle of its square, in the order named."""
+    return [(54, x + 5, y + 5) for x, y in squares(scene)]
 
 
-def _within_square(rng: np.random.Generator, freedom: float) -> Box:
-    """A box near the middle of a square of SIDE pixels: a UNet knows where it is by its padding alone."""
-    size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
-    x, y = (round((SIDE - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
-    return size, x, y
-
-
-def _squares(scene: Scene, order: Callable[[int], np.ndarray]) -> list[tuple[int, int]]:
+def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
     """The upper left corner of each subject's square, in pixels; `order` permutes those that nothing decides."""
-    count = len(scene.subjects)
-    if count == 1:
-        return [(0, 0)]
-    if count == 2:
-        wide = [(0, 0), (SIDE, 0)] if scene.size[0] > scene.size[1] else [(0, 0), (0, SIDE)]
+    width, height = scene.size
+    if len(scene.subjects) != 3:
+        whole = [(x, y) for y in range(0, height, SIDE) for x in range(0, width, SIDE)]
         if scene.relation:
-            return wide if scene.relation in ("left of", "above") else wide[::-1]
-        return [wide[i] for i in order(2)]
-    if count == 4:
-        return [(i % 2 * SIDE, i // 2 * SIDE) for i in order(4)]
+            return whole if scene.relation in FIRST else whole[::-1]
+        return [whole[i] for i in order(len(whole))]
     turned = order(4)
     relation = scene.relation or RELATIONS[int(turned[0])]
     others = [int(i) for i in turned if i < 2]
-    near, far = (0, SIDE) if relation in ("left of", "above") else (SIDE, 0)  # of the first subject and of the others
+    near, far = (0, SIDE) if relation in FIRST else (SIDE, 0)  # of the first subject and of the others
     if relation in ACROSS:
         return [(near, SIDE // 2), *((far, i * SIDE) for i in others)]
     return [(SIDE // 2, near), *((i * SIDE, far) for i in others)]
-
-
-def draw_scene(
-    subjects: Sequence[str],
-    styles: Sequence[str],
-    rng: np.random.Generator,
-    *,
-    count: int,
-    allowed: Callable[[str, str], bool] | None = None,
-    placed: float = 0.2,
-) -> Scene:
-    """A random scene of `count` different subjects; a third have a coloured background.
-
-    Args:
-        allowed: allowed(subject, style) says which cells may be drawn; None allows all.
-        placed: the share of two or three subjects whose places are said.
-    """
-    style = str(rng.choice(styles))
-    open_to = [s for s in subjects if allowed is None or allowed(s, style)]
-    chosen = tuple(str(s) for s in rng.choice(open_to, count, replace=False))
-    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
-    relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < placed else None
-    return Scene(chosen, style, background, relation, bool(rng.integers(2)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 BACKGROUNDS = {  # word -> RGB
     "white": (255, 255, 255),
     "blue": (150, 190, 250),
@@ -65,16 +63,3 @@ VALIDATION_SUBJECTS = ("fox", "octopus", "koala", "tomato")
 VALIDATION_STYLES = ("relief", "duotone")
 TEST_SUBJECTS = tuple(s for s in HELD_OUT_SUBJECTS if s not in VALIDATION_SUBJECTS)
 TEST_STYLES = tuple(s for s in HELD_OUT_STYLES if s not in VALIDATION_STYLES)
-
-UNSEEN_SHARE = 0.15
-
-
-def is_unseen(subject: str, style: str) -> bool:
-    """Is this base subject in this base style kept from the base, to tell whether it composes?
-
-    A hash of the two words decides, so the choice stays when words are added. Noto is always seen: each subject then has
-    one drawing that says what it is.
-    """
-    if style == "noto":
-        return False
-    return int(hashlib.sha256(f"{subject}|{style}".encode()).hexdigest()[:8], 16) / 2**32 < UNSEEN_SHARE

@@ -18,7 +18,7 @@ class EmojiWorld:
     """A real Stable Diffusion in small, with a ground truth for composition; see `emoji.canvas` for sizes of pictures.
 
     Attributes:
-        pipe: the base, a StableDiffusionPipeline; knows `emoji.BASE_SUBJECTS` in `emoji.BASE_STYLES`.
+        pipe: the base, a StableDiffusionPipeline; knows `emoji.words.BASE_SUBJECTS` in `emoji.words.BASE_STYLES`.
         loras: concept -> LoRA file, for every held-out subject and style.
         gates: "fox+relief" -> folder of gates trained for these experts.
         drawings: the artists' drawings.
@@ -53,10 +53,4 @@ def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> E
     folder = emoji.default_folder()
     pipe = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
-    return EmojiWorld(
-        pipe=pipe,
-        loras=concept_files(),
-        gates=gate_folders(),
-        drawings=emoji.Drawings(folder),
-        folder=folder,
-    )
+    return EmojiWorld(pipe, concept_files(), gate_folders(), emoji.Drawings(folder), folder)

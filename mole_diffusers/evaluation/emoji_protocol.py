@@ -26,7 +26,7 @@ NEAR = 2  # places of the judge, of 16 pixels: closer than this, subjects are bl
 
 def scene_of(concepts: emoji.Concepts, index: int) -> emoji.Scene:
     """The scene of composition `index` of its kind, on a coloured background, wide and tall in turn."""
-    colours = list(emoji.BACKGROUNDS)[1:]
+    colours = list(emoji.words.BACKGROUNDS)[1:]
     return replace(emoji.composition_scene(concepts), background=colours[index % len(colours)], upright=bool(index % 2))
 
 
@@ -47,7 +47,7 @@ def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
         options: of the pipeline call.
     """
     experts = {name: read_expert(path, name) for name, path in world.loras.items()}
-    styles = frozenset(experts) & frozenset(emoji.STYLES)
+    styles = frozenset(experts) & frozenset(emoji.words.STYLES)
     prompts = {name: own_prompts(name) for name in experts}
     base = f"emoji {digest_files(*sorted((world.folder / 'base').rglob('*.safetensors')))}"
     return Setup(world.pipe, experts, options, base, prompts=prompts, styles=styles)
@@ -55,10 +55,10 @@ def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
 
 def own_prompts(concept: str) -> list[str]:
     """Prompts of one concept alone: a subject in the base's styles, a style over the base's subjects."""
-    if concept in emoji.STYLES:
-        some = emoji.BASE_SUBJECTS[:: len(emoji.BASE_SUBJECTS) // OWN]
+    if concept in emoji.words.STYLES:
+        some = emoji.words.BASE_SUBJECTS[:: len(emoji.words.BASE_SUBJECTS) // OWN]
         return [emoji.Scene((subject,), concept).caption for subject in some[:OWN]]
-    return [emoji.Scene((concept,), style).caption for style in emoji.BASE_STYLES[:OWN]]
+    return [emoji.Scene((concept,), style).caption for style in emoji.words.BASE_STYLES[:OWN]]
 
 
 class JudgeMetrics:
@@ -118,5 +118,5 @@ REPORT = Report(
     values=("success",),
     roles=("subjects", "style"),
     limits=(0, 1),
-    styles=emoji.STYLES,
+    styles=emoji.words.STYLES,
 )

@@ -29,17 +29,15 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
     alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
-    if mixture.binding is not None:
+    family, is_bound, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)
+    if is_bound:
         summed = partial(mixture.planned, PlainSum(len(mixture.experts)))
-        found["bound"] = partial(_both, partial(mixture.tiled, 0), summed)
+        found["bound"] = partial(_both, untiled, summed)
         if tiles:
             found["tiles"] = partial(_both, partial(mixture.tiled, **tiles), summed)
-    if mixture.binding is None or mixture.parameters():
-        family = mixture.config.family
-        gated = partial(mixture.only, *strengths)
-        found[f"gated ({family})" if mixture.binding is None else f"bound + {family}"] = partial(
-            _both, partial(mixture.tiled, 0), gated
-        )
+    if not is_bound or mixture.parameters():
+        label = f"bound + {family}" if is_bound else f"gated ({family})"
+        found[label] = partial(_both, untiled, partial(mixture.only, *strengths))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of
@@ -70,17 +71,15 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
 
     def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
-            if tokens < whole:
+            if tokens < whole or args[0].dim() == 2:  # a part of the picture; a layer of no places
                 return
-            z = args[0].detach()
-            flat = z.flatten(2).transpose(1, 2) if z.dim() == 4 else z  # [B, T, R]
-            if flat.dim() == 3:
-                flat = flat[:, -tokens:] if has_text else flat  # the text comes first
-                height = round((flat.shape[1] * size[0] / size[1]) ** 0.5)
-                shape = (height, flat.shape[1] // height)
-                # PAG gives some layers the first groups alone, and others the perturbed ones, which are not the picture.
-                if prompted := [rows for rows, asks in zip(flat.chunk(len(groups)), groups, strict=False) if asks]:
-                    found.add(shape, norms(torch.cat(prompted), up.weight, segment, len(found.experts)))
+            z = as_tokens(args[0].detach())  # [B, T, R]
+            z = z[:, -tokens:] if has_text else z  # the text comes first
+            height = round((z.shape[1] * size[0] / size[1]) ** 0.5)
+            shape = (height, z.shape[1] // height)
+            # PAG gives some layers the first groups alone, and others the perturbed ones, which are not the picture.
+            if prompted := [rows for rows, asks in zip(z.chunk(len(groups)), groups, strict=False) if asks]:
+                found.add(shape, norms(torch.cat(prompted), up.weight, segment, len(found.experts)))
 
         return measure
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mole_diffusers.inspection.contributions import Contributions
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
@@ -57,19 +57,16 @@ def heat_map(
         locked: places set by hand.
         shades: expert -> its colour; see `colours`.
     """
-    rows, high, low = list(labels), 0.0, 0.0
-    tables = {place: trace.weights(place) for place in rows}  # [steps, N]
-    for table in tables.values():
-        high, low = max(high, float(table.max())), min(low, float(table.min()))
-    figure, panels = _figure(1.3 + 2.6 * len(trace.experts), 1.1 + 0.24 * len(rows), len(trace.experts))
+    cells = np.stack([trace.weights(place).numpy() for place in labels])  # [places, steps, N]
+    low, high = min(cells.min(), 0), max(cells.max(), 0)
+    texts = [f"{label}{' (set)' if place in locked else ''}" for place, label in labels.items()]
+    figure, panels = _figure(1.3 + 2.6 * len(trace.experts), 1.1 + 0.24 * len(texts), len(trace.experts))
     shades = colours(trace.experts, shades)
     for n, (name, axes) in enumerate(zip(trace.experts, panels, strict=True)):
-        cells = np.array([tables[place][:, n].numpy() for place in rows])
-        shown = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=low, vmax=max(high, low + 1e-6))
+        shown = axes.imshow(cells[..., n], aspect="auto", cmap="cividis", vmin=low, vmax=max(high, low + 1e-6))
         axes.set_title(name, color=_readable(shades[name]), fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
-        texts = [f"{labels[place]}{' (set)' if place in locked else ''}" for place in rows]
-        axes.set_yticks(range(len(rows)), texts if n == 0 else [""] * len(rows), fontsize=8)
+        axes.set_yticks(range(len(texts)), texts if n == 0 else [""] * len(texts), fontsize=8)
     figure.colorbar(shown, ax=list(panels), label="weight")
     return _picture(figure)
 
@@ -78,16 +75,11 @@ def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str]
     """Each expert's share of all weights, step by step."""
     table = torch.stack([trace.weights(place).abs() for place in labels]).sum(0)  # [steps, N]
     share = (table / table.sum(-1, keepdim=True).clamp_min(1e-12)).numpy()
-    figure, (axes,) = _figure(6.0, 2.8, 1)
-    for n, name in enumerate(trace.experts):
-        colour = colours(trace.experts, shades)[name]
-        axes.plot(range(len(share)), share[:, n], "o-", color=colour, markersize=3, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("step")
-    axes.set_ylabel("share of the weights")
-    axes.set_ylim(0, 1.02)
-    axes.legend(fontsize=9, loc="best")
-    return _picture(figure)
+    styles = {
+        name: {"color": shade, "marker": "o", "markersize": 3} for name, shade in colours(trace.experts, shades).items()
+    }
+    curves = dict(zip(trace.experts, share.T, strict=True))
+    return _curves(range(len(share)), curves, styles, xlabel="step", ylabel="share of the weights", ylim=(0, 1.02))
 
 
 def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str] | None = None) -> dict[str, Image.Image]:
@@ -116,19 +108,25 @@ def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray) -> 
 
 def losses(rows: Sequence[Mapping[str, float]]) -> Image.Image:
     """The loss of a training run and each of its terms, by update."""
+    curves = {name: [row[name] for row in rows] for name in rows[0] if name != "step"}
+    styles = {name: {"color": COLOURS[i % 7], "linewidth": 1.0} for i, name in enumerate(curves)}
+    styles |= {"loss": {"color": "#000000", "linewidth": 1.8}}
+    return _curves([row["step"] for row in rows], curves, styles, xlabel="update", ylabel="loss")
+
+
+def _curves(at: Sequence[float], curves: Mapping[str, Any], styles: Mapping[str, dict], **labels: Any) -> Image.Image:
+    """Values by name over `at`; `labels` and limits as matplotlib's `Axes.set` takes them."""
     figure, (axes,) = _figure(6.0, 2.8, 1)
-    for i, name in enumerate(key for key in rows[0] if key != "step"):
-        style = {"color": "#000000", "linewidth": 1.8} if name == "loss" else {"color": COLOURS[i % 7], "linewidth": 1.0}
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, **style)
+    for name, values in curves.items():
+        axes.plot(at, values, label=name, **styles[name])
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("update")
-    axes.set_ylabel("loss")
+    axes.set(**labels)
     axes.legend(fontsize=9)
     return _picture(figure)
 
 
 def _rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
+    return np.array(ImageColor.getrgb(colour), np.float32)
 
 
 def _readable(colour: str) -> str:

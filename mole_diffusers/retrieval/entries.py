@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -87,30 +88,22 @@ def _stamp(path: Path) -> Stamp:
 def _lines(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
-    with path.open("rb") as file:
-        raw = file.read(CAPTIONS_LIMIT + 1)
-    if len(raw) > CAPTIONS_LIMIT:
+    if path.stat().st_size > CAPTIONS_LIMIT:
         raise RefusedFileError(f"{path} is too large: captions may have at most {CAPTIONS_LIMIT} bytes")
     try:
-        lines = raw.decode().splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except UnicodeError:
         raise RefusedFileError(f"{path} is not UTF-8 text") from None
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def entry_from_json(value: Any) -> LibraryEntry:
+def entry_from_json(value: Mapping[str, Any]) -> LibraryEntry:
     """An entry from an index file; ValueError if a field is missing or has the wrong type."""
-    if not isinstance(value, dict):
-        raise ValueError(f"an entry must be names with values, got {value!r}")
     kinds = get_type_hints(LibraryEntry)
     own = {name: value.get(name) for name in kinds}
     check_kinds(own, kinds, f"the entry {own['name']!r}")
     marks: Any = own["stamps"]
     if [len(mark) for mark in marks] != [2, 2, 2]:
         raise ValueError(f"stamps of the entry {own['name']!r} are not three pairs of numbers")
-    tuples: Any = {
-        "triggers": tuple(value["triggers"]),
-        "samples": tuple(value["samples"]),
-        "stamps": tuple(map(tuple, marks)),
-    }
-    return LibraryEntry(**own | tuples)
+    texts: Any = {name: tuple(value[name]) for name in ("triggers", "samples")}
+    return LibraryEntry(**own | texts | {"stamps": tuple(map(tuple, marks))})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,21 +12,11 @@ from tqdm import tqdm
 
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import FAMILIES
+from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
 from mole_diffusers.retrieval.phrases import Words, find_triggers, phrases, tokenize
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
-from mole_diffusers.retrieval.store import (
-    FOLDER,
-    PROBE,
-    Index,
-    check_current,
-    check_encoder,
-    load,
-    lora_files,
-    reindex_error,
-    save,
-)
 
 THRESHOLD = 0.7  # the lowest that found nothing for validation prompts of an earlier emoji world that ask for nothing
 
@@ -69,18 +59,19 @@ class LoraLibrary:
         skipped: file -> why it is not an entry.
     """
 
-    def __init__(self, folder: str | Path, index: Index, encoder: Encoder):
+    def __init__(
+        self, folder: str | Path, index: store.Index, encoder: Encoder, *, names: Mapping[str, Sequence[str]] | None = None
+    ):
+        """`names` (file -> words) call a LoRA as its triggers do."""
         self.folder, self.encoder = Path(folder), encoder
         self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
         self._rows = {entry.name: row for row, entry in enumerate(self.entries)}
         self._trigger_rows: dict[Words, list[int]] = {}  # a trigger's words -> rows of the LoRAs that have it
-        for row, entry in enumerate(self.entries):
-            for trigger in entry.triggers:
-                self._add_trigger(trigger, row)
-
-    def _add_trigger(self, trigger: str, row: int) -> None:
-        if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
-            rows.append(row)
+        called = [(trigger, row) for row, entry in enumerate(self.entries) for trigger in entry.triggers]
+        called += [(name, row) for row, entry in enumerate(self.entries) for name in (names or {}).get(entry.file, ())]
+        for trigger, row in called:
+            if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
+                rows.append(row)
 
     @classmethod
     def index(cls, folder: str | Path, encoder: Encoder) -> LoraLibrary:
@@ -89,8 +80,8 @@ class LoraLibrary:
         A file that is not a readable LoRA is left out and named in `skipped`.
         """
         folder = Path(folder)
-        index = _build_index(folder, lora_files(folder), _indexed_before(folder, encoder), encoder)
-        save(folder, index)
+        index = _build_index(folder, store.lora_files(folder), _indexed_before(folder, encoder), encoder)
+        store.save(folder, index)
         return cls(folder, index, encoder)
 
     @classmethod
@@ -101,8 +92,8 @@ class LoraLibrary:
             FileNotFoundError: there is none.
             ValueError: another encoder made it, files have come, gone or changed since, or it fails its checks.
         """
-        index = load(Path(folder))
-        check_current(Path(folder), index, encoder)
+        index = store.load(Path(folder))
+        store.check_current(Path(folder), index, encoder)
         return cls(folder, index, encoder)
 
     @classmethod
@@ -117,7 +108,7 @@ class LoraLibrary:
             paths.setdefault(Path(path).resolve(), []).append(name)
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
         names = {path.relative_to(root).as_posix(): own for path, own in paths.items()}
-        around = {folder for path in paths for folder in path.parents if (folder / FOLDER).is_dir()}
+        around = {folder for path in paths for folder in path.parents if (folder / store.FOLDER).is_dir()}
         known = {
             path.relative_to(root).as_posix(): pair
             for folder in sorted(around, key=lambda folder: len(folder.parts))  # the nearest index wins
@@ -126,20 +117,10 @@ class LoraLibrary:
         }
         index = _build_index(root, list(names), known, encoder)
         entries = tuple(replace(entry, name=names[entry.file][0]) for entry in index.entries)
-        library = cls(root, replace(index, entries=entries), encoder)
-        for row, entry in enumerate(entries):
-            for name in names[entry.file]:
-                library._add_trigger(name, row)
-        return library
+        return cls(root, replace(index, entries=entries), encoder, names=names)
 
     def retrieve(
-        self,
-        prompt: str,
-        *,
-        k: int = 3,
-        threshold: float = THRESHOLD,
-        without: Collection[str] = (),
-        base: str | None = None,
+        self, prompt: str, *, k: int = 3, threshold: float = THRESHOLD, base: str | None = None
     ) -> list[RetrievedLora]:
         """The LoRAs that a prompt asks for: first those whose trigger it contains, in its order, then the most similar.
 
@@ -150,15 +131,12 @@ class LoraLibrary:
         Args:
             k: how many at most, 1 or more. Triggers always count, so a prompt with more than k of them gets them all.
             threshold: lowest cosine for LoRAs without a trigger; higher finds fewer.
-            without: names to leave out; the next ones take their place.
             base: the pipeline's family, for example "SDXL"; LoRAs known to be for another one are skipped.
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}")
-        if unknown := set(without) - set(self._rows):
-            raise ValueError(f"unknown LoRAs {sorted(unknown)} in `without`; the library has {len(self.entries)} others")
         other_families = FAMILIES - {base} if base is not None else ()
-        allowed = [entry.name not in without and entry.base not in other_families for entry in self.entries]
+        allowed = [entry.base not in other_families for entry in self.entries]
 
         def selects(words: Words) -> bool:
             return 1 <= sum(allowed[row] for row in self._trigger_rows.get(words, ())) <= k
@@ -202,13 +180,13 @@ class LoraLibrary:
         entry = self.entries[self._rows[name]]
         now, expert = read_entry(self.folder, entry.file)
         if not now.same_content(entry):
-            raise reindex_error(self.folder, f"is stale: {entry.file!r} has changed")
+            raise store.reindex_error(self.folder, f"is stale: {entry.file!r} has changed")
         return expert
 
 
 def _build_index(
     folder: Path, files: Sequence[str], known: Mapping[str, tuple[LibraryEntry, torch.Tensor]], encoder: Encoder
-) -> Index:
+) -> store.Index:
     """The index of a folder's files; those in `known` (file -> entry, embedding) with unchanged stamps are not read."""
     entries: list[LibraryEntry] = []
     rows: list[torch.Tensor] = []
@@ -227,14 +205,14 @@ def _build_index(
         rows.append(row)
     if not entries:
         raise ValueError(f"{folder} holds no LoRA that can be read; {len(skipped)} files were skipped")
-    return Index(encoder.id, encoder(PROBE), tuple(entries), torch.stack(rows), skipped)
+    return store.Index(encoder.id, encoder(store.PROBE), tuple(entries), torch.stack(rows), skipped)
 
 
 def _indexed_before(folder: Path, encoder: Encoder) -> dict[str, tuple[LibraryEntry, torch.Tensor]]:
     """file -> entry and embedding in the folder's present index; empty if that is missing, broken or by another encoder."""
     try:
-        index = load(folder)
-        check_encoder(folder, index, encoder)
+        index = store.load(folder)
+        store.check_encoder(folder, index, encoder)
     except (FileNotFoundError, ValueError):
         return {}
     return {entry.file: (entry, row) for entry, row in zip(index.entries, index.embeddings, strict=True)}

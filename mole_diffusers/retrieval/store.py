@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from safetensors.torch import save_file
 
 from mole_diffusers.lora.safe_files import Contents, RefusedFileError, path_inside, read_json, read_safetensors
 from mole_diffusers.lora.whole_files import new_file
+from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json, read_entry, stamps
 
 FORMAT, VERSION = "mole_diffusers.retrieval", 2
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
+KINDS = {"encoder": str, "cards": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of what the JSON lists
 MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 entries of 20 captions take 15 MB
 PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
 PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below, another model far above
@@ -88,21 +91,19 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
         raise ValueError(f"it is not {FORMAT} version {VERSION}")
     if about.get("embeddings") != vectors.sha256:
         raise ValueError("its two files are not from the same run")
-    listed, skipped = about.get("cards"), about.get("skipped")
-    if not isinstance(listed, list) or not isinstance(skipped, dict):
-        raise ValueError("it lists no LoRAs")
-    entries = tuple(entry_from_json(value) for value in listed)
+    about = {name: about.get(name) for name in KINDS}
+    check_kinds(about, KINDS, "the index")
+    entries = tuple(entry_from_json(value) for value in about["cards"])
     for entry in entries:
         path_inside(folder, entry.file)
     if len({entry.name for entry in entries}) < len(entries):
         raise ValueError("two entries have one name")
     embeddings, probe = (vectors.tensors.get(name, torch.empty(0)) for name in ("embeddings", "probe"))
-    shapes = (len(entries), len(PROBE))
-    if any(t.dim() != 2 or t.dtype != torch.float32 or not t.isfinite().all() for t in (embeddings, probe)) or (
-        (len(embeddings), len(probe)) != shapes or embeddings.shape[1] != probe.shape[1]
-    ):
-        raise ValueError(f"its embeddings are not finite fp32 matrices with {shapes[0]} and {shapes[1]} rows of one width")
-    return Index(str(about.get("encoder")), probe, entries, embeddings, {f: str(why) for f, why in skipped.items()})
+    rows, width = (len(entries), len(PROBE)), embeddings.shape[-1:]
+    for tensor, count in zip((embeddings, probe), rows, strict=True):
+        if tensor.shape != (count, *width) or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise ValueError(f"its embeddings are not finite fp32 matrices with {rows[0]} and {rows[1]} rows of one width")
+    return Index(about["encoder"], probe, entries, embeddings, about["skipped"])
 
 
 def check_current(folder: Path, index: Index, encoder: Encoder) -> None:

@@ -99,10 +99,9 @@ class Beams:
 
     def _expand(self, step: int) -> None:
         pis = [importance(ranks.logits, self.temperature) for ranks in self.layers.values()]
+        gone = pruned(pis, kept_share(step, self.steps * 2 / 3))
         generator = torch.Generator().manual_seed(self.seed + step)
-        for (name, ranks), pi, slots in zip(
-            self.layers.items(), pis, pruned(pis, kept_share(step, self.steps * 2 / 3)), strict=True
-        ):
+        for (name, ranks), pi, slots in zip(self.layers.items(), pis, gone, strict=True):
             if slots:
                 best = ranked(pi)[: len(slots)]
                 pairs = torch.randperm(len(slots), generator=generator).tolist()

@@ -52,20 +52,12 @@ class Clip:
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
 
-def read_clip(source: str | Path, *, device: Any = "cpu", tokenizer: Any = None) -> Clip:
-    """Load a CLIP from a folder or hub id, frozen, fp32.
-
-    Args:
-        tokenizer: instead of that of `source`, where it has none.
-
-    Raises:
-        OSError: there is no CLIP, or it has no tokenizer.
-    """
+def read_clip(source: str | Path, *, device: Any = "cpu") -> Clip:
+    """Load a CLIP with its tokenizer from a folder or hub id, frozen, fp32. Raises OSError where there is none."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
-    if tokenizer is None:
-        tokenizer = CLIPTokenizer.from_pretrained(source)
+    tokenizer = CLIPTokenizer.from_pretrained(source)
     try:
         processor = CLIPImageProcessor.from_pretrained(source)
     except OSError:  # it has none: pictures in -1..1

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
 from typing import Any, Literal, get_type_hints
 
 from mole_diffusers.options import check_kinds, check_names, check_options
@@ -13,19 +12,25 @@ from mole_diffusers.options import check_kinds, check_names, check_options
 Precision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts"]
 Initial = Literal["uniform", "scalars", "ssr"]  # weights of gates, see `initialization`
-LORA_LAYERS = ("attention", "feed-forward", "convolution")
+LORA_LAYERS = {  # kind -> module names, as a regular expression
+    "attention": r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)",
+    "feed-forward": r".*(ff\.net\.(0\.proj|2)|mlp\.fc[12])",
+    "convolution": r".*(resnets\.\d+\.conv[12]|proj_in|proj_out)",
+}
 LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
-COUNTS = ("batch", "seeds", "steps", "pictures")  # options of terms that are 1 or more
-SHARES = ("own", "start", "last")  # options of terms that are from 0 to 1
+LEAST = {  # of numbers, by their names in all settings
+    **dict.fromkeys(("weight", "warmup", "weight_decay", "max_norm", "lr", "text_lr", "prior"), 0),
+    **dict.fromkeys(("rank", "batch", "seeds", "steps", "pictures", "accumulation", "every", "keep"), 1),
+}
 
 
-def _check_range(config: Any, names: Sequence[str], what: str, *, low: float, high: float = inf) -> None:
-    """Raise ValueError for a number of `config` outside low..high; None is not set."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            limits = f"{low} or more" if high == inf else f"from {low} to {high}"
-            raise ValueError(f"{name} of {what} must be {limits}, got {value!r}")
+def _check(config: Any, what: str, **least: int) -> None:
+    """Raise ValueError for a value of another kind, or a number below `least` or else `LEAST`; None is not set."""
+    check_kinds(vars(config), get_type_hints(type(config)), what)
+    for name, low in (LEAST | least).items():
+        value = vars(config).get(name)
+        if value is not None and value < low:
+            raise ValueError(f"{name} of {what} must be {low} or more, got {value!r}")
 
 
 def _settings(values: Mapping[str, Any], config: type) -> dict[str, Any]:
@@ -52,7 +57,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationTerm(Term):
-    """Terms "single" and "base": match a teacher's predictions on its own trajectories.
+    """Terms "single", "composed" and "base": match a teacher's predictions on its own trajectories.
 
     Attributes:
         seeds: trajectories for each expert, and for each size that its pictures have; at least one per prompt.
@@ -65,18 +70,6 @@ class DistillationTerm(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComposedTerm(DistillationTerm):
-    """Term "composed": match the masked blend of all experts.
-
-    Attributes:
-        own: share of updates, 0..1, on trajectories of the gates themselves instead of the teacher's. There the gates meet
-            their own mistakes, and the teacher is run in every such update.
-    """
-
-    own: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class SeparateTerm(Term):
     """Term "separate": keep the subjects' cross-attention apart.
 
@@ -86,17 +79,6 @@ class SeparateTerm(Term):
 
     steps: int = 10
     guidance: float = 3.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiseTerm(Term):
-    """Term "denoise": the diffusion loss on your own pictures.
-
-    Attributes:
-        guidance: other than 1 fits the guided prediction to the pictures.
-    """
-
-    guidance: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,19 +104,11 @@ class ClipTerm(Term):
 
     Attributes:
         lengths: least and most steps of a trajectory, drawn uniformly.
-        start: the first step lies within this share of the trajectory, 0..1; 0.1 is t >= 0.9 T.
         steps: denoising steps per update, whose losses are summed.
-        last: the loss counts in this last share of the trajectory, 0..1; the authors' is 1.
-        clean: look at the predicted clean picture instead of the partly denoised one.
-        templates: text features are averaged over these ("a photo of {}"); the authors took ImageNet's.
     """
 
     lengths: Sequence[int] = (20, 50)
-    start: float = 0.1
     steps: int = 2
-    last: float = 1.0
-    clean: bool = False
-    templates: Sequence[str] = ("{}",)
 
     def __post_init__(self) -> None:
         if len(self.lengths) != 2 or not 1 <= self.lengths[0] <= self.lengths[1]:
@@ -159,10 +133,10 @@ class RolloutTerm(Term):
 BALANCE = "balance"  # the one term without an objective of its own: it reads the gates while the others run
 TERMS: dict[str, type[Term]] = {
     "single": DistillationTerm,
-    "composed": ComposedTerm,
+    "composed": DistillationTerm,
     "base": DistillationTerm,
     "separate": SeparateTerm,
-    "denoise": DenoiseTerm,
+    "denoise": Term,
     "clip": ClipTerm,
     "collage": CollageTerm,
     "rollout": RolloutTerm,
@@ -179,10 +153,8 @@ def parse_term(name: str, given: float | Mapping[str, Any]) -> Term:
         raise ValueError(f"unknown term {name!r}; known: {list(TERMS)}")
     options: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"weight": given}
     check_options(options, get_type_hints(TERMS[name]), f"the {name} term")
-    term, what = TERMS[name](**options), f"the {name} term"
-    _check_range(term, ["weight"], what, low=0)
-    _check_range(term, [option for option in vars(term) if option in COUNTS], what, low=1)
-    _check_range(term, [option for option in vars(term) if option in SHARES], what, low=0, high=1)
+    term = TERMS[name](**options)
+    _check(term, f"the {name} term")
     return term
 
 
@@ -207,10 +179,8 @@ class Validation:
     guidance: float = 7.5
 
     def __post_init__(self) -> None:
-        check_kinds(vars(self), get_type_hints(Validation), "the validation")
+        _check(self, "the validation", every=0)
         object.__setattr__(self, "prompts", tuple(self.prompts))  # a file has a list
-        _check_range(self, ["every"], "the validation", low=0)
-        _check_range(self, ["seeds", "steps"], "the validation", low=1)
 
 
 @dataclass(frozen=True)
@@ -263,12 +233,10 @@ class GateTraining:
     height: int | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(vars(self), get_type_hints(GateTraining), "the training")
+        _check(self, "the training")
         if not set(self.parsed) - {BALANCE}:
             objectives = [name for name in TERMS if name != BALANCE]
             raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
-        _check_range(self, ["steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
-        _check_range(self, ["warmup", "weight_decay", "max_norm"], "the training", low=0)
         for name in ("ema", "drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0 or more and less than 1, got {getattr(self, name)}")
@@ -279,13 +247,9 @@ class GateTraining:
         found = {name: parse_term(name, given) for name, given in self.terms.items()}
         return {name: term for name, term in found.items() if term.weight}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, which `from_dict` reads."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
-        """Raises ValueError for unknown options, and values of another kind."""
+        """From what `dataclasses.asdict` makes. Raises ValueError for unknown options, and values of another kind."""
         looks = values.get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         check_names(looks, get_type_hints(Validation), "the validation")
@@ -333,10 +297,8 @@ class LoraTraining:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        check_kinds(vars(self), get_type_hints(LoraTraining), "the training")
+        _check(self, "the training")
         object.__setattr__(self, "layers", tuple(self.layers))  # a file has a list
-        _check_range(self, ["rank", "steps", "batch", "accumulation", "every", "keep"], "the training", low=1)
-        _check_range(self, ["lr", "text_lr", "prior"], "the training", low=0)
         if not self.layers or (unknown := set(self.layers) - set(LORA_LAYERS)):
             raise ValueError(f"unknown layers {sorted(unknown) if self.layers else []}; known: {list(LORA_LAYERS)}")
         if self.beam and self.rank < LEAST_BEAM_RANK:

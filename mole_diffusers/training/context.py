@@ -6,9 +6,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, send_to_device
 from tqdm import tqdm
 
 from mole_diffusers.binding.sentence import pattern
@@ -40,6 +42,14 @@ class TrainingContext:
     progress: bool = False
     width: int | None = None
     height: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state` of all processes; on the CPU, since another machine may lack this device."""
+        return {name: value for part in gather_object([send_to_device(self.state, "cpu")]) for name, value in part.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set it to what `state_dict` returned."""
+        self.state.update(state)
 
     @property
     def composed_shape(self) -> tuple[int, int, int]:
@@ -95,8 +105,7 @@ def negatives(context: TrainingContext, prompt: str) -> list[str]:
         for word in triggers(context.mixture, expert)
         for other in others
     ]
-    found = [*dict.fromkeys([*replaced, *(p for prompts in data.singles.values() for p in prompts)])]
-    found = [caption for caption in found if caption != prompt]
+    found = [caption for caption in dict.fromkeys(chain(replaced, *data.singles.values())) if caption != prompt]
     if not found:
         raise ValueError(f"{prompt!r} has no caption to be told from: give single prompts, or other words for its concepts")
     return found

@@ -165,10 +165,9 @@ def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:
     """Encode pictures with the pipeline's autoencoder, `batch` at a time, all resized to the first one's size."""
-    size = images[0].size
     latents = []
     for start in range(0, len(images), batch):
-        chunk = [image if image.size == size else image.resize(size) for image in images[start : start + batch]]
+        chunk = [image.resize(images[0].size) for image in images[start : start + batch]]
         latents.append(encode_pixels(pipe, pipe.image_processor.preprocess(chunk)))
     return Samples(torch.cat(latents), list(captions))
 

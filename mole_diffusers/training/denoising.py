@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import attached
 from mole_diffusers.training.data import RandomBatch, Samples, precise, token_ids
+
+DROP = 0.1  # share of captions that `denoising_loss` takes for empty
 
 
 def check_trainable(pipe: Any) -> None:
@@ -73,19 +75,15 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) ->
         size = onto(torch.tensor([height, width, 0, 0, height, width]), x.device)  # drawn, cut off, wanted
         added = {"text_embeds": text.pooled, "time_ids": size.to(text.pooled.dtype).expand(len(x), -1)}
 
-    def call(x: torch.Tensor) -> torch.Tensor:
+    def call(x: torch.Tensor, mixture_as_now: Callable[[], None] | None = None) -> torch.Tensor:
+        if mixture_as_now is not None:
+            mixture_as_now()
         return pipe.unet(x.to(text.states.dtype), timesteps, text.states, added_cond_kwargs=added).sample.float()
 
     if torch.is_grad_enabled() and pipe.unet.is_gradient_checkpointing:
         # Gates learn the noise level from the call; a block that is recomputed alone would see that of the last call.
-        restore = mixture.restore_point() if (mixture := attached(pipe)) is not None else None
-
-        def again(x: torch.Tensor) -> torch.Tensor:
-            if restore is not None:
-                restore()
-            return call(x)
-
-        return checkpoint(again, x, use_reentrant=False)
+        mixture = attached(pipe)
+        return checkpoint(call, x, mixture.restore_point() if mixture else None, use_reentrant=False)
     return call(x)
 
 
@@ -126,7 +124,6 @@ def sample(
     steps: int,
     guidance: float,
     checkpointing: bool = False,
-    start: int = 0,
     stop: int | None = None,
 ) -> torch.Tensor:
     """Deterministic DDIM (Song et al., 2021) from noise x [B, C, H, W] to clean latents, with the gradient of every step.
@@ -134,7 +131,7 @@ def sample(
     Args:
         guidance: classifier-free guidance; 1 runs no unconditional row.
         checkpointing: compute each step's activations again in the backward pass.
-        start, stop: run the steps start..stop - 1, x having the noise of `start`; None runs to the end.
+        stop: run so many steps; None runs to the end.
     """
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(steps)  # timesteps stay on the CPU, where reading one waits for no device
@@ -144,7 +141,7 @@ def sample(
         prediction = _guided(pipe, x, onto(t.expand(len(x)), x.device), text, guidance=guidance)
         return scheduler.step(prediction, t, x).prev_sample
 
-    for t in scheduler.timesteps[start:stop]:
+    for t in scheduler.timesteps[:stop]:
         x = checkpoint(step, x, t, use_reentrant=False) if checkpointing else step(x, t)
     return x
 
@@ -165,19 +162,15 @@ def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps
     raise ValueError(f"prediction type {kind!r} cannot be trained; known: ['epsilon', 'v_prediction']")
 
 
-def denoising_loss(
-    pipe: Any, samples: Samples, batch: RandomBatch, *, drop: float = 0.1, guidance: float = 1.0
-) -> torch.Tensor:
+def denoising_loss(pipe: Any, samples: Samples, batch: RandomBatch, *, guidance: float = 1.0) -> torch.Tensor:
     """The diffusion training loss on a random batch: MSE of the prediction, uniform timesteps.
 
     Args:
-        drop: share of captions replaced by the empty prompt, so that the unconditional prediction is trained too; 0 where
-            the prediction is guided.
         guidance: of the prediction. 1 is the plain loss, for photos and other pictures that the conditional model is to
-            imitate; pictures from a guided sampler need the guidance that will be used later.
+            imitate, in which some captions are empty, so that the unconditional prediction is trained, too.
     """
     pick = batch.choice(len(samples.latents))
-    dropped = batch.uniform() < (drop if guidance == 1 else 0.0)
+    dropped = batch.uniform() < (DROP if guidance == 1 else 0.0)
     prompts = ["" if gone else samples.captions[i] for i, gone in zip(pick, dropped.tolist(), strict=True)]
     latents = samples.latents[pick]
     noise, scheduler = batch.normal(*latents.shape[1:]), training_scheduler(pipe)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.runtime import PlainSum
 from mole_diffusers.patching.undo import Undo
-from mole_diffusers.training.config import ComposedTerm, DistillationTerm, SeparateTerm
+from mole_diffusers.training.config import DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
 from mole_diffusers.training.data import RandomBatch, token_ids
 from mole_diffusers.training.denoising import latent_shape, predict, sample, training_scheduler
@@ -41,27 +42,21 @@ def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
     stored = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
         teacher = sum_teacher(context.pipe, context.mixture, [name], unit=[])
-        stored += _by_size(context, teacher, prompts, term, seed=context.seed + i, name=name)
+        stored += sample_trajectories(context, teacher, prompts, term, seed=context.seed + i, name=name)
     return _match(context, stored)
 
 
-def composed(context: TrainingContext, term: ComposedTerm) -> LossFn:
+def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L2 and L3: under a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
     prompts = list(require(context.data.composed, "composed", "composed prompts"))
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
-    where: dict[str, Any] = {"shape": context.composed_shape, "seed": context.seed + 99, "name": "the blend"}
-    stored = sample_trajectories(context, teacher, prompts, term, **where)
-    match_stored = _match(context, [stored])
+    sizes = dict.fromkeys(prompts, (context.width, context.height))
+    how: dict[str, Any] = {"sizes": sizes, "seed": context.seed + 99, "name": "the blend"}
+    match = _match(context, sample_trajectories(context, teacher, prompts, term, **how))
 
     def loss(batch: RandomBatch) -> torch.Tensor:
-        if float(torch.rand((), generator=batch.generator)) >= term.own:
-            return match_stored(batch)
-        inputs = with_and_without(*own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance))
-        with torch.no_grad():
-            target, base = teacher(*inputs)
-        norm = (target - base).square().mean().expand(len(target))
-        with bound_to_words(context.mixture):
-            return recovery_error(predict(context.pipe, *inputs), target, norm)
+        torch.rand((), generator=batch.generator)  # unused: a seed goes on giving the rows that it always gave
+        return match(batch)
 
     return loss
 
@@ -70,51 +65,49 @@ def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
     prompts = require(context.data.plain, "base", "plain prompts")
     teacher = sum_teacher(context.pipe, context.mixture, [], unit=list(context.mixture.experts))
-    return _match(context, _by_size(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
+    return _match(context, sample_trajectories(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
 
 
 def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
-    """L5: keep the cross-attention of different concepts' trigger words apart, in pictures of the current gates."""
-    prompts = list(require(context.data.composed, "separate", "composed prompts"))
+    """L5: keep the cross-attention of different concepts' trigger words apart, in pictures of the current gates.
+
+    Attention is read after a random number of steps.
+    """
+    pipe, prompts = context.pipe, list(require(context.data.composed, "separate", "composed prompts"))
     subjects = [name for name in context.mixture.experts if name not in context.data.styles]
     if len(subjects) < 2:
         raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
 
+    scheduler = training_scheduler(pipe)
+    scheduler.set_timesteps(term.steps)
+
     def loss(batch: RandomBatch) -> torch.Tensor:
-        x, timesteps, texts = own_trajectory(context, batch, prompts, steps=term.steps, guidance=term.guidance)
-        found = [trigger_tokens(context.pipe, context.mixture, name, texts) for name in subjects]
-        with attention_maps(context.pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
-            predict(context.pipe, x, timesteps, texts)
+        texts = [prompts[i] for i in batch.choice(len(prompts))]
+        noise = onto(batch.normal(*context.composed_shape), pipe.device)
+        stop = int(torch.randint(0, term.steps, (), generator=batch.generator))
+        with torch.no_grad():
+            x = sample(pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
+        found = [trigger_tokens(pipe, context.mixture, name, texts) for name in subjects]
+        with attention_maps(pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
+            predict(pipe, x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts)
         return separation_loss(torch.stack(maps, 1))
 
     return loss
 
 
-def _by_size(
-    context: TrainingContext, teacher: Teacher, prompts: Sequence[str], term: DistillationTerm, *, seed: int, name: str
-) -> list[Trajectories]:
-    """Trajectories of prompts, for each size of their pictures; see `sample_trajectories`."""
-    by_shape: dict[tuple[int, int, int], list[str]] = {}
-    for prompt in prompts:
-        size = context.data.sizes.get(prompt, (None, None))
-        by_shape.setdefault(latent_shape(context.pipe, *size), []).append(prompt)
-    return [sample_trajectories(context, teacher, p, term, shape=s, seed=seed, name=name) for s, p in by_shape.items()]
-
-
-def _match(context: TrainingContext, stored: Sequence[Trajectories]) -> LossFn:
+def _match(context: TrainingContext, stored: Sequence[Row]) -> LossFn:
     """The recovery error on random rows of stored trajectories; of several sizes, one is drawn for each update."""
-    by_shape: dict[torch.Size, list[Trajectories]] = {}
-    for part in stored:
-        by_shape.setdefault(part.x.shape[1:], []).append(part)
-    sizes = [Trajectories.join(parts) for parts in by_shape.values()]
-    shares = torch.tensor([float(len(rows.x)) for rows in sizes])
+    by_shape: dict[torch.Size, list[Row]] = {}
+    for row in stored:
+        by_shape.setdefault(row.x.shape, []).append(row)
+    sizes = list(by_shape.values())
+    shares = torch.tensor([float(len(rows)) for rows in sizes])
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         rows = sizes[int(torch.multinomial(shares, 1, generator=batch.generator)) if len(sizes) > 1 else 0]
-        pick = batch.choice(len(rows.x))
-        chosen = (rows.x[pick], rows.timesteps[pick], rows.targets[pick], rows.norms[pick])
-        x, timesteps, targets, norms = (onto(tensor, context.pipe.device) for tensor in chosen)
-        inputs = with_and_without(x, timesteps, [rows.prompts[i] for i in pick])
+        *tensors, prompts = zip(*(rows[i] for i in batch.choice(len(rows))), strict=True)
+        x, timesteps, targets, norms = (onto(torch.stack(each), context.pipe.device) for each in tensors)
+        inputs = with_and_without(x, timesteps, prompts)
         with bound_to_words(context.mixture):
             found = predict(context.pipe, *inputs)
         return recovery_error(found, *(each.transpose(0, 1).flatten(0, 1) for each in (targets, norms)))
@@ -125,22 +118,14 @@ def _match(context: TrainingContext, stored: Sequence[Trajectories]) -> LossFn:
 # ---- trajectories
 
 
-@dataclass
-class Trajectories:
-    """Rows of sampled trajectories, on the CPU: at `x`, `timesteps`, `prompts` the gates should predict `targets`."""
+class Row(NamedTuple):
+    """A step of a sampled trajectory, on the CPU: at `x`, `timestep` and `prompt` the gates should predict `targets`."""
 
-    x: torch.Tensor  # [S, C, H, W]
-    timesteps: torch.Tensor  # [S]
-    targets: torch.Tensor  # [S, 2, C, H, W], without the prompt and with it
-    norms: torch.Tensor  # [S, 2], the expected squared change from base to teacher, by trajectory set and timestep
-    prompts: list[str]  # S
-
-    @staticmethod
-    def join(parts: Sequence[Trajectories]) -> Trajectories:
-        """All rows, in order."""
-        names = ("x", "timesteps", "targets", "norms")
-        tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
-        return Trajectories(**tensors, prompts=[t for p in parts for t in p.prompts])
+    x: torch.Tensor  # [C, H, W]
+    timestep: torch.Tensor  # []
+    targets: torch.Tensor  # [2, C, H, W], without the prompt and with it
+    norms: torch.Tensor  # [2], the expected squared change from base to teacher, by trajectory set and timestep
+    prompt: str
 
 
 @torch.no_grad()
@@ -150,49 +135,41 @@ def sample_trajectories(
     prompts: Sequence[str],
     term: DistillationTerm,
     *,
-    shape: tuple[int, int, int],
     seed: int,
     name: str,
-) -> Trajectories:
-    """Sample `term.seeds` trajectories with a teacher, cycling through `prompts` (each gets one), and keep every row.
+    sizes: Mapping[str, tuple[int | None, int | None]] | None = None,
+) -> list[Row]:
+    """Sample `term.seeds` trajectories of each size with a teacher, cycling through its `prompts` (each gets one), and keep
+    every row.
 
     What is predicted without the prompt is kept, too: guidance would amplify its error if it were not trained on.
 
     Args:
-        shape: (C, H, W) of the latents.
         seed: of the noise.
         name: of the teacher, beside the progress bar.
+        sizes: width and height of prompts' pictures in pixels; by default those of the training data.
     """
     scheduler, device = training_scheduler(context.pipe), context.pipe.device
-    seeds = max(term.seeds, len(prompts))
     scheduler.set_timesteps(term.steps, device=device)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
-    texts = [prompts[i % len(prompts)] for i in range(seeds)]
-    rows = []
-    for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
-        scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
-        prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
-        targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
-        norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
-        rows.append(Trajectories(scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts))
-        empty, full = prediction.chunk(2)
-        x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
-    return Trajectories.join(rows)
-
-
-@torch.no_grad()
-def own_trajectory(
-    context: TrainingContext, batch: RandomBatch, prompts: list[str], *, steps: int, guidance: float
-) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Sample with the gates as they are: latents [B, C, H, W] after a random number of steps, timesteps [B], prompts."""
-    texts = [prompts[i] for i in batch.choice(len(prompts))]
-    noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
-    stop = int(torch.randint(0, steps, (), generator=batch.generator))
-    scheduler = training_scheduler(context.pipe)
-    scheduler.set_timesteps(steps)
-    x = sample(context.pipe, noise, texts, steps=steps, guidance=guidance, stop=stop)
-    return x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts
+    sizes = context.data.sizes if sizes is None else sizes
+    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    for prompt in prompts:
+        by_shape.setdefault(latent_shape(context.pipe, *sizes.get(prompt, (None, None))), []).append(prompt)
+    rows: list[Row] = []
+    for shape, own in by_shape.items():
+        seeds = max(term.seeds, len(own))
+        texts = [own[i % len(own)] for i in range(seeds)]
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
+        for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
+            scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
+            prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
+            targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
+            norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
+            rows += map(Row, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
+            empty, full = prediction.chunk(2)
+            x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
+    return rows
 
 
 def with_and_without(
@@ -242,27 +219,25 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
     trigger words; a single other one has all of it.
     """
     names = list(mixture.experts)
-    subjects = [n for n in names if n not in styles]
+    subjects = [i for i, name in enumerate(names) if name not in styles]
+    divided = subjects if len(subjects) > 1 else []  # those that share the picture
 
     def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with alone(mixture, {}):
             base = predict(pipe, x, timesteps, prompts)
-        masks = {n: torch.ones(len(x), 1, *x.shape[2:], device=x.device) for n in names}
+        masks = torch.ones(len(names), len(x), 1, *x.shape[2:], device=x.device)
         predictions, maps = [], []
-        for name in names:
-            masked = name in subjects and len(subjects) > 1
+        for i, name in enumerate(names):
             reading: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
-            if masked:
+            if i in divided:
                 reading = attention_maps(pipe.unet, x.shape[2:], trigger_tokens(pipe, mixture, name, prompts)[None])
             with alone(mixture, {name: 1.0}), reading as layers:
                 predictions.append(predict(pipe, x, timesteps, prompts))
-            if masked:
-                maps.append(torch.stack(layers).mean(0)[0])
-        if maps:
-            masks |= dict(zip(subjects, territory(torch.stack(maps)), strict=True))
-        strengths = onto(torch.tensor([mixture.strength(n) for n in names]), x.device)
-        stacked = torch.stack([masks[n] for n in names])
-        return composed_target(base, torch.stack(predictions), stacked, strengths), base
+            maps += [torch.stack(layers).mean(0)[0]] if layers else []
+        if divided:
+            masks[divided] = territory(torch.stack(maps))
+        strengths = onto(torch.tensor([mixture.strength(name) for name in names]), x.device)
+        return composed_target(base, torch.stack(predictions), masks, strengths), base
 
     return predict_both
 
@@ -291,30 +266,17 @@ def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iter
     Queries and keys are read where their projections return them, so any attention processor will do.
     """
     maps: list[torch.Tensor] = []
-    queries: dict[Any, torch.Tensor] = {}
+    queries: list[torch.Tensor] = []  # of the attention that is running, [B, T, C]
 
-    def read(attention: Attention, undo: Undo) -> None:
-        def keep(_: Any, __: Any, query: torch.Tensor) -> None:
-            queries[attention] = query
-
-        def collect(_: Any, __: Any, key: torch.Tensor) -> None:
-            maps.append(_attention_map(attention, queries.pop(attention), key, tokens=tokens, size=size))
-
-        undo.after_forward(attention.to_q, keep)
-        undo.after_forward(attention.to_k, collect)
+    def collect(attention: Attention, _: Any, __: Any, key: torch.Tensor) -> None:
+        q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (queries.pop(), key))
+        shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S], over heads
+        flat = torch.einsum("bts,kbs->kbt", shares, tokens)
+        height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
+        maps.append(F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear"))
 
     with Undo() as undo:
         for attention in cross_attentions(unet).values():
-            read(attention, undo)
+            undo.after_forward(attention.to_q, lambda _, __, query: queries.append(query))
+            undo.after_forward(attention.to_k, partial(collect, attention))
         yield maps
-
-
-def _attention_map(
-    attention: Attention, query: torch.Tensor, key: torch.Tensor, *, tokens: torch.Tensor, size: Sequence[int]
-) -> torch.Tensor:
-    """query [B, T, C], key [B, S, C], tokens [K, B, S] -> [K, B, H, W]."""
-    q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))  # [B, heads, ., c]
-    shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S]
-    flat = torch.einsum("bts,kbs->kbt", shares, tokens)
-    height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
-    return F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear")

@@ -9,11 +9,11 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -30,21 +30,8 @@ READ_EVERY = 10  # updates between looks at their numbers, each of which waits f
 STATE = "training.pt"
 LOG = "log.jsonl"
 LATEST = "latest"
-ShareLoss = Callable[[int, int], torch.Tensor]  # (index, count) -> [loss, terms...] of share `index` of `count` of a batch
+Losses = Callable[..., dict[str, torch.Tensor]]  # (index, shares) -> {"loss": ..., term: ...} of a share of a batch
 Report = Callable[[dict], None]  # is given every update's row; what it raises ends the run
-
-
-class Trainer(Protocol):
-    """What `Engine.fit` runs."""
-
-    def update(self, step: int) -> None:
-        """One step of the optimizer, from 0."""
-
-    def read_log(self) -> dict[str, float]:
-        """`Engine.read_log` with the names of this training's numbers."""
-
-    def save(self, done: int) -> None:
-        """Write a checkpoint after so many updates."""
 
 
 @dataclass
@@ -53,8 +40,12 @@ class Engine:
 
     Attributes:
         folder: of the checkpoints and the log; None writes none.
+        identity: what must be the same for a run to resume, ready for JSON.
+        save_weights: writes what was trained into a folder.
+        diagnose: what the error adds where a loss is not finite.
         max_norm: the length that gradients are clipped to; 0 does not clip.
         log: one row of numbers per update, as far as they were read.
+        names: of the numbers of an update.
         pending: the numbers of updates that were not read yet, on the device.
         good: the parameters when they were last known to be finite.
         stateful: name -> everything else with a `state_dict` that a checkpoint must hold.
@@ -64,9 +55,13 @@ class Engine:
     optimizer: torch.optim.Optimizer
     schedule: Any
     config: GateTraining | LoraTraining
-    folder: Path | None = None
+    folder: Path | None
+    identity: dict[str, Any]
+    save_weights: Callable[[Path], None]
+    diagnose: Callable[[], str]
     max_norm: float = 1.0
     log: list[dict] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     pending: list[torch.Tensor] = field(default_factory=list)
     good: list[torch.Tensor] = field(default_factory=list)
     stateful: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +106,7 @@ class Engine:
 
     def fit(
         self,
-        trainer: Trainer,
+        update: Callable[[int], None],
         *,
         name: str,
         report: Report | None,
@@ -122,6 +117,7 @@ class Engine:
         """Run the updates that are left, with a checkpoint every so often and at the end.
 
         Args:
+            update: makes an update, from 0, by `Engine.update`.
             name: beside the progress bar.
             validate: called every `every` updates, and after the last, before its checkpoint.
         """
@@ -129,16 +125,16 @@ class Engine:
         hidden = not (progress and self.accelerator.is_main_process)
         bar = tqdm(initial=reported, total=last, desc=name, disable=hidden, mininterval=1)
         for done in range(reported + 1, last + 1):
-            trainer.update(done - 1)
+            update(done - 1)
             saves = done == last or done % self.config.every == 0
             validates = bool(every) and (done == last or done % every == 0)
             if saves or validates or done % READ_EVERY == 0:
-                numbers = trainer.read_log()
+                numbers = self.read_log()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in numbers.items() if k != "step"}, refresh=False)
             if validate is not None and validates:
                 validate(done)
             if saves:
-                trainer.save(done)
+                self.save(done)
             for row in self.log[reported:]:
                 if report is not None:
                     report(row)
@@ -148,13 +144,15 @@ class Engine:
 
     # ---- one update, and its numbers
 
-    def update(self, share_loss: ShareLoss) -> None:
+    def update(self, losses: Losses) -> None:
         """One step of the optimizer, without waiting for the device."""
         totals = []
         for i in range(self.config.accumulation):
-            numbers = share_loss(i * self.accelerator.num_processes + self.accelerator.process_index, self.shares)
-            self.scaler.scale(numbers[0] / self.config.accumulation).backward()
-            totals.append(numbers.detach())
+            index = i * self.accelerator.num_processes + self.accelerator.process_index
+            found = losses(index=index, shares=self.shares)
+            self.scaler.scale(found["loss"] / self.config.accumulation).backward()
+            self.names = list(found)
+            totals.append(torch.stack([value.detach() for value in found.values()]))
         self._average_gradients()
         self.scaler.unscale_(self.optimizer)
         if self.max_norm:
@@ -173,12 +171,8 @@ class Engine:
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.reshape(gradient.shape))
 
-    def read_log(self, names: Sequence[str], diagnose: Callable[[], str]) -> dict[str, float]:
+    def read_log(self) -> dict[str, float]:
         """Log the pending updates and return the last row. This waits for the device.
-
-        Args:
-            names: of the numbers of an update.
-            diagnose: what the error below adds.
 
         Raises ValueError for a loss, or parameters, that are not finite, with the parameters set back to where they were
         when last known to be finite.
@@ -187,14 +181,14 @@ class Engine:
         start = len(self.log)
         self.pending.clear()
         for i, row in enumerate(rows):
-            named = dict(zip(names, row, strict=True))
+            named = dict(zip(self.names, row, strict=True))
             if not all(map(torch.isfinite, torch.tensor(row))):
-                self._stop(f"the loss is not finite at step {start + i}: {named}; {diagnose()}")
+                self._stop(f"the loss is not finite at step {start + i}: {named}; {self.diagnose()}")
             self.log.append({"step": start + i, **named})
             if self.accelerator.trackers:
                 self.accelerator.log(named, step=start + i)
         if rows and not torch.stack([p.isfinite().all() for p in self.parameters]).all():
-            self._stop(f"the gradient is not finite at step {self.log[-1]['step']}: {self.log[-1]}; {diagnose()}")
+            self._stop(f"the gradient is not finite at step {self.log[-1]['step']}: {self.log[-1]}; {self.diagnose()}")
         self._mark_good()
         return self.log[-1] if self.log else {}
 
@@ -209,33 +203,37 @@ class Engine:
 
     # ---- checkpoints
 
-    def save(self, step: int, *, weights: Callable[[Path], None], identity: dict[str, Any], **state: Any) -> None:
-        """Write checkpoint-`step` and the log, in one process while the others wait.
+    def save(self, step: int) -> None:
+        """Write checkpoint-`step` and the log, in one process while the others wait; all but the last `keep` are deleted.
 
-        Args:
-            weights: writes what was trained into a folder.
-            identity: what must be the same for a run to resume here.
-            state: what else `resume` should return.
+        Raises OSError where it cannot be written (a full disk, say); earlier checkpoints stay.
         """
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self.stateful.items()}
         if folder := self.writes_to:
-            state |= {name: part.state_dict() for name, part in self.stateful.items()}
-            state |= {"log": self.log, "run": json.dumps(identity)}
-            write_checkpoint(folder, step, state, weights=weights, keep=self.config.keep)
+            path = folder / f"checkpoint-{step}"
+            try:
+                with new_folder(path) as part:
+                    self.save_weights(part)
+                    torch.save(state | {"log": self.log, "run": json.dumps(self.identity)}, part / STATE)
+            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+                whole = [p.name for p in checkpoints(folder)]
+                raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
+            for old in checkpoints(folder)[: -self.config.keep]:
+                shutil.rmtree(old)
             write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
         self.accelerator.wait_for_everyone()
 
-    def resume(self, asked: str | None, *, identity: dict[str, Any]) -> dict[str, Any]:
-        """Set everything to where a checkpoint left it, and return what it holds; {} for a new run, which stays as it is.
+    def resume(self, asked: str | None) -> None:
+        """Set everything to where a checkpoint left it; a new run stays as it is.
 
         Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and as `find_checkpoint` does.
         """
         if self.folder is None and asked is not None:
             raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
         path = find_checkpoint(self.folder, asked) if self.folder else None
-        state: dict[str, Any] = {}
         if path is not None:
-            state = _read_state(path / STATE)
-            before, now = state["run"], json.loads(json.dumps(identity))
+            state = _read_state(path / STATE, self.device)
+            before, now = state["run"], json.loads(json.dumps(self.identity))
             if changed := [name for name, value in now.items() if before.get(name) != value]:
                 raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
             if missing := sorted({*self.stateful, "log"} - set(state)):
@@ -244,12 +242,11 @@ class Engine:
                 part.load_state_dict(state[name])
             self.log = state["log"]
         self._mark_good()
-        return state
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
         return state | {"run": json.loads(state["run"])}
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); resume from another checkpoint") from error
@@ -279,23 +276,6 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).exists()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, weights: Callable[[Path], None], keep: int) -> None:
-    """Write checkpoint-`step` with `state` and what `weights(path)` writes; then delete all but the last `keep`.
-
-    Raises OSError where it cannot be written (a full disk, say); earlier checkpoints stay.
-    """
-    path = folder / f"checkpoint-{step}"
-    try:
-        with new_folder(path) as part:
-            weights(part)
-            torch.save(state, part / STATE)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-        whole = [p.name for p in checkpoints(folder)]
-        raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
 
 
 def find_checkpoint(folder: Path, asked: str | None) -> Path | None:

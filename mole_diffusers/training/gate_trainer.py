@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -78,7 +78,7 @@ def train_gates(
     )
     trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
     with only_run(trainer.engine.writes_to), trainer.only_gates_learn():
-        trainer.resume(resume_from)
+        trainer.engine.resume(resume_from)
         trainer.prepare()
         trainer.fit(report)
     return trainer.engine.log
@@ -105,7 +105,8 @@ class GateTrainer:
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         _ = context.composed_shape  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
-        if config.tracker and config.tracker not in (known := installed_trackers()):
+        known = [name for name in map(str, get_available_trackers()) if name in TRACKERS]
+        if config.tracker and config.tracker not in known:
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         self.context = replace(context, progress=context.progress and self.accelerator.is_main_process)
@@ -113,10 +114,12 @@ class GateTrainer:
         groups = parameter_groups(self.mixture.banks.values(), config.lr)
         optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
         schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-        self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, config.max_norm)
+        how = (self._identity(), self.mixture.save_pretrained, self._diagnose, config.max_norm)
+        self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, *how)
         for name, term in config.parsed.items():
             self.engine.check_batch(term.batch or config.batch, f"the {name} term's batch")
         self.engine.stateful |= {f"gates of {part}": bank for part, bank in self.mixture.banks.items()}
+        self.engine.stateful["kept"] = self.context
         self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
         if self.ema is not None:
             self.engine.stateful["ema"] = self.ema
@@ -147,29 +150,27 @@ class GateTrainer:
     # ---- fit
 
     def fit(self, report: Report | None = None) -> None:
-        """Run the updates, and leave the gates as they will be used."""
+        """Run the updates, leave the gates as they will be used, save them, and close the trackers."""
         if self.config.tracker:
             self.accelerator.init_trackers("mole")
-        every = self.config.validation.every
-        progress = self.context.progress
-        self.engine.fit(self, name="gates", report=report, progress=progress, validate=self.validate, every=every)
-        self.finish()
+        how: dict[str, Any] = {"progress": self.context.progress, "every": self.config.validation.every}
+        self.engine.fit(self.update, name="gates", report=report, validate=self.validate, **how)
+        if self.ema is not None:
+            self.ema.copy_to(self.mixture.parameters())
+        if folder := self.engine.writes_to:
+            self.mixture.save_pretrained(folder)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def update(self, step: int) -> None:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
-        weights = {name: term.weight for name, term in self.config.parsed.items()}
-
-        def share_loss(index: int, shares: int) -> torch.Tensor:
-            found = self.losses(step, index=index, shares=shares)
-            return torch.stack([torch.stack([weights[name] * v for name, v in found.items()]).sum(), *found.values()])
-
         with self._loads_counted(), self.mixture.settings_kept():
-            self.engine.update(share_loss)
+            self.engine.update(partial(self.losses, step))
         if self.ema is not None:
             self.ema.step(self.mixture.parameters())
 
     def losses(self, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
-        """Each term, without its weight, on share `index` of `shares` of the batch of update `step`."""
+        """Each term without its weight, and "loss", their weighted sum, on share `index` of `shares` of a batch."""
         generator = self.engine.generator(step)
         mixture, terms, decisions = self.mixture, self.config.parsed, list[Decision]()
         names = list(mixture.experts)
@@ -182,7 +183,7 @@ class GateTrainer:
         if BALANCE in terms:
             live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
             found[BALANCE] = self._balance(live, [names.index(name) for name in there])
-        return found
+        return {"loss": torch.stack([terms[name].weight * value for name, value in found.items()]).sum(), **found}
 
     def _balance(self, decisions: Sequence[Decision], experts: Sequence[int]) -> torch.Tensor:
         """The family's own balance loss where it has one, MoLE's among the experts that take part otherwise."""
@@ -203,13 +204,11 @@ class GateTrainer:
     def _loads_counted(self) -> Iterator[None]:
         """Rank gates even out their loads once, after the update, over the rows of all its parts and processes."""
         gates = [gate for gate in self._gates() if isinstance(gate, RankGate)]
-        for gate in gates:
-            gate.held = True
-        try:
-            yield
-        finally:
+        with ExitStack() as undo:
             for gate in gates:
-                gate.held = False
+                gate.held = True
+                undo.callback(setattr, gate, "held", False)
+            yield
         for gate in gates:
             if gate.load is not None:
                 gate.load = self.accelerator.reduce(gate.load)
@@ -217,11 +216,6 @@ class GateTrainer:
 
     def _gates(self) -> list[Any]:
         return [gate for bank in self.mixture.banks.values() for gate in bank.gates.values()]
-
-    def read_log(self) -> dict[str, float]:
-        """Log the pending updates and return the last row; see `Engine.read_log`."""
-        names = ["loss", *self.loss_fns, *([BALANCE] if BALANCE in self.config.parsed else [])]
-        return self.engine.read_log(names, self._diagnose)
 
     @torch.no_grad()
     def _diagnose(self) -> str:
@@ -245,17 +239,12 @@ class GateTrainer:
         if not self.accelerator.is_main_process:
             return
         how, images, shares = self.config.validation, [], []
+        call: dict[str, Any] = {"width": self.context.width, "height": self.context.height}
+        call |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
         for prompt in self.looks:
             noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
-                drawn = self.pipe(
-                    [prompt] * how.seeds,
-                    width=self.context.width,
-                    height=self.context.height,
-                    generator=noise,
-                    num_inference_steps=how.steps,
-                    guidance_scale=how.guidance,
-                ).images
+                drawn = self.pipe([prompt] * how.seeds, generator=noise, **call).images
             images += drawn
             shares += [self.success(drawn, prompt)] if self.success else []
         if shares:
@@ -273,51 +262,18 @@ class GateTrainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The gates' moving average instead of the gates, where there is one."""
-        if self.ema is None:
+        with ExitStack() as undo:
+            if self.ema is not None:
+                self.ema.store(self.mixture.parameters())
+                undo.callback(self.ema.restore, self.mixture.parameters())
+                self.ema.copy_to(self.mixture.parameters())
             yield
-            return
-        self.ema.store(self.mixture.parameters())
-        self.ema.copy_to(self.mixture.parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.mixture.parameters())
 
-    # ---- save, resume, finish
-
-    def identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in MAY_CHANGE}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
         experts = {name: [expert.sha256, strength] for name, (expert, strength) in self.mixture.weighed().items()}
         return {**settings, **self.data.to_dict(), "gates": self.mixture.config.to_dict(), "experts": experts}
-
-    def save(self, step: int) -> None:
-        """Write checkpoint-`step`."""
-        state: dict[str, Any] = send_to_device(self.context.state, "cpu")  # another machine may lack this device
-        if self.accelerator.num_processes > 1:
-            state = {name: value for part in gather_object([state]) for name, value in part.items()}
-        self.engine.save(step, weights=self.mixture.save_pretrained, identity=self.identity(), kept=state)
-
-    def resume(self, asked: str | None) -> None:
-        """Set everything to where a checkpoint left it; a new run stays as it is."""
-        if state := self.engine.resume(asked, identity=self.identity()):
-            self.context.state.update(send_to_device(state["kept"], self.pipe.device))
-            if self.ema is not None:
-                self.ema.to(self.pipe.device)
-
-    def finish(self) -> None:
-        """Leave the gates as they will be used, save them, and close the trackers."""
-        if self.ema is not None:
-            self.ema.copy_to(self.mixture.parameters())
-        if folder := self.engine.writes_to:
-            self.mixture.save_pretrained(folder)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-
-
-def installed_trackers() -> list[str]:
-    """Of `TRACKERS`."""
-    return [name for name in map(str, get_available_trackers()) if name in TRACKERS]
 
 
 def summary(config: GateTraining, log: Sequence[dict]) -> str:

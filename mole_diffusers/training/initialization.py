@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 
 from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.factors import Pair
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.merging.regression import best_router, own_answers, scalar_equations, solved
 from mole_diffusers.training.context import TrainingContext
 
-Answers = Callable[[Sequence[Pair], Sequence[torch.Tensor]], list[torch.Tensor]]  # the `answers` of `scalar_equations`
 RIDGE = 0.01  # of SSR-Merge, its own default
-
-
-def _router(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [best_router(pairs, inputs, RIDGE)] * len(pairs)
-
-
-ANSWERS: dict[str, Answers] = {"scalars": lambda pairs, _: own_answers(pairs), "ssr": _router}
 
 
 def initialize(context: TrainingContext, initial: str) -> None:
@@ -41,7 +30,7 @@ def initialize(context: TrainingContext, initial: str) -> None:
     gates = context.mixture.layers_by_gate()
     if not all(hasattr(gate, "begin") for gate, _ in gates) or not gates:
         raise ValueError(f"gates of family {context.mixture.config.family!r} can only start 'uniform', not {initial!r}")
-    equations = _equations(context, ANSWERS[initial])
+    equations = _equations(context, initial)
     for gate, layers in gates:
         parts = [equations[key] for key in map(merge_key, layers)]
         normal, wanted = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
@@ -50,7 +39,7 @@ def initialize(context: TrainingContext, initial: str) -> None:
         gate.begin(weights.float(), ~idle)
 
 
-def _equations(context: TrainingContext, answers: Answers) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _equations(context: TrainingContext, initial: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Layer key -> normal equations (H [N, N], g [N]) over all experts; zeros where an expert lacks the layer."""
     weighed, singles = context.mixture.weighed(), context.data.singles
     if missing := [name for name in weighed if not singles.get(name)]:
@@ -66,7 +55,8 @@ def _equations(context: TrainingContext, answers: Answers) -> dict[str, tuple[to
         normal, wanted = torch.zeros(len(layer), len(layer)).double(), torch.zeros(len(layer)).double()
         if pairs:
             index = torch.tensor(there)
-            normal[index[:, None], index], wanted[index] = scalar_equations(pairs, inputs, answers(pairs, inputs))
+            answers = own_answers(pairs) if initial == "scalars" else [best_router(pairs, inputs, RIDGE)] * len(pairs)
+            normal[index[:, None], index], wanted[index] = scalar_equations(pairs, inputs, answers)
         found[key] = (normal, wanted)
     return found
 

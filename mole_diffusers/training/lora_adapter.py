@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from mole_diffusers.lora.writing import TRIGGERS, write_lora
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Ranks, importance
-from mole_diffusers.training.config import LoraTraining
+from mole_diffusers.training.config import LORA_LAYERS, LoraTraining
 
 CONCEPT = "concept"  # the adapter's name
 ARCHITECTURES = {  # ModelSpec's words
@@ -25,67 +24,38 @@ ARCHITECTURES = {  # ModelSpec's words
     "SD 2.x": "stable-diffusion-v2-768-v/lora",
     "SDXL": "stable-diffusion-xl-v1-base/lora",
 }
-LAYERS = {  # of config.LORA_LAYERS -> module names, as a regular expression
-    "attention": r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)",
-    "feed-forward": r".*(ff\.net\.(0\.proj|2)|mlp\.fc[12])",
-    "convolution": r".*(resnets\.\d+\.conv[12]|proj_in|proj_out)",
-}
 
 
 @dataclass
 class LoraLayers:
-    """The layers of a LoRA in training, by name: "unet.down_blocks.0...".
+    """A LoRA in training, by its layers' names: "unet.down_blocks.0...".
 
     Attributes:
-        modules: peft's layers.
+        halves: down and up of every layer by diffusers' keys: "unet.<layer>.lora_A.weight".
         logits: g [r] of each layer whose ranks compete; empty where none do. See `beam`.
         temperature: of their softmax.
     """
 
-    modules: dict[str, Any]
+    halves: dict[str, nn.Parameter]
     logits: dict[str, nn.Parameter]
     temperature: float
 
     def ranks(self) -> dict[str, Ranks]:
         """The layers whose ranks compete."""
-        halves = self.halves()
-        return {n: Ranks(g, halves[f"{n}.lora_A.weight"], halves[f"{n}.lora_B.weight"]) for n, g in self.logits.items()}
+        pairs = {n: [self.halves[f"{n}.lora_{half}.weight"] for half in "AB"] for n in self.logits}
+        return {name: Ranks(self.logits[name], *pair) for name, pair in pairs.items()}
 
     def weights(self, part: str) -> list[nn.Parameter]:
         """down and up of every layer of a component."""
-        return [half for key, half in self.halves().items() if key.startswith(f"{part}.")]
-
-    def halves(self) -> dict[str, nn.Parameter]:
-        """down and up of every layer by diffusers' keys: "unet.<layer>.lora_A.weight"."""
-        return {
-            f"{name}.lora_{half}.weight": getattr(module, f"lora_{half}")[CONCEPT].weight
-            for name, module in self.modules.items()
-            for half in "AB"
-        }
+        return [half for key, half in self.halves.items() if key.startswith(f"{part}.")]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`halves` in fp32 on the CPU, with pi folded into the downs."""
-        found = {key: half.detach().float().cpu().clone() for key, half in self.halves().items()}
+        found = {key: half.detach().float().cpu().clone() for key, half in self.halves.items()}
         for name, logits in self.logits.items():
             down = found[f"{name}.lora_A.weight"]
             down *= importance(logits.detach().float().cpu(), self.temperature).reshape(-1, *(1,) * (down.dim() - 1))
         return found
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Start from an earlier LoRA of the same layers and rank.
-
-        Raises ValueError for other layers or sizes.
-        """
-        wanted = self.halves()
-        if odd := sorted(set(wanted) ^ set(tensors)):
-            raise ValueError(f"the LoRA to start from has other layers: {odd[0]} is in one of the two only")
-        for key, parameter in wanted.items():
-            if tensors[key].shape != parameter.shape:
-                raise ValueError(
-                    f"the LoRA to start from has {list(tensors[key].shape)} at {key}, not {list(parameter.shape)}"
-                )
-            parameter.copy_(tensors[key])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that is trained, for a checkpoint."""
@@ -98,10 +68,8 @@ class LoraLayers:
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        halves = self.halves()
-        downs = {f"{name}.down": halves[f"{name}.lora_A.weight"] for name in self.modules}
-        ups = {f"{name}.up": halves[f"{name}.lora_B.weight"] for name in self.modules}
-        return downs | ups | {f"{name}.g": logits for name, logits in self.logits.items()}
+        short = {k.replace("lora_A.weight", "down").replace("lora_B.weight", "up"): half for k, half in self.halves.items()}
+        return short | {f"{name}.g": logits for name, logits in self.logits.items()}
 
 
 def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
@@ -109,18 +77,19 @@ def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
 
     `undo` takes it off again, so that the models are as they were.
     """
-    modules: dict[str, Any] = {}
-    pattern = "|".join(LAYERS[kind] for kind in config.layers)
+    lora = LoraLayers({}, {}, config.temperature)
+    pattern = "|".join(LORA_LAYERS[kind] for kind in config.layers)
     for part in config.rates:
         model = getattr(pipe, part)
         peft_injection.inject_trainable(model, CONCEPT, undo, pattern=pattern, rank=config.rank, alpha=config.alpha)
         cast_training_params(model)  # fp32 also on a half base: small steps would be lost in rounding
-        found = {n: m for n, m in model.named_modules() if CONCEPT in getattr(m, "lora_A", {})}
-        modules |= {f"{part}.{name}": module for name, module in found.items()}
-    logits: dict[str, nn.Parameter] = {}
-    if config.beam:
-        logits = {n: _competing(module.lora_A[CONCEPT], config.temperature, undo) for n, module in modules.items()}
-    return LoraLayers(modules, logits, config.temperature)
+        for name, module in model.named_modules():
+            if CONCEPT in getattr(module, "lora_A", {}):
+                lora.halves[f"{part}.{name}.lora_A.weight"] = module.lora_A[CONCEPT].weight
+                lora.halves[f"{part}.{name}.lora_B.weight"] = module.lora_B[CONCEPT].weight
+                if config.beam:
+                    lora.logits[f"{part}.{name}"] = _competing(module.lora_A[CONCEPT], config.temperature, undo)
+    return lora
 
 
 def _competing(down: nn.Module, temperature: float, undo: Undo) -> nn.Parameter:
@@ -165,9 +134,6 @@ def save_lora(
     """
     metadata = {**(about or {}), TRIGGERS: triggers}
     write_lora(_by_layer(tensors, alpha), path, format=format, alphas=format == "kohya", dtype=dtype, metadata=metadata)
-
-
-save_kohya = partial(save_lora, format="kohya")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, dict[str, LoraWeights]]:

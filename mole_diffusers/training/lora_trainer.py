@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ def train_lora(
     *,
     prior: Samples | None = None,
     name: str = "",
-    init: dict[str, torch.Tensor] | None = None,
     folder: str | Path | None = None,
     resume_from: str | None = None,
     report: Report | None = None,
@@ -46,14 +46,13 @@ def train_lora(
     Args:
         prior: pictures of the concept's class, see `class_samples`.
         name: beside the progress bar, and in error messages.
-        init: tensors that this function returned, for the same layers and rank, to go on from.
         folder: checkpoints and `log.jsonl` are written here.
         resume_from: "latest" or "checkpoint-N" resumes there, "latest" without a checkpoint starts anew; None starts anew.
         report: called with every update's row, after its checkpoint; what it raises ends the run.
         progress: show a progress bar.
 
     Returns:
-        Diffusers' keys -> fp32 tensors, "unet.<layer>.lora_A.weight" say; `save_lora` and `save_kohya` write them.
+        Diffusers' keys -> fp32 tensors, "unet.<layer>.lora_A.weight" say; `save_lora` writes them.
 
     Raises:
         ValueError: a pipeline that cannot be trained on, a loss that is not finite (the last checkpoint stays).
@@ -65,10 +64,8 @@ def train_lora(
         if config.checkpointing:
             save_activation_memory(pipe.unet, undo)
         with only_run(trainer.engine.writes_to):
-            if init is not None:
-                trainer.lora.load(init)
-            trainer.engine.resume(resume_from, identity=trainer.identity())
-            trainer.engine.fit(trainer, name=name or "concept", report=report, progress=progress)
+            trainer.engine.resume(resume_from)
+            trainer.engine.fit(trainer.update, name=name or "concept", report=report, progress=progress)
             return trainer.lora.tensors()
 
 
@@ -92,14 +89,16 @@ class LoraTrainer:
             undo: takes the LoRA off again.
         """
         check_trainable(pipe)
-        self.pipe, self.pictures, self.config, self.name = pipe, pictures, config, name or "the concept"
+        self.pipe, self.pictures, self.config = pipe, pictures, config
         accelerator = join_processes(pipe.device)
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(config.seed)
             self.lora = add_lora(pipe, config, undo)
         optimizer = adamw([g for part, lr in config.rates.items() for g in _groups(self.lora, part, lr)], pipe.device)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
-        self.engine = Engine(accelerator, optimizer, cosine, config, folder)
+        advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
+        how = (self._identity(), self._save_weights, lambda: advice)
+        self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how)
         self.engine.check_batch(config.batch, "the batch")
         self.engine.stateful["lora"] = self.lora
         self.beams: Beams | None = None
@@ -109,37 +108,26 @@ class LoraTrainer:
 
     def update(self, step: int) -> None:
         """One step of the optimizer, and of the competition among ranks."""
-        self.engine.update(lambda index, shares: self.losses(step, index=index, shares=shares))
+        self.engine.update(partial(self.losses, step))
         if self.beams is not None:
             self.beams.after(step + 1)
 
-    def losses(self, step: int, *, index: int, shares: int) -> torch.Tensor:
-        """[loss, concept, prior] on share `index` of `shares` of the batch of update `step`."""
-        generator = self.engine.generator(step)
-        draws = [RandomBatch(generator, self.config.batch, index, shares) for _ in self.pictures]
+    def losses(self, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
+        """Each kind of pictures, and "loss", their weighted sum, on share `index` of `shares` of a batch."""
+        batch = RandomBatch(self.engine.generator(step), self.config.batch, index, shares)
         with self.engine.autocast():
-            found = [denoising_loss(self.pipe, p, d) for p, d in zip(self.pictures.values(), draws, strict=True)]
-        loss = found[0] + self.config.prior * found[1] if len(found) > 1 else found[0]
-        return torch.stack([loss, *found])
+            found = {name: denoising_loss(self.pipe, samples, batch) for name, samples in self.pictures.items()}
+        loss = found["concept"] + self.config.prior * found["prior"] if "prior" in found else found["concept"]
+        return {"loss": loss, **found}
 
-    def read_log(self) -> dict[str, float]:
-        """Log the pending updates and return the last row; see `Engine.read_log`."""
-        advice = f"{self.name}: a lower rate or no half precision may help"
-        return self.engine.read_log(["loss", *self.pictures], lambda: advice)
-
-    def identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
         settings = {n: str(v) for n, v in asdict(self.config).items() if n not in MAY_CHANGE}
         captions = {f"{name} pictures": samples.captions for name, samples in self.pictures.items()}
         return settings | {"prior pictures": None} | captions
 
-    def save(self, step: int) -> None:
-        """Write checkpoint-`step` with the LoRA as it is now."""
-
-        def weights(path: Path) -> None:
-            save_lora(self.lora.tensors(), path / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
-
-        self.engine.save(step, weights=weights, identity=self.identity())
+    def _save_weights(self, folder: Path) -> None:
+        save_lora(self.lora.tensors(), folder / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
 
 
 def _groups(lora: LoraLayers, part: str, lr: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.training.config import CollageTerm, DenoiseTerm
+from mole_diffusers.training.config import CollageTerm, Term
 from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, require
 from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
 from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample
@@ -19,10 +19,10 @@ from mole_diffusers.training.losses import cells, side_by_side
 from mole_diffusers.training.rewards import clip, rollout
 
 
-def denoise(context: TrainingContext, term: DenoiseTerm) -> LossFn:
+def denoise(context: TrainingContext, term: Term) -> LossFn:
     """The diffusion loss on pictures with captions."""
     samples = require(context.data.samples, "denoise", "pictures")
-    return lambda batch: denoising_loss(context.pipe, samples, batch, guidance=term.guidance)
+    return lambda batch: denoising_loss(context.pipe, samples, batch)
 
 
 def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
@@ -43,13 +43,9 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
                 "leave them out. Name a subject in one part, a style in each"
             )
     generator = torch.Generator().manual_seed(context.seed)
-    sampler: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance}
     lessons: list[tuple[Samples, dict[str, Bound] | None]] = []  # collages of a prompt, and where its experts act in them
     for prompt, parts in prompts.items():
-        drawn = [
-            draw_part(context, part, generator, seeds=term.seeds, **sampler)
-            for part in context.bar(parts, "pictures of each subject")
-        ]
+        drawn = [draw_part(context, part, generator, term) for part in context.bar(parts, "pictures of each subject")]
         picks = torch.randint(0, term.seeds, (len(parts), term.pictures), generator=generator)
         pictures = torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)])
         sheets = side_by_side(pictures, context.width, context.height)  # [pictures, 3, H, W]
@@ -79,23 +75,14 @@ def places_of(mixture: Mixture, parts: Sequence[str], width: int, height: int) -
 
 
 @torch.no_grad()
-def draw_part(
-    context: TrainingContext, prompt: str, generator: torch.Generator, *, seeds: int, steps: int, guidance: float
-) -> torch.Tensor:
+def draw_part(context: TrainingContext, prompt: str, generator: torch.Generator, term: CollageTerm) -> torch.Tensor:
     """Pictures [seeds, 3, H, W] of a prompt, drawn with the experts whose triggers it has, at their strengths."""
     pipe, mixture = context.pipe, context.mixture
-    noise = torch.randn(seeds, *latent_shape(pipe), generator=generator).to(pipe.device)
+    noise = torch.randn(term.seeds, *latent_shape(pipe), generator=generator).to(pipe.device)
     with mixture.fixed({name: mixture.strength(name) for name in experts_in(mixture, prompt)}):
-        return decode(pipe, sample(pipe, noise, [prompt] * seeds, steps=steps, guidance=guidance))
+        return decode(pipe, sample(pipe, noise, [prompt] * term.seeds, steps=term.steps, guidance=term.guidance))
 
 
 OBJECTIVES: dict[str, Callable[[TrainingContext, Any], LossFn]] = {
-    "single": single,
-    "composed": composed,
-    "base": base,
-    "separate": separate,
-    "denoise": denoise,
-    "clip": clip,
-    "collage": collage,
-    "rollout": rollout,
+    objective.__name__: objective for objective in (single, composed, base, separate, denoise, clip, collage, rollout)
 }

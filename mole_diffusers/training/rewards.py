@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from mole_diffusers.training.context import LossFn, TrainingContext, negatives, 
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import decode, predict, sample, training_scheduler
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
+
+FIRST = 0.1  # share of a trajectory of `clip` within which its first step lies: t >= 0.9 T
 
 # ---- the whole rollout
 
@@ -60,7 +61,7 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
     judge: Clip = require(context.clip, "clip", "a CLIP")
     prompts = list(require(context.data.composed, "clip", "composed prompts"))
     samples: Samples = require(context.data.samples, "clip", "pictures")
-    captions, sources = (_text(judge, texts, term.templates) for texts in (prompts, samples.captions))  # [P, D], [S, D]
+    captions, sources = judge.text(prompts), judge.text(samples.captions)  # [P, D], [S, D]
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         losses, key = [], f"clip {batch.index}"
@@ -68,23 +69,20 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
             now = context.state.get(key)
             if now is None or len(now["x"]) != batch.own_rows:  # others, after a run on another number of processes
                 now = _start(context, judge, batch, term)
-            after, latents = _advance(context, batch, now, clean=term.clean)
+            latents = _advance(context, batch, now)
             pictures = judge.image(decode(context.pipe, latents))
             texts = torch.stack([captions[i] for i in now["prompts"]]), torch.stack([sources[i] for i in now["pictures"]])
             losses.append(mole_clip_loss(pictures, now["looks"], *texts))
+            after = now | {"x": latents.detach(), "at": now["at"] + 1}
             context.state[key] = after if after["at"] < after["length"] else None
         return torch.stack(losses).sum()
 
     return loss
 
 
-def _text(judge: Clip, captions: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    return torch.stack([judge.text([template.format(c) for c in captions]) for template in templates]).mean(0)
-
-
 @torch.no_grad()
 def _start(context: TrainingContext, judge: Clip, batch: RandomBatch, term: ClipTerm) -> dict[str, Any]:
-    """A new trajectory, at the first step that counts: tensors and numbers, which checkpoints save.
+    """A new trajectory: tensors and numbers, which checkpoints save.
 
     "x" are the latents [B, C, H, W] after "at" of "length" steps, "pictures" and "prompts" say from where to where, and
     "looks" are the CLIP's features [B, D] of those pictures.
@@ -92,29 +90,22 @@ def _start(context: TrainingContext, judge: Clip, batch: RandomBatch, term: Clip
     pipe, samples, prompts = context.pipe, context.data.samples, context.data.composed
     assert samples is not None
     length = int(torch.randint(term.lengths[0], term.lengths[1] + 1, (), generator=batch.generator))
-    at = int(torch.randint(0, int(term.start * (length - 1)) + 1, (), generator=batch.generator))
+    at = int(torch.randint(0, int(FIRST * (length - 1)) + 1, (), generator=batch.generator))
     pictures, texts = batch.choice(len(samples.latents)), batch.choice(len(prompts))
     latents, scheduler = samples.latents[pictures], training_scheduler(pipe)
     scheduler.set_timesteps(length)
     noise = batch.normal(*latents.shape[1:])
     x = onto(scheduler.add_noise(latents, noise, scheduler.timesteps[at].expand(len(latents))), pipe.device)
     looks = judge.image(decode(pipe, onto(latents, pipe.device)))
-    now: dict[str, Any] = {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
-    while now["at"] < int((1 - term.last) * length):
-        now, _ = _advance(context, batch, now)
-    return now
+    return {"x": x, "at": at, "length": length, "pictures": pictures, "prompts": texts, "looks": looks}
 
 
-def _advance(
-    context: TrainingContext, batch: RandomBatch, now: dict[str, Any], *, clean: bool = False
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """One step of ancestral sampling (DDIM with eta 1): the trajectory after it, and the latents that the CLIP sees."""
+def _advance(context: TrainingContext, batch: RandomBatch, now: dict[str, Any]) -> torch.Tensor:
+    """The latents after one more step of ancestral sampling (DDIM with eta 1)."""
     scheduler = training_scheduler(context.pipe)
     scheduler.set_timesteps(now["length"])
     x, t = now["x"], scheduler.timesteps[now["at"]]
     timesteps, prompts = onto(t.expand(len(x)), x.device), [context.data.composed[i] for i in now["prompts"]]
     prediction = predict(context.pipe, x, timesteps, prompts)
     noise = onto(batch.normal(*x.shape[1:]), x.device)
-    step = scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise)
-    after = now | {"x": step.prev_sample.detach(), "at": now["at"] + 1}
-    return after, step.pred_original_sample if clean else step.prev_sample
+    return scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise).prev_sample

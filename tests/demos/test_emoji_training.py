@@ -1,19 +1,22 @@
-"""What the emoji world's base is trained with: its latents and its optimizer."""
+"""What the emoji world's base is trained with, its latents and its optimizer, and how its judge is written."""
 
 from copy import deepcopy
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 
-from mole_diffusers import emoji, emoji_world
+from mole_diffusers import emoji_world
+from mole_diffusers.emoji import Drawings, default_folder, words
+from mole_diffusers.emoji.judge import Judge
 
 
 def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
-    drawings, rng = emoji.Drawings(emoji.default_folder()), np.random.default_rng(1)
-    scenes = [emoji.draw_scene(emoji.SUBJECTS, emoji.STYLES, rng, count=1) for _ in range(6)]
-    pictures = script("loop").to_tensor([drawings.picture(scene, rng) for scene in scenes])
+    drawings, rng, random = Drawings(default_folder()), np.random.default_rng(1), script("random_scenes")
+    scenes = [random.draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(6)]
+    pictures = script("loop").to_tensor([random.random_picture(drawings, scene, rng) for scene in scenes])
     autoencoder = AutoencoderKL.from_pretrained(drawings.folder / "base" / "vae", torch_dtype=torch.float32)
     with torch.no_grad():
         encoded = autoencoder.encode(pictures).latent_dist.mean * autoencoder.config.scaling_factor
@@ -22,7 +25,7 @@ def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
 
 def test_every_subject_and_base_style_is_one_token_with_the_number_that_the_weights_know(script):
     tokenizer = script("train_base").load_tokenizer()
-    named = {part for word in (*emoji.SUBJECTS, *emoji.BASE_STYLES, *emoji.BACKGROUNDS) for part in word.split()}
+    named = {part for word in (*words.SUBJECTS, *words.BASE_STYLES, *words.BACKGROUNDS) for part in word.split()}
     assert all(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in named)
     caption = tokenizer("a bat and a pig", add_special_tokens=False).input_ids
     assert caption == [71, 514, 124, 71, 612]  # trained anew, a tokenizer may give these words any of several numbers
@@ -39,8 +42,8 @@ def test_words_that_no_caption_had_get_vectors_of_their_own_and_no_other_word_ch
     shipped = vectors.clone()
     frame = ("drawing", "of", "a", "an", "and", "left", "right", "above", "below", "on", "background")
     once = ("bar", "joy")  # an earlier training had them
-    known = word_tokens(tokenizer, (*emoji.BASE_SUBJECTS, *emoji.BASE_STYLES, *emoji.BACKGROUNDS, *frame, *once))
-    unseen = sorted(set(word_tokens(tokenizer, (*emoji.SUBJECTS, *emoji.STYLES))) - set(known))
+    known = word_tokens(tokenizer, (*words.BASE_SUBJECTS, *words.BASE_STYLES, *words.BACKGROUNDS, *frame, *once))
+    unseen = sorted(set(word_tokens(tokenizer, (*words.SUBJECTS, *words.STYLES))) - set(known))
     vectors[unseen] *= 0.1  # as short as those that no update moved
     script("train_base").tell_words_apart(tokenizer, encoder)
     torch.testing.assert_close(vectors, shipped, atol=2e-3, rtol=0)  # which was rounded to half precision
@@ -49,7 +52,7 @@ def test_words_that_no_caption_had_get_vectors_of_their_own_and_no_other_word_ch
 def test_the_text_encoder_tells_the_words_of_loras_apart():
     """Where they were never trained and never given vectors, the smallest cosine of two was .994."""
     pipe = emoji_world().pipe
-    read = pipe.tokenizer([f"a {name}" for name in emoji.HELD_OUT_SUBJECTS], padding="max_length", return_tensors="pt")
+    read = pipe.tokenizer([f"a {name}" for name in words.HELD_OUT_SUBJECTS], padding="max_length", return_tensors="pt")
     ends = (read.input_ids != pipe.tokenizer.eos_token_id).sum(1) - 1  # where the last word stands
     with torch.no_grad():
         states = pipe.text_encoder(read.input_ids)[0][torch.arange(len(ends)), ends]
@@ -97,3 +100,13 @@ def test_a_resumed_run_takes_the_same_step(script):
     step(other, resumed)
     for (name, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_judge_is_saved_with_its_words(script, tmp_path):
+    torch.manual_seed(0)
+    judge = Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"]).eval()
+    script("train_judge").save(judge, tmp_path)
+    again = Judge.load(tmp_path)
+    assert (again.subjects, again.styles, again.backgrounds) == (judge.subjects, judge.styles, judge.backgrounds)
+    picture = [Image.new("RGB", (64, 64), "red")]
+    assert torch.allclose(again.verdict(picture).subjects, judge.verdict(picture).subjects, atol=0.05)

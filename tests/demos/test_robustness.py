@@ -48,7 +48,7 @@ def test_the_settings_reach_what_is_drawn(robustness, start):
     assert len(set(case.experts)) == 8
     ((case, scene),) = points["base_words"][1].found
     assert case.concepts == scene.subjects
-    assert (case.concepts[0] in emoji.BASE_SUBJECTS, case.concepts[1]) == (True, composed.found[0][0].concepts[1])
+    assert (case.concepts[0] in emoji.words.BASE_SUBJECTS, case.concepts[1]) == (True, composed.found[0][0].concepts[1])
     for arm in points["base_words"][1].arms:
         with arm.draws(composed.setup, case):
             assert list(attached(composed.setup.pipe).experts) == [case.concepts[1]]
@@ -67,7 +67,7 @@ def test_the_settings_reach_what_is_drawn(robustness, start):
         "places said": f"noto drawing of a {first} left of an {second} {ground}",
     }
     assert [case.idle for case, _ in robustness.strangers(known)[2].found] == [()]
-    assert set(known.found[0][0].concepts) <= set(emoji.BASE_SUBJECTS)
+    assert set(known.found[0][0].concepts) <= set(emoji.words.BASE_SUBJECTS)
 
 
 def test_another_sampler_draws_and_the_pipelines_own_comes_back(robustness, start):

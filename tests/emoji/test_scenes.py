@@ -1,22 +1,15 @@
 """Scenes of the emoji world: captions, canvases, places and which words are kept from whom."""
 
-from itertools import product
-
-import numpy as np
 import pytest
 
 from mole_diffusers.emoji import canvas, words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import RELATIONS, SIDE, Scene, composition_scene, draw_scene, places, scene_in
+from mole_diffusers.emoji.scenes import Scene, places, scene_in
 
 
 @pytest.fixture(scope="module")
 def drawings():
     return Drawings(default_folder())
-
-
-def boxes_of(scene, rng):
-    return [(x, y, x + size, y + size) for size, x, y in places(scene, rng)]
 
 
 def test_captions_name_style_subjects_place_and_background():
@@ -43,14 +36,9 @@ def test_the_canvas_of_a_prompt_has_room_for_the_subjects_that_it_names(prompt, 
     assert canvas(prompt) == size
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_scene_is_read_back_from_its_caption(count):
-    rng = np.random.default_rng(count)
-    for _ in range(50):
-        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count, placed=0.5)
-        found = scene_in(scene.caption)
-        assert found.caption == scene.caption
-        assert scene.relation is None or found.size == scene.size
+def test_a_scene_is_read_back_from_its_caption():
+    scene = Scene(("fox", "owl"), "ink", "blue", "left of")
+    assert scene_in(scene.caption) == scene
     assert scene_in("something else") is None
 
 
@@ -63,51 +51,9 @@ def test_a_canvas_has_room_for_what_it_shows():
     assert Scene(("fox", "owl", "bat", "pig"), "noto").size == (128, 128)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_subjects_are_large_inside_the_canvas_and_apart(count):
-    rng = np.random.default_rng(count)
-    for _ in range(300):
-        scene = draw_scene(words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=count)
-        boxes = boxes_of(scene, rng)
-        width, height = scene.size
-        for i, (left, top, right, bottom) in enumerate(boxes):
-            assert 40 <= right - left <= 60
-            assert left >= 0
-            assert top >= 0
-            assert right <= width
-            assert bottom <= height
-            for left2, top2, right2, bottom2 in boxes[:i]:
-                assert right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
-
-
-@pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize("others", [("owl",), ("owl", "bat")])
-def test_a_named_place_is_kept(relation, others):
-    rng = np.random.default_rng(0)
-    scene = Scene(("fox", *others), "noto", relation=relation)
-    for _ in range(50):
-        first, *rest = boxes_of(scene, rng)
-        for other in rest:
-            apart = {
-                "left of": first[2] <= other[0],
-                "right of": first[0] >= other[2],
-                "above": first[3] <= other[1],
-                "below": first[1] >= other[3],
-            }
-            assert apart[relation]
-
-
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_the_order_of_naming_does_not_decide_the_side(count):
-    rng = np.random.default_rng(1)
-    middles = [places(Scene(("fox", "owl", "bat", "pig")[:count], "noto"), rng) for _ in range(400)]
-    left = np.mean([x[0][1] < x[-1][1] for x in middles])
-    assert 0.3 < left < 0.7
-
-
-def test_without_a_generator_places_are_in_the_order_of_naming():
+def test_places_are_in_the_order_of_naming():
     for scene in (Scene(("fox", "owl"), "noto"), Scene(("fox", "owl", "bat", "pig"), "noto")):
-        corners = [(y, x) for _, x, y in places(scene, None)]
+        corners = [(y, x) for _, x, y in places(scene)]
         assert corners == sorted(corners)
 
 
@@ -131,24 +77,6 @@ def test_the_words_of_the_world():
     assert set(words.VALIDATION_SUBJECTS) | set(words.TEST_SUBJECTS) == set(words.HELD_OUT_SUBJECTS)
 
 
-def test_a_seventh_of_the_cells_is_kept_from_the_base_the_same_ones_always():
-    cells = list(product(words.BASE_SUBJECTS, words.BASE_STYLES))
-    unseen = [cell for cell in cells if words.is_unseen(*cell)]
-    assert 0.12 < len(unseen) / len(cells) < 0.18
-    assert ("pig", "noto") not in unseen
-    assert len(unseen) == 233  # another number: other cells than the committed base was kept from
-
-
-def test_an_allowed_cell_is_all_that_is_drawn():
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 3, 4):
-        for _ in range(100):
-            scene = draw_scene(
-                words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=count, allowed=lambda s, y: not words.is_unseen(s, y)
-            )
-            assert not any(words.is_unseen(s, scene.style) for s in scene.subjects)
-
-
 @pytest.mark.thorough
 def test_every_subject_is_drawn_in_every_style(drawings):
     for subject in words.SUBJECTS:
@@ -156,13 +84,6 @@ def test_every_subject_is_drawn_in_every_style(drawings):
             drawing = drawings.drawing(subject, style, 48)
             assert drawing.size == (48, 48)
             assert drawing.getbbox() is not None
-
-
-def test_a_picture_is_the_same_for_the_same_generator(drawings):
-    scene = composition_scene(("fox", "tiger", "ink"))
-    first, second = (drawings.picture(scene, np.random.default_rng(3)) for _ in range(2))
-    assert first.tobytes() == second.tobytes()
-    assert first.size == (2 * SIDE, SIDE)
 
 
 def test_an_unknown_drawing_is_named(drawings):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
@@ -20,7 +19,7 @@ def pixels(image):
 
 
 def test_everything_is_there_and_small(world):
-    assert set(emoji.HELD_OUT_SUBJECTS) | set(emoji.HELD_OUT_STYLES) <= set(world.loras)
+    assert set(emoji.words.HELD_OUT_SUBJECTS) | set(emoji.words.HELD_OUT_STYLES) <= set(world.loras)
     assert {"sunflower+doughnut", "honeybee+thermal", "fox+relief"} == set(world.gates)
     assert sum(p.stat().st_size for p in world.folder.rglob("*") if p.is_file()) <= 64e6
 
@@ -61,16 +60,6 @@ def test_sum_equals_set_adapters_on_the_trained_base():
     theirs = draw()
     torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
     assert (ours - base).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("count", [*thorough(1, 2), 3])
-def test_judge_is_right_on_real_drawings(world, count):
-    judge, rng = world.judge(), np.random.default_rng(5)
-    scenes = [emoji.draw_scene(emoji.SUBJECTS, emoji.STYLES, rng, count=count) for _ in range(60)]
-    pairs = [(judge.verdict([world.drawings.picture(s, rng)]), s) for s in scenes]
-    assert np.mean([bool(judge.sees(v, s.subjects).all()) for v, s in pairs]) >= 0.97
-    assert np.mean([bool(judge.is_style(v, s.style)) for v, s in pairs]) >= 0.97
-    assert np.mean([bool(judge.is_background(v, s.background)) for v, s in pairs]) >= 0.97
 
 
 def test_filters_are_exact_functions_of_the_drawing(world):

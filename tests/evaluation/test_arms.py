@@ -294,7 +294,7 @@ def test_the_grid_covers_styles_only_where_there_is_one(setup):
 
 
 def test_the_world_knows_its_styles():
-    assert emoji_protocol.setup(mole.emoji_world(), OPTIONS).styles == set(emoji.HELD_OUT_STYLES)
+    assert emoji_protocol.setup(mole.emoji_world(), OPTIONS).styles == set(emoji.words.HELD_OUT_STYLES)
 
 
 def test_moved_strengths_go_from_subjects_to_styles(setup, gates):

@@ -54,7 +54,7 @@ def test_one_subject_twice_is_half_and_no_success(judged):
 
 def test_another_background_is_no_loss_but_of_the_background(judged):
     for case, scene in CASES:
-        others = [colour for colour in emoji.BACKGROUNDS if colour != scene.background]
+        others = [colour for colour in emoji.words.BACKGROUNDS if colour != scene.background]
         true, *found = judged(case, scene, *(replace(scene, background=colour) for colour in others))
         assert not any(row["background"] for row in found), case.name
         assert sum(row["seen"] == true["seen"] for row in found) >= 0.75 * len(found), case.name

@@ -252,7 +252,7 @@ def test_arms_are_what_they_say_and_leave_nothing_behind(setup, tmp_path, loras)
 def test_splits_share_no_concept():
     concepts = [{c for group in split.values() for case in group for c in case} for split in (emoji.VALIDATION, emoji.TEST)]
     assert not concepts[0] & concepts[1]
-    assert concepts[0] | concepts[1] == set(emoji.HELD_OUT_SUBJECTS + emoji.HELD_OUT_STYLES)
+    assert concepts[0] | concepts[1] == set(emoji.words.HELD_OUT_SUBJECTS + emoji.words.HELD_OUT_STYLES)
     assert {kind: len(group) for kind, group in emoji.TEST.items()} == {
         "subject x style": 24, "two subjects": 24, "two subjects + style": 24, "three subjects": 8
     }  # fmt: skip

@@ -22,7 +22,7 @@ def test_each_part_is_drawn_by_the_experts_that_it_names(pipe, loras):
     assert experts_in(mixture, "a fox in ink") == ["fox", "ink"]
     assert experts_in(mixture, "a foxglove") == []
     context, generator = TrainingContext(pipe, mixture, DATA), torch.Generator().manual_seed(1)
-    drawn = draw_part(context, "a fox in ink", generator, seeds=2, steps=2, guidance=2.0)
+    drawn = draw_part(context, "a fox in ink", generator, CollageTerm(seeds=2, steps=2, guidance=2.0))
     mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "sum")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_the_term_is_the_diffusion_loss_on_collages_and_reaches_the_gates(pipe, 
     context = TrainingContext(pipe, mixture, DATA)
     term = collage(context, CollageTerm(pictures=3, seeds=1, steps=2))
     draw = torch.Generator().manual_seed(0)
-    parts = [draw_part(context, part, draw, seeds=1, steps=2, guidance=1.0) for part in DATA.parts[PROMPT]]
+    parts = [draw_part(context, part, draw, CollageTerm(seeds=1, steps=2)) for part in DATA.parts[PROMPT]]
     sheet = encode_pixels(pipe, side_by_side(torch.stack(parts)))
     samples = Samples(sheet.repeat(3, 1, 1, 1), [PROMPT] * 3)
     wanted = denoising_loss(pipe, samples, RandomBatch(torch.Generator().manual_seed(5), 4))
@@ -58,7 +58,7 @@ def test_in_a_collage_each_bound_expert_acts_in_the_place_of_its_part(pipe, lora
     assert mixture.binding["fox"].region == "auto"
     draw = torch.Generator().manual_seed(0)
     context = TrainingContext(pipe, mixture, data)
-    parts = [draw_part(context, part, draw, seeds=1, steps=2, guidance=1.0) for part in data.parts[PROMPT]]
+    parts = [draw_part(context, part, draw, CollageTerm(seeds=1, steps=2)) for part in data.parts[PROMPT]]
     samples = Samples(encode_pixels(pipe, side_by_side(torch.stack(parts))).repeat(3, 1, 1, 1), [PROMPT] * 3)
     losses = []
     for regions in (("left", "right"), ("auto", "auto"), ("right", "left")):

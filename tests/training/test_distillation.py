@@ -74,18 +74,25 @@ def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
         torch.testing.assert_close(predict(pipe, x, t, prompts), fox, atol=1e-6, rtol=0)
 
 
+def joined(rows):
+    """What a model is given for rows, and what it should predict there."""
+    x, timesteps, targets, norms = (torch.stack(each) for each in list(zip(*rows, strict=True))[:4])
+    inputs = with_and_without(x, timesteps, [row.prompt for row in rows])
+    return inputs, *(each.transpose(0, 1).flatten(0, 1) for each in (targets, norms))
+
+
 def test_stored_targets_are_what_the_teacher_predicts(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     teach = sum_teacher(pipe, mixture, ["fox"], unit=[])
     context, term = TrainingContext(pipe, mixture, TrainingData()), DistillationTerm(seeds=2, steps=3)
-    stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
-    assert stored.targets.shape == (3 * 2, 2, 4, 16, 16)
-    rows = slice(2, 4)  # of the second step
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    assert len(stored) == 3 * 2
+    inputs, targets, norms = joined(stored[2:4])  # of the second step
     with torch.no_grad():
-        live, base = teach(*with_and_without(stored.x[rows], stored.timesteps[rows], stored.prompts[rows]))
-    torch.testing.assert_close(live.unflatten(0, (2, 2)).transpose(0, 1), stored.targets[rows], atol=1e-5, rtol=1e-4)
+        live, base = teach(*inputs)
+    torch.testing.assert_close(live, targets, atol=1e-5, rtol=1e-4)
     changes = (live - base).square().unflatten(0, (2, 2)).flatten(1).mean(1)
-    torch.testing.assert_close(stored.norms[2], changes, atol=0, rtol=1e-4)
+    torch.testing.assert_close(norms, changes.repeat_interleave(2), atol=0, rtol=1e-4)
 
 
 def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
@@ -93,9 +100,8 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]}, "mole")
     term = DistillationTerm(seeds=2, steps=2, guidance=2.0)
     context, teach = TrainingContext(pipe, mixture, TrainingData()), sum_teacher(pipe, mixture, ["fox"], unit=[])
-    stored = sample_trajectories(context, teach, ["a fox"], term, shape=(4, 16, 16), seed=0, name="fox")
-    inputs = with_and_without(stored.x, stored.timesteps, stored.prompts)
-    targets, norms = (each.transpose(0, 1).flatten(0, 1) for each in (stored.targets, stored.norms))
+    stored = sample_trajectories(context, teach, ["a fox"], term, seed=0, name="fox")
+    inputs, targets, norms = joined(stored)
     with torch.no_grad():
         assert recovery_error(predict(pipe, *inputs), targets, norms).item() == pytest.approx(0, abs=1e-6)
         with mixture.fixed({}):

@@ -31,11 +31,11 @@ def flags(loras, base):
 def test_options_of_a_term_may_be_lists(flags, tmp_path):
     file = tmp_path / "run.json"
     assert (
-        main(["train", *flags, "--term", "clip=0.5,lengths=[20,50],start=0.1", "--drop", "0.5", "--write-config", str(file)])
+        main(["train", *flags, "--term", "clip=0.5,lengths=[20,50],steps=3", "--drop", "0.5", "--write-config", str(file)])
         == 0
     )
     training = json.loads(file.read_text())["training"]
-    assert training["terms"]["clip"] == {"weight": 0.5, "lengths": [20, 50], "start": 0.1}
+    assert training["terms"]["clip"] == {"weight": 0.5, "lengths": [20, 50], "steps": 3}
     assert training["drop"] == 0.5
 
 

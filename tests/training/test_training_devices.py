@@ -15,7 +15,7 @@ import torch
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
-from mole_diffusers.training.config import DenoiseTerm, GateTraining
+from mole_diffusers.training.config import GateTraining, Term
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
 from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
@@ -76,7 +76,7 @@ def test_an_update_waits_for_no_card(loras, precision):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
     context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES))
     trainer = GateTrainer(context, replace(SHORT, precision=precision, ema=0.9))
-    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, DenoiseTerm())}
+    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, Term())}
     with trainer.only_gates_learn():
         trainer.update(0)
         torch.cuda.set_sync_debug_mode("error")
@@ -84,7 +84,7 @@ def test_an_update_waits_for_no_card(loras, precision):
             trainer.update(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert len(trainer.read_log()) == 4
+        assert len(trainer.engine.read_log()) == 4
 
 
 @pytest.mark.parametrize("device", DEVICES)

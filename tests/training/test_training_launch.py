@@ -42,7 +42,7 @@ def lines(loras, tmp_path_factory):
         "data": [str(folder / "photos")],
         "clip": str(folder / "clip"),
         "training": {
-            "terms": {"single": {"seeds": 2, "steps": 2}, "clip": {"lengths": [3, 3], "start": 0.0}, "balance": 0.1},
+            "terms": {"single": {"seeds": 2, "steps": 2}, "clip": {"lengths": [3, 3]}, "balance": 0.1},
             "batch": 4,
             "ema": 0.9,
         },

@@ -18,6 +18,7 @@ import numpy as np
 import train_base
 from diffusers.utils import logging
 from loop import WORK
+from random_scenes import draw_scene, is_unseen
 from sampling import Share, generate, sheet
 from train_judge import read_right
 
@@ -25,7 +26,7 @@ from mole_diffusers import attach, detach
 from mole_diffusers.emoji import TEST, words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.evaluation.emoji_protocol import scene_of
 from mole_diffusers.training.lora_adapter import save_lora
 
@@ -105,11 +106,9 @@ def base_rows(world: World, pictures: int) -> None:
     """Cells that the base was trained on, and cells that it never saw."""
     for count, seen, unseen in ((1, 0.97, 0.90), (2, 0.95, 0.85)):
         name = f"{count} subject{'s' * (count > 1)}"
-        scenes = base_scenes(count, pictures, lambda s, y: not words.is_unseen(s, y))
+        scenes = base_scenes(count, pictures, lambda s, y: not is_unseen(s, y))
         keep(f"base, seen: {name}", world.look(f"base seen {name}", scenes), seen)
-        keep(
-            f"base, unseen: {name}", world.look(f"base unseen {name}", base_scenes(count, pictures, words.is_unseen)), unseen
-        )
+        keep(f"base, unseen: {name}", world.look(f"base unseen {name}", base_scenes(count, pictures, is_unseen)), unseen)
 
 
 def lora_file(concept: str) -> Path:

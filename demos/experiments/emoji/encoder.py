@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from loop import to_tensor
+from random_scenes import draw_scene, random_picture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings
-from mole_diffusers.emoji.scenes import draw_scene
 
 CHANNELS, PATCH = 20, 4
 EVENING = 0.3  # a component of standard deviation s is divided by s ** EVENING; more, and fine detail drowns the shapes
@@ -47,7 +47,8 @@ def patches(drawings: Drawings, pictures: int = 1500) -> Patches:
     if not path.exists():
         rng = np.random.default_rng(5)
         scenes = (draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(pictures))
-        seen = F.pixel_unshuffle(to_tensor([drawings.picture(s, rng) for s in scenes]), PATCH).movedim(1, -1).flatten(0, 2)
+        shown = to_tensor([random_picture(drawings, s, rng) for s in scenes])
+        seen = F.pixel_unshuffle(shown, PATCH).movedim(1, -1).flatten(0, 2)
         mean = seen.mean(0)
         variance, axes = torch.linalg.eigh((seen - mean).T @ (seen - mean) / len(seen))
         spread, axes = variance.flip(0)[:CHANNELS].sqrt(), axes.flip(1)[:, :CHANNELS]

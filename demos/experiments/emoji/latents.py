@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from encoder import patches
 from loop import WORK, save_whole, to_tensor
+from random_scenes import draw_scene, is_unseen, random_picture
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 
 SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64}  # canvas -> pictures in a chunk
 FOLDER = WORK / "latents"
@@ -25,7 +26,7 @@ def draw_shape(shape: str, rng: np.random.Generator, placed: float) -> Scene:
             words.BASE_STYLES,
             rng,
             count=count,
-            allowed=lambda s, y: not words.is_unseen(s, y),
+            allowed=lambda s, y: not is_unseen(s, y),
             placed=placed,
         )
         width, height = scene.size
@@ -57,7 +58,7 @@ class Pool:
         rng = np.random.default_rng([k, list(SHAPES).index(shape)])
         scenes = [draw_shape(shape, rng, placed=0.4) for _ in range(SHAPES[shape])]  # places help to tell subjects apart
         freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner where places hardly vary
-        pictures = to_tensor([self.drawings.picture(s, rng, freedom) for s in scenes])
+        pictures = to_tensor([random_picture(self.drawings, s, rng, freedom) for s in scenes])
         return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}
 
     def batch(self, shape: str, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:

@@ -15,6 +15,7 @@ import train_base
 from encoder import patches
 from latents import draw_shape
 from loop import device, mixed_precision, to_tensor
+from random_scenes import random_picture
 
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import Scene
@@ -31,7 +32,7 @@ def scenes_of(shape: str, count: int) -> tuple[list[Scene], np.random.Generator]
 
 def latents_of(drawings: Drawings, scenes: list[Scene], rng: np.random.Generator) -> torch.Tensor:
     """[B, C, H / 4, W / 4]"""
-    return patches(drawings)(to_tensor([drawings.picture(s, rng) for s in scenes]))
+    return patches(drawings)(to_tensor([random_picture(drawings, s, rng) for s in scenes]))
 
 
 def least_loss(drawings: Drawings, shape: str) -> float:

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 import train_base
 from loop import mixed_precision, note, small_attention
+from random_scenes import draw_scene, random_picture
 from torch import nn
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.lora_adapter import add_lora, save_kohya, save_lora
+from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
 PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded per canvas
 BATCH = {"one": 16, "wide": 8, "tall": 8}  # per update
@@ -82,7 +83,7 @@ def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict
     found = {}
     for shape, count in PICTURES.items():
         scenes = [concept_scene(concepts[i % len(concepts)], shape, rng) for i in range(count * len(concepts))]
-        found[shape] = encode(pipe, [drawings.picture(s, rng) for s in scenes], [s.caption for s in scenes])
+        found[shape] = encode(pipe, [random_picture(drawings, s, rng) for s in scenes], [s.caption for s in scenes])
     return found
 
 
@@ -128,8 +129,7 @@ def main() -> None:
         start, chosen = time.time(), recipe(name)
         alpha = chosen.rank / 2 if name in KOHYA else chosen.rank
         tensors = train(pipe, concept_samples(pipe, drawings, (name,)), chosen, alpha)
-        save = save_kohya if name in KOHYA else save_lora
-        save(tensors, path, alpha=alpha, triggers=name)
+        save_lora(tensors, path, alpha=alpha, triggers=name, format="kohya" if name in KOHYA else "diffusers")
         note(f"lora {name}", rank=chosen.rank, steps=chosen.steps, seconds=round(time.time() - start))
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import train_base
 from check_world import lora_file
 from PIL import Image
+from random_scenes import draw_scene, is_unseen
 from sampling import generate, sheet
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 
 
 def scenes_to_show(count: int, *, unseen: bool) -> list[Scene]:
@@ -29,7 +30,7 @@ def scenes_to_show(count: int, *, unseen: bool) -> list[Scene]:
             styles,
             rng,
             count=sizes[i % len(sizes)],
-            allowed=lambda s, y: words.is_unseen(s, y) == unseen,
+            allowed=lambda s, y: is_unseen(s, y) == unseen,
         )
         for i in range(count)
     ]

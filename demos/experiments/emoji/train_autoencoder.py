@@ -15,10 +15,11 @@ import torch
 from diffusers import AutoencoderKL
 from encoder import CHANNELS, patches, write
 from loop import WORK, averaged, cosine, device, fit, mixed_precision, note, to_tensor
+from random_scenes import draw_scene, random_picture
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import SIDE, draw_scene
+from mole_diffusers.emoji.scenes import SIDE
 
 BATCH = 8
 
@@ -44,7 +45,7 @@ def pieces(drawings: Drawings, rng: np.random.Generator, count: int) -> torch.Te
     """[count, 3, 64, 64]: pictures of one subject, and pieces of pictures of two."""
     out = []
     for i in range(count):
-        picture = drawings.picture(draw_scene(words.SUBJECTS, words.STYLES, rng, count=1 + i % 2), rng)
+        picture = random_picture(drawings, draw_scene(words.SUBJECTS, words.STYLES, rng, count=1 + i % 2), rng)
         x, y = (int(rng.integers(0, side - SIDE + 1)) for side in picture.size)
         out.append(picture.crop((x, y, x + SIDE, y + SIDE)))
     return to_tensor(out)
@@ -75,7 +76,8 @@ def fidelity(autoencoder: AutoencoderKL, drawings: Drawings, count: int, picture
     rng = np.random.default_rng(100 + count)
     squared, edges = [], []
     for _ in range(pictures):
-        x = to_tensor([drawings.picture(draw_scene(words.SUBJECTS, words.STYLES, rng, count=count), rng)]).to(device())
+        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count)
+        x = to_tensor([random_picture(drawings, scene, rng)]).to(device())
         y = autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
         squared.append(((y - x) / 2).square().mean())
         edges.append([sum(torch.diff(p, dim=d).abs().mean() for d in (2, 3)) for p in (y, x)])

@@ -27,7 +27,7 @@ def lesson(concepts: emoji.Concepts) -> TrainingData:
     """The composition's prompt, with a prompt of each of its subjects by itself in the same style."""
     scene = emoji.composition_scene(concepts)
     parts = {scene.caption: [emoji.Scene((subject,), scene.style).caption for subject in scene.subjects]}
-    styles = [concept for concept in concepts if concept in emoji.STYLES]
+    styles = [concept for concept in concepts if concept in emoji.words.STYLES]
     return TrainingData(composed=[scene.caption], styles=styles, parts=parts)
 
 

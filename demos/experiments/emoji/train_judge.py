@@ -8,7 +8,9 @@ checkpoint goes on from the judge in `assets/judge`, where there is one; words t
 """
 
 import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +20,13 @@ from diffusers import AutoencoderKL
 from encoder import Patches, patches
 from loop import averaged, cosine, device, fit, mixed_precision, note, to_tensor
 from muon import MuonAndAdamW
+from random_scenes import draw_scene, random_picture
+from safetensors.torch import save_file
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.emoji.scenes import Scene, draw_scene
+from mole_diffusers.emoji.scenes import Scene
 
 BATCH = {1: 40, 2: 20, 3: 10, 4: 10}  # subjects in the picture -> pictures per update
 TURNS = (1, 2, 1, 2, 3, 4)  # subjects in the pictures of an update, in turn
@@ -57,7 +61,7 @@ def begin(judge: Judge, saved: Judge) -> None:
 def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator) -> Batch:
     """Pictures of scenes that share one canvas, with the judge's indices."""
     return Batch(
-        to_tensor([drawings.picture(s, rng) for s in scenes]).to(device()),
+        to_tensor([random_picture(drawings, s, rng) for s in scenes]).to(device()),
         torch.tensor([[float(s in scene.subjects) for s in judge.subjects] for scene in scenes], device=device()),
         torch.tensor([judge.styles.index(s.style) for s in scenes], device=device()),
         torch.tensor([judge.backgrounds.index(s.background) for s in scenes], device=device()),
@@ -127,6 +131,15 @@ def accuracy(drawings: Drawings, judge: Judge, count: int) -> dict[str, float]:
     return {name: round(v, 4) for name, v in zip(("subjects", "style", "background"), right.tolist(), strict=True)}
 
 
+def save(judge: Judge, folder: Path) -> None:
+    """Write what `Judge.load` reads: fp16 weights and the word lists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in judge.state_dict().items()}
+    save_file(halves, folder / "judge.safetensors")
+    names = {"subjects": judge.subjects, "styles": judge.styles, "backgrounds": judge.backgrounds}
+    (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8000)
@@ -151,7 +164,7 @@ def main() -> None:
     muon = MuonAndAdamW(judge, 2e-3, ("trunk.0.", "subject.", "weight.weight", "style.", "background."))
     fit("judge", judge, loss_at, steps=steps, lr=2e-3, share=share, decay=0.99, optimizer=muon)
     judge.load_state_dict(averaged("judge"))
-    judge.eval().cpu().save(drawings.folder / "judge")
+    save(judge.eval().cpu(), drawings.folder / "judge")
     saved = Judge.load(drawings.folder / "judge").to(device())
     note("judge_accuracy", **{str(count): accuracy(drawings, saved, count) for count in (1, 2, 3, 4)})
 
