@@ -41,16 +41,16 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
 
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.build import build
-    from mole_diffusers.cli.common import first_recipe, open_studio
-    from mole_diffusers.cli.options import Opening, Studio
+    from mole_diffusers.cli.common import first_recipe
+    from mole_diffusers.cli.draw import open_studio
+    from mole_diffusers.cli.options import Studio
 
     prompt = "noto drawing of a sunflower and a (doughnut:1.1) <lora:sunflower:1>"
     about = {"format": FORMAT, "version": VERSION, "prompt": prompt, "steps": 1}
     (tmp_path / "r.json").write_text(json.dumps(about))
     assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "a.png")]) == 0
     assert pixels(tmp_path / "a.png").shape == (64, 128, 3)
-    options = {kind: {name: getattr(kind, name) for name in kind.__annotations__} for kind in (Studio, Opening)}
-    studio = open_studio(options[Studio], options[Opening])
+    studio = open_studio(Studio())
     blocks = build(Actions(studio, home=tmp_path / "gates"), first_recipe(studio))
     functions = {event.fn.__name__: event for event in blocks.fns.values() if event.fn}
     shown = plain(functions["load"])(str(tmp_path / "r.json"))
