@@ -101,7 +101,9 @@ def test_what_we_write_is_what_we_read():
     recipe = Recipe(
         'a "fox": red, big', "bad, worse", seed=3, sampler="DPM++ 2M", experts={"f,x": "a" * 64, "ink": "b" * 64}
     )
-    read = infotext.read_parameters(infotext.parameters(recipe))
+    read = infotext.read_parameters(infotext.parameters(recipe)).recipe
     assert (read.prompt, read.negative, read.seed, read.sampler) == (recipe.prompt, recipe.negative, 3, "DPM++ 2M")
-    other = infotext.read_parameters('x\nSteps: 2, Note: "a, b: \\"c\\"", Seed: 5, junk, Size: 32x64, Hires prompt: "')
+    other = infotext.read_parameters(
+        'x\nSteps: 2, Note: "a, b: \\"c\\"", Seed: 5, junk, Size: 32x64, Hires prompt: "'
+    ).recipe
     assert (other.steps, other.seed, other.width, other.height) == (2, 5, 32, 64)

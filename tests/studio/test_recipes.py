@@ -63,7 +63,7 @@ def test_a_recipe_without_a_size_has_that_of_its_prompt(studio, tmp_path):
     asked = infotext.read(tmp_path / "r.json")
     recipe = studio.complete(asked)
     assert (recipe.width, recipe.height, studio.notes(asked, recipe)) == (own, 48, [])
-    read = infotext.read_parameters("a fox\nSteps: 2, Sampler: Euler, Seed: 3")
+    read = infotext.read_parameters("a fox\nSteps: 2, Sampler: Euler, Seed: 3").recipe
     assert studio.complete(read).width == own
     for bad in (8, -1, 4097, False, 0.0):
         with pytest.raises(ValueError, match="width must be a whole number in 16..4096, or 0"):
@@ -191,7 +191,7 @@ def test_parameters_are_what_other_tools_read(recipe):
         'Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 7, Size: 32x32, Model: "a, b", RNG: CPU, '
         f'Lora hashes: "fox: {fox}, ink: {ink}", Version: mole_diffusers'
     )
-    back = infotext.read_parameters(text)
+    back = infotext.read_parameters(text).recipe
     assert (back.prompt, back.negative, back.seed, back.sampler) == (recipe.prompt, "blur", 7, "Euler a")
     assert back.experts == {"fox": fox, "ink": ink}
 
@@ -231,7 +231,7 @@ def test_other_tools_read_the_name_of_the_base_and_not_where_it_lies(recipe, bas
 )
 def test_strengths_and_the_larger_size_come_back_from_the_text(recipe, changes):
     recipe = dataclasses.replace(recipe, **changes)
-    text, back = infotext.parameters(recipe), infotext.read_parameters(infotext.parameters(recipe))
+    text, back = infotext.parameters(recipe), infotext.read_parameters(infotext.parameters(recipe)).recipe
     assert (back.hires, back.hires_strength) == (recipe.hires, recipe.hires_strength)
     assert ("Denoising strength" in text) == (recipe.hires > 1 or recipe.image != "")
     if recipe.image and recipe.hires == 1:
