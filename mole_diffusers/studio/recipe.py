@@ -137,11 +137,11 @@ class Recipe:
         """The prompt without its tags, and without brackets where they are weights."""
         return plain_text(self.text) if self.weights else self.text
 
-    def binding_of_pass(self, *, over: bool = False) -> str:
-        """How the LoRAs are bound in a pass, one of `BINDINGS`: "none" without gates, and without tiles `over` a picture."""
-        if self.arm != "gates":
-            return "none"
-        return BOUND if over and self.binding != "none" else self.binding
+    @property
+    def call(self) -> dict[str, Any]:
+        """The prompts without tags, and how they are read, as `prompt_weights.call_arguments` takes them."""
+        texts = {name: getattr(self, name) for name in PROMPTS} | {"prompt": self.text}
+        return {**texts, "guided": self.guidance > 1, "weights": self.weights}
 
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""
