@@ -13,10 +13,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusers.cli.console import busy
+from mole_diffusers.cli.console import busy, note
 from mole_diffusers.cli.options import WORLD, Machine, Output
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mole_diffusers.lora import Expert
     from mole_diffusers.studio.base_models import Base
     from mole_diffusers.studio.catalog import Catalog
@@ -158,3 +160,15 @@ def first_recipe(studio: Studio, **changes: Any) -> Recipe:
     own = {"guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
     given = {name: value for name, value in changes.items() if value is not None}
     return Recipe(**{"prompt": "", "gates": "auto", **own, **given})
+
+
+def completed(studio: Studio, asked: Recipe, image: Image.Image | None = None) -> Recipe:
+    """A recipe with everything chosen; what its user should know of that is said on stderr.
+
+    Args:
+        image: the picture that is drawn over.
+    """
+    recipe = studio.complete(asked)
+    for each in studio.notes(asked, recipe, image):
+        note(each)
+    return recipe

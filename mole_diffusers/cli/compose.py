@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +11,7 @@ from typer import Argument
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Said
-from mole_diffusers.cli.common import experts_for, named_values, opened, target
-from mole_diffusers.cli.console import note
+from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, opened, target
 from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
@@ -76,9 +74,9 @@ def compose(
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
-    texts = plain_texts(page.pipe, prompt, **page.others, guided=page.guided)
+    texts = plain_texts(page.pipe, **page.recipe.call)
     has_tiles = mixture.binding and texts and draws_in_tiles(page.pipe, texts | page.call, mixture.binding, experts)
-    tiles = tiled_prompt(page.pipe, prompt) if has_tiles else None
+    tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
     for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
@@ -100,35 +98,28 @@ def _true_drawing(prompt: str) -> Any:
 class PromptSheet:
     """Pictures of one prompt side by side: a column for each way of drawing it, a row for each seed.
 
-    The sampler is put on the pipeline, and prompts that it does not read are said on stderr.
+    The sampler is put on the pipeline, and what is changed or not read of what was asked for is said on stderr.
 
     Attributes:
-        others: the prompts beside the first, by their options.
-        call: options of the pipeline's calls, with the size rounded.
+        recipe: of the first row, without LoRAs.
+        call: options of the pipeline's calls.
         columns: label -> pictures, one per seed.
     """
 
     def __init__(self, prompt: str, how: Sheet):
-        from mole_diffusers.studio.base_models import usual_guidance, usual_size
-        from mole_diffusers.studio.names import shared_name
-        from mole_diffusers.studio.picture_passes import drawable
-        from mole_diffusers.studio.prompt_weights import unread
+        from mole_diffusers.studio.catalog import Catalog
+        from mole_diffusers.studio.render import Studio
         from mole_diffusers.studio.samplers import sampler
 
         base = opened(how.base, how, says=True)
-        first = secrets.randbelow(1 << 32) if how.seed == -1 else how.seed
-        self.pipe, self.prompt, self.seeds = base.pipe, prompt, list(range(first, first + how.rows))
-        self.others: dict[str, Any] = {"negative": how.negative, "prompt_2": how.prompt_2, "negative_2": how.negative_2}
-        for each in unread(self.pipe, **self.others):
-            note(each)
-        self.pipe.scheduler = sampler(how.sampler, self.pipe.scheduler, self.seeds)
-        guidance = usual_guidance(self.pipe, base.name) if how.guidance is None else how.guidance
-        own = usual_size(self.pipe, base.name, prompt)
-        width, height = drawable(self.pipe, how.width or own[0], how.height or own[1])
-        self.call = {"num_inference_steps": how.steps, "guidance_scale": guidance, "width": width, "height": height}
-        self.guided = guidance > 1
+        studio = Studio(base.pipe, Catalog({}, {}), base.name)
+        drawing = {field.name: getattr(how, field.name) for field in fields(options.Drawing)}
+        recipe = completed(studio, first_recipe(studio, prompt=prompt, seed=how.seed, gates="sum", **drawing))
+        self.pipe, self.recipe, self.seeds = base.pipe, recipe, list(range(recipe.seed, recipe.seed + how.rows))
+        self.pipe.scheduler = sampler(recipe.sampler, self.pipe.scheduler, self.seeds)
+        self.call = {"num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
+        self.call |= {"width": recipe.width, "height": recipe.height}
         self.columns: dict[str, Sequence[Image.Image]] = {}
-        self._facts = {"base": shared_name(base.name), "seeds": self.seeds, "sampler": how.sampler}
 
     def draw(self, label: str) -> None:
         """Draw a column: one picture per seed, each from a generator of its own."""
@@ -136,7 +127,7 @@ class PromptSheet:
 
         from mole_diffusers.studio.prompt_weights import call_arguments
 
-        texts = call_arguments(self.pipe, self.prompt, **self.others, guided=self.guided)
+        texts = call_arguments(self.pipe, **self.recipe.call)
         count = len(self.seeds)
         rows = {n: [v] * count if isinstance(v, str) else v.repeat_interleave(count, 0) for n, v in texts.items()}
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
@@ -147,7 +138,9 @@ class PromptSheet:
         from mole_diffusers.inspection.compare import image_grid
         from mole_diffusers.studio import infotext
 
-        about = {"prompt": self.prompt, **self.others, **facts, **self._facts, **self.call}
+        recipe = self.recipe.to_dict()
+        about = {name: recipe[name] for name in ("prompt", "negative", "prompt_2", "negative_2", "base", "sampler")}
+        about |= facts | {"seeds": self.seeds} | self.call
         rows = list(zip(*self.columns.values(), strict=True))
         sheet = image_grid(rows, list(self.columns), [f"seed {seed}" for seed in self.seeds])
         infotext.save(sheet, path, None, {"columns": list(self.columns), **about})

@@ -11,7 +11,7 @@ from typer import Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Said
-from mole_diffusers.cli.common import first_recipe, open_catalog, opened, target
+from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
 from mole_diffusers.cli.console import note
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def grid(
     across, down = parse_axis(x), parse_axis(y)
     path = target(output, "grid.png")
     studio, asked, pictures = open_recipe(prompt, files, settings)
-    first = completed(studio, asked, pictures)
+    first = completed(studio, asked, pictures.get("image"))
     rows = [[studio.complete(cell) for cell in row] for row in cells(first, across, down)]
     for cell in (cell for row in rows for cell in row):
         studio.total_steps(cell)  # raises before anything is drawn
@@ -166,19 +166,11 @@ def open_pictures(given: options.Pictures) -> dict[str, Any]:
     return {name: read_picture(path, f"--{name} {path}") for name, path in paths.items() if path is not None}
 
 
-def completed(studio: Studio, asked: Recipe, pictures: Mapping[str, Any]) -> Recipe:
-    """A recipe with everything chosen; what its user should know of that is said on stderr."""
-    recipe = studio.complete(asked)
-    for each in studio.notes(asked, recipe, pictures.get("image")):
-        note(each)
-    return recipe
-
-
 def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path) -> Said:
     """Draw a recipe, and write a PNG that holds it."""
     from mole_diffusers.studio import infotext
 
-    recipe = completed(studio, asked, pictures)
+    recipe = completed(studio, asked, pictures.get("image"))
     infotext.save(studio.draw(recipe, **pictures), path, recipe)
     seed = "" if asked.seed == recipe.seed else f", seed {recipe.seed}"
     return Said({"out": str(path), **recipe.to_dict()}, f"{recipe.prompt}{seed}: {path}")

@@ -108,7 +108,7 @@ def compose_library(
     asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
     with composed(library, page.pipe, prompt, **asked) as composition:
         mixture = composition.mixture
-        tiles = tiled_prompt(page.pipe, prompt, prompt_2=page.others["prompt_2"])
+        tiles = tiled_prompt(page.pipe, page.recipe.text, prompt_2=page.recipe.prompt_2)
         with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):
             page.draw(f"found ({mode})")
     found, weights = composition.found[0], composition.sets[0]

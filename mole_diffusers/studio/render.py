@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,9 @@ class Studio:
         """One call of a pipeline. `over`: the picture that it draws over, the strength and the mask; {} for none."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
-        with self._sampler(pipe, recipe), ExitStack() as stack:
+        with ExitStack() as stack:
+            stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
+            pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
             names, (kind, about) = [] if mixture is None else list(mixture.experts), recipe.arm_and_name
             # The strengths are in a merge, which has no gates to lock.
@@ -328,14 +330,6 @@ class Studio:
     def forget_attached(self) -> None:
         """Call this after attaching something else to the pipeline, so that the next picture attaches its own again."""
         self._attached_key = None
-
-    @contextmanager
-    def _sampler(self, pipe: Any, recipe: Recipe) -> Iterator[None]:
-        pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
-        try:
-            yield
-        finally:
-            pipe.scheduler = self._own_scheduler
 
 
 def _clear_frames(error: BaseException | None) -> None:
