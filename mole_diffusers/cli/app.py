@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 def app(
     base: Sequence[str] = (WORLD,),
-    loras: options.Loras = None,
-    trained: options.Trained = None,
     keep: Path = Path("mole_gates"),
     gallery: Path = Path("mole_pictures"),
     host: str = "127.0.0.1",
@@ -26,6 +24,7 @@ def app(
     site: str | None = None,
     mcp: bool = False,
     *,
+    files: options.Files,
     opening: options.Opening,
 ) -> None:
     """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes.
@@ -66,7 +65,7 @@ def app(
     bases = bases_of(base)
     if opening.base_config and len(bases) > 1:
         raise ValueError(f"--base-config is the config of one model, and these are {len(bases)}: {', '.join(bases)}")
-    catalog = open_catalog(bases.values(), loras=loras, trained=trained)
+    catalog = open_catalog(bases.values(), files)
     for name, folder in folder_gates(keep).items():
         catalog.add_gates(name, folder)
     first = open_one(next(iter(bases.values())))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.cli.console import busy, note
-from mole_diffusers.cli.options import WORLD, Machine, Output
+from mole_diffusers.cli.options import WORLD, Files, Machine, Output
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -112,23 +112,21 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     return read_experts({name: str(known[name]) for name in sorted(at, key=at.__getitem__)})
 
 
-def open_catalog(
-    bases: Collection[str], *, loras: Path | None, trained: Path | None, experts: Sequence[str] = ()
-) -> Catalog:
+def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = ()) -> Catalog:
     """The LoRAs of --loras and --expert and the gates of --trained, with those of the embedded world where it is a base."""
     from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 
-    files, examples = folder_loras(loras) if loras is not None else {}, dict[str, Path]()
+    files, examples = folder_loras(named.loras) if named.loras is not None else {}, dict[str, Path]()
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
         files, examples = concept_files() | files, gate_folders()
-    elif loras is None and not experts:
+    elif named.loras is None and not experts:
         raise ValueError("give --loras FOLDER, the LoRA files for this base")
     catalog = Catalog(files, examples, examples=examples)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
-    for name, folder in (folder_gates(trained) if trained else {}).items():
+    for name, folder in (folder_gates(named.trained) if named.trained else {}).items():
         catalog.add_gates(name, folder)
     return catalog
 

@@ -148,7 +148,7 @@ def open_studio(files: options.Studio) -> Studio:
     """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
     from mole_diffusers.studio.render import Studio
 
-    catalog = open_catalog([files.base], loras=files.loras, trained=files.trained, experts=files.expert)
+    catalog = open_catalog([files.base], files, files.expert)
     found = opened(files.base, files, says=True)
     return Studio(found.pipe, catalog, found.name)
 

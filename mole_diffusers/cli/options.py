@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Option
 
@@ -13,22 +13,15 @@ from mole_diffusers.cli.commands import Group
 
 WORLD = "emoji"  # as a base: the embedded world
 
-BASE: dict[str, Any] = {
-    "metavar": "MODEL",
-    "help": "a .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111 or ComfyUI followed by the "
-    "name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
-}
-Base = Annotated[str, Option(**BASE)]
-Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it.")]
-Loras = Annotated[
-    Path | None,
+Base = Annotated[
+    str,
     Option(
-        metavar="FOLDER",
-        help="LoRA files that tags may name, in subfolders too; two of one name are people/fox and animals/fox. The emoji "
-        "world has its own.",
+        metavar="MODEL",
+        help="a .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111 or ComfyUI followed by the "
+        "name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
     ),
 ]
-Trained = Annotated[Path | None, Option(metavar="FOLDER", help="trained gates that may be named: a folder each.")]
+Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it.")]
 Steps = Annotated[int, Option(help="steps of the sampler: more take longer.")]
 Seed = Annotated[int, Option(min=-1)]
 AtLeastOne = Annotated[int, Option(min=1)]
@@ -71,7 +64,21 @@ class Opening(Machine):
 
 
 @dataclass
-class Studio(Opening):
+class Files(Group):
+    """LoRAs and gates that prompts and recipes may name.
+
+    Attributes:
+        loras (FOLDER): LoRA files that tags may name, in subfolders too; two of one name are people/fox and animals/fox. The
+            emoji world has its own.
+        trained (FOLDER): trained gates that may be named: a folder each.
+    """
+
+    loras: Path | None = None
+    trained: Path | None = None
+
+
+@dataclass
+class Studio(Opening, Files):
     """A base with the LoRAs and gates that prompts and recipes may name.
 
     Attributes:
@@ -79,9 +86,7 @@ class Studio(Opening):
     """
 
     base: Base = WORLD
-    loras: Loras = None
     expert: Sequence[str] = ()
-    trained: Trained = None
 
 
 @dataclass

@@ -10,9 +10,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -41,13 +41,14 @@ class Run(options.Machine):
     """What is trained on, and where it is written.
 
     Attributes:
+        base (MODEL): as in the other commands. Default: emoji.
         out (FOLDER): the result, checkpoints and the log go here.
         config (FILE): any settings as YAML or JSON; options override it.
         write_config (FILE): write all settings as YAML or JSON, and stop.
         resume (latest|checkpoint-N): go on with the run in --out; latest also starts a new one.
     """
 
-    base: Annotated[str | None, Option(**options.BASE, show_default=WORLD)] = None
+    base: str | None = None
     out: Path | None = None
     config: Path | None = None
     write_config: Path | None = None
@@ -94,14 +95,6 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def write_settings(path: Path, asked: Mapping[str, Any]) -> None:
-    """Write what --config reads: JSON where the file is named so, else YAML."""
-    import yaml
-
-    as_json = path.suffix == ".json"
-    path.write_text(json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(asked, sort_keys=False))
-
-
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """What was given of the options of a section."""
     return {name: value for name, value in values.items() if value is not None and value not in ([], (), {})}
@@ -140,16 +133,28 @@ def is_main_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-@contextmanager
-def says_what_is_kept(folder: Path) -> Iterator[None]:
-    """Say on stderr, where the block is interrupted by Ctrl-C, which checkpoint is there and how to go on."""
+def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said]) -> Said | None:
+    """Train what was asked, or write it for --write-config: JSON where the file is named so, else YAML.
+
+    Where Ctrl-C interrupts it, which checkpoint is there and how to go on is said on stderr.
+    """
+    import yaml
+
+    if run.write_config:
+        as_json = run.write_config.suffix == ".json"
+        text = json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(dict(asked), sort_keys=False)
+        run.write_config.write_text(text)
+        return None
+    if run.out is None:
+        raise ValueError("--out is needed: the folder for the result, checkpoints and log")
     try:
-        yield
+        said = fit(run.out)
+        return said if is_main_process() else None
     except KeyboardInterrupt:
         from mole_diffusers.training.engine import checkpoints
 
         if is_main_process():
-            whole = checkpoints(folder)
+            whole = checkpoints(run.out)
             kept = f"{whole[-1]} is kept; --resume latest goes on from there" if whole else "there is no checkpoint yet"
             print(file=sys.stderr)  # after the line of the bar
             note(f"interrupted: {kept}")
@@ -276,17 +281,7 @@ def train(
         looks = asked["training"].get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         asked["training"]["validation"] = {**looks, "every": training.validate}
-    if run.write_config:
-        write_settings(run.write_config, asked)
-        return None
-    if run.out is None:
-        raise ValueError("--out is needed: the folder for gates, checkpoints and log")
-    with says_what_is_kept(run.out):
-        log = _train_gates(asked, run.out, run, push_to_hub)
-    if not is_main_process():
-        return None
-    words = f"{run.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}"
-    return Said({"out": str(run.out), **log[-1]}, words)
+    return carried_out(run, asked, partial(_train_gates, asked, run, push_to_hub))
 
 
 def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]:
@@ -304,7 +299,7 @@ def _term(text: str) -> tuple[str, Any]:
     }
 
 
-def _train_gates(asked: Mapping[str, Any], out: Path, run: Run, repo: str | None) -> list[dict]:
+def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path) -> Said:
     from mole_diffusers.gates import GateConfig, checkpoint, hub
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
@@ -332,7 +327,7 @@ def _train_gates(asked: Mapping[str, Any], out: Path, run: Run, repo: str | None
         (out / hub.CARD).write_text(card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
-    return log
+    return Said({"out": str(out), **log[-1]}, f"{out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
 
 
 def _own_terms(data: Any) -> list[str]:
@@ -436,23 +431,18 @@ def train_lora(
     for section, group in (("concept", Concept), ("prior", Prior)):
         check_options(asked[section], get_type_hints(group), f"the {section}")
     config = LoraTraining.from_dict(asked["training"])
-    if run.write_config:
-        write_settings(run.write_config, asked)
-        return None
-    if run.out is None or not asked["data"] or not asked["concept"].get("trigger"):
-        raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
-    if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
-        raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
-    with says_what_is_kept(run.out):
-        facts = _train_lora(asked, config, run.out, run)
-    return Said(facts, f"{facts['file']}: trigger {facts['trigger']!r}") if is_main_process() else None
+    return carried_out(run, asked, partial(_train_lora, asked, config, run))
 
 
-def _train_lora(asked: Mapping[str, Any], config: LoraTraining, out: Path, run: Run) -> dict[str, Any]:
+def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Said:
     from mole_diffusers.training import train_lora as fit
 
     concept = asked["concept"]
-    pipe, trigger, side = trained_pipeline(asked, run.device), concept["trigger"], concept.get("resolution")
+    if not asked["data"] or not (trigger := concept.get("trigger")):
+        raise ValueError("--data (a folder of pictures) and --trigger (the concept's words) are needed")
+    if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
+        raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
+    pipe, side = trained_pipeline(asked, run.device), concept.get("resolution")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
@@ -461,7 +451,8 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, out: Path, run: 
     path = out / f"{out.name}.safetensors"
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
-    return {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
+    facts = {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
+    return Said(facts, f"{path}: trigger {trigger!r}")
 
 
 def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
 from mole_diffusers.studio.names import model_name
-from mole_diffusers.studio.recipe import Recipe, load, loads
+from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
@@ -198,7 +198,8 @@ def contents(path: str | Path) -> Contents:
     if any(len(text) > MAX_TEXT for text in texts.values()):
         raise ValueError(f"{path.name} has more text than a recipe")
     if OWN in texts:
-        return Contents(loads(texts[OWN], path.name), sheet=_sheet(texts.get(SHEET, "{}"), path.name))
+        recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
+        return Contents(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
     if PARAMETERS not in texts:
         raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
     return read_parameters(texts[PARAMETERS], path.name)
@@ -214,19 +215,13 @@ def _sheet(text: str, where: str) -> dict[str, Any]:
 
 def _texts(path: Path) -> dict[str, str]:
     """The text chunks of a PNG; those after its pixels, which are unpacked for that, only where none before has a recipe."""
-    with _opened(path) as image:
-        before = {name: text for name, text in image.info.items() if isinstance(text, str)}
-        return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A PNG from anyone, while it is read."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=["PNG"]) as opened:
+            image: Any = opened
             if image.width * image.height > MAX_PIXELS or getattr(image, "is_animated", False):
                 raise Image.DecompressionBombError
-            yield image
+            before = {name: text for name, text in image.info.items() if isinstance(text, str)}
+            return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:

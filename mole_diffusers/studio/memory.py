@@ -96,9 +96,7 @@ def place(pipe: Any, memory: Memory) -> Memory:
     models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
     sizes = {name: sum(p.nbytes for p in (*model.parameters(), *model.buffers())) for name, model in models.items()}
     device = memory.device or "cpu"
-    free = (
-        torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else None
-    )  # of others it is not known
+    free = torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else None
     memory = memory.fitted(sizes, free)
     if memory.offload == "model":
         pipe.enable_model_cpu_offload(device=memory.device)

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from mole_diffusers.binding.config import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.lora.safe_files import parse_json, read_json
+from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.options import check_options
 from mole_diffusers.studio.names import matching, shared_name
@@ -204,11 +204,6 @@ KINDS = get_type_hints(Recipe)  # field -> its type
 def load(path: str | Path) -> Recipe:
     """Read what `Recipe.save` wrote. Raises ValueError naming the file and what is wrong."""
     return Recipe.from_dict(read_json(path), str(Path(path).name))
-
-
-def loads(text: str, where: str) -> Recipe:
-    """A recipe from its JSON text; errors begin with `where`."""
-    return Recipe.from_dict(parse_json(text, where), where)
 
 
 def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:

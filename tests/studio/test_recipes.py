@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from mole_diffusers import attach, attached
 from mole_diffusers.binding.config import Bound, mask_text
 from mole_diffusers.cli.common import open_catalog
+from mole_diffusers.cli.options import Files
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
@@ -146,7 +147,7 @@ def test_examples_are_taken_by_name_alone_until_ones_own_have_that_name(loras, a
 
 
 def test_the_worlds_gates_are_examples():
-    catalog = open_catalog(["emoji"], loras=None, trained=None)
+    catalog = open_catalog(["emoji"], Files())
     assert "sunflower+doughnut" in catalog.gates
     assert catalog.gates_for(["sunflower", "doughnut"]) == "sum"
 
