@@ -193,16 +193,10 @@ def _checkpoint(
     metrics = ClipDinoMetrics(own.clip, own.dino, folders, device=_device(machine))
     if unknown := set(own.style) - set(chosen):
         raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(chosen)}")
-    setup = Setup(
-        opened(base, machine).pipe,
-        {name: expert for name, (expert, _) in chosen.items()},
-        call,
-        base,
-        prompts=prompts,
-        styles=frozenset(own.style),
-        strengths={name: strength for name, (_, strength) in chosen.items() if strength != 1},
-        metrics=metrics.settings,
-    )
+    experts = {name: expert for name, (expert, _) in chosen.items()}
+    about: dict[str, Any] = {"prompts": prompts, "styles": frozenset(own.style), "metrics": metrics.settings}
+    about["strengths"] = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
+    setup = Setup(opened(base, machine).pipe, experts, call, base, **about)
     kinds: dict[str, list[Case]] = {}
     for case in cases:
         kinds.setdefault(case.kind, []).append(case)

@@ -15,7 +15,7 @@ from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.options import check_options
 from mole_diffusers.studio.names import matching, shared_name
-from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
+from mole_diffusers.studio.prompt_syntax import MAX_PROMPT, PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.weight_syntax import plain_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 4
@@ -95,10 +95,9 @@ class Recipe:
     hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
-        texts_and_mappings = {name: value for name, value in vars(self).items() if name not in RANGES}
-        check_options(texts_and_mappings, KINDS, "a recipe")
-        if any(len(getattr(self, name)) > 5000 for name in PROMPTS):
-            raise ValueError("a prompt has at most 5000 characters")
+        check_options(vars(self), KINDS, "a recipe")
+        if any(len(getattr(self, name)) > MAX_PROMPT for name in PROMPTS):
+            raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
         if self.arm_and_name[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
             unknown = f"unknown arm {self.arm!r} or binding {self.binding!r}"
@@ -110,11 +109,9 @@ class Recipe:
         if sum(map(len, self.masks.values())) > MAX_MASKS:
             raise ValueError(f"masks are PNGs in base64, of at most {MAX_MASKS >> 10} KiB together")
         for name, (low, high) in RANGES.items():
-            value, whole, is_open = getattr(self, name), KINDS[name] is int, name in OPEN
-            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not fits or not (low <= value <= high or is_open and value == 0):
-                kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{name} must be {kind} in {low}..{high}{', or 0' if is_open else ''}, got {value!r}")
+            value, is_open = getattr(self, name), name in OPEN
+            if not (low <= value <= high or is_open and value == 0):
+                raise ValueError(f"{name} must be in {low}..{high}{', or 0' if is_open else ''}, got {value!r}")
 
     @property
     def arm_and_name(self) -> tuple[str, str]:

@@ -144,7 +144,7 @@ def test_strengths_that_change_nothing_are_refused():
     for axis, changes, said in (
         ("strength=0.6,0.9", {}, "needs a picture that is drawn over"),
         ("hires_strength=0.5,0.9", {"image": "0"}, "hires above 1"),
-        ("strength=2", {"image": "0"}, "strength must be a number in 0.0..1.0, got 2.0"),
+        ("strength=2", {"image": "0"}, "strength must be in 0.0..1.0, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
             cells(Recipe("a", **changes), seed, parse_axis(axis))
