@@ -70,11 +70,8 @@ def app(
         catalog.add_gates(name, folder)
     first = open_one(next(iter(bases.values())))
     studio = Studio(first.pipe, catalog, first.name)
-    if first.name == WORLD:
-        prompt = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
-        recipe = first_recipe(studio, prompt=prompt, seed=-1)
-    else:
-        recipe = first_recipe(studio, seed=-1)
+    prompt = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>" if first.name == WORLD else ""
+    recipe = first_recipe(studio, prompt=prompt, seed=-1)
     pictures = world_thumbnails() if WORLD in bases.values() else None
     actions = Actions(studio, home=keep, gallery=gallery, thumbnail=pictures, bases=bases, opening=open_one)
     sites = [site] if site else []

@@ -113,6 +113,8 @@ def test_gates_are_named_by_their_folder_too(tmp_path, capsys):
     made = ["--gates", str(tmp_path / "mine"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--json"]
     assert main(["draw", words, *made]) == 0
     assert json.loads(capsys.readouterr().out)["gates"] == "mine"
+    assert main(["redraw", str(tmp_path / "a.png"), "--trained", str(tmp_path), "--out", str(tmp_path / "b.png")]) == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
 def test_cells_change_along_both_axes():
