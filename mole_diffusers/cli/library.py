@@ -22,16 +22,10 @@ THRESHOLD = 0.7  # as in retrieval.library, which needs torch
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 
-@dataclass
-class Reader(options.Machine):
-    """What reads texts.
-
-    Attributes:
-        encoder (MODEL): a sentence-transformers model that reads texts. Default: the text encoder of --base.
-    """
-
-    encoder: str | None = None
-    base: options.Base = options.WORLD
+Encoder = Annotated[
+    str | None,
+    Option(metavar="MODEL", help="a sentence-transformers model that reads texts. Default: the text encoder of --base."),
+]
 
 
 @dataclass
@@ -47,9 +41,10 @@ class Search(Group):
     library: Annotated[Path, Option()]
     k: int = 3
     threshold: float = THRESHOLD
+    encoder: Encoder = None
 
 
-def index(library: Path, *, reader: Reader) -> Said:
+def index(library: Path, encoder: Encoder = None, base: options.Base = options.WORLD, *, machine: options.Machine) -> Said:
     """Make a folder of LoRAs a library, in which prompts find the LoRAs they ask for.
 
     Args:
@@ -58,12 +53,12 @@ def index(library: Path, *, reader: Reader) -> Said:
     from mole_diffusers.retrieval.encoders import text_encoder_for
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    made = LoraLibrary.index(library, text_encoder_for(opened(reader.base, reader).pipe, reader.encoder))
+    made = LoraLibrary.index(library, text_encoder_for(opened(base, machine).pipe, encoder))
     words = [f"{library}: {len(made.entries)} LoRAs", *(f"left out {file}: {why}" for file, why in made.skipped.items())]
     return Said({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
 
 
-def retrieve(prompt: str, *, search: Search, reader: Reader) -> Said:
+def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search, machine: options.Machine) -> Said:
     """Show which LoRAs of a library a prompt asks for, and why.
 
     Args:
@@ -71,21 +66,13 @@ def retrieve(prompt: str, *, search: Search, reader: Reader) -> Said:
     """
     from mole_diffusers.retrieval.composing import report, retrieve_for
 
-    pipe = opened(reader.base, reader).pipe
-    library = open_library(search.library, pipe, reader.encoder)
+    pipe = opened(base, machine).pipe
+    library = open_library(search, pipe)
     found = retrieve_for(library, pipe, prompt, k=search.k, threshold=search.threshold)
     return Said(report(library, found), in_words(found, library))
 
 
-def compose_library(
-    prompt: str,
-    mode: Mode = "sum",
-    encoder: str | None = None,
-    gates: str = "sum",
-    *,
-    search: Search,
-    sheet: Sheet,
-) -> Said:
+def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: Sheet) -> Said:
     """Find the LoRAs that a prompt asks for in a library, and draw it without and with them.
 
     They are bound, and drawn in tiles where there is room, as by mole draw.
@@ -93,7 +80,6 @@ def compose_library(
     Args:
         prompt: what to draw.
         mode: sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged.
-        encoder (MODEL): as in mole index.
         gates: trained gates (a folder or a hub id) or a family.
     """
     from mole_diffusers.retrieval.composing import composed, report
@@ -103,7 +89,7 @@ def compose_library(
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
     path = target(sheet, "grid.png")
     page = PromptSheet(prompt, sheet)
-    library = open_library(search.library, page.pipe, encoder)
+    library = open_library(search, page.pipe)
     page.draw("base")
     asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
     with composed(library, page.pipe, prompt, **asked) as composition:
@@ -117,12 +103,12 @@ def compose_library(
     return Said(facts, f"{in_words(found, library)}\ndrawn with {shares}, {mode}: {path}")
 
 
-def open_library(folder: Path, pipe: Any, encoder: str | None) -> LoraLibrary:
+def open_library(search: Search, pipe: Any) -> LoraLibrary:
     """The library of --library, read by the encoder of --encoder."""
     from mole_diffusers.retrieval.encoders import text_encoder_for
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    return LoraLibrary.open(folder, text_encoder_for(pipe, encoder))
+    return LoraLibrary.open(search.library, text_encoder_for(pipe, search.encoder))
 
 
 def in_words(found: Sequence[RetrievedLora], library: LoraLibrary) -> str:

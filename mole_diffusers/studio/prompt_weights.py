@@ -197,12 +197,12 @@ def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted |
 
 
 def _tokenizers(pipe: Any) -> dict[str, Any]:
-    """Those that the pipeline has, by their names there."""
-    return {name: found for name in TOKENIZERS if (found := getattr(pipe, name, None)) is not None}
+    """Those of the text encoders that the pipeline has, by their names there."""
+    return {name: getattr(pipe, name) for name in TOKENIZERS if _encoder(pipe, name) is not None}
 
 
 def _encoder(pipe: Any, tokenizer: str) -> Any:
-    return getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"))
+    return getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)
 
 
 @contextmanager
