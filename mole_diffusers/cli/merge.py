@@ -7,15 +7,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 from mole_diffusers.cli.commands import Said
-from mole_diffusers.cli.common import (
-    grouped_values,
-    json_or_text,
-    named_values,
-    opened,
-    parse_file,
-    read_experts,
-    target,
-)
+from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, opened, parse_file, read_experts, target
 from mole_diffusers.cli.console import busy
 from mole_diffusers.cli.options import Machine, Output
 

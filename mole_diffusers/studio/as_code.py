@@ -25,7 +25,7 @@ def as_code(recipe: Recipe) -> str:
     else:
         lines = ["from diffusers import DiffusionPipeline"]
         base, files = f"DiffusionPipeline.from_pretrained({recipe.base!r})", f"{loras}, {gates}"
-    pictures = ", ".join(f"{name}=Image.open('{name}.png')" for name in ("image", "mask") if getattr(recipe, name))
+    pictures = ", ".join(f'{name}=Image.open("{name}.png")' for name in ("image", "mask") if getattr(recipe, name))
     told = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name not in ("image", "mask")}
     lines += [
         "from mole_diffusers.studio.catalog import Catalog",

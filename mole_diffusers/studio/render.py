@@ -26,13 +26,7 @@ from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
-from mole_diffusers.studio.prompt_weights import (
-    call_arguments,
-    plain_texts,
-    tiled_prompt,
-    token_counts,
-    unread,
-)
+from mole_diffusers.studio.prompt_weights import call_arguments, plain_texts, tiled_prompt, token_counts, unread
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule

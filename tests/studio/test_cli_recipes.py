@@ -125,7 +125,7 @@ def test_cells_change_along_both_axes():
     ]
     gates = cells(rows[0][0], parse_axis("gates=sum,other"), parse_axis("seed=1"))[0]
     assert [(c.gates, c.gates_sha256) for c in gates] == [("sum", ""), ("other", "")]
-    assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
+    assert (x.labels, y.labels) == (["fox 0", "fox 0.5"], ["base", "gates"])
 
 
 @pytest.mark.thorough
