@@ -240,7 +240,7 @@ class Endpoints:
         return replace(recipe, base=asked.base or recipe.base).to_dict()
 
     def code(self, recipe: dict) -> str:
-        """Python code that draws a recipe with diffusers.
+        """Python code that draws a recipe.
 
         Args:
             recipe: RECIPE

@@ -1,17 +1,16 @@
-"""The `mole` command. The arguments of a command's function are its options, the docstring is its help."""
+"""The `mole` command."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
-from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
 
 from mole_diffusers import __version__
 from mole_diffusers.cli.app import app
+from mole_diffusers.cli.commands import as_command, help_of
 from mole_diffusers.cli.compose import compose
 from mole_diffusers.cli.draw import draw, grid, redraw
 from mole_diffusers.cli.evaluate import evaluate
@@ -48,8 +47,8 @@ def parser() -> Any:
     whole.callback()(mole)
     for panel, commands in COMMANDS.items():
         for command in commands:
-            about = re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or "")  # lines of a paragraph as one
-            whole.command(command.__name__.replace("_", "-"), help=about, rich_help_panel=panel)(command)
+            name = command.__name__.replace("_", "-")
+            whole.command(name, help=help_of(command), rich_help_panel=panel)(as_command(command))
     return typer.main.get_command(whole)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Option
+from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import first_recipe, open_catalog, opened
@@ -16,33 +15,30 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.base_models import Base
 
 
-@options.takes(opening=options.Opening)
 def app(
-    base: Annotated[
-        list[str],
-        Option(
-            metavar="MODEL",
-            help="As in the other commands. Repeatable: the app begins with the first and changes among all. A models "
-            "folder of A1111, Forge or ComfyUI is every model in it.",
-        ),
-    ] = [WORLD],  # noqa: B006
-    loras: options.Loras = None,
-    trained: options.Trained = None,
-    keep: Annotated[Path, Option(metavar="FOLDER", help="Gates that the app trains are kept here.")] = Path("mole_gates"),
-    gallery: Annotated[Path, Option(metavar="FOLDER", help="Pictures are kept here, each with its recipe inside.")] = Path(
-        "mole_pictures"
-    ),
-    host: Annotated[str, Option(help="0.0.0.0 shows the app to your network. There is no password.")] = "127.0.0.1",
-    port: Annotated[int, Option(help="The app is at http://HOST:PORT.")] = 7860,
-    site: Annotated[
-        str | None, Option(metavar="NAME", help="The name under which a server in front shows the app: studio.example.")
-    ] = None,
-    mcp: Annotated[bool, Option("--mcp", help="Also serve the actions as MCP tools, at /gradio_api/mcp/.")] = False,
-    verbose: options.Verbose = False,
+    base: Sequence[str] = (WORLD,),
+    keep: Path = Path("mole_gates"),
+    gallery: Path = Path("mole_pictures"),
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    site: str | None = None,
+    mcp: bool = False,
     *,
-    opening: options.Given,
+    files: options.Files,
+    opening: options.Opening,
 ) -> None:
-    """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes."""
+    """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes.
+
+    Args:
+        base (MODEL): as in the other commands. The app begins with the first and changes among all; a models folder of
+            A1111, Forge or ComfyUI is every model in it.
+        keep (FOLDER): gates that the app trains are kept here.
+        gallery (FOLDER): pictures are kept here, each with its recipe inside.
+        host: 0.0.0.0 shows the app to your network. There is no password.
+        port: the app is at http://HOST:PORT.
+        site (NAME): the name under which a server in front shows the app: studio.example.
+        mcp: also serve the actions as MCP tools, at /gradio_api/mcp/.
+    """
     try:
         from mole_diffusers.app.build import build, launch
 
@@ -58,7 +54,7 @@ def app(
     from mole_diffusers.training.denoising import check_trainable
 
     def open_one(name: str) -> Base:
-        found = opened(name, opening)
+        found = opened(name, opening, says=True)
         found.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
         try:
             check_trainable(found.pipe)
@@ -67,18 +63,15 @@ def app(
         return found
 
     bases = bases_of(base)
-    if opening["config"] and len(bases) > 1:
+    if opening.base_config and len(bases) > 1:
         raise ValueError(f"--base-config is the config of one model, and these are {len(bases)}: {', '.join(bases)}")
-    catalog = open_catalog(bases.values(), loras=loras, trained=trained)
+    catalog = open_catalog(bases.values(), files)
     for name, folder in folder_gates(keep).items():
         catalog.add_gates(name, folder)
     first = open_one(next(iter(bases.values())))
     studio = Studio(first.pipe, catalog, first.name)
-    if first.name == WORLD:
-        prompt = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
-        recipe = first_recipe(studio, prompt=prompt, seed=-1)
-    else:
-        recipe = first_recipe(studio, seed=-1)
+    prompt = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>" if first.name == WORLD else ""
+    recipe = first_recipe(studio, prompt=prompt, seed=-1)
     pictures = world_thumbnails() if WORLD in bases.values() else None
     actions = Actions(studio, home=keep, gallery=gallery, thumbnail=pictures, bases=bases, opening=open_one)
     sites = [site] if site else []

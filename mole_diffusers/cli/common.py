@@ -9,11 +9,12 @@ import json
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.cli.console import busy, note
-from mole_diffusers.cli.options import WORLD
+from mole_diffusers.cli.options import WORLD, Files, Machine, Output
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,31 +26,19 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.render import Studio
 
 
-def chosen_device(device: str | None) -> str:
-    """The device of --device: by default the GPU, where there is one."""
-    from mole_diffusers.studio.memory import Memory
-
-    return Memory(device).completed("").device or "cpu"
-
-
-def pipeline(base: str, device: str | None = None, *, config: str | None = None, **memory: Any) -> Any:
-    """The pipeline of --base. Calls that take two seconds or more show a bar.
+def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) -> Base:
+    """The pipeline of --base, and what is known of it. Calls of it that take two seconds or more show a bar.
 
     Args:
-        config: the value of --base-config.
-        memory: as `studio.memory.Memory` takes it.
+        says: how it was opened, on stderr.
+        memory: more of what `studio.memory.Memory` takes.
     """
-    return opened(base, {"device": device, "config": config, **memory}, says=False).pipe
-
-
-def opened(base: str, opening: Mapping[str, Any], *, says: bool = True) -> Base:
-    """The pipeline of --base, opened by the options of `Opening`, and what is known of it; `says` that on stderr."""
     from mole_diffusers.studio.base_models import open_base
     from mole_diffusers.studio.memory import Memory
 
-    memory = {name: value for name, value in opening.items() if name != "config"}
+    memory |= {field.name: getattr(machine, field.name) for field in fields(Memory) if hasattr(machine, field.name)}
     with busy(f"loading {base}"):
-        found = open_base(base, config=opening["config"], memory=Memory(**memory))
+        found = open_base(base, config=machine.base_config, memory=Memory(**memory))
     found.pipe.set_progress_bar_config(delay=2, leave=False)
     if says:
         print(found, file=sys.stderr)
@@ -114,76 +103,48 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     if base != WORLD:
         raise ValueError("give at least one --expert NAME=FILE[:STRENGTH]")
     from mole_diffusers.emoji.world import concept_files
-    from mole_diffusers.lora import read_expert
 
     known = concept_files()
     words = {name: re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE) for name in known}
     at = {name: word.start() for name, word in words.items() if word}
     if not at:
         raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
-    return {name: (read_expert(known[name], name), 1.0) for name in sorted(at, key=at.__getitem__)}
+    return read_experts({name: str(known[name]) for name in sorted(at, key=at.__getitem__)})
 
 
-def named_gates(studio: Studio, gates: str) -> str:
-    """The name of --gates in the studio; a folder of trained gates, which has none yet, gets that of the folder."""
-    from mole_diffusers.gates import checkpoint
-
-    folder = Path(gates)
-    if gates in studio.catalog.gates or not (folder / checkpoint.CONFIG).is_file():
-        return gates
-    studio.catalog.add_gates(name := folder.resolve().name, folder)
-    return name
-
-
-def open_studio(files: Mapping[str, Any], opening: Mapping[str, Any]) -> Studio:
-    """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog.
-
-    Args:
-        files: options of `options.Studio`.
-        opening: options of `options.Opening`.
-    """
-    from mole_diffusers.studio.render import Studio
-
-    catalog = open_catalog([files["base"]], loras=files["loras"], trained=files["trained"], experts=files["expert"])
-    found = opened(files["base"], opening)
-    return Studio(found.pipe, catalog, found.name)
-
-
-def open_catalog(
-    bases: Collection[str], *, loras: Path | None, trained: Path | None, experts: Sequence[str] = ()
-) -> Catalog:
+def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = ()) -> Catalog:
     """The LoRAs of --loras and --expert and the gates of --trained, with those of the embedded world where it is a base."""
     from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 
-    files, examples = folder_loras(loras) if loras is not None else {}, dict[str, Path]()
+    files, examples = folder_loras(named.loras) if named.loras is not None else {}, dict[str, Path]()
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
         files, examples = concept_files() | files, gate_folders()
-    elif loras is None and not experts:
+    elif named.loras is None and not experts:
         raise ValueError("give --loras FOLDER, the LoRA files for this base")
     catalog = Catalog(files, examples, examples=examples)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
-    for name, folder in (folder_gates(trained) if trained else {}).items():
+    for name, folder in (folder_gates(named.trained) if named.trained else {}).items():
         catalog.add_gates(name, folder)
     return catalog
 
 
-def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
+def target(output: Output, default: str) -> Path:
     """Where a file goes: --out, or a name of its own that is free here (grid.png, grid-2.png, ...).
 
     Raises ValueError where --out is a folder, is no file of the default's kind, or is there already, without --overwrite.
     """
-    if out is None:
+    if (out := output.out) is None:
         path = Path(default)
         names = (path.with_stem(f"{path.stem}-{i}") for i in range(2, 1_000_000))
-        return path if overwrite or not path.exists() else next(name for name in names if not name.exists())
+        return path if output.overwrite or not path.exists() else next(name for name in names if not name.exists())
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; give the name of a file in it")
     if out.suffix.lower() != (kind := Path(default).suffix):
         raise ValueError(f"--out {out} is no name of a {kind} file, which is what this writes")
-    if out.exists() and not overwrite:
+    if out.exists() and not output.overwrite:
         raise ValueError(f"{out} is there already; give another --out, or --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
@@ -199,21 +160,13 @@ def first_recipe(studio: Studio, **changes: Any) -> Recipe:
     return Recipe(**{"prompt": "", "gates": "auto", **own, **given})
 
 
-def open_pictures(given: Mapping[str, Path | None]) -> dict[str, Any]:
-    """The pictures of --image and --mask, by these names.
+def completed(studio: Studio, asked: Recipe, image: Image.Image | None = None) -> Recipe:
+    """A recipe with everything chosen; what its user should know of that is said on stderr.
 
-    Raises ValueError for a file that is no picture, and a mask alone.
+    Args:
+        image: the picture that is drawn over.
     """
-    from mole_diffusers.studio.picture_passes import read_picture
-
-    if given["mask"] is not None and given["image"] is None:
-        raise ValueError("--mask shows a part of a picture: give --image")
-    return {name: read_picture(path, f"--{name} {path}") for name, path in given.items() if path is not None}
-
-
-def completed(studio: Studio, asked: Recipe, pictures: Mapping[str, Image.Image]) -> Recipe:
-    """A recipe with everything chosen; what its user should know of that is said on stderr."""
     recipe = studio.complete(asked)
-    for each in studio.notes(asked, recipe, pictures.get("image")):
+    for each in studio.notes(asked, recipe, image):
         note(each)
     return recipe

@@ -2,68 +2,59 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import experts_for, named_values, opened, target
-from mole_diffusers.cli.console import note
-from mole_diffusers.cli.options import NONE, WORLD
+from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, opened, target
+from mole_diffusers.cli.options import WORLD
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mole_diffusers.studio.base_models import Base
+
+@dataclass
+class Sheet(options.Opening, options.Drawing, options.Output):
+    """How pictures of one prompt are drawn side by side.
+
+    Attributes:
+        seed: seed of the first row, -1 for a random one; each further row adds 1.
+        rows: pictures per column, each with its own seed.
+    """
+
+    base: options.Base = WORLD
+    seed: options.Seed = 0
+    rows: options.AtLeastOne = 4
 
 
-class Sheet:
-    """The rows of a sheet, and its file."""
-
-    seed: Annotated[int, Option(min=-1, help="Seed of the first row, -1 for a random one; each further row adds 1.")] = 0
-    rows: Annotated[int, Option(min=1, help="Pictures per column, each with its own seed.")] = 4
-    out: Annotated[
-        Path | None,
-        Option(metavar="PNG", help="Where the pictures go, side by side. Default: a new grid.png, grid-2.png, ..."),
-    ] = None
-    overwrite: options.Overwrite = False
-
-
-@options.takes(sheet=Sheet, how=options.Drawing, opening=options.Opening)
 def compose(
-    prompt: Annotated[str, Argument(help="What to draw.")] = "noto drawing of a sunflower and a doughnut",
-    expert: options.Experts = NONE,
-    gates: Annotated[
-        str,
-        Option(help="Trained gates, a folder or a hub id, or a family such as mean: a column more."),
-    ] = "sum",
-    bind: Annotated[
-        list[str],
-        Option(
-            metavar="NAME=WORDS[@REGION]",
-            help="Words of the prompt that are a LoRA's, and where it acts: fox=a fox@left, fox=@0,0,0.5,1, fox=everywhere, "
-            "fox=fox@mask.png. Default: the file's trigger words, and places found from attention. Repeatable.",
-        ),
-    ] = NONE,
-    unbound: Annotated[bool, Option("--unbound", help="Let every LoRA act on every word and in the whole picture.")] = False,
-    base: options.Base = WORLD,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
+    prompt: Annotated[str, Argument()] = "noto drawing of a sunflower and a doughnut",
+    expert: options.Experts = (),
+    gates: str = "sum",
+    bind: Sequence[str] = (),
+    unbound: bool = False,
     *,
-    sheet: options.Given,
-    how: options.Given,
-    opening: options.Given,
-) -> None:
+    sheet: Sheet,
+) -> Said:
     """Draw a prompt with several LoRAs, beside the base, each LoRA alone and the plain sum.
 
     Each LoRA is bound to its own words of the prompt and to a place of its own; where each place has room for a picture of
     the size that the model was trained at, it is also drawn by itself at first, in tiles.
 
     Without --expert, the LoRAs of the emoji world that the prompt names are taken.
+
+    Args:
+        prompt: what to draw.
+        gates: trained gates, a folder or a hub id, or a family such as mean: a column more.
+        bind (NAME=WORDS[@REGION]): words of the prompt that are a LoRA's, and where it acts: fox=a fox@left,
+            fox=@0,0,0.5,1, fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from
+            attention.
+        unbound: let every LoRA act on every word and in the whole picture.
     """
     from tqdm import tqdm
 
@@ -71,8 +62,8 @@ def compose(
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
-    seeds, path = started(sheet)
-    experts = experts_for(base, named_values(expert, "--expert"), prompt)
+    path = target(sheet, "grid.png")
+    experts = experts_for(sheet.base, named_values(expert, "--expert"), prompt)
     from mole_diffusers.binding.config import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
@@ -81,19 +72,19 @@ def compose(
     from mole_diffusers.studio.weight_syntax import plain_text
 
     binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
-    page = PromptSheet(opened(base, opening), prompt, seeds, how)
+    page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
-    texts = plain_texts(page.pipe, prompt, **page.others, guided=page.guided)
+    texts = plain_texts(page.pipe, **page.recipe.call)
     has_tiles = mixture.binding and texts and draws_in_tiles(page.pipe, texts | page.call, mixture.binding, experts)
-    tiles = tiled_prompt(page.pipe, prompt) if has_tiles else None
+    tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
     for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
-    if base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
-        page.columns["true drawing"] = [drawing] * len(seeds)
+    if sheet.base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
+        page.columns["true drawing"] = [drawing] * sheet.rows
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     facts = page.save(path, experts=list(hashes), sha256=hashes, gates=mixture.config.to_dict(), bind=bind)
-    print(json.dumps(facts) if as_json else f"{prompt}: {path}")
+    return Said(facts, f"{prompt}: {path}")
 
 
 def _true_drawing(prompt: str) -> Any:
@@ -104,43 +95,31 @@ def _true_drawing(prompt: str) -> Any:
     return emoji.Drawings(emoji.default_folder()).picture(scene) if scene else None
 
 
-def started(sheet: options.Given) -> tuple[list[int], Path]:
-    """The seed of each row of a sheet, and where it is written."""
-    first = secrets.randbelow(1 << 32) if sheet["seed"] == -1 else sheet["seed"]
-    return list(range(first, first + sheet["rows"])), target(sheet["out"], "grid.png", overwrite=sheet["overwrite"])
-
-
 class PromptSheet:
     """Pictures of one prompt side by side: a column for each way of drawing it, a row for each seed.
 
-    The sampler of `how`, the options of `options.Drawing`, is put on the pipeline, and prompts that it does not read are
-    said on stderr.
+    The sampler is put on the pipeline, and what is changed or not read of what was asked for is said on stderr.
 
     Attributes:
-        others: the prompts beside the first, by their options.
-        call: options of the pipeline's calls, with the size rounded.
+        recipe: of the first row, without LoRAs.
+        call: options of the pipeline's calls.
         columns: label -> pictures, one per seed.
     """
 
-    def __init__(self, base: Base, prompt: str, seeds: Sequence[int], how: options.Given):
-        from mole_diffusers.studio.base_models import usual_guidance, usual_size
-        from mole_diffusers.studio.names import shared_name
-        from mole_diffusers.studio.picture_passes import drawable
-        from mole_diffusers.studio.prompt_weights import unread
+    def __init__(self, prompt: str, how: Sheet):
+        from mole_diffusers.studio.catalog import Catalog
+        from mole_diffusers.studio.render import Studio
         from mole_diffusers.studio.samplers import sampler
 
-        self.pipe, self.prompt, self.seeds = base.pipe, prompt, seeds
-        self.others = {name: how[name] for name in ("negative", "prompt_2", "negative_2")}
-        for each in unread(self.pipe, **self.others):
-            note(each)
-        self.pipe.scheduler = sampler(how["sampler"], self.pipe.scheduler, seeds)
-        guidance = usual_guidance(self.pipe, base.name) if how["guidance"] is None else how["guidance"]
-        own = usual_size(self.pipe, base.name, prompt)
-        width, height = drawable(self.pipe, how["width"] or own[0], how["height"] or own[1])
-        self.call = {"num_inference_steps": how["steps"], "guidance_scale": guidance, "width": width, "height": height}
-        self.guided = guidance > 1
+        base = opened(how.base, how, says=True)
+        studio = Studio(base.pipe, Catalog({}, {}), base.name)
+        drawing = {field.name: getattr(how, field.name) for field in fields(options.Drawing)}
+        recipe = completed(studio, first_recipe(studio, prompt=prompt, seed=how.seed, gates="sum", **drawing))
+        self.pipe, self.recipe, self.seeds = base.pipe, recipe, list(range(recipe.seed, recipe.seed + how.rows))
+        self.pipe.scheduler = sampler(recipe.sampler, self.pipe.scheduler, self.seeds)
+        self.call = {"num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
+        self.call |= {"width": recipe.width, "height": recipe.height}
         self.columns: dict[str, Sequence[Image.Image]] = {}
-        self._facts = {"base": shared_name(base.name), "seeds": seeds, "sampler": how["sampler"]}
 
     def draw(self, label: str) -> None:
         """Draw a column: one picture per seed, each from a generator of its own."""
@@ -148,7 +127,7 @@ class PromptSheet:
 
         from mole_diffusers.studio.prompt_weights import call_arguments
 
-        texts = call_arguments(self.pipe, self.prompt, **self.others, guided=self.guided)
+        texts = call_arguments(self.pipe, **self.recipe.call)
         count = len(self.seeds)
         rows = {n: [v] * count if isinstance(v, str) else v.repeat_interleave(count, 0) for n, v in texts.items()}
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
@@ -159,9 +138,10 @@ class PromptSheet:
         from mole_diffusers.inspection.compare import image_grid
         from mole_diffusers.studio import infotext
 
-        about = {"prompt": self.prompt, **self.others, **facts, **self._facts, **self.call}
-        sheet = image_grid(
-            list(zip(*self.columns.values(), strict=True)), list(self.columns), [f"seed {s}" for s in self.seeds]
-        )
+        recipe = self.recipe.to_dict()
+        about = {name: recipe[name] for name in ("prompt", "negative", "prompt_2", "negative_2", "base", "sampler")}
+        about |= facts | {"seeds": self.seeds} | self.call
+        rows = list(zip(*self.columns.values(), strict=True))
+        sheet = image_grid(rows, list(self.columns), [f"seed {seed}" for seed in self.seeds])
         infotext.save(sheet, path, None, {"columns": list(self.columns), **about})
         return {"out": str(path), **about}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import completed, first_recipe, named_gates, open_pictures, open_studio, target
+from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
 from mole_diffusers.cli.console import note
 
 if TYPE_CHECKING:
@@ -18,124 +19,102 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.render import Studio
 
 
-@options.takes(files=options.Studio, given=options.Pictures, over=options.Over, how=options.Drawing, opening=options.Opening)
-def draw(
-    prompt: Annotated[
-        str,
-        Argument(
-            help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), \\[fox] and BREAK as in A1111."
-        ),
-    ],
-    gates: options.NamedGates = "auto",
-    seed: options.Seed = 0,
-    binding: Annotated[
-        str,
-        Option(
-            metavar="HOW",
-            help="bound: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own at "
-            "first, for several subjects; auto: tiles where each has room, else bound; none: all everywhere.",
-        ),
-    ] = "auto",
-    out: Annotated[
-        Path | None, Option(metavar="PNG", help="Where the picture goes. Default: a new picture.png, picture-2.png, ...")
-    ] = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-    *,
-    files: options.Given,
-    given: options.Given,
-    over: options.Given,
-    how: options.Given,
-    opening: options.Given,
-) -> None:
-    """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools."""
-    from mole_diffusers.studio.render import with_pictures
+@dataclass
+class Over(options.Pictures):
+    """How much is drawn over.
 
-    path = target(out, "picture.png", overwrite=overwrite)
-    pictures = open_pictures(given)
-    studio = open_studio(files, opening)
-    recipe = first_recipe(studio, prompt=prompt, gates=named_gates(studio, gates), seed=seed, binding=binding, **how, **over)
-    draw_recipe(studio, with_pictures(recipe, **pictures), path, pictures, as_json=as_json)
+    Attributes:
+        strength: how much of --image is drawn anew.
+        hires: make the picture so much larger and draw over it once more.
+        hires_strength: how much of it is drawn anew then.
+    """
+
+    panel = "Drawing over a picture"
+    strength: options.Share = 0.6
+    hires: Annotated[float, Option(min=1, max=4)] = 1.0
+    hires_strength: options.Share = 0.5
 
 
-@options.takes(files=options.Studio, given=options.Pictures, opening=options.Opening)
-def redraw(
-    picture: Annotated[Path, Argument(help="A PNG of mole draw, the app or A1111, or a recipe as a .json file.")],
-    out: Annotated[
-        Path | None, Option(metavar="PNG", help="Where the picture goes. Default: a new redrawn.png, redrawn-2.png, ...")
-    ] = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-    *,
-    files: options.Given,
-    given: options.Given,
-    opening: options.Given,
-) -> None:
+@dataclass
+class Settings(options.Drawing, Over):
+    """What a recipe has beside its prompt.
+
+    Attributes:
+        gates: trained gates by name or folder, sum or mean; auto takes your own for these LoRAs, else sum.
+        seed: the same seed gives the same picture; -1 is a random one.
+        binding (HOW): bound: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own
+            at first, for several subjects; auto: tiles where each has room, else bound; none: all everywhere.
+    """
+
+    gates: str = "auto"
+    seed: options.Seed = 0
+    binding: str = "auto"
+
+
+def draw(prompt: str, *, files: options.Studio, settings: Settings, output: options.Output) -> Said:
+    """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
+
+    Args:
+        prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK as in A1111.
+    """
+    path = target(output, "picture.png")
+    return draw_recipe(*open_recipe(prompt, files, settings), path)
+
+
+def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, output: options.Output) -> Said:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
     LoRAs are found by their hash, whatever their files are called here. A picture that was drawn over another needs that one
     as --image.
+
+    Args:
+        picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
     """
     from mole_diffusers.lora.safe_files import printable
     from mole_diffusers.studio import infotext
     from mole_diffusers.studio.base_models import find_base
     from mole_diffusers.studio.names import model_name
 
-    path = target(out, "redrawn.png", overwrite=overwrite)
+    path = target(output, "redrawn.png")
     found = infotext.contents(picture)
     recipe = found.recipe
     if found.left_out:
         note(printable(found.left_out))
-    base = files["base"]
-    here = base if base == options.WORLD else str(find_base(base))
+    here = files.base if files.base == options.WORLD else str(find_base(files.base))
     if recipe.base and Path(recipe.base).name != Path(here).name:
         raise ValueError(f"{picture.name} was drawn with the base {model_name(recipe.base)!r}; give it as --base")
-    pictures = open_pictures(given)
-    studio = open_studio(files, opening)
-    draw_recipe(studio, recipe, path, pictures, as_json=as_json)
+    pictures = open_pictures(over)
+    return draw_recipe(open_studio(files), recipe, pictures, path)
 
 
-@options.takes(files=options.Studio, given=options.Pictures, over=options.Over, how=options.Drawing, opening=options.Opening)
 def grid(
-    prompt: Annotated[str, Argument(help="What to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.")],
-    x: Annotated[
-        str, Option("--x", metavar="AXIS", help="What changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...")
-    ] = "arm=base,sum,gates",
-    y: Annotated[str, Option("--y", metavar="AXIS", help="What changes from top to bottom.")] = "seed=0,1,2",
-    gates: options.NamedGates = "auto",
-    seed: options.Seed = 0,
-    out: Annotated[
-        Path | None, Option(metavar="PNG", help="Where the grid goes. Default: a new grid.png, grid-2.png, ...")
-    ] = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
+    prompt: str,
+    x: str = "arm=base,sum,gates",
+    y: str = "seed=0,1,2",
     *,
-    files: options.Given,
-    given: options.Given,
-    over: options.Given,
-    how: options.Given,
-    opening: options.Given,
-) -> None:
+    files: options.Studio,
+    settings: Settings,
+    output: options.Output,
+) -> Said:
     """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, binding, steps, guidance, sampler,
     hires or hires_strength, and with --image also strength.
 
     The PNG holds the recipe and both axes.
+
+    Args:
+        prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.
+        x (AXIS): what changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...
+        y (AXIS): what changes from top to bottom.
     """
     from tqdm import tqdm
 
     from mole_diffusers.studio import infotext
-    from mole_diffusers.studio.render import with_pictures
     from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 
     across, down = parse_axis(x), parse_axis(y)
-    path = target(out, "grid.png", overwrite=overwrite)
-    pictures = open_pictures(given)
-    studio = open_studio(files, opening)
-    asked = first_recipe(studio, prompt=prompt, gates=named_gates(studio, gates), seed=seed, **how, **over)
-    first = completed(studio, with_pictures(asked, **pictures), pictures)
+    path = target(output, "grid.png")
+    studio, asked, pictures = open_recipe(prompt, files, settings)
+    first = completed(studio, asked, pictures.get("image"))
     rows = [[studio.complete(cell) for cell in row] for row in cells(first, across, down)]
     for cell in (cell for row in rows for cell in row):
         studio.total_steps(cell)  # raises before anything is drawn
@@ -148,15 +127,50 @@ def grid(
                 bar.update()
     axes = {"x": x, "y": y}
     infotext.save(sheet(drawn, across.labels, down.labels), path, first, axes)
-    facts = {"out": str(path), **axes, **first.to_dict()}
-    print(json.dumps(facts) if as_json else f"{len(rows)} x {len(rows[0])} pictures: {path}")
+    return Said({"out": str(path), **axes, **first.to_dict()}, f"{len(rows)} x {len(rows[0])} pictures: {path}")
 
 
-def draw_recipe(studio: Studio, asked: Recipe, path: Path, pictures: Mapping[str, Any], *, as_json: bool) -> None:
-    """Draw a recipe, write a PNG that holds it, and say so."""
+def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:
+    """The studio, the recipe that was asked for, and the pictures that it draws over."""
+    from mole_diffusers.gates import checkpoint
+    from mole_diffusers.studio.render import with_pictures
+
+    pictures = open_pictures(settings)
+    studio = open_studio(files)
+    folder, asked = Path(settings.gates), {**vars(settings), "image": None, "mask": None}
+    if settings.gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # which has no name yet
+        asked["gates"] = folder.resolve().name
+        studio.catalog.add_gates(asked["gates"], folder)
+    return studio, with_pictures(first_recipe(studio, prompt=prompt, **asked), **pictures), pictures
+
+
+def open_studio(files: options.Studio) -> Studio:
+    """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
+    from mole_diffusers.studio.render import Studio
+
+    catalog = open_catalog([files.base], files, files.expert)
+    found = opened(files.base, files, says=True)
+    return Studio(found.pipe, catalog, found.name)
+
+
+def open_pictures(given: options.Pictures) -> dict[str, Any]:
+    """The pictures of --image and --mask, by these names.
+
+    Raises ValueError for a file that is no picture, and a mask alone.
+    """
+    from mole_diffusers.studio.picture_passes import read_picture
+
+    if given.mask is not None and given.image is None:
+        raise ValueError("--mask shows a part of a picture: give --image")
+    paths = {"image": given.image, "mask": given.mask}
+    return {name: read_picture(path, f"--{name} {path}") for name, path in paths.items() if path is not None}
+
+
+def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path) -> Said:
+    """Draw a recipe, and write a PNG that holds it."""
     from mole_diffusers.studio import infotext
 
-    recipe = completed(studio, asked, pictures)
+    recipe = completed(studio, asked, pictures.get("image"))
     infotext.save(studio.draw(recipe, **pictures), path, recipe)
-    said = f"{recipe.prompt}: {path}" if asked.seed == recipe.seed else f"{recipe.prompt}, seed {recipe.seed}: {path}"
-    print(json.dumps({"out": str(path), **recipe.to_dict()}) if as_json else said)
+    seed = "" if asked.seed == recipe.seed else f", seed {recipe.seed}"
+    return Said({"out": str(path), **recipe.to_dict()}, f"{recipe.prompt}{seed}: {path}")

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from typer import Argument, Exit, Option
-
-from mole_diffusers.cli import options
-from mole_diffusers.cli.common import pipeline
+from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.common import opened
+from mole_diffusers.cli.options import Machine
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
 
 
-def inspect(
-    files: Annotated[list[Path], Argument(metavar="FILE", help="LoRA files.")],
-    base: Annotated[str | None, Option(metavar="MODEL", help="A pipeline to match the layers with.")] = None,
-    base_config: options.BaseConfig = None,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Show what is in LoRA files: format, base model, trigger words, and what cannot be used."""
+def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine) -> Said:
+    """Show what is in LoRA files: format, base model, trigger words, and what cannot be used.
+
+    Args:
+        files (FILE): LoRA files.
+        base (MODEL): a pipeline to match the layers with.
+    """
     from mole_diffusers.lora import read_expert
     from mole_diffusers.lora.safe_files import printable
 
@@ -31,7 +28,7 @@ def inspect(
     if base:
         from mole_diffusers.patching.denoiser_inputs import models_of
 
-        models = models_of(pipeline(base, config=base_config))
+        models = models_of(opened(base, machine).pipe)
     reports, failed = list[dict[str, Any]](), False
     for path in files:
         try:
@@ -39,13 +36,8 @@ def inspect(
         except (ValueError, FileNotFoundError) as error:
             failed = True
             reports.append({"file": str(path), "error": str(error)})
-    if as_json:
-        print(json.dumps(reports, indent=1))
-    else:
-        for report in reports:
-            print("\n".join(f"{key:>9}  {printable(str(value))}" for key, value in report.items()) + "\n")
-    if failed:
-        raise Exit(1)
+    words = ["\n".join(f"{key:>9}  {printable(str(value))}" for key, value in report.items()) for report in reports]
+    return Said(reports, "\n\n".join(words), status=int(failed))
 
 
 def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, Any]:

@@ -2,121 +2,113 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import opened, pipeline
-from mole_diffusers.cli.compose import PromptSheet, Sheet, started
-from mole_diffusers.cli.options import THRESHOLD, WORLD
+from mole_diffusers.cli.commands import Group, Said
+from mole_diffusers.cli.common import opened, target
+from mole_diffusers.cli.compose import PromptSheet, Sheet
 
 if TYPE_CHECKING:
     from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 
+THRESHOLD = 0.7  # as in retrieval.library, which needs torch
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 
-def index(
-    library: Annotated[Path, Argument(metavar="FOLDER", help="LoRA files, in subfolders too.")],
-    encoder: options.Encoder = None,
-    base: options.Base = WORLD,
-    base_config: options.BaseConfig = None,
-    device: options.Device = None,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Make a folder of LoRAs a library, in which prompts find the LoRAs they ask for."""
+Encoder = Annotated[
+    str | None,
+    Option(metavar="MODEL", help="a sentence-transformers model that reads texts. Default: the text encoder of --base."),
+]
+
+
+@dataclass
+class Search(Group):
+    """How LoRAs are found.
+
+    Attributes:
+        library (FOLDER): a folder that `mole index` has indexed.
+        k: at most so many LoRAs; those whose trigger words are said all count.
+        threshold: similarity that a LoRA needs whose trigger words are not said.
+    """
+
+    library: Annotated[Path, Option()]
+    k: int = 3
+    threshold: float = THRESHOLD
+    encoder: Encoder = None
+
+
+def index(library: Path, encoder: Encoder = None, base: options.Base = options.WORLD, *, machine: options.Machine) -> Said:
+    """Make a folder of LoRAs a library, in which prompts find the LoRAs they ask for.
+
+    Args:
+        library (FOLDER): LoRA files, in subfolders too.
+    """
     from mole_diffusers.retrieval.encoders import text_encoder_for
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    made = LoraLibrary.index(library, text_encoder_for(pipeline(base, device, config=base_config), encoder))
-    if as_json:
-        print(json.dumps({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}))
-        return
-    print(f"{library}: {len(made.entries)} LoRAs")
-    for file, why in made.skipped.items():
-        print(f"left out {file}: {why}")
+    made = LoraLibrary.index(library, text_encoder_for(opened(base, machine).pipe, encoder))
+    words = [f"{library}: {len(made.entries)} LoRAs", *(f"left out {file}: {why}" for file, why in made.skipped.items())]
+    return Said({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
 
 
-def retrieve(
-    prompt: Annotated[str, Argument(help="What you want to draw.")],
-    library: options.Library,
-    k: options.Count = 3,
-    threshold: options.Threshold = THRESHOLD,
-    encoder: options.Encoder = None,
-    base: options.Base = WORLD,
-    base_config: options.BaseConfig = None,
-    device: options.Device = None,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Show which LoRAs of a library a prompt asks for, and why."""
+def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search, machine: options.Machine) -> Said:
+    """Show which LoRAs of a library a prompt asks for, and why.
+
+    Args:
+        prompt: what you want to draw.
+    """
     from mole_diffusers.retrieval.composing import report, retrieve_for
 
-    pipe = pipeline(base, device, config=base_config)
-    opened = open_library(library, pipe, encoder)
-    found = retrieve_for(opened, pipe, prompt, k=k, threshold=threshold)
-    print(json.dumps(report(opened, found), indent=1) if as_json else in_words(found, opened))
+    pipe = opened(base, machine).pipe
+    library = open_library(search, pipe)
+    found = retrieve_for(library, pipe, prompt, k=search.k, threshold=search.threshold)
+    return Said(report(library, found), in_words(found, library))
 
 
-@options.takes(sheet=Sheet, how=options.Drawing, opening=options.Opening)
-def compose_library(
-    prompt: Annotated[str, Argument(help="What to draw.")],
-    library: options.Library,
-    mode: Annotated[
-        Mode,
-        Option(help="sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged."),
-    ] = "sum",
-    k: options.Count = 3,
-    threshold: options.Threshold = THRESHOLD,
-    encoder: options.Encoder = None,
-    gates: Annotated[str, Option(help="Trained gates (a folder or a hub id) or a family.")] = "sum",
-    base: options.Base = WORLD,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-    *,
-    sheet: options.Given,
-    how: options.Given,
-    opening: options.Given,
-) -> None:
+def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: Sheet) -> Said:
     """Find the LoRAs that a prompt asks for in a library, and draw it without and with them.
 
     They are bound, and drawn in tiles where there is room, as by mole draw.
+
+    Args:
+        prompt: what to draw.
+        mode: sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged.
+        gates: trained gates (a folder or a hub id) or a family.
     """
     from mole_diffusers.retrieval.composing import composed, report
     from mole_diffusers.studio.prompt_weights import tiled_prompt
 
     if "<lora:" in prompt:
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
-    seeds, path = started(sheet)
-    page = PromptSheet(opened(base, opening), prompt, seeds, how)
-    found_in = open_library(library, page.pipe, encoder)
+    path = target(sheet, "grid.png")
+    page = PromptSheet(prompt, sheet)
+    library = open_library(search, page.pipe)
     page.draw("base")
-    with composed(found_in, page.pipe, prompt, mode=mode, k=k, threshold=threshold, gates=gates) as composition:
+    asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
+    with composed(library, page.pipe, prompt, **asked) as composition:
         mixture = composition.mixture
-        tiles = tiled_prompt(page.pipe, prompt, prompt_2=page.others["prompt_2"])
+        tiles = tiled_prompt(page.pipe, page.recipe.text, prompt_2=page.recipe.prompt_2)
         with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):
             page.draw(f"found ({mode})")
     found, weights = composition.found[0], composition.sets[0]
-    facts = page.save(path, found=report(found_in, found), weights=weights, mode=mode, gates=gates)
-    if as_json:
-        print(json.dumps(facts))
-        return
+    facts = page.save(path, found=report(library, found), weights=weights, mode=mode, gates=gates)
     shares = ", ".join(f"{name} x {weight:.3g}" for name, weight in weights.items()) or "the base alone"
-    print(f"{in_words(found, found_in)}\ndrawn with {shares}, {mode}: {path}")
+    return Said(facts, f"{in_words(found, library)}\ndrawn with {shares}, {mode}: {path}")
 
 
-def open_library(folder: Path, pipe: Any, encoder: str | None) -> LoraLibrary:
+def open_library(search: Search, pipe: Any) -> LoraLibrary:
     """The library of --library, read by the encoder of --encoder."""
     from mole_diffusers.retrieval.encoders import text_encoder_for
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    return LoraLibrary.open(folder, text_encoder_for(pipe, encoder))
+    return LoraLibrary.open(search.library, text_encoder_for(pipe, search.encoder))
 
 
 def in_words(found: Sequence[RetrievedLora], library: LoraLibrary) -> str:

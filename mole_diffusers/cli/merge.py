@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from typer import Argument, Option
-
-from mole_diffusers.cli import options
-from mole_diffusers.cli.common import (
-    grouped_values,
-    json_or_text,
-    named_values,
-    parse_file,
-    pipeline,
-    read_experts,
-    target,
-)
+from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, opened, parse_file, read_experts, target
 from mole_diffusers.cli.console import busy
-from mole_diffusers.cli.options import NONE
+from mole_diffusers.cli.options import Machine, Output
 
 Method = Literal[
     "sum", "mean", "svd", "ties", "dare", "knots", "lego", "np", "ssr", "regmean", "iteris", "scalars"
@@ -29,33 +17,36 @@ Method = Literal[
 
 
 def merge(
-    files: Annotated[
-        list[str], Argument(metavar="[NAME=]FILE[:STRENGTH]", help="LoRA files; each is named as its file, or NAME.")
-    ],
-    out: Annotated[Path, Option(metavar="FILE", help="The file to write.")],
-    method: Annotated[Method, Option(help="How. The last four run the LoRAs on a pipeline and need --base.")] = "svd",
-    rank: Annotated[int | None, Option(help="The rank of the result, at most.")] = None,
-    protect: Annotated[list[str], Option(metavar="NAME", help="np: leave this LoRA as it is. Repeatable.")] = NONE,
-    option: Annotated[list[str], Option(metavar="KEY=VALUE", help="Of the method: drop=0.5. Repeatable.")] = NONE,
-    format: Annotated[Literal["diffusers", "kohya"], Option(help="kohya is for A1111 and ComfyUI.")] = "diffusers",
-    base: Annotated[str | None, Option(metavar="MODEL", help="The pipeline to run the LoRAs on.")] = None,
-    base_config: options.BaseConfig = None,
-    own: Annotated[
-        list[str],
-        Option(metavar="NAME=PROMPT", help="A prompt for one LoRA alone. Default: its trigger words. Repeatable."),
-    ] = NONE,
-    device: options.Device = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Merge several LoRA files into one ordinary LoRA file, without training."""
+    files: Sequence[str],
+    method: Method = "svd",
+    rank: int | None = None,
+    protect: Sequence[str] = (),
+    option: Sequence[str] = (),
+    format: Literal["diffusers", "kohya"] = "diffusers",
+    base: str | None = None,
+    own: Sequence[str] = (),
+    *,
+    machine: Machine,
+    output: Output,
+) -> Said:
+    """Merge several LoRA files into one ordinary LoRA file, without training.
+
+    Args:
+        files ([NAME=]FILE[:STRENGTH]): LoRA files; each is named as its file, or NAME.
+        method: how. The last four run the LoRAs on a pipeline and need --base.
+        rank: the rank of the result, at most.
+        protect (NAME): np: leave this LoRA as it is.
+        option (KEY=VALUE): of the method: drop=0.5.
+        format: kohya is for A1111 and ComfyUI.
+        base (MODEL): the pipeline to run the LoRAs on.
+        own (NAME=PROMPT): a prompt for one LoRA alone. Default: its trigger words.
+    """
     from mole_diffusers.lora.writing import save_expert
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import by_activations
     from mole_diffusers.merging.merge import merge as merge_experts
 
-    out = target(out, "merged.safetensors", overwrite=overwrite)
+    out = target(output, "merged.safetensors")
     experts = read_experts(by_name(files))
     settings = {key: json_or_text(value) for key, value in named_values(option, "--option").items()}
     prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
@@ -64,12 +55,12 @@ def merge(
     if by_activations(method):
         if base is None:
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
-        activations = Activations(pipeline(base, device, config=base_config), prompts)
+        activations = Activations(opened(base, machine).pipe, prompts)
     with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline has bars of its own
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)
     save_expert(merged, out, format=format)
     facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
-    print(json.dumps(facts) if as_json else "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))
+    return Said(facts, "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))
 
 
 def by_name(texts: Sequence[str]) -> dict[str, str]:

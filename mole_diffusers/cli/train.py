@@ -10,9 +10,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, make_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,78 +20,56 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, pipeline
+from mole_diffusers.cli.commands import Group, Said, settings_of
+from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, opened
 from mole_diffusers.cli.console import note
-from mole_diffusers.cli.options import NONE, WORLD
+from mole_diffusers.cli.options import WORLD
 from mole_diffusers.options import check_kinds, check_options
 from mole_diffusers.training.config import GateTraining, LoraTraining
 
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
 
-PICTURES, UPDATES = "What to learn from", "How to train"  # panels of the help
-CLASS = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
 RECOMMENDED = "factors"  # what validation compositions chose, see docs/training.md
-learn = partial(Option, rich_help_panel=PICTURES)
-gate = partial(Option, rich_help_panel="Which gates")
-switch = partial(gate, parser=json_or_text, metavar="true|false")
-class_picture = partial(Option, rich_help_panel=CLASS)
+Switch = Annotated[Any, Option(parser=json_or_text)]
 
 # ---- what both commands share
 
 
-class Run:
-    """What is trained on, and where it is written."""
+@dataclass
+class Run(options.Machine):
+    """What is trained on, and where it is written.
 
-    base: Annotated[str | None, Option(**options.BASE, show_default=WORLD)] = None
-    base_config: options.BaseConfig = None
-    device: options.Device = None
-    out: Annotated[Path | None, Option(metavar="FOLDER", help="The result, checkpoints and the log go here.")] = None
-    config: Annotated[Path | None, Option(metavar="FILE", help="Any settings as YAML or JSON; options override it.")] = None
-    write_config: Annotated[Path | None, Option(metavar="FILE", help="Write all settings as YAML or JSON, and stop.")] = None
-    resume: Annotated[
-        str | None,
-        Option(metavar="latest|checkpoint-N", help="Go on with the run in --out; latest also starts a new one."),
-    ] = None
+    Attributes:
+        base (MODEL): as in the other commands. Default: emoji.
+        out (FOLDER): the result, checkpoints and the log go here.
+        config (FILE): any settings as YAML or JSON; options override it.
+        write_config (FILE): write all settings as YAML or JSON, and stop.
+        resume (latest|checkpoint-N): go on with the run in --out; latest also starts a new one.
+    """
 
-
-EVERY_RUN = {  # settings that both trainings have -> help
-    "steps": "Updates.",
-    "precision": "Of the forward pass; no is the full one.",
-    "accumulation": "Compute a batch in so many parts, for less memory.",
-    "checkpointing": "Less memory, more time.",
-    "every": "Updates between checkpoints.",
-    "keep": "How many checkpoints are kept.",
-}
-
-
-def updates(config: type, **helps: str) -> type:
-    """A group of options for fields of a config, each with its help; the default is shown, unless the help tells it."""
-    kinds, fields = get_type_hints(config), []
-    for name, text in (helps | EVERY_RUN).items():
-        default, flag = getattr(config, name), kinds[name] is bool
-        shown = False if default is None or flag or "Default:" in text else str(default)
-        option = Option(*[f"--{name}"] if flag else [], help=text, show_default=shown, rich_help_panel=UPDATES)
-        fields.append((name, Annotated[kinds[name] | None, option], None))
-    return make_dataclass("Learning", fields)
+    base: str | None = None
+    out: Path | None = None
+    config: Path | None = None
+    write_config: Path | None = None
+    resume: str | None = None
 
 
 def settings(
-    run: options.Given, sections: Mapping[str, options.Given], data: Sequence[str], **others: str | None
+    run: Run, sections: Mapping[str, Mapping[str, Any]], data: Sequence[str], **others: str | None
 ) -> dict[str, Any]:
     """Everything that was asked, as plain data: what the file of --config says, overridden by the options.
 
     Args:
-        run: options of `Run`.
         sections: name -> what options say of it.
         data: folders of pictures.
         others: what else a file may hold beside sections.
 
     Raises ValueError for a file that is neither YAML nor JSON, or with an unknown section or one of another kind.
     """
-    alone = {"base": run["base"], "base_config": run["base_config"], "data": data, **others}
+    alone = {"base": run.base, "base_config": run.base_config, "data": data, **others}
     kinds = dict.fromkeys(("base", "base_config", *others), str) | dict.fromkeys(sections, Mapping[str, Any])
-    file = _read(run["config"], kinds | {"data": Sequence[str]}) if run["config"] else {}
+    file = _read(run.config, kinds | {"data": Sequence[str]}) if run.config else {}
     merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
     return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | given(alone)
 
@@ -118,17 +95,9 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def write_settings(path: Path, asked: Mapping[str, Any]) -> None:
-    """Write what --config reads: JSON where the file is named so, else YAML."""
-    import yaml
-
-    as_json = path.suffix == ".json"
-    path.write_text(json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(asked, sort_keys=False))
-
-
-def given(values: options.Given) -> dict[str, Any]:
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """What was given of the options of a section."""
-    return {name: value for name, value in values.items() if value is not None and value not in ([], {})}
+    return {name: value for name, value in values.items() if value is not None and value not in ([], (), {})}
 
 
 def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, side: int | None = None) -> Samples | None:
@@ -154,7 +123,8 @@ def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
 
     rank = os.environ.get("LOCAL_RANK")
     own = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
-    return pipeline(asked["base"], device or own, config=asked.get("base_config"), dtype="float32", offload="none")
+    machine = options.Machine(device or own, asked.get("base_config"))
+    return opened(asked["base"], machine, dtype="float32", offload="none").pipe
 
 
 def is_main_process() -> bool:
@@ -163,16 +133,28 @@ def is_main_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-@contextmanager
-def says_what_is_kept(folder: Path) -> Iterator[None]:
-    """Say on stderr, where the block is interrupted by Ctrl-C, which checkpoint is there and how to go on."""
+def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said]) -> Said | None:
+    """Train what was asked, or write it for --write-config: JSON where the file is named so, else YAML.
+
+    Where Ctrl-C interrupts it, which checkpoint is there and how to go on is said on stderr.
+    """
+    import yaml
+
+    if run.write_config:
+        as_json = run.write_config.suffix == ".json"
+        text = json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(dict(asked), sort_keys=False)
+        run.write_config.write_text(text)
+        return None
+    if run.out is None:
+        raise ValueError("--out is needed: the folder for the result, checkpoints and log")
     try:
-        yield
+        said = fit(run.out)
+        return said if is_main_process() else None
     except KeyboardInterrupt:
         from mole_diffusers.training.engine import checkpoints
 
         if is_main_process():
-            whole = checkpoints(folder)
+            whole = checkpoints(run.out)
             kept = f"{whole[-1]} is kept; --resume latest goes on from there" if whole else "there is no checkpoint yet"
             print(file=sys.stderr)  # after the line of the bar
             note(f"interrupted: {kept}")
@@ -182,109 +164,124 @@ def says_what_is_kept(folder: Path) -> Iterator[None]:
 # ---- gates
 
 
-class Gates:
-    """Fields of `GateConfig`, which needs torch."""
+@dataclass
+class Gates(Group):
+    """Fields of `GateConfig`, which needs torch.
 
-    family: Annotated[
-        str | None, gate(help="factors, flow, mole, static, prompt, rank, retrieval.", show_default=RECOMMENDED)
-    ] = None
-    granularity: Annotated[str | None, gate(help="static, mole: one gate per model, block, layer or matrix.")] = None
-    total: Annotated[str | None, gate(help="What the weights add up to: 1, N, sigmoid, linear or none, by family.")] = None
-    inputs: Annotated[str | None, gate(help="mole: reads the hidden state, or the experts' outputs.")] = None
-    features: Annotated[str | None, gate(help="mole: reads tokens pooled or flattened.")] = None
-    bias: Annotated[Any, switch(help="mole: adds a number per LoRA.")] = None
-    bins: Annotated[int | None, gate(help="static: sets of weights over the noise levels.")] = None
-    start: Annotated[str | None, gate(help="flow: weights before training: sum, mean or faithful.")] = None
-    axis: Annotated[str | None, gate(help="prompt: shares among LoRAs (concept), layers (module) or both.")] = None
-    top: Annotated[int | None, gate(help="prompt, rank: how many weigh something; 0 is all.")] = None
-    rank: Annotated[int | None, gate(help="retrieval: rank of the router.")] = None
-    scores: Annotated[str | None, gate(help="retrieval: weights per token or per image.")] = None
-    partition: Annotated[int | None, gate(help="rank: ranks that share a weight; 0 is all of a LoRA.")] = None
-    refactor: Annotated[Any, switch(help="rank: turn ranks to singular directions first.")] = None
-    rate: Annotated[float | None, gate(help="rank: how fast the load is evened out.")] = None
+    Attributes:
+        family: factors, flow, mole, static, prompt, rank, retrieval. Default: factors.
+        granularity: static, mole: one gate per model, block, layer or matrix.
+        total: what the weights add up to: 1, N, sigmoid, linear or none, by family.
+        inputs: mole: reads the hidden state, or the experts' outputs.
+        features: mole: reads tokens pooled or flattened.
+        bias (true|false): mole: adds a number per LoRA.
+        bins: static: sets of weights over the noise levels.
+        start: flow: weights before training: sum, mean or faithful.
+        axis: prompt: shares among LoRAs (concept), layers (module) or both.
+        top: prompt, rank: how many weigh something; 0 is all.
+        rank: retrieval: rank of the router.
+        scores: retrieval: weights per token or per image.
+        partition: rank: ranks that share a weight; 0 is all of a LoRA.
+        refactor (true|false): rank: turn ranks to singular directions first.
+        rate: rank: how fast the load is evened out.
+    """
+
+    panel = "Which gates"
+    family: str | None = None
+    granularity: str | None = None
+    total: str | None = None
+    inputs: str | None = None
+    features: str | None = None
+    bias: Switch = None
+    bins: int | None = None
+    start: str | None = None
+    axis: str | None = None
+    top: int | None = None
+    rank: int | None = None
+    scores: str | None = None
+    partition: int | None = None
+    refactor: Switch = None
+    rate: float | None = None
 
 
-GateUpdates = updates(
-    GateTraining,
-    width="Pixels of pictures of --prompt. Default: the model's own.",
-    height="Likewise.",
-    batch="Examples per update and term, over all processes.",
-    lr="Learning rate. Default: what suits each gate.",
-    schedule="Of the learning rate.",
-    warmup="First updates, in which the learning rate grows.",
-    weight_decay="Of AdamW.",
-    max_norm="Gradients are clipped to this length; 0 does not clip.",
-    ema="Keep a moving average of the gates with this decay, 0.99 say.",
-    drop="Chance of each LoRA to sit out an update.",
-    initial="Weights before the first update.",
-    seed="The same seed gives the same gates.",
-    tracker="tensorboard or wandb.",
-)
+@dataclass
+class Lesson(Group):
+    """What gates learn from.
+
+    Attributes:
+        prompt: a prompt that names all LoRAs.
+        part (PROMPT): one subject of the --prompt, from left to right.
+        single (NAME=PROMPT): a prompt that names one LoRA alone.
+        style (NAME): a LoRA that is a style: it acts on the whole picture.
+        plain (PROMPT): a prompt that names no LoRA.
+        other (NAME=WORD): a word that may replace this LoRA's trigger.
+        data (FOLDER): pictures with captions.
+        clip (MODEL): a CLIP of transformers, a folder or a hub id.
+    """
+
+    panel = "What to learn from"
+    prompt: Sequence[str] = ()
+    part: Sequence[str] = ()
+    single: Sequence[str] = ()
+    style: Sequence[str] = ()
+    plain: Sequence[str] = ()
+    other: Sequence[str] = ()
+    data: Sequence[str] = ()
+    clip: str | None = None
 
 
-@options.takes(run=Run, training=GateUpdates, gates=Gates)
+@settings_of(GateTraining, without=("terms", "validation"))
+class GateUpdates(Group):
+    """How gates are trained.
+
+    Attributes:
+        term (NAME[=WEIGHT][,OPTION=VALUE]): a goal: collage, single, composed, base, separate, denoise, clip, rollout,
+            balance. Default: collage where there are parts, else what there are prompts for.
+        validate (N): draw the prompts every N updates.
+    """
+
+    panel = "How to train"
+    term: Sequence[str] = ()
+    validate: int | None = None
+
+
 def train(
-    expert: options.Experts = NONE,
-    push_to_hub: Annotated[str | None, Option(metavar="REPO", help="Upload the gates, with a model card.")] = None,
-    as_json: options.Json = False,
-    prompt: Annotated[list[str], learn(help="A prompt that names all LoRAs. Repeatable, as all of these are.")] = NONE,
-    part: Annotated[list[str], learn(metavar="PROMPT", help="One subject of the --prompt, from left to right.")] = NONE,
-    single: Annotated[list[str], learn(metavar="NAME=PROMPT", help="A prompt that names one LoRA alone.")] = NONE,
-    style: Annotated[list[str], learn(metavar="NAME", help="A LoRA that is a style: it acts on the whole picture.")] = NONE,
-    plain: Annotated[list[str], learn(metavar="PROMPT", help="A prompt that names no LoRA.")] = NONE,
-    other: Annotated[list[str], learn(metavar="NAME=WORD", help="A word that may replace this LoRA's trigger.")] = NONE,
-    data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures with captions.")] = NONE,
-    clip: Annotated[str | None, learn(metavar="MODEL", help="A CLIP of transformers, a folder or a hub id.")] = None,
-    term: Annotated[
-        list[str],
-        Option(
-            metavar="NAME[=WEIGHT][,OPTION=VALUE]",
-            help="A goal: collage, single, composed, base, separate, denoise, clip, rollout, balance. "
-            "Repeatable. Default: collage where there are parts, else what there are prompts for.",
-            rich_help_panel=UPDATES,
-        ),
-    ] = NONE,
-    validate: Annotated[
-        int | None, Option(metavar="N", help="Draw the prompts every N updates.", rich_help_panel=UPDATES)
-    ] = None,
-    verbose: options.Verbose = False,
+    expert: options.Experts = (),
+    push_to_hub: str | None = None,
     *,
-    run: options.Given,
-    training: options.Given,
-    gates: options.Given,
-) -> None:
+    run: Run,
+    lesson: Lesson,
+    training: GateUpdates,
+    gates: Gates,
+) -> Said | None:
     """Train gates for a set of LoRAs: how much each one acts, where and when.
 
     Prompts are enough: the LoRAs themselves are the teachers. Without --expert, those of the emoji world that the prompts
     name are taken. `accelerate launch -m mole_diffusers train` divides the work over GPUs.
+
+    Args:
+        push_to_hub (REPO): upload the gates, with a model card.
     """
-    lesson = {
-        "composed": prompt,
-        "plain": plain,
-        "styles": style,
-        "singles": grouped_values(single, "--single"),
-        "others": grouped_values(other, "--other"),
-        "parts": _parts(prompt, part),
+    learned = {
+        "composed": lesson.prompt,
+        "plain": lesson.plain,
+        "styles": lesson.style,
+        "singles": grouped_values(lesson.single, "--single"),
+        "others": grouped_values(lesson.other, "--other"),
+        "parts": _parts(lesson.prompt, lesson.part),
     }
-    experts, terms = named_values(expert, "--expert"), dict(map(_term, term))
-    sections = {"experts": experts, "gates": gates, "lesson": lesson, "training": {**training, "terms": terms}}
-    asked = settings(run, sections, data, clip=clip)
+    updates = {**vars(training), "terms": dict(map(_term, training.term))}
+    del updates["term"], updates["validate"]
+    experts = named_values(expert, "--expert")
+    sections = {"experts": experts, "gates": vars(gates), "lesson": learned, "training": updates}
+    asked = settings(run, sections, lesson.data, clip=lesson.clip)
     asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
     check_kinds(asked["experts"], dict.fromkeys(asked["experts"], str), "the experts")
-    if validate is not None:
+    if training.validate is not None:
         looks = asked["training"].get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
-        asked["training"]["validation"] = {**looks, "every": validate}
-    if run["write_config"]:
-        write_settings(run["write_config"], asked)
-        return
-    if run["out"] is None:
-        raise ValueError("--out is needed: the folder for gates, checkpoints and log")
-    with says_what_is_kept(run["out"]):
-        log = _train_gates(asked, run, push_to_hub)
-    if is_main_process():
-        facts, first, last = {"out": str(run["out"]), **log[-1]}, log[0]["loss"], log[-1]["loss"]
-        print(json.dumps(facts) if as_json else f"{run['out']}: loss {first:.3f} -> {last:.3f}")
+        asked["training"]["validation"] = {**looks, "every": training.validate}
+    return carried_out(run, asked, partial(_train_gates, asked, run, push_to_hub))
 
 
 def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]:
@@ -302,7 +299,7 @@ def _term(text: str) -> tuple[str, Any]:
     }
 
 
-def _train_gates(asked: Mapping[str, Any], run: options.Given, repo: str | None) -> list[dict]:
+def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path) -> Said:
     from mole_diffusers.gates import GateConfig, checkpoint, hub
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
@@ -317,11 +314,11 @@ def _train_gates(asked: Mapping[str, Any], run: options.Given, repo: str | None)
     experts = experts_for(base, asked["experts"], " ".join(prompts))
     drawn = config.validation.prompts or data.composed
     success = _judge(drawn) if base == WORLD and config.validation.every else None
-    pipe, out = trained_pipeline(asked, run["device"]), run["out"]
+    pipe = trained_pipeline(asked, run.device)
     mixture = attach(pipe, experts, gates)
     data = replace(data, samples=samples(pipe, asked["data"]))
     clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
-    where: dict[str, Any] = {"folder": out, "resume_from": run["resume"]}
+    where: dict[str, Any] = {"folder": out, "resume_from": run.resume}
     log = train_gates(pipe, mixture, data, config=config, clip=clip, success=success, **where)
     if is_main_process():
         known = base if is_hub_id(base) else None  # a folder of this machine tells nobody else
@@ -330,7 +327,7 @@ def _train_gates(asked: Mapping[str, Any], run: options.Given, repo: str | None)
         (out / hub.CARD).write_text(card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
-    return log
+    return Said({"out": str(out), **log[-1]}, f"{out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
 
 
 def _own_terms(data: Any) -> list[str]:
@@ -366,102 +363,96 @@ def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:
 # ---- a LoRA
 
 
-class Concept:
-    """What the LoRA is to learn."""
+@dataclass
+class Concept(Group):
+    """What the LoRA is to learn.
 
-    trigger: Annotated[str | None, learn(metavar="WORDS", help="What will call the concept.")] = None
-    prompt: Annotated[str | None, learn(help="Caption of pictures without one. Default: the trigger.")] = None
-    resolution: Annotated[
-        int | None, learn(metavar="PIXELS", help="Pictures are cut to squares of this side. Default: the base's own.")
-    ] = None
-    format: Annotated[
-        Literal["diffusers", "kohya"] | None, learn(help="kohya is for A1111 and ComfyUI.", show_default="diffusers")
-    ] = None
+    Attributes:
+        trigger (WORDS): what will call the concept.
+        prompt: caption of pictures without one. Default: the trigger.
+        resolution (PIXELS): pictures are cut to squares of this side. Default: the base's own.
+        format: kohya is for A1111 and ComfyUI. Default: diffusers.
+    """
 
-
-class Prior:
-    """Pictures of the class, for prior preservation."""
-
-    prior_prompt: Annotated[str | None, class_picture(help="What the base draws: 'a photo of a dog'.")] = None
-    prior_data: Annotated[list[str], class_picture(metavar="FOLDER", help="Or pictures of your own. Repeatable.")] = NONE
-    prior_count: Annotated[int | None, class_picture(metavar="N", help="Pictures to draw.", show_default="64")] = None
-    prior_steps: Annotated[int | None, class_picture(metavar="N", help="Steps of the sampler.", show_default="25")] = None
-    prior_guidance: Annotated[
-        float | None, class_picture(metavar="SCALE", help="How strictly the prompt is followed.", show_default="7.5")
-    ] = None
+    panel = "What to learn from"
+    trigger: str | None = None
+    prompt: str | None = None
+    resolution: int | None = None
+    format: Literal["diffusers", "kohya"] | None = None
 
 
-LoraUpdates = updates(
-    LoraTraining,
-    rank="Size of the LoRA.",
-    alpha="Scale times rank. Default: the rank.",
-    batch="Pictures per update, over all processes.",
-    lr="Learning rate.",
-    text_lr="Learning rate of the text encoder; 0 leaves it alone.",
-    beam="Let ranks compete (BeamLoRA); from rank 8 on.",
-    seed="The same seed gives the same LoRA.",
-)
+@dataclass
+class Prior(Group):
+    """Pictures of the class, for prior preservation.
+
+    Attributes:
+        prompt: what the base draws: 'a photo of a dog'.
+        data (FOLDER): or pictures of your own.
+        count (N): pictures to draw. Default: 64.
+        steps (N): steps of the sampler. Default: 25.
+        guidance (SCALE): how strictly the prompt is followed. Default: 7.5.
+    """
+
+    panel = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
+    prefix = "prior_"
+    prompt: str | None = None
+    data: Sequence[str] = ()
+    count: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
 
 
-@options.takes(run=Run, concept=Concept, prior=Prior, training=LoraUpdates)
+@settings_of(LoraTraining, without=("prior",))
+class LoraUpdates(Group):
+    """How it is trained."""
+
+    panel = "How to train"
+
+
 def train_lora(
-    data: Annotated[list[str], learn(metavar="FOLDER", help="Pictures, with captions or without. Repeatable.")] = NONE,
-    prior_weight: Annotated[
-        float | None, class_picture(metavar="WEIGHT", help="How much they count.", show_default=str(LoraTraining.prior))
-    ] = None,
-    layers: Annotated[
-        list[str],
-        Option(
-            metavar="KIND",
-            help="Which layers: attention, feed-forward, convolution. Repeatable. Default: attention.",
-            rich_help_panel=UPDATES,
-        ),
-    ] = NONE,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
+    data: Sequence[str] = (),
+    prior_weight: float | None = None,
     *,
-    run: options.Given,
-    concept: options.Given,
-    prior: options.Given,
-    training: options.Given,
-) -> None:
+    run: Run,
+    concept: Concept,
+    prior: Prior,
+    training: LoraUpdates,
+) -> Said | None:
     """Teach a base one concept from pictures. The result is an ordinary LoRA file, named as the folder --out.
 
     `accelerate launch -m mole_diffusers train-lora` divides the work over GPUs.
+
+    Args:
+        data (FOLDER): pictures, with captions or without.
+        prior_weight (WEIGHT): how much pictures of the class count. Default: 1.
     """
-    prior = {name.removeprefix("prior_"): value for name, value in prior.items()}
-    training = {**training, "layers": layers, "prior": prior_weight}
-    asked = settings(run, {"concept": concept, "prior": prior, "training": training}, data)
-    check_options(asked["concept"], get_type_hints(Concept), "the concept")
-    check_options(asked["prior"], {n.removeprefix("prior_"): kind for n, kind in get_type_hints(Prior).items()}, "the prior")
+    updates = {**vars(training), "prior": prior_weight}
+    asked = settings(run, {"concept": vars(concept), "prior": vars(prior), "training": updates}, data)
+    for section, group in (("concept", Concept), ("prior", Prior)):
+        check_options(asked[section], get_type_hints(group), f"the {section}")
     config = LoraTraining.from_dict(asked["training"])
-    if run["write_config"]:
-        write_settings(run["write_config"], asked)
-        return
-    if run["out"] is None or not asked["data"] or not asked["concept"].get("trigger"):
-        raise ValueError("--out (a folder), --data (a folder of pictures) and --trigger (the concept's words) are needed")
-    if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
-        raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
-    with says_what_is_kept(run["out"]):
-        facts = _train_lora(asked, config, run)
-    if is_main_process():
-        print(json.dumps(facts) if as_json else f"{facts['file']}: trigger {asked['concept']['trigger']!r}")
+    return carried_out(run, asked, partial(_train_lora, asked, config, run))
 
 
-def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: options.Given) -> dict[str, Any]:
+def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Said:
     from mole_diffusers.training import train_lora as fit
 
-    concept, out = asked["concept"], run["out"]
-    pipe, trigger, side = trained_pipeline(asked, run["device"]), concept["trigger"], concept.get("resolution")
+    concept = asked["concept"]
+    if not asked["data"] or not (trigger := concept.get("trigger")):
+        raise ValueError("--data (a folder of pictures) and --trigger (the concept's words) are needed")
+    if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
+        raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
+    pipe, side = trained_pipeline(asked, run.device), concept.get("resolution")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
     prior = _prior(pipe, asked["prior"], out if is_main_process() else None, side=side, seed=config.seed)
-    tensors = fit(pipe, pictures, config, prior=prior, name=out.name, folder=out, resume_from=run["resume"])
+    tensors = fit(pipe, pictures, config, prior=prior, name=out.name, folder=out, resume_from=run.resume)
     path = out / f"{out.name}.safetensors"
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
-    return {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
+    facts = {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
+    return Said(facts, f"{path}: trigger {trigger!r}")
 
 
 def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:

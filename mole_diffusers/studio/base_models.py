@@ -20,14 +20,7 @@ from mole_diffusers.studio.names import by_name, files_below, is_hub_id, known_n
 
 WORLD = "emoji"  # as a base: the embedded world
 INDEX = "model_index.json"
-PLACES = (
-    "models/Stable-diffusion",
-    "models/checkpoints",
-    "models/diffusers",
-    "Stable-diffusion",
-    "checkpoints",
-    "diffusers",
-)
+PLACES = [f"{root}{place}" for root in ("models/", "") for place in ("Stable-diffusion", "checkpoints", "diffusers")]
 KINDS = {  # diffusers' name for what a checkpoint is -> pipeline class
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",

@@ -6,9 +6,10 @@ M00, OUT00.. going up, and BASE for the text encoder and everything outside the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
+
+from mole_diffusers.studio.prompt_syntax import number
 
 BASE = "BASE"
 
@@ -75,9 +76,9 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
     preset = next((name for name in sorted(PRESETS, key=len, reverse=True) if lbw.upper().startswith(name)), None)
     try:
         if preset is not None:
-            factor = _finite(lbw[len(preset) :] or "1")
+            factor = number(lbw[len(preset) :] or "1", "lbw")
             return {label: factor * weight for label, weight in _preset(preset, short).items()}
-        values = [_finite(word) for word in lbw.split(",")]
+        values = [number(word, "lbw") for word in lbw.split(",")]
     except ValueError:
         values = []
     for labels in (short, every):
@@ -87,13 +88,6 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
         f"lbw={lbw} is not a preset ({', '.join(PRESETS)}), one number, or a number for each of {', '.join(short)}"
         f" ({len(short)}) or {', '.join(every)} ({len(every)})"
     )
-
-
-def _finite(word: str) -> float:
-    value = float(word)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 def _preset(name: str, labels: Sequence[str]) -> dict[str, float]:

@@ -36,8 +36,7 @@ class Catalog:
         self._experts: dict[str, Expert] = {}
         self._families: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
-        # The gates that were read, and {those that are no examples: {LoRA they were trained with: its hash}}.
-        self._trained: tuple[dict[str, Path], dict[str, dict[str, str]]] = {}, {}
+        self._trained: dict[str, dict[str, str]] = {}
 
     # ---- LoRAs
 
@@ -119,7 +118,8 @@ class Catalog:
         No examples, and none that cannot be read: these are passed over with a warning.
         """
         wanted = {name: self.expert(name).sha256 for name in experts}
-        trained = self._trained_with()
+        names = [name for name in self.gates if name not in self.examples]
+        trained = {name: hashes for name in names if (hashes := self._trained_with(name))}
         same_files = [g for g, hashes in trained.items() if set(hashes.values()) == set(wanted.values())]
         same_names = [g for g, hashes in trained.items() if set(hashes) == set(wanted)]
         return next(iter(same_files + same_names), "sum")
@@ -137,23 +137,19 @@ class Catalog:
         if name in FAMILIES:
             raise ValueError(f"{name!r} is the name of a family; choose another")
         self.examples.discard(name)
+        self._trained.pop(name, None)
         self.gates = self.gates | {name: folder}
 
-    def _trained_with(self) -> dict[str, dict[str, str]]:
-        """Gates that are no examples -> {LoRA they were trained with: its hash}; read once for each `gates`."""
-        gates, found = self.gates, dict[str, dict[str, str]]()
-        if gates is self._trained[0]:
-            return self._trained[1]
-        for name, folder in gates.items():
-            if name not in self.examples:
-                try:
-                    experts = checkpoint.load(folder).experts
-                except (ValueError, OSError) as error:
-                    warnings.warn(f"the gates {name!r} are passed over: {error}", stacklevel=3)
-                    continue
-                found[name] = {n: expert["sha256"] for n, expert in experts.items()}
-        self._trained = gates, found
-        return found
+    def _trained_with(self, name: str) -> dict[str, str]:
+        """{LoRA that gates were trained with: its hash}, read once; {} for gates that cannot be read, which is warned of."""
+        if name not in self._trained:
+            try:
+                experts = checkpoint.load(self.gates[name]).experts
+            except (ValueError, OSError) as error:
+                warnings.warn(f"the gates {name!r} are passed over: {error}", stacklevel=3)
+                experts = {}
+            self._trained[name] = {expert: about["sha256"] for expert, about in experts.items()}
+        return self._trained[name]
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:

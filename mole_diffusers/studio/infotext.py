@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
 from mole_diffusers.studio.names import model_name
-from mole_diffusers.studio.recipe import Recipe, load, loads
+from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 NEGATIVE = "Negative prompt: "
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
-READ = (
-    "Steps",
-    "Seed",
-    "Sampler",
-    "Schedule type",
-    "CFG scale",
-    "Distilled CFG Scale",
-    "Size",
-    "Lora hashes",
-    "Denoising strength",
-    "Hires upscale",
-    "Hires resize",
-)  # settings that a recipe has
-SILENT = (
-    "Model",
-    "Model hash",
-    "VAE hash",
-    "RNG",
-    "Version",
-    "Civitai resources",
-    "Civitai metadata",
-)  # and that it needs not
+NOT_NEEDED = ("Model", "Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # names of settings, beside what commas in values leave
 PLAIN = ("Uniform", "Normal", "Simple")  # schedules that are a sampler's own here
 BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose schedule is Karras in A1111 where it is "Automatic"
@@ -69,52 +48,47 @@ def parameters(recipe: Recipe) -> str:
         settings["Denoising strength"] = recipe.hires_strength if recipe.hires > 1 else recipe.strength
     if recipe.hires > 1:
         settings["Hires upscale"] = recipe.hires
-
-    def quoted(value: str) -> str:
-        return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
-
     if recipe.experts:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, digest in recipe.experts.items())
     settings["Version"] = "mole_diffusers"
-    last = ", ".join(f"{key}: {quoted(str(value))}" for key, value in settings.items())
+    last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
     return "\n".join([recipe.prompt, *([NEGATIVE + recipe.negative] if recipe.negative else []), last])
 
 
-def read_parameters(text: str, where: str = "the text") -> Recipe:
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
+
+
+def read_parameters(text: str, where: str = "the text") -> Contents:
     """A recipe from the text of A1111 or Forge, which is incomplete: hashes are cut to 12 digits, and there are no gates.
 
     Raises ValueError if the last line has fewer than three settings, or one is out of range.
     """
-    return _parsed(text, where)[0]
-
-
-def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
-    """The recipe of A1111's text, and what it lacks of it."""
     if len(text) > MAX_TEXT:
         raise ValueError(f"{where} has more text than a recipe: {len(text)} characters, at most {MAX_TEXT}")
     *lines, last = text.strip().split("\n")
     found = _settings(last)
     if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
+    take = found.pop
     at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
-    negative = "\n".join(lines[at:]).removeprefix(NEGATIVE).strip()
-    width, _, height = found.get("Size", "0x0").partition("x")
-    pairs = [pair.partition(":") for pair in found.get("Lora hashes", "").split(",") if ":" in pair]
-    sampler, lacking = _sampler(found.get("Sampler", "Default"), found.get("Schedule type", ""))
-    strength, hires = found.get("Denoising strength"), found.get("Hires upscale") or _resized(found)
+    steps, seed, size, guidance = take("Steps"), take("Seed"), take("Size", "0x0"), take("CFG scale", "7")
+    pairs = [pair.partition(":") for pair in take("Lora hashes", "").split(",") if ":" in pair]
+    sampler, lacking = _sampler(take("Sampler", "Default"), take("Schedule type", ""))
+    times = _times_larger(take("Hires resize", ""), size)
+    strength, hires = take("Denoising strength", ""), take("Hires upscale", "") or times
     if strength and not hires:
         lacking.append("the picture that it was drawn over")
-    lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in READ + SILENT and SETTING.fullmatch(key)]
     try:
         changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(
             prompt="\n".join(lines[:at]).strip(),
-            negative=negative,
-            seed=int(found["Seed"]),
-            steps=int(found["Steps"]),
-            guidance=float(found.get("Distilled CFG Scale", found.get("CFG scale", "7"))),
-            width=int(width),
-            height=int(height),
+            negative="\n".join(lines[at:]).removeprefix(NEGATIVE).strip(),
+            seed=int(seed),
+            steps=int(steps),
+            guidance=float(take("Distilled CFG Scale", guidance)),
+            width=int(size.partition("x")[0]),
+            height=int(size.partition("x")[2]),
             sampler=sampler,
             experts={name.strip(): digest.strip() for name, _, digest in pairs},
             hires=float(hires or 1),
@@ -122,14 +96,16 @@ def _parsed(text: str, where: str) -> tuple[Recipe, list[str]]:
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return recipe, lacking
+    lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in NOT_NEEDED and SETTING.fullmatch(key)]
+    return Contents(recipe, f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else "")
 
 
-def _resized(found: dict[str, str]) -> str | None:
-    """How many times as large a picture is made that is given a target size, of which one side may be open, with 0."""
-    target, own = (re.fullmatch(r"(\d{1,5})x(\d{1,5})", found.get(key, "")) for key in ("Hires resize", "Size"))
+def _times_larger(resized: str, size: str) -> str:
+    """How many times as large a picture is made that is given a target size, of which one side may be open, with 0; "" for
+    no size."""
+    target, own = (re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) for text in (resized, size))
     sides = zip(map(int, target.groups()), map(int, own.groups()), strict=True) if target and own else ()
-    return next((f"{larger / side:.6g}" for larger, side in sides if larger and side), None)
+    return next((f"{larger / side:.6g}" for larger, side in sides if larger and side), "")
 
 
 def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
@@ -159,17 +135,11 @@ def _settings(line: str) -> dict[str, str]:
         else:
             comma = line.find(",", begin)
             at = comma if comma >= 0 else len(line)
-        found[key] = _unquoted(line[begin:at].strip())
+        found[key] = line[begin:at].strip()
+        if quoted:
+            with suppress(json.JSONDecodeError):
+                found[key] = str(json.loads(found[key]))
     return found
-
-
-def _unquoted(value: str) -> str:
-    if not value.startswith('"'):
-        return value
-    try:
-        return str(json.loads(value))
-    except json.JSONDecodeError:
-        return value
 
 
 def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Mapping[str, Any] | None = None) -> None:
@@ -228,11 +198,11 @@ def contents(path: str | Path) -> Contents:
     if any(len(text) > MAX_TEXT for text in texts.values()):
         raise ValueError(f"{path.name} has more text than a recipe")
     if OWN in texts:
-        return Contents(loads(texts[OWN], path.name), sheet=_sheet(texts.get(SHEET, "{}"), path.name))
+        recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
+        return Contents(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
     if PARAMETERS not in texts:
         raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
-    recipe, lacking = _parsed(texts[PARAMETERS], path.name)
-    return Contents(recipe, f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else "")
+    return read_parameters(texts[PARAMETERS], path.name)
 
 
 def _sheet(text: str, where: str) -> dict[str, Any]:
@@ -245,19 +215,13 @@ def _sheet(text: str, where: str) -> dict[str, Any]:
 
 def _texts(path: Path) -> dict[str, str]:
     """The text chunks of a PNG; those after its pixels, which are unpacked for that, only where none before has a recipe."""
-    with _opened(path) as image:
-        before = {name: text for name, text in image.info.items() if isinstance(text, str)}
-        return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A PNG from anyone, while it is read."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=["PNG"]) as opened:
+            image: Any = opened
             if image.width * image.height > MAX_PIXELS or getattr(image, "is_animated", False):
                 raise Image.DecompressionBombError
-            yield image
+            before = {name: text for name, text in image.info.items() if isinstance(text, str)}
+            return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:

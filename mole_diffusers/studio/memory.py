@@ -94,7 +94,10 @@ class Memory:
 def place(pipe: Any, memory: Memory) -> Memory:
     """Put a loaded pipeline on its device as `memory`, completed, says; what was chosen in the end."""
     models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
-    memory = memory.fitted({name: _bytes(model) for name, model in models.items()}, _free(memory.device))
+    sizes = {name: sum(p.nbytes for p in (*model.parameters(), *model.buffers())) for name, model in models.items()}
+    device = memory.device or "cpu"
+    free = torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else None
+    memory = memory.fitted(sizes, free)
     if memory.offload == "model":
         pipe.enable_model_cpu_offload(device=memory.device)
     elif memory.offload == "sequential":
@@ -124,12 +127,3 @@ def _gpu() -> str | None:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else None
-
-
-def _free(device: str | None) -> int | None:
-    """Bytes that are free on a GPU; None where torch does not say."""
-    return torch.cuda.mem_get_info(torch.device(device))[0] if device and device.startswith("cuda") else None
-
-
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(p.nbytes for p in (*model.parameters(), *model.buffers()))

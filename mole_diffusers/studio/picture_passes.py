@@ -16,12 +16,7 @@ from PIL import Image, ImageOps
 LONGEST = 2048  # pixels of the longer side of a picture that is drawn over at its own size
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures to draw over
 
-PASSES = {  # pipeline class -> its classes that draw over a picture, and over a part of one
-    "StableDiffusionPipeline": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    "StableDiffusionXLPipeline": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
-    "StableDiffusion3Pipeline": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
-    "FluxPipeline": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
-}
+DRAWN_OVER = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
 
 def drawing_over(pipe: Any, *, masked: bool) -> Any:
@@ -29,10 +24,10 @@ def drawing_over(pipe: Any, *, masked: bool) -> Any:
 
     Raises ValueError for a pipeline class that has none.
     """
-    found = next((PASSES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in PASSES), None)
-    if found is None:
-        raise ValueError(f"{type(pipe).__name__} cannot draw over pictures here; those that can: {', '.join(PASSES)}")
-    kind = getattr(diffusers, found[masked])
+    own = next((cls.__name__ for cls in type(pipe).__mro__ if cls.__name__ in DRAWN_OVER), None)
+    if own is None:
+        raise ValueError(f"{type(pipe).__name__} cannot draw over pictures here; those that can: {', '.join(DRAWN_OVER)}")
+    kind = getattr(diffusers, own.replace("Pipeline", "InpaintPipeline" if masked else "Img2ImgPipeline"))
     names = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in names}
     settings = {name: value for name, value in pipe.config.items() if name in names and name not in parts}

@@ -84,17 +84,10 @@ class LoraTag:
         return parse_phrases(self.word), parse_region(self.region or AUTO)
 
     def __str__(self) -> str:
-        words = [f"<lora:{self.name}", str(self.te)]
-        if self.unet != self.te:
-            words.append(f"unet={self.unet}")
-        if self.lbw:
-            words.append(f"lbw={self.lbw}")
-        if self.start:
-            words.append(f"start={self.start}")
-        if self.stop is not None:
-            words.append(f"stop={self.stop}")
-        words += [f"{key}={value}" for key, value in (("word", self.word), ("region", self.region)) if value]
-        return ":".join(words) + ">"
+        named = {"unet": None if self.unet == self.te else self.unet, "lbw": self.lbw, "start": self.start or None}
+        named |= {"stop": self.stop, "word": self.word, "region": self.region}
+        words = [f"{key}={value}" for key, value in named.items() if value not in (None, "")]
+        return ":".join([f"<lora:{self.name}", str(self.te), *words]) + ">"
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,7 @@ def _curve(text: str, where: str) -> Curve:
     points = []
     for item in re.split("[,;]", text):
         value, _, point = re.sub("~", "@", item).partition("@")
-        points.append((_number(point, where) if point else 0.0, _number(value, where)))
+        points.append((number(point, where) if point else 0.0, number(value, where)))
     if len(points) > 1 and ("@" not in text and "~" not in text or points != sorted(points, key=lambda pair: pair[0])):
         raise ValueError(f"{where}: {text!r} is not a list of STRENGTH@POINT in the order of their points")
     if points[0][0] < 0:
@@ -185,7 +178,8 @@ def _curve(text: str, where: str) -> Curve:
     return Curve(tuple(points))
 
 
-def _number(text: str, where: str) -> float:
+def number(text: str, where: str) -> float:
+    """Raises ValueError for what is no finite number."""
     try:
         value = float(text)
     except ValueError:

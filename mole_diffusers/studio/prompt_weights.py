@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from mole_diffusers.studio.weight_syntax import NOTHING, Chunk, parse_weights
 
 BACK = 20  # tokens that may move to the next chunk, so that it begins after a comma or with a whole word
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+STATES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # as encoded
 
 
 class Weighted(NamedTuple):
@@ -35,18 +35,16 @@ class Weighted(NamedTuple):
     before_last: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class TokenCount:
+class TokenCount(NamedTuple):
     """What one text encoder reads of a prompt.
 
     Attributes:
         encoder: "tokenizer", "tokenizer_2", ..., as the pipeline names them.
-        used, limit: tokens, without the marks of begin and end.
+        limit: tokens that it reads, without the marks of begin and end.
         cut: the end of the prompt that it does not read.
     """
 
     encoder: str
-    used: int
     limit: int
     cut: str
 
@@ -80,31 +78,18 @@ def token_counts(pipe: Any, prompt: str, prompt_2: str = "") -> list[TokenCount]
     """What each text encoder reads of a prompt, the second of another one where that is given, and what it does not. Raises
     as `parse_weights`."""
     counts = []
-    for name in TOKENIZERS:
-        tokenizer = getattr(pipe, name, None)
-        if tokenizer is None:
-            continue
+    for name, tokenizer in _tokenizers(pipe).items():
         is_second = name == "tokenizer_2" and "prompt_2" in prompts_read(pipe)
         chunks = chunks_of(pipe, prompt_2 or prompt if is_second else prompt)
         limit = _limit(pipe, tokenizer)
-        parts = [chunk.spans(tokenizer) for chunk in chunks]
-        cut = [chunk.text[part[limit][0] :] for chunk, part in zip(chunks, parts, strict=True) if len(part) > limit]
-        used = sum(min(limit, len(part)) for part in parts)
-        counts.append(TokenCount(name, used, limit * len(chunks), " ".join(cut)))
+        parts = [(chunk.text, chunk.spans(tokenizer)) for chunk in chunks]
+        cut = [text[spans[limit][0] :] for text, spans in parts if len(spans) > limit]
+        counts.append(TokenCount(name, limit * len(chunks), " ".join(cut)))
     return counts
 
 
 @torch.no_grad()
-def call_arguments(
-    pipe: Any,
-    prompt: str,
-    negative: str = "",
-    *,
-    prompt_2: str = "",
-    negative_2: str = "",
-    guided: bool = True,
-    weights: bool = True,
-) -> dict[str, Any]:
+def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool = True, **how: Any) -> dict[str, Any]:
     """What a pipeline is called with for a prompt with weights: the text where it has none and is short, else its states.
 
     Call it where the pipeline is called, inside any `with` block of a mixture: text encoders run here. Prompts that the
@@ -115,8 +100,7 @@ def call_arguments(
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
         weights: whether brackets are weights; else they are plain text, and a long prompt is cut.
     """
-    second = {"prompt_2": prompt_2, "negative_2": negative_2}
-    chunks = _chunks_asked(pipe, prompt, negative, **second, guided=guided, weights=weights)
+    chunks = _chunks_asked(pipe, prompt, negative, guided=guided, **how)
     texts = _as_texts(chunks)
     if texts is not None and not any(chunk.has_weights for each in chunks.values() for chunk in each):
         return texts
@@ -127,9 +111,8 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
     """The states of prompts, as the pipeline's call takes them."""
     given = inspect.signature(pipe.encode_prompt).parameters
     has_negative = "negative_prompt" in prompts_read(pipe)
-    names = ["prompt_embeds", *(["negative_prompt_embeds"] if has_negative else [])]
-    if "pooled_prompt_embeds" in given:
-        names += ["pooled_prompt_embeds", *(["negative_pooled_prompt_embeds"] if has_negative else [])]
+    names = [name for name in STATES if has_negative or not name.startswith("negative")]
+    names = [name for name in names if "pooled" not in name or "pooled_prompt_embeds" in given]
     options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in given}
     if has_negative:
         options["do_classifier_free_guidance"] = guided
@@ -166,13 +149,11 @@ def _chunks_asked(
 ) -> dict[str, list[Chunk]]:
     """The chunks of the prompts that a call gives."""
     prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
-    known = prompts_read(pipe)
+    known = {name for name in prompts_read(pipe) if guided or not name.startswith("negative")}
     asked = {name: text for name, text in prompts.items() if text and name in known}
-    if not guided:
-        asked = {name: text for name, text in asked.items() if not name.startswith("negative")}
     if "negative_prompt_2" in asked:  # without the first, SDXL would have zeros for both
         asked.setdefault("negative_prompt", "")
-    asked["prompt"] = prompts["prompt"]
+    asked["prompt"] = prompt
     return {name: chunks_of(pipe, text) if weights else [Chunk(text, (1.0,) * len(text))] for name, text in asked.items()}
 
 
@@ -209,17 +190,19 @@ def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted |
     """What compel makes of the prompts of a chunk: for each encoder, by its name, of the prompt and of the negative one."""
     first = part["prompt"], part.get("negative_prompt", NOTHING)
     second = part.get("prompt_2", first[0]), part.get("negative_prompt_2", first[1])
-    found = {}
-    for name in TOKENIZERS:
-        encoder = getattr(pipe, _encoder(name), None)
-        if encoder is not None:
-            both = second if name == "tokenizer_2" else first
-            found[name] = [_weigh(pipe, name, encoder, chunk) if chunk.has_weights else None for chunk in both]
-    return found
+    return {
+        name: [_weigh(pipe, name, chunk) if chunk.has_weights else None for chunk in (second if "2" in name else first)]
+        for name in _tokenizers(pipe)
+    }
 
 
-def _encoder(tokenizer: str) -> str:
-    return tokenizer.replace("tokenizer", "text_encoder")
+def _tokenizers(pipe: Any) -> dict[str, Any]:
+    """Those of the text encoders that the pipeline has, by their names there."""
+    return {name: getattr(pipe, name) for name in TOKENIZERS if _encoder(pipe, name) is not None}
+
+
+def _encoder(pipe: Any, tokenizer: str) -> Any:
+    return getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)
 
 
 @contextmanager
@@ -230,8 +213,7 @@ def _giving(pipe: Any, weighted: Mapping[str, Sequence[Weighted | None]]) -> Ite
     """
     with ExitStack() as undo:
         for name, states in weighted.items():
-            hook = getattr(pipe, _encoder(name)).register_forward_hook(_replacing(iter(states)), prepend=True)
-            undo.callback(hook.remove)
+            undo.enter_context(_encoder(pipe, name).register_forward_hook(_replacing(iter(states)), prepend=True))
         yield
 
 
@@ -266,11 +248,11 @@ class _Runs:
         return self._made[read]
 
 
-def _weigh(pipe: Any, name: str, encoder: Any, chunk: Chunk) -> Weighted:
+def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
     from compel import ReturnedEmbeddingsType
     from compel.embeddings_provider import EmbeddingsProvider
 
-    tokenizer, device = getattr(pipe, name), pipe._execution_device
+    tokenizer, encoder, device = getattr(pipe, name), _encoder(pipe, name), pipe._execution_device
     # Embeddings of several vectors are words of several tokens, as `encode_prompt` reads them.
     converts = isinstance(pipe, TextualInversionLoaderMixin)
     read = partial(pipe.maybe_convert_prompt, tokenizer=tokenizer) if converts else str

@@ -11,11 +11,11 @@ from typing import Any, get_type_hints
 
 from mole_diffusers.binding.config import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.lora.safe_files import parse_json, read_json
+from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.options import check_options
 from mole_diffusers.studio.names import matching, shared_name
-from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, constant, parse
+from mole_diffusers.studio.prompt_syntax import MAX_PROMPT, PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.weight_syntax import plain_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 4
@@ -95,10 +95,9 @@ class Recipe:
     hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
-        texts_and_mappings = {name: value for name, value in vars(self).items() if name not in RANGES}
-        check_options(texts_and_mappings, KINDS, "a recipe")
-        if any(len(getattr(self, name)) > 5000 for name in PROMPTS):
-            raise ValueError("a prompt has at most 5000 characters")
+        check_options(vars(self), KINDS, "a recipe")
+        if any(len(getattr(self, name)) > MAX_PROMPT for name in PROMPTS):
+            raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
         if self.arm_and_name[0] not in ARMS or self.binding not in BINDINGS:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
             unknown = f"unknown arm {self.arm!r} or binding {self.binding!r}"
@@ -110,11 +109,9 @@ class Recipe:
         if sum(map(len, self.masks.values())) > MAX_MASKS:
             raise ValueError(f"masks are PNGs in base64, of at most {MAX_MASKS >> 10} KiB together")
         for name, (low, high) in RANGES.items():
-            value, whole, is_open = getattr(self, name), KINDS[name] is int, name in OPEN
-            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not fits or not (low <= value <= high or is_open and value == 0):
-                kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{name} must be {kind} in {low}..{high}{', or 0' if is_open else ''}, got {value!r}")
+            value, is_open = getattr(self, name), name in OPEN
+            if not (low <= value <= high or is_open and value == 0):
+                raise ValueError(f"{name} must be in {low}..{high}{', or 0' if is_open else ''}, got {value!r}")
 
     @property
     def arm_and_name(self) -> tuple[str, str]:
@@ -137,11 +134,11 @@ class Recipe:
         """The prompt without its tags, and without brackets where they are weights."""
         return plain_text(self.text) if self.weights else self.text
 
-    def binding_of_pass(self, *, over: bool = False) -> str:
-        """How the LoRAs are bound in a pass, one of `BINDINGS`: "none" without gates, and without tiles `over` a picture."""
-        if self.arm != "gates":
-            return "none"
-        return BOUND if over and self.binding != "none" else self.binding
+    @property
+    def call(self) -> dict[str, Any]:
+        """The prompts without tags, and how they are read, as `prompt_weights.call_arguments` takes them."""
+        texts = {name: getattr(self, name) for name in PROMPTS} | {"prompt": self.text}
+        return {**texts, "guided": self.guidance > 1, "weights": self.weights}
 
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""
@@ -204,11 +201,6 @@ KINDS = get_type_hints(Recipe)  # field -> its type
 def load(path: str | Path) -> Recipe:
     """Read what `Recipe.save` wrote. Raises ValueError naming the file and what is wrong."""
     return Recipe.from_dict(read_json(path), str(Path(path).name))
-
-
-def loads(text: str, where: str) -> Recipe:
-    """A recipe from its JSON text; errors begin with `where`."""
-    return Recipe.from_dict(parse_json(text, where), where)
 
 
 def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,7 @@ from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
-from mole_diffusers.studio.prompt_weights import (
-    call_arguments,
-    plain_texts,
-    tiled_prompt,
-    token_counts,
-    unread,
-)
+from mole_diffusers.studio.prompt_weights import call_arguments, plain_texts, tiled_prompt, token_counts, unread
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -258,25 +252,25 @@ class Studio:
         """One call of a pipeline. `over`: the picture that it draws over, the strength and the mask; {} for none."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
-        with self._sampler(pipe, recipe), ExitStack() as stack:
+        with ExitStack() as stack:
+            stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
+            pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
-            schedule = self._schedule(recipe, [] if mixture is None else list(mixture.experts), steps)
+            names, (kind, about) = [] if mixture is None else list(mixture.experts), recipe.arm_and_name
+            # The strengths are in a merge, which has no gates to lock.
+            tags, locks = ([LoraTag(name) for name in names], {}) if kind == "merge" else (recipe.tags, recipe.locks)
+            schedule = StrengthSchedule(names, tags, unet=denoiser(pipe), steps=steps, locks=locks)
             if mixture is not None:
-                if (weights := _fixed_weights(recipe, mixture)) is not None:
-                    stack.enter_context(mixture.fixed(weights))
+                weights = {"base": {}, "alone": {about: 1.0}, "sum": dict.fromkeys(names, 1.0)}
+                if kind in weights:  # else the gates decide, or there are none
+                    stack.enter_context(mixture.fixed(weights[kind]))
                 stack.enter_context(mixture.planned(schedule))
-                binding = recipe.binding_of_pass(over=bool(over))
-                if binding == BOUND:
-                    stack.enter_context(mixture.tiled(0))
-                elif binding != "none":
-                    always = binding == TILES
-                    second = "" if always else recipe.prompt_2
-                    tiles = tiled_prompt(pipe, recipe.text, prompt_2=second, weights=recipe.weights)
-                    stack.enter_context(mixture.tiled(always=always, **tiles))
+                if kind == "gates" and recipe.binding != "none":
+                    stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, over=bool(over))))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
             return pipe(
-                **call_arguments(pipe, **_prompts(recipe)),
+                **call_arguments(pipe, **recipe.call),
                 **picture_passes.size_arguments(pipe, *size),
                 **over,
                 num_inference_steps=recipe.steps,
@@ -323,27 +317,13 @@ class Studio:
         """Whether a completed recipe would be drawn in tiles, were its binding "auto"."""
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         bound = bindings(recipe.tag_bindings(), experts, files_bindings(experts))
-        texts = plain_texts(self.pipe, **_prompts(recipe))
+        texts = plain_texts(self.pipe, **recipe.call)
         size = {"width": recipe.width, "height": recipe.height}
         return texts is not None and draws_in_tiles(self.pipe, texts | size, bound, experts)
 
     def forget_attached(self) -> None:
         """Call this after attaching something else to the pipeline, so that the next picture attaches its own again."""
         self._attached_key = None
-
-    def _schedule(self, recipe: Recipe, names: list[str], steps: int) -> StrengthSchedule:
-        network = denoiser(self.pipe)
-        if recipe.arm_and_name[0] == "merge":  # strengths are in the merge, which has no gates to lock
-            return StrengthSchedule(names, [LoraTag(name) for name in names], unet=network, steps=steps)
-        return StrengthSchedule(names, recipe.tags, unet=network, steps=steps, locks=recipe.locks)
-
-    @contextmanager
-    def _sampler(self, pipe: Any, recipe: Recipe) -> Iterator[None]:
-        pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
-        try:
-            yield
-        finally:
-            pipe.scheduler = self._own_scheduler
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -388,26 +368,13 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
             raise ValueError(f"the recipe {missing} as its {name}")
 
 
-def _prompts(recipe: Recipe) -> dict[str, Any]:
-    """As `call_arguments` takes them."""
-    return {
-        "prompt": recipe.text,
-        "negative": recipe.negative,
-        "prompt_2": recipe.prompt_2,
-        "negative_2": recipe.negative_2,
-        "guided": recipe.guidance > 1,
-        "weights": recipe.weights,
-    }
-
-
-def _fixed_weights(recipe: Recipe, mixture: Mixture) -> dict[str, float] | None:
-    """The weights that replace the gates; None if the gates decide."""
-    kind, about = recipe.arm_and_name
-    if kind == "base":
-        return {}
-    if kind == "alone":
-        return {about: 1.0}
-    return dict.fromkeys(mixture.experts, 1.0) if kind == "sum" else None
+def _tiles(recipe: Recipe, pipe: Any, *, over: bool) -> dict[str, Any]:
+    """What `Mixture.tiled` is given in a pass; one that draws `over` a picture is not in tiles."""
+    if over or recipe.binding == BOUND:
+        return {"until": 0}
+    always = recipe.binding == TILES
+    second = "" if always else recipe.prompt_2
+    return {"always": always, **tiled_prompt(pipe, recipe.text, prompt_2=second, weights=recipe.weights)}
 
 
 def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[Any, int, Any, dict], dict]:

@@ -10,33 +10,28 @@ import diffusers
 
 from mole_diffusers.studio.names import matching
 
-KARRAS, PLAIN = {"use_karras_sigmas": True}, {"use_karras_sigmas": False}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-ODE = {"algorithm_type": "dpmsolver++"}
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and its options
+SDE, ODE = {"algorithm_type": "sde-dpmsolver++"}, {"algorithm_type": "dpmsolver++"}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and its options
     "DDIM": ("DDIMScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", PLAIN),
-    "Euler Karras": ("EulerDiscreteScheduler", KARRAS),
+    "Euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", PLAIN),
-    "Heun Karras": ("HeunDiscreteScheduler", KARRAS),
-    "DPM2": ("KDPM2DiscreteScheduler", PLAIN),
-    "DPM2 Karras": ("KDPM2DiscreteScheduler", KARRAS),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", PLAIN),
-    "DPM2 a Karras": ("KDPM2AncestralDiscreteScheduler", KARRAS),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", PLAIN | ODE),
-    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", KARRAS | ODE),
-    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", PLAIN | SDE),
-    "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", KARRAS | SDE),
-    "DPM++ SDE": ("DPMSolverSDEScheduler", PLAIN),
-    "DPM++ SDE Karras": ("DPMSolverSDEScheduler", KARRAS),
-    "DPM++ 2S": ("DPMSolverSinglestepScheduler", PLAIN | ODE),
-    "DPM++ 2S Karras": ("DPMSolverSinglestepScheduler", KARRAS | ODE),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM2": ("KDPM2DiscreteScheduler", {}),
+    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", ODE),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
+    "DPM++ SDE": ("DPMSolverSDEScheduler", {}),
+    "DPM++ 2S": ("DPMSolverSinglestepScheduler", ODE),
     "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "UniPC": ("UniPCMultistepScheduler", PLAIN),
-    "UniPC Karras": ("UniPCMultistepScheduler", KARRAS),
+    "UniPC": ("UniPCMultistepScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
     "LCM": ("LCMScheduler", {}),
+}
+PLAIN = ("DDIM", "Euler a", "PLMS", "DDPM", "LCM")  # those without a schedule of Karras'
+SAMPLERS = {
+    f"{name} Karras" if karras else name: (kind, options if name in PLAIN else {"use_karras_sigmas": karras, **options})
+    for name, (kind, options) in KINDS.items()
+    for karras in ([False] if name in PLAIN else [False, True])
 }
 NEEDED = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler class -> package without which it does not draw
 FLOW: dict[str, tuple[str, dict[str, Any]]] = {"Euler": ("FlowMatchEulerDiscreteScheduler", {})}  # of SD 3 and Flux

@@ -56,13 +56,11 @@ class Chunk:
 
     def spans(self, tokenizer: Any) -> list[tuple[int, int]]:
         """Where each token that is read of it begins and ends in the text."""
-        return [
-            (fragment.start + start, fragment.start + end)
-            for fragment in self.fragments
-            for start, end in tokenizer(fragment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
-        ]
+        found = []
+        for fragment in self.fragments:
+            read = tokenizer(fragment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            found += [(fragment.start + start, fragment.start + end) for start, end in read["offset_mapping"]]
+        return found
 
     def __getitem__(self, part: slice) -> Chunk:
         text = self.text[part]
@@ -99,13 +97,14 @@ def parse_weights(prompt: str) -> list[Chunk]:
             characters += text
             weights += [1.0] * len(text)
     if opened:
-        rest = "".join(characters[opened[-1][1] :]).strip()[:30]
-        raise ValueError(
-            f"the prompt does not close the {opened[-1][0]} before {rest!r}; write \\{opened[-1][0]} for a plain bracket"
-        )
+        bracket, start = opened[-1]
+        rest = "".join(characters[start:]).strip()[:30]
+        raise ValueError(f"the prompt does not close the {bracket} before {rest!r}; write \\{bracket} for a plain bracket")
     if any(abs(weight) > MOST_WEIGHT for weight in weights):
         raise ValueError(f"a weight in a prompt, with those around it, is at most {MOST_WEIGHT:g}")
-    return _chunks(Chunk("".join(characters), tuple(weights)))
+    whole = Chunk("".join(characters), tuple(weights))
+    edges = [-1, *(i for i, c in enumerate(whole.text) if c == BREAK), len(whole.text)]
+    return [whole[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def plain_text(prompt: str) -> str:
@@ -121,8 +120,3 @@ def _closed(bracket: str, inside: str, start: int) -> tuple[float, int]:
     if number or "|" in inside:
         raise ValueError(f"[{inside}] is not read: square brackets lower a weight here, and change no words between steps")
     return 1 / STEP, start + len(inside)
-
-
-def _chunks(whole: Chunk) -> list[Chunk]:
-    edges = [-1, *(i for i, c in enumerate(whole.text) if c == BREAK), len(whole.text)]
-    return [whole[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -22,8 +24,8 @@ class Axis:
     """What varies along one side of a grid."""
 
     varies: str  # "seed", "weight fox", ...
-    labels: tuple[str, ...]
-    changes: tuple[Callable[[Recipe], Recipe], ...]  # one per label
+    labels: Sequence[str]
+    changes: Sequence[Callable[[Recipe], Recipe]]  # one per label
 
 
 def parse_axis(text: str) -> Axis:
@@ -43,23 +45,16 @@ def parse_axis(text: str) -> Axis:
     except ValueError:
         takes = "whole numbers" if KINDS[kind] is int else "numbers"
         raise ValueError(f"the axis {text!r}: {kind} takes {takes}, separated by commas") from None
-    label = f"{about or kind} "
-    return Axis(
-        f"{kind} {about.strip()}".strip(),
-        tuple(word if kind in ("arm", "gates", "binding", "sampler") else label + word for word in values),
-        tuple(_change(kind, about.strip(), value) for value in parsed),
-    )
+    about = about.strip()
+    labels = values if KINDS[kind] is str else [f"{about or kind} {word}" for word in values]
+    return Axis(f"{kind} {about}".strip(), labels, [partial(_changed, kind=kind, about=about, value=v) for v in parsed])
 
 
-def _change(kind: str, about: str, value: object) -> Callable[[Recipe], Recipe]:
-    def change(recipe: Recipe) -> Recipe:
-        if kind != "weight":
-            changed: dict = {kind: value} | ({"gates_sha256": ""} if kind == "gates" else {})
-            return dataclasses.replace(recipe, **changed)
-        prompt = with_strength(recipe.prompt, about, float(value), recipe.experts)  # type: ignore[arg-type]
-        return dataclasses.replace(recipe, prompt=prompt)
-
-    return change
+def _changed(recipe: Recipe, *, kind: str, about: str, value: Any) -> Recipe:
+    if kind == "weight":
+        return dataclasses.replace(recipe, prompt=with_strength(recipe.prompt, about, value, recipe.experts))
+    changed = {kind: value} | ({"gates_sha256": ""} if kind == "gates" else {})
+    return dataclasses.replace(recipe, **changed)
 
 
 def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:

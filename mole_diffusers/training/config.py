@@ -197,17 +197,20 @@ class GateTraining:
         batch: rows per term and update, over all processes and accumulated parts together.
         accumulation: parts that a batch is computed in, for less memory.
         drop: chance of each expert to sit out an update, never all of them (RAMoLE: 0.5).
-        lr: AdamW's peak rate; None takes what suits each gate, see `gate_trainer.parameter_groups`.
-        schedule, warmup: a diffusers schedule of the rate by name, and its number of warm-up updates.
-        weight_decay, max_norm: AdamW's decay, and the length that gradients are clipped to (0 does not clip).
+        lr: AdamW's peak rate. Default: what suits each gate, see `gate_trainer.parameter_groups`.
+        schedule: a diffusers schedule of the rate by name.
+        warmup: first updates, in which the rate grows.
+        weight_decay: AdamW's decay.
+        max_norm: the length that gradients are clipped to (0 does not clip).
         ema: decay of an exponential moving average of the gates, which is then drawn with and saved; 0 is none.
         precision: "no", "bf16" or "fp16" (with loss scaling) of the forward pass; gates stay fp32.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
         seed: of every random choice.
-        every, keep: updates between checkpoints, and how many are kept.
-        tracker: a tracker that Accelerate knows ("tensorboard", "wandb"), or None.
+        every: updates between checkpoints.
+        keep: how many checkpoints are kept.
+        tracker: one that Accelerate knows, "tensorboard" or "wandb". Default: none.
         validation: pictures drawn on the way.
-        width, height: pixels of the pictures of composed prompts; None is the model's own size, which single prompts have.
+        width, height: pixels of the pictures of composed prompts. Default: the model's own size, which single prompts have.
     """
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
@@ -265,8 +268,8 @@ class LoraTraining:
 
     Attributes:
         rank: rank of every layer, 1 or more.
-        alpha: the scale is alpha / rank.
-        layers: which of `LORA_LAYERS` get a LoRA.
+        alpha: the scale is alpha / rank. Default: the rank, in a file and on the command line.
+        layers: which get a LoRA: attention, feed-forward, convolution.
         steps: updates.
         batch: pictures per update, over all processes and accumulated parts together; as many class pictures beside them.
         lr: AdamW's peak rate; cosine down to a tenth.
@@ -277,7 +280,8 @@ class LoraTraining:
         beam: let ranks compete (BeamLoRA); needs a rank of 8 or more.
         accumulation: parts that a batch is computed in, for less memory.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
-        every, keep: updates between checkpoints, and how many are kept.
+        every: updates between checkpoints.
+        keep: how many checkpoints are kept.
     """
 
     rank: int = 8

@@ -13,7 +13,7 @@ from mole_diffusers.lora.safe_files import parse_json
 from mole_diffusers.retrieval.phrases import phrases, tokenize
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.prompt_syntax import parse
-from mole_diffusers.studio.recipe import Recipe, loads
+from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.xy_grid import parse_axis
 from mole_diffusers.testing import tiny_pipeline
 
@@ -32,7 +32,7 @@ PARSERS = {
     "parameters": infotext.read_parameters,
     "the last line": lambda text: infotext.read_parameters("a fox\n" + text.replace("\n", " ") + TAIL.strip()),
     "the negative prompt": lambda text: infotext.read_parameters(text + TAIL),
-    "a recipe": lambda text: loads(text, "r"),
+    "a recipe": lambda text: Recipe.from_dict(parse_json(text, "r"), "r"),
     "JSON": lambda text: parse_json(text, "j"),
     "tags": lambda text: parse(text, [f"name {i}" for i in range(500)]),
     "one tag": lambda text: parse(f"<lora:fox:{text.replace('<', '').replace('>', '')}>"),
@@ -101,7 +101,9 @@ def test_what_we_write_is_what_we_read():
     recipe = Recipe(
         'a "fox": red, big', "bad, worse", seed=3, sampler="DPM++ 2M", experts={"f,x": "a" * 64, "ink": "b" * 64}
     )
-    read = infotext.read_parameters(infotext.parameters(recipe))
+    read = infotext.read_parameters(infotext.parameters(recipe)).recipe
     assert (read.prompt, read.negative, read.seed, read.sampler) == (recipe.prompt, recipe.negative, 3, "DPM++ 2M")
-    other = infotext.read_parameters('x\nSteps: 2, Note: "a, b: \\"c\\"", Seed: 5, junk, Size: 32x64, Hires prompt: "')
+    other = infotext.read_parameters(
+        'x\nSteps: 2, Note: "a, b: \\"c\\"", Seed: 5, junk, Size: 32x64, Hires prompt: "'
+    ).recipe
     assert (other.steps, other.seed, other.width, other.height) == (2, 5, 32, 64)

@@ -14,9 +14,8 @@ from PIL import Image, ImageChops
 from mole_diffusers import merge, read_expert
 from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.common import parse_file
-from mole_diffusers.cli.library import Mode
+from mole_diffusers.cli.library import THRESHOLD, Mode
 from mole_diffusers.cli.merge import Method, by_name
-from mole_diffusers.cli.options import THRESHOLD
 from mole_diffusers.testing import tiny_pipeline
 
 

@@ -109,7 +109,7 @@ def test_the_config_reaches_the_commands_that_do_not_draw(asked, base, loras, tm
 
 def test_every_command_that_draws_opens_the_base_as_asked():
     for name in ("draw", "redraw", "grid", "compose", "compose-library", "app"):
-        assert set(Opening.__annotations__) <= {option.name for option in parser().commands[name].params}, name
+        assert vars(Opening()).keys() <= {option.name for option in parser().commands[name].params}, name
 
 
 def test_every_command_that_reports_something_does_so_as_json():

@@ -41,24 +41,24 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
 
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.build import build
-    from mole_diffusers.cli.common import first_recipe, open_studio
-    from mole_diffusers.cli.options import Opening, Studio
+    from mole_diffusers.cli.common import first_recipe
+    from mole_diffusers.cli.draw import open_studio
+    from mole_diffusers.cli.options import Studio
 
     prompt = "noto drawing of a sunflower and a (doughnut:1.1) <lora:sunflower:1>"
     about = {"format": FORMAT, "version": VERSION, "prompt": prompt, "steps": 1}
     (tmp_path / "r.json").write_text(json.dumps(about))
     assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "a.png")]) == 0
     assert pixels(tmp_path / "a.png").shape == (64, 128, 3)
-    options = {kind: {name: getattr(kind, name) for name in kind.__annotations__} for kind in (Studio, Opening)}
-    studio = open_studio(options[Studio], options[Opening])
+    studio = open_studio(Studio())
     blocks = build(Actions(studio, home=tmp_path / "gates"), first_recipe(studio))
     functions = {event.fn.__name__: event for event in blocks.fns.values() if event.fn}
     shown = plain(functions["load"])(str(tmp_path / "r.json"))
     at = [component.label for component in functions["load"].outputs].index("Width")
     assert shown[at : at + 2] == (0, 0)
     fields = shown[: len(functions["script"].inputs) - 1]  # beside the picture that is drawn over
-    assert "width=128, height=64" in plain(functions["script"])(*fields, None)[0]
-    assert "width=128, height=64" in functions["code"].fn({"prompt": prompt})
+    assert "width=128,\n    height=64" in plain(functions["script"])(*fields, None)[0]
+    assert "width=128,\n    height=64" in functions["code"].fn({"prompt": prompt})
 
 
 def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
@@ -113,6 +113,8 @@ def test_gates_are_named_by_their_folder_too(tmp_path, capsys):
     made = ["--gates", str(tmp_path / "mine"), "--steps", "1", "--out", str(tmp_path / "a.png"), "--json"]
     assert main(["draw", words, *made]) == 0
     assert json.loads(capsys.readouterr().out)["gates"] == "mine"
+    assert main(["redraw", str(tmp_path / "a.png"), "--trained", str(tmp_path), "--out", str(tmp_path / "b.png")]) == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
 def test_cells_change_along_both_axes():
@@ -123,7 +125,7 @@ def test_cells_change_along_both_axes():
     ]
     gates = cells(rows[0][0], parse_axis("gates=sum,other"), parse_axis("seed=1"))[0]
     assert [(c.gates, c.gates_sha256) for c in gates] == [("sum", ""), ("other", "")]
-    assert (x.labels, y.labels) == (("fox 0", "fox 0.5"), ("base", "gates"))
+    assert (x.labels, y.labels) == (["fox 0", "fox 0.5"], ["base", "gates"])
 
 
 @pytest.mark.thorough
@@ -144,7 +146,7 @@ def test_strengths_that_change_nothing_are_refused():
     for axis, changes, said in (
         ("strength=0.6,0.9", {}, "needs a picture that is drawn over"),
         ("hires_strength=0.5,0.9", {"image": "0"}, "hires above 1"),
-        ("strength=2", {"image": "0"}, "strength must be a number in 0.0..1.0, got 2.0"),
+        ("strength=2", {"image": "0"}, "strength must be in 0.0..1.0, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
             cells(Recipe("a", **changes), seed, parse_axis(axis))

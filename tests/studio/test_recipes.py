@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from mole_diffusers import attach, attached
 from mole_diffusers.binding.config import Bound, mask_text
 from mole_diffusers.cli.common import open_catalog
+from mole_diffusers.cli.options import Files
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
@@ -63,10 +64,10 @@ def test_a_recipe_without_a_size_has_that_of_its_prompt(studio, tmp_path):
     asked = infotext.read(tmp_path / "r.json")
     recipe = studio.complete(asked)
     assert (recipe.width, recipe.height, studio.notes(asked, recipe)) == (own, 48, [])
-    read = infotext.read_parameters("a fox\nSteps: 2, Sampler: Euler, Seed: 3")
+    read = infotext.read_parameters("a fox\nSteps: 2, Sampler: Euler, Seed: 3").recipe
     assert studio.complete(read).width == own
-    for bad in (8, -1, 4097, False, 0.0):
-        with pytest.raises(ValueError, match="width must be a whole number in 16..4096, or 0"):
+    for bad, message in ((8, "in 16..4096, or 0"), (-1, "in 16"), (4097, "in 16"), (False, "a whole"), (0.0, "a whole")):
+        with pytest.raises(ValueError, match=f"width (of a recipe )?must be {message}"):
             dataclasses.replace(recipe, width=bad)
 
 
@@ -146,7 +147,7 @@ def test_examples_are_taken_by_name_alone_until_ones_own_have_that_name(loras, a
 
 
 def test_the_worlds_gates_are_examples():
-    catalog = open_catalog(["emoji"], loras=None, trained=None)
+    catalog = open_catalog(["emoji"], Files())
     assert "sunflower+doughnut" in catalog.gates
     assert catalog.gates_for(["sunflower", "doughnut"]) == "sum"
 
@@ -191,7 +192,7 @@ def test_parameters_are_what_other_tools_read(recipe):
         'Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 7, Size: 32x32, Model: "a, b", RNG: CPU, '
         f'Lora hashes: "fox: {fox}, ink: {ink}", Version: mole_diffusers'
     )
-    back = infotext.read_parameters(text)
+    back = infotext.read_parameters(text).recipe
     assert (back.prompt, back.negative, back.seed, back.sampler) == (recipe.prompt, "blur", 7, "Euler a")
     assert back.experts == {"fox": fox, "ink": ink}
 
@@ -231,7 +232,7 @@ def test_other_tools_read_the_name_of_the_base_and_not_where_it_lies(recipe, bas
 )
 def test_strengths_and_the_larger_size_come_back_from_the_text(recipe, changes):
     recipe = dataclasses.replace(recipe, **changes)
-    text, back = infotext.parameters(recipe), infotext.read_parameters(infotext.parameters(recipe))
+    text, back = infotext.parameters(recipe), infotext.read_parameters(infotext.parameters(recipe)).recipe
     assert (back.hires, back.hires_strength) == (recipe.hires, recipe.hires_strength)
     assert ("Denoising strength" in text) == (recipe.hires > 1 or recipe.image != "")
     if recipe.image and recipe.hires == 1:
@@ -269,15 +270,15 @@ def test_recipes_as_files(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": -2}, "seed must be a whole number in -1.."),
-        ({"steps": 1.5}, "steps must be a whole number in 1..150, got 1.5"),
-        ({"steps": True}, "steps must be a whole number"),
-        ({"guidance": float("nan")}, "guidance must be a number in"),
+        ({"seed": -2}, "seed must be in -1.."),
+        ({"steps": 1.5}, "steps of a recipe must be a whole number, got 1.5"),
+        ({"steps": True}, "steps of a recipe must be a whole number"),
+        ({"guidance": float("nan")}, "guidance must be in"),
         ({"prompt": 3}, "prompt of a recipe must be a text, got 3"),
         ({"arm": "best"}, "unknown arm 'best'"),
         ({"weights": 1}, "weights of a recipe must be true or false"),
         ({"mask": "0"}, "a mask needs a picture"),
-        ({"hires": 5}, "hires must be a number in 1.0..4.0, got 5"),
+        ({"hires": 5}, "hires must be in 1.0..4.0, got 5"),
         ({"locks": {"x": {"fox": "much"}}}, "locks of a recipe must be names, each with names, each with a number"),
         ({"experts": ["fox"]}, "experts of a recipe must be names, each with a text"),
         ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),

@@ -280,7 +280,8 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys):
     kind = tmp_path / "kind.yaml"
     kind.write_text("concept: {format: onnx}")
     for argv, message in (
-        ([], "--out (a folder), --data (a folder of pictures) and --trigger"),
+        ([], "--out is needed: the folder for the result"),
+        (["--out", "x", "--trigger", ""], "--data (a folder of pictures) and --trigger (the concept's words) are needed"),
         (["--out", "x", "--precision", "int8"], "Invalid value for '--precision'"),
         (["--out", "x", "--prior-count", "3"], "--prior-prompt is needed"),
         (["--out", "x", "--lr", "fast"], "Invalid value for '--lr'"),

@@ -1,0 +1,151 @@
+"""Commands from functions: a parameter is an option, the docstring is the help, and a parameter that is a `Group` is several
+options, which commands share.
+
+What a docstring says under Args or Attributes, as `name (METAVAR): help`, is the help of that option; else its type has one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from rich.markup import escape
+from typer import Argument, Context, Option
+
+from mole_diffusers.cli.console import quiet
+
+ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docstring's Args
+T = TypeVar("T")
+
+
+class Said(NamedTuple):
+    """What a command tells its user: as data for --json, and in words; and the exit status."""
+
+    facts: Any
+    words: str
+    status: int = 0
+
+
+class Group:
+    """Options that belong together, as the fields of a dataclass; a command gets an instance with what was given.
+
+    `panel` is their heading in the help, and `prefix` begins their names on the command line.
+    """
+
+    panel: ClassVar[str | None] = None
+    prefix: ClassVar[str] = ""
+
+
+def _be_quiet_unless(ctx: Context, verbose: bool) -> None:
+    if not verbose:
+        ctx.with_resource(quiet())
+
+
+@dataclass
+class Verbose(Group):
+    """Of every command.
+
+    Attributes:
+        verbose: show warnings, notices and loading bars of other libraries.
+    """
+
+    verbose: Annotated[bool, Option("--verbose", "-v", callback=_be_quiet_unless)] = False
+
+
+@dataclass
+class Console(Verbose):
+    """Of every command that says something.
+
+    Attributes:
+        as_json: print the result as JSON.
+    """
+
+    as_json: Annotated[bool, Option("--json")] = False
+
+
+def as_command(command: Callable[..., Said | None]) -> Callable[..., int]:
+    """The function that typer makes a command of. It prints what `command` says, and returns the exit status."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {"console": Verbose if signature.return_annotation is None else Console}
+    options, said = [], _said(command)
+    for name, parameter in signature.parameters.items():
+        kind = parameter.annotation
+        if isinstance(kind, type) and issubclass(kind, Group):
+            groups[name] = kind
+        else:
+            options.append(_option(name, kind, parameter.default, said.get(name)))
+    options += [option for group in groups.values() for option in _options(group)]
+
+    def run(**given: Any) -> int:
+        made = {n: g(**{f.name: given.pop(g.prefix + f.name) for f in fields(g)}) for n, g in groups.items()}
+        console = made.pop("console")
+        if (result := command(**given, **made)) is None:
+            return 0
+        print(json.dumps(result.facts) if console.as_json else result.words)
+        return result.status
+
+    vars(run)["__signature__"] = inspect.Signature(options)
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
+
+
+def help_of(command: Callable[..., Any]) -> str:
+    """What its docstring says before Args, each paragraph on one line."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", (inspect.getdoc(command) or "").partition("\n\nArgs:\n")[0])
+
+
+def settings_of(config: type, *, without: Collection[str]) -> Callable[[type[T]], type[T]]:
+    """Add the fields of a config to a group, as its docstring says them; None where nothing is given."""
+    kinds = {name: kind for name, kind in get_type_hints(config).items() if name not in without}
+
+    def added(group: type[T]) -> type[T]:
+        for name, kind in kinds.items():
+            default, several = getattr(config, name), get_origin(kind) is Sequence
+            shown = Option(show_default=False if default is None else ", ".join(default) if several else str(default))
+            kinds[name] = Annotated[kind if several else kind | None, shown]
+            setattr(group, name, None)
+        group.__annotations__ = inspect.get_annotations(group) | kinds
+        group.__doc__ = f"{inspect.getdoc(group)}\n\n{inspect.getdoc(config)}"
+        return dataclass(group)
+
+    return added
+
+
+def _options(group: type[Group]) -> list[inspect.Parameter]:
+    """Those of the classes that a group builds on come first; each has the panel of its own class."""
+    kinds, options = get_type_hints(group, include_extras=True), []
+    for each in reversed(group.__mro__[:-2]):
+        said, panel = _said(each), vars(each).get("panel")
+        for name in inspect.get_annotations(each):
+            default = getattr(group, name, inspect.Parameter.empty)
+            options.append(_option(group.prefix + name, kinds[name], default, said.get(name), panel))
+    return options
+
+
+def _option(
+    name: str, kind: Any, default: Any, said: tuple[str | None, str] | None, panel: str | None = None
+) -> inspect.Parameter:
+    kind, *given = get_args(kind) if get_origin(kind) is Annotated else [kind]
+    is_argument = not given and default is inspect.Parameter.empty
+    flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without one that says no
+    info: Any = copy(given[0]) if given else Argument() if is_argument else Option(*flag)
+    info.metavar, info.help = said or (info.metavar, info.help)
+    info.rich_help_panel = panel
+    if get_origin(kind) is Sequence:  # which typer knows as a list
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+        info.help += "" if is_argument else " Repeatable."
+    if "Default:" in info.help:
+        info.show_default = False
+    info.help = escape(info.help)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _said(thing: Any) -> dict[str, tuple[str | None, str]]:
+    """Name -> (metavar, help) of what a docstring says under Args or Attributes."""
+    entries = ENTRY.findall(inspect.getdoc(thing) or "")
+    return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}
