@@ -6,8 +6,9 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from PIL import Image
 from mole_diffusers.app import files
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
+from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import Report, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.binding.regions import region_mask
@@ -47,12 +49,7 @@ MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 
 Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
 NOTHING: Over = MappingProxyType({})
 Thumbnail = Callable[[str], Image.Image | None]
-
-
-def drawn_over(over: Over) -> list[str]:
-    """A sentence where a picture is drawn over: its panel may be closed."""
-    part = "the painted part of " if "mask" in over else ""
-    return [f"drawn over {part}your picture"] if over else []
+Inside = Callable[[Mixture], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -278,11 +275,11 @@ class Actions:
         Args:
             over: the "image" that is drawn over, and the "mask" of what changes.
         """
-        if not 1 <= count <= MAX_COUNT:
+        if count not in range(1, MAX_COUNT + 1):
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
         recipe, _ = self._with_a_seed(recipe, over)
         recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
-        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
+        return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
@@ -297,40 +294,43 @@ class Actions:
         wanted.append((BOUND, dataclasses.replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
             wanted.append((TILES, dataclasses.replace(summed, binding=TILES)))
-        if is_trained := whole.gates not in UNTRAINED:
+        notes = []
+        if whole.gates in UNTRAINED:
+            notes.append("no gates are trained for these LoRAs, see the tab Train")
+        else:
             wanted.append(("gates", whole))
-        note = "" if is_trained else "no gates are trained for these LoRAs, see the tab Train"
         labels = [label for label, _ in wanted]
         sheet = self._sheet(whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
-        return self.draw_all(wanted, note=note, over=over, sheet=sheet)
+        return self._draw(wanted, over, notes=notes, sheet=sheet)
 
-    def draw_all(
+    def _draw(
         self,
         wanted: Sequence[tuple[str, Recipe]],
+        over: Over,
         *,
         gallery: Gallery | None = None,
-        note: str = "",
-        over: Over = NOTHING,
+        notes: Sequence[str] = (),
         sheet: Sheet | None = None,
+        inside: Inside = nullcontext,
     ) -> Work:
         """Draw labelled recipes one after the other: a Progress after each step and in the end.
 
         Args:
-            gallery: where the pictures are kept; by default in the app's own folder.
-            note: what the progress says besides.
-            over: pictures that are drawn over, see `compose`.
+            gallery: where the pictures are kept and seen while they are drawn; by default neither, in the app's own folder.
+            notes: what the progress says besides.
             sheet: makes a sheet of the pictures, also of those that are done when it is stopped.
+            inside: as in `Studio.draw`.
         """
         recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
         for _, recipe in recipes:
             check_pictures(recipe, **over)
         self._check_budget([recipe for _, recipe in recipes])
-        image = over.get("image")
         both = zip(wanted, recipes, strict=True)
-        told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, image)]
+        told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, over.get("image"))]
+        part = "the painted part of " if "mask" in over else ""
+        first = [f"drawn over {part}your picture"] if over else []  # its panel may be closed
         steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
-        notes = [*drawn_over(over), *([note] if note else []), *dict.fromkeys(told)]
-        state = Progress(0, steps, len(recipes), warnings=notes)
+        state = Progress(0, steps, len(recipes), warnings=list(dict.fromkeys([*first, *notes, *told])))
 
         def work(report: Report) -> Progress:
             begun = time.monotonic()
@@ -338,12 +338,14 @@ class Actions:
             def on_step(_: Any, latents: torch.Tensor) -> None:
                 state.done += 1
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
-                report(dataclasses.replace(state, preview=self._preview(self.studio.pipe, latents)))
+                preview = self._preview(self.studio.pipe, latents) if gallery else None
+                report(dataclasses.replace(state, preview=preview))
 
             try:
                 for label, recipe in recipes:
                     layouts, said = list[Layout](), list[str]()
-                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=_noting(layouts, said, recipe))
+                    noting = partial(_noting, recipe, layouts, said, inside)
+                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=noting)
                     state.warnings = list(dict.fromkeys([*state.warnings, *said]))
                     path = (gallery or self.own).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
@@ -358,7 +360,7 @@ class Actions:
         return work
 
     def _sheet(self, recipe: Recipe, shows: Mapping[str, Any], columns: Sequence[str], labels: Sequence[str]) -> Sheet:
-        """For `draw_all`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
+        """For `_draw`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
         there.
 
         Args:
@@ -382,30 +384,21 @@ class Actions:
         """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
         `compose`. Of a picture that is made larger, the first pass is traced."""
         recipe = self._completed(with_pictures(dataclasses.replace(recipe, arm="gates"), **over))
-        self._check_budget([recipe])
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
-        traced: dict[str, Any] = {}
-        said = drawn_over(over)
-        state = Progress(0, self.studio.total_steps(recipe), 1, warnings=list(said))
+        seen: dict[str, Any] = {}
 
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:
-            with ExitStack() as stack:
-                size = (recipe.height, recipe.width)
-                traced["trace"] = stack.enter_context(mixture.trace())
-                traced["contributions"] = stack.enter_context(contributions(self.studio.pipe, mixture, size))
+            acted = contributions(self.studio.pipe, mixture, (recipe.height, recipe.width))
+            with mixture.trace() as seen["trace"], acted as seen["contributions"]:
                 yield
-                said.extend(mixture.binding_warnings)
+
+        drawing = self._draw([("", recipe)], over, inside=tracing)
 
         def work(report: Report) -> GateReport:
-            def on_step(*_: Any) -> None:
-                state.done += 1
-                report(dataclasses.replace(state))
-
-            image = self.studio.draw(recipe, **over, on_step=on_step, inside=tracing)
-            seen = gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
-            return dataclasses.replace(seen, warning="; ".join(filter(None, [seen.warning, *said])))
+            state = drawing(report)
+            return gate_report(self.studio, recipe, state.pictures[0].path, state.warnings, shades=shades, **seen)
 
         return work
 
@@ -415,7 +408,7 @@ class Actions:
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
         sheet = self._sheet(whole, {"x": x, "y": y}, across.labels, down.labels)
-        return self.draw_all(wanted, over=over, sheet=sheet)
+        return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
         """Write one ordinary LoRA with the gates' average weights for this prompt, whatever its arm: in the end an Exported.
@@ -444,6 +437,10 @@ class Actions:
 
         return work
 
+    def train(self, recipe: Recipe, request: TrainingRequest, again: str = "") -> Work:
+        """Train gates for the LoRAs of a recipe, see `gate_training.train`."""
+        return train(self.studio, recipe, request, home=self.home, again=again)
+
     def _with_a_seed(self, recipe: Recipe, over: Over) -> tuple[Recipe, Recipe]:
         """The recipe as it is asked for, but for a random seed, which several pictures share; and it completed."""
         recipe = with_pictures(recipe, **over)
@@ -469,17 +466,14 @@ class Actions:
             )
 
 
-def _noting(layouts: list[Layout], said: list[str], recipe: Recipe) -> Callable[[Mixture], AbstractContextManager]:
+@contextmanager
+def _noting(recipe: Recipe, layouts: list[Layout], said: list[str], inside: Inside, mixture: Mixture) -> Iterator[None]:
     """For `Studio.draw`: add the layout of the picture to a list, if its LoRAs have places, and what binding warns of to
     another one."""
-
-    @contextmanager
-    def noting(mixture: Mixture) -> Iterator[None]:
+    with inside(mixture):
         yield
-        bound = (mixture.binding or {}).items()
-        side = recipe.height // 8, recipe.width // 8
-        given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
-        said.extend(mixture.binding_warnings)
-        layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
-
-    return noting
+    bound = (mixture.binding or {}).items()
+    side = recipe.height // 8, recipe.width // 8
+    given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
+    said.extend(mixture.binding_warnings)
+    layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones

@@ -17,7 +17,7 @@ from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.own_pages import OwnPagesOnly
 from mole_diffusers.app.page import OF_BASE, ORDERED, PRIVATE, Page, Values
-from mole_diffusers.app.page_jobs import connect_job
+from mole_diffusers.app.page_jobs import follow
 from mole_diffusers.app.see_tab import build as see_tab
 from mole_diffusers.app.style import CSS, HEAD, theme
 from mole_diffusers.app.train_tab import build as train_tab
@@ -65,12 +65,12 @@ def _base(page: Page) -> None:
         now[page.controls["sampler"]]["value"] = "default"
         return {page.base: page.actions.base} | {size: page.values(fresh)[size] for size in sizes} | now
 
-    starts, outputs = [page.base.input], [page.base, *sizes, *page.lists]
-    begun = connect_job(
-        page, "base", starts, page.actions.change_base, show, inputs=[page.base], status=status, outputs=outputs
-    )
-    for event in begun:
-        event.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED, **PRIVATE)
+    def change(owner: str, name: str) -> Job:
+        return page.jobs.submit(owner, "base", page.actions.change_base(name))
+
+    way, outputs = (page.base.input, change, [page.base]), [page.base, *sizes, *page.lists]
+    (changed,) = follow(page, "base", [way], show, status=status, outputs=outputs)
+    changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED, **PRIVATE)
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:

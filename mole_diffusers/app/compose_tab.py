@@ -9,18 +9,16 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import draw_over, mixer, paint
+from mole_diffusers.app import mixer, paint
 from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.jobs import Job, Work
+from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of, newest
 from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import clicked, gallery_items
-from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import with_pictures
 
 
 def build(page: Page) -> None:
@@ -35,7 +33,7 @@ def build(page: Page) -> None:
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
     status = gr.Markdown("", elem_id="status", elem_classes="status")
-    offer = _offer(page)
+    offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
             _adding(page)
@@ -49,10 +47,6 @@ def build(page: Page) -> None:
             _use_picture(page, status)
             paint.build(page)
 
-    def plan(*values: Any) -> Work:
-        recipe, over, count = page.asked(*values)
-        return page.actions.compose(recipe, int(count), over)
-
     def show(job: Job) -> Values:
         pictures = job.event.pictures
         now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
@@ -63,35 +57,17 @@ def build(page: Page) -> None:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
         return ({} if new == cards else page.redraw(new)) | {page.rewrites: [], page.line: ""}
 
-    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, page.count, page.over], [preview, page.pictures]
-    connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
+    starts, outputs = [compose.click, prompt.submit], [preview, page.pictures]
+    plan, more = page.actions.compose, [page.count]
+    connect_job(page, "compose", starts, plan, show, more=more, status=status, outputs=outputs, offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
     shown = [page.cards, page.shown, page.rewrites, page.line]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
 
 
-def _offer(page: Page) -> Offer:
-    """Of pictures that were not drawn when the app ended."""
-
-    def keep(*values: Any) -> dict[str, Any]:
-        recipe, over, count = page.asked(*values)
-        mask = mask_text(over["mask"]) if "mask" in over else ""
-        return {"recipe": with_pictures(recipe, **over), "count": int(count), "mask": mask}
-
-    def load(kept: dict[str, Any]) -> dict[str, Any]:
-        return {"count": int(kept["count"]), "mask": kept["mask"]}
-
-    def describe(recipe: Recipe, count: int, mask: str) -> str:
-        return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
-
-    def plan(editor: Any, recipe: Recipe, count: int, mask: str) -> Work:
-        over = draw_over.pictures(editor if recipe.image else None)
-        over.pop("mask", None)  # what is painted now
-        if over and mask:
-            over["mask"] = read_mask(mask)
-        return page.actions.compose(recipe, count, over)
-
-    return Offer(page, "compose", "Draw again", keep=keep, load=load, describe=describe, plan=plan, inputs=[page.over])
+def _described(recipe: Recipe, count: int) -> str:
+    """What pictures that were not drawn when the app ended are called."""
+    return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
 
 
 def _use_picture(page: Page, status: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class GateReport:
         labels: block's short name, of a transformer its module's name -> gate site.
         weights: block's short name -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps: the values that can be set by hand.
-        warning: see `Studio.warning`; and what binding warns of.
+        warning: what its user should know besides, as of any picture.
     """
 
     picture: Path
@@ -55,8 +55,8 @@ class GateReport:
 def gate_report(
     studio: Studio,
     recipe: Recipe,
-    image: Image.Image,
     picture: Path,
+    warnings: Sequence[str],
     *,
     trace: Trace,
     contributions: Contributions,
@@ -66,7 +66,8 @@ def gate_report(
 
     Raises ValueError if no LoRA has acted on the picture.
     """
-    places = gate_figures.places(image, contributions, shades=shades)  # raises where no LoRA acted on the denoiser
+    with Image.open(picture) as image:
+        places = gate_figures.places(image, contributions, shades=shades)  # raises where no LoRA acted on the denoiser
     network: Any = denoiser(studio.pipe)
     labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
@@ -79,7 +80,7 @@ def gate_report(
         labels={label: place for place, label in labels.items()},
         weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
         gates={label: before_tags(trace.weights(place), schedule, place).tolist() for place, label in labels.items()},
-        warning=studio.warning(recipe),
+        warning="; ".join(warnings),
     )
 
 

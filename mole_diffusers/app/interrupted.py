@@ -6,14 +6,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from PIL import Image
+
+from mole_diffusers.binding.config import mask_text
+from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.lora.whole_files import write_text
-
-T = TypeVar("T")
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import with_pictures
 
 
 class Interrupted:
@@ -23,10 +26,17 @@ class Interrupted:
         self.folder = folder
         self._queued: set[Path] = set()
 
-    def keep(self, owner: str, kind: str, about: dict[str, Any]) -> Path:
-        """Write what a job needs, as plain data; the file, to be deleted once the job is over."""
+    def keep(self, owner: str, kind: str, recipe: Recipe, more: list[Any], over: Mapping[str, Image.Image]) -> Path:
+        """Write down a job; its file, to be deleted once it is over.
+
+        Args:
+            more: plain data.
+            over: the pictures that are drawn over, see `Actions.compose`; only the mask is kept.
+        """
         path = self._of(owner) / f"{time.time_ns()}-{kind}.json"
         self._queued.add(path)
+        mask = mask_text(over["mask"]) if "mask" in over else ""
+        about = {"recipe": with_pictures(recipe, **over).to_dict(), "more": more, "mask": mask}
         write_text(path, json.dumps(about))
         return path
 
@@ -45,10 +55,11 @@ class Interrupted:
         return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # what a browser says is no file name
 
 
-def read(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
-    """What `make` makes of a file. Raises ValueError if it can make nothing."""
+def read(path: Path) -> tuple[Recipe, list[Any], str]:
+    """The recipe, the plain data and the mask, as text, of a file. Raises ValueError where it cannot be used."""
     try:
-        return make(read_json(path))
-    except (RefusedFileError, FileNotFoundError, TypeError, KeyError, AttributeError, ValueError) as error:
+        kept = read_json(path)
+        return Recipe.from_dict(kept["recipe"]), [*kept["more"]], kept["mask"]
+    except (FileNotFoundError, TypeError, KeyError, ValueError) as error:
         reason = str(error).replace(f"{path.parent}/", "") if isinstance(error, ValueError) else "it is of another release"
         raise ValueError(f"what was kept of this job cannot be used: {reason}") from error

@@ -74,16 +74,15 @@ def _saving(page: Page) -> None:
     def script(*values: Any) -> Values:
         return {text: as_code(completed(*values)), status: ""}
 
-    def plan(*values: Any) -> Work:
-        *given, rank = values
-        return page.actions.export(page.recipe(*given), int(rank) if rank else None)
+    def plan(recipe: Recipe, rank: int | None, _: Any) -> Work:
+        return page.actions.export(recipe, rank or None)
 
     def show(job: Job) -> Values:
         return {file: str(job.event.path)} if job.state == "done" else {}
 
     save.click(recipe_file, [*page.inputs, page.over], [file, status], **PRIVATE)
     code.click(script, [*page.inputs, page.over], [text, status], **PRIVATE)
-    connect_job(page, "export", [export.click], plan, show, inputs=[*page.inputs, rank], status=status, outputs=[file])
+    connect_job(page, "export", [export.click], plan, show, more=[rank], draws=False, status=status, outputs=[file])
 
 
 def _grid(page: Page) -> None:
@@ -99,13 +98,8 @@ def _grid(page: Page) -> None:
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
     sheet = figure("Grid", elem_id="sheet")
 
-    def plan(*values: Any) -> Work:
-        recipe, over, x, y = page.asked(*values)
-        return page.actions.grid(recipe, x, y, over)
-
     def show(job: Job) -> Values:
         return {sheet: str(job.event.sheet)} if job.event.sheet else {}
 
-    inputs = [*page.inputs, *page.axes, page.over]
-    connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])
+    connect_job(page, "grid", [make.click], page.actions.grid, show, more=page.axes, status=status, outputs=[sheet])
     connect_cancel(page, cancel, status, ["grid"])

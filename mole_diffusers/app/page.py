@@ -32,8 +32,6 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
 OF_BASE = ("width", "height", "guidance")  # fields that another base model changes
-NUMBERS = {"seed": int, "steps": int, "guidance": float, "width": int, "height": int, "strength": float, "hires": float,
-           "hires_strength": float}  # fmt: skip
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
 # What runs in the browser. Fields are kept there once the page has been filled, in the order in which they change: calls
@@ -231,19 +229,15 @@ class Page:
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
         named |= {name: named[name] or 0 for name in OPEN}
-        for name, kind in NUMBERS.items():
-            if named[name] is None:
-                raise ValueError(f"{name} must be a number")
-            named[name] = kind(named[name])
         named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
-        return Recipe(**named, locks=locks, masks=masks)
+        return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base)
 
     def asked(self, *values: Any) -> tuple[Any, ...]:
-        """Of the values of `inputs`, any further components, and `over`: the recipe, the pictures that are drawn over, and
-        the further values."""
+        """Of the values of `inputs`, any further components, and `over`: the recipe, the further values, and the pictures
+        that are drawn over."""
         *given, editor = values
         recipe = self.recipe(*given[: len(self.inputs)])
-        return recipe, draw_over.pictures(editor), *given[len(self.inputs) :]
+        return recipe, *given[len(self.inputs) :], draw_over.pictures(editor)
 
     def values(self, recipe: Recipe) -> Values:
         """The values of `inputs` for a recipe."""

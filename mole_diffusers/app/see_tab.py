@@ -6,14 +6,16 @@ from typing import Any
 
 import gradio as gr
 
+from mole_diffusers.app.actions import Over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import parse_lock, shades
+from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, shades
 from mole_diffusers.app.page import PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import told
 from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items
 from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
 COMPARED = ("sum", "bound")  # left and right of the slider at first, without trained gates
@@ -55,10 +57,6 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
     def sides(drawn: dict[str, str], left: str, right: str) -> Any:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
-    def plan(*values: Any) -> Work:
-        recipe, over, merges = page.asked(*values)
-        return page.actions.compare(recipe, merges, over)
-
     def show(job: Job) -> Values:
         files = {picture.label: str(picture.path) for picture in job.event.pictures}
         at_first = COMPARED if "gates" not in files else ("sum", "gates")
@@ -71,8 +69,8 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
         return shown
 
     gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last", **PRIVATE)
-    inputs, outputs = [*page.inputs, merges, page.over], [arms, slider, left, right, drawn]
-    connect_job(page, "compare", [compare.click], plan, show, inputs=inputs, status=status, outputs=outputs)
+    plan, outputs = page.actions.compare, [arms, slider, left, right, drawn]
+    connect_job(page, "compare", [compare.click], plan, show, more=[merges], status=status, outputs=outputs)
 
 
 def _gate_report(page: Page, look: Any, status: Any) -> None:
@@ -83,8 +81,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
         sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
         block = _by_hand(page, sites, gates)
 
-    def plan(*values: Any) -> Work:
-        recipe, over, cards = page.asked(*values)
+    def plan(recipe: Recipe, cards: list[MixerCard], over: Over) -> Work:
         return page.actions.look(recipe, shades(cards), over)
 
     def show(job: Job) -> Values:
@@ -100,8 +97,8 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
             block: gr.update(choices=list(report.labels), value=next(iter(report.labels))),
         }
 
-    inputs, outputs = [*page.inputs, page.cards, page.over], [heat, shares, places, sites, gates, block]
-    connect_job(page, "look", [look.click], plan, show, inputs=inputs, status=status, outputs=outputs)
+    outputs = [heat, shares, places, sites, gates, block]
+    connect_job(page, "look", [look.click], plan, show, more=[page.cards], status=status, outputs=outputs)
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:

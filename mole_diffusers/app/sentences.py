@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from tempfile import gettempdir
 from typing import Any
-
-import gradio as gr
 
 USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged
 
@@ -46,26 +42,3 @@ def told(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return call
 
     return wrap
-
-
-def with_errors(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions and coroutines of the API: an error of bad input is one sentence to the client."""
-
-    @contextmanager
-    def sentences() -> Iterator[None]:
-        try:
-            yield
-        except USER_ERRORS as error:
-            raise gr.Error(without_folders(str(error)), print_exception=False) from error
-
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with sentences():
-            return fn(*args, **kwargs)
-
-    @functools.wraps(fn)
-    async def wait(*args: Any, **kwargs: Any) -> Any:
-        with sentences():
-            return await fn(*args, **kwargs)
-
-    return wait if inspect.iscoroutinefunction(fn) else call

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app.files import export_gates
-from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest, train
+from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
@@ -41,16 +40,22 @@ def build(page: Page) -> None:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
             status = gr.Markdown("", elem_id="train-status", elem_classes="status")
-            offer = _offer(page)
+            offer = Offer(page, "train", "Go on", lambda recipe, name, *_: f"The training **{markdown(name)}**")
         with gr.Column():
             loss = figure("Loss", elem_id="loss")
             pictures = gallery("The prompt's picture before, during and after", columns=4, elem_id="validation")
             _gate_files(page)
     again = gr.State("")
 
-    def plan(*values: Any) -> Work:
-        recipe, wanted, again = _asked(page, *values)
-        return train(page.actions.studio, recipe, wanted, home=page.actions.home, again=again)
+    def plan(recipe: Recipe, *given: Any) -> Work:
+        *values, again, _ = given
+        wanted = _request(page, values)
+        try:
+            return page.actions.train(recipe, wanted)  # a run with these settings goes on
+        except GatesExistError:
+            if not again:
+                raise
+            return page.actions.train(recipe, wanted, again)
 
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
@@ -61,57 +66,33 @@ def build(page: Page) -> None:
     def ask(*values: Any) -> Any:
         """Whether to ask what becomes of gates that are there, and the answer so far: none."""
         try:
-            plan(*values)
+            recipe, *given, over = page.asked(*values, None)
+            plan(recipe, *given, "", over)
         except GatesExistError:
             return gr.update(visible=True), ""
         except USER_ERRORS:  # which the job says
             pass
         return gr.update(visible=False), ""
 
-    inputs = [*page.inputs, *page.training.values(), again]
     hidden = gr.update(visible=False)
     answers = [
         button.click(lambda answer=answer: (hidden, answer), None, [asked, again], **PRIVATE)  # type: ignore[misc]
         for button, answer in ((more, AGAIN[0]), (over, AGAIN[1]))
     ]
-    asking = start.click(ask, inputs, [asked, again], **PRIVATE)
+    asking = start.click(ask, [*page.inputs, *page.training.values()], [asked, again], **PRIVATE)
     begins = [event.then for event in (asking, *answers)]
     outputs = [loss, pictures, page.controls["gates"], page.trained]
-    connect_job(page, "train", begins, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
+    inputs = [*page.training.values(), again]
+    connect_job(page, "train", begins, plan, show, more=inputs, draws=False, status=status, outputs=outputs, offer=offer)
     connect_cancel(page, cancel, status, ["train"])
 
 
-def _asked(page: Page, *values: Any) -> tuple[Recipe, TrainingRequest, str]:
-    """What the page asks for: the recipe, the training, and what becomes of gates that are there."""
-    *given, again = values
-    at = len(page.inputs)
-    wanted = dict(zip(page.training, given[at:], strict=True))
-    wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or [], "steps": int(wanted["steps"])}
+def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:
+    """What the fields ask for."""
+    wanted = dict(zip(page.training, values, strict=True))
+    wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or []}
     wanted |= {"singles": parse_singles(wanted["singles"]), "composed": _lines(wanted["composed"])}
-    return page.recipe(*given[:at]), TrainingRequest(**wanted), again
-
-
-def _offer(page: Page) -> Offer:
-    """Of trainings that ran or waited when the app ended. They go on from their last checkpoint."""
-    actions = page.actions
-
-    def keep(*values: Any) -> dict[str, Any]:
-        recipe, wanted, again = _asked(page, *values)
-        return {"recipe": recipe, "training": asdict(wanted), "again": again}
-
-    def load(kept: dict[str, Any]) -> dict[str, Any]:
-        return {"wanted": TrainingRequest(**kept["training"]), "again": kept["again"]}
-
-    def describe(recipe: Recipe, wanted: TrainingRequest, again: str) -> str:
-        return f"The training **{markdown(wanted.name)}**"
-
-    def plan(recipe: Recipe, wanted: TrainingRequest, again: str) -> Work:
-        try:
-            return train(actions.studio, recipe, wanted, home=actions.home)
-        except GatesExistError:  # it had not begun
-            return train(actions.studio, recipe, wanted, home=actions.home, again=again)
-
-    return Offer(page, "train", "Go on", keep=keep, load=load, describe=describe, plan=plan)
+    return TrainingRequest(**wanted)
 
 
 def _fields(page: Page) -> None:

@@ -123,7 +123,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(compared["bound"].path), wanted)
     assert not np.array_equal(pixels(compared["base"].path), wanted)
     assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
-    assert str(said[-1]).startswith("2 of 2 steps")  # 0.6 of 4
+    assert str(said[-2]).startswith("2 of 2 steps")  # 0.6 of 4
     words = f"drawn over {'the painted part of ' if boxes else ''}your picture"
     for work in (
         actions.compose(RECIPE, 1, over),
