@@ -27,7 +27,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         lora = gr.Textbox(label="With the LoRA", max_length=200, elem_id="find-lora")
         starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
     status = gr.Markdown("", elem_id="gallery-status", elem_classes="status")
-    pictures = gallery("Gallery", columns=4, elem_id="gallery")
+    pictures = gallery(label="Gallery", columns=4, elem_id="gallery")
     more = gr.Button("Show more", size="sm", visible=False, elem_id="gallery-more")
     with gr.Row():
         use = gr.Button("Use again", variant="primary", elem_id="use")

@@ -96,7 +96,7 @@ def _grid(page: Page) -> None:
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
-    sheet = figure("Grid", elem_id="sheet")
+    sheet = figure(label="Grid", elem_id="sheet")
 
     def show(job: Job) -> Values:
         return {sheet: str(job.event.sheet)} if job.event.sheet else {}

@@ -45,7 +45,7 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
             info="training-free, one LoRA from all",
             elem_id="merges",
         )
-        arms = gallery("The same seed", columns=3, elem_id="arms")
+        arms = gallery(label="The same seed", columns=3, elem_id="arms")
         slider = gr.ImageSlider(
             label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_classes="pixel", elem_id="slider"
         )
@@ -75,9 +75,9 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
 
 def _gate_report(page: Page, look: Any, status: Any) -> None:
     with gr.Column():
-        heat = figure("Weights by block and step", elem_id="heat")
-        shares = figure("Share over the steps", elem_id="shares")
-        places = gallery("Where each LoRA acts", columns=3, elem_id="places", pixel=False)
+        heat = figure(label="Weights by block and step", elem_id="heat")
+        shares = figure(label="Share over the steps", elem_id="shares")
+        places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
         sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
         block = _by_hand(page, sites, gates)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -11,6 +12,10 @@ from mole_diffusers.app.actions import Picture
 from mole_diffusers.inspection.gate_figures import COLOURS
 
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
+figure = partial(gr.Image, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure")
+gallery = partial(  # of PNG files; those of few pixels are shown as squares
+    gr.Gallery, format="png", height="auto", object_fit="contain", buttons=BUTTONS, interactive=False, elem_classes="pixel"
+)
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
 CSS = (
     CARDS
@@ -92,19 +97,6 @@ def theme() -> Any:
     )
 
 
-def gallery(label: str, *, columns: int, elem_id: str, pixel: bool = True, render: bool = True) -> Any:
-    """A gallery of PNG files.
-
-    Args:
-        pixel: show the pixels of small pictures as squares, not smoothed.
-        render: lay it out here.
-    """
-    return gr.Gallery(
-        label=label, format="png", columns=columns, height="auto", object_fit="contain", buttons=BUTTONS, interactive=False,
-        elem_classes="pixel" if pixel else None, elem_id=elem_id, render=render,
-    )  # fmt: skip
-
-
 def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
     return [(str(picture.path), picture.label) for picture in pictures]
@@ -113,8 +105,3 @@ def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
 def clicked(event: gr.SelectData) -> str:
     """The file name of the picture that was clicked in a gallery, whatever the gallery shows by now."""
     return str(event.value["image"]["orig_name"])
-
-
-def figure(label: str, *, elem_id: str) -> Any:
-    """One figure."""
-    return gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure", elem_id=elem_id)

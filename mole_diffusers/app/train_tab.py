@@ -42,8 +42,8 @@ def build(page: Page) -> None:
             status = gr.Markdown("", elem_id="train-status", elem_classes="status")
             offer = Offer(page, "train", "Go on", lambda recipe, name, *_: f"The training **{markdown(name)}**")
         with gr.Column():
-            loss = figure("Loss", elem_id="loss")
-            pictures = gallery("The prompt's picture before, during and after", columns=4, elem_id="validation")
+            loss = figure(label="Loss", elem_id="loss")
+            pictures = gallery(label="The prompt's picture before, during and after", columns=4, elem_id="validation")
             _gate_files(page)
     again = gr.State("")
 
@@ -229,4 +229,4 @@ def _gate_files(page: Page) -> None:
 
 def _chosen(page: Page, name: str) -> Values:
     """Both choices of gates after `name` was added."""
-    return {field: gr.update(**page.lists[field](), value=name) for field in (page.controls["gates"], page.trained)}
+    return {field: gr.update(choices=page.choices[field](), value=name) for field in (page.controls["gates"], page.trained)}
