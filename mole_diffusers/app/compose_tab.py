@@ -12,11 +12,11 @@ import gradio as gr
 from mole_diffusers.app import mixer, paint
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.jobs import Job
-from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of, newest
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
 from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, gallery_items
+from mole_diffusers.app.style import clicked, figure, gallery_items
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 
@@ -40,9 +40,7 @@ def build(page: Page) -> None:
             mixer.build(page)
             _settings(page)
         with gr.Column(scale=4, elem_classes="results"):
-            preview = gr.Image(
-                label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
-            )
+            preview = figure(label="Now", height=260, buttons=[], elem_classes="pixel", elem_id="now")
             page.pictures.render()
             _use_picture(page, status)
             paint.build(page)
@@ -134,7 +132,7 @@ def _adding(page: Page) -> None:
         _add_found(page, upload.upload, uploaded, upload, why),
         again.click(looked_again, None, why, **PRIVATE),
     ):
-        event.then(page.now, None, list(page.lists), show_progress="hidden", **PRIVATE)
+        event.then(page.now, None, page.lists, show_progress="hidden", **PRIVATE)
 
 
 def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
@@ -160,7 +158,7 @@ def _added(page: Page, names: Iterable[str], text: str, cards: list[MixerCard], 
     """Prompt and cards with these LoRAs switched on."""
     new = newest(text, rewrites)
     for name in names:
-        new, cards = add_card(new, cards, name, page.actions.studio.catalog.loras)
+        new, cards = edit(new, cards, name, page.actions.studio.catalog.loras)
     return page.rewrite(text, new, rewrites) | page.redraw(cards)
 
 

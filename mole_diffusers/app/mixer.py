@@ -10,17 +10,16 @@ import gradio as gr
 from mole_diffusers.app.mixer_cards import (
     FIELDS,
     MixerCard,
-    at_strength,
+    edit,
     fields_of,
     newest,
-    set_card,
     triggers_in,
-    with_fields,
+    with_tag,
     with_triggers,
-    without,
 )
 from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.style import figure
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import PAINTED
@@ -28,9 +27,10 @@ from mole_diffusers.studio.prompt_syntax import PAINTED
 LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, **PRIVATE}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables what is drawn again, unless told otherwise
 FIELD: dict[str, Any] = {"min_width": 90, **EDITABLE}
+SMALL: dict[str, Any] = {"height": 56, "min_width": 56, "scale": 0, "show_label": False, "container": False, "buttons": [],
+                         "elem_classes": "thumb"}  # fmt: skip
 LOW, HIGH = -1.0, 2.0  # of the slider; any number can be typed
 REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
-REGIONS_KNOWN = (AUTO, EVERYWHERE, PAINTED, *BOXES)
 
 
 def build(page: Page) -> None:
@@ -51,19 +51,7 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
     with gr.Column(elem_classes=["card", f"c{card['colour']}"]):
         with gr.Row(elem_classes="head"):
             if (thumbnail := page.actions.thumbnail(name)) is not None:
-                gr.Image(
-                    thumbnail,
-                    label=f"what {name} looks like",
-                    show_label=False,
-                    container=False,
-                    interactive=False,
-                    height=56,
-                    buttons=[],
-                    elem_classes="thumb",
-                    format="png",
-                    min_width=56,
-                    scale=0,
-                )
+                figure(thumbnail, label=f"what {name} looks like", **SMALL)
             on = gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)
             remove = gr.Button(f"Remove {name}", size="sm", min_width=90, scale=0)
         with gr.Row(elem_classes="strength"):
@@ -95,7 +83,7 @@ def _binding_fields(typed: dict[str, Any], triggers: Sequence[str]) -> dict[str,
             **FIELD,
         )
         region = gr.Dropdown(
-            REGIONS if typed["region"] in REGIONS_KNOWN else [*REGIONS, typed["region"]],
+            REGIONS,
             value=typed["region"],
             allow_custom_value=True,
             label="Where it acts",
@@ -154,17 +142,16 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
-        old = next((one for one in cards if one["name"] == name), None)
-        if old is None or not edits:  # it was removed meanwhile, or a field was left as it was
+        at = next((i for i, one in enumerate(cards) if one["name"] == name), None)
+        if at is None or not edits:  # it was removed meanwhile, or a field was left as it was
             return {page.line: ""}
-        new = with_fields(old, {key: edits.get(key, value) for key, value in fields_of(old, known).items()}, known)
-        if "slider" in edits:
-            new = at_strength(new, edits["slider"], known)
-        new = {**new, "on": edits.get("on", old["on"])}
-        shown = shows(new)
-        rewritten, cards = set_card(newest(text, rewrites), cards, new, known)
+        is_moved = "slider" in edits
+        if is_moved:
+            edits["te"] = edits["unet"] = str(edits.pop("slider"))
+        rewritten, cards = edit(newest(text, rewrites), cards, name, known, **{"on": cards[at]["on"], **edits})
+        shown = shows(cards[at])
         written = {parts[key]: value for key, value in shown.items() if key != "slider" and value != given[key]}
-        if "slider" not in edits and shown["unet"] != seen_now["unet"]:
+        if not is_moved and shown["unet"] != seen_now["unet"]:
             written[slider] = gr.update(**slider_update(shown["unet"]))
         return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown, page.line: ""}
 
@@ -182,7 +169,7 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: A
     @told(page.line)
     def removed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
         left = [other for other in cards if other["name"] != name]
-        rewritten = page.rewrite(text, without(newest(text, rewrites), name, catalog.loras), rewrites)
+        rewritten = page.rewrite(text, with_tag(newest(text, rewrites), name, None, catalog.loras), rewrites)
         return rewritten | {page.line: ""} | page.redraw(left)
 
     @told(page.line)

@@ -8,11 +8,13 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageFilter
 
+from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import BRUSH, COLOUR, ERASER, OPACITY
-from mole_diffusers.app.mixer_cards import MixerCard, newest, set_region, shades
+from mole_diffusers.app.mixer_cards import MixerCard, edit, newest, shades
 from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
 from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.style import figure
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import overlay
@@ -25,10 +27,7 @@ def build(page: Page) -> None:
     """Lay out the panel and connect it."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
     size = [page.controls["width"], page.controls["height"]]
-    found = gr.Image(
-        label="Where each LoRA acted in the last picture", format="png", interactive=False, visible=False, buttons=[],
-        elem_id="found", elem_classes="figure",
-    )  # fmt: skip
+    found = figure(label="Where each LoRA acted in the last picture", visible=False, buttons=[], elem_id="found")
     with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as panel:
         which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
         with gr.Row():
@@ -58,21 +57,13 @@ def build(page: Page) -> None:
             return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
     @told(status)
-    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, *size: float | None) -> Values:
+    def start(
+        request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: int | None, height: int | None
+    ) -> Values:
         picture = last(request)
-        mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return {editor: canvas(picture, *shape(picture, text, *size), mask), status: ""}
-
-    @told(status)
-    def start_empty(request: gr.Request, text: str, *size: float | None) -> Values:
-        picture = last(request)
-        return {editor: canvas(picture, *shape(picture, text, *size), None), status: ""}
-
-    def shape(picture: Picture | None, text: str, width: float | None, height: float | None) -> tuple[int, int]:
-        """Width and height as they are asked for, else those of the last picture or of the prompt's."""
-        recipe = None if picture is None else picture.recipe
-        own = (recipe.width, recipe.height) if recipe else page.actions.usual_size(text)
-        return int(width or own[0]), int(height or own[1])
+        own = (picture.recipe.width, picture.recipe.height) if picture else page.actions.usual_size(text)
+        region = current_region(parse(text, catalog.loras).tags, name, masks, picture)
+        return {editor: canvas(picture, width or own[0], height or own[1], region), status: ""}
 
     @told(status)
     def used(
@@ -86,8 +77,8 @@ def build(page: Page) -> None:
     ) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
-        mask = painted_mask(without_margins(painted), edge)
-        new, cards = set_region(newest(text, rewrites), cards, name, PAINTED, catalog.loras)
+        mask = painted_mask(painted, edge)
+        new, cards = edit(newest(text, rewrites), cards, name, catalog.loras, region=PAINTED)
         said = {page.masks: {**masks, name: mask_text(mask)}, status: f"**{markdown(name)}** acts there from now on"}
         return page.rewrite(text, new, rewrites) | page.redraw(cards) | said
 
@@ -96,7 +87,7 @@ def build(page: Page) -> None:
     begins = [panel.expand, over.click, which.input]
     given = [which, page.masks, prompt, *size]
     gr.on(begins, start, given, [editor, status], trigger_mode="always_last", **PRIVATE)
-    empty.click(start_empty, [prompt, *size], [editor, status], **PRIVATE)
+    empty.click(start, [gr.State(), *given[1:]], [editor, status], **PRIVATE)
     now = [page.masks, prompt, page.cards, page.rewrites]
     use.click(used, [which, editor, edge, *now], [*now, page.shown, status], **ORDERED, **PRIVATE)
 
@@ -116,7 +107,7 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
 
 
 def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
-    """The region that a LoRA has now, in grey: painted, a box, or found in the last picture; None if it has none."""
+    """The region that a LoRA has now, in grey: painted, a box, or found in the last picture; None for no LoRA, or none."""
     region = next((tag.region for tag in tags if tag.name == name), "")
     if region == PAINTED and name in masks:
         return read_mask(masks[name])
@@ -128,26 +119,21 @@ def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: 
     return None
 
 
-def without_margins(painted: dict[str, Any] | None) -> dict[str, Any]:
-    """What an editor has, on the picture alone: its canvas is a square, which is empty above and below a wide picture."""
-    background = (painted or {}).get("background")
-    box = None if background is None else background.convert("RGBA").getchannel("A").getbbox()
-    return {"layers": [layer and layer.crop(box) for layer in (painted or {}).get("layers", ())]}
-
-
-def painted_mask(painted: Any, edge: float) -> Image.Image:
-    """What an editor has on its layers -> a mask picture, white where there is paint, grey where there is less of it.
+def painted_mask(value: dict[str, Any] | None, edge: float) -> Image.Image:
+    """What is painted in an editor -> a mask of its picture, white where there is paint, grey where there is less of it.
 
     Args:
         edge: width of the soft edge, as a share of the longer side.
 
     Raises ValueError where nothing is painted.
     """
-    layers = [layer for layer in (painted or {}).get("layers", ()) if layer is not None]
-    alphas = [np.asarray(layer.convert("RGBA"))[:, :, 3] for layer in layers]
-    if not any(alpha.any() for alpha in alphas):
+    mask = Image.new("L", (1, 1))
+    if value is not None and value["background"] is not None:
+        # The editor's canvas is a square, which is empty above and below a wide picture.
+        picture = value["background"].convert("RGBA").getchannel("A").getbbox()
+        mask = draw_over.paint(value).crop(picture).point([min(round(255 * paint / OPACITY), 255) for paint in range(256)])
+    if mask.getbbox() is None:
         raise ValueError("nothing is painted: draw where the LoRA acts, then use it")
-    mask = _grey(np.minimum(np.max(alphas, axis=0) / OPACITY, 1))
     mask = mask.resize(_fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)
     return mask.filter(ImageFilter.GaussianBlur(edge * MASK_SIDE / 2)) if edge else mask
 
