@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -37,6 +36,7 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import read_picture
+from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
@@ -219,7 +219,8 @@ class Actions:
         return [(f"{name} (for another model)" if self.studio.misfit(name) else name, name) for name in loras]
 
     def find(self, prompt: str) -> list[RetrievedLora]:
-        """The LoRAs of the catalog that a prompt asks for: it contains their name or a trigger, or resembles their samples.
+        """The LoRAs of the catalog that a prompt asks for beside its tags: it contains their name or a trigger, or resembles
+        their samples.
 
         The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed. It
         does not wait for what is drawn, but where the model is offloaded.
@@ -234,7 +235,7 @@ class Actions:
             if self._library is None or self._library_of != wanted:
                 self._library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
                 self._library_of = wanted
-            return retrieve_for(self._library, self.studio.pipe, prompt)
+            return retrieve_for(self._library, self.studio.pipe, parse(prompt, loras).text)
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
@@ -278,29 +279,29 @@ class Actions:
         if count not in range(1, MAX_COUNT + 1):
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
         recipe, _ = self._with_a_seed(recipe, over)
-        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
+        recipes = [replace(recipe, seed=recipe.seed + i) for i in range(count)]
         return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
         there is room, and with trained gates where there are any; a sheet of them goes into the gallery. `over` as in
         `compose`."""
-        recipe, whole = self._with_a_seed(dataclasses.replace(recipe, arm="gates"), over)
+        recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
         if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
         arms = ["base", *(f"alone {name}" for name in whole.experts), "sum", *(f"merge {m}" for m in merges)]
-        wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
-        summed = dataclasses.replace(whole, gates="sum", gates_sha256="", locks={})
-        wanted.append((BOUND, dataclasses.replace(summed, binding=BOUND)))
+        wanted = [(arm, replace(recipe, arm=arm)) for arm in arms]
+        summed = replace(whole, gates="sum", gates_sha256="", locks={})
+        wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
-            wanted.append((TILES, dataclasses.replace(summed, binding=TILES)))
+            wanted.append((TILES, replace(summed, binding=TILES)))
         notes = []
         if whole.gates in UNTRAINED:
             notes.append("no gates are trained for these LoRAs, see the tab Train")
         else:
             wanted.append(("gates", whole))
         labels = [label for label, _ in wanted]
-        sheet = self._sheet(whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
+        sheet = partial(self._sheet, whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
         return self._draw(wanted, over, notes=notes, sheet=sheet)
 
     def _draw(
@@ -321,16 +322,16 @@ class Actions:
             sheet: makes a sheet of the pictures, also of those that are done when it is stopped.
             inside: as in `Studio.draw`.
         """
-        recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
-        for _, recipe in recipes:
+        recipes = [self._completed(recipe) for _, recipe in wanted]
+        for recipe in recipes:
             check_pictures(recipe, **over)
-        self._check_budget([recipe for _, recipe in recipes])
-        both = zip(wanted, recipes, strict=True)
-        told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, over.get("image"))]
+        self._check_budget(recipes)
         part = "the painted part of " if "mask" in over else ""
-        first = [f"drawn over {part}your picture"] if over else []  # its panel may be closed
-        steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
-        state = Progress(0, steps, len(recipes), warnings=list(dict.fromkeys([*first, *notes, *told])))
+        warnings = [f"drawn over {part}your picture"] if over else []  # its panel may be closed
+        warnings += notes
+        for (_, asked), recipe in zip(wanted, recipes, strict=True):
+            warnings += self.studio.notes(asked, recipe, over.get("image"))
+        state = Progress(0, sum(map(self.studio.total_steps, recipes)), len(recipes), warnings=[*dict.fromkeys(warnings)])
 
         def work(report: Report) -> Progress:
             begun = time.monotonic()
@@ -339,27 +340,29 @@ class Actions:
                 state.done += 1
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
                 preview = self._preview(self.studio.pipe, latents) if gallery else None
-                report(dataclasses.replace(state, preview=preview))
+                report(replace(state, preview=preview))
 
             try:
-                for label, recipe in recipes:
+                for (label, _), recipe in zip(wanted, recipes, strict=True):
                     layouts, said = list[Layout](), list[str]()
                     noting = partial(_noting, recipe, layouts, said, inside)
                     image = self.studio.draw(recipe, **over, on_step=on_step, inside=noting)
                     state.warnings = list(dict.fromkeys([*state.warnings, *said]))
                     path = (gallery or self.own).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
-                    report(dataclasses.replace(state))
+                    report(replace(state))
             finally:
                 if sheet is not None and state.pictures:
                     state.sheet = sheet(state.pictures)
                     with suppress(StoppedError):
-                        report(dataclasses.replace(state))
+                        report(replace(state))
             return state
 
         return work
 
-    def _sheet(self, recipe: Recipe, shows: Mapping[str, Any], columns: Sequence[str], labels: Sequence[str]) -> Sheet:
+    def _sheet(
+        self, recipe: Recipe, shows: Mapping[str, Any], columns: list[str], labels: list[str], pictures: list[Picture]
+    ) -> Path:
         """For `_draw`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
         there.
 
@@ -368,22 +371,18 @@ class Actions:
             shows: see `infotext.save`.
             columns, labels: over each column, and before each row.
         """
-
-        def sheet(pictures: Sequence[Picture]) -> Path:
-            cells: list[Image.Image | None] = []
-            for picture in pictures:
-                with Image.open(picture.path) as image:
-                    cells.append(image.convert("RGB"))
-            cells += [None] * (len(columns) * len(labels) - len(cells))
-            rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
-            return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
-
-        return sheet
+        cells: list[Image.Image | None] = []
+        for picture in pictures:
+            with Image.open(picture.path) as image:
+                cells.append(image.convert("RGB"))
+        cells += [None] * (len(columns) * len(labels) - len(cells))
+        rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
+        return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
 
     def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = NOTHING) -> Work:
         """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
         `compose`. Of a picture that is made larger, the first pass is traced."""
-        recipe = self._completed(with_pictures(dataclasses.replace(recipe, arm="gates"), **over))
+        recipe = self._completed(with_pictures(replace(recipe, arm="gates"), **over))
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         seen: dict[str, Any] = {}
@@ -407,7 +406,7 @@ class Actions:
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
-        sheet = self._sheet(whole, {"x": x, "y": y}, across.labels, down.labels)
+        sheet = partial(self._sheet, whole, {"x": x, "y": y}, list(across.labels), list(down.labels))
         return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
@@ -415,7 +414,7 @@ class Actions:
 
         Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
         """
-        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
+        recipe = self._completed(replace(recipe, arm="gates"))
         strengths = recipe.constant_strengths()
         if not strengths:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
@@ -445,7 +444,7 @@ class Actions:
         """The recipe as it is asked for, but for a random seed, which several pictures share; and it completed."""
         recipe = with_pictures(recipe, **over)
         whole = self._completed(recipe)
-        return dataclasses.replace(recipe, seed=whole.seed), whole
+        return replace(recipe, seed=whole.seed), whole
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe = self.studio.complete(recipe)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -26,7 +26,6 @@ from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.picture_passes import read_picture
-from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 
 RECIPE_FIELDS = (
@@ -37,6 +36,9 @@ RECIPE_FIELDS = (
 
 IMAGE = "a picture to draw over, as much as the recipe's strength says; one that the recipe names must be this one."
 MASK = "a picture of that size, white where it is drawn over; by default everywhere."
+
+
+File = gr.FileData | None
 
 
 def add(page: Page) -> None:
@@ -53,7 +55,7 @@ def add(page: Page) -> None:
 
 def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method for clients: what they send is checked by its annotations, and an error of bad input is one sentence."""
-    kinds = {name: kind for name, kind in get_type_hints(method).items() if gr.FileData not in (kind, *get_args(kind))}
+    kinds = {name: kind for name, kind in get_type_hints(method).items() if kind not in (gr.FileData, File)}
 
     @functools.wraps(method)
     async def call(*args: Any, **kwargs: Any) -> Any:
@@ -99,8 +101,7 @@ class Endpoints:
         Args:
             prompt: any text; tags in it are ignored.
         """
-        text = parse(prompt, self.actions.studio.catalog.loras).text
-        hits = await asyncio.to_thread(self.actions.find, text)
+        hits = await asyncio.to_thread(self.actions.find, prompt)
         facts = ("name", "why", "score", "passed_over")
         return [{name: getattr(hit, name) for name in facts} for hit in hits]
 
@@ -125,8 +126,8 @@ class Endpoints:
         width: int | None = None,
         height: int | None = None,
         sampler: str = "",
-        image: gr.FileData | None = None,
-        mask: gr.FileData | None = None,
+        image: File = None,
+        mask: File = None,
         strength: float | None = None,
         hires: float | None = None,
         hires_strength: float | None = None,
@@ -165,9 +166,7 @@ class Endpoints:
         done = await self._drawing(request, "compose", self.actions.compose, recipe, count, image=image, mask=mask)
         return [_file(each.path) for each in done.pictures], [each.recipe.to_dict() for each in done.pictures]
 
-    async def redraw(
-        self, request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
-    ) -> gr.FileData:
+    async def redraw(self, request: gr.Request, recipe: dict, image: File = None, mask: File = None) -> gr.FileData:
         """Draw exactly one recipe, as it is in a picture or with fields left out.
 
         Args:
@@ -179,12 +178,7 @@ class Endpoints:
         return _file(done.pictures[0].path)
 
     async def compare(
-        self,
-        request: gr.Request,
-        recipe: dict,
-        merges: list[str] | None = None,
-        image: gr.FileData | None = None,
-        mask: gr.FileData | None = None,
+        self, request: gr.Request, recipe: dict, merges: list[str] | None = None, image: File = None, mask: File = None
     ) -> tuple[list[str], list[gr.FileData]]:
         """The same seed from the base, each LoRA alone, the plain sum, merges, bound, in tiles where there is room, and with
         trained gates where there are any. The gallery keeps a sheet of them. Returns labels and files.
@@ -199,7 +193,7 @@ class Endpoints:
         return [each.label for each in done.pictures], [_file(each.path) for each in done.pictures]
 
     async def look(
-        self, request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
+        self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
     ) -> tuple[dict, list[gr.FileData]]:
         """What the gates did: {"experts", "weights": block -> mean weight of each}, and figures of it.
 
@@ -215,13 +209,7 @@ class Endpoints:
         return {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}, files
 
     async def grid(
-        self,
-        request: gr.Request,
-        recipe: dict,
-        x: str,
-        y: str,
-        image: gr.FileData | None = None,
-        mask: gr.FileData | None = None,
+        self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
     ) -> gr.FileData:
         """An XY grid of one recipe, which the gallery keeps.
 

@@ -9,19 +9,17 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from mole_diffusers.app import compose_tab, gallery_tab, keep_tab, see_tab, train_tab
 from mole_diffusers.app.actions import Actions
-from mole_diffusers.app.api import add as add_api
-from mole_diffusers.app.compose_tab import build as compose_tab
-from mole_diffusers.app.gallery_tab import build as gallery_tab
+from mole_diffusers.app.api import Endpoints, add
 from mole_diffusers.app.jobs import Job
-from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.own_pages import OwnPagesOnly
-from mole_diffusers.app.page import OF_BASE, ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.page import OF_BASE, ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import follow
-from mole_diffusers.app.see_tab import build as see_tab
-from mole_diffusers.app.style import CSS, HEAD, theme
-from mole_diffusers.app.train_tab import build as train_tab
+from mole_diffusers.app.style import CARDS, theme
 from mole_diffusers.studio.recipe import Recipe
+
+HERE = Path(__file__).parent
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
@@ -29,20 +27,23 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
         page = Page(actions, defaults, blocks)
-        add_api(page)  # first, while its endpoint names are free
+        add(page)  # first, while its endpoint names are free
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         _base(page)
         with page.tabs.render():
             with _tab("Compose"):
-                compose_tab(page)
+                compose_tab.build(page)
             with _tab("See"):
-                see_tab(page)
+                see_tab.build(page)
             with _tab("Train"):
-                train_tab(page)
+                train_tab.build(page)
             with _tab("Gallery") as tab:
-                gallery_tab(page, tab)
+                gallery_tab.build(page, tab)
             with _tab("Keep"):
-                keep_tab(page)
+                keep_tab.build(page)
+        for event in blocks.fns.values():
+            if event.api_name not in vars(Endpoints):
+                event.api_visibility = "private"
     return blocks
 
 
@@ -68,9 +69,9 @@ def _base(page: Page) -> None:
     def change(owner: str, name: str) -> Job:
         return page.jobs.submit(owner, "base", page.actions.change_base(name))
 
-    way, outputs = (page.base.input, change, [page.base]), [page.base, *sizes, *page.lists]
-    (changed,) = follow(page, "base", [way], show, status=status, outputs=outputs)
-    changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED, **PRIVATE)
+    way = page.base.input, change, [page.base]
+    (changed,) = follow(page, "base", [way], show, [status, page.base, *sizes, *page.lists])
+    changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED)
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:
@@ -85,15 +86,15 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
     blocks.queue(max_size=64)
     return blocks.launch(
         share=False,
-        show_error=False,
         max_file_size="512mb",
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,
         footer_links=["api"],
         theme=theme(),
-        css=CSS,
-        head=HEAD,
+        css=CARDS,
+        css_paths=HERE / "page.css",
+        head_paths=HERE / "page.html",
         allowed_paths=[str(gallery.resolve())] if gallery else None,
         app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites)]},
         **{"mcp_server": False, **options},

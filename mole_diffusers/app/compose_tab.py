@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import gradio as gr
 from mole_diffusers.app import mixer, paint
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.jobs import Job
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, figure, gallery_items
-from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.app.style import clicked, figure, gallery_items, row
 from mole_diffusers.studio.recipe import Recipe
 
 
@@ -53,11 +51,10 @@ def build(page: Page) -> None:
     @told(page.line)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
-        return ({} if new == cards else page.redraw(new)) | {page.rewrites: [], page.line: ""}
+        return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
 
-    starts, outputs = [compose.click, prompt.submit], [preview, page.pictures]
-    plan, more = page.actions.compose, [page.count]
-    connect_job(page, "compose", starts, plan, show, more=more, status=status, outputs=outputs, offer=offer)
+    starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
+    connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count], offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
     shown = [page.cards, page.shown, page.rewrites, page.line]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
@@ -82,20 +79,19 @@ def _use_picture(page: Page, status: Any) -> None:
 
     @told(status)
     def draw_over_it(request: gr.Request, chosen: str) -> Values:
-        return page.put_over(picture(request, chosen).path) | {status: ""}
+        return page.put_over(picture(request, chosen).path)
 
     @told(status)
     def use_seed(request: gr.Request, chosen: str) -> Values:
-        return {page.controls["seed"]: picture(request, chosen).recipe.seed, status: ""}
+        return {page.controls["seed"]: picture(request, chosen).recipe.seed}
 
-    page.pictures.select(clicked, None, chosen, trigger_mode="multiple", **PRIVATE)
-    over.click(draw_over_it, chosen, [page.over, page.over_panel, status], **PRIVATE)
-    seed.click(use_seed, chosen, [page.controls["seed"], status], **PRIVATE)
+    page.pictures.select(clicked, None, chosen, trigger_mode="multiple")
+    over.click(draw_over_it, chosen, [page.over, page.over_panel, status])
+    seed.click(use_seed, chosen, [page.controls["seed"], status])
 
 
 def _adding(page: Page) -> None:
     """Three ways to add a LoRA: by name, found for the prompt, or uploaded; and files that were copied into the folders."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
     with gr.Row(equal_height=True):
         page.add.render()
         with gr.Column(min_width=120):
@@ -108,11 +104,11 @@ def _adding(page: Page) -> None:
 
     @told(why)
     def chosen(name: str | None, *now: Any) -> Values:
-        return _added(page, _fitting(page, [name] if name else []), *now) | {page.add: None, why: ""}
+        return page.edited(_fitting(page, [name] if name else []), *now) | {page.add: None}
 
     @told(why)
     def found(text: str) -> Any:
-        hits = page.actions.find(parse(text, catalog.loras).text)
+        hits = page.actions.find(text)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
         return _fitting(page, [hit.name for hit in hits]), words or "The prompt asks for none of the LoRAs here."
 
@@ -124,26 +120,22 @@ def _adding(page: Page) -> None:
     def looked_again() -> str:
         return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
 
-    now = [prompt, page.cards, page.rewrites]
-    outputs = [*now, page.shown, page.add, why]
-    page.add.input(chosen, [page.add, *now], outputs, trigger_mode="multiple", **ORDERED, **PRIVATE)
-    _add_found(page, find.click, found, prompt, why, concurrency_limit=None)
-    for event in (
-        _add_found(page, upload.upload, uploaded, upload, why),
-        again.click(looked_again, None, why, **PRIVATE),
-    ):
-        event.then(page.now, None, page.lists, show_progress="hidden", **PRIVATE)
+    outputs = [*page.written, page.shown, page.add, why]
+    page.add.input(chosen, [page.add, *page.written], outputs, trigger_mode="multiple", **ORDERED)
+    _add_found(page, find.click, found, page.controls["prompt"], why, concurrency_limit=None)
+    for event in (_add_found(page, upload.upload, uploaded, upload, why), again.click(looked_again, None, why)):
+        event.then(page.now, None, page.lists, show_progress="hidden")
 
 
 def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
     """Let an event find the names of LoRAs, which may take long, and then add them to the prompt as it is by then."""
-    names, now = gr.State([]), [page.controls["prompt"], page.cards, page.rewrites]
+    names = gr.State([])
 
     def add(found: list[str], *now: Any) -> Values:
-        return (_added(page, found, *now) if found else {}) | {names: []}
+        return (page.edited(found, *now) if found else {}) | {names: []}
 
-    known = event(find, given, [names, why], **options, **PRIVATE)
-    return known.then(add, [names, *now], [names, *now, page.shown], **ORDERED, **PRIVATE)
+    known = event(find, given, [names, why], **options)
+    return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
 
 
 def _fitting(page: Page, names: list[str]) -> list[str]:
@@ -154,14 +146,6 @@ def _fitting(page: Page, names: list[str]) -> list[str]:
     return names
 
 
-def _added(page: Page, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
-    """Prompt and cards with these LoRAs switched on."""
-    new = newest(text, rewrites)
-    for name in names:
-        new, cards = edit(new, cards, name, page.actions.studio.catalog.loras)
-    return page.rewrite(text, new, rewrites) | page.redraw(cards)
-
-
 def _settings(page: Page) -> None:
     """The other fields of a recipe, and the number of pictures."""
     fields = page.controls
@@ -170,20 +154,13 @@ def _settings(page: Page) -> None:
             with gr.Column(min_width=120):
                 fields["seed"].render()
                 new = gr.Button("New seed", size="sm", elem_id="new-seed")
-                new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False, **PRIVATE)
+                new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
             fields["steps"].render()
-        for row in (
-            (fields["guidance"], page.count),
-            (fields["width"], fields["height"]),
-            (fields["sampler"], fields["gates"], fields["binding"]),
-        ):
-            with gr.Row():
-                for field in row:
-                    field.render()
+        row(fields["guidance"], page.count)
+        row(fields["width"], fields["height"])
+        row(fields["sampler"], fields["gates"], fields["binding"])
     with page.over_panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
         page.over.render()
         fields["strength"].render()
-        with gr.Row():
-            fields["hires"].render()
-            fields["hires_strength"].render()
+        row(fields["hires"], fields["hires_strength"])

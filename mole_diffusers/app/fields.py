@@ -1,4 +1,4 @@
-"""The fields of a recipe and of a training, as the page shows them."""
+"""The fields of a recipe, of a training and of a LoRA's card, as the page shows them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.gate_training import TRAINED, WAYS
-from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
+from mole_diffusers.studio.block_weights import PRESETS
+from mole_diffusers.studio.prompt_syntax import PAINTED
 from mole_diffusers.studio.recipe import BOUND, RANGES, TILES
 
 SAME, SIDE = "empty: the same", "0: the model's own, or the picture's"
+REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
 BINDINGS = [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("off", "none")]
 text, number = partial(gr.Textbox, max_length=5000), partial(gr.Number, precision=0)
-slider, choice = gr.Slider, gr.Dropdown
+slider, choice, typed = gr.Slider, gr.Dropdown, partial(gr.Dropdown, allow_custom_value=True)
 
 CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its component
     "prompt": partial(
@@ -68,5 +71,16 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
         value="collage",
         label="Taught by",
         info="collage: subjects side by side; blend: predictions under masks",
+    ),
+}
+CARD: dict[str, Callable[..., Any]] = {  # field of a LoRA's tag -> its component
+    "unet": partial(gr.Textbox, label="Any number, or 0@0,1@0.4", max_length=500, elem_classes="any"),
+    "te": partial(gr.Textbox, label="Text encoder (te)", max_length=500),
+    "lbw": partial(typed, ["", *PRESETS, "ALL0.5"], label="Blocks (lbw)"),
+    "start": partial(gr.Textbox, label="From step (start)", max_length=10),
+    "stop": partial(gr.Textbox, label="To step (stop)", max_length=10),
+    "word": partial(typed, multiselect=True, label="Its words in the prompt", elem_classes="word"),
+    "region": partial(
+        typed, REGIONS, label="Where it acts", info="or a box, 0,0,0.5,1: left, top, right, bottom", elem_classes="region"
     ),
 }

@@ -15,7 +15,7 @@ from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
-FIELDS = ("unet", "te", "lbw", "start", "stop", "word", "region")  # of a tag, as a card shows them
+FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # of a tag, as a card shows them
 
 
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:

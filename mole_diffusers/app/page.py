@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,14 @@ import gradio as gr
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Actions, Picture
 from mole_diffusers.app.fields import CONTROLS, TRAINING
-from mole_diffusers.app.interrupted import Interrupted
 from mole_diffusers.app.jobs import Job, Jobs
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of, newest
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
 from mole_diffusers.app.style import gallery
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
 # Events that write the prompt or the cards, and drawing the cards: one at a time, in the order in which they were sent.
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
@@ -49,11 +47,11 @@ class Page:
     Attributes:
         defaults: the recipe of a fresh page.
         jobs: the queue.
-        interrupted: jobs that an earlier run of the app has left.
         controls: field of a Recipe -> its component.
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         rewrites: state: the texts that events have put into the prompt since it was typed, and those that these replaced.
+        written: the prompt, its cards and rewrites, which events that edit the prompt take and give.
         locks, masks: gates set by hand, and painted regions, as in a Recipe; in the browser, where nobody sees them.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
@@ -74,7 +72,7 @@ class Page:
 
     def __init__(self, actions: Actions, defaults: Recipe, blocks: gr.Blocks):
         self.actions, self.defaults, self.blocks = actions, defaults, blocks
-        self.jobs, self.interrupted = Jobs(), Interrupted(actions.home / ".jobs")
+        self.jobs = Jobs(actions.home / ".jobs")
         self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that a page shows
         catalog, first = actions.studio.catalog, self._shown(defaults)
         known: dict[str, Callable[[], list[Any]]] = {
@@ -96,6 +94,7 @@ class Page:
         self.controls = {name: field(name, make, value=first[name], elem_id=name) for name, make in CONTROLS.items()}
         self.training = {name: field(name, make, elem_id=f"train-{name}") for name, make in TRAINING.items()}
         self.cards, self.shown, self.rewrites = gr.State([]), gr.State({"cards": []}), gr.State([])
+        self.written = [self.controls["prompt"], self.cards, self.rewrites]
         self.locks, self.masks = gr.JSON({}, visible=False), gr.JSON({}, visible=False)
         self.base = gr.Dropdown(
             list(actions.bases), value=actions.base, label="Base model", visible=len(actions.bases) > 1,
@@ -225,6 +224,13 @@ class Page:
             return {}
         return {self.controls["prompt"]: new, self.rewrites: [*(rewrites if given in rewrites else [given]), new]}
 
+    def edited(self, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str], **edits: Any) -> Values:
+        """What edits these LoRAs in the prompt and its cards, see `mixer_cards.edit`, given the values of `written`."""
+        new = newest(text, rewrites)
+        for name in names:
+            new, cards = edit(new, cards, name, self.actions.studio.catalog.loras, **edits)
+        return self.rewrite(text, new, rewrites) | self.redraw(cards)
+
     def redraw(self, cards: list[MixerCard]) -> Values:
         """The mixer's cards, which are drawn again even if they are the same as before."""
         return {self.cards: cards, self.shown: {"cards": cards, "at": time.monotonic_ns()}}
@@ -262,7 +268,7 @@ class Page:
         """Keep the fields in the browser, and fill a page that is opened; the event of that."""
         fields, kept = self._fields, gr.BrowserState(None, storage_key="mole-fields", **STORED)
         filling = gr.JSON(None, visible=False)  # values of the fields of a page that is opened; None where one stays
-        gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP, **PRIVATE)
+        gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP)
 
         def listed() -> Values:
             return {self.base: self.actions.base} | self.now()
@@ -272,12 +278,12 @@ class Page:
             filled = self._kept(values) or (self.values(fresh) if fresh != self.defaults else {})
             return visitor, [filled.get(field) for field in fields]
 
-        loaded = self.blocks.load(listed, None, [self.base, *self.lists], **PRIVATE)
-        known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling], **PRIVATE)
+        loaded = self.blocks.load(listed, None, [self.base, *self.lists])
+        known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling])
         first = json.dumps([field.value for field in fields])
-        filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first, **PRIVATE)
+        filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first)
         cards = [self.cards, self.shown, self.rewrites]
-        filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED, **PRIVATE)
+        filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED)
         return filled
 
     def _kept(self, values: Any) -> Values:

@@ -4,22 +4,29 @@ has left, offered again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mole_diffusers.app import draw_over
-from mole_diffusers.app.actions import Progress
-from mole_diffusers.app.interrupted import read
+from mole_diffusers.app.actions import Over, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
-from mole_diffusers.app.page import PRIVATE, Page, Values, session
+from mole_diffusers.app.page import Page, Values, session
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
-from mole_diffusers.binding.config import read_mask
+from mole_diffusers.binding.config import mask_text, read_mask
+from mole_diffusers.lora.safe_files import read_json
+from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import with_pictures
 
-SHOWN: dict[str, Any] = {"concurrency_limit": None, **PRIVATE}  # of events that follow a job
+Show = Callable[[Job], Values]
+Refused = Callable[[Exception], Values]
 Way = tuple[Callable[..., Any], Callable[..., Job], Sequence[Any]]  # event, (owner, *values) -> job, the values' components
+
+
+def nothing(_: Any) -> Values:
+    """No values for any component."""
+    return {}
 
 
 class Offer:
@@ -44,8 +51,8 @@ class Offer:
                 path.unlink(missing_ok=True)
             return self.show(visitor)
 
-        forget.click(drop, [page.visitor, self.offered], self.shown, **PRIVATE)
-        page.entered.then(self.show, page.visitor, self.shown, **SHOWN)
+        forget.click(drop, [page.visitor, self.offered], self.shown)
+        page.entered.then(self.show, page.visitor, self.shown, concurrency_limit=None)
 
     def show(self, visitor: str) -> Values:
         """The row as it is for a visitor."""
@@ -53,7 +60,7 @@ class Offer:
             return {self.row: gr.update(visible=False), self.said: "", self.offered: ""}
         more = f" One of {len(left)}." if len(left) > 1 else ""
         try:
-            recipe, given, _ = read(left[0])
+            recipe, given, _ = _read(left[0])
             words = f"{self._describe(recipe, *given)} was interrupted when the app ended.{more}"
         except ValueError as error:
             words = f"A job was interrupted when the app ended, and {error}.{more}"
@@ -66,7 +73,7 @@ class Offer:
         """
         if not (left := self._left(visitor, offered)):
             raise ValueError("this was started again or forgotten already")
-        recipe, given, mask = read(left[0])
+        recipe, given, mask = _read(left[0])
         self.page.actions.check_base(recipe.base, "change it first")
         over = draw_over.pictures(editor if recipe.image else None)
         over.pop("mask", None)  # what is painted now
@@ -76,7 +83,7 @@ class Offer:
 
     def _left(self, visitor: str, offered: str | None = None) -> list[Path]:
         """The visitor's files of this kind, the oldest first; only that of this name."""
-        return [path for path in self.page.interrupted.left(visitor or "", self.kind) if offered in (None, path.name)]
+        return [path for path in self.page.jobs.left(visitor or "", self.kind) if offered in (None, path.name)]
 
 
 def connect_job(
@@ -84,12 +91,12 @@ def connect_job(
     kind: str,
     start: Sequence[Callable[..., Any]],
     plan: Callable[..., Work],
-    show: Callable[[Job], Values],
+    show: Show,
+    outputs: Sequence[Any],
     *,
     more: Sequence[Any] = (),
     draws: bool = True,
-    status: Any,
-    outputs: Sequence[Any],
+    refused: Refused = nothing,
     offer: Offer | None = None,
 ) -> None:
     """Let events start a job on the recipe of the page.
@@ -98,7 +105,7 @@ def connect_job(
         start: events, for example `button.click`.
         plan: the recipe, the values of `more`, and the pictures that are drawn over -> the work. A ValueError is shown in
             the status.
-        show, status, outputs: see `follow`.
+        show, outputs, refused: see `follow`.
         more: further components.
         draws: whether it draws over the page's picture.
         offer: of jobs that were interrupted; by default they are lost when the app ends.
@@ -107,33 +114,34 @@ def connect_job(
 
     def begin(owner: str, *values: Any) -> Job:
         recipe, *given, over = page.asked(*values)
-        keep = partial(page.interrupted.keep, owner, kind, recipe, given, over) if offer else None
-        return page.jobs.submit(owner, kind, plan(recipe, *given, over), keep)
+        work = plan(recipe, *given, over)
+        return page.jobs.submit(owner, kind, work, about=_kept(recipe, given, over) if offer else None)
 
     ways: list[Way] = [(event, begin, [*page.inputs, *more, editor]) for event in start]
-    if offer is None:
-        follow(page, kind, ways, show, status=status, outputs=outputs)
-        return
+    if offer is not None:
 
-    def begin_again(owner: str, offered: str, editor: Any) -> Job:
-        path, arguments = offer.taken(owner, offered, editor)
-        return page.jobs.submit(owner, kind, plan(*arguments), partial(page.interrupted.queued, path))
+        def begin_again(owner: str, offered: str, editor: Any) -> Job:
+            path, arguments = offer.taken(owner, offered, editor)
+            return page.jobs.submit(owner, kind, plan(*arguments), file=path)
 
-    hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row, **PRIVATE)
-    ways.append((hidden.then, begin_again, [offer.offered, editor]))
-    *_, again = follow(page, kind, ways, show, status=status, outputs=outputs)
-    again.then(offer.show, page.visitor, offer.shown, **PRIVATE)
+        hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row)
+        ways.append((hidden.then, begin_again, [offer.offered, editor]))
+    *_, last = follow(page, kind, ways, show, outputs, refused)
+    if offer is not None:
+        last.then(offer.show, page.visitor, offer.shown)
 
 
 def follow(
-    page: Page, kind: str, ways: Sequence[Way], show: Callable[[Job], Values], *, status: Any, outputs: Sequence[Any]
+    page: Page, kind: str, ways: Sequence[Way], show: Show, outputs: Sequence[Any], refused: Refused = nothing
 ) -> list[Any]:
     """Let events start jobs whose progress the page shows, also after a reload; what each event leads to.
 
     Args:
         show: the job, as it is now -> values for `outputs`, but for those that stay as they are.
+        outputs: the status line, and what else is shown.
+        refused: likewise for a ValueError, which is said in the status line.
     """
-    shown = [status, *outputs]
+    status = outputs[0]
 
     def watch(request: gr.Request, job: Job) -> Iterator[Values]:
         before: Values = {}
@@ -147,7 +155,7 @@ def follow(
             try:
                 job = submit(visitor or session(request), *values)
             except USER_ERRORS as error:
-                yield {status: problem(error)}
+                yield {status: problem(error)} | refused(error)
             else:
                 yield from watch(request, job)
 
@@ -157,8 +165,10 @@ def follow(
         job = page.jobs.latest(visitor, kind)
         yield from [gr.skip()] if job is None else watch(request, job)
 
-    page.entered.then(resume, page.visitor, shown, **SHOWN)
-    return [event(beginning(submit), [page.visitor, *inputs], shown, **SHOWN) for event, submit, inputs in ways]
+    page.entered.then(resume, page.visitor, outputs, concurrency_limit=None)
+    return [
+        event(beginning(submit), [page.visitor, *inputs], outputs, concurrency_limit=None) for event, submit, inputs in ways
+    ]
 
 
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
@@ -169,7 +179,23 @@ def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -
         stopped = [page.jobs.stop(job) for job in jobs if job is not None]
         return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself says what becomes of it
 
-    button.click(cancel, None, status, **SHOWN)
+    button.click(cancel, None, status, concurrency_limit=None)
+
+
+def _kept(recipe: Recipe, given: list[Any], over: Over) -> dict[str, Any]:
+    """What a job can be started from again, as plain data: of the pictures that are drawn over, only the mask."""
+    mask = mask_text(over["mask"]) if "mask" in over else ""
+    return {"recipe": with_pictures(recipe, **over).to_dict(), "more": given, "mask": mask}
+
+
+def _read(path: Path) -> tuple[Recipe, list[Any], str]:
+    """The recipe, the further values and the mask, as text, of a job. Raises ValueError where they cannot be used."""
+    try:
+        kept = read_json(path)
+        return Recipe.from_dict(kept["recipe"]), [*kept["more"]], kept["mask"]
+    except (FileNotFoundError, TypeError, KeyError, ValueError) as error:
+        reason = str(error).replace(f"{path.parent}/", "") if isinstance(error, ValueError) else "it is of another release"
+        raise ValueError(f"what was kept of this job cannot be used: {reason}") from error
 
 
 def _said(jobs: Jobs, job: Job) -> str:

@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import BRUSH, COLOUR, ERASER, OPACITY
-from mole_diffusers.app.mixer_cards import MixerCard, edit, newest, shades
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.mixer_cards import MixerCard, shades
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import figure
 from mole_diffusers.binding.config import mask_text, read_mask
@@ -63,33 +63,24 @@ def build(page: Page) -> None:
         picture = last(request)
         own = (picture.recipe.width, picture.recipe.height) if picture else page.actions.usual_size(text)
         region = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return {editor: canvas(picture, width or own[0], height or own[1], region), status: ""}
+        return {editor: canvas(picture, width or own[0], height or own[1], region)}
 
     @told(status)
-    def used(
-        name: str | None,
-        painted: Any,
-        edge: float,
-        masks: dict[str, str],
-        text: str,
-        cards: list[MixerCard],
-        rewrites: list[str],
-    ) -> Values:
+    def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
-        mask = painted_mask(painted, edge)
-        new, cards = edit(newest(text, rewrites), cards, name, catalog.loras, region=PAINTED)
-        said = {page.masks: {**masks, name: mask_text(mask)}, status: f"**{markdown(name)}** acts there from now on"}
-        return page.rewrite(text, new, rewrites) | page.redraw(cards) | said
+        found = {**masks, name: mask_text(painted_mask(painted, edge))}
+        words = f"**{markdown(name)}** acts there from now on"
+        return page.edited([name], *now, region=PAINTED) | {page.masks: found, status: words}
 
-    page.shown.change(names, [page.cards, which], which, show_progress="hidden", **PRIVATE)
-    page.pictures.change(overlaid, page.cards, found, show_progress="hidden", **PRIVATE)
+    page.shown.change(names, [page.cards, which], which, show_progress="hidden")
+    page.pictures.change(overlaid, page.cards, found, show_progress="hidden")
     begins = [panel.expand, over.click, which.input]
     given = [which, page.masks, prompt, *size]
-    gr.on(begins, start, given, [editor, status], trigger_mode="always_last", **PRIVATE)
-    empty.click(start, [gr.State(), *given[1:]], [editor, status], **PRIVATE)
-    now = [page.masks, prompt, page.cards, page.rewrites]
-    use.click(used, [which, editor, edge, *now], [*now, page.shown, status], **ORDERED, **PRIVATE)
+    gr.on(begins, start, given, [editor, status], trigger_mode="always_last")
+    empty.click(start, [gr.State(), *given[1:]], [editor, status])
+    given = [which, editor, edge, page.masks, *page.written]
+    use.click(used, given, [page.masks, *page.written, page.shown, status], **ORDERED)
 
 
 def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mole_diffusers.app.actions import Over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, shades
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import told
 from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items
@@ -68,9 +68,9 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
             }
         return shown
 
-    gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last", **PRIVATE)
-    plan, outputs = page.actions.compare, [arms, slider, left, right, drawn]
-    connect_job(page, "compare", [compare.click], plan, show, more=[merges], status=status, outputs=outputs)
+    gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")
+    outputs = [status, arms, slider, left, right, drawn]
+    connect_job(page, "compare", [compare.click], page.actions.compare, show, outputs, more=[merges])
 
 
 def _gate_report(page: Page, look: Any, status: Any) -> None:
@@ -97,8 +97,8 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
             block: gr.update(choices=list(report.labels), value=next(iter(report.labels))),
         }
 
-    outputs = [heat, shares, places, sites, gates, block]
-    connect_job(page, "look", [look.click], plan, show, more=[page.cards], status=status, outputs=outputs)
+    outputs = [status, heat, shares, places, sites, gates, block]
+    connect_job(page, "look", [look.click], plan, show, outputs, more=[page.cards])
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
@@ -122,16 +122,16 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
-        return {page.locks: {**locks, sites[block]: row}, why: ""}
+        return {page.locks: {**locks, sites[block]: row}}
 
     def held(locks: dict[str, dict[str, float]], sites: dict[str, str]) -> str:
         labels = {site: label for label, site in sites.items()}
         return "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in locks.items()) or NO_LOCKS
 
-    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, why], **PRIVATE)
-    free.click(lambda: {}, None, page.locks, **PRIVATE)
-    gr.on([page.locks.change, sites.change], held, [page.locks, sites], locked, show_progress="hidden", **PRIVATE)
-    block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights, **PRIVATE)
+    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, why])
+    free.click(lambda: {}, None, page.locks)
+    gr.on([page.locks.change, sites.change], held, [page.locks, sites], locked, show_progress="hidden")
+    block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights)
     return block
 
 

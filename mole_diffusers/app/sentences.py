@@ -28,16 +28,17 @@ def without_folders(text: str) -> str:
 
 
 def told(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For functions of the page: an error of bad input is said in `status`, one of their outputs, until it is mended, and
-    the rest stays as it is."""
+    """For functions of the page: an error of bad input is said in `status`, one of their outputs, and the rest stays as it
+    is; else `status` is empty where they give no other."""
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return fn(*args, **kwargs)
+                given = fn(*args, **kwargs)
             except USER_ERRORS as error:
                 return {status: problem(error)}
+            return {status: "", **given} if isinstance(given, dict) else given
 
         return call
 

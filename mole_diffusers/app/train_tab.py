@@ -12,10 +12,10 @@ import gradio as gr
 from mole_diffusers.app.files import export_gates
 from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
-from mole_diffusers.app.sentences import USER_ERRORS, markdown, told
-from mole_diffusers.app.style import figure, gallery
+from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.style import figure, gallery, row
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.config import Bound, bindings, parse_phrases
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
@@ -45,7 +45,7 @@ def build(page: Page) -> None:
             loss = figure(label="Loss", elem_id="loss")
             pictures = gallery(label="The prompt's picture before, during and after", columns=4, elem_id="validation")
             _gate_files(page)
-    again = gr.State("")
+    again, hidden = gr.State(""), gr.update(visible=False)
 
     def plan(recipe: Recipe, *given: Any) -> Work:
         *values, again, _ = given
@@ -59,31 +59,21 @@ def build(page: Page) -> None:
 
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
-        shown: Values = {pictures: progress.pictures} | ({loss: progress.curve()} if progress.rows else {})
+        shown: Values = {pictures: progress.pictures, loss: progress.curve(), asked: hidden, again: ""}
         is_new = job.state == "done" and not job.is_shown  # after a reload, what was chosen since then stays
-        return shown | (_chosen(page, progress.name) if is_new else {})
+        return shown | (_chosen(page, progress.request.name) if is_new else {})
 
-    def ask(*values: Any) -> Any:
-        """Whether to ask what becomes of gates that are there, and the answer so far: none."""
-        try:
-            recipe, *given, over = page.asked(*values, None)
-            plan(recipe, *given, "", over)
-        except GatesExistError:
-            return gr.update(visible=True), ""
-        except USER_ERRORS:  # which the job says
-            pass
-        return gr.update(visible=False), ""
+    def refused(error: Exception) -> Values:
+        return {asked: gr.update(visible=isinstance(error, GatesExistError)), again: ""}
 
-    hidden = gr.update(visible=False)
     answers = [
-        button.click(lambda answer=answer: (hidden, answer), None, [asked, again], **PRIVATE)  # type: ignore[misc]
+        button.click(lambda answer=answer: (hidden, answer), None, [asked, again])  # type: ignore[misc]
         for button, answer in ((more, AGAIN[0]), (over, AGAIN[1]))
     ]
-    asking = start.click(ask, [*page.inputs, *page.training.values()], [asked, again], **PRIVATE)
-    begins = [event.then for event in (asking, *answers)]
-    outputs = [loss, pictures, page.controls["gates"], page.trained]
+    begins: list[Any] = [start.click, *(event.then for event in answers)]
+    outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
     inputs = [*page.training.values(), again]
-    connect_job(page, "train", begins, plan, show, more=inputs, draws=False, status=status, outputs=outputs, offer=offer)
+    connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused, offer=offer)
     connect_cancel(page, cancel, status, ["train"])
 
 
@@ -100,9 +90,7 @@ def _fields(page: Page) -> None:
     catalog, fields, prompt = page.actions.studio.catalog, page.training, page.controls["prompt"]
     for name in ("name", "singles", "composed", "styles", "steps"):
         fields[name].render()
-    with gr.Row():
-        fields["family"].render()
-        fields["way"].render()
+    row(fields["family"], fields["way"])
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")
     why = gr.Markdown("", elem_id="suggest-status", elem_classes="status")
 
@@ -125,7 +113,7 @@ def _fields(page: Page) -> None:
         }
 
     filled = [*(fields[name] for name in ("name", "singles", "composed", "styles")), why]
-    suggest.click(suggestion, [prompt, fields["styles"], fields["way"]], filled, **PRIVATE)
+    suggest.click(suggestion, [prompt, fields["styles"], fields["way"]], filled)
 
 
 def suggested(
@@ -211,7 +199,7 @@ def _gate_files(page: Page) -> None:
 
     @told(status)
     def downloaded(name: str | None) -> Values:
-        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)], status: ""}
+        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)]}
 
     @told(status)
     def uploaded(paths: list[str], name: str) -> Values:
@@ -223,8 +211,8 @@ def _gate_files(page: Page) -> None:
             words += f"; LoRAs that are not here: {markdown(', '.join(found['missing']))}"
         return _chosen(page, found["name"]) | {status: words}
 
-    download.click(downloaded, which, [files, status], **PRIVATE)
-    upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status], **PRIVATE)
+    download.click(downloaded, which, [files, status])
+    upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status])
 
 
 def _chosen(page: Page, name: str) -> Values:

@@ -16,7 +16,7 @@ from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from mole_diffusers.app import draw_over
-from mole_diffusers.app.interrupted import Interrupted
+from mole_diffusers.app.jobs import Jobs, ignore
 from mole_diffusers.app.paint import COLOUR, OPACITY
 
 RECIPE = Recipe(PROMPT, seed=3, steps=2, width=32, height=32, gates="sum", base="tiny")
@@ -121,10 +121,11 @@ def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps)
     assert next(second.again("status"))[0].startswith("waiting")
     assert "started again" in next(second.again("status"))[0]
     assert len(list(kept.rglob("*-compose.json"))) == 2
-    other = Interrupted(kept)
-    assert (path := other.left("me", "compose")[0]) == other.queued(path)
+    other = Jobs(kept)
+    path = other.left("me", "compose")[0]
+    other.submit("me", "compose", ignore, file=path)
     with pytest.raises(ValueError, match="started again already"):  # by another page, at the same moment
-        other.queued(path)
+        other.submit("me", "compose", ignore, file=path)
     held.set()
 
 
