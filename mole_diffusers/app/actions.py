@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,8 +46,7 @@ MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
 Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
-NOTHING: Over = MappingProxyType({})
-Thumbnail = Callable[[str], Image.Image | None]
+NOTHING: Over = {}
 Inside = Callable[[Mixture], AbstractContextManager]
 
 
@@ -123,7 +121,7 @@ class Actions:
         *,
         home: Path | None = None,
         gallery: Path | None = None,
-        thumbnail: Thumbnail | None = None,
+        thumbnail: Callable[[str], Image.Image | None] | None = None,
         bases: Mapping[str, str] | None = None,
         opening: Callable[[str], Base] = open_base,
     ):
@@ -141,8 +139,7 @@ class Actions:
         self._adding = threading.Lock()
         self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
         self._library: LoraLibrary | None = None
-        # The base, the reader and the files that it is for: a base that was opened again has a reader of its own.
-        self._library_of: tuple[str, PipelineText | None, dict[str, Path]] | None = None
+        self._library_of: Any = None  # base, reader and files: a base that was opened again has a reader of its own
 
     # ---- the base model
 
@@ -295,10 +292,8 @@ class Actions:
         wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
             wanted.append((TILES, replace(summed, binding=TILES)))
-        notes = []
-        if whole.gates in UNTRAINED:
-            notes.append("no gates are trained for these LoRAs, see the tab Train")
-        else:
+        notes = ["no gates are trained for these LoRAs, see the tab Train"] if whole.gates in UNTRAINED else []
+        if not notes:
             wanted.append(("gates", whole))
         labels = [label for label, _ in wanted]
         sheet = partial(self._sheet, whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
@@ -390,7 +385,7 @@ class Actions:
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:
             acted = contributions(self.studio.pipe, mixture, (recipe.height, recipe.width))
-            with mixture.trace() as seen["trace"], acted as seen["contributions"]:
+            with mixture.trace() as seen["trace"], acted as seen["acted"]:
                 yield
 
         drawing = self._draw([("", recipe)], over, inside=tracing)

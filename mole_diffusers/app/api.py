@@ -15,7 +15,6 @@ from typing import Any, get_type_hints
 
 import gradio as gr
 from gradio.utils import get_upload_folder
-from PIL import Image
 
 from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
@@ -102,8 +101,7 @@ class Endpoints:
             prompt: any text; tags in it are ignored.
         """
         hits = await asyncio.to_thread(self.actions.find, prompt)
-        facts = ("name", "why", "score", "passed_over")
-        return [{name: getattr(hit, name) for name in facts} for hit in hits]
+        return [{name: getattr(hit, name) for name in ("name", "why", "score", "passed_over")} for hit in hits]
 
     def upload(self, file: gr.FileData) -> dict:
         """Add a LoRA file; a bad one is refused with one sentence.
@@ -204,9 +202,11 @@ class Endpoints:
         """
         report = await self._drawing(request, "look", self.actions.look, recipe, None, image=image, mask=mask)
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
-        stem = report.picture.stem
-        files = [self._image_file(image, f"{stem}-{i}") for i, image in enumerate(figures.values())]
-        return {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}, files
+        files = [self.actions.folder / f"{report.picture.stem}-{i}.png" for i in range(len(figures))]
+        for file, figure in zip(files, figures.values(), strict=True):
+            figure.save(file)
+        about = {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}
+        return about, [_file(file) for file in files]
 
     async def grid(
         self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
@@ -375,11 +375,6 @@ class Endpoints:
         if job.state != "done":
             raise ValueError("stopped")
         return job.event
-
-    def _image_file(self, image: Image.Image, stem: str) -> Any:
-        path = self.actions.folder / f"{stem}.png"
-        image.save(path)
-        return _file(path)
 
 
 # ---- reading arguments, returning files

@@ -19,7 +19,7 @@ from mole_diffusers.app.page_jobs import follow
 from mole_diffusers.app.style import CARDS, theme
 from mole_diffusers.studio.recipe import Recipe
 
-HERE = Path(__file__).parent
+TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
@@ -31,24 +31,13 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         _base(page)
         with page.tabs.render():
-            with _tab("Compose"):
-                compose_tab.build(page)
-            with _tab("See"):
-                see_tab.build(page)
-            with _tab("Train"):
-                train_tab.build(page)
-            with _tab("Gallery") as tab:
-                gallery_tab.build(page, tab)
-            with _tab("Keep"):
-                keep_tab.build(page)
+            for name, tab in TABS.items():
+                with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
+                    tab.build(page)
         for event in blocks.fns.values():
             if event.api_name not in vars(Endpoints):
                 event.api_visibility = "private"
     return blocks
-
-
-def _tab(name: str) -> gr.Tab:
-    return gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name)
 
 
 def _base(page: Page) -> None:
@@ -69,8 +58,8 @@ def _base(page: Page) -> None:
     def change(owner: str, name: str) -> Job:
         return page.jobs.submit(owner, "base", page.actions.change_base(name))
 
-    way = page.base.input, change, [page.base]
-    (changed,) = follow(page, "base", [way], show, [status, page.base, *sizes, *page.lists])
+    ways = [(page.base.input, change, [page.base])]
+    (changed,) = follow(page, "base", ways, show, [status, page.base, *sizes, *page.lists])
     changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED)
 
 
@@ -93,8 +82,8 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
         footer_links=["api"],
         theme=theme(),
         css=CARDS,
-        css_paths=HERE / "page.css",
-        head_paths=HERE / "page.html",
+        css_paths=Path(__file__).with_name("page.css"),
+        head_paths=Path(__file__).with_name("page.html"),
         allowed_paths=[str(gallery.resolve())] if gallery else None,
         app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites)]},
         **{"mcp_server": False, **options},

@@ -96,9 +96,7 @@ def _adding(page: Page) -> None:
         page.add.render()
         with gr.Column(min_width=120):
             find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
-            upload = gr.UploadButton(
-                "Upload a LoRA", file_types=[".safetensors"], type="filepath", size="sm", elem_id="upload"
-            )
+            upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload")
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
     why = gr.Markdown("", elem_id="why", elem_classes="status")
 

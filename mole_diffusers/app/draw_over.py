@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from mole_diffusers.studio.picture_passes import on_white
 
 COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; of 255: the picture is seen through it
 BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
-ERASER = gr.Eraser(60)
+editor: Any = partial(
+    gr.ImageEditor, type="pil", format="png", transforms=(), layers=False, brush=BRUSH, eraser=gr.Eraser(60), buttons=[]
+)
 LATENT = 8  # pixels of a side; of a mask one pixel for each is read, so strokes are made so much wider
 
 

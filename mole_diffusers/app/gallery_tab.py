@@ -14,7 +14,7 @@ from mole_diffusers.app.style import clicked, gallery
 AT_ONCE = 60  # pictures shown at first, and so many more each time
 
 
-def build(page: Page, tab: gr.Tab) -> None:
+def build(page: Page) -> None:
     """Lay out the tab and connect it; it is searched whenever it is shown."""
     kept = page.actions.gallery
     with gr.Row():
@@ -79,7 +79,7 @@ def build(page: Page, tab: gr.Tab) -> None:
 
     outputs = [pictures, count, more, chosen, status]
     # While it is typed, and not when the field is left: that is where a picture is clicked, which would be lost.
-    asking = [tab.select, starred.input, text.input, lora.input]
+    asking = [page.tab.select, starred.input, text.input, lora.input]
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
     more.click(show_more, [*asked, count], outputs)
     pictures.select(choose, None, [chosen, status], trigger_mode="multiple")

@@ -14,7 +14,6 @@ from mole_diffusers.app.files import check_gates_name
 from mole_diffusers.app.jobs import Report, Work
 from mole_diffusers.app.training_runs import Run
 from mole_diffusers.gates import FAMILIES
-from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
 from mole_diffusers.options import check_options
@@ -131,10 +130,6 @@ class TrainingProgress:
             return self.doing
         count, calls = self.request.teachers()
         return f"drawing the teachers' pictures, {min(self.called * count // calls, count)} of {count}"
-
-    def curve(self) -> Image.Image | None:
-        """The losses so far, as a figure; None before the first update."""
-        return gate_figures.losses(self.rows) if self.rows else None
 
 
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:

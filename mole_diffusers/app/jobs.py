@@ -85,7 +85,7 @@ class Jobs:
         with self._changed:
             if len(self._waiting) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
-            if file is not None and file in self._files():
+            if file is not None and file in [job.file for job in self._known()]:
                 raise ValueError("this was started again already")
             job.file = file
             if about is not None:
@@ -105,8 +105,8 @@ class Jobs:
     def left(self, owner: str, kind: str) -> list[Path]:
         """The visitor's files of a kind that an earlier run of the app has left, the oldest first."""
         with self._changed:
-            found = sorted(self._folder_of(owner).glob(f"[!.]*-{kind}.json"))
-            return [path for path in found if path not in self._files()]
+            ours = [job.file for job in self._known()]
+            return [path for path in sorted(self._folder_of(owner).glob(f"[!.]*-{kind}.json")) if path not in ours]
 
     def ahead(self, job: Job) -> int:
         """How many jobs come before one that waits."""
@@ -136,10 +136,6 @@ class Jobs:
 
     def _known(self) -> list[Job]:
         return [*self._over, *([self._running] if self._running else []), *self._waiting]
-
-    def _files(self) -> list[Path | None]:
-        """Those of this queue, which are not offered."""
-        return [job.file for job in self._known()]
 
     def _folder_of(self, owner: str) -> Path:
         return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # what a browser says is no file name

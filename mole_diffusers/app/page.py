@@ -63,7 +63,7 @@ class Page:
         add, trained: the choices of a LoRA to add, and of gates to download.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
-        tabs: all of them.
+        tabs, tab: all of them, and the one that is laid out.
         choices: fields whose choices change with the base model, the LoRAs and the gates, each with what they are now.
         lists: these, and `second`.
         visitor: in the browser: who owns jobs, across reloads.
@@ -77,19 +77,14 @@ class Page:
         catalog, first = actions.studio.catalog, self._shown(defaults)
         known: dict[str, Callable[[], list[Any]]] = {
             "sampler": lambda: ["default", *actions.studio.samplers],
-            "gates": self.gates,
+            "gates": lambda: ["auto", *UNTRAINED, *catalog.gates],
             "styles": lambda: list(catalog.loras),
             "add": actions.choices,
             "trained": lambda: list(catalog.gates),
         }
-        self.choices: dict[Any, Callable[[], list[Any]]] = {}
 
         def field(name: str, make: Callable[..., Any], **options: Any) -> Any:
-            if name not in known:
-                return make(render=False, **options)
-            made = make(known[name](), render=False, **options)
-            self.choices[made] = known[name]
-            return made
+            return make(*([known[name]()] if name in known else []), render=False, **options)
 
         self.controls = {name: field(name, make, value=first[name], elem_id=name) for name, make in CONTROLS.items()}
         self.training = {name: field(name, make, elem_id=f"train-{name}") for name, make in TRAINING.items()}
@@ -101,10 +96,8 @@ class Page:
             info="for everyone here; waits for the jobs before it", elem_id="base", render=False,
         )  # fmt: skip
         self.inputs = [*self.controls.values(), self.locks, self.masks, self.base]
-        self.over = gr.ImageEditor(
-            label="To draw over", type="pil", format="png", sources=("upload", "clipboard"), transforms=(), layers=False,
-            brush=draw_over.BRUSH, eraser=draw_over.ERASER, buttons=[], elem_id="over-picture", render=False,
-        )  # fmt: skip
+        sources = ("upload", "clipboard")
+        self.over = draw_over.editor(label="To draw over", sources=sources, elem_id="over-picture", render=False)
         panel = partial(gr.Accordion, open=False, render=False)
         self.over_panel = panel("Draw over a picture, or larger", elem_id="over")
         self.second = panel("Another prompt for the second text encoder", elem_id="second", visible="hidden")
@@ -116,17 +109,16 @@ class Page:
         self.axes = [across, text("seed=0,1", label="Down", elem_id="axis-y")]
         self.add = field("add", gr.Dropdown, value=None, label="Add a LoRA", elem_id="add", min_width=120)
         self.trained = field("trained", gr.Dropdown, value=None, label="Gates", elem_id="which-gates")
+        named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
+        self.choices = {named[name]: choices for name, choices in known.items()}
         self.line = gr.Markdown("", elem_id="problem", elem_classes="status", render=False)
         self.pictures = gallery(label="Pictures", columns=2, elem_id="pictures", render=False)
+        self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
         self.lists = [self.second, *self.choices]
         self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
         self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes]  # in this order in browsers
         self.entered = self._remember()
-
-    def gates(self) -> list[str]:
-        """The gates that can be chosen."""
-        return ["auto", *UNTRAINED, *self.actions.studio.catalog.gates]
 
     def now(self) -> Values:
         """Updates of `lists`."""
@@ -237,9 +229,9 @@ class Page:
 
     def unknown_choices(self, recipe: Recipe) -> dict[str, Any]:
         """The choices of a recipe that are not here, each with what the page has by default."""
-        known = {"gates": self.gates(), "sampler": ["", *self.actions.studio.samplers]}
-        fresh = self.fresh()
-        return {name: getattr(fresh, name) for name, names in known.items() if getattr(recipe, name) not in names}
+        fresh, shown = self.fresh(), self._shown(recipe)
+        listed = {name: self.choices[self.controls[name]]() for name in ("gates", "sampler")}
+        return {name: getattr(fresh, name) for name, names in listed.items() if shown[name] not in names}
 
     # ---- the jobs that a page shows
 

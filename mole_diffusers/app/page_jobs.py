@@ -20,13 +20,8 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import with_pictures
 
 Show = Callable[[Job], Values]
-Refused = Callable[[Exception], Values]
+Refused = Callable[[Exception], Values] | None
 Way = tuple[Callable[..., Any], Callable[..., Job], Sequence[Any]]  # event, (owner, *values) -> job, the values' components
-
-
-def nothing(_: Any) -> Values:
-    """No values for any component."""
-    return {}
 
 
 class Offer:
@@ -96,7 +91,7 @@ def connect_job(
     *,
     more: Sequence[Any] = (),
     draws: bool = True,
-    refused: Refused = nothing,
+    refused: Refused = None,
     offer: Offer | None = None,
 ) -> None:
     """Let events start a job on the recipe of the page.
@@ -132,14 +127,14 @@ def connect_job(
 
 
 def follow(
-    page: Page, kind: str, ways: Sequence[Way], show: Show, outputs: Sequence[Any], refused: Refused = nothing
+    page: Page, kind: str, ways: Sequence[Way], show: Show, outputs: Sequence[Any], refused: Refused = None
 ) -> list[Any]:
     """Let events start jobs whose progress the page shows, also after a reload; what each event leads to.
 
     Args:
         show: the job, as it is now -> values for `outputs`, but for those that stay as they are.
         outputs: the status line, and what else is shown.
-        refused: likewise for a ValueError, which is said in the status line.
+        refused: a ValueError of an event, which the status line says -> values likewise.
     """
     status = outputs[0]
 
@@ -155,7 +150,7 @@ def follow(
             try:
                 job = submit(visitor or session(request), *values)
             except USER_ERRORS as error:
-                yield {status: problem(error)} | refused(error)
+                yield {status: problem(error)} | (refused(error) if refused else {})
             else:
                 yield from watch(request, job)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.draw_over import BRUSH, COLOUR, ERASER, OPACITY
+from mole_diffusers.app.draw_over import COLOUR, OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, shades
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
@@ -25,18 +25,14 @@ CANVAS, MASK_SIDE = 512, 128  # pixels of the longer side
 
 def build(page: Page) -> None:
     """Lay out the panel and connect it."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
-    size = [page.controls["width"], page.controls["height"]]
     found = figure(label="Where each LoRA acted in the last picture", visible=False, buttons=[], elem_id="found")
     with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as panel:
         which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
         with gr.Row():
             over = gr.Button("Start from what it has", size="sm", elem_id="paint-found")
             empty = gr.Button("Start empty", size="sm", elem_id="paint-empty")
-        editor = gr.ImageEditor(
-            label="Paint where it acts", type="pil", format="png", sources=(), transforms=(), layers=False,
-            fixed_canvas=True, canvas_size=(CANVAS, CANVAS), brush=BRUSH, eraser=ERASER, buttons=[], elem_id="paint",
-        )  # fmt: skip
+        square: dict[str, Any] = {"fixed_canvas": True, "canvas_size": (CANVAS, CANVAS)}
+        editor = draw_over.editor(label="Paint where it acts", sources=(), elem_id="paint", **square)
         edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
         use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
         status = gr.Markdown("", elem_id="paint-status", elem_classes="status")
@@ -62,7 +58,7 @@ def build(page: Page) -> None:
     ) -> Values:
         picture = last(request)
         own = (picture.recipe.width, picture.recipe.height) if picture else page.actions.usual_size(text)
-        region = current_region(parse(text, catalog.loras).tags, name, masks, picture)
+        region = current_region(parse(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
         return {editor: canvas(picture, width or own[0], height or own[1], region)}
 
     @told(status)
@@ -76,7 +72,7 @@ def build(page: Page) -> None:
     page.shown.change(names, [page.cards, which], which, show_progress="hidden")
     page.pictures.change(overlaid, page.cards, found, show_progress="hidden")
     begins = [panel.expand, over.click, which.input]
-    given = [which, page.masks, prompt, *size]
+    given = [which, page.masks, *(page.controls[name] for name in ("prompt", "width", "height"))]
     gr.on(begins, start, given, [editor, status], trigger_mode="always_last")
     empty.click(start, [gr.State(), *given[1:]], [editor, status])
     given = [which, editor, edge, page.masks, *page.written]

@@ -59,13 +59,11 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
 
     def show(job: Job) -> Values:
         files = {picture.label: str(picture.path) for picture in job.event.pictures}
-        at_first = COMPARED if "gates" not in files else ("sum", "gates")
+        first, second = COMPARED if "gates" not in files else ("sum", "gates")
         shown: Values = {arms: gallery_items(job.event.pictures), drawn: files}
-        if set(at_first) <= set(files):
-            shown[slider] = tuple(files[label] for label in at_first)
-            shown |= {
-                side: gr.update(choices=list(files), value=at) for side, at in zip((left, right), at_first, strict=True)
-            }
+        if {first, second} <= set(files):
+            shown |= {slider: (files[first], files[second]), left: gr.update(choices=list(files), value=first)}
+            shown[right] = gr.update(choices=list(files), value=second)
         return shown
 
     gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")

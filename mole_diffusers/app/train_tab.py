@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.files import export_gates
+from mole_diffusers.app.files import GATES, export_gates
 from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import Page, Values
@@ -19,6 +19,7 @@ from mole_diffusers.app.style import figure, gallery, row
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.config import Bound, bindings, parse_phrases
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.inspection import gate_figures
 from mole_diffusers.patching.tiles import Things
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
@@ -59,18 +60,17 @@ def build(page: Page) -> None:
 
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
-        shown: Values = {pictures: progress.pictures, loss: progress.curve(), asked: hidden, again: ""}
+        curve = gate_figures.losses(progress.rows) if progress.rows else None
+        shown: Values = {pictures: progress.pictures, loss: curve, asked: hidden, again: ""}
         is_new = job.state == "done" and not job.is_shown  # after a reload, what was chosen since then stays
         return shown | (_chosen(page, progress.request.name) if is_new else {})
 
     def refused(error: Exception) -> Values:
         return {asked: gr.update(visible=isinstance(error, GatesExistError)), again: ""}
 
-    answers = [
-        button.click(lambda answer=answer: (hidden, answer), None, [asked, again])  # type: ignore[misc]
-        for button, answer in ((more, AGAIN[0]), (over, AGAIN[1]))
-    ]
-    begins: list[Any] = [start.click, *(event.then for event in answers)]
+    begins: list[Any] = [start.click]
+    for button, answer in ((more, AGAIN[0]), (over, AGAIN[1])):
+        begins.append(button.click(lambda answer=answer: (hidden, answer), None, [asked, again]).then)  # type: ignore[misc]
     outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
     inputs = [*page.training.values(), again]
     connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused, offer=offer)
@@ -187,14 +187,8 @@ def _gate_files(page: Page) -> None:
         files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="gates-given")
         with gr.Row():
             name = gr.Textbox(label="Their name here", info="empty: the LoRAs' names", max_length=60, elem_id="new-name")
-            upload = gr.UploadButton(
-                "Upload gates: .safetensors and .json",
-                file_types=[".safetensors", ".json"],
-                file_count="multiple",
-                type="filepath",
-                size="sm",
-                elem_id="gates-in",
-            )
+            two: dict[str, Any] = {"file_types": list(GATES), "file_count": "multiple"}
+            upload = gr.UploadButton("Upload gates: .safetensors and .json", size="sm", elem_id="gates-in", **two)
         status = gr.Markdown("", elem_id="gates-told", elem_classes="status")
 
     @told(status)
