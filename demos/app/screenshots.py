@@ -84,8 +84,8 @@ def train(page: Browser) -> None:
     """Ten updates."""
     page.tab("Train")
     page.click("#suggest")
-    page.until(lambda: page.driver.find_element("css selector", "#singles textarea").get_property("value"), WAIT)
-    page.type("#updates input[type=number]", "10")
+    page.until(lambda: page.driver.find_element("css selector", "#train-singles textarea").get_property("value"), WAIT)
+    page.type("#train-steps input[type=number]", "10")
     page.click("#train")
     page.until(lambda: page.text("#train-status").startswith("done"), WAIT)
     page.until(lambda: "after, seed 1001" in page.text("#validation"), WAIT)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from PIL import Image
 from mole_diffusers.app import files
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
+from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import Report, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.binding.regions import region_mask
@@ -35,6 +35,7 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import read_picture
+from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
@@ -45,14 +46,8 @@ MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
 Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
-NOTHING: Over = MappingProxyType({})
-Thumbnail = Callable[[str], Image.Image | None]
-
-
-def drawn_over(over: Over) -> list[str]:
-    """A sentence where a picture is drawn over: its panel may be closed."""
-    part = "the painted part of " if "mask" in over else ""
-    return [f"drawn over {part}your picture"] if over else []
+NOTHING: Over = {}
+Inside = Callable[[Mixture], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class Actions:
         *,
         home: Path | None = None,
         gallery: Path | None = None,
-        thumbnail: Thumbnail | None = None,
+        thumbnail: Callable[[str], Image.Image | None] | None = None,
         bases: Mapping[str, str] | None = None,
         opening: Callable[[str], Base] = open_base,
     ):
@@ -144,8 +139,7 @@ class Actions:
         self._adding = threading.Lock()
         self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
         self._library: LoraLibrary | None = None
-        # The base, the reader and the files that it is for: a base that was opened again has a reader of its own.
-        self._library_of: tuple[str, PipelineText | None, dict[str, Path]] | None = None
+        self._library_of: Any = None  # base, reader and files: a base that was opened again has a reader of its own
 
     # ---- the base model
 
@@ -222,7 +216,8 @@ class Actions:
         return [(f"{name} (for another model)" if self.studio.misfit(name) else name, name) for name in loras]
 
     def find(self, prompt: str) -> list[RetrievedLora]:
-        """The LoRAs of the catalog that a prompt asks for: it contains their name or a trigger, or resembles their samples.
+        """The LoRAs of the catalog that a prompt asks for beside its tags: it contains their name or a trigger, or resembles
+        their samples.
 
         The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed. It
         does not wait for what is drawn, but where the model is offloaded.
@@ -237,7 +232,7 @@ class Actions:
             if self._library is None or self._library_of != wanted:
                 self._library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
                 self._library_of = wanted
-            return retrieve_for(self._library, self.studio.pipe, prompt)
+            return retrieve_for(self._library, self.studio.pipe, parse(prompt, loras).text)
 
     def add_lora(self, path: Path) -> str:
         """Add an uploaded LoRA; its name. See `files.add_lora`."""
@@ -278,59 +273,60 @@ class Actions:
         Args:
             over: the "image" that is drawn over, and the "mask" of what changes.
         """
-        if not 1 <= count <= MAX_COUNT:
+        if count not in range(1, MAX_COUNT + 1):
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
         recipe, _ = self._with_a_seed(recipe, over)
-        recipes = [dataclasses.replace(recipe, seed=recipe.seed + i) for i in range(count)]
-        return self.draw_all([(f"seed {r.seed}", r) for r in recipes], gallery=self.gallery, over=over)
+        recipes = [replace(recipe, seed=recipe.seed + i) for i in range(count)]
+        return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
         """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
         there is room, and with trained gates where there are any; a sheet of them goes into the gallery. `over` as in
         `compose`."""
-        recipe, whole = self._with_a_seed(dataclasses.replace(recipe, arm="gates"), over)
+        recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
         if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
         arms = ["base", *(f"alone {name}" for name in whole.experts), "sum", *(f"merge {m}" for m in merges)]
-        wanted = [(arm, dataclasses.replace(recipe, arm=arm)) for arm in arms]
-        summed = dataclasses.replace(whole, gates="sum", gates_sha256="", locks={})
-        wanted.append((BOUND, dataclasses.replace(summed, binding=BOUND)))
+        wanted = [(arm, replace(recipe, arm=arm)) for arm in arms]
+        summed = replace(whole, gates="sum", gates_sha256="", locks={})
+        wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
-            wanted.append((TILES, dataclasses.replace(summed, binding=TILES)))
-        if is_trained := whole.gates not in UNTRAINED:
+            wanted.append((TILES, replace(summed, binding=TILES)))
+        notes = ["no gates are trained for these LoRAs, see the tab Train"] if whole.gates in UNTRAINED else []
+        if not notes:
             wanted.append(("gates", whole))
-        note = "" if is_trained else "no gates are trained for these LoRAs, see the tab Train"
         labels = [label for label, _ in wanted]
-        sheet = self._sheet(whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
-        return self.draw_all(wanted, note=note, over=over, sheet=sheet)
+        sheet = partial(self._sheet, whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
+        return self._draw(wanted, over, notes=notes, sheet=sheet)
 
-    def draw_all(
+    def _draw(
         self,
         wanted: Sequence[tuple[str, Recipe]],
+        over: Over,
         *,
         gallery: Gallery | None = None,
-        note: str = "",
-        over: Over = NOTHING,
+        notes: Sequence[str] = (),
         sheet: Sheet | None = None,
+        inside: Inside = nullcontext,
     ) -> Work:
         """Draw labelled recipes one after the other: a Progress after each step and in the end.
 
         Args:
-            gallery: where the pictures are kept; by default in the app's own folder.
-            note: what the progress says besides.
-            over: pictures that are drawn over, see `compose`.
+            gallery: where the pictures are kept and seen while they are drawn; by default neither, in the app's own folder.
+            notes: what the progress says besides.
             sheet: makes a sheet of the pictures, also of those that are done when it is stopped.
+            inside: as in `Studio.draw`.
         """
-        recipes = [(label, self._completed(recipe)) for label, recipe in wanted]
-        for _, recipe in recipes:
+        recipes = [self._completed(recipe) for _, recipe in wanted]
+        for recipe in recipes:
             check_pictures(recipe, **over)
-        self._check_budget([recipe for _, recipe in recipes])
-        image = over.get("image")
-        both = zip(wanted, recipes, strict=True)
-        told = [text for (_, asked), (_, recipe) in both for text in self.studio.notes(asked, recipe, image)]
-        steps = sum(self.studio.total_steps(recipe) for _, recipe in recipes)
-        notes = [*drawn_over(over), *([note] if note else []), *dict.fromkeys(told)]
-        state = Progress(0, steps, len(recipes), warnings=notes)
+        self._check_budget(recipes)
+        part = "the painted part of " if "mask" in over else ""
+        warnings = [f"drawn over {part}your picture"] if over else []  # its panel may be closed
+        warnings += notes
+        for (_, asked), recipe in zip(wanted, recipes, strict=True):
+            warnings += self.studio.notes(asked, recipe, over.get("image"))
+        state = Progress(0, sum(map(self.studio.total_steps, recipes)), len(recipes), warnings=[*dict.fromkeys(warnings)])
 
         def work(report: Report) -> Progress:
             begun = time.monotonic()
@@ -338,27 +334,31 @@ class Actions:
             def on_step(_: Any, latents: torch.Tensor) -> None:
                 state.done += 1
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
-                report(dataclasses.replace(state, preview=self._preview(self.studio.pipe, latents)))
+                preview = self._preview(self.studio.pipe, latents) if gallery else None
+                report(replace(state, preview=preview))
 
             try:
-                for label, recipe in recipes:
+                for (label, _), recipe in zip(wanted, recipes, strict=True):
                     layouts, said = list[Layout](), list[str]()
-                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=_noting(layouts, said, recipe))
+                    noting = partial(_noting, recipe, layouts, said, inside)
+                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=noting)
                     state.warnings = list(dict.fromkeys([*state.warnings, *said]))
                     path = (gallery or self.own).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
-                    report(dataclasses.replace(state))
+                    report(replace(state))
             finally:
                 if sheet is not None and state.pictures:
                     state.sheet = sheet(state.pictures)
                     with suppress(StoppedError):
-                        report(dataclasses.replace(state))
+                        report(replace(state))
             return state
 
         return work
 
-    def _sheet(self, recipe: Recipe, shows: Mapping[str, Any], columns: Sequence[str], labels: Sequence[str]) -> Sheet:
-        """For `draw_all`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
+    def _sheet(
+        self, recipe: Recipe, shows: Mapping[str, Any], columns: list[str], labels: list[str], pictures: list[Picture]
+    ) -> Path:
+        """For `_draw`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
         there.
 
         Args:
@@ -366,46 +366,33 @@ class Actions:
             shows: see `infotext.save`.
             columns, labels: over each column, and before each row.
         """
-
-        def sheet(pictures: Sequence[Picture]) -> Path:
-            cells: list[Image.Image | None] = []
-            for picture in pictures:
-                with Image.open(picture.path) as image:
-                    cells.append(image.convert("RGB"))
-            cells += [None] * (len(columns) * len(labels) - len(cells))
-            rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
-            return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
-
-        return sheet
+        cells: list[Image.Image | None] = []
+        for picture in pictures:
+            with Image.open(picture.path) as image:
+                cells.append(image.convert("RGB"))
+        cells += [None] * (len(columns) * len(labels) - len(cells))
+        rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
+        return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
 
     def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = NOTHING) -> Work:
         """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
         `compose`. Of a picture that is made larger, the first pass is traced."""
-        recipe = self._completed(with_pictures(dataclasses.replace(recipe, arm="gates"), **over))
-        self._check_budget([recipe])
+        recipe = self._completed(with_pictures(replace(recipe, arm="gates"), **over))
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
-        traced: dict[str, Any] = {}
-        said = drawn_over(over)
-        state = Progress(0, self.studio.total_steps(recipe), 1, warnings=list(said))
+        seen: dict[str, Any] = {}
 
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:
-            with ExitStack() as stack:
-                size = (recipe.height, recipe.width)
-                traced["trace"] = stack.enter_context(mixture.trace())
-                traced["contributions"] = stack.enter_context(contributions(self.studio.pipe, mixture, size))
+            acted = contributions(self.studio.pipe, mixture, (recipe.height, recipe.width))
+            with mixture.trace() as seen["trace"], acted as seen["acted"]:
                 yield
-                said.extend(mixture.binding_warnings)
+
+        drawing = self._draw([("", recipe)], over, inside=tracing)
 
         def work(report: Report) -> GateReport:
-            def on_step(*_: Any) -> None:
-                state.done += 1
-                report(dataclasses.replace(state))
-
-            image = self.studio.draw(recipe, **over, on_step=on_step, inside=tracing)
-            seen = gate_report(self.studio, recipe, image, self.own.add(image, recipe), shades=shades, **traced)
-            return dataclasses.replace(seen, warning="; ".join(filter(None, [seen.warning, *said])))
+            state = drawing(report)
+            return gate_report(self.studio, recipe, state.pictures[0].path, state.warnings, shades=shades, **seen)
 
         return work
 
@@ -414,15 +401,15 @@ class Actions:
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
-        sheet = self._sheet(whole, {"x": x, "y": y}, across.labels, down.labels)
-        return self.draw_all(wanted, over=over, sheet=sheet)
+        sheet = partial(self._sheet, whole, {"x": x, "y": y}, list(across.labels), list(down.labels))
+        return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
         """Write one ordinary LoRA with the gates' average weights for this prompt, whatever its arm: in the end an Exported.
 
         Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
         """
-        recipe = self._completed(dataclasses.replace(recipe, arm="gates"))
+        recipe = self._completed(replace(recipe, arm="gates"))
         strengths = recipe.constant_strengths()
         if not strengths:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
@@ -444,11 +431,15 @@ class Actions:
 
         return work
 
+    def train(self, recipe: Recipe, request: TrainingRequest, again: str = "") -> Work:
+        """Train gates for the LoRAs of a recipe, see `gate_training.train`."""
+        return train(self.studio, recipe, request, home=self.home, again=again)
+
     def _with_a_seed(self, recipe: Recipe, over: Over) -> tuple[Recipe, Recipe]:
         """The recipe as it is asked for, but for a random seed, which several pictures share; and it completed."""
         recipe = with_pictures(recipe, **over)
         whole = self._completed(recipe)
-        return dataclasses.replace(recipe, seed=whole.seed), whole
+        return replace(recipe, seed=whole.seed), whole
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe = self.studio.complete(recipe)
@@ -469,17 +460,14 @@ class Actions:
             )
 
 
-def _noting(layouts: list[Layout], said: list[str], recipe: Recipe) -> Callable[[Mixture], AbstractContextManager]:
+@contextmanager
+def _noting(recipe: Recipe, layouts: list[Layout], said: list[str], inside: Inside, mixture: Mixture) -> Iterator[None]:
     """For `Studio.draw`: add the layout of the picture to a list, if its LoRAs have places, and what binding warns of to
     another one."""
-
-    @contextmanager
-    def noting(mixture: Mixture) -> Iterator[None]:
+    with inside(mixture):
         yield
-        bound = (mixture.binding or {}).items()
-        side = recipe.height // 8, recipe.width // 8
-        given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
-        said.extend(mixture.binding_warnings)
-        layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
-
-    return noting
+    bound = (mixture.binding or {}).items()
+    side = recipe.height // 8, recipe.width // 8
+    given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
+    said.extend(mixture.binding_warnings)
+    layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones

@@ -6,28 +6,26 @@ A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`; "pr
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import gradio as gr
 from gradio.utils import get_upload_folder
-from PIL import Image
 
 from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
-from mole_diffusers.app.gate_training import train as train_gates
 from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import Page, session
-from mole_diffusers.app.sentences import with_errors
+from mole_diffusers.app.sentences import USER_ERRORS, without_folders
+from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.picture_passes import read_picture
-from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import with_pictures
 
 RECIPE_FIELDS = (
     'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. Defaults: no negative '
@@ -39,16 +37,37 @@ IMAGE = "a picture to draw over, as much as the recipe's strength says; one that
 MASK = "a picture of that size, white where it is drawn over; by default everywhere."
 
 
+File = gr.FileData | None
+
+
 def add(page: Page) -> None:
     """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS, "IMAGE" and "MASK" for
     what is said of pictures to draw over."""
     endpoints = Endpoints(page)
     for name in (name for name in vars(Endpoints) if not name.startswith("_")):
-        endpoint = with_errors(method := getattr(endpoints, name))
+        endpoint = _endpoint(method := getattr(endpoints, name))
         for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
             endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
         limit = None if inspect.iscoroutinefunction(method) else 1  # a job waits in our queue, and finding for nothing
         gr.api(endpoint, api_name=name, concurrency_limit=limit)
+
+
+def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for clients: what they send is checked by its annotations, and an error of bad input is one sentence."""
+    kinds = {name: kind for name, kind in get_type_hints(method).items() if kind not in (gr.FileData, File)}
+
+    @functools.wraps(method)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(method).bind(*args, **kwargs).arguments
+        try:
+            check_kinds({name: value for name, value in given.items() if name in kinds}, kinds, method.__name__)
+            if inspect.iscoroutinefunction(method):
+                return await method(*args, **kwargs)
+            return await asyncio.to_thread(method, *args, **kwargs)
+        except USER_ERRORS as error:
+            raise gr.Error(without_folders(str(error)), print_exception=False) from error
+
+    return call
 
 
 class Endpoints:
@@ -67,7 +86,7 @@ class Endpoints:
         Args:
             name: one of `bases`.
         """
-        await self._job(request, "base", lambda: self.actions.change_base(_text(name, "the name")))
+        await self._job(request, "base", self.actions.change_base, name)
         return self.actions.base or ""
 
     def loras(self) -> list[dict]:
@@ -81,10 +100,8 @@ class Endpoints:
         Args:
             prompt: any text; tags in it are ignored.
         """
-        text = parse(_text(prompt, "the prompt"), self.actions.studio.catalog.loras).text
-        hits = await asyncio.to_thread(self.actions.find, text)
-        facts = ("name", "why", "score", "passed_over")
-        return [{name: getattr(hit, name) for name in facts} for hit in hits]
+        hits = await asyncio.to_thread(self.actions.find, prompt)
+        return [{name: getattr(hit, name) for name in ("name", "why", "score", "passed_over")} for hit in hits]
 
     def upload(self, file: gr.FileData) -> dict:
         """Add a LoRA file; a bad one is refused with one sentence.
@@ -107,8 +124,8 @@ class Endpoints:
         width: int | None = None,
         height: int | None = None,
         sampler: str = "",
-        image: gr.FileData | None = None,
-        mask: gr.FileData | None = None,
+        image: File = None,
+        mask: File = None,
         strength: float | None = None,
         hires: float | None = None,
         hires_strength: float | None = None,
@@ -143,14 +160,11 @@ class Endpoints:
         fields |= {"steps": steps, "guidance": guidance, "width": width, "height": height, "sampler": sampler}
         fields |= {"gates": gates, "binding": binding}
         fields |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
-        number = _whole(count, "the number of pictures")
-        recipe, over = self._drawn({name: value for name, value in fields.items() if value is not None}, image, mask)
-        pictures = (await self._job(request, "compose", lambda: self.actions.compose(recipe, number, over))).pictures
-        return [_file(picture.path) for picture in pictures], [picture.recipe.to_dict() for picture in pictures]
+        recipe = {name: value for name, value in fields.items() if value is not None}
+        done = await self._drawing(request, "compose", self.actions.compose, recipe, count, image=image, mask=mask)
+        return [_file(each.path) for each in done.pictures], [each.recipe.to_dict() for each in done.pictures]
 
-    async def redraw(
-        self, request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
-    ) -> gr.FileData:
+    async def redraw(self, request: gr.Request, recipe: dict, image: File = None, mask: File = None) -> gr.FileData:
         """Draw exactly one recipe, as it is in a picture or with fields left out.
 
         Args:
@@ -158,20 +172,11 @@ class Endpoints:
             image: IMAGE
             mask: MASK
         """
-        asked, over = self._drawn(recipe, image, mask)
-        wanted = [("picture", with_pictures(asked, **over))]
-        done = await self._job(
-            request, "compose", lambda: self.actions.draw_all(wanted, gallery=self.actions.gallery, over=over)
-        )
+        done = await self._drawing(request, "compose", self.actions.compose, recipe, 1, image=image, mask=mask)
         return _file(done.pictures[0].path)
 
     async def compare(
-        self,
-        request: gr.Request,
-        recipe: dict,
-        merges: list[str] | None = None,
-        image: gr.FileData | None = None,
-        mask: gr.FileData | None = None,
+        self, request: gr.Request, recipe: dict, merges: list[str] | None = None, image: File = None, mask: File = None
     ) -> tuple[list[str], list[gr.FileData]]:
         """The same seed from the base, each LoRA alone, the plain sum, merges, bound, in tiles where there is room, and with
         trained gates where there are any. The gallery keeps a sheet of them. Returns labels and files.
@@ -182,14 +187,11 @@ class Endpoints:
             image: IMAGE
             mask: MASK
         """
-        if merges is not None and not isinstance(merges, list):
-            raise ValueError(f"merges are a list of names, got {merges!r}")
-        wanted, over = self._drawn(recipe, image, mask)
-        pictures = (await self._job(request, "compare", lambda: self.actions.compare(wanted, merges or (), over))).pictures
-        return [picture.label for picture in pictures], [_file(picture.path) for picture in pictures]
+        done = await self._drawing(request, "compare", self.actions.compare, recipe, merges or (), image=image, mask=mask)
+        return [each.label for each in done.pictures], [_file(each.path) for each in done.pictures]
 
     async def look(
-        self, request: gr.Request, recipe: dict, image: gr.FileData | None = None, mask: gr.FileData | None = None
+        self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
     ) -> tuple[dict, list[gr.FileData]]:
         """What the gates did: {"experts", "weights": block -> mean weight of each}, and figures of it.
 
@@ -198,21 +200,16 @@ class Endpoints:
             image: IMAGE
             mask: MASK
         """
-        wanted, over = self._drawn(recipe, image, mask)
-        report = await self._job(request, "look", lambda: self.actions.look(wanted, over=over))
+        report = await self._drawing(request, "look", self.actions.look, recipe, None, image=image, mask=mask)
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
-        stem = report.picture.stem
-        files = [self._image_file(image, f"{stem}-{i}") for i, image in enumerate(figures.values())]
-        return {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}, files
+        files = [self.actions.folder / f"{report.picture.stem}-{i}.png" for i in range(len(figures))]
+        for file, figure in zip(files, figures.values(), strict=True):
+            figure.save(file)
+        about = {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}
+        return about, [_file(file) for file in files]
 
     async def grid(
-        self,
-        request: gr.Request,
-        recipe: dict,
-        x: str,
-        y: str,
-        image: gr.FileData | None = None,
-        mask: gr.FileData | None = None,
+        self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
     ) -> gr.FileData:
         """An XY grid of one recipe, which the gallery keeps.
 
@@ -223,9 +220,8 @@ class Endpoints:
             image: IMAGE
             mask: MASK
         """
-        axes = _text(x, "an axis"), _text(y, "an axis")
-        wanted, over = self._drawn(recipe, image, mask)
-        return _file((await self._job(request, "grid", lambda: self.actions.grid(wanted, *axes, over))).sheet)
+        done = await self._drawing(request, "grid", self.actions.grid, recipe, x, y, image=image, mask=mask)
+        return _file(done.sheet)
 
     def read(self, file: gr.FileData) -> dict:
         """The recipe in a picture (ours or A1111's) or a recipe file, with the LoRAs' names in this app and the base model
@@ -254,8 +250,7 @@ class Endpoints:
             recipe: RECIPE
             rank: None keeps everything: the ranks add up.
         """
-        wanted, number = self._recipe(recipe), None if rank is None else _whole(rank, "the rank")
-        done = await self._job(request, "export", lambda: self.actions.export(wanted, number))
+        done = await self._job(request, "export", self.actions.export, self._recipe(recipe), rank)
         return _file(done.path), done.error
 
     def gallery(self, text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
@@ -267,9 +262,7 @@ class Endpoints:
             lora: a LoRA that they were drawn with.
             favourites: only those.
         """
-        found = self.actions.gallery.entries(
-            text=_text(text, "the text"), lora=_text(lora, "the LoRA"), favourites=favourites is True
-        )[:100]
+        found = self.actions.gallery.entries(text=text, lora=lora, favourites=favourites)[:100]
         about = [
             {"name": e.path.name, "favourite": e.favourite, "recipe": e.recipe.to_dict(), "sheet": e.sheet} for e in found
         ]
@@ -282,8 +275,8 @@ class Endpoints:
             name: of its file.
             on: whether it is one.
         """
-        self.actions.gallery.favour(_text(name, "the name"), on is True)
-        return on is True
+        self.actions.gallery.favour(name, on)
+        return on
 
     def trash(self, name: str) -> str:
         """Move a picture of the gallery to the folder "trash" beside the others; its name there.
@@ -291,7 +284,7 @@ class Endpoints:
         Args:
             name: of its file.
         """
-        return self.actions.gallery.trash(_text(name, "the name")).name
+        return self.actions.gallery.trash(name).name
 
     async def train(
         self,
@@ -319,14 +312,8 @@ class Endpoints:
             way: "collage" puts the subjects side by side, each as its own LoRA draws it; "blend" blends what LoRAs predict.
             again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """
-        styles = [] if styles is None else styles
-        wanted = TrainingRequest(_text(name, "the name"), singles, composed, styles, steps=steps, family=family, way=way)
-        drawn = self._recipe(recipe)
-
-        def plan() -> Work:
-            return train_gates(self.actions.studio, drawn, wanted, home=self.actions.home, again=again)
-
-        return (await self._job(request, "train", plan)).rows
+        wanted = TrainingRequest(name, singles, composed, styles or [], steps=steps, family=family, way=way)
+        return (await self._job(request, "train", self.actions.train, self._recipe(recipe), wanted, again)).rows
 
     def gates(self) -> list[dict]:
         """All trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing; or, of
@@ -339,10 +326,7 @@ class Endpoints:
         Args:
             name: of the gates, as `gates` lists them.
         """
-        return [
-            _file(path)
-            for path in export_gates(self.actions.studio.catalog, _text(name, "the name"), self.actions.downloads)
-        ]
+        return [_file(path) for path in export_gates(self.actions.studio.catalog, name, self.actions.downloads)]
 
     def upload_gates(self, weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
         """Add trained gates from their two files; bad ones are refused with one sentence.
@@ -352,31 +336,31 @@ class Endpoints:
             about: the .json file.
             name: of the gates from now on; by default that of their LoRAs, for example "fox+ink".
         """
-        return self.actions.add_gates([_uploaded(weights), _uploaded(about)], _text(name, "the name"))
+        return self.actions.add_gates([_uploaded(weights), _uploaded(about)], name)
 
     # ---- what they share
 
-    def _recipe(self, given: Any) -> Recipe:
-        if not isinstance(given, dict):
-            raise ValueError(f"a recipe is an object with a prompt and other fields, got {type(given).__name__}")
+    def _recipe(self, given: dict) -> Recipe:
         first = {**self.page.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
         recipe = Recipe.from_dict({**first, **given})
         if recipe.base:
             self.actions.check_base(recipe.base, "change it first")
         return recipe
 
-    def _drawn(self, given: Any, image: Any, mask: Any) -> tuple[Recipe, dict[str, Image.Image]]:
-        """A recipe, and the uploaded pictures that it is drawn over, see `Actions.compose`."""
-        recipe, over = self._recipe(given), dict[str, Image.Image]()
+    async def _drawing(
+        self, request: gr.Request, kind: str, plan: Callable[..., Work], recipe: dict, *more: Any, image: Any, mask: Any
+    ) -> Any:
+        """What a job gives that draws a recipe, over uploaded pictures where there are any."""
+        over = {}
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
                 with uploaded(_uploaded(file)) as path:
                     over[name] = read_picture(path, path.name)
-        return recipe, over
+        return await self._job(request, kind, plan, self._recipe(recipe), *more, over)
 
-    async def _job(self, request: gr.Request, kind: str, plan: Callable[[], Work]) -> Any:
+    async def _job(self, request: gr.Request, kind: str, plan: Callable[..., Work], *given: Any) -> Any:
         """What a job gives in the end. It is stopped once its client is gone, or cancels it (`submit(...).cancel()`)."""
-        work = await asyncio.to_thread(plan)
+        work = await asyncio.to_thread(plan, *given)
         owner = session(request)
         job = self.page.jobs.submit(owner or f"call {id(request)}", kind, work)
         try:
@@ -392,11 +376,6 @@ class Endpoints:
             raise ValueError("stopped")
         return job.event
 
-    def _image_file(self, image: Image.Image, stem: str) -> Any:
-        path = self.actions.folder / f"{stem}.png"
-        image.save(path)
-        return _file(path)
-
 
 # ---- reading arguments, returning files
 
@@ -407,18 +386,6 @@ def _uploaded(file: Any) -> Path:
     if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
         raise ValueError("send the file itself, by gradio_client.handle_file")
     return path
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, got {value!r}")
-    return value
-
-
-def _whole(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{what} must be a whole number, got {value!r}")
-    return value
 
 
 def is_gone(blocks: gr.Blocks, session: str) -> bool:

@@ -9,19 +9,17 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from mole_diffusers.app import compose_tab, gallery_tab, keep_tab, see_tab, train_tab
 from mole_diffusers.app.actions import Actions
-from mole_diffusers.app.api import add as add_api
-from mole_diffusers.app.compose_tab import build as compose_tab
-from mole_diffusers.app.gallery_tab import build as gallery_tab
+from mole_diffusers.app.api import Endpoints, add
 from mole_diffusers.app.jobs import Job
-from mole_diffusers.app.keep_tab import build as keep_tab
 from mole_diffusers.app.own_pages import OwnPagesOnly
-from mole_diffusers.app.page import OF_BASE, ORDERED, PRIVATE, Page, Values
-from mole_diffusers.app.page_jobs import connect_job
-from mole_diffusers.app.see_tab import build as see_tab
-from mole_diffusers.app.style import CSS, HEAD, theme
-from mole_diffusers.app.train_tab import build as train_tab
+from mole_diffusers.app.page import OF_BASE, ORDERED, Page, Values
+from mole_diffusers.app.page_jobs import follow
+from mole_diffusers.app.style import CARDS, theme
 from mole_diffusers.studio.recipe import Recipe
+
+TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
@@ -29,25 +27,17 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
         page = Page(actions, defaults, blocks)
-        add_api(page)  # first, while its endpoint names are free
+        add(page)  # first, while its endpoint names are free
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         _base(page)
         with page.tabs.render():
-            with _tab("Compose"):
-                compose_tab(page)
-            with _tab("See"):
-                see_tab(page)
-            with _tab("Train"):
-                train_tab(page)
-            with _tab("Gallery") as tab:
-                gallery_tab(page, tab)
-            with _tab("Keep"):
-                keep_tab(page)
+            for name, tab in TABS.items():
+                with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
+                    tab.build(page)
+        for event in blocks.fns.values():
+            if event.api_name not in vars(Endpoints):
+                event.api_visibility = "private"
     return blocks
-
-
-def _tab(name: str) -> gr.Tab:
-    return gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name)
 
 
 def _base(page: Page) -> None:
@@ -65,12 +55,12 @@ def _base(page: Page) -> None:
         now[page.controls["sampler"]]["value"] = "default"
         return {page.base: page.actions.base} | {size: page.values(fresh)[size] for size in sizes} | now
 
-    starts, outputs = [page.base.input], [page.base, *sizes, *page.lists]
-    begun = connect_job(
-        page, "base", starts, page.actions.change_base, show, inputs=[page.base], status=status, outputs=outputs
-    )
-    for event in begun:
-        event.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED, **PRIVATE)
+    def change(owner: str, name: str) -> Job:
+        return page.jobs.submit(owner, "base", page.actions.change_base(name))
+
+    ways = [(page.base.input, change, [page.base])]
+    (changed,) = follow(page, "base", ways, show, [status, page.base, *sizes, *page.lists])
+    changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED)
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:
@@ -85,15 +75,15 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
     blocks.queue(max_size=64)
     return blocks.launch(
         share=False,
-        show_error=False,
         max_file_size="512mb",
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,
         footer_links=["api"],
         theme=theme(),
-        css=CSS,
-        head=HEAD,
+        css=CARDS,
+        css_paths=Path(__file__).with_name("page.css"),
+        head_paths=Path(__file__).with_name("page.html"),
         allowed_paths=[str(gallery.resolve())] if gallery else None,
         app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites)]},
         **{"mcp_server": False, **options},

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import draw_over, mixer, paint
+from mole_diffusers.app import mixer, paint
 from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import MixerCard, add_card, cards_of, newest
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.jobs import Job
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, gallery_items
-from mole_diffusers.binding.config import mask_text, read_mask
-from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.app.style import clicked, figure, gallery_items, row
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import with_pictures
 
 
 def build(page: Page) -> None:
@@ -35,23 +31,17 @@ def build(page: Page) -> None:
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
     status = gr.Markdown("", elem_id="status", elem_classes="status")
-    offer = _offer(page)
+    offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
             _adding(page)
             mixer.build(page)
             _settings(page)
         with gr.Column(scale=4, elem_classes="results"):
-            preview = gr.Image(
-                label="Now", format="png", interactive=False, height=260, buttons=[], elem_classes="pixel", elem_id="now"
-            )
+            preview = figure(label="Now", height=260, buttons=[], elem_classes="pixel", elem_id="now")
             page.pictures.render()
             _use_picture(page, status)
             paint.build(page)
-
-    def plan(*values: Any) -> Work:
-        recipe, over, count = page.asked(*values)
-        return page.actions.compose(recipe, int(count), over)
 
     def show(job: Job) -> Values:
         pictures = job.event.pictures
@@ -61,37 +51,18 @@ def build(page: Page) -> None:
     @told(page.line)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
-        return ({} if new == cards else page.redraw(new)) | {page.rewrites: [], page.line: ""}
+        return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
 
-    starts, inputs, outputs = [compose.click, prompt.submit], [*page.inputs, page.count, page.over], [preview, page.pictures]
-    connect_job(page, "compose", starts, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
+    starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
+    connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count], offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
     shown = [page.cards, page.shown, page.rewrites, page.line]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
 
 
-def _offer(page: Page) -> Offer:
-    """Of pictures that were not drawn when the app ended."""
-
-    def keep(*values: Any) -> dict[str, Any]:
-        recipe, over, count = page.asked(*values)
-        mask = mask_text(over["mask"]) if "mask" in over else ""
-        return {"recipe": with_pictures(recipe, **over), "count": int(count), "mask": mask}
-
-    def load(kept: dict[str, Any]) -> dict[str, Any]:
-        return {"count": int(kept["count"]), "mask": kept["mask"]}
-
-    def describe(recipe: Recipe, count: int, mask: str) -> str:
-        return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
-
-    def plan(editor: Any, recipe: Recipe, count: int, mask: str) -> Work:
-        over = draw_over.pictures(editor if recipe.image else None)
-        over.pop("mask", None)  # what is painted now
-        if over and mask:
-            over["mask"] = read_mask(mask)
-        return page.actions.compose(recipe, count, over)
-
-    return Offer(page, "compose", "Draw again", keep=keep, load=load, describe=describe, plan=plan, inputs=[page.over])
+def _described(recipe: Recipe, count: int) -> str:
+    """What pictures that were not drawn when the app ended are called."""
+    return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
 
 
 def _use_picture(page: Page, status: Any) -> None:
@@ -108,37 +79,34 @@ def _use_picture(page: Page, status: Any) -> None:
 
     @told(status)
     def draw_over_it(request: gr.Request, chosen: str) -> Values:
-        return page.put_over(picture(request, chosen).path) | {status: ""}
+        return page.put_over(picture(request, chosen).path)
 
     @told(status)
     def use_seed(request: gr.Request, chosen: str) -> Values:
-        return {page.controls["seed"]: picture(request, chosen).recipe.seed, status: ""}
+        return {page.controls["seed"]: picture(request, chosen).recipe.seed}
 
-    page.pictures.select(clicked, None, chosen, trigger_mode="multiple", **PRIVATE)
-    over.click(draw_over_it, chosen, [page.over, page.over_panel, status], **PRIVATE)
-    seed.click(use_seed, chosen, [page.controls["seed"], status], **PRIVATE)
+    page.pictures.select(clicked, None, chosen, trigger_mode="multiple")
+    over.click(draw_over_it, chosen, [page.over, page.over_panel, status])
+    seed.click(use_seed, chosen, [page.controls["seed"], status])
 
 
 def _adding(page: Page) -> None:
     """Three ways to add a LoRA: by name, found for the prompt, or uploaded; and files that were copied into the folders."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
     with gr.Row(equal_height=True):
         page.add.render()
         with gr.Column(min_width=120):
             find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
-            upload = gr.UploadButton(
-                "Upload a LoRA", file_types=[".safetensors"], type="filepath", size="sm", elem_id="upload"
-            )
+            upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload")
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
     why = gr.Markdown("", elem_id="why", elem_classes="status")
 
     @told(why)
     def chosen(name: str | None, *now: Any) -> Values:
-        return _added(page, _fitting(page, [name] if name else []), *now) | {page.add: None, why: ""}
+        return page.edited(_fitting(page, [name] if name else []), *now) | {page.add: None}
 
     @told(why)
     def found(text: str) -> Any:
-        hits = page.actions.find(parse(text, catalog.loras).text)
+        hits = page.actions.find(text)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
         return _fitting(page, [hit.name for hit in hits]), words or "The prompt asks for none of the LoRAs here."
 
@@ -150,26 +118,22 @@ def _adding(page: Page) -> None:
     def looked_again() -> str:
         return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
 
-    now = [prompt, page.cards, page.rewrites]
-    outputs = [*now, page.shown, page.add, why]
-    page.add.input(chosen, [page.add, *now], outputs, trigger_mode="multiple", **ORDERED, **PRIVATE)
-    _add_found(page, find.click, found, prompt, why, concurrency_limit=None)
-    for event in (
-        _add_found(page, upload.upload, uploaded, upload, why),
-        again.click(looked_again, None, why, **PRIVATE),
-    ):
-        event.then(page.now, None, list(page.lists), show_progress="hidden", **PRIVATE)
+    outputs = [*page.written, page.shown, page.add, why]
+    page.add.input(chosen, [page.add, *page.written], outputs, trigger_mode="multiple", **ORDERED)
+    _add_found(page, find.click, found, page.controls["prompt"], why, concurrency_limit=None)
+    for event in (_add_found(page, upload.upload, uploaded, upload, why), again.click(looked_again, None, why)):
+        event.then(page.now, None, page.lists, show_progress="hidden")
 
 
 def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
     """Let an event find the names of LoRAs, which may take long, and then add them to the prompt as it is by then."""
-    names, now = gr.State([]), [page.controls["prompt"], page.cards, page.rewrites]
+    names = gr.State([])
 
     def add(found: list[str], *now: Any) -> Values:
-        return (_added(page, found, *now) if found else {}) | {names: []}
+        return (page.edited(found, *now) if found else {}) | {names: []}
 
-    known = event(find, given, [names, why], **options, **PRIVATE)
-    return known.then(add, [names, *now], [names, *now, page.shown], **ORDERED, **PRIVATE)
+    known = event(find, given, [names, why], **options)
+    return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
 
 
 def _fitting(page: Page, names: list[str]) -> list[str]:
@@ -180,14 +144,6 @@ def _fitting(page: Page, names: list[str]) -> list[str]:
     return names
 
 
-def _added(page: Page, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
-    """Prompt and cards with these LoRAs switched on."""
-    new = newest(text, rewrites)
-    for name in names:
-        new, cards = add_card(new, cards, name, page.actions.studio.catalog.loras)
-    return page.rewrite(text, new, rewrites) | page.redraw(cards)
-
-
 def _settings(page: Page) -> None:
     """The other fields of a recipe, and the number of pictures."""
     fields = page.controls
@@ -196,20 +152,13 @@ def _settings(page: Page) -> None:
             with gr.Column(min_width=120):
                 fields["seed"].render()
                 new = gr.Button("New seed", size="sm", elem_id="new-seed")
-                new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False, **PRIVATE)
+                new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
             fields["steps"].render()
-        for row in (
-            (fields["guidance"], page.count),
-            (fields["width"], fields["height"]),
-            (fields["sampler"], fields["gates"], fields["binding"]),
-        ):
-            with gr.Row():
-                for field in row:
-                    field.render()
+        row(fields["guidance"], page.count)
+        row(fields["width"], fields["height"])
+        row(fields["sampler"], fields["gates"], fields["binding"])
     with page.over_panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
         page.over.render()
         fields["strength"].render()
-        with gr.Row():
-            fields["hires"].render()
-            fields["hires_strength"].render()
+        row(fields["hires"], fields["hires_strength"])

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mole_diffusers.gates import FAMILIES, checkpoint
@@ -18,7 +18,7 @@ from mole_diffusers.lora.families import check_family
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.names import matching
 
-MAX_WEIGHTS, MAX_CONFIG = 256 << 20, 1 << 20  # bytes of the two files of gates
+GATES = {".safetensors": (checkpoint.WEIGHTS, 256 << 20), ".json": (checkpoint.CONFIG, 1 << 20)}  # name here, most bytes
 GATES_NAME = re.compile(r"[\w+ -]{1,60}")
 
 
@@ -98,9 +98,8 @@ def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
     if name not in catalog.gates:
         raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(catalog.gates) or 'none'}")
     folder.mkdir(exist_ok=True)
-    suffixes = {checkpoint.WEIGHTS: ".safetensors", checkpoint.CONFIG: ".json"}
-    copies = {folder / f"{name}{suffix}": catalog.gates[name] / file for file, suffix in suffixes.items()}
-    return [Path(shutil.copyfile(source, copy)) for copy, source in copies.items()]
+    source = catalog.gates[name]
+    return [Path(shutil.copyfile(source / file, folder / f"{name}{suffix}")) for suffix, (file, _) in GATES.items()]
 
 
 def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Path) -> str:
@@ -110,24 +109,22 @@ def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Pa
     """
     with uploaded(*files):
         by_suffix = {path.suffix.lower(): path for path in files}
-        if len(files) != 2 or set(by_suffix) != {".safetensors", ".json"}:
+        if len(files) != 2 or set(by_suffix) != set(GATES):
             raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
-        for suffix, limit in ((".safetensors", MAX_WEIGHTS), (".json", MAX_CONFIG)):
-            if by_suffix[suffix].stat().st_size > limit:
-                raise ValueError(f"{by_suffix[suffix].name} is larger than {limit >> 20} MiB")
         home.mkdir(parents=True, exist_ok=True)
-        folder = Path(mkdtemp(prefix=".new-", dir=home))  # a folder of its own: two visitors may upload at once
-        try:
-            shutil.copyfile(by_suffix[".safetensors"], folder / checkpoint.WEIGHTS)
-            shutil.copyfile(by_suffix[".json"], folder / checkpoint.CONFIG)
-            saved = checkpoint.load(folder)
+        with TemporaryDirectory(prefix=".new-", dir=home) as folder:  # of its own: two visitors may upload at once
+            new = Path(folder, "gates")
+            new.mkdir()
+            for suffix, (file, most) in GATES.items():
+                if by_suffix[suffix].stat().st_size > most:
+                    raise ValueError(f"{by_suffix[suffix].name} is larger than {most >> 20} MiB")
+                shutil.copyfile(by_suffix[suffix], new / file)
+            try:
+                saved = checkpoint.load(new)
+            except ValueError as error:
+                raise ValueError(str(error).replace(f"{new}/", "").replace(str(new), "these files")) from error
             name = check_gates_name(name.strip() or "+".join(sorted(saved.experts)))
             if matching(name, catalog.gates) is not None or (home / name).exists():
                 raise ValueError(f"there are already gates {name!r}; give another name")
-            folder.rename(home / name)
-        except ValueError as error:
-            raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "these files")) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        catalog.add_gates(name, home / name)
+            catalog.add_gates(name, new.rename(home / name))
         return name

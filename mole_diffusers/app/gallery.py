@@ -87,17 +87,14 @@ class Gallery:
             lora: a LoRA that the picture was drawn with, in any case.
             favourites: only those.
         """
-        wanted, found = text.lower().split(), []
-        for entry in self._entries():
+        wanted = text.lower().split()
+
+        def fits(entry: Entry) -> bool:
             said = f"{entry.recipe.prompt} {entry.recipe.prompt_2} {entry.path.name} {entry.sheet}".lower()
-            names = [tag.name.lower() for tag in entry.recipe.tags]
-            if (
-                entry.favourite >= favourites
-                and all(word in said for word in wanted)
-                and (not lora or lora.lower() in names)
-            ):
-                found.append(entry)
-        return found
+            names = ["", *(tag.name.lower() for tag in entry.recipe.tags)]
+            return entry.favourite >= favourites and lora.lower() in names and all(word in said for word in wanted)
+
+        return [entry for entry in self._entries() if fits(entry)]
 
     def entry(self, name: str) -> Entry:
         """The picture of this file name. Raises ValueError for a name that is no picture's here."""

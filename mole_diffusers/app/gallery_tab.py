@@ -7,27 +7,22 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import clicked, gallery
 
 AT_ONCE = 60  # pictures shown at first, and so many more each time
 
 
-def build(page: Page, tab: gr.Tab) -> None:
+def build(page: Page) -> None:
     """Lay out the tab and connect it; it is searched whenever it is shown."""
     kept = page.actions.gallery
     with gr.Row():
-        text = gr.Textbox(
-            label="Search",
-            info="words of the prompt, comparison, grid",
-            max_length=500,
-            elem_id="find-text",
-        )
+        text = gr.Textbox(label="Search", info="words of the prompt, comparison, grid", max_length=500, elem_id="find-text")
         lora = gr.Textbox(label="With the LoRA", max_length=200, elem_id="find-lora")
         starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
     status = gr.Markdown("", elem_id="gallery-status", elem_classes="status")
-    pictures = gallery("Gallery", columns=4, elem_id="gallery")
+    pictures = gallery(label="Gallery", columns=4, elem_id="gallery")
     more = gr.Button("Show more", size="sm", visible=False, elem_id="gallery-more")
     with gr.Row():
         use = gr.Button("Use again", variant="primary", elem_id="use")
@@ -84,14 +79,14 @@ def build(page: Page, tab: gr.Tab) -> None:
 
     outputs = [pictures, count, more, chosen, status]
     # While it is typed, and not when the field is left: that is where a picture is clicked, which would be lost.
-    asking = [tab.select, starred.input, text.input, lora.input]
-    gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden", **PRIVATE)
-    more.click(show_more, [*asked, count], outputs, **PRIVATE)
-    pictures.select(choose, None, [chosen, status], trigger_mode="multiple", **PRIVATE)
-    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED, **PRIVATE)
-    over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status], **PRIVATE)
-    star.click(favour, [chosen, *asked, count], outputs, **PRIVATE)
-    trash.click(throw, [chosen, *asked, count], outputs, **PRIVATE)
+    asking = [page.tab.select, starred.input, text.input, lora.input]
+    gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
+    more.click(show_more, [*asked, count], outputs)
+    pictures.select(choose, None, [chosen, status], trigger_mode="multiple")
+    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED)
+    over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status])
+    star.click(favour, [chosen, *asked, count], outputs)
+    trash.click(throw, [chosen, *asked, count], outputs)
 
 
 def _the_chosen(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
+Shades = Mapping[str, str] | None  # the LoRAs' colours
+
 
 @dataclass(frozen=True)
 class GateReport:
@@ -31,7 +33,7 @@ class GateReport:
         labels: block's short name, of a transformer its module's name -> gate site.
         weights: block's short name -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps: the values that can be set by hand.
-        warning: see `Studio.warning`; and what binding warns of.
+        warning: what its user should know besides, as of any picture.
     """
 
     picture: Path
@@ -53,20 +55,14 @@ class GateReport:
 
 
 def gate_report(
-    studio: Studio,
-    recipe: Recipe,
-    image: Image.Image,
-    picture: Path,
-    *,
-    trace: Trace,
-    contributions: Contributions,
-    shades: Mapping[str, str] | None,
+    studio: Studio, recipe: Recipe, picture: Path, notes: Sequence[str], trace: Trace, acted: Contributions, shades: Shades
 ) -> GateReport:
-    """The report of a picture that was drawn under a trace; `shades` has the LoRAs' colours.
+    """The report of a picture that was drawn under a trace and its contributions.
 
     Raises ValueError if no LoRA has acted on the picture.
     """
-    places = gate_figures.places(image, contributions, shades=shades)  # raises where no LoRA acted on the denoiser
+    with Image.open(picture) as image:
+        places = gate_figures.places(image, acted, shades=shades)  # raises where no LoRA acted on the denoiser
     network: Any = denoiser(studio.pipe)
     labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
@@ -79,7 +75,7 @@ def gate_report(
         labels={label: place for place, label in labels.items()},
         weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
         gates={label: before_tags(trace.weights(place), schedule, place).tolist() for place, label in labels.items()},
-        warning=studio.warning(recipe),
+        warning="; ".join(notes),
     )
 
 

@@ -14,7 +14,6 @@ from mole_diffusers.app.files import check_gates_name
 from mole_diffusers.app.jobs import Report, Work
 from mole_diffusers.app.training_runs import Run
 from mole_diffusers.gates import FAMILIES
-from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
 from mole_diffusers.options import check_options
@@ -108,22 +107,16 @@ class TrainingProgress:
     """How far a training is.
 
     Attributes:
-        name: of the gates.
         rows: of losses, one per update.
-        total: number of updates.
-        teachers, calls: pictures that the teachers draw, and the denoiser's calls for them.
         pictures: the prompt's, with labels: before, on the way, after.
         doing: what is done before and after the updates.
         called: the denoiser's calls so far.
         verdict: what the gates are worth, once that is measured.
     """
 
-    name: str
-    rows: list[dict[str, float]]
-    total: int
-    teachers: int
-    calls: int
-    pictures: list[tuple[Image.Image, str]]
+    request: TrainingRequest
+    rows: list[dict[str, float]] = field(default_factory=list)
+    pictures: list[tuple[Image.Image, str]] = field(default_factory=list)
     doing: str = "starting"
     called: int = 0
     verdict: str = ""
@@ -132,15 +125,11 @@ class TrainingProgress:
         if self.verdict:
             return f"done: {self.verdict}"
         if self.rows and not self.doing:
-            return f"update {self.rows[-1]['step'] + 1} of {self.total}, loss {self.rows[-1]['loss']:.4f}"
+            return f"update {self.rows[-1]['step'] + 1} of {self.request.steps}, loss {self.rows[-1]['loss']:.4f}"
         if self.doing:
             return self.doing
-        drawn = min(self.called * self.teachers // self.calls, self.teachers)
-        return f"drawing the teachers' pictures, {drawn} of {self.teachers}"
-
-    def curve(self) -> Image.Image | None:
-        """The losses so far, as a figure; None before the first update."""
-        return gate_figures.losses(self.rows) if self.rows else None
+        count, calls = self.request.teachers()
+        return f"drawing the teachers' pictures, {min(self.called * count // calls, count)} of {count}"
 
 
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
@@ -169,12 +158,12 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
 
     def work(report: Report) -> TrainingProgress:
         studio.check_base(recipe)
-        progress = TrainingProgress(request.name, [], request.steps, *request.teachers(), [])
+        progress = TrainingProgress(request)
         report(progress)
         run.prepare(again)
         with studio.lock.held():
             try:
-                _train(studio, recipe, request, config, run, progress, report)
+                _train(studio, recipe, config, run, progress, report)
             except ValueError as error:  # visitors need not know the folder
                 raise ValueError(str(error).replace(f"{home}/", "")) from error
             finally:
@@ -192,15 +181,9 @@ def _canvas(studio: Studio, recipe: Recipe, composed: Sequence[str]) -> tuple[in
 
 
 def _train(
-    studio: Studio,
-    recipe: Recipe,
-    request: TrainingRequest,
-    config: GateTraining,
-    run: Run,
-    progress: TrainingProgress,
-    report: Report,
+    studio: Studio, recipe: Recipe, config: GateTraining, run: Run, progress: TrainingProgress, report: Report
 ) -> None:
-    pipe, seeds = studio.pipe, held_out.seeds(request.seed)[:SHOWN]
+    pipe, request, seeds = studio.pipe, progress.request, held_out.seeds(config.seed)[:SHOWN]
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
 
     def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once

@@ -1,16 +1,22 @@
 """Jobs: all work on the one pipeline, one after the other, in a thread of their own.
 
-A job belongs to a visitor, not to a page: a page that is reloaded finds it again, and may stop it at any time.
+A job belongs to a visitor, not to a page: a page that is reloaded finds it again, and may stop it at any time. It can be a
+small file while it waits or runs; what an earlier run of the app has left of these is offered again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from mole_diffusers.lora.whole_files import write_text
 
 MAX_WAITING, KEPT = 32, 64  # jobs in the queue; jobs that are over and can still be asked for
 Report = Callable[[Any], None]
@@ -34,7 +40,7 @@ class Job:
         state: "waiting", "running", "done", "stopped" or "failed".
         event: what was reported last, in the end what the work returned.
         error: why it failed.
-        file: by which it can be started again while it is not over, see `interrupted`.
+        file: by which it can be started again while it is not over.
         is_shown: whether a page has shown how it ended.
     """
 
@@ -43,7 +49,6 @@ class Job:
         self.event: Any = None
         self.error: Exception | None = None
         self.file: Path | None = None
-        self.version = 0  # grows with every change
         self.is_asked_to_stop = self.is_shown = False
 
     @property
@@ -53,28 +58,39 @@ class Job:
 
 
 class Jobs:
-    """The queue. Every method may be called from any thread."""
+    """The queue. Every method may be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        folder: of the files by which jobs can be started again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._over: deque[Job] = deque(maxlen=KEPT)
         self._thread: threading.Thread | None = None
 
-    def submit(self, owner: str, kind: str, work: Work, keep: Callable[[], Path] | None = None) -> Job:
+    def submit(self, owner: str, kind: str, work: Work, *, about: Any = None, file: Path | None = None) -> Job:
         """Put work in the queue: `work(report)`, whose `report` raises StoppedError once the job is to stop.
 
         Args:
-            keep: writes a file by which the work can be started again; it is deleted once the job is over.
+            about: plain data by which the work can be started again, for a file that is deleted once the job is over.
+            file: that of a job that was left, whose work this is.
 
-        Raises ValueError if too many jobs wait.
+        Raises ValueError if too many jobs wait, and for a job that was started again already.
         """
         job = Job(owner, kind, work)
         with self._changed:
             if len(self._waiting) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
-            job.file = keep() if keep else None
+            if file is not None and file in [job.file for job in self._known()]:
+                raise ValueError("this was started again already")
+            job.file = file
+            if about is not None:
+                job.file = self._folder_of(owner) / f"{time.time_ns()}-{kind}.json"
+                write_text(job.file, json.dumps(about))
             self._waiting.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
@@ -84,8 +100,13 @@ class Jobs:
     def latest(self, owner: str, kind: str) -> Job | None:
         """The visitor's newest job of a kind, in whatever state; None without one."""
         with self._changed:
-            known = [*self._over, *([self._running] if self._running else []), *self._waiting]
-        return next((job for job in reversed(known) if (job.owner, job.kind) == (owner, kind)), None)
+            return next((job for job in reversed(self._known()) if (job.owner, job.kind) == (owner, kind)), None)
+
+    def left(self, owner: str, kind: str) -> list[Path]:
+        """The visitor's files of a kind that an earlier run of the app has left, the oldest first."""
+        with self._changed:
+            ours = [job.file for job in self._known()]
+            return [path for path in sorted(self._folder_of(owner).glob(f"[!.]*-{kind}.json")) if path not in ours]
 
     def ahead(self, job: Job) -> int:
         """How many jobs come before one that waits."""
@@ -100,21 +121,24 @@ class Jobs:
                 self._end(job, "stopped")
             elif job is self._running:
                 job.is_asked_to_stop = True
-                self._touch(job)
             else:
                 return False
         return True
 
     def follow(self, job: Job) -> Iterator[Job]:
-        """The job again and again: where it has changed, at most five times a second, and each second, until it is over."""
-        version, is_over = -1, False
+        """The job, as it goes on, again and again until it is over."""
+        is_over = False
         while not is_over:
-            with self._changed:
-                self._changed.wait_for(lambda before=version: job.version != before, timeout=1.0)  # type: ignore[misc]
-                version, is_over = job.version, job.is_over
+            is_over = job.is_over
             yield job
             with self._changed:
-                self._changed.wait_for(lambda: job.is_over, timeout=0.2)
+                self._changed.wait_for(lambda: job.is_over, timeout=1.0 if job.state == "waiting" else 0.4)
+
+    def _known(self) -> list[Job]:
+        return [*self._over, *([self._running] if self._running else []), *self._waiting]
+
+    def _folder_of(self, owner: str) -> Path:
+        return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # what a browser says is no file name
 
     # ---- the thread
 
@@ -140,14 +164,10 @@ class Jobs:
                 return None
             self._running = job = self._waiting.popleft()
             job.state = "running"
-            for each in (job, *self._waiting):
-                self._touch(each)  # all are one place further
             return job
 
     def _report(self, job: Job, event: Any) -> None:
-        with self._changed:
-            job.event = event
-            self._touch(job)
+        job.event = event
         if job.is_asked_to_stop:
             raise StoppedError
 
@@ -156,8 +176,4 @@ class Jobs:
         if job.file is not None:
             job.file.unlink(missing_ok=True)
         self._over.append(job)
-        self._touch(job)
-
-    def _touch(self, job: Job) -> None:
-        job.version += 1
         self._changed.notify_all()

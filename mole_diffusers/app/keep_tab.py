@@ -9,10 +9,10 @@ import gradio as gr
 
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import figure
+from mole_diffusers.app.style import figure, row
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.recipe import Recipe
@@ -36,9 +36,7 @@ def _loading(page: Page) -> None:
     status = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
 
     @told(status)
-    def load(path: str | None) -> Any:
-        if path is None:
-            return gr.skip()
+    def load(path: str) -> Values:
         with uploaded(Path(path)) as file:
             found = infotext.contents(file)
             recipe, values, notes = page.filled(found)
@@ -46,7 +44,7 @@ def _loading(page: Page) -> None:
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
         return values | {status: markdown("; ".join(filter(None, [words, *notes, found.left_out, f"now press {button}"])))}
 
-    dropped.upload(load, dropped, [*page.filled_fields, status], **ORDERED, **PRIVATE)
+    dropped.upload(load, dropped, [*page.filled_fields, status], **ORDERED)
 
 
 def _saving(page: Page) -> None:
@@ -68,44 +66,36 @@ def _saving(page: Page) -> None:
         recipe = completed(*values)
         path = page.actions.folder / f"recipe-{recipe.seed}.json"
         recipe.save(path)
-        return {file: str(path), status: ""}
+        return {file: str(path)}
 
     @told(status)
     def script(*values: Any) -> Values:
-        return {text: as_code(completed(*values)), status: ""}
+        return {text: as_code(completed(*values))}
 
-    def plan(*values: Any) -> Work:
-        *given, rank = values
-        return page.actions.export(page.recipe(*given), int(rank) if rank else None)
+    def plan(recipe: Recipe, rank: int | None, _: Any) -> Work:
+        return page.actions.export(recipe, rank or None)
 
     def show(job: Job) -> Values:
         return {file: str(job.event.path)} if job.state == "done" else {}
 
-    save.click(recipe_file, [*page.inputs, page.over], [file, status], **PRIVATE)
-    code.click(script, [*page.inputs, page.over], [text, status], **PRIVATE)
-    connect_job(page, "export", [export.click], plan, show, inputs=[*page.inputs, rank], status=status, outputs=[file])
+    save.click(recipe_file, [*page.inputs, page.over], [file, status])
+    code.click(script, [*page.inputs, page.over], [text, status])
+    connect_job(page, "export", [export.click], plan, show, [status, file], more=[rank], draws=False)
 
 
 def _grid(page: Page) -> None:
     gr.Markdown(
         "**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, binding, strength."
     )
-    with gr.Row():
-        for axis in page.axes:
-            axis.render()
+    row(*page.axes)
     with gr.Row():
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
     status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
-    sheet = figure("Grid", elem_id="sheet")
-
-    def plan(*values: Any) -> Work:
-        recipe, over, x, y = page.asked(*values)
-        return page.actions.grid(recipe, x, y, over)
+    sheet = figure(label="Grid", elem_id="sheet")
 
     def show(job: Job) -> Values:
-        return {sheet: str(job.event.sheet)} if job.event.sheet else {}
+        return {sheet: job.event.sheet}
 
-    inputs = [*page.inputs, *page.axes, page.over]
-    connect_job(page, "grid", [make.click], plan, show, inputs=inputs, status=status, outputs=[sheet])
+    connect_job(page, "grid", [make.click], page.actions.grid, show, [status, sheet], more=page.axes)
     connect_cancel(page, cancel, status, ["grid"])

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.mixer_cards import (
-    FIELDS,
-    MixerCard,
-    at_strength,
-    fields_of,
-    newest,
-    set_card,
-    triggers_in,
-    with_fields,
-    with_triggers,
-    without,
-)
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.fields import CARD
+from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, triggers_in, with_tag, with_triggers
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
-from mole_diffusers.studio.block_weights import PRESETS
-from mole_diffusers.studio.prompt_syntax import PAINTED
+from mole_diffusers.app.style import figure
 
-LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, **PRIVATE}
+LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables what is drawn again, unless told otherwise
-FIELD: dict[str, Any] = {"min_width": 90, **EDITABLE}
+SMALL: dict[str, Any] = {"height": 56, "min_width": 56, "scale": 0, "show_label": False, "container": False, "buttons": [],
+                         "elem_classes": "thumb"}  # fmt: skip
 LOW, HIGH = -1.0, 2.0  # of the slider; any number can be typed
-REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
-REGIONS_KNOWN = (AUTO, EVERYWHERE, PAINTED, *BOXES)
 
 
 def build(page: Page) -> None:
@@ -48,75 +34,35 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
     """One LoRA: switch, strength, trigger words, what its file says, and the rest of its tag."""
     name, report = card["name"], page.actions.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
+
+    def field(key: str, **options: Any) -> Any:
+        return CARD[key](value=typed[key], min_width=90, **EDITABLE, **options)
+
     with gr.Column(elem_classes=["card", f"c{card['colour']}"]):
         with gr.Row(elem_classes="head"):
             if (thumbnail := page.actions.thumbnail(name)) is not None:
-                gr.Image(
-                    thumbnail,
-                    label=f"what {name} looks like",
-                    show_label=False,
-                    container=False,
-                    interactive=False,
-                    height=56,
-                    buttons=[],
-                    elem_classes="thumb",
-                    format="png",
-                    min_width=56,
-                    scale=0,
-                )
-            on = gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)
+                figure(thumbnail, label=f"what {name} looks like", **SMALL)
+            parts: dict[str, Any] = {"on": gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)}
             remove = gr.Button(f"Remove {name}", size="sm", min_width=90, scale=0)
         with gr.Row(elem_classes="strength"):
             label = f"Strength of {name}"
             shown = slider_update(typed["unet"])
-            slider = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
-            unet = gr.Textbox(typed["unet"], label="Any number, or 0@0,1@0.4", max_length=500, elem_classes="any", **FIELD)
+            parts["slider"] = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
+            parts["unet"] = field("unet")
         triggers = report["triggers"]
         present = triggers_in(prompt, triggers)
         ticked = gr.State(present)
         chips = gr.CheckboxGroup(triggers, value=present, label="Trigger words", visible=bool(triggers), **EDITABLE)
         gr.Markdown(_facts(report), elem_classes="facts")
-        fields = {"unet": unet, **_binding_fields(typed, triggers), **_more_fields(typed)}
-    _connect_fields(page, card, on=on, slider=slider, fields=fields)
+        with gr.Row(elem_classes="binding"):
+            of_file = f", {', '.join(triggers[:4])}" if triggers else ""
+            parts["word"] = field("word", choices=triggers, info=f"none: those of its file{of_file}")
+            parts["region"] = field("region")
+        used = typed["te"] != typed["unet"] or any(typed[key] for key in ("lbw", "start", "stop"))
+        with gr.Accordion("Text encoder, blocks, steps", open=used, elem_classes="rest"), gr.Row():
+            parts |= {key: field(key) for key in ("te", "lbw", "start", "stop")}
+    _connect_fields(page, card, parts)
     _connect_prompt(page, name, remove=remove, chips=chips, ticked=ticked)
-
-
-def _binding_fields(typed: dict[str, Any], triggers: Sequence[str]) -> dict[str, Any]:
-    """Which words are its own, and where it acts."""
-    with gr.Row(elem_classes="binding"):
-        word = gr.Dropdown(
-            list(dict.fromkeys([*triggers, *typed["word"]])),
-            value=typed["word"],
-            multiselect=True,
-            allow_custom_value=True,
-            label="Its words in the prompt",
-            info="none: those of its file" + (f", {', '.join(triggers[:4])}" if triggers else ""),
-            elem_classes="word",
-            **FIELD,
-        )
-        region = gr.Dropdown(
-            REGIONS if typed["region"] in REGIONS_KNOWN else [*REGIONS, typed["region"]],
-            value=typed["region"],
-            allow_custom_value=True,
-            label="Where it acts",
-            info="or a box, 0,0,0.5,1: left, top, right, bottom",
-            elem_classes="region",
-            **FIELD,
-        )
-    return {"word": word, "region": region}
-
-
-def _more_fields(typed: dict[str, Any]) -> dict[str, Any]:
-    """The fields that few tags use, by name."""
-    used = typed["te"] != typed["unet"] or any(typed[key] for key in ("lbw", "start", "stop"))
-    with gr.Accordion("Text encoder, blocks, steps", open=used, elem_classes="rest"), gr.Row():
-        presets = ["", *PRESETS, "ALL0.5"]
-        return {
-            "te": gr.Textbox(typed["te"], label="Text encoder (te)", max_length=500, **FIELD),
-            "lbw": gr.Dropdown(presets, value=typed["lbw"], label="Blocks (lbw)", allow_custom_value=True, **FIELD),
-            "start": gr.Textbox(typed["start"], label="From step (start)", max_length=10, **FIELD),
-            "stop": gr.Textbox(typed["stop"], label="To step (stop)", max_length=10, **FIELD),
-        }
 
 
 def slider_update(strength: str) -> dict[str, Any]:
@@ -135,14 +81,13 @@ def _facts(report: dict[str, Any]) -> str:
     )
 
 
-def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields: dict[str, Any]) -> None:
+def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
     """A change of the switch, the slider or a field goes to the prompt, the cards and the other fields.
 
     Only what was changed is taken from the card, as the rest may be older than its tag, and only what has to be is written
     into it, as the rest may be typed by now.
     """
     known, name = page.actions.studio.catalog.loras, card["name"]
-    parts = {"on": on, "slider": slider, **{key: fields[key] for key in FIELDS}}
 
     def shows(card: MixerCard) -> dict[str, Any]:
         typed = fields_of(card, known)
@@ -154,24 +99,23 @@ def _connect_fields(page: Page, card: MixerCard, *, on: Any, slider: Any, fields
     def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
-        old = next((one for one in cards if one["name"] == name), None)
-        if old is None or not edits:  # it was removed meanwhile, or a field was left as it was
-            return {page.line: ""}
-        new = with_fields(old, {key: edits.get(key, value) for key, value in fields_of(old, known).items()}, known)
-        if "slider" in edits:
-            new = at_strength(new, edits["slider"], known)
-        new = {**new, "on": edits.get("on", old["on"])}
-        shown = shows(new)
-        rewritten, cards = set_card(newest(text, rewrites), cards, new, known)
+        at = next((i for i, one in enumerate(cards) if one["name"] == name), None)
+        if at is None or not edits:  # it was removed meanwhile, or a field was left as it was
+            return {}
+        is_moved = "slider" in edits
+        if is_moved:
+            edits["te"] = edits["unet"] = str(edits.pop("slider"))
+        rewritten, cards = edit(newest(text, rewrites), cards, name, known, **{"on": cards[at]["on"], **edits})
+        shown = shows(cards[at])
         written = {parts[key]: value for key, value in shown.items() if key != "slider" and value != given[key]}
-        if "slider" not in edits and shown["unet"] != seen_now["unet"]:
-            written[slider] = gr.update(**slider_update(shown["unet"]))
-        return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown, page.line: ""}
+        if not is_moved and shown["unet"] != seen_now["unet"]:
+            written[parts["slider"]] = gr.update(**slider_update(shown["unet"]))
+        return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown}
 
-    now = [seen, page.controls["prompt"], page.cards, page.rewrites]
-    events = [on.input, slider.release, fields["lbw"].input, fields["word"].input, fields["region"].input]
+    now = [seen, *page.written]
+    events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region"))]
     for key in ("unet", "te", "start", "stop"):
-        events += [fields[key].submit, fields[key].blur]
+        events += [parts[key].submit, parts[key].blur]
     gr.on(events, write, [*now, *parts.values()], [*now, *parts.values(), page.line], **LAST)
 
 
@@ -182,14 +126,13 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: A
     @told(page.line)
     def removed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
         left = [other for other in cards if other["name"] != name]
-        rewritten = page.rewrite(text, without(newest(text, rewrites), name, catalog.loras), rewrites)
-        return rewritten | {page.line: ""} | page.redraw(left)
+        rewritten = page.rewrite(text, with_tag(newest(text, rewrites), name, None, catalog.loras), rewrites)
+        return rewritten | page.redraw(left)
 
     @told(page.line)
     def switched(before: list[str], chosen: list[str], text: str, rewrites: list[str]) -> Values:
         new = with_triggers(newest(text, rewrites), before, chosen, catalog.loras)
-        return page.rewrite(text, new, rewrites) | {ticked: chosen, page.line: ""}
+        return page.rewrite(text, new, rewrites) | {ticked: chosen}
 
     chips.input(switched, [ticked, chips, prompt, page.rewrites], [prompt, page.rewrites, ticked, page.line], **LAST)
-    now = [prompt, page.cards, page.rewrites]
-    remove.click(removed, now, [*now, page.shown, page.line], **LAST)
+    remove.click(removed, page.written, [*page.written, page.shown, page.line], **LAST)

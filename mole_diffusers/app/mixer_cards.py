@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching
-from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, constant, parse
+from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
-FIELDS = ("unet", "te", "lbw", "start", "stop", "word", "region")  # of a tag, as a card shows them
+FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # of a tag, as a card shows them
 
 
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
@@ -63,59 +62,37 @@ def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, Any]:
     return {**fields, "word": [word for word in tag.word.split("|") if word], "region": tag.region or AUTO}
 
 
-def with_fields(card: MixerCard, fields: Mapping[str, Any], known: Collection[str]) -> MixerCard:
-    """The card with the tag that the fields describe. Raises ValueError for fields that no tag can have."""
-    before, texts = tag_of(card, known), {key: value or "" for key, value in fields.items()}
+def edit(
+    prompt: str, cards: Sequence[MixerCard], name: str, known: Collection[str], *, on: bool = True, **fields: Any
+) -> tuple[str, list[MixerCard]]:
+    """Prompt and cards with one LoRA switched on or off and fields of its tag changed, see `fields_of`. One without a card
+    gets one, at strength 1.
+
+    Raises ValueError for fields that no tag can have.
+    """
+    card = next((card for card in cards if card["name"] == name), None)
+    if card is None:
+        card = {"name": name, "tag": str(LoraTag(name)), "colour": _free_colour(cards)}
+        cards = [*cards, card]
+    tag = _changed(tag_of(card, known), fields_of(card, known), fields, known)
+    cards = [{**card, "on": on, "tag": str(tag)} if old["name"] == name else old for old in cards]
+    return with_tag(prompt, name, tag if on else None, known), cards
+
+
+def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any], known: Collection[str]) -> LoraTag:
+    """The tag with other fields."""
+    texts = {key: value or "" for key, value in {**before, **fields}.items()}
     texts |= {"word": "|".join(texts["word"]), "region": "" if texts["region"] == AUTO else texts["region"]}
-    if str(before.te) == str(before.unet) == texts["te"]:  # one strength for both stays one
+    if before["te"] == before["unet"] == texts["te"]:  # one strength for both stays one
         texts["te"] = texts["unet"]
     arguments = [f"{key}={' '.join(texts[key].split())}" for key in FIELDS if texts[key].strip()]
     if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
         raise ValueError(f"{bad!r} contains one of : < >, which end a tag")
-    (tag,) = parse(f"<lora:{':'.join([card['name'], *arguments])}>", known).tags
-    return {**card, "tag": str(tag)}
+    (new,) = parse(f"<lora:{':'.join([tag.name, *arguments])}>", known).tags
+    return new
 
 
-def at_strength(card: MixerCard, strength: float, known: Collection[str]) -> MixerCard:
-    """The card at one strength in every component; blocks and steps stay."""
-    tag = tag_of(card, known)
-    return {**card, "tag": str(replace(tag, te=constant(strength), unet=constant(strength)))}
-
-
-def set_card(
-    prompt: str, cards: Sequence[MixerCard], card: MixerCard, known: Collection[str]
-) -> tuple[str, list[MixerCard]]:
-    """Prompt and cards after one card was edited or switched."""
-    changed = [card if old["name"] == card["name"] else old for old in cards]
-    return _with_tag(prompt, card["name"], tag_of(card, known) if card["on"] else None, known), changed
-
-
-def set_region(
-    prompt: str, cards: Sequence[MixerCard], name: str, region: str, known: Collection[str]
-) -> tuple[str, list[MixerCard]]:
-    """Prompt and cards with one LoRA, which is switched on, in another region."""
-    card = next((card for card in cards if card["name"] == name), None)
-    if card is None:
-        raise ValueError(f"there is no card of {name!r}")
-    changed = {**card, "on": True, "tag": str(replace(tag_of(card, known), region=region))}
-    return set_card(prompt, cards, changed, known)
-
-
-def add_card(prompt: str, cards: Sequence[MixerCard], name: str, known: Collection[str]) -> tuple[str, list[MixerCard]]:
-    """Prompt and cards with one LoRA switched on: at strength 1 if it is new, else with the tag of its card."""
-    card = next((card for card in cards if card["name"] == name), None)
-    if card is None:
-        card = {"name": name, "on": True, "tag": str(LoraTag(name)), "colour": _free_colour(cards)}
-        cards = [*cards, card]
-    return set_card(prompt, cards, {**card, "on": True}, known)
-
-
-def without(prompt: str, name: str, known: Collection[str]) -> str:
-    """The prompt without the tag of one LoRA."""
-    return _with_tag(prompt, name, None, known)
-
-
-def _with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]) -> str:
+def with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]) -> str:
     """The prompt with this tag in the place of the LoRA's own, or at its end; None takes it out. All else stays as typed."""
     if name not in [old.name for old in parse(prompt, known).tags]:
         return prompt if tag is None else f"{prompt.rstrip()} {tag}".strip()

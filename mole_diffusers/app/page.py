@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +16,19 @@ import gradio as gr
 
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Actions, Picture
-from mole_diffusers.app.gate_training import TRAINED, WAYS
-from mole_diffusers.app.interrupted import Interrupted
+from mole_diffusers.app.fields import CONTROLS, TRAINING
 from mole_diffusers.app.jobs import Job, Jobs
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of, newest
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
 from mole_diffusers.app.style import gallery
-from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.prompt_weights import prompts_read
-from mole_diffusers.studio.recipe import BOUND, OPEN, RANGES, TILES, Recipe
+from mole_diffusers.studio.recipe import OPEN, Recipe
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the API has endpoints of its own
 # Events that write the prompt or the cards, and drawing the cards: one at a time, in the order in which they were sent.
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
 OF_BASE = ("width", "height", "guidance")  # fields that another base model changes
-NUMBERS = {"seed": int, "steps": int, "guidance": float, "width": int, "height": int, "strength": float, "hires": float,
-           "hires_strength": float}  # fmt: skip
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
 # What runs in the browser. Fields are kept there once the page has been filled, in the order in which they change: calls
@@ -52,11 +47,11 @@ class Page:
     Attributes:
         defaults: the recipe of a fresh page.
         jobs: the queue.
-        interrupted: jobs that an earlier run of the app has left.
         controls: field of a Recipe -> its component.
         cards: state: the mixer's cards.
         shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
         rewrites: state: the texts that events have put into the prompt since it was typed, and those that these replaced.
+        written: the prompt, its cards and rewrites, which events that edit the prompt take and give.
         locks, masks: gates set by hand, and painted regions, as in a Recipe; in the browser, where nobody sees them.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
@@ -68,160 +63,68 @@ class Page:
         add, trained: the choices of a LoRA to add, and of gates to download.
         line: below the prompt: what is wrong with it.
         pictures: the gallery of what was composed.
-        tabs: all of them.
-        lists: components that change with the base model, the LoRAs and the gates, each with a function for `gr.update`.
+        tabs, tab: all of them, and the one that is laid out.
+        choices: fields whose choices change with the base model, the LoRAs and the gates, each with what they are now.
+        lists: these, and `second`.
         visitor: in the browser: who owns jobs, across reloads.
         entered: the event after which a page that is opened has its fields.
     """
 
     def __init__(self, actions: Actions, defaults: Recipe, blocks: gr.Blocks):
         self.actions, self.defaults, self.blocks = actions, defaults, blocks
-        self.jobs, self.interrupted = Jobs(), Interrupted(actions.home / ".jobs")
+        self.jobs = Jobs(actions.home / ".jobs")
         self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that a page shows
-        catalog = actions.studio.catalog
-        self.controls = self._controls()
+        catalog, first = actions.studio.catalog, self._shown(defaults)
+        known: dict[str, Callable[[], list[Any]]] = {
+            "sampler": lambda: ["default", *actions.studio.samplers],
+            "gates": lambda: ["auto", *UNTRAINED, *catalog.gates],
+            "styles": lambda: list(catalog.loras),
+            "add": actions.choices,
+            "trained": lambda: list(catalog.gates),
+        }
+
+        def field(name: str, make: Callable[..., Any], **options: Any) -> Any:
+            return make(*([known[name]()] if name in known else []), render=False, **options)
+
+        self.controls = {name: field(name, make, value=first[name], elem_id=name) for name, make in CONTROLS.items()}
+        self.training = {name: field(name, make, elem_id=f"train-{name}") for name, make in TRAINING.items()}
         self.cards, self.shown, self.rewrites = gr.State([]), gr.State({"cards": []}), gr.State([])
+        self.written = [self.controls["prompt"], self.cards, self.rewrites]
         self.locks, self.masks = gr.JSON({}, visible=False), gr.JSON({}, visible=False)
         self.base = gr.Dropdown(
             list(actions.bases), value=actions.base, label="Base model", visible=len(actions.bases) > 1,
             info="for everyone here; waits for the jobs before it", elem_id="base", render=False,
         )  # fmt: skip
         self.inputs = [*self.controls.values(), self.locks, self.masks, self.base]
-        self.over = gr.ImageEditor(
-            label="To draw over", type="pil", format="png", sources=("upload", "clipboard"), transforms=(), layers=False,
-            brush=draw_over.BRUSH, eraser=draw_over.ERASER, buttons=[], elem_id="over-picture", render=False,
-        )  # fmt: skip
-        self.over_panel = gr.Accordion("Draw over a picture, or larger", open=False, elem_id="over", render=False)
+        sources = ("upload", "clipboard")
+        self.over = draw_over.editor(label="To draw over", sources=sources, elem_id="over-picture", render=False)
+        panel = partial(gr.Accordion, open=False, render=False)
+        self.over_panel = panel("Draw over a picture, or larger", elem_id="over")
+        self.second = panel("Another prompt for the second text encoder", elem_id="second", visible="hidden")
         self.count = gr.Slider(
             1, 16, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
         )
-        self.training = self._training()
         text = partial(gr.Textbox, max_length=500, render=False)
-        self.axes = [
-            text("arm=base,sum,gates", label="Across", elem_id="axis-x"),
-            text("seed=0,1", label="Down", elem_id="axis-y"),
-        ]
-        self.second = gr.Accordion(
-            "Another prompt for the second text encoder",
-            open=False,
-            elem_id="second",
-            render=False,
-            **self._second_is_seen(),
-        )
-        choice = partial(gr.Dropdown, value=None, render=False)
-        self.add = choice(actions.choices(), label="Add a LoRA", elem_id="add", min_width=120)
-        self.trained = choice(list(catalog.gates), label="Gates", elem_id="which-gates")
+        across = text("arm=base,sum,gates", label="Across", elem_id="axis-x")
+        self.axes = [across, text("seed=0,1", label="Down", elem_id="axis-y")]
+        self.add = field("add", gr.Dropdown, value=None, label="Add a LoRA", elem_id="add", min_width=120)
+        self.trained = field("trained", gr.Dropdown, value=None, label="Gates", elem_id="which-gates")
+        named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
+        self.choices = {named[name]: choices for name, choices in known.items()}
         self.line = gr.Markdown("", elem_id="problem", elem_classes="status", render=False)
-        self.pictures = gallery("Pictures", columns=2, elem_id="pictures", render=False)
+        self.pictures = gallery(label="Pictures", columns=2, elem_id="pictures", render=False)
+        self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
-        self.lists: dict[Any, Callable[[], dict[str, Any]]] = {
-            self.second: self._second_is_seen,
-            self.add: lambda: {"choices": actions.choices()},
-            self.controls["sampler"]: lambda: {"choices": self._samplers()},
-            self.controls["gates"]: lambda: {"choices": self.gates()},
-            self.training["styles"]: lambda: {"choices": list(catalog.loras)},
-            self.trained: lambda: {"choices": list(catalog.gates)},
-        }
+        self.lists = [self.second, *self.choices]
         self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
         self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes]  # in this order in browsers
         self.entered = self._remember()
 
-    def _controls(self) -> dict[str, Any]:
-        d = self.defaults
-        text = partial(gr.Textbox, max_length=5000, render=False)
-        number = partial(gr.Number, precision=0, render=False)
-        slider, choice = partial(gr.Slider, render=False), partial(gr.Dropdown, render=False)
-        side = "0: the model's own, or the picture's"
-        return {
-            "prompt": text(
-                d.prompt,
-                label="Prompt",
-                info="<lora:name:strength>, also te= unet= lbw= start= stop= step= and 0@0,1@0.4. Ctrl+Up and Ctrl+Down "
-                "change the strength under the cursor, Ctrl+Enter and Shift+Enter compose.",
-                lines=2,
-                elem_id="prompt",
-            ),
-            "negative": text(d.negative, label="Negative prompt", elem_id="negative"),
-            "prompt_2": text(d.prompt_2, label="Second prompt", info="empty: the same", elem_id="prompt_2"),
-            "negative_2": text(d.negative_2, label="Second negative prompt", info="empty: the same", elem_id="negative_2"),
-            "seed": number(d.seed, label="Seed", info="-1: another one each time", minimum=-1, elem_id="seed"),
-            "steps": slider(1, 150, d.steps, step=1, label="Steps", elem_id="steps"),
-            "guidance": slider(*RANGES["guidance"], d.guidance, step=0.1, label="Guidance"),
-            **{name: number(shown, label=name.capitalize(), info=side) for name, shown in self.shown_size(d).items()},
-            "sampler": choice(self._samplers(), value="default", label="Sampler", elem_id="sampler"),
-            "gates": choice(
-                self.gates(),
-                value=d.gates,
-                label="Gates",
-                info="auto: your own for these LoRAs, else the sum",
-                elem_id="gates",
-            ),
-            "binding": choice(
-                [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("off", "none")],
-                value=d.binding,
-                label="Binding",
-                info="bound: each LoRA on its words, in its place; tiles: drawn there by itself at first; automatic: tiles "
-                "where there is room",
-                elem_id="binding",
-            ),
-            "strength": slider(
-                0, 1, d.strength, step=0.05, label="Change", info="how much of the picture is drawn anew", elem_id="strength"
-            ),
-            "hires": slider(
-                1, 4, d.hires, step=0.25, label="Larger", info="times; drawn over at this size", elem_id="hires"
-            ),
-            "hires_strength": slider(0, 1, d.hires_strength, step=0.05, label="Change when larger"),
-        }
-
-    def _training(self) -> dict[str, Any]:
-        text, choice = partial(gr.Textbox, render=False), partial(gr.Dropdown, render=False)
-        loras = list(self.actions.studio.catalog.loras)
-        return {
-            "name": text(label="Name of the gates", max_length=60, elem_id="gates-name"),
-            "singles": text(
-                label="Prompts of one LoRA each",
-                info="one per line: NAME=PROMPT; for a collage, of a subject in the style",
-                lines=4,
-                max_length=5000,
-                elem_id="singles",
-            ),
-            "composed": text(
-                label="Prompts with all of them", info="one per line", lines=2, max_length=5000, elem_id="composed"
-            ),
-            "styles": choice(
-                loras, value=[], multiselect=True, label="Styles", info="they act everywhere", elem_id="styles"
-            ),
-            "steps": gr.Slider(1, 500, 60, step=1, label="Updates", elem_id="updates", render=False),
-            "family": choice(
-                TRAINED,
-                value="factors",
-                label="Gates",
-                info="factors weigh each rank of a LoRA, flow each token",
-                elem_id="family",
-            ),
-            "way": choice(
-                WAYS,
-                value="collage",
-                label="Taught by",
-                info="collage: subjects side by side; blend: predictions under masks",
-                elem_id="way",
-            ),
-        }
-
-    def gates(self) -> list[str]:
-        """The gates that can be chosen."""
-        return ["auto", *UNTRAINED, *self.actions.studio.catalog.gates]
-
-    def _samplers(self) -> list[str]:
-        return ["default", *self.actions.studio.samplers]
-
-    def _second_is_seen(self) -> dict[str, Any]:
-        """Where the base model has two text encoders; else hidden and not left out, so that its fields keep their values."""
-        return {"visible": True if "prompt_2" in prompts_read(self.actions.studio.pipe) else "hidden"}
-
     def now(self) -> Values:
         """Updates of `lists`."""
-        return {component: gr.update(**change()) for component, change in self.lists.items()}
+        has_second = "prompt_2" in prompts_read(self.actions.studio.pipe)
+        seen = gr.update(visible=True if has_second else "hidden")  # and not left out: its fields keep their values
+        return {field: gr.update(choices=choices()) for field, choices in self.choices.items()} | {self.second: seen}
 
     # ---- a recipe in the components
 
@@ -231,40 +134,36 @@ class Page:
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
         named |= {name: named[name] or 0 for name in OPEN}
-        for name, kind in NUMBERS.items():
-            if named[name] is None:
-                raise ValueError(f"{name} must be a number")
-            named[name] = kind(named[name])
         named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
-        return Recipe(**named, locks=locks, masks=masks)
+        return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base)
 
     def asked(self, *values: Any) -> tuple[Any, ...]:
-        """Of the values of `inputs`, any further components, and `over`: the recipe, the pictures that are drawn over, and
-        the further values."""
+        """Of the values of `inputs`, any further components, and `over`: the recipe, the further values, and the pictures
+        that are drawn over."""
         *given, editor = values
         recipe = self.recipe(*given[: len(self.inputs)])
-        return recipe, draw_over.pictures(editor), *given[len(self.inputs) :]
+        return recipe, *given[len(self.inputs) :], draw_over.pictures(editor)
 
     def values(self, recipe: Recipe) -> Values:
         """The values of `inputs` for a recipe."""
-        shown = {name: getattr(recipe, name) for name in self.controls} | self.shown_size(recipe)
-        shown["sampler"] = recipe.sampler or "default"
         locks = {site: dict(row) for site, row in recipe.locks.items()}
         own = {self.locks: locks, self.masks: dict(recipe.masks), self.base: self.actions.base}
-        return {self.controls[name]: value for name, value in shown.items()} | own
+        return {self.controls[name]: value for name, value in self._shown(recipe).items()} | own
+
+    def _shown(self, recipe: Recipe) -> dict[str, Any]:
+        """The values of `controls` for a recipe; width and height are 0 where they are what the prompt asks for, and follow
+        it."""
+        shown = {name: getattr(recipe, name) for name in CONTROLS} | {"sampler": recipe.sampler or "default"}
+        try:
+            usual = self.actions.usual_size(recipe.text)
+        except ValueError:  # a prompt that cannot be read
+            return shown
+        follows = not recipe.image and (recipe.width, recipe.height) == usual
+        return shown | (dict.fromkeys(OPEN, 0) if follows else {})
 
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
         return replace(self.defaults, **self.actions.settings_of_base())
-
-    def shown_size(self, recipe: Recipe) -> dict[str, int]:
-        """Width and height as the controls show them: 0 where they are what the prompt asks for, and follow it."""
-        try:
-            usual = self.actions.usual_size(recipe.text)
-        except ValueError:  # a prompt that cannot be read
-            usual = None
-        follows = not recipe.image and (recipe.width, recipe.height) == usual
-        return {"width": 0, "height": 0} if follows else {"width": recipe.width, "height": recipe.height}
 
     @property
     def filled_fields(self) -> list[Any]:
@@ -317,15 +216,22 @@ class Page:
             return {}
         return {self.controls["prompt"]: new, self.rewrites: [*(rewrites if given in rewrites else [given]), new]}
 
+    def edited(self, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str], **edits: Any) -> Values:
+        """What edits these LoRAs in the prompt and its cards, see `mixer_cards.edit`, given the values of `written`."""
+        new = newest(text, rewrites)
+        for name in names:
+            new, cards = edit(new, cards, name, self.actions.studio.catalog.loras, **edits)
+        return self.rewrite(text, new, rewrites) | self.redraw(cards)
+
     def redraw(self, cards: list[MixerCard]) -> Values:
         """The mixer's cards, which are drawn again even if they are the same as before."""
         return {self.cards: cards, self.shown: {"cards": cards, "at": time.monotonic_ns()}}
 
     def unknown_choices(self, recipe: Recipe) -> dict[str, Any]:
         """The choices of a recipe that are not here, each with what the page has by default."""
-        known = {"gates": self.gates(), "sampler": ["", *self.actions.studio.samplers]}
-        fresh = self.fresh()
-        return {name: getattr(fresh, name) for name, names in known.items() if getattr(recipe, name) not in names}
+        fresh, shown = self.fresh(), self._shown(recipe)
+        listed = {name: self.choices[self.controls[name]]() for name in ("gates", "sampler")}
+        return {name: getattr(fresh, name) for name, names in listed.items() if shown[name] not in names}
 
     # ---- the jobs that a page shows
 
@@ -354,7 +260,7 @@ class Page:
         """Keep the fields in the browser, and fill a page that is opened; the event of that."""
         fields, kept = self._fields, gr.BrowserState(None, storage_key="mole-fields", **STORED)
         filling = gr.JSON(None, visible=False)  # values of the fields of a page that is opened; None where one stays
-        gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP, **PRIVATE)
+        gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP)
 
         def listed() -> Values:
             return {self.base: self.actions.base} | self.now()
@@ -364,12 +270,12 @@ class Page:
             filled = self._kept(values) or (self.values(fresh) if fresh != self.defaults else {})
             return visitor, [filled.get(field) for field in fields]
 
-        loaded = self.blocks.load(listed, None, [self.base, *self.lists], **PRIVATE)
-        known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling], **PRIVATE)
+        loaded = self.blocks.load(listed, None, [self.base, *self.lists])
+        known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling])
         first = json.dumps([field.value for field in fields])
-        filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first, **PRIVATE)
+        filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first)
         cards = [self.cards, self.shown, self.rewrites]
-        filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED, **PRIVATE)
+        filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED)
         return filled
 
     def _kept(self, values: Any) -> Values:

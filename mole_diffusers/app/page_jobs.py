@@ -4,21 +4,24 @@ has left, offered again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.actions import Progress
-from mole_diffusers.app.interrupted import read
+from mole_diffusers.app import draw_over
+from mole_diffusers.app.actions import Over, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
-from mole_diffusers.app.page import PRIVATE, Page, Values, session
+from mole_diffusers.app.page import Page, Values, session
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
+from mole_diffusers.binding.config import mask_text, read_mask
+from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.render import with_pictures
 
-SHOWN: dict[str, Any] = {"concurrency_limit": None, **PRIVATE}  # of events that follow a job
+Show = Callable[[Job], Values]
+Refused = Callable[[Exception], Values] | None
+Way = tuple[Callable[..., Any], Callable[..., Job], Sequence[Any]]  # event, (owner, *values) -> job, the values' components
 
 
 class Offer:
@@ -26,26 +29,11 @@ class Offer:
 
     Args:
         again: the label of the button that starts it.
-        keep: values of the job's inputs -> what it can be started from again: its "recipe", and plain data.
-        load: that data as it was read -> arguments of `describe` and `plan` beside the recipe.
-        describe: these -> what the job is called, as Markdown.
-        plan: the values of `inputs`, and these by name -> its work.
+        describe: its recipe, and the values of the `more` of `connect_job` -> what it is called, as Markdown.
     """
 
-    def __init__(
-        self,
-        page: Page,
-        kind: str,
-        again: str,
-        *,
-        keep: Callable[..., dict[str, Any]],
-        load: Callable[[dict[str, Any]], dict[str, Any]],
-        describe: Callable[..., str],
-        plan: Callable[..., Work],
-        inputs: Sequence[Any] = (),
-    ):
-        self.page, self.kind, self.inputs = page, kind, inputs
-        self._keep, self._load, self._describe, self._plan = keep, load, describe, plan
+    def __init__(self, page: Page, kind: str, again: str, describe: Callable[..., str]):
+        self.page, self.kind, self._describe = page, kind, describe
         with gr.Row(visible=False, elem_id=f"{kind}-interrupted", elem_classes="interrupted") as self.row:
             self.said = gr.Markdown("", elem_classes="status")
             self.start = gr.Button(again, size="sm", min_width=100)
@@ -58,8 +46,8 @@ class Offer:
                 path.unlink(missing_ok=True)
             return self.show(visitor)
 
-        forget.click(drop, [page.visitor, self.offered], self.shown, **PRIVATE)
-        page.entered.then(self.show, page.visitor, self.shown, **SHOWN)
+        forget.click(drop, [page.visitor, self.offered], self.shown)
+        page.entered.then(self.show, page.visitor, self.shown, concurrency_limit=None)
 
     def show(self, visitor: str) -> Values:
         """The row as it is for a visitor."""
@@ -67,32 +55,30 @@ class Offer:
             return {self.row: gr.update(visible=False), self.said: "", self.offered: ""}
         more = f" One of {len(left)}." if len(left) > 1 else ""
         try:
-            words = f"{self._describe(**self._read(left[0]))} was interrupted when the app ended.{more}"
+            recipe, given, _ = _read(left[0])
+            words = f"{self._describe(recipe, *given)} was interrupted when the app ended.{more}"
         except ValueError as error:
             words = f"A job was interrupted when the app ended, and {error}.{more}"
         return {self.row: gr.update(visible=True), self.said: words, self.offered: left[0].name}
 
-    def keep(self, owner: str, *values: Any) -> Any:
-        """Write down a job with these inputs; the file."""
-        kept = self._keep(*values)
-        recipe = replace(kept["recipe"], base=self.page.actions.studio.base)
-        return self.page.interrupted.keep(owner, self.kind, kept | {"recipe": recipe.to_dict()})
+    def taken(self, visitor: str, offered: str, editor: Any) -> tuple[Path, list[Any]]:
+        """The file of the job that was offered, and the arguments of its `plan`, with the picture that an editor has now.
 
-    def submit(self, visitor: str, offered: str, *values: Any) -> Job:
-        """Start the job again that was offered. Raises ValueError where it cannot be."""
+        Raises ValueError where it cannot be started again.
+        """
         if not (left := self._left(visitor, offered)):
             raise ValueError("this was started again or forgotten already")
-        kept = self._read(left[0])
-        self.page.actions.check_base(kept["recipe"].base, "change it first")
-        work = self._plan(*values, **kept)
-        return self.page.jobs.submit(visitor, self.kind, work, lambda: self.page.interrupted.queued(left[0]))
+        recipe, given, mask = _read(left[0])
+        self.page.actions.check_base(recipe.base, "change it first")
+        over = draw_over.pictures(editor if recipe.image else None)
+        over.pop("mask", None)  # what is painted now
+        if over and mask:
+            over["mask"] = read_mask(mask)
+        return left[0], [recipe, *given, over]
 
     def _left(self, visitor: str, offered: str | None = None) -> list[Path]:
         """The visitor's files of this kind, the oldest first; only that of this name."""
-        return [path for path in self.page.interrupted.left(visitor or "", self.kind) if offered in (None, path.name)]
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        return read(path, lambda kept: {"recipe": Recipe.from_dict(kept["recipe"]), **self._load(kept)})
+        return [path for path in self.page.jobs.left(visitor or "", self.kind) if offered in (None, path.name)]
 
 
 def connect_job(
@@ -100,22 +86,57 @@ def connect_job(
     kind: str,
     start: Sequence[Callable[..., Any]],
     plan: Callable[..., Work],
-    show: Callable[[Job], Values],
-    *,
-    inputs: Sequence[Any],
-    status: Any,
+    show: Show,
     outputs: Sequence[Any],
+    *,
+    more: Sequence[Any] = (),
+    draws: bool = True,
+    refused: Refused = None,
     offer: Offer | None = None,
-) -> list[Any]:
-    """Let events start a job whose progress the page shows, also after a reload; what each event leads to.
+) -> None:
+    """Let events start a job on the recipe of the page.
 
     Args:
         start: events, for example `button.click`.
-        plan: the values of `inputs` -> the work. A ValueError is shown in the status.
-        show: the job, as it is now -> values for `outputs`, but for those that stay as they are.
+        plan: the recipe, the values of `more`, and the pictures that are drawn over -> the work. A ValueError is shown in
+            the status.
+        show, outputs, refused: see `follow`.
+        more: further components.
+        draws: whether it draws over the page's picture.
         offer: of jobs that were interrupted; by default they are lost when the app ends.
     """
-    shown = [status, *outputs]
+    editor = page.over if draws else gr.State()
+
+    def begin(owner: str, *values: Any) -> Job:
+        recipe, *given, over = page.asked(*values)
+        work = plan(recipe, *given, over)
+        return page.jobs.submit(owner, kind, work, about=_kept(recipe, given, over) if offer else None)
+
+    ways: list[Way] = [(event, begin, [*page.inputs, *more, editor]) for event in start]
+    if offer is not None:
+
+        def begin_again(owner: str, offered: str, editor: Any) -> Job:
+            path, arguments = offer.taken(owner, offered, editor)
+            return page.jobs.submit(owner, kind, plan(*arguments), file=path)
+
+        hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row)
+        ways.append((hidden.then, begin_again, [offer.offered, editor]))
+    *_, last = follow(page, kind, ways, show, outputs, refused)
+    if offer is not None:
+        last.then(offer.show, page.visitor, offer.shown)
+
+
+def follow(
+    page: Page, kind: str, ways: Sequence[Way], show: Show, outputs: Sequence[Any], refused: Refused = None
+) -> list[Any]:
+    """Let events start jobs whose progress the page shows, also after a reload; what each event leads to.
+
+    Args:
+        show: the job, as it is now -> values for `outputs`, but for those that stay as they are.
+        outputs: the status line, and what else is shown.
+        refused: a ValueError of an event, which the status line says -> values likewise.
+    """
+    status = outputs[0]
 
     def watch(request: gr.Request, job: Job) -> Iterator[Values]:
         before: Values = {}
@@ -124,33 +145,25 @@ def connect_job(
             yield {status: _said(page.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
             before |= now
 
-    def started(request: gr.Request, submit: Callable[[], Job]) -> Iterator[Values]:
-        try:
-            job = submit()
-        except USER_ERRORS as error:
-            yield {status: problem(error)}
-        else:
-            yield from watch(request, job)
+    def beginning(submit: Callable[..., Job]) -> Callable[..., Iterator[Values]]:
+        def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
+            try:
+                job = submit(visitor or session(request), *values)
+            except USER_ERRORS as error:
+                yield {status: problem(error)} | (refused(error) if refused else {})
+            else:
+                yield from watch(request, job)
 
-    def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
-        owner = visitor or session(request)
-        keep = None if offer is None else partial(offer.keep, owner, *values)
-        yield from started(request, lambda: page.jobs.submit(owner, kind, plan(*values), keep))
+        return begin
 
     def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
         job = page.jobs.latest(visitor, kind)
         yield from [gr.skip()] if job is None else watch(request, job)
 
-    page.entered.then(resume, page.visitor, shown, **SHOWN)
-    if offer is not None:
-
-        def begin_again(request: gr.Request, visitor: str, offered: str, *values: Any) -> Iterator[Values]:
-            yield from started(request, lambda: offer.submit(visitor, offered, *values))
-
-        hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row, **PRIVATE)
-        again = hidden.then(begin_again, [page.visitor, offer.offered, *offer.inputs], shown, **SHOWN)
-        again.then(offer.show, page.visitor, offer.shown, **PRIVATE)
-    return [event(begin, [page.visitor, *inputs], shown, **SHOWN) for event in start]
+    page.entered.then(resume, page.visitor, outputs, concurrency_limit=None)
+    return [
+        event(beginning(submit), [page.visitor, *inputs], outputs, concurrency_limit=None) for event, submit, inputs in ways
+    ]
 
 
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
@@ -161,7 +174,23 @@ def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -
         stopped = [page.jobs.stop(job) for job in jobs if job is not None]
         return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself says what becomes of it
 
-    button.click(cancel, None, status, **SHOWN)
+    button.click(cancel, None, status, concurrency_limit=None)
+
+
+def _kept(recipe: Recipe, given: list[Any], over: Over) -> dict[str, Any]:
+    """What a job can be started from again, as plain data: of the pictures that are drawn over, only the mask."""
+    mask = mask_text(over["mask"]) if "mask" in over else ""
+    return {"recipe": with_pictures(recipe, **over).to_dict(), "more": given, "mask": mask}
+
+
+def _read(path: Path) -> tuple[Recipe, list[Any], str]:
+    """The recipe, the further values and the mask, as text, of a job. Raises ValueError where they cannot be used."""
+    try:
+        kept = read_json(path)
+        return Recipe.from_dict(kept["recipe"]), [*kept["more"]], kept["mask"]
+    except (FileNotFoundError, TypeError, KeyError, ValueError) as error:
+        reason = str(error).replace(f"{path.parent}/", "") if isinstance(error, ValueError) else "it is of another release"
+        raise ValueError(f"what was kept of this job cannot be used: {reason}") from error
 
 
 def _said(jobs: Jobs, job: Job) -> str:

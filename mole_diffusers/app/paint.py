@@ -8,11 +8,13 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageFilter
 
+from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.draw_over import BRUSH, COLOUR, ERASER, OPACITY
-from mole_diffusers.app.mixer_cards import MixerCard, newest, set_region, shades
-from mole_diffusers.app.page import ORDERED, PRIVATE, Page, Values
+from mole_diffusers.app.draw_over import COLOUR, OPACITY
+from mole_diffusers.app.mixer_cards import MixerCard, shades
+from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.style import figure
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import overlay
@@ -23,21 +25,14 @@ CANVAS, MASK_SIDE = 512, 128  # pixels of the longer side
 
 def build(page: Page) -> None:
     """Lay out the panel and connect it."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
-    size = [page.controls["width"], page.controls["height"]]
-    found = gr.Image(
-        label="Where each LoRA acted in the last picture", format="png", interactive=False, visible=False, buttons=[],
-        elem_id="found", elem_classes="figure",
-    )  # fmt: skip
+    found = figure(label="Where each LoRA acted in the last picture", visible=False, buttons=[], elem_id="found")
     with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as panel:
         which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
         with gr.Row():
             over = gr.Button("Start from what it has", size="sm", elem_id="paint-found")
             empty = gr.Button("Start empty", size="sm", elem_id="paint-empty")
-        editor = gr.ImageEditor(
-            label="Paint where it acts", type="pil", format="png", sources=(), transforms=(), layers=False,
-            fixed_canvas=True, canvas_size=(CANVAS, CANVAS), brush=BRUSH, eraser=ERASER, buttons=[], elem_id="paint",
-        )  # fmt: skip
+        square: dict[str, Any] = {"fixed_canvas": True, "canvas_size": (CANVAS, CANVAS)}
+        editor = draw_over.editor(label="Paint where it acts", sources=(), elem_id="paint", **square)
         edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
         use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
         status = gr.Markdown("", elem_id="paint-status", elem_classes="status")
@@ -58,47 +53,30 @@ def build(page: Page) -> None:
             return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
     @told(status)
-    def start(request: gr.Request, name: str | None, masks: dict[str, str], text: str, *size: float | None) -> Values:
-        picture = last(request)
-        mask = current_region(parse(text, catalog.loras).tags, name, masks, picture)
-        return {editor: canvas(picture, *shape(picture, text, *size), mask), status: ""}
-
-    @told(status)
-    def start_empty(request: gr.Request, text: str, *size: float | None) -> Values:
-        picture = last(request)
-        return {editor: canvas(picture, *shape(picture, text, *size), None), status: ""}
-
-    def shape(picture: Picture | None, text: str, width: float | None, height: float | None) -> tuple[int, int]:
-        """Width and height as they are asked for, else those of the last picture or of the prompt's."""
-        recipe = None if picture is None else picture.recipe
-        own = (recipe.width, recipe.height) if recipe else page.actions.usual_size(text)
-        return int(width or own[0]), int(height or own[1])
-
-    @told(status)
-    def used(
-        name: str | None,
-        painted: Any,
-        edge: float,
-        masks: dict[str, str],
-        text: str,
-        cards: list[MixerCard],
-        rewrites: list[str],
+    def start(
+        request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: int | None, height: int | None
     ) -> Values:
+        picture = last(request)
+        own = (picture.recipe.width, picture.recipe.height) if picture else page.actions.usual_size(text)
+        region = current_region(parse(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
+        return {editor: canvas(picture, width or own[0], height or own[1], region)}
+
+    @told(status)
+    def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
-        mask = painted_mask(without_margins(painted), edge)
-        new, cards = set_region(newest(text, rewrites), cards, name, PAINTED, catalog.loras)
-        said = {page.masks: {**masks, name: mask_text(mask)}, status: f"**{markdown(name)}** acts there from now on"}
-        return page.rewrite(text, new, rewrites) | page.redraw(cards) | said
+        found = {**masks, name: mask_text(painted_mask(painted, edge))}
+        words = f"**{markdown(name)}** acts there from now on"
+        return page.edited([name], *now, region=PAINTED) | {page.masks: found, status: words}
 
-    page.shown.change(names, [page.cards, which], which, show_progress="hidden", **PRIVATE)
-    page.pictures.change(overlaid, page.cards, found, show_progress="hidden", **PRIVATE)
+    page.shown.change(names, [page.cards, which], which, show_progress="hidden")
+    page.pictures.change(overlaid, page.cards, found, show_progress="hidden")
     begins = [panel.expand, over.click, which.input]
-    given = [which, page.masks, prompt, *size]
-    gr.on(begins, start, given, [editor, status], trigger_mode="always_last", **PRIVATE)
-    empty.click(start_empty, [prompt, *size], [editor, status], **PRIVATE)
-    now = [page.masks, prompt, page.cards, page.rewrites]
-    use.click(used, [which, editor, edge, *now], [*now, page.shown, status], **ORDERED, **PRIVATE)
+    given = [which, page.masks, *(page.controls[name] for name in ("prompt", "width", "height"))]
+    gr.on(begins, start, given, [editor, status], trigger_mode="always_last")
+    empty.click(start, [gr.State(), *given[1:]], [editor, status])
+    given = [which, editor, edge, page.masks, *page.written]
+    use.click(used, given, [page.masks, *page.written, page.shown, status], **ORDERED)
 
 
 def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:
@@ -116,7 +94,7 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
 
 
 def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
-    """The region that a LoRA has now, in grey: painted, a box, or found in the last picture; None if it has none."""
+    """The region that a LoRA has now, in grey: painted, a box, or found in the last picture; None for no LoRA, or none."""
     region = next((tag.region for tag in tags if tag.name == name), "")
     if region == PAINTED and name in masks:
         return read_mask(masks[name])
@@ -128,26 +106,21 @@ def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: 
     return None
 
 
-def without_margins(painted: dict[str, Any] | None) -> dict[str, Any]:
-    """What an editor has, on the picture alone: its canvas is a square, which is empty above and below a wide picture."""
-    background = (painted or {}).get("background")
-    box = None if background is None else background.convert("RGBA").getchannel("A").getbbox()
-    return {"layers": [layer and layer.crop(box) for layer in (painted or {}).get("layers", ())]}
-
-
-def painted_mask(painted: Any, edge: float) -> Image.Image:
-    """What an editor has on its layers -> a mask picture, white where there is paint, grey where there is less of it.
+def painted_mask(value: dict[str, Any] | None, edge: float) -> Image.Image:
+    """What is painted in an editor -> a mask of its picture, white where there is paint, grey where there is less of it.
 
     Args:
         edge: width of the soft edge, as a share of the longer side.
 
     Raises ValueError where nothing is painted.
     """
-    layers = [layer for layer in (painted or {}).get("layers", ()) if layer is not None]
-    alphas = [np.asarray(layer.convert("RGBA"))[:, :, 3] for layer in layers]
-    if not any(alpha.any() for alpha in alphas):
+    mask = Image.new("L", (1, 1))
+    if value is not None and value["background"] is not None:
+        # The editor's canvas is a square, which is empty above and below a wide picture.
+        picture = value["background"].convert("RGBA").getchannel("A").getbbox()
+        mask = draw_over.paint(value).crop(picture).point([min(round(255 * paint / OPACITY), 255) for paint in range(256)])
+    if mask.getbbox() is None:
         raise ValueError("nothing is painted: draw where the LoRA acts, then use it")
-    mask = _grey(np.minimum(np.max(alphas, axis=0) / OPACITY, 1))
     mask = mask.resize(_fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)
     return mask.filter(ImageFilter.GaussianBlur(edge * MASK_SIDE / 2)) if edge else mask
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import gradio as gr
 
+from mole_diffusers.app.actions import Over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import parse_lock, shades
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, shades
+from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import told
 from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items
 from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
 COMPARED = ("sum", "bound")  # left and right of the slider at first, without trained gates
@@ -43,7 +45,7 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
             info="training-free, one LoRA from all",
             elem_id="merges",
         )
-        arms = gallery("The same seed", columns=3, elem_id="arms")
+        arms = gallery(label="The same seed", columns=3, elem_id="arms")
         slider = gr.ImageSlider(
             label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_classes="pixel", elem_id="slider"
         )
@@ -55,36 +57,29 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
     def sides(drawn: dict[str, str], left: str, right: str) -> Any:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
-    def plan(*values: Any) -> Work:
-        recipe, over, merges = page.asked(*values)
-        return page.actions.compare(recipe, merges, over)
-
     def show(job: Job) -> Values:
         files = {picture.label: str(picture.path) for picture in job.event.pictures}
-        at_first = COMPARED if "gates" not in files else ("sum", "gates")
+        first, second = COMPARED if "gates" not in files else ("sum", "gates")
         shown: Values = {arms: gallery_items(job.event.pictures), drawn: files}
-        if set(at_first) <= set(files):
-            shown[slider] = tuple(files[label] for label in at_first)
-            shown |= {
-                side: gr.update(choices=list(files), value=at) for side, at in zip((left, right), at_first, strict=True)
-            }
+        if {first, second} <= set(files):
+            shown |= {slider: (files[first], files[second]), left: gr.update(choices=list(files), value=first)}
+            shown[right] = gr.update(choices=list(files), value=second)
         return shown
 
-    gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last", **PRIVATE)
-    inputs, outputs = [*page.inputs, merges, page.over], [arms, slider, left, right, drawn]
-    connect_job(page, "compare", [compare.click], plan, show, inputs=inputs, status=status, outputs=outputs)
+    gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")
+    outputs = [status, arms, slider, left, right, drawn]
+    connect_job(page, "compare", [compare.click], page.actions.compare, show, outputs, more=[merges])
 
 
 def _gate_report(page: Page, look: Any, status: Any) -> None:
     with gr.Column():
-        heat = figure("Weights by block and step", elem_id="heat")
-        shares = figure("Share over the steps", elem_id="shares")
-        places = gallery("Where each LoRA acts", columns=3, elem_id="places", pixel=False)
+        heat = figure(label="Weights by block and step", elem_id="heat")
+        shares = figure(label="Share over the steps", elem_id="shares")
+        places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
         sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
         block = _by_hand(page, sites, gates)
 
-    def plan(*values: Any) -> Work:
-        recipe, over, cards = page.asked(*values)
+    def plan(recipe: Recipe, cards: list[MixerCard], over: Over) -> Work:
         return page.actions.look(recipe, shades(cards), over)
 
     def show(job: Job) -> Values:
@@ -100,8 +95,8 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
             block: gr.update(choices=list(report.labels), value=next(iter(report.labels))),
         }
 
-    inputs, outputs = [*page.inputs, page.cards, page.over], [heat, shares, places, sites, gates, block]
-    connect_job(page, "look", [look.click], plan, show, inputs=inputs, status=status, outputs=outputs)
+    outputs = [status, heat, shares, places, sites, gates, block]
+    connect_job(page, "look", [look.click], plan, show, outputs, more=[page.cards])
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
@@ -125,16 +120,16 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
-        return {page.locks: {**locks, sites[block]: row}, why: ""}
+        return {page.locks: {**locks, sites[block]: row}}
 
     def held(locks: dict[str, dict[str, float]], sites: dict[str, str]) -> str:
         labels = {site: label for label, site in sites.items()}
         return "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in locks.items()) or NO_LOCKS
 
-    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, why], **PRIVATE)
-    free.click(lambda: {}, None, page.locks, **PRIVATE)
-    gr.on([page.locks.change, sites.change], held, [page.locks, sites], locked, show_progress="hidden", **PRIVATE)
-    block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights, **PRIVATE)
+    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, why])
+    free.click(lambda: {}, None, page.locks)
+    gr.on([page.locks.change, sites.change], held, [page.locks, sites], locked, show_progress="hidden")
+    block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights)
     return block
 
 

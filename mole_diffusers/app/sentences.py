@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from tempfile import gettempdir
 from typing import Any
-
-import gradio as gr
 
 USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged
 
@@ -32,40 +28,18 @@ def without_folders(text: str) -> str:
 
 
 def told(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For functions of the page: an error of bad input is said in `status`, one of their outputs, until it is mended, and
-    the rest stays as it is."""
+    """For functions of the page: an error of bad input is said in `status`, one of their outputs, and the rest stays as it
+    is; else `status` is empty where they give no other."""
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return fn(*args, **kwargs)
+                given = fn(*args, **kwargs)
             except USER_ERRORS as error:
                 return {status: problem(error)}
+            return {status: "", **given} if isinstance(given, dict) else given
 
         return call
 
     return wrap
-
-
-def with_errors(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions and coroutines of the API: an error of bad input is one sentence to the client."""
-
-    @contextmanager
-    def sentences() -> Iterator[None]:
-        try:
-            yield
-        except USER_ERRORS as error:
-            raise gr.Error(without_folders(str(error)), print_exception=False) from error
-
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with sentences():
-            return fn(*args, **kwargs)
-
-    @functools.wraps(fn)
-    async def wait(*args: Any, **kwargs: Any) -> Any:
-        with sentences():
-            return await fn(*args, **kwargs)
-
-    return wait if inspect.iscoroutinefunction(fn) else call

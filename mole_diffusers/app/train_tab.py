@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.files import export_gates
-from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest, train
+from mole_diffusers.app.files import GATES, export_gates
+from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import PRIVATE, Page, Values
+from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
-from mole_diffusers.app.sentences import USER_ERRORS, markdown, told
-from mole_diffusers.app.style import figure, gallery
+from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.style import figure, gallery, row
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.config import Bound, bindings, parse_phrases
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.inspection import gate_figures
 from mole_diffusers.patching.tiles import Things
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
@@ -41,77 +41,48 @@ def build(page: Page) -> None:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
             status = gr.Markdown("", elem_id="train-status", elem_classes="status")
-            offer = _offer(page)
+            offer = Offer(page, "train", "Go on", lambda recipe, name, *_: f"The training **{markdown(name)}**")
         with gr.Column():
-            loss = figure("Loss", elem_id="loss")
-            pictures = gallery("The prompt's picture before, during and after", columns=4, elem_id="validation")
+            loss = figure(label="Loss", elem_id="loss")
+            pictures = gallery(label="The prompt's picture before, during and after", columns=4, elem_id="validation")
             _gate_files(page)
-    again = gr.State("")
+    again, hidden = gr.State(""), gr.update(visible=False)
 
-    def plan(*values: Any) -> Work:
-        recipe, wanted, again = _asked(page, *values)
-        return train(page.actions.studio, recipe, wanted, home=page.actions.home, again=again)
+    def plan(recipe: Recipe, *given: Any) -> Work:
+        *values, again, _ = given
+        wanted = _request(page, values)
+        try:
+            return page.actions.train(recipe, wanted)  # a run with these settings goes on
+        except GatesExistError:
+            if not again:
+                raise
+            return page.actions.train(recipe, wanted, again)
 
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
-        shown: Values = {pictures: progress.pictures} | ({loss: progress.curve()} if progress.rows else {})
+        curve = gate_figures.losses(progress.rows) if progress.rows else None
+        shown: Values = {pictures: progress.pictures, loss: curve, asked: hidden, again: ""}
         is_new = job.state == "done" and not job.is_shown  # after a reload, what was chosen since then stays
-        return shown | (_chosen(page, progress.name) if is_new else {})
+        return shown | (_chosen(page, progress.request.name) if is_new else {})
 
-    def ask(*values: Any) -> Any:
-        """Whether to ask what becomes of gates that are there, and the answer so far: none."""
-        try:
-            plan(*values)
-        except GatesExistError:
-            return gr.update(visible=True), ""
-        except USER_ERRORS:  # which the job says
-            pass
-        return gr.update(visible=False), ""
+    def refused(error: Exception) -> Values:
+        return {asked: gr.update(visible=isinstance(error, GatesExistError)), again: ""}
 
-    inputs = [*page.inputs, *page.training.values(), again]
-    hidden = gr.update(visible=False)
-    answers = [
-        button.click(lambda answer=answer: (hidden, answer), None, [asked, again], **PRIVATE)  # type: ignore[misc]
-        for button, answer in ((more, AGAIN[0]), (over, AGAIN[1]))
-    ]
-    asking = start.click(ask, inputs, [asked, again], **PRIVATE)
-    begins = [event.then for event in (asking, *answers)]
-    outputs = [loss, pictures, page.controls["gates"], page.trained]
-    connect_job(page, "train", begins, plan, show, inputs=inputs, status=status, outputs=outputs, offer=offer)
+    begins: list[Any] = [start.click]
+    for button, answer in ((more, AGAIN[0]), (over, AGAIN[1])):
+        begins.append(button.click(lambda answer=answer: (hidden, answer), None, [asked, again]).then)  # type: ignore[misc]
+    outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
+    inputs = [*page.training.values(), again]
+    connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused, offer=offer)
     connect_cancel(page, cancel, status, ["train"])
 
 
-def _asked(page: Page, *values: Any) -> tuple[Recipe, TrainingRequest, str]:
-    """What the page asks for: the recipe, the training, and what becomes of gates that are there."""
-    *given, again = values
-    at = len(page.inputs)
-    wanted = dict(zip(page.training, given[at:], strict=True))
-    wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or [], "steps": int(wanted["steps"])}
+def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:
+    """What the fields ask for."""
+    wanted = dict(zip(page.training, values, strict=True))
+    wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or []}
     wanted |= {"singles": parse_singles(wanted["singles"]), "composed": _lines(wanted["composed"])}
-    return page.recipe(*given[:at]), TrainingRequest(**wanted), again
-
-
-def _offer(page: Page) -> Offer:
-    """Of trainings that ran or waited when the app ended. They go on from their last checkpoint."""
-    actions = page.actions
-
-    def keep(*values: Any) -> dict[str, Any]:
-        recipe, wanted, again = _asked(page, *values)
-        return {"recipe": recipe, "training": asdict(wanted), "again": again}
-
-    def load(kept: dict[str, Any]) -> dict[str, Any]:
-        return {"wanted": TrainingRequest(**kept["training"]), "again": kept["again"]}
-
-    def describe(recipe: Recipe, wanted: TrainingRequest, again: str) -> str:
-        return f"The training **{markdown(wanted.name)}**"
-
-    def plan(recipe: Recipe, wanted: TrainingRequest, again: str) -> Work:
-        try:
-            return train(actions.studio, recipe, wanted, home=actions.home)
-        except GatesExistError:  # it had not begun
-            return train(actions.studio, recipe, wanted, home=actions.home, again=again)
-
-    return Offer(page, "train", "Go on", keep=keep, load=load, describe=describe, plan=plan)
+    return TrainingRequest(**wanted)
 
 
 def _fields(page: Page) -> None:
@@ -119,9 +90,7 @@ def _fields(page: Page) -> None:
     catalog, fields, prompt = page.actions.studio.catalog, page.training, page.controls["prompt"]
     for name in ("name", "singles", "composed", "styles", "steps"):
         fields[name].render()
-    with gr.Row():
-        fields["family"].render()
-        fields["way"].render()
+    row(fields["family"], fields["way"])
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")
     why = gr.Markdown("", elem_id="suggest-status", elem_classes="status")
 
@@ -144,7 +113,7 @@ def _fields(page: Page) -> None:
         }
 
     filled = [*(fields[name] for name in ("name", "singles", "composed", "styles")), why]
-    suggest.click(suggestion, [prompt, fields["styles"], fields["way"]], filled, **PRIVATE)
+    suggest.click(suggestion, [prompt, fields["styles"], fields["way"]], filled)
 
 
 def suggested(
@@ -218,19 +187,13 @@ def _gate_files(page: Page) -> None:
         files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="gates-given")
         with gr.Row():
             name = gr.Textbox(label="Their name here", info="empty: the LoRAs' names", max_length=60, elem_id="new-name")
-            upload = gr.UploadButton(
-                "Upload gates: .safetensors and .json",
-                file_types=[".safetensors", ".json"],
-                file_count="multiple",
-                type="filepath",
-                size="sm",
-                elem_id="gates-in",
-            )
+            two: dict[str, Any] = {"file_types": list(GATES), "file_count": "multiple"}
+            upload = gr.UploadButton("Upload gates: .safetensors and .json", size="sm", elem_id="gates-in", **two)
         status = gr.Markdown("", elem_id="gates-told", elem_classes="status")
 
     @told(status)
     def downloaded(name: str | None) -> Values:
-        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)], status: ""}
+        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)]}
 
     @told(status)
     def uploaded(paths: list[str], name: str) -> Values:
@@ -242,10 +205,10 @@ def _gate_files(page: Page) -> None:
             words += f"; LoRAs that are not here: {markdown(', '.join(found['missing']))}"
         return _chosen(page, found["name"]) | {status: words}
 
-    download.click(downloaded, which, [files, status], **PRIVATE)
-    upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status], **PRIVATE)
+    download.click(downloaded, which, [files, status])
+    upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status])
 
 
 def _chosen(page: Page, name: str) -> Values:
     """Both choices of gates after `name` was added."""
-    return {field: gr.update(**page.lists[field](), value=name) for field in (page.controls["gates"], page.trained)}
+    return {field: gr.update(choices=page.choices[field](), value=name) for field in (page.controls["gates"], page.trained)}

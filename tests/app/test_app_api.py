@@ -1,5 +1,6 @@
 """Every endpoint of the app through gradio_client, with good and bad input."""
 
+import asyncio
 import inspect
 
 import numpy as np
@@ -141,16 +142,22 @@ def test_code_is_that_of_the_recipe(client):
     compile(code, "code", "exec")
 
 
+def coded(blocks):
+    """The endpoint of that name, as a function."""
+    code = next(event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "code")
+    return lambda recipe: asyncio.run(code(recipe))
+
+
 def test_a_recipe_without_a_seed_has_0_whatever_the_page_begins_with(loras, tmp_path):
     blocks = built(loras, tmp_path, seed=-1)
-    code = next(event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "code")
+    code = coded(blocks)
     assert "seed=" not in code({"prompt": "a hat"})
     assert "seed=" in code({"prompt": "a hat", "seed": -1})
 
 
 def test_recipes_of_earlier_releases_mean_what_they_meant(loras, tmp_path):
     blocks = built(loras, tmp_path)
-    code = next(event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "code")
+    code = coded(blocks)
     old = {"format": FORMAT, "prompt": "a (hat)", "version": 2}
     assert "weights=False" in code(old)  # when brackets were plain text
     assert "weights=False" not in code({"prompt": "a (hat)"})

@@ -90,11 +90,11 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         assert [entry["recipe"]["base"] for entry in about] == used
 
 
-def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions):
+def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions, tmp_path):
     """The change waits for them; one that comes after it was asked for must be asked for again."""
     from mole_diffusers.app.jobs import Jobs
 
-    jobs, held = Jobs(), threading.Event()
+    jobs, held = Jobs(tmp_path), threading.Event()
     recipe = Recipe(PROMPT, steps=1, width=32, height=32, gates="sum")
     jobs.submit("me", "hold", lambda report: held.wait(60))
     before = jobs.submit("me", "compose", actions.compose(recipe, 1))

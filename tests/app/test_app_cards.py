@@ -16,28 +16,27 @@ def test_a_tag_is_what_its_card_shows():
         "unet": "0@0,1@0.4", "te": "0@0,1@0.4", "lbw": "OUTALL", "start": "2", "region": "auto"
     }  # fmt: skip
     assert (cards.fields_of(ink, KNOWN)["unet"], cards.fields_of(ink, KNOWN)["te"]) == ("1", "0.5")
-    assert cards.with_fields(fox, shown, KNOWN) == fox
-    assert cards.set_card(LIST, [fox, ink], fox, KNOWN) == (LIST, [fox, ink])
+    assert cards.edit(LIST, [fox, ink], "fox", KNOWN, **shown) == (LIST, [fox, ink])
+    assert cards.edit(LIST, [fox, ink], "fox", KNOWN) == (LIST, [fox, ink])
 
 
 def test_a_card_that_is_changed_changes_its_tag():
     fox, ink = cards.cards_of(LIST, [], KNOWN)
-    new = cards.with_fields(ink, {**cards.fields_of(ink, KNOWN), "unet": "-7", "stop": "9"}, KNOWN)
-    text, found = cards.set_card(LIST, [fox, ink], new, KNOWN)
+    text, found = cards.edit(LIST, [fox, ink], "ink", KNOWN, unet="-7", stop="9")
     assert text == "a fox <lora:fox:0@0,1@0.4:lbw=OUTALL:start=2> <lora:ink:0.5:unet=-7:stop=9>"
-    assert found == [fox, new] == cards.cards_of(text, [], KNOWN)
-    assert cards.at_strength(fox, 2.5, KNOWN)["tag"] == "<lora:fox:2.5:lbw=OUTALL:start=2>"
+    assert found == cards.cards_of(text, [], KNOWN)
+    assert found[0] == fox
     for field, value, message in (("unet", "x", "is not a number"), ("lbw", "1:2", "end a tag"), ("stop", "-1", "a step")):
         with pytest.raises(ValueError, match=message):
-            cards.with_fields(fox, {**cards.fields_of(fox, KNOWN), field: value}, KNOWN)
+            cards.edit(LIST, [fox, ink], "fox", KNOWN, **{field: value})
 
 
 def test_a_card_that_is_off_keeps_its_whole_tag():
     fox, ink = cards.cards_of(LIST, [], KNOWN)
-    text, off = cards.set_card(LIST, [fox, ink], {**fox, "on": False}, KNOWN)
+    text, off = cards.edit(LIST, [fox, ink], "fox", KNOWN, on=False)
     assert text == "a fox <lora:ink:0.5:unet=1>"
     assert cards.cards_of(text, off, KNOWN) == off
-    text, on = cards.add_card(text, off, "fox", KNOWN)
+    text, on = cards.edit(text, off, "fox", KNOWN)
     assert on == [fox, ink]
     assert "<lora:fox:0@0,1@0.4:lbw=OUTALL:start=2>" in text
 
@@ -45,7 +44,7 @@ def test_a_card_that_is_off_keeps_its_whole_tag():
 def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
     found = cards.cards_of("<lora:ink:1> <lora:fox:1>", [], KNOWN)
     assert cards.shades(found) == {"ink": COLOURS[0], "fox": COLOURS[1]}
-    _, found = cards.add_card("<lora:ink:1> <lora:fox:1>", found, "a:b", KNOWN)
+    _, found = cards.edit("<lora:ink:1> <lora:fox:1>", found, "a:b", KNOWN)
     found = [card for card in found if card["name"] != "ink"]
     found = cards.cards_of("<lora:fox:1> <lora:a:b:1> <lora:hat:1>", found, KNOWN)
     assert cards.shades(found) == {"fox": COLOURS[1], "a:b": COLOURS[2], "hat": COLOURS[0]}
@@ -56,11 +55,10 @@ def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
 
 def test_a_prompt_keeps_its_lines_and_a_tag_its_place():
     lines = "a fox,\nin ink <lora:fox:1>\n\n<lora:ink:0.5>\nwide"
-    fox, _ = found = cards.cards_of(lines, [], KNOWN)
-    text, _ = cards.set_card(lines, found, cards.at_strength(fox, 2, KNOWN), KNOWN)
-    assert text == lines.replace("fox:1", "fox:2")
-    assert cards.without(lines, "fox", KNOWN) == lines.replace(" <lora:fox:1>", "")
-    assert cards.add_card(lines, found, "a:b", KNOWN)[0] == f"{lines} <lora:a:b:1>"
+    found = cards.cards_of(lines, [], KNOWN)
+    assert cards.edit(lines, found, "fox", KNOWN, unet="2")[0] == lines.replace("fox:1", "fox:2")
+    assert cards.with_tag(lines, "fox", None, KNOWN) == lines.replace(" <lora:fox:1>", "")
+    assert cards.edit(lines, found, "a:b", KNOWN)[0] == f"{lines} <lora:a:b:1>"
     assert cards.with_triggers(lines, [], ["sks fox"], KNOWN) == f"{lines}, sks fox"
 
 
@@ -107,12 +105,10 @@ def test_words_and_a_region_are_fields_of_a_card():
     (fox,) = cards.cards_of("<lora:fox:1:word=a red fox|foxes:region=top left>", [], KNOWN)
     shown = cards.fields_of(fox, KNOWN)
     assert (shown["word"], shown["region"]) == (["a red fox", "foxes"], "top left")
-    assert cards.with_fields(fox, shown, KNOWN) == fox
-    text, (moved,) = cards.set_region("a fox", [{**fox, "on": False}], "fox", "painted", KNOWN)
+    assert cards.edit(fox["tag"], [fox], "fox", KNOWN, **shown) == (fox["tag"], [fox])
+    text, (moved,) = cards.edit("a fox", [{**fox, "on": False}], "fox", KNOWN, region="painted")
     assert text == "a fox <lora:fox:1:word=a red fox|foxes:region=painted>"
     assert moved["on"]
-    assert cards.with_fields(fox, {**shown, "region": "0,0,0.5,1"}, KNOWN)["tag"].endswith(":region=0,0,0.5,1>")
+    assert cards.edit("", [fox], "fox", KNOWN, region="0,0,0.5,1")[0].endswith(":region=0,0,0.5,1>")
     with pytest.raises(ValueError, match="a region is 'auto'"):
-        cards.with_fields(fox, {**shown, "region": "somewhere"}, KNOWN)
-    with pytest.raises(ValueError, match="no card of 'ink'"):
-        cards.set_region("a fox", [fox], "ink", "left", KNOWN)
+        cards.edit("", [fox], "fox", KNOWN, region="somewhere")

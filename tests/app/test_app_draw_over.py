@@ -123,7 +123,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(compared["bound"].path), wanted)
     assert not np.array_equal(pixels(compared["base"].path), wanted)
     assert np.array_equal(pixels(actions.look(RECIPE, None, over)(said.append).picture), wanted)
-    assert str(said[-1]).startswith("2 of 2 steps")  # 0.6 of 4
+    assert str(said[-2]).startswith("2 of 2 steps")  # 0.6 of 4
     words = f"drawn over {'the painted part of ' if boxes else ''}your picture"
     for work in (
         actions.compose(RECIPE, 1, over),
@@ -303,13 +303,13 @@ def test_what_is_painted_on_a_wide_picture_is_on_the_picture_alone():
     paper, layer = (Image.new("RGBA", (512, 512)) for _ in range(2))
     paper.paste((9, 9, 9, 255), (0, 128, 512, 384))
     layer.paste((*paint.COLOUR, paint.OPACITY), (0, 128, 256, 384))
-    mask = np.asarray(paint.painted_mask(paint.without_margins({"background": paper, "layers": [layer]}), 0.0))
+    mask = np.asarray(paint.painted_mask({"background": paper, "layers": [layer]}, 0.0))
     assert mask.shape == (64, 128)
     assert mask[:, :64].min() == 255
     assert mask[:, 64:].max() == 0
     for nothing in (None, {"background": None, "layers": [None]}):
         with pytest.raises(ValueError, match="nothing is painted"):
-            paint.painted_mask(paint.without_margins(nothing), 0.0)
+            paint.painted_mask(nothing, 0.0)
 
 
 def test_the_canvas_shows_what_a_lora_has_and_gives_it_back(actions):

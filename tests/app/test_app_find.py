@@ -39,7 +39,7 @@ def test_weights_that_come_and_go_are_not_shared(pipe, offload):
     assert text_beside(pipe) is None
 
 
-def test_finding_does_not_wait_for_a_job(loras):
+def test_finding_does_not_wait_for_a_job(loras, tmp_path):
     actions, begun, held = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")), threading.Event(), []
 
     def draw(report):
@@ -50,7 +50,7 @@ def test_finding_does_not_wait_for_a_job(loras):
 
         return actions.compose(RECIPE, 1)(found_meanwhile)
 
-    found, jobs = threading.Event(), Jobs()
+    found, jobs = threading.Event(), Jobs(tmp_path)
     job = jobs.submit("me", "compose", draw)
     assert begun.wait(60)  # and stays where it is
     hits = actions.find("a fox and a hat")

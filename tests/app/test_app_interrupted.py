@@ -16,7 +16,7 @@ from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from mole_diffusers.app import draw_over
-from mole_diffusers.app.interrupted import Interrupted
+from mole_diffusers.app.jobs import Jobs, ignore
 from mole_diffusers.app.paint import COLOUR, OPACITY
 
 RECIPE = Recipe(PROMPT, seed=3, steps=2, width=32, height=32, gates="sum", base="tiny")
@@ -34,8 +34,11 @@ class App:
         self.events = [event for event in build(self.actions, RECIPE).fns.values() if event.fn]
 
     def event(self, name, first):
-        """The event whose function is called so, and whose first output has this place in the page."""
-        return next(e for e in self.events if e.fn.__name__ == name and e.outputs[0].elem_id == first)
+        """The first event whose function is called so, and whose first output has this place in the page."""
+        return self.every(name, first)[0]
+
+    def every(self, name, first):
+        return [e for e in self.events if e.fn.__name__ == name and e.outputs[0].elem_id == first]
 
     def begin(self, status, **fields):
         """Press the button; fields by their label. The events of the job."""
@@ -50,10 +53,14 @@ class App:
         row, said, self.offer = plain(self.event("show", f"{kind}-interrupted"))(visitor)
         return said.replace("\\", "") if row["visible"] else ""
 
-    def again(self, status, *values):
-        """What the page says last once the offer is taken."""
-        *_, last = plain(self.event("begin_again", status))(REQUEST, "me", self.offer, *values)
-        return last
+    def again(self, status, editor=None):
+        """The events of the job once the offer is taken."""
+        return plain(self.every("begin", status)[-1])(REQUEST, "me", self.offer, editor)
+
+    def said_again(self, status, editor=None):
+        """What the page says last of it."""
+        *_, (said, *_) = self.again(status, editor)
+        return said
 
     def forget(self, kind):
         return plain(self.event("drop", f"{kind}-interrupted"))("me", self.offer)
@@ -86,7 +93,7 @@ def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_f
     second = apps()
     assert second.offered("compose", "you") == ""
     assert second.offered("compose") == f"“{PROMPT}”, 2 pictures, was interrupted when the app ended. One of 2."
-    assert second.again("status", None)[0] == "done"
+    assert second.said_again("status") == "done"
     drawn = sorted((tmp_path / "pictures").glob("*.png"))
     wanted = second.actions.compose(Recipe(PROMPT, seed=5, steps=2, width=32, height=32, gates="sum"), 2)(lambda _: None)
     assert [pixels(path).tolist() for path in drawn] == [pixels(p.path).tolist() for p in wanted.pictures]
@@ -95,7 +102,7 @@ def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_f
     row, *_ = second.forget("compose")
     assert not row["visible"]
     assert apps().offered("compose") == ""
-    assert "started again or forgotten" in second.again("status", None)[0]
+    assert "started again or forgotten" in second.said_again("status")
 
 
 def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps):
@@ -108,17 +115,17 @@ def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps)
     row, said, offer = second.forget("compose")  # of the page that still shows it
     assert row["visible"]
     assert said.startswith("“a sea” was interrupted")
-    assert "started again or forgotten already" in second.again("status", None)[0]
+    assert "started again or forgotten already" in second.said_again("status")
     second.offer, kept = offer, second.actions.home / ".jobs"
     held = killed(second, lambda: second.begin("status"))
-    event = plain(second.event("begin_again", "status"))
-    assert next(event(REQUEST, "me", offer, None))[0].startswith("waiting")
-    assert "started again" in next(event(REQUEST, "me", offer, None))[0]
+    assert next(second.again("status"))[0].startswith("waiting")
+    assert "started again" in next(second.again("status"))[0]
     assert len(list(kept.rglob("*-compose.json"))) == 2
-    other = Interrupted(kept)
-    assert (path := other.left("me", "compose")[0]) == other.queued(path)
+    other = Jobs(kept)
+    path = other.left("me", "compose")[0]
+    other.submit("me", "compose", ignore, file=path)
     with pytest.raises(ValueError, match="started again already"):  # by another page, at the same moment
-        other.queued(path)
+        other.submit("me", "compose", ignore, file=path)
     held.set()
 
 
@@ -146,11 +153,11 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
     killed(first, lambda: first.begin("status", Steps=4, **{"To draw over": editor}))
     second = apps()
     assert second.offered("compose") != ""
-    assert "needs the picture that it was made with" in second.again("status", None)[0]
+    assert "needs the picture that it was made with" in second.said_again("status")
     other = plain | {"background": photo.rotate(90)}
-    assert "made with another picture" in second.again("status", other)[0]
+    assert "made with another picture" in second.said_again("status", other)
     assert second.offered("compose") != ""
-    assert second.again("status", plain)[0].startswith("done; drawn over ")
+    assert second.said_again("status", plain).startswith("done; drawn over ")
     assert second.offered("compose") == ""
     (file,) = (tmp_path / "pictures").glob("*.png")
     (wanted,) = second.actions.compose(replace(RECIPE, steps=4), 1, draw_over.pictures(editor))(lambda _: None).pictures
@@ -167,7 +174,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
     def again():
         app = apps()
         assert app.offered("compose") != ""
-        return app.again("status", None)[0].replace("\\", "")
+        return app.said_again("status").replace("\\", "")
 
     for text, reason in (
         ("{", "is not JSON"),
@@ -208,7 +215,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
     begun = run.stat().st_mtime_ns
     second = apps()
     assert second.offered("train") == "The training **mine** was interrupted when the app ended."
-    updates = [said for said, *_ in plain(second.event("begin_again", "train-status"))(REQUEST, "me", second.offer)]
+    updates = [said for said, *_ in second.again("train-status")]
     assert updates[-1].startswith("done")
     assert run.stat().st_mtime_ns == begun  # nothing was begun anew
     assert int(next(said for said in updates if said.startswith("update ")).split()[1]) > 5

@@ -10,6 +10,11 @@ from mole_diffusers.app.jobs import MAX_WAITING, Jobs
 WAIT = 20  # seconds
 
 
+@pytest.fixture
+def jobs(tmp_path):
+    return Jobs(tmp_path)
+
+
 def counting(seen, steps=400):
     def work(report):
         for i in range(steps):
@@ -34,26 +39,25 @@ def until(true):
         time.sleep(0.005)
 
 
-def test_jobs_run_one_after_the_other_and_give_what_they_made():
-    jobs, seen, other = Jobs(), [], []
+def test_jobs_run_one_after_the_other_and_give_what_they_made(jobs):
+    seen, other = [], []
     first, second = jobs.submit("me", "a", counting(seen, 5)), jobs.submit("you", "a", counting(other, 5))
     assert (over(jobs, second).state, second.event) == ("done", "all")
     assert (first.state, first.event, seen, other) == ("done", "all", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
 
 
-def test_an_error_is_kept_and_the_next_job_runs():
+def test_an_error_is_kept_and_the_next_job_runs(jobs):
     def work(report):
         report(1)
         raise ValueError("bad")
 
-    jobs = Jobs()
     failed = over(jobs, jobs.submit("me", "a", work))
     assert (failed.state, failed.event, str(failed.error)) == ("failed", 1, "bad")
     assert over(jobs, jobs.submit("me", "a", counting([], 1))).state == "done"
 
 
-def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once():
-    jobs, seen = Jobs(), []
+def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once(jobs):
+    seen = []
     running, waiting, last = (jobs.submit("me", kind, counting(seen)) for kind in "abc")
     until(lambda: len(seen) > 3)
     assert (jobs.ahead(running), jobs.ahead(waiting), jobs.ahead(last)) == (0, 1, 2)
@@ -67,8 +71,7 @@ def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once():
     assert over(jobs, last).state == "stopped"
 
 
-def test_an_owner_finds_the_newest_job_of_a_kind():
-    jobs = Jobs()
+def test_an_owner_finds_the_newest_job_of_a_kind(jobs):
     old = jobs.submit("me", "a", counting([], 1))
     over(jobs, old)
     assert jobs.latest("me", "a") is old
@@ -77,8 +80,8 @@ def test_an_owner_finds_the_newest_job_of_a_kind():
     assert jobs.latest("you", "a") is None
 
 
-def test_nobody_has_to_listen_and_the_thread_ends():
-    jobs, seen, before = Jobs(), [], threading.active_count()
+def test_nobody_has_to_listen_and_the_thread_ends(jobs):
+    seen, before = [], threading.active_count()
     job = jobs.submit("me", "a", counting(seen, 50))
     events = jobs.follow(job)
     next(events)
@@ -88,8 +91,8 @@ def test_nobody_has_to_listen_and_the_thread_ends():
     assert (job.state, len(seen)) == ("done", 50)
 
 
-def test_a_full_queue_refuses():
-    jobs, seen = Jobs(), []
+def test_a_full_queue_refuses(jobs):
+    seen = []
     running = jobs.submit("me", "a", counting(seen))
     until(lambda: running.state == "running")
     waiting = [jobs.submit("me", "a", counting([])) for _ in range(MAX_WAITING)]

@@ -86,7 +86,7 @@ def test_what_is_typed_and_moved_stays_in_step(drawn, loras):
     visit = Visit(drawn)
     shows = lambda *names: [visit.values[visit.part(name)] for name in names]  # noqa: E731
     assert visit.do(visit.edit(slider=1.5)) == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:1.5>"
-    assert shows(*FIELDS) == ["1.5", "1.5", "", "", "", [], "auto"]
+    assert shows(*FIELDS) == ["1.5", [], "auto", "1.5", "", "", ""]
     text = visit.do(visit.edit(unet="-7", lbw="OUTALL", start=None, stop="3"))
     assert text == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:-7:lbw=OUTALL:stop=3>"  # te followed, as it was the same
     assert shows("slider", "te") == [-1, "-7"]

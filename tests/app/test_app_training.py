@@ -265,6 +265,26 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     assert singles == "fox=drawing of a fox\nink=ink drawing"
 
 
+def test_the_page_asks_each_time_what_becomes_of_gates_with_other_settings(loras, tmp_path):
+    """After one answer it had asked no more, and refused."""
+    blocks, run = built(loras, tmp_path), tmp_path / ".runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"steps": 1}')
+    events = [event for event in blocks.fns.values() if event.fn and event.fn.__name__ == "begin"]
+    event = next(event for event in events if event.outputs[0].elem_id == "train-status")
+    fields = {"train-name": "mine", "train-singles": "fox=a fox\nink=ink", "train-composed": "a fox in ink"}
+    values = [fields.get(getattr(one, "elem_id", None), one.value) for one in event.inputs[1:]]
+    page = type("Request", (), {"session_hash": "page"})()
+    for _ in range(2):
+        ((said, *_, asked, again),) = plain(event)(page, "me", *values)
+        assert "with other settings: continue from them, or overwrite?" in said.replace("\\", "")
+        assert (asked["visible"], again) == (True, "")
+    values[-2] = "continue"  # the answer: beside it is the editor, which a training has none of
+    ((said, *_, asked, again),) = plain(event)(page, "me", *values)
+    assert "has no checkpoint yet" in said
+    assert (asked["visible"], again) == (False, "")
+
+
 def test_two_loras_of_one_subject_are_one_part_of_a_collage():
     singles = {"fox": ["a fox in ink"], "fur": ["a fox in ink"], "hat": ["a hat in ink"]}
     wanted = request(singles=singles, styles=["ink"], composed=["a fox and a hat in ink"])
