@@ -52,13 +52,7 @@ def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
     sizes = dict.fromkeys(prompts, (context.width, context.height))
     how: dict[str, Any] = {"sizes": sizes, "seed": context.seed + 99, "name": "the blend"}
-    match = _match(context, sample_trajectories(context, teacher, prompts, term, **how))
-
-    def loss(batch: RandomBatch) -> torch.Tensor:
-        torch.rand((), generator=batch.generator)  # unused: a seed goes on giving the rows that it always gave
-        return match(batch)
-
-    return loss
+    return _match(context, sample_trajectories(context, teacher, prompts, term, **how))
 
 
 def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
