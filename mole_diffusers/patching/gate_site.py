@@ -137,7 +137,7 @@ class GateSite(ABC):
         active = self._active_experts(present, hidden)
         if self.runtime.fixed is None:  # a gate's weights by hand, where an expert may be absent
             gates = gates * active.mask
-        return self._decision(present, gates if segment is None else gates[segment], active, segment)
+        return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
 
     def _fixed(self) -> Sequence[float] | None:
         """The weights that replace the gate's, if any."""

@@ -17,6 +17,7 @@ import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.patching import bound_text
 from mole_diffusers.patching.folding import Averages, evaluate_gates
+from mole_diffusers.patching.runtime import PlainSum
 from mole_diffusers.testing import tiny_lora
 
 PROMPT = "a fox an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 7..9
@@ -737,6 +738,21 @@ def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
     with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)), mixture.strengths({"ink": 0}):
         torch.testing.assert_close(alone, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
     assert not torch.allclose(bound, hosts.draw(pipe, options, "a hen"), atol=1e-4)
+
+
+@pytest.mark.parametrize("gates", ["sum", "factors"])
+def test_weights_by_hand_know_which_texts_of_a_batch_have_whose_words(attach, pipe, gates):
+    mixture = attach({"fox": "fox", "ink": "owl"}, gates, names=("fox", "ink"))
+
+    def encoded(*texts):
+        ids = pipe.tokenizer(list(texts), padding="max_length", max_length=16, return_tensors="pt").input_ids
+        with torch.no_grad(), mixture.planned(PlainSum(2)):
+            return pipe.text_encoder(ids)[0]
+
+    both = encoded("a fox", "an owl")
+    torch.testing.assert_close(both, torch.cat([encoded("a fox"), encoded("an owl")]), atol=1e-5, rtol=0)
+    with mixture.bound(None):
+        assert not torch.allclose(both, encoded("a fox", "an owl"), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sdxl", *thorough("sd3")])
