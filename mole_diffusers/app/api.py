@@ -236,7 +236,7 @@ class Endpoints:
         return replace(recipe, base=asked.base or recipe.base).to_dict()
 
     def code(self, recipe: dict) -> str:
-        """Python code that draws a recipe.
+        """Python code that draws a recipe with diffusers.
 
         Args:
             recipe: RECIPE

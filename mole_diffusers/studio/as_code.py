@@ -1,43 +1,141 @@
-"""Recipe -> Python code that draws the same picture."""
+"""Recipe -> Python code that draws the same picture with diffusers."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from PIL import Image
 
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.emoji.world import concept_files, gate_folders
 from mole_diffusers.studio.base_models import WORLD
-from mole_diffusers.studio.catalog import UNTRAINED
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
+from mole_diffusers.studio.weight_syntax import plain_text
 
 
 def as_code(recipe: Recipe) -> str:
     """A script for a completed recipe. LoRA files and trained gates have their names here, without folders, but for those of
     the embedded world; so have the pictures that it draws over, "image.png" and "mask.png"."""
-    there = {*concept_files(), *gate_folders()} if recipe.base == WORLD else set()
-    loras = {name: f"{name}.safetensors" for name in recipe.experts if name not in there}
-    gates = {name: name for name in [recipe.gates] if name not in {*UNTRAINED, *there}}
-    if recipe.base == WORLD:
-        lines = ["from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders"]
-        base, files = "emoji_world().pipe", f"concept_files() | {loras}, gate_folders() | {gates}"
-    elif recipe.base.endswith(".safetensors"):
-        lines = ["from mole_diffusers.studio.base_models import open_base"]
-        base, files = f"open_base({recipe.base!r}).pipe", f"{loras}, {gates}"
+    size = f"{recipe.width}, {recipe.height}"
+    lines = [*_pipeline(recipe), ""]
+    if recipe.image or recipe.hires > 1:
+        lines += [
+            *(["from PIL import Image"] if recipe.image else []),
+            "from mole_diffusers.studio.picture_passes import "
+            "drawable, drawing_over, fitted, on_white, size_arguments, steps_drawn",
+            "",
+        ]
+    if recipe.image:
+        over = ["image=start", *(["mask_image=mask"] if recipe.mask else [])]
+        lines.append(f'start = fitted(on_white(Image.open("image.png")), {size})')
+        lines += [f'mask = fitted(Image.open("mask.png").convert("L"), {size})'] if recipe.mask else []
+        lines += _drawing_over(recipe, size, over, recipe.strength, masked=bool(recipe.mask))
+        lines += ["image = Image.composite(image, start, mask)"] if recipe.mask else []
     else:
-        lines = ["from diffusers import DiffusionPipeline"]
-        base, files = f"DiffusionPipeline.from_pretrained({recipe.base!r})", f"{loras}, {gates}"
-    pictures = ", ".join(f'{name}=Image.open("{name}.png")' for name in ("image", "mask") if getattr(recipe, name))
-    told = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name not in ("image", "mask")}
-    lines += [
-        "from mole_diffusers.studio.catalog import Catalog",
-        "from mole_diffusers.studio.recipe import Recipe",
-        "from mole_diffusers.studio.render import Studio, with_pictures",
-        *(["from PIL import Image"] if pictures else []),
-        "",
-        "recipe = Recipe(",
-        *(f"    {name}={value!r}," for name, value in told.items() if value != getattr(Recipe(""), name)),
-        ")",
-        f"over = dict({pictures})",
-        f"studio = Studio({base}, Catalog({files}), recipe.base)",
-        'studio.draw(with_pictures(recipe, **over), **over).save("picture.png")',
+        call = [f"width={recipe.width}", f"height={recipe.height}"]
+        lines += _pass(recipe, "pipe", call, str(recipe.steps))
+    if recipe.hires > 1:
+        larger = f"drawable(pipe, round({recipe.width} * {recipe.hires!r}), round({recipe.height} * {recipe.hires!r}))"
+        over = ["image=fitted(image, *larger)"]
+        lines += ["", f"larger = {larger}", *_drawing_over(recipe, "*larger", over, recipe.hires_strength, masked=False)]
+    return "\n".join([*lines, 'image.save("picture.png")', ""])
+
+
+def _pipeline(recipe: Recipe) -> list[str]:
+    lines = ["import torch", "from diffusers import DiffusionPipeline", "import mole_diffusers as mole", ""]
+    if recipe.base == WORLD:
+        lines += ["from mole_diffusers.emoji.world import concept_files, gate_folders", "", "pipe = mole.emoji_world().pipe"]
+    elif recipe.base.endswith(".safetensors"):
+        lines.append("from mole_diffusers.studio.base_models import open_base")
+        lines.append(f"pipe = open_base({recipe.base!r}).pipe")
+    else:
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({recipe.base!r})")
+    if recipe.sampler:
+        lines.append("from mole_diffusers.studio.samplers import sampler")
+        lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler, {recipe.seed})")
+    return lines
+
+
+def _drawing_over(recipe: Recipe, size: str, call: list[str], strength: float, *, masked: bool) -> list[str]:
+    """Lines that draw over a picture, which `call` names."""
+    steps = f"steps_drawn(over, {recipe.steps}, {strength!r})"
+    call = [*call, f"strength={strength!r}", f"**size_arguments(over, {size})"]
+    return [f"over = drawing_over(pipe, masked={masked})", *_pass(recipe, "over", call, steps)]
+
+
+def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
+    """Lines that attach the LoRAs to a pipeline and call it, with `steps` steps in which it draws."""
+    kind, about = recipe.arm_and_name
+    lines, callback, indent, tiling = list[str](), "", "", ""
+    if recipe.experts and kind == "merge":
+        files = ", ".join(f"{name!r}: ({_lora(recipe, name)}, {w!r})" for name, w in recipe.constant_strengths().items())
+        lines.append(f"merged = mole.merge({{{files}}}, {about!r})")
+        lines.append(f'mole.attach({pipe}, {{"merged": merged}}, gates="sum", binding=None)')
+    elif recipe.experts and kind != "base":
+        lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
+        tiling = _tiling(recipe, pipe)
+        lines.append(f"with mixture.planned(schedule){tiling}:")
+        callback, indent = "callback_on_step_end=schedule.on_step()", "    "
+    read = "call_arguments, tiled_prompt" if "tiled_prompt" in tiling else "call_arguments"
+    lines.insert(0, f"from mole_diffusers.studio.prompt_weights import {read}")
+    texts = [pipe, repr(recipe.text), repr(recipe.negative)]
+    texts += [f"{name}={text!r}" for name in ("prompt_2", "negative_2") if (text := getattr(recipe, name))]
+    texts += ["guided=False"] * (recipe.guidance <= 1) + ["weights=False"] * (not recipe.weights)
+    arguments = [
+        f"**call_arguments({', '.join(texts)})",
+        *call,
+        f"num_inference_steps={recipe.steps}",
+        f"guidance_scale={recipe.guidance!r}",
+        f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
+        callback,
     ]
-    return "\n".join([*lines, ""])
+    return [*lines, f"{indent}image = {pipe}({', '.join(filter(None, arguments))}).images[0]"]
+
+
+def _lora(recipe: Recipe, name: str) -> str:
+    """A LoRA's file, as code."""
+    is_embedded = recipe.base == WORLD and name in concept_files()
+    return f"concept_files()[{name!r}]" if is_embedded else repr(f"{name}.safetensors")
+
+
+def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[str]:
+    """Lines that attach these LoRAs and make the schedule of their tags."""
+    files = ", ".join(f"{name!r}: {_lora(recipe, name)}" for name in names)
+    tags = " ".join(str(tag) for tag in recipe.tags if tag.name in names)
+    gates = repr(recipe.gates if recipe.arm == "gates" else "sum")
+    if recipe.base == WORLD and recipe.arm == "gates" and recipe.gates in gate_folders():
+        gates = f"gate_folders()[{gates}]"
+    locks = {place: dict(row) for place, row in recipe.locks.items()}
+    given = f", locks={locks}" if locks else ""
+    binding = "None" if recipe.binding_of_pass() == "none" else _binding(recipe, names)
+    return [
+        *(["from mole_diffusers.binding.config import read_mask"] if "read_mask(" in binding else []),
+        "from mole_diffusers.studio.prompt_syntax import parse",
+        "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
+        "",
+        f"mixture = mole.attach({pipe}, {{{files}}}, gates={gates}, binding={binding})",
+        f"tags = parse({tags!r}).tags",
+        f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
+        f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",
+    ]
+
+
+def _tiling(recipe: Recipe, pipe: str) -> str:
+    """The block that says whether pictures are drawn in tiles, as code; "" where that is up to the mixture."""
+    bound = recipe.binding_of_pass(over=pipe == "over")
+    if bound in ("none", BOUND):
+        return ", mixture.tiled(0)" if bound == BOUND else ""
+    always = bound == TILES
+    prompts = recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2
+    if not recipe.weights or all(plain_text(text) == text for text in prompts):
+        return f", mixture.tiled(prompt={recipe.text!r})" if always else ""
+    second = f", prompt_2={recipe.prompt_2!r}" if recipe.prompt_2 and not always else ""
+    return f", mixture.tiled({'' if always else 'always=False, '}**tiled_prompt({pipe}, {recipe.text!r}{second}))"
+
+
+def _binding(recipe: Recipe, names: list[str]) -> str:
+    """What `attach` takes as the binding, as code; masks are in it."""
+    bound = []
+    for name, given in recipe.tag_bindings().items():
+        painted = isinstance(given, tuple) and isinstance(given[1], Image.Image)
+        words = f"({given[0]!r}, read_mask({recipe.masks[name]!r}))" if painted else repr(given)
+        bound += [f"{name!r}: {words}"] if name in names else []
+    return f"{{{', '.join(bound)}}}" if bound else repr(AUTO)

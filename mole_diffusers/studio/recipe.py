@@ -134,6 +134,12 @@ class Recipe:
         """The prompt without its tags, and without brackets where they are weights."""
         return plain_text(self.text) if self.weights else self.text
 
+    def binding_of_pass(self, *, over: bool = False) -> str:
+        """How the LoRAs are bound in a pass, one of `BINDINGS`: "none" without gates, and without tiles `over` a picture."""
+        if self.arm != "gates":
+            return "none"
+        return BOUND if over and self.binding != "none" else self.binding
+
     @property
     def call(self) -> dict[str, Any]:
         """The prompts without tags, and how they are read, as `prompt_weights.call_arguments` takes them."""

@@ -265,8 +265,8 @@ class Studio:
                 if kind in weights:  # else the gates decide, or there are none
                     stack.enter_context(mixture.fixed(weights[kind]))
                 stack.enter_context(mixture.planned(schedule))
-                if kind == "gates" and recipe.binding != "none":
-                    stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, over=bool(over))))
+                if (binding := recipe.binding_of_pass(over=bool(over))) != "none":
+                    stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, binding)))
                 if inside is not None:
                     stack.enter_context(inside(mixture))
             return pipe(
@@ -368,11 +368,11 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
             raise ValueError(f"the recipe {missing} as its {name}")
 
 
-def _tiles(recipe: Recipe, pipe: Any, *, over: bool) -> dict[str, Any]:
-    """What `Mixture.tiled` is given in a pass; one that draws `over` a picture is not in tiles."""
-    if over or recipe.binding == BOUND:
+def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:
+    """What `Mixture.tiled` is given in a pass that is bound so."""
+    if binding == BOUND:
         return {"until": 0}
-    always = recipe.binding == TILES
+    always = binding == TILES
     second = "" if always else recipe.prompt_2
     return {"always": always, **tiled_prompt(pipe, recipe.text, prompt_2=second, weights=recipe.weights)}
 

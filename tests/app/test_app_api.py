@@ -113,7 +113,7 @@ def test_merges_are_compared_too(client):
     alone, merged = (pixels(client.predict({**one, "arm": arm}, api_name="/redraw")) for arm in ("sum", "merge mean"))
     assert np.abs(merged.astype(int) - alone).max() <= 1  # the mean of one is that one, by another route
     code = client.predict({**RECIPE, "arm": "merge svd"}, api_name="/code")
-    assert "arm='merge svd'" in code
+    assert "mole.merge({'fox': ('fox.safetensors', 0.8), 'ink': ('ink.safetensors', 1.0)}, 'svd')" in code
     compile(code, "code", "exec")
 
 
@@ -151,8 +151,8 @@ def coded(blocks):
 def test_a_recipe_without_a_seed_has_0_whatever_the_page_begins_with(loras, tmp_path):
     blocks = built(loras, tmp_path, seed=-1)
     code = coded(blocks)
-    assert "seed=" not in code({"prompt": "a hat"})
-    assert "seed=" in code({"prompt": "a hat", "seed": -1})
+    assert "manual_seed(0)" in code({"prompt": "a hat"})
+    assert "manual_seed(0)" not in code({"prompt": "a hat", "seed": -1})
 
 
 def test_recipes_of_earlier_releases_mean_what_they_meant(loras, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import hosts
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
@@ -13,7 +14,7 @@ from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)
 LOCKED = {"locks": {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.2, "ink": 0.4}}}
@@ -33,14 +34,21 @@ def folder(loras, tmp_path_factory):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sampler": "Euler", "hires": 1.5, **LOCKED},
+        *thorough({}, {"arm": "base"}, {"weights": False}, {"hires": 1.5, "hires_strength": 0.5}, {"arm": "alone fox"}),
+        *thorough({"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"}, {"prompt": "a fox"}),
+        {"sampler": "Euler", **LOCKED},
         {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
-        *thorough({"image": "image.png", "strength": 0.5}, {"arm": "alone fox"}, {"prompt": "a fox", "weights": False}),
+        *thorough({"image": "image.png", "strength": 0.5}),
+        {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
+        *thorough({"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "bound", "width": 64}),
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
+        *thorough({"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"}),
     ],
 )
 def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch):
+    if changes.get("sampler") == "DPM++ SDE":
+        pytest.importorskip("torchsde")
     monkeypatch.chdir(folder)
     Image.effect_noise((40, 32), 90).convert("RGB").save("image.png")
     Image.linear_gradient("L").resize((40, 32)).save("mask.png")
@@ -53,6 +61,19 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
         assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe, **pictures), int)).max() <= 1
 
 
+@pytest.mark.parametrize("weights", [True, *thorough(False)])
+def test_a_script_has_the_second_prompts(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    pipe.save_pretrained("base")
+    studio = Studio(pipe, Catalog({"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, {}), "base")
+    second = {"prompt_2": "a (fox:1.2) BREAK a hat", "negative_2": "ink", "weights": weights}
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt="a hen <lora:fox:1:word=fox>", **second))
+    exec(compile(as_code(recipe), "script", "exec"), {})
+    with Image.open("picture.png") as image:
+        assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe), int)).max() <= 1
+
+
 @pytest.fixture(scope="module")
 def world():
     from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
@@ -62,7 +83,18 @@ def world():
     return Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji")
 
 
-@pytest.mark.parametrize("changes", [{"binding": "tiles"}, *thorough({"arm": "merge ties"}, {"strength": 1.0})])
+WEIGHTS = {"prompt": "a (sunflower:1.3) and a doughnut"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"binding": "tiles"},
+        *thorough(
+            {"negative": "(red:1.4)"}, WEIGHTS, WEIGHTS | {"binding": "tiles"}, {}, {"arm": "merge ties"}, {"strength": 1.0}
+        ),
+    ],
+)
 def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, monkeypatch):
     """Its gates are trained, its LoRAs know their words, and its UNet has eight channels, which diffusers refuses."""
     monkeypatch.chdir(tmp_path)
@@ -72,8 +104,9 @@ def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, m
         over["mask"].paste(255, (0, 0, 32, 64))
         for name, picture in over.items():
             picture.save(f"{name}.png")
-    prompt = "a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:0.8>"
-    recipe = Recipe(prompt, **changes, seed=3, steps=2, gates="auto", base="emoji")
+    text = changes.get("prompt", "a sunflower and a doughnut")
+    prompt = f"{text} <lora:sunflower:1> <lora:doughnut:0.8>"
+    recipe = Recipe(**changes | {"prompt": prompt}, seed=3, steps=2, gates="auto", base="emoji")
     recipe = world.complete(with_pictures(recipe, **over))
     assert recipe.gates == "sunflower+doughnut"
     exec(compile(as_code(recipe), "script", "exec"), {})

@@ -58,8 +58,8 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     at = [component.label for component in functions["load"].outputs].index("Width")
     assert shown[at : at + 2] == (0, 0)
     fields = shown[: len(functions["script"].inputs) - 1]  # beside the picture that is drawn over
-    assert "width=128,\n    height=64" in plain(functions["script"])(*fields, None)[0]
-    assert "width=128,\n    height=64" in asyncio.run(functions["code"].fn({"prompt": prompt}))
+    assert "width=128, height=64" in plain(functions["script"])(*fields, None)[0]
+    assert "width=128, height=64" in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
 
 def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):
