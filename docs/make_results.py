@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mole_diffusers.emoji import TEST
+from mole_diffusers.emoji.compositions import LARGER, TEST
 from mole_diffusers.evaluation.tables import grid_table, paired_table, success_table
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def success(asked: str) -> str:
     rows = rows[rows["arm"].isin(arms) & rows["seed"].isin(seeds)]
     if "where" in options:
         rows = rows[rows["case"].isin(rows.loc[rows["arm"] == options["where"], "case"])]
-    rows = rows.sort_values(["kind", "arm"], key=lambda column: column.map([*TEST, *arms].index), kind="stable")
+    rows = rows.sort_values(["kind", "arm"], key=lambda column: column.map([*TEST, *LARGER, *arms].index), kind="stable")
     return paired_table(rows, against) if against else success_table(rows)
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.emoji import TEST, VALIDATION, words
-from mole_diffusers.emoji.compositions import compositions
+from mole_diffusers.emoji.compositions import LARGER, compositions
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.evaluation.emoji_protocol import JudgeMetrics, cases
@@ -25,14 +25,17 @@ def test_validation_decides_nothing_that_the_test_asks():
 
 @pytest.mark.parametrize(("subjects", "styles"), [("ab", ""), ("abc", "x"), ("abcde", "xy"), ("abcdef", "x")])
 def test_any_concepts_are_composed_each_pair_once(subjects, styles):
-    found = compositions(subjects, styles, dict.fromkeys(TEST, 99))
+    found = compositions(subjects, styles, dict.fromkeys(TEST | LARGER, 99))
     pairs = set(combinations(subjects, 2))
     assert sorted(tuple(sorted(pair)) for pair in found["two subjects"]) == sorted(pairs)
     assert len(found["two subjects + style"]) == len(pairs) * bool(styles)
     assert set(found["subject x style"]) == set(product(subjects, styles))
-    threes = found["three subjects"]
-    assert len(threes) == len(subjects) * (len(subjects) > 3)
-    assert all(len(set(three)) == 3 for three in threes)
+    for kind, size in (("three subjects", 3), ("four subjects", 4)):
+        assert len(found[kind]) == len(subjects) * (len(subjects) > size)
+        assert all(len(set(concepts)) == size for concepts in found[kind])
+        styled = found[f"{kind} + style"]
+        assert [concepts[:-1] for concepts in styled] == [*found[kind]] * bool(styles)
+        assert {concepts[-1] for concepts in styled} <= set(styles)
 
 
 def test_a_case_has_the_canvas_of_its_scene():

@@ -1,16 +1,17 @@
 """How well LoRAs are composed without training: the sum, binding part by part, what others do, and one LoRA trained on all.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
+    python demos/experiments/emoji/compose.py --split larger --per-kind 8
     python demos/experiments/emoji/compose.py --concepts dragon violin bus rose aurora
     python demos/experiments/emoji/compose.py --figure tiles
     python demos/experiments/emoji/compose.py --split validation --pack
     python demos/experiments/emoji/compose.py --search --seeds 2
 
-Rows are appended below work/compose/, so a cut-off run goes on. `--concepts` composes drawn subjects and styles that are in
-no split, once `make_loras.py` has made their LoRAs. Trained gates are drawn where `train_gates.py --to
-work/gates` has made some, the joint LoRA where `check_world.py --rows joint` has. `--search` finds the strengths of the arm
-"grid search" on validation compositions. `--pack` writes every verdict to docs/results/, which docs/make_results.py makes
-the documents' tables from.
+Rows are appended below work/compose/, so a cut-off run goes on. "larger" are compositions of three and four of the test's
+subjects. `--concepts` composes drawn subjects and styles that are in no split, once `make_loras.py` has made their LoRAs.
+Trained gates are drawn where `train_gates.py --to work/gates` has made some, the joint LoRA where `check_world.py --rows
+joint` has. `--search` finds the strengths of the arm "grid search" on validation compositions. `--pack` writes every verdict
+to docs/results/, which docs/make_results.py makes the documents' tables from.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from sampling import GUIDANCE, STEPS
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in, words
-from mole_diffusers.emoji.compositions import compositions
+from mole_diffusers.emoji.compositions import LARGER, compositions
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
@@ -48,7 +49,8 @@ DOCS = Path(__file__).parents[3] / "docs"
 STRENGTHS = DOCS / "results" / "strengths.json"  # of a grid search: by kind, the best of validation
 GRID = (0.6, 0.8, 1.0, 1.2)
 SPLITS = {"test": TEST, "validation": VALIDATION}
-SEEDS = {"test": 1000, "validation": 3000, "other": 5000}  # the first of each split's; "other" are concepts of no split
+# The first of each split's; "other" are concepts of no split.
+SEEDS = {"test": 1000, "validation": 3000, "larger": 1000, "other": 5000}
 
 
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
@@ -194,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SEEDS, default="validation")
     parser.add_argument("--concepts", nargs="+", metavar="NAME", help='compose these instead: split "other"')
-    parser.add_argument("--kinds", nargs="*", choices=TEST, default=list(TEST))
+    parser.add_argument("--kinds", nargs="*", choices=TEST | LARGER, help="default: all of the split")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
@@ -215,12 +217,12 @@ def main() -> None:
     if args.concepts:
         args.split = "other"
         subjects, styles = ([name for name in args.concepts if name in known] for known in (words.SUBJECTS, words.STYLES))
-        split = compositions(subjects, styles, dict.fromkeys(TEST, args.per_kind))
+        split = compositions(subjects, styles, dict.fromkeys(args.kinds or TEST, args.per_kind))
     elif args.split == "other":
         parser.error("split other needs --concepts")
     else:
-        split = SPLITS[args.split]
-    found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds})
+        split = {**SPLITS, "larger": LARGER}[args.split]
+    found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds or split})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
     drawn = search_arms(setup, GRID) if args.search else [ARMS[name]() for name in args.arms]

@@ -1,25 +1,27 @@
-"""Is a style diluted by the subjects' LoRAs, and do other strengths, early or late, help?
+"""Is a style diluted by the subjects' LoRAs, and do other strengths, or gates by noise level, help?
 
     python demos/experiments/emoji/styles.py [--split validation] [--per-kind 8] [--seeds 4]
     python demos/experiments/emoji/styles.py fox+chalk koala+chalk
 
 The second draws these, of any subjects and styles that `make_loras.py` has made LoRAs of. All LoRAs are bound, subjects in
 tiles where they have room. Beside success, the judge's margins: by how much, in logits, it is surer of the style than of any
-other, and of the least visible subject than of the likeliest that is not there.
+other, and of the least visible subject than of the likeliest that is not there. Trained gates are kept in work/styles.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+import train_gates
 from compose import SEEDS, SPLITS
-from loop import device, mixed_precision, small_attention
+from ladder import layers
+from loop import WORK, device, mixed_precision, small_attention
 from PIL import Image
 from sampling import GUIDANCE, STEPS
 
-from mole_diffusers import attach, detach
+from mole_diffusers import GateConfig, attach, detach
 from mole_diffusers.emoji import Scene, words
 from mole_diffusers.emoji.judge import Judge, Verdict
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
@@ -27,6 +29,7 @@ from mole_diffusers.evaluation import emoji_protocol
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.evaluation.tables import differences, interval, markdown
 from mole_diffusers.inspection.compare import sample
+from mole_diffusers.patching.gated_linear import ADAPTER
 
 KINDS = ("subject x style", "two subjects + style")
 MEASURED = ("success", "style", "subject")
@@ -34,11 +37,19 @@ MEASURED = ("success", "style", "subject")
 
 @dataclass(frozen=True)
 class Way:
-    """Strengths of the subjects' and the style's LoRAs, before and from a share of the steps on."""
+    """Strengths of the subjects' and the style's LoRAs, before and from a share of the steps on.
+
+    Attributes:
+        mean, rest: factors of the mean over tokens of what the style's LoRA adds in a layer, and of what is beside the mean.
+        gates: trained ones of each composition, by noise level, beside the strengths.
+    """
 
     early: tuple[float, float] = (1, 1)
     late: tuple[float, float] = (1, 1)
     since: float = 0
+    mean: float = 1
+    rest: float = 1
+    gates: GateConfig | None = None
 
     def at(self, step: int) -> tuple[float, float]:
         return self.late if step >= self.since * STEPS else self.early
@@ -53,12 +64,38 @@ WAYS = {
     "style at 1.2": Way(late=(1, 1.2)),
     "style at 1.2 after .4": Way(late=(1, 1.2), since=0.4),
     "style after .2": Way(early=(1, 0), since=0.2),
+    "the style's mean at 1.3": Way(mean=1.3),
+    "the style's mean at .7": Way(mean=0.7),
+    "what is beside its mean at 1.3": Way(rest=1.3),
+    "what is beside its mean at .7": Way(rest=0.7),
+    "trained gates by noise level": Way(gates=GateConfig("static", granularity="matrix", total="linear", bins=4)),
 }
+UPDATES = 60  # of those gates
+
+
+def parted(down: torch.nn.Module, ranks: torch.Tensor, way: Way) -> None:
+    """Weigh the mean over tokens of some ranks of A x, [B, T, R] or [B, R, H, W], and what is beside it."""
+
+    def after(_: object, __: object, low: torch.Tensor) -> torch.Tensor:
+        own, tokens = (ranks[:, None, None], (2, 3)) if low.dim() == 4 else (ranks, (1,))
+        mean = low.mean(tokens, keepdim=True)
+        return torch.where(own, way.mean * mean + way.rest * (low - mean), low)
+
+    down.register_forward_hook(after)
 
 
 def draw(world: EmojiWorld, case: Case, way: Way, seed: int) -> Image.Image:
     """A picture of a case in one of these ways."""
-    mixture = attach(world.pipe, {name: world.loras[name] for name in case.concepts})
+    experts, folder = {name: world.loras[name] for name in case.concepts}, WORK / "styles" / case.name
+    if way.gates is not None:
+        train_gates.train(world, case.concepts, way.gates, folder, updates=UPDATES)
+    mixture = attach(world.pipe, experts, "sum" if way.gates is None else folder)
+    if (way.mean, way.rest) != (1, 1):  # the hooks end with `detach`
+        style = [name in words.STYLES for name in mixture.experts].index(True)
+        for part, _, layer in layers(world.pipe):
+            if part == "unet":
+                down = layer.lora_A[ADAPTER]
+                parted(down, down.segment == style, way)
 
     def put(step: int) -> None:
         for name in case.concepts:
@@ -93,12 +130,12 @@ def measured(judge: Judge, verdict: Verdict, scene: Scene) -> dict[str, float]:
     }
 
 
-def rows(world: EmojiWorld, found: list[tuple[Case, Scene]], seeds: range) -> Iterator[dict]:
+def rows(world: EmojiWorld, found: list[tuple[Case, Scene]], ways: Iterable[str], seeds: range) -> Iterator[dict]:
     judge = world.judge()
     for case, scene in found:
-        for name, way in WAYS.items():
+        for name in ways:
             for seed in seeds:
-                verdict = judge.verdict([draw(world, case, way, seed)])
+                verdict = judge.verdict([draw(world, case, WAYS[name], seed)])
                 about = {"arm": name, "case": case.name, "prompt": case.prompt, "seed": seed, "concepts": case.concepts}
                 yield about | {"group": case.kind} | measured(judge, verdict, scene)
         print(case.name, flush=True)
@@ -122,6 +159,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--per-kind", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="beside bound")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)
@@ -129,10 +167,9 @@ def main() -> None:
     if args.names:
         chosen = {"subject x style": [tuple(name.split("+")) for name in args.names]}
     for kind, group in chosen.items():
-        found = emoji_protocol.cases({kind: group})
-        print(
-            f"{kind}, {len(found)} compositions, {args.seeds} seeds:\n\n{table(pd.DataFrame(rows(world, found, seeds)))}\n"
-        )
+        found, ways = emoji_protocol.cases({kind: group}), dict.fromkeys(["bound", *args.ways])
+        frame = pd.DataFrame(rows(world, found, ways, seeds))
+        print(f"{kind}, {len(found)} compositions, {args.seeds} seeds:\n\n{table(frame)}\n")
 
 
 if __name__ == "__main__":

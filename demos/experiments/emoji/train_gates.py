@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from loop import device, multiplies_bf16, note, small_attention
 
-from mole_diffusers import attach, detach, emoji, emoji_world
+from mole_diffusers import EmojiWorld, GateConfig, attach, detach, emoji, emoji_world
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
@@ -37,6 +37,20 @@ def recipe(concepts: emoji.Concepts) -> GateTraining:
     return replace(TRAINING, precision="bf16" if multiplies_bf16() else "no", width=width, height=height)
 
 
+def train(world: EmojiWorld, concepts: emoji.Concepts, gates: str | GateConfig, folder: Path, *, updates: int) -> None:
+    """Train gates of bound LoRAs and write them to `folder`, where they are not there yet."""
+    if (folder / "config.json").exists():
+        return
+    start = time.time()
+    detach(world.pipe)
+    mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, gates)
+    with small_attention():
+        log = train_gates(world.pipe, mixture, lesson(concepts), config=replace(recipe(concepts), steps=updates))
+    mixture.save_pretrained(folder, dtype=torch.float16)
+    detach(world.pipe)
+    note(f"gates {folder.name}", loss=round(log[-1]["loss"], 4), seconds=round(time.time() - start))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
@@ -46,17 +60,8 @@ def main() -> None:
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     for name in args.names:
-        concepts, folder = tuple(name.split("+")), (args.to or world.folder / "gates") / name.replace(" ", "_")
-        if (folder / "config.json").exists():
-            continue
-        start = time.time()
-        detach(world.pipe)
-        mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, args.family)
-        with small_attention():
-            config = replace(recipe(concepts), steps=args.updates)
-            log = train_gates(world.pipe, mixture, lesson(concepts), config=config)
-        mixture.save_pretrained(folder, dtype=torch.float16)
-        note(f"gates {name}", loss=round(log[-1]["loss"], 4), seconds=round(time.time() - start))
+        folder = (args.to or world.folder / "gates") / name.replace(" ", "_")
+        train(world, tuple(name.split("+")), args.family, folder, updates=args.updates)
 
 
 if __name__ == "__main__":
