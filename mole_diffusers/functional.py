@@ -1,4 +1,4 @@
-"""The maths of a mixture, as functions of tensors. B batch, T tokens, C channels, R summed rank, N experts."""
+"""The maths of a mixture as tensor functions. B batch, T tokens, C channels, R summed rank, N experts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TOTALS = ("1", "N", "sigmoid", "linear")
 
 
 def gate_weights(logits: torch.Tensor, mask: torch.Tensor | None, total: str) -> torch.Tensor:
-    """Eq. 11 of MoLE (Wu et al., 2024) over the experts that are there; its masked mode is the same softmax.
+    """Gate weights over the experts that are present (eq. 11 of MoLE, Wu et al., 2024). Its masked mode is the same softmax.
 
     Args:
         logits: [..., N], already divided by the temperature.
-        mask: [N] or, where rows of the batch have experts of their own, [B, N] bool: those present and active; None where
-            all are.
-        total: "1" softmax; "N" softmax times the number of experts in `mask`, so that equal logits give the plain
-            sum; "sigmoid" 2 * sigmoid, independent, in 0..2; "linear" 1 + logits, free in sign and size.
+        mask: [N] bool, the experts that are present and active; [B, N] if rows of the batch have different experts; None
+            if all are present.
+        total: "1": softmax. "N": softmax times the number of experts in `mask`, so that equal logits give the plain sum.
+            "sigmoid": 2 * sigmoid, independent, in 0..2. "linear": 1 + logits, free in sign and size.
 
     Returns:
         [..., N], zero outside `mask`.
@@ -42,10 +42,11 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor | None, total: str) ->
 
 
 def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> torch.Tensor:
-    """Logits whose `gate_weights` are `weights`, [..., N] -> [..., N]: exact for "linear", the nearest within reach else.
+    """Logits whose `gate_weights` are `weights`, [..., N] -> [..., N]: exact for "linear", otherwise as near as possible.
 
-    A softmax reaches positive weights of one sum, so "1" and "N" keep their ratios alone, and "sigmoid" what lies between 0
-    and 2. Weights count as `least` at least (and for "sigmoid" as 2 - `least` at most), so that logits can still move.
+    A softmax only reaches positive weights with a fixed sum, so "1" and "N" keep only the ratios of the weights.
+    "sigmoid" reaches weights between 0 and 2. Weights are clamped to at least `least` (and for "sigmoid" to at most 2 -
+    `least`), so that the logits can still move.
     """
     if total == "linear":
         return weights - 1
@@ -56,21 +57,22 @@ def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> tor
 
 
 def among_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """[...] bool: the `count` largest of the last axis; all of them where `count` is 0 or no less than there are."""
+    """[...] bool: the `count` largest of the last axis; all of them if `count` is 0, or not below their number."""
     if not 0 < count < scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, -1).indices, True)
 
 
 def over_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What holds for a whole row of the batch, beside what holds per token: [N] or [B, N] broadcasts over `like`."""
+    """Broadcast values per batch row over tokens: [N] or [B, N], made to fit `like`."""
     return rows[:, None] if rows.dim() == 2 and like.dim() == 3 else rows
 
 
 def rows_per_prompt(table: torch.Tensor, batch: int, images: int) -> torch.Tensor:
-    """LoraRetriever's mapping matrix (Zhao et al., 2024) over a batch as diffusers lays it out: [b, N] -> [batch, N].
+    """Spread LoraRetriever's mapping matrix (Zhao et al., 2024) over a batch in diffusers' order: [b, N] -> [batch, N].
 
-    The pictures of a prompt lie side by side, and guidance repeats the whole, so unconditional rows get their prompt's set.
+    Pictures of one prompt are neighbours, and guidance repeats the whole batch, so unconditional rows get their prompt's
+    set.
     """
     rows = table.repeat_interleave(images, 0)  # [b * images, N]
     if batch % len(rows):
@@ -91,20 +93,20 @@ def pooled(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def flattened(hidden: torch.Tensor) -> torch.Tensor:
-    """Eq. 10 of MoLE: [B, T, C] -> [B, T * C], tied to one number of tokens."""
+    """Eq. 10 of MoLE: [B, T, C] -> [B, T * C]. Tied to one number of tokens."""
     return hidden.flatten(1)
 
 
 def l2_normalized(features: torch.Tensor) -> torch.Tensor:
-    """The unspecified Normalization of MoLE's eq. 9, read as the authors' code has it: L2 over the whole vector."""
-    # `F.normalize` is one operation more, which counts in every block.
+    """The Normalization of MoLE's eq. 9. The paper leaves it open; this is the authors' code: L2 over the whole vector."""
+    # `F.normalize` takes one more operation, which adds up over all blocks.
     return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
     """Each expert's own output side by side, eq. 9 of MoLE: x [B, T, Cin] -> [B, T, N * Cout].
 
-    `down` [R, Cin] and `up` [Cout, R] are the stacked experts, `ranks` how R divides among the N.
+    `down` [R, Cin] and `up` [Cout, R] are the stacked experts; `ranks` says how R divides among the N experts.
     """
     hidden = F.linear(x, down).split(list(ranks), -1)  # N x [B, T, r]
     return torch.cat([F.linear(h, u) for h, u in zip(hidden, up.split(list(ranks), 1), strict=True)], -1)
@@ -114,8 +116,8 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.
     """Expert weights [N], [B, N] or [B, T, N] -> a factor that multiplies `like`.
 
     Args:
-        segment: [R], the expert of each rank; None where the weights are by rank already.
-        like: [B, R], [B, T, R] or [B, R, H, W], whose tokens are H x W in rows.
+        segment: [R], the expert of each rank; None if the weights are already per rank.
+        like: [B, R], [B, T, R] or [B, R, H, W], whose tokens are the H x W places, row by row.
     """
     factor = (weights if segment is None else weights.index_select(-1, segment)).to(like.dtype)  # [R], [B, R] or [B, T, R]
     if factor.dim() == 3:
@@ -128,14 +130,16 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.
 
 
 def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
-    """Mean over each expert's ranks: [..., R] -> [..., N], 0 where an expert has none. `segment` [R] as in `over_ranks`."""
+    """Mean over each expert's ranks: [..., R] -> [..., N], 0 for an expert without ranks. `segment` [R] as in
+    `over_ranks`.
+    """
     sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, segment, values)
-    counts = segment.new_zeros(experts).index_add(0, segment, torch.ones_like(segment))  # bincount waits for the device
+    counts = segment.new_zeros(experts).index_add(0, segment, torch.ones_like(segment))  # bincount would wait for the device
     return sums / counts.clamp_min(1)
 
 
 def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """result + (factor * low) up^T; without gradients in the memory of `result` and `low`, where their dtypes are alike.
+    """result + (factor * low) up^T. Without gradients it overwrites `result` and `low`, if their dtypes match.
 
     Args:
         result: W x, [B T, Cout].
@@ -153,7 +157,7 @@ def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, 
 
 
 def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The nearest pair of lower rank to up @ down (Eckart-Young), without ever forming the product.
+    """The nearest pair of lower rank to up @ down (Eckart-Young), without computing the product.
 
     Args:
         down: [R, Cin] or [R, Cin, k, k].
@@ -172,19 +176,20 @@ def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Ten
 
 
 def resample_rows(values: torch.Tensor, batch: int) -> torch.Tensor:
-    """Rows [have, ...] spread over, or thinned to, [batch, ...], where each stands for as many neighbours as any other.
+    """Spread or thin rows [have, ...] evenly to [batch, ...].
 
-    A video's frames and an image's pixels are rows in some layers, one sample's after the other's.
+    In some layers, a video's frames or an image's pixels are rows, one sample's after the other's.
     """
     have = values.shape[0]
     return values if have == batch else values[torch.arange(batch, device=values.device) * have // batch]
 
 
 def rows_for_layer(values: torch.Tensor, batch: int) -> torch.Tensor:
-    """A denoiser call's rows [have, ...] as a layer inside it has them: [batch, ...].
+    """The rows [have, ...] of a denoiser call as a layer inside it sees them: [batch, ...].
 
-    More rows are frames or pixels. Fewer are what perturbed-attention guidance (Ahn et al., 2024) splits off: without
-    perturbation the leading rows, perturbed the last, which are less than half where there is guidance, too.
+    More rows are frames or pixels. Fewer rows come from perturbed-attention guidance (Ahn et al., 2024), which splits
+    the batch: the unperturbed rows come first, the perturbed ones last. With classifier-free guidance, the perturbed
+    rows are less than half.
     """
     have = values.shape[0]
     if batch >= have:
@@ -193,7 +198,7 @@ def rows_for_layer(values: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def entropy(weights: torch.Tensor) -> torch.Tensor:
-    """Entropy of each gate in nats, 0 .. ln N: [..., N] -> [...]. Weights are brought to sum 1 first."""
+    """Entropy of each gate in nats, 0 .. ln N: [..., N] -> [...]. Weights are first scaled to sum 1."""
     share = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)
     return -(share * share.clamp_min(1e-12).log()).sum(-1)
 
@@ -202,8 +207,9 @@ def mean_shares(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) 
     """q of MoLE's eq. 15, [N]: each expert's mean share over blocks and batch.
 
     Args:
-        gates: per gated block [..., N], before the user's strengths; negative weights count as none.
-        present: per block [N] bool. A block counts for the experts it has, by how far it is from their equal share.
+        gates: per gated block [..., N], before the user's strengths. Negative weights count as 0.
+        present: per block [N] bool. A block counts only for the experts that it has, and shares are relative to the
+            equal share among these.
     """
     q, blocks = torch.zeros(()), torch.zeros(())
     for weights, there in zip(gates, present, strict=True):
@@ -214,7 +220,7 @@ def mean_shares(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) 
 
 
 def balance_loss(q: torch.Tensor) -> torch.Tensor:
-    """Eq. 14 of MoLE with a live gradient, less its minimum N ln N: 0 when experts share equally on average.
+    """Eq. 14 of MoLE with a live gradient, minus its minimum N ln N: 0 if the experts share equally on average.
 
     The mean `q` [N] is taken before the log, so single blocks may specialise. (The authors' code detaches it, which
     leaves no gradient.)
@@ -223,10 +229,10 @@ def balance_loss(q: torch.Tensor) -> torch.Tensor:
 
 
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, by a copy that waits for nothing.
+    """Copy a CPU tensor to `device` without waiting.
 
-    A plain `.to` to a CUDA card waits until the card has done all it was given; pinned memory is copied beside that.
+    A plain `.to` to a CUDA device waits for all work in its queue. A copy from pinned memory runs beside that work.
     """
-    if device.type == "mps" or torch.compiler.is_compiling():  # there such copies may come late; a graph pins no memory
+    if device.type == "mps" or torch.compiler.is_compiling():  # mps may copy late; a graph cannot pin memory
         return tensor.to(device)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

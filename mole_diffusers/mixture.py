@@ -1,4 +1,4 @@
-"""attach / detach, and the handle that a user holds: experts and gates on a pipeline, and what can be done with them."""
+"""Attach experts and gates to a pipeline, and control them through a `Mixture`."""
 
 from __future__ import annotations
 
@@ -50,23 +50,25 @@ from mole_diffusers.patching.undo import Undo
 
 Source = str | Path | Expert
 Gates = str | Path | GateConfig
-MAX_STRENGTH = 1e6  # a strength; far more than any picture survives, and few enough that products stay numbers
+MAX_STRENGTH = 1e6  # far more than any picture survives, and small enough that products stay finite
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
-_lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that a block has lifted from it
+_lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that `lifted` took off it
 
 
 class Mixture:
-    """Experts and gates attached to a pipeline; made by `attach`.
+    """Experts and gates attached to a pipeline; created by `attach`.
 
-    Threads may share it: calls of the pipeline, `with` blocks of the mixture and settings wait for one another, so a
-    block's masks and strengths never reach another thread's picture. A second pipeline over the same models does not
-    wait, and draws neither in tiles nor after the places in a picture; call it inside a block, or attach to it. One that
-    a drop-in's `from_pipe` made does all that.
+    Several threads may share a mixture. Calls of the pipeline, `with` blocks of the mixture and changes of settings wait
+    for one another, so one thread's masks and strengths never reach another thread's picture.
+
+    A second pipeline over the same models does not wait, and it neither draws in tiles nor finds places in a given
+    picture. Call it inside a `with` block of the mixture, or attach to it. A pipeline that a drop-in's `from_pipe` made
+    needs neither.
 
     Attributes:
         experts: name -> Expert, in the order of the gates' columns.
-        config: which gates these are.
+        config: the gates' configuration.
         unmatched: name -> layer keys of the file that the pipeline does not have.
         banks: part -> GateBank.
     """
@@ -81,7 +83,7 @@ class Mixture:
         self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
         self._calling: Any = None  # the pipeline, while a call of it runs
         self._traces: list[Trace] = []
-        self._locking, self._undo = Undo(), Undo()  # what gives back the pipeline's calls, and the rest
+        self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
         self._denoiser = denoiser(pipe)
         self._lock = lock_of(self._denoiser)
         self._inputs = DenoiserInputs(self._denoiser)
@@ -91,10 +93,10 @@ class Mixture:
         ]
         self.banks = {part.name: part.bank for part in self._components}
 
-    # ---- what a user does with it
+    # ---- for users
 
     def strength(self, name: str, value: float | None = None) -> float:
-        """The user's factor of one expert; with `value`, set it (any sign and size; 0 means absent)."""
+        """Return the strength of one expert. With `value`, set it first (any sign and size; 0 means absent)."""
         index = self._index(name)
         with self._lock.held():
             if value is not None:
@@ -104,16 +106,16 @@ class Mixture:
 
     @property
     def active(self) -> set[str]:
-        """The experts that are on, at whatever strength."""
+        """The experts that are switched on, whatever their strength."""
         return {name for name, on in zip(self.experts, self._runtime.active, strict=True) if on}
 
     @property
     def plan(self) -> Plan | None:
-        """What `choose` or `planned` has set."""
+        """The plan that `choose` or `planned` has set, if any."""
         return self._runtime.plan
 
     def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
-        """These experts at these strengths, and no others; `plan` has factors on top, by component and block."""
+        """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block."""
         for name, value in strengths.items():
             self._index(name)
             self._finite(name, value)
@@ -123,7 +125,7 @@ class Mixture:
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
-        """These factors while the block runs; experts not named keep theirs."""
+        """Use these strengths inside the block. Experts that are not named keep theirs."""
         changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
         with (
             self._lock.held(),
@@ -133,14 +135,17 @@ class Mixture:
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
-        """MoLE's second inference mode: mask the other experts, renormalise the gates, restore on exit."""
+        """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
         kept = {self._index(name) for name in names}
         with self._with_settings(active=[i in kept for i in range(len(self.experts))]):
             yield
 
     @contextmanager
     def fixed(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Replace every gate: these weights everywhere, 0 for experts not named; strengths and `only` do not count."""
+        """Replace every gate by these weights inside the block.
+
+        Experts that are not named get 0. Strengths and `only` have no effect inside the block.
+        """
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
             values[self._index(name)] = self._finite(name, weight)
@@ -149,14 +154,15 @@ class Mixture:
 
     @contextmanager
     def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> Iterator[None]:
-        """A set of experts for each prompt of a batch, by one mapping matrix (LoraRetriever, Zhao et al., 2024).
+        """Give each prompt of a batch its own set of experts, by one mapping matrix (LoraRetriever, Zhao et al., 2024).
 
         Args:
-            sets: for each prompt in order, name -> factor beside gate and strength; experts not named are absent there,
-                and an empty set is the base. Rows of guidance go with their prompt.
+            sets: for each prompt in order, name -> factor, which multiplies gate and strength. Experts that are not
+                named are absent from that prompt's rows; an empty set is the base model. Guidance rows use the set of
+                their prompt.
             images: the call's `num_images_per_prompt`.
 
-        While the block runs, a batch that is no multiple of prompts x images raises ValueError.
+        While the block runs, a batch whose size is not a multiple of prompts x images raises ValueError.
         """
         table = torch.zeros(len(sets), len(self.experts))  # [b, N]
         for row, chosen in enumerate(sets):
@@ -169,21 +175,24 @@ class Mixture:
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
-        """Strengths by component, block and step, or gates by hand, while the block runs; see `patching.runtime.Plan`."""
+        """Set strengths by component, block and step, or gates by hand, inside the block; see `patching.runtime.Plan`."""
         with self._with_settings(plan=plan):
             yield
 
     @contextmanager
     def adjusted(self, control: Control) -> Iterator[None]:
-        """Transform the gates, `control(place, gates, mask) -> gates`, before the strengths; see `gates.transforms`."""
+        """Transform the gates inside the block, before strengths apply: `control(place, gates, mask) -> gates`.
+
+        See `gates.transforms`.
+        """
         with self._with_settings(control=control):
             yield
 
     @contextmanager
     def every(self, calls: int) -> Iterator[None]:
-        """Evaluate the denoiser's gates in one of `calls` of its calls, and keep their weights in the others.
+        """Evaluate the denoiser's gates only in every `calls`-th of its calls, and reuse their weights in between.
 
-        A new text starts over. With gradients, and in a compiled model, they are evaluated in each.
+        A new text starts over. With gradients, and in a compiled model, gates are evaluated in every call.
         """
         if not isinstance(calls, int) or calls < 1:
             raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")
@@ -192,7 +201,7 @@ class Mixture:
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
-        """Call `listener(decision)` with each gate's live weights as they are made."""
+        """Call `listener(decision)` with each gate's live weights, whenever it computes them."""
         with self._lock.held(), self._with_settings(listeners=[*self._runtime.listeners, listener]):
             yield
 
@@ -201,9 +210,10 @@ class Mixture:
         """Record every gate's weights while the block runs: by place, step, batch row and expert.
 
         Args:
-            maps: also where the model attends to the words of what is bound, at every step and not the first alone. That
-                costs the attention of the layers that are read once more, and 4 bytes per place: for each thing, picture and
-                step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at 1024.
+            maps: also record where the model attends to the words of each bound thing, at every step instead of the
+                first alone. This computes the attention of the layers that are read once more, and takes 4 bytes per
+                place: for each thing, picture and step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at
+                1024.
         """
         with self._lock.held():
             trace = Trace(list(self.experts), self._runtime, self._runtime.step + 1)
@@ -220,9 +230,10 @@ class Mixture:
 
     @contextmanager
     def drawing(self, call: Mapping[str, Any] | None = None, *, pipe: Any = None) -> Iterator[None]:
-        """What every call of the pipeline runs in: other threads wait, and a layout of the picture is planned anew.
+        """The block that every call of the pipeline runs in: other threads wait, and the picture's layout is planned anew.
 
-        For pictures that are drawn without calling the pipeline, as in a loop of one's own; those are not drawn in tiles.
+        Use it if you draw without calling the pipeline, for example in your own denoising loop. Pictures that are drawn
+        this way are not drawn in tiles.
 
         Args:
             call: the arguments of the pipeline's call.
@@ -231,7 +242,7 @@ class Mixture:
         pipe = self._pipe if pipe is None else pipe
         with self._lock.held(draws=True):
             now = attached(self._pipe)
-            if now is not self:  # it was replaced, or taken off, while this call waited
+            if now is not self:  # it was replaced or taken off while this call waited
                 with nullcontext() if now is None else now.drawing(call, pipe=pipe):
                     yield
                 return
@@ -251,7 +262,7 @@ class Mixture:
                     binding.end(warns=done and self._runtime.masks is binding)
 
     def _by_things(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
-        """What calls the denoiser for single things: to draw them in tiles at first, or to find them in a picture."""
+        """How to call the denoiser for single things: to draw them in tiles at first, or to find them in a given picture."""
         runtime = self._runtime
         binding, tiling = runtime.binding, runtime.tiling
         if binding is None and tiling.always and tiling.until:
@@ -274,7 +285,10 @@ class Mixture:
         return nullcontext() if over is None else over.placed()
 
     def announce_text(self, ids: torch.Tensor) -> None:
-        """Token ids [B, T] on the CPU that a text encoder is about to be given; so they are not read back from a device."""
+        """Announce the token ids [B, T], on the CPU, that a text encoder is about to get.
+
+        They then need not be read back from the device.
+        """
         self._runtime.tokens.announce(ids)
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
@@ -282,20 +296,21 @@ class Mixture:
         return {name: (expert, self.strength(name)) for name, expert in self.experts.items()}
 
     def parameters(self) -> list[nn.Parameter]:
-        """The gates' parameters, all that training changes."""
+        """The gates' parameters: everything that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
-        """Each gate and the layers that take its weights, as "unet.down_blocks.0.attentions.0.proj_in"."""
+        """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
         return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._components for g, layers in p.layers_by_gate()]
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """The original pipeline while the block runs, for saving it, say; afterwards the mixture is back.
+        """Take the mixture off while the block runs, for example to save the original pipeline.
 
-        It is not put back where another one is attached when the block ends, or where `detach` was called inside. What
-        `enable_lora`, `disable_lora` and `set_adapters` do to ordinary LoRAs inside the block stays, and switches the
-        mixture beside them on or off, too. Where there are no ordinary LoRAs those calls do nothing.
+        Afterwards the mixture is put back, unless another one is attached by then, or `detach` was called inside the
+        block. What `enable_lora`, `disable_lora` and `set_adapters` do to ordinary LoRAs inside the block stays, and
+        also switches the mixture beside them on or off. Without ordinary LoRAs these calls do nothing.
+
         Raises ValueError for a mixture that is not attached.
         """
         models = [part.model for part in self._components]
@@ -305,7 +320,7 @@ class Mixture:
                 return
             if attached(self._pipe) is not self:
                 raise ValueError("this mixture is not attached any more")
-            off, before = [model for model in models if switched_off(model)], {}  # by `disable_lora`, which stays so
+            off, before = [model for model in models if switched_off(model)], {}  # by `disable_lora`, and they stay off
             _lifted[self._denoiser] = self
             try:
                 switch(off, on=True)
@@ -318,20 +333,21 @@ class Mixture:
                     if attached(self._pipe) is None:
                         self._put_back(off_after(models, off, before))
                     else:
-                        self._locking = Undo()  # calls are those of the other now
+                        self._locking = Undo()  # calls now belong to the other mixture
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
-        """The gates' average weights folded into the host's own weights: no cost per step. Undone bit for bit.
+        """Fold the gates' average weights into the pipeline's own weights: no cost per step, undone bit for bit.
 
-        The pipeline carries nothing of the mixture while the block runs: an expert acts on every word and in the whole
-        picture then, or nowhere where its words are not in `prompt`. In half precision the folded weights are rounded
-        as the host's own are.
+        While the block runs, the pipeline carries nothing of the mixture. Each expert then acts on every word and in the
+        whole picture, or not at all if its words are not in `prompt`. In half precision, the folded weights are rounded
+        like the pipeline's own.
 
         Args:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
-                ("sum", "mean", "static") need none, and those of the "prompt" draw nothing: they read it.
-            call: how to draw it, as the pipeline is called; 10 steps from seed 0 unless said.
+                ("sum", "mean", "static") need no prompt. "prompt" gates need one, but they only read it, and nothing is
+                drawn.
+            **call: how to draw it, as arguments of the pipeline; 10 steps from seed 0 by default.
 
         Raises:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host.
@@ -351,17 +367,18 @@ class Mixture:
         dtype: torch.dtype = torch.float16,
         **call: Any,
     ) -> float:
-        """Write the mixture at its gates' average weights as one ordinary LoRA, for any tool.
+        """Write the mixture, at its gates' average weights, as one ordinary LoRA for any tool.
 
         Args:
             prompt: what the averages are taken over, as for `collapsed`.
-            rank: cut every layer to this rank by singular values; by default ranks add up and nothing is lost.
+            rank: cut every layer to this rank by singular values. By default ranks add up and nothing is lost.
             format: "diffusers" or "kohya" keys.
             dtype: of the tensors in the file.
-            **call: options of that call, as for `collapsed`.
+            **call: how to draw the prompt, as for `collapsed`.
 
         Returns:
-            The relative error |dW - dW'| / |dW| of the cut over all layers, 0 without one; it is in the file's header.
+            The relative error |dW - dW'| / |dW| of the cut over all layers, 0 without a cut. The file's header holds it,
+            too.
         """
         layers, error = self._one_lora(prompt, call), 0.0
         if rank is not None:
@@ -379,7 +396,7 @@ class Mixture:
         return one_lora(self._components, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes and a model card; returns the commit's address.
+        """Upload what `save_pretrained` writes, with a model card. Returns the commit's address.
 
         `options` are those of `gates.hub.upload`: private, token, commit_message, ...
         """
@@ -391,9 +408,9 @@ class Mixture:
     ) -> None:
         """Write `gates.safetensors`, stored as `dtype`, and `config.json`; `attach(..., gates=folder)` reads them.
 
-        `experts`, by default those of the mixture, are the files that the gates will be read with.
+        `experts` are the files that the gates will be loaded with, by default those of the mixture.
         """
-        with self._lock.held(), loaded(self._pipe):  # offloaded gates have no values where they are between calls
+        with self._lock.held(), loaded(self._pipe):  # between calls, offloaded gates have no values
             checkpoint.save(folder, self.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     @contextmanager
@@ -422,26 +439,26 @@ class Mixture:
 
     @property
     def binding(self) -> dict[str, Bound] | None:
-        """Each expert's words and region; None where nothing is bound."""
+        """Each expert's words and region; None if nothing is bound."""
         return None if self._runtime.binding is None else dict(self._runtime.binding.bound)
 
     def bind(self, binding: Mapping[str, Any] | None) -> None:
-        """Say which words and which place are whose; experts that are not named keep theirs.
+        """Set each expert's words and its place in the picture. Experts that are not named keep theirs.
 
         Args:
-            binding: name -> words, "a fox" or ["a fox", "foxes"]; or (words, region), where words may be None for those of
-                the file; or "everywhere", on every word and in the whole picture. A region is "auto", found from attention,
-                "left", "right", "top", "bottom", "center", "top left", ..., a box (left, top, right, bottom) in shares of
-                the picture, or a mask picture, white where the expert acts. None: no expert is bound.
+            binding: name -> words, "a fox" or ["a fox", "foxes"]; or (words, region), with None for the words that the
+                file gives; or "everywhere": on every word and in the whole picture. A region is "auto" (found from
+                attention); "left", "right", "top", "bottom", "center", "top left", ...; a box (left, top, right, bottom)
+                in shares of the picture; or a mask picture, white where the expert acts. `bind(None)` binds no expert.
 
-        Raises ValueError for an unknown name or region; nothing is changed then.
+        Raises ValueError for an unknown name or region; nothing changes then.
         """
         with self._lock.held():
             self._runtime.set(binding=self._masks(self._bound(binding)))
 
     @property
     def is_bound(self) -> bool:
-        """Whether any expert is kept from words of others, or to a place."""
+        """Whether binding keeps any expert off the words of others, or in a place."""
         bounds = list((self.binding or {}).values())
         return any(b.given is not None or (b.words and len(bounds) > 1) for b in bounds)
 
@@ -452,16 +469,16 @@ class Mixture:
             yield
 
     def restore_point(self) -> Callable[[], None]:
-        """A function that sets the binding and the active experts to what they are now.
+        """A function that sets the binding and the active experts back to what they are now.
 
-        For gradient checkpointing, which runs blocks of the model again when the `with` blocks that these settings come from
-        have ended. Call it inside of `settings_kept`, which gives back what was there before.
+        It is for gradient checkpointing, which runs blocks of the model again after the `with` blocks that set these
+        have ended. Call it inside `settings_kept`, which then restores what was there before.
         """
         return partial(self._runtime.set, **self._now())
 
     @contextmanager
     def settings_kept(self) -> Iterator[None]:
-        """Give the binding and the active experts back, at the end of the block, as they were at its beginning."""
+        """Restore the binding and the active experts at the end of the block."""
         with self._with_settings(**self._now()):
             yield
 
@@ -472,34 +489,39 @@ class Mixture:
     def tiled(
         self, until: float = UNTIL, *, always: bool = True, prompt: str | None = None, encode: Encode | None = None
     ) -> Iterator[None]:
-        """Draw pictures in tiles at first: each thing that a prompt names as a picture of its own, in its own place.
+        """Draw pictures in tiles at first: each thing that the prompt names is a picture of its own, in its own place.
 
-        In the first steps the denoiser is called for each thing on its part of the latents alone, with the prompt without
-        the other things, and with its own expert and those that act everywhere, as a style does. The last steps, one at
-        least, draw the picture as one, bound to the same places, which joins the parts. A prompt that names less than two
-        things is drawn as usual.
+        In the first steps, the denoiser is called for each thing separately, on its part of the latents. It reads the
+        prompt without the other things, and runs with the thing's expert and the experts that act everywhere, such as a
+        style. The last steps (at least one) draw the picture as a whole, bound to the same places, which joins the
+        parts. A prompt that names fewer than two things is drawn as usual.
 
-        A bound mixture does so by itself where a call asks for nothing but a picture of one prompt (none that is drawn over,
-        no ControlNet), which lists things, one at least of an expert that is on ("a fox and an owl", not "a fox riding an
-        owl"; what no expert is for only as in "a fox, a lemon and an owl"), each with room for a picture of the size that
-        the UNet was trained at: for two of Stable Diffusion 1.5 a picture of 1024 x 512. Inside the block it does so always,
-        or with `until=0` never. Weights by hand (`fixed`) hold everywhere, and sets of experts (`rows`) belong to several
-        prompts: they are drawn without tiles.
+        A bound mixture draws in tiles by itself if all of this holds:
 
-        Places are those that the mixture is bound to; things without one share the rest of the picture in the order of
-        naming, unless words as "left of" decide.
+        - The call only asks for pictures of one prompt, without img2img, inpainting or ControlNet.
+        - The prompt lists things: "a fox and an owl", but not "a fox riding an owl". At least one of them has an expert
+          that is on. A thing without an expert counts only in a list such as "a fox, a lemon and an owl".
+        - Each thing has room for a picture of the size that the UNet was trained at. Two things need 1024 x 512 pixels
+          in Stable Diffusion 1.5.
+
+        Inside this block it always draws in tiles, or never with `until=0`. Pictures inside `fixed` and `rows` are not
+        drawn in tiles: weights by hand hold everywhere, and sets of experts belong to several prompts.
+
+        Places are those that the mixture is bound to. Things without one share the rest of the picture in the order in
+        which they are named, unless words such as "left of" decide.
 
         Args:
             until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
-            always: whatever the size and the prompt; else where a mixture does so by itself.
-            prompt: the text of pictures whose call gives states instead.
-            encode: makes the states of a part of that prompt (`binding.parts.Part`), [1, S, C], and what SDXL reads of it as
-                a whole, [1, P], else None; by default the pipeline does. `studio.prompt_weights.tiled_prompt` gives both
-                of a prompt with weights.
+            always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
+            prompt: the text of the pictures, if the call gives text states instead of it.
+            encode: function from a part of that prompt (`binding.parts.Part`) to its text states [1, S, C], and to the
+                pooled states that SDXL reads, [1, P], None for other models. By default the pipeline encodes the part.
+                `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
-        Raises ValueError for a share outside of 0..1; and when a picture is drawn that is always to be in tiles, for a
-        pipeline without a UNet, no one prompt, more than eight things, a video, a ControlNet, a prompt of several chunks, or
-        a region of an expert that is no thing; and for regions that leave a thing no place.
+        Raises ValueError for a share outside of 0..1. A picture that must be drawn in tiles also raises it for a
+        pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet, a
+        prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no
+        place.
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
@@ -508,13 +530,16 @@ class Mixture:
 
     @property
     def layouts(self) -> list[Layout]:
-        """Where each expert acts in the pictures that were drawn last, or are being drawn: one for each picture."""
+        """Where each expert acts in the last pictures, or in those being drawn now: one layout per picture."""
         return [] if self._runtime.binding is None else self._runtime.binding.layouts
 
     @property
     def binding_warnings(self) -> list[str]:
-        """What binding had to warn of in the last call of the pipeline: experts whose words the prompt has not, several in
-        one place, places that are undecided or that nobody got. As warnings of Python each is given once."""
+        """What binding warned of in the pipeline's last call.
+
+        Warnings are about experts whose words are not in the prompt, several experts in one place, places that are
+        undecided, and places that no expert got. As Python warnings, each appears only once.
+        """
         return [] if self._runtime.binding is None else list(self._runtime.binding.warned)
 
     def _bound(self, binding: Mapping[str, Any] | None) -> dict[str, Bound] | None:
@@ -522,10 +547,10 @@ class Mixture:
             return None
         return bindings(binding, self.experts, self.binding or files_bindings(self.experts))
 
-    # ---- putting it on the hosts and taking it off
+    # ---- install on the models and uninstall
 
     def _replace(self, before: Mixture | None) -> None:
-        """Take the place of `before`, or leave it there."""
+        """Take the place of `before`. If that fails, put `before` back."""
         with self._lock.held():
             try:
                 if before is not None:
@@ -540,7 +565,7 @@ class Mixture:
                 raise
 
     def _take_off(self) -> None:
-        """Give back the original pipeline; where that was broken off, go on with it."""
+        """Restore the original pipeline; if an earlier attempt was interrupted, finish it."""
         self._uninstall()
         self._locking.close()
 
@@ -552,7 +577,7 @@ class Mixture:
                 for model in (self._denoiser, *(part.model for part in self._components)):
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
-                # First of all hooks: the network's own gate already needs the time of this call.
+                # The first hook of all: the network's own gate already needs the time of this call.
                 undo.before_forward(self._denoiser, self._on_denoiser, with_kwargs=True)
                 for name, model in hosts(self._pipe).items():
                     if name not in DENOISERS:
@@ -568,12 +593,12 @@ class Mixture:
             raise
 
     def _copied(self, memo: dict[int, Any]) -> Any:
-        """A copy of the pipeline, `copy.deepcopy` by name, with a mixture of its own."""
+        """A copy of the pipeline with its own mixture, for `copy.deepcopy`."""
         off = [part.name for part in self._components if switched_off(part.model)]
         with self.lifted():
             twin = deepcopy(self._pipe, memo)
             mixture = Mixture(twin, self.experts, self.config)
-            for name, bank in self.banks.items():  # which is not offloaded here
+            for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
                 mixture.banks[name].load_state_dict(bank.state_dict())
         models = [getattr(twin, name) for name in off]
         kept = {name: copy(self._runtime.outside(name)) for name in ("strength", "active", "plan")}
@@ -589,9 +614,9 @@ class Mixture:
         return attached(deepcopy(self._pipe, memo))
 
     def _put_back(self, off: Sequence[nn.Module]) -> None:
-        """Install again, with the adapters of the models `off` switched off."""
+        """Install again, with the adapters of the models in `off` switched off."""
         try:
-            if not calls_are_locked(self._pipe):  # another came and went
+            if not calls_are_locked(self._pipe):  # another mixture came and went
                 self._locking = Undo()
                 lock_calls(self._pipe, self.drawing, self._locking)
             switch(off, on=True)
@@ -621,7 +646,7 @@ class Mixture:
                 side=lambda: inputs.side(args, kwargs),
                 level=lambda: float(runtime.time.max()),
                 groups=lambda: groups_of(self._calling, text, latents) if called else None,
-                wanted=runtime.acting if called else [False] * len(self.experts),  # training has prompts of single experts
+                wanted=runtime.acting if called else [False] * len(self.experts),  # training prompts name single experts
             )
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
@@ -638,18 +663,18 @@ def attach(
     *,
     binding: Mapping[str, Any] | str | None = "auto",
 ) -> Mixture:
-    """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces; `detach` gives the original back.
+    """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces them; `detach` restores the original.
 
     Args:
         pipe: any pipeline with a `unet` or a `transformer`.
-        experts: name -> file, or (file, strength). Strength is the user's own factor: any sign and size, 1 by default,
-            0 means absent.
+        experts: name -> file, or (file, strength). Strength is your own factor: any sign and size, 1 by default, 0 means
+            absent.
         gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
-        binding: which words and which place are whose, as `Mixture.bind` takes it. "auto" takes the trigger words of the
-            files and finds places from attention; None binds nothing, so that `gates="sum"` is the plain sum.
+        binding: each expert's words and place, as `Mixture.bind` takes them. "auto" takes the trigger words from the
+            files and finds places from attention. None binds nothing, so that `gates="sum"` is the plain sum.
 
     Returns:
-        The mixture, the handle for strengths, masks, traces, training and saving.
+        The mixture: the handle for strengths, masks, traces, training and saving.
 
     Raises:
         ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
@@ -668,7 +693,7 @@ def attach(
 def _prepared(
     pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates, binding: Mapping[str, Any] | str | None
 ) -> Mixture:
-    """Read and check everything; nothing of the pipeline is changed."""
+    """Read and check everything, without changing the pipeline."""
     if not isinstance(experts, Mapping):
         raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
     read, strengths = {}, {}
@@ -693,34 +718,34 @@ def _prepared(
 
 
 def detach(pipe: Any) -> None:
-    """Give back the original pipeline, bit for bit. Does nothing where nothing is attached."""
+    """Restore the original pipeline, bit for bit. Does nothing if nothing is attached."""
     with _held(pipe) as mixture:
         if mixture is not None:
             mixture._take_off()
         else:
             for model in _denoisers(pipe):
-                if (lifted := _lifted.pop(model, None)) is not None:  # it does not come back
+                if (lifted := _lifted.pop(model, None)) is not None:  # so that `lifted` does not put it back
                     lifted._locking.close()
-            unlock_calls(pipe)  # where an earlier detach was broken off before that
+            unlock_calls(pipe)  # in case an earlier detach was interrupted before this
 
 
 def attached(pipe: Any) -> Mixture | None:
-    """The mixture on a pipeline, if any."""
+    """The mixture on a pipeline, or None."""
     found = {name: mixture for name, model in models_of(pipe).items() if (mixture := vars(model).get(HANDLE)) is not None}
     by_denoiser = next((found[name] for name in DENOISERS if name in found), None)
-    # Where another denoiser was put in the place of the one that had it, its text encoders still have it.
+    # If the denoiser was replaced by another one, the text encoders still have it.
     return by_denoiser or next((mixture for mixture in found.values() if mixture._pipe is pipe), None)
 
 
 @contextmanager
 def _held(pipe: Any) -> Iterator[Mixture | None]:
-    """The mixture on a pipeline, with all other threads kept out; a mixture that replaces it takes over its lock."""
+    """The mixture on a pipeline, while all other threads wait. A mixture that replaces it takes over its lock."""
     with lock_of_pipeline(pipe).held():
         yield attached(pipe)
 
 
 def lock_of_pipeline(pipe: Any) -> PipelineLock:
-    """The lock of a pipeline's denoiser, or of the mixture that its text encoders still have."""
+    """The lock of a pipeline's denoiser, or of the mixture that its text encoders still hold."""
     found = attached(pipe)
     return lock_of(next(iter(_denoisers(pipe)), pipe)) if found is None else found._lock
 

@@ -1,4 +1,4 @@
-"""The blocks of SDXL for modular diffusers, which compose the LoRAs that a call names."""
+"""SDXL blocks for modular diffusers that compose the LoRAs a call names."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 
 from mole_diffusers.mixture import attach, attached, detach, lock_of_pipeline
 
-OWN = ("experts", "gates", "binding")  # inputs that are not diffusers'
+OWN = ("experts", "gates", "binding")  # inputs beyond those of diffusers
 
 
 class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
-    """`StableDiffusionXLAutoBlocks` with the inputs of `attach`; a call without `experts` keeps what is attached.
+    """`StableDiffusionXLAutoBlocks` with the inputs of `attach`. A call without `experts` keeps what is attached.
 
-    `MoLEStableDiffusionXLBlocks().init_pipeline(...)` is a modular pipeline. `attach` itself takes any modular pipeline too.
+    `MoLEStableDiffusionXLBlocks().init_pipeline(...)` is a modular pipeline. `attach` itself takes any modular pipeline,
+    too.
     """
 
     @property
     def inputs(self) -> list[Any]:
-        """Diffusers' own, and those of `attach`."""
+        """Diffusers' own inputs, and those of `attach`."""
         return [
             *super().inputs,
             InputParam("experts", type_hint=dict, description="name -> LoRA file, or (file, strength); {} takes all off"),
@@ -31,7 +32,7 @@ class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
         ]
 
     def __call__(self, pipeline: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        """Attach what the call names, and run diffusers' blocks with it."""
+        """Attach the LoRAs that the call names, and run diffusers' blocks with them."""
         experts, gates, binding = (state.get(name) for name in OWN)
         with lock_of_pipeline(pipeline).held():
             if experts:

@@ -1,4 +1,4 @@
-"""Named options from a file or a command line, checked by the annotations of what takes them."""
+"""Named options from a file or a command line, checked against type annotations."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for an unknown name, or a value that is not of its name's kind."""
+    """Raise ValueError for an unknown name, or a value of the wrong kind."""
     check_names(values, kinds, what)
     check_kinds(values, kinds, what)
 
 
 def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for a value that is not of its name's kind: a type, as of an annotation."""
+    """Raise ValueError for a value that is not of its name's kind. A kind is a type, as in an annotation."""
     for name, value in values.items():
         if not _is_of(value, kinds[name]):
             raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {value!r}")
 
 
 def check_names(names: Collection[str], known: Collection[str], what: str) -> None:
-    """Raise ValueError for a name that is not known."""
+    """Raise ValueError for an unknown name."""
     if unknown := set(names) - set(known):
         raise ValueError(f"unknown options {sorted(unknown, key=str)} of {what}; known: {list(known)}")
 

@@ -1,6 +1,6 @@
-"""Drop-in pipelines: code written for diffusers' LoRA calls works as it is, and gates compose what it loads.
+"""Drop-in pipelines: code written for diffusers' LoRA calls works unchanged, and gates compose what it loads.
 
-A drop-in saves its mixture beside the pipeline: experts, gates and strengths in one folder, see `keep` and `attach_kept`.
+A drop-in saves its mixture with the pipeline: experts, gates and strengths in one folder, see `keep` and `attach_kept`.
 """
 
 # mypy: disable-error-code="misc"
@@ -51,42 +51,42 @@ from mole_diffusers.patching.pipeline_calls import share_calls
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
-IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads, which changes nothing here
+IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here
 CUSTOM = """\
 \"\"\"For `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`.\"\"\"
 
 from mole_diffusers import {name} as Pipeline  # noqa: F401
-"""  # one name for every kind: diffusers runs all of a process's files called pipeline.py in one module
+"""  # the same name for every kind: diffusers runs all files called pipeline.py of a process in one module
 VERSION = 1
-MAX_INDEX = 256 << 20  # bytes; mask pictures are in it
+MAX_INDEX = 256 << 20  # bytes; it contains mask pictures
 INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
-FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; a name may hold what no path can
+FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; expert names may hold characters that paths cannot
 
 
 class DropIn:
-    """Put before a diffusers pipeline class: `load_lora_weights` adds an expert to a mixture.
+    """Mixin for a diffusers pipeline class: `load_lora_weights` adds an expert to a mixture.
 
-    Each expert acts on its own words and in its own place, see `Mixture.bind`. All weigh 1 until
-    `load_gates` is called; with `pipe.mixture.bind(None)` they are summed as `set_adapters` does.
+    Each expert acts on its own words and in its own place, see `Mixture.bind`. All have weight 1 until you call
+    `load_gates`. With `pipe.mixture.bind(None)` they are summed, as `set_adapters` does.
     """
 
     @property
     def mixture(self) -> Mixture | None:
-        """The experts and gates loaded so far."""
+        """The mixture of the experts and gates loaded so far; None if there are none."""
         return attached(self)
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, hotswap: bool = False, **kwargs: Any) -> None:
         """Add a LoRA as expert `adapter_name`, by default "default_0", "default_1", ...
 
-        Trained gates weigh a fixed set of experts, so one more means that all are summed until gates are loaded again.
+        Trained gates weigh a fixed set of experts. If you add one more, all experts are summed until you load gates again.
 
         Args:
-            source: a file, a folder or hub id (with `weight_name`, else pytorch_lora_weights.safetensors or the one file
-                there is), a state dict, or an Expert.
-            hotswap: take the place of the expert of that name.
-            kwargs: `weight_name`, and `subfolder`, `revision`, `token`, `cache_dir`, ... for the hub.
+            source: a file, a folder or hub id (with `weight_name`; otherwise pytorch_lora_weights.safetensors, or the
+                only LoRA file there), a state dict, or an Expert.
+            hotswap: replace the expert of that name.
+            **kwargs: `weight_name`, and for the hub `subfolder`, `revision`, `token`, `cache_dir`, ...
 
-        Raises ValueError for a name that is taken, and all that `attach` raises; the mixture stays as it was.
+        Raises ValueError for a name that is taken, and everything that `attach` raises; the mixture stays as it was.
         """
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
@@ -103,18 +103,18 @@ class DropIn:
         if self.mixture is not None and self.mixture.parameters():
             warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
         self._attach({**experts, name: (expert, 1.0)})
-        if ordinary:  # in diffusers, too, what was loaded last is on, and what was there before is not
+        if ordinary:  # as in diffusers, the LoRA loaded last is on, and earlier ones are off
             self._ordinary_off()
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
-        """Set which adapters are active, and their weights; the others are off.
+        """Set which adapters are active, and their weights; all others are switched off.
 
         Args:
-            adapter_names: experts, and adapters that were put on by diffusers or peft themselves.
-            adapter_weights: one number for all, or one per adapter; numbers per model and per block as in diffusers,
-                {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}.
+            adapter_names: experts, and adapters that diffusers or peft put on.
+            adapter_weights: one number for all, or one per adapter. Weights per model and per block work as in
+                diffusers: {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}.
 
-        Raises ValueError for an unknown name, or another number of weights; nothing is changed then.
+        Raises ValueError for an unknown name or a wrong number of weights; nothing changes then.
         """
         mixture = self.mixture
         if mixture is None:
@@ -145,13 +145,13 @@ class DropIn:
         self._attach(self._experts(), gates)
 
     def get_active_adapters(self) -> list[str]:
-        """The adapters that are on, at whatever weight."""
+        """The adapters that are on, whatever their weight."""
         mixture = self.mixture
         active = [] if mixture is None else [name for name in mixture.experts if name in mixture.active]
         return [*active, *(name for name in super().get_active_adapters() if name != ADAPTER)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Part -> adapters that have layers in it."""
+        """Part -> the adapters that have layers in it."""
         listed = super().get_list_adapters()
         parts = {part: [name for name in names if name != ADAPTER] for part, names in listed.items()}
         for name, (expert, _) in self._experts().items():
@@ -160,9 +160,9 @@ class DropIn:
         return {part: names for part, names in parts.items() if names}
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters out; as in diffusers, names that are not there are passed over.
+        """Remove adapters. As in diffusers, unknown names are ignored.
 
-        Trained gates weigh a fixed set of experts, so those left are summed.
+        Trained gates weigh a fixed set of experts, so the remaining ones are summed.
         """
         gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         experts = self._experts()
@@ -173,14 +173,14 @@ class DropIn:
             super().delete_adapters(others)
 
     def unload_lora_weights(self, **kwargs: Any) -> None:
-        """Take all experts, gates and other adapters out: the original pipeline, bit for bit."""
+        """Remove all experts, gates and other adapters: the original pipeline, bit for bit."""
         detach(self)
         super().unload_lora_weights(**kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Fuse the adapters into the weights, as in diffusers: the experts become ordinary adapters first.
+        """Fuse the adapters into the weights, as in diffusers. The experts become ordinary adapters first.
 
-        Raises ValueError where gates or binding depend on the prompt or the picture, which fused weights cannot hold.
+        Raises ValueError if gates or binding depend on the prompt or the picture, which fused weights cannot hold.
         """
         mixture = self.mixture
         if mixture is None:
@@ -204,7 +204,7 @@ class DropIn:
             raise
 
     def _hand_over(self, mixture: Mixture) -> None:
-        """The experts as ordinary adapters of diffusers, with the weights that they have."""
+        """Turn the experts into ordinary diffusers adapters with the same weights."""
         experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture)
         with TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
@@ -220,14 +220,14 @@ class DropIn:
                 layer.set_adapter([name for name in active if name in layer.lora_A])
 
     def load_mixture(self, folder: str | Path) -> None:
-        """Take the experts, gates and strengths that a saved drop-in pipeline has in its folder `mole`."""
+        """Load experts, gates and strengths from the folder `mole` of a saved drop-in pipeline."""
         attach_kept(self, folder)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline as diffusers reads it, and beside it experts, gates and strengths.
+        """Save the pipeline in diffusers' format, together with experts, gates and strengths.
 
-        Any diffusers pipeline of the kind opens the folder without them. Its pipeline.py is what
-        `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)` asks for; `load_mixture` then takes them.
+        Any diffusers pipeline of this kind opens the folder without them. The folder's pipeline.py is for
+        `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`; call `load_mixture` after that.
         """
         folder, mixture = Path(save_directory), self.mixture
         if kwargs.get("push_to_hub"):
@@ -239,11 +239,11 @@ class DropIn:
             with nullcontext() if mixture is None else mixture.lifted():
                 super().save_pretrained(str(part), *args, **kwargs)
             if (before := whole_folder(folder)).is_dir():
-                copy_missing(before, part, without=KEPT)  # the weights in another precision, say
+                copy_missing(before, part, without=KEPT)  # such as the weights in another precision
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """As in diffusers; what `save_pretrained` kept of a mixture is attached."""
+        """Load as in diffusers, and attach the mixture that `save_pretrained` kept, if any."""
         source = whole_folder(Path(pretrained_model_name_or_path))
         if not source.is_dir():
             source = pretrained_model_name_or_path  # type: ignore[assignment]
@@ -255,22 +255,22 @@ class DropIn:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but the shared models keep their precisions, where diffusers casts them to float32.
+        """As in diffusers, except that the shared models keep their dtypes; diffusers casts them to float32.
 
-        A mixture on the models is shared with them, and draws in calls of either as if it were attached to that one.
+        Both pipelines share a mixture on the models. A call of either draws as if the mixture were attached to it.
         """
         pipe = cls._over_models_of(pipeline, **kwargs)
         share_calls(pipe, pipe._drawing)
         return pipe
 
     def _drawing(self, call: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """What a call runs in, with these arguments."""
+        """The block that a call with these arguments runs in."""
         mixture = self.mixture
         return nullcontext() if mixture is None else mixture.drawing(call, pipe=self)
 
     @classmethod
     def _over_models_of(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Diffusers' `from_pipe`, without its cast to float32."""
+        """Diffusers' `from_pipe` without its cast to float32."""
         if {"torch_dtype", "dtype"} & set(kwargs):
             return super().from_pipe(pipeline, **kwargs)
         models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]
@@ -298,10 +298,10 @@ class DropIn:
         return {} if self.mixture is None else self.mixture.weighed()
 
     def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates | None = None) -> None:
-        """Attach these experts in the place of those that are; who was bound or off stays so. None at all: detach.
+        """Attach these experts instead of the present ones; bindings and switched-off experts stay. No experts: detach.
 
         Args:
-            gates: None keeps those that are not trained, and sums in the place of others.
+            gates: None keeps gates that are not trained, and replaces trained ones by the sum.
         """
         mixture = self.mixture
         if gates is None:
@@ -324,7 +324,7 @@ class DropIn:
                 layer.set_adapter([])  # the experts' layers keep theirs
 
     def _ordinary(self) -> list[str]:
-        """The names of adapters that diffusers or peft put on themselves."""
+        """The names of adapters that diffusers or peft put on."""
         listed = super().get_list_adapters()
         return list(dict.fromkeys(name for names in listed.values() for name in names if name != ADAPTER))
 
@@ -383,7 +383,7 @@ class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDif
 
 
 KINDS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
-# `AutoPipelineForText2Image.from_pipe` and its kin look a pipeline's class up by name in these tables.
+# `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables.
 for table in (
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
 ):  # fmt: skip
@@ -392,19 +392,19 @@ for table in (
 
 
 class MoLEPipeline:
-    """Chooses the drop-in pipeline of the right kind."""
+    """Picks the drop-in pipeline class for a given pipeline."""
 
     @staticmethod
     def from_pipe(pipe: Any, **kwargs: Any) -> Any:
-        """The drop-in pipeline of `pipe`'s kind over the same models; `kwargs` as in diffusers.
+        """The drop-in pipeline for `pipe`'s class, over the same models; `kwargs` as in diffusers.
 
-        Raises ValueError for a kind that has none; `attach` takes any.
+        Raises ValueError if that class has no drop-in; `attach` works with any pipeline.
         """
         return _kind(cls.__name__ for cls in type(pipe).__mro__).from_pipe(pipe, **kwargs)
 
     @staticmethod
     def from_pretrained(source: str | Path, **kwargs: Any) -> Any:
-        """The drop-in pipeline of the kind that lies in a folder or hub repository; `kwargs` as in diffusers."""
+        """The drop-in pipeline for what a folder or hub repository holds; `kwargs` as in diffusers."""
         if (folder := whole_folder(Path(source))).is_dir():
             source = str(folder)
         config = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
@@ -421,7 +421,7 @@ def _kind(names: Iterable[str]) -> Any:
 
 
 def _read(source: Any, name: str, **options: Any) -> Expert:
-    """The LoRA that diffusers' arguments mean."""
+    """The LoRA that these diffusers arguments name."""
     if isinstance(source, Expert):
         return source
     if not isinstance(source, Mapping):
@@ -434,7 +434,7 @@ def _read(source: Any, name: str, **options: Any) -> Expert:
 
 
 def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any) -> Path:
-    """The file that diffusers' arguments mean: a file, one inside a folder, or one fetched from the hub."""
+    """The file that these diffusers arguments name: a file, one inside a folder, or one fetched from the hub."""
     path, name = Path(source), weight_name or "pytorch_lora_weights.safetensors"
     if path.is_file() or path.suffix == ".safetensors":
         return path
@@ -458,7 +458,7 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
 
 
 def _only_file(repo: str, *, subfolder: str = "", revision: str | None = None, token: Any = None, **_: Any) -> str:
-    """The name of the one LoRA file in a folder of a hub repository."""
+    """The name of the only LoRA file in a folder of a hub repository."""
     paths = map(PurePosixPath, list_repo_files(repo, revision=revision, token=token))
     names = [path.name for path in paths if path.parent == PurePosixPath(subfolder) and path.suffix == ".safetensors"]
     if len(names) != 1:
@@ -467,7 +467,7 @@ def _only_file(repo: str, *, subfolder: str = "", revision: str | None = None, t
 
 
 def _kept(source: str | Path, **hub: Any) -> Path | None:
-    """The folder with the mixture of a saved pipeline, here or on the hub; None where it has none."""
+    """The folder with the mixture of a saved pipeline, here or on the hub; None if it has none."""
     folder = whole_folder(Path(source))
     if not folder.is_dir():
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{KEPT}/*"], **hub))
@@ -475,9 +475,10 @@ def _kept(source: str | Path, **hub: Any) -> Path | None:
 
 
 def keep(mixture: Mixture, folder: str | Path) -> None:
-    """Write what `attach_kept` reads, mixture.json, experts/ and gates/, in the place of all that is in `folder`.
+    """Write what `attach_kept` reads: mixture.json, experts/ and gates/. Everything else in `folder` is removed.
 
-    An expert's file is copied as it is. One that is in memory alone, or was changed since, is written in fp32.
+    An expert's file is copied unchanged. An expert that is only in memory, or changed since its file was read, is
+    written in fp32.
     """
     with new_folder(folder) as part:
         (part / EXPERTS).mkdir()
@@ -507,7 +508,7 @@ def _keep_expert(expert: Expert, path: Path) -> Expert:
 def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     """Attach the mixture that `keep` wrote.
 
-    Raises FileNotFoundError or RefusedFileError for what is no such folder, and all that `attach` raises.
+    Raises FileNotFoundError or RefusedFileError for any other folder, and everything that `attach` raises.
     """
     folder = whole_folder(Path(folder))
     kept = _kept_experts(folder, getattr(pipe, "unet", None))
@@ -518,7 +519,7 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
 
 
 def _choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Mapping[str, Any]]) -> None:
-    """These experts of a pipeline's mixture at these strengths, and no others; for some with weights by model and block."""
+    """Set exactly these experts of a pipeline's mixture at these strengths, some with weights by model and block."""
     mixture = attached(pipe)
     if mixture is not None:
         names, unet = list(mixture.experts), getattr(pipe, "unet", None)
@@ -526,7 +527,7 @@ def _choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Ma
 
 
 def _block_weights(mixture: Mixture) -> dict[str, dict[str, Any]]:
-    """Expert -> its weights by model and block, where `set_adapters` was given some."""
+    """Expert -> its weights by model and block, if `set_adapters` was given some."""
     return mixture.plan.weights if isinstance(mixture.plan, AdapterWeights) else {}
 
 
@@ -538,8 +539,8 @@ class _Kept:
     source: Path
     strength: float
     active: bool
-    binding: Bound | None  # None where nothing is bound
-    weights: Mapping[str, Any]  # by model and block; none where it has one strength
+    binding: Bound | None  # None if nothing is bound
+    weights: Mapping[str, Any]  # by model and block; empty if it has one strength
 
 
 def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
