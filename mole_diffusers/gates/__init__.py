@@ -1,4 +1,4 @@
-"""Gates: what turns the state of a block, a layer or the prompt (or nothing) into one weight per expert."""
+"""Gates turn the state of a block, a layer or the prompt (or nothing) into one weight per expert."""
 
 from mole_diffusers.gates.bank import GateBank, build_gate
 from mole_diffusers.gates.config import FAMILIES, FEATURES, GRANULARITIES, INPUTS, GateConfig

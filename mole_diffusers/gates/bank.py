@@ -1,4 +1,4 @@
-"""The gates of one model: built from a config, held by place."""
+"""The gates of one model, built from a config and looked up by place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mole_diffusers.lora.stacking import Stack
 
 
 class GateBank(nn.Module):
-    """The gates of one model by place; stays fp32 whatever the host is cast to.
+    """The gates of one model by place. They stay fp32 whatever the model is cast to.
 
-    A place is a module name of the host; its dots become "/" in parameter names, which may hold none. The network's
-    own place has no name and is called "network" there.
+    A place is a module name of the model. Parameter names may not contain dots, so "/" replaces them there. The place of
+    the network itself has no name, and is called "network" there.
     """
 
     def __init__(self, gates: dict[str, nn.Module]):
@@ -32,7 +32,7 @@ class GateBank(nn.Module):
         return self.gates[_key(place)]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GateBank:
-        # Only the device is taken from `fn`: a cast to half and back would round what was trained.
+        # Take only the device from `fn`: a cast to half and back would round the trained weights.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
@@ -41,11 +41,11 @@ def _key(place: str) -> str:
 
 
 def build_gate(config: GateConfig, experts: int, width: int, *, stack: Stack | None = None) -> nn.Module:
-    """One gate of the configured family, but for "prompt", whose gates weigh several layers.
+    """Build one gate of the configured family, except "prompt", whose gates weigh several layers.
 
     Args:
-        width: D, its feature size.
-        stack: the experts of its one layer, where it sits at one.
+        width: D, the gate's feature size.
+        stack: the experts of the gate's layer, if the gate sits at one layer.
     """
     return BUILDERS[config.family](config, experts, width, stack)
 

@@ -1,4 +1,4 @@
-"""Gates on disk: safetensors and a JSON config with named experts and named places; strict both ways."""
+"""Gates on disk: safetensors and a JSON config with named experts and places, checked strictly in both directions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS, CONFIG = "gates.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a gates folder holds."""
+    """The contents of a gates folder."""
 
     folder: Path
     config: GateConfig
@@ -31,10 +31,10 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
     def order(self, experts: Mapping[str, Expert]) -> list[str]:
-        """The experts' names in the gates' order; RefusedFileError where the sets differ.
+        """The experts' names in the gates' order; RefusedFileError if the two sets differ.
 
-        Gates without parameters of single experts take any experts, in the order given. Files are known by their hashes,
-        whatever they are called here; a file that the gates do not know goes by its name.
+        Gates without parameters for single experts take any experts, in the order given. Files are matched by their
+        hashes, whatever they are called here. A file with an unknown hash is matched by name.
         """
         if not self.config.of_experts:
             return list(experts)
@@ -57,10 +57,11 @@ class Checkpoint:
         return list(self.experts)
 
     def fill(self, banks: Mapping[str, GateBank]) -> None:
-        """Put the weights into `banks`; RefusedFileError naming places or shapes that differ.
+        """Copy the weights into `banks`; RefusedFileError naming the places or shapes that differ.
 
-        Gates without parameters of single experts may hold places that none of these experts has; those are left out. They
-        may lack places, since they were trained with experts of fewer layers; there all experts weigh alike, with a warning.
+        Gates without parameters for single experts may hold places that none of the present experts has; these are
+        skipped. They may also lack places, if they were trained with experts of fewer layers. All experts have equal
+        weight there, and a warning says so.
         """
         wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
         if missing := sorted(set(wanted) - set(self.tensors)):
@@ -90,7 +91,7 @@ def save(
 ) -> None:
     """Write the folder that `load` reads.
 
-    The weights' file also holds what config.json says, so that gates and config fit wherever a write was broken off.
+    The weights' file repeats the contents of config.json, so gates and config match even if a write was interrupted.
     """
     check_no_file(folder := Path(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def save(
 
 
 def load(source: str | Path) -> Checkpoint:
-    """Read a gates folder, or fetch it from the hub where no such folder exists.
+    """Read a gates folder, or fetch it from the hub if there is no such folder.
 
     Raises:
         FileNotFoundError: neither a folder here nor a hub id that can be reached.
@@ -124,7 +125,7 @@ def load(source: str | Path) -> Checkpoint:
 
 
 def _about(folder: Path, about: Any) -> tuple[GateConfig, dict[str, dict[str, str]]]:
-    """What config.json says: the gates' config, and the experts in the order of the columns."""
+    """The contents of config.json: the gates' config, and the experts in the order of the columns."""
     if not isinstance(about, dict) or about.get("format") != "mole_diffusers.gates" or about.get("version") != VERSION:
         found = "of another kind" if not isinstance(about, dict) else f"{about.get('format')} version {about.get('version')}"
         raise RefusedFileError(

@@ -1,4 +1,4 @@
-"""Which gates a mixture has: a family and the options of that family."""
+"""The options of a mixture's gates: a family, and the options of that family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mole_diffusers.gates.retrieval import RETRIEVAL_TOTALS, SCORES
 
 @dataclass(frozen=True)
 class Family:
-    """What the gates of one family have in common.
+    """What all gates of one family have in common.
 
     Attributes:
-        options: what can be set about them, fields of `GateConfig`.
-        one_gate_per: what each gate weighs the experts of, see `patching.placement.place_name`; None: as the config says.
-        of_experts: they belong to the experts that they were made for; else they serve any others, too.
+        options: the fields of `GateConfig` that apply to it.
+        one_gate_per: the unit that has one gate, see `patching.placement.place_name`; None: as the config says.
+        of_experts: whether its gates belong to the experts they were made for; otherwise they also serve any others.
     """
 
     options: tuple[str, ...] = ()
@@ -50,31 +50,33 @@ INTEGER_RANGES = {
     "top": (0, 1 << 16),
     "rank": (1, 128),
     "partition": (0, 1 << 16),
-}  # a stranger's config may ask
+}  # a config from elsewhere may ask for anything
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Which gates a mixture has. An option that the family does not have stays at its default; another value raises.
+    """The gates of a mixture. An option that the family does not have must keep its default; any other value raises
+    ValueError.
 
     Attributes:
-        family: "sum" and "mean" have no parameters; "static" learns weights that are constant or change with time;
-            "mole" reads the block's state as a whole, "flow" token by token, "prompt" the text once per prompt; "retrieval"
-            compares the experts' outputs at every layer, and serves experts that it never saw; "rank" weighs
-            each rank of each expert at every layer by what it reads there; "factors" learns a constant for each such rank.
+        family: "sum" and "mean" have no parameters. "static" learns weights that are constant or change with time.
+            "mole" reads the block's state as a whole, "flow" reads it token by token, and "prompt" reads the text once
+            per prompt. "retrieval" compares the experts' outputs at every layer, and serves experts that it never saw.
+            "rank" weighs each rank of each expert at every layer by what it reads there. "factors" learns a constant for
+            each such rank.
         granularity: (static, mole) one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
-        total: (static, mole) what the weights sum to, see `functional.gate_weights`; the paper's is "1". (prompt) "1", "N",
-            or "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
-        inputs: the mole gate reads the "hidden" state (the authors' code) or the "experts" outputs (the paper).
+        total: (static, mole) what the weights sum to, see `functional.gate_weights`; the paper has "1". (prompt) "1",
+            "N", or "none": probabilities as top-k left them. (retrieval) "1" as in the paper, or "N".
+        inputs: (mole) read the "hidden" state (the authors' code) or the outputs of the "experts" (the paper).
         features: (mole) tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
-        bias: the mole gate adds a learned number per expert, which the paper has not; needed to start at other weights.
-        bins: the static gate has this many sets of weights over the noise levels, 1 to 1000.
-        start: the flow gate's weights before training: the plain "sum", the "mean", or "faithful" to the paper, the last
-            expert alone.
-        axis: the prompt gate shares among the experts ("concept"), the layers of a block ("module"), or "both".
-        top: (prompt) how many of those, (rank) how many ranks of a layer weigh something; 0 is all.
-        rank: of the retrieval gate's router, 1 to 128.
-        partition: (rank) this many ranks of an expert share one output of the router; 0 is all that it has.
+        bias: (mole) add a learned number per expert, which the paper does not have. Needed to start at unequal weights.
+        bins: (static) number of sets of weights over the noise levels, 1 to 1000.
+        start: (flow) weights before training: the plain "sum", the "mean", or "faithful" to the paper (the last expert
+            alone).
+        axis: (prompt) share weight among the experts ("concept"), the layers of a block ("module"), or "both".
+        top: (prompt) how many of these have weight; (rank) how many ranks of a layer do. 0 means all.
+        rank: (retrieval) rank of the gate's router, 1 to 128.
+        partition: (rank) this many ranks of an expert share one output of the router; 0: all ranks of the expert.
         refactor: (rank) turn each expert's ranks to its singular directions first, which changes nothing else.
         rate: (rank) how far an update moves the bias that evens out the load, 0 to 1.
         scores: (retrieval) each "token" has its own weights, or the "image" has one set.
@@ -137,23 +139,23 @@ class GateConfig:
 
     @property
     def one_gate_per(self) -> str:
-        """What each gate weighs the experts of, see `patching.placement.place_name`."""
+        """The unit that has one gate, see `patching.placement.place_name`."""
         if self.reads_prompt:
             return "block_input" if self.axis == "concept" else "module"
         return FAMILIES[self.family].one_gate_per or self.granularity
 
     @property
     def of_experts(self) -> bool:
-        """Whether gates belong to the experts they were made for. Those of "retrieval" serve any other."""
+        """Whether gates belong to the experts they were made for. "retrieval" gates also serve any others."""
         return FAMILIES[self.family].of_experts
 
     @classmethod
     def from_dict(cls, values: dict) -> GateConfig:
-        """Raises ValueError naming what is unknown, or of the wrong kind or size."""
+        """Raises ValueError for an option that is unknown, or of the wrong kind or size."""
         if unknown := set(values) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown gate options {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """The family and its own options."""
+        """The family and the options that it has."""
         return {name: value for name, value in asdict(self).items() if name in ("family", *FAMILIES[self.family].options)}

@@ -1,4 +1,4 @@
-"""Gates that read nothing, or the noise level alone."""
+"""Gates that read nothing, or only the noise level."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ConstantGate(nn.Module):
 
 
 class StaticGate(nn.Module):
-    """Learned weights per place, one set per time bin: [bins, N] logits, starting equal."""
+    """Learned weights per place, one set per time bin: [bins, N] logits that start equal."""
 
     ranked = False
 
@@ -43,12 +43,15 @@ class StaticGate(nn.Module):
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Start at `weights` [N] of the experts in `mask` [N] at every noise level, as near as `total` allows."""
+        """Start at `weights` [N] for the experts in `mask` [N] at every noise level, as near as `total` allows."""
         self.logits.copy_(functional.logits_for(weights, self.total).expand_as(self.logits))
 
 
 class FactorGate(nn.Module):
-    """A learned factor for each rank of each expert in one layer: y = W x + B (g * (A x)), g constant, at first 1. Ours."""
+    """A learned factor for each rank of each expert in one layer: y = W x + B (g * (A x)). g is constant and starts at 1.
+
+    This gate is not from a paper.
+    """
 
     step_invariant, input_free, ranked = True, True, True
 

@@ -1,4 +1,4 @@
-"""The contract of every gate family: what a gate gets, and what it returns."""
+"""The interface of all gate families: what a gate gets, and what it returns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 @dataclass
 class Layer:
-    """The experts of the one layer that a gate sits at.
+    """The experts of the layer that a gate sits at.
 
     Attributes:
         low: A x: [B, R], [B, T, R] or [B, R, H, W].
         up: [Cout, R] or [Cout, R, 1, 1].
-        segment: [R] -> index of the expert each rank belongs to.
+        segment: [R] -> index of the expert that each rank belongs to.
     """
 
     low: torch.Tensor
@@ -26,13 +26,13 @@ class Layer:
 
 @dataclass(slots=True)
 class Context:
-    """What a gate gets beside the state it reads.
+    """What a gate gets besides the state it reads.
 
     Attributes:
-        mask: [N] bool, the experts that are present and active; [B, N] where each row of the batch has a set of its own.
+        mask: [N] bool, the experts that are present and active; [B, N] if each row of the batch has its own set.
         time: [B] in 0..1, the noise level (1 is pure noise).
-        layer: the layer's own experts, where the gate sits at one layer.
-        tokens: [B, T] bool, the tokens of a text that count; None where all do.
+        layer: the layer's experts, if the gate sits at one layer.
+        tokens: [B, T] bool, the tokens of a text that count; None if all do.
         all_active: whether `mask` is true for all experts, known without asking the device.
     """
 
@@ -44,23 +44,28 @@ class Context:
 
     @property
     def mask_or_none(self) -> torch.Tensor | None:
-        """`mask`, or None where it is true for all, which saves operations."""
+        """`mask`, or None if it is true for all experts, which saves operations."""
         return None if self.all_active else self.mask
 
 
 class Gate(Protocol):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
-    An `nn.Module`. It never waits for the device (no `.item()`, no `if tensor`). The users' strengths come on top.
+    A gate is an `nn.Module`. It never waits for the device (no `.item()`, no `if tensor`). The user's strengths are
+    applied after it.
 
-    hidden [B, T, C] is what enters the gate's place: a block's first attention, behind its norm; for "flow" the block, or
-    its text; for "prompt" the text; for a gate of one layer that layer; for layers outside of a denoiser's blocks
-    [B, 1, C + 32], the mean text and the noise level. Its dtype may be any.
+    hidden [B, T, C], of any dtype, is what enters the gate's place:
+
+    - a block: the input of its first attention, after the norm;
+    - "flow": the input of the block, or its text;
+    - "prompt": the text;
+    - a gate of one layer: the input of that layer;
+    - layers outside of a denoiser's blocks: [B, 1, C + 32], the mean text and the noise level.
 
     Attributes:
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
         input_free: the weights depend on parameters and `context.mask` alone.
-        ranked: the weights are per rank of the layer instead, [R], [B, R] or [B, T, R].
+        ranked: the weights are per rank of the layer instead of per expert: [R], [B, R] or [B, T, R].
     """
 
     step_invariant: bool

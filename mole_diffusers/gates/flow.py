@@ -10,11 +10,11 @@ from mole_diffusers.gates.contract import Context
 
 
 class FlowGate(nn.Module):
-    """w_t = softmax(W x_t) + b, the bias after the softmax, for every token of the block's input x (LoRA-Flow, eq. 4-5).
+    """w_t = softmax(W x_t) + b for every token of the block's input x, the bias after the softmax (LoRA-Flow, eq. 4-5).
 
-    Weights are free in sign and size; they sum to 1 + sum b. b is the start less 1/n plus a learned part that begins at
-    zero, with n experts in the mask, so that an absent expert leaves the others where they would start without it. W
-    begins at zero.
+    Weights are free in sign and size, and sum to 1 + sum b. W begins at zero. b = start - 1/n + a learned part that
+    begins at zero, with n experts in the mask. So an absent expert leaves the others at the weights that they would
+    start with without it.
 
     Args:
         start: the weights before training: "sum" 1 each, "mean" 1/n each, "faithful" (the paper) the last expert alone.
@@ -29,7 +29,7 @@ class FlowGate(nn.Module):
         self.offset = nn.Parameter(torch.zeros(experts))
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
-        """b as the paper has it, [N] (or as `mask`)."""
+        """b of the paper, [N] (or shaped like `mask`)."""
         return self._start(mask) - _equal_share(mask) + self.offset.float()
 
     def _start(self, mask: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ class FlowGate(nn.Module):
         return _equal_share(mask) if self.start == "mean" else torch.ones_like(_equal_share(mask))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        # A UNet's blocks give states stored channel by channel: hidden @ W^T, or any matmul, would copy them first.
+        # The states of a UNet's blocks are stored channel by channel; hidden @ W^T, or any matmul, would copy them first.
         rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
         shares = functional.gate_weights(torch.bmm(rows, hidden.float().mT).mT, context.mask_or_none, "1")  # [B, T, N]
         if context.all_active and self.start == "sum":  # the same in one operation
@@ -48,10 +48,10 @@ class FlowGate(nn.Module):
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Start at `weights` [N] at every token where the experts in `mask` [N] are there."""
+        """Start at `weights` [N] at every token, if the experts in `mask` [N] are present."""
         self.offset.copy_(weights - self._start(mask))
 
 
 def _equal_share(mask: torch.Tensor) -> torch.Tensor:
-    """1 / n, [1] (or [B, 1]), of the n experts in `mask`."""
+    """1 / n, [1] (or [B, 1]), for the n experts in `mask`."""
     return 1 / mask.sum(-1, keepdim=True).clamp_min(1)

@@ -1,4 +1,4 @@
-"""What goes to the hub: the model card of a mixture, and its upload."""
+"""The model card of a mixture, and its upload to the hub."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def model_card(
     base: str | None = None,
     training: str = "",
 ) -> str:
-    """README.md of a repository that holds a whole pipeline, or gates alone.
+    """README.md of a repository that holds a whole pipeline, or only gates.
 
     Args:
         experts: name -> (expert, strength).
-        repo: its id, for the example.
+        repo: the repository's id, for the example.
         prompt: of the example; by default the experts' trigger words.
         base: hub id of the base model.
-        training: how the gates were trained, as text.
+        training: text on how the gates were trained.
     """
     from huggingface_hub import ModelCardData
 
@@ -85,7 +85,9 @@ def model_card(
 
 
 def push(save: Callable[[str], object], card: str, repo_id: str, **options: Any) -> str:
-    """Upload what `save(folder)` writes, with a model card; returns the commit's address. `options` are `upload`'s."""
+    """Upload what `save(folder)` writes, with a model card. Returns the commit's address. `options` are those of
+    `upload`.
+    """
     with TemporaryDirectory() as folder:
         save(folder)
         Path(folder, CARD).write_text(card)
@@ -93,9 +95,9 @@ def push(save: Callable[[str], object], card: str, repo_id: str, **options: Any)
 
 
 def upload(folder: str | Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
-    """Create the repository if it is missing and upload a folder; returns the commit's address.
+    """Create the repository if it is missing, and upload a folder. Returns the commit's address.
 
-    `private` is for a repository that is created here; `options` go to `HfApi.upload_folder`.
+    `private` applies to a repository that is created here; `options` go to `HfApi.upload_folder`.
     """
     from huggingface_hub import HfApi
 

@@ -12,10 +12,10 @@ from mole_diffusers.gates.contract import Context
 
 
 class MoLEGate(nn.Module):
-    """Eq. 9-11 of MoLE: softmax(e . normalised features / tau), tau learned and kept positive as exp(log_tau).
+    """Eq. 9-11 of MoLE: softmax(e . normalised features / tau). tau is learned, and kept positive as exp(log_tau).
 
-    Starts at equal weights (zero matrix). Linear without bias, as the authors' code, unless `bias` adds one: a number per
-    expert beside what the features say, so that the gate can start at any weights.
+    Starts at equal weights (zero matrix). The linear map has no bias, as in the authors' code. `bias` adds a learned
+    number per expert, so that the gate can start at any weights.
     """
 
     step_invariant, input_free, ranked = False, False, False
@@ -42,7 +42,7 @@ class MoLEGate(nn.Module):
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Start at `weights` [N] of the experts in `mask` [N], as near as `total` allows.
+        """Start at `weights` [N] for the experts in `mask` [N], as near as `total` allows.
 
         Raises ValueError for a gate without a bias.
         """

@@ -1,4 +1,4 @@
-"""MiLoRA (Zhang et al., EMNLP Findings 2024, arXiv 2410.18035): weights from the prompt, worked out once per prompt.
+"""MiLoRA (Zhang et al., EMNLP Findings 2024, arXiv 2410.18035): weights from the prompt, computed once per prompt.
 
 The paper's experts are the modules of one adapter. Here they are the concepts, the modules, or each concept in each module.
 """
@@ -17,28 +17,28 @@ from mole_diffusers.gates.seen import Seen, version
 Mean = Callable[[torch.Tensor], torch.Tensor]
 AXES = ("concept", "module", "both")
 PROMPT_TOTALS = ("1", "N", "none")
-GELU = (  # coefficients of `rational` nearest to GELU on -3..3, fitted; off by less than 0.01 there
+GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is below 0.01 there
     (0.004525, 1.512375, 3.159837, 0.949968, -2.522988, -0.995814, 0.886464),
     (-0.064023, 0.727497, -3.681504, 4.77009, -1.75203),
 )
 
 
 def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """MiLoRA's learned activation: sum_j a_j y^j / (1 + |sum_i b_i y^i|), a from the power 0 on and b from 1 on.
+    """MiLoRA's learned activation: sum_j a_j y^j / (1 + |sum_i b_i y^i|), with j from 0 and i from 1.
 
-    y is x / 3, so that no coefficient moves the function on -3..3 more than another does.
+    y is x / 3, so that all coefficients have a similar effect on -3..3.
     """
     powers = torch.stack([(x / 3) ** j for j in range(len(numerator))], -1)
     return (powers @ numerator) / (1 + (powers[..., 1 : len(denominator) + 1] @ denominator).abs())
 
 
 def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor, over: Mean = lambda own: own) -> torch.Tensor:
-    """MiLoRA's L_lb = E sum_i f_i p_i: 1 where E experts share evenly, E where one takes everything.
+    """MiLoRA's L_lb = E sum_i f_i p_i: 1 if E experts share evenly, E if one takes everything.
 
     Args:
         probabilities: [..., E], the softmax over all experts, which carries the gradient.
-        chosen: [..., E] bool, those that top-k kept.
-        over: from a mean over these rows to that over all, where other processes have the others.
+        chosen: [..., E] bool, the experts that top-k kept.
+        over: turns the mean over these rows into the mean over all rows, if other processes have the rest.
     """
     count = probabilities.shape[-1]
     kept, likely = (over(rows.reshape(-1, count).float().mean(0)) for rows in (chosen, probabilities))  # [E] each
@@ -46,19 +46,19 @@ def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor, over: Mean =
 
 
 class PromptGate(nn.Module):
-    """softmax(W g(h)) of the prompt's tokens pooled by self-attention, h = softmax(H w)^T H (MiLoRA, eq. 5-8), then top-k.
+    """softmax(W g(h)), then top-k (MiLoRA, eq. 5-8). h = softmax(H w)^T H pools the prompt's tokens by self-attention.
 
-    Begins even: w and W are zero, g is close to GELU. Every place has its own w, W and g. The router is
-    evaluated once per prompt: for the very same states it gives the same logits; masks and strengths may change meanwhile.
+    Every place has its own w, W and g. They begin even: w and W are zero, g is close to GELU. The router runs once per
+    prompt: it reuses its logits for the very same states, while masks and strengths may change.
 
-    The paper does not say whether the kept probabilities are renormalised; `total` is "none" (as they are), "1" or "N"
-    (they sum to as many as the mask holds). With guidance every row has its own prompt's weights. Where the conditional
-    prompt should decide for all rows, as it must when weights are folded, fold them:
-    `mixture.collapsed(prompt, guidance_scale=1)`.
+    The paper does not say whether the kept probabilities are renormalised. `total` is "none" (as they are), "1" or "N"
+    (they sum to the number of experts in the mask). With guidance, every row has the weights of its own prompt. If the
+    conditional prompt should decide for all rows, as in folded weights, use `mixture.collapsed(prompt,
+    guidance_scale=1)`.
 
     Args:
-        presents: which experts each layer of the place has, [M][N]; one row for the place as a whole on axis "concept".
-        axis: the experts of the softmax are the N concepts, the M modules, or "both", N * M.
+        presents: which experts each layer of the place has, [M][N]; one row for the whole place on axis "concept".
+        axis: the softmax is over the N concepts, the M modules, or "both", N * M.
         top: how many of them are kept; 0 keeps all.
     """
 
@@ -74,7 +74,7 @@ class PromptGate(nn.Module):
         self.pooler = nn.Parameter(torch.zeros(width))  # w
         self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
-        self._text, self._last = Seen(), (0, torch.zeros(0))  # what was read last, and its versions and logits
+        self._text, self._last = Seen(), (0, torch.zeros(0))  # the last text, with the versions and logits for it
         self._routed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -125,7 +125,7 @@ class PromptGate(nn.Module):
 
 
 class LayerOfPromptGate:
-    """One layer's weights of a prompt gate that weighs modules: [B, N]."""
+    """The weights for one layer, [B, N], from a prompt gate that weighs modules."""
 
     step_invariant, input_free, ranked = True, False, False
 

@@ -1,4 +1,4 @@
-"""SMoRA (Zhao et al., 2025, arXiv 2501.15103): every rank of every expert is an expert of its own."""
+"""SMoRA (Zhao et al., 2025, arXiv 2501.15103): every rank of every LoRA is an expert."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mole_diffusers.lora.stacking import Stack
 
 
 def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tensor:
-    """SMoRA's gates: of positive scores [..., R] the `top` largest in `mask`, brought to mean 1 among themselves.
+    """SMoRA's gates: the `top` largest positive scores [..., R] in `mask`, scaled to mean 1 among themselves.
 
-    `top` 0, or more than there are, keeps all of them. `mask` broadcasts over `scores`.
+    If `top` is 0 or above their number, all are kept. `mask` broadcasts over `scores`.
     """
     chosen = functional.among_largest(scores.masked_fill(~mask, -torch.inf), top) & mask
     kept = scores * chosen
@@ -25,9 +25,9 @@ def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tens
 
 
 def singular(stack: Stack) -> Stack:
-    """The same delta W of every expert, its ranks turned to its singular directions, the largest first.
+    """Turn each expert's ranks to its singular directions, the largest first. Its delta W stays the same.
 
-    Ranks of a trained LoRA are arbitrary, B A = (B Q)(Q^-1 A), and so would be gates of single ranks.
+    The ranks of a trained LoRA are arbitrary, B A = (B Q)(Q^-1 A), so gates for single ranks would be arbitrary, too.
     """
     rows: list[LoraWeights | None] = []
     for down, up in zip(stack.down.split(list(stack.ranks)), stack.up.split(list(stack.ranks), 1), strict=True):
@@ -36,7 +36,7 @@ def singular(stack: Stack) -> Stack:
 
 
 def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:
-    """[R] -> the router's output for each rank: `partition` ranks of an expert share one, or all of its own where 0."""
+    """[R] -> the router's output for each rank: `partition` ranks of an expert share one output; 0: all its ranks do."""
     groups: list[int] = []
     for rank in ranks:
         first = groups[-1] + 1 if groups else 0
@@ -50,17 +50,19 @@ def _rebalance(gate: RankGate | None) -> None:
 
 
 class RankGate(nn.Module):
-    """z = sigmoid(W x) + c per token and rank, the k largest z brought to mean 1, the others 0 (SMoRA, eq. 6-9).
+    """z = sigmoid(W x) + c per token and rank; the k largest z are scaled to mean 1, the others are 0 (SMoRA, eq. 6-9).
 
-    W begins at zero, which weighs all ranks 1 where k takes them all. c evens out the load without a loss: when a backward
-    pass reaches W, it rises by `rate` for a rank that was chosen less than the mean since the last, and falls for one that
-    was chosen more. As in the authors' code, c also enters the gate's value. The LoRAs keep their own alpha / r (the paper,
-    which trains its ranks from scratch, has alpha / k); with k below R less is added in all, which strengths can make up.
+    W begins at zero, which gives all ranks weight 1 if k takes them all. c evens out the load without a loss. Whenever a
+    backward pass reaches W, c rises by `rate` for a rank that was chosen less often than the mean since the last update,
+    and falls for one that was chosen more often. As in the authors' code, c also enters the gate's value.
+
+    The LoRAs keep their own alpha / r. (The paper trains its ranks from scratch, with alpha / k.) With k below R, less
+    is added in total, which strengths can make up for.
 
     Args:
         ranks: [N], of each expert in this layer.
         top: k; 0 keeps all.
-        partition: this many ranks of an expert share one output of the router; 0: all that it has, so that whole experts
+        partition: this many ranks of an expert share one output of the router; 0: all its ranks, so that whole experts
             compete.
     """
 
@@ -75,9 +77,9 @@ class RankGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(int(group.max()) + 1, width))  # W
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("balance", torch.zeros(len(group)))  # c
-        self.load: torch.Tensor | None = None  # [2, R]: how often each rank was chosen, and could have been, since
-        self.held = False  # while it is, somebody else calls `rebalance`, when all parts of a batch are counted
-        gate = weakref.ref(self)  # Python's collector does not see hooks of tensors
+        self.load: torch.Tensor | None = None  # [2, R]: how often each rank was chosen, and could have been
+        self.held = False  # then the caller runs `rebalance`, once all parts of a batch are counted
+        gate = weakref.ref(self)  # the garbage collector does not see tensor hooks
         self.weight.register_post_accumulate_grad_hook(lambda _: _rebalance(gate()))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
@@ -96,7 +98,7 @@ class RankGate(nn.Module):
 
     @torch.no_grad()
     def rebalance(self) -> None:
-        """c += rate * sign(mean load - load) over the ranks that could have been chosen; the count begins anew."""
+        """c += rate * sign(mean load - load) over the ranks that could have been chosen. The count then starts again."""
         if self.load is None:
             return
         (chosen, able), self.load = self.load, None

@@ -1,4 +1,4 @@
-"""RAMoLE (Zhao et al., 2024, arXiv 2406.16989): weights from how the experts' own outputs answer a router LoRA."""
+"""RAMoLE (Zhao et al., 2024, arXiv 2406.16989): weights from how well each expert's output matches a router LoRA."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SCORES = ("token", "image")
 
 
 def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts: int) -> torch.Tensor:
-    """<v_i, B' A' x> for every expert's output v_i = B_i A_i x, without forming one: [B, T, N].
+    """<v_i, B' A' x> for every expert's output v_i = B_i A_i x, [B, T, N], without computing any v_i.
 
-    It is <A' x, (B'^T B_i) A_i x>, where B'^T B_i is only r x r_i.
+    It equals <A' x, (B'^T B_i) A_i x>, where B'^T B_i is only r x r_i.
 
     Args:
         query: A' x, [B, T, r].
@@ -27,13 +27,14 @@ def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts:
 
 
 class RetrievalGate(nn.Module):
-    """softmax_i(<v_i, B' A' x> / sqrt(r)) over the experts that are there (RAMoLE, eq. 8-10), at every layer.
+    """softmax_i(<v_i, B' A' x> / sqrt(r)) over the experts that are present (RAMoLE, eq. 8-10), at every layer.
 
-    The router LoRA (A', B') is all that is learned: nothing belongs to one expert, so gates trained with some LoRAs serve
-    any others. B' begins at zero, which weighs all alike. Experts are scored with their own alpha / r, without strengths.
+    Only the router LoRA (A', B') is learned. Nothing belongs to a single expert, so gates trained with some LoRAs serve
+    any others. B' begins at zero, which gives all experts equal weight. Experts are scored with their own alpha / r,
+    without strengths.
 
     Args:
-        total: "1" (the paper), or "N", so that equal scores give the plain sum: an average dilutes identity in pictures.
+        total: "1" (the paper), or "N", so that equal scores give the plain sum. An average dilutes identity in pictures.
         scores: each "token" has its own weights (the paper), or scores are averaged over the "image" first.
     """
 
@@ -42,7 +43,7 @@ class RetrievalGate(nn.Module):
     def __init__(self, width: int, out: int, *, rank: int, total: str, scores: str):
         super().__init__()
         self.total, self.scores = total, scores
-        generator = torch.Generator().manual_seed(0)  # attaching leaves the global generator alone
+        generator = torch.Generator().manual_seed(0)  # attaching must not use the global generator
         self.down = nn.Parameter((torch.rand(rank, width, generator=generator) * 2 - 1) / width**0.5)  # A'
         self.up = nn.Parameter(torch.zeros(out, rank))  # B'
 

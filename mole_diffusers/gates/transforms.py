@@ -1,8 +1,8 @@
-"""What a trained gate is compared with: the same totals without what the gate learned. Pure tensor functions.
+"""Controls for trained gates: they keep the totals but remove what the gate learned. Pure tensor functions.
 
-Each control is `control(place, gates, mask) -> gates` for `mixture.adjusted(control)`: gates [..., N] (or [..., R] where
-they are per rank) as the trained gate gave them, mask [N] or [B, N] bool the ones that may weigh something. A control
-keeps what the gates sum to, so that only their division among the experts differs.
+Each control is `control(place, gates, mask) -> gates` for `mixture.adjusted(control)`. gates [..., N] (or [..., R] if
+they are per rank) are those of the trained gate; mask [N] or [B, N] bool says which may have weight. A control keeps the
+sum of the gates, so that only their division among the experts differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Control = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def uniform(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """All experts alike: the gate decides nothing but the total."""
+    """Equal weights for all experts: the gate decides only the total."""
     share = mask / mask.sum(-1, keepdim=True).clamp_min(1)
     return gates.sum(-1, keepdim=True) * functional.over_tokens(share, gates)
 
@@ -31,7 +31,7 @@ def hardened(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 
 
 class Strongest:
-    """Of each row (or token) the `count` largest gates; the others weigh nothing, and those kept sum to what all did."""
+    """Keep the `count` largest gates of each row (or token), scaled to the sum of all. The others get weight 0."""
 
     def __init__(self, count: int):
         if count < 1:
@@ -49,7 +49,7 @@ def frozen_random(seed: int) -> Control:
     def control(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {place}".encode()))
         logits = torch.randn(mask.shape[-1], generator=generator).to(gates.device)
-        share = functional.gate_weights(logits.expand(mask.shape), mask, "1")  # as mask
+        share = functional.gate_weights(logits.expand(mask.shape), mask, "1")  # shaped like mask
         return gates.sum(-1, keepdim=True) * functional.over_tokens(share, gates)
 
     return control
@@ -66,14 +66,14 @@ class TimeAverage:
         self._counts: dict[tuple, int] = {}
 
     def watch(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Remember `gates` and leave them as they are."""
+        """Record `gates` and return them unchanged."""
         key = self._key(place, mask)
         self._sums[key] = self._sums[key] + gates if key in self._sums else gates
         self._counts[key] = self._counts.get(key, 0) + 1
         return gates
 
     def __call__(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The mean; ValueError where this gate was not watched, or in another batch or resolution."""
+        """The mean; ValueError if this gate was not watched, or with another batch or resolution."""
         key = self._key(place, mask)
         if key not in self._sums or self._sums[key].shape != gates.shape:
             raise ValueError(f"the gate at {place!r} was not watched on the same batch; draw inside adjusted(watch) first")
