@@ -38,11 +38,11 @@ def mole(
         bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Compose several concept LoRAs in one picture. Each command has its own help: mole COMMAND --help."""
+    """Compose several concept LoRAs in one picture. For the help of one command: mole COMMAND --help."""
 
 
 def parser() -> Any:
-    """All commands as one, for typer."""
+    """All commands as one typer command."""
     whole = typer.Typer(add_completion=False)
     whole.callback()(mole)
     for panel, commands in COMMANDS.items():

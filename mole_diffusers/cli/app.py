@@ -1,4 +1,4 @@
-"""`mole app`: the app, on this machine alone unless --host says otherwise."""
+"""`mole app`: the web app, visible only on this machine unless --host says otherwise."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def app(
     """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes.
 
     Args:
-        base (MODEL): as in the other commands. The app begins with the first and changes among all; a models folder of
-            A1111, Forge or ComfyUI is every model in it.
-        keep (FOLDER): gates that the app trains are kept here.
+        base (MODEL): as in the other commands. The app starts with the first one, and you can switch between all. A
+            models folder of A1111, Forge or ComfyUI stands for every model in it.
+        keep (FOLDER): gates that you train in the app are kept here.
         gallery (FOLDER): pictures are kept here, each with its recipe inside.
         host: 0.0.0.0 shows the app to your network. There is no password.
         port: the app is at http://HOST:PORT.
-        site (NAME): the name under which a server in front shows the app: studio.example.
+        site (NAME): the name under which a server in front of the app shows it: studio.example.
         mcp: also serve the actions as MCP tools, at /gradio_api/mcp/.
     """
     try:
@@ -55,7 +55,7 @@ def app(
 
     def open_one(name: str) -> Base:
         found = opened(name, opening, says=True)
-        found.pipe.set_progress_bar_config(disable=True)  # the page shows how far a picture is
+        found.pipe.set_progress_bar_config(disable=True)  # the page has its own progress bar
         try:
             check_trainable(found.pipe)
         except ValueError as error:
@@ -79,7 +79,7 @@ def app(
 
 
 def world_thumbnails() -> Any:
-    """Name of a LoRA of the embedded world -> the artist's drawing of its subject, or of a bear in its style."""
+    """Maps each LoRA of the emoji world to the artist's drawing of its subject, or of a bear in its style."""
     from mole_diffusers import emoji
 
     drawings = emoji.Drawings(emoji.default_folder())

@@ -1,7 +1,7 @@
-"""Commands from functions: a parameter is an option, the docstring is the help, and a parameter that is a `Group` is several
-options, which commands share.
+"""Turn functions into commands: parameters become options, and the docstring becomes the help.
 
-What a docstring says under Args or Attributes, as `name (METAVAR): help`, is the help of that option; else its type has one.
+A parameter that is a `Group` becomes several options, which commands can share. The help of an option is its entry `name
+(METAVAR): help` under Args or Attributes of the docstring; otherwise it comes from the type.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typer import Argument, Context, Option
 
 from mole_diffusers.cli.console import quiet
 
-ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docstring's Args
+ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)  # in a docstring's Args
 T = TypeVar("T")
 
 
 class Said(NamedTuple):
-    """What a command tells its user: as data for --json, and in words; and the exit status."""
+    """The result of a command: as data for --json, in words, and the exit status."""
 
     facts: Any
     words: str
@@ -32,9 +32,10 @@ class Said(NamedTuple):
 
 
 class Group:
-    """Options that belong together, as the fields of a dataclass; a command gets an instance with what was given.
+    """Options that belong together, as the fields of a dataclass. A command gets an instance with the values that were
+    given.
 
-    `panel` is their heading in the help, and `prefix` begins their names on the command line.
+    `panel` is their heading in the help, and `prefix` starts their names on the command line.
     """
 
     panel: ClassVar[str | None] = None
@@ -48,7 +49,7 @@ def _be_quiet_unless(ctx: Context, verbose: bool) -> None:
 
 @dataclass
 class Verbose(Group):
-    """Of every command.
+    """Options of every command.
 
     Attributes:
         verbose: show warnings, notices and loading bars of other libraries.
@@ -59,7 +60,7 @@ class Verbose(Group):
 
 @dataclass
 class Console(Verbose):
-    """Of every command that says something.
+    """Options of every command that prints a result.
 
     Attributes:
         as_json: print the result as JSON.
@@ -69,7 +70,7 @@ class Console(Verbose):
 
 
 def as_command(command: Callable[..., Said | None]) -> Callable[..., int]:
-    """The function that typer makes a command of. It prints what `command` says, and returns the exit status."""
+    """The function that typer turns into a command. It prints what `command` returns, and returns the exit status."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {"console": Verbose if signature.return_annotation is None else Console}
     options, said = [], _said(command)
@@ -95,12 +96,12 @@ def as_command(command: Callable[..., Said | None]) -> Callable[..., int]:
 
 
 def help_of(command: Callable[..., Any]) -> str:
-    """What its docstring says before Args, each paragraph on one line."""
+    """The docstring before Args, with each paragraph on one line."""
     return re.sub(r"(?<!\n)\n(?!\n)", " ", (inspect.getdoc(command) or "").partition("\n\nArgs:\n")[0])
 
 
 def settings_of(config: type, *, without: Collection[str]) -> Callable[[type[T]], type[T]]:
-    """Add the fields of a config to a group, as its docstring says them; None where nothing is given."""
+    """Add the fields of a config to a group, with help from its docstring. Options that are not given are None."""
     kinds = {name: kind for name, kind in get_type_hints(config).items() if name not in without}
 
     def added(group: type[T]) -> type[T]:
@@ -117,7 +118,7 @@ def settings_of(config: type, *, without: Collection[str]) -> Callable[[type[T]]
 
 
 def _options(group: type[Group]) -> list[inspect.Parameter]:
-    """Those of the classes that a group builds on come first; each has the panel of its own class."""
+    """The options of base classes come first; each has the panel of its own class."""
     kinds, options = get_type_hints(group, include_extras=True), []
     for each in reversed(group.__mro__[:-2]):
         said, panel = _said(each), vars(each).get("panel")
@@ -132,11 +133,11 @@ def _option(
 ) -> inspect.Parameter:
     kind, *given = get_args(kind) if get_origin(kind) is Annotated else [kind]
     is_argument = not given and default is inspect.Parameter.empty
-    flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without one that says no
+    flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # only --name, no --no-name
     info: Any = copy(given[0]) if given else Argument() if is_argument else Option(*flag)
     info.metavar, info.help = said or (info.metavar, info.help)
     info.rich_help_panel = panel
-    if get_origin(kind) is Sequence:  # which typer knows as a list
+    if get_origin(kind) is Sequence:  # typer only knows lists
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
         info.help += "" if is_argument else " Repeatable."
     if "Default:" in info.help:
@@ -146,6 +147,6 @@ def _option(
 
 
 def _said(thing: Any) -> dict[str, tuple[str | None, str]]:
-    """Name -> (metavar, help) of what a docstring says under Args or Attributes."""
+    """Name -> (metavar, help) from the Args or Attributes of a docstring."""
     entries = ENTRY.findall(inspect.getdoc(thing) or "")
     return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}

@@ -1,4 +1,4 @@
-"""What the commands share: how pipelines, LoRAs, libraries and pictures are opened and written.
+"""What the commands share: how they open pipelines, LoRAs, libraries and pictures, and write them.
 
 Nothing here or in a command imports torch before the command runs, so that `mole --help` answers at once.
 """
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) -> Base:
-    """The pipeline of --base, and what is known of it. Calls of it that take two seconds or more show a bar.
+    """Open the pipeline of --base. Its calls show a progress bar if they take two seconds or more.
 
     Args:
-        says: how it was opened, on stderr.
-        memory: more of what `studio.memory.Memory` takes.
+        says: whether to report on stderr how it was opened.
+        memory: further arguments of `studio.memory.Memory`.
     """
     from mole_diffusers.studio.base_models import open_base
     from mole_diffusers.studio.memory import Memory
@@ -46,7 +46,7 @@ def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) ->
 
 
 def named_values(texts: Sequence[str], option: str, known: Collection[str] | None = None) -> dict[str, str]:
-    """NAME=VALUE texts as name -> value. Raises ValueError as `grouped_values` does, and for a name that comes twice."""
+    """NAME=VALUE texts as name -> value. Raises ValueError like `grouped_values`, and for a name that is given twice."""
     groups = grouped_values(texts, option, known)
     if twice := [name for name, values in groups.items() if len(values) > 1]:
         raise ValueError(f"{option} {twice[0]!r} is given more than once: {groups[twice[0]]}")
@@ -56,7 +56,8 @@ def named_values(texts: Sequence[str], option: str, known: Collection[str] | Non
 def grouped_values(texts: Sequence[str], option: str, known: Collection[str] | None = None) -> dict[str, list[str]]:
     """NAME=VALUE texts as name -> values.
 
-    Raises ValueError with the option and the text that is not one, or a name that is not known; None knows all.
+    Raises ValueError, with the option and the text, for a text of another form or an unknown name; with `known` None,
+    all names are allowed.
     """
     groups: dict[str, list[str]] = {}
     for text in texts:
@@ -70,7 +71,7 @@ def grouped_values(texts: Sequence[str], option: str, known: Collection[str] | N
 
 
 def json_or_text(text: str) -> Any:
-    """A number, a list and so on as in JSON; anything else is the text itself."""
+    """Parse JSON, such as a number or a list; anything else stays text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -78,9 +79,9 @@ def json_or_text(text: str) -> Any:
 
 
 def parse_file(text: str) -> tuple[Path, float]:
-    """FILE[:STRENGTH] as file and strength, 1 by default. Raises ValueError for a strength that is no number."""
+    """FILE[:STRENGTH] as (file, strength), 1 by default. Raises ValueError if the strength is not a number."""
     file, colon, strength = text.rpartition(":")
-    if not colon or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):  # a drive's colon, say
+    if not colon or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):  # such as the colon of a drive
         return Path(text), 1.0
     try:
         return Path(file), float(strength)
@@ -97,7 +98,7 @@ def read_experts(files: Mapping[str, str]) -> dict[str, tuple[Expert, float]]:
 
 
 def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, tuple[Expert, float]]:
-    """The LoRAs that were asked for; in the embedded world, where none were, those that the prompt names, in its order."""
+    """The LoRAs of --expert. In the emoji world, by default those that the prompt names, in its order."""
     if files:
         return read_experts(files)
     if base != WORLD:
@@ -113,7 +114,7 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
 
 
 def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = ()) -> Catalog:
-    """The LoRAs of --loras and --expert and the gates of --trained, with those of the embedded world where it is a base."""
+    """The LoRAs of --loras and --expert and the gates of --trained, plus those of the emoji world if it is a base."""
     from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
 
     files, examples = folder_loras(named.loras) if named.loras is not None else {}, dict[str, Path]()
@@ -132,9 +133,10 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
 
 
 def target(output: Output, default: str) -> Path:
-    """Where a file goes: --out, or a name of its own that is free here (grid.png, grid-2.png, ...).
+    """The path of the result: --out, or a free name of the default (grid.png, grid-2.png, ...).
 
-    Raises ValueError where --out is a folder, is no file of the default's kind, or is there already, without --overwrite.
+    Raises ValueError if --out is a folder, has another type than the default, or exists already and --overwrite is not
+    given.
     """
     if (out := output.out) is None:
         path = Path(default)
@@ -161,10 +163,10 @@ def first_recipe(studio: Studio, **changes: Any) -> Recipe:
 
 
 def completed(studio: Studio, asked: Recipe, image: Image.Image | None = None) -> Recipe:
-    """A recipe with everything chosen; what its user should know of that is said on stderr.
+    """A recipe with every choice made. Notes for the user go to stderr.
 
     Args:
-        image: the picture that is drawn over.
+        image: the picture for img2img or inpainting.
     """
     recipe = studio.complete(asked)
     for each in studio.notes(asked, recipe, image):

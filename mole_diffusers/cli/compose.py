@@ -1,4 +1,4 @@
-"""`mole compose`: a prompt with several LoRAs, beside what each of them does alone."""
+"""`mole compose`: a prompt with several LoRAs, next to what each of them draws alone."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def compose(
     *,
     sheet: Sheet,
 ) -> Said:
-    """Draw a prompt with several LoRAs, beside the base, each LoRA alone and the plain sum.
+    """Draw a prompt with several LoRAs, next to the base, each LoRA alone and the plain sum.
 
-    Each LoRA is bound to its own words of the prompt and to a place of its own; where each place has room for a picture of
-    the size that the model was trained at, it is also drawn by itself at first, in tiles.
+    Each LoRA acts on its own words of the prompt and in its own place. If every place has room for a picture of the size
+    that the model was trained at, each LoRA's subject is first drawn by itself, in tiles.
 
-    Without --expert, the LoRAs of the emoji world that the prompt names are taken.
+    Without --expert, mole takes the LoRAs of the emoji world that the prompt names.
 
     Args:
         prompt: what to draw.
-        gates: trained gates, a folder or a hub id, or a family such as mean: a column more.
-        bind (NAME=WORDS[@REGION]): words of the prompt that are a LoRA's, and where it acts: fox=a fox@left,
+        gates: one more column: trained gates (a folder or a hub id), or a family such as mean.
+        bind (NAME=WORDS[@REGION]): the words of the prompt that a LoRA acts on, and where it acts: fox=a fox@left,
             fox=@0,0,0.5,1, fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from
             attention.
         unbound: let every LoRA act on every word and in the whole picture.
@@ -88,7 +88,7 @@ def compose(
 
 
 def _true_drawing(prompt: str) -> Any:
-    """What the artists of the emoji world drew of it; None where the prompt names nothing of it."""
+    """The drawing by the emoji world's artists; None if the prompt names nothing of that world."""
     from mole_diffusers import emoji
 
     scene = emoji.scene_in(prompt)
@@ -98,7 +98,7 @@ def _true_drawing(prompt: str) -> Any:
 class PromptSheet:
     """Pictures of one prompt side by side: a column for each way of drawing it, a row for each seed.
 
-    The sampler is put on the pipeline, and what is changed or not read of what was asked for is said on stderr.
+    Puts the sampler on the pipeline, and notes on stderr which of the given options are changed or ignored.
 
     Attributes:
         recipe: of the first row, without LoRAs.
@@ -122,7 +122,7 @@ class PromptSheet:
         self.columns: dict[str, Sequence[Image.Image]] = {}
 
     def draw(self, label: str) -> None:
-        """Draw a column: one picture per seed, each from a generator of its own."""
+        """Draw a column: one picture per seed, each with its own generator."""
         import torch
 
         from mole_diffusers.studio.prompt_weights import call_arguments
@@ -134,7 +134,7 @@ class PromptSheet:
         self.columns[label] = self.pipe(**rows, generator=generators, **self.call).images
 
     def save(self, path: Path, **facts: Any) -> dict[str, Any]:
-        """Write the sheet, and keep in the file what it shows, with `facts`; returns that and where it lies."""
+        """Write the sheet, with `facts` and a description of its contents in the file. Returns these and the path."""
         from mole_diffusers.inspection.compare import image_grid
         from mole_diffusers.studio import infotext
 

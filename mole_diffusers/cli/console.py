@@ -1,4 +1,4 @@
-"""What the console shows: a sign that work is going on, and nothing that other libraries say."""
+"""The console: a sign that work is going on, and no output of other libraries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.console import Console
 
 
 def busy(what: str) -> AbstractContextManager[Any]:
-    """A sign on the terminal that something is going on whose length is not known."""
+    """Show on the terminal that something of unknown length is going on."""
     return Console(stderr=True).status(what)
 
 
 def note(text: str) -> None:
-    """What a user should know, on stderr."""
+    """Tell the user something on stderr."""
     print(f"note: {text}", file=sys.stderr)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings, notices and loading bars of other libraries off the console; warnings of our own are one line."""
+    """Keep warnings, notices and loading bars of other libraries off the console. Warnings of mole take one line."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
         as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
                 from transformers.utils.logging import disable_progress_bar as hide_weight_bars
             hide_pipeline_bars()
             hide_weight_bars()
-            show_downloads()  # which transformers hides with its own
+            show_downloads()  # transformers hides them along with its own
             yield
         finally:
             warnings.formatwarning = as_before

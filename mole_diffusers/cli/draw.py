@@ -1,4 +1,4 @@
-"""`mole draw`, `redraw` and `grid`: pictures of a recipe, whose LoRAs a prompt names by <lora:...> tags."""
+"""`mole draw`, `redraw` and `grid`: pictures from a recipe. The prompt names LoRAs by <lora:...> tags."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Over(options.Pictures):
-    """How much is drawn over.
+    """How much to draw over.
 
     Attributes:
-        strength: how much of --image is drawn anew.
-        hires: make the picture so much larger and draw over it once more.
-        hires_strength: how much of it is drawn anew then.
+        strength: how much of --image to redraw.
+        hires: enlarge the picture by this factor, and draw over it once more.
+        hires_strength: how much of the enlarged picture to redraw.
     """
 
     panel = "Drawing over a picture"
@@ -37,13 +37,14 @@ class Over(options.Pictures):
 
 @dataclass
 class Settings(options.Drawing, Over):
-    """What a recipe has beside its prompt.
+    """The settings of a recipe, apart from its prompt.
 
     Attributes:
-        gates: trained gates by name or folder, sum or mean; auto takes your own for these LoRAs, else sum.
+        gates: trained gates by name or folder, sum or mean; auto takes your own gates for these LoRAs if there are any,
+            else sum.
         seed: the same seed gives the same picture; -1 is a random one.
-        binding (HOW): bound: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own
-            at first, for several subjects; auto: tiles where each has room, else bound; none: all everywhere.
+        binding (HOW): bound: each LoRA acts on its own words and in its own place; tiles: each subject is also first
+            drawn by itself in its place; auto: tiles if each has room, else bound; none: every LoRA acts everywhere.
     """
 
     gates: str = "auto"
@@ -55,7 +56,7 @@ def draw(prompt: str, *, files: options.Studio, settings: Settings, output: opti
     """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
 
     Args:
-        prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK as in A1111.
+        prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK work as in A1111.
     """
     path = target(output, "picture.png")
     return draw_recipe(*open_recipe(prompt, files, settings), path)
@@ -64,8 +65,8 @@ def draw(prompt: str, *, files: options.Studio, settings: Settings, output: opti
 def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, output: options.Output) -> Said:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
-    LoRAs are found by their hash, whatever their files are called here. A picture that was drawn over another needs that one
-    as --image.
+    LoRAs are found by their hash, whatever their files are called here. If the picture was drawn over another one, pass
+    that as --image.
 
     Args:
         picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
@@ -96,10 +97,10 @@ def grid(
     settings: Settings,
     output: options.Output,
 ) -> Said:
-    """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, binding, steps, guidance, sampler,
-    hires or hires_strength, and with --image also strength.
+    """Draw a grid of pictures that changes along two axes.
 
-    The PNG holds the recipe and both axes.
+    An axis is one of weight NAME, seed, arm, gates, binding, steps, guidance, sampler, hires or hires_strength, and with
+    --image also strength. The PNG holds the recipe and both axes.
 
     Args:
         prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.
@@ -117,7 +118,7 @@ def grid(
     first = completed(studio, asked, pictures.get("image"))
     rows = [[studio.complete(cell) for cell in row] for row in cells(first, across, down)]
     for cell in (cell for row in rows for cell in row):
-        studio.total_steps(cell)  # raises before anything is drawn
+        studio.total_steps(cell)  # raise errors before anything is drawn
     with tqdm(total=len(rows) * len(rows[0]), desc="pictures", delay=2, leave=False) as bar:
         drawn: list[list[Any]] = []
         for row in rows:
@@ -131,14 +132,14 @@ def grid(
 
 
 def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:
-    """The studio, the recipe that was asked for, and the pictures that it draws over."""
+    """The studio, the recipe from the options, and the pictures to draw over."""
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.render import with_pictures
 
     pictures = open_pictures(settings)
     studio = open_studio(files)
     folder, asked = Path(settings.gates), {**vars(settings), "image": None, "mask": None}
-    if settings.gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # which has no name yet
+    if settings.gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # it has no name yet
         asked["gates"] = folder.resolve().name
         studio.catalog.add_gates(asked["gates"], folder)
     return studio, with_pictures(first_recipe(studio, prompt=prompt, **asked), **pictures), pictures
@@ -156,7 +157,7 @@ def open_studio(files: options.Studio) -> Studio:
 def open_pictures(given: options.Pictures) -> dict[str, Any]:
     """The pictures of --image and --mask, by these names.
 
-    Raises ValueError for a file that is no picture, and a mask alone.
+    Raises ValueError for a file that is not a picture, and for --mask without --image.
     """
     from mole_diffusers.studio.picture_passes import read_picture
 

@@ -1,4 +1,4 @@
-"""`mole evaluate`: composers side by side on many cases and seeds, with intervals."""
+"""`mole evaluate`: compare composers on many cases and seeds, with intervals."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Cases(Group):
-    """What is drawn, and with which arms.
+    """What to draw, and with which arms.
 
     Attributes:
         arm (NAME): a composer: base, alone, sum, mean, bound, 'words only', tiles, 'grid search', the methods of merge,
             switch, composite, k-lora, 'masked blend', freefuse, gates, 'bound gates', 'gates uniform', 'gates random',
             'gates hardened', 'gates averaged'. Default: all of them.
-        gates (FOLDER): trained gates, one folder per case, named a+b. The world has its own.
+        gates (FOLDER): trained gates, one folder per case, named a+b. The emoji world has its own.
         split: which cases of the emoji world. Choose on validation; run test once.
         limit: cases per kind. Default: all.
-        attached (N): attach N LoRAs, some of which the prompt does not ask for.
+        attached (N): attach N LoRAs, some of which the prompt does not name.
         share (SHARE): move strength from subjects, 0, to styles, 1. For sum, gates and merges.
-        weights (FILE): strengths for the arm 'grid search', as in weights.json.
+        weights (FILE): strengths for the arm 'grid search', in the format of weights.json.
         search: find the best strengths on validation, for weights.json.
     """
 
@@ -52,12 +52,12 @@ class Cases(Group):
 
 @dataclass
 class Own(Group):
-    """What a checkpoint is evaluated with; the emoji world has its own.
+    """Data to evaluate a checkpoint on; the emoji world has its own.
 
     Attributes:
         cases (FILE): JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.
-        images (NAME=FOLDER): a concept's own pictures.
-        own (NAME=PROMPT): a prompt of one concept alone.
+        images (NAME=FOLDER): pictures of a concept.
+        own (NAME=PROMPT): a prompt for one concept alone.
         style (NAME): a concept that is a style.
         clip (MODEL): a CLIP to measure with.
         dino (MODEL): a DINO to measure with.
@@ -87,14 +87,14 @@ def evaluate(
     own: Own,
     machine: options.Machine,
 ) -> Said | None:
-    """Compare ways to compose LoRAs, on many prompts and seeds, with intervals.
+    """Compare ways to compose LoRAs on many prompts and seeds, with intervals.
 
-    A run that was cut off goes on where it was. `accelerate launch` and `torchrun` divide it over processes.
+    An interrupted run continues where it stopped. `accelerate launch` and `torchrun` divide it over processes.
 
     Args:
         seeds: pictures per case.
         seed: the first seed.
-        guidance: how strictly the prompt is followed.
+        guidance: how strictly to follow the prompt.
         out (FOLDER): pictures, rows, tables and figures go here.
         sheet: write a sheet on which people choose between two arms.
         judged: count the answers on the sheet in --out, and stop.
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def _check_search(base: str, wanted: Cases) -> None:
-    """Raises ValueError where --search would not count successes, choose by the test split, or draw other arms."""
+    """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
     if given := [f"--{name}" for name in ("arm", "share", "weights") if getattr(wanted, name)]:
         raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
     if base != WORLD:
@@ -154,7 +154,7 @@ def _check_search(base: str, wanted: Cases) -> None:
 
 
 def _world(wanted: Cases, own: Own, call: dict[str, Any], machine: options.Machine) -> tuple[Setup, list[Case], Any]:
-    """Experts, cases and judge of the embedded world. Raises ValueError for options that are for another base."""
+    """Experts, cases and judge of the emoji world. Raises ValueError for options that are for another base."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
     from mole_diffusers.evaluation import emoji_protocol
@@ -170,7 +170,7 @@ def _world(wanted: Cases, own: Own, call: dict[str, Any], machine: options.Machi
 
 
 def _device(machine: options.Machine) -> str:
-    """The device of --device: by default the GPU, where there is one."""
+    """The device of --device; by default the GPU, if there is one."""
     from mole_diffusers.studio.memory import Memory
 
     return Memory(machine.device).completed("").device or "cpu"
@@ -179,7 +179,7 @@ def _device(machine: options.Machine) -> str:
 def _checkpoint(
     wanted: Cases, own: Own, call: dict[str, Any], base: str, machine: options.Machine
 ) -> tuple[Setup, list[Case], Any]:
-    """Experts, cases and measures of a checkpoint of the user's own."""
+    """Experts, cases and measures of the user's own checkpoint."""
     from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
     from mole_diffusers.evaluation.runner import Setup
 
@@ -204,7 +204,7 @@ def _checkpoint(
 
 
 def _arms(wanted: Cases, setup: Setup, cases: Sequence[Case]) -> list[Arm]:
-    """The arms that were asked for, or all that can be drawn; what is left out is said."""
+    """The arms of --arm, or all that can be drawn; a note lists those that are left out."""
     from mole_diffusers.evaluation import arms as known
     from mole_diffusers.evaluation.strength_search import read_weights
 
@@ -228,7 +228,7 @@ def _arms(wanted: Cases, setup: Setup, cases: Sequence[Case]) -> list[Arm]:
 
 
 def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, share: bool) -> None:
-    """Every figure that the rows allow; one that was asked for and is not possible is said."""
+    """Draw every figure that the rows allow, and note each one that was asked for but is not possible."""
     from mole_diffusers.evaluation import plots
 
     plots.sample_grid(rows, out, out / "samples.png", case=rows[0]["case"])
@@ -243,7 +243,7 @@ def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, shar
 
 
 def _heat_map(path: Path, setup: Setup, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
-    """What trained gates decide, for the first case that has them."""
+    """The weights of trained gates, for the first case that has them."""
     from mole_diffusers.inspection.compare import sample
     from mole_diffusers.inspection.gate_figures import block_places, heat_map
 

@@ -1,4 +1,4 @@
-"""`mole inspect`: what is in a LoRA file."""
+"""`mole inspect`: show the contents of a LoRA file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
 
 
 def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, Any]:
-    """What one file holds and, where models are given, how many of its layers they have and why not the rest."""
+    """The contents of one file. With `models`, also how many layers match them, and why the others do not."""
     from mole_diffusers.lora import COMPONENTS, stated_base, summarize
     from mole_diffusers.lora.stacking import match
 
@@ -73,7 +73,7 @@ def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, An
 
 
 def _reasons(why: Mapping[str, str]) -> str:
-    """{thing: reason} -> each reason with how many things it holds for and the first of them."""
+    """{thing: reason} -> each reason, with the number of things and the first of them."""
     grouped: dict[str, list[str]] = {}
     for thing, reason in why.items():
         grouped.setdefault(reason, []).append(thing)

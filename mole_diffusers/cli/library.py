@@ -1,4 +1,4 @@
-"""`mole index`, `retrieve` and `compose-library`: a folder of LoRAs, and those that a prompt asks for."""
+"""`mole index`, `retrieve` and `compose-library`: find the LoRAs for a prompt in a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mole_diffusers.cli.compose import PromptSheet, Sheet
 if TYPE_CHECKING:
     from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 
-THRESHOLD = 0.7  # as in retrieval.library, which needs torch
+THRESHOLD = 0.7  # as in retrieval.library, whose import needs torch
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 
@@ -34,8 +34,8 @@ class Search(Group):
 
     Attributes:
         library (FOLDER): a folder that `mole index` has indexed.
-        k: at most so many LoRAs; those whose trigger words are said all count.
-        threshold: similarity that a LoRA needs whose trigger words are not said.
+        k: find at most this many LoRAs. LoRAs whose trigger words are in the prompt always count.
+        threshold: similarity that a LoRA needs if its trigger words are not in the prompt.
     """
 
     library: Annotated[Path, Option()]
@@ -45,7 +45,7 @@ class Search(Group):
 
 
 def index(library: Path, encoder: Encoder = None, base: options.Base = options.WORLD, *, machine: options.Machine) -> Said:
-    """Make a folder of LoRAs a library, in which prompts find the LoRAs they ask for.
+    """Index a folder of LoRAs as a library, so that prompts can find the LoRAs they need.
 
     Args:
         library (FOLDER): LoRA files, in subfolders too.
@@ -59,7 +59,7 @@ def index(library: Path, encoder: Encoder = None, base: options.Base = options.W
 
 
 def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search, machine: options.Machine) -> Said:
-    """Show which LoRAs of a library a prompt asks for, and why.
+    """Show which LoRAs of a library fit a prompt, and why.
 
     Args:
         prompt: what you want to draw.
@@ -73,14 +73,14 @@ def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search,
 
 
 def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: Sheet) -> Said:
-    """Find the LoRAs that a prompt asks for in a library, and draw it without and with them.
+    """Find the LoRAs for a prompt in a library, and draw it without and with them.
 
-    They are bound, and drawn in tiles where there is room, as by mole draw.
+    The LoRAs are bound, and drawn in tiles if there is room, as in mole draw.
 
     Args:
         prompt: what to draw.
         mode: sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged.
-        gates: trained gates (a folder or a hub id) or a family.
+        gates: trained gates (a folder or a hub id), or a family.
     """
     from mole_diffusers.retrieval.composing import composed, report
     from mole_diffusers.studio.prompt_weights import tiled_prompt
@@ -104,7 +104,7 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
 
 
 def open_library(search: Search, pipe: Any) -> LoraLibrary:
-    """The library of --library, read by the encoder of --encoder."""
+    """The library of --library, with the encoder of --encoder."""
     from mole_diffusers.retrieval.encoders import text_encoder_for
     from mole_diffusers.retrieval.library import LoraLibrary
 

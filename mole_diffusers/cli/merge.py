@@ -32,11 +32,11 @@ def merge(
     """Merge several LoRA files into one ordinary LoRA file, without training.
 
     Args:
-        files ([NAME=]FILE[:STRENGTH]): LoRA files; each is named as its file, or NAME.
-        method: how. The last four run the LoRAs on a pipeline and need --base.
-        rank: the rank of the result, at most.
-        protect (NAME): np: leave this LoRA as it is.
-        option (KEY=VALUE): of the method: drop=0.5.
+        files ([NAME=]FILE[:STRENGTH]): LoRA files. A LoRA is named after its file unless you give a NAME.
+        method: how to merge. The last four run the LoRAs on a pipeline and need --base.
+        rank: the highest rank of the result.
+        protect (NAME): np: keep this LoRA unchanged.
+        option (KEY=VALUE): an option of the method: drop=0.5.
         format: kohya is for A1111 and ComfyUI.
         base (MODEL): the pipeline to run the LoRAs on.
         own (NAME=PROMPT): a prompt for one LoRA alone. Default: its trigger words.
@@ -56,7 +56,7 @@ def merge(
         if base is None:
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
         activations = Activations(opened(base, machine).pipe, prompts)
-    with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline has bars of its own
+    with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline shows its own bars
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)
     save_expert(merged, out, format=format)
     facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
@@ -64,11 +64,11 @@ def merge(
 
 
 def by_name(texts: Sequence[str]) -> dict[str, str]:
-    """[NAME=]FILE[:STRENGTH] texts as name -> FILE[:STRENGTH]. Raises ValueError where two have one name."""
+    """[NAME=]FILE[:STRENGTH] texts as name -> FILE[:STRENGTH]. Raises ValueError if a name comes twice."""
     named: dict[str, str] = {}
     for text in texts:
         name, equals, file = text.partition("=")
-        if not equals or "/" in name or parse_file(text)[0].is_file():  # the = is of the file's own name
+        if not equals or "/" in name or parse_file(text)[0].is_file():  # the = belongs to the file's name
             name, file = parse_file(text)[0].stem, text
         if name in named:
             raise ValueError(f"two files are named {name!r}; name one yourself: {name}2={file}")

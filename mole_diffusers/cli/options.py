@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer import Option
 
 from mole_diffusers.cli.commands import Group
 
-WORLD = "emoji"  # as a base: the embedded world
+WORLD = "emoji"  # the --base of the embedded emoji world
 
 Base = Annotated[
     str,
@@ -30,12 +30,12 @@ Share = Annotated[float, Option(min=0, max=1)]
 
 @dataclass
 class Machine(Group):
-    """Where a base is opened.
+    """Where and how a base is opened.
 
     Attributes:
-        device: cpu, cuda, cuda:1, mps, ... Default: a GPU where there is one.
-        base_config (FOLDER): for a checkpoint: a diffusers folder of the same kind of model, whose weights are not needed,
-            or a hub id. Default: that of the Forge folder around it, else the official one.
+        device: cpu, cuda, cuda:1, mps, ... Default: a GPU if there is one.
+        base_config (FOLDER): for a checkpoint: a diffusers folder of the same kind of model (its weights are not
+            needed), or a hub id. Default: that of the Forge folder around it, else the official one.
     """
 
     panel = "The base model on this machine"
@@ -45,14 +45,14 @@ class Machine(Group):
 
 @dataclass
 class Opening(Machine):
-    """How a base is put there, as `studio.memory.Memory`.
+    """How a base is loaded, as in `studio.memory.Memory`.
 
     Attributes:
         dtype: float32, float16 or bfloat16. Default: float32 on a CPU, half precision on a GPU.
-        offload: none, model or sequential: what leaves the GPU while it is not used. Default: what fits.
-        slicing: attention head by head: less memory, more time.
-        tiling: large pictures by tiles. Default: where memory is short.
-        compiled: minutes at the first picture, faster from then on.
+        offload: none, model or sequential: what to move off the GPU while it is not used. Default: what fits.
+        slicing: compute attention head by head: less memory, more time.
+        tiling: decode large pictures in tiles. Default: if memory is short.
+        compiled: compile the model: the first picture takes minutes, later ones are faster.
     """
 
     panel = "The base model on this machine"
@@ -68,9 +68,9 @@ class Files(Group):
     """LoRAs and gates that prompts and recipes may name.
 
     Attributes:
-        loras (FOLDER): LoRA files that tags may name, in subfolders too; two of one name are people/fox and animals/fox. The
-            emoji world has its own.
-        trained (FOLDER): trained gates that may be named: a folder each.
+        loras (FOLDER): LoRA files that tags may name, in subfolders too. If two have the same name, write people/fox and
+            animals/fox. The emoji world has its own.
+        trained (FOLDER): trained gates that you may name, one folder each.
     """
 
     loras: Path | None = None
@@ -94,8 +94,8 @@ class Output(Group):
     """Where the result goes.
 
     Attributes:
-        out (FILE): where the result goes. Default: a new file that is named as what it is, grid.png, grid-2.png, ...
-        overwrite: write over a file that is there.
+        out (FILE): where the result goes. Default: a new file, named by its kind: grid.png, grid-2.png, ...
+        overwrite: replace a file that exists.
     """
 
     out: Path | None = None
@@ -107,12 +107,12 @@ class Drawing(Group):
     """How pictures are drawn.
 
     Attributes:
-        negative (PROMPT): what shall not be in the picture.
+        negative (PROMPT): what should not be in the picture.
         prompt_2 (PROMPT): for the second text encoder of SDXL, SD 3 or Flux. Default: the same as the first.
-        negative_2 (PROMPT): as --prompt-2.
-        guidance: how strictly the prompt is followed. Default: 7; Flux 3.5, Stable Diffusion 3 5, the emoji world 3.
+        negative_2 (PROMPT): the negative prompt for the encoder of --prompt-2.
+        guidance: how strictly to follow the prompt. Default: 7; Flux 3.5, Stable Diffusion 3 5, the emoji world 3.
         sampler (NAME): Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.
-        width: pixels, rounded to what the base can draw. Default: as it draws such a prompt, or as --image.
+        width: pixels, rounded to what the base can draw. Default: the base's size for such a prompt, or that of --image.
         height: as --width.
     """
 
@@ -128,7 +128,7 @@ class Drawing(Group):
 
 @dataclass
 class Pictures(Group):
-    """What is drawn over.
+    """The picture to draw over.
 
     Attributes:
         image (PICTURE): a picture to draw over (img2img).

@@ -1,6 +1,6 @@
-"""`mole train` and `mole train-lora`: gates for a set of LoRAs, and a LoRA from pictures.
+"""`mole train` and `mole train-lora`: train gates for a set of LoRAs, or a LoRA from pictures.
 
-A file can hold every setting of a run; options override it.
+A file can hold all settings of a run; options override it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mole_diffusers.training.config import GateTraining, LoraTraining
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
 
-RECOMMENDED = "factors"  # what validation compositions chose, see docs/training.md
+RECOMMENDED = "factors"  # the best on validation compositions, see docs/training.md
 Switch = Annotated[Any, Option(parser=json_or_text)]
 
 # ---- what both commands share
@@ -38,14 +38,14 @@ Switch = Annotated[Any, Option(parser=json_or_text)]
 
 @dataclass
 class Run(options.Machine):
-    """What is trained on, and where it is written.
+    """What to train on, and where to write the result.
 
     Attributes:
         base (MODEL): as in the other commands. Default: emoji.
         out (FOLDER): the result, checkpoints and the log go here.
-        config (FILE): any settings as YAML or JSON; options override it.
+        config (FILE): a YAML or JSON file with any settings; options override it.
         write_config (FILE): write all settings as YAML or JSON, and stop.
-        resume (latest|checkpoint-N): go on with the run in --out; latest also starts a new one.
+        resume (latest|checkpoint-N): continue the run in --out; latest also starts a new one.
     """
 
     base: str | None = None
@@ -58,14 +58,14 @@ class Run(options.Machine):
 def settings(
     run: Run, sections: Mapping[str, Mapping[str, Any]], data: Sequence[str], **others: str | None
 ) -> dict[str, Any]:
-    """Everything that was asked, as plain data: what the file of --config says, overridden by the options.
+    """All settings as plain data: those of the --config file, overridden by the options.
 
     Args:
-        sections: name -> what options say of it.
+        sections: name -> the settings that options give.
         data: folders of pictures.
-        others: what else a file may hold beside sections.
+        others: the other keys that a file may hold, besides sections.
 
-    Raises ValueError for a file that is neither YAML nor JSON, or with an unknown section or one of another kind.
+    Raises ValueError for a file that is neither YAML nor JSON, or a section that is unknown or of the wrong kind.
     """
     alone = {"base": run.base, "base_config": run.base_config, "data": data, **others}
     kinds = dict.fromkeys(("base", "base_config", *others), str) | dict.fromkeys(sections, Mapping[str, Any])
@@ -79,7 +79,7 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML, of which JSON is a part, but for numbers as 1e-3, which YAML 1.1 takes for text."""
+        """YAML, which includes JSON, except that numbers like 1e-3 are numbers; YAML 1.1 takes them for text."""
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -96,16 +96,16 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given of the options of a section."""
+    """The options of a section that the user gave."""
     return {name: value for name, value in values.items() if value is not None and value not in ([], (), {})}
 
 
 def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, side: int | None = None) -> Samples | None:
-    """The pictures of folders as the pipeline's latents, cut to squares of `side` pixels; None without folders.
+    """Pictures from folders as latents of the pipeline, cut to squares of `side` pixels; None without folders.
 
     Args:
         prompt: caption of pictures that have none.
-        side: by default the pipeline's own.
+        side: by default the pipeline's own size.
     """
     from mole_diffusers.training.data import default_side, encode, read_folder, square
 
@@ -118,7 +118,7 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
 
 
 def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
-    """The base in full precision, by default on the GPU of this process, which `accelerate launch` numbers."""
+    """The base in full precision, by default on this process's GPU (`accelerate launch` numbers them)."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK")
@@ -128,15 +128,15 @@ def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what all of them made; MPICH and Open MPI number processes under names of their own."""
+    """Whether this process writes the shared result. MPICH and Open MPI use their own variables for process numbers."""
     ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
 def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said]) -> Said | None:
-    """Train what was asked, or write it for --write-config: JSON where the file is named so, else YAML.
+    """Train with these settings, or write them for --write-config: as JSON if the file's name says so, else as YAML.
 
-    Where Ctrl-C interrupts it, which checkpoint is there and how to go on is said on stderr.
+    If Ctrl-C interrupts it, a note on stderr says which checkpoint there is and how to continue.
     """
     import yaml
 
@@ -156,7 +156,7 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said])
         if is_main_process():
             whole = checkpoints(run.out)
             kept = f"{whole[-1]} is kept; --resume latest goes on from there" if whole else "there is no checkpoint yet"
-            print(file=sys.stderr)  # after the line of the bar
+            print(file=sys.stderr)  # below the progress bar
             note(f"interrupted: {kept}")
         raise
 
@@ -166,19 +166,19 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said])
 
 @dataclass
 class Gates(Group):
-    """Fields of `GateConfig`, which needs torch.
+    """Fields of `GateConfig`, repeated here since that one needs torch.
 
     Attributes:
         family: factors, flow, mole, static, prompt, rank, retrieval. Default: factors.
         granularity: static, mole: one gate per model, block, layer or matrix.
-        total: what the weights add up to: 1, N, sigmoid, linear or none, by family.
-        inputs: mole: reads the hidden state, or the experts' outputs.
-        features: mole: reads tokens pooled or flattened.
-        bias (true|false): mole: adds a number per LoRA.
-        bins: static: sets of weights over the noise levels.
+        total: what the weights add up to: 1, N, sigmoid, linear or none, depending on the family.
+        inputs: mole: read the hidden state, or the experts' outputs.
+        features: mole: read tokens pooled or flattened.
+        bias (true|false): mole: add a number per LoRA.
+        bins: static: number of sets of weights over the noise levels.
         start: flow: weights before training: sum, mean or faithful.
-        axis: prompt: shares among LoRAs (concept), layers (module) or both.
-        top: prompt, rank: how many weigh something; 0 is all.
+        axis: prompt: share weight among LoRAs (concept), layers (module) or both.
+        top: prompt, rank: how many have weight; 0 is all.
         rank: retrieval: rank of the router.
         scores: retrieval: weights per token or per image.
         partition: rank: ranks that share a weight; 0 is all of a LoRA.
@@ -236,7 +236,7 @@ class GateUpdates(Group):
 
     Attributes:
         term (NAME[=WEIGHT][,OPTION=VALUE]): a goal: collage, single, composed, base, separate, denoise, clip, rollout,
-            balance. Default: collage where there are parts, else what there are prompts for.
+            balance. Default: collage if you give --part, else the goals that your prompts allow.
         validate (N): draw the prompts every N updates.
     """
 
@@ -256,8 +256,8 @@ def train(
 ) -> Said | None:
     """Train gates for a set of LoRAs: how much each one acts, where and when.
 
-    Prompts are enough: the LoRAs themselves are the teachers. Without --expert, those of the emoji world that the prompts
-    name are taken. `accelerate launch -m mole_diffusers train` divides the work over GPUs.
+    You only need prompts: the LoRAs themselves are the teachers. Without --expert, mole takes the LoRAs of the emoji
+    world that the prompts name. `accelerate launch -m mole_diffusers train` divides the work over GPUs.
 
     Args:
         push_to_hub (REPO): upload the gates, with a model card.
@@ -292,7 +292,7 @@ def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]
 
 def _term(text: str) -> tuple[str, Any]:
     """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
-    first, *rest = re.split(r",(?![^\[]*\])", text)  # not at the commas of a list, as in lengths=[20,50]
+    first, *rest = re.split(r",(?![^\[]*\])", text)  # but not at commas inside a list, as in lengths=[20,50]
     name, _, weight = first.partition("=")
     return name, {"weight": json_or_text(weight or "1")} | {
         k: json_or_text(v) for k, v in named_values(rest, "--term").items()
@@ -321,7 +321,7 @@ def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path
     where: dict[str, Any] = {"folder": out, "resume_from": run.resume}
     log = train_gates(pipe, mixture, data, config=config, clip=clip, success=success, **where)
     if is_main_process():
-        known = base if is_hub_id(base) else None  # a folder of this machine tells nobody else
+        known = base if is_hub_id(base) else None  # a local folder means nothing to others
         prompt, about = next(iter(data.composed), None), summary(config, log)
         card = hub.model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
         (out / hub.CARD).write_text(card)
@@ -331,13 +331,13 @@ def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path
 
 
 def _own_terms(data: Any) -> list[str]:
-    """The terms where none is named: collages where there are parts, else those that there are prompts for."""
+    """The terms if none is named: collages if there are parts, else those that there are prompts for."""
     learned = {"single": data.singles, "composed": data.composed}
     return ["collage"] if data.parts else [name for name, prompts in learned.items() if prompts]
 
 
 def _canvas(base: str, data: Any) -> dict[str, int]:
-    """The size that the embedded world draws the composed prompts at; {} for other bases, which have one of their own."""
+    """The size at which the emoji world draws the composed prompts; {} for other bases, which have their own."""
     from mole_diffusers import emoji
 
     sizes = [emoji.canvas(prompt) for prompt in data.composed[:1]] if base == WORLD else []
@@ -345,9 +345,9 @@ def _canvas(base: str, data: Any) -> dict[str, int]:
 
 
 def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:
-    """The embedded world's judge: every subject of the prompt is there, in the prompt's style.
+    """The emoji world's judge: every subject of the prompt is there, in the prompt's style.
 
-    Raises ValueError for a prompt that names no subject of the world.
+    Raises ValueError for a prompt that names no subject of that world.
     """
     from mole_diffusers import emoji
     from mole_diffusers.emoji.judge import Judge
@@ -365,10 +365,10 @@ def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:
 
 @dataclass
 class Concept(Group):
-    """What the LoRA is to learn.
+    """What the LoRA should learn.
 
     Attributes:
-        trigger (WORDS): what will call the concept.
+        trigger (WORDS): the words that will call the concept.
         prompt: caption of pictures without one. Default: the trigger.
         resolution (PIXELS): pictures are cut to squares of this side. Default: the base's own.
         format: kohya is for A1111 and ComfyUI. Default: diffusers.
@@ -387,10 +387,10 @@ class Prior(Group):
 
     Attributes:
         prompt: what the base draws: 'a photo of a dog'.
-        data (FOLDER): or pictures of your own.
+        data (FOLDER): your own pictures of the class, instead of drawn ones.
         count (N): pictures to draw. Default: 64.
         steps (N): steps of the sampler. Default: 25.
-        guidance (SCALE): how strictly the prompt is followed. Default: 7.5.
+        guidance (SCALE): how strictly to follow the prompt. Default: 7.5.
     """
 
     panel = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
@@ -418,12 +418,12 @@ def train_lora(
     prior: Prior,
     training: LoraUpdates,
 ) -> Said | None:
-    """Teach a base one concept from pictures. The result is an ordinary LoRA file, named as the folder --out.
+    """Teach a base one concept from pictures. The result is an ordinary LoRA file, named after the folder --out.
 
     `accelerate launch -m mole_diffusers train-lora` divides the work over GPUs.
 
     Args:
-        data (FOLDER): pictures, with captions or without.
+        data (FOLDER): pictures, with or without captions.
         prior_weight (WEIGHT): how much pictures of the class count. Default: 1.
     """
     updates = {**vars(training), "prior": prior_weight}
@@ -470,7 +470,7 @@ def _save(pipe: Any, tensors: Any, path: Path, config: LoraTraining, *, concept:
     from mole_diffusers.training.lora_adapter import header, save_lora
 
     format: Any = concept.get("format") or "diffusers"
-    alpha = config.alpha if format == "kohya" else config.rank  # else it is folded into the weights
+    alpha = config.alpha if format == "kohya" else config.rank  # otherwise it is folded into the weights
     about = header(pipe, title=path.stem, rank=config.rank, alpha=alpha, pictures=pictures)
     about["mole.training"] = json.dumps({name: str(value) for name, value in asdict(config).items()})
     save_lora(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about, format=format)
