@@ -1,1 +1,1 @@
-"""Which words and which places are whose."""
+"""Binding: which words of the prompt, and which place in the picture, belong to which expert."""

@@ -1,4 +1,4 @@
-"""What a user says about binding: each expert's words, and where in the picture it acts."""
+"""What a user sets for binding: each expert's words, and where in the picture it acts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.metadata import training_tags
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # ends of a mask's file name
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
 MASK, MOST_PIXELS = "png:", 16 << 20
 
 
@@ -24,11 +24,11 @@ class Bound:
     """How one expert is bound.
 
     Attributes:
-        words: phrases that are its own; none: it acts on every word that is nobody else's.
-        region: where it acts; "auto" is found from attention, where it has words of a thing. "everywhere" is the whole
-            picture, and without words every word, those of others included.
-        required: whether it is silent where the text has none of its words. Words that were only guessed from training
-            tags are not required: without them it acts as if it had none.
+        words: the phrases that belong to it. Without any, it acts on every word that belongs to no other expert.
+        region: where it acts. "auto" is found from attention, if it has words that name a thing. "everywhere" is the
+            whole picture, and without words also every word, including those of other experts.
+        required: whether it is silent if the text has none of its words. Words that were only guessed from training tags
+            are not required: without them, it acts as if it had none.
     """
 
     words: tuple[str, ...] = ()
@@ -37,42 +37,42 @@ class Bound:
 
     @property
     def given(self) -> Region | None:
-        """The part of the picture that the user gave; None where it is found, or is the whole."""
+        """The part of the picture that the user gave; None if it is found, or the whole picture."""
         return None if self.region in (AUTO, EVERYWHERE) else self.region
 
     @property
     def needs_words(self) -> bool:
-        """Whether it is silent where a text has none of its words."""
+        """Whether it is silent if a text has none of its words."""
         return self.required and bool(self.words)
 
 
 def given_region(thing: Thing, bound: Sequence[Bound]) -> Region | None:
-    """The region that the user gave for a thing, by one of its experts."""
+    """The region that the user gave for a thing, through one of its experts; None if there is none."""
     return next((given for k in thing.experts if (given := bound[k].given) is not None), None)
 
 
 def with_region(bound: Sequence[Bound]) -> list[int]:
-    """The experts, by index, whose place is said, be it everywhere: their words name one thing, see `words.read`."""
+    """The indices of the experts with a given place (or everywhere). Their words name one thing, see `words.read`."""
     return [k for k, own in enumerate(bound) if own.region != AUTO]
 
 
 def from_file(expert: Expert) -> Bound:
-    """The words that an expert's file gives: trigger words, or else its most frequent training tags."""
+    """The words that an expert's file gives: its trigger words, otherwise its most frequent training tags."""
     guessed = bool(expert.triggers) and expert.triggers == training_tags(expert.metadata)[:3]
     return Bound(expert.triggers, required=not guessed)
 
 
 def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
-    """Every expert bound as its file says."""
+    """Bind every expert as its file says."""
     return {name: from_file(expert) for name, expert in experts.items()}
 
 
 def bound(given: Any, name: str, expert: Expert) -> Bound:
-    """What a user gave for one expert, as `Bound`.
+    """The user's setting for one expert, as `Bound`.
 
     Args:
-        given: words, "a fox" or ["a fox", "foxes"]; or (words, region), where words may be None for those of the file; or
-            "everywhere", on every word and in the whole picture.
+        given: words, "a fox" or ["a fox", "foxes"]; or (words, region), with None for the words that the file gives; or
+            "everywhere": on every word and in the whole picture.
 
     Raises ValueError, naming the expert, for anything else.
     """
@@ -103,14 +103,14 @@ def _without_article(phrase: str) -> str:
 
 
 def bindings(given: Mapping[str, Any], experts: Mapping[str, Expert], before: Mapping[str, Bound]) -> dict[str, Bound]:
-    """`before` with what was given. Raises ValueError for a name that is no expert's."""
+    """`before`, updated by `given`. Raises ValueError for an unknown expert."""
     if unknown := [name for name in given if name not in experts]:
         raise ValueError(f"unknown expert {unknown[0]!r}; attached: {list(experts)}")
     return {name: bound(given[name], name, experts[name]) if name in given else before[name] for name in experts}
 
 
 def parse_binding(text: str, option: str) -> tuple[str, Any]:
-    """NAME=WORDS[@REGION] as (name, what `bound` takes); several phrases are separated by |, a box is 0,0,0.5,1.
+    """NAME=WORDS[@REGION] as (name, what `bound` takes). Phrases are separated by |; a box is 0,0,0.5,1.
 
     Raises ValueError naming `option`.
     """
@@ -129,12 +129,12 @@ def parse_binding(text: str, option: str) -> tuple[str, Any]:
 
 
 def parse_phrases(text: str) -> list[str] | None:
-    """Phrases separated by |; None, which stands for those of the file, if there are none."""
+    """Phrases separated by |; None if there are none, which stands for the words of the file."""
     return [word for word in text.split("|") if word.strip()] or None
 
 
 def parse_region(text: str) -> Region:
-    """A region as it is typed: a name, or four numbers with commas."""
+    """A region as typed: a name, or four numbers with commas."""
     if text.count(",") == 3:
         try:
             left, top, right, bottom = map(float, text.split(","))
@@ -145,7 +145,7 @@ def parse_region(text: str) -> Region:
 
 
 def mask_text(mask: Image.Image) -> str:
-    """A mask picture as text for a file: its PNG in base64."""
+    """A mask picture as text for a file: a PNG in base64."""
     file = io.BytesIO()
     region_picture(mask).save(file, "PNG", optimize=True)
     return MASK + base64.b64encode(file.getvalue()).decode()
@@ -165,13 +165,13 @@ def read_mask(text: str) -> Image.Image:
 
 
 def to_json(bound: Bound) -> dict[str, Any]:
-    """As plain data for a file."""
+    """`bound` as plain data for a file."""
     region: Any = mask_text(bound.region) if isinstance(bound.region, Image.Image) else bound.region
     return {"words": list(bound.words), "region": region, "required": bound.required}
 
 
 def from_json(values: Any, name: str) -> Bound:
-    """The inverse of `to_json`. Raises ValueError naming the expert for anything else."""
+    """The inverse of `to_json`. Raises ValueError, naming the expert, for anything else."""
     try:
         words, region, required = values["words"], values["region"], values["required"]
         if isinstance(region, str) and region.startswith(MASK):

@@ -1,4 +1,4 @@
-"""A layout from attention: which part of the picture each thing gets, decided once and then imposed."""
+"""A layout from attention: the part of the picture that each thing gets, decided once and kept from then on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import permutations
 import torch
 import torch.nn.functional as F
 
-MOST_THINGS = 8  # so many get places of their own: all orders of them are tried
-VIOLATED = 10.0  # what an assignment against the prompt's place words costs; scores are at most 1
+MOST_THINGS = 8  # at most; all orders of the things are tried
+VIOLATED = 10.0  # the cost of contradicting the prompt's place words; scores are at most 1
 
 
 def strips(count: int, height: int, width: int, *, along: str | None = None) -> torch.Tensor:
-    """`count` equal strips across the longer side, [count, height, width] in 0..1; side by side where it is a square."""
+    """`count` equal strips along the longer side, [count, height, width] in 0..1; side by side in a square."""
     along = along or ("y" if height > width else "x")
     length = height if along == "y" else width
     edges = torch.arange(length) / length
@@ -28,10 +28,10 @@ def quadrants(height: int, width: int) -> torch.Tensor:
 
 
 def partition(count: int, height: int, width: int, axes: Sequence[str] = ()) -> torch.Tensor:
-    """Cells [C, height, width] that `count` things may be put on, C >= count: strips, or quarters of what is about a square.
+    """Cells [C, height, width] for `count` things, C >= count: strips, or quarters if the shape is about a square.
 
     Args:
-        axes: "x" or "y" for each relation of the prompt's place words: strips lie along the first one.
+        axes: "x" or "y" for each relation from the prompt's place words; strips lie along the first one.
     """
     if axes:
         return strips(count, height, width, along=axes[0])
@@ -42,15 +42,15 @@ def partition(count: int, height: int, width: int, axes: Sequence[str] = ()) -> 
 def assign(
     maps: torch.Tensor, cells: torch.Tensor, relations: Sequence[tuple[int, int, str]] = ()
 ) -> tuple[list[int], float]:
-    """Which cell each thing gets, so that its words' attention lies in its cell as far as possible.
+    """Assign a cell to each thing, so that as much of its words' attention as possible lies in that cell.
 
     Args:
         maps: [K, H, W], attention of each thing's words.
         cells: [C, H, W] with C >= K.
-        relations: (first, second, axis): the first has the smaller coordinate, which counts more than any map.
+        relations: (first, second, axis): the first has the smaller coordinate. This counts more than any map.
 
     Returns:
-        the cell of each thing, and by what mean share of a map the next assignment is worse.
+        The cell of each thing, and the margin: how much worse the next assignment is, as a mean share of a map.
     """
     share = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
     score = torch.einsum("khw,chw->kc", share, cells)  # [K, C]
@@ -82,10 +82,11 @@ def planned(
     Args:
         maps: [K, h, w].
         relations: see `assign`.
-        taken: masks [height, width] in 0..1 of what they do not share: the places of others.
+        taken: masks [height, width] in 0..1 of the places of others, which these things do not get.
 
     Returns:
-        the regions [K, height, width], and how sure they are: the share of attention by which the next assignment is worse.
+        The regions [K, height, width], and how certain they are: the share of attention by which the next assignment is
+        worse.
     """
     free = 1 - torch.stack(list(taken)).amax(0) if taken else torch.ones(height, width)
     rows, columns = (

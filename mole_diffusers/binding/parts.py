@@ -1,4 +1,4 @@
-"""The prompt of each thing that a prompt names, by itself."""
+"""A separate prompt for each thing that a prompt names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from mole_diffusers.binding.words import Reading, reading_of
 
 @dataclass(frozen=True)
 class Part:
-    """A prompt made of pieces of another one.
+    """A prompt made of pieces of another prompt.
 
     Attributes:
         text: the prompt.
-        source: of each of its characters, which of the other prompt's it is; None for a space that joins two pieces.
+        source: for each of its characters, the index of that character in the other prompt; None for a space that joins
+            two pieces.
     """
 
     text: str
@@ -25,20 +26,21 @@ class Part:
 def prompts_apart(
     prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = (), *, whole: Collection[int] = ()
 ) -> tuple[Reading, dict[int, Part], bool]:
-    """The prompt of each thing by itself: "ink drawing of an owl in snow" of "ink drawing of a red fox and an owl in snow".
+    """A separate prompt for each thing: "ink drawing of a red fox and an owl in snow" gives "ink drawing of an owl in snow".
 
-    What is said before the first thing and after the last is said of each.
+    The text before the first thing and after the last one applies to every thing.
 
     Args:
         phrases: [N], each expert's words.
-        everywhere: the experts whose words are said of the whole picture.
-        whole: see `read`.
+        everywhere: the experts whose words describe the whole picture.
+        whole: see `words.read`.
 
     Returns:
-        how binding reads the prompt, with a character for a token; in the order of naming, each thing's index in it and
-        prompt; and whether the things are listed side by side, as by "and" or "left of": in "a fox riding a horse" they are
-        not, nor where words of one stand among those of another. Nouns that are nobody's are only in a plain list with
-        "and", as "a fox, a lemon and a tiger".
+        Three values. First, how binding reads the prompt, with one character per token. Second, each thing's index in
+        that reading -> its prompt, in the order of naming. Third, whether the things are listed side by side, as by
+        "and" or "left of". In "a fox riding a horse" they are not, nor if words of one thing stand among those of
+        another. With nouns that belong to no expert, only a plain list with "and" counts, such as "a fox, a lemon and a
+        tiger".
     """
     sentence = parse(prompt, [[phrase.strip().lower() for phrase in each] for each in phrases], whole)
     text, reading = sentence.text, reading_of(sentence, list(prompt))
@@ -51,18 +53,18 @@ def prompts_apart(
     if not order:
         return reading, {}, True
     begins = [spans[i][0][0] for i in order]
-    ends = []  # of each thing's last word, or its first where other things come between
+    ends = []  # the end of each thing's last word, or of its first if other things come between
     for i, begin in zip(order, begins, strict=True):
         last = spans[i][-1][1]
         ends.append(spans[i][0][1] if any(begin < other < last for other in begins) else last)
     article = ARTICLE.search(text[: begins[0]])
-    edges = [article.start() if article else begins[0]]  # where what is said of one thing alone begins and ends, in turn
+    edges = [article.start() if article else begins[0]]  # in turn, where the text on one thing alone begins and ends
     gaps = [text[end:start] for end, start in zip(ends, begins[1:], strict=False)]
     for gap, end, start in zip(gaps, ends, begins[1:], strict=False):
         breaks, article = [match.span() for match in BREAK.finditer(gap)], ARTICLE.search(gap)
         edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
     edges.append(ends[-1])
-    places = _characters(sentence.sides)  # said of a thing beside others, and not in a tile
+    places = _characters(sentence.sides)  # they place a thing among others, which means nothing in a tile
     head, *own = (
         [i for i in _stripped(text, a, b) if i not in places]
         for a, b in zip([0, *edges[::2]], [edges[0], *edges[1::2]], strict=True)
@@ -78,7 +80,7 @@ def _characters(spans: Iterable[Span]) -> set[int]:
 
 
 def _stripped(text: str, start: int, end: int) -> range:
-    """The characters of a piece of a text, without spaces around it."""
+    """The characters of a piece of text, without the spaces around it."""
     piece = text[start:end]
     return range(start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip()))
 
@@ -90,14 +92,14 @@ def _part(prompt: str, source: Sequence[int | None]) -> Part:
 
 
 def _are_listed(gaps: Sequence[str], tail: str, all_owned: bool) -> bool:
-    """Whether things are listed side by side that have these texts between them, and this one after the last."""
+    """Whether things are listed side by side, given the texts between them and the text after the last one."""
     if all_owned or not gaps:
         return all(BREAK.search(gap) and LISTED.fullmatch(gap) for gap in gaps)
     return ends_list(gaps[-1], tail) and all(map(JOINED.fullmatch, gaps))
 
 
 def _are_parted(sentence: Sentence, apart: dict[int, Part]) -> bool:
-    """Whether each of the experts' words is in a part, and those of a thing in no other's."""
+    """Whether every expert's words are in some part, and a thing's words are in no other thing's part."""
     parts = {i: set(part.source) for i, part in apart.items()}
     leaks = any(_characters(sentence.mentions[i].spans) & parts[j] for i in parts for j in parts if i != j)
     return not leaks and all(set().union(*parts.values()) >= _characters(each) for each in sentence.words)

@@ -23,9 +23,9 @@ KNOWN = (
 
 
 def checked_region(region: Region, whose: str) -> Region:
-    """The region, boxes as tuples of floats. Raises ValueError naming what a region can be."""
+    """The region, with boxes as tuples of floats. Raises ValueError that lists what a region can be."""
     if isinstance(region, Image.Image):
-        if region.mode in ("I", "F"):  # which number is white is not known
+        if region.mode in ("I", "F"):  # no number is defined as white
             raise ValueError(f"the region of {whose!r} is a picture of mode {region.mode!r}; make it one of mode 'L'")
         return region
     if isinstance(region, str):
@@ -53,7 +53,7 @@ def region_picture(mask: Image.Image) -> Image.Image:
 
 
 def _white(mask: Image.Image) -> np.ndarray:
-    """How white each pixel of a mask is, [H, W] float32 in 0..1; what is transparent is black."""
+    """How white each pixel of a mask is, [H, W] float32 in 0..1. Transparent pixels are black."""
     if mask.mode.startswith("I"):
         return np.asarray(mask, np.float32) / 65535
     if "A" in mask.getbands() or "transparency" in mask.info:

@@ -1,4 +1,4 @@
-"""What a text says: where experts' words stand in it, which of them name things, and where those are in the picture."""
+"""What a text says: where experts' words are in it, which of them name things, and where those are in the picture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MEDIA = (
     "comic|cartoon|artwork|art|style"
 )
 FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
-BEFORE_NOUN = r"(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}"  # an article, and what is between it and its noun
-# A style stands before a medium, "ink drawing of", or after a word that says how or where: "in ink", "in the style of ink".
+BEFORE_NOUN = r"(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}"  # an article, and the words between it and its noun
+# A style is before a medium, "ink drawing of", or after a style word: "in ink", "in the style of ink".
 END = r"(?=\s+(?:of|in|on|with|style)\b|\s*[,.;\n]|\s*$)"  # what follows a medium: "a fox painting a wall" has none
 BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
 AFTER_STYLE_WORD = re.compile(r"\b(?:in|style of|made of)\s+(?:(?:an?|the)\s+)?$|\bby\s+$")
-# What somebody has is beside nobody: "a knight wearing a red cape", "a girl with blue eyes"; but "a fox with an owl", and
-# "photo with fox and owl".
+# Something worn or held is not a thing beside others: "a knight wearing a red cape", "a girl with blue eyes".
+# But "a fox with an owl" and "photo with fox and owl" name two.
 HELD = re.compile(
     rf"(?:\b({MEDIA})s?\s+)?\b(?:with|(?:wearing|wears|holding|holds|carrying|carries|has|having)(\s+(?:an?|the))?)\s+"
     rf"(?:(?!(?:{FUNCTION_WORDS}|one|two|three|beside|next|near|above|over|below|under|beneath)\b)[\w'-]+\s+){{0,3}}$"
@@ -27,7 +27,7 @@ RELATIONS = {  # words between two things -> (axis, whether the first has the sm
     "left of": ("x", True), "right of": ("x", False), "above": ("y", True), "over": ("y", True), "below": ("y", False),
     "under": ("y", False), "beneath": ("y", False),
 }  # fmt: skip
-SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}  # of the picture, likewise
+SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}  # of the picture
 # "A fox on the left", "on the right side of the picture is a fox"; not "on the left cheek", "to the left of a road".
 SIDE = re.compile(
     rf"\s*\b(?:is\s+)?(?:on|to|at|in)\s+the\s+({'|'.join(SIDES)})(?:\s+(?:side|half))?"
@@ -44,15 +44,15 @@ LISTED = re.compile(
     rf"(?:{BEFORE_NOUN})?",
     re.DOTALL,
 )
-# What joins things where one is nobody's: "a fox, a lemon and a tiger". In other lists such nouns are as often none: "a fox,
-# a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
+# What joins things if one has no expert: "a fox, a lemon and a tiger". In other lists such nouns are often no things:
+# "a fox, a sharp focus", "a fox with a red hat and a scarf", "a fox and the moon".
 COMMA_OR_AND = rf"\s*(?:,|,?\s*(?:and\b|[&+])|{PLACE_WORDS}\b)\s*"
 JOINED = re.compile(rf"{COMMA_OR_AND}(?:an?|one|two|three)\s+(?:[\w'-]+\s+){{0,3}}")
-# The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article, where a LoRA has no other
+# The same between words of one LoRA: "a fox and an owl", "fox next to owl". Names need no article if the LoRA has no other
 # words there: "miku and rin", but not "miku with long hair and blue eyes".
 APART = re.compile(rf"{COMMA_OR_AND}{BEFORE_NOUN}|\s*{PLACE_WORDS}\s*")
 NAMES_APART = re.compile(rf"{APART.pattern}|\s*(?:and\b|[&+])\s*")
-# What is before and after a tag, which stands alone between commas, maybe with a weight.
+# The text before and after a tag. A tag stands alone between commas, maybe with a weight.
 BEFORE_TAG = re.compile(r"(?:^|[,;.\n])[\s(\[]*$")
 AFTER_TAG = re.compile(r"(?:\s*:[\s\d.]+)?\s*[)\]]*\s*(?:[,;.\n]|$)")
 AND = re.compile(rf"\band\b|[&+]|\b{PLACE_WORDS}\b")
@@ -69,11 +69,12 @@ class Mention:
     """Something that a text names.
 
     Attributes:
-        spans: where its words stand, from left to right.
-        experts: those whose words these are; none for a noun that no expert owns.
-        phrases: which of its first expert's phrases these are, by index; first the one that names it.
-        is_tag: whether they stand alone between commas, in no list with "and". Such words do not say whether they name a
-            thing beside others or a style, so they have no place.
+        spans: where its words are, from left to right.
+        experts: the experts that the words belong to; none for a noun without an expert.
+        phrases: the indices of these words among the phrases of the first expert, starting with the one that names the
+            thing.
+        is_tag: whether the words stand alone between commas, outside of a list with "and". Such words may name a thing
+            or a style, so they get no place.
     """
 
     spans: tuple[Span, ...]
@@ -87,11 +88,11 @@ class Sentence:
     """A text as binding reads it.
 
     Attributes:
-        text: in lower case, with spaces instead of the words of `sides`.
-        words: [N], where each expert's words stand, and which of its phrases that is.
+        text: in lower case, with spaces instead of the words in `sides`.
+        words: [N], where each expert's words are, and the index of that phrase.
         mentions: what has a place in the picture, or is a tag.
         relations: (first mention, second mention, "x" or "y"): the first has the smaller coordinate.
-        sides: words that say a side of the picture, as "on the left".
+        sides: words for a side of the picture, such as "on the left".
     """
 
     text: str
@@ -102,7 +103,7 @@ class Sentence:
 
 
 def parse(text: str, phrases: Sequence[Sequence[str]], whole: Collection[int] = ()) -> Sentence:
-    """Read a text; arguments as of `words.read`, but for phrases in lower case."""
+    """Read a text. The arguments are those of `words.read`, with phrases in lower case."""
     text, sides = _without_sides(lower if len(lower := text.lower()) == len(text) else text)
     words = _words(text, phrases)
     placeless = _held(text, sorted({span for each in words for span in each}))
@@ -124,7 +125,7 @@ def parse(text: str, phrases: Sequence[Sequence[str]], whole: Collection[int] = 
 
 
 def pattern(phrase: str) -> re.Pattern[str]:
-    """Finds a phrase in a text: its whole words in any case, or their plural."""
+    """A regular expression for a phrase: its whole words in any case, or their plural."""
     phrase = phrase.lower()
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     for end, other in (("y", "ies"), ("fe", "ves"), ("f", "ves")):
@@ -136,7 +137,9 @@ def pattern(phrase: str) -> re.Pattern[str]:
 
 
 def _words(text: str, phrases: Sequence[Sequence[str]]) -> list[dict[Span, int]]:
-    """[N]: where each expert's phrases stand in the text, and which; one inside a longer one, whosever, does not count."""
+    """[N]: where each expert's phrases are in the text, and which. A phrase inside a longer one of any expert does not
+    count.
+    """
     found = [
         (match.span(), k, i)
         for k, each in enumerate(phrases)
@@ -186,12 +189,12 @@ def _mentions(
     lists, lists_of_names = (_lists(text, everyones, between) for between in (APART, NAMES_APART))
     if len(at_sides := {everyones[i] for i in _on_sides(text, dict(enumerate(everyones)), sides)}) > 1:
         lists.append(at_sides)
-    named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> whose words these are
+    named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> the experts of these words
     for k, each in enumerate(located):
         own, own_names = (
             [words for words in found if not _says_more(text, words, each, tags)] for found in (lists, lists_of_names)
         )
-        # Names without an article are a list where it has all words of the expert, as "miku and rin".
+        # Names without an article are a list only if it has all words of the expert, as in "miku and rin".
         listed = next((names for names in own_names if names.issuperset(each)), set().union(*own))
         for spans in _by_thing(each, () if k in whole else listed):
             if spans:
@@ -203,8 +206,10 @@ def _mentions(
 
 
 def _by_thing(spans: Mapping[Span, int], listed: Collection[Span]) -> list[tuple[Span, ...]]:
-    """One expert's words, from left to right, thing by thing: each phrase that is listed names one, and the others are said
-    of the last one before them, or of the first. Spans are given with their phrases."""
+    """Divide one expert's words, from left to right, among its things. Spans come with their phrases.
+
+    Each listed phrase names a thing. Other phrases belong to the last listed one before them, or to the first.
+    """
     names = list(dict.fromkeys(phrase for span, phrase in spans.items() if span in listed))
     if len(names) < 2:
         return [tuple(spans)]
@@ -217,7 +222,7 @@ def _by_thing(spans: Mapping[Span, int], listed: Collection[Span]) -> list[tuple
 
 
 def _lists(text: str, spans: Sequence[Span], between: re.Pattern[str]) -> list[set[Span]]:
-    """Lists of these words, which stand from left to right, with `between` from each to the next, and "and" or a place."""
+    """Lists of these words, from left to right: `between` separates neighbours, and there is an "and" or a place word."""
     lists: list[list[Span]] = []
     for span in spans:
         if lists and between.fullmatch(text[lists[-1][-1][1] : span[0]]):
@@ -228,20 +233,22 @@ def _lists(text: str, spans: Sequence[Span], between: re.Pattern[str]) -> list[s
 
 
 def _says_more(text: str, listed: Collection[Span], spans: Collection[Span], tags: Collection[Span]) -> bool:
-    """Whether a list says more of what one expert's words, from left to right, named before it: "a knight with a sword and a
-    shield", "miku, a hat and a scarf"."""
+    """Whether a list only describes what one expert's words named before it.
+
+    Examples are "a knight with a sword and a shield" and "miku, a hat and a scarf".
+    """
     start = min(listed)[0]
     before = [span for span in spans if span[1] <= start]
     return bool(before) and (before[-1] in tags or not BREAK.search(text[before[-1][1] : start]))
 
 
 def ends_list(gap: str, tail: str) -> bool:
-    """Whether this text between two things is that before the last of a list; "a cup of tea" is none."""
+    """Whether the text between two things is that before the last item of a list; not in "a cup of tea"."""
     return bool(AND.search(gap)) and not re.match(r"\s+of\b", tail)
 
 
 def _tags(text: str, spans: Sequence[Span]) -> set[Span]:
-    """Those of these words, from left to right, that are tags; not those of a list with "and", as "fox, owl and bear"."""
+    """The tags among these words, from left to right. Words in a list with "and" are none: "fox, owl and bear"."""
     tags: set[Span] = set()
     following, following_is_listed = len(text), False
     for start, end in reversed(spans):
@@ -254,7 +261,7 @@ def _tags(text: str, spans: Sequence[Span]) -> set[Span]:
 
 
 def _other_nouns(text: str, owned: Sequence[Span], located: Sequence[Span]) -> Iterator[Span]:
-    """Noun phrases with an article that stand beside those of the experts, and are no expert's."""
+    """Noun phrases with an article, next to those of the experts, that belong to no expert."""
     edges = [0, *(edge for match in BREAK.finditer(text) for edge in match.span()), len(text)]
     if not located:
         return
@@ -278,7 +285,7 @@ def _relations(text: str, places: dict[int, Span]) -> Iterator[tuple[int, int, s
 
 
 def _without_sides(text: str) -> tuple[str, dict[Span, Side]]:
-    """A text with spaces instead of words as "on the left", and where they stood."""
+    """The text with spaces instead of words such as "on the left", and where these were."""
     sides = {}
     for match in SIDE.finditer(text):
         start, end = match.span()
@@ -291,7 +298,7 @@ def _without_sides(text: str) -> tuple[str, dict[Span, Side]]:
 
 
 def _on_sides(text: str, places: Mapping[int, Span], sides: Mapping[Span, Side]) -> dict[int, Side]:
-    """Of which thing each side is said: of the one before it, unless something parts the two, else of the next one."""
+    """Thing -> its side: a side belongs to the thing before it, or to the next one if something separates the two."""
     of_side: dict[int, Side] = {}
     for (start, end), side in sides.items():
         thing = max((i for i in places if places[i][1] <= start), key=places.__getitem__, default=None)
@@ -303,7 +310,7 @@ def _on_sides(text: str, places: Mapping[int, Span], sides: Mapping[Span, Side])
 
 
 def _side_relations(of_side: Mapping[int, Side], things: Collection[int]) -> Iterator[tuple[int, int, str]]:
-    """A thing on the left is left of those that are on the right, or of which nothing is said."""
+    """A thing on the left is left of things on the right and of things without a side."""
     for i, (axis, is_first) in of_side.items():
         for j in things:
             if i != j and of_side.get(j, (axis, not is_first)) == (axis, not is_first):

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt belong to which expert, and which of its words name things that have a place in the picture."""
+"""Which tokens of a prompt belong to which expert, and which words name things that have a place in the picture."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 
 from mole_diffusers.binding.sentence import Sentence, Span, parse
 
-ThingKey = tuple[tuple[int, ...], str, int]  # whose words these are, or the noun, and how many of the same come before it
+ThingKey = tuple[tuple[int, ...], str, int]  # experts, or the noun, and how many of the same come before
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that the text says is in the picture.
+    """Something that, according to the text, is in the picture.
 
     Attributes:
-        name: its words, as the text has them.
-        experts: those whose words these are; none for a noun that no expert owns.
+        name: its words in the text.
+        experts: the experts that the words belong to; none for a noun without an expert.
         tokens: [T] bool, the tokens of its words.
-        phrases: which of its first expert's phrases these are, by index; first the one that names it.
-        is_tag: whether they stand alone between commas, in no list with "and". Such words do not say whether they name a
-            thing beside others or a style, so they have no place.
+        phrases: the indices of these words among the phrases of the first expert, starting with the one that names the
+            thing.
+        is_tag: whether the words stand alone between commas, outside of a list with "and". Such words may name a thing
+            or a style, so they get no place.
     """
 
     name: str
@@ -39,8 +40,8 @@ class Reading:
 
     Attributes:
         own: [N][T] bool: the tokens of each expert's words.
-        things: what has a place in the picture: experts' words that are not said of the whole picture, and nouns beside
-            them that no expert owns.
+        things: what has a place in the picture: experts' words that do not describe the whole picture, and nouns next to
+            them that belong to no expert.
         relations: (first thing, second thing, "x" or "y"): the first has the smaller coordinate.
     """
 
@@ -50,21 +51,20 @@ class Reading:
 
     @property
     def mentioned(self) -> tuple[bool, ...]:
-        """[N]: whose words the text has."""
+        """[N]: whether the text has words of this expert."""
         return tuple(any(tokens) for tokens in self.own)
 
 
 def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], *, whole: Collection[int] = ()) -> Reading:
-    """Find the words of every expert in a tokenised text: whole words of any case, or their plurals.
+    """Find the words of every expert in a tokenised text: whole words in any case, or their plurals.
 
-    Where phrases of two experts overlap the longer one counts; a word that both name belongs to both. Phrases of one expert
-    name one thing, unless they stand apart in a plain list with "and": "a fox and an owl" are two.
+    If phrases of two experts overlap, the longer one counts. A word that two experts name belongs to both. Phrases of
+    one expert name one thing, unless they are separate items of a plain list with "and": "a fox and an owl" are two.
 
     Args:
         ids: of one row, [T].
-        phrases: [N], each expert's words; none for an expert that has none.
-        whole: the experts whose words name one thing, however they stand: those that the user gave a region, or the whole
-            picture.
+        phrases: [N], each expert's words; empty for an expert that has none.
+        whole: the experts whose words always name one thing: those for which the user gave a region, or the whole picture.
     """
     special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
     pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
@@ -73,7 +73,7 @@ def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], *
 
 
 def reading_of(sentence: Sentence, pieces: Sequence[str]) -> Reading:
-    """A sentence by the tokens that these pieces of its text stand for."""
+    """Turn a sentence into a reading by tokens; `pieces` are the tokens' texts."""
     ends = list(accumulate(map(len, pieces)))
 
     def tokens(spans: Iterable[Span]) -> tuple[bool, ...]:
@@ -90,18 +90,20 @@ def reading_of(sentence: Sentence, pieces: Sequence[str]) -> Reading:
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
-    """Texts token after token: of several encoders, or parts of a long prompt. What both name is one thing."""
+    """Join texts whose tokens follow each other: of several encoders, or chunks of a long prompt. What both name is one
+    thing.
+    """
     lengths = [len(reading.own[0]) for reading in readings]
     return _merged(readings, [0, *accumulate(lengths[:-1])], sum(lengths))
 
 
 def overlaid(readings: Sequence[Reading]) -> Reading:
-    """Texts of several encoders whose states lie side by side: a token is of every word that one of them has there."""
+    """Combine texts of several encoders whose states lie side by side: a token belongs to a word if it does in any text."""
     return _merged(readings, [0] * len(readings), max(len(reading.own[0]) for reading in readings))
 
 
 def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> Reading:
-    """One reading of texts whose tokens begin at `starts` among `length`."""
+    """One reading of several texts whose tokens begin at `starts` among `length`."""
     if len(readings) == 1:
         return readings[0]
 
@@ -109,7 +111,7 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    same: dict[ThingKey, list[tuple[Thing, tuple[bool, ...]]]] = {}  # what the texts call one thing, and its tokens
+    same: dict[ThingKey, list[tuple[Thing, tuple[bool, ...]]]] = {}  # key -> the same thing in each text, with its tokens
     relations: dict[tuple[int, int, str], None] = {}
     for reading, at, common in zip(readings, starts, _common_keys(readings), strict=True):
         for thing, its_keys in zip(reading.things, common, strict=True):
@@ -131,9 +133,12 @@ def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> 
 
 
 def _common_keys(readings: Sequence[Reading]) -> list[list[list[ThingKey]]]:
-    """[text][thing] -> its keys in all the texts together: one, or several where another text names apart what this one
-    takes for a single thing, as "a fox and an owl" in `prompt` and "fox, owl" in `prompt_2`, both of one LoRA."""
-    several: dict[tuple[int, ...], list[int]] = {}  # the phrases that name experts' things, in the text that names most
+    """[text][thing] -> its keys in all the texts together.
+
+    There is one key, or several if another text names things separately that this text treats as one: for the same LoRA,
+    "a fox and an owl" in `prompt` and "fox, owl" in `prompt_2`.
+    """
+    several: dict[tuple[int, ...], list[int]] = {}  # experts -> phrases that name things, in the text that names most
     for reading in readings:
         for experts, names in _names(reading.things).items():
             several[experts] = max(several.get(experts, []), names, key=len)
@@ -157,7 +162,9 @@ def _names(things: Sequence[Thing]) -> dict[tuple[int, ...], list[int]]:
 
 
 def keys(things: Sequence[Thing]) -> list[ThingKey]:
-    """What two texts, or one text in other tokens, call alike: the second lemon of one is the second of the other."""
+    """Keys that match things of two texts, or of one text in other tokens: the second lemon of one is the second of the
+    other.
+    """
     several = _names(things)
     names = [
         (str(t.phrases[0]) if len(several[t.experts]) > 1 else "") if t.experts else re.sub(r"\W", "", t.name)
@@ -168,9 +175,9 @@ def keys(things: Sequence[Thing]) -> list[ThingKey]:
 
 
 def _as_text(token: str, added: Collection[str]) -> str:
-    """A token as the text it stands for; CLIP ends words with a mark, T5 and byte-level tokenizers begin them with one.
+    """The text of a token. CLIP marks the end of a word, T5 and byte-level tokenizers its beginning.
 
-    Added tokens, as those of a textual inversion, are words without a mark.
+    Added tokens, such as those of a textual inversion, are words without a mark.
     """
     if token in added:
         return f" {token} "
