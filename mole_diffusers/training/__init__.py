@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mole_diffusers.training.lora_adapter import save_kohya, save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
 
-_FILES = ("config", "data", "clip", "lora_adapter", "gate_trainer", "lora_trainer")  # those that import least come first
+_FILES = ("config", "data", "clip", "lora_adapter", "gate_trainer", "lora_trainer")  # those with the fewest imports first
 __all__ = [
     "Clip",
     "GateTraining",
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: a config is read without loading diffusers."""
+    """Import names on first use, so that a config is read without loading diffusers."""
     modules = (import_module(f"{__name__}.{file}") for file in _FILES) if name in __all__ else ()
     for module in modules:
         if hasattr(module, name):

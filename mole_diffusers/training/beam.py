@@ -1,6 +1,6 @@
-"""BeamLoRA (arXiv 2502.13604, ACL 2025): ranks of a LoRA compete in training, copies of strong ones replace weak ones.
+"""BeamLoRA (arXiv 2502.13604, ACL 2025): ranks of a LoRA compete in training; copies of strong ones replace weak ones.
 
-A layer's change is up (pi * (down x)) with pi = r softmax(g / temperature) over its r ranks; g starts at zero, which is
+A layer's change is up (pi * (down x)) with pi = r softmax(g / temperature) over its r ranks. g starts at zero, which is
 plain LoRA. The number of ranks never changes, and pi is folded into `down` when the LoRA is saved.
 """
 
@@ -43,8 +43,8 @@ def period(steps: int) -> int:
 def pruned(importances: Sequence[torch.Tensor], share: float) -> list[list[int]]:
     """The ranks of each layer to replace, the weakest first.
 
-    Of all layers' importances [r] in falling order, these are the ones from where the sum passes `share` of the whole; at
-    most half of a layer, so that each has a rank to copy.
+    Sort the importances [r] of all layers in falling order. The ranks to replace begin where the running sum passes
+    `share` of the total. At most half of a layer is replaced, so that each such rank has another one to copy.
     """
     if share >= 1:
         return [[] for _ in importances]
@@ -58,7 +58,7 @@ def pruned(importances: Sequence[torch.Tensor], share: float) -> list[list[int]]
 
 
 def ranked(importances: torch.Tensor) -> list[int]:
-    """Indices of importances [r], the strongest first; of equals the earlier, so that no rank is at both ends."""
+    """Indices of importances [r], the strongest first. The earlier of equals comes first, so no rank is at both ends."""
     return importances.argsort(descending=True, stable=True).tolist()
 
 
@@ -69,7 +69,7 @@ class Beams:
     Attributes:
         steps: updates of the whole training, which determine the schedule.
         temperature: of the softmax over ranks; the paper's is 0.05 for rates of 1e-4 and more, 0.03 below.
-        past: layer -> down, up and their moments half a period ago, ranks first. A copy is made of the source as it was
+        past: layer -> down, up and their moments half a period ago, ranks first. A copy takes the source's values from
             then: two equal ranks would get equal gradients and stay equal.
     """
 
@@ -90,11 +90,11 @@ class Beams:
             self._expand(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         return self.past
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set it to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.past = state
 
     def _expand(self, step: int) -> None:
@@ -108,7 +108,7 @@ class Beams:
                 self._replace(name, ranks, slots, [best[i] for i in pairs])
 
     def _replace(self, name: str, ranks: Ranks, slots: list[int], sources: list[int]) -> None:
-        """Replace each slot by its source as it was; the two share their importance, and the moments of g are reset."""
+        """Replace each slot by its source's past values. The two share their importance, and the moments of g are reset."""
         for values, past in zip(self._by_rank(ranks), self.past[name], strict=True):
             values[slots] = past[sources].to(values.device)
         shared = (ranks.logits[slots] + ranks.logits[sources]) / 2

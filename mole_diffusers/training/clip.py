@@ -1,4 +1,4 @@
-"""A frozen CLIP that says how well pictures fit captions."""
+"""A frozen CLIP that rates how well pictures fit captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen transformers CLIPModel with its tokenizer, and the mean and deviation of its pictures in 0..1."""
+    """A frozen transformers CLIPModel with its tokenizer, and the mean and standard deviation of its pictures in 0..1."""
 
     model: Any
     tokenizer: Any
@@ -47,19 +47,19 @@ class Clip:
         return self.features(((pixels / 2 + 0.5).clamp(0, 1) - mean) / std)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] of the model's size, with its mean and deviation -> [B, D] features of length 1."""
+        """Pictures [B, 3, H, W] of the model's size, normalised for it -> [B, D] features of length 1."""
         pooled = self.model.vision_model(pixel_values=x.to(self.model.device, self.model.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
 
 def read_clip(source: str | Path, *, device: Any = "cpu") -> Clip:
-    """Load a CLIP with its tokenizer from a folder or hub id, frozen, fp32. Raises OSError where there is none."""
+    """Load a CLIP with its tokenizer from a folder or hub id, frozen, fp32. Raises OSError if there is none."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(source)
     try:
         processor = CLIPImageProcessor.from_pretrained(source)
-    except OSError:  # it has none: pictures in -1..1
+    except OSError:  # no processor config: pictures in -1..1
         return Clip(model, tokenizer)
     return Clip(model, tokenizer, tuple(processor.image_mean), tuple(processor.image_std))

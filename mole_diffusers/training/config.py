@@ -1,4 +1,4 @@
-"""How gates and LoRAs are trained: plain data, checked when it is made, that a YAML or JSON file can hold."""
+"""Settings for training gates and LoRAs: plain data that is checked on creation and that a YAML or JSON file can hold."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ LORA_LAYERS = {  # kind -> module names, as a regular expression
     "feed-forward": r".*(ff\.net\.(0\.proj|2)|mlp\.fc[12])",
     "convolution": r".*(resnets\.\d+\.conv[12]|proj_in|proj_out)",
 }
-LEAST_BEAM_RANK = 8  # with fewer ranks, one is too large a share to give up
-LEAST = {  # of numbers, by their names in all settings
+LEAST_BEAM_RANK = 8  # with fewer ranks, a single one is too large a share to lose
+LEAST = {  # the least value of numbers, by their names in all settings
     **dict.fromkeys(("weight", "warmup", "weight_decay", "max_norm", "lr", "text_lr", "prior"), 0),
     **dict.fromkeys(("rank", "batch", "seeds", "steps", "pictures", "accumulation", "every", "keep"), 1),
 }
 
 
 def _check(config: Any, what: str, **least: int) -> None:
-    """Raise ValueError for a value of another kind, or a number below `least` or else `LEAST`; None is not set."""
+    """Raise ValueError for a value of the wrong kind, or a number below `least` or else `LEAST`. None means not set."""
     check_kinds(vars(config), get_type_hints(type(config)), what)
     for name, low in (LEAST | least).items():
         value = vars(config).get(name)
@@ -34,7 +34,9 @@ def _check(config: Any, what: str, **least: int) -> None:
 
 
 def _settings(values: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """The settings of a file; YAML makes false of a bare no. Raises ValueError for other names; `config` checks kinds."""
+    """The settings of a file. (YAML reads a bare no as false.) Raises ValueError for unknown names; `config` checks the
+    kinds.
+    """
     check_names(values, get_type_hints(config), "the training")
     return dict(values) | ({"precision": "no"} if values.get("precision") is False else {})
 
@@ -44,7 +46,7 @@ def _settings(values: Mapping[str, Any], config: type) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One term of the loss of gate training; its objective is the function of that name in `objectives.OBJECTIVES`.
+    """One term of the loss of gate training. Its objective is the function of that name in `objectives.OBJECTIVES`.
 
     Attributes:
         weight: factor of the term in the loss, 0 or more; 0 leaves it out.
@@ -60,7 +62,7 @@ class DistillationTerm(Term):
     """Terms "single", "composed" and "base": match a teacher's predictions on its own trajectories.
 
     Attributes:
-        seeds: trajectories for each expert, and for each size that its pictures have; at least one per prompt.
+        seeds: trajectories for each expert, and for each size of its pictures; at least one per prompt.
         steps, guidance: of the sampler.
     """
 
@@ -87,9 +89,9 @@ class CollageTerm(Term):
 
     Attributes:
         pictures: collages per composed prompt.
-        seeds, steps, guidance: pictures per subject, and how they are sampled. The loss is that of a prediction guided
-            alike. Above 1 it misleads: a guided prediction is no denoiser of the pictures that guidance draws, and its least
-            error has less of each LoRA than a picture needs.
+        seeds, steps, guidance: pictures per subject, and how they are sampled. The prediction in the loss has the same
+            guidance. Values above 1 mislead: a guided prediction is not a denoiser of the pictures that guidance draws,
+            and where its error is least it has less of each LoRA than a picture needs.
     """
 
     pictures: int = 32
@@ -103,8 +105,8 @@ class ClipTerm(Term):
     """Term "clip": MoLE's own objective, with a CLIP that looks at each step of a trajectory.
 
     Attributes:
-        lengths: least and most steps of a trajectory, drawn uniformly.
-        steps: denoising steps per update, whose losses are summed.
+        lengths: smallest and largest number of steps of a trajectory, drawn uniformly.
+        steps: denoising steps per update; their losses are summed.
     """
 
     lengths: Sequence[int] = (20, 50)
@@ -121,8 +123,8 @@ class RolloutTerm(Term):
 
     Attributes:
         steps: of the rollout; time and memory grow in proportion.
-        guidance: classifier-free guidance; 1 is without.
-        checkpointing: keep the activations of one step at a time, for about a third more time.
+        guidance: classifier-free guidance; 1 means none.
+        checkpointing: keep the activations of only one step at a time; takes about a third more time.
     """
 
     steps: int = 8
@@ -130,7 +132,7 @@ class RolloutTerm(Term):
     checkpointing: bool = False
 
 
-BALANCE = "balance"  # the one term without an objective of its own: it reads the gates while the others run
+BALANCE = "balance"  # the only term without an objective: it reads the gates while the others run
 TERMS: dict[str, type[Term]] = {
     "single": DistillationTerm,
     "composed": DistillationTerm,
@@ -166,8 +168,8 @@ class Validation:
     """Pictures drawn during training, from the same noise each time.
 
     Attributes:
-        every: updates between validations; 0 is never.
-        prompts: what is drawn; empty means the composed prompts of the training data.
+        every: updates between validations; 0 means never.
+        prompts: what to draw; empty means the composed prompts of the training data.
         seeds: pictures per prompt.
         steps, guidance: of the sampler.
     """
@@ -189,28 +191,28 @@ class GateTraining:
 
     Attributes:
         terms: name -> weight, or {"weight": ..., "batch": ..., option: ...}; `TERMS` has the names and their options.
-            "balance" is MoLE's balance loss, its weight the paper's alpha (0.5 there), and MiLoRA's load-balance loss for
-            "prompt" gates (0.01 there).
-        initial: the gates' weights before the first update: "uniform", equal weights; "scalars", the best weights per gate
-            on the experts' own activations; "ssr", those nearest to SSR-Merge. See `initialization.initialize`.
-        steps: updates.
+            "balance" is MoLE's balance loss (its weight is the paper's alpha, 0.5 there); for "prompt" gates it is
+            MiLoRA's load-balance loss (0.01 there).
+        initial: the gates' weights before the first update. "uniform": equal weights. "scalars": the best weights per
+            gate on the experts' own activations. "ssr": those nearest to SSR-Merge. See `initialization.initialize`.
+        steps: number of updates.
         batch: rows per term and update, over all processes and accumulated parts together.
-        accumulation: parts that a batch is computed in, for less memory.
-        drop: chance of each expert to sit out an update, never all of them (RAMoLE: 0.5).
-        lr: AdamW's peak rate. Default: what suits each gate, see `gate_trainer.parameter_groups`.
-        schedule: a diffusers schedule of the rate by name.
-        warmup: first updates, in which the rate grows.
-        weight_decay: AdamW's decay.
-        max_norm: the length that gradients are clipped to (0 does not clip).
-        ema: decay of an exponential moving average of the gates, which is then drawn with and saved; 0 is none.
-        precision: "no", "bf16" or "fp16" (with loss scaling) of the forward pass; gates stay fp32.
+        accumulation: compute a batch in this many parts, for less memory.
+        drop: chance that each expert sits out an update, though never all of them (RAMoLE: 0.5).
+        lr: AdamW's peak learning rate. Default: what suits each gate, see `gate_trainer.parameter_groups`.
+        schedule: name of a diffusers schedule for the learning rate.
+        warmup: number of first updates in which the rate grows.
+        weight_decay: AdamW's weight decay.
+        max_norm: clip gradients to this length; 0 does not clip.
+        ema: decay of an exponential moving average of the gates, which then draws pictures and is saved; 0 means none.
+        precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; gates stay fp32.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
-        seed: of every random choice.
+        seed: of all random choices.
         every: updates between checkpoints.
-        keep: how many checkpoints are kept.
-        tracker: one that Accelerate knows, "tensorboard" or "wandb". Default: none.
-        validation: pictures drawn on the way.
-        width, height: pixels of the pictures of composed prompts. Default: the model's own size, which single prompts have.
+        keep: how many checkpoints to keep.
+        tracker: a tracker that Accelerate knows, "tensorboard" or "wandb". Default: none.
+        validation: pictures to draw during training.
+        width, height: pixels of the pictures of composed prompts. Default: the model's own size, which single prompts use.
     """
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
@@ -252,7 +254,7 @@ class GateTraining:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
-        """From what `dataclasses.asdict` makes. Raises ValueError for unknown options, and values of another kind."""
+        """The inverse of `dataclasses.asdict`. Raises ValueError for unknown options, and values of the wrong kind."""
         looks = values.get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         check_names(looks, get_type_hints(Validation), "the validation")
@@ -269,19 +271,19 @@ class LoraTraining:
     Attributes:
         rank: rank of every layer, 1 or more.
         alpha: the scale is alpha / rank. Default: the rank, in a file and on the command line.
-        layers: which get a LoRA: attention, feed-forward, convolution.
-        steps: updates.
-        batch: pictures per update, over all processes and accumulated parts together; as many class pictures beside them.
-        lr: AdamW's peak rate; cosine down to a tenth.
-        text_lr: the same for the text encoder; 0 leaves it out.
-        seed: of every random choice.
-        precision: "no", "bf16" or "fp16" (with loss scaling) of the forward pass; the LoRA stays fp32.
-        prior: weight of the loss on class pictures (DreamBooth's prior preservation), where there are any.
+        layers: which layers get a LoRA: attention, feed-forward, convolution.
+        steps: number of updates.
+        batch: pictures per update, over all processes and accumulated parts together; plus as many class pictures.
+        lr: AdamW's peak learning rate, with a cosine down to a tenth.
+        text_lr: the same for the text encoder; 0 does not train it.
+        seed: of all random choices.
+        precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; the LoRA stays fp32.
+        prior: weight of the loss on class pictures (DreamBooth's prior preservation), if there are any.
         beam: let ranks compete (BeamLoRA); needs a rank of 8 or more.
-        accumulation: parts that a batch is computed in, for less memory.
+        accumulation: compute a batch in this many parts, for less memory.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
         every: updates between checkpoints.
-        keep: how many checkpoints are kept.
+        keep: how many checkpoints to keep.
     """
 
     rank: int = 8
@@ -310,12 +312,12 @@ class LoraTraining:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraTraining:
-        """The alpha is the rank unless it is given. Raises ValueError for unknown options, and values of another kind."""
+        """The alpha is the rank unless it is given. Raises ValueError for unknown options, and values of the wrong kind."""
         return cls(**{"alpha": values.get("rank", cls.alpha)} | _settings(values, cls))
 
     @property
     def rates(self) -> dict[str, float]:
-        """Component of the pipeline -> its learning rate, of those that are trained."""
+        """Component of the pipeline -> its learning rate, for those that are trained."""
         return {part: lr for part, lr in (("unet", self.lr), ("text_encoder", self.text_lr)) if lr}
 
     @property

@@ -1,4 +1,4 @@
-"""What the objectives of gate training are built from, and the captions that they derive from its prompts."""
+"""What the objectives of gate training need, and the captions that they derive from its prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LossFn = Callable[[RandomBatch], torch.Tensor]  # the value of one term on a sha
 
 @dataclass
 class TrainingContext:
-    """The pipeline with its mixture, and what its gates are trained on.
+    """The pipeline with its mixture, and the data that its gates are trained on.
 
     Attributes:
         clip: for the objectives that need one.
@@ -44,11 +44,11 @@ class TrainingContext:
     height: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """`state` of all processes; on the CPU, since another machine may lack this device."""
+        """`state` of all processes, on the CPU, since another machine may lack this device."""
         return {name: value for part in gather_object([send_to_device(self.state, "cpu")]) for name, value in part.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set it to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.state.update(state)
 
     @property
@@ -57,19 +57,21 @@ class TrainingContext:
         return latent_shape(self.pipe, self.width, self.height)
 
     def bar(self, items: Iterable[Any], what: str) -> Iterator[Any]:
-        """`items`, with a progress bar that goes away at the end."""
+        """`items`, with a progress bar that disappears at the end."""
         return iter(tqdm(items, desc=what, disable=not self.progress, leave=False))
 
 
 def require(found: Any, term: str, what: str) -> Any:
-    """`found`; raises ValueError where it is None or empty."""
+    """`found`; raises ValueError if it is None or empty."""
     if not found:
         raise ValueError(f"the {term} term needs {what}")
     return found
 
 
 def triggers(mixture: Mixture, expert: str) -> list[str]:
-    """The words that call an expert: those that it is bound to and silent without, else those of its file and its name."""
+    """The words that call an expert: its bound words if it is silent without them, otherwise those of its file and its
+    name.
+    """
     bound = (mixture.binding or {}).get(expert)
     if bound is not None and bound.needs_words:
         return list(bound.words)
@@ -77,12 +79,12 @@ def triggers(mixture: Mixture, expert: str) -> list[str]:
 
 
 def experts_in(mixture: Mixture, prompt: str) -> list[str]:
-    """The experts whose trigger words a prompt has: in any case, or in the plural."""
+    """The experts whose trigger words are in a prompt: in any case, or in the plural."""
     return [e for e in mixture.experts if any(pattern(word).search(prompt) for word in triggers(mixture, e))]
 
 
 def warn_of_missing_triggers(context: TrainingContext) -> None:
-    """Warn of prompts without any trigger word of an expert that they are meant for: it cannot show its concept there."""
+    """Warn of prompts that have no trigger word of an expert they are meant for: it cannot show its concept there."""
     data, mixture = context.data, context.mixture
     meant = [(prompt, list(mixture.experts)) for prompt in data.composed]
     meant += [(prompt, [name]) for name, prompts in data.singles.items() for prompt in prompts]
@@ -94,9 +96,9 @@ def warn_of_missing_triggers(context: TrainingContext) -> None:
 
 
 def negatives(context: TrainingContext, prompt: str) -> list[str]:
-    """Captions that each lack a concept of `prompt`: with one trigger replaced by another word, and the single prompts.
+    """Captions that each lack a concept of `prompt`: one trigger replaced by another word, and the single prompts.
 
-    Raises ValueError where there are none.
+    Raises ValueError if there are none.
     """
     data = context.data
     replaced = [
@@ -112,7 +114,7 @@ def negatives(context: TrainingContext, prompt: str) -> list[str]:
 
 
 def replace_word(prompt: str, word: str, other: str) -> str:
-    """`prompt` with `other` instead of `word`, and the article before it to match; unchanged where it lacks the word."""
+    """`prompt` with `other` instead of `word`, and its article adjusted; unchanged if it lacks the word."""
 
     def put(found: re.Match) -> str:
         article = found[1] and ("an " if other[0].lower() in "aeiou" else "a ")

@@ -31,7 +31,7 @@ class Samples:
 
 @dataclass
 class TrainingData:
-    """What gates are trained on: prompts, and pictures if there are any.
+    """The data that gates are trained on: prompts, and pictures if there are any.
 
     Attributes:
         singles: expert -> prompts that name it and no other expert.
@@ -40,7 +40,7 @@ class TrainingData:
         plain: prompts that name no expert.
         styles: experts that act on the whole picture, without a mask.
         parts: composed prompt -> a prompt for each of its subjects alone, left to right.
-        sizes: width and height of the pictures of single and plain prompts that are not of the model's own size.
+        sizes: prompt -> width and height, for pictures of single and plain prompts that do not have the model's own size.
         samples: pictures with captions.
     """
 
@@ -58,12 +58,12 @@ class TrainingData:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingData:
-        """All but the pictures. Raises ValueError for an unknown name, or a value of another kind."""
+        """Everything except the pictures. Raises ValueError for an unknown name, or a value of the wrong kind."""
         check_names(values, [f.name for f in fields(cls) if f.name != "samples"], "the training data")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What tells whether two runs have the same training data, ready for JSON: the pictures by their captions."""
+        """Identifies the training data of a run, ready for JSON; pictures are represented by their captions."""
         prompts = {name: value for name, value in vars(self).items() if name != "samples"}
         return prompts | {"pictures": self.samples.captions if self.samples else None}
 
@@ -71,8 +71,7 @@ class TrainingData:
 def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
     """Read the pictures of a folder with their captions.
 
-    A caption comes from metadata.jsonl ({"file_name", "text"}), else from a .txt file of the same stem, else it is
-    `prompt`.
+    A caption comes from metadata.jsonl ({"file_name", "text"}), else from a .txt file of the same stem, else it is `prompt`.
 
     Raises:
         ValueError: no pictures, a broken picture, or one without a caption; the message names the file.
@@ -86,7 +85,7 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
 
 
 def _captions(table: Path) -> dict[str, str]:
-    """File name -> caption, of {"file_name", "text"} a line."""
+    """File name -> caption, from lines of {"file_name", "text"}."""
     texts: dict[str, str] = {}
     for number, line in enumerate(table.read_bytes().splitlines() if table.exists() else [], 1):
         if not line.strip():
@@ -100,7 +99,7 @@ def _captions(table: Path) -> dict[str, str]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # photos say how the camera was held
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # photos store the camera's orientation
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
@@ -117,7 +116,7 @@ def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
 
 
 def default_side(pipe: Any) -> int:
-    """The side of a pipeline's own pictures, in pixels. Raises ValueError where these are not known to be squares."""
+    """The side of a pipeline's own pictures, in pixels. Raises ValueError if they are not known to be squares."""
     side = pipe.unet.config.sample_size
     if not isinstance(side, int):
         raise ValueError(
@@ -135,10 +134,9 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 @contextmanager
 def precise(pipe: Any) -> Iterator[Any]:
-    """The autoencoder; while the block runs in fp32, where the pipeline does so, too: that of Stable Diffusion XL
-    overflows in half precision.
+    """The autoencoder, in fp32 while the block runs if the pipeline does so, too: that of SDXL overflows in half precision.
 
-    Raises ValueError where gradients are wanted of one whose weights are fp16: they would be gone before the gradient.
+    Raises ValueError if gradients are needed and its weights are fp16: they would be gone before the gradient.
     """
     vae = pipe.vae
     if not (hasattr(type(pipe), "upcast_vae") and vae.config.force_upcast):
@@ -184,8 +182,8 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
 class RandomBatch:
     """The random choices of one update, of which this process and accumulated part takes its share of the rows.
 
-    Every share draws the numbers of the whole batch and takes every `count`-th row from `index` on, so that together the
-    shares do what one process would do alone.
+    Every share draws the numbers of the whole batch and takes every `count`-th row from `index` on. Together, the shares
+    do what one process would do alone.
 
     Attributes:
         generator: of the update, on the CPU.
@@ -200,7 +198,7 @@ class RandomBatch:
 
     @property
     def own_rows(self) -> int:
-        """Of the share."""
+        """The number of rows of the share."""
         return len(range(self.index, self.rows, self.count))
 
     def choice(self, among: int) -> list[int]:

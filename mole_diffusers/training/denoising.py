@@ -15,18 +15,20 @@ from mole_diffusers.functional import onto
 from mole_diffusers.mixture import attached
 from mole_diffusers.training.data import RandomBatch, Samples, precise, token_ids
 
-DROP = 0.1  # share of captions that `denoising_loss` takes for empty
+DROP = 0.1  # share of captions that `denoising_loss` empties
 
 
 def check_trainable(pipe: Any) -> None:
-    """Raises ValueError for a pipeline that gates and LoRAs cannot be trained on: it needs a UNet and a text encoder, as
-    Stable Diffusion 1.5, 2.1 and XL have."""
+    """Raises ValueError for a pipeline whose gates and LoRAs cannot be trained.
+
+    It needs a UNet and a text encoder, like Stable Diffusion 1.5, 2.1 and XL.
+    """
     if any(getattr(pipe, part, None) is None for part in ("unet", "text_encoder")):
         raise ValueError(f"{type(pipe).__name__} cannot be trained on: it needs a unet and a text encoder")
 
 
 def training_scheduler(pipe: Any) -> DDIMScheduler:
-    """The pipeline's noise schedule as DDIM, whatever the sampler; the pipeline's own scheduler keeps its state."""
+    """The pipeline's noise schedule as DDIM, whatever its sampler. The pipeline's own scheduler keeps its state."""
     return DDIMScheduler.from_config(pipe.scheduler.config)
 
 
@@ -35,8 +37,8 @@ class Text:
     """What a UNet reads of B prompts.
 
     Attributes:
-        states: of the text encoder, [B, T, C]; of both encoders of Stable Diffusion XL, side by side.
-        pooled: of its second encoder, [B, D]; None elsewhere.
+        states: of the text encoder, [B, T, C]; in SDXL of both encoders, side by side.
+        pooled: of SDXL's second encoder, [B, D]; None for other models.
     """
 
     states: torch.Tensor
@@ -44,7 +46,7 @@ class Text:
 
 
 def embed(pipe: Any, prompts: Sequence[str]) -> Text:
-    """Read prompts as the pipeline does, with the gradient of its text encoders."""
+    """Encode prompts as the pipeline does, with the gradient of its text encoders."""
     if getattr(pipe, "text_encoder_2", None) is None:
         return Text(_encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)[0])
     first = _encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts, output_hidden_states=True)
@@ -64,7 +66,7 @@ def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str], **o
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """The UNet's prediction for noisy latents x [B, C, H, W] under one prompt each, in its own parametrisation, fp32."""
+    """The UNet's prediction for noisy latents x [B, C, H, W] with one prompt each, in its own parametrisation, fp32."""
     return _predict(pipe, x, timesteps, embed(pipe, prompts))
 
 
@@ -72,7 +74,7 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) ->
     added = None
     if text.pooled is not None:
         height, width = (side * pipe.vae_scale_factor for side in x.shape[2:])
-        size = onto(torch.tensor([height, width, 0, 0, height, width]), x.device)  # drawn, cut off, wanted
+        size = onto(torch.tensor([height, width, 0, 0, height, width]), x.device)  # original size, crop, target size
         added = {"text_embeds": text.pooled, "time_ids": size.to(text.pooled.dtype).expand(len(x), -1)}
 
     def call(x: torch.Tensor, mixture_as_now: Callable[[], None] | None = None) -> torch.Tensor:
@@ -81,7 +83,7 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) ->
         return pipe.unet(x.to(text.states.dtype), timesteps, text.states, added_cond_kwargs=added).sample.float()
 
     if torch.is_grad_enabled() and pipe.unet.is_gradient_checkpointing:
-        # Gates learn the noise level from the call; a block that is recomputed alone would see that of the last call.
+        # Gates get the noise level from the call; a block that is recomputed alone would see that of the last call.
         mixture = attached(pipe)
         return checkpoint(call, x, mixture.restore_point() if mixture else None, use_reentrant=False)
     return call(x)
@@ -131,10 +133,10 @@ def sample(
     Args:
         guidance: classifier-free guidance; 1 runs no unconditional row.
         checkpointing: compute each step's activations again in the backward pass.
-        stop: run so many steps; None runs to the end.
+        stop: run only this many steps; None runs to the end.
     """
     scheduler = training_scheduler(pipe)
-    scheduler.set_timesteps(steps)  # timesteps stay on the CPU, where reading one waits for no device
+    scheduler.set_timesteps(steps)  # timesteps stay on the CPU, so that reading one does not wait for the device
     text = _guided_text(pipe, prompts, guidance)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -153,7 +155,9 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the model should predict, by the scheduler's config: the noise, or the velocity (Salimans & Ho, 2022)."""
+    """What the model should predict according to the scheduler's config: the noise, or the velocity (Salimans & Ho,
+    2022).
+    """
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -166,8 +170,8 @@ def denoising_loss(pipe: Any, samples: Samples, batch: RandomBatch, *, guidance:
     """The diffusion training loss on a random batch: MSE of the prediction, uniform timesteps.
 
     Args:
-        guidance: of the prediction. 1 is the plain loss, for photos and other pictures that the conditional model is to
-            imitate, in which some captions are empty, so that the unconditional prediction is trained, too.
+        guidance: of the prediction. 1 is the plain loss, for photos and other pictures that the conditional model should
+            imitate. Some captions are then empty, so that the unconditional prediction is trained, too.
     """
     pick = batch.choice(len(samples.latents))
     dropped = batch.uniform() < (DROP if guidance == 1 else 0.0)

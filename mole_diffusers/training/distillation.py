@@ -1,8 +1,8 @@
 """Objectives without pictures: gates learn to predict what single experts, their masked blend and the base predict.
 
-A teacher's sampling already computes every target, so its trajectories are stored with their targets, and the gates train on
-them without running the teacher again. Values are recovery errors: 0 is the teacher, 1 is as far from it as base and teacher
-are apart.
+A teacher's sampling already computes every target. So its trajectories are stored with their targets, and the gates
+train on them without running the teacher again. Values are recovery errors: 0 is the teacher; 1 means an error as large
+as the difference between base and teacher.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Teacher = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, 
 
 
 def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
-    """L1: under the prompt of one concept, predict what its LoRA alone predicts."""
+    """L1: with the prompt of one concept, predict what its LoRA alone predicts."""
     stored = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
         teacher = sum_teacher(context.pipe, context.mixture, [name], unit=[])
@@ -47,7 +47,7 @@ def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
 
 
 def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
-    """L2 and L3: under a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
+    """L2 and L3: with a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
     prompts = list(require(context.data.composed, "composed", "composed prompts"))
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
     sizes = dict.fromkeys(prompts, (context.width, context.height))
@@ -56,7 +56,9 @@ def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
 
 
 def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
-    """L4: under prompts that name no expert, predict what the base predicts. 1 is what the plain sum of experts changes."""
+    """L4: with prompts that name no expert, predict what the base predicts. 1 is the change that the plain sum of
+    experts makes.
+    """
     prompts = require(context.data.plain, "base", "plain prompts")
     teacher = sum_teacher(context.pipe, context.mixture, [], unit=list(context.mixture.experts))
     return _match(context, sample_trajectories(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
@@ -90,7 +92,7 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
 
 
 def _match(context: TrainingContext, stored: Sequence[Row]) -> LossFn:
-    """The recovery error on random rows of stored trajectories; of several sizes, one is drawn for each update."""
+    """The recovery error on random rows of stored trajectories. If these have several sizes, each update draws one."""
     by_shape: dict[torch.Size, list[Row]] = {}
     for row in stored:
         by_shape.setdefault(row.x.shape, []).append(row)
@@ -133,14 +135,14 @@ def sample_trajectories(
     name: str,
     sizes: Mapping[str, tuple[int | None, int | None]] | None = None,
 ) -> list[Row]:
-    """Sample `term.seeds` trajectories of each size with a teacher, cycling through its `prompts` (each gets one), and keep
-    every row.
+    """Sample `term.seeds` trajectories of each size with a teacher, and keep every row.
 
-    What is predicted without the prompt is kept, too: guidance would amplify its error if it were not trained on.
+    The trajectories cycle through `prompts`, and each prompt gets at least one. The prediction without the prompt is
+    kept, too: guidance would amplify its error if it were not trained on.
 
     Args:
         seed: of the noise.
-        name: of the teacher, beside the progress bar.
+        name: of the teacher, next to the progress bar.
         sizes: width and height of prompts' pictures in pixels; by default those of the training data.
     """
     scheduler, device = training_scheduler(context.pipe), context.pipe.device
@@ -169,9 +171,9 @@ def sample_trajectories(
 def with_and_without(
     x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """What `predict` is given where guidance is computed: each row without its prompt, then each with it, [2B, ...].
+    """The inputs of `predict` under guidance: each row without its prompt, then each with it, [2B, ...].
 
-    Together they are bound as where a picture is drawn: what the prompt names also acts on the row without it.
+    Binding treats them as it does in drawing: an expert that the prompt names also acts on the row without it.
     """
     return torch.cat([x, x]), torch.cat([timesteps, timesteps]), [*([""] * len(prompts)), *prompts]
 
@@ -181,7 +183,7 @@ def with_and_without(
 
 @contextmanager
 def bound_to_words(mixture: Mixture) -> Iterator[None]:
-    """The mixture's binding without places that would be found while a picture is drawn, for teachers and gates alike."""
+    """Binding without the places that are found while drawing, for teachers and gates alike."""
     own = mixture.binding or {}
     found = {name: replace(b, region=EVERYWHERE) if b.words and b.region == AUTO else b for name, b in own.items()}
     with mixture.bound(found or None):
@@ -190,14 +192,14 @@ def bound_to_words(mixture: Mixture) -> Iterator[None]:
 
 @contextmanager
 def alone(mixture: Mixture, strengths: Mapping[str, float]) -> Iterator[None]:
-    """These experts at these strengths and no others, whatever the gates say; none of them is the base."""
+    """Only these experts act, at these strengths, whatever the gates say. Without any it is the base."""
     ones = PlainSum(len(mixture.experts))
     with bound_to_words(mixture), mixture.only(*strengths), mixture.strengths(strengths), mixture.planned(ones):
         yield
 
 
 def sum_teacher(pipe: Any, mixture: Mixture, experts: Sequence[str], *, unit: Sequence[str]) -> Teacher:
-    """Predicts with these experts at their strengths and no others; error 1 is what those of `unit` predict."""
+    """Predicts with exactly these experts at their strengths; error 1 is what those in `unit` predict."""
 
     def with_experts(names: Sequence[str], *inputs: Any) -> torch.Tensor:
         with alone(mixture, {name: mixture.strength(name) for name in names}):
@@ -209,8 +211,8 @@ def sum_teacher(pipe: Any, mixture: Mixture, experts: Sequence[str], *, unit: Se
 def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teacher:
     """Predicts e_0 + sum_k s_k M_k (e_k - e_0); error 1 is the base, e_0.
 
-    Experts in `styles` act everywhere. Two or more others share the picture by their own cross-attention to their
-    trigger words; a single other one has all of it.
+    Experts in `styles` act everywhere. If there are two or more others, they share the picture according to their
+    cross-attention to their trigger words. A single other one gets the whole picture.
     """
     names = list(mixture.experts)
     subjects = [i for i, name in enumerate(names) if name not in styles]
@@ -257,7 +259,7 @@ def trigger_tokens(pipe: Any, mixture: Mixture, name: str, prompts: Sequence[str
 def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Collect cross-attention to the tokens that `tokens` [K, B, T] marks: maps [K, B, H, W] per layer, mean over heads.
 
-    Queries and keys are read where their projections return them, so any attention processor will do.
+    Queries and keys are read from the outputs of their projections, so this works with any attention processor.
     """
     maps: list[torch.Tensor] = []
     queries: list[torch.Tensor] = []  # of the attention that is running, [B, T, C]

@@ -26,23 +26,23 @@ from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import GateTraining, LoraTraining
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
-READ_EVERY = 10  # updates between looks at their numbers, each of which waits for the device
+READ_EVERY = 10  # updates between reading their numbers, which waits for the device
 STATE = "training.pt"
 LOG = "log.jsonl"
 LATEST = "latest"
 Losses = Callable[..., dict[str, torch.Tensor]]  # (index, shares) -> {"loss": ..., term: ...} of a share of a batch
-Report = Callable[[dict], None]  # is given every update's row; what it raises ends the run
+Report = Callable[[dict], None]  # gets every update's row; an exception in it ends the run
 
 
 @dataclass
 class Engine:
-    """The optimizer and all that goes with it.
+    """The optimizer and everything around it.
 
     Attributes:
         folder: of the checkpoints and the log; None writes none.
         identity: what must be the same for a run to resume, ready for JSON.
-        save_weights: writes what was trained into a folder.
-        diagnose: what the error adds where a loss is not finite.
+        save_weights: writes the trained weights into a folder.
+        diagnose: a text to add to the error if a loss is not finite.
         max_norm: the length that gradients are clipped to; 0 does not clip.
         log: one row of numbers per update, as far as they were read.
         names: of the numbers of an update.
@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters; an Accelerator's own is that of the first run in its process."""
+        """The device of the parameters. (An Accelerator's own device is that of the first run in its process.)"""
         return self.parameters[0].device
 
     @property
@@ -81,15 +81,15 @@ class Engine:
 
     @property
     def shares(self) -> int:
-        """Into how many shares a batch is divided, over processes and accumulated parts."""
+        """The number of shares of a batch, over processes and accumulated parts."""
         return self.accelerator.num_processes * self.config.accumulation
 
     def generator(self, step: int) -> torch.Generator:
-        """Of the random choices of an update: they follow from the seed and its number, so resuming changes nothing."""
+        """For an update's random choices. They follow from the seed and the update's number, so resuming changes nothing."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
 
     def check_batch(self, rows: int, what: str) -> None:
-        """Raises ValueError where a batch cannot be divided evenly."""
+        """Raises ValueError if a batch cannot be divided evenly."""
         if rows % self.shares:
             raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {self.shares}")
 
@@ -99,7 +99,7 @@ class Engine:
 
     @property
     def writes_to(self) -> Path | None:
-        """The folder that this process writes to; of several processes one does."""
+        """The folder that this process writes to; only one of several processes writes."""
         return self.folder if self.accelerator.is_main_process else None
 
     # ---- the loop
@@ -114,12 +114,12 @@ class Engine:
         validate: Callable[[int], None] | None = None,
         every: int = 0,
     ) -> None:
-        """Run the updates that are left, with a checkpoint every so often and at the end.
+        """Run the remaining updates, with a checkpoint every so often and at the end.
 
         Args:
-            update: makes an update, from 0, by `Engine.update`.
-            name: beside the progress bar.
-            validate: called every `every` updates, and after the last, before its checkpoint.
+            update: makes an update, counted from 0, through `Engine.update`.
+            name: next to the progress bar.
+            validate: called every `every` updates, and after the last one, before its checkpoint.
         """
         last, reported = self.config.steps, len(self.log)
         hidden = not (progress and self.accelerator.is_main_process)
@@ -174,8 +174,8 @@ class Engine:
     def read_log(self) -> dict[str, float]:
         """Log the pending updates and return the last row. This waits for the device.
 
-        Raises ValueError for a loss, or parameters, that are not finite, with the parameters set back to where they were
-        when last known to be finite.
+        Raises ValueError for a loss or parameters that are not finite. The parameters are then set back to their last
+        values known to be finite.
         """
         rows = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
         start = len(self.log)
@@ -204,9 +204,9 @@ class Engine:
     # ---- checkpoints
 
     def save(self, step: int) -> None:
-        """Write checkpoint-`step` and the log, in one process while the others wait; all but the last `keep` are deleted.
+        """Write checkpoint-`step` and the log, in one process while the others wait. All but the last `keep` are deleted.
 
-        Raises OSError where it cannot be written (a full disk, say); earlier checkpoints stay.
+        Raises OSError if it cannot be written, for example because the disk is full; earlier checkpoints stay.
         """
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.stateful.items()}
         if folder := self.writes_to:
@@ -215,7 +215,7 @@ class Engine:
                 with new_folder(path) as part:
                     self.save_weights(part)
                     torch.save(state | {"log": self.log, "run": json.dumps(self.identity)}, part / STATE)
-            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
                 whole = [p.name for p in checkpoints(folder)]
                 raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
             for old in checkpoints(folder)[: -self.config.keep]:
@@ -224,9 +224,9 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def resume(self, asked: str | None) -> None:
-        """Set everything to where a checkpoint left it; a new run stays as it is.
+        """Restore everything from a checkpoint; a new run stays as it is.
 
-        Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and as `find_checkpoint` does.
+        Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and like `find_checkpoint`.
         """
         if self.folder is None and asked is not None:
             raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
@@ -253,23 +253,23 @@ def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def join_processes(device: torch.device, **options: Any) -> Accelerator:
-    """The link to the other processes that `accelerate launch` started; later runs in a process share that of the first."""
+    """The link to the other processes of `accelerate launch`. Later runs in a process share that of the first."""
     return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no", **options)
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:
-    """AdamW; on CUDA the fused one, which skips updates with overflows by itself, where others make the CPU wait to know."""
+    """AdamW; the fused one on CUDA, which skips updates with overflows by itself (others make the CPU wait to find out)."""
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
 def save_activation_memory(unet: Any, undo: Undo) -> None:
-    """Let a UNet compute activations again in the backward pass, until `undo` gives it back as it was."""
+    """Let a UNet compute activations again in the backward pass, until `undo` restores it."""
     if not unet.is_gradient_checkpointing:
         undo.callback(unet.disable_gradient_checkpointing)
         unet.enable_gradient_checkpointing()
 
 
-# ---- folders checkpoint-N that are there whole or not at all
+# ---- folders checkpoint-N, which are complete or absent
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -279,9 +279,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, asked: str | None) -> Path | None:
-    """The checkpoint to resume from: None for a new run, also where "latest" finds none.
+    """The checkpoint to resume from; None for a new run, also if "latest" finds none.
 
-    Raises ValueError for a checkpoint that is not there, or a new run in the folder of an old one.
+    Raises ValueError for a checkpoint that does not exist, or a new run in the folder of an old one.
     """
     known = checkpoints(folder)
     if asked is None:

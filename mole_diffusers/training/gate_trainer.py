@@ -35,7 +35,7 @@ from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
-TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it wants pictures
+TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it expects pictures
 MAY_CHANGE = ("every", "keep", "tracker", "validation")  # settings that a resumed run may change
 REACH = 0.05  # how far one update may move a gate's logit
 
@@ -59,10 +59,10 @@ def train_gates(
 
     Args:
         clip: for the objectives that need one.
-        folder: checkpoints, `log.jsonl`, validation pictures and in the end the gates are written here.
-        resume_from: "latest" or "checkpoint-N" resumes there, "latest" without a checkpoint starts anew; None starts anew.
+        folder: checkpoints, `log.jsonl`, validation pictures and finally the gates are written here.
+        resume_from: "latest" or "checkpoint-N" resumes there; "latest" without a checkpoint starts a new run, as does None.
         success: judges validation pictures; its mean over prompts is logged as "success".
-        report: called with every update's row, after its checkpoint; what it raises ends the run.
+        report: called with every update's row, after its checkpoint; an exception in it ends the run.
         progress: show progress bars.
 
     Returns:
@@ -92,7 +92,7 @@ class GateTrainer:
     def __init__(
         self, context: TrainingContext, config: GateTraining, *, folder: Path | None = None, success: Success | None = None
     ):
-        """Check the settings and make what an update needs. Under `accelerate launch` this joins the other processes."""
+        """Check the settings and prepare updates. Under `accelerate launch` this joins the other processes."""
         self.config, self.success = config, success
         self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
         check_trainable(self.pipe)
@@ -100,7 +100,7 @@ class GateTrainer:
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
-        self.looks = list(config.validation.prompts or self.data.composed)  # what validation draws
+        self.looks = list(config.validation.prompts or self.data.composed)  # the prompts that validation draws
         if config.validation.every and not self.looks:
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         _ = context.composed_shape  # raises for a size that cannot be drawn
@@ -127,7 +127,7 @@ class GateTrainer:
 
     @contextmanager
     def only_gates_learn(self) -> Iterator[None]:
-        """Gradients for the gates alone while the block runs; the pipeline is given back as it was."""
+        """Compute gradients only for the gates while the block runs; then restore the pipeline."""
         clip = self.context.clip
         models = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         models += [clip.model] if clip else []
@@ -141,7 +141,7 @@ class GateTrainer:
             yield
 
     def prepare(self) -> None:
-        """Make the loss of each term; the teachers' pictures are drawn here."""
+        """Make the loss of each term. This draws the teachers' pictures."""
         with self.engine.autocast():
             for name, term in self.config.parsed.items():
                 if name != BALANCE:
@@ -150,7 +150,7 @@ class GateTrainer:
     # ---- fit
 
     def fit(self, report: Report | None = None) -> None:
-        """Run the updates, leave the gates as they will be used, save them, and close the trackers."""
+        """Run the updates, set the gates to their final weights, save them, and close the trackers."""
         if self.config.tracker:
             self.accelerator.init_trackers("mole")
         how: dict[str, Any] = {"progress": self.context.progress, "every": self.config.validation.every}
@@ -181,12 +181,12 @@ class GateTrainer:
             for name, loss in self.loss_fns.items():
                 found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
         if BALANCE in terms:
-            live = [d for d in decisions if d.gates.requires_grad]  # not those of teachers
+            live = [d for d in decisions if d.gates.requires_grad]  # without those of teachers
             found[BALANCE] = self._balance(live, [names.index(name) for name in there])
         return {"loss": torch.stack([terms[name].weight * value for name, value in found.items()]).sum(), **found}
 
     def _balance(self, decisions: Sequence[Decision], experts: Sequence[int]) -> torch.Tensor:
-        """The family's own balance loss where it has one, MoLE's among the experts that take part otherwise."""
+        """The family's own balance loss if it has one, otherwise MoLE's, among the experts that take part."""
         if own := [g.balance_loss(self._over_processes) for g in self._gates() if isinstance(g, PromptGate)]:
             return torch.stack(own).mean()
         present = [[d.present[i] for i in experts] for d in decisions]  # [blocks, N]
@@ -195,7 +195,7 @@ class GateTrainer:
         return functional.balance_loss(self._over_processes(shares))
 
     def _over_processes(self, own: torch.Tensor) -> torch.Tensor:
-        """The mean of `own` over processes, with the gradient of `own`: averaged gradients then are those of the mean."""
+        """The mean of `own` over processes, with the gradient of `own`; averaged gradients are then those of the mean."""
         if self.accelerator.num_processes == 1:
             return own
         return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
@@ -219,7 +219,7 @@ class GateTrainer:
 
     @torch.no_grad()
     def _diagnose(self) -> str:
-        """Which expert alone already predicts what is not finite."""
+        """The experts that predict non-finite values even alone."""
         broken = []
         x = torch.randn(1, *self.context.composed_shape, generator=torch.Generator().manual_seed(0)).to(self.pipe.device)
         timestep = torch.tensor([500], device=self.pipe.device)
@@ -261,7 +261,7 @@ class GateTrainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The gates' moving average instead of the gates, where there is one."""
+        """Use the gates' moving average instead of the gates, if there is one."""
         with ExitStack() as undo:
             if self.ema is not None:
                 self.ema.store(self.mixture.parameters())
@@ -277,7 +277,7 @@ class GateTrainer:
 
 
 def summary(config: GateTraining, log: Sequence[dict]) -> str:
-    """How gates were trained and what came of it, as a sentence or two for their model card."""
+    """How gates were trained and with what result, as a sentence or two for their model card."""
     terms = ", ".join(f"{name} (weight {term.weight:g})" for name, term in config.parsed.items())
     reached = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
     return f"Trained for {len(log)} updates on {terms}. Last update: {reached}."
@@ -290,12 +290,12 @@ def drop_experts(experts: Sequence[str], drop: float, generator: torch.Generator
 
 
 def parameter_groups(banks: Iterable[nn.Module], lr: float | None) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer; with `lr` None one update moves the logits of any gate about as far.
+    """Parameter groups for an optimizer. With `lr` None, one update moves the logits of any gate about equally far.
 
-    Adam moves every entry by about the rate, so a logit over D features of length 1 moves by up to rate * sqrt(D): the
-    right rate for one number per expert is too much for a vector of 320, and far too much for a flattened state of a
-    million. So a matrix over features gets 0.05 / sqrt(D). What reads raw states, whose D entries are of size 1 rather than
-    the whole, gets 0.05 / D, and all else 0.05.
+    Adam moves every entry by about the learning rate. So a logit over D features of length 1 moves by up to rate *
+    sqrt(D): the right rate for one number per expert is too high for a vector of 320, and far too high for a flattened
+    state of a million. Therefore a matrix over features gets 0.05 / sqrt(D). Parameters that read raw states, where each
+    of the D entries has size 1 instead of the whole vector, get 0.05 / D. All others get 0.05.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for bank in banks:

@@ -16,14 +16,14 @@ RIDGE = 0.01  # of SSR-Merge, its own default
 def initialize(context: TrainingContext, initial: str) -> None:
     """Set every gate to the constant weights that are best on the inputs X_k that its layers get from each expert k alone.
 
-    "uniform" changes nothing. "scalars" are min_a sum_k |sum_j a_j delta_j X_k - delta_k X_k|^2 over all layers of a gate:
-    LoRA Soups' CAT, solved exactly. "ssr" replaces delta_k X_k by the output of SSR-Merge: the weights nearest to that
-    merge. Without its ridge the two are the same, as SSR solves the same problem over more matrices; the ridge pulls
-    towards the mean.
+    "uniform" changes nothing. "scalars" are min_a sum_k |sum_j a_j delta_j X_k - delta_k X_k|^2 over all layers of a
+    gate: LoRA Soups' CAT, solved exactly. "ssr" replaces delta_k X_k by the output of SSR-Merge, which gives the weights
+    nearest to that merge. Without its ridge the two are the same, as SSR solves the same problem over more matrices; the
+    ridge pulls towards the mean.
 
     The experts run the single prompts of the training data, 4 steps each. An expert that changes nothing keeps weight 1.
 
-    Raises ValueError for an expert without single prompts, or for gates that cannot start at other than equal weights.
+    Raises ValueError for an expert without single prompts, or for gates that can only start at equal weights.
     """
     if initial == "uniform":
         return

@@ -1,4 +1,4 @@
-"""The LoRA in training: put on a pipeline's own models, read out as tensors, written to a file."""
+"""A LoRA in training: put it on a pipeline's models, read it out as tensors, write it to a file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ARCHITECTURES = {  # ModelSpec's words
 
 @dataclass
 class LoraLayers:
-    """A LoRA in training, by its layers' names: "unet.down_blocks.0...".
+    """A LoRA in training, by the names of its layers: "unet.down_blocks.0...".
 
     Attributes:
         halves: down and up of every layer by diffusers' keys: "unet.<layer>.lora_A.weight".
-        logits: g [r] of each layer whose ranks compete; empty where none do. See `beam`.
+        logits: g [r] of each layer whose ranks compete; empty if none do. See `beam`.
         temperature: of their softmax.
     """
 
@@ -59,12 +59,12 @@ class LoraLayers:
         return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that is trained, for a checkpoint."""
+        """All trained parameters, for a checkpoint."""
         return {name: p.detach().cpu().clone() for name, p in self._trained().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Set it to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         for name, parameter in self._trained().items():
             parameter.copy_(state[name])
 
@@ -74,9 +74,9 @@ class LoraLayers:
 
 
 def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:
-    """Put a new LoRA on the components that `config` trains; random downs follow torch's CPU seed, ups are zero.
+    """Put a new LoRA on the components that `config` trains. Random downs follow torch's CPU seed; ups are zero.
 
-    `undo` takes it off again, so that the models are as they were.
+    `undo` takes it off again and leaves the models as they were.
     """
     lora = LoraLayers({}, {}, config.temperature)
     pattern = "|".join(LORA_LAYERS[kind] for kind in config.layers)
@@ -128,7 +128,7 @@ def save_lora(
     dtype: torch.dtype = torch.float16,
     format: Literal["diffusers", "kohya"] = "diffusers",
 ) -> None:
-    """Write a LoRA that diffusers and `read_expert` load; trigger words and `about` are in the header.
+    """Write a LoRA that diffusers and `read_expert` load. Trigger words and `about` go into the header.
 
     Args:
         format: "diffusers" has alpha folded in; "kohya" has the keys of kohya and A1111, and an alpha for every layer.

@@ -39,23 +39,23 @@ def train_lora(
     report: Report | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Train a LoRA for one concept; the pipeline is given back as it was.
+    """Train a LoRA for one concept. Afterwards the pipeline is as it was.
 
     Under `accelerate launch` every process calls this with the same arguments and takes its share of each batch.
 
     Args:
         prior: pictures of the concept's class, see `class_samples`.
-        name: beside the progress bar, and in error messages.
+        name: shown next to the progress bar, and in error messages.
         folder: checkpoints and `log.jsonl` are written here.
-        resume_from: "latest" or "checkpoint-N" resumes there, "latest" without a checkpoint starts anew; None starts anew.
-        report: called with every update's row, after its checkpoint; what it raises ends the run.
+        resume_from: "latest" or "checkpoint-N" resumes there; "latest" without a checkpoint starts a new run, as does None.
+        report: called with every update's row, after its checkpoint; an exception in it ends the run.
         progress: show a progress bar.
 
     Returns:
-        Diffusers' keys -> fp32 tensors, "unet.<layer>.lora_A.weight" say; `save_lora` writes them.
+        Diffusers' keys -> fp32 tensors, such as "unet.<layer>.lora_A.weight"; `save_lora` writes them.
 
     Raises:
-        ValueError: a pipeline that cannot be trained on, a loss that is not finite (the last checkpoint stays).
+        ValueError: a pipeline that cannot be trained on, or a loss that is not finite (the last checkpoint stays).
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
@@ -82,10 +82,10 @@ class LoraTrainer:
         name: str = "",
         folder: Path | None = None,
     ):
-        """Put the LoRA on the pipeline and make what an update needs. Under `accelerate launch` this joins the others.
+        """Put the LoRA on the pipeline and prepare updates. Under `accelerate launch` this joins the other processes.
 
         Args:
-            pictures: those of the "concept", and of the "prior" where there are any.
+            pictures: those of the "concept", and of the "prior" if there are any.
             undo: takes the LoRA off again.
         """
         check_trainable(pipe)
@@ -156,10 +156,10 @@ def class_samples(
 
     Args:
         prompt: of the class: "a photo of a dog".
-        count: pictures; latents, never decoded.
+        count: number of pictures; they are latents and never decoded.
         steps, guidance: of the sampler.
         batch: pictures at a time.
-        folder: where they are saved, and found by a run that resumes.
+        folder: where they are saved, and found again when a run resumes.
         progress: show a progress bar.
 
     Raises ValueError for a count, or steps, below 1.

@@ -1,4 +1,4 @@
-"""The maths of the losses, in torch alone. B batch, C channels, N experts."""
+"""The maths of the losses; needs only torch. B batch, C channels, N experts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ TEMPERATURE = 0.5  # of `separation_loss`
 
 
 def recovery_error(student: torch.Tensor, teacher: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """How much of what the teacher changed is missing: ||student - teacher||^2 / E ||teacher - base||^2, mean over B.
+    """How much of the teacher's change is missing: ||student - teacher||^2 / E ||teacher - base||^2, mean over B.
 
-    0 is the teacher, 1 is the base; 1 minus this is a recovery that can be compared across experts and timesteps.
+    0 is the teacher, 1 is the base. 1 minus this is a recovery that can be compared across experts and timesteps.
 
     Args:
         student, teacher: predictions [B, C, H, W].
@@ -40,15 +40,15 @@ def composed_target(base: torch.Tensor, experts: torch.Tensor, masks: torch.Tens
 def territory(maps: torch.Tensor) -> torch.Tensor:
     """Attention maps of N competing concepts [N, B, H, W] -> soft masks [N, B, 1, H, W] that sum to 1 at each pixel.
 
-    Each map is normalised to mean 0 and standard deviation 1 over the picture, then a softmax over concepts: a concept
-    with weak attention still gets the region where it is strongest.
+    Each map is normalised to mean 0 and standard deviation 1 over the picture; then follows a softmax over concepts. So
+    a concept with weak attention still gets the region where it is strongest.
     """
     mean, std = maps.mean((2, 3), keepdim=True), maps.std((2, 3), keepdim=True)
     return torch.softmax(3 * (maps - mean) / (std + 1e-6), 0)[:, :, None]
 
 
 def caption_loss(picture: torch.Tensor, captions: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the first caption among all of them, given a picture: features [D] and [P, D] of length 1."""
+    """Cross-entropy of the first caption among all of them, for one picture: features [D] and [P, D] of length 1."""
     return -torch.log_softmax(scale * (captions @ picture), 0)[0]
 
 
@@ -58,7 +58,7 @@ def softened(pictures: torch.Tensor, shift: torch.Tensor, blur: torch.Tensor, no
     A reward on these cannot be increased by a pattern of single pixels.
     """
     placed = torch.eye(2, 3, device=pictures.device).repeat(len(pictures), 1, 1)  # [B, 2, 3]
-    placed[:, :, 2] = 2 * shift  # an affine grid's sides are 2 long
+    placed[:, :, 2] = 2 * shift  # an affine grid is 2 wide and high
     grid = F.affine_grid(placed, list(pictures.shape), align_corners=False)
     moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     mean = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -70,19 +70,21 @@ def mole_clip_loss(
 ) -> torch.Tensor:
     """L_D of MoLE as its authors ran it: -log((2.5 - (l_g + l_d)) / 2), mean over B; about -0.22 is perfect.
 
-    l_g is 1 - cos(picture, caption); l_d, of StyleGAN-NADA (Gal et al., 2022), is 1 - the cosine between what changed
-    from the source picture to this one and from the source's caption to the caption. Features [B, D] of length 1.
+    l_g is 1 - cos(picture, caption). l_d is from StyleGAN-NADA (Gal et al., 2022): 1 - the cosine between the change
+    from the source picture to this one, and the change from the source's caption to the caption. Features [B, D] of
+    length 1.
     """
     whole = 1 - F.cosine_similarity(picture, caption, -1)  # [B]
     direction = 1 - F.cosine_similarity(picture - source, caption - source_caption, -1)
-    # Both at their worst would give the log of a negative number.
+    # If both are at their worst, this would be the log of a negative number.
     return -((2.5 - whole - direction).clamp_min(1e-3) / 2).log().mean()
 
 
 def separation_loss(maps: torch.Tensor) -> torch.Tensor:
-    """InfoNCE over cross-attention as in CLoRA (Meral et al., 2024): each concept's maps alike, and unlike the others'.
+    """InfoNCE over cross-attention as in CLoRA (Meral et al., 2024): pulls each concept's maps together and apart from
+    others'.
 
-    The maps of one concept in different layers are each other's positives, those of other concepts the negatives.
+    The maps of one concept in different layers are each other's positives; those of other concepts are the negatives.
 
     Args:
         maps: [K, L, B, H, W], K concepts of 2 or more, L layers.
@@ -93,27 +95,27 @@ def separation_loss(maps: torch.Tensor) -> torch.Tensor:
     owner = torch.arange(concepts, device=maps.device).repeat_interleave(layers)
     same = (owner[:, None] == owner[None]) & ~itself  # [K * L, K * L]
     logits = (rows @ rows.transpose(1, 2) / TEMPERATURE).masked_fill(itself, -torch.inf)
-    shares = torch.log_softmax(logits, -1).masked_fill(~same, 0)  # picking them out would wait for the device
+    shares = torch.log_softmax(logits, -1).masked_fill(~same, 0)  # indexing with the mask would wait for the device
     return -shares.sum() / (len(rows) * concepts * layers * (layers - 1))
 
 
 def cells(count: int, width: int, height: int) -> list[tuple[float, float, float, float]]:
-    """The shares of a collage of this size as boxes (left, top, right, bottom) in 0..1, the first left or on top."""
+    """The cells of a collage of this size, as boxes (left, top, right, bottom) in 0..1, the first at the left or top."""
     across, down = _grid(count, width, height)
     corners = [(i % across, i // across) for i in range(count)]
     return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for x, y in corners]
 
 
 def _grid(count: int, width: int, height: int) -> tuple[int, int]:
-    """How many stand across and down: all along the longer side, but three or four in the quarters of a square."""
+    """Number of cells across and down: a row along the longer side, or quarters for three or four in a square."""
     return (2, 2) if width == height and count in (3, 4) else (count, 1) if width >= height else (1, count)
 
 
 def side_by_side(pictures: torch.Tensor, width: int | None = None, height: int | None = None) -> torch.Tensor:
-    """Collages [B, 3, height, width] of N pictures each [N, B, 3, H, W], by default of the size of one.
+    """Collages [B, 3, height, width] of N pictures each [N, B, 3, H, W], by default of the size of one picture.
 
-    Each picture stands in the middle of its share of the longer side, the first left or on top, shrunk where it has to be;
-    three or four stand in the quarters of a square. The background is the median colour of the pictures' edges.
+    Each picture stands in the middle of its share of the longer side, the first at the left or top, shrunk if necessary.
+    In a square, three or four stand in the quarters. The background is the median colour of the pictures' edges.
     """
     count, batch, _, *own = pictures.shape
     height, width = height or own[0], width or own[1]

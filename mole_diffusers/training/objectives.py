@@ -1,4 +1,4 @@
-"""Every objective of gate training by name: the context and a term -> its loss. Those on pictures are here."""
+"""All objectives of gate training by name: the context and a term -> its loss. Those on pictures are defined here."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def denoise(context: TrainingContext, term: Term) -> LossFn:
 
 
 def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
-    """The diffusion loss on collages: each subject of a prompt drawn with its own experts, all set side by side. Ours.
+    """The diffusion loss on collages: each subject of a prompt drawn with its own experts, all side by side.
 
-    A sum of LoRAs mixes subjects up. A collage shows each subject as its own LoRA draws it, under the composed prompt, so
-    the gates learn to keep them apart. It needs the `parts` of a composed prompt; a style is named in each of them. The
-    experts of a bound mixture act in the places of their parts meanwhile, as they will where a picture is drawn.
+    This objective is not from a paper. A sum of LoRAs mixes up subjects. A collage shows each subject as its own LoRA
+    draws it, with the composed prompt, so the gates learn to keep them apart. It needs the `parts` of a composed prompt,
+    each of which names the style, if any. During this loss, the experts of a bound mixture act in the places of their
+    parts, as they will when a picture is drawn.
 
-    Raises ValueError for training data without parts, or with an expert that a prompt names and none of its parts.
+    Raises ValueError for training data without parts, or if a prompt names an expert that none of its parts names.
     """
     prompts = require(context.data.parts, "collage", "the parts of composed prompts")
     for prompt, parts in prompts.items():
@@ -62,8 +63,10 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
 
 
 def places_of(mixture: Mixture, parts: Sequence[str], width: int, height: int) -> dict[str, Bound] | None:
-    """How experts are bound in a collage of `parts`: one that has words, in a single part, acts in its place; others as they
-    are. None where nothing is bound."""
+    """The binding of experts in a collage of `parts`; None if nothing is bound.
+
+    An expert with words in a single part acts in the place of that part. The others keep their binding.
+    """
     if (bound := mixture.binding) is None:
         return None
     named = [experts_in(mixture, part) for part in parts]

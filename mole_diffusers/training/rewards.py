@@ -1,4 +1,4 @@
-"""Objectives in which a CLIP looks at the pictures that the gates draw, with its gradient."""
+"""Objectives in which a CLIP rates the pictures that the gates draw; its gradient trains the gates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import decode, predict, sample, training_scheduler
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
 
-FIRST = 0.1  # share of a trajectory of `clip` within which its first step lies: t >= 0.9 T
+FIRST = 0.1  # the first step of a `clip` trajectory lies in this share of it: t >= 0.9 T
 
 # ---- the whole rollout
 
@@ -22,9 +22,9 @@ FIRST = 0.1  # share of a trajectory of `clip` within which its first step lies:
 def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
     """DRaFT (Clark et al., 2023): a whole guided DDIM rollout from noise, differentiated through every step.
 
-    The reward is a CLIP's: of the composed caption and captions that each lack one concept, which fits the picture?
-    Cross-entropy, 0 when it is sure of the composed one. Pictures are shifted, blurred and noised a little before the CLIP
-    sees them, so that no pattern of single pixels can please it.
+    The reward asks a CLIP which caption fits the picture: the composed one, or captions that each lack one concept. The
+    loss is cross-entropy, 0 if the CLIP is sure of the composed caption. Pictures are slightly shifted, blurred and
+    noised before the CLIP sees them, so that no pattern of single pixels can raise the reward.
     """
     clip: Clip = require(context.clip, "rollout", "a CLIP")
     prompts = list(require(context.data.composed, "rollout", "composed prompts"))
@@ -43,7 +43,7 @@ def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
 
 
 def _augmented(pictures: torch.Tensor, batch: RandomBatch) -> torch.Tensor:
-    """Moved by up to 4 % of the side, blurred a little or not at all, with noise of up to 5 % of the range."""
+    """Pictures moved by up to 4 % of the side, blurred a little or not at all, with noise of up to 5 % of the range."""
     shift, blur = 0.08 * (batch.uniform(2) - 0.5), batch.uniform()
     noise = 0.1 * batch.uniform(1, 1, 1) * batch.normal(*pictures.shape[1:])
     return softened(pictures, *(onto(v, pictures.device) for v in (shift, blur, noise)))
@@ -55,8 +55,9 @@ def _augmented(pictures: torch.Tensor, batch: RandomBatch) -> torch.Tensor:
 def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
     """MoLE's L_D as its authors ran it: a CLIP looks at every step from a noised concept picture to a composed one.
 
-    A trajectory of ancestral sampling without guidance starts from a concept picture, almost all noise, and follows the
-    composed prompt to its end over several updates. The gradient goes through one step of the UNet at a time.
+    A trajectory of ancestral sampling without guidance starts from a concept picture that is almost all noise, and
+    follows the composed prompt to its end over several updates. The gradient goes through one step of the UNet at a
+    time.
     """
     judge: Clip = require(context.clip, "clip", "a CLIP")
     prompts = list(require(context.data.composed, "clip", "composed prompts"))
@@ -67,7 +68,7 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
         losses, key = [], f"clip {batch.index}"
         for _ in range(term.steps):
             now = context.state.get(key)
-            if now is None or len(now["x"]) != batch.own_rows:  # others, after a run on another number of processes
+            if now is None or len(now["x"]) != batch.own_rows:  # it may come from another number of processes
                 now = _start(context, judge, batch, term)
             latents = _advance(context, batch, now)
             pictures = judge.image(decode(context.pipe, latents))
@@ -84,8 +85,8 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
 def _start(context: TrainingContext, judge: Clip, batch: RandomBatch, term: ClipTerm) -> dict[str, Any]:
     """A new trajectory: tensors and numbers, which checkpoints save.
 
-    "x" are the latents [B, C, H, W] after "at" of "length" steps, "pictures" and "prompts" say from where to where, and
-    "looks" are the CLIP's features [B, D] of those pictures.
+    "x" are the latents [B, C, H, W] after "at" of "length" steps. "pictures" and "prompts" are the indices of where it
+    starts and where it goes. "looks" are the CLIP's features [B, D] of those pictures.
     """
     pipe, samples, prompts = context.pipe, context.data.samples, context.data.composed
     assert samples is not None
