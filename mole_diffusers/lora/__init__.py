@@ -1,4 +1,4 @@
-"""LoRA files -> Expert: from whichever tool wrote them, each layer with its own scale as stored in the file."""
+"""LoRA files -> Expert, whichever tool wrote them. Each layer keeps its own scale from the file."""
 
 from mole_diffusers.lora.expert import COMPONENTS, Expert, LoraWeights
 from mole_diffusers.lora.families import check_family, family_of, stated_base

@@ -19,7 +19,7 @@ Tensors = Mapping[str, torch.Tensor]  # role -> tensor
 Scale = Callable[[int], float]  # rank of the file's own factors -> alpha / r
 
 MAX_RANK = 4096
-MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's hosts have a sixth of it
+MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's models have a sixth of it
 MAX_WEIGHT = 1 << 27  # numbers in a layer's change of weight
 MAX_MADE = 1 << 29  # numbers in the factors that LoHa and LoKr layers of one file become, 2 GiB
 MAX_OPERATIONS = 1e13  # of their decompositions, about a minute
@@ -28,13 +28,13 @@ MAX_NUMBER = 1e12  # in a change of weight; squares of larger ones, which decomp
 
 
 class Budget:
-    """What the layers of one file may take together, so that a small file cannot ask for all memory, or an hour."""
+    """Limits for all layers of one file together, so that a small file cannot ask for all memory, or for an hour."""
 
     def __init__(self) -> None:
         self.made, self.operations = 0, 0.0
 
     def spend(self, rank: int, rows: int, columns: int, *, operations: float) -> None:
-        """For factors [rows, rank] and [rank, columns] of one layer. Raises ValueError where it is too much."""
+        """Count factors [rows, rank] and [rank, columns] of one layer. Raises ValueError if the file takes too much."""
         self.made += rank * (rows + columns)
         self.operations += operations
         if self.made > MAX_MADE or self.operations > MAX_OPERATIONS:
@@ -45,7 +45,7 @@ class Budget:
 
 
 def layer_weights(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> tuple[str, LoraWeights]:
-    """(algorithm, weights) of one layer; `tolerance` is the relative error that LoHa and LoKr may be cut with.
+    """(algorithm, weights) of one layer; `tolerance` is the relative error allowed for cutting LoHa and LoKr.
 
     Raises ValueError saying what is missing, does not fit, or is too large.
     """
@@ -76,7 +76,7 @@ def alpha_value(tensor: torch.Tensor) -> float:
 
 
 def _required(tensors: Tensors, *roles: str, optional: tuple[str, ...] = ()) -> list[torch.Tensor]:
-    """The tensors of these roles; ValueError if one is missing or a role is there that does not belong."""
+    """The tensors of these roles. ValueError if one is missing, or if there is a role that does not belong."""
     if missing := [role for role in roles if role not in tensors]:
         raise ValueError(f"it has no {missing[0]} matrix")
     if foreign := sorted(set(tensors) - set(roles) - set(optional)):
@@ -152,13 +152,13 @@ def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     check_memory(12 * most * (rows + columns), "the factors of a LoKr layer take")
     (up, down), error = _finite(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
     inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])
-    # alpha is over the rank of the second matrix, else of the first; two full ones have no rank, and no alpha then
+    # alpha is divided by the rank of the second matrix, else of the first; two full ones have neither rank nor alpha
     ranks = [len(down) for i, (_, down) in ((2, second), (1, first)) if f"lokr_w{i}" not in tensors]
     return _shaped(up, down, inner, scale=scale(ranks[0]) if ranks else 1.0, error=error)
 
 
 def _lokr_factor(tensors: Tensors, i: int) -> Factors:
-    """One of LoKr's two matrices as up [O, r], down [r, I] or [r, Cin, k, k]; of one that is stored full an identity."""
+    """One of LoKr's two matrices as up [O, r], down [r, I] or [r, Cin, k, k]. If it is stored full, one is the identity."""
     full = tensors.get(f"lokr_w{i}")
     if full is None:
         return _low_rank(tensors, f"lokr_w{i}", core=f"lokr_t{i}")
@@ -185,7 +185,7 @@ def _low_rank(tensors: Tensors, name: str, *, core: str) -> Factors:
 
 
 def _finite(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
-    """What `decompose` returns; ValueError if its factors overflow."""
+    """The result of `decompose`; ValueError if its factors overflow."""
     try:
         made, error = decompose(*matrices)
     except torch.linalg.LinAlgError:
@@ -196,6 +196,6 @@ def _finite(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
 
 
 def _shaped(up: torch.Tensor, down: torch.Tensor, inner: tuple[int, ...], *, scale: float, error: float) -> LoraWeights:
-    """Factors in the shape of a linear layer's, or of a convolution's where the file tells its kernel."""
+    """Factors in the shape of a linear layer's, or of a convolution's if the file tells its kernel."""
     down = down.reshape(len(down), *inner)
     return LoraWeights(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), scale, error)

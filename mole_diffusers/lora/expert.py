@@ -37,8 +37,8 @@ class LoraWeights:
 class Expert:
     """One concept LoRA: every layer of its file, and what the file says about itself.
 
-    `layers` maps a component ("unet", "text_encoder", ...) to {layer key: LoraWeights}. A layer key is the host module's
-    name with dots as underscores, the one form that all files share.
+    `layers` maps a component ("unet", "text_encoder", ...) to {layer key: LoraWeights}. A layer key is the module's name
+    in the model with underscores for dots, the one form that all files share.
     """
 
     name: str

@@ -13,7 +13,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # up [O, R], down [R, I]
 
 
 def hadamard(first: Factors, second: Factors) -> Factors:
-    """(U1 D1) * (U2 D2) elementwise, which is LoHa, has rank r1 r2: the products of all pairs of columns and of rows."""
+    """(U1 D1) * (U2 D2) elementwise (LoHa). It has rank r1 r2: the products of all pairs of columns and of rows."""
     (up1, down1), (up2, down2) = first, second
     up = up1[:, :, None] * up2[:, None, :]  # [O, r1, r2]
     down = down1[:, None, :] * down2[None, :, :]  # [r1, r2, I]
@@ -28,10 +28,10 @@ def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors
 
 
 def kronecker(first: Factors, second: Factors, tolerance: float) -> tuple[Factors, float]:
-    """W1 [a, b] (x) W2 [c, D], which is LoKr, each as factors, -> up [a c, R], down [R, b D], cut as `cut` does.
+    """W1 [a, b] (x) W2 [c, D] (LoKr), each given as factors -> up [a c, R], down [R, b D], cut as in `cut`.
 
-    Its singular values are the products of one of W1's and one of W2's, its vectors their Kronecker products, so the large
-    matrix itself is never decomposed.
+    Its singular values are products of one of W1's and one of W2's, and its vectors are their Kronecker products. So the
+    large matrix itself is never decomposed.
     """
     down1, up1, values1 = low_rank(first[1], first[0], min(*first[0].shape, *first[1].shape))
     down2, up2, values2 = low_rank(second[1], second[0], min(*second[0].shape, *second[1].shape))

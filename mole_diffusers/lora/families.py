@@ -1,4 +1,4 @@
-"""The model family of a LoRA (by shapes that only one family has, else by its header) and of a pipeline."""
+"""The model family of a LoRA and of a pipeline: by shapes that only one family has, else by the LoRA's header."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARCHITECTURES = {  # family -> how modelspec.architecture or ss_base_model_versi
 
 
 def base_of(layers: Mapping[str, Mapping[str, LoraWeights]], metadata: Mapping[str, str]) -> str:
-    """The family of a LoRA by its shapes, else the one its header states, else "unknown"."""
+    """The family of a LoRA by its shapes, else the one in its header, else "unknown"."""
     return _by_shapes(layers) or stated_base(metadata) or "unknown"
 
 
@@ -43,7 +43,7 @@ def _by_shapes(layers: Mapping[str, Mapping[str, LoraWeights]]) -> str | None:
 
 
 def stated_base(metadata: Mapping[str, str]) -> str | None:
-    """The family that a file's header states; ModelSpec's field counts before kohya's."""
+    """The family that a file's header states. ModelSpec's field takes precedence over kohya's."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         stated = metadata.get(key, "").lower()
         if family := next((f for f, starts in ARCHITECTURES.items() if stated.startswith(starts)), None):

@@ -1,4 +1,4 @@
-"""Keys of LoRA files -> which component, which layer, and what the tensor is to that layer."""
+"""Parse keys of LoRA files: component, layer, and the tensor's role in that layer."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Key:
 
     Attributes:
         component: "unet", "text_encoder", ...
-        layer: the layer key; for a transformer it may still be an original name that stands for several layers.
-        module: the layer as the file calls it, without the component: dotted in files of diffusers and PEFT.
+        layer: the layer key. For a transformer it may still be an original name that stands for several layers.
+        module: the layer's name in the file, without the component: dotted in files of diffusers and PEFT.
         role: "down", "up", "mid", "alpha", or LyCORIS's own name ("hada_w1_a", ...).
         format: of the file, as in `Expert.format`.
     """
@@ -81,12 +81,12 @@ class Key:
 
 
 def ignored(key: str) -> str | None:
-    """Why a key that does not belong to a LoRA may be left out; None for all others."""
+    """Why a key that does not belong to a LoRA may be left out; None for all other keys."""
     return next((why for prefix, why in IGNORED.items() if key.startswith(prefix)), None)
 
 
 def parse_key(key: str) -> Key:
-    """Parse one key. Raises ValueError saying what the key is instead, and what is known."""
+    """Parse one key. Raises ValueError saying what else the key is, and which keys are known."""
     if not (found := ROLE.search(key)):
         for end, what in UNSUPPORTED.items():
             if re.search(rf"(?:^|[._])(?:{end})$", key):
@@ -109,13 +109,13 @@ def parse_key(key: str) -> Key:
 
 
 def _located(stem: str) -> tuple[str, str, str]:
-    """A key without its role -> (component, module, format); "" for diffusers' and PEFT's, which the role tells apart."""
+    """A key without its role -> (component, module, format). The format is "" for diffusers and PEFT; the role decides."""
     for prefix, (component, form) in PREFIXES.items():
         if stem.startswith(prefix):
             return component, stem.removeprefix(prefix), form
     stem = stem.removeprefix("base_model.model.")
     component, _, module = stem.partition(".")
-    if component not in COMPONENTS:  # saved from a single model: the layer's name tells which
+    if component not in COMPONENTS:  # saved from a single model: the layer's name tells the component
         module, layer = stem, layer_key(stem)
         component = next((c for c, starts in LAYER_STARTS.items() if layer.startswith(starts)), "")
     if not component:
@@ -131,6 +131,6 @@ def is_flux(layers: Iterable[tuple[str, str]]) -> bool:
 
 
 def layer_key(module_name: str) -> str:
-    """The layer key of a host module's dotted name."""
+    """The layer key for a module's dotted name in the model."""
     # CLIPTextModel lost its `text_model` level in transformers 5.6; files exist in both forms.
     return module_name.replace(".", "_").removeprefix("text_model_")

@@ -1,7 +1,7 @@
-"""What a LoRA file says about itself: its header (kohya's keys, ModelSpec's, PEFT's) and the files beside it.
+"""What a LoRA file says about itself: its header (kohya's keys, ModelSpec's, PEFT's) and the files next to it.
 
-None of it is trusted: a broken hint counts as absent; a broken PEFT config is refused, because every layer's scale depends
-on it.
+None of it is trusted. A broken hint counts as absent. A broken PEFT config is refused, because every layer's scale
+depends on it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mole_diffusers.lora.expert import COMPONENTS
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"  # header key under which diffusers writes the LoraConfig of each component
-MOST_TRIGGERS = 64  # of a trigger phrase, each at most 200 characters: every prompt is searched for all of them
-MODULE = re.compile(r"\^?[\w.-]+")  # what is read of the patterns for names; regular expressions of a stranger are not run
+MOST_TRIGGERS = 64  # in a trigger phrase, each at most 200 characters: every prompt is searched for all of them
+MODULE = re.compile(r"\^?[\w.-]+")  # patterns for names may only be this; regular expressions from a file are never run
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SUMMARY = {  # field of a summary -> the header keys it is taken from; the first one present counts
     "title": ("modelspec.title", "ss_output_name"),
@@ -36,7 +36,7 @@ SUMMARY = {  # field of a summary -> the header keys it is taken from; the first
 
 
 def summarize(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The fields of the header that people read: title, author, license, ...; only those present."""
+    """The header fields that people read: title, author, license, ...; only those that are present."""
     found = {name: next((metadata[k] for k in keys if metadata.get(k)), "") for name, keys in SUMMARY.items()}
     return {name: text for name, text in found.items() if text and text != "None"}
 
@@ -63,7 +63,7 @@ def training_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def read_note(path: Path) -> Mapping[str, Any]:
-    """STEM.json beside a LoRA file, where A1111 stores what its user wrote; empty if there is none."""
+    """STEM.json next to a LoRA file, where A1111 stores its user's notes; empty if there is none."""
     try:
         note = read_json(path.with_suffix(".json"))
     except (FileNotFoundError, RefusedFileError):
@@ -80,7 +80,7 @@ class Scaling:
 
     Attributes:
         alpha: None: equal to the rank.
-        patterns: the end of a module's name, or behind "^" the whole of it -> alpha; the first that fits counts.
+        patterns: end of a module's name, or the whole name after "^" -> alpha; the first match counts.
         root: divide by sqrt(r), as rsLoRA does.
     """
 
@@ -95,9 +95,9 @@ class Scaling:
 
 
 def scalings(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> dict[str, Scaling]:
-    """{component: Scaling} by diffusers' header metadata {"unet.lora_alpha": ..}, else by the `config` beside the file.
+    """{component: Scaling} from diffusers' header metadata {"unet.lora_alpha": ..}, else from the `config` next to the file.
 
-    Raises ValueError if it is not what PEFT writes, or says DoRA.
+    Raises ValueError if it is not in PEFT's format, or says DoRA.
     """
     if PEFT_METADATA not in metadata:
         return {} if config is None else dict.fromkeys(COMPONENTS, _scaling(config, PEFT_CONFIG))
@@ -112,7 +112,7 @@ def scalings(metadata: Mapping[str, str], config: Mapping[str, Any] | None = Non
 
 
 def read_peft_config(path: Path) -> Mapping[str, Any] | None:
-    """The config that PEFT's own `save_pretrained` writes beside adapter_model.safetensors; None beside other files."""
+    """The config that PEFT's own `save_pretrained` writes next to adapter_model.safetensors; None next to other files."""
     if path.name != PEFT_FILE or not (file := path.with_name(PEFT_CONFIG)).is_file():
         return None
     if not isinstance(config := read_json(file), dict):

@@ -1,7 +1,7 @@
 """Layer names of the original Stable Diffusion, Flux and SD 3 code -> diffusers' names, both with underscores.
 
-The original UNet ("sgm" names; SD 1.x, SD 2.x, SDXL) numbers its blocks consecutively; each of diffusers' blocks is two
-resnets and a downsampler going down, three resnets with the upsampler in the last going up.
+The original UNet ("sgm" names; SD 1.x, SD 2.x, SDXL) numbers its blocks consecutively. Each of diffusers' blocks is two
+resnets and a downsampler going down, and three resnets with the upsampler in the last going up.
 
 The original transformers hold q, k and v (and the feed-forward of a single block) in one matrix, which diffusers splits.
 """
@@ -77,12 +77,12 @@ TRANSFORMER_OUTSIDE_BLOCKS = {
 
 
 def _with_parts(layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """And each part of a fused matrix by itself, as OMI has them."""
+    """Add each part of a fused matrix as a layer of its own, as in OMI files."""
     fused = {name: targets for name, targets in layers.items() if len(targets) > 1}
     return layers | {f"{name}_{i}": (target,) for name, targets in fused.items() for i, target in enumerate(targets)}
 
 
-# the layers of a block with one stream, and those of either stream of a block with two
+# the layers of a block with one stream, and of each stream of a block with two
 SINGLE = _with_parts({
     "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"), "linear2": ("proj_out",),
     "modulation_lin": ("norm_linear",),
@@ -96,7 +96,7 @@ TEXT = _with_parts({
     "attn_qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"), "attn_proj": ("attn_to_add_out",),
     "mlp_0": ("ff_context_net_0_proj",), "mlp_2": ("ff_context_net_2",), "mod_lin": ("norm1_context_linear",),
 })  # fmt: skip
-OF_SD3 = {"mlp_fc1": "mlp_0", "mlp_fc2": "mlp_2", "adaLN_modulation_1": "mod_lin"}  # what it calls the same layers
+OF_SD3 = {"mlp_fc1": "mlp_0", "mlp_fc2": "mlp_2", "adaLN_modulation_1": "mod_lin"}  # SD 3's names of the same layers
 BLOCKS = {  # how the layers of a block begin -> what diffusers calls the block, and its layers
     r"single_blocks_(\d{1,3})_": ("single_transformer_blocks", SINGLE),
     r"double_blocks_(\d{1,3})_img_": ("transformer_blocks", IMAGE),
@@ -153,8 +153,10 @@ def _square_then_rest(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
 
 
 def _rows(weights: LoraWeights, sizes: dict[str, int]) -> Layers:
-    """Divide the up matrix's rows. A trainer that kept q, k and v apart left columns of zeros for the ranks of the others;
-    these are dropped."""
+    """Divide the up matrix's rows.
+
+    If a trainer kept q, k and v apart, the ranks of the others left columns of zeros. These are dropped.
+    """
     layers = {}
     for name, up in zip(sizes, weights.up.split(list(sizes.values())), strict=True):
         used = up.float().transpose(0, 1).flatten(1).any(1)  # [r]

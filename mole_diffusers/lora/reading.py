@@ -23,18 +23,18 @@ TOLERANCE = 0.01
 def read_expert(
     path: str | Path, name: str | None = None, *, tolerance: float = TOLERANCE, drop_nonfinite: bool = False
 ) -> Expert:
-    """Read one LoRA file. Safetensors only; the content decides, not the suffix.
+    """Read one LoRA file. Only safetensors are read; the content decides, not the suffix.
 
     Args:
-        tolerance: the relative error that LoHa and LoKr layers may be cut to a lower rank with; 0 keeps every rank. Each
+        tolerance: the relative error allowed for cutting LoHa and LoKr layers to a lower rank; 0 keeps every rank. Each
             layer's own error is in its `error`.
         drop_nonfinite: leave out layers with NaN or infinite values instead of refusing the file; `left_out` names them.
 
     Raises:
         FileNotFoundError: no such file.
-        RefusedFileError: what `safe_files` refuses; no LoRA keys, an unsupported algorithm, a missing or mismatched
-            pair, an impossible shape, a value that is not finite or far too large, or a broken PEFT config (in the header
-            or beside adapter_model.safetensors). The message names the file and the layer.
+        RefusedFileError: everything that `safe_files` refuses; no LoRA keys, an unsupported algorithm, a missing or
+            mismatched pair, an impossible shape, a value that is not finite or far too large, or a broken PEFT config
+            (in the header or next to adapter_model.safetensors). The message names the file and the layer.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,7 +93,7 @@ def _expert(path: Path, name: str, contents: Contents, *, tolerance: float, drop
 def _grouped(
     keys: Mapping[str, Key], tensors: Mapping[str, torch.Tensor]
 ) -> dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]]:
-    """(component, layer) -> what the file calls it, and {role: tensor}."""
+    """(component, layer) -> its name in the file, and {role: tensor}."""
     flux = is_flux((key.component, key.layer) for key in keys.values())
     grouped: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]] = {}
     for name, key in keys.items():

@@ -1,6 +1,6 @@
-"""Reading untrusted files: safetensors and JSON, judged by content, with every size checked before memory is allocated.
+"""Read untrusted files: safetensors and JSON, judged by content. Every size is checked before memory is allocated.
 
-One error type, RefusedFileError, says what is wrong with a file; a file that exists raises nothing else.
+One error type, RefusedFileError, says what is wrong with a file. A file that exists raises no other error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = {
 
 
 class RefusedFileError(ValueError):
-    """An untrusted file that is not what it should be; the message, one line, names the file and says what is wrong."""
+    """An untrusted file that is not what it should be. The message, one line, names the file and the problem."""
 
     def __init__(self, message: str):
         # The message quotes the file, which may contain anything, at any length.
@@ -90,7 +90,7 @@ def read_safetensors(path: str | Path) -> Contents:
 
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shape of every tensor of a safetensors file of any size, and its metadata; raises as `read_safetensors`."""
+    """The shape of every tensor of a safetensors file of any size, and its metadata. Raises like `read_safetensors`."""
     path = Path(path)
     with _open(path) as file:
         entries, metadata = _header(file, path)
@@ -131,7 +131,7 @@ def parse_json(raw: bytes | str, where: str) -> Any:
 
 
 def path_inside(folder: str | Path, name: Any) -> Path:
-    """The file `name` of an index: a relative path that stays inside `folder` with symbolic links resolved.
+    """The path of a file that an index names: a relative path that stays inside `folder` with symbolic links resolved.
 
     Raises RefusedFileError for an absolute path, "..", a drive, a backslash, or a link that leads out.
     """
@@ -191,7 +191,7 @@ def _header(file: BufferedReader, path: Path) -> tuple[list[_Entry], dict[str, s
 
 
 def _kind(head: bytes) -> str:
-    """What a file that is not safetensors is instead."""
+    """What a file is instead of safetensors."""
     text = head.lstrip().lower()
     if not head:
         return "empty"

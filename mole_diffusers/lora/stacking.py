@@ -1,4 +1,4 @@
-"""Experts -> stacks: for each host layer that any expert changes, all experts concatenated in one pair of matrices."""
+"""Experts -> stacks: for each layer that any expert changes, all experts concatenated in one pair of matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError, check_memory
 
 @dataclass(frozen=True)
 class Stack:
-    """All experts' weights for one host layer: y = W x + up (g[segment] * (down x)).
+    """All experts' weights for one layer of the model: y = W x + up (g[segment] * (down x)).
 
     The matrices are concatenated on each access, in fp32, so that the experts are not in memory twice.
     """
@@ -47,7 +47,7 @@ class Stack:
 
     @property
     def segment(self) -> torch.Tensor:
-        """[R] -> index of the expert each rank belongs to."""
+        """[R] -> index of the expert that each rank belongs to."""
         return torch.repeat_interleave(torch.tensor(self.ranks))
 
     @property
@@ -65,13 +65,13 @@ class Match:
 
 
 def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
-    """Find the host module of every layer of `expert`.
+    """Find the module of the pipeline for every layer of `expert`.
 
     Args:
         hosts: component name -> model, as a pipeline has them.
 
     Raises:
-        RefusedFileError: the expert is for another model family, a layer's shape does not fit the host (the message
+        RefusedFileError: the expert is for another model family, a layer's shape does not fit the model (the message
             names expert, layer and both shapes), its numbers would overflow in half precision, or no layer matched.
     """
     about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
@@ -123,7 +123,7 @@ def _shape(module: Any) -> tuple[int, ...]:
 
 
 def _check_fits(about: str, layer: str, weights: LoraWeights, module: Any) -> None:
-    """Raises RefusedFileError where a layer's shape or numbers do not fit those of the host's."""
+    """Raises RefusedFileError if a layer's shape or numbers do not fit those of the model."""
     host, down, up = _shape(module), tuple(weights.down.shape), tuple(weights.up.shape)
     # A 1 x 1 convolution and a linear layer have the same matrix; both are saved in either shape. LoHa and LoKr store
     # a convolution's channels and kernel as one axis.
@@ -142,7 +142,7 @@ def _check_fits(about: str, layer: str, weights: LoraWeights, module: Any) -> No
 
 
 def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
-    """component -> {module name: Stack} over every layer that any expert has, in the host's order."""
+    """component -> {module name: Stack} for every layer that any expert has, in the model's order."""
     all_weights = [w for m in matches for layers in m.layers.values() for w in layers.values()]
     check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
     stacks: dict[str, dict[str, Stack]] = {}

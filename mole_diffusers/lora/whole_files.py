@@ -1,4 +1,4 @@
-"""Files and folders that are there whole: whoever reads meets the old or the new, whenever the writer was broken off."""
+"""Write files and folders as a whole: readers see the old or the new one, even if the writer was interrupted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
-LONGEST = 200  # letters of a name that others are made of; systems take 255 bytes
+LONGEST = 200  # characters of a name that others are derived from; file systems allow 255 bytes
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; when the block is over it takes its place. After an error `path` is as before."""
-    path = Path(path).resolve()  # a link stays one
+    """A path next to `path` to write to. When the block ends, it replaces `path`; after an error `path` is as before."""
+    path = Path(path).resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path, "part")
     try:
@@ -39,10 +39,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to write to; when the block is over it takes the place of `path`. After an error `path` is as before.
+    """An empty folder to write to. When the block ends, it replaces `path`; after an error `path` is as before.
 
-    Between two renames `path` is missing for a moment; `whole_folder` finds the old one then. The folder that the process is
-    in cannot be moved: there, what is new is moved in piece by piece.
+    Between two renames, `path` is missing for a moment; `whole_folder` then finds the old one. The current directory of
+    the process cannot be moved, so the new contents are moved into it piece by piece.
     """
     path = Path(path).resolve()
     check_no_file(path)
@@ -71,13 +71,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def whole_folder(path: Path) -> Path:
-    """`path`, or the old one that `new_folder` had put aside when it was broken off."""
+    """`path`, or the old folder that `new_folder` had put aside when it was interrupted."""
     aside = _aside(path.resolve())
     return aside if not path.exists() and aside.is_dir() else path
 
 
 def copy_missing(old: Path, new: Path, *, without: str) -> None:
-    """Give the folder `new` the files and links of `old` that it lacks, but for what is called `without` at its top."""
+    """Copy the files and links of folder `old` that `new` lacks, except `without` at the top level."""
     for file in old.rglob("*"):
         inside = file.relative_to(old)
         target = new / inside
@@ -86,8 +86,8 @@ def copy_missing(old: Path, new: Path, *, without: str) -> None:
         if file.is_symlink() or not file.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(file, target, follow_symlinks=False)  # the same bytes, and no time
-            except OSError:  # a disk without such links
+                os.link(file, target, follow_symlinks=False)  # the same bytes, at once
+            except OSError:  # a disk without hard links
                 shutil.copy2(file, target, follow_symlinks=False)
         else:
             target.mkdir(parents=True)
@@ -95,7 +95,9 @@ def copy_missing(old: Path, new: Path, *, without: str) -> None:
 
 @contextmanager
 def only_run(folder: Path | None) -> Iterator[None]:
-    """Keep a second run out of a folder while the block runs. Raises ValueError where there is one; a killed one is none."""
+    """Keep a second run out of a folder while the block runs. Raises ValueError if there is one; a killed run does not
+    count.
+    """
     if folder is None:
         yield
         return
@@ -109,7 +111,7 @@ def only_run(folder: Path | None) -> Iterator[None]:
 
 
 def check_no_file(folder: Path) -> None:
-    """Raises FileExistsError, in a sentence, where a file lies in the place of a folder."""
+    """Raises FileExistsError, with a full sentence, if there is a file where a folder should be."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, where a folder is to be written; give the name of a folder")
 
@@ -127,7 +129,7 @@ def _aside(path: Path) -> Path:
 
 
 def _beside(path: Path, ending: str) -> Path:
-    """A name that nobody else has."""
+    """A name that nothing else uses."""
     return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.{ending}")
 
 

@@ -1,5 +1,7 @@
-"""Experts and LoRA weights -> an ordinary LoRA file that diffusers, kohya-format tools and `read_expert` load; written
-atomically."""
+"""Write experts and LoRA weights as an ordinary LoRA file, atomically.
+
+diffusers, tools for kohya's format and `read_expert` load the file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from mole_diffusers.lora.whole_files import new_file
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # component -> {module name in the host: weights}
 FORMATS = ("diffusers", "kohya")
 TRIGGERS = "modelspec.trigger_phrase"
-# Not true of the new file: scales are folded in, so PEFT's alphas no longer apply; hashes are of other bytes.
+# Wrong for the new file: scales are folded in, so PEFT's alphas no longer apply, and hashes are of other bytes.
 OUTDATED = {PEFT_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 # A layer key has "_" for every dot; these are the words in diffusers' and transformers' module names.
 MODULE_WORDS = (
@@ -46,8 +48,10 @@ def write_lora(
     metadata: Mapping[str, str] | None = None,
     alphas: bool = False,
 ) -> None:
-    """Write one ordinary LoRA. Every scale is folded into the up matrix, so alpha equals the rank: the default of all
-    readers, which leaves them nothing to mix up between layers.
+    """Write one ordinary LoRA.
+
+    Every scale is folded into the up matrix, so that alpha equals the rank. This is the default of all readers, so they
+    cannot mix up the layers' scales.
 
     Args:
         format: "diffusers" keys, or "kohya" keys.
@@ -81,12 +85,12 @@ def write_lora(
 
 
 def _kohya_prefixes(layers: Layers, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Component -> how kohya's keys of its layers begin: the first of several text encoders is te1, a single one te."""
+    """Component -> the prefix of its kohya keys: te1 for the first of several text encoders, te for a single one."""
     prefixes = {component: prefix for prefix, component in KOHYA_PREFIXES.items()}
     base = base_of({part: {layer_key(name): w for name, w in found.items()} for part, found in layers.items()}, metadata)
     if base not in ("SDXL", "SD 3", "Flux") and "text_encoder_2" not in layers:
         prefixes["text_encoder"] = "lora_te_"
-    # kohya has no name for a transformer's layers as diffusers splits them; other tools know OneTrainer's.
+    # kohya has no names for a transformer's layers as diffusers splits them; other tools know OneTrainer's names.
     return prefixes | {"transformer": ONETRAINER_PREFIX}
 
 
