@@ -1,4 +1,4 @@
-"""The input of each layer while one LoRA alone runs its own prompts: the data of merges by least squares."""
+"""The input of each layer while one LoRA alone runs its own prompts: the data for merges by least squares."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mole_diffusers.patching.undo import Undo
 
 @dataclass(eq=False)
 class Activations:
-    """Runs experts on a pipeline and records the inputs of their layers; an expert is run once, then cached.
+    """Runs experts on a pipeline and records the inputs of their layers. Each expert is run once, then cached.
 
-    Only conditional rows are recorded, since the unconditional prompt is the same for every expert; of a text, only the
-    tokens up to its end, since padding is the same too.
+    Only conditional rows are recorded, since the unconditional prompt is the same for every expert. Of a text, only the
+    tokens up to its end are recorded, since padding is the same, too.
 
     Args:
-        pipe: the pipeline to run; a mixture on it is attached again afterwards.
+        pipe: the pipeline to run. A mixture on it is attached again afterwards.
         prompts: expert name -> prompts for it, without the other experts' concepts.
-        steps: of sampling from pure noise, without guidance.
-        rows: how many of a layer's tokens are recorded per step at most, evenly spaced.
+        steps: sampling steps from pure noise, without guidance.
+        rows: at most this many of a layer's tokens are recorded per step, evenly spaced.
         seed: of the noise.
     """
 
@@ -51,9 +51,9 @@ class Activations:
         return self._own[key]
 
     def run(self, name: str, expert: Expert, running: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
-        """The same while another LoRA (a merge, say) runs the expert's prompts from the same noise.
+        """The same while another LoRA (such as a merge) runs the expert's prompts from the same noise.
 
-        Raises ValueError where the expert has no prompts.
+        Raises ValueError if the expert has no prompts.
         """
         if not self.prompts.get(name):
             raise ValueError(f"no prompts for expert {name!r}; there are some for {sorted(self.prompts)}")
@@ -71,20 +71,20 @@ class Activations:
 
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
-        """Record the inputs of the host layers of `expert` while the block runs."""
+        """Record the inputs of the layers that `expert` changes, while the block runs."""
         models = models_of(self.pipe)
         found: dict[str, list[torch.Tensor]] = {}
         texts: dict[str, torch.Tensor] = {}  # text encoder -> [P, T] bool, the tokens of what it reads
 
         def read(part: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-            """The tokens between the start and the end of what a text encoder reads, the end token included."""
+            """The tokens of the text, from its start to the end token, included."""
             tokenizer = getattr(self.pipe, part.replace("text_encoder", "tokenizer"))
             ids = (args[0] if args else kwargs["input_ids"]).cpu()  # [P, T]
             ends = ids == tokenizer.eos_token_id
             texts[part] = (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
 
         def keep(key: str, text: str | None, module: nn.Module, args: tuple) -> None:
-            """The input of a layer that reads the text of an encoder, or (None) the picture."""
+            """The input of a layer that reads an encoder's text, or (None) the picture."""
             x = as_rows(module, args[0].detach())  # [B, T, Cin]
             kept = torch.ones(x.shape[:2], dtype=torch.bool) if text is None else texts[text]
             flat = x[kept.to(x.device)]  # [n, Cin]
@@ -103,7 +103,7 @@ class Activations:
 
 
 def as_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """A layer's input as its flattened weight multiplies it: [B, T, Cin]; for a convolution, its patches."""
+    """A layer's input as its flattened weight multiplies it: [B, T, Cin]; the patches for a convolution."""
     if isinstance(module, nn.Conv2d):
         sizes: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
         return F.unfold(x, *sizes).transpose(1, 2)

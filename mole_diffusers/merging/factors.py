@@ -1,4 +1,4 @@
-"""The pairs of factors that merges work on. N experts, R the sum of their ranks; convolutions are flattened to matrices."""
+"""The pairs of factors that merges work on. N experts, R the sum of their ranks. Convolutions are flattened to matrices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
         return self.scale**2 * ((self.up.T @ self.up) * (self.down @ self.down.T)).sum().item()
 
 
-Layer = Sequence[Pair | None]  # one entry per expert, None where it lacks the layer
+Layer = Sequence[Pair | None]  # one entry per expert, None if it lacks the layer
 Layers = Mapping[str, Layer]
 Merged = dict[str, Pair]
 
@@ -43,7 +43,7 @@ def present(layer: Layer) -> list[Pair]:
 
 
 def concatenated(pairs: Sequence[Pair]) -> Pair:
-    """Side by side: up @ down is the sum of all. down [R, Cin], up [Cout, R]."""
+    """Pairs side by side, so that up @ down is the sum of all. down [R, Cin], up [Cout, R]."""
     return Pair(torch.cat([p.down for p in pairs]), torch.cat([p.up * p.scale for p in pairs], 1))
 
 

@@ -14,9 +14,9 @@ Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
 
 
 def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
-    """ "unet.LAYER" -> one float64 pair per expert, its strength in the scale.
+    """Layer key "unet.LAYER" -> one float64 pair per expert, with its strength in the scale.
 
-    Raises ValueError where experts are for different models: known families differ, or sizes of a layer.
+    Raises ValueError if experts are for different models: known families differ, or sizes of a layer.
     """
     families = {name: expert.base for name, (expert, _) in experts.items() if expert.base != "unknown"}
     if len(set(families.values())) > 1:

@@ -21,17 +21,17 @@ def lego(
     seed: int = 0,
     starts: int = 10,
 ) -> Merged:
-    """LoRA-LEGO: a unit is a row of down with its column of up; units are clustered by k-means, and each cluster's mean,
-    brought back to the size of its members, is one rank of the result.
+    """LoRA-LEGO: clusters units by k-means; each cluster's mean becomes one rank of the result.
 
-    Units of independent experts are nearly orthogonal, so with fewer clusters than ranks a cluster's mean is close to none
-    of them: expect concepts to be lost.
+    A unit is a row of down with its column of up. A mean is scaled back to the size of its cluster's members. Units of
+    independent experts are nearly orthogonal, so with fewer clusters than ranks a cluster's mean is close to none of
+    them. Expect to lose concepts.
 
     Args:
         clusters: ranks of the result, at most as many as units; by default the largest rank among the experts.
         features: cluster the units as they are ("raw") or with both halves at length 1 ("normalized").
-        canonical: bring each unit to equal halves and one sign first, since (a, b), (2a, b / 2) and (-a, -b) are the same
-            rank. The paper does not.
+        canonical: first bring each unit to equal halves and one sign, since (a, b), (2a, b / 2) and (-a, -b) are the
+            same rank. The paper does not.
         seed: of the first centres.
         starts: how often k-means starts; the tightest clustering is taken.
     """
@@ -54,7 +54,9 @@ def lego(
 
 
 def _units(layer: Layer, canonical: bool) -> tuple[torch.Tensor, int]:
-    """[R, Cin + Cout] rows [a; b], the root of the scale in each half, and Cin. Sorted, so no order matters."""
+    """[R, Cin + Cout] rows [a; b], with the root of the scale in each half, and Cin. Sorted, so that order does not
+    matter.
+    """
     pairs = [p for p in layer if p is not None]
     rows = []
     for pair in pairs:
@@ -73,9 +75,9 @@ def _canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def assembled(units: torch.Tensor, labels: torch.Tensor, width: int, *, rank: float) -> Pair:
-    """Clusters -> one pair: means, reweighted to their members' mean largest entry, times sqrt(rank / k) in all.
+    """Clusters -> one pair: means, reweighted to their members' mean largest entry, times sqrt(rank / k) in total.
 
-    `rank` is the experts' own; their mean where they differ, which the paper leaves open.
+    `rank` is the experts' own rank. If the experts differ, it is their mean, which the paper leaves open.
     """
     means = []
     for label in labels.unique():

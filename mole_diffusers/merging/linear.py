@@ -11,24 +11,25 @@ from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concaten
 
 
 def total(layers: Layers) -> Merged:
-    """sum_k delta W_k, as `set_adapters` with weights 1."""
+    """sum_k delta W_k, like `set_adapters` with weights 1."""
     return {key: concatenated(present(layer)) for key, layer in layers.items()}
 
 
 def mean(layers: Layers) -> Merged:
-    """Normalised linear arithmetic, eq. 2 of MoLE: every expert at 1 / N, also where a layer lacks some of them."""
+    """Normalised linear arithmetic, eq. 2 of MoLE: every expert at 1 / N, even in layers that some experts lack."""
     return {key: concatenated([p._replace(up=p.up / len(layer)) for p in present(layer)]) for key, layer in layers.items()}
 
 
 def null_space(layers: Layers, *, protect: Sequence[int] = (-1,), mu: float = 0.5) -> Merged:
-    """NP-LoRA (arXiv 2511.11051): the other experts' inputs lose mu / (1 + mu) of what lies in the protected ones'.
+    """NP-LoRA (arXiv 2511.11051): the other experts' inputs lose mu / (1 + mu) of their part along the protected
+    experts' inputs.
 
-    The paper prints its soft operator on the output side of delta W, but its hard form and appendix work on the input
-    side, where the protected directions live; so does this.
+    The paper prints its soft operator on the output side of delta W. Its hard form and appendix work on the input side,
+    where the protected directions are, and so does this function.
 
     Args:
-        protect: indices of the experts that stay as they are, a style say; by default the last.
-        mu: 0 is the sum, infinity removes the shared directions altogether.
+        protect: indices of the experts that stay unchanged, such as a style; by default the last.
+        mu: 0 is the sum; infinity removes the shared directions completely.
     """
     if mu < 0:
         raise ValueError(f"mu of NP-LoRA must be 0 or more, got {mu}")

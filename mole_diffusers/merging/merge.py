@@ -25,8 +25,8 @@ METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,
     "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
 }  # fmt: skip
-ENERGY = 0.99  # share of a full-rank merge's energy to keep where no rank is asked for
-GIVEN = ("inputs", "rerun", "protect")  # arguments of methods that are no options: `merge` fills them in
+ENERGY = 0.99  # share of a full-rank merge's energy to keep if no rank is given
+GIVEN = ("inputs", "rerun", "protect")  # arguments of methods that `merge` fills in; they are not options
 
 
 def merge(
@@ -43,21 +43,21 @@ def merge(
 
     Args:
         experts: name -> file or Expert, or (file, strength).
-        method: "sum", "mean", "svd" (the sum at the rank of its largest expert), "ties", "dare" (both on delta W),
-            "knots" (KnOTS-TIES), "lego" (LoRA-LEGO), "np" (NP-LoRA), and by the experts' own activations "ssr"
-            (SSR-Merge), "regmean", "iteris" and "scalars" (the best weight per expert and layer).
-        rank: of the result's layers at most. By default nothing is lost at the summed rank, but for "svd", and for "ties"
-            and "dare", whose results have full rank: these keep 99 % of each layer's energy.
-        protect: experts that NP-LoRA leaves as they are, a style say; by default the last.
-        activations: how the last four methods run the experts.
+        method: "sum", "mean", "svd" (the sum, at the rank of the largest expert), "ties", "dare" (both on delta W),
+            "knots" (KnOTS-TIES), "lego" (LoRA-LEGO), "np" (NP-LoRA). The following use the experts' own activations:
+            "ssr" (SSR-Merge), "regmean", "iteris" and "scalars" (the best weight per expert and layer).
+        rank: highest rank of the result's layers. By default, ranks add up and nothing is lost, except for "svd", and
+            for "ties" and "dare", whose results have full rank: these keep 99 % of each layer's energy.
+        protect: experts that NP-LoRA leaves unchanged, such as a style; by default the last.
+        activations: runs the experts for the last four methods.
         name: of the result.
-        options: of the method, see its function in mole_diffusers.merging.
+        **options: of the method, see its function in mole_diffusers.merging.
 
     Returns:
-        An Expert; its metadata says how it was made, and which share of |delta W|^2 the rank cost ("mole.lost_energy").
+        An Expert. Its metadata says how it was made, and which share of |delta W|^2 the rank cost ("mole.lost_energy").
 
     Raises:
-        ValueError: an unknown method, option or expert; a method without the activations that it needs; experts of
+        ValueError: an unknown method, option or expert; a method without the activations that it needs; experts for
             different models.
     """
     if method not in METHODS:
@@ -68,7 +68,7 @@ def merge(
     layers, asked = layers_of(read), _arguments(METHODS[method])
     if unknown := sorted(set(protect) - set(read)):
         raise ValueError(f"unknown experts {unknown} to protect; given: {list(read)}")
-    given: dict[str, Any] = {}  # what of `GIVEN` the method takes
+    given: dict[str, Any] = {}  # the arguments of `GIVEN` that the method takes
     if "protect" in asked and protect:
         given["protect"] = [list(read).index(n) for n in protect]
     if "inputs" in asked:
@@ -87,7 +87,7 @@ def merge(
 
 
 def by_activations(method: str) -> bool:
-    """Whether a method needs the experts' activations, so a pipeline to run them on."""
+    """Whether a method needs the experts' activations, and so a pipeline to run them on."""
     return "inputs" in _arguments(METHODS[method])
 
 
@@ -104,9 +104,9 @@ def _arguments(method: Callable[..., Merged]) -> dict[str, Any]:
 
 
 def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a method: those given, and the defaults of the others.
+    """All options of a method: the given ones, and the defaults of the others.
 
-    Raises ValueError for an unknown option, and a value of another kind.
+    Raises ValueError for an unknown option, or a value of the wrong kind.
     """
     defaults = {name: value for name, value in _arguments(METHODS[method]).items() if name not in GIVEN}
     hints = get_type_hints(METHODS[method])
@@ -115,7 +115,7 @@ def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged: Merged | None = None) -> Inputs:
-    """What each layer gets of each expert's own prompts while it runs alone, or a merge in its place."""
+    """Each layer's inputs on each expert's own prompts, while the expert runs alone, or `merged` instead of it."""
     if merged is None:
         found = [activations.own(n, expert, strength) for n, (expert, strength) in experts.items()]
     else:
@@ -129,7 +129,7 @@ def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged:
 
 
 def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) -> tuple[Merged, float]:
-    """The merge at `rank`, and the share of its energy that is lost by it."""
+    """The merge at `rank`, and the share of its energy that this loses."""
     if rank is not None and rank < 1:
         raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
     out, lost, whole = {}, 0.0, 0.0

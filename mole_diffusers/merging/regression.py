@@ -1,8 +1,9 @@
-"""Merges by least squares on the experts' own activations: SSR-Merge, RegMean, IterIS, scalars. One core in float64.
+"""Merges by least squares on the experts' own activations: SSR-Merge, RegMean, IterIS, scalars. They share a core in
+float64.
 
-All solve, per layer, min_W sum_k lambda_k |W X~_k - delta_k X_k|^2 with a ridge, where X_k [n, Cin] are the layer's inputs
-while expert k alone runs its own prompts. They differ in the form of W, in X~_k and in the ridge. A layer that one expert
-alone has passes through unchanged.
+All solve, per layer, min_W sum_k lambda_k |W X~_k - delta_k X_k|^2 with a ridge. X_k [n, Cin] are the layer's inputs
+while expert k alone runs its own prompts. The methods differ in the form of W, in X~_k and in the ridge. A layer that
+only one expert has passes through unchanged.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Inputs = Mapping[str, Sequence[torch.Tensor | None]]  # layer -> X_k [n_k, Cin] 
 def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
     """SSR-Merge (arXiv 2606.10617): up @ R @ down, with the router R [R, R] that best separates the experts' ranks.
 
-    R = (Q + eta I / N) (G + eta I)^-1, so that a ridge shrinks to the mean of the experts; the paper's fixed 1e-4 shrinks
-    to 0 and depends on how a LoRA divides its size between down and up.
+    R = (Q + eta I / N) (G + eta I)^-1, so that a ridge shrinks to the mean of the experts. The paper's fixed 1e-4
+    shrinks to 0, and depends on how a LoRA divides its size between down and up.
 
     Args:
         ridge: eta as a share of G's mean diagonal: 0.01 with many more rows than ranks, 0.1 to 1 with fewer.
@@ -34,7 +35,7 @@ def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
 
 
 def best_router(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
-    """R [R, R] of SSR-Merge, see `ssr`: of all experts' A x it makes those that each expert would have on its own inputs."""
+    """R [R, R] of SSR-Merge, see `ssr`: maps all experts' A x to the A x of the expert whose inputs they are."""
     whole = concatenated(pairs)
     eye = torch.eye(whole.rank, dtype=whole.down.dtype)
     picks = list(eye.split([p.rank for p in pairs]))  # z_k = picks[k] @ z
@@ -48,7 +49,7 @@ def regmean(layers: Layers, *, inputs: Inputs, diagonal: float = 0.9, ridge: flo
     """RegMean (Jin et al., 2022): (sum delta_k C_k) (sum C_k)^-1 with C_k = X_k^T X_k; exact at rank R, up unchanged.
 
     Args:
-        diagonal: what the entries of C_k off its diagonal are multiplied by; below 1 the inverse exists with few rows.
+        diagonal: factor for the entries of C_k off its diagonal; below 1 the inverse exists even with few rows.
         ridge: added to each C_k's diagonal, as a share of its Frobenius norm: shrinks to the mean of the experts.
     """
 
@@ -66,15 +67,15 @@ def iteris(
 ) -> Merged:
     """IterIS (arXiv 2411.15231): RegMean whose inputs X~_k come from the merged model itself, found by iteration.
 
-    Experts count by |delta_k|^2 / |delta_k X_k|^2; the authors' code takes the norms with the base weight added.
+    Experts are weighted by |delta_k|^2 / |delta_k X_k|^2. (The authors' code takes the norms with the base weight added.)
 
     Args:
-        rerun: a merge -> the inputs of each expert's prompts when the merge runs them, row by row those of `inputs`.
+        rerun: a merge -> the inputs on each expert's prompts when the merge runs them, row by row as in `inputs`.
         rounds: 1 is RegMean with these weights and this ridge.
-        ridge: of both factors, as a share of their Frobenius norms: shrinks to the weighted mean of the experts. The authors
-            take 1e-7 to 1e-4 with many samples. Layers that read text get fewer different tokens from some prompts than
-            they have channels, and with so small a ridge they answer other prompts worse than the mean does; 0.01 was
-            chosen on the embedded world's validation split.
+        ridge: of both factors, as a share of their Frobenius norms: shrinks to the weighted mean of the experts. The
+            authors take 1e-7 to 1e-4 with many samples. But layers that read text get fewer different tokens from some
+            prompts than they have channels. With such a small ridge they answer other prompts worse than the mean does.
+            0.01 was chosen on the embedded world's validation split.
     """
     if rounds < 1:
         raise ValueError(f"rounds of IterIS must be 1 or more, got {rounds}")
@@ -116,7 +117,7 @@ def best_scalars(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: f
 
 
 def own_answers(pairs: Sequence[Pair]) -> list[torch.Tensor]:
-    """M_k [R, R] of `scalar_equations` where each expert is to answer as it does alone: its own ranks and no other."""
+    """M_k [R, R] of `scalar_equations` if each expert should answer as it does alone: with its own ranks only."""
     which = torch.cat([torch.full((p.rank,), k) for k, p in enumerate(pairs)])  # [R]
     return [(which == k).to(pairs[0].down.dtype).diag() for k in range(len(pairs))]
 
@@ -141,17 +142,17 @@ def scalar_equations(
 
 
 def solved(normal: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """[N] of normal @ a = wanted, the smallest such a."""
+    """The smallest a [N] with normal @ a = wanted."""
     return torch.linalg.lstsq(normal, wanted[:, None], driver="gelsd").solution[:, 0]
 
 
 def least_squares(
     targets: Sequence[torch.Tensor], cross: Sequence[torch.Tensor], squares: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The core: M [R, D], rows k of which are targets_k cross_k (sum squares)^-1.
+    """The core: M [R, D], with rows targets_k cross_k (sum squares)^-1 for each k.
 
-    With targets_k = down_k, cross_k = X_k^T X~_k and squares_k = X~_k^T X~_k, up @ M is the W that answers the experts'
-    outputs best; where the inputs do not span all directions, the smallest such M.
+    With targets_k = down_k, cross_k = X_k^T X~_k and squares_k = X~_k^T X~_k, up @ M is the W that best matches the
+    experts' outputs. If the inputs do not span all directions, it is the smallest such M.
 
     Args:
         targets: [r_k, D] each.
@@ -166,7 +167,7 @@ def least_squares(
 
 
 def relative_loss(layer: Layer, inputs: Sequence[torch.Tensor | None], merged: Pair) -> float:
-    """sum_k |W X_k - delta_k X_k|^2 / sum_k |delta_k X_k|^2: 0 is every expert as it was alone, 1 is none at all."""
+    """sum_k |W X_k - delta_k X_k|^2 / sum_k |delta_k X_k|^2: 0 if every expert acts as it does alone, 1 if none acts."""
     lost = whole = 0.0
     for pair, x in zip(*_known(layer, inputs), strict=True):
         want = x @ pair.down.T @ pair.up.T

@@ -10,11 +10,11 @@ Deltas = dict[str, list[torch.Tensor | None]]  # layer -> one matrix per expert
 
 
 def ties(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
-    """TIES (Yadav et al., 2023) on delta W: trim, elect a sign per entry, average what agrees with it.
+    """TIES (Yadav et al., 2023) on delta W: trim, elect a sign per entry, average the entries that agree with it.
 
     Args:
-        share: of each expert's entries to keep, the largest over the whole model as in the paper (peft trims layer by
-            layer).
+        share: share of each expert's entries to keep, the largest over the whole model as in the paper (peft trims layer
+            by layer).
         scale: of the result; the paper's lambda.
     """
     deltas: Deltas = {key: [None if p is None else p.delta() for p in layer] for key, layer in layers.items()}
@@ -43,7 +43,7 @@ def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 
 def knots(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
     """KnOTS-TIES (Stoica et al., 2024): TIES on T_k, where delta W_k = U T_k and U is a basis that all experts share.
 
-    Exact at rank R: U comes from the R x R core of all experts side by side, singular values below 1e-5 left out.
+    Exact at rank R: U comes from the R x R core of all experts side by side, without singular values below 1e-5.
     """
     bases = {key: _basis(layer) for key, layer in layers.items()}
     aligned: Deltas = {
@@ -60,12 +60,12 @@ def _basis(layer: Layer) -> torch.Tensor:
     core = torch.stack([b @ (p.down @ p.down.T) @ b.T for b, p in zip(blocks, pairs, strict=True)]).sum(0)  # [m, m]
     squares, vectors = torch.linalg.eigh(core)
     kept = squares.clamp_min(0).sqrt() > 1e-5
-    kept[-1] = True  # a layer that changes nothing has a direction, too
+    kept[-1] = True  # so that a layer that changes nothing has a direction, too
     return q @ vectors[:, kept]
 
 
 def _trimmed(deltas: Deltas, share: float) -> dict[str, torch.Tensor]:
-    """Layer -> [n, ...], those of the experts that have it without their small entries, by a threshold over all layers."""
+    """Layer -> [n, ...], the experts that have it, without their small entries (one threshold over all layers)."""
     if not 0 < share <= 1:
         raise ValueError(f"the share of entries that stays must be above 0 and at most 1, got {share}")
     limits = []
