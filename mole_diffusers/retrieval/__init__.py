@@ -1,1 +1,1 @@
-"""LoraRetriever (Zhao et al., 2024) for concept LoRAs: find the ones that a prompt needs, and compose them."""
+"""LoraRetriever (Zhao et al., 2024) for concept LoRAs: find the LoRAs that a prompt needs, and compose them."""

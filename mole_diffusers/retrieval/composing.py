@@ -1,4 +1,4 @@
-"""Composing the LoRAs that were found: LoraRetriever's selection, mixture and fusion, for one prompt or a mixed batch."""
+"""Compose retrieved LoRAs: LoraRetriever's selection, mixture and fusion, for one prompt or a mixed batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def retrieve_for(
 
 
 def report(library: LoraLibrary, found: Sequence[RetrievedLora]) -> list[dict[str, Any]]:
-    """What was found and why, ready for JSON: name, file, base, score, phrase, trigger (or None), passed_over, why."""
+    """Results and reasons, ready for JSON: name, file, base, score, phrase, trigger (or None), passed_over, why."""
     entries = {entry.name: entry for entry in library.entries}
     return [
         {"file": entries[each.name].file, "base": entries[each.name].base, "why": each.why, **asdict(each)} for each in found
@@ -37,12 +37,12 @@ def report(library: LoraLibrary, found: Sequence[RetrievedLora]) -> list[dict[st
 
 @dataclass(frozen=True)
 class Composition:
-    """What `composed` attached to the pipeline.
+    """The mixture that `composed` attached to the pipeline.
 
     Attributes:
         found: for each prompt, the LoRAs found, best first.
         sets: for each prompt, expert -> factor: the rows of the mapping matrix.
-        mixture: the attached experts; None if no prompt asked for any.
+        mixture: the attached experts; None if no LoRA fits any prompt.
     """
 
     found: list[list[RetrievedLora]]
@@ -62,16 +62,17 @@ def composed(
     gates: Gates = "sum",
     images: int = 1,
 ) -> Iterator[Composition]:
-    """Inside this context, `pipe(prompts)` draws each prompt with the LoRAs it asks for and with no others: bound, and one
-    prompt alone in tiles where there is room (`Mixture.tiled`).
+    """Inside this context, `pipe(prompts)` draws each prompt with the LoRAs that it asks for, and no others.
+
+    The LoRAs are bound. A single prompt is also drawn in tiles if there is room (`Mixture.tiled`).
 
     Args:
-        prompts: what the pipeline will be called with, in this order.
-        mode: LoraRetriever's "selection" (the first LoRA only), "mixture" (outputs averaged, 1 / k each) or "fusion" (down
-            and up matrices averaged separately, which adds cross terms); or "sum": weight 1 each, because 1 / k weakens
-            what each LoRA adds to a picture.
-        k, threshold: see `LoraLibrary.retrieve`; LoRAs of another model family are skipped.
-        gates: what weighs the experts of each prompt, as in `attach`.
+        prompts: what you will call the pipeline with, in this order.
+        mode: LoraRetriever's "selection" (only the first LoRA), "mixture" (outputs averaged, 1 / k each) or "fusion"
+            (down and up matrices averaged separately, which adds cross terms). Or "sum": weight 1 each, because 1 / k
+            weakens what each LoRA adds to a picture.
+        k, threshold: see `LoraLibrary.retrieve`. LoRAs of another model family are skipped.
+        gates: weigh the experts of each prompt, as in `attach`.
         images: the call's `num_images_per_prompt`.
 
     Raises ValueError for an unknown mode, LoRAs that cannot be fused, or a pipeline that already has a mixture.
@@ -84,14 +85,14 @@ def composed(
     found = [retrieve_for(library, pipe, text, k=k, threshold=threshold) for text in texts]
     names = [[each.name for each in row] for row in found]
     experts, sets = _experts_and_sets(library, names, mode)
-    # A LoRA that was found by its meaning, or by a name that the library gave it, acts though the prompt has none of the
-    # words in its file; so does one it was fused into.
+    # A LoRA that was found by its meaning, or by a name from the library, acts even if the prompt has none of the words
+    # in its file. So does a LoRA that it was fused into.
     otherwise = {each.name for row in found for each in row if each.trigger not in library.file_triggers(each.name)}
     otherwise |= {_fused_name(row) for row in names if otherwise & set(row)}
     binding = {
         name: replace(b, required=b.required and name not in otherwise) for name, b in files_bindings(experts).items()
     }
-    one = sets[0] if len(sets) == 1 else {}  # whose factors are strengths: rows of several prompts are not drawn in tiles
+    one = sets[0] if len(sets) == 1 else {}  # its factors become strengths: rows of several prompts are not drawn in tiles
     weighed = {name: (expert, one.get(name, 1.0)) for name, expert in experts.items()}
     mixture = attach(pipe, weighed, gates, binding=binding) if experts else None
     try:
@@ -104,7 +105,7 @@ def composed(
 def _experts_and_sets(
     library: LoraLibrary, names: Sequence[Sequence[str]], mode: str
 ) -> tuple[dict[str, Expert], list[dict[str, float]]]:
-    """The experts of all prompts, each once, and for each prompt its own factors."""
+    """The experts of all prompts, each once, and the factors for each prompt."""
     if mode == "selection":
         names = [row[:1] for row in names]
     experts = {name: library.expert(name) for name in dict.fromkeys(name for row in names for name in row)}
@@ -120,7 +121,7 @@ def _fused_name(names: Sequence[str]) -> str:
 
 
 def fused(name: str, experts: Sequence[Expert]) -> Expert:
-    """LoraRetriever's fusion: delta W = (sum B / k)(sum A / k), cross terms included; B carries its own alpha / r.
+    """LoraRetriever's fusion: delta W = (sum B / k)(sum A / k), including cross terms; B carries its own alpha / r.
 
     Raises ValueError if the experts differ in layers or ranks, since such matrices cannot be averaged.
     """

@@ -1,4 +1,4 @@
-"""Text encoders of a library: texts -> unit vectors."""
+"""Text encoders for a library: texts -> unit vectors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Encoder(Protocol):
 
 
 class PipelineText:
-    """A pipeline's own first text encoder, CLIP mostly: the mean state of a text's tokens, minus that of everyday words.
+    """A pipeline's own first text encoder, usually CLIP: the mean state of a text's tokens, minus that of everyday words.
 
-    The end-of-text state, CLIP's own summary, separates concepts less well if the text encoder was not trained jointly with
-    images; and all states share a large common part, which `COMMON` estimates. Attached LoRAs are switched off meanwhile.
+    CLIP's own summary, the end-of-text state, separates concepts less well if the text encoder was not trained jointly
+    with images. All states share a large common part, which `COMMON` estimates. Attached LoRAs are switched off while it
+    reads.
 
-    Raises ValueError for a pipeline without one, as the refiner of SDXL.
+    Raises ValueError for a pipeline without a first text encoder, such as SDXL's refiner.
     """
 
     def __init__(self, pipe: Any):
@@ -61,8 +62,11 @@ class PipelineText:
 
 
 def text_beside(pipe: Any) -> PipelineText | None:
-    """The same vectors from a text encoder of its own, which shares the pipeline's weights: no LoRA reaches it, so it may
-    read while the pipeline draws. None where offloading moves the weights, and where there is no text encoder."""
+    """A separate text encoder that shares the pipeline's weights and gives the same vectors.
+
+    No LoRA reaches it, so it can read while the pipeline draws. None if offloading moves the weights, or without a text
+    encoder.
+    """
     encoder = getattr(pipe, "text_encoder", None)
     if encoder is None or hasattr(encoder, "_hf_hook"):
         return None

@@ -1,4 +1,4 @@
-"""One LoRA of a library: what is known about it, and which files say so."""
+"""One LoRA of a library: what is known about it, and from which files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LibraryEntry:
         triggers: its trigger words.
         samples: texts it was trained with, or that describe it.
         sha256: of its tensors.
-        stamps: of the LoRA file, its captions file and its note; a cheap way to see whether they changed.
+        stamps: of the LoRA file, its captions file and its note: a cheap way to notice changes.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LibraryEntry:
     stamps: Stamps
 
     def same_content(self, other: LibraryEntry) -> bool:
-        """Whether both say the same about the LoRA, whatever the stamps of their files."""
+        """Whether both describe the same LoRA in the same way, whatever the stamps of their files."""
         mine, theirs = ((e.base, e.triggers, e.samples, e.sha256) for e in (self, other))
         return mine == theirs
 
@@ -49,8 +49,8 @@ class LibraryEntry:
 def read_entry(folder: Path, file: str) -> tuple[LibraryEntry, Expert]:
     """Read one LoRA of a folder.
 
-    Its samples are the lines of the text file beside it ("fox.txt" for "fox.safetensors"), or else kohya's training tags,
-    ModelSpec's title and description, the triggers, or the file name.
+    Its samples are the lines of the text file next to it ("fox.txt" for "fox.safetensors"), or else kohya's training
+    tags, ModelSpec's title and description, the triggers, or the file name.
 
     Raises ValueError if the file is not a LoRA or lies outside the folder.
     """
@@ -70,7 +70,7 @@ def read_entry(folder: Path, file: str) -> tuple[LibraryEntry, Expert]:
 
 
 def stamps(folder: Path, file: str) -> Stamps:
-    """The stamps of a LoRA, of its captions (.txt), and of the note in which A1111 stores its triggers (.json)."""
+    """The stamps of a LoRA, of its captions (.txt), and of A1111's note with its triggers (.json)."""
     return _stamp(path_inside(folder, file)), _stamp(_beside(folder, file, ".txt")), _stamp(_beside(folder, file, ".json"))
 
 

@@ -1,4 +1,4 @@
-"""LoraLibrary: an indexed folder of LoRAs, and which of them a prompt asks for."""
+"""LoraLibrary: an indexed folder of LoRAs that finds the ones a prompt asks for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
 from mole_diffusers.retrieval.phrases import Words, find_triggers, phrases, tokenize
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
 
-THRESHOLD = 0.7  # the lowest that found nothing for validation prompts of an earlier emoji world that ask for nothing
+THRESHOLD = 0.7  # the lowest that found nothing for validation prompts without a LoRA, in an earlier emoji world
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class RetrievedLora:
         name: of its library entry.
         score: cosine of the LoRA's mean sample and the most similar phrase of the prompt, -1..1.
         phrase: that phrase.
-        trigger: the trigger word in the prompt; None if the score alone decided.
-        passed_over: LoRAs that share triggers in the prompt with it, are less like the prompt, and were not found otherwise.
+        trigger: the trigger word in the prompt; None if only the score decided.
+        passed_over: LoRAs that share a trigger in the prompt with it, are less similar to the prompt, and were not found
+            otherwise.
     """
 
     name: str
@@ -41,7 +42,7 @@ class RetrievedLora:
 
     @property
     def why(self) -> str:
-        """The reason in words, and whom it was preferred to."""
+        """The reason in words, and the LoRAs that it was preferred to."""
         if self.trigger is not None:
             others = f"; passed over, less like the prompt: {', '.join(self.passed_over)}" if self.passed_over else ""
             return f"the prompt says its trigger {self.trigger!r}{others}"
@@ -51,7 +52,7 @@ class RetrievedLora:
 class LoraLibrary:
     """LoraRetriever's index (Zhao et al., 2024): a mean text embedding per LoRA; triggers come first.
 
-    `LoraLibrary.index(folder, encoder)` makes an index and saves it in the folder, `LoraLibrary.open` reads it.
+    `LoraLibrary.index(folder, encoder)` creates an index and saves it in the folder. `LoraLibrary.open` reads it.
 
     Attributes:
         entries: what is known about each LoRA.
@@ -62,7 +63,7 @@ class LoraLibrary:
     def __init__(
         self, folder: str | Path, index: store.Index, encoder: Encoder, *, names: Mapping[str, Sequence[str]] | None = None
     ):
-        """`names` (file -> words) call a LoRA as its triggers do."""
+        """`names` (file -> words) select a LoRA as its triggers do."""
         self.folder, self.encoder = Path(folder), encoder
         self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
         self._rows = {entry.name: row for row, entry in enumerate(self.entries)}
@@ -90,7 +91,7 @@ class LoraLibrary:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: another encoder made it, files have come, gone or changed since, or it fails its checks.
+            ValueError: it was made with another encoder, files were added, removed or changed since, or it fails its checks.
         """
         index = store.load(Path(folder))
         store.check_current(Path(folder), index, encoder)
@@ -100,8 +101,10 @@ class LoraLibrary:
     def of(cls, files: Mapping[str, Path], encoder: Encoder) -> LoraLibrary:
         """A library in memory: LoRAs from anywhere, under names that also act as triggers. Nothing is written.
 
-        A file with several names, through links say, is one LoRA under the first of them, and each of them calls it.
-        Entries are taken from indexes of the files' folders where there are any. Raises ValueError if no file can be read.
+        A file with several names, for example through links, is one LoRA under the first name, and all its names select
+        it. Entries come from the indexes of the files' folders if there are any.
+
+        Raises ValueError if no file can be read.
         """
         paths: dict[Path, list[str]] = {}
         for name, path in files.items():
@@ -124,14 +127,14 @@ class LoraLibrary:
     ) -> list[RetrievedLora]:
         """The LoRAs that a prompt asks for: first those whose trigger it contains, in its order, then the most similar.
 
-        A trigger that several LoRAs share selects the one most similar to the prompt, which names the others as passed over;
-        one that more than k share ("1girl") selects none. Triggers found are removed from the prompt; each remaining phrase
-        is compared with every LoRA.
+        If several LoRAs share a trigger, the one most similar to the prompt is selected, and it lists the others as
+        passed over. A trigger that more than k LoRAs share ("1girl") selects none. Triggers are then removed from the
+        prompt, and each remaining phrase is compared with every LoRA.
 
         Args:
             k: how many at most, 1 or more. Triggers always count, so a prompt with more than k of them gets them all.
             threshold: lowest cosine for LoRAs without a trigger; higher finds fewer.
-            base: the pipeline's family, for example "SDXL"; LoRAs known to be for another one are skipped.
+            base: the pipeline's family, for example "SDXL". LoRAs known to be for another family are skipped.
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}")
@@ -155,7 +158,7 @@ class LoraLibrary:
         return [replace(each, passed_over=tuple(n for n in each.passed_over if n not in names)) for each in found]
 
     def _by_trigger(self, triggers: Sequence[Words], spoken: list[str], allowed: Sequence[bool]) -> list[RetrievedLora]:
-        """For each trigger the LoRA that has it, the most similar one if several do; `spoken` are the prompt's phrases."""
+        """The LoRA for each trigger, the most similar one if several have it; `spoken` are the prompt's phrases."""
         if not triggers:
             return []
         spoken = spoken or [" ".join(triggers[0])]
@@ -170,7 +173,7 @@ class LoraLibrary:
         return list(found.values())
 
     def file_triggers(self, name: str) -> set[str]:
-        """The trigger words in a LoRA's file, as a `RetrievedLora` names them."""
+        """The trigger words in a LoRA's file, in the form that `RetrievedLora` uses."""
         return {" ".join(tokenize(trigger)) for trigger in self.entries[self._rows[name]].triggers}
 
     def expert(self, name: str) -> Expert:
@@ -198,7 +201,7 @@ def _build_index(
             else:
                 entry, _ = read_entry(folder, file)
                 row = embedding(entry.samples, encoder)
-        except (ValueError, OSError) as error:  # a link that leads nowhere, say
+        except (ValueError, OSError) as error:  # such as a broken link
             skipped[file] = str(error)
             continue
         entries.append(replace(entry, file=file))
@@ -209,7 +212,7 @@ def _build_index(
 
 
 def _indexed_before(folder: Path, encoder: Encoder) -> dict[str, tuple[LibraryEntry, torch.Tensor]]:
-    """file -> entry and embedding in the folder's present index; empty if that is missing, broken or by another encoder."""
+    """file -> entry and embedding from the folder's present index; empty if it is missing, broken or has another encoder."""
     try:
         index = store.load(folder)
         store.check_encoder(folder, index, encoder)
@@ -221,8 +224,8 @@ def _indexed_before(folder: Path, encoder: Encoder) -> dict[str, tuple[LibraryEn
 def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:
     """[D]: LoraRetriever's E(phi) over the phrases of a LoRA's samples, split as prompts are.
 
-    A phrase counts by the square of how many samples contain it, where the paper takes a plain mean: what the samples share
-    is what the LoRA is about; what few contain just happened to be in the picture.
+    Each phrase is weighted by the square of the number of samples that contain it; the paper takes a plain mean. What
+    the samples share is what the LoRA is about. What few contain just happened to be in the picture.
     """
     parts = [phrase for sample in samples for phrase in phrases(tokenize(sample))] or list(samples)
     texts = list(dict.fromkeys(parts))

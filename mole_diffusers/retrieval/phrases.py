@@ -1,4 +1,4 @@
-"""Prompts as words: the phrases in them, and the trigger words they contain."""
+"""Prompts as words: their phrases, and the trigger words in them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def phrases(tokens: Sequence[str]) -> list[str]:
 
 
 def find_triggers(tokens: Sequence[str], is_trigger: Callable[[Words], bool]) -> tuple[list[Words], list[str]]:
-    """The triggers in a prompt, longest match first from left to right, and the tokens with each trigger replaced by a
-    comma."""
+    """The triggers in a prompt, longest match first from left to right, and the tokens with a comma for each trigger."""
     found: list[Words] = []
     rest: list[str] = []
     at = 0

@@ -14,8 +14,8 @@ def centroid(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def similarity(queries: torch.Tensor, loras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine of each LoRA with its most similar phrase: [P, D] and [N, D] -> scores [N], index of that phrase [N].
 
-    Each sum runs over one LoRA's row only, so that adding LoRAs does not change the other scores by a single bit, as the
-    blocking of a matrix product would.
+    Each sum runs over one LoRA's row only. So adding LoRAs does not change the other scores by a single bit, unlike in a
+    blocked matrix product.
     """
     scores = torch.stack([(loras * query).sum(-1) for query in queries])  # [P, N]
     best = scores.max(0)

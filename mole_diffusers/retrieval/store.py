@@ -1,4 +1,4 @@
-"""A library's index on disk: safetensors and JSON in a hidden folder beside the LoRAs. Everything read back is checked."""
+"""A library's index on disk: safetensors and JSON in a hidden folder next to the LoRAs. Reading checks everything."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json, read
 FORMAT, VERSION = "mole_diffusers.retrieval", 2
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-KINDS = {"encoder": str, "cards": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of what the JSON lists
+KINDS = {"encoder": str, "cards": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of the JSON's fields
 MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 entries of 20 captions take 15 MB
 PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
-PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below, another model far above
+PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below it, other models far above
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Index:
 
     Attributes:
         encoder: id of the encoder that made the embeddings.
-        probe: its embeddings [P, D] of `PROBE`, which tell another encoder with the same id apart.
+        probe: its embeddings [P, D] of `PROBE`, which reveal another encoder with the same id.
         entries: every LoRA, in the order of the rows of `embeddings` [N, D].
-        skipped: file -> why it is not among them.
+        skipped: file -> why it is not an entry.
     """
 
     encoder: str
@@ -53,7 +53,7 @@ def lora_files(folder: Path) -> list[str]:
 
 
 def save(folder: Path, index: Index) -> None:
-    """Write an index, each file complete or not at all. Raises RefusedFileError for links that lead out of the folder."""
+    """Write an index, each file completely or not at all. Raises RefusedFileError for links that lead out of the folder."""
     tensors = {"embeddings": index.embeddings.contiguous(), "probe": index.probe.contiguous()}
     with new_file(path_inside(folder, VECTORS)) as vectors, new_file(path_inside(folder, ABOUT)) as about:
         save_file(tensors, vectors, {"format": "pt"})
@@ -121,7 +121,7 @@ def check_current(folder: Path, index: Index, encoder: Encoder) -> None:
 
 
 def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise RefusedFileError if another encoder made the index, or one with the same id and other weights."""
+    """Raise RefusedFileError if another encoder made the index, even one with the same id but other weights."""
     if index.encoder != encoder.id:
         raise reindex_error(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
     probe = encoder(PROBE)
@@ -130,5 +130,5 @@ def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
 
 
 def reindex_error(folder: Path, problem: str) -> RefusedFileError:
-    """The error for an index that has to be made again."""
+    """The error for an index that must be made again."""
     return RefusedFileError(f"the index of {folder} {problem}; make it again with: mole index {folder}")
