@@ -17,13 +17,13 @@ MARGIN = 6  # pixels around a cell of a sheet
 
 
 def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[str, Callable[[], AbstractContextManager]]:
-    """What to compare on one attached mixture: label -> context in which the pipeline is called.
+    """The ways of drawing to compare on one attached mixture: label -> context in which to call the pipeline.
 
-    "sum" is the plain sum, "bound" the same with each expert on its own words and in its own place, and "tiles" the same in
-    tiles; "bound" and what is gated are drawn without them.
+    "sum" is the plain sum. "bound" is the sum with each expert on its own words and in its own place. "tiles" is the
+    same in tiles. "bound" and the gated columns are drawn without tiles.
 
     Args:
-        tiles: the prompt, as `Mixture.tiled` takes it, where it is to be drawn in tiles, too.
+        tiles: the prompt, in the form that `Mixture.tiled` takes, to add the column "tiles".
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
@@ -67,11 +67,11 @@ def compare(
 def image_grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], labels: Sequence[str], *, cell: int = 128
 ) -> Image.Image:
-    """Pictures as a sheet with a label over each column and before each row.
+    """Arrange pictures in a sheet, with a label above each column and before each row.
 
     Args:
         rows: one sequence of pictures per row, as many as `columns`.
-        cell: shorter side of a cell in pixels, in whose shape every picture has room; small ones are enlarged without
+        cell: shorter side of a cell in pixels. Every picture fits into the cell's shape; small ones are enlarged without
             smoothing.
 
     Raises ValueError if the pictures do not fill the sheet.

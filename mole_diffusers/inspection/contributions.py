@@ -49,10 +49,10 @@ class Contributions:
 
 @contextmanager
 def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterator[Contributions]:
-    """Measure while the block runs. Calls for a part of the picture alone, as of tiles, do not count.
+    """Measure while the block runs. Calls for only a part of the picture, such as tiles, do not count.
 
     Args:
-        size: (height, width) of the picture, whose shape the tokens have.
+        size: (height, width) of the picture, which gives the shape of the tokens.
     """
     model = denoiser(pipe)
     found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(model)
@@ -66,18 +66,18 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
         whole = max(whole, tokens)
         latents = inputs.latents(args, kwargs)
         known = groups_of(pipe, inputs.text(args, kwargs), latents)
-        # Where nobody knows: the same pictures twice are those of guidance, the prompts' last.
+        # If unknown: the same pictures twice mean guidance, with the prompts' rows last.
         groups = known or ((False, True) if len(latents) % 2 == 0 and torch.equal(*latents.chunk(2)) else (True,))
 
     def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
-            if tokens < whole or args[0].dim() == 2:  # a part of the picture; a layer of no places
+            if tokens < whole or args[0].dim() == 2:  # a part of the picture, or a layer without places
                 return
             z = as_tokens(args[0].detach())  # [B, T, R]
             z = z[:, -tokens:] if has_text else z  # the text comes first
             height = round((z.shape[1] * size[0] / size[1]) ** 0.5)
             shape = (height, z.shape[1] // height)
-            # PAG gives some layers the first groups alone, and others the perturbed ones, which are not the picture.
+            # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.
             if prompted := [rows for rows, asks in zip(z.chunk(len(groups)), groups, strict=False) if asks]:
                 found.add(shape, norms(torch.cat(prompted), up.weight, segment, len(found.experts)))
 
@@ -95,7 +95,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
 def norms(z: torch.Tensor, up: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
     """z [B, T, R], up [Cout, R] (or [Cout, R, 1, 1]), segment [R] -> [N, T]: |up_n z_n|, the mean over rows.
 
-    Computed with the r x r matrix up_n' up_n, so that nothing of width Cout is allocated.
+    Uses the r x r matrix up_n' up_n, so that nothing of width Cout is allocated.
     """
     z, up = z.float(), up.float().flatten(1)
     rows = []

@@ -1,6 +1,6 @@
-"""Figures of what the gates did: weights by block and step, shares over the steps, where in the picture. Need matplotlib.
+"""Figures of what the gates did: weights by block and step, shares over the steps, places in the picture. Need matplotlib.
 
-Colours are Okabe and Ito's, safe for colour blindness; each expert has one everywhere, with its name beside it.
+Colours are Okabe and Ito's, safe for colour blindness. Each expert has the same colour everywhere, with its name next to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DPI, OPACITY = 110, 0.65
 
 
 def colours(names: Collection[str], shades: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A colour per name, the same in whatever order; `shades` has those that are already chosen."""
+    """A colour per name, the same in any order; `shades` are colours that are already chosen."""
     free = [colour for colour in COLOURS if colour not in (shades or {}).values()] or list(COLOURS)
     others = sorted(name for name in names if name not in (shades or {}))
     return {name: free[i % len(free)] for i, name in enumerate(others)} | dict(shades or {})
@@ -31,13 +31,14 @@ def block_places(trace: Trace, names: Mapping[str, str] | None = None) -> dict[s
     """{place: label} of the denoiser's gates that were evaluated at every step, in the order of the network.
 
     Args:
-        names: module name of a block -> its short name, see `block_weights.block_names`; without, module names are labels.
+        names: module name of a block -> its short name, see `block_weights.block_names`. By default module names are the
+            labels.
     """
     places = [place for place in trace.places if place.partition(".")[0] in DENOISERS]
     steps = max((len(trace.weights(place)) for place in places), default=0)
     found = {}
     for place in places:
-        fewer_experts = place.endswith(")")  # the layers of a gate that lack an expert
+        fewer_experts = place.endswith(")")  # layers of a gate that lack an expert
         if fewer_experts or len(trace.weights(place)) != steps:
             continue
         module = place.partition(".")[2]
@@ -50,7 +51,7 @@ def block_places(trace: Trace, names: Mapping[str, str] | None = None) -> dict[s
 def heat_map(
     trace: Trace, labels: Mapping[str, str], *, locked: Collection[str] = (), shades: Mapping[str, str] | None = None
 ) -> Image.Image:
-    """Applied weights, block by step, a panel per expert on one scale; blocks that were set by hand are marked.
+    """Applied weights, block by step, one panel per expert on a common scale. Blocks that were set by hand are marked.
 
     Args:
         labels: see `block_places`.
@@ -83,7 +84,7 @@ def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str]
 
 
 def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str] | None = None) -> dict[str, Image.Image]:
-    """Label -> the picture with each expert's contribution over it, and with the colour of the expert that acts most."""
+    """Label -> the picture, tinted with one expert's contribution, or with the colour of the expert that acts most."""
     (h, w), maps = found.finest()  # [N, h, w] in 0..1
     shades = colours(found.experts, shades)
     pictures = {}

@@ -10,7 +10,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from mole_diffusers.inspection.gate_figures import colours
 from mole_diffusers.patching.picture_layout import Layout
 
-TINT, EDGE = 0.28, 2  # share of a region's colour over the picture; width of its outline in pixels
+TINT, EDGE = 0.28, 2  # opacity of a region's colour; width of its outline in pixels
 
 
 def overlay(
@@ -41,7 +41,7 @@ def overlay(
 
 
 def _name_places(inside: np.ndarray) -> list[tuple[int, int]]:
-    """(x, y) of a region's name, [H, W] bool: at its top, and once more where others' columns part it."""
+    """(x, y) of a region's name, [H, W] bool: at its top, and once more if columns of others divide it."""
     columns = np.flatnonzero(inside.any(0))
     runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1) if len(columns) else []
     tops = [int(np.argmax(inside[:, run].any(1))) for run in runs]
