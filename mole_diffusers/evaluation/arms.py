@@ -1,6 +1,6 @@
 """Arms: every composer under test in one form, and the arms by name.
 
-Single LoRAs, weighted sums, merges, composers that act while sampling, trained gates and their controls.
+They are single LoRAs, weighted sums, merges, composers that act while sampling, trained gates and their controls.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.tiles import UNTIL
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
-Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # what an attached mixture draws inside of
-Binding = Callable[[Setup, Case], Mapping[str, Any]]  # what is said about words and regions, as `Mixture.bind` takes it
+Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
+Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
 Parts = Callable[[Setup, Case], Mapping[str, Part]]  # each subject's own prompt and region
-Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order in which a composer takes them
+Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order that a composer uses
 ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
 
@@ -42,7 +42,7 @@ def ones(setup: Setup, case: Case) -> dict[str, float]:
 
 
 def from_files(setup: Setup, case: Case) -> dict[str, Any]:
-    """The words are the trigger words of the files, and the places are found."""
+    """Bind to the trigger words of the files, and find the places."""
     return {}
 
 
@@ -55,7 +55,7 @@ def by_role(subject: float, style: float) -> Weights:
 def attached_to(
     setup: Setup, experts: Mapping[str, Any], gates: Gates, binding: Mapping[str, Any] | None = None
 ) -> Iterator[Mixture]:
-    """The mixture, attached while the context lasts; not bound, unless `binding` says how."""
+    """The mixture, attached inside the context; bound only if `binding` says how."""
     try:
         yield attach(setup.pipe, experts, gates, binding=binding)
     finally:
@@ -73,7 +73,7 @@ def base() -> Arm:
 
 
 def as_they_are(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-    """Gates that nothing changes while a picture is drawn."""
+    """Leave the gates unchanged while a picture is drawn."""
     return nullcontext()
 
 
@@ -88,15 +88,16 @@ def weighted(
     covers: Callable[[Case], bool] = lambda case: True,
     **settings: Any,
 ) -> Arm:
-    """The LoRAs of a case attached with these weights: by default a weighted sum, as `set_adapters` with these strengths.
+    """The LoRAs of a case attached with these weights: by default a weighted sum, like `set_adapters` with these strengths.
 
     Args:
-        weights: also say the order of the experts.
-        gates: what weighs them on top, or where a case's trained gates lie; without that folder it cannot be drawn.
-        binding: what is said of words and regions beyond the trigger words of the files; None binds nothing.
-        context: what the case is drawn inside of.
+        weights: the weights; their order is also that of the experts.
+        gates: weigh the experts on top, or a function that returns the folder of a case's trained gates. Without that
+            folder the case cannot be drawn.
+        binding: words and regions beyond the trigger words of the files; None binds nothing.
+        context: the context in which the case is drawn.
         covers: which cases it can draw.
-        settings: what rows say beside experts, binding and trained gates; what depends on the case as functions.
+        settings: what rows state besides experts, binding and trained gates. If it depends on the case, give functions.
     """
 
     @contextmanager
@@ -123,7 +124,7 @@ def weighted(
 
 
 def alone(concept: str) -> Arm:
-    """One concept's LoRA alone on the whole prompt: the upper bound for that concept."""
+    """Only one concept's LoRA, on the whole prompt: the upper bound for that concept."""
     return weighted(f"alone {concept}", lambda setup, case: {concept: 1.0}, covers=lambda case: concept in case.concepts)
 
 
@@ -148,7 +149,7 @@ def words_only() -> Arm:
 
 
 def in_tiles() -> Arm:
-    """Bound, and each subject drawn in a tile of its own at first; see `Mixture.tiled`."""
+    """Bound, with each subject first drawn in its own tile; see `Mixture.tiled`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return mixture.tiled(prompt=case.prompt)
@@ -157,7 +158,7 @@ def in_tiles() -> Arm:
 
 
 def searched(weights: ByKind) -> Arm:
-    """The best strengths that a search found for the case's kind, see `strength_search.best_weights`."""
+    """The best strengths that a search found for this kind of case, see `strength_search.best_weights`."""
     return weighted(
         "grid search",
         lambda setup, case: by_role(**weights[case.kind])(setup, case),
@@ -211,7 +212,7 @@ def switch(period: int = 5) -> Arm:
 
 
 def composite() -> Arm:
-    """LoRA Composite; as many UNet calls per step as experts."""
+    """LoRA Composite. It takes one UNet call per step and expert."""
     return weighted("composite", context=lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
 
 
@@ -230,27 +231,27 @@ def klora() -> Arm:
 
 
 def subjects_of(setup: Setup, case: Case) -> list[str]:
-    """The concepts of a case that are no styles."""
+    """The concepts of a case that are not styles."""
     return [name for name in case.concepts if name not in setup.styles]
 
 
 def regional(parts: Parts) -> Arm:
-    """Regional prompts: a prompt and a LoRA for each region; the parts say where."""
+    """Regional prompts: a prompt and a LoRA for each region. `parts` gives the regions."""
     return in_parts("regional prompts", regional_prompts, parts, gates=MATRIX)
 
 
 def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, Part]:
-    """Each subject's own prompt is that of the case, and its region is found."""
+    """Each subject's prompt is that of the case, and its region is found."""
     return dict.fromkeys(subjects_of(setup, case), (case.prompt, AUTO))
 
 
 def blended(name: str = "masked blend", parts: Parts = in_the_whole_prompt) -> Arm:
-    """One prediction for each LoRA, blended by regions; as many UNet calls per step as subjects, and one."""
+    """One prediction for each LoRA, blended by regions. It takes one UNet call per step and subject, plus one."""
     return in_parts(name, masked_blend, parts, threshold=THRESHOLD)
 
 
 def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: Parts, **options: Any) -> Arm:
-    """A composer by parts of the picture, which the rows say. A case of styles alone has none, and gets the sum."""
+    """A composer by parts of the picture, which rows state. A case with only styles has no parts, and gets the sum."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         found = parts(setup, case)
@@ -260,7 +261,7 @@ def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], pa
 
 
 def freefused() -> Arm:
-    """FreeFuse; a third of the steps are run twice."""
+    """FreeFuse. A third of the steps run twice."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return freefuse(setup.pipe, mixture, subjects_of(setup, case))
@@ -269,13 +270,13 @@ def freefused() -> Arm:
 
 
 def gates_of(folder: Path) -> Callable[[Case], Path]:
-    """Where a case's gates lie below `folder`: "fox+french_fries"."""
+    """The folder of a case's gates inside `folder`: "fox+french_fries"."""
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
 
 
 @contextmanager
 def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
-    """The denoiser's gates at their means over the steps of one picture of the case, separately per guidance row."""
+    """Replace the denoiser's gates by their means over the steps of one picture of the case, separately per guidance row."""
     average, rows = TimeAverage(), {}
 
     def record(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -284,7 +285,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 
     def replay(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if not rows[place] or place.partition(".")[0] not in DENOISERS:
-            return gates  # these gates depend on no row, or on no step
+            return gates  # these gates do not depend on the row, or on the step
         pictures = len(gates) // rows[place]
         return average(place, gates[::pictures], mask).repeat_interleave(pictures, 0)
 
@@ -317,7 +318,7 @@ ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for names that are not of `ARMS`."""
+    """Raises ValueError for names that are not in `ARMS`."""
     if unknown := [name for name in names if name not in ARMS]:
         raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
 
@@ -330,16 +331,16 @@ def chosen_arms(
     weights: ByKind | None = None,
     shares: Sequence[float] = (),
 ) -> list[Arm]:
-    """The arms of these names, of `ARMS`; "alone" is one arm per expert.
+    """The arms of these names from `ARMS`; "alone" is one arm per expert.
 
     Args:
         gates: a folder with one folder of trained gates per case, see `gates_of`.
         weights: the result of a search, see `searched`.
-        shares: draw each as strength moves from subjects, at 2 - 2s, to styles, at 2s, for each share s: as "sum @ 0.3",
-            which `plots.frontier` reads.
+        shares: draw each arm once per share s, with strength moved from subjects, at 2 - 2s, to styles, at 2s. Their
+            names are like "sum @ 0.3", which `plots.frontier` reads.
 
-    Raises ValueError for an unknown name, an arm that cannot be drawn, see `obstacles`, or whose strengths cannot be moved,
-    or a share outside 0..1.
+    Raises ValueError for an unknown name, an arm that cannot be drawn (see `obstacles`) or whose strengths cannot be
+    moved, or a share outside 0..1.
     """
     check_names(names)
     if shares and (fixed := [name for name in names if name not in MOVABLE]):
@@ -353,7 +354,7 @@ def chosen_arms(
 
 
 def _named(name: str, setup: Setup, gates: Path | None, searches: ByKind | None, at: str, weights: Weights) -> list[Arm]:
-    """The arm of a name that has no obstacles, "alone" one per expert; `at` and `weights` are for those of `MOVABLE`."""
+    """The arm of a name without obstacles; "alone" is one per expert. `at` and `weights` are for arms in `MOVABLE`."""
     if name == "alone":
         return [alone(concept) for concept in setup.experts]
     if name == "grid search" and searches is not None:
@@ -369,10 +370,10 @@ def _named(name: str, setup: Setup, gates: Path | None, searches: ByKind | None,
 def obstacles(
     names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
 ) -> dict[str, str]:
-    """Those of the named arms that cannot be drawn with this setup -> why, known before anything is drawn."""
+    """Named arms that cannot be drawn with this setup -> the reason, known before anything is drawn."""
     kind, unprompted = type(setup.pipe).__name__, sorted(name for name in setup.experts if not setup.prompts.get(name))
     own_runs = [name for name in MERGES if by_activations(name)]
-    needs = [  # what is lacking, the arms that need it, and what is said of them
+    needs = [  # what is missing, the arms that need it, and the message
         (unprompted, own_runs, f"runs every expert on prompts of its own, and there are none for {unprompted}"),
         (not encodes_by_expert(setup.pipe), BY_EXPERT, f"needs a unet and one text encoder, unlike {kind}"),
         (getattr(setup.pipe, "unet", None) is None, ("tiles", "k-lora"), f"needs a unet, unlike {kind}"),

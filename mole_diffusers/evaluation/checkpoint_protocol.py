@@ -1,6 +1,6 @@
-"""The protocol for real checkpoints: CLIP-T, CLIP-I and DINO of every concept against its own pictures.
+"""The protocol for real checkpoints: CLIP-T, CLIP-I and DINO of every concept against pictures of that concept.
 
-CLIP scores do not follow human judgement of composition (ComposLoRA reports r = -0.006); see `judging_sheet` for that.
+CLIP scores do not follow human judgement of composition (ComposLoRA reports r = -0.006). `judging_sheet` is for that.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ DINO_BY_ROLE = ("DINO of subjects", "DINO of styles")
 def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     """Cases from JSON lines: {"concepts": ["dog", "hat"], "prompt": "a dog wearing a hat"}.
 
-    A line may add "kind", a name for cases of its sort, and "size", width and height in pixels.
+    A line may also have "kind", a name for this sort of case, and "size", width and height in pixels.
 
-    Raises ValueError naming the line that is no case, or a concept without an expert.
+    Raises ValueError naming a line that is not a case, or a concept without an expert.
     """
     cases = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -64,20 +64,22 @@ def _case(found: object) -> Case:
 
 
 def windows(image: Image.Image) -> list[Image.Image]:
-    """The whole picture and nine crops of half its side; a concept is scored in the one that fits it best."""
+    """The whole picture and nine crops of half its side. A concept is scored in the one that fits it best."""
     w, h = image.size
     corners = [(x * w // 4, y * h // 4) for y in range(3) for x in range(3)]
     return [image, *(image.crop((x, y, x + w // 2, y + h // 2)) for x, y in corners)]
 
 
 class ClipDinoMetrics:
-    """Measures `clip_t` (cosine of picture and prompt), `clip_i` and `dino` (concept -> the best window's mean cosine with
-    the concept's own pictures).
+    """Measures `clip_t`, `clip_i` and `dino`.
+
+    `clip_t` is the cosine of picture and prompt. `clip_i` and `dino` map each concept to the best window's mean cosine
+    with the concept's own pictures.
 
     Args:
         clip: a CLIP model, folder or hub name.
         dino: a DINO model, folder or hub name.
-        folders: concept -> a folder of its own pictures.
+        folders: concept -> a folder of its pictures.
     """
 
     def __init__(self, clip: str, dino: str, folders: Mapping[str, Path], *, device: str = "cpu"):
@@ -120,9 +122,9 @@ class ClipDinoMetrics:
 
 
 def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
-    """Rows as a table with `SCORES` as means over a case's concepts, and DINO of its subjects and of its styles.
+    """Rows as a table with `SCORES` as means over a case's concepts, and DINO for its subjects and for its styles.
 
-    A score is NaN where none of the concepts has pictures of its own.
+    A score is NaN if none of the concepts has pictures.
     """
     found = as_frame(rows)
     found["CLIP-T"], found["CLIP-I"] = found["clip_t"], concept_mean(found["clip_i"])
@@ -133,7 +135,7 @@ def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
 
 
 def paired_scores(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
-    """The scores of every other arm less those of `against` on the same prompt and noise, a table per kind of case."""
+    """The scores of every other arm minus those of `against` on the same prompt and noise, a table per kind of case."""
 
     def table(own: pd.DataFrame) -> str:
         return score_table(differences(own, against, SCORES), SCORES, head=f"arm, less {against}", resample=resample)
@@ -142,7 +144,7 @@ def paired_scores(rows: pd.DataFrame, against: str, *, resample: Resample = "cas
 
 
 def report(styles: Collection[str]) -> Report:
-    """Scores take the place of success, which nothing can tell here."""
+    """The report, with scores instead of success, which nothing can judge here."""
     return Report(
         frame=partial(frame, styles=styles),
         tables=(partial(by_kind, table=partial(score_table, scores=SCORES)),),

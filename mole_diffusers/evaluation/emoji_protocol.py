@@ -1,4 +1,4 @@
-"""The protocol of the embedded world: its cases, what the judge sees in a picture, and the tables of that."""
+"""The protocol of the embedded world: its cases, what the judge sees in a picture, and tables of this."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, pa
 from mole_diffusers.lora import read_expert
 
 OWN = 7  # prompts of one concept alone
-NEAR = 2  # places of the judge, of 16 pixels: closer than this, subjects are blended into one
+NEAR = 2  # places of the judge, 16 pixels each; subjects closer than this are blended into one
 
 
 def scene_of(concepts: emoji.Concepts, index: int) -> emoji.Scene:
-    """The scene of composition `index` of its kind, on a coloured background, wide and tall in turn."""
+    """The scene of composition `index` of its kind, on a coloured background, alternately wide and tall."""
     colours = list(emoji.words.BACKGROUNDS)[1:]
     return replace(emoji.composition_scene(concepts), background=colours[index % len(colours)], upright=bool(index % 2))
 
@@ -54,7 +54,7 @@ def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
 
 
 def own_prompts(concept: str) -> list[str]:
-    """Prompts of one concept alone: a subject in the base's styles, a style over the base's subjects."""
+    """Prompts for one concept alone: a subject in the base's styles, a style on the base's subjects."""
     if concept in emoji.words.STYLES:
         some = emoji.words.BASE_SUBJECTS[:: len(emoji.words.BASE_SUBJECTS) // OWN]
         return [emoji.Scene((subject,), concept).caption for subject in some[:OWN]]
@@ -64,12 +64,13 @@ def own_prompts(concept: str) -> list[str]:
 class JudgeMetrics:
     """Measures pictures of cases with the judge, which nothing was trained with.
 
-    Each row has: `seen` (concept -> whether it is there), `success` (all seen), `subjects` (the share of them that is seen),
-    `style`, `background`, and `apart` (do the likeliest places of its subjects lie two places or more from one another;
-    None for a single one). The judge knows the world's canvases alone, so larger pictures are shrunk to their scene's.
+    Each row has: `seen` (concept -> whether it is there), `success` (all are seen), `subjects` (the share of them that
+    is seen), `style`, `background`, and `apart` (whether the likeliest places of its subjects are two places or more
+    apart; None for a single subject). The judge only knows the world's canvases, so larger pictures are shrunk to those
+    of their scenes.
 
     Args:
-        found: cases with their scenes, as `cases` has them.
+        found: cases with their scenes, as `cases` returns them.
     """
 
     def __init__(self, judge: Judge, found: Iterable[tuple[Case, emoji.Scene]]):
@@ -101,7 +102,7 @@ class JudgeMetrics:
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows as a table, with the share of a case's concepts that is seen."""
+    """Rows as a table, with the share of a case's concepts that are seen."""
     found = as_frame(rows)
     found["concepts seen"] = concept_mean(found["seen"])
     return found
@@ -111,7 +112,7 @@ REPORT = Report(
     frame=frame,
     tables=(
         success_table,
-        # What stands behind success: concepts one by one, and whether several subjects stand apart.
+        # Details of success: single concepts, and whether several subjects are apart.
         partial(by_kind, table=partial(score_table, scores=("concepts seen", "style", "background", "apart"), digits=2)),
     ),
     paired=paired_table,

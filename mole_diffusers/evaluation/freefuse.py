@@ -1,4 +1,4 @@
-"""FreeFuse: regions of several LoRAs from a first pass without them, by the likeness of the picture's features."""
+"""FreeFuse: regions for several LoRAs, from a first pass without them, by similarity of the picture's features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mole_diffusers.patching.denoiser_inputs import groups_of
 from mole_diffusers.patching.undo import Undo, replaced_forward
 
 FIRST_PASS = 1 / 3  # share of the steps before regions are found
-CORE = 0.1  # share of the tokens that a subject is known by
+CORE = 0.1  # share of the tokens in a subject's core
 ROUNDS, RATE, DECAY = 15, 0.01, 0.95  # of balancing the regions' areas
 
 
@@ -29,22 +29,26 @@ ROUNDS, RATE, DECAY = 15, 0.01, 0.95  # of balancing the regions' areas
 def freefuse(pipe: Any, mixture: Mixture, subjects: Sequence[str]) -> Iterator[None]:
     """FreeFuse (arXiv 2510.23515): a first pass without LoRAs finds regions; then LoRAs are masked, from the same noise.
 
-    After FIRST_PASS of the steps, S_c is the attention to the words of subject c. Its core is the CORE of the tokens where
-    N S_c - sum_{j != c} S_j is largest, its map the mean cosine of each token with the core, of the features that the
-    self-attention of the same block gives, and its region where its map is the highest, balanced in area. Then in layers of
-    the picture y = W x + sum_k M_k B_k A_k x, and a LoRA acts on no word of another, which is closed in its region.
+    After FIRST_PASS of the steps, S_c is the attention to the words of subject c. Its core is the share CORE of the tokens
+    where N S_c - sum_{j != c} S_j is largest. Its map is the mean cosine of each token with the core, in the features
+    from the self-attention of the same block. Its region is where its map is the highest, with balanced areas. Then in
+    layers of the picture y = W x + sum_k M_k B_k A_k x. A LoRA does not act on words of another, and these words are
+    closed in its region.
 
-    Numbers are those of the authors' code for SDXL; the paper's first version has 1 % for the core. What is simpler, or
-    binding's: maps are read in the layers that binding reads, and from 0 to 1 in each, where the authors read one layer;
-    cosines take the place of inner products in a softmax; a vote of neighbours and a pull to each region's centre are left
-    out; and words are closed by 8 logits, where the authors add 1 to a region's own words and take 1 from others'.
+    The numbers are those of the authors' code for SDXL; the paper's first version has 1 % for the core. These parts are
+    simpler, or taken from binding:
 
-    Each picture of a batch has its own regions and its own calls. A single subject has no region, nor has one that the
-    prompt does not name.
+    - Maps are read in the layers that binding reads, scaled from 0 to 1 in each; the authors read one layer.
+    - Cosines replace inner products in a softmax.
+    - A vote of neighbours and a pull to each region's centre are left out.
+    - Words are closed by 8 logits; the authors add 1 to a region's own words and subtract 1 from others'.
+
+    Each picture of a batch has its own regions and its own calls. There are no regions for a single subject, or for a
+    subject that the prompt does not name.
 
     Args:
-        mixture: without binding; its files say the experts' words.
-        subjects: the experts that get a region. Others, as a style, act everywhere.
+        mixture: without binding; the files give the experts' words.
+        subjects: the experts that get a region. Others, such as a style, act everywhere.
 
     Raises ValueError for a pipeline with several text encoders or without a UNet.
     """
@@ -71,7 +75,7 @@ def freefuse(pipe: Any, mixture: Mixture, subjects: Sequence[str]) -> Iterator[N
 def _first_pass(
     pipe: Any, mixture: Mixture, subjects: Sequence[str], args: tuple, kwargs: dict
 ) -> list[dict[str, Image.Image]]:
-    """The regions of each picture, found in the first steps without experts from the latents that the UNet is given."""
+    """The regions of each picture, found in the first steps without experts, from the latents that the UNet gets."""
     scheduler, (noisy, time, *rest) = deepcopy(pipe.scheduler), args
     groups = len(groups_of(pipe, kwargs["encoder_hidden_states"], noisy) or (True,))
     latents = (noisy / scheduler.scale_model_input(torch.ones_like(noisy), time)).chunk(groups)[0]
@@ -91,7 +95,7 @@ def _first_pass(
 
 @contextmanager
 def _self_attention(unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """What the self-attention of the blocks that maps are read in gave last: block -> [B, T, C]."""
+    """The last outputs of self-attention in the blocks where maps are read: block -> [B, T, C]."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(block: str, _: nn.Module, __: tuple, out: torch.Tensor) -> None:
@@ -105,10 +109,10 @@ def _self_attention(unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def regions(maps: Mapping[str, torch.Tensor], features: Sequence[torch.Tensor]) -> dict[str, Image.Image]:
-    """Which part of the picture each subject gets, as a mask; none for one that would get no token.
+    """The part of the picture that each subject gets, as a mask; no mask for one that would get no token.
 
     Args:
-        maps: the attention to each subject's words, [h, w] in any unit, one for all of them.
+        maps: the attention to each subject's words, [h, w], all in the same unit.
         features: of the same tokens in each block, [T, C].
     """
     side = next(iter(maps.values())).shape
@@ -118,7 +122,7 @@ def regions(maps: Mapping[str, torch.Tensor], features: Sequence[torch.Tensor]) 
     likeness = torch.zeros_like(attended)
     for z in features:
         z = F.normalize(z.float().cpu(), dim=-1)
-        likeness += (z[core].mean(1)[:, None] * z).sum(-1)  # no product of matrices, which autocast would round
+        likeness += (z[core].mean(1)[:, None] * z).sum(-1)  # not a matrix product, which autocast would round
     low, high = likeness.amin(1, keepdim=True), likeness.amax(1, keepdim=True)
     owner = balanced_argmax((likeness - low) / (high - low).clamp_min(1e-12))  # [T]
     masks = {name: (owner == c).view(side) for c, name in enumerate(maps)}
@@ -126,10 +130,10 @@ def regions(maps: Mapping[str, torch.Tensor], features: Sequence[torch.Tensor]) 
 
 
 def balanced_argmax(maps: torch.Tensor) -> torch.Tensor:
-    """Which of N maps is the highest at each token, [N, T] -> [T], with areas drawn to 1 / N.
+    """Which of N maps is the highest at each token, [N, T] -> [T], with areas pulled towards 1 / N.
 
-    In each of ROUNDS rounds, what has more than its share of the tokens is lowered, and what has less is raised, by RATE of
-    the maps' range; this step shrinks by DECAY.
+    Each of ROUNDS rounds lowers maps that have more than their share of the tokens, and raises maps that have less, by
+    RATE of the maps' range. This step shrinks by DECAY.
     """
     count, tokens = maps.shape
     bias = maps.new_zeros(count, 1)

@@ -1,4 +1,4 @@
-"""A sheet on which people, or a model that sees, choose blindly between the pictures of two arms, in both orders."""
+"""A sheet on which people, or a model that sees, choose blindly between pictures of two arms, in both orders."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ COLUMNS = ("first arm", "second arm", "first better", "second better", "same", "
 
 
 def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
-    """Pairs of arms on the same prompt and noise, each in both orders: sheet/NNNN.png, answers.csv to fill in, key.json.
+    """Write pairs of arms on the same prompt and noise, each in both orders: sheet/NNNN.png, answers.csv to fill in,
+    key.json.
 
-    Returns the number of questions. Only key.json names the arms, so that the rest can be given away.
+    Returns the number of questions. Only key.json names the arms, so you can give away the rest.
 
-    Raises ValueError for rows of one arm, or if a sheet with answers is there.
+    Raises ValueError for rows of only one arm, or if there already is a sheet with answers.
     """
     if (folder / "sheet" / "answers.csv").exists() and any(answer for _, answer in _answers(folder)):
         raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
@@ -59,10 +60,12 @@ def count_answers(folder: Path) -> str:
 
 
 def votes(folder: Path) -> list[dict[str, Any]]:
-    """The answers on a sheet, `COLUMNS` of each pair of arms: how often each was better, and how often both orders of the
-    same two pictures got the same answer, None if none was answered in both.
+    """The answers on a sheet: `COLUMNS` for each pair of arms.
 
-    Raises ValueError for an answer that is not one of `ANSWERS`, and a table that is not the sheet's.
+    These say how often each arm was better, and how often both orders of the same two pictures got the same answer; None
+    if no pair was answered in both orders.
+
+    Raises ValueError for an answer that is not in `ANSWERS`, and for a table that is not the sheet's.
     """
     questions, answers = json.loads((folder / "sheet" / "key.json").read_text()), _answers(folder)
     if [number for number, _ in answers] != list(range(len(questions))):
@@ -84,7 +87,7 @@ def votes(folder: Path) -> list[dict[str, Any]]:
 
 
 def _answers(folder: Path) -> list[tuple[int, str]]:
-    """The numbers of a sheet's questions, each with its answer, "" for none; the table may have them in any order."""
+    """The numbers of a sheet's questions, each with its answer or ""; the table may have them in any order."""
     with (folder / "sheet" / "answers.csv").open(newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if wrong := next((row for row in rows[1:] if len(row) < 3 or not row[0].strip().isdecimal()), None):

@@ -17,20 +17,20 @@ from mole_diffusers.evaluation.tables import estimate
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.inspection.gate_figures import COLOURS
 
-Limits = tuple[float | None, float | None]  # of an axis; None for where the values end
+Limits = tuple[float | None, float | None]  # of an axis; None is the end of the values
 ACROSS = 3  # panels side by side
 TURNED: dict[str, Any] = {"rotation": 40, "ha": "right"}  # long names below an axis
 
 
 def save_figure(figure: Any, path: Path) -> Any:
-    """Save a matplotlib figure, and make its folder first; returns the figure."""
+    """Save a matplotlib figure, creating its folder first. Returns the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return figure
 
 
 def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *, limits: Limits = (0, 1)) -> Any:
-    """Means of every arm by kind with 95 % intervals, a panel per value."""
+    """Means of every arm by kind with 95 % intervals, one panel per value."""
     from matplotlib.figure import Figure
 
     arms, kinds = list(rows["composer"].unique()), list(rows["group"].unique())
@@ -52,9 +52,9 @@ def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *
 
 
 def frontier(rows: pd.DataFrame, path: Path, values: tuple[str, str], *, limits: Limits = (0, 1)) -> Any:
-    """The styles' value against the subjects', one line per arm as its strength moves, a panel per kind.
+    """The styles' value against the subjects', one line per arm as its strength moves, one panel per kind.
 
-    Arms named "NAME @ SHARE" are points of one line; other arms are single points.
+    Arms named "NAME @ SHARE" are points of one line. Other arms are single points.
 
     Args:
         values: that of subjects, then that of styles.
@@ -82,9 +82,9 @@ def curves(
     panel: str = "kind",
     limits: Limits = (0, 1),
 ) -> Any:
-    """Means of a value with 95 % intervals against the column `at`, one line per `line`, a panel per `panel`.
+    """Means of a value with 95 % intervals against the column `at`, one line per `line`, one panel per `panel`.
 
-    Numbers stand where they are; names stand side by side, in the order in which the panel's rows have them.
+    Numbers are placed by value; names are side by side, in the order of the panel's rows.
     """
     figure, panels = _panels(rows, panel)
     colours = _colours(rows[line])
@@ -104,7 +104,9 @@ def curves(
 
 
 def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFrame]]]:
-    """A figure with a panel for each kind, three in a row, and each panel with its rows; several panels have titles."""
+    """A figure with a panel for each kind, three side by side, and each panel's rows. If there are several panels, they
+    have titles.
+    """
     from matplotlib.figure import Figure
 
     groups, panels = list(rows.groupby(by, sort=False)), []
@@ -118,7 +120,7 @@ def _panels(rows: pd.DataFrame, by: str) -> tuple[Any, list[tuple[Any, pd.DataFr
 
 
 def _colours(names: Iterable[str]) -> dict[str, Any]:
-    """Name -> its colour in every panel, in order of first appearance; of more than twenty, some share one."""
+    """Name -> its colour in every panel, in order of first appearance. With more than twenty names, some share a colour."""
     import matplotlib
 
     found = list(dict.fromkeys(names))
@@ -128,7 +130,9 @@ def _colours(names: Iterable[str]) -> dict[str, Any]:
 
 
 def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> Image.Image:
-    """The pictures of one case in `folder`, for its first prompt: a row per arm that has every seed, a column per seed."""
+    """The pictures of one case in `folder`, for its first prompt: a row for each arm that has every seed, a column per
+    seed.
+    """
     own = [row for row in rows if row["case"] == case]
     shown = [row for row in own if row["prompt"] == own[0]["prompt"]]
     seeds = sorted({row["seed"] for row in shown})

@@ -1,6 +1,6 @@
-"""Regional composers: each LoRA with a prompt and a part of the picture of its own, in the attention or in the predictions.
+"""Regional composers: each LoRA has its own prompt and part of the picture, in the attention or in the predictions.
 
-Contexts on a mixture without binding. Experts that have no part, as a style, act everywhere and on every text.
+They are contexts on a mixture without binding. Experts without a part, such as a style, act everywhere and on every text.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from mole_diffusers.patching.picture_layout import Side, sides
 from mole_diffusers.patching.undo import replaced_forward
 from mole_diffusers.training.data import token_ids
 
-Part = tuple[str, Region]  # a prompt that asks for one concept alone, and where in the picture it is
+Part = tuple[str, Region]  # a prompt for one concept alone, and where in the picture it is
 
-THRESHOLD = 0.3  # CLoRA: a concept is where its words are attended more than this share of the most
+THRESHOLD = 0.3  # CLoRA: a concept is where its words get more than this share of their highest attention
 
 
 @contextmanager
 def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> Iterator[None]:
     """Regional LoRA of kohya's sd-scripts (`LoRAInfModule` of networks/lora.py): a prompt and a LoRA for each region.
 
-    In layers of the picture y = W x + sum_k M_k B_k A_k x. In cross-attention the places of region k read prompt k, which
-    LoRA k alone has encoded and makes keys and values of: out = sum_k M_k attention_k; where regions overlap, with
-    M_k / sum_j M_j. The unconditional text is read without LoRAs.
+    In layers of the picture y = W x + sum_k M_k B_k A_k x. In cross-attention, the places of region k read prompt k.
+    Only LoRA k encodes this prompt and makes its keys and values: out = sum_k M_k attention_k. If regions overlap, M_k /
+    sum_j M_j replaces M_k. The unconditional text is read without LoRAs.
 
-    What differs: what lies in no region reads `prompt`, without the LoRAs that have a part, where the authors' code gives it
-    no text; and the cross-attention of unconditional rows has no LoRA at all, where theirs keeps that of the queries.
+    There are two differences. Places outside all regions read `prompt`, without the LoRAs that have a part; the authors'
+    code gives them no text. The cross-attention of unconditional rows has no LoRA at all; theirs keeps that of the
+    queries.
 
     Args:
         mixture: with a gate per matrix, so that LoRAs can change within a block.
-        prompt: what the pipeline is called with. Any other text is taken for an unconditional one.
-        parts: expert -> (its own prompt, its region), in any order.
+        prompt: what you call the pipeline with. Any other text counts as unconditional.
+        parts: expert -> (its prompt, its region), in any order.
 
     Raises ValueError for other gates, a region "auto", no part, or an unknown expert.
     """
@@ -61,7 +62,9 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
         return unet(*args, **{**kwargs, "encoder_hidden_states": texts[-1]})
 
     def attend(module: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """One cross-attention, [B, T, C] -> [B, T, C]: regions read their own texts, the rest of the picture the last."""
+        """One cross-attention, [B, T, C] -> [B, T, C]: regions read their own texts, the rest of the picture the last
+        one.
+        """
 
         def read(names: Sequence[str], text: torch.Tensor) -> torch.Tensor:
             with mixture.only(*names):
@@ -83,18 +86,19 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
 def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> AbstractContextManager[None]:
     """One prediction for each LoRA, blended by regions: e = sum_k M_k e_k + (1 - sum_k M_k) e_0.
 
-    e_k is what LoRA k alone predicts with its own prompt, e_0 what none of them does with `prompt`: a call of the UNet for
-    each, and one. It is what MultiDiffusion (arXiv 2302.08113), CLoRA (2403.19776) and Concept Conductor (2408.03632) have
-    in common, without what the last two do to the latents: CLoRA's contrastive loss on attention maps, and Concept
-    Conductor's reference layout.
+    e_k is the prediction of LoRA k alone with its own prompt; e_0 is the prediction without them, with `prompt`. This
+    takes one UNet call for each, plus one. It is the common part of MultiDiffusion (arXiv 2302.08113), CLoRA
+    (2403.19776) and Concept Conductor (2408.03632). It leaves out what the last two do to the latents: CLoRA's
+    contrastive loss on attention maps, and Concept Conductor's reference layout.
 
-    A region "auto" is found anew at each step, as in CLoRA: where the concept's words are attended more than THRESHOLD of
-    the most in its own call, and more than those of others are in theirs; what is nowhere has no part. Maps are those of
-    binding, with queries and keys of the base and from 0 to 1 in each layer, where CLoRA takes the LoRA's as they are.
+    A region "auto" is found anew at each step, as in CLoRA: where the concept's words get more than THRESHOLD of their
+    highest attention in its own call, and more attention than those of others in theirs. A concept that is nowhere has
+    no part. Maps are those of binding, with queries and keys of the base and scaled from 0 to 1 in each layer; CLoRA
+    takes the LoRA's maps as they are.
 
     Args:
-        prompt: what the pipeline is called with. Any other text, as the unconditional one, each LoRA reads as it is.
-        parts: expert -> (its own prompt, its region), in any order. In CLoRA every own prompt is `prompt`.
+        prompt: what you call the pipeline with. Each LoRA reads any other text, such as the unconditional one, unchanged.
+        parts: expert -> (its prompt, its region), in any order. In CLoRA every such prompt is `prompt`.
 
     Raises ValueError for no part, or an unknown expert.
     """
@@ -115,16 +119,16 @@ def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, P
 
 
 def _reading(mixture: Mixture, name: str) -> dict[str, Any]:
-    """A binding under which an expert alone does what it does unbound, while the maps of its words are read."""
+    """A binding under which a single expert acts as if unbound, while the maps of its words are read."""
     words = from_file(mixture.experts[name]).words
     return dict.fromkeys(mixture.experts, EVERYWHERE) | {name: Bound(words, EVERYWHERE, required=False)}
 
 
 def _masks(parts: Mapping[str, Part], maps: Sequence[Sequence[Mapping[str, torch.Tensor]]], side: Side) -> torch.Tensor:
-    """Where each part is: [K, B, H, W] in 0..1, with B = 1 where there are no maps.
+    """The place of each part: [K, B, H, W] in 0..1, with B = 1 if there are no maps.
 
     Args:
-        maps: [K][B], of each part's own call: expert -> [h, w]; none where its region is given, or no word was read.
+        maps: [K][B], from each part's own call: expert -> [h, w]; none if its region is given, or no word was read.
     """
     pictures, nowhere = max(map(len, maps)) or 1, torch.zeros(1, 1)
     read = [[each.get(name, nowhere) for each in own or [{}] * pictures] for name, own in zip(parts, maps, strict=True)]
@@ -143,7 +147,9 @@ def _mask(region: Region, side: Side) -> torch.Tensor:
 
 
 def _shares(masks: torch.Tensor) -> torch.Tensor:
-    """Masks [K, ...] in 0..1 as shares of each place, which sum to 1: [K + 1, ...], the last of what lies in none."""
+    """Masks [K, ...] in 0..1 as shares of each place, which sum to 1: [K + 1, ...], the last for places outside all
+    masks.
+    """
     total = masks.sum(0, keepdim=True)
     return torch.cat([masks / total.clamp_min(1), (1 - total).clamp_min(0)])
 
@@ -159,7 +165,8 @@ def _names_by_text(mixture: Mixture, parts: Mapping[str, Part]) -> list[list[str
 def _readers(
     pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part], *, unprompted: Sequence[str] | None = None
 ) -> list[Callable[..., Any]]:
-    """What reads each part's own prompt in place of `prompt`, and at last `prompt`, as `texts_apart` takes them.
+    """Functions that read each part's own prompt instead of `prompt`, and last one for `prompt`, as `texts_apart` takes
+    them.
 
     Args:
         unprompted: the experts that read any other text; None: those that read the prompt.

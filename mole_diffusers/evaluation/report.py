@@ -1,4 +1,4 @@
-"""What is shown of an evaluation: the tables and figures of a protocol's rows."""
+"""The report of an evaluation: tables and figures of a protocol's rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mole_diffusers.evaluation.rows import Row
 
 @dataclass(frozen=True)
 class Report:
-    """How the rows of a protocol are shown. Values are columns of the table that `frame` makes.
+    """How a protocol's rows are shown. Values are columns of the table that `frame` makes.
 
     Attributes:
         frame: rows as a table with the protocol's values.
         tables: of all arms.
-        paired: of every other arm less one: (frame, arm, resample="cases" or "concepts").
-        values: what bars show; the last is drawn against the number of experts, too.
-        roles: what the frontier shows, of subjects and of styles.
+        paired: every other arm minus one: (frame, arm, resample="cases" or "concepts").
+        values: shown as bars; the last one is also drawn against the number of experts.
+        roles: shown in the frontier, for subjects and for styles.
         limits: of the figures' axes.
         styles: the concepts that are styles.
     """
@@ -36,7 +36,7 @@ class Report:
     styles: Collection[str]
 
     def text(self, rows: Sequence[Row]) -> str:
-        """The tables; if there is a plain sum, also every other arm less it, resampling cases and resampling concepts."""
+        """The tables. If there is a plain sum, also every other arm minus it, resampling cases and resampling concepts."""
         frame = self.frame(rows)
         parts = [table(frame) for table in self.tables]
         if (frame["arm"] == "sum").any():
@@ -45,7 +45,7 @@ class Report:
         return "\n\n".join(parts)
 
     def draw_bars(self, rows: Sequence[Row], path: Path) -> Any:
-        """Of the values that any row has."""
+        """Bars of the values that any row has."""
         frame = self.frame(rows)
         return bars(frame, path, [value for value in self.values if frame[value].notna().any()], limits=self.limits)
 
@@ -61,7 +61,7 @@ class Report:
         return curves(shown, path, value, at="attached", limits=self.limits)
 
     def draw_frontier(self, rows: Sequence[Row], path: Path) -> Any:
-        """Styles against subjects, of the cases that ask for both.
+        """Styles against subjects, for the cases that have both.
 
         Raises ValueError if no row of theirs has both values.
         """

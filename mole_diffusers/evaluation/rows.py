@@ -1,6 +1,6 @@
-"""Rows of an evaluation: one JSON line per picture, appended as pictures are made, so that a killed run can go on.
+"""Rows of an evaluation: one JSON line per picture, appended as pictures are drawn, so that a killed run can continue.
 
-A row has everything that its picture depends on; files and prompts go by short digests. Pictures lie beside the rows.
+A row has everything that its picture depends on, with short digests for files and prompts. Pictures are next to the rows.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from PIL import Image
 
 Row = dict[str, Any]
-KEY = ("case", "kind", "arm", "prompt", "seed", "settings")  # the fields that make a row unique: all that was asked for
+KEY = ("case", "kind", "arm", "prompt", "seed", "settings")  # the fields that make a row unique: the whole request
 SAME_NOISE = ("case", "prompt", "seed")  # the fields that rows share when arms are compared on one prompt and one noise
 DIGITS = 12
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """The first twelve digits of SHA-256 over `parts`, each with its length, so that no part runs into the next."""
+    """The first twelve digits of SHA-256 over `parts`, each with its length, so that parts cannot run into each other."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(len(part).to_bytes(8, "big") + part)
@@ -44,9 +44,9 @@ def key(row: Mapping[str, Any]) -> str:
 
 
 class Rows:
-    """The rows in a folder: reads those of every process, appends to the file of this one.
+    """The rows in a folder: reads those of all processes, and appends to the file of this one.
 
-    Processes never share a file, so they may run on several machines with one folder between them.
+    Processes never share a file, so they may run on several machines with a common folder.
     """
 
     def __init__(self, folder: Path, process: int = 0):
@@ -54,7 +54,7 @@ class Rows:
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> list[Row]:
-        """All rows, the first of each key. A last line that a killed run cut short is left out."""
+        """All rows, the first of each key. A last line that was cut short by a killed run is left out."""
         found: dict[str, Row] = {}
         for path in sorted(self.folder.glob("rows-*.jsonl")):
             for line in path.read_text().splitlines(keepends=True):
@@ -64,7 +64,7 @@ class Rows:
         return list(found.values())
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add rows in one write, after cutting off the unfinished line that a killed run may have left."""
+        """Add rows in one write, after removing an unfinished line that a killed run may have left."""
         path = self.folder / f"rows-{self.process}.jsonl"
         kept = path.read_bytes() if path.exists() else b""
         if kept and not kept.endswith(b"\n"):
@@ -74,7 +74,7 @@ class Rows:
 
 
 def picture_path(folder: Path, row: Row) -> Path:
-    """Where a row's picture lies: pictures/ARM/CASE/SEED-DIGEST.png, with characters that paths do not take replaced.
+    """The path of a row's picture: pictures/ARM/CASE/SEED-DIGEST.png, with characters that paths cannot contain replaced.
 
     The digest is that of `key`, so other settings or prompts have other files.
     """
@@ -83,6 +83,6 @@ def picture_path(folder: Path, row: Row) -> Path:
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Save a picture, and make its folder first."""
+    """Save a picture, creating its folder first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -20,11 +20,11 @@ from mole_diffusers.merging.activations import Activations
 
 @dataclass(frozen=True)
 class Case:
-    """One composition to draw: the concepts that experts bring, and the prompt that asks for all of them.
+    """One composition to draw: the concepts of the experts, and a prompt that names all of them.
 
     Attributes:
-        idle: experts that are attached too although the prompt does not ask for them.
-        size: width and height of its pictures in pixels; None leaves them to the setup's options.
+        idle: experts that are also attached although the prompt does not name them.
+        size: width and height of its pictures in pixels; None takes the setup's options.
     """
 
     concepts: tuple[str, ...]
@@ -44,9 +44,9 @@ class Case:
 
 
 def add_idle_experts(cases: Sequence[Case], pool: Sequence[str], counts: Sequence[int]) -> list[Case]:
-    """The cases once per number in `counts`, with experts of `pool` attached as idle ones up to that number.
+    """The cases once per number in `counts`, with idle experts from `pool` attached up to that number.
 
-    Numbers that a case's own concepts exceed, or that the pool cannot fill, are left out.
+    Numbers below a case's own number of concepts, or that the pool cannot fill, are left out.
 
     Raises ValueError if that leaves no case.
     """
@@ -71,10 +71,10 @@ class Setup:
         experts: concept -> its LoRA.
         options: of the pipeline call: num_inference_steps, guidance_scale, ...
         base: name of the base model, for the rows.
-        metrics: models and references that pictures are measured with, for the rows.
-        prompts: concept -> prompts that ask for it alone.
+        metrics: models and references that measure pictures, for the rows.
+        prompts: concept -> prompts for it alone.
         styles: the concepts that are styles.
-        strengths: the user's own, by concept; multiplied with the arm's own weights, 1 where not given.
+        strengths: the user's own, by concept, 1 by default; multiplied with the arm's weights.
     """
 
     pipe: Any
@@ -88,7 +88,7 @@ class Setup:
 
     @cached_property
     def activations(self) -> Activations:
-        """What each expert does alone, for the merges that need it; recorded once."""
+        """What each expert does alone, for the merges that need it. Recorded once."""
         return Activations(self.pipe, self.prompts)
 
     def call_of(self, case: Case) -> dict[str, Any]:
@@ -96,11 +96,11 @@ class Setup:
         return {**self.options, **(dict(zip(("width", "height"), case.size, strict=True)) if case.size else {})}
 
     def weighted_experts(self, weights: Mapping[str, float]) -> dict[str, tuple[Expert, float]]:
-        """Concept -> its LoRA and strength, which is the user's own times the weight."""
+        """Concept -> its LoRA and strength, the user's own times the weight."""
         return {name: (self.experts[name], weight * self.strengths.get(name, 1.0)) for name, weight in weights.items()}
 
     def expert_settings(self, names: Sequence[str]) -> dict[str, Any]:
-        """What a row says about the experts behind its picture; strengths only if one is not 1."""
+        """A row's description of the experts behind its picture, with strengths only if one is not 1."""
         settings: dict[str, Any] = {"experts": digest_texts(*(self.experts[name].sha256 for name in names))}
         strengths = {name: self.strengths.get(name, 1.0) for name in names}
         return settings if set(strengths.values()) <= {1.0} else settings | {"strengths": strengths}
@@ -111,8 +111,9 @@ class Arm:
     """A composer under test: inside `draws(setup, case)` the pipeline draws the case with it.
 
     Attributes:
-        settings: all that its pictures of a case depend on apart from the seed, the base and the options; ready for JSON.
-        covers: whether it can draw a case. Without trained gates for it, say, it cannot.
+        settings: everything that its pictures of a case depend on, except the seed, the base and the options; ready for
+            JSON.
+        covers: whether it can draw a case. For example, it cannot without trained gates for that case.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Arm:
     covers: Callable[[Case], bool] = lambda _: True
 
 
-Metrics = Callable[[Case, Sequence[Image.Image]], list[Row]]  # the fields that are measured in each picture of a case
+Metrics = Callable[[Case, Sequence[Image.Image]], list[Row]]  # the measured fields of each picture of a case
 
 
 def evaluate(
@@ -134,14 +135,14 @@ def evaluate(
     rows: Rows,
     processes: int = 1,
 ) -> list[Row]:
-    """Draw and measure what `rows` does not hold yet, keep each picture at its `picture_path`; returns `requested_rows`.
+    """Draw and measure what `rows` does not have yet, and save each picture at its `picture_path`. Returns `requested_rows`.
 
     Args:
         processes: how many processes share the work; `rows` knows which one this is.
     """
     done = {key(row) for row in rows.read()}
     work = [(arm, case) for case in cases for arm in arms if arm.covers(case)]
-    own = [  # by a hash of the names, so that the division stays the same when arms are added
+    own = [  # divided by a hash of the names, which stays the same when arms are added
         (arm, case) for arm, case in work if zlib.crc32(f"{arm.name}/{case.name}".encode()) % processes == rows.process
     ]
     for arm, case in tqdm(own, desc="evaluate", mininterval=5):
@@ -160,9 +161,9 @@ def evaluate(
 def requested_rows(
     setup: Setup, arms: Sequence[Arm], cases: Sequence[Case], *, seeds: Sequence[int], rows: Rows
 ) -> list[Row]:
-    """The rows of these arms, cases, seeds and settings, made by any process, as far as they exist.
+    """The existing rows of these arms, cases, seeds and settings, from all processes.
 
-    In the order of the arms, each once, without anything else that the folder may hold. Fields that an older row lacks are
+    They are in the order of the arms, each once, without anything else in the folder. Fields that an older row lacks are
     filled in.
     """
     there, work = {key(row): row for row in rows.read()}, [(arm, case) for arm in arms for case in cases if arm.covers(case)]
@@ -171,7 +172,7 @@ def requested_rows(
 
 
 def _unmeasured(setup: Setup, arm: Arm, case: Case, *, seeds: Sequence[int]) -> list[Row]:
-    """A row per seed, without what is measured."""
+    """A row per seed, without measurements."""
     facts = {
         "case": case.name,
         "concepts": list(case.concepts),

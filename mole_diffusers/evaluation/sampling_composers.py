@@ -19,12 +19,15 @@ from mole_diffusers.patching.undo import Undo, replaced_forward
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
 ALPHA, BETA = 1.5, 0.5  # of K-LoRA
-ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers that K-LoRA chooses for, in layer keys
+ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers for which K-LoRA chooses, in layer keys
 
 
 def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> AbstractContextManager[None]:
-    """LoRA Switch (arXiv 2402.16843, sec. 3.2): one expert at a time, in the mixture's order (the paper: characters first),
-    each for `period` steps with its own text. The released code gives the first expert one step more than the others."""
+    """LoRA Switch (arXiv 2402.16843, sec. 3.2): one expert at a time, each for `period` steps with its own text.
+
+    The order is that of the mixture (in the paper: characters first). The released code gives the first expert one step
+    more than the others.
+    """
     names, steps = list(mixture.experts), StepCounter(pipe.unet)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
@@ -36,7 +39,7 @@ def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> AbstractContext
 
 
 def composed_scores(pipe: Any, mixture: Mixture) -> AbstractContextManager[None]:
-    """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of what each alone predicts, guided as one."""
+    """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of each one's own prediction, guided as one."""
     names = list(mixture.experts)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
@@ -50,7 +53,7 @@ def composed_scores(pipe: Any, mixture: Mixture) -> AbstractContextManager[None]
 
 
 class StepCounter:
-    """Counts sampling steps by their timesteps; one that is noisier than the last starts a new picture."""
+    """Counts sampling steps by their timesteps. A step noisier than the last one starts a new picture."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.step, self.last, self.reader = 0, float("-inf"), DenoiserInputs(denoiser)
@@ -64,12 +67,12 @@ class StepCounter:
 
 
 def encodes_by_expert(pipe: Any) -> bool:
-    """Whether composers that read a text in several ways, as LoRA Switch and Composite do, support this kind of pipeline."""
+    """Whether this kind of pipeline supports composers that read a text in several ways (LoRA Switch and Composite)."""
     return getattr(pipe, "unet", None) is not None and getattr(pipe, "text_encoder_2", None) is None
 
 
 def check_encodes_by_expert(pipe: Any) -> None:
-    """Raises ValueError where `encodes_by_expert` says no."""
+    """Raises ValueError if `encodes_by_expert` is false."""
     if not encodes_by_expert(pipe):
         raise ValueError(f"this composer needs a unet and one text encoder, unlike {type(pipe).__name__}")
 
@@ -82,16 +85,16 @@ def read_by(pipe: Any, mixture: Mixture, names: Sequence[str], *args: Any, **kwa
 
 @contextmanager
 def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Run) -> Iterator[None]:
-    """`texts_apart` with the prompt as each expert's text encoder reads it, and the picture drawn as one."""
+    """`texts_apart` with the prompt as each expert's text encoder reads it, while the picture is drawn as one."""
     with mixture.tiled(0), texts_apart(pipe, [partial(read_by, pipe, mixture, [name]) for name in mixture.experts], run):
         yield
 
 
 @contextmanager
 def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> Iterator[None]:
-    """Call `run(unet, texts, args, kwargs)` in place of the UNet, with a text for each of `readers`.
+    """Call `run(unet, texts, args, kwargs)` instead of the UNet, with a text for each of `readers`.
 
-    A reader is called as the text encoder is. The states of all go through the pipeline concatenated along the channels,
+    A reader is called like the text encoder. The states of all go through the pipeline concatenated along the channels,
     [B, T, N * C]. Raises ValueError for a pipeline with several text encoders or without a UNet.
     """
     check_encodes_by_expert(pipe)
@@ -111,11 +114,12 @@ def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> I
 def last_content(layers: Mapping[str, Layer]) -> dict[str, float]:
     """K-LoRA (arXiv 2502.18461): the share of sampling up to which each layer uses the content LoRA, then the style LoRA.
 
-    Layer -> p*, where S_c = gamma (ALPHA p + BETA) S_s and S is the sum of the r_c r_s largest entries of |delta W|; below
-    0 the layer always has the style, above 1 always the content. gamma = sum |delta_c| / sum |delta_s| over all layers.
+    Layer -> p*, where S_c = gamma (ALPHA p + BETA) S_s and S is the sum of the r_c r_s largest entries of |delta W|.
+    Below 0 the layer always has the style, above 1 always the content. gamma = sum |delta_c| / sum |delta_s| over all
+    layers.
 
     Args:
-        layers: (content, style) of each layer; layers that only one of them has are left out.
+        layers: (content, style) of each layer. Layers that only one of them has are left out.
     """
     both = {key: (layer[0], layer[1]) for key, layer in layers.items()}
     deltas = {k: (c.delta(), s.delta(), c.rank * s.rank) for k, (c, s) in both.items() if c is not None and s is not None}

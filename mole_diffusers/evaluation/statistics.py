@@ -17,7 +17,7 @@ def resample_cases(count: int) -> Resampler:
 def resample_concepts(concepts: Sequence[Sequence[str]]) -> Resampler:
     """Draw concepts instead of the cases that share them (pigeonhole bootstrap; Owen, AoAS 2007).
 
-    A case counts as often as all of its concepts were drawn together, the product of their counts. The intervals err on the
+    A case counts as often as all its concepts were drawn together: the product of their counts. The intervals err on the
     wide side.
 
     Args:
@@ -34,11 +34,12 @@ def resample_concepts(concepts: Sequence[Sequence[str]]) -> Resampler:
 
 
 def bootstrap(table: torch.Tensor, resample: Resampler, *, draws: int = 2000) -> tuple[float, float, float]:
-    """The mean over cases of their means over seeds and its 95 % percentile interval; seeds are resampled within each case.
+    """The mean over cases of their means over seeds, with its 95 % percentile interval. Seeds are resampled within each
+    case.
 
     Args:
-        table: [G, S] values, NaN where a case has fewer seeds than another.
-        resample: how cases are drawn.
+        table: [G, S] values, NaN if a case has fewer seeds than another.
+        resample: how to draw cases.
     """
     values, generator = table.double(), torch.Generator().manual_seed(0)
     cases, seeds = table.shape
@@ -56,7 +57,7 @@ def _counts(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over cases that have a value: [draws, G] twice -> [draws], NaN where none has weight."""
+    """Weighted mean over cases that have a value: [draws, G] twice -> [draws], NaN if none has weight."""
     weights = weights * ~values.isnan()
     return (values.nan_to_num() * weights).sum(1) / weights.sum(1)
 

@@ -36,9 +36,10 @@ def search_arms(setup: Setup, values: Sequence[float] = VALUES) -> list[Arm]:
 
 
 def best_weights(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Kind of case -> the strengths with the highest success; among equals most concepts seen, then nearest to 1.
+    """Kind of case -> the strengths with the highest success. Ties go to most concepts seen, then to the strengths
+    nearest to 1.
 
-    Raises ValueError if no row is of a search.
+    Raises ValueError if no row is from a search.
     """
     tried = [row for row in rows if set(ROLES) <= set(row["settings"])]
     if not tried:
@@ -58,7 +59,7 @@ def best_weights(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def read_weights(path: Path) -> dict[str, dict[str, float]]:
     """Strengths by kind of case, as from `best_weights`, in JSON: {"pair": {"subject": 0.9, "style": 1.1}}.
 
-    Raises ValueError if the file holds something else.
+    Raises ValueError if the file holds anything else.
     """
     form = f'{path}: not {{"KIND": {{"subject": STRENGTH, "style": STRENGTH}}, ..}}'
     try:

@@ -18,8 +18,8 @@ Resample = Literal["cases", "concepts"]  # what the bootstrap draws, see `statis
 def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a table, in their order, with three more columns.
 
-    `composer` is the arm, with "alone fox", "alone ink", .. together as "alone"; `attached` is the number of experts that
-    were attached; `group` is the kind of case, with that number where some were idle: "pair, 4 LoRAs".
+    `composer` is the arm, with "alone fox", "alone ink", .. joined as "alone". `attached` is the number of attached
+    experts. `group` is the kind of case, with that number if some were idle: "pair, 4 LoRAs".
     """
     frame = pd.DataFrame(list(rows))
     frame["composer"] = frame["arm"].mask(frame["arm"].str.startswith("alone "), "alone")
@@ -30,7 +30,7 @@ def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def concept_mean(values: pd.Series, concepts: Callable[[str], bool] = lambda _: True) -> pd.Series:
-    """The mean over some concepts of a column of {concept: value}; NaN where a row has none of them."""
+    """The mean over some concepts of a column of {concept: value}; NaN if a row has none of them."""
 
     def mean(found: dict[str, float]) -> float:
         kept = [value for concept, value in found.items() if concepts(concept)]
@@ -40,7 +40,7 @@ def concept_mean(values: pd.Series, concepts: Callable[[str], bool] = lambda _: 
 
 
 def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.DataFrame:
-    """The rows of the other arms that `against` has on the same prompt and noise too, their values less those of it."""
+    """The rows of other arms whose prompt and noise `against` has, too, with their values minus those of `against`."""
     is_reference = rows["arm"] == against
     reference = rows.loc[is_reference, [*SAME_NOISE, *values]]
     pairs = rows[~is_reference].merge(reference, on=list(SAME_NOISE), suffixes=("", " of the reference"))
@@ -58,7 +58,7 @@ def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") ->
 
 
 def interval(rows: pd.DataFrame, value: str, *, digits: int = 2, resample: Resample = "cases") -> str:
-    """`estimate` as "0.52 [0.28, 0.75]", of the rows that have the value; "-" if none does."""
+    """`estimate` as "0.52 [0.28, 0.75]", over the rows that have the value; "-" if none does."""
     rows = rows.dropna(subset=[value])
     if rows.empty:
         return "-"
@@ -73,7 +73,7 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def by_kind(rows: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
-    """A table for every kind of case, under its name; for a single kind the table alone."""
+    """A table for every kind of case, under its name; for a single kind only the table."""
     kinds = [(kind, own) for kind, own in rows.groupby("group", sort=False)]
     return table(rows) if len(kinds) == 1 else "\n\n".join(f"{kind}:\n\n{table(own)}" for kind, own in kinds)
 
@@ -84,7 +84,7 @@ def success_table(rows: pd.DataFrame) -> str:
 
 
 def paired_table(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
-    """Success of every other arm less that of `against` on the same prompt and noise, a column per kind of case."""
+    """Success of every other arm minus that of `against` on the same prompt and noise, a column per kind of case."""
     less, head = differences(rows, against, ["success"]), f"arm, less {against}"
     return grid_table(less.assign(**{head: less["composer"]}), [head], "group", resample=resample)
 
