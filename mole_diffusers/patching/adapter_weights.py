@@ -1,4 +1,4 @@
-"""Weights as diffusers' `set_adapters` takes them: one number, or numbers per model and per block."""
+"""Weights in the form of diffusers' `set_adapters`: one number, or numbers per model and per block."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class AdapterWeights:
 
     Args:
         names: the experts, in the order of the gates' columns.
-        weights: expert -> {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}. An expert, model or
-            block without any has 1.
-        unet: whose blocks are meant; None where there is none.
+        weights: expert -> {"text_encoder": 0.5, "unet": {"down": 0.9, "up": {"block_1": [0.2, 0.3]}}}. An expert, model
+            or block that is not given has 1.
+        unet: the UNet with these blocks; None if there is none.
 
     Attributes:
         weights: the same in plain numbers, ready for JSON.
 
-    Warns of weights that are not a model's, as diffusers does. Raises ValueError for what is no number, weights that are not
-    by model, and what diffusers raises for blocks that the UNet does not have.
+    Warns of weights for anything but a model, as diffusers does. Raises ValueError for values that are not numbers, for
+    weights that are not given by model, and in all cases where diffusers does for blocks that the UNet does not have.
     """
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, Mapping[str, Any]], unet: Any):
@@ -50,7 +50,7 @@ class AdapterWeights:
         return [_of_block(scales, name) if component == "unet" else 1.0 for scales in self._blocks]
 
     def gates(self, place: str) -> None:
-        """No gate is replaced."""
+        """Replaces no gate."""
 
 
 def _check(expert: str, part: str, value: Any) -> None:

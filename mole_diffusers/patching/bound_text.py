@@ -1,4 +1,4 @@
-"""A text that the denoiser reads: which expert acts on which tokens of it and of the picture, and which words are closed."""
+"""A text that the denoiser reads: which experts act on which tokens of text and picture, and which words are closed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
 
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
 Silent = tuple[bool, ...]
-Made = dict[tuple, torch.Tensor | None]  # masks and biases, by what a layer asked for
+Made = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
 
 
 @dataclass(eq=False)
 class BoundText:
-    """A text that the denoiser reads, and what follows from it.
+    """A text that the denoiser reads, and everything that follows from it.
 
     Attributes:
-        text: its states, [B, S, C], which count as the same as long as nobody changes them (`version`).
+        text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
         shape: of the latents that were drawn with it.
-        acts: [B, S, N] bool, the tokens that each expert acts on; None where every expert acts on every token.
-        silent: [N]: the experts that no row of it wants; row_silent: [B, N], where rows differ.
-        prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a call
-            of its own names nobody, and takes over those of the prompt.
-        image: [B, N, H, W] in 0..1, the places that each expert acts on; None where all act everywhere.
-        biases: tokens of the picture -> [B, T, S], what cross-attention's logits lose.
+        acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+        silent: [N]: the experts that are silent in all rows. row_silent: [B, N], if rows differ.
+        prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
+            separate call names no expert, and takes over those of the prompt.
+        image: [B, N, H, W] in 0..1, the places that each expert acts on; None if all act everywhere.
+        biases: tokens of the picture -> [B, T, S], subtracted from cross-attention's logits.
     """
 
     text: torch.Tensor
@@ -46,7 +46,7 @@ class BoundText:
     _made: Made = field(default_factory=dict)
 
     def is_of(self, text: torch.Tensor, latents: torch.Tensor) -> bool:
-        """Whether this is that text, of a picture of that size. A copy counts: offloading makes one at every step."""
+        """Whether this is that text, for a picture of that size. A copy counts: offloading makes one at every step."""
         if self.text.shape != text.shape or self.text.device != text.device or self.shape[1:] != latents.shape[1:]:
             return False
         if torch.is_grad_enabled():  # in training every text is new
@@ -56,7 +56,7 @@ class BoundText:
         return torch.equal(self.text, text)
 
     def place(self, closing: float) -> None:
-        """Masks of the picture by the regions that are known, and what cross-attention loses there: `closing`, in logits."""
+        """Make the picture's masks from the known regions. Cross-attention loses `closing`, in logits, outside of them."""
         image, device = self.picture.expert_masks(), self.text.device
         self.image, self.biases, self._made = None if image is None else onto(image, device), {}, {}
         if image is not None and self.picture.readings and closing:
@@ -65,7 +65,7 @@ class BoundText:
                 self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
 
     def follow_prompt(self) -> bool:
-        """Take over the places that were planned for the prompt since; returns whether there were any."""
+        """Take over the places that were planned for the prompt since then. Returns whether there were any."""
         if self.prompt is None or self.image is self.prompt.image:
             return False
         self.image, self._made = self.prompt.image, {}
@@ -75,23 +75,23 @@ class BoundText:
 
     @property
     def binds(self) -> bool:
-        """Whether any expert is kept from any token."""
+        """Whether any expert is kept off any token."""
         return self.acts is not None or self.image is not None
 
     @property
     def rows(self) -> int:
-        """B, as far as words are known; else 0."""
+        """B, if its words are known; else 0."""
         return len(self.picture.prompt_of)
 
     @property
     def tokens(self) -> int:
-        """S; 0 where its words are not known."""
+        """S; 0 if its words are not known."""
         return 0 if self.acts is None else self.acts.shape[1]
 
     def over_ranks(
         self, stream: str, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
     ) -> torch.Tensor | None:
-        """As `TokenMasks.over_ranks`, for the denoiser's layers."""
+        """Like `TokenMasks.over_ranks`, for the denoiser's layers."""
         if stream == "image" and self.image is None:
             return None
         return kept_over_ranks(self._made, stream, low, segment, ranks, lambda: self._mask(stream, low))
@@ -101,7 +101,7 @@ class BoundText:
         tokens = low.shape[1]
         if stream == "joint":
             return self._joint(tokens)
-        # SD 3.5 calls a second attention of the picture what others call cross-attention.
+        # In SD 3.5, a second attention of the picture has the name that cross-attention has elsewhere.
         reads_picture = low.dim() == 3 and self.acts is not None and tokens != self.tokens
         if stream == "text" and not reads_picture:
             return self.acts
@@ -123,15 +123,16 @@ class BoundText:
         return torch.cat([self.acts.float(), image.to(self.acts.device)], 1)
 
     def side_of(self, tokens: int) -> Side | None:
-        """Height and width of a layer that has so many tokens of the picture; None where it has others."""
+        """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
         return next((side for side in sides(self.picture.side) if side[0] * side[1] == tokens), None)
 
     def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
-        """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: nothing is.
+        """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: no word is
+        closed.
 
         Args:
             tokens: T.
-            rows: B, of the layer; a video's frames are rows of their own there.
+            rows: B, of the layer; a video's frames are separate rows there.
         """
         bias = self.biases.get(tokens)
         if bias is None or (rows > len(bias) and rows % len(bias)):
@@ -139,8 +140,11 @@ class BoundText:
         return functional.rows_for_layer(bias, rows)
 
     def bias_of_heads(self, tokens: int, rows: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The same for each head, [B heads, T, S], once for all steps, as diffusers would repeat it at each; as it is where
-        that would be large."""
+        """The same for each head, [B heads, T, S].
+
+        It is made once for all steps, in the form that diffusers would otherwise repeat at each step. If that would be
+        large, it is returned without the repetition.
+        """
         key = "bias of heads", tokens, rows, heads, dtype
         if key not in self._made:
             bias = self.bias(tokens, rows)
@@ -150,7 +154,7 @@ class BoundText:
         return self._made[key]
 
     def forget(self) -> None:
-        """Let go of what layers asked for; it is made again where they ask again."""
+        """Drop what was computed for layers. It is computed again when they ask."""
         self._made = {}
 
     def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
@@ -174,7 +178,9 @@ def kept_over_ranks(
     ranks: tuple[int, ...],
     mask: Callable[[], torch.Tensor | None],
 ) -> torch.Tensor | None:
-    """A mask [B, T, N] over the ranks of a layer, in the shape of `low`; kept in `made`. None where the layer has others."""
+    """A mask [B, T, N] over the ranks of a layer, in the shape of `low`; kept in `made`. None if the layer's tokens are
+    others.
+    """
     key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
     if key not in made:
         made[key] = _over_ranks(mask(), low, segment)

@@ -1,6 +1,6 @@
 """One model of a pipeline under a mixture: its experts, its gates and the hooks that evaluate them.
 
-The LoRAs themselves are put on it by peft, see peft_injection.py.
+The LoRAs themselves are put on by peft, see peft_injection.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mole_diffusers.patching.processor import MoLEAttnProcessor
 from mole_diffusers.patching.runtime import Present, Runtime
 from mole_diffusers.patching.undo import Undo
 
-BANK = "mole_gates"  # submodule of a host that holds its gates, so that they move and offload with it
+BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
 
 
 class Component:
@@ -51,7 +51,7 @@ class Component:
         names, per = list(blocks(model)), config.one_gate_per
         self.owners = {layer: place_name(layer, per, names) for layer in stacks}  # layer -> name of its place
         self.places = {name: describe_place(name, per, model) for name in dict.fromkeys(self.owners.values())}
-        self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, where one gate weighs them all
+        self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, if one gate weighs them all
         if per == "module":
             for layer in stacks:
                 self.layers_of_block.setdefault(place_name(layer, "block_input", names), []).append(layer)
@@ -59,7 +59,9 @@ class Component:
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
     def install(self, undo: Undo) -> None:
-        """Put experts, gates and hooks on the model; the undoing of each change is recorded in `undo` before it."""
+        """Put experts, gates and hooks on the model. The undo step of each change is recorded in `undo` before the
+        change.
+        """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         sites = {layer: self.sites[name] for layer, name in self.owners.items()}
@@ -73,7 +75,7 @@ class Component:
 
     @property
     def step_invariant(self) -> bool:
-        """Whether no gate depends on what changes while sampling."""
+        """Whether no gate depends on anything that changes while sampling."""
         return all(site.gate.step_invariant for site in self.sites.values())
 
     @property
@@ -82,7 +84,7 @@ class Component:
         return all(site.gate.input_free for site in self.sites.values())
 
     def evaluate_deferred(self) -> None:
-        """Evaluate gates that wait for a layer to ask."""
+        """Evaluate the gates that wait until a layer asks."""
         for site in self._model_sites:
             site.evaluate_deferred()
 
@@ -93,7 +95,7 @@ class Component:
     def evaluate_input_free(self) -> None:
         """Evaluate gates that read nothing, outside of any sampling, for the listeners.
 
-        Raises ValueError where a gate depends on its input.
+        Raises ValueError if a gate depends on its input.
         """
         device = next(self.model.parameters()).device
         for name, at in self.places.items():
@@ -106,13 +108,13 @@ class Component:
             masks = self.runtime.masks
             rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
             layer = None
-            if gate.ranked:  # it sits at one layer, and asks for the experts of the ranks alone
+            if gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[name]
                 layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
             self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
 
     def place_of(self, layer: str) -> tuple[str, Present]:
-        """The place whose weights a layer takes, and the experts that it has."""
+        """The place whose weights a layer takes, and the experts that the layer has."""
         return self._full_name(self.owners[layer]), self.stacks[layer].present
 
     def gate_of(self, layer: str) -> Gate:
@@ -120,7 +122,7 @@ class Component:
         return self.sites[self.owners[layer]].gate
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
-        """Each gate and the layers that take its weights; none for "prompt", whose gates weigh several places at once."""
+        """Each gate with the layers that it weighs; none for "prompt", whose gates weigh several places at once."""
         if self.config.reads_prompt:
             return []
         return [(self.bank[name], [layer for layer in self.stacks if self.owners[layer] == name]) for name in self.places]
@@ -148,7 +150,7 @@ class Component:
 
     def _gate(self, at: Place) -> nn.Module:
         experts = len(self.runtime.active)
-        if at.name == NETWORK:  # it reads text and time, one token's worth
+        if at.name == NETWORK:  # it reads text and time, as a single token
             return build_gate(GateConfig.from_dict(self.config.to_dict() | {"features": "pooled"}), experts, at.width)
         width = at.width
         if self._reads_experts:
@@ -178,7 +180,7 @@ class Component:
         return LayerSite(*about, **common)
 
     def _gate_of(self, at: Place) -> tuple[Any, Present | None]:
-        """The gate at a place, and the experts it shares among where one gate weighs all layers of a block."""
+        """The gate at a place, and the experts it shares among if one gate weighs all layers of a block."""
         for block, layers in self.layers_of_block.items():
             if at.name in layers:
                 presents = [self.stacks[layer].present for layer in layers]
@@ -207,16 +209,16 @@ class Component:
 
     def _hook(self, at: Place, site: GateSite, undo: Undo) -> None:
         """Evaluate the site's gate whenever sampling enters its place."""
-        if isinstance(site, LayerSite):  # asks by itself
+        if isinstance(site, LayerSite):  # the layer evaluates it by itself
             return
         if isinstance(site, ModelSite) and self.name in DENOISERS:
             hook = _defer_text_and_time(site, DenoiserInputs(self.model))
             undo.before_forward(self.model, hook, with_kwargs=True)
-        elif at.block is None:  # of a text encoder
+        elif at.block is None:  # in a text encoder
             self._evaluate_at(next(iter(blocks(self.model))), site, undo)
         elif isinstance(site, BlockSite):
             undo.before_forward(self.model.get_submodule(at.block), lambda *_: site.begin_block())
-            if at.entry is not None:  # else the first of its layers evaluates it
+            if at.entry is not None:  # otherwise the first of its layers evaluates it
                 self._evaluate_at(at.entry, site, undo)
 
     def _evaluate_at(self, entry: str, site: GateSite, undo: Undo) -> None:
@@ -238,7 +240,7 @@ class Component:
 def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
         time = inputs.time(args, kwargs)  # [B]
-        text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a video has its text once a frame
+        text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a video repeats it for each frame
         time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
         site.defer(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
 
@@ -246,7 +248,7 @@ def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[n
 
 
 def _defer_text(sites: Sequence[ModelSite], inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
-    """All gates of a denoiser read its text."""
+    """For gates that all read the denoiser's text."""
 
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
         text = inputs.text(args, kwargs)
@@ -261,7 +263,7 @@ def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None
     found = attention.processor
 
     def put_back() -> None:
-        # What another tool has put in place of ours stays; a blank copy that it made of ours goes.
+        # A processor that another tool put in place of ours stays; a blank copy that it made of ours is removed.
         if isinstance(attention.processor, MoLEAttnProcessor):
             attention.set_processor(found if attention.processor.site is site else attention.processor.host)
 

@@ -1,6 +1,6 @@
-"""Hooks on a UNet's cross-attention: they read how much words are attended, and close them outside their region.
+"""Hooks on a UNet's cross-attention: they read how much attention words get, and close words outside their region.
 
-Hooks, since other tools replace processors (IP-Adapter, attention slicing) and every processor takes a mask.
+These are hooks, since other tools replace processors (IP-Adapter, attention slicing), and every processor takes a mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.uncompiled import Uncompiled
 from mole_diffusers.patching.undo import Undo
 
-MAP_TOKENS = 256  # maps are read where the picture has about so many tokens: 16 x 16 in Stable Diffusion 1.5 at 512 pixels
+MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
 
 
 def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
@@ -40,7 +40,7 @@ def cross_attentions(model: Any) -> dict[str, Attention]:
 
 
 def map_layers(model: Any) -> list[str]:
-    """The cross-attentions that maps are read in: those with the number of tokens nearest to MAP_TOKENS."""
+    """The cross-attentions whose maps are read: those with the number of tokens nearest to MAP_TOKENS."""
     sizes = {name: tokens_of(name, model) for name in cross_attentions(model)}
     nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
     return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
@@ -53,7 +53,7 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        text = text[0] if isinstance(text, tuple) else text  # IP-Adapter's pictures come beside the text
+        text = text[0] if isinstance(text, tuple) else text  # IP-Adapter passes its pictures along with the text
         if text is None or hidden.dim() != 3:
             return None
         if reads_maps and not torch.compiler.is_compiling() and masks.wants_maps:
@@ -77,7 +77,7 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
 
 @torch.no_grad()
 def _probabilities(attention: Any, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """What the host without experts attends to, mean over heads: hidden [B, T, C] and text [B, S, D] -> [B, T, S]."""
+    """What the model without experts attends to, mean over heads: hidden [B, T, C] and text [B, S, D] -> [B, T, S]."""
     to_q, to_k = (getattr(layer, "base_layer", layer) for layer in (attention.to_q, attention.to_k))
     query, key = (attention.head_to_batch_dim(x) for x in (to_q(hidden), to_k(text)))
     scores = attention.get_attention_scores(query, key)  # [B heads, T, S]

@@ -1,5 +1,4 @@
-"""The models of a pipeline, and what its denoiser is called with: models name their inputs, and count their time, in
-different ways."""
+"""The models of a pipeline, and the inputs of its denoiser. Models name inputs and measure time in different ways."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import nn
 from mole_diffusers.lora import COMPONENTS
 
 DENOISERS = ("unet", "transformer")
-UP_TO_1 = {  # transformers that pipelines give a timestep of 0..1
+UP_TO_1 = {  # transformers whose pipelines pass a timestep in 0..1
     f"{name}Transformer2DModel"
     for name in (
         "AuraFlow", "Chroma", "Flux", "Flux2", "Flux3", "LongCatImage", "NucleusMoEImage", "OvisImage", "QwenImage",
@@ -25,7 +24,7 @@ Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: w
 
 
 class DenoiserInputs:
-    """Reads the arguments of one denoiser's forward, given by position or by name; ValueError where it takes no such one."""
+    """Reads the arguments of a denoiser's forward, given by position or by name; ValueError if it takes no such argument."""
 
     def __init__(self, denoiser: nn.Module):
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -44,7 +43,7 @@ class DenoiserInputs:
         return time.float().reshape(-1).expand(sample.shape[0]) / self.pure_noise
 
     def side(self, args: tuple, kwargs: dict) -> tuple[int, int] | None:
-        """Height and width of the latents, in the denoiser's tokens; None where their layout is not known."""
+        """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
         if "sample" in self.names:
             height, width = self._read("sample", args, kwargs).shape[-2:]
             return height, width
@@ -54,23 +53,25 @@ class DenoiserInputs:
         if "img_ids" not in self.names:
             return None
         ids = self._read("img_ids", args, kwargs)
-        # Row and column come after the picture's number. Flux 2 has a number more, and LongCat counts on from its text.
+        # Row and column come after the picture's number. Flux 2 has one number more, and LongCat starts after its text.
         places = ids.flatten(0, -2)[:, 1:3]
         height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
         return height, width
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """What is denoised: [B, C, H, W], a video's [B, C, F, H, W], or tokens [B, T, C]."""
+        """The denoiser's input: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C]."""
         return self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
 
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """The text states [B, T, C]; B may be a multiple of the samples' where the samples are videos."""
+        """The text states [B, T, C]. For videos, B may be a multiple of the number of samples."""
         return self._read("encoder_hidden_states", args, kwargs)
 
 
 def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:
-    """How a call's guidance has put the rows of a text [B, S, C] together; None where that is not known, or where it calls
-    the denoiser for each text."""
+    """How a call's guidance has combined the rows of a text [B, S, C].
+
+    None if that is not known, or if the denoiser is called separately for each text.
+    """
     if isinstance(pipe, StableDiffusionInstructPix2PixPipeline | StableDiffusionXLInstructPix2PixPipeline):
         noisy = latents[:, : latents.shape[1] // 2]
         return (True, False, False) if _repeats(noisy, 3) and torch.equal(*text.chunk(3)[1:]) else (True,)
@@ -83,24 +84,24 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
 
 
 def _repeats(latents: torch.Tensor, times: int) -> bool:
-    """Whether the same pictures are there so many times, one batch after the other."""
+    """Whether the same pictures are repeated this many times, one batch after the other."""
     first, *others = latents.chunk(times)
     return len(others) == times - 1 and all(torch.equal(first, other) for other in others)
 
 
 def prompted_rows(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """[B] bool: the rows of a text [B, S, C] that are prompts; all, where that is not known."""
+    """[B] bool: the rows of a text [B, S, C] that are prompts; all if that is not known."""
     groups = groups_of(pipe, text, latents) or (True,)
     return torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))
 
 
 def compiled_from(model: Any) -> Any:
-    """The model inside what `torch.compile(model)` returns; any other model itself."""
+    """The model inside the result of `torch.compile(model)`; any other model itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    """The UNet or transformer of a pipeline; ValueError where it has none."""
+    """The UNet or transformer of a pipeline; ValueError if it has none."""
     for name in DENOISERS:
         if (model := getattr(pipe, name, None)) is not None:
             return compiled_from(model)
@@ -108,12 +109,12 @@ def denoiser(pipe: Any) -> nn.Module:
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """Part -> model of a pipeline that LoRAs can be on."""
+    """Part -> model, for the models of a pipeline that can have LoRAs."""
     return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
 
 
 def hosts(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline that experts are to sit on; ValueError where they could not act."""
+    """Part -> model, for the models of a pipeline that get experts; ValueError if experts could not act there."""
     unet = denoiser(pipe)
     if any(_fused(module) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
@@ -121,6 +122,6 @@ def hosts(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _fused(module: Any) -> bool:
-    """Whether an attention multiplies by q, k and v at once; unfusing leaves the mark on those of UNets."""
+    """Whether an attention multiplies by q, k and v at once. (UNets keep this mark after unfusing.)"""
     marked = getattr(module, "fused_projections", False)
     return marked and (not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused"))

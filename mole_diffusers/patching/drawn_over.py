@@ -1,7 +1,7 @@
-"""A picture that is drawn over: each thing of the prompt keeps the place that it has in it.
+"""img2img and inpainting: each thing of the prompt keeps the place that it has in the given picture.
 
-A thing stands where the model errs least in denoising the picture with that thing's LoRA and prompt alone, compared with the
-others': a diffusion classifier (Li et al. 2023, arXiv 2303.16203), place by place.
+A thing is where the model, with only that thing's LoRA and prompt, makes smaller errors in denoising the picture than it
+does for the others. This is a diffusion classifier (Li et al. 2023, arXiv 2303.16203), place by place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Things, Til
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
 
-WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {  # what models predict
+WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {  # the models' target
     "epsilon": lambda picture, noise, alpha: noise,
     "v_prediction": lambda picture, noise, alpha: alpha.sqrt() * noise - (1 - alpha).sqrt() * picture,
     "sample": lambda picture, noise, alpha: picture,
@@ -39,9 +39,9 @@ def drawn_over(
     by: By,
     settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
 ) -> DrawnOver | None:
-    """What places the things of a call in the picture that it draws over; arguments as of `tiles_for`.
+    """An object that finds the things of a call in the picture that it draws over. The arguments are those of `tiles_for`.
 
-    None where it draws over none, its prompt names less than two things, or the model's noise is not that of DDPM.
+    None if there is no such picture, its prompt names fewer than two things, or the model's noise is not that of DDPM.
     """
     things = things_of(tiling, call, bound, acting)
     if call.get("image") is None or things is None or len(things.prompts) < 2 or obstacle(pipe, things):
@@ -56,12 +56,12 @@ def drawn_over(
 class DrawnOver:
     """Finds the places of things in the picture that a call draws over, before it first calls the UNet.
 
-    Where the pipeline adds noise to no picture, to several, or to one that is not all that its UNet denoises, nothing is
-    found, and places come from attention as in any other call.
+    If the pipeline adds noise to no picture, to several, or to one that is not everything its UNet denoises, it finds
+    nothing. Places then come from attention, as in any other call.
 
     Attributes:
-        by: a context in which only some experts act, on every word, and nobody listens.
-        settle: is told the places [H, W], by the things' keys.
+        by: a context in which only some experts act, on every word, and without listeners.
+        settle: receives the places [H, W], by the things' keys.
     """
 
     pipe: Any
@@ -74,7 +74,7 @@ class DrawnOver:
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """While the block runs, a call's things are placed before its first step."""
+        """While the block runs, place a call's things before its first step."""
         methods, add_noise = vars(self.pipe.scheduler), self.pipe.scheduler.add_noise
         own = methods.get("add_noise")
 
@@ -83,7 +83,7 @@ class DrawnOver:
             return add_noise(original_samples, *args, **kwargs)
 
         methods["add_noise"] = noted
-        # Before the mixture's own hooks, which are to see the step that is taken as the last call.
+        # Before the mixture's own hooks, so that the step itself is the last call that they see.
         hook = self.pipe.unet.register_forward_pre_hook(self._before_step, prepend=True, with_kwargs=True)
         try:
             yield
@@ -112,11 +112,11 @@ class DrawnOver:
 
     @torch.no_grad()
     def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
-        """The squared error of one thing's model at each place, [H, W], over as many draws of noise as a step has rows.
+        """The squared error of one thing's model at each place, [H, W], over as many noise samples as a step has rows.
 
         Args:
             picture: its latents, [1, C, H, W].
-            latents: of the step, [B, C, H, W]; `call` are all arguments that the UNet is given for it.
+            latents: of the step, [B, C, H, W]. `call` are all arguments of the UNet for it.
         """
         alphas = self.pipe.scheduler.alphas_cumprod
         timestep = int(LEVEL * len(alphas))

@@ -1,4 +1,4 @@
-"""Gates averaged over a prompt and folded away: into the host's own weights, or into one ordinary LoRA."""
+"""Average gates over a prompt and fold them away: into the model's own weights, or into one ordinary LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.patching.runtime import Decision, Present
 
 Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
-Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name of the host: one LoRA's weights}
+Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name in the model: one LoRA's weights}
 
 
 class Averages:
@@ -39,10 +39,10 @@ class Averages:
 
 
 def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str] | None, **call: Any) -> None:
-    """Evaluate every gate as cheaply as it allows: those that read nothing need no prompt, those that read the text an
-    encoded one, and others a picture.
+    """Evaluate every gate as cheaply as possible: without a prompt if it reads nothing, by encoding if it reads the
+    text, else by drawing.
 
-    Raises ValueError where a gate depends on what passes it, and there is no prompt.
+    Raises ValueError if a gate needs an input and there is no prompt.
     """
     runtime = parts[0].runtime
     reads_text = runtime.rows is not None or (runtime.masks is not None and runtime.masks.has_words)
@@ -56,22 +56,22 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
 
 
 def _compiled(pipe: Any) -> bool:
-    """Whether the denoiser is one graph, which no hook of a layer can leave."""
+    """Whether the denoiser is a single graph, which no hook of a layer can leave."""
     model: Any = denoiser(pipe)
     wrapped = getattr(pipe, "unet", getattr(pipe, "transformer", None)) is not model
     return wrapped or getattr(model, "_compiled_call_impl", None) is not None
 
 
 class _EvaluatedError(Exception):
-    """All gates are evaluated; the picture is not wanted."""
+    """Raised once all gates are evaluated; the picture is not needed."""
 
 
 def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], **call: Any) -> None:
-    """Run the pipeline up to where its denoiser's first layer would begin: by then its weights are where they are used."""
+    """Run the pipeline up to the denoiser's first layer. By then its weights are on their device."""
 
     def evaluate(*_: Any) -> None:
         for part in parts:
-            if part.input_free:  # the prompt says which experts are there at all
+            if part.input_free:  # the prompt decides which experts are present
                 part.evaluate_input_free()
             else:
                 part.evaluate_deferred()
@@ -87,7 +87,7 @@ def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], 
     finally:
         for hook in hooks:
             hook.remove()
-        for module, found in processors.items():  # PAG puts its own there for a call, and was not let back
+        for module, found in processors.items():  # PAG could not restore them, as the call was stopped
             module.processor = found
 
 
@@ -99,7 +99,7 @@ def sample(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
 
 
 def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
-    """All experts, each at its place's weight, as one LoRA of summed rank. What weighs 0 is left out."""
+    """All experts, each at its place's weight, as one LoRA of summed rank. Weights of 0 are left out."""
     layers: Folded = {}
     for part in parts:
         for name, stack in part.stacks.items():
@@ -132,7 +132,7 @@ def truncated(layers: Folded, rank: int) -> tuple[Folded, float]:
 
 @contextmanager
 def folded(parts: Iterable[Component], layers: Folded) -> Iterator[None]:
-    """The hosts of `parts` with `layers` added to their weights in place while the block runs; then the very bits they had.
+    """Add `layers` in place to the weights of `parts` while the block runs, then restore the same bits.
 
     Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.
     """

@@ -1,4 +1,4 @@
-"""A gate at its site in a host: evaluated where the block begins, read by every expert layer of the block."""
+"""A gate at its site in a model: evaluated at the start of its block, and read by every expert layer of the block."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class GateSite(ABC):
-    """One gate, the layers that take its weights, and the weights that it last gave for each set of experts.
+    """One gate, the layers that take its weights, and its last weights for each set of experts.
 
     Args:
         name: the module name of the site, component first.
         presents: the sets of experts that the site's layers have, the largest first.
-        timed: the site knows the noise level; a text encoder does not.
-        scope: the experts that the gate shares among, where that is more than the layers' own: a "prompt" gate that weighs
-            the layers of a block shares among all experts that one of them has.
+        timed: whether the site knows the noise level; a text encoder does not.
+        scope: the experts that the gate shares among, if these are more than the layers' own. A "prompt" gate that
+            weighs the layers of a block shares among all experts that one of them has.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
 
@@ -48,8 +48,8 @@ class GateSite(ABC):
         self.name, self.gate, self.runtime = name, gate, runtime
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decisions: list[Decision] = []
-        self._valid_for: tuple[Any, ...] | None = None  # what the decisions hold for beyond this call; None: nothing
-        self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and where experts are bound by its tokens
+        self._valid_for: tuple[Any, ...] | None = None  # see `_validity`; None: valid for this call only
+        self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and by its tokens if experts are bound
 
     # ---- evaluating
 
@@ -57,7 +57,7 @@ class GateSite(ABC):
         """Evaluate the gate on `hidden` [B, T, C].
 
         Args:
-            layer: given where the gate sits at one layer.
+            layer: given if the gate sits at one layer.
             tokens: [B, T] bool, the tokens of a text that count.
         """
         valid_for = self._validity(hidden)
@@ -69,7 +69,7 @@ class GateSite(ABC):
                 listener(decision)
 
     def _validity(self, hidden: torch.Tensor) -> tuple[Any, ...] | None:
-        """What decisions hold for: as long as it stays equal, the gate need not be evaluated. None: for this call only."""
+        """A key for the decisions: as long as it stays equal, the gate need not be evaluated. None: only for this call."""
         runtime = self.runtime
         if not self._may_keep():
             return None
@@ -80,7 +80,7 @@ class GateSite(ABC):
         return None
 
     def _may_keep(self) -> bool:
-        """Whether decisions may hold beyond this call at all: under a schedule they change with the step."""
+        """Whether decisions may hold beyond this call at all. Under a schedule, they change with the step."""
         runtime = self.runtime
         learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
         return not learns and runtime.plan is None and runtime.control is None
@@ -94,7 +94,7 @@ class GateSite(ABC):
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
-        if torch.is_autocast_enabled(hidden.device.type):  # entering a context takes as long as a small gate
+        if torch.is_autocast_enabled(hidden.device.type):  # entering the context costs as much as a small gate
             with torch.autocast(hidden.device.type, enabled=False):
                 return self._by_gate(hidden, layer, tokens, segment)
         return self._by_gate(hidden, layer, tokens, segment)
@@ -104,7 +104,7 @@ class GateSite(ABC):
     ) -> list[Decision]:
         runtime = self.runtime
         time = runtime.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
-        # PAG gives single layers a part of the batch, videos their frames.
+        # PAG passes single layers a part of the batch, videos pass their frames.
         time = functional.resample_rows(time, len(hidden))
         features = hidden if self.probe is None else self.probe(hidden.float())
         decisions = []
@@ -135,7 +135,7 @@ class GateSite(ABC):
     ) -> Decision:
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         active = self._active_experts(present, hidden)
-        if self.runtime.fixed is None:  # a gate's weights by hand, where an expert may be absent
+        if self.runtime.fixed is None:  # weights by hand for one gate; an expert may be absent
             gates = gates * active.mask
         return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
 
@@ -145,7 +145,7 @@ class GateSite(ABC):
         return runtime.plan.gates(self.name) if runtime.fixed is None and runtime.plan is not None else runtime.fixed
 
     def _active_experts(self, present: Present, hidden: torch.Tensor) -> ActiveExperts:
-        """The experts that the gate weighs at this step, under a schedule and with other sets for some rows."""
+        """The experts that the gate weighs at this step, under a schedule and with different sets per row."""
         runtime, plan = self.runtime, self.runtime.plan
         if plan is None and runtime.fixed is None:
             active = runtime.active_experts(present, hidden.device)
@@ -160,35 +160,35 @@ class GateSite(ABC):
             active = ActiveExperts(active.mask & there, active.strengths, all_active=False, unit_strengths=False)
         if runtime.rows is None:
             return active
-        images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, however many pictures it gets
+        images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, whatever its number of pictures
         rows = functional.rows_per_prompt(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
         return ActiveExperts(active.mask & (rows != 0), active.strengths * rows, all_active=False, unit_strengths=False)
 
     def _plan_of_block(self, plan: Plan) -> Sequence[float]:
-        """[N], a schedule's factors of the block that the site is in."""
+        """[N], a schedule's factors for the site's block."""
         return plan.block(self.name)
 
     # ---- reading
 
     def factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """What multiplies A x of a layer, rank by rank.
+        """The factor for A x of a layer, rank by rank.
 
         Args:
             x: the layer's input, [B, Cin], [B, T, Cin] or [B, Cin, H, W].
             low: A x, [B, R], [B, T, R] or [B, R, H, W]; or for x [B, T, Cin] its rows, [B T, R].
 
         Returns:
-            a tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
+            A tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
         """
         self._make_ready(layer, x, low)
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
         masks = self.runtime.masks
-        tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG: a part of the rows
+        tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
         key = layer.ranks, low.dim(), low.dtype, *tokens
         if (factor := self._factors.get(key)) is None:
             factor = self._new_factor(layer, x, low)
-            if not factor.requires_grad:  # a checkpointed block that is computed again must save what it saved at first
+            if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
                 self._factors[key] = factor
         return factor
 
@@ -199,14 +199,14 @@ class GateSite(ABC):
 
     @abstractmethod
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
-        """Evaluate the gate where the weights are not those of this call, or of this layer."""
+        """Evaluate the gate if its weights are not those of this call, or of this layer."""
 
     def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
         """The weights of a layer's experts, [N] or [R], [B, ...] or [B, T, ...]; `rows` of the batch reach it."""
         return next(d.applied for d in self._decisions if d.present == layer.present)
 
     def _spread(self, layer: GatedExperts, weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """The weights of a layer's experts over their ranks, times the masks of its tokens where experts are bound."""
+        """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
         segment = layer.segment
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)
         if (masks := self.runtime.masks) is not None and masks.binds:
@@ -216,21 +216,23 @@ class GateSite(ABC):
 
 
 class BlockSite(GateSite):
-    """A gate that is evaluated when its block begins. Where it was not, on as many rows as a layer has, that layer's own
-    input is read: another processor took the place of ours (IP-Adapter, PAG), or splits the batch.
+    """A gate that is evaluated when its block begins.
+
+    If it was not evaluated then on as many rows as a layer has, the layer's own input is read instead. This happens if
+    another processor replaced ours (IP-Adapter, PAG), or splits the batch.
 
     Args:
-        reads_text: the gate reads what its layers read, the text, and nothing else: it is asked once for the same tensor.
+        reads_text: the gate reads only the text, as its layers do. It is evaluated once per text.
     """
 
     def __init__(self, *args: Any, reads_text: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.reads_text = reads_text
-        self._text, self._texts = Seen(), 0  # what the gate read last, and how many texts it has read
+        self._text, self._texts = Seen(), 0  # the gate's last text, and the number of texts so far
         self._batch = 0  # rows that the gate was evaluated on since the block began
 
     def begin_block(self) -> None:
-        """The gate has to be asked again; what holds beyond a call (`_validity`) is not made anew."""
+        """The gate must be evaluated again, except for decisions that hold beyond a call (`_validity`)."""
         self._batch = 0
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
@@ -258,11 +260,11 @@ class LayerSite(GateSite):
 
 
 class ModelSite(GateSite):
-    """A gate of layers outside of blocks, or one that reads the prompt.
+    """A gate for layers outside of blocks, or one that reads the prompt.
 
-    In a denoiser it reads what the model is given, and is evaluated when the first layer asks: at the entry of the model it
-    may still be on another device, since offloading brings it when the model's forward begins. In a text encoder it reads
-    what enters the first block.
+    In a denoiser it reads the model's inputs, and is evaluated when the first layer asks. When the model is entered, the
+    gate may still be on another device, since offloading moves it when the model's forward begins. In a text encoder it
+    reads the input of the first block.
 
     Args:
         spans_blocks: each layer multiplies its own block's strength from a schedule.

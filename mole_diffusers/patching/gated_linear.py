@@ -17,7 +17,7 @@ ALONE = [ADAPTER]
 
 
 class GatedExperts:
-    """The experts of one layer: what peft calls a variant of LoRA.
+    """The experts of one layer: a variant of LoRA, in peft's terms.
 
     Args:
         layer: peft's layer, whose `base_layer` is W and whose adapter holds A [R, Cin] in `lora_A` and B [Cout, R] in
@@ -30,7 +30,7 @@ class GatedExperts:
         self.stream = stream
         self.site, self.present, self.ranks, self.name = site, stack.present, stack.ranks, name
         self.base, self.down, self.up = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        # A module looks its weight up in slow ways first; the dicts that hold weights and hooks are read directly.
+        # A module's attribute lookup is slow, so the dicts with weights and hooks are read directly.
         matrices = self.base, self.down, self.up
         self._base, self._down, self._up = (matrix._parameters for matrix in matrices)
         self._buffers = self.down._buffers
@@ -38,8 +38,10 @@ class GatedExperts:
         self._own = tuple(matrix.__dict__ for matrix in matrices)
 
     def are_all(self, layer: Any, x: torch.Tensor) -> bool:
-        """Whether these experts are all that is added to W, and nobody hooked the three matrices: then `linear` may read
-        them. Offloading and quantisation bring weights to where they are used in hooks."""
+        """Whether only these experts are added to W, and the three matrices have no hooks. Then `linear` may read them.
+
+        Offloading and quantisation use hooks to bring weights to where they are used.
+        """
         if layer._disable_adapters or layer.merged_adapters or layer._active_adapter != ALONE or x.dim() != 3:
             return False
         base, down, up = self._own
@@ -54,18 +56,21 @@ class GatedExperts:
         return functional.add_low_rank(y, low, factor, up).view(x.shape[0], x.shape[1], -1)
 
     def forward(self, layer: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
-        """What the experts add to `result` = W x, by peft's own modules: for convolutions, quantised and offloaded layers,
-        and layers with other adapters. x [B, Cin], [B, T, Cin] or [B, Cin, H, W]; result alike with Cout."""
+        """What the experts add to `result` = W x, through peft's own modules.
+
+        It is for convolutions, quantised and offloaded layers, and layers with other adapters. x [B, Cin], [B, T, Cin]
+        or [B, Cin, H, W]; result has the same form with Cout.
+        """
         low = self.down(x)
         return result + self.up(low * self._factor(layer, x, low))
 
     def described(self, low: torch.Tensor) -> Layer:
-        """What a gate that sits at this layer is told about it."""
+        """What a gate at this layer gets to know about it."""
         return Layer(low, self._up["weight"], self.segment)
 
     @property
     def segment(self) -> torch.Tensor:
-        """[R] -> index of the expert each rank belongs to."""
+        """[R] -> index of the expert that each rank belongs to."""
         return self._buffers["segment"]
 
     def _factor(self, layer: Any, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Calls of a host that would lose or break its experts: they meet the original host, or are refused in one sentence."""
+"""Calls of a pipeline or model that would lose or break its experts: they run on the original model, or are refused."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ def guard(
 ) -> None:
     """Watch the calls of a pipeline and of the models with experts.
 
-    Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models: diffusers would
-    write peft's own names, which load as random weights, make the mixture's adapter inactive, and not know its attention
-    processors. Fusing is refused, and so is taking the weights of a part of a model, as `ControlNetModel.from_unet` does.
+    Saving a model, and loading or choosing ordinary LoRAs beside the mixture, run on the original models. Otherwise
+    diffusers would write peft's own names, which load as random weights, make the mixture's adapter inactive, and not
+    know its attention processors. Fusing is refused, and so is taking the weights of a part of a model, as
+    `ControlNetModel.from_unet` does.
 
-    Taking all LoRAs out, or this adapter by its name, takes the mixture off first: `remove()`. A deep copy of the pipeline
-    is `copy(memo)`, that of a model is the original's; pickling is refused.
+    Removing all LoRAs, or this adapter by its name, first takes the mixture off: `remove()`. A deep copy of the pipeline
+    is `copy(memo)`; a deep copy of a model is one of the original model. Pickling is refused.
 
-    Another pipeline over the same models is not watched, and diffusers reaches past a text encoder for its layers. So
-    the layers themselves keep the mixture's adapter active, and refuse to be fused.
+    Another pipeline over the same models is not watched, and diffusers accesses a text encoder's layers directly. So the
+    layers themselves keep the mixture's adapter active, and refuse to be fused.
     """
     _wrap(pipe, "fuse_lora", partial(_refused, MERGED), undo)
     _set(pipe, "__deepcopy__", copy, undo)
@@ -68,15 +69,15 @@ def guard(
         if isinstance(model, ModelMixin):
             _watch_parts(model, undo)
         elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
-            # diffusers' `clip_skip` looks for a module that transformers 5.6 took away
+            # diffusers' `clip_skip` looks for a module that transformers 5.6 removed
             undo.callback(vars(model).pop, "text_model", None)
             vars(model)["text_model"] = model
 
 
 def _wrap(owner: Any, name: str, call: Callable[..., Any], undo: Undo) -> None:
-    """Give one object a method of its own, `call(the method it has, self, ...)`; does nothing where it has none.
+    """Override one object's method by `call(its method, self, ...)`. Does nothing if the object has no such method.
 
-    A method that a subclass made its own, as a drop-in pipeline does, knows what it is about and stays.
+    A method that a subclass overrides, as in a drop-in pipeline, already handles mixtures and stays.
     """
     found = getattr(type(owner), name, None)
     if found is None or found.__module__.startswith("mole_diffusers"):
@@ -86,7 +87,7 @@ def _wrap(owner: Any, name: str, call: Callable[..., Any], undo: Undo) -> None:
 
 def _set(owner: Any, name: str, value: Any, undo: Undo) -> None:
     own = vars(owner)
-    if name in own:  # someone's before us
+    if name in own:  # set by someone else before us
         undo.callback(own.__setitem__, name, own[name])
     else:
         undo.callback(own.pop, name, None)
@@ -103,7 +104,7 @@ def _not_pickled(owner: Any, _: int) -> Any:
 
 
 def _on_the_original(lift: Lift, found: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    # Swapped weights go into an adapter that is there, whose layers a compiled model already knows.
+    # Swapped weights go into an existing adapter, whose layers a compiled model already knows.
     with nullcontext() if kwargs.get("hotswap") is True else lift():
         return found(model, *args, **kwargs)
 
@@ -137,6 +138,6 @@ def _watch_parts(model: Any, undo: Undo) -> None:
 
 
 def _whole_only(name: str, _: Any, prefix: str, *__: Any) -> None:
-    """A state dict of the whole model has a prefix for each part."""
+    """The state dict of a whole model has a prefix for each part, so a prefix means a part."""
     if not prefix:
         raise ValueError(PARTIAL.format(name=name))

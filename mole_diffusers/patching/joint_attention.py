@@ -1,6 +1,6 @@
 """Hooks on attention that reads text and picture together (SD 3, Flux): they read maps, and close words.
 
-That happens where the host calls PyTorch's attention, so that norms and rotary embeddings are those of the host.
+They act where the model calls PyTorch's attention, so that its norms and rotary embeddings apply.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # 
 
 
 def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
-    """Hook the joint attention of every block of a transformer; the middle half of the blocks is read for maps."""
+    """Hook the joint attention of every block of a transformer. Maps are read in the middle half of the blocks."""
     joint = JOINT_STREAM[-1]
     layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
     if layers:
@@ -46,11 +46,13 @@ def _has(block: nn.Module, name: str) -> bool:
 
 
 class _Hooks:
-    """Around one attention: PyTorch's function is watched while it runs, by the one implementation that takes any mask."""
+    """Hooks around one attention. They watch PyTorch's function while it runs, with the one implementation that takes
+    any mask.
+    """
 
     def __init__(self, runtime: Runtime, layer: Any, *, reads_maps: bool):
         self.runtime, self.layer, self.reads_maps = runtime, layer, reads_maps
-        self.picture_first = isinstance(layer, Attention)  # SD 3's; Flux and its kin have the text first
+        self.picture_first = isinstance(layer, Attention)  # in SD 3; Flux and similar models have the text first
         self._running: list[ExitStack] = []
 
     def install(self, undo: Undo) -> None:
@@ -104,13 +106,13 @@ class _Watched(TorchFunctionMode):
 
     @torch.no_grad()
     def _read(self, bound: BoundText, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Shares of the text's tokens in what the picture's attend to: query [B, heads, T, D], key [B, heads, S, D]."""
+        """The text tokens' shares in what the picture's tokens attend to: query [B, heads, T, D], key [B, heads, S, D]."""
         rows = bound.picture.picture_rows
         if len(query) != bound.rows:
             return
         heads = query.shape[1]
         total = query.new_zeros(len(rows), query.shape[2], key.shape[2])
-        for head in range(heads):  # all heads at once would be as large as the attention that hosts avoid
+        for head in range(heads):  # all heads at once would be as large as the full attention matrix that models avoid
             logits = query[rows, head] @ key[rows, head].transpose(1, 2) / query.shape[-1] ** 0.5
             total += logits.softmax(-1) / heads
         self.masks.add_maps(total)

@@ -1,4 +1,6 @@
-"""Offloaded pipelines: weights are elsewhere between calls, and hooks know each module by what it was when they came."""
+"""Offloaded pipelines: weights are elsewhere between calls, and hooks refer to each module as it was when they were
+added.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from torch import nn
 
-HOOKS = ("_hf_hook", "_diffusers_hook")  # attributes of modules that Accelerate or diffusers calls hooks for
+HOOKS = ("_hf_hook", "_diffusers_hook")  # attributes of modules in which Accelerate or diffusers keep hooks
 
 
 @contextmanager
 def loaded(pipe: Any) -> Iterator[None]:
-    """Take a pipeline's offloading hooks off while the block changes its modules, and put them on again.
+    """Remove a pipeline's offloading hooks while the block changes its modules, and then add them again.
 
-    As diffusers itself does around loading a LoRA, for the same device.
+    diffusers itself does so when it loads a LoRA, for the same device.
     """
     models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
     modules = [module for model in models for module in model.modules()]
@@ -46,7 +48,7 @@ def loaded(pipe: Any) -> Iterator[None]:
 
 
 def _device(modules: Iterable[nn.Module]) -> Any:
-    """Where offloaded models compute; None where none is offloaded by Accelerate."""
+    """The device where offloaded models compute; None if Accelerate offloads none."""
     for module in modules:
         hook: Any = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):

@@ -1,7 +1,7 @@
-"""How experts ride in a model: as one peft adapter whose rank space the gates scale. The only file that imports peft.
+"""Puts the experts into a model, as one peft adapter whose ranks the gates scale. Only this file imports peft.
 
-peft calls a `LoraVariant` instead of its own LoRA arithmetic; that keeps `disable_lora`, the `scale` argument, other
-adapters, quantised layers and hooks of the host working. The extension point is private to peft.
+peft calls a `LoraVariant` instead of its own LoRA arithmetic. So `disable_lora`, the `scale` argument, other adapters,
+quantised layers and other hooks keep working. This extension point is private to peft.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mole_diffusers.patching.undo import Undo
 
 
 class GatedLinear(lora.Linear):
-    """peft's linear layer; where nothing but the experts is added to a plain weight, their arithmetic is all of it."""
+    """peft's linear layer. If only the experts are added to a plain weight, it only runs their arithmetic."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         experts = self.lora_variant[ADAPTER]
@@ -35,11 +35,11 @@ class GatedLinear(lora.Linear):
 
 
 def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite], undo: Undo) -> None:
-    """Put the stacked experts on the named layers of `model`; every change's undoing is recorded in `undo` first."""
+    """Put the stacked experts on the named layers of `model`. The undo step of each change is recorded in `undo` first."""
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    with torch.device("meta"):  # in this thread alone; peft's `low_cpu_mem_usage` patches nn.Module for all of them
+    with torch.device("meta"):  # only in this thread; peft's `low_cpu_mem_usage` patches nn.Module for all threads
         inject_adapter_in_model(config, model, ADAPTER)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
@@ -47,27 +47,27 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
             undo.before_forward(model.get_submodule(name), _by_position, with_kwargs=True)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
-    for p, flag in before.items():  # peft froze the host; whether its own parameters train is the user's choice
+    for p, flag in before.items():  # peft froze the model, but its own parameters are up to the user
         p.requires_grad_(flag)
 
 
 def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """AnimateDiff's motion modules hand their projections `input` by name; peft's layers have another name for it."""
+    """AnimateDiff's motion modules pass `input` to their projections by name; peft's layers have another name for it."""
     return ((kwargs["input"],), {}) if "input" in kwargs else None
 
 
 def inject_trainable(model: Any, adapter: str, undo: Undo, *, pattern: str, rank: int, alpha: float) -> None:
-    """An ordinary trainable LoRA on every layer whose name matches `pattern`; the host itself is frozen meanwhile."""
+    """An ordinary trainable LoRA on every layer whose name matches `pattern`. The model itself is frozen meanwhile."""
     _record(model, adapter, undo)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights="gaussian")
     inject_adapter_in_model(config, model, adapter)
 
 
 def _record(model: Any, adapter: str, undo: Undo) -> tuple[dict[nn.Parameter, bool], dict[str, list[str]]]:
-    """Note what injecting will change, gradients and active adapters, so that `undo` can give it back.
+    """Record what injecting will change, gradients and active adapters, so that `undo` can restore it.
 
-    Raises ValueError where the adapter's name is taken, or where other adapters are disabled or fused: peft switches
-    whole layers, so ours would be off too.
+    Raises ValueError if the adapter's name is taken, or if other adapters are disabled or fused: peft switches whole
+    layers, so ours would be off, too.
     """
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(f"{type(model).__name__} already has an adapter named {adapter!r}; delete or rename it")
@@ -103,10 +103,10 @@ def _fill(layer: Any, stack: Stack, site: GateSite, name: str) -> None:
 
 
 def _computed_in(module: Any) -> torch.dtype:
-    """What a layer's product is computed in: its weight may be stored in fewer bits."""
+    """The dtype of a layer's product; its weight may be stored in fewer bits."""
     hook = getattr(module, "_diffusers_hook", None)
     casting = hook and hook.get_hook("layerwise_casting")
-    said = (casting or module).__dict__.get("compute_dtype")  # layers of GGUF and bitsandbytes say it too
+    said = (casting or module).__dict__.get("compute_dtype")  # GGUF and bitsandbytes layers have it, too
     if said is not None:
         return said
     dtype = module.weight.dtype
@@ -114,7 +114,7 @@ def _computed_in(module: Any) -> torch.dtype:
 
 
 def _activate(model: nn.Module, active: Mapping[str, list[str]]) -> None:
-    """Set the active adapters of each named layer that is still there."""
+    """Set the active adapters of each named layer that still exists."""
     for name, adapters in active.items():
         if isinstance(layer := model.get_submodule(name), LoraLayer):
             layer.set_adapter(adapters)
@@ -143,7 +143,7 @@ def switched_off(model: nn.Module) -> bool:
 
 
 def switches(models: Iterable[nn.Module]) -> dict[nn.Module, bool]:
-    """Of the models that carry LoRAs: whether they are switched off."""
+    """For models with LoRAs: whether they are switched off."""
     return {model: switched_off(model) for model in models if adapted(model)}
 
 
@@ -155,13 +155,13 @@ def switch(models: Iterable[nn.Module], *, on: bool) -> None:
 
 
 def off_after(models: Sequence[nn.Module], off: Sequence[nn.Module], before: Mapping[nn.Module, bool]) -> list[nn.Module]:
-    """The models whose adapters are to be off after a lifted block, for which those in `off` were off.
+    """The models whose adapters should be off after a lifted block; those in `off` were off before it.
 
-    Models without LoRAs in the block follow a switch of the others, since calls of the pipeline switch all that they find.
-    LoRAs that came on inside do not switch a model on.
+    Models without LoRAs in the block follow a switch of the others, since calls of the pipeline switch all that they
+    find. LoRAs that were added inside do not switch a model on.
 
     Args:
-        before: what `switches` was when the block began.
+        before: the result of `switches` when the block began.
     """
     now = {model: is_off for model, is_off in switches(models).items() if model in before or is_off}
     switched = {is_off for model, is_off in now.items() if is_off != before.get(model, False)}
@@ -170,14 +170,15 @@ def off_after(models: Sequence[nn.Module], off: Sequence[nn.Module], before: Map
 
 
 def adapted(model: nn.Module) -> list[Any]:
-    """The layers of a model that carry LoRAs, the mixture's experts or ordinary ones."""
+    """The layers of a model that have LoRAs: the mixture's experts or ordinary ones."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """down [R, Cin] and up [Cout, R] of an injected layer, where the host keeps them now.
+    """down [R, Cin] and up [Cout, R] of an injected layer, wherever the model keeps them now.
 
-    The taps of a convolution are summed: applied to a mean input that gives its mean output, but for the borders.
+    The taps of a convolution are summed. Applied to the mean of an input, this gives the mean output, except for the
+    borders.
     """
     layer = model.get_submodule(name)
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
@@ -185,6 +186,6 @@ def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def ups(model: Any) -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    """layer -> (the module that holds `up`, segment [R]); what enters that module is z times the weights."""
+    """layer -> (the module that holds `up`, segment [R]). The input of that module is z times the weights."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
     return {name: (layer.lora_B[ADAPTER], layer.lora_A[ADAPTER].segment) for name, layer in layers.items()}

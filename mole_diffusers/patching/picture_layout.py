@@ -1,4 +1,4 @@
-"""Where each thing of a prompt stands in the pictures of one batch: maps are gathered, a layout is planned and kept."""
+"""The places of a prompt's things in the pictures of one batch: collects maps, then plans a layout and keeps it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mole_diffusers.functional import onto
 
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
 
-Side = tuple[int, int]  # height and width of the latents, or of what a layer has of them
+Side = tuple[int, int]  # height and width of the latents, or of a layer's part of them
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who has which place in one picture.
+    """The places in one picture.
 
     Attributes:
-        regions: name of an expert, or a noun that no expert owns -> [H, W] in 0..1, in latent pixels. Experts that act in
-            the whole picture are not there.
-        maps: the same names -> [h, w], the attention to their words that the layout was planned from.
+        regions: name of an expert, or a noun without an expert -> [H, W] in 0..1, in latent pixels. Experts that act in
+            the whole picture are not included.
+        maps: the same names -> [h, w], the attention to their words from which the layout was planned.
     """
 
     regions: dict[str, torch.Tensor]
@@ -34,15 +34,15 @@ class Layout:
 
 
 class PictureLayout:
-    """The layout of the pictures of a batch. A row is one of the denoiser's text; all tensors but maps are on the CPU.
+    """The layout of the pictures of a batch. Rows are those of the denoiser's text. All tensors except maps are on the CPU.
 
     Args:
         bound: each expert's binding, in the order of the gates' columns.
-        readings: of each row's text; empty where it is not known.
-        groups: of the groups of rows that guidance puts together, in their order: whether they are prompts. The first that
-            are say what is in the pictures.
-        frames: rows of one video, which have one layout.
-        side: of the latents; None where it is not known, and nothing has a place.
+        readings: of each row's text; empty if it is not known.
+        groups: for the groups of rows that guidance combines, in their order: whether they are prompts. The first group
+            of prompts says what is in the pictures.
+        frames: rows of one video, which share one layout.
+        side: of the latents; None if it is not known, and nothing has a place.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class PictureLayout:
         self.readings, self.side = readings, side
         pictures = max(1, len(readings) // len(groups))
         first = groups.index(True) * pictures
-        # The row whose prompt says what is in each row's picture: unconditional rows borrow it.
+        # For each row, the row whose prompt says what is in the picture; unconditional rows borrow it.
         self.prompt_of = [first + row % pictures // frames * frames for row in range(len(readings))]
-        self.picture_rows = sorted(set(self.prompt_of))  # of each picture, the row whose prompt says what is in it
+        self.picture_rows = sorted(set(self.prompt_of))  # for each picture, the row whose prompt says what is in it
         self._is_prompt = [groups[min(row // pictures, len(groups) - 1)] for row in range(len(readings))]
-        self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], how much each thing's words are attended
+        self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], attention to each thing's words
         self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], once planned
 
     # ---- planning
 
     @property
     def wants_maps(self) -> bool:
-        """Whether there is something to place, and it is not placed yet."""
+        """Whether there is something to place that has no place yet."""
         return not self._regions and any(map(self._placed, self.picture_rows))
 
     @property
@@ -78,7 +78,7 @@ class PictureLayout:
         return bool(self._maps) and not self._regions
 
     def add_maps(self, shares: torch.Tensor, side: Side) -> None:
-        """Add what a layer with this height and width attends to in each picture: shares [P, T, S] of its text's tokens."""
+        """Add what a layer of this height and width attends to in each picture: shares [P, T, S] of its text's tokens."""
         for share, row in zip(shares, self.picture_rows, strict=True):
             if things := self._placed(row):
                 maps = _attended(share, things, side)
@@ -86,11 +86,11 @@ class PictureLayout:
 
     @property
     def has_things(self) -> bool:
-        """Whether any picture shows something that the texts name, with a place or not."""
+        """Whether any picture shows something that the texts name, with or without a place."""
         return any(self.readings[row].things for row in self.picture_rows)
 
     def named_maps(self, shares: torch.Tensor, side: Side) -> list[dict[str, torch.Tensor]]:
-        """The maps of all things in one layer, given as to `add_maps`: for each picture, name -> [h, w] on the CPU."""
+        """The maps of all things in one layer, from the arguments of `add_maps`: per picture, name -> [h, w] on the CPU."""
         named = []
         for share, row in zip(shares, self.picture_rows, strict=True):
             things = self.readings[row].things
@@ -99,7 +99,7 @@ class PictureLayout:
         return named
 
     def plan(self) -> list[str]:
-        """Decide the layout of every picture; returns what is to be warned of."""
+        """Decide the layout of every picture. Returns warnings."""
         warned = []
         for row, maps in self._maps.items():
             if self.side is not None:
@@ -111,7 +111,7 @@ class PictureLayout:
         return warned
 
     def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
-        """Take places [H, W] that were planned elsewhere, by `words.keys`; returns whether all things have one."""
+        """Take places [H, W] that were planned elsewhere, by `words.keys`. Returns whether all things have one."""
         rows = {}
         for row in self.picture_rows:
             things, placed = self.readings[row].things, self._placed(row)
@@ -123,7 +123,7 @@ class PictureLayout:
         return fits
 
     def keep(self, before: PictureLayout) -> None:
-        """Keep the layouts of a text before this one where it names the same things: the prompt changes while drawing."""
+        """Keep the layouts of the previous text if it names the same things: the prompt may change while drawing."""
         rows, others = self.picture_rows, before.picture_rows
         if self.side != before.side or len(rows) != len(others):
             return
@@ -138,13 +138,15 @@ class PictureLayout:
 
     @property
     def unplaced(self) -> list[str]:
-        """What should have a place of its own and has none."""
+        """The things that should have their own place but have none."""
         rows = [row for row in self.picture_rows if row not in self._regions]
         return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
 
     def crowded(self, wanted: Sequence[bool]) -> list[str]:
-        """What is to be warned of where several of the experts that are `wanted`, [N], have one place: they share words, or
-        were given the same region."""
+        """Warnings if several of the `wanted` experts, [N], have one place.
+
+        They then share words, or have the same given region.
+        """
         warned = []
         for row in self.picture_rows:
             things = [thing for thing in self.readings[row].things if any(wanted[k] for k in thing.experts)]
@@ -161,7 +163,7 @@ class PictureLayout:
         return list(dict.fromkeys(warned))
 
     def tags(self, wanted: Sequence[bool]) -> list[str]:
-        """What is to be warned of where several of the experts that are `wanted`, [N], are named as tags."""
+        """Warnings if several of the `wanted` experts, [N], are named as tags."""
         warned = []
         for row in self.picture_rows:
             things = [t for t in self.readings[row].things if t.is_tag and any(wanted[k] for k in t.experts)]
@@ -173,8 +175,10 @@ class PictureLayout:
         return list(dict.fromkeys(warned))
 
     def _placed(self, row: int) -> list[Thing]:
-        """The things of a row's text that get a place from attention: those without a given region, if there are several
-        things, and an expert has one of them."""
+        """The things of a row's text that get a place from attention.
+
+        These are the things without a given region, if there are several things, and at least one has an expert.
+        """
         things = [thing for thing in self.readings[row].things if not (thing.is_tag or self._is_everywhere(thing))]
         free = [thing for thing in things if given_region(thing, self.bound) is None]
         wanted = len(things) > 1 and any(thing.experts for thing in free)
@@ -186,7 +190,7 @@ class PictureLayout:
     # ---- what it gives
 
     def expert_masks(self) -> torch.Tensor | None:
-        """[B, N, H, W] in 0..1: where each expert acts; None where all act everywhere."""
+        """[B, N, H, W] in 0..1: where each expert acts; None if all act everywhere."""
         given = {k: b.given for k, b in enumerate(self.bound) if b.given is not None}
         if self.side is None or not (self._regions or given):
             return None
@@ -203,9 +207,9 @@ class PictureLayout:
         return torch.stack(rows)
 
     def closed_words(self, side: Side) -> torch.Tensor:
-        """[B, T, S] in 0..1: how much each word is closed to each place of a layer; unconditional rows close nothing.
+        """[B, T, S] in 0..1: how much each word is closed to each place of a layer. Unconditional rows close nothing.
 
-        A word is open wherever any thing that it names stands.
+        A word is open at the places of all things that it names.
         """
         closed = torch.zeros(len(self.readings), side[0] * side[1], len(self.readings[0].own[0]))
         for row, prompt in enumerate(self.prompt_of):
@@ -216,7 +220,7 @@ class PictureLayout:
         return closed
 
     def _located(self, row: int) -> list[tuple[Thing, torch.Tensor]]:
-        """The things of a row that have a region, planned or the user's own."""
+        """The things of a row that have a region, planned or given."""
         found = list(zip(self._placed(row), self._regions[row], strict=True)) if row in self._regions else []
         there = [thing for thing, _ in found]
         for thing in self.readings[row].things if self.readings else ():
@@ -237,8 +241,10 @@ class PictureLayout:
         return found
 
     def _by_label(self, found: Iterable[tuple[Thing, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Regions or maps of things by the experts' names, of all things of an expert together, or by the noun, marked where
-        an expert is called so."""
+        """Regions or maps by the experts' names (of all things of an expert together), or by the noun.
+
+        A noun is marked if an expert has the same name.
+        """
         by_label: dict[str, torch.Tensor] = {}
         for thing, place in found:
             noun = f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name
@@ -254,7 +260,7 @@ def _listed(names: Sequence[str]) -> str:
 def planned_regions(
     reading: Reading, free: Sequence[Thing], maps: torch.Tensor | None, bound: Sequence[Bound], side: Side
 ) -> tuple[torch.Tensor, float]:
-    """Regions [K, H, W] of those things of a text that the user gave none, and how sure they are, see `layout.planned`.
+    """Regions [K, H, W] for the things of a text without a given one, and how certain they are, see `layout.planned`.
 
     Args:
         maps: [K, h, w], what the words of each attend to; None for regions in the order of `free`.
@@ -269,7 +275,7 @@ def planned_regions(
 
 
 def _attended(share: torch.Tensor, things: Sequence[Thing], side: Side) -> torch.Tensor:
-    """How much the words of each thing are attended, from the least place to the most: share [T, S] -> [K, h, w] in 0..1."""
+    """The attention to each thing's words, scaled from 0 at the lowest place to 1: share [T, S] -> [K, h, w]."""
     own = onto(torch.tensor([t.tokens for t in things], dtype=torch.float32), share.device)  # [K, S]
     maps = (own / own.sum(1, keepdim=True)) @ share.float().T  # [K, T]
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
@@ -277,7 +283,7 @@ def _attended(share: torch.Tensor, things: Sequence[Thing], side: Side) -> torch
 
 
 def sides(side: Side | None) -> Iterator[Side]:
-    """Height and width of the latents, and of what each halving leaves of them."""
+    """Height and width of the latents, and after each halving."""
     while side is not None:
         yield side
         side = (-(-side[0] // 2), -(-side[1] // 2)) if max(side) > 1 else None

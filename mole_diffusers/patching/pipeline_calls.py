@@ -1,4 +1,6 @@
-"""Calls of a pipeline run in a context of a mixture's: its class gets a `__call__` that asks which object is called."""
+"""Run calls of a pipeline inside a context of its mixture. The pipeline's class gets a `__call__` that looks at the
+object.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +17,28 @@ from weakref import WeakKeyDictionary, WeakMethod, finalize
 from mole_diffusers.patching.pipeline_lock import running
 from mole_diffusers.patching.undo import Undo
 
-Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]  # a call's arguments -> the context that it runs in
+Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]  # a call's arguments -> its context
 Call = Callable[..., Any]
 
-_around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> what its calls run in
+_around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> the context of its calls
 _shared: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # the same, for those that are not in `_around`
-_patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, whether it had one of its own
-_begun: list[Any] = []  # frames of calls that had begun before their class was patched, whose pipelines nobody noted
+_patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, and whether it defined one itself
+_begun: list[Any] = []  # frames of calls that began before their class was patched, so that their pipelines are unknown
 _patching = threading.RLock()
 
 
 def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
-    """Have every call of `pipe` run inside `around(arguments)`, a method that holds a lock.
+    """Make every call of `pipe` run inside `around(arguments)`, a method that holds a lock.
 
-    Python looks a call up on the class. So the class gets a `__call__` that asks which object is called, while one of its
-    pipelines has a mixture. A scheduler holds the state of one call, so calls could not overlap without a mixture either.
+    Python looks up `__call__` on the class. So while one of a class's pipelines has a mixture, the class gets a
+    `__call__` that looks at the object. Calls could not overlap without a mixture either, since a scheduler holds the
+    state of one call.
 
-    Returns once the calls of other threads that had begun are over.
+    Returns once running calls of other threads are over.
     """
     undo.callback(unlock_calls, pipe)
     kind, me = type(pipe), threading.get_ident()
-    collected = finalize(pipe, _give_back, kind)  # a pipeline that nobody detached
+    collected = finalize(pipe, _give_back, kind)  # in case the pipeline is never detached
     collected.atexit = False
     undo.callback(collected.detach)
     _register(_around, pipe, around)
@@ -47,7 +50,7 @@ def lock_calls(pipe: Any, around: Around, undo: Undo) -> None:
 
 
 def share_calls(pipe: Any, around: Around) -> None:
-    """As `lock_calls`, for as long as the pipeline lives and its calls are not locked for itself."""
+    """Like `lock_calls`, for as long as the pipeline lives and has no lock of its own."""
     finalize(pipe, _give_back, type(pipe)).atexit = False
     _register(_shared, pipe, around)
 
@@ -61,12 +64,12 @@ def _register(known: WeakKeyDictionary[Any, WeakMethod], pipe: Any, around: Arou
 
 
 def calls_are_locked(pipe: Any) -> bool:
-    """Whether calls of `pipe` run inside something."""
+    """Whether calls of `pipe` run inside a context."""
     return pipe in _around
 
 
 def unlock_calls(pipe: Any) -> None:
-    """Give back the class's own `__call__`, where no other of its pipelines has a mixture."""
+    """Restore the class's own `__call__`, if none of its other pipelines has a mixture."""
     with _patching:
         _around.pop(pipe, None)
         _give_back(type(pipe))
@@ -77,7 +80,7 @@ def _give_back(kind: Any) -> None:
         ours, had_own = _patched.get(kind, (None, False))
         if ours is None or any(type(pipe) is kind for pipe in [*_around, *_shared]):
             return
-        # Where someone has wrapped ours since, it stays inside theirs and does nothing.
+        # If someone has wrapped ours since, it stays inside theirs and does nothing.
         if vars(kind).get("__call__") is ours:
             if had_own:
                 kind.__call__ = ours.__wrapped__  # type: ignore[attr-defined]
@@ -121,12 +124,12 @@ def _reaches(call: Any, ours: Call) -> bool:
 
 
 def _code(kind: type) -> Any:
-    """The code of the host's own `__call__`."""
+    """The code of the class's own `__call__`."""
     return getattr(inspect.unwrap(kind.__call__), "__code__", None)
 
 
 def _frames_of_others() -> Iterator[Any]:
-    """The frames of the other threads. Their `f_locals` must not be read: that is not safe while they run."""
+    """The frames of the other threads. Their `f_locals` must not be read, which is not safe while they run."""
     for thread, frame in sys._current_frames().items():
         while frame is not None and thread != threading.get_ident():
             yield frame

@@ -1,4 +1,4 @@
-"""One lock for a denoiser and the pipeline around it: threads wait for one another, and learn where they would for ever."""
+"""One lock for a denoiser and its pipelines: threads wait for one another, and get an error if they would wait for ever."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ WAITING = (
 )
 WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
 
-OWN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)  # whose frames are not a user's
+OWN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)  # files whose frames are not a user's
 SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 _locks: WeakKeyDictionary[Any, PipelineLock] = WeakKeyDictionary()  # denoiser -> its lock
 _making = threading.RLock()
-running: list[tuple[int, Any]] = []  # (thread, pipeline) of each call that is known of
+running: list[tuple[int, Any]] = []  # (thread, pipeline) of each known call
 
 
 class PipelineLock:
-    """A lock that one thread, or one task of it, may hold any number of times, and that any thread may let go.
+    """A lock that one thread, or one task of it, may hold any number of times, and that any thread may release.
 
-    A generator may be closed on another thread than it was opened on: its block ends there. A process that was forked
-    while another thread held the lock meets an error, and never waits for a thread that it does not have.
+    A generator may be closed on another thread than the one that opened it; its block ends there. A process that was
+    forked while another thread held the lock gets an error instead of waiting for a thread that it does not have.
     """
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class PipelineLock:
 
     @contextmanager
     def held(self, *, around: bool = False, draws: bool = False) -> Iterator[None]:
-        """Keep others out while the block runs, and as long as another block of the same holder does.
+        """Keep others out while this block runs, and while other blocks of the same holder do.
 
         Args:
-            around: whether a user's own code runs inside: whoever waits long for it is told where it was entered.
-            draws: whether a picture is drawn inside: that may last, and nobody who waits is told.
+            around: whether a user's own code runs inside. Whoever waits long for it is told where it was entered.
+            draws: whether a picture is drawn inside. That may take long, so nobody who waits is told.
 
-        Raises RuntimeError where waiting would never end: for another task of this thread, for a thread that ended, or for
+        Raises RuntimeError if waiting would never end: for another task of this thread, for a thread that ended, or for
         a block of the very generator that waits.
         """
         me, block = (threading.current_thread(), _task()), _Block(sys._getframe(1), around, draws)
@@ -85,7 +85,7 @@ class PipelineLock:
             if thread is me:
                 raise RuntimeError(OTHER_TASK)
             blocks = [block for opened in list(self._open) if (block := opened()) is not None]
-            mine = set(_callers(sys._getframe(1)))  # not this frame: it would hold itself, and all that they hold
+            mine = set(_callers(sys._getframe(1)))  # without this frame, which would hold itself and all their objects
             if moved := next((block for block in blocks if mine & block.generators), None):
                 raise RuntimeError(MOVED.format(at=moved.entered_at, thread=thread.name))
             if not thread.is_alive():
@@ -96,18 +96,19 @@ class PipelineLock:
                 since, outermost = time.monotonic(), self._open[:1]
             elif (waited := time.monotonic() - since) > WARN_AFTER:
                 warnings.warn(WAITING.format(seconds=waited, thread=thread.name, at=around.entered_at), stacklevel=4)
-                since = float("inf")  # once
+                since = float("inf")  # warn only once
 
 
 class _Block:
     """A block that holds a lock.
 
-    It is `held` that keeps it, and the lock knows it weakly: a block that everybody has dropped is collected, and so ends.
+    `held` keeps it, and the lock only has a weak reference. So a block that is no longer referenced is collected, which
+    ends it.
 
     Attributes:
         entered_at: where it was entered, outside of this package.
-        generators: frames of the generators and coroutines that ran then. Each may be suspended, with the block open, and go
-            on on another thread.
+        generators: frames of the generators and coroutines that ran then. Each may be suspended, with the block open,
+            and continue on another thread.
         around: whether a user's code runs inside.
         draws: whether a picture is drawn inside.
     """
@@ -120,7 +121,7 @@ class _Block:
 
 
 def _callers(frame: Any) -> list[Any]:
-    """A frame of this thread and those that called it."""
+    """A frame of this thread, and the frames that called it."""
     found = []
     while frame is not None:
         found.append(frame)
@@ -134,13 +135,13 @@ def _calls(thread: threading.Thread) -> bool:
 
 
 def lock_of(denoiser: Any) -> PipelineLock:
-    """The lock of a denoiser, whoever asks."""
+    """The lock of a denoiser, always the same one."""
     with _making:
         return _locks.setdefault(denoiser, PipelineLock())
 
 
 def _task() -> Any:
-    """The task of asyncio that runs, if any."""
+    """The running asyncio task, if any."""
     try:
         return asyncio.current_task()
     except RuntimeError:

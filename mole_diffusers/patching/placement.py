@@ -1,4 +1,4 @@
-"""Where gates sit in a host: which place each layer belongs to, and what the gate there can read."""
+"""Where gates are in a model: the place of each layer, and what the gate there can read."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from mole_diffusers.lora.stacking import Stack
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
 TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
-# The module that a block's input enters first: in UNets, CLIP and T5, whose layers read one stream of tokens but for
-# TEXT_LAYERS; and in Flux's single blocks, SD 3 and Flux, where picture and text are read together.
+# The module that a block's input enters first. In UNets, CLIP and T5, layers read one stream of tokens, except TEXT_LAYERS.
+# In Flux's single blocks, SD 3 and Flux, picture and text are read together.
 ONE_STREAM = ("attn1", "self_attn", "SelfAttention")
 JOINT_STREAM = ("proj_mlp", "attn")
-TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # how a denoiser's config calls the channels of its text
+TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # names for the text's channels in a denoiser's config
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one gate sits.
+    """Where one gate is.
 
     Attributes:
-        name: the host's module name of the block, layer or matrix; "" for the network.
-        entry: the module whose input the gate reads; None where each layer gives its own input.
-        block: on entering this module the gate has to be asked again, and its layers share the new weights; None
-            where every layer evaluates the gate for itself.
+        name: the module name of the block, layer or matrix; "" for the network.
+        entry: the module whose input the gate reads; None if each layer gives its own input.
+        block: when this module is entered, the gate must be evaluated again, and its layers share the new weights; None
+            if every layer evaluates the gate for itself.
         width: channels C of that input.
-        tokens: T at the host's default resolution, for flattened features; 0 where it is not fixed.
+        tokens: T at the model's default resolution, for flattened features; 0 if it is not fixed.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Place:
 def blocks(model: nn.Module) -> dict[str, str]:
     """{name of a transformer block: name of the module that its input enters}, in UNets, transformers, text encoders.
 
-    That is the first attention; the single blocks of Flux and its kin run a feed-forward layer beside it.
+    That module is the first attention. The single blocks of Flux and similar models run a feed-forward layer beside it.
     """
     return {name: f"{name}.{first}" for name, module in model.named_modules() if (first := _first_attention(module))}
 
 
 def _first_attention(module: nn.Module) -> str | None:
-    """What a transformer block calls its first attention; None for any other module."""
+    """The name of a transformer block's first attention; None for any other module."""
     return next((name for name in (*ONE_STREAM, *JOINT_STREAM) if hasattr(module, name)), None)
 
 
@@ -59,9 +59,9 @@ def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str
     """The name of the place that gates `layer`.
 
     Args:
-        one_gate_per: a granularity, see `GateConfig`; or "stream": in a block one place for the layers that read the
-            picture and one for those that read the text, and outside of blocks one for each layer; or "block_input": one
-            place for each block; or "module": one for each layer.
+        one_gate_per: a granularity, see `GateConfig`. Or "stream": in a block one place for the layers that read the
+            picture and one for those that read the text, and outside of blocks one for each layer. Or "block_input": one
+            place for each block. Or "module": one for each layer.
     """
     if one_gate_per in ("matrix", "module"):
         return layer
@@ -76,7 +76,7 @@ def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str
 
 
 def describe_place(name: str, one_gate_per: str, model: nn.Module) -> Place:
-    """Describe the place that `place_name` named."""
+    """Describe the place with a name from `place_name`."""
     if name == NETWORK:
         return Place(name, None, None, _network_width(model), 1)
     if one_gate_per in ("stream", "block_input", "module"):
@@ -88,9 +88,11 @@ def describe_place(name: str, one_gate_per: str, model: nn.Module) -> Place:
 
 
 def _within(name: str, one_gate_per: str, model: nn.Module) -> Place:
-    """A place that reads its block's input as it enters, before any norm; of two streams the text as its layers have it."""
+    """A place that reads its block's input before any norm; in text layers of two streams, the text as these layers get
+    it.
+    """
     parts = name.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # the modules that it is in, and itself
+    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # the modules that contain it, and itself
     block = next((each for each in around if _first_attention(model.get_submodule(each))), None)
     if one_gate_per == "stream":
         if block is not None and not any(hasattr(model.get_submodule(block), first) for first in ONE_STREAM):
@@ -101,9 +103,12 @@ def _within(name: str, one_gate_per: str, model: nn.Module) -> Place:
 
 
 def stream_of(component: str, layer: str) -> str | None:
-    """Which tokens a layer reads: "encoding" in a text encoder; in a denoiser "image", "text" (keys and values of
-    cross-attention, and the text's own layers in SD 3 and Flux), or "joint", the text's and then the picture's; None where
-    its tokens are neither (the frames of a video)."""
+    """The tokens that a layer reads.
+
+    "encoding" in a text encoder. In a denoiser "image", "text" (keys and values of cross-attention, and the text's own
+    layers in SD 3 and Flux), or "joint": the text's tokens and then the picture's. None if its tokens are neither (the
+    frames of a video).
+    """
     if component.startswith("text_encoder"):
         return "encoding"
     if layer.endswith(TEXT_LAYERS) or any(f".{name}" in f".{layer}" for name in TEXT_STREAM):
@@ -114,7 +119,7 @@ def stream_of(component: str, layer: str) -> str | None:
 
 
 def _in_width(module: nn.Module) -> int:
-    """Channels that enter a module: those of its first linear or convolution layer."""
+    """The number of input channels of a module: those of its first linear or convolution layer."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             return child.in_features
@@ -124,7 +129,7 @@ def _in_width(module: nn.Module) -> int:
 
 
 def text_width(model: Any) -> int:
-    """Channels of the text that a denoiser reads, or of a text encoder's states."""
+    """The number of channels of the text that a denoiser reads, or of a text encoder's states."""
     for name in (*TEXT_WIDTH, "hidden_size"):
         if width := getattr(model.config, name, None):
             return width
@@ -137,7 +142,7 @@ def _network_width(model: Any) -> int:
 
 
 def tokens_of(name: str, model: Any) -> int:
-    """Tokens of a block at the host's default size: halved per side at each down block, mirrored going up."""
+    """The number of tokens of a block at the model's default size: halved per side at each down block, mirrored going up."""
     config = model.config
     if not hasattr(config, "block_out_channels"):
         return getattr(config, "max_position_embeddings", 0)
@@ -146,16 +151,16 @@ def tokens_of(name: str, model: Any) -> int:
     level = depth if numbered is None else int(numbered[2])
     if numbered and numbered[1] == "up":
         level = depth - level
-    if not (size := config.sample_size):  # made for pictures of any size
+    if not (size := config.sample_size):  # the model is for pictures of any size
         return 0
     side = size if isinstance(size, int) else size[0]
     return (side >> level) ** 2
 
 
 def probed(place: Place, stacks: Mapping[str, Stack]) -> list[str]:
-    """The expert layers that read the gate's own input, so that their outputs are known where the gate is evaluated.
+    """The expert layers that read the gate's own input, so that their outputs are known when the gate is evaluated.
 
-    Raises ValueError where no expert has one: the paper's input does not exist at that place.
+    Raises ValueError if no expert has one: the paper's input does not exist at that place.
     """
     if place.entry is None:
         return [place.name]

@@ -1,4 +1,4 @@
-"""The attention processor that evaluates its block's gate and leaves the attention to the processor it found."""
+"""The attention processor that evaluates its block's gate and leaves the attention to the original processor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mole_diffusers.patching.gate_site import GateSite
 
 
 class MoLEAttnProcessor:
-    """Evaluates a gate on what enters the attention, then calls the host's processor.
+    """Evaluates a gate on the input of the attention, then calls the model's own processor.
 
-    diffusers filters keyword arguments by the signature of `processor.__call__`, so that of the host's processor is shown.
-    IP-Adapter makes `type(processor)()` anew: without arguments this is the default attention, and the block's layers
-    evaluate the gate themselves.
+    diffusers filters keyword arguments by the signature of `processor.__call__`, so this class shows the signature of
+    the model's processor. IP-Adapter creates a new one by `type(processor)()`. Without arguments this is the default
+    attention, and the block's layers evaluate the gate themselves.
     """
 
     def __new__(cls, host: Any = None, site: GateSite | None = None) -> MoLEAttnProcessor:
-        # On a class, since calls are looked up there, by torch.compile too.
+        # On a class, since Python and torch.compile look up calls there.
         mine: Any = cls
         kind: Any = type(host) if host is not None else AttnProcessor2_0
         return super().__new__(_with_signature(mine, kind))
@@ -32,7 +32,7 @@ class MoLEAttnProcessor:
         self.site = site
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """hidden_states [B, T, C] (or [B, C, H, W]) -> what the host's processor returns."""
+        """hidden_states [B, T, C] (or [B, C, H, W]) -> the result of the model's own processor."""
         if self.site is not None:
             self.site.evaluate(as_tokens(hidden_states))
         return self.host(attn, hidden_states, *args, **kwargs)
@@ -40,13 +40,13 @@ class MoLEAttnProcessor:
 
 @functools.cache
 def _with_signature(cls: Any, kind: Any) -> Any:
-    """`cls` with the signature that calls of `kind` have; torch.compile follows `__wrapped__` to it."""
+    """`cls` with the signature of calls of `kind`; torch.compile finds it through `__wrapped__`."""
 
     @functools.wraps(kind.__call__)
     def call(self: Any, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return cls.__call__(self, attn, hidden_states, *args, **kwargs)
 
-    # Found ready, since diffusers asks at every call. torch.compile refuses a mapping that cannot be changed.
+    # Computed once, since diffusers asks at every call. torch.compile refuses a read-only mapping.
     signature: Any = inspect.signature(kind.__call__)
     signature._parameters = dict(signature.parameters)
     call.__signature__ = signature  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which tokens of a text's states are words of the prompt: noted when a text encoder runs, found again by the states."""
+"""Which tokens of a text's states are words of the prompt: recorded when a text encoder runs, then found by the states."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.undo import Undo
 
-LEAST_TEXTS, MOST_BYTES = 8, 32 << 20  # so many of the last texts are remembered, and more while they take no more than this
-ALIKE, LEAD = 0.9, 0.02  # mean cosine from which weighted states count as those of a text, and lead over the next text
+LEAST_TEXTS, MOST_BYTES = 8, 32 << 20  # keep this many of the last texts, and more up to this size
+ALIKE, LEAD = 0.9, 0.02  # least mean cosine of weighted states with their text, and least lead over the next text
 
 
 def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
@@ -26,13 +26,13 @@ def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one run of a text encoder read and made.
+    """Input and output of one run of a text encoder.
 
     Attributes:
         encoder: its name in the pipeline.
         ids: [B, T].
         words: [B, T] bool, the tokens before the padding.
-        states: the outputs that a denoiser may be given, [B, T, C] each.
+        states: the outputs that a denoiser may get, [B, T, C] each.
     """
 
     encoder: str
@@ -43,8 +43,8 @@ class Encoded:
 
 OnText = Callable[[str, torch.Tensor, torch.device], None]  # (encoder, ids [B, T], where the encoder is)
 Run = tuple[Encoded, int]  # and the row in it
-# What one row of a text is made of, token after token; a part has a run for each encoder whose channels lie side by side
-# there. What is left of the text is zeros.
+# The parts of one row of a text, token after token. A part has a run for each encoder whose channels lie side by side
+# there. The rest of the text is zeros.
 Row = list[list[Run]]
 
 
@@ -63,12 +63,12 @@ class PromptTokens:
         self._rows: list[Row] | None = None  # of the text that was asked about last
 
     def announce(self, ids: torch.Tensor) -> None:
-        """What a text encoder is about to read, [B, T] on the CPU, so that nobody has to wait for a device to know it."""
+        """Announce the input of a text encoder, [B, T] on the CPU, so that nothing waits for a device to read it."""
         self._announced = ids
 
     def watch(self, name: str, encoder: Any, tokenizer: Any, undo: Undo, on_text: OnText) -> None:
-        """Note the token ids that `encoder` reads and the states that it makes of them; `on_text` comes first."""
-        # The tokenizer knows better: CLIP's published configurations say 2, which is another token.
+        """Record the token ids that `encoder` reads and the states that it returns; `on_text` is called first."""
+        # Prefer the tokenizer: CLIP's published configurations say 2, which is another token.
         end = getattr(encoder.config if tokenizer is None else tokenizer, "eos_token_id", None)
         reading: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -84,7 +84,7 @@ class PromptTokens:
         def after(_: nn.Module, __: tuple, output: Any) -> None:
             hidden = (getattr(output, "hidden_states", None) or ())[-4:]
             norm = getattr(getattr(encoder, "text_model", encoder), "final_layer_norm", None)
-            skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` hands them on
+            skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` passes them on
             states = [output[0], *hidden, *skipped]
             texts = tuple(s.detach() for s in states if s.dim() == 3)
             if reading and texts:
@@ -96,9 +96,9 @@ class PromptTokens:
         undo.after_forward(encoder, after)
 
     def of(self, text: torch.Tensor) -> torch.Tensor | None:
-        """The words of states [B, T, C] as a denoiser gets them: [B, T] bool, or None where a row is not known.
+        """The words in states [B, T, C] as a denoiser gets them: [B, T] bool, or None if a row is not known.
 
-        Where encoders' channels lie side by side, a token is a word if one of them read a word there.
+        If encoders' channels lie side by side, a token is a word if one of them read a word there.
         """
         rows = self.rows(text)
         if rows is None:
@@ -113,11 +113,11 @@ class PromptTokens:
         return masks
 
     def rows(self, text: torch.Tensor) -> list[Row] | None:
-        """The runs that each row of states [B, T, C] comes from, or None where a row is not known.
+        """The runs that each row of states [B, T, C] comes from, or None if a row is not known.
 
-        A row is found by its values: guidance puts rows of several texts together, several pictures repeat them, SDXL joins
-        two encoders' channels, and SD 3 and long prompts join runs token after token. A text that comes again, as at every
-        step, is not searched again.
+        A row is found by its values. Guidance combines rows of several texts, several pictures repeat them, SDXL joins
+        two encoders' channels, and SD 3 and long prompts join runs token after token. A text that comes again, as at
+        every step, is not searched again.
         """
         if not self._asked.again(text):
             self._rows = self._found(text)
@@ -142,7 +142,7 @@ class PromptTokens:
         return parts
 
     def _part(self, rest: torch.Tensor) -> list[Run]:
-        """The runs that rest [T, C] begins with: the first, and those of the same tokens in the channels beside it."""
+        """The runs at the start of rest [T, C]: the first one, and those of the same tokens in the channels next to it."""
         part: list[Run] = []
         while rest.any() and (run := _same(self._known, rest) or _most_alike(self._known, rest)):
             part.append(run)
@@ -151,7 +151,7 @@ class PromptTokens:
 
 
 def _candidates(known: Sequence[Encoded], rest: torch.Tensor) -> list[tuple[Encoded, torch.Tensor]]:
-    """The states, newest first, that rest [T, C] may begin with: as many tokens at most, and as many channels."""
+    """The states, newest first, that rest [T, C] may begin with: they have no more tokens and no more channels."""
     tokens, width = rest.shape
     return [(e, s) for e in reversed(known) for s in e.states if s.shape[1] <= tokens and s.shape[2] <= width]
 
@@ -166,7 +166,9 @@ def _same(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
 
 
 def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
-    """The text whose words point the same way: prompt weighting scales them. None where two texts do about equally well."""
+    """The text whose words point the same way, since prompt weighting scales them. None if two texts are about equally
+    close.
+    """
     best: dict[tuple, tuple[float, Encoded, int]] = {}  # the ids -> how alike, and where
     for encoded, states in _candidates(known, rest):
         tokens, width = states.shape[1:]
@@ -183,7 +185,7 @@ def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
 
 
 def _same_memory(states: torch.Tensor, text: torch.Tensor) -> bool:
-    """Whether the two are the same memory, which is known without waiting for a device, and where there is none (meta)."""
+    """Whether the two share their memory, which is known without waiting for a device, and even on meta."""
 
     def at(tensor: torch.Tensor) -> tuple:
         storage = tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""What all gates of a mixture share while sampling: settings, how far sampling has come, and who listens."""
+"""State that all gates of a mixture share while sampling: settings, the current step, and listeners."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Present = tuple[bool, ...]  # which of the N experts a layer has
 
 
 class Decision(NamedTuple):
-    """The weights that one gate gave to the layers with one set of experts.
+    """The weights of one gate for the layers with one set of experts.
 
     Attributes:
         of: the gate's site.
-        present: which experts these layers have; a site's first decision is for the largest set.
-        gates: [N], [B, N] or [B, T, N] as the gate gave them; for a gate per rank, the mean over each expert's ranks.
-        weights: the same times the user's strengths, which is what the layers are multiplied by, beside masks of tokens.
-        per_rank: what they are multiplied by instead where the gate weighs ranks, [R], [B, R] or [B, T, R].
+        present: which experts these layers have. A site's first decision is for the largest set.
+        gates: [N], [B, N] or [B, T, N], the gate's output. For a gate per rank, the mean over each expert's ranks.
+        weights: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens.
+        per_rank: replaces `weights` if the gate weighs ranks, [R], [B, R] or [B, T, R].
     """
 
     of: GateSite
@@ -41,13 +41,15 @@ class Decision(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where the gate sits, component first. Read only by listeners: a name would make torch.compile compile every block
-        anew."""
+        """The gate's place, component first.
+
+        Only listeners read it: a name would make torch.compile compile every block separately.
+        """
         return self.of.name
 
     @property
     def applied(self) -> torch.Tensor:
-        """What the layers are multiplied by, per expert or per rank."""
+        """The factors of the layers, per expert or per rank."""
         return self.weights if self.per_rank is None else self.per_rank
 
 
@@ -78,16 +80,16 @@ class Plan(Protocol):
         ...
 
     def block(self, module: str) -> Sequence[float]:
-        """For the block that `module` lies in (a site or a layer, component first)."""
+        """For the block that contains `module` (a site or a layer, component first)."""
         ...
 
     def gates(self, place: str) -> Sequence[float] | None:
-        """Weights that replace those of the gate at `place`; None keeps the gate's."""
+        """Weights that replace those of the gate at `place`; None keeps the gate's weights."""
         ...
 
 
 class PlainSum:
-    """A plan in which every gate gives 1, so that the users' strengths decide alone."""
+    """A plan in which every gate gives 1, so that only the user's strengths count."""
 
     def __init__(self, experts: int):
         self.ones = [1.0] * experts
@@ -104,10 +106,10 @@ class PlainSum:
 
 @dataclass
 class Runtime:
-    """Which experts are active, how strong, and how far sampling has come; call `changed` after setting anything.
+    """Which experts are active, how strong they are, and how far sampling is. Call `changed` after setting anything.
 
-    The gates read `active` and `strength` as tensors: as numbers they would become part of what torch.compile compiles, and
-    every change of a slider would compile anew.
+    The gates read `active` and `strength` as tensors. As numbers, they would become part of compiled code, and every
+    change of a slider would compile again.
     """
 
     active: list[bool]
@@ -115,11 +117,11 @@ class Runtime:
     time: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], 1 is pure noise
     fixed: list[float] | None = None  # weights that replace every gate's, by hand or for a teacher
     rows: torch.Tensor | None = None  # [b, N], a factor per prompt and expert: sets that differ within a batch
-    images: int = 1  # pictures per prompt in the denoiser's batch, where `rows` is set
-    control: Control | None = None  # transforms what every gate gives
-    every: int = 1  # the denoiser's gates are evaluated in one of this many of its calls
-    step: int = -1  # counts denoiser calls, but for those `within_step`; -1 before the first
-    within_step: bool = False  # whether the denoiser is called for a part of a step that was counted
+    images: int = 1  # pictures per prompt in the denoiser's batch, if `rows` is set
+    control: Control | None = None  # transforms every gate's output
+    every: int = 1  # the denoiser's gates are evaluated once in this many of its calls
+    step: int = -1  # counts denoiser calls, except those `within_step`; -1 before the first
+    within_step: bool = False  # whether the denoiser is called for a part of a counted step
     run: int = 0  # counts denoiser calls with the same text
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
@@ -128,12 +130,12 @@ class Runtime:
     tokens: PromptTokens = field(default_factory=PromptTokens)
     tiling: Tiling = Tiling()
     binding: TokenMasks | None = None
-    masks: TokenMasks | None = None  # the binding, where it counts: weights by hand hold on every token
+    masks: TokenMasks | None = None  # the binding if it applies: weights by hand hold on every token
     changes: int = 0
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
-    _blocks: list[dict[str, Any]] = field(default_factory=list)  # what each block that runs has set; the last one holds
-    _outside: dict[str, Any] = field(default_factory=dict)  # those settings as they are without any block
+    _blocks: list[dict[str, Any]] = field(default_factory=list)  # the settings of each running block; the last one holds
+    _outside: dict[str, Any] = field(default_factory=dict)  # those settings without any block
 
     def set(self, **values: Any) -> None:
         """Change settings."""
@@ -145,7 +147,7 @@ class Runtime:
 
     @contextmanager
     def changed_while(self, **values: Any) -> Iterator[None]:
-        """Settings that are others while the block runs. In generators, blocks may end in any order."""
+        """Change settings while the block runs. In generators, blocks may end in any order."""
         self._outside |= {name: getattr(self, name) for name in values if self._holder(name) is None}
         block = dict(values)
         try:
@@ -155,7 +157,7 @@ class Runtime:
         finally:
             try:
                 self._end(block)
-            except KeyboardInterrupt:  # a setting that stayed would change every picture to come
+            except KeyboardInterrupt:  # a leftover setting would change all later pictures
                 self._end(block)
                 raise
 
@@ -164,16 +166,16 @@ class Runtime:
         self._show(block)
 
     def _show(self, names: Iterable[str]) -> None:
-        """Give settings the values that hold."""
+        """Give settings the values that hold now."""
         vars(self).update({name: (self._holder(name) or self._outside)[name] for name in names})
         self.changed()
 
     def _holder(self, name: str) -> dict[str, Any] | None:
-        """The block whose value of a setting holds."""
+        """The block whose value of a setting holds now."""
         return next((block for block in reversed(self._blocks) if name in block), None)
 
     def outside(self, name: str) -> Any:
-        """A setting as it is outside of all blocks that run."""
+        """A setting's value outside of all running blocks."""
         return getattr(self, name) if self._holder(name) is None else self._outside[name]
 
     @property
@@ -182,16 +184,16 @@ class Runtime:
         return [on and strength != 0 for on, strength in zip(self.active, self.strength, strict=True)]
 
     def changed(self) -> None:
-        """Bring what gates read up to date."""
+        """Update what gates read."""
         self.changes += 1
         self.masks = self.binding if self.fixed is None else None
         for present, device in self._active:
             self._active[present, device] = self.compute_active(present, self.strength, device)
 
     def on_denoiser_call(self, time: torch.Tensor, text: torch.Tensor) -> None:
-        """Count a step; another text begins another run."""
+        """Count a step. Another text starts another run."""
         self.time = time
-        if torch.compiler.is_compiling():  # a number that counts would compile the model anew at every step
+        if torch.compiler.is_compiling():  # a counter would compile the model again at every step
             self.step += bool(self.listeners)
             return
         self.step, self.run = self.step + (not self.within_step), self.run + 1
@@ -199,7 +201,7 @@ class Runtime:
             self.run, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
     def active_experts(self, present: Present, device: torch.device) -> ActiveExperts:
-        """Which of the experts `present` are active, with the user's strengths; kept until a setting changes."""
+        """Which of the experts in `present` are active, with the user's strengths. Kept until a setting changes."""
         found = self._active.get((present, device))
         if found is None:
             found = self._active[present, device] = self.compute_active(present, self.strength, device)
@@ -211,6 +213,6 @@ class Runtime:
         there = [
             p and a and s != 0 and not mute for p, a, s, mute in zip(present, self.active, strengths, silent, strict=True)
         ]
-        with torch.inference_mode(False):  # they are kept, and gradients of gates read them, too
+        with torch.inference_mode(False):  # they are kept, and are also used with gradients
             mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
         return ActiveExperts(mask, factor, all(there), all(s == 1 for s in strengths))

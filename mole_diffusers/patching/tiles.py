@@ -1,6 +1,6 @@
-"""Several subjects in one picture, each drawn in a tile of its own at first: what a model that draws one of them can do.
+"""Several subjects in one picture, each first drawn in its own tile, so that the model only has to draw one at a time.
 
-Mixture of Diffusers (Jimenez 2023, arXiv 2302.02412) with LoRAs of its own for each region, and without overlap.
+This is Mixture of Diffusers (Jimenez 2023, arXiv 2302.02412) with separate LoRAs for each region, and without overlap.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from mole_diffusers.patching.undo import replaced_forward
 
 UNTIL = 0.8  # share of the steps
 OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
-# Arguments of calls that ask for pictures of a prompt and nothing else: tiles know nothing of an image to draw over, say.
+# Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
 OF_A_PROMPT = {
     "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "height",
     "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator",
     "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
-OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the states of a known prompt
+OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
-# Of a part of a prompt -> its states [1, S, C], and what SDXL reads of it as a whole [1, P], None elsewhere.
+# A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -56,14 +56,14 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of the picture with a prompt of its own.
+    """A part of the picture with its own prompt.
 
     Attributes:
         names: the experts that draw it.
         text: its prompt's states, [1, S, C].
-        pooled: [1, P], what SDXL reads of the prompt as a whole; None elsewhere.
+        pooled: [1, P], the pooled states that SDXL reads; None for other models.
         mask: [H, W] in 0..1, its place in the latents.
-        box: (top, bottom, left, right): what is drawn for it, in the latents.
+        box: (top, bottom, left, right): the part of the latents that is drawn for it.
     """
 
     names: tuple[str, ...]
@@ -83,23 +83,23 @@ def tiles_for(
     by: By,
     settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
 ) -> Tiles | None:
-    """What draws the pictures of a call in tiles; None where they are drawn as one.
+    """An object that draws the pictures of a call in tiles; None if they are drawn as one.
 
     Args:
         call: its arguments.
         bound: each expert's words and region.
         acting: the experts that are on.
         by: a context in which only some of them act, on every word.
-        settle: is told the place [H, W] of each thing, by its key, before the first tile is drawn.
+        settle: receives the place [H, W] of each thing, by its key, before the first tile is drawn.
 
-    Raises ValueError where tiles are always wanted and cannot be, see `Mixture.tiled`.
+    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
     """
     things = _things(pipe, tiling, call, bound, acting)
     return None if things is None else Tiles(pipe, tiling, things, encoder(pipe, tiling, call), by, settle)
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
-    """Whether a bound mixture draws the pictures of a call, whose size is in it, in tiles by itself."""
+    """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
     things = _things(pipe, Tiling(), call, bound, acting)
     if things is None:
         return False
@@ -110,7 +110,7 @@ def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound
 def _things(
     pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
 ) -> Things | None:
-    """What is drawn in tiles where it has room; None where a picture is drawn as one."""
+    """The things to draw in tiles if there is room; None if a picture is drawn as one."""
     things = things_of(tiling, call, bound, acting)
     reason = obstacle(pipe, things)
     if reason and tiling.always:
@@ -128,13 +128,13 @@ def _gives_states(tiling: Tiling, call: Mapping[str, Any]) -> bool:
 
 
 def things_of(tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> Things | None:
-    """What the prompt of a call names; None where it has not one prompt."""
+    """The things that a call's prompt names; None if it does not have exactly one prompt."""
     prompt = tiling.prompt if _gives_states(tiling, call) else _one_prompt(call.get("prompt"))
     return None if prompt is None else Things(prompt, bound, acting)
 
 
 def encoder(pipe: Any, tiling: Tiling, call: Mapping[str, Any]) -> Encode:
-    """What makes the states of parts of a call's prompt."""
+    """The function that encodes parts of a call's prompt."""
     if tiling.encode is not None and _gives_states(tiling, call):
         return tiling.encode
     options = {} if (skip := call.get("clip_skip")) is None else {"clip_skip": skip}
@@ -150,7 +150,7 @@ def encoder(pipe: Any, tiling: Tiling, call: Mapping[str, Any]) -> Encode:
 
 
 def obstacle(pipe: Any, things: Things | None) -> str:
-    """Why a pipeline cannot draw these in tiles; "" where it can."""
+    """Why a pipeline cannot draw these in tiles; "" if it can."""
     if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
         return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
     if compiled_from(pipe.unet) is not pipe.unet or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
@@ -178,7 +178,7 @@ def _has_room(unet: Any, masks: torch.Tensor) -> bool:
 
 
 def _extent(mask: torch.Tensor) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of what is around a mask [H, W]; all 0 where it is empty."""
+    """(top, bottom, left, right) around a mask [H, W]; all 0 if it is empty."""
     if not mask.any():
         return 0, 0, 0, 0
     rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
@@ -186,7 +186,7 @@ def _extent(mask: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
-    """The extent of a mask [H, W], as large as a UNet can halve without a rest."""
+    """The extent of a mask [H, W], enlarged so that a UNet can halve it without a remainder."""
     step = 2 ** (len(unet.config.block_out_channels) - 1)
     top, bottom, left, right = _extent(mask)
     bottom, right = (-(-end // step) * step for end in (bottom, right))
@@ -194,15 +194,15 @@ def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
 
 
 class Things:
-    """What a prompt names, one by one.
+    """The things that a prompt names.
 
     Attributes:
-        prompts: index of a thing in the reading, in the order of naming -> the prompt of it alone.
+        prompts: index of a thing in the reading, in the order of naming -> the prompt for it alone.
         keys: index of a thing in the reading -> its key, see `words.keys`.
-        everywhere: the experts that act in the whole picture, as a style does.
+        everywhere: the experts that act in the whole picture, such as a style.
         outside: those of them that the user gave a region.
-        are_listed: whether the prompt lists several things, see `prompts_apart`, at least one of them with an expert, and
-            the experts of all those are on.
+        are_listed: whether the prompt lists several things (see `prompts_apart`), at least one of them with an expert,
+            and all experts of these things are on.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
@@ -235,7 +235,7 @@ class Things:
         return (*self.experts(thing), *spoken)
 
     def masks(self, height: int, width: int) -> torch.Tensor:
-        """[K, height, width] in 0..1: the place of each, as given, or a cell of what is left, in the order of naming."""
+        """[K, height, width] in 0..1: the place of each thing, as given, or a cell of the rest, in the order of naming."""
         things, side = self.reading.things, (height, width)
         regions = {i: given_region(things[i], self.bound) for i in self.prompts}
         masks = {i: region_mask(region, *side) for i, region in regions.items() if region is not None}
@@ -256,7 +256,7 @@ class Tiles:
     encode: Encode
     by: By
     settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
-    # Of latents of this height and width and a text of so many tokens; none where they are drawn as one.
+    # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
     _found: dict[tuple[int, int, int], list[Tile]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -269,20 +269,20 @@ class Tiles:
             yield
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the UNet predicts; `whole` draws the picture as one."""
+        """The UNet's prediction; `whole` draws the picture as one."""
         if not (tiles := self._tiles(args, kwargs)) or not self._is_early(args, kwargs):
             return whole(*args, **kwargs)
         out = self._parts(tiles, whole, args, kwargs)
         return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
 
     def _is_early(self, args: tuple, kwargs: dict) -> bool:
-        """Whether this step is one of those in tiles. The last step is none, unless all of them are."""
+        """Whether this step is drawn in tiles. The last step is not, unless all steps are."""
         now, times = self.reader.time(args, kwargs)[0].cpu(), self.pipe.scheduler.timesteps.float().cpu()
         noisier = int((times / self.reader.pure_noise > now + 1e-5).sum())
         return noisier + 1 <= self.tiling.until * len(times) + 1e-5
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
-        """The tiles of a call; none where it draws the picture as one."""
+        """The tiles of a call; none if it draws the picture as one."""
         latents, text, reason = self.reader.latents(args, kwargs), self.reader.text(args, kwargs), ""
         if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
             reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
@@ -321,7 +321,9 @@ class Tiles:
         return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))
 
     def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
-        """What the UNet predicts, tile by tile; where none is, `whole` does, whose words of things are closed there."""
+        """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are
+        closed.
+        """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         prompted = prompted_rows(self.pipe, text, latents)
 
@@ -333,7 +335,7 @@ class Tiles:
 
         masks = torch.stack([tile.mask for tile in tiles]).to(latents)  # [K, H, W]
         shares, outside = masks / masks.sum(0).clamp_min(1), (1 - masks.sum(0)).clamp_min(0)
-        channels = self.pipe.unet.config.out_channels  # fewer than go in, where it is a UNet for inpainting
+        channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if outside.any():
             out += outside * whole(*args, **{**kwargs, "return_dict": False})[0]
@@ -349,7 +351,7 @@ class Tiles:
         return out
 
     def _pooled(self, tile: Tile, prompted: torch.Tensor, whole: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What SDXL reads beside the text: the pooled states, and the sizes of a picture that is the tile."""
+        """What SDXL reads besides the text: the pooled states, and the sizes of a picture that is the tile."""
         if tile.pooled is None or whole is None:
             return {}
         side, (top, bottom, left, right) = self.pipe.vae_scale_factor, tile.box

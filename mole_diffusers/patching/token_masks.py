@@ -1,15 +1,15 @@
-"""Binding while sampling: which expert acts on which token of the texts and of the picture, right now.
+"""Binding while sampling: which expert acts on which token of the texts and of the picture at this moment.
 
 In the order of a call of the pipeline:
 
-    begin          forget the pictures of the call before
-    on_text        a text encoder reads a text: whose words its tokens are
-    on_denoiser    step 1, and any new text: whose words its tokens are, who is silent; regions that the user gave hold
-    add_maps       step 1: attention hooks say which word is attended where
-    on_denoiser    step 2: the layout is planned from these maps, and holds from here on
+    begin          forget the pictures of the previous call
+    on_text        a text encoder reads a text: which expert each token belongs to
+    on_denoiser    step 1, and any new text: the same for the denoiser, and who is silent; given regions apply
+    add_maps       step 1: attention hooks report how much attention each word gets where
+    on_denoiser    step 2: the layout is planned from these maps, and stays from then on
     end            warn of what got no place
 
-Tiles, and a picture that is drawn over, plan the layout without maps, by `plan`, before the first step.
+Tiles, img2img and inpainting plan the layout without maps, by `plan`, before the first step.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mole_diffusers.patching.denoiser_inputs import Groups
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
-Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # given name -> map [h, w], for each picture
-MOST_TEXTS = 5  # that pictures of one call are drawn with, in turn
-CLOSING = 8.0  # what attention to a thing's words loses outside its region, in logits
+Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # called with name -> map [h, w], for each picture
+MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
+CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 
 
 class TokenMasks:
-    """Masks per expert and token, from what the user bound, the texts' words and the layout of the picture.
+    """Masks per expert and token, from the user's binding, the texts' words and the layout of the picture.
 
     Args:
         bound: each expert's binding, in the order of the gates' columns.
-        tokenizers: of each text encoder, by its name; the words of one that has none (None) are not known.
-        changed: called when masks, or which experts are there, have changed.
-        watchers: whoever is in this list is given the maps of each layer that is read, and then every step is read.
+        tokenizers: text encoder -> its tokenizer. If it is None, the words are not known.
+        changed: called when masks change, or which experts are present.
+        watchers: listeners that get the maps of each layer that is read. With any of them, every step is read.
     """
 
     def __init__(
@@ -57,30 +57,30 @@ class TokenMasks:
         self.bound, self.tokenizers, self.tokens, self._changed = dict(bound), dict(tokenizers), tokens, changed
         self._watchers = watchers
         self.closing = CLOSING
-        self.has_words = any(b.words for b in bound.values())  # else no text need be read
-        self.silent: Silent = (False,) * len(bound)  # experts whose words the text that is being read has not
-        self.row_silent: torch.Tensor | None = None  # [B, N], where rows differ
-        self._encoding: torch.Tensor | None = None  # [B, T, N] bool, of the text that an encoder read last
+        self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
+        self.silent: Silent = (False,) * len(bound)  # experts whose words are not in the current text
+        self.row_silent: torch.Tensor | None = None  # [B, N], if rows differ
+        self._encoding: torch.Tensor | None = None  # [B, T, N] bool, for the last text of an encoder
         self._encoded: Made = {}
-        self._texts: list[BoundText] = []  # of the pictures that are being drawn
-        self._planned: Mapping[ThingKey, torch.Tensor] = {}  # where their things are, if that was planned without maps
-        self.text: BoundText | None = None  # that the denoiser reads
+        self._texts: list[BoundText] = []  # of the current pictures
+        self._planned: Mapping[ThingKey, torch.Tensor] = {}  # places of their things, if planned without maps
+        self.text: BoundText | None = None  # the denoiser's current text
         self._called = False  # whether a call of the pipeline runs
-        self._level = 0.0  # of noise, at the last step outside of calls
+        self._level = 0.0  # of noise at the last step, outside of calls
         self._ever_warned: set[str] = set()
-        self.warned: list[str] = []  # what was to be warned of since the call of the pipeline began
+        self.warned: list[str] = []  # warnings since the call of the pipeline began
 
     # ---- what layers ask
 
     @property
     def binds(self) -> bool:
-        """Whether any expert is kept from any token, of the text encoder or of the denoiser."""
+        """Whether any expert is kept off any token, of the text encoder or of the denoiser."""
         return self._encoding is not None or (self.text is not None and self.text.binds)
 
     def over_ranks(
         self, stream: str | None, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
     ) -> torch.Tensor | None:
-        """What multiplies A x of a layer beside the gate, in its shape; None where every expert acts on every token.
+        """A factor for A x of a layer besides the gate, in its shape; None if every expert acts on every token.
 
         Args:
             stream: which tokens the layer reads, see `placement.stream_of`.
@@ -95,7 +95,7 @@ class TokenMasks:
 
     @property
     def wants_maps(self) -> bool:
-        """Whether attention is to be read at this step."""
+        """Whether attention must be read at this step."""
         if self.text is None or torch.is_grad_enabled():
             return False
         return self.text.picture.wants_maps or (bool(self._watchers) and self.text.picture.has_things)
@@ -112,19 +112,19 @@ class TokenMasks:
 
     @property
     def layouts(self) -> list[Layout]:
-        """The layouts of the pictures that are being drawn, or were drawn last, in their order."""
+        """The layouts of the pictures being drawn, or drawn last, in their order."""
         spoken = [text for text in self._texts if any(map(_names_an_expert, text.picture.readings))] or self._texts
         return spoken[-1].picture.layouts() if spoken else []
 
     # ---- texts
 
     def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
-        """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call another picture begins."""
+        """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call, this begins another picture."""
         if not self._called:
             self._texts = []
         if not self.has_words:
             return
-        acts, mentioned = None, [(True,) * len(self.bound)]  # where words are not known, every expert acts on every token
+        acts, mentioned = None, [(True,) * len(self.bound)]  # if words are not known, every expert acts on every token
         if self.tokenizers[encoder] is not None:
             readings = self._readings([[[(encoder, row)]] for row in ids.tolist()])
             acts, mentioned = onto(self._acting_tokens(readings), device), [reading.mentioned for reading in readings]
@@ -133,8 +133,11 @@ class TokenMasks:
         self._changed()
 
     def _readings(self, rows: Sequence[Sequence[Sequence[tuple[str, list[int]]]]], tokens: int = 0) -> list[Reading]:
-        """A row is made of parts, token after token, and a part of (encoder, its ids), whose channels lie side by side; what
-        is left of `tokens` has no words."""
+        """Read texts by their tokens.
+
+        A row consists of parts, token after token. A part consists of (encoder, its ids), whose channels lie side by
+        side. The rest of `tokens` has no words.
+        """
         known: dict[tuple, Reading] = {}
         phrases = [bound.words for bound in self.bound.values()]
         of_row = partial(read, phrases=phrases, whole=with_region(list(self.bound.values())))
@@ -149,9 +152,9 @@ class TokenMasks:
         return readings
 
     def _acting_tokens(self, readings: Sequence[Reading]) -> torch.Tensor:
-        """[B, T, N] bool: an expert acts on a text that has its words, but not on the words of others there.
+        """[B, T, N] bool: an expert acts on a text that has its words, but not on the words of others in it.
 
-        One that is to act everywhere acts on those, too.
+        An expert that acts everywhere acts on those, too.
         """
         bounds, rows = list(self.bound.values()), []
         everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
@@ -163,13 +166,13 @@ class TokenMasks:
         return torch.stack(rows)
 
     def _silent(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> tuple[Silent, torch.Tensor | None]:
-        """Experts whose words a text must have, and has not, are as at strength 0.
+        """Experts that require words which the text does not have count as at strength 0.
 
         Args:
-            mentioned: [B][N], whose words each row has.
+            mentioned: [B][N], whether each row has the expert's words.
 
         Returns:
-            [N], those that no row wants; and [B, N] on `device` where rows differ.
+            [N], the experts that are silent in all rows; and [B, N] on `device` if rows differ.
         """
         bounds = list(self.bound.values())
         rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in mentioned]
@@ -180,13 +183,13 @@ class TokenMasks:
     # ---- the picture
 
     def begin(self) -> None:
-        """A call of the pipeline begins: its texts are read, and its layout is planned, anew."""
+        """A call of the pipeline begins: its texts are read again, and its layout is planned again."""
         self._called, self._texts, self.text, self.warned, self._planned = True, [], None, [], {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
-        """Say where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`; maps are not read then."""
+        """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read."""
         self._planned = regions
         for state in self._texts:
             if state.picture.put(regions):
@@ -194,7 +197,7 @@ class TokenMasks:
         self._changed()
 
     def end(self, *, warns: bool) -> None:
-        """The call has ended; `warns` of what got no place."""
+        """The call has ended. With `warns`, warn of what got no place."""
         self._called, self._level = False, 0.0
         for text in self._texts:
             text.forget()
@@ -216,12 +219,12 @@ class TokenMasks:
 
         Args:
             text: its states, [B, S, C].
-            latents: what it denoises.
-            side: of the latents; None where it is not known, and nothing has a place.
-            level: of noise, 1 is the most. Outside of a call another picture begins where it rises.
-            groups: of the rows of the text, whether they are prompts; None where that is not known: a first half without any
-                expert's words is taken for none.
-            wanted: [N], the experts that the user is told of if they are silent, or several in one place.
+            latents: the denoiser's input.
+            side: of the latents; None if it is not known, and nothing has a place.
+            level: of noise, 1 is the highest. Outside of a call, another picture begins if it rises.
+            groups: for the groups of rows of the text, whether they are prompts. None if that is not known; then a first
+                half without any expert's words is not taken for prompts.
+            wanted: [N], the experts for which to warn if they are silent, or several are in one place.
         """
         if not self._called and self.has_words and not torch.is_grad_enabled():
             before, self._level = self._level, level()
@@ -248,10 +251,10 @@ class TokenMasks:
             self._changed()
 
     def _read(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, groups: Groups | None) -> BoundText:
-        """What follows from a text that is new. Within a call its layout is that of the text before, if things are the same.
+        """What follows from a new text. Within a call, it keeps the layout of the previous text if the things are the same.
 
-        Where nobody knows whether it is a prompt, one without anybody's words counts as that of guidance by a call of its
-        own: it has the experts and places of the text before.
+        If it is not known whether the text is a prompt, a text without any expert's words counts as the unconditional
+        one of guidance that calls the denoiser separately. It then has the experts and places of the previous text.
         """
         readings: list[Reading] = []
         found = self.tokens.rows(text) if self.has_words else None
@@ -261,7 +264,7 @@ class TokenMasks:
             readings = self._readings(rows, tokens=text.shape[1])
         elif self.has_words:
             self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
-        frames = max(1, len(text) // len(latents))  # a video has its text once a frame
+        frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
@@ -286,7 +289,7 @@ class TokenMasks:
         return state
 
     def _warn(self, message: str) -> None:
-        """Once for each message."""
+        """Warn once for each message."""
         if message not in self.warned:
             self.warned.append(message)
         if message not in self._ever_warned:
@@ -299,7 +302,7 @@ def _names_an_expert(reading: Reading) -> bool:
 
 
 def _groups(readings: Sequence[Reading]) -> Groups:
-    """Whether the first half of the rows are prompts, to judge by the texts alone."""
+    """Whether the first half of the rows are prompts, judged by the texts alone."""
     half = len(readings) // 2
     named = list(map(_names_an_expert, readings))
     guided = half and len(readings) == 2 * half and not any(named[:half]) and all(named[half:])

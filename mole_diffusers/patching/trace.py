@@ -1,4 +1,4 @@
-"""What the gates decided while a block ran: weights by place, step, batch row and expert."""
+"""A record of the gates' decisions inside a block: weights by place, step, batch row and expert."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Trace:
 
     Attributes:
         experts: names, in the order of the last axis.
-        before: how many calls the runtime had counted when the block began; a trace counts its own.
-        records: (place, step, applied weights [N] or [B, N] on the CPU); step -1 is before the first denoiser call,
-            where text encoders run. Layers of a place that have fewer of the experts are recorded apart, as
+        before: the runtime's number of calls when the block began; a trace counts its own.
+        records: (place, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
+            text encoders run. If some layers of a place have fewer of the experts, they are recorded separately, as
             "PLACE (fox, ink)".
-        layouts: where each expert acted, for each picture of the last call; there when the block has ended.
-        maps: with `maps=True`, call of the denoiser, counted from 0 -> for each picture, name of an expert or noun -> [h, w]
-            on the CPU: the attention to its words, 0..1 in each layer that is read, summed over them. The layout is planned
-            from those of the first call. Calls with a text that names nothing have none.
+        layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
+        maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
+            w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
+            The layout is planned from those of the first call. Calls with a text that names nothing have none.
     """
 
     experts: list[str]
@@ -36,7 +36,7 @@ class Trace:
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:
-        """Keep one gate's decision."""
+        """Record one gate's decision."""
         place = decision.place
         largest = self._largest.setdefault(place, decision.present)
         if decision.present != largest:
@@ -52,13 +52,13 @@ class Trace:
 
     @property
     def places(self) -> list[str]:
-        """Every gate that was evaluated, in the order of its first evaluation."""
+        """Every gate that was evaluated, in the order of first evaluation."""
         return list(dict.fromkeys(place for place, _, _ in self.records))
 
     def weights(self, place: str) -> torch.Tensor:
-        """The weights at one place by step, mean over batch rows: [steps, N]; in a text encoder, over its calls.
+        """The weights at one place by step, mean over batch rows: [steps, N]. In a text encoder, by call instead of step.
 
-        In a step that is drawn in tiles each expert's is the mean over the tiles where it weighs anything.
+        In a step that is drawn in tiles, each expert's weight is the mean over the tiles in which it is not 0.
         """
         steps: dict[tuple[int, int], list[torch.Tensor]] = {}
         for i, (name, step, weights) in enumerate(self.records):
@@ -71,11 +71,11 @@ class Trace:
         return torch.stack([each.sum(0) / (each != 0).sum(0).clamp_min(1) for each in calls])
 
     def mean(self) -> dict[str, float]:
-        """Each expert's weight averaged over steps, rows and the places where it weighs anything."""
+        """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
         table = torch.stack([self.weights(place).mean(0) for place in self.places])  # [places, N]
         average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
         return dict(zip(self.experts, average.tolist(), strict=True))
 
     def entropy(self) -> float:
-        """Mean entropy of the gates in nats; ln N where all experts share equally."""
+        """Mean entropy of the gates in nats; ln N if all experts share equally."""
         return torch.cat([functional.entropy(w).reshape(-1) for _, _, w in self.records]).mean().item()

@@ -1,4 +1,4 @@
-"""Blocks that were compiled one by one, run as they are where hooks have to do something that compiled code leaves out."""
+"""Run blocks that were compiled one by one without compilation, if hooks must do something that compiled code leaves out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mole_diffusers.patching.undo import Undo
 
 
 class Uncompiled:
-    """Calls of a model in which `blocks` of it run as they are while `needed(masks)`."""
+    """Calls of a model in which `blocks` run uncompiled while `needed(masks)` is true."""
 
     def __init__(self, runtime: Runtime, blocks: Sequence[nn.Module], needed: Callable[[TokenMasks], bool]):
         self.runtime, self.blocks, self.needed = runtime, blocks, needed
         self._calls: list[tuple[nn.Module, Any]] = []
 
     def install(self, model: nn.Module, undo: Undo) -> None:
-        """Hook the calls of `model`; the undoing of each hook is recorded in `undo` before it."""
+        """Hook the calls of `model`. The undo step of each hook is recorded in `undo` before it."""
         undo.before_forward(model, self._before)
         undo.after_forward(model, self._after, always_call=True)
 

@@ -1,4 +1,4 @@
-"""Borrowed state and how it is given back: recorded before each change, run last first."""
+"""Undo changes: each step is recorded before its change, and the last one runs first."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Undo:
-    """The steps that give back what was changed.
+    """The steps that restore what was changed.
 
-    A step that fails stays, with those that would follow it, for another `close`. Each must do no harm when it runs twice.
+    A step that fails stays, together with those after it, for another `close`. So each step must do no harm if it runs
+    twice.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Undo:
         handles.append(module.register_forward_hook(hook, always_call=always_call))
 
     def close(self) -> None:
-        """Run the steps. Where one is broken off, by Ctrl-C say, it and the rest run again before that is raised."""
+        """Run the steps. If one is interrupted, for example by Ctrl-C, it and the rest run again before that is raised."""
         try:
             self._run()
         except BaseException:
@@ -54,7 +55,7 @@ class Undo:
         self.close()
 
     def _handles(self) -> list[RemovableHandle]:
-        """Handles that `close` removes, whenever they come."""
+        """Handles that `close` removes, even if they are added later."""
         handles: list[RemovableHandle] = []
 
         def remove() -> None:
@@ -67,7 +68,7 @@ class Undo:
 
 @contextmanager
 def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `module` go to `run`; those that `run` itself makes go to the module."""
+    """Calls of `module` go to `run`. Calls that `run` itself makes go to the module."""
     found, own, inside = module.forward, "forward" in module.__dict__, False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
