@@ -207,7 +207,7 @@ class GateTraining:
         ema: decay of an exponential moving average of the gates, which then draws pictures and is saved; 0 means none.
         precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; gates stay fp32.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
-        seed: of all random choices.
+        seed: seed of all random choices.
         every: updates between checkpoints.
         keep: how many checkpoints to keep.
         tracker: a tracker that Accelerate knows, "tensorboard" or "wandb". Default: none.
@@ -276,7 +276,7 @@ class LoraTraining:
         batch: pictures per update, over all processes and accumulated parts together; plus as many class pictures.
         lr: AdamW's peak learning rate, with a cosine down to a tenth.
         text_lr: the same for the text encoder; 0 does not train it.
-        seed: of all random choices.
+        seed: seed of all random choices.
         precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; the LoRA stays fp32.
         prior: weight of the loss on class pictures (DreamBooth's prior preservation), if there are any.
         beam: let ranks compete (BeamLoRA); needs a rank of 8 or more.
