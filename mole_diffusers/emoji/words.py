@@ -49,7 +49,7 @@ HELD_OUT_SUBJECTS = (
     "fox", "octopus", "sunflower", "doughnut", "honeybee", "french fries", "cheese wedge", "tiger", "koala",
     "tomato", "crocodile", "birthday cake",
 )  # fmt: skip
-OTHER_SUBJECTS = (  # neither base nor any LoRA of the world knows them: material for LoRAs of one's own
+OTHER_SUBJECTS = (  # unknown to the base and to all LoRAs of the world: material for your own LoRAs
     "cat", "dog", "horse", "cow", "mouse", "wolf", "chicken", "ant", "shrimp", "spouting whale", "goat", "dragon",
     "hatching chick", "eagle", "duck", "lizard", "ox", "boar", "hamster", "bug", "rose", "cherry blossom", "herb",
     "spiral shell", "potato", "peach", "egg", "cookie", "ice cream", "honey pot", "wine glass", "chocolate bar",

@@ -1,4 +1,4 @@
-"""`emoji_world()`: the embedded world as one object: base pipeline, LoRAs, gates, judge, drawings."""
+"""`emoji_world()` loads the embedded world as one object: base pipeline, LoRAs, gates, judge, drawings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from mole_diffusers.emoji.judge import Judge
 
 @dataclass(frozen=True)
 class EmojiWorld:
-    """A real Stable Diffusion in small, with a ground truth for composition; see `emoji.canvas` for sizes of pictures.
+    """A small but real Stable Diffusion with a ground truth for composition; `emoji.canvas` has the sizes of its pictures.
 
     Attributes:
         pipe: the base, a StableDiffusionPipeline; knows `emoji.words.BASE_SUBJECTS` in `emoji.words.BASE_STYLES`.
         loras: concept -> LoRA file, for every held-out subject and style.
         gates: "fox+relief" -> folder of gates trained for these experts.
         drawings: the artists' drawings.
+        folder: the world's files.
     """
 
     pipe: Any
@@ -31,7 +32,7 @@ class EmojiWorld:
     folder: Path
 
     def judge(self) -> Judge:
-        """The evaluator; nothing of this world was trained with it."""
+        """The evaluator, which nothing in this world was trained with."""
         return Judge.load(self.folder / "judge")
 
 
@@ -46,9 +47,9 @@ def gate_folders() -> dict[str, Path]:
 
 
 def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EmojiWorld:
-    """Load the world from a checkout or an installed package; nothing is downloaded.
+    """Load the embedded world from a checkout or an installed package. Nothing is downloaded.
 
-    Raises FileNotFoundError where the installation does not hold it.
+    Raises FileNotFoundError if the installation does not include it.
     """
     folder = emoji.default_folder()
     pipe = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
