@@ -67,7 +67,7 @@ def compare(
 def image_grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], labels: Sequence[str], *, cell: int = 128
 ) -> Image.Image:
-    """Pictures as a sheet with a label over each column and before each row.
+    """Pictures as a sheet with a label over each column and before each row, where it may have several lines.
 
     Args:
         rows: one sequence of pictures per row, as many as `columns`.
@@ -79,7 +79,7 @@ def image_grid(
     if any(len(row) != len(columns) for row in rows) or len(rows) != len(labels):
         raise ValueError(f"{[len(r) for r in rows]} pictures do not fill {len(labels)} rows of {len(columns)} columns")
     font = ImageFont.load_default(14)
-    left = max((int(font.getlength(text)) for text in labels), default=0) + 2 * MARGIN
+    left = max((int(font.getlength(line)) for text in labels for line in text.splitlines()), default=0) + 2 * MARGIN
     top = 14 + 3 * MARGIN
     largest = [max((image.size[i] for row in rows for image in row), default=1) for i in (0, 1)]
     wide, high = (round(cell * side / min(largest)) for side in largest)
