@@ -112,7 +112,7 @@ and 162 with `mole`. Now it takes 24 and 7, by the same test.
 ONCE = """
 ## Once, and memory
 
-The same command with `--what attach`, `update`, `collapse` or `memory`.
+The command is the same, with `--what attach`, `update`, `collapse` or `memory`.
 
 | | measured | goal |
 |---|---|---|
