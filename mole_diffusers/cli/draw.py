@@ -44,11 +44,14 @@ class Settings(options.Drawing, Over):
         seed: the same seed gives the same picture; -1 is a random one.
         binding (HOW): bound: each LoRA on its own words and in its own place; tiles: and drawn there as a picture of its own
             at first, for several subjects; auto: tiles where each has room, else bound; none: all everywhere.
+        clip_skip: the last layer of the text encoder that is read, counted from the end; many checkpoints for drawings want
+            2. For Stable Diffusion 1.x and 2.x.
     """
 
     gates: str = "auto"
     seed: options.Seed = 0
     binding: str = "auto"
+    clip_skip: options.AtLeastOne = 1
 
 
 def draw(prompt: str, *, files: options.Studio, settings: Settings, output: options.Output) -> Said:
@@ -97,7 +100,7 @@ def grid(
     output: options.Output,
 ) -> Said:
     """Draw a grid of one picture, changed along two axes: weight NAME, seed, arm, gates, binding, steps, guidance, sampler,
-    hires or hires_strength, and with --image also strength.
+    clip_skip, hires or hires_strength, and with --image also strength.
 
     The PNG holds the recipe and both axes.
 
