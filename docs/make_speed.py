@@ -18,28 +18,35 @@ HERE = Path(__file__).parent
 NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "tiny": "tiny", "thin": "SD 1.5's modules, narrow"}
 HEAD = """# What a mixture costs
 
-Made by `python docs/make_speed.py` from the files in `docs/speed/`, which `python -m benchmarks --json` wrote; do not edit.
+SHORT
 
-All numbers are ratios within one run: every arm runs once in a round, rounds take turns, and a ratio is taken round by
-round; medians, with quartiles in brackets. UNets have random weights, a batch of 2 (guidance) and LoRAs on all attention
-layers, of rank 16 unless said otherwise. One CPU thread of a machine that did other work, too: time is the process's own
-(`--clock cpu`), but caches and memory were shared; the arm `again`, the base once more, says how much is noise. No GPU was
-at hand; the same commands measure one.
+This page is made by `python docs/make_speed.py` from the files in `docs/speed/`, which `python -m benchmarks --json`
+wrote. Do not edit it.
+
+All numbers are ratios within one run. In each round every arm runs once, the arms take turns, and the ratio to the base is
+taken round by round. The tables show medians, with quartiles in brackets.
+
+The UNets have random weights, a batch of 2 (guidance), and LoRAs on all attention layers, of rank 16 unless a section says
+otherwise. They ran on one CPU thread of a machine that did other work, too. The time is the process's own (`--clock cpu`),
+but caches and memory were shared. The arm `again` runs the base once more, so it shows how much is noise. No GPU was
+available, but the same commands measure one.
 
 | arm | what it is |
 |---|---|
 | `base` | no LoRA; `again` is the base once more |
-| `set_adapters` | diffusers' own stacking of the N LoRAs, weights 1, no gates |
-| `sum`, `mole`, `flow` | a mixture whose gates are of that family, one per block; `gated` is `mole` |
+| `set_adapters` | diffusers' own way to stack the N LoRAs, with weights 1 and no gates |
+| `sum`, `mole`, `flow` | a mixture with gates of that family, one per block; `gated` is `mole` |
 | `collapsed` | the gates' average folded into the weights by `mixture.collapsed(prompt)` |
 """
 DISPATCH = """
 ## Dispatch
 
-What a step costs where arithmetic is next to nothing: the UNet of Stable Diffusion 1.5 module for module, 8 to 24 channels
-wide, 16 tokens of text, LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`). On a GPU this is
-what the host's thread does while the card computes. "before" is the layer whose products were of [B, T, C] instead of rows,
-and gates that read the text at every step; both were measured on one machine, one after the other, beside a training.
+This section shows what a step costs if it does next to no arithmetic. On a GPU, this is the work of the host's thread
+while the card computes. It is measured on a UNet with the same modules as Stable Diffusion 1.5, but only 8 to 24 channels
+wide, with 16 tokens of text and LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`).
+
+"before" is an older version, whose layers took products of [B, T, C] instead of rows, and whose gates read the text at
+every step. Both versions were measured on one machine, one after the other, beside a training.
 
 | arm | N | before | now | goal |
 |---|---|---|---|---|
@@ -47,30 +54,32 @@ and gates that read the text at every step; both were measured on one machine, o
 ABOUT_DISPATCH = """
 ![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
 
-A layer makes one down product, one product with the factor and one `addmm` beside the host's own: 5 operations more than
-the host's 4 (before: 9). Of PyTorch's operations a step of the base has 1,616; sum adds 644 (before: 1,156), mole 980
-(1,348), flow 825 (1,412, and 932 when the table was measured), and nothing of a layer's is cached
-(`tests/benchmarks/test_bench.py::test_what_a_step_asks_of_pytorch` counts them at N=3). The goals are not met, and trials on
-the sum at N=3 say what is left:
+Beside the host's own product, a layer makes one down product, one product with the factor and one `addmm`. These are 5
+operations more than the host's 4 (before: 9). A step of the base has 1,616 of PyTorch's operations. `sum` adds 644
+(before: 1,156), `mole` 980 (1,348), and `flow` 825 (1,412, and 932 when the table was measured). The layers cache
+nothing. `tests/benchmarks/test_bench.py::test_what_a_step_asks_of_pytorch` counts the operations at N=3.
+
+The goals are not met. Trials on `sum` at N=3 show what is left:
 
 | what a layer does | x base |
 |---|---|
 | the host's product alone, with all hooks and processors in place | 1.04 to 1.06 |
-| and the down product, nothing done with it | 1.11 |
+| and the down product, with nothing done with it | 1.11 |
 | and the product with the factor | 1.14 |
-| and its addition: all of the arithmetic, no check of hooks, no gate asked | 1.18 to 1.21 |
-| the same with one down product for q, k and v, or k and v, that have one input | about 0.03 less |
-| the same without the product with the factor, where all weigh 1 | about 0.03 less |
+| and its addition: all of the arithmetic, but no hooks checked and no gate asked | 1.18 to 1.21 |
+| the same with one down product for q, k and v, or for k and v, if they have one input | about 0.03 less |
+| the same without the product with the factor, if all weigh 1 | about 0.03 less |
 
-Neither of the last two was kept: both together would leave the sum at about 1.16, for a second copy of the down matrices,
-an input that has to be recognised, and a second route. A gate of MoLE's form is twelve small operations per block, .15 of a
-step in all; taking out five of them (as a trial, with other results) gained .04.
+Neither of the last two was kept. Together they would still leave `sum` at about 1.16, and would need a second copy of the
+down matrices, an input that has to be recognised, and a second route. A gate of MoLE's form is twelve small operations per
+block, .15 of a step in all. Taking out five of them (as a trial, with other results) gained .04.
 """
 FACTORS = """
-`factors`, what `mole train` teaches by default, sits at every layer, and its factors are kept until something changes.
-(Asked anew at every step they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3 and 8 LoRAs, 25 rounds.)
-Beside the sum and `mole` in one run (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts 3 8
-16 --repeats ROUNDS`, as above; on the machine of the table of binding, beside a training):
+`factors` are the gates that `mole train` trains by default. They sit at every layer, and their factors are kept until
+something changes. (When they were asked at every step, they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3
+and 8 LoRAs, 25 rounds.) Here they are beside `sum` and `mole` in one run (`--size thin --rank 4 --arms base again sum mole
+gated --gates factors --experts 3 8 16 --repeats ROUNDS`, otherwise as above), on the machine of the table under
+[Binding](#binding), beside a training:
 
 | gates | N | x base |
 |---|---|---|
@@ -78,19 +87,24 @@ Beside the sum and `mole` in one run (`--size thin --rank 4 --arms base again su
 STEPS = """
 ## Steps at real size
 
-`python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), with `--arms`, `--experts`
-and `--gates` as the tables say.
+The command is `python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), with
+`--arms`, `--experts` and `--gates` as the tables say.
 """
 BINDING = """
 ## Binding
 
-Each LoRA on a word and in a part of the picture of its own, beside the same gates without (`--arms sum mole "bound sum"
-"bound mole"`): dispatch (`--size thin --rank 4`, 150 rounds in each of two runs, on another machine than above whose
-other core was idle), and a step of Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock. "More" is
-the median over rounds of the two ratios' difference; of dispatch its standard error is about .017, so what is near the
-goal is not told from it. "Before", 150 rounds after the first run: masks by token that each layer looked at anew, and
-biases of cross-attention that diffusers repeats for every head at every step, 210 operations more with the sum and 162
-with `mole`; now 24 and 7, by the same test.
+Here each LoRA has its own word and its own part of the picture, and is compared with the same gates without binding
+(`--arms sum mole "bound sum" "bound mole"`). Two things were measured:
+
+- dispatch: `--size thin --rank 4`, 150 rounds in each of two runs, on another machine than above, whose other core was idle
+- a step: Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock
+
+"More" is the median over rounds of the difference between the two ratios. For dispatch its standard error is about .017,
+so you cannot tell whether a value near the goal meets it.
+
+"Before" is an older version, measured in 150 rounds after the first run. Each layer looked at its masks by token again,
+and diffusers repeated the biases of cross-attention for every head at every step. That took 210 operations more with `sum`
+and 162 with `mole`. Now it takes 24 and 7, by the same test.
 
 | | gates | N | not bound | bound | more | before |
 |---|---|---|---|---|---|---|
@@ -98,7 +112,7 @@ with `mole`; now 24 and 7, by the same test.
 ONCE = """
 ## Once, and memory
 
-The same command with `--what attach`, `update`, `collapse` or `memory`.
+The command is the same, with `--what attach`, `update`, `collapse` or `memory`.
 
 | | measured | goal |
 |---|---|---|
@@ -215,8 +229,9 @@ def reuse() -> str:
     text = """
 ## Gates evaluated less often
 
-`mixture.every(k)` evaluates the gates in one of k steps and keeps their weights in the others. What it changes in a picture
-of the embedded world (`benchmarks/reuse.py`: trained gates per token, 20 steps, mean absolute difference of values in 0..1):
+`mixture.every(k)` evaluates the gates in only one of k steps and keeps their weights in the others. The table shows how
+much this changes a picture of the embedded world: the mean absolute difference of values in 0..1, with trained gates per
+token and 20 steps (`benchmarks/reuse.py`).
 
 | | difference |
 |---|---|
@@ -224,9 +239,21 @@ of the embedded world (`benchmarks/reuse.py`: trained gates per token, 20 steps,
     return text + "".join(f"| {name} | {value:.4f} |\n" for name, value in result["means"].items())
 
 
+def short() -> str:
+    """What a step costs at real size, in a sentence."""
+    found = _by_arm("step-sd15.json")
+    gated, plain = ([shown(found[arm, n]) for n in (3, 8)] for arm in ("gated", "set_adapters"))
+    return (
+        f"A step of Stable Diffusion 1.5 with `mole` gates takes {gated[0]} of the base's time with 3 LoRAs\nand "
+        f"{gated[1]} with 8. With diffusers' `set_adapters` it takes {plain[0]} and\n{plain[1]} "
+        "([at real size](#steps-at-real-size): random weights, bf16, 256 pixels, one CPU thread)."
+    )
+
+
 def document() -> str:
     """The whole page."""
-    return HEAD + DISPATCH + dispatch() + ABOUT_DISPATCH + factors() + binding() + steps() + once() + reuse()
+    head = HEAD.replace("SHORT", short())
+    return head + DISPATCH + dispatch() + ABOUT_DISPATCH + factors() + binding() + steps() + once() + reuse()
 
 
 def curve(costs: list[Cost], path: Path) -> None:

@@ -132,6 +132,7 @@ class Endpoints:
         prompt_2: str = "",
         negative_2: str = "",
         binding: str | None = None,
+        clip_skip: int | None = None,
     ) -> tuple[list[gr.FileData], list[dict]]:
         """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
 
@@ -155,10 +156,11 @@ class Endpoints:
             negative_2: likewise.
             binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there by itself at first;
                 "auto", tiles where each has room, else bound; "none", every LoRA everywhere.
+            clip_skip: the last layer of the text encoder that is read, counted from the end; 1, the default, is all layers.
         """
         fields = {"prompt": prompt, "negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "seed": seed}
         fields |= {"steps": steps, "guidance": guidance, "width": width, "height": height, "sampler": sampler}
-        fields |= {"gates": gates, "binding": binding}
+        fields |= {"gates": gates, "binding": binding, "clip_skip": clip_skip}
         fields |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         recipe = {name: value for name, value in fields.items() if value is not None}
         done = await self._drawing(request, "compose", self.actions.compose, recipe, count, image=image, mask=mask)

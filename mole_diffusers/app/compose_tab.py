@@ -156,7 +156,8 @@ def _settings(page: Page) -> None:
             fields["steps"].render()
         row(fields["guidance"], page.count)
         row(fields["width"], fields["height"])
-        row(fields["sampler"], fields["gates"], fields["binding"])
+        row(fields["sampler"], fields["clip_skip"])
+        row(fields["gates"], fields["binding"])
     with page.over_panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
         page.over.render()

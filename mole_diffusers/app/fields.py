@@ -45,6 +45,9 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
         info="bound: each LoRA on its words, in its place; tiles: drawn there by itself at first; automatic: tiles "
         "where there is room",
     ),
+    "clip_skip": partial(
+        slider, *RANGES["clip_skip"], step=1, label="Clip skip", info="1: all layers; many checkpoints for drawings want 2"
+    ),
     "strength": partial(
         slider, *RANGES["strength"], step=0.05, label="Change", info="how much of the picture is drawn anew"
     ),

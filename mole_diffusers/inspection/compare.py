@@ -69,6 +69,8 @@ def image_grid(
 ) -> Image.Image:
     """Arrange pictures in a sheet, with a label above each column and before each row.
 
+    Row labels may have several lines.
+
     Args:
         rows: one sequence of pictures per row, as many as `columns`.
         cell: shorter side of a cell in pixels. Every picture fits into the cell's shape; small ones are enlarged without
@@ -79,7 +81,7 @@ def image_grid(
     if any(len(row) != len(columns) for row in rows) or len(rows) != len(labels):
         raise ValueError(f"{[len(r) for r in rows]} pictures do not fill {len(labels)} rows of {len(columns)} columns")
     font = ImageFont.load_default(14)
-    left = max((int(font.getlength(text)) for text in labels), default=0) + 2 * MARGIN
+    left = max((int(font.getlength(line)) for text in labels for line in text.splitlines()), default=0) + 2 * MARGIN
     top = 14 + 3 * MARGIN
     largest = [max((image.size[i] for row in rows for image in row), default=1) for i in (0, 1)]
     wide, high = (round(cell * side / min(largest)) for side in largest)

@@ -64,7 +64,10 @@ def _drawing_over(recipe: Recipe, size: str, call: list[str], strength: float, *
 def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     """Lines that attach the LoRAs to a pipeline and call it, with `steps` steps in which it draws."""
     kind, about = recipe.arm_and_name
-    lines, callback, indent, tiling = list[str](), "", "", ""
+    lines, within, callback, tiling = list[str](), list[str](), "", ""
+    if recipe.clip_skip > 1:
+        lines.append("from mole_diffusers.studio.clip_skip import clip_skip")
+        within.append(f"clip_skip({pipe}, {recipe.clip_skip})")
     if recipe.experts and kind == "merge":
         files = ", ".join(f"{name!r}: ({_lora(recipe, name)}, {w!r})" for name, w in recipe.constant_strengths().items())
         lines.append(f"merged = mole.merge({{{files}}}, {about!r})")
@@ -72,8 +75,8 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     elif recipe.experts and kind != "base":
         lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
         tiling = _tiling(recipe, pipe)
-        lines.append(f"with mixture.planned(schedule){tiling}:")
-        callback, indent = "callback_on_step_end=schedule.on_step()", "    "
+        within.append(f"mixture.planned(schedule){tiling}")
+        callback = "callback_on_step_end=schedule.on_step()"
     read = "call_arguments, tiled_prompt" if "tiled_prompt" in tiling else "call_arguments"
     lines.insert(0, f"from mole_diffusers.studio.prompt_weights import {read}")
     texts = [pipe, repr(recipe.text), repr(recipe.negative)]
@@ -87,7 +90,8 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
         f'generator=torch.Generator("cpu").manual_seed({recipe.seed})',
         callback,
     ]
-    return [*lines, f"{indent}image = {pipe}({', '.join(filter(None, arguments))}).images[0]"]
+    block, indent = ([f"with {', '.join(within)}:"], "    ") if within else ([], "")
+    return [*lines, *block, f"{indent}image = {pipe}({', '.join(filter(None, arguments))}).images[0]"]
 
 
 def _lora(recipe: Recipe, name: str) -> str:

@@ -48,6 +48,8 @@ def parameters(recipe: Recipe) -> str:
         settings["Denoising strength"] = recipe.hires_strength if recipe.hires > 1 else recipe.strength
     if recipe.hires > 1:
         settings["Hires upscale"] = recipe.hires
+    if recipe.clip_skip > 1:
+        settings["Clip skip"] = recipe.clip_skip
     if recipe.experts:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, digest in recipe.experts.items())
     settings["Version"] = "mole_diffusers"
@@ -92,6 +94,7 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
             sampler=sampler,
             experts={name.strip(): digest.strip() for name, _, digest in pairs},
             hires=float(hires or 1),
+            clip_skip=int(take("Clip skip", "1")),
             **changed,
         )
     except ValueError as error:

@@ -196,6 +196,11 @@ def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted |
     }
 
 
+def text_encoders(pipe: Any) -> list[Any]:
+    """The text encoders that the pipeline has."""
+    return [_encoder(pipe, name) for name in _tokenizers(pipe)]
+
+
 def _tokenizers(pipe: Any) -> dict[str, Any]:
     """Those of the text encoders that the pipeline has, by their names there."""
     return {name: getattr(pipe, name) for name in TOKENIZERS if _encoder(pipe, name) is not None}

@@ -28,6 +28,7 @@ RANGES = {
     "strength": (0.0, 1.0),
     "hires": (1.0, 4.0),
     "hires_strength": (0.0, 1.0),
+    "clip_skip": (1, 12),
 }
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 OPEN = ("width", "height")  # numbers that may be left open with 0
@@ -67,6 +68,7 @@ class Recipe:
             "" for none.
         strength: how much of that picture is redrawn, in 0..1: so much of the steps.
         hires: above 1, the picture is made so much larger and drawn over once more, at `hires_strength`.
+        clip_skip: the last layer of the text encoder that is read, counted from the end as A1111 does; 1 is all layers.
     """
 
     prompt: str
@@ -93,6 +95,7 @@ class Recipe:
     strength: float = 0.6
     hires: float = 1.0
     hires_strength: float = 0.5
+    clip_skip: int = 1
 
     def __post_init__(self) -> None:
         check_options(vars(self), KINDS, "a recipe")

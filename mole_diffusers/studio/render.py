@@ -23,6 +23,7 @@ from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
+from mole_diffusers.studio.clip_skip import clip_skip, has_clip_skip
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
@@ -117,7 +118,8 @@ class Studio:
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with everything chosen: a random seed, a size that can be drawn, "auto" gates; with the LoRAs' names in
-        this catalog, every hash, and the base; without locks of LoRAs that the prompt has not.
+        this catalog, every hash, and the base; without locks of LoRAs that the prompt has not, and clip skip that the base
+        has not.
 
         Raises ValueError if something is not here or does not fit.
         """
@@ -155,6 +157,7 @@ class Studio:
             width=width,
             height=height,
             sampler=sampler_name(recipe.sampler, self._own_scheduler) if recipe.sampler else "",
+            clip_skip=recipe.clip_skip if has_clip_skip(self.pipe) else 1,
             arm=f"alone {here[about]}" if kind == "alone" else recipe.arm,
             locks={place: row for place, row in rows.items() if row},
             masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},
@@ -190,6 +193,8 @@ class Studio:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.binding == TILES and recipe.prompt_2:
             notes.append("tiles read the first prompt alone, not the second")
+        if asked.clip_skip != recipe.clip_skip:
+            notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
         if recipe.weights:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
@@ -257,6 +262,7 @@ class Studio:
             pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
             names, (kind, about) = [] if mixture is None else list(mixture.experts), recipe.arm_and_name
+            stack.enter_context(clip_skip(pipe, recipe.clip_skip))
             # The strengths are in a merge, which has no gates to lock.
             tags, locks = ([LoraTag(name) for name in names], {}) if kind == "merge" else (recipe.tags, recipe.locks)
             schedule = StrengthSchedule(names, tags, unet=denoiser(pipe), steps=steps, locks=locks)

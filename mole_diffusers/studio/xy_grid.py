@@ -15,7 +15,7 @@ from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.studio.recipe import Recipe, with_strength
 
 KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "binding": str, "sampler": str,
-         "weight": float, "strength": float, "hires": float, "hires_strength": float}  # fmt: skip
+         "weight": float, "strength": float, "hires": float, "hires_strength": float, "clip_skip": int}  # fmt: skip
 MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # of a grid, and of the cells of its sheet
 
 
@@ -30,7 +30,7 @@ class Axis:
 
 def parse_axis(text: str) -> Axis:
     """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates, binding, sampler,
-    strength, hires and hires_strength.
+    strength, hires, hires_strength and clip_skip.
 
     Raises ValueError naming the kinds.
     """

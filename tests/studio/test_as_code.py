@@ -43,7 +43,8 @@ def folder(loras, tmp_path_factory):
         {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
         *thorough({"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "bound", "width": 64}),
         {"image": "image.png", "mask": "mask.png", "strength": 1.0, "prompt": "a fox"},
-        *thorough({"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"}),
+        *thorough({"hires": 1.5, "hires_strength": 0.5, "sampler": "DPM++ SDE"}, {"clip_skip": 2, "prompt": "a fox"}),
+        {"clip_skip": 2},
     ],
 )
 def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch):

@@ -109,6 +109,32 @@ def test_noise_of_a_samplers_own_is_that_of_the_seed(studio):
     assert far(both[1], first) <= 1
 
 
+def test_clip_skip_ends_the_text_encoder_earlier(studio):
+    """As diffusers' argument, which counts one less, and means the prompt alone; also where words have weights."""
+    recipe = studio.complete(dataclasses.replace(RECIPE, clip_skip=2, guidance=1.0))
+    image, layers = studio.draw(recipe), studio.pipe.text_encoder.encoder.layers
+    pipe = tiny_pipeline()
+    attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
+    given = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(7)}
+    assert far(pipe("a fox in ink", clip_skip=1, **given).images[0], image) <= 1
+    assert far(studio.draw(dataclasses.replace(recipe, clip_skip=1)), image) > 1
+    weighted = dataclasses.replace(recipe, prompt=recipe.prompt.replace("a fox", "a (fox:1.001)"))
+    assert far(studio.draw(weighted), image) <= 2
+    with pytest.raises(ValueError, match=r"clip skip is in 1..2 for a text encoder of 2 layers, got 3"):
+        studio.draw(dataclasses.replace(recipe, clip_skip=3))
+    assert studio.pipe.text_encoder.encoder.layers is layers
+    assert len(layers) == 2
+
+
+def test_a_base_without_clip_skip_is_drawn_without_it():
+    studio = Studio(hosts.HOSTS["sdxl"]()[0], Catalog({}, {}), "xl")
+    asked = Recipe("a fox", steps=1, clip_skip=2)
+    recipe = studio.complete(asked)
+    assert recipe.clip_skip == 1
+    assert studio.notes(asked, recipe) == ["StableDiffusionXLPipeline is drawn without clip skip"]
+    assert studio.notes(recipe, recipe) == []
+
+
 def evaluations(studio, recipe):
     """The weight of the fox each time the denoiser is evaluated."""
     recipe = dataclasses.replace(recipe, prompt=recipe.prompt.replace("fox:0.8", "fox:1"))

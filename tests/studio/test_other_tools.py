@@ -43,8 +43,8 @@ def picture(tmp_path):
         (OLD, {"sampler": "DPM++ 2M Karras", "height": 768, "experts": {"castle": "deadbeef0123"}, "hires": 1.0}, ""),
         (
             NEW,
-            {"sampler": "DPM++ 2M Karras", "seed": 9007199254740993, "hires": 1.5, "hires_strength": 0.45, "strength": 0.6},
-            "Clip skip 2, Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
+            {"sampler": "DPM++ 2M Karras", "seed": 9007199254740993, "hires": 1.5, "hires_strength": 0.45, "clip_skip": 2},
+            "Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
             "ADetailer prompt a face, smiling",
         ),
         (
@@ -56,7 +56,7 @@ def picture(tmp_path):
             (
                 NEW.replace("Hires upscale: 1.5", f"Hires resize: {size}"),
                 {"hires": 2.0, "hires_strength": 0.45, "strength": 0.6},
-                "Clip skip 2, Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
+                "Hires steps 15, Hires upscaler 4x-UltraSharp, ADetailer model face_yolov8n.pt, "
                 "ADetailer prompt a face, smiling",
             )
             for size in ("1536x2048", "1536x0", "0x2048")  # one side may be left to the other
@@ -94,11 +94,11 @@ def test_sampler_and_schedule_are_one_name(picture, sampler, schedule, name, lac
 
 
 def test_what_is_left_out_is_said_where_a_picture_is_read(picture, tmp_path, capsys):
-    text = "a tiger\nSteps: 1, Sampler: Euler, Schedule type: Karras, Seed: 1, Size: 64x64, Clip skip: 2\x1b[2J"
+    text = "a tiger\nSteps: 1, Sampler: Euler, Schedule type: Karras, Seed: 1, Size: 64x64, Eta: 2\x1b[2J"
     args = ["redraw", str(picture(text)), "--out", str(tmp_path / "ours.png"), "--device", "cpu"]
     assert main(args) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
-    assert notes == ["note: not carried over from the picture's text: Clip skip 2 [2J"]  # what moves the cursor is gone
+    assert notes == ["note: not carried over from the picture's text: Eta 2 [2J"]  # what moves the cursor is gone
     assert infotext.read(tmp_path / "ours.png").sampler == "Euler Karras"
     assert infotext.contents(tmp_path / "ours.png").left_out == ""  # which holds all
     infotext.read(tmp_path / "ours.png").save(tmp_path / "ours.json")

@@ -127,7 +127,7 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
     Args:
         joint: by the one LoRA of all its concepts.
     """
-    concepts = TEST[kind][index]
+    concepts = (TEST | LARGER)[kind][index]
     experts = {"joint": joint_file(concepts)} if joint else {name: world.loras[name] for name in concepts}
     scene = emoji_protocol.scene_of(concepts, index)
     call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": scene.size[0], "height": scene.size[1]}
@@ -149,7 +149,7 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
         "tiles": tiles,
         "true drawing": true,
     }
-    return pictures, " + ".join(concepts)
+    return pictures, " +\n".join(concepts)
 
 
 FIGURES = {  # what is in each: compositions by kind and index, and columns
@@ -158,7 +158,7 @@ FIGURES = {  # what is in each: compositions by kind and index, and columns
         ("plain sum", "bound", "regions", "true drawing"),
     ),
     "tiles": (
-        (("three subjects", 0), ("three subjects", 2), ("two subjects + style", 0)),
+        (("two subjects + style", 1), ("three subjects", 0), ("four subjects + style", 0)),
         ("plain sum", "bound", "tiles", "true drawing"),
     ),
     "joint": (
@@ -173,7 +173,7 @@ def figure(world: EmojiWorld, name: str, path: Path) -> None:
     found, columns = FIGURES[name]
     rows = [side_by_side(world, *each, joint=name == "joint") for each in found]
     cells = [[pictures[column] for column in columns] for pictures, _ in rows]
-    page = image_grid(cells, columns, [label for _, label in rows])
+    page = image_grid(cells, columns, [label for _, label in rows], cell=256)
     page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # which keeps it small
 
 

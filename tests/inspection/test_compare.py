@@ -1,0 +1,22 @@
+"""Sheets of pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusers.inspection.compare import image_grid
+
+
+def test_a_label_of_several_lines_is_as_wide_as_its_longest():
+    rows = [[Image.new("RGB", (8, 8), "red")]]
+    several = np.asarray(image_grid(rows, ["a"], ["a fox +\nan octopus"], cell=64))
+    single = np.asarray(image_grid(rows, ["a"], ["an octopus"], cell=64))
+    assert several.shape == single.shape
+    assert np.array_equal(several[:, -70:], single[:, -70:])  # the picture is where it was
+    lines = [(sheet[32:, :-70] < 128).all(2).any(1).sum() for sheet in (several, single)]  # rows of pixels with letters
+    assert lines[0] > 1.6 * lines[1] > 0
+
+
+def test_pictures_that_do_not_fill_the_sheet_are_refused():
+    with pytest.raises(ValueError, match=r"\[1\] pictures do not fill 1 rows of 2 columns"):
+        image_grid([[Image.new("RGB", (8, 8))]], ["a", "b"], ["c"])
