@@ -2,7 +2,7 @@
 
 Each control is `control(place, gates, mask) -> gates` for `mixture.adjusted(control)`. gates [..., N] (or [..., R] if
 they are per rank) are those of the trained gate; mask [N] or [B, N] bool says which may have weight. A control keeps the
-sum of the gates, so that only their division among the experts differs.
+sum of the gates (`Strongest` that of their sizes), so that only their division among the experts differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def hardened(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 
 
 class Strongest:
-    """Keep the `count` largest gates of each row (or token), scaled to the sum of all. The others get weight 0."""
+    """Keep the `count` gates of each row (or token) that are largest in size. The others get weight 0.
+
+    Those that stay are scaled, so that their sizes sum to what the sizes of all did.
+    """
 
     def __init__(self, count: int):
         if count < 1:
