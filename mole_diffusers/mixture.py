@@ -493,7 +493,7 @@ class Mixture:
 
         In the first steps, the denoiser is called for each thing separately, on its part of the latents. It reads the
         prompt without the other things, and runs with the thing's expert and the experts that act everywhere, such as a
-        style. The last steps (at least one, unless `until` is 1) draw the picture as a whole, bound to the same places, which
+        style. The last steps (at least one, unless `until` is 1) draw the picture as a whole, bound to the same places. That
         joins the parts. A prompt that names fewer than two things is drawn as usual.
 
         A bound mixture draws in tiles by itself if all of this holds:
