@@ -126,7 +126,7 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
     """A test composition at its first seed, in several ways and as the true drawing; and its name.
 
     Args:
-        joint: whether to include the LoRA that was trained on all its concepts.
+        joint: use the joint LoRA, which was trained on all its concepts, instead of a LoRA per concept.
     """
     concepts = (TEST | LARGER)[kind][index]
     experts = {"joint": joint_file(concepts)} if joint else {name: world.loras[name] for name in concepts}

@@ -3,10 +3,10 @@
     python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 4] [--seeds 4] [--rungs ...] [--updates 60 240]
     python demos/experiments/emoji/ladder.py --figure docs/ladder.png
 
-Every rung begins as bound LoRAs and learns from prompts alone, with one objective: collages of a composition's subjects,
-each drawn by itself. They are learned under the composition's prompt, with each LoRA in the place of its drawing. Trained
-rungs are kept in work/ladder/RUNG/UPDATES, and rows are appended below work/ladder/rows, so you can continue an interrupted
-run.
+Every rung begins as bound LoRAs and learns from prompts alone, with one objective: to draw collages of a composition's
+subjects, each drawn by itself, under the composition's prompt and with each LoRA in the place of its drawing. Trained rungs
+are kept in work/ladder/RUNG/UPDATES, and rows are appended below work/ladder/rows, so you can continue an
+interrupted run.
 """
 
 import argparse

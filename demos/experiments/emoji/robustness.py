@@ -1,4 +1,4 @@
-"""How far composition holds away from the conditions of the LoRAs' training: sum, bound LoRAs and tiles on seven axes.
+"""How robust is composition outside the conditions of the LoRAs' training? The sum, binding and tiles along seven axes.
 
     python demos/experiments/emoji/robustness.py [--split validation] [--per-kind 6] [--seeds 4] [--kinds ...] [--axes ...]
     python demos/experiments/emoji/robustness.py --figure docs/robustness.png

@@ -229,7 +229,7 @@ def train(steps: int, decay: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40000, help="total number of updates, including earlier runs")
-    parser.add_argument("--decay", type=int, default=0, help="how many of the last ones bring the rate down")
+    parser.add_argument("--decay", type=int, default=0, help="how many of the last updates bring the rate down")
     parser.add_argument("--save", action="store_true", help="write the pipeline instead of training")
     args = parser.parse_args()
     torch.manual_seed(0)
