@@ -1,1 +1,1 @@
-"""What a mixture costs, measured beside what else there is."""
+"""What a mixture costs, measured next to the alternatives."""

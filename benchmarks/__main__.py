@@ -1,4 +1,4 @@
-"""The cost of a mixture of N LoRAs beside the base and diffusers' own ways; see `python -m benchmarks --help`."""
+"""Measure the cost of a mixture of N LoRAs, next to the base and diffusers' own ways. See `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = "default: one step; dispatch: one of a very narrow UNet (with --threads 1 --clock cpu)"
+    what = "default: one step; dispatch: one step of a very narrow UNet (use --threads 1 --clock cpu)"
     command.add_argument("--what", default="step", choices=list(WHAT), help=what)
     command.add_argument("--size", default="tiny", choices=list(SIZES))
     command.add_argument("--dtype", default="fp32", choices=list(DTYPES))
@@ -42,13 +42,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--experts", type=int, nargs="+", default=[1, 3, 8], metavar="N", help="default: 1 3 8")
     command.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     command.add_argument("--rank", type=int, default=16)
-    command.add_argument("--repeats", type=int, default=6, help="rounds; in each everything runs once")
+    command.add_argument("--repeats", type=int, default=6, help="rounds; everything runs once in each")
     command.add_argument("--gates", default="mole", choices=FAMILIES)
-    compiled = "the whole UNet, also in CUDA graphs, or its repeated blocks"
+    compiled = "compile the whole UNet, the same with CUDA graphs, or its repeated blocks"
     command.add_argument("--compile", default="no", choices=list(COMPILED), help=compiled)
-    command.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: this process's own time alone")
-    command.add_argument("--threads", type=int, default=0, help="on the CPU; default: PyTorch's own choice")
-    command.add_argument("--device", default=None, help="default: cuda where there is one")
+    command.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: only the time of this process")
+    command.add_argument("--threads", type=int, default=0, help="on the CPU; default: PyTorch's choice")
+    command.add_argument("--device", default=None, help="default: cuda if there is one")
     command.add_argument("--json", action="store_true")
     return command
 
@@ -59,7 +59,7 @@ def machine(device: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and print the table; ratios are to the base of the same round."""
+    """Measure and print the table. Ratios are to the base in the same round."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"what": args.what, "machine": machine(device), **about, "rows": costs}))
         return
     print(f"{args.size}, {args.dtype}, {settings.side} pixels, rank {args.rank}, on {machine(device)}")
-    table = pd.DataFrame(costs).drop(columns="seconds", errors="ignore")  # of single rounds
+    table = pd.DataFrame(costs).drop(columns="seconds", errors="ignore")  # drop the times of single rounds
     print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 1 with one line on stderr for bad input."""
+    """Run the command. Returns the exit status: 0, or 1 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
     try:
         run(args)

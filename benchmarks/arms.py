@@ -1,4 +1,4 @@
-"""The arms of a measurement: ways of having N LoRAs on one host. Each is put on a pipeline of its own."""
+"""The arms of a measurement: ways to use N LoRAs on one host. Each gets its own pipeline."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.settings import Files
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture, attach
 
-# Puts the LoRAs on a pipeline until the stack ends; what it returns replaces arguments of the denoiser's call.
+# An arm puts the LoRAs on a pipeline until the stack ends. It returns arguments that replace those of the denoiser's call.
 Arm = Callable[[Any, Files, GateConfig, ExitStack], dict[str, torch.Tensor]]
-WORDS = "bcdefghk"  # a word of one letter for each LoRA
+WORDS = "bcdefghk"  # a one-letter word for each LoRA
 
 
 def twin(pipe: Any, *, own: bool = False) -> Any:
-    """The same pipeline with a UNet of its own that shares all weights; with `own`, all but the attention's."""
+    """The same pipeline with another UNet that shares all weights; with `own`, all except those of the attention layers."""
     named = pipe.unet.named_parameters()
     shared = {id(p): p for name, p in named if not (own and name.removesuffix(".weight").endswith(ATTENTION))}
     other = copy.copy(pipe)
@@ -30,31 +30,31 @@ def twin(pipe: Any, *, own: bool = False) -> Any:
 
 
 def base(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
-    """No LoRA."""
+    """The base without LoRAs."""
     return {}
 
 
 def set_adapters(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
-    """diffusers' own stacking: every LoRA loaded, and active with weight 1."""
+    """diffusers' own stacking: every LoRA is loaded, and active with weight 1."""
     load(pipe, files)
     pipe.set_adapters(list(files), [1.0] * len(files))
     return {}
 
 
 def load(pipe: Any, files: Files) -> None:
-    """Load the files as diffusers does."""
+    """Load the files with diffusers."""
     for name, path in files.items():
         pipe.load_lora_weights(str(path), adapter_name=name)
 
 
 def gated(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
-    """Gates."""
+    """A mixture with gates."""
     awake(pipe, files, gates)
     return {}
 
 
 def bound(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
-    """Gates, with each LoRA on a word and a strip of the picture of its own; gives the text for the call."""
+    """A mixture with each LoRA bound to a word and a strip of the picture. Returns the text for the call."""
     mixture, n = awake(pipe, files, gates), len(files)
     mixture.bind({file: (WORDS[i % len(WORDS)], (i / n, 0.0, (i + 1) / n, 1.0)) for i, file in enumerate(files)})
     positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
@@ -62,18 +62,18 @@ def bound(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[
 
 
 def collapsed(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
-    """Gates averaged over one step and folded into the weights."""
+    """A mixture whose gates are averaged over one step and folded into the weights."""
     stack.enter_context(awake(pipe, files, gates).collapsed("a", num_inference_steps=1, height=64, width=64))
     return {}
 
 
 def of_family(arm: Arm, family: str) -> Arm:
-    """An arm with gates of one family, whatever family the run is set to."""
+    """The arm with gates of one family, whatever the settings say."""
     return lambda pipe, files, gates, stack: arm(pipe, files, GateConfig(family), stack)
 
 
 def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
-    """Gates that depend on what they read: untrained ones would weigh all alike."""
+    """Attach with gates that depend on their input. Untrained gates would weigh all LoRAs the same."""
     mixture, generator = attach(pipe, dict(files), gates), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in mixture.parameters():
@@ -84,7 +84,7 @@ def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
 
 ARMS: Mapping[str, Arm] = {
     "base": base,
-    "again": base,  # the base once more: how much of a ratio is noise
+    "again": base,  # the base once more, to show how much of a ratio is noise
     "set_adapters": set_adapters,
     **{family: of_family(gated, family) for family in ("sum", "mole", "flow")},
     **{f"bound {family}": of_family(bound, family) for family in ("sum", "mole")},
@@ -94,10 +94,10 @@ ARMS: Mapping[str, Arm] = {
 
 
 def own_pipeline(arm: str, pipe: Any) -> Any:
-    """A twin for an arm, with weights of its own where the arm writes into them."""
+    """A twin for an arm, with its own weights if the arm writes into them."""
     return twin(pipe, own=arm == "collapsed")
 
 
 def entered(stack: ExitStack, arm: str, pipe: Any, files: Files, gates: GateConfig, given: Any) -> Callable[[], object]:
-    """A step with an arm that is entered until the stack ends."""
+    """A function that runs one step with an arm. The arm stays entered until the stack ends."""
     return partial(pipe.unet, **given | ARMS[arm](pipe, files, gates, stack))

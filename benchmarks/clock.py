@@ -1,4 +1,4 @@
-"""Measuring side by side: everything in turn, round after round, so that what else the machine does meets all alike."""
+"""Measure things side by side: all in turn, round after round, so that other load on the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-Measure = Callable[[], float]  # does something once, and says how many seconds it took
+Measure = Callable[[], float]  # does something once and returns the seconds it took
 
 
 def seconds(run: Callable[[], object], *, clock: str = "wall") -> float:
-    """How long one call takes, to the end of what it started on a GPU; "cpu" counts this process's own time alone."""
+    """How long one call takes, including its work on a GPU. "cpu" counts only the time of this process."""
     _settle()
     start = CLOCKS[clock]()
     run()
@@ -23,7 +23,7 @@ def seconds(run: Callable[[], object], *, clock: str = "wall") -> float:
 
 
 def entering(context: AbstractContextManager, *, clock: str = "wall") -> float:
-    """How long it takes to enter a context; leaving it does not count."""
+    """How long it takes to enter a context. Leaving it does not count."""
     took = seconds(context.__enter__, clock=clock)
     context.__exit__(None, None, None)
     return took
@@ -35,7 +35,7 @@ def _settle() -> None:
 
 
 def interleaved(measures: Mapping[str, Measure], *, repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """name -> seconds in each of `repeats` rounds. A round takes every measure once, from another one on each time."""
+    """name -> seconds in each of `repeats` rounds. A round runs every measure once, beginning with another one each time."""
     names = list(measures)
     for name in names * warmup:
         measures[name]()
@@ -48,6 +48,6 @@ def interleaved(measures: Mapping[str, Measure], *, repeats: int, warmup: int = 
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile of the ratios round by round."""
+    """Median, lower and upper quartile of the ratios of all rounds."""
     middle, low, high = np.quantile(np.divide(times, base), (0.5, 0.25, 0.75)).tolist()
     return middle, low, high

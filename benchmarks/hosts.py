@@ -1,4 +1,4 @@
-"""Pipelines of published sizes with random weights, for measuring; nothing is downloaded."""
+"""Pipelines of published sizes with random weights, to measure on. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ XL = {
 
 
 def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
-    """The module that `build` makes, initialised as its classes do, where and as it is used; the same every time."""
+    """The module that `build` makes, initialised by its classes on this device and in this dtype; the same every time."""
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -58,7 +58,7 @@ def _text(width: int, layers: int, heads: int, projected: int = 0) -> nn.Module:
 
 
 def _vae() -> nn.Module:
-    """Eight pixels to a latent as in the real one, and narrow: no step of the denoiser runs it."""
+    """A VAE with eight pixels per latent, like the real one. It is narrow, since a denoiser step does not run it."""
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     return AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=down, up_block_types=up, norm_num_groups=2)
 
@@ -69,10 +69,10 @@ class Size:
 
     Attributes:
         pixels: the usual side of its pictures.
-        unet: its configuration; without one, the pipeline is the tests' own.
-        texts: width, layers and heads of one text encoder or two, and what the second projects to.
-        tokens: of a text.
-        factor: pixels to a latent.
+        unet: the UNet's configuration; if it is empty, the pipeline is the tests' tiny one.
+        texts: width, layers and heads of one or two text encoders, and the projection size of the second.
+        tokens: the number of tokens of a text.
+        factor: pixels per latent.
     """
 
     pixels: int
@@ -102,7 +102,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(32, factor=2),
-    # SD 1.5's UNet, module for module, so narrow that a step is nearly all dispatch: what a GPU's host thread does
+    # all modules of SD 1.5's UNet, so narrow that a step is nearly all dispatch: the work of a GPU's host thread
     "thin": Size(64, THIN, [(8, 2, 2)], tokens=16),
     # UNets (859.5 M and 2.57 B) and text encoders as published
     "sd15": Size(512, SD15, [(768, 12, 12)]),
@@ -111,7 +111,7 @@ SIZES = {
 
 
 def inputs(pipe: Any, size: str, *, pixels: int) -> dict[str, Any]:
-    """What the denoiser is called with in a step of guided sampling (a batch of 2), random."""
+    """Random arguments of the denoiser's call in a step of guided sampling (a batch of 2)."""
     unet, generator = pipe.unet, torch.Generator(pipe.device).manual_seed(1)
     like = {"generator": generator, "device": pipe.device, "dtype": unet.dtype}
     side, tokens = pixels // SIZES[size].factor, pipe.tokenizer.model_max_length
@@ -128,7 +128,7 @@ def inputs(pipe: Any, size: str, *, pixels: int) -> dict[str, Any]:
 
 
 def lora_files(unet: nn.Module, folder: Path, count: int, *, rank: int) -> dict[str, Path]:
-    """Write `count` random LoRAs of all attention layers of a UNet, in its dtype and in diffusers' own keys."""
+    """Write `count` random LoRAs for all attention layers of a UNet, in its dtype and in diffusers' own keys."""
     layers = {name: m.weight for name, m in unet.named_modules() if isinstance(m, nn.Linear) and name.endswith(ATTENTION)}
     files = {f"lora{i}": folder / f"lora{i}.safetensors" for i in range(count)}
     for seed, path in enumerate(files.values()):

@@ -1,4 +1,4 @@
-"""What is paid once: attaching, folding gates away, and one update of the gates in training."""
+"""One-time costs: attaching, folding gates away, and one update of the gates in training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.settings import Cost, Files, Settings
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import attach, detach
 
-STEPS = 30  # of the picture that folding is compared with
+STEPS = 30  # of the picture that folding is compared to
 Measured = Callable[[Settings, Any, Mapping[str, Any], Files], Mapping[str, Measure]]
 
 
 def once_costs(settings: Settings, measured: Measured, experts: Sequence[int]) -> list[Cost]:
-    """Of all that is `measured` with each number of experts, against what comes first there."""
+    """The costs of everything in `measured`, for each number of experts, relative to the first measure there."""
     rows = []
     with settings.host(experts) as (pipe, given, files):
         pipe.unet.requires_grad_(False)
@@ -31,7 +31,7 @@ def once_costs(settings: Settings, measured: Measured, experts: Sequence[int]) -
 
 
 def attaching(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Files) -> dict[str, Measure]:
-    """Attaching N LoRAs with gates, against diffusers' loading of the same files."""
+    """Attaching N LoRAs with gates, compared to loading the same files with diffusers."""
     theirs, ours, clock = twin(pipe), twin(pipe), settings.clock
 
     def loaded() -> float:
@@ -48,7 +48,7 @@ def attaching(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Fi
 
 
 def collapsing(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Files) -> dict[str, Measure]:
-    """Folding the gates of N LoRAs away, of gates that stand still and of gates that read the prompt, against a picture of
+    """Folding away the gates of N LoRAs, for constant gates and for gates that read the prompt. The comparison is a picture:
     STEPS steps of the base's denoiser."""
     clock = settings.clock
 
@@ -65,12 +65,12 @@ def collapsing(settings: Settings, pipe: Any, given: Mapping[str, Any], files: F
 
 
 def updating(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Files) -> dict[str, Measure]:
-    """An update of the gates of N LoRAs by AdamW, against a forward and a backward pass of the frozen base."""
+    """An AdamW update of the gates of N LoRAs, compared to a forward and a backward pass of the frozen base."""
     ours = twin(pipe)
     optimizer = torch.optim.AdamW(awake(ours, files, settings.gates).parameters(), lr=1e-4)
 
     def backward() -> None:
-        sample = given["sample"].clone().requires_grad_()  # a pass all the way back: no parameter asks for one
+        sample = given["sample"].clone().requires_grad_()  # makes the backward pass run: no parameter needs one
         pipe.unet(**{**given, "sample": sample})[0].square().mean().backward()
 
     def update() -> None:

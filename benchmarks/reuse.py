@@ -1,9 +1,10 @@
-"""What `mixture.every(k)` changes in a picture: gates asked in one of k steps, on the embedded world with its trained gates.
+"""How much `mixture.every(k)` changes a picture, on the embedded world with its trained gates.
 
     python benchmarks/reuse.py --json docs/speed/reuse.json
 
-The mean absolute difference of a picture's values, in 0..1, to the picture with gates asked in every step; for comparison,
-that of the plain sum of the same LoRAs, and of the next seed.
+With `every(k)`, the gates run in one of k steps. The measure is the mean absolute difference of a picture's values, in 0..1,
+to the picture whose gates run in every step. For comparison, the plain sum of the same LoRAs and the next seed are measured,
+too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def drawn(pipe: Any, prompt: str, seed: int, **size: int) -> torch.Tensor:
 
 
 def differences(world: Any, pair: str) -> dict[str, float]:
-    """Of one composition."""
+    """The differences for one composition."""
     names = pair.split("+")
     experts = {name: world.loras[name] for name in names}
     mixture = mole.attach(world.pipe, experts, gates=world.gates[pair])

@@ -1,4 +1,4 @@
-"""What to measure on, and what came of it."""
+"""Settings of a measurement, and its results."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class Settings:
     """What to measure on.
 
     Attributes:
-        size: of the host, one of `hosts.SIZES`.
+        size: the host's size, one of `hosts.SIZES`.
         dtype: one of DTYPES.
-        pixels: side of the picture; 0 is the host's usual one.
-        rank: of each LoRA, which have all attention layers.
-        repeats: rounds; in each every arm runs once.
-        compile: "no", the UNet as a "whole", the same in CUDA "graphs", or its repeated "blocks"; each without a break.
-        clock: "wall", or "cpu": the time that the process itself had, where other work shares its core.
-        gates: which gates the arms with gates have.
+        pixels: the side of the picture; 0 means the host's usual one.
+        rank: the rank of each LoRA. They cover all attention layers.
+        repeats: the number of rounds. Every arm runs once per round.
+        compile: "no", "whole" for the whole UNet, "graphs" for the same in CUDA graphs, or "blocks" for its repeated blocks.
+            Graph breaks are not allowed.
+        clock: "wall", or "cpu" for the time of this process only, if other work shares its core.
+        gates: the gates of the arms that have gates.
     """
 
     size: str = "tiny"
@@ -57,12 +58,12 @@ class Settings:
 
     @property
     def side(self) -> int:
-        """In pixels."""
+        """The side of the picture in pixels."""
         return self.pixels or SIZES[self.size].pixels
 
     @contextmanager
     def host(self, counts: Sequence[int]) -> Iterator[tuple[Any, dict[str, Any], dict[int, Files]]]:
-        """A new pipeline, what its denoiser is called with, and for each of these numbers the files of so many LoRAs."""
+        """A new pipeline, the arguments for its denoiser, and for each of these counts the files of that many LoRAs."""
         pipe = SIZES[self.size].build(DTYPES[self.dtype], self.device)
         with TemporaryDirectory() as folder:
             files = lora_files(pipe.unet, Path(folder), max(counts), rank=self.rank)
@@ -71,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one arm took: in each round, its median, and the median and quartiles of its ratio to the base's by round."""
+    """The time of one arm: in each round, its median, and median and quartiles of its ratio to the base by round."""
 
     arm: str
     experts: int

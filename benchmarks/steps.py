@@ -1,4 +1,4 @@
-"""One denoiser step of every arm, in time against the base's and in memory against the experts' own."""
+"""One denoiser step of every arm: its time compared to the base, its memory compared to that of the experts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MARK = "the step that counts"
 
 @torch.no_grad()
 def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Cost]:
-    """Measure `arms` (see `arms.ARMS`) with each number of experts side by side; the base comes first."""
+    """Measure `arms` (see `arms.ARMS`) side by side, with each number of experts. The base comes first."""
     wanted = [("base", 0), *((arm, n) for n in experts for arm in arms if arm != "base")]
     with settings.host([0, *experts]) as (pipe, given, files), ExitStack() as stack:
-        # All arms share the code of the host's blocks, and each may have as many graphs of it as a host alone.
+        # All arms share the code of the host's blocks. Each may have as many graphs of it as a single host.
         limit = torch._dynamo.config.recompile_limit * len(wanted)
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit))
         measures = {}
@@ -40,7 +40,7 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a step over those of the base, the bytes of the experts' matrices, and their ratio."""
+    """Bytes at the peak of a step beyond the base's (`over`), bytes of the experts' matrices (`own`), and their ratio."""
 
     arm: str
     experts: int
@@ -51,7 +51,7 @@ class Memory:
 
 @torch.no_grad()
 def memory_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Memory]:
-    """Peaks of `arms` (see `arms.ARMS`) with each number of experts; ratio 1 is the experts alone."""
+    """Peak memory of `arms` (see `arms.ARMS`) with each number of experts. Ratio 1 means only the experts' matrices."""
     rows = []
     with settings.host(experts) as (pipe, given, files):
         base = peak(lambda _: partial(pipe.unet, **given), settings.device)
@@ -67,8 +67,8 @@ def memory_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]
 
 
 def peak(prepare: Callable[[ExitStack], Callable[[], object]], device: str) -> int:
-    """Bytes allocated between the call of `prepare` and the peak of the fourth call of what it gives, less those freed."""
-    gc.collect()  # what is freed meanwhile would count
+    """Bytes held at the peak of the fourth call of what `prepare` returns, less those held before `prepare` was called."""
+    gc.collect()  # garbage freed during the measurement would count
     with ExitStack() as stack:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -89,7 +89,7 @@ def peak(prepare: Callable[[ExitStack], Callable[[], object]], device: str) -> i
 
 
 def _highest(profile: Any) -> int:
-    """The highest sum of allocations since the profile began, within MARK."""
+    """The highest sum, within MARK, of all allocations since the profile began."""
     events = profile.profiler.kineto_results.events()
     start = next(event.start_ns() for event in events if event.name() == MARK)
     held = highest = 0

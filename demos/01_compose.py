@@ -1,4 +1,4 @@
-"""Compose two concept LoRAs of the embedded world, each bound to its own words and place, and see what each does alone.
+"""Compose two LoRAs of the embedded world, each bound to its own words and place, and see what each does alone.
 
 python demos/01_compose.py [OUT.png]
 """

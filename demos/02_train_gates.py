@@ -1,4 +1,4 @@
-"""Train gates for two LoRAs from prompts alone, save them, load them again.
+"""Train gates for two LoRAs from prompts alone, save them, and load them again.
 
 python demos/02_train_gates.py FOLDER [STEPS]
 """

@@ -1,4 +1,4 @@
-"""Which LoRA works where, and when: the gates' weights while a picture is made.
+"""See which LoRA works where and when: the gates' weights while a picture is drawn.
 
 python demos/03_watch_the_gates.py
 """

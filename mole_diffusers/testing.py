@@ -1,4 +1,4 @@
-"""A complete tiny Stable Diffusion and tiny LoRA files, built in memory and offline, for tests and trials."""
+"""A complete tiny Stable Diffusion and tiny LoRA files for tests and trials, made without downloads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONVOLUTION = ("conv1", "conv2", "proj_in", "proj_out", "time_emb_proj")
 
 
 def tiny_pipeline(seed: int = 0, *, width: int = 16) -> StableDiffusionPipeline:
-    """A Stable Diffusion of under 200k parameters with random weights: 32 x 32 pictures, real classes."""
+    """A Stable Diffusion of the real classes, with under 200k random parameters. It draws 32 x 32 pictures."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -73,14 +73,14 @@ def tiny_pipeline(seed: int = 0, *, width: int = 16) -> StableDiffusionPipeline:
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """A tokenizer of single letters, 16 tokens long."""
+    """A tokenizer of single letters, for texts of up to 16 tokens."""
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
 
 
 def tiny_clip(seed: int = 0) -> CLIPModel:
-    """A CLIP with random weights for 32 x 32 pictures; its tokenizer is `tiny_tokenizer`."""
+    """A CLIP with random weights for 32 x 32 pictures. Its tokenizer is `tiny_tokenizer`."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -91,7 +91,7 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
 
 
 def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, Any]:
-    """{"PART.NAME": module} of every linear and convolution layer whose name ends so."""
+    """{"PART.NAME": module} for every linear and convolution layer whose name ends with one of `ends`."""
     return {
         f"{part}.{name}": module
         for part, model in models_of(pipe).items()
@@ -103,7 +103,7 @@ def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, Any]:
 def tiny_lora(
     pipe: Any, path: Path, *, rank: int = 4, seed: int = 0, ends: Iterable[str] = ATTENTION, size: float = 0.5
 ) -> Path:
-    """Write a random LoRA in diffusers' own keys, of visible effect, for the layers of `pipe` that end so."""
+    """Write a random LoRA with a visible effect, in diffusers' own keys, for the layers of `lora_layers`."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in lora_layers(pipe, ends).items():

@@ -1,4 +1,4 @@
-"""The app on the embedded emoji world, or on your own checkpoint and LoRA folder.
+"""Start the app on the embedded emoji world, or on your own checkpoint and LoRA folder.
 
 python demos/app/app.py [--base MODEL --loras FOLDER]
 """

@@ -1,6 +1,6 @@
-"""The app in a headless Chromium: what the screenshots and the end-to-end test share.
+"""The app in a headless Chromium, for the screenshots and the end-to-end test.
 
-Needs selenium, and Debian's chromium and chromedriver.
+This needs selenium, and Debian's chromium and chromedriver.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 PROGRAMS = ("chromium", "chromedriver")
-WAIT = 240  # seconds; machines that are busy are slow
+WAIT = 240  # seconds; a busy machine is slow
 
 
 def missing() -> str:
-    """Why there is no browser here, "" where there is one."""
+    """Why there is no browser here; "" if there is one."""
     lacking = [name for name in PROGRAMS if shutil.which(name) is None]
     try:
         import selenium  # noqa: F401
@@ -26,7 +26,7 @@ def missing() -> str:
 
 @contextmanager
 def browser(folder: Any, *, width: int = 1280, height: int = 900) -> Iterator[Browser]:
-    """A fresh Chromium that downloads to `folder`; it is closed at the end."""
+    """A fresh Chromium that downloads to `folder`. It is closed at the end."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -46,7 +46,7 @@ def browser(folder: Any, *, width: int = 1280, height: int = 900) -> Iterator[Br
 
 
 class Browser:
-    """A driver with the few verbs that are needed, by CSS selector."""
+    """A driver with the few actions that we need, by CSS selector."""
 
     def __init__(self, driver: Any):
         self.driver, self.url = driver, ""
@@ -58,15 +58,15 @@ class Browser:
         self.until(lambda: self.all("#prompt textarea"), WAIT)
 
     def all(self, css: str) -> list[Any]:
-        """Every element that can be seen."""
+        """All visible elements."""
         return [found for found in self.driver.find_elements("css selector", css) if found.is_displayed()]
 
     def one(self, css: str) -> Any:
-        """The first element that can be seen, waited for."""
+        """Wait for a visible element, and return the first."""
         return self.until(lambda: self.all(css), WAIT)[0]
 
     def text(self, css: str) -> str:
-        """The text of an element, "" where there is none."""
+        """The text of an element; "" if there is none."""
         return next((found.text for found in self.all(css)), "")
 
     def click(self, css: str) -> None:
@@ -80,7 +80,7 @@ class Browser:
         self.until(lambda: [b for b in self.all("#tabs [role=tab]") if b.text == name], WAIT)[0].click()
 
     def type(self, css: str, text: str) -> None:
-        """Put text into a field, and leave it."""
+        """Type text into a field, and leave the field."""
         from selenium.webdriver.common.keys import Keys
 
         field = self.one(css)
@@ -95,16 +95,16 @@ class Browser:
         options[0].click()
 
     def unnamed(self) -> list[str]:
-        """Fields and buttons that can be seen and reached, but have no name for those who cannot see them.
+        """Fields and buttons that you can see and reach, but that have no name for people who cannot see them.
 
-        What neither a screen reader nor the Tab key finds is left out: Gradio measures tabs by copies of them.
+        Elements that neither a screen reader nor the Tab key finds are left out: Gradio has copies of tabs to measure them.
         """
         reached = ":not([aria-hidden=true] [tabindex='-1'])"
         kinds = ", ".join(f".gradio-container {kind}{reached}" for kind in ("input", "textarea", "button", "[role=slider]"))
         return [found.get_attribute("outerHTML")[:200] for found in self.all(kinds) if not found.accessible_name.strip()]
 
     def until(self, true: Callable[[], Any], seconds: float) -> Any:
-        """What `true` gives, once it is true; elements that Gradio draws anew meanwhile are looked for again."""
+        """Wait until `true` returns something true, and return that. Elements that Gradio redraws are found again."""
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
@@ -112,12 +112,12 @@ class Browser:
         return wait.until(lambda _: true())
 
     def resize(self, width: int, height: int) -> None:
-        """Give the page this many pixels; windows themselves cannot be as narrow as a phone."""
+        """Give the page this many pixels. A window itself cannot be as narrow as a phone."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def shot(self, path: Any) -> None:
-        """The whole page as a PNG."""
+        """Save the whole page as a PNG."""
         width, height = self.driver.execute_script("return [window.innerWidth, window.innerHeight]")
         self.resize(width, 400)  # the page is at least as high as its window
         whole = self.driver.execute_script("return document.querySelector('.gradio-container').scrollHeight")
@@ -128,6 +128,6 @@ class Browser:
         self.resize(width, height)
 
     def errors(self) -> list[str]:
-        """What the page's console complained of so far, but for files that an icon or a font may lack."""
+        """Errors in the page's console so far, except missing files of icons and fonts."""
         said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         return [message for message in said if "favicon" not in message]

@@ -1,4 +1,4 @@
-"""How long the app takes to its page and to the first picture: the embedded world, two bound LoRAs, 20 steps.
+"""Measure how long the app takes to its page and to the first picture: embedded world, two bound LoRAs, 20 steps.
 
     python demos/app/first_picture.py [--runs 5]
 
@@ -22,7 +22,7 @@ PROMPT = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:do
 
 
 def run() -> tuple[float, float]:
-    """Seconds from the start of `mole app` until its page answers, and until the first picture is there."""
+    """Seconds from the start of `mole app` until its page answers, and until the first picture is done."""
     with TemporaryDirectory() as folder:
         port = _free_port()
         address = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Every view of the app on the embedded world, as pictures for the documents.
+"""Take screenshots of every view of the app on the embedded world, for the documents.
 
 python demos/app/screenshots.py [FOLDER]      default: docs
 """
@@ -25,7 +25,7 @@ WAIT = 600  # seconds
 
 
 def main(folder: Path) -> None:
-    """Start the app, visit it, and write app_*.png."""
+    """Start the app, visit its tabs, and write app_*.png."""
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as work:
@@ -49,14 +49,14 @@ def main(folder: Path) -> None:
 
 
 def compose(page: Browser) -> None:
-    """Four pictures."""
+    """Draw four pictures."""
     page.type("#count input[type=number]", "4")
     page.click("#compose")
     page.until(lambda: page.text("#status").startswith("done") and len(page.all("#pictures .caption-label")) == 4, WAIT)
 
 
 def regions(page: Browser) -> None:
-    """The found region of the sunflower, with a strip more of it painted."""
+    """Open the region that was found for the sunflower, and paint another strip."""
     from selenium.webdriver import ActionChains
 
     page.click("#regions button")
@@ -71,7 +71,7 @@ def regions(page: Browser) -> None:
 
 
 def see(page: Browser) -> None:
-    """The comparison, then the gates that were trained."""
+    """Draw the comparison, then watch the trained gates."""
     page.tab("See")
     page.click("#compare")
     page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
@@ -81,7 +81,7 @@ def see(page: Browser) -> None:
 
 
 def train(page: Browser) -> None:
-    """Ten updates."""
+    """Train for ten updates."""
     page.tab("Train")
     page.click("#suggest")
     page.until(lambda: page.driver.find_element("css selector", "#train-singles textarea").get_property("value"), WAIT)
@@ -92,7 +92,7 @@ def train(page: Browser) -> None:
 
 
 def gallery(page: Browser) -> None:
-    """Eight pictures, one of them a favourite, and the comparison."""
+    """Show eight pictures, one of them a favourite, and the comparison."""
     page.tab("Gallery")
     page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 9, WAIT)
     page.click("#gallery .thumbnail-item")
@@ -103,7 +103,7 @@ def gallery(page: Browser) -> None:
 
 
 def keep(page: Browser) -> None:
-    """Code, a recipe and a grid."""
+    """Show the code, a recipe and a grid."""
     page.tab("Keep")
     page.click("#code")
     page.click("#save")
@@ -113,7 +113,7 @@ def keep(page: Browser) -> None:
 
 
 def shoot(page: Browser, path: Path) -> None:
-    """A picture of the view in 128 colours, which keeps it small."""
+    """Save the view in 128 colours, to keep the file small."""
     page.until(lambda: not page.all(".progress-text"), WAIT)
     page.shot(path)
     with Image.open(path) as image:

@@ -1,1 +1,1 @@
-"""The app: compose pictures, see what the gates did, train gates, save. Needs gradio and matplotlib (the extra `app`)."""
+"""The app: compose pictures, see what the gates did, train gates, save. It needs gradio and matplotlib (extra `app`)."""

@@ -1,4 +1,4 @@
-"""What the app does, without a page: called by the page, the API and the tests."""
+"""Everything the app does, without a page. The page, the API and the tests call it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
 from mole_diffusers.studio.weight_syntax import plain_text
 
-MAX_PICTURES = 400  # that stay in the app's own folder; the browser has copies
+MAX_PICTURES = 400  # kept in the app's own folder; the browser has copies
 MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
@@ -65,7 +65,7 @@ Sheet = Callable[[Sequence[Picture]], Path]
 
 @dataclass
 class Progress:
-    """How far a job is: steps done, of so many, for so many pictures; in the end the sheet of them, where one is made."""
+    """How far a job is: steps done and in total, the number of pictures, and at the end their sheet, if one is made."""
 
     done: int
     total: int
@@ -84,7 +84,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Exported:
-    """One ordinary LoRA: its file, the error of cutting its rank, and what else is lost in a sentence, "" for nothing."""
+    """An exported ordinary LoRA: its file, the error of cutting its rank, and a sentence on what else is lost or ""."""
 
     path: Path
     error: float
@@ -98,20 +98,20 @@ class Exported:
 class Actions:
     """Everything the app can do with one studio.
 
-    What takes long is checked at once and then returned as work for `jobs`.
+    Methods for long work check their arguments at once and return the work, which `jobs` then runs.
 
     Attributes:
         folder: temporary files, deleted when the app ends.
-        downloads: gates as visitors get them.
-        uploads: LoRAs that visitors have sent, which are here again at the next start.
-        own: pictures that are not kept: those of a comparison or a grid, of which the gallery has a sheet.
-        bases: name -> what `opening` takes, of the base models that can be chosen.
+        downloads: gates as files for visitors.
+        uploads: LoRAs that visitors have uploaded. They are still here after a restart if `home` is set.
+        own: pictures that are not kept, namely those of comparisons and grids. The gallery keeps a sheet of them.
+        bases: name -> argument of `opening`, for the base models that can be chosen.
 
     Args:
-        home: folder of the trained gates and the uploaded LoRAs; by default they are deleted when the app ends.
-        gallery: folder of the composed pictures; by default they are deleted when the app ends.
-        thumbnail: a small picture of a LoRA by name, where it has one; else that beside its file, see `preview`.
-        bases: the base models that can be chosen, as `base_models.bases_of` names them; by default the studio's own alone.
+        home: folder of the trained gates and the uploaded LoRAs. By default they are deleted when the app ends.
+        gallery: folder of the composed pictures. By default they are deleted when the app ends.
+        thumbnail: name of a LoRA -> a small picture, or None to take the one next to its file, see `preview`.
+        bases: the base models that can be chosen, named as by `base_models.bases_of`; by default only the studio's own.
         opening: opens one of them.
     """
 
@@ -131,7 +131,7 @@ class Actions:
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
-        self.downloads, self.uploads = self.folder / "downloads", self.home / ".loras"  # which is no name of gates
+        self.downloads, self.uploads = self.folder / "downloads", self.home / ".loras"  # gates cannot have this name
         studio.catalog.find_loras([self.uploads])
         self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
@@ -139,19 +139,19 @@ class Actions:
         self._adding = threading.Lock()
         self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
         self._library: LoraLibrary | None = None
-        self._library_of: Any = None  # base, reader and files: a base that was opened again has a reader of its own
+        self._library_of: Any = None  # base, reader and files; opening a base again makes a new reader
 
     # ---- the base model
 
     @property
     def base(self) -> str | None:
-        """The name of the base model that is here, one of `bases`; None where none is open, see `Studio.base`."""
+        """The name of the open base model, one of `bases`; None if none is open, see `Studio.base`."""
         return next((name for name, source in self.bases.items() if source == self.studio.base), None)
 
     def change_base(self, name: str) -> Work:
-        """Put another base model in the place of this one, for all visitors: in the end a sentence.
+        """Replace the base model for all visitors. The work returns a sentence.
 
-        Raises ValueError for a name that is none of `bases`.
+        Raises ValueError for a name that is not in `bases`.
         """
         if (found := matching(name, self.bases)) is None:
             raise ValueError(f"there is no base model {name!r}; {known_names(name, self.bases)}")
@@ -160,7 +160,7 @@ class Actions:
             report(f"opening {found}")
             if self.base != found:
                 with self._finding:
-                    self._reader = self._library = self._library_of = None  # which hold weights
+                    self._reader = self._library = self._library_of = None  # they hold weights
                 try:
                     self.studio.change_base(self.bases[found], self._opening)
                 finally:
@@ -170,10 +170,10 @@ class Actions:
         return work
 
     def other_base(self, asked: str | None) -> str | None:
-        """The name of the base model that settings are for, where it is not the one that is open; None where it is.
+        """The name of the base model that settings are for, or None if that one is open.
 
         Args:
-            asked: its name in `bases`, or as a recipe has it; one that is not here is known by its file's name alone.
+            asked: the base's name in `bases` or in a recipe. A base that is not in `bases` is recognised by its file name.
         """
         wanted, here = (shared_name(base) for base in (self.bases.get(asked or "", asked or ""), self.studio.base))
         known = next((name for name, source in self.bases.items() if shared_name(source) == wanted), None)
@@ -181,19 +181,19 @@ class Actions:
         return None if wanted == here or (known is None and file == Path(here).name) else known or file
 
     def check_base(self, asked: str | None, mend: str) -> None:
-        """Raises ValueError for settings that are for another base model than is open; `mend` is what to do about it."""
+        """Raises ValueError if settings are for another base model than the open one; `mend` says what to do about it."""
         self.studio.check_open()
         if (other := self.other_base(asked)) is not None:
             raise ValueError(f"this is for the base model {other!r}, and here is {self.base!r}: {mend}")
 
     def settings_of_base(self) -> dict[str, Any]:
-        """Open sizes and the usual guidance of the base model that is here, as in a Recipe; {} for the one of the start."""
+        """An open size and the usual guidance of the base model, as in a Recipe; {} for the one from the start."""
         if self.studio.base == self._first_base:
             return {}
         return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
 
     def usual_size(self, prompt: str) -> tuple[int, int]:
-        """Width and height in pixels that the base model here usually draws a prompt at."""
+        """Width and height in pixels at which the open base model usually draws a prompt."""
         return usual_size(self.studio.pipe, self.studio.base, prompt)
 
     # ---- LoRAs and gates
@@ -211,16 +211,16 @@ class Actions:
             return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
 
     def choices(self) -> list[tuple[str, str]]:
-        """(what a list shows, name) of every LoRA; those that are made for another model are marked."""
+        """(label in a list, name) of every LoRA. Those made for another model are marked."""
         loras = self.studio.catalog.loras
         return [(f"{name} (for another model)" if self.studio.misfit(name) else name, name) for name in loras]
 
     def find(self, prompt: str) -> list[RetrievedLora]:
-        """The LoRAs of the catalog that a prompt asks for beside its tags: it contains their name or a trigger, or resembles
-        their samples.
+        """The LoRAs of the catalog that a prompt asks for, not counting its tags. It contains their name or a trigger, or
+        resembles their samples.
 
-        The library is indexed on first use, with the pipeline's own text encoder, and again once the catalog has changed. It
-        does not wait for what is drawn, but where the model is offloaded.
+        The library is indexed on first use, with the pipeline's own text encoder, and again when the catalog has changed.
+        The search does not wait for a picture that is being drawn, unless the model is offloaded.
         """
         if not (loras := self.studio.catalog.loras):
             return []
@@ -235,23 +235,23 @@ class Actions:
             return retrieve_for(self._library, self.studio.pipe, parse(prompt, loras).text)
 
     def add_lora(self, path: Path) -> str:
-        """Add an uploaded LoRA; its name. See `files.add_lora`."""
-        with self._adding:  # two of one name may come at once
+        """Add an uploaded LoRA and return its name, see `files.add_lora`."""
+        with self._adding:  # two of the same name may come at once
             return files.add_lora(self.studio.catalog, path, self.uploads, models_of(self.studio.pipe))
 
     def find_loras(self) -> list[str]:
-        """Add the LoRA files that have come into the folders of those that are here; their names."""
+        """Add LoRA files that are new in the folders of the known ones, and return their names."""
         catalog = self.studio.catalog
         with self._adding:
             return catalog.find_loras(file.parent for file in catalog.loras.values())
 
     def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
-        """Add uploaded gates; their description. See `files.import_gates`."""
+        """Add uploaded gates and return their description, see `files.import_gates`."""
         name = files.import_gates(self.studio.catalog, paths, name, home=self.home)
         return files.describe_gates(self.studio.catalog, name)
 
     def thumbnail(self, name: str) -> Image.Image | None:
-        """A small picture of a LoRA, None without one that can be read."""
+        """A small picture of a LoRA; None if there is none or it cannot be read."""
         if self._thumbnail and (small := self._thumbnail(name)):
             return small
         catalog = self.studio.catalog
@@ -260,7 +260,7 @@ class Actions:
             return None
         try:
             small = read_picture(path, path.name, most=MAX_SIDE**2).convert("RGB")
-        except ValueError:  # another program's file, without which everything works
+        except ValueError:  # another program wrote it, and we can do without
             return None
         small.thumbnail((128, 128), Image.Resampling.LANCZOS)
         return small
@@ -268,10 +268,10 @@ class Actions:
     # ---- pictures
 
     def compose(self, recipe: Recipe, count: int, over: Over = NOTHING) -> Work:
-        """Draw `count` pictures with consecutive seeds into the gallery; if stopped, those that are done stay.
+        """Draw `count` pictures with consecutive seeds into the gallery. If stopped, the finished ones stay.
 
         Args:
-            over: the "image" that is drawn over, and the "mask" of what changes.
+            over: the "image" to draw over, and the "mask" of what changes.
         """
         if count not in range(1, MAX_COUNT + 1):
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
@@ -280,9 +280,15 @@ class Actions:
         return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
 
     def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
-        """Draw the same seed with the base, each LoRA alone, the plain sum, any of `render.MERGES`, bound, in tiles where
-        there is room, and with trained gates where there are any; a sheet of them goes into the gallery. `over` as in
-        `compose`."""
+        """Draw the same seed in several ways, and put a sheet of them into the gallery.
+
+        The ways are: the base, each LoRA alone, the plain sum, the given `merges`, bound, in tiles if there is room, and
+        with trained gates if there are any.
+
+        Args:
+            merges: any of `render.MERGES`.
+            over: as in `compose`.
+        """
         recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
         if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
@@ -309,12 +315,13 @@ class Actions:
         sheet: Sheet | None = None,
         inside: Inside = nullcontext,
     ) -> Work:
-        """Draw labelled recipes one after the other: a Progress after each step and in the end.
+        """Draw labelled recipes one after the other. Reports a Progress after each step, and returns the last.
 
         Args:
-            gallery: where the pictures are kept and seen while they are drawn; by default neither, in the app's own folder.
-            notes: what the progress says besides.
-            sheet: makes a sheet of the pictures, also of those that are done when it is stopped.
+            gallery: keeps the pictures, and turns on previews while they are drawn. By default there are no previews, and
+                the pictures go to the app's own folder.
+            notes: further sentences for the progress.
+            sheet: makes a sheet of the pictures. If stopped, of those that are finished.
             inside: as in `Studio.draw`.
         """
         recipes = [self._completed(recipe) for _, recipe in wanted]
@@ -322,7 +329,7 @@ class Actions:
             check_pictures(recipe, **over)
         self._check_budget(recipes)
         part = "the painted part of " if "mask" in over else ""
-        warnings = [f"drawn over {part}your picture"] if over else []  # its panel may be closed
+        warnings = [f"drawn over {part}your picture"] if over else []  # the panel that shows this may be closed
         warnings += notes
         for (_, asked), recipe in zip(wanted, recipes, strict=True):
             warnings += self.studio.notes(asked, recipe, over.get("image"))
@@ -358,13 +365,12 @@ class Actions:
     def _sheet(
         self, recipe: Recipe, shows: Mapping[str, Any], columns: list[str], labels: list[str], pictures: list[Picture]
     ) -> Path:
-        """For `_draw`: pictures, row after row, become one sheet in the gallery, with grey cells for those that are not
-        there.
+        """Put pictures, row by row, on a sheet in the gallery, with grey cells for missing ones. Used as `sheet` of `_draw`.
 
         Args:
-            recipe: completed; what the cells have in common.
+            recipe: what the cells have in common, as a completed recipe.
             shows: see `infotext.save`.
-            columns, labels: over each column, and before each row.
+            columns, labels: text above each column, and next to each row.
         """
         cells: list[Image.Image | None] = []
         for picture in pictures:
@@ -375,8 +381,14 @@ class Actions:
         return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
 
     def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = NOTHING) -> Work:
-        """Draw again and trace the gates: in the end a GateReport, with the LoRAs' colours of `shades`; `over` as in
-        `compose`. Of a picture that is made larger, the first pass is traced."""
+        """Draw again and trace the gates. The work returns a GateReport.
+
+        If the picture is made larger, the first pass is traced.
+
+        Args:
+            shades: LoRA -> its colour in the figures.
+            over: as in `compose`.
+        """
         recipe = self._completed(with_pictures(replace(recipe, arm="gates"), **over))
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
@@ -397,7 +409,7 @@ class Actions:
         return work
 
     def grid(self, recipe: Recipe, x: str, y: str, over: Over = NOTHING) -> Work:
-        """Draw an XY grid, whose sheet the gallery gets; `over` as in `compose`."""
+        """Draw an XY grid and put its sheet into the gallery; `over` as in `compose`."""
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
@@ -405,15 +417,15 @@ class Actions:
         return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
-        """Write one ordinary LoRA with the gates' average weights for this prompt, whatever its arm: in the end an Exported.
+        """Write one ordinary LoRA with the gates' average weights for this prompt. The work returns an Exported.
 
-        Raises ValueError if strengths vary over steps or blocks, which one LoRA cannot represent.
+        The recipe's arm is ignored. Raises ValueError if strengths vary over steps or blocks: one LoRA cannot do that.
         """
         recipe = self._completed(replace(recipe, arm="gates"))
         strengths = recipe.constant_strengths()
         if not strengths:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
-        folder = Path(mkdtemp(prefix="export-", dir=self.folder))  # others may export these LoRAs at other weights
+        folder = Path(mkdtemp(prefix="export-", dir=self.folder))  # others may export the same LoRAs with other weights
         path = folder / f"{'+'.join(sorted(strengths)).replace('/', '_')[:100]}.safetensors"
         call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
 
@@ -436,14 +448,14 @@ class Actions:
         return train(self.studio, recipe, request, home=self.home, again=again)
 
     def _with_a_seed(self, recipe: Recipe, over: Over) -> tuple[Recipe, Recipe]:
-        """The recipe as it is asked for, but for a random seed, which several pictures share; and it completed."""
+        """The recipe with only a random seed filled in, so that several pictures share it; and the completed recipe."""
         recipe = with_pictures(recipe, **over)
         whole = self._completed(recipe)
         return replace(recipe, seed=whole.seed), whole
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe = self.studio.complete(recipe)
-        recipe.tag_bindings()  # raises where a painted region has no mask
+        recipe.tag_bindings()  # raises ValueError if a painted region has no mask
         if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
             larger = f", {recipe.hires:g} times larger" if recipe.hires > 1 else ""
             raise ValueError(f"pictures have at most {MAX_SIDE} pixels a side, got {recipe.width} x {recipe.height}{larger}")
@@ -462,12 +474,12 @@ class Actions:
 
 @contextmanager
 def _noting(recipe: Recipe, layouts: list[Layout], said: list[str], inside: Inside, mixture: Mixture) -> Iterator[None]:
-    """For `Studio.draw`: add the layout of the picture to a list, if its LoRAs have places, and what binding warns of to
-    another one."""
+    """Surround a picture, as `inside` of `Studio.draw`. Adds its layout to `layouts`, if its LoRAs have places, and the
+    warnings of binding to `said`."""
     with inside(mixture):
         yield
     bound = (mixture.binding or {}).items()
     side = recipe.height // 8, recipe.width // 8
     given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
     said.extend(mixture.binding_warnings)
-    layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words only the given ones
+    layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words, only the given regions

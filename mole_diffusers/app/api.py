@@ -1,6 +1,8 @@
-"""The API: named endpoints for gradio_client and MCP, on the functions behind the page.
+"""The API: named endpoints for gradio_client and MCP, which call the same functions as the page.
 
-A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`; "prompt" is needed, the rest has defaults.
+A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`. "prompt" is required, the rest has defaults.
+
+Gradio shows the endpoints' docstrings. Of an argument, it shows only the first line.
 """
 
 from __future__ import annotations
@@ -28,32 +30,32 @@ from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.recipe import Recipe
 
 RECIPE_FIELDS = (
-    'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. Defaults: no negative '
-    "prompt, seed 0, the app's steps and guidance, the size that the prompt or the picture that is drawn over asks for, its "
-    'own sampler, gates "auto", arm "gates", no locks.'
+    'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults are: no '
+    "negative prompt, seed 0, the app's steps and guidance, the usual size for the prompt or that of the picture to draw "
+    'over, the model\'s own sampler, gates "auto", arm "gates", no locks.'
 )
 
-IMAGE = "a picture to draw over, as much as the recipe's strength says; one that the recipe names must be this one."
-MASK = "a picture of that size, white where it is drawn over; by default everywhere."
+IMAGE = "a picture to draw over, at the recipe's strength. If the recipe names its picture, this must be the same one."
+MASK = "a picture of the same size, white where the image is redrawn; by default all of it is."
 
 
 File = gr.FileData | None
 
 
 def add(page: Page) -> None:
-    """Add every endpoint to the app. "RECIPE" in an endpoint's docstring stands for RECIPE_FIELDS, "IMAGE" and "MASK" for
-    what is said of pictures to draw over."""
+    """Add every endpoint to the app. In the endpoints' docstrings, the words RECIPE, IMAGE and MASK are replaced by
+    RECIPE_FIELDS, IMAGE and MASK."""
     endpoints = Endpoints(page)
     for name in (name for name in vars(Endpoints) if not name.startswith("_")):
         endpoint = _endpoint(method := getattr(endpoints, name))
         for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
             endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
-        limit = None if inspect.iscoroutinefunction(method) else 1  # a job waits in our queue, and finding for nothing
+        limit = None if inspect.iscoroutinefunction(method) else 1  # jobs wait in our own queue, and `find` need not wait
         gr.api(endpoint, api_name=name, concurrency_limit=limit)
 
 
 def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method for clients: what they send is checked by its annotations, and an error of bad input is one sentence."""
+    """Wrap a method for clients: check what they send by its annotations, and turn errors of bad input into a sentence."""
     kinds = {name: kind for name, kind in get_type_hints(method).items() if kind not in (gr.FileData, File)}
 
     @functools.wraps(method)
@@ -71,17 +73,17 @@ def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Endpoints:
-    """Each public method is an endpoint of its name."""
+    """Each public method is an endpoint of the same name."""
 
     def __init__(self, page: Page):
         self.page, self.actions = page, page.actions
 
     def bases(self) -> tuple[str, list[str]]:
-        """The name of the base model that is open, "" where none is, and of all that can be."""
+        """The name of the open base model ("" if none is open), and the names of all that you can open."""
         return self.actions.base or "", list(self.actions.bases)
 
     async def base(self, request: gr.Request, name: str) -> str:
-        """Open another base model, for everyone, after the jobs that are there; in the end its name.
+        """Open another base model, for everyone, once the jobs before it are done. Returns its name.
 
         Args:
             name: one of `bases`.
@@ -90,21 +92,21 @@ class Endpoints:
         return self.actions.base or ""
 
     def loras(self) -> list[dict]:
-        """What every LoRA's file says about itself, and how many of its layers the pipeline has."""
+        """What the file of each LoRA says about it, and how many of its layers match the pipeline."""
         return [self.actions.report(name) for name in self.actions.studio.catalog.loras]
 
     async def find(self, prompt: str) -> list[dict]:
-        """LoRAs that a prompt asks for, best first: {"name", "why", "score", "passed_over"}, a similarity in -1..1, and the
-        names of those that share a trigger with it and are less like the prompt.
+        """Find LoRAs that a prompt asks for, best first, as {"name", "why", "score", "passed_over"}. The score is a
+        similarity in -1..1. "passed_over" names LoRAs that share a trigger with this one but are less like the prompt.
 
         Args:
-            prompt: any text; tags in it are ignored.
+            prompt: any text. Tags in it are ignored.
         """
         hits = await asyncio.to_thread(self.actions.find, prompt)
         return [{name: getattr(hit, name) for name in ("name", "why", "score", "passed_over")} for hit in hits]
 
     def upload(self, file: gr.FileData) -> dict:
-        """Add a LoRA file; a bad one is refused with one sentence.
+        """Add a LoRA file. A bad one is refused with a sentence that says why.
 
         Args:
             file: a .safetensors file with a plain LoRA.
@@ -134,29 +136,28 @@ class Endpoints:
         binding: str | None = None,
         clip_skip: int | None = None,
     ) -> tuple[list[gr.FileData], list[dict]]:
-        """Draw pictures; every PNG has its recipe inside. Returns the files, and their recipes.
+        """Draw pictures. Every PNG has its recipe inside. Returns the files and their recipes.
 
         Args:
-            prompt: with a <lora:name:strength> tag for every LoRA; te=, unet=, lbw=, start=, stop=, step= are read.
+            prompt: with a <lora:name:strength> tag for every LoRA. Tags may have te=, unet=, lbw=, start=, stop=, step=.
             negative: the negative prompt.
-            seed: of the first picture; the others have the next ones. -1 is a random one.
-            steps: 1..150; by default those of the app.
-            guidance: 0..50; 1 is none. By default that of the base model.
+            seed: the seed of the first picture; the others have the next ones. -1 means a random seed.
+            steps: 1..150; by default the app's.
+            guidance: 0..50; 1 turns it off. By default the base model's.
             gates: "auto", "sum", "mean" or the name of trained gates.
-            count: number of pictures, 1..16.
+            count: the number of pictures, 1..16.
             width: in pixels, rounded to what the model can draw; by default the base model's own, or the image's.
-            height: likewise.
-            sampler: its usual name, for example "DPM++ 2M Karras"; "" is the model's own.
+            height: the same for the height.
+            sampler: its usual name, for example "DPM++ 2M Karras"; "" means the model's own.
             image: a picture to draw over.
             mask: MASK
-            strength: how much of that picture is drawn anew, 0..1.
-            hires: above 1, the picture is made so many times as large and drawn over once more; at most 4.
-            hires_strength: how much of it is drawn anew then, 0..1.
-            prompt_2: what the second text encoder reads instead, where the model has two, without tags.
-            negative_2: likewise.
-            binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there by itself at first;
-                "auto", tiles where each has room, else bound; "none", every LoRA everywhere.
-            clip_skip: the last layer of the text encoder that is read, counted from the end; 1, the default, is all layers.
+            strength: how much of that picture is redrawn, 0..1.
+            hires: a factor up to 4. Above 1, the picture is enlarged by it and drawn over again.
+            hires_strength: how much of the enlarged picture is redrawn, 0..1.
+            prompt_2: what the second text encoder reads, if the model has two, without tags; "" means the same prompt.
+            negative_2: the same for the negative prompt.
+            binding: "bound" to words and places, "tiles" (the same, first drawn apart), "auto" (tiles if they fit), "none".
+            clip_skip: the last layer of the text encoder that is read, counted from the end. 1, the default, reads all.
         """
         fields = {"prompt": prompt, "negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "seed": seed}
         fields |= {"steps": steps, "guidance": guidance, "width": width, "height": height, "sampler": sampler}
@@ -167,7 +168,7 @@ class Endpoints:
         return [_file(each.path) for each in done.pictures], [each.recipe.to_dict() for each in done.pictures]
 
     async def redraw(self, request: gr.Request, recipe: dict, image: File = None, mask: File = None) -> gr.FileData:
-        """Draw exactly one recipe, as it is in a picture or with fields left out.
+        """Draw one recipe: a complete one from a picture, or one with some fields left out.
 
         Args:
             recipe: RECIPE
@@ -180,8 +181,8 @@ class Endpoints:
     async def compare(
         self, request: gr.Request, recipe: dict, merges: list[str] | None = None, image: File = None, mask: File = None
     ) -> tuple[list[str], list[gr.FileData]]:
-        """The same seed from the base, each LoRA alone, the plain sum, merges, bound, in tiles where there is room, and with
-        trained gates where there are any. The gallery keeps a sheet of them. Returns labels and files.
+        """Draw the same seed in several ways: the base, each LoRA alone, the plain sum, merges, bound, in tiles if there is
+        room, and with trained gates if there are any. The gallery keeps a sheet of them. Returns labels and files.
 
         Args:
             recipe: RECIPE
@@ -195,7 +196,7 @@ class Endpoints:
     async def look(
         self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
     ) -> tuple[dict, list[gr.FileData]]:
-        """What the gates did: {"experts", "weights": block -> mean weight of each}, and figures of it.
+        """Show what the gates did. Returns {"experts", "weights": block -> mean weight of each, "pictures"} and the figures.
 
         Args:
             recipe: RECIPE
@@ -213,12 +214,12 @@ class Endpoints:
     async def grid(
         self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
     ) -> gr.FileData:
-        """An XY grid of one recipe, which the gallery keeps.
+        """Draw an XY grid of one recipe. The gallery keeps it.
 
         Args:
             recipe: RECIPE
             x: what varies across: "arm=base,sum,gates", "weight fox=0,0.5,1", "seed=1,2,3", ...
-            y: what varies down, likewise.
+            y: what varies down, in the same form.
             image: IMAGE
             mask: MASK
         """
@@ -226,8 +227,8 @@ class Endpoints:
         return _file(done.sheet)
 
     def read(self, file: gr.FileData) -> dict:
-        """The recipe in a picture (ours or A1111's) or a recipe file, with the LoRAs' names in this app and the base model
-        that it was drawn with.
+        """Read the recipe in a picture (ours or A1111's) or in a recipe file. The LoRAs have their names in this app, and
+        the base model is the one that the picture was drawn with.
 
         Args:
             file: a PNG, or a JSON file.
@@ -238,7 +239,7 @@ class Endpoints:
         return replace(recipe, base=asked.base or recipe.base).to_dict()
 
     def code(self, recipe: dict) -> str:
-        """Python code that draws a recipe with diffusers.
+        """Write Python code that draws a recipe with diffusers.
 
         Args:
             recipe: RECIPE
@@ -246,23 +247,23 @@ class Endpoints:
         return as_code(self.actions.studio.complete(self._recipe(recipe)))
 
     async def export(self, request: gr.Request, recipe: dict, rank: int | None = None) -> tuple[gr.FileData, float]:
-        """One ordinary LoRA with the gates' average weights, and the relative error of cutting it to a rank.
+        """Export one ordinary LoRA with the gates' average weights. Returns it, and the relative error of cutting its rank.
 
         Args:
             recipe: RECIPE
-            rank: None keeps everything: the ranks add up.
+            rank: the rank to cut to. None keeps everything: the ranks add up.
         """
         done = await self._job(request, "export", self.actions.export, self._recipe(recipe), rank)
         return _file(done.path), done.error
 
     def gallery(self, text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
-        """The newest pictures and sheets that were kept, at most 100: files, and for each {"name", "favourite", "recipe",
-        "sheet"}, which says what a sheet shows.
+        """The newest 100 pictures and sheets in the gallery. Returns files, and for each of them {"name", "favourite",
+        "recipe", "sheet"}, where "sheet" says what a sheet shows.
 
         Args:
-            text: words of the prompt, each of them, of the file's name, or of what a sheet shows.
+            text: words that must all be in the prompt, in the file name or in what a sheet shows.
             lora: a LoRA that they were drawn with.
-            favourites: only those.
+            favourites: whether to return only favourites.
         """
         found = self.actions.gallery.entries(text=text, lora=lora, favourites=favourites)[:100]
         about = [
@@ -271,20 +272,20 @@ class Endpoints:
         return [_file(entry.path) for entry in found], about
 
     def favourite(self, name: str, on: bool = True) -> bool:
-        """Mark a picture of the gallery as a favourite, or no longer.
+        """Mark a picture in the gallery as a favourite, or remove the mark.
 
         Args:
-            name: of its file.
-            on: whether it is one.
+            name: the name of its file.
+            on: whether it is a favourite from now on.
         """
         self.actions.gallery.favour(name, on)
         return on
 
     def trash(self, name: str) -> str:
-        """Move a picture of the gallery to the folder "trash" beside the others; its name there.
+        """Move a picture of the gallery to the folder "trash" next to the others. Returns its name there.
 
         Args:
-            name: of its file.
+            name: the name of its file.
         """
         return self.actions.gallery.trash(name).name
 
@@ -304,39 +305,39 @@ class Endpoints:
         """Train gates for the LoRAs of a recipe, from prompts alone. Returns a row of losses per update.
 
         Args:
-            recipe: RECIPE Its tags say which LoRAs.
-            name: of the gates; `compose` takes it afterwards. The same name and settings go on with a run that was stopped.
-            singles: LoRA -> list of prompts that name it and no other; for a collage, subjects with the style.
-            composed: prompts that name all.
-            steps: total number of updates.
-            styles: the LoRAs that act on the whole picture.
-            family: of the gates: "static", "mole", "flow", "prompt", "retrieval", "rank" or "factors".
-            way: "collage" puts the subjects side by side, each as its own LoRA draws it; "blend" blends what LoRAs predict.
+            recipe: RECIPE Its tags name the LoRAs.
+            name: the gates' name, for `compose` later. The same name and settings continue a run that was stopped.
+            singles: LoRA -> list of prompts that name it and no other; for a collage, a subject in the style.
+            composed: prompts that name all LoRAs.
+            steps: the total number of updates.
+            styles: LoRAs that act on the whole picture.
+            family: the kind of gates: "static", "mole", "flow", "prompt", "retrieval", "rank" or "factors".
+            way: "collage" puts subjects side by side, each drawn by its own LoRA; "blend" blends the LoRAs' predictions.
             again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """
         wanted = TrainingRequest(name, singles, composed, styles or [], steps=steps, family=family, way=way)
         return (await self._job(request, "train", self.actions.train, self._recipe(recipe), wanted, again)).rows
 
     def gates(self) -> list[dict]:
-        """All trained gates: name, family, the LoRAs they weigh, and which of these are another file here or missing; or, of
-        gates that cannot be read, name and why."""
+        """All trained gates: their name, family and LoRAs, and which of these are missing here or are another file. For
+        gates that cannot be read: their name, and why."""
         return describe_all_gates(self.actions.studio.catalog)
 
     def download_gates(self, name: str) -> list[gr.FileData]:
-        """Trained gates as two files, the weights and their config.
+        """Download trained gates as two files, the weights and their config.
 
         Args:
-            name: of the gates, as `gates` lists them.
+            name: the name of the gates, as listed by `gates`.
         """
         return [_file(path) for path in export_gates(self.actions.studio.catalog, name, self.actions.downloads)]
 
     def upload_gates(self, weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
-        """Add trained gates from their two files; bad ones are refused with one sentence.
+        """Add trained gates from their two files. Bad ones are refused with a sentence that says why.
 
         Args:
             weights: the .safetensors file.
             about: the .json file.
-            name: of the gates from now on; by default that of their LoRAs, for example "fox+ink".
+            name: the new name of the gates; by default their LoRAs' names, for example "fox+ink".
         """
         return self.actions.add_gates([_uploaded(weights), _uploaded(about)], name)
 
@@ -352,7 +353,7 @@ class Endpoints:
     async def _drawing(
         self, request: gr.Request, kind: str, plan: Callable[..., Work], recipe: dict, *more: Any, image: Any, mask: Any
     ) -> Any:
-        """What a job gives that draws a recipe, over uploaded pictures where there are any."""
+        """The result of a job that draws a recipe, over uploaded pictures if there are any."""
         over = {}
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
@@ -361,7 +362,7 @@ class Endpoints:
         return await self._job(request, kind, plan, self._recipe(recipe), *more, over)
 
     async def _job(self, request: gr.Request, kind: str, plan: Callable[..., Work], *given: Any) -> Any:
-        """What a job gives in the end. It is stopped once its client is gone, or cancels it (`submit(...).cancel()`)."""
+        """The result of a job. The job is stopped if its client goes away or cancels it (`submit(...).cancel()`)."""
         work = await asyncio.to_thread(plan, *given)
         owner = session(request)
         job = self.page.jobs.submit(owner or f"call {id(request)}", kind, work)
@@ -383,7 +384,7 @@ class Endpoints:
 
 
 def _uploaded(file: Any) -> Path:
-    """The path of an uploaded file. Raises ValueError for any other path: clients cannot name files of this machine."""
+    """The path of an uploaded file. Raises ValueError for any other path: clients may not name files of this machine."""
     path = Path(str(file.get("path", ""))).resolve() if isinstance(file, dict) else Path()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
         raise ValueError("send the file itself, by gradio_client.handle_file")
@@ -391,7 +392,7 @@ def _uploaded(file: Any) -> Path:
 
 
 def is_gone(blocks: gr.Blocks, session: str) -> bool:
-    """Whether the client of a session has closed its connection while calls of it run."""
+    """Whether the client of a session has closed its connection while its calls are still running."""
     events = [event for events in blocks._queue.active_jobs for event in events or ()]
     return any(not event.alive for event in events if event.session_hash == session)
 

@@ -1,4 +1,4 @@
-"""The whole page with its tabs, and serving it."""
+"""Build the whole page with its tabs, and serve it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": g
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
-    """The whole app; `launch` shows it."""
+    """Build the whole app; `launch` serves it."""
     # Visitors' files are deleted after an hour, checked every ten minutes.
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
         page = Page(actions, defaults, blocks)
-        add(page)  # first, while its endpoint names are free
+        add(page)  # first, so that its endpoints get their names
         gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
         _base(page)
         with page.tabs.render():
@@ -41,13 +41,13 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
 
 
 def _base(page: Page) -> None:
-    """The choice of the base model, where the app has several."""
+    """The choice of the base model, if the app has several."""
     page.base.render()
     status = gr.Markdown("", elem_id="base-status", elem_classes="status")
     sizes = [page.controls[name] for name in OF_BASE]
 
     def show(job: Job) -> Values:
-        if not job.is_over or job.is_shown:  # after a reload, what was chosen since then stays
+        if not job.is_over or job.is_shown:  # after a reload, keep what was chosen since then
             return {}
         if job.state != "done":
             return {page.base: page.actions.base or gr.update(value=None)}
@@ -64,13 +64,13 @@ def _base(page: Page) -> None:
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:
-    """Serve the app, to this machine only unless `options` say otherwise. It sends nothing to the network by itself.
+    """Serve the app, only to this machine unless `options` say otherwise. It sends nothing to the network by itself.
 
     With `mcp_server=True` every endpoint is also an MCP tool.
 
     Args:
-        gallery: the folder of the pictures, which the page shows.
-        sites: names under which a server in front shows the app; see `own_pages`.
+        gallery: the folder of the pictures that the page shows.
+        sites: names under which a server in front of the app shows it, see `own_pages`.
     """
     blocks.queue(max_size=64)
     return blocks.launch(

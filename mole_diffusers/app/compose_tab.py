@@ -61,12 +61,12 @@ def build(page: Page) -> None:
 
 
 def _described(recipe: Recipe, count: int) -> str:
-    """What pictures that were not drawn when the app ended are called."""
+    """What to call pictures that were not drawn when the app ended."""
     return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
 
 
 def _use_picture(page: Page, status: Any) -> None:
-    """What becomes of the picture that was clicked, or else of the last one."""
+    """Buttons that use the picture that was clicked, or else the last one."""
     with gr.Row():
         over = gr.Button("Draw over this", size="sm", elem_id="draw-over-this")
         seed = gr.Button("Use its seed", size="sm", elem_id="use-seed")
@@ -91,7 +91,7 @@ def _use_picture(page: Page, status: Any) -> None:
 
 
 def _adding(page: Page) -> None:
-    """Three ways to add a LoRA: by name, found for the prompt, or uploaded; and files that were copied into the folders."""
+    """Ways to add a LoRA: by name, found for the prompt, uploaded, or a file that was copied into one of the folders."""
     with gr.Row(equal_height=True):
         page.add.render()
         with gr.Column(min_width=120):
@@ -126,7 +126,7 @@ def _adding(page: Page) -> None:
 
 
 def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
-    """Let an event find the names of LoRAs, which may take long, and then add them to the prompt as it is by then."""
+    """Let an event find the names of LoRAs, which may take long, and add them to the prompt as it is when they are found."""
     names = gr.State([])
 
     def add(found: list[str], *now: Any) -> Values:
@@ -137,7 +137,7 @@ def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **option
 
 
 def _fitting(page: Page, names: list[str]) -> list[str]:
-    """The names. Raises ValueError for a LoRA that cannot be used with this base."""
+    """Returns the names. Raises ValueError for a LoRA that cannot be used with this base."""
     for name in names:
         if why_not := page.actions.studio.misfit(name):
             raise ValueError(f"the LoRA {name!r} cannot be used here: {why_not}")

@@ -1,4 +1,4 @@
-"""What an editor holds, for drawing over a picture, all of it or what is painted."""
+"""The editor for drawing over a picture, or over the part of it that is painted."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from PIL import Image, ImageChops, ImageFilter
 
 from mole_diffusers.studio.picture_passes import on_white
 
-COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; of 255: the picture is seen through it
+COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; the opacity is out of 255, so the picture shows through
 BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
 editor: Any = partial(
     gr.ImageEditor, type="pil", format="png", transforms=(), layers=False, brush=BRUSH, eraser=gr.Eraser(60), buttons=[]
 )
-LATENT = 8  # pixels of a side; of a mask one pixel for each is read, so strokes are made so much wider
+LATENT = 8  # pixels per latent; only one mask pixel is read for each, so strokes are widened by this much
 
 
 def put(path: Path) -> dict[str, Any]:
-    """A value for an editor: the picture of a file, and no paint."""
+    """A value for the editor: the picture in a file, without paint."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
     return {"background": picture, "layers": [], "composite": picture}
 
 
 def paint(value: dict[str, Any]) -> Image.Image:
-    """What is painted in an editor that has a picture, of its size, in grey; black where there is nothing."""
+    """The paint in an editor with a picture, as a grey picture of the same size; black where nothing is painted."""
     found = Image.new("L", value["background"].size)
     for layer in filter(None, value["layers"]):
         found = ImageChops.lighter(found, layer.convert("RGBA").getchannel("A").resize(found.size))
@@ -35,7 +35,7 @@ def paint(value: dict[str, Any]) -> Image.Image:
 
 
 def pictures(value: dict[str, Any] | None) -> dict[str, Image.Image]:
-    """What an editor has, for `Studio.draw`: "image" and, where something is painted, "mask"; {} without a picture."""
+    """The editor's pictures for `Studio.draw`: "image" and, if something is painted, "mask"; {} without a picture."""
     if value is None or value.get("background") is None:
         return {}
     image, mask = on_white(value["background"]), paint(value)

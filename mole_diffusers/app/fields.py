@@ -1,4 +1,4 @@
-"""The fields of a recipe, of a training and of a LoRA's card, as the page shows them."""
+"""The page's components for the fields of a recipe, of a training and of a LoRA's card."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Files that visitors upload and download: LoRAs, and trained gates as a pair (.safetensors with the weights, .json with
-their config)."""
+"""Files that visitors upload and download: LoRAs, and trained gates as a pair of files.
+
+The pair is a .safetensors with the weights and a .json with their config.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ GATES_NAME = re.compile(r"[\w+ -]{1,60}")
 
 @contextmanager
 def uploaded(*paths: Path) -> Iterator[Path]:
-    """The first of the files that a visitor has sent, while it is read; what is refused is deleted."""
+    """Gives the first of the files that a visitor has sent. If reading raises ValueError, all of them are deleted."""
     try:
         yield paths[0]
     except ValueError:
@@ -36,8 +38,8 @@ def uploaded(*paths: Path) -> Iterator[Path]:
 def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any]) -> str:
     """Copy an uploaded LoRA into `folder`, add it to the catalog under its file name, and return that name.
 
-    A file that is here already, byte for byte, is not copied: its name here is returned. Raises ValueError for anything but
-    a good LoRA file for the models `hosts`, and for a name that another file has; nothing is left then.
+    If the same file is already here, it is not copied, and its name here is returned. Raises ValueError for anything but a
+    good LoRA file for the models `hosts`, and for a name that another file has. Nothing is left behind then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with uploaded(path):
@@ -61,7 +63,7 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
 
 
 def check_gates_name(name: str) -> str:
-    """The name, if gates (and their folder) can have it. Raises ValueError if not."""
+    """Returns the name if gates (and their folder) can have it. Raises ValueError if not."""
     if not GATES_NAME.fullmatch(name) or name != name.strip():
         raise ValueError(f"a name has letters, digits, spaces, + - and _, at most 60, got {name!r}")
     if name in FAMILIES:
@@ -70,7 +72,7 @@ def check_gates_name(name: str) -> str:
 
 
 def describe_gates(catalog: Catalog, name: str) -> dict[str, Any]:
-    """Name and family of trained gates, the LoRAs they weigh, and which of these are another file here or missing."""
+    """Name, family and LoRAs of trained gates, and which of these LoRAs are missing here or are another file."""
     saved = checkpoint.load(catalog.gates_source(name))
     here = [expert for expert in saved.experts if expert in catalog.loras]
     return {
@@ -83,7 +85,7 @@ def describe_gates(catalog: Catalog, name: str) -> dict[str, Any]:
 
 
 def describe_all_gates(catalog: Catalog) -> list[dict[str, Any]]:
-    """`describe_gates` of each; of gates that cannot be read, their name and why ("unreadable")."""
+    """`describe_gates` of all trained gates; for those that cannot be read, their name and why ("unreadable")."""
     found = []
     for name in catalog.gates:
         try:
@@ -94,7 +96,7 @@ def describe_all_gates(catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
-    """Copies of the two files of trained gates in `folder`, named after the gates."""
+    """Copy the two files of trained gates into `folder`, named after the gates. Returns their paths."""
     if name not in catalog.gates:
         raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(catalog.gates) or 'none'}")
     folder.mkdir(exist_ok=True)
@@ -103,7 +105,7 @@ def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
 
 
 def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Path) -> str:
-    """Copy uploaded gates to `home / name`, add them to the catalog, and return the name ("fox+ink" if it was "").
+    """Copy uploaded gates to `home / name`, add them to the catalog, and return the name. "" becomes e.g. "fox+ink".
 
     Raises ValueError for anything but one good pair of files, and for a name that is taken.
     """
@@ -112,7 +114,7 @@ def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Pa
         if len(files) != 2 or set(by_suffix) != set(GATES):
             raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
         home.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".new-", dir=home) as folder:  # of its own: two visitors may upload at once
+        with TemporaryDirectory(prefix=".new-", dir=home) as folder:  # a new one each time: two visitors may upload at once
             new = Path(folder, "gates")
             new.mkdir()
             for suffix, (file, most) in GATES.items():

@@ -1,5 +1,7 @@
-"""The gallery: pictures in a folder, and sheets of them, each a PNG with its recipe inside, so that it needs no index and
-outlives the app."""
+"""The gallery: a folder of pictures and sheets.
+
+Each is a PNG with its recipe inside, so the gallery needs no index, and it outlives the app.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.recipe import Recipe
 
-FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file names; a folder of what was deleted
+FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file names, and a folder for deleted pictures
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of the gallery, and what is inside."""
+    """A picture of the gallery, and what its file contains."""
 
     path: Path
     contents: Contents
@@ -38,7 +40,7 @@ class Entry:
 
     @property
     def sheet(self) -> str:
-        """What a sheet of pictures shows, in words: "seed=1,2 by steps=4,8", or "base, sum, bound"; "" for a single one."""
+        """What a sheet shows, such as "seed=1,2 by steps=4,8" or "base, sum, bound"; "" for a single picture."""
         shows = self.contents.sheet
         if isinstance(columns := shows.get("columns"), list):
             return ", ".join(map(str, columns))
@@ -46,32 +48,34 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What stands below it."""
+        """The text below the picture."""
         what = f"{self.sheet[:80]}: " if self.sheet else ""
         return f"{'★ ' if self.favourite else ''}{what}{self.recipe.text[:80]} · seed {self.recipe.seed}"
 
 
 class Gallery:
-    """The pictures of a folder, which is made when it is first needed. Threads may share it.
+    """The pictures of a folder. Threads may share it.
+
+    The folder is created when it is first needed.
 
     Args:
-        most: the oldest pictures beyond so many are deleted, but for favourites; None keeps all.
+        most: keep only this many pictures. Older ones are deleted, except favourites. None keeps all.
     """
 
     def __init__(self, folder: Path, *, most: int | None = None):
         self.folder, self.most = folder, most
-        self._read: dict[tuple[str, int], Contents | None] = {}  # (file name, time it was written); None without a recipe
+        self._read: dict[tuple[str, int], Contents | None] = {}  # (file name, time it was written); None: no recipe
         self._lock = threading.Lock()
 
     def add(self, image: Image.Image, recipe: Recipe, sheet: Mapping[str, Any] | None = None) -> Path:
-        """Write a picture; its file, named after the time and the seed. No file is ever overwritten.
+        """Write a picture and return its file, which is named after the time and the seed. It never overwrites a file.
 
         Args:
-            sheet: what a sheet of pictures shows, see `infotext.save`.
+            sheet: for a sheet of pictures, what it shows, see `infotext.save`.
         """
         kind = "" if sheet is None else "-comparison" if "columns" in sheet else "-grid"
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".new-{token_hex(8)}.png"  # a name that nobody else has
+        part = self.folder / f".new-{token_hex(8)}.png"  # a name that no one else uses
         try:
             infotext.save(image, part, recipe, sheet)
             return _moved(part, self.folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.seed}{kind}")
@@ -80,12 +84,12 @@ class Gallery:
             self._delete_oldest()
 
     def entries(self, *, text: str = "", lora: str = "", favourites: bool = False) -> list[Entry]:
-        """The pictures, newest first. Files that are no PNG with a recipe are left out.
+        """The pictures, newest first. Files other than PNGs with a recipe are left out.
 
         Args:
-            text: words that the prompt, the file name or what a sheet shows has, each of them, in any case.
+            text: words that must all be in the prompt, in the file name or in what a sheet shows, in any case.
             lora: a LoRA that the picture was drawn with, in any case.
-            favourites: only those.
+            favourites: whether to return only favourites.
         """
         wanted = text.lower().split()
 
@@ -97,20 +101,20 @@ class Gallery:
         return [entry for entry in self._entries() if fits(entry)]
 
     def entry(self, name: str) -> Entry:
-        """The picture of this file name. Raises ValueError for a name that is no picture's here."""
+        """The picture with this file name. Raises ValueError if there is none."""
         if (found := next(self._entries(name), None)) is None:
             raise ValueError(f"there is no picture {name!r} in the gallery")
         return found
 
     def favour(self, name: str, on: bool) -> None:
-        """Mark a picture as a favourite, or no longer."""
+        """Mark a picture as a favourite, or remove the mark."""
         self.entry(name)
         with self._lock:
             starred = self._favourites() - {name} | ({name} if on else set())
             write_text(self.folder / FAVOURITES, json.dumps(sorted(starred)) + "\n")
 
     def trash(self, name: str) -> Path:
-        """Move a picture to the folder "trash" beside the others; where it is now. Nothing is deleted there."""
+        """Move a picture to the folder "trash" next to the others, and return its new path. Nothing in it is deleted."""
         path = self.entry(name).path
         (self.folder / TRASH).mkdir(exist_ok=True)
         return _moved(path, self.folder / TRASH, path.stem)
@@ -118,7 +122,7 @@ class Gallery:
     # ---- the folder
 
     def _entries(self, name: str | None = None) -> Iterator[Entry]:
-        """The pictures with a recipe, newest first; only that of a file name."""
+        """The pictures with a recipe, newest first; if `name` is given, only the one with this file name."""
         starred = self._favourites()
         for written, path in sorted(self._pictures(), reverse=True):
             if name in (None, path.name) and (inside := self._inside(path, written)) is not None:
@@ -127,11 +131,11 @@ class Gallery:
     def _pictures(self) -> Iterator[tuple[int, Path]]:
         """Time in nanoseconds and path of every PNG."""
         for path in self.folder.glob("[!.]*.png"):
-            with suppress(FileNotFoundError):  # another one has just moved it
+            with suppress(FileNotFoundError):  # another thread has just moved it
                 yield path.stat().st_mtime_ns, path
 
     def _inside(self, path: Path, written: int) -> Contents | None:
-        """What is in a file; None without a recipe. Read once."""
+        """What a file contains; None if it has no recipe. Each file is read only once."""
         key = path.name, written
         if key not in self._read:
             try:
@@ -156,11 +160,11 @@ class Gallery:
 
 
 def _moved(path: Path, folder: Path, stem: str) -> Path:
-    """Move a PNG into a folder as "STEM.png", or "STEM-2.png" and so on where that is taken; its new path."""
+    """Move a PNG into a folder as "STEM.png", or "STEM-2.png" and so on if that is taken. Returns the new path."""
     for number in range(1, 10_000):
         new = folder / f"{stem}{'' if number == 1 else f'-{number}'}.png"
         try:
-            new.open("xb").close()  # the name is ours, whoever else writes here
+            new.open("xb").close()  # reserves the name, even if others write here, too
         except FileExistsError:
             continue
         return path.replace(new)

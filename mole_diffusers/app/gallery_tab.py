@@ -1,4 +1,4 @@
-"""The Gallery tab: what was composed and compared, found again, used again, marked and thrown away."""
+"""The Gallery tab: search kept pictures and sheets, use them again, mark favourites, and throw pictures away."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import clicked, gallery
 
-AT_ONCE = 60  # pictures shown at first, and so many more each time
+AT_ONCE = 60  # pictures shown at first; "Show more" adds as many
 
 
 def build(page: Page) -> None:
-    """Lay out the tab and connect it; it is searched whenever it is shown."""
+    """Lay out the tab and connect it. The gallery is searched again whenever the tab is shown."""
     kept = page.actions.gallery
     with gr.Row():
         text = gr.Textbox(label="Search", info="words of the prompt, comparison, grid", max_length=500, elem_id="find-text")
@@ -30,11 +30,11 @@ def build(page: Page) -> None:
         star = gr.Button("Favourite", elem_id="star")
         trash = gr.Button("To the trash", elem_id="trash")
     chosen = gr.State("")  # the file name of the picture that was clicked
-    count = gr.State(AT_ONCE)  # so many are shown
+    count = gr.State(AT_ONCE)  # how many are shown
     asked = [text, lora, starred]
 
     def search(text: str, lora: str, starred: bool, most: int = AT_ONCE, *, words: str = "") -> Values:
-        """Values of `outputs`; `words` begin the status."""
+        """Values of `outputs`. The status begins with `words`."""
         found = kept.entries(text=text or "", lora=(lora or "").strip(), favourites=starred)
         shown, is_cut = found[:most], len(found) > most
         said = f"{words}{len(found)} picture{'' if len(found) == 1 else 's'}"
@@ -56,7 +56,7 @@ def build(page: Page) -> None:
     def reuse(name: str) -> Values:
         entry = kept.entry(_the_chosen(name))
         _, values, notes = page.filled(entry.contents)
-        tab = "Keep" if entry.contents.axes else "Compose"  # where the button for it is
+        tab = "Keep" if entry.contents.axes else "Compose"  # the tab with the button for it
         words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
         return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
 
@@ -78,7 +78,7 @@ def build(page: Page) -> None:
         return search(*asked, words="moved to the folder trash beside the pictures; ")
 
     outputs = [pictures, count, more, chosen, status]
-    # While it is typed, and not when the field is left: that is where a picture is clicked, which would be lost.
+    # Search while typing, not when the field loses focus: clicking a picture does that, and the click would be lost.
     asking = [page.tab.select, starred.input, text.input, lora.input]
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
     more.click(show_more, [*asked, count], outputs)

@@ -19,7 +19,7 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
-Shades = Mapping[str, str] | None  # the LoRAs' colours
+Shades = Mapping[str, str] | None  # LoRA -> its colour
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class GateReport:
     """What the gates did.
 
     Attributes:
-        picture: file of the picture.
-        experts: the LoRAs, in the order of all weights.
+        picture: the picture's file.
+        experts: the LoRAs, in the same order as all weights.
         heat, shares, places: figures, see `gate_figures`.
-        labels: block's short name, of a transformer its module's name -> gate site.
-        weights: block's short name -> mean weight of each expert, as applied.
-        gates: the same before the tags' strengths, block weights and steps: the values that can be set by hand.
-        warning: what its user should know besides, as of any picture.
+        labels: short name of a block (in a transformer, its module's name) -> gate site.
+        weights: short name of a block -> mean weight of each expert, as applied.
+        gates: the same before the tags' strengths, block weights and steps are applied. These values can be set by hand.
+        warning: further notes for the user, as for any picture.
     """
 
     picture: Path
@@ -47,7 +47,7 @@ class GateReport:
     warning: str
 
     def __str__(self) -> str:
-        """Each LoRA's mean weight in words, for those who do not see the figures."""
+        """Each LoRA's mean weight in words, for people who cannot see the figures."""
         rows = list(self.weights.values())
         means = [sum(row[n] for row in rows) / len(rows) for n in range(len(self.experts))]
         words = "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(self.experts, means, strict=True))
@@ -57,12 +57,12 @@ class GateReport:
 def gate_report(
     studio: Studio, recipe: Recipe, picture: Path, notes: Sequence[str], trace: Trace, acted: Contributions, shades: Shades
 ) -> GateReport:
-    """The report of a picture that was drawn under a trace and its contributions.
+    """Report on a picture, from the trace and the contributions that were recorded while it was drawn.
 
-    Raises ValueError if no LoRA has acted on the picture.
+    Raises ValueError if no LoRA acted on the picture.
     """
     with Image.open(picture) as image:
-        places = gate_figures.places(image, acted, shades=shades)  # raises where no LoRA acted on the denoiser
+        places = gate_figures.places(image, acted, shades=shades)  # raises ValueError if no LoRA acted on the denoiser
     network: Any = denoiser(studio.pipe)
     labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
@@ -80,7 +80,7 @@ def gate_report(
 
 
 def before_tags(weights: torch.Tensor, schedule: StrengthSchedule, place: str) -> torch.Tensor:
-    """Applied weights [steps, N] at a gate site -> [N], the gates' own means over the steps in which the tags are not 0.
+    """Applied weights [steps, N] at a gate site -> [N] means of the gates themselves, over the steps whose tags are not 0.
 
     An expert whose tag is 0 at every step gets 0.
     """

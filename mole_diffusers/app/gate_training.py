@@ -1,4 +1,4 @@
-"""Gate training in the app: from prompts alone, with its progress shown; it can be stopped, continued and done again."""
+"""Gate training in the app, from prompts alone. It shows its progress, and can be stopped, continued and repeated."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.denoising import check_trainable
 from mole_diffusers.training.gate_trainer import train_gates
 
-MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # of a run
-SHOWN = 2  # seeds whose pictures are shown before and after
+MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # per run
+SHOWN = 2  # seeds whose pictures are shown before and after training
 WAYS = ("collage", "blend")
 TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
 
@@ -39,14 +39,14 @@ class TrainingRequest:
     """What to train.
 
     Attributes:
-        name: of the gates; they can be chosen by it afterwards.
-        singles: LoRA -> prompts that name it and no other; for a collage, subjects with the style.
-        composed: prompts that name all.
+        name: the name of the gates, by which you choose them later.
+        singles: LoRA -> prompts that name it and no other; for a collage, a subject in the style.
+        composed: prompts that name all LoRAs.
         styles: LoRAs that act on the whole picture.
-        steps: total number of updates, including those of a run that is continued.
-        seed: of the run.
-        family: of the gates, one of `TRAINED`.
-        way: of `WAYS`: "collage" puts the subjects side by side, each as its own LoRA draws it; "blend" blends the LoRAs'
+        steps: the total number of updates, including earlier ones of a run that is continued.
+        seed: the seed of the run.
+        family: the kind of gates, one of `TRAINED`.
+        way: one of `WAYS`. "collage" puts the subjects side by side, each drawn by its own LoRA. "blend" blends the LoRAs'
             predictions under masks.
     """
 
@@ -76,10 +76,10 @@ class TrainingRequest:
     def _subject_prompts(self) -> list[str]:
         """The prompt of each subject."""
         own = (prompt for name, prompts in self.singles.items() if name not in self.styles for prompt in prompts)
-        return list(dict.fromkeys(own))  # two LoRAs of one subject are drawn in one picture
+        return list(dict.fromkeys(own))  # two LoRAs with the same prompt share one subject
 
     def teachers(self) -> tuple[int, int]:
-        """How many pictures the teachers draw, and how often the denoiser is called for them."""
+        """The number of pictures that the teachers draw, and of calls of the denoiser for them."""
         terms, n = self.config().parsed, len(self.singles)
         if self.way == "collage":
             term: Any = terms["collage"]
@@ -107,11 +107,11 @@ class TrainingProgress:
     """How far a training is.
 
     Attributes:
-        rows: of losses, one per update.
-        pictures: the prompt's, with labels: before, on the way, after.
-        doing: what is done before and after the updates.
-        called: the denoiser's calls so far.
-        verdict: what the gates are worth, once that is measured.
+        rows: the losses, one row per update.
+        pictures: pictures of the prompt before, during and after training, with labels.
+        doing: what happens now, before and after the updates.
+        called: the number of calls of the denoiser so far.
+        verdict: how much the gates help, once that is measured.
     """
 
     request: TrainingRequest
@@ -133,16 +133,16 @@ class TrainingProgress:
 
 
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
-    """Train gates for the LoRAs of a recipe, at the strengths, words and regions of its tags and at its size, or where that
-    is open at the size of the prompts with all LoRAs. In the end they are in `home / name` and in the catalog; reports are a
-    TrainingProgress.
+    """Train gates for the LoRAs of a recipe. Afterwards they are in `home / name` and in the catalog.
 
-    A run that was stopped goes on under the same name and settings.
+    Training uses the strengths, words and regions of the recipe's tags, and its size. If the size is open, it is the usual
+    one for the prompts with all LoRAs. The work reports a TrainingProgress. A run that was stopped continues if you start it
+    again with the same name and settings.
 
     Args:
-        again: for gates of this name with other settings: "continue" from them, or "overwrite".
+        again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
 
-    Raises ValueError for bad settings and for a base that cannot be trained on, GatesExistError where `again` is needed.
+    Raises ValueError for bad settings and for a base that cannot be trained on, and GatesExistError if `again` is needed.
     """
     check_trainable(studio.pipe)
     width, height = _canvas(studio, recipe, request.composed)
@@ -152,7 +152,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     config = replace(request.config(), width=width, height=height)
     settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
     settings |= {"width": width, "height": height} | ({"masks": recipe.masks} if recipe.masks else {})
-    recipe.tag_bindings()  # raises where a painted region has no mask
+    recipe.tag_bindings()  # raises ValueError if a painted region has no mask
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
 
@@ -164,7 +164,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
         with studio.lock.held():
             try:
                 _train(studio, recipe, config, run, progress, report)
-            except ValueError as error:  # visitors need not know the folder
+            except ValueError as error:  # hide the folder from visitors
                 raise ValueError(str(error).replace(f"{home}/", "")) from error
             finally:
                 studio.forget_attached()
@@ -174,8 +174,11 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
 
 
 def _canvas(studio: Studio, recipe: Recipe, composed: Sequence[str]) -> tuple[int, int]:
-    """Width and height in pixels to train at: a recipe's, or where they are open the largest that the base draws any of the
-    composed prompts at, or the recipe's without those."""
+    """Width and height in pixels to train at: the recipe's.
+
+    If they are open, this is the largest usual size of any of the composed prompts, or of the recipe's prompt if there are
+    none.
+    """
     widths, heights = zip(*(usual_size(studio.pipe, studio.base, text) for text in composed or [recipe.text]), strict=True)
     return drawable(studio.pipe, recipe.width or max(widths), recipe.height or max(heights))
 

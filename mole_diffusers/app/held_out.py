@@ -1,4 +1,4 @@
-"""What trained gates are worth, measured on seeds that their training did not use."""
+"""Measure how much trained gates help, on seeds that their training did not use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.objectives import OBJECTIVES
 
-COUNT, ROWS = 4, 8  # seeds; rows that are measured for each
+COUNT, ROWS = 4, 8  # seeds, and rows that are measured for each
 
 
 def seeds(seed: int) -> list[int]:
@@ -23,7 +23,7 @@ def seeds(seed: int) -> list[int]:
 
 
 def losses(pipe: Any, mixture: Mixture, data: TrainingData, config: GateTraining) -> list[Callable[[], float]]:
-    """For each held-out seed, what measures the gates as they are: the error to pictures that teachers draw from it."""
+    """A function per held-out seed that measures the gates in their current state: their error to the teachers' pictures."""
 
     def measured(seed: int) -> Callable[[], float]:
         context = TrainingContext(pipe, mixture, data, seed=seed, width=config.width, height=config.height)
@@ -43,7 +43,7 @@ def losses(pipe: Any, mixture: Mixture, data: TrainingData, config: GateTraining
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> str:
-    """One sentence on the errors of held-out seeds, before and after training."""
+    """One sentence about the errors on held-out seeds before and after training."""
     better = sum(a < b for a, b in zip(after, before, strict=True))
     words = (
         f"on {len(before)} seeds that the training did not see, the error to the teachers' pictures is "

@@ -1,7 +1,7 @@
-"""Jobs: all work on the one pipeline, one after the other, in a thread of their own.
+"""Jobs: all work on the pipeline, one job after the other, in a thread of their own.
 
-A job belongs to a visitor, not to a page: a page that is reloaded finds it again, and may stop it at any time. It can be a
-small file while it waits or runs; what an earlier run of the app has left of these is offered again.
+A job belongs to a visitor, not to a page, so a reloaded page finds it again and can stop it at any time. While a job waits
+or runs, it can have a small file on disk. Files left by an earlier run of the app are offered to be started again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from mole_diffusers.lora.whole_files import write_text
 
-MAX_WAITING, KEPT = 32, 64  # jobs in the queue; jobs that are over and can still be asked for
+MAX_WAITING, KEPT = 32, 64  # jobs in the queue; finished jobs that can still be looked up
 Report = Callable[[Any], None]
 Work = Callable[[Report], Any]
 
@@ -28,7 +28,7 @@ class StoppedError(Exception):
 
 
 def ignore(event: Any) -> None:
-    """A report that nobody reads."""
+    """A report function that does nothing."""
 
 
 class Job:
@@ -38,10 +38,10 @@ class Job:
         owner: the visitor.
         kind: "compose", "train", ...
         state: "waiting", "running", "done", "stopped" or "failed".
-        event: what was reported last, in the end what the work returned.
+        event: the last report; once the job is done, the result of its work.
         error: why it failed.
-        file: by which it can be started again while it is not over.
-        is_shown: whether a page has shown how it ended.
+        file: the file from which the job can be started again; it exists until the job is over.
+        is_shown: whether a page has shown how the job ended.
     """
 
     def __init__(self, owner: str, kind: str, work: Work):
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the job has ended, so that nothing will change any more."""
         return self.state in ("done", "stopped", "failed")
 
 
@@ -61,7 +61,7 @@ class Jobs:
     """The queue. Every method may be called from any thread.
 
     Args:
-        folder: of the files by which jobs can be started again.
+        folder: the folder of the files from which jobs can be started again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,13 +73,13 @@ class Jobs:
         self._thread: threading.Thread | None = None
 
     def submit(self, owner: str, kind: str, work: Work, *, about: Any = None, file: Path | None = None) -> Job:
-        """Put work in the queue: `work(report)`, whose `report` raises StoppedError once the job is to stop.
+        """Put work in the queue. It is called as `work(report)`, and `report` raises StoppedError if the job must stop.
 
         Args:
-            about: plain data by which the work can be started again, for a file that is deleted once the job is over.
-            file: that of a job that was left, whose work this is.
+            about: plain data from which the work can be started again. It is kept in a file until the job is over.
+            file: the file of an interrupted job, if this starts it again.
 
-        Raises ValueError if too many jobs wait, and for a job that was started again already.
+        Raises ValueError if too many jobs are waiting, and for an interrupted job that was already started again.
         """
         job = Job(owner, kind, work)
         with self._changed:
@@ -98,23 +98,23 @@ class Jobs:
         return job
 
     def latest(self, owner: str, kind: str) -> Job | None:
-        """The visitor's newest job of a kind, in whatever state; None without one."""
+        """The visitor's newest job of a kind, in any state, or None."""
         with self._changed:
             return next((job for job in reversed(self._known()) if (job.owner, job.kind) == (owner, kind)), None)
 
     def left(self, owner: str, kind: str) -> list[Path]:
-        """The visitor's files of a kind that an earlier run of the app has left, the oldest first."""
+        """The visitor's files of a kind that an earlier run of the app left behind, oldest first."""
         with self._changed:
             ours = [job.file for job in self._known()]
             return [path for path in sorted(self._folder_of(owner).glob(f"[!.]*-{kind}.json")) if path not in ours]
 
     def ahead(self, job: Job) -> int:
-        """How many jobs come before one that waits."""
+        """The number of jobs before one that is waiting."""
         with self._changed:
             return list(self._waiting).index(job) + (self._running is not None) if job in self._waiting else 0
 
     def stop(self, job: Job) -> bool:
-        """Take a job out of the queue, or end it at its next report; False if it is over."""
+        """Take a job out of the queue, or end it at its next report. Returns False if it is already over."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -126,7 +126,7 @@ class Jobs:
         return True
 
     def follow(self, job: Job) -> Iterator[Job]:
-        """The job, as it goes on, again and again until it is over."""
+        """Yield the job again and again while it makes progress, until it is over."""
         is_over = False
         while not is_over:
             is_over = job.is_over
@@ -138,7 +138,7 @@ class Jobs:
         return [*self._over, *([self._running] if self._running else []), *self._waiting]
 
     def _folder_of(self, owner: str) -> Path:
-        return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # what a browser says is no file name
+        return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # the browser's text may be no file name
 
     # ---- the thread
 
@@ -151,7 +151,7 @@ class Jobs:
                 state = "stopped"
             except Exception as error:
                 job.error = error
-                if not isinstance(error, ValueError | FileNotFoundError):  # those tell a visitor what to mend
+                if not isinstance(error, ValueError | FileNotFoundError):  # those tell the visitor what to fix
                     logging.getLogger(__name__).exception("the job %r failed", job.kind)
             with self._changed:
                 self._running = None
@@ -172,7 +172,7 @@ class Jobs:
             raise StoppedError
 
     def _end(self, job: Job, state: str) -> None:
-        job.state, job.work = state, ignore  # which lets go of what it held
+        job.state, job.work = state, ignore  # frees what the work held
         if job.file is not None:
             job.file.unlink(missing_ok=True)
         self._over.append(job)

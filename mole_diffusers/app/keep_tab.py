@@ -1,4 +1,4 @@
-"""The Keep tab: load pictures and recipes, save recipes, code and one merged LoRA, make XY grids."""
+"""The Keep tab: load pictures and recipes; save recipes, code and one merged LoRA; make XY grids."""
 
 from __future__ import annotations
 

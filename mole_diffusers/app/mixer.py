@@ -1,4 +1,4 @@
-"""The mixer: draws a card per LoRA from the page's state, and keeps prompt, cards and fields in sync."""
+"""The mixer: shows a card per LoRA, and keeps the prompt, the cards and their fields in sync."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mole_diffusers.app.sentences import markdown, told
 from mole_diffusers.app.style import figure
 
 LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
-EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables what is drawn again, unless told otherwise
+EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
 SMALL: dict[str, Any] = {"height": 56, "min_width": 56, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
-LOW, HIGH = -1.0, 2.0  # of the slider; any number can be typed
+LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
 
 
 def build(page: Page) -> None:
-    """The cards, drawn again whenever `page.shown` changes."""
+    """Lay out the cards. They are redrawn whenever `page.shown` changes."""
 
     @gr.render(inputs=[page.shown, page.controls["prompt"]], triggers=[page.shown.change], **ORDERED)
     def draw(shown: dict[str, Any], prompt: str) -> None:
@@ -31,7 +31,7 @@ def build(page: Page) -> None:
 
 
 def _card(page: Page, card: MixerCard, prompt: str) -> None:
-    """One LoRA: switch, strength, trigger words, what its file says, and the rest of its tag."""
+    """The card of one LoRA: switch, strength, trigger words, facts from its file, and the rest of its tag."""
     name, report = card["name"], page.actions.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
 
@@ -66,7 +66,7 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
 
 
 def slider_update(strength: str) -> dict[str, Any]:
-    """How the slider shows a strength; it is disabled for a list over the steps."""
+    """How the slider shows a strength. It is disabled if the strength is a list over the steps."""
     constant = "@" not in strength
     return {"value": min(max(float(strength), LOW), HIGH) if constant else HIGH, "interactive": constant}
 
@@ -82,10 +82,10 @@ def _facts(report: dict[str, Any]) -> str:
 
 
 def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
-    """A change of the switch, the slider or a field goes to the prompt, the cards and the other fields.
+    """Send a change of the switch, the slider or a field to the prompt, the cards and the other fields.
 
-    Only what was changed is taken from the card, as the rest may be older than its tag, and only what has to be is written
-    into it, as the rest may be typed by now.
+    Only changed values are read from the card, since the rest may be older than its tag. And only values that must change
+    are written to it, since the visitor may be typing in the rest.
     """
     known, name = page.actions.studio.catalog.loras, card["name"]
 
@@ -93,14 +93,14 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
         typed = fields_of(card, known)
         return {"on": card["on"], "slider": slider_update(typed["unet"])["value"], **typed}
 
-    seen = gr.State(shows(card))  # what this card shows
+    seen = gr.State(shows(card))  # the values that this card shows
 
     @told(page.line)
     def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
         at = next((i for i, one in enumerate(cards) if one["name"] == name), None)
-        if at is None or not edits:  # it was removed meanwhile, or a field was left as it was
+        if at is None or not edits:  # the card was removed meanwhile, or nothing was changed
             return {}
         is_moved = "slider" in edits
         if is_moved:
@@ -120,7 +120,7 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
 
 
 def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:
-    """Removing a card, and switching trigger words, changes the prompt."""
+    """Let removing the card and switching trigger words change the prompt."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
     @told(page.line)

@@ -1,6 +1,6 @@
 """The mixer's cards, one per LoRA: a view of the prompt's tags.
 
-The prompt is the source of truth. A card that is switched off keeps its whole tag.
+The prompt is the source of truth. A card that is switched off remembers its whole tag.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
-FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # of a tag, as a card shows them
+FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # a tag's fields on a card
 
 
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
-    """The cards after the prompt has changed: each takes its tag from the prompt, a card without a tag there is off."""
+    """The cards after the prompt has changed. Each takes its tag from the prompt; a card without a tag there is off."""
     tags = {tag.name: str(tag) for tag in parse(prompt, known).tags}
     if unknown := [name for name in tags if matching(name, known) is None]:
         raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
@@ -31,12 +31,12 @@ def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) ->
 
 
 def newest(prompt: str, rewrites: Sequence[str]) -> str:
-    """The prompt as it is: an event that was sent before the page has shown the last of the rewrites has an older one."""
+    """The current prompt. An event that was sent before the page showed the last rewrite has an older one."""
     return rewrites[-1] if prompt in rewrites else prompt
 
 
 def _free_colour(cards: Sequence[MixerCard]) -> int:
-    """The first colour that no card has, so that a LoRA keeps its own while others come and go."""
+    """The first colour that no card has. A LoRA keeps its colour while others come and go."""
     taken = [card["colour"] for card in cards]
     return min(range(len(COLOURS)), key=lambda i: (taken.count(i), i))
 
@@ -47,15 +47,15 @@ def shades(cards: Sequence[MixerCard]) -> dict[str, str]:
 
 
 def tag_of(card: MixerCard, known: Collection[str]) -> LoraTag:
-    """The tag of a card. Raises ValueError for a name that cannot stand in a tag."""
+    """The tag of a card. Raises ValueError for a name that a tag cannot contain."""
     if not (tags := parse(card["tag"], known).tags):
         raise ValueError(f"the name {card['name']!r} contains < or >, which end a tag; rename the file")
     return tags[0]
 
 
 def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, Any]:
-    """A card's tag field by field, as the card shows them: texts, but for "word", a list of phrases; "unet" is the strength,
-    a number or a list over the steps."""
+    """The fields of a card's tag, as the card shows them. All are text except "word", a list of phrases. "unet" is the
+    strength: a number, or a list over the steps."""
     tag = tag_of(card, known)
     stop = "" if tag.stop is None else str(tag.stop)
     fields = {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, "start": str(tag.start or ""), "stop": stop}
@@ -65,10 +65,9 @@ def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, Any]:
 def edit(
     prompt: str, cards: Sequence[MixerCard], name: str, known: Collection[str], *, on: bool = True, **fields: Any
 ) -> tuple[str, list[MixerCard]]:
-    """Prompt and cards with one LoRA switched on or off and fields of its tag changed, see `fields_of`. One without a card
-    gets one, at strength 1.
+    """The prompt and the cards after one LoRA is switched on or off, or fields of its tag change (see `fields_of`).
 
-    Raises ValueError for fields that no tag can have.
+    A LoRA without a card gets one, at strength 1. Raises ValueError for fields that a tag cannot have.
     """
     card = next((card for card in cards if card["name"] == name), None)
     if card is None:
@@ -80,10 +79,10 @@ def edit(
 
 
 def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any], known: Collection[str]) -> LoraTag:
-    """The tag with other fields."""
+    """The tag with some fields changed."""
     texts = {key: value or "" for key, value in {**before, **fields}.items()}
     texts |= {"word": "|".join(texts["word"]), "region": "" if texts["region"] == AUTO else texts["region"]}
-    if before["te"] == before["unet"] == texts["te"]:  # one strength for both stays one
+    if before["te"] == before["unet"] == texts["te"]:  # one strength for both stays the same for both
         texts["te"] = texts["unet"]
     arguments = [f"{key}={' '.join(texts[key].split())}" for key in FIELDS if texts[key].strip()]
     if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
@@ -93,7 +92,7 @@ def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any],
 
 
 def with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]) -> str:
-    """The prompt with this tag in the place of the LoRA's own, or at its end; None takes it out. All else stays as typed."""
+    """The prompt with this tag in place of the LoRA's old one, or at the end; None removes it. The rest stays as typed."""
     if name not in [old.name for old in parse(prompt, known).tags]:
         return prompt if tag is None else f"{prompt.rstrip()} {tag}".strip()
 
@@ -105,33 +104,33 @@ def with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]
 
 
 def triggers_in(prompt: str, triggers: Collection[str]) -> list[str]:
-    """Those of the trigger words that the prompt has beside its tags, as whole words in any case."""
+    """The trigger words that are in the prompt, outside its tags, as whole words in any case."""
     text = TAG.sub("", prompt)
     return [trigger for trigger in triggers if re.search(_whole(trigger), text, re.IGNORECASE)]
 
 
 def with_triggers(prompt: str, before: Collection[str], chosen: Collection[str], known: Collection[str]) -> str:
-    """The prompt with the trigger words that are newly chosen, and without those that were and are no longer."""
+    """The prompt with newly chosen trigger words added, and with those that are no longer chosen removed."""
     missing = [each for each in chosen if each not in (*before, *triggers_in(parse(prompt, known).text, chosen))]
     for word in (_whole(each) for each in before if each not in chosen):
-        space = r"[^\S\n]*"  # in a line
+        space = r"[^\S\n]*"  # within a line
         unwanted = rf"{TAG.pattern}|^{word}{space},?{space}|,?{space}{word}"
         kept = re.sub(unwanted, lambda found: found[0] if found[1] else "", prompt, flags=re.IGNORECASE | re.MULTILINE)
         prompt = kept.strip(" ,")
     if not missing:
         return prompt
-    text = re.sub(rf"(?:\s*{TAG.pattern})*\s*$", "", prompt)  # without the tags at its end
+    text = re.sub(rf"(?:\s*{TAG.pattern})*\s*$", "", prompt)  # without its last tags
     end = prompt[len(text) :] if text else f" {prompt}"
     return (", ".join([*filter(None, [text.rstrip(" ,")]), *missing]) + end).rstrip()
 
 
 def _whole(words: str) -> str:
-    """A pattern of these words as whole ones."""
+    """A pattern that matches these words as whole words."""
     return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
 
 
 def parse_lock(text: str, experts: Collection[str]) -> dict[str, float]:
-    """Weights set by hand: "fox=1, ink=0.2" -> {"fox": 1.0, "ink": 0.2}. Raises ValueError naming what is known."""
+    """Parse weights set by hand: "fox=1, ink=0.2" -> {"fox": 1.0, "ink": 0.2}. Raises ValueError that names the LoRAs."""
     weights = {}
     for pair in text.split(","):
         name, equals, value = (word.strip() for word in pair.partition("="))

@@ -1,7 +1,8 @@
-"""Which web pages may call the app: its own, under an address or a name that belongs to it.
+"""Let only the app's own pages call it, under an address or a name that belongs to it.
 
-Any page that an artist has open elsewhere can send requests to this machine: under a name of its own that it has pointed
-here (DNS rebinding), which the Host header tells, or by a form that posts to another site, which the Origin header tells.
+Any web page that is open in the browser can send requests to this machine, in two ways. It can point a name of its own to
+this machine (DNS rebinding), which shows in the Host header. Or it can post a form to another site, which shows in the
+Origin header.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class OwnPagesOnly:
     """An ASGI middleware that answers 403 to pages that are not the app's own.
 
     Args:
-        sites: names under which a server in front shows the app.
+        sites: names under which a server in front of the app shows it.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], sites: Collection[str] = ()):
@@ -31,7 +32,7 @@ class OwnPagesOnly:
         self.names = self.sites | {"localhost", machine, f"{machine}.local"}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass the request on, or refuse it."""
+        """Pass a request on, or refuse it."""
         if scope["type"] in ("http", "websocket") and (problem := self.problem(Headers(scope=scope), scope.get("method"))):
             await PlainTextResponse(problem, 403)(scope, receive, send)
         else:
@@ -52,7 +53,7 @@ class OwnPagesOnly:
 
 
 def _names(address: str) -> tuple[str, str]:
-    """The host's name in an address, without and with its port; "" in what is no address."""
+    """The host's name in an address, without and with its port; "" if it is not an address."""
     try:
         parts = urlsplit(address)
         return parts.hostname or "", parts.netloc.lower()
@@ -61,7 +62,7 @@ def _names(address: str) -> tuple[str, str]:
 
 
 def _is_address(name: str) -> bool:
-    """Whether this is an IP address, which nobody can point elsewhere."""
+    """Whether this is an IP address. Nobody can point one elsewhere."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the tabs share: the components whose values are a recipe, in both directions, and a page that is opened again."""
+"""What the tabs share: the components of a recipe, and restoring the fields when a page is opened again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
-# Events that write the prompt or the cards, and drawing the cards: one at a time, in the order in which they were sent.
+# For events that change the prompt or the cards, and for drawing the cards: one at a time, in the order they were sent.
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
-STORED: dict[str, Any] = {"secret": "mole"}  # a fixed one: what a browser keeps outlives the app
-OF_BASE = ("width", "height", "guidance")  # fields that another base model changes
+STORED: dict[str, Any] = {"secret": "mole"}  # fixed, since what the browser keeps outlives the app
+OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
-# What runs in the browser. Fields are kept there once the page has been filled, in the order in which they change: calls
-# of the app could overtake each other. A page that opens is filled where nothing was typed or chosen meanwhile.
+# JavaScript for the browser. It stores the fields there whenever one changes, once the page has been filled. Calls to the
+# app could overtake each other, so this runs in the browser. A new page is filled only in fields that were not changed yet.
 KEEP = "(filled, kept, ...fields) => [filled ? fields : kept]"
 FILL = """(filled, ...fields) => {
   const first = %s, same = (a, b) => JSON.stringify(a ?? "") === JSON.stringify(b ?? "");
@@ -42,38 +42,38 @@ FILL = """(filled, ...fields) => {
 
 
 class Page:
-    """The components that several tabs use, each laid out (`render`) by the tab that it belongs to.
+    """The components that several tabs use. Each is laid out (`render`) by the tab that it belongs to.
 
     Attributes:
         defaults: the recipe of a fresh page.
         jobs: the queue.
         controls: field of a Recipe -> its component.
-        cards: state: the mixer's cards.
-        shown: state: the cards as last drawn; a change redraws the mixer, see `redraw`.
-        rewrites: state: the texts that events have put into the prompt since it was typed, and those that these replaced.
-        written: the prompt, its cards and rewrites, which events that edit the prompt take and give.
-        locks, masks: gates set by hand, and painted regions, as in a Recipe; in the browser, where nobody sees them.
+        cards: the mixer's cards (state).
+        shown: the cards as last drawn (state). A change redraws the mixer, see `redraw`.
+        rewrites: the texts that events have put into the prompt since it was typed, and the texts they replaced (state).
+        written: the prompt, its cards and rewrites: inputs and outputs of the events that edit the prompt.
+        locks, masks: gates set by hand, and painted regions, as in a Recipe. They are hidden components in the browser.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
-        over, over_panel: the editor of a picture that is drawn over, and the panel around it.
-        count: how many pictures are composed.
+        over, over_panel: the editor of a picture to draw over, and its panel.
+        count: the number of pictures to compose.
         training: field of a TrainingRequest -> its component.
-        axes: across and down, of a grid.
-        second: the panel of the second text encoder's prompts.
-        add, trained: the choices of a LoRA to add, and of gates to download.
-        line: below the prompt: what is wrong with it.
-        pictures: the gallery of what was composed.
-        tabs, tab: all of them, and the one that is laid out.
-        choices: fields whose choices change with the base model, the LoRAs and the gates, each with what they are now.
-        lists: these, and `second`.
-        visitor: in the browser: who owns jobs, across reloads.
-        entered: the event after which a page that is opened has its fields.
+        axes: the two axes of a grid, across and down.
+        second: the panel with the prompts of the second text encoder.
+        add, trained: the choice of a LoRA to add, and of gates to download.
+        line: the line below the prompt that says what is wrong with it.
+        pictures: the gallery of composed pictures.
+        tabs, tab: all tabs, and the one that is being laid out.
+        choices: field -> function that lists its choices now, if these change with the base model, LoRAs and gates.
+        lists: the fields of `choices`, and `second`.
+        visitor: who owns jobs. It is kept in the browser, so that a reload does not change it.
+        entered: the event that fires when an opened page has its fields.
     """
 
     def __init__(self, actions: Actions, defaults: Recipe, blocks: gr.Blocks):
         self.actions, self.defaults, self.blocks = actions, defaults, blocks
         self.jobs = Jobs(actions.home / ".jobs")
-        self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that a page shows
+        self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that the page shows
         catalog, first = actions.studio.catalog, self._shown(defaults)
         known: dict[str, Callable[[], list[Any]]] = {
             "sampler": lambda: ["default", *actions.studio.samplers],
@@ -117,19 +117,19 @@ class Page:
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
         self.lists = [self.second, *self.choices]
         self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
-        self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes]  # in this order in browsers
+        self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes]  # browsers store them in this order
         self.entered = self._remember()
 
     def now(self) -> Values:
-        """Updates of `lists`."""
+        """Updates for `lists`."""
         has_second = "prompt_2" in prompts_read(self.actions.studio.pipe)
-        seen = gr.update(visible=True if has_second else "hidden")  # and not left out: its fields keep their values
+        seen = gr.update(visible=True if has_second else "hidden")  # not False: its fields would lose their values
         return {field: gr.update(choices=choices()) for field, choices in self.choices.items()} | {self.second: seen}
 
     # ---- a recipe in the components
 
     def recipe(self, *values: Any) -> Recipe:
-        """The recipe in the controls. Raises ValueError for values out of range, and for another base model than is here."""
+        """The recipe in the controls. Raises ValueError for values out of range, or if another base model is open."""
         *given, locks, masks, base = values
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
@@ -138,8 +138,8 @@ class Page:
         return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base)
 
     def asked(self, *values: Any) -> tuple[Any, ...]:
-        """Of the values of `inputs`, any further components, and `over`: the recipe, the further values, and the pictures
-        that are drawn over."""
+        """Values of `inputs`, any further components, and `over` -> the recipe, the further values, and the pictures to draw
+        over."""
         *given, editor = values
         recipe = self.recipe(*given[: len(self.inputs)])
         return recipe, *given[len(self.inputs) :], draw_over.pictures(editor)
@@ -151,8 +151,8 @@ class Page:
         return {self.controls[name]: value for name, value in self._shown(recipe).items()} | own
 
     def _shown(self, recipe: Recipe) -> dict[str, Any]:
-        """The values of `controls` for a recipe; width and height are 0 where they are what the prompt asks for, and follow
-        it."""
+        """The values of `controls` for a recipe. Width and height are 0 if they are the usual size for the prompt, so that
+        they follow the prompt."""
         shown = {name: getattr(recipe, name) for name in CONTROLS} | {"sampler": recipe.sampler or "default"}
         try:
             usual = self.actions.usual_size(recipe.text)
@@ -162,18 +162,18 @@ class Page:
         return shown | (dict.fromkeys(OPEN, 0) if follows else {})
 
     def fresh(self) -> Recipe:
-        """The recipe of a fresh page: the defaults, at the size and guidance of a base model that has come since."""
+        """The recipe of a fresh page: the defaults, with the size and guidance of the base model if that was changed."""
         return replace(self.defaults, **self.actions.settings_of_base())
 
     @property
     def filled_fields(self) -> list[Any]:
-        """The components whose values `filled` gives."""
+        """The components that `filled` has values for."""
         return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes]
 
     def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
-        """What puts a recipe into a page: the recipe as it is here, the values, and what its visitor should know.
+        """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
 
-        The page's axes stay where it is not that of a grid.
+        If it is not the recipe of a grid, the page's axes stay as they are.
         """
         asked = found.recipe
         try:
@@ -198,12 +198,12 @@ class Page:
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 
     def put_over(self, path: Path) -> Values:
-        """What puts a picture where it is drawn over."""
+        """Updates that put a picture into the editor for drawing over, and open its panel."""
         return {self.over: draw_over.put(path), self.over_panel: gr.update(open=True)}
 
     def cards_for(self, prompt: str) -> Values:
-        """The cards of a prompt that fills the page; none where it cannot be read or has a LoRA that is not here, which
-        composing says."""
+        """The cards for a prompt that fills the page. There are none if it cannot be read or has an unknown LoRA; composing
+        reports that."""
         try:
             cards = cards_of(prompt, [], self.actions.studio.catalog.loras)
         except ValueError:
@@ -211,24 +211,24 @@ class Page:
         return self.redraw(cards) | {self.rewrites: []}
 
     def rewrite(self, given: str, new: str, rewrites: list[str]) -> Values:
-        """What puts another text into the prompt, if it is another one; `given` is what the event was sent with."""
+        """Updates that put a new text into the prompt, if it differs. `given` is the prompt that the event was sent with."""
         if new == newest(given, rewrites):
             return {}
         return {self.controls["prompt"]: new, self.rewrites: [*(rewrites if given in rewrites else [given]), new]}
 
     def edited(self, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str], **edits: Any) -> Values:
-        """What edits these LoRAs in the prompt and its cards, see `mixer_cards.edit`, given the values of `written`."""
+        """Updates that edit these LoRAs in the prompt and the cards, from values of `written`; see `mixer_cards.edit`."""
         new = newest(text, rewrites)
         for name in names:
             new, cards = edit(new, cards, name, self.actions.studio.catalog.loras, **edits)
         return self.rewrite(text, new, rewrites) | self.redraw(cards)
 
     def redraw(self, cards: list[MixerCard]) -> Values:
-        """The mixer's cards, which are drawn again even if they are the same as before."""
+        """Updates that redraw the mixer's cards, even if they are the same as before."""
         return {self.cards: cards, self.shown: {"cards": cards, "at": time.monotonic_ns()}}
 
     def unknown_choices(self, recipe: Recipe) -> dict[str, Any]:
-        """The choices of a recipe that are not here, each with what the page has by default."""
+        """{field: the page's default} for the choices in a recipe that are not available here."""
         fresh, shown = self.fresh(), self._shown(recipe)
         listed = {name: self.choices[self.controls[name]]() for name in ("gates", "sampler")}
         return {name: getattr(fresh, name) for name, names in listed.items() if shown[name] not in names}
@@ -236,7 +236,7 @@ class Page:
     # ---- the jobs that a page shows
 
     def watch(self, request: gr.Request, kind: str, job: Job) -> Iterator[Job]:
-        """The job as it goes on, until the page starts another one of this kind."""
+        """Yield the job while it makes progress, until the page starts another one of this kind."""
         key = session(request), kind
         self._watched[key] = job
         for _ in self.jobs.follow(job):
@@ -250,16 +250,16 @@ class Page:
         return self._watched.get((session(request), kind))
 
     def drawn(self, request: gr.Request) -> list[Picture]:
-        """The last pictures that a page composed."""
+        """The pictures that a page composed last."""
         job = self.watched(request, "compose")
         return [] if job is None or job.event is None else job.event.pictures
 
     # ---- a page that is opened again
 
     def _remember(self) -> Any:
-        """Keep the fields in the browser, and fill a page that is opened; the event of that."""
+        """Keep the fields in the browser, and fill a page when it is opened. Returns the event of filling."""
         fields, kept = self._fields, gr.BrowserState(None, storage_key="mole-fields", **STORED)
-        filling = gr.JSON(None, visible=False)  # values of the fields of a page that is opened; None where one stays
+        filling = gr.JSON(None, visible=False)  # values for the fields of an opened page; None leaves a field as it is
         gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP)
 
         def listed() -> Values:
@@ -279,23 +279,23 @@ class Page:
         return filled
 
     def _kept(self, values: Any) -> Values:
-        """The fields as a browser kept them, and as on a fresh page those that do not fit and the sizes of another base; {}
-        where they are those of another release."""
+        """The fields as a browser kept them, with the defaults for values that do not fit, and for sizes of another base; {}
+        if another release of the app stored them."""
         if not isinstance(values, list) or len(values) != len(self._fields):
             return {}
         entered, fresh = dict(zip(self._fields, values, strict=True)), self.values(self.fresh())
-        if entered[self.base] != self.actions.base:  # it was changed meanwhile
+        if entered[self.base] != self.actions.base:  # the base was changed meanwhile
             entered |= {field: fresh[field] for field in (self.base, *(self.controls[name] for name in OF_BASE))}
         return entered | {field: value for field, value in fresh.items() if not self._fits(fresh | {field: entered[field]})}
 
     def _fits(self, inputs: Values) -> bool:
-        """Whether a recipe can be made of these, with choices that are here."""
+        """Whether these values make a recipe whose choices are available here."""
         try:
             return not self.unknown_choices(self.recipe(*inputs.values()))
-        except Exception:  # whatever a browser has there
+        except Exception:  # the browser may have anything there
             return False
 
 
 def session(request: gr.Request | None) -> str:
-    """The visitor's session, "" for calls without one."""
+    """The visitor's session; "" for calls without one."""
     return str(getattr(request, "session_hash", "") or "")

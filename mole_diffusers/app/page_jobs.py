@@ -1,5 +1,7 @@
-"""Jobs on the page: buttons that start and stop one, its progress, also after a reload, and what an earlier run of the app
-has left, offered again."""
+"""Jobs on the page: buttons that start and stop them, and their progress, also after a reload.
+
+Jobs that were interrupted when the app ended are offered again.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ Way = tuple[Callable[..., Any], Callable[..., Job], Sequence[Any]]  # event, (ow
 
 
 class Offer:
-    """A row that offers a visitor's oldest job of a kind that was left: to start it again, or to forget it.
+    """A row that offers a visitor's oldest interrupted job of a kind: start it again, or forget it.
 
     Args:
         again: the label of the button that starts it.
-        describe: its recipe, and the values of the `more` of `connect_job` -> what it is called, as Markdown.
+        describe: the job's recipe and the values of `more` in `connect_job` -> what to call it, as Markdown.
     """
 
     def __init__(self, page: Page, kind: str, again: str, describe: Callable[..., str]):
@@ -38,7 +40,7 @@ class Offer:
             self.said = gr.Markdown("", elem_classes="status")
             self.start = gr.Button(again, size="sm", min_width=100)
             forget = gr.Button("Forget it", size="sm", min_width=100)
-        self.offered = gr.Textbox("", visible=False)  # its file's name: another page of the visitor may have taken it since
+        self.offered = gr.Textbox("", visible=False)  # the file's name; another page may have taken the job since
         self.shown = [self.row, self.said, self.offered]
 
         def drop(visitor: str, offered: str) -> Any:
@@ -50,7 +52,7 @@ class Offer:
         page.entered.then(self.show, page.visitor, self.shown, concurrency_limit=None)
 
     def show(self, visitor: str) -> Values:
-        """The row as it is for a visitor."""
+        """Updates of the row for a visitor."""
         if not (left := self._left(visitor)):
             return {self.row: gr.update(visible=False), self.said: "", self.offered: ""}
         more = f" One of {len(left)}." if len(left) > 1 else ""
@@ -62,22 +64,22 @@ class Offer:
         return {self.row: gr.update(visible=True), self.said: words, self.offered: left[0].name}
 
     def taken(self, visitor: str, offered: str, editor: Any) -> tuple[Path, list[Any]]:
-        """The file of the job that was offered, and the arguments of its `plan`, with the picture that an editor has now.
+        """The file of the offered job, and the arguments of its `plan`, with the picture that is in the editor now.
 
-        Raises ValueError where it cannot be started again.
+        Raises ValueError if the job cannot be started again.
         """
         if not (left := self._left(visitor, offered)):
             raise ValueError("this was started again or forgotten already")
         recipe, given, mask = _read(left[0])
         self.page.actions.check_base(recipe.base, "change it first")
         over = draw_over.pictures(editor if recipe.image else None)
-        over.pop("mask", None)  # what is painted now
+        over.pop("mask", None)  # ignore what is painted now
         if over and mask:
             over["mask"] = read_mask(mask)
         return left[0], [recipe, *given, over]
 
     def _left(self, visitor: str, offered: str | None = None) -> list[Path]:
-        """The visitor's files of this kind, the oldest first; only that of this name."""
+        """The visitor's files of this kind, oldest first; if `offered` is given, only the one with this name."""
         return [path for path in self.page.jobs.left(visitor or "", self.kind) if offered in (None, path.name)]
 
 
@@ -98,12 +100,12 @@ def connect_job(
 
     Args:
         start: events, for example `button.click`.
-        plan: the recipe, the values of `more`, and the pictures that are drawn over -> the work. A ValueError is shown in
-            the status.
+        plan: the recipe, the values of `more`, and the pictures to draw over -> the work. The status line shows a
+            ValueError.
         show, outputs, refused: see `follow`.
         more: further components.
-        draws: whether it draws over the page's picture.
-        offer: of jobs that were interrupted; by default they are lost when the app ends.
+        draws: whether the job draws over the page's picture, if it has one.
+        offer: offers interrupted jobs. Without it, they are lost when the app ends.
     """
     editor = page.over if draws else gr.State()
 
@@ -129,12 +131,12 @@ def connect_job(
 def follow(
     page: Page, kind: str, ways: Sequence[Way], show: Show, outputs: Sequence[Any], refused: Refused = None
 ) -> list[Any]:
-    """Let events start jobs whose progress the page shows, also after a reload; what each event leads to.
+    """Let events start jobs, and show their progress on the page, also after a reload. Returns the resulting events.
 
     Args:
-        show: the job, as it is now -> values for `outputs`, but for those that stay as they are.
-        outputs: the status line, and what else is shown.
-        refused: a ValueError of an event, which the status line says -> values likewise.
+        show: the job as it is now -> values for those of `outputs` that change.
+        outputs: the status line, and the other components that are shown.
+        refused: an error that stopped an event -> further values. The status line shows the error.
     """
     status = outputs[0]
 
@@ -167,24 +169,24 @@ def follow(
 
 
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
-    """Let a button stop what this page watches of these kinds: a running job at its next step, one that waits at once."""
+    """Let a button stop the page's jobs of these kinds: a running job at its next step, a waiting one at once."""
 
     def cancel(request: gr.Request) -> Any:
         jobs = [page.watched(request, kind) for kind in kinds]
         stopped = [page.jobs.stop(job) for job in jobs if job is not None]
-        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself says what becomes of it
+        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself reports that it stops
 
     button.click(cancel, None, status, concurrency_limit=None)
 
 
 def _kept(recipe: Recipe, given: list[Any], over: Over) -> dict[str, Any]:
-    """What a job can be started from again, as plain data: of the pictures that are drawn over, only the mask."""
+    """Plain data from which a job can be started again. Of the pictures to draw over, it has only the mask."""
     mask = mask_text(over["mask"]) if "mask" in over else ""
     return {"recipe": with_pictures(recipe, **over).to_dict(), "more": given, "mask": mask}
 
 
 def _read(path: Path) -> tuple[Recipe, list[Any], str]:
-    """The recipe, the further values and the mask, as text, of a job. Raises ValueError where they cannot be used."""
+    """The recipe, the further values and the mask (as text) of a job. Raises ValueError if they cannot be used."""
     try:
         kept = read_json(path)
         return Recipe.from_dict(kept["recipe"]), [*kept["more"]], kept["mask"]
@@ -194,7 +196,7 @@ def _read(path: Path) -> tuple[Recipe, list[Any], str]:
 
 
 def _said(jobs: Jobs, job: Job) -> str:
-    """What the status line says about a job."""
+    """The status line for a job."""
     if job.state == "waiting":
         ahead = jobs.ahead(job)
         return f"waiting: {ahead} job{'' if ahead == 1 else 's'} before this one"

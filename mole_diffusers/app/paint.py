@@ -1,4 +1,4 @@
-"""Regions by hand: painted over the last picture, or taken over from what was found there and corrected."""
+"""Regions by hand: paint them over the last picture, or start from the region that was found in it and correct it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.studio.prompt_syntax import PAINTED, parse
 
-CANVAS, MASK_SIDE = 512, 128  # pixels of the longer side
+CANVAS, MASK_SIDE = 512, 128  # longer side in pixels
 
 
 def build(page: Page) -> None:
@@ -80,7 +80,7 @@ def build(page: Page) -> None:
 
 
 def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:
-    """A value for the editor: paint where a mask is, over a picture, or over grey of that shape."""
+    """A value for the editor: a mask as paint, over a picture, or over grey of this shape."""
     side = _fitted(width, height, CANVAS)
     background = Image.new("RGB", side, "#dddddd")
     if picture is not None:
@@ -94,7 +94,7 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
 
 
 def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
-    """The region that a LoRA has now, in grey: painted, a box, or found in the last picture; None for no LoRA, or none."""
+    """The current region of a LoRA, in grey: painted, a box, or found in the last picture; None if it has none."""
     region = next((tag.region for tag in tags if tag.name == name), "")
     if region == PAINTED and name in masks:
         return read_mask(masks[name])
@@ -107,16 +107,16 @@ def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: 
 
 
 def painted_mask(value: dict[str, Any] | None, edge: float) -> Image.Image:
-    """What is painted in an editor -> a mask of its picture, white where there is paint, grey where there is less of it.
+    """Paint in an editor -> a mask for its picture: white where there is paint, grey where there is less of it.
 
     Args:
         edge: width of the soft edge, as a share of the longer side.
 
-    Raises ValueError where nothing is painted.
+    Raises ValueError if nothing is painted.
     """
     mask = Image.new("L", (1, 1))
     if value is not None and value["background"] is not None:
-        # The editor's canvas is a square, which is empty above and below a wide picture.
+        # The editor's canvas is square. Above and below a wide picture it is empty.
         picture = value["background"].convert("RGBA").getchannel("A").getbbox()
         mask = draw_over.paint(value).crop(picture).point([min(round(255 * paint / OPACITY), 255) for paint in range(256)])
     if mask.getbbox() is None:
@@ -126,7 +126,7 @@ def painted_mask(value: dict[str, Any] | None, edge: float) -> Image.Image:
 
 
 def _fitted(width: int, height: int, side: int) -> tuple[int, int]:
-    """The size whose longer side is `side`."""
+    """The size with the same proportions whose longer side is `side`."""
     scale = side / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 

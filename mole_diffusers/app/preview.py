@@ -1,4 +1,4 @@
-"""A look at a picture while it is drawn, as long as that does not slow the drawing down."""
+"""Previews of a picture while it is drawn, as long as they do not slow the drawing down."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image
 
 from mole_diffusers.training.data import precise
 
-SHARE = 0.2  # of the drawing time that may go into previews
+SHARE = 0.2  # of the drawing time that previews may take
 
 
 class PreviewDecoder:
-    """Latents [1, C, h, w] -> picture, or None where decoding now would exceed SHARE of the time."""
+    """Latents [1, C, h, w] -> picture, or None if decoding now would take more than SHARE of the time."""
 
     def __init__(self) -> None:
-        self._cost, self._last = 0.0, 0.0  # seconds that one takes; when the last was made
+        self._cost, self._last = 0.0, 0.0  # seconds per preview; time of the last one
 
     @torch.no_grad()
     def __call__(self, pipe: Any, latents: torch.Tensor) -> Image.Image | None:

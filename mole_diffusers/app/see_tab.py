@@ -1,4 +1,4 @@
-"""The See tab: one seed with every way to combine the LoRAs, what the gates did, and gates set by hand."""
+"""The See tab: one seed with every way to combine the LoRAs, what the gates did, and setting gates by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
-COMPARED = ("sum", "bound")  # left and right of the slider at first, without trained gates
+COMPARED = ("sum", "bound")  # initially left and right of the slider, if there are no trained gates
 NO_LOCKS = "nothing: every gate decides"
 
 
@@ -76,7 +76,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
         heat = figure(label="Weights by block and step", elem_id="heat")
         shares = figure(label="Share over the steps", elem_id="shares")
         places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
-        sites, gates = gr.State({}), gr.State({})  # block's short name -> gate site; -> the gate's weights, as typed
+        sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 
     def plan(recipe: Recipe, cards: list[MixerCard], over: Over) -> Work:
@@ -100,7 +100,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
-    """Weights that replace a gate; returns the choice of the block."""
+    """Lay out the fields for weights that replace a gate. Returns the choice of the block."""
     with gr.Accordion("Change it by hand", open=True):
         with gr.Row():
             block = gr.Dropdown([], label="Block", info="watch the gates first", elem_id="block")
@@ -134,5 +134,5 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
 
 
 def _typed(row: dict[str, float]) -> str:
-    """Weights as they are typed."""
+    """Weights as text, in the form in which you type them."""
     return ", ".join(f"{name}={weight:.3g}" for name, weight in row.items())

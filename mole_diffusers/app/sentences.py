@@ -1,4 +1,4 @@
-"""Text on the page: what others wrote, escaped, and an error of bad input as one sentence."""
+"""Text on the page: escape what others wrote, and show errors of bad input as one sentence."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from collections.abc import Callable
 from tempfile import gettempdir
 from typing import Any
 
-USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and gets logged
+USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and is logged
 
 
 def markdown(text: str) -> str:
-    """Text from a file or prompt, escaped for Markdown so that it shows as it is."""
+    """Escape text from a file or prompt, so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*_{}\[\]()#+.!|<>~$:/&-])", r"\\\1", " ".join(text.split()))
 
 
 def problem(error: Exception | None) -> str:
-    """An error in a status line, as Markdown; one that is no visitor's fault is not told, but logged elsewhere."""
+    """An error for a status line, as Markdown. Errors that are not the visitor's fault are logged elsewhere, not shown."""
     words = str(error) if isinstance(error, USER_ERRORS) else "something went wrong; the terminal of the app says what"
     return f"**{markdown(without_folders(words))}**"
 
 
 def without_folders(text: str) -> str:
-    """A message without the temporary folders that files of visitors are in."""
+    """A message without the temporary folders of visitors' files."""
     return re.sub(rf"{re.escape(gettempdir())}/(?:[^\s/'\"]+/)*", "", text)
 
 
 def told(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For functions of the page: an error of bad input is said in `status`, one of their outputs, and the rest stays as it
-    is; else `status` is empty where they give no other."""
+    """A decorator for event functions of the page. `status` must be one of their outputs.
+
+    If the function raises an error of bad input, `status` shows it and the other outputs stay as they are. Otherwise
+    `status` is cleared, unless the function sets it.
+    """
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)

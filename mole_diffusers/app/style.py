@@ -1,4 +1,4 @@
-"""How the page shows pictures, and its colours; the rest of its style is in `page.css`, its keys in `page.html`."""
+"""How the page shows pictures, and its colours. The rest of its style is in `page.css`, its keys are in `page.html`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import gradio as gr
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.inspection.gate_figures import COLOURS
 
-BUTTONS: Any = ["fullscreen", "download"]  # on pictures; Gradio's own "share" would send them to the network
+BUTTONS: Any = ["fullscreen", "download"]  # on pictures; without Gradio's "share", which would send them to the network
 figure = partial(gr.Image, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure")
-gallery = partial(  # of PNG files; those of few pixels are shown as squares
+gallery = partial(  # of PNG files; small ones are shown with visible pixels
     gr.Gallery, format="png", height="auto", object_fit="contain", buttons=BUTTONS, interactive=False, elem_classes="pixel"
 )
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
@@ -35,7 +35,7 @@ def theme() -> Any:
 
 
 def row(*fields: Any) -> None:
-    """Lay out fields beside each other."""
+    """Lay out fields next to each other."""
     with gr.Row():
         for field in fields:
             field.render()
@@ -47,5 +47,5 @@ def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
 
 
 def clicked(event: gr.SelectData) -> str:
-    """The file name of the picture that was clicked in a gallery, whatever the gallery shows by now."""
+    """The file name of the picture that was clicked in a gallery, even if the gallery has changed since."""
     return str(event.value["image"]["orig_name"])

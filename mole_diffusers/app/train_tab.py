@@ -52,7 +52,7 @@ def build(page: Page) -> None:
         *values, again, _ = given
         wanted = _request(page, values)
         try:
-            return page.actions.train(recipe, wanted)  # a run with these settings goes on
+            return page.actions.train(recipe, wanted)  # continues a run with the same settings
         except GatesExistError:
             if not again:
                 raise
@@ -62,7 +62,7 @@ def build(page: Page) -> None:
         progress: TrainingProgress = job.event
         curve = gate_figures.losses(progress.rows) if progress.rows else None
         shown: Values = {pictures: progress.pictures, loss: curve, asked: hidden, again: ""}
-        is_new = job.state == "done" and not job.is_shown  # after a reload, what was chosen since then stays
+        is_new = job.state == "done" and not job.is_shown  # after a reload, keep what was chosen since then
         return shown | (_chosen(page, progress.request.name) if is_new else {})
 
     def refused(error: Exception) -> Values:
@@ -78,7 +78,7 @@ def build(page: Page) -> None:
 
 
 def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:
-    """What the fields ask for."""
+    """The training that the fields ask for."""
     wanted = dict(zip(page.training, values, strict=True))
     wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or []}
     wanted |= {"singles": parse_singles(wanted["singles"]), "composed": _lines(wanted["composed"])}
@@ -119,20 +119,21 @@ def _fields(page: Page) -> None:
 def suggested(
     text: str, own: Mapping[str, Bound], styles: Collection[str], way: str
 ) -> tuple[dict[str, list[str]], list[str], list[str]]:
-    """A first guess at what to train on, as binding reads a prompt: the prompts of each LoRA, the styles, and the LoRAs that
-    the prompt does not name.
+    """Suggest what to train on, reading the prompt as binding does.
 
-    For a collage subjects have prompts, from left to right as they are named, each in all styles: "ink drawing of an owl" of
-    "ink drawing of a red fox and an owl". Else every LoRA has one, without the words of the others.
+    Returns the prompts of each LoRA, the styles, and the LoRAs that the prompt does not name. For a collage, each subject
+    has a prompt with all styles: "ink drawing of an owl" for "ink drawing of a red fox and an owl". They are in the order in
+    which the prompt names the subjects, from left to right. Otherwise every LoRA has one prompt, without the words of the
+    others.
 
     Args:
         text: the prompt, without tags and weights.
         own: how each LoRA is bound.
-        styles: those that are known; the others are what is said of the whole picture.
+        styles: known styles. LoRAs whose words describe the whole picture become styles, too.
     """
     bound = {}
     for name, each in own.items():
-        words = each.words if each.needs_words else (*each.words, name)  # as `training.context.triggers`
+        words = each.words if each.needs_words else (*each.words, name)  # as in `training.context.triggers`
         bound[name] = Bound(words, EVERYWHERE if name in styles else AUTO, required=each.needs_words)
     things = Things(text, bound, bound)
     subjects: dict[str, list[str]] = {}
@@ -148,8 +149,8 @@ def suggested(
 
 
 def single_prompt(text: str, others: Collection[str], *, keep: Collection[str]) -> str:
-    """A first guess at one LoRA's prompt: the whole one without the other LoRAs' names and triggers, and without the
-    articles and "and" before them.
+    """Suggest a prompt for one LoRA: the whole prompt without the names and triggers of the other LoRAs, and without the
+    articles and "and" before these.
 
     Args:
         others: words of the other LoRAs.
@@ -163,7 +164,7 @@ def single_prompt(text: str, others: Collection[str], *, keep: Collection[str]) 
 
 
 def parse_singles(text: str) -> dict[str, list[str]]:
-    """Lines of NAME=PROMPT -> prompts by LoRA. Raises ValueError for a line of another form."""
+    """Parse lines of NAME=PROMPT into {LoRA: its prompts}. Raises ValueError for other lines."""
     singles: dict[str, list[str]] = {}
     for line in _lines(text):
         name, equals, prompt = line.partition("=")
@@ -178,7 +179,7 @@ def _lines(text: str | None) -> list[str]:
 
 
 def _gate_files(page: Page) -> None:
-    """Download and upload of trained gates."""
+    """Lay out the download and upload of trained gates."""
     catalog, which = page.actions.studio.catalog, page.trained
     with gr.Accordion("Gates as files", open=False, elem_id="gate-files"):
         with gr.Row():
@@ -210,5 +211,5 @@ def _gate_files(page: Page) -> None:
 
 
 def _chosen(page: Page, name: str) -> Values:
-    """Both choices of gates after `name` was added."""
+    """Updates for both choices of gates after `name` was added."""
     return {field: gr.update(choices=page.choices[field](), value=name) for field in (page.controls["gates"], page.trained)}

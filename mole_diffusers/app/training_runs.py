@@ -1,4 +1,4 @@
-"""The folders of trainings: a run can go on, start over, or begin with the gates that an earlier one has made."""
+"""Folders of training runs. A run can be continued, started over, or begun with the gates of an earlier run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ RUNS, SETTINGS, GATE_FILES = ".runs", "run.json", (checkpoint.WEIGHTS, checkpoin
 
 
 class GatesExistError(ValueError):
-    """There are gates of this name with other settings: to be continued, or overwritten."""
+    """There are already gates of this name with other settings. They can be continued or overwritten."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The folders of a training: its own with checkpoints, from which it can go on, and the gates' once it is done.
+    """The folders of a training: one with checkpoints, to continue from, and one with the gates when it is done.
 
     Attributes:
-        settings: plain data; a run goes on where these are the same.
+        settings: plain data. A run is continued if these are the same.
     """
 
     catalog: Catalog
@@ -39,17 +39,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.home / RUNS / self.name
 
     @property
     def first_gates(self) -> Path | GateConfig:
-        """What the training begins with."""
+        """The gates that the training begins with."""
         start = self.folder / "start"
         return start if start.is_dir() else GateConfig(self.family)
 
     def check(self, again: str) -> None:
-        """Raises GatesExistError where `again` must say what to do, ValueError where it cannot be done."""
+        """Raises GatesExistError if `again` must say what to do, and ValueError if that cannot be done."""
         if again not in ("", *AGAIN):
             raise ValueError(f"again is one of {', '.join(AGAIN)}, got {again!r}")
         known = self.catalog.gates
@@ -61,7 +61,7 @@ class Run:
             raise ValueError(f"the gates {self.name!r} are {family} gates: continue with these, or overwrite them")
 
     def prepare(self, again: str) -> None:
-        """Make the folder: as it is where the settings are the same, else empty, with the gates to continue from."""
+        """Make the folder. It stays as it is if the settings are the same, else it is new, with any gates to continue."""
         if self._saved_settings() == self.settings and again != "overwrite":
             return
         with new_folder(self.folder) as new:
@@ -70,7 +70,7 @@ class Run:
             (new / SETTINGS).write_text(json.dumps(self.settings, indent=1) + "\n")
 
     def publish(self, mixture: Mixture) -> None:
-        """Put the trained gates in the place of any of this name, and into the catalog."""
+        """Save the trained gates, replacing any of this name, and add them to the catalog."""
         with new_folder(final := self.home / self.name) as new:
             mixture.save_pretrained(new)
         self.catalog.add_gates(self.name, final)
@@ -82,7 +82,7 @@ class Run:
             return None
 
     def _source(self) -> Path:
-        """The gates to continue from: those that are done, else the last checkpoint's."""
+        """The gates to continue from: the finished ones, else those of the last checkpoint."""
         if self.name in self.catalog.gates:
             return self.catalog.gates[self.name]
         if not (found := checkpoints(self.folder)):

@@ -145,7 +145,7 @@ def target(output: Output, default: str) -> Path:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; give the name of a file in it")
     if out.suffix.lower() != (kind := Path(default).suffix):
-        raise ValueError(f"--out {out} is no name of a {kind} file, which is what this writes")
+        raise ValueError(f"--out {out} must be the name of a {kind} file, since that is what this writes")
     if out.exists() and not output.overwrite:
         raise ValueError(f"{out} is there already; give another --out, or --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -393,7 +393,7 @@ class Prior(Group):
         guidance (SCALE): how strictly to follow the prompt. Default: 7.5.
     """
 
-    panel = "Prior preservation: pictures of the class, which the base shall go on drawing as it does"
+    panel = "Prior preservation: pictures that keep the class as the base draws it"
     prefix = "prior_"
     prompt: str | None = None
     data: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""The embedded world: a real Stable Diffusion in small, its drawings, its judge."""
+"""The embedded world: a small but real Stable Diffusion, with its drawings and its judge."""
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.compositions import TEST, VALIDATION, Concepts

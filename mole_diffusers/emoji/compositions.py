@@ -1,4 +1,4 @@
-"""Which held-out concepts are composed: by kind, validation and test apart."""
+"""The compositions of held-out concepts, by kind, separately for validation and test."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Concepts = tuple[str, ...]
 def compositions(
     subjects: Sequence[str], styles: Sequence[str], counts: Mapping[str, int]
 ) -> dict[str, tuple[Concepts, ...]]:
-    """Kind -> the first `counts[kind]` compositions; each subject and style comes about equally often.
+    """Kind -> the first `counts[kind]` compositions. Each subject and style comes up about equally often.
 
-    There are none of a kind that needs more: three subjects are chosen among four or more, four among five or more.
+    A kind is empty if there are too few subjects: three are chosen from at least four, four from at least five.
     """
     n, m = len(subjects), len(styles)
 
     def styled(groups: Sequence[Concepts]) -> list[Concepts]:
         return [(*group, styles[i % m]) for i, group in enumerate(groups) if m]
 
-    # At half way round an even circle a pair comes up from both its ends.
+    # In an even circle, a pair half way round comes up from both of its ends; take it once.
     turns = [(i, (i + s) % n) for s in range(1, n // 2 + 1) for i in range(n) if 2 * s < n or i < s]
     pairs: list[Concepts] = [(subjects[i], subjects[j]) for i, j in turns]
     threes, fours = (
         [tuple(subjects[(i + step) % n] for step in steps) for i in range(n) if n > len(steps)]
-        for steps in ((0, 1, 3), (0, 1, 2, 4))  # round the circle from each
+        for steps in ((0, 1, 3), (0, 1, 2, 4))  # steps round the circle, from each subject
     )
     kinds: dict[str, list[Concepts]] = {
         "subject x style": [(subjects[i], styles[(i + shift) % m]) for shift in range(m) for i in range(n)],
@@ -50,7 +50,7 @@ VALIDATION = compositions(
     words.VALIDATION_STYLES,
     {"subject x style": 8, "two subjects": 6, "two subjects + style": 6, "three subjects": 4},
 )
-# More of the test's subjects in a picture, up to the four that the world has canvases for.
+# More test subjects per picture, up to four: the world has no larger canvases.
 LARGER = compositions(
     words.TEST_SUBJECTS,
     words.TEST_STYLES,

@@ -1,4 +1,4 @@
-"""The artists' drawings and the pictures made of them."""
+"""The artists' drawings, and pictures made from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mole_diffusers.emoji.words import BACKGROUNDS
 
 
 class Drawings:
-    """Every subject in every style, and pictures of scenes; `folder` holds atlas.webp and atlas.json."""
+    """Every subject in every style, and pictures of scenes. `folder` contains atlas.webp and atlas.json."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -27,7 +27,7 @@ class Drawings:
         return Image.open(self.folder / "atlas.webp").convert("RGBA")
 
     def drawing(self, subject: str, style: str, size: int = SIDE) -> Image.Image:
-        """`subject` in `style`, size x size RGBA. Raises KeyError naming what is missing."""
+        """`subject` in `style`, size x size RGBA. Raises KeyError that names what is missing."""
         if style in FILTERS:
             rgba = np.asarray(self.drawing(subject, "noto", size), np.float32)
             return Image.fromarray(FILTERS[style](rgba).clip(0, 255).astype(np.uint8), "RGBA")
@@ -39,7 +39,7 @@ class Drawings:
         return self._atlas.crop((x, y, x + cell, y + cell)).resize((size, size), Image.Resampling.HAMMING)
 
     def picture(self, scene: Scene, boxes: Sequence[Box] = ()) -> Image.Image:
-        """The scene as RGB of `scene.size`, with a box for each subject; by default `places`."""
+        """The scene as RGB, `scene.size` large. `boxes` has a box for each subject; by default they come from `places`."""
         canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
         for subject, (size, x, y) in zip(scene.subjects, boxes or places(scene), strict=True):
             drawing = self.drawing(subject, scene.style, size)
@@ -48,7 +48,7 @@ class Drawings:
 
 
 def default_folder() -> Path:
-    """Where the world's files lie: inside an installed package, or beside it in a checkout."""
+    """The folder of the world's files: inside an installed package, or next to it in a checkout."""
     package = Path(__file__).parent.parent
     for folder in (package / "emoji_assets", package.parent / "demos" / "emoji" / "assets"):
         if (folder / "atlas.json").exists():

@@ -1,6 +1,6 @@
-"""Styles that are exact functions of a drawing, so that their ground truth exists for every subject.
+"""Styles that are exact functions of a drawing, so that every subject has a ground truth in them.
 
-Each takes and gives RGBA as float32 [H, W, 4] in 0..255, at the size that the picture shows.
+Each takes and returns RGBA as float32 [H, W, 4] in 0..255, at the size in the picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _ramp(rgba: np.ndarray, stops: Sequence[Colour]) -> np.ndarray:
 
 
 def _edges(rgba: np.ndarray) -> np.ndarray:
-    """Edge strength [H, W] in 0..1: the largest step of luminance or alpha between neighbours."""
+    """Edge strength [H, W] in 0..1: the largest step in luminance or alpha between neighbouring pixels."""
     planes = np.stack([rgba[..., :3] @ LUMA * (rgba[..., 3] / 255), rgba[..., 3]], -1)  # [H, W, 2]
     dy = np.abs(np.diff(planes, axis=0, prepend=planes[:1]))
     dx = np.abs(np.diff(planes, axis=1, prepend=planes[:, :1]))
@@ -32,7 +32,7 @@ def _edges(rgba: np.ndarray) -> np.ndarray:
 
 
 def _lines(rgba: np.ndarray, body: np.ndarray | Colour, line: Colour) -> np.ndarray:
-    """Edges in one colour over `body`, one colour or [H, W, 3]."""
+    """Edges in one colour over `body`, which is one colour or [H, W, 3]."""
     body = np.asarray(body, np.float32)
     return np.dstack([body + (np.asarray(line) - body) * _edges(rgba)[..., None], rgba[..., 3]])
 
@@ -47,7 +47,7 @@ def negative(rgba: np.ndarray) -> np.ndarray:
 
 
 def mosaic(rgba: np.ndarray) -> np.ndarray:
-    """12 x 12 tiles, each the mean of what it covers."""
+    """12 x 12 tiles, each with the mean colour of its area."""
     height, width = rgba.shape[:2]
     tiles = np.array(_image(rgba).resize((12, 12), Image.Resampling.BOX))
     tiles[..., 3] = np.where(tiles[..., 3] > 90, 255, 0)
@@ -73,12 +73,12 @@ def pastel(rgba: np.ndarray) -> np.ndarray:
 
 
 def poster(rgba: np.ndarray) -> np.ndarray:
-    """Three flat steps of each colour, as in cheap print."""
+    """Three flat steps per colour channel, as in cheap print."""
     return np.dstack([np.round(rgba[..., :3] / 127.5) * 127.5, rgba[..., 3]])
 
 
 def watercolour(rgba: np.ndarray) -> np.ndarray:
-    """Colours that ran: softened, washed out, darker at the rim."""
+    """Running colours: softened, washed out, darker at the rim."""
     soft = np.asarray(_image(rgba).filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.GaussianBlur(0.8)), np.float32)
     wet = soft[..., :3] * 0.62 + 92
     rim = np.clip(1 - np.abs(soft[..., 3] - 140) / 110, 0, 1)[..., None]
@@ -105,14 +105,14 @@ def aurora(rgba: np.ndarray) -> np.ndarray:
     return np.dstack([np.clip(hue * light, 0, 255), rgba[..., 3]])
 
 
-RAMPS: dict[str, tuple[Colour, ...]] = {  # luminance as a colour, dark to light
+RAMPS: dict[str, tuple[Colour, ...]] = {  # colours for luminance, from dark to light
     "sepia": ((40, 22, 8), (150, 100, 55), (250, 232, 195)),
     "emerald": ((0, 45, 40), (20, 150, 95), (215, 255, 205)),
     "violet": ((235, 220, 255), (150, 110, 220), (45, 15, 95)),  # light where the drawing is dark
     "duotone": ((50, 10, 110), (255, 160, 40)),  # two printing inks
     "thermal": ((10, 10, 140), (190, 20, 170), (250, 70, 30), (255, 245, 90)),  # a heat camera's palette
 }
-LINES: dict[str, tuple[Colour, Colour]] = {  # paper, and the edges on it
+LINES: dict[str, tuple[Colour, Colour]] = {  # colours of the paper and of the edges on it
     "sketch": ((222, 222, 214), (50, 50, 60)),
     "blueprint": ((25, 70, 160), (225, 240, 255)),
 }

@@ -1,4 +1,4 @@
-"""The emoji world's evaluator: which subjects, which style and which background a picture of any canvas shows."""
+"""The emoji world's evaluator. It tells which subjects, style and background a picture shows, on any canvas."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mole_diffusers.emoji.scenes import Scene
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in B pictures: logits of the words in its lists.
+    """What the judge sees in B pictures: logits for the words in its lists.
 
     Attributes:
-        subjects: [B, S], the largest over places.
-        style: [B, Y], the mean over places weighted by how sure the judge is of a subject there.
+        subjects: [B, S], combined over places (see `Judge`).
+        style: [B, Y], the mean over places, weighted by how much each place says about style.
         background: [B, K].
     """
 
@@ -50,7 +50,8 @@ class _Residual(nn.Module):
 class Judge(nn.Module):
     """A convolutional residual network on [B, 3, H, W] in -1..1, H and W multiples of 16.
 
-    Each place, 16 pixels from the next, says which subject it belongs to; a subject is as likely as its likeliest place.
+    Each place, 16 pixels from the next, says which subject it belongs to. A subject is about as likely as its likeliest
+    place.
     """
 
     def __init__(self, subjects: Sequence[str], styles: Sequence[str], backgrounds: Sequence[str]):
@@ -74,7 +75,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def verdict(self, images: Sequence[Image.Image]) -> Verdict:
-        """Look at RGB pictures of one size."""
+        """Look at RGB pictures that all have the same size."""
         return self(_pixels(images))
 
     @torch.no_grad()
@@ -83,7 +84,7 @@ class Judge(nn.Module):
         return self.subject(self.trunk(_pixels(images)))
 
     def sees(self, verdict: Verdict, subjects: Sequence[str]) -> torch.Tensor:
-        """[B, len(subjects)] bool: is each subject among the len(subjects) most likely ones."""
+        """[B, len(subjects)] bool: whether each subject is among the len(subjects) most likely ones."""
         top = verdict.subjects.topk(len(subjects)).indices  # [B, k]
         wanted = torch.tensor([self.subjects.index(s) for s in subjects])
         return (top[:, None, :] == wanted[None, :, None]).any(-1)
@@ -97,12 +98,12 @@ class Judge(nn.Module):
         return verdict.background.argmax(-1) == self.backgrounds.index(background)
 
     def is_right(self, verdict: Verdict, scene: Scene) -> torch.Tensor:
-        """[B] bool: all subjects of the scene are there, in its style."""
+        """[B] bool: whether all subjects of the scene are there, in its style."""
         return self.sees(verdict, scene.subjects).all(-1) & self.is_style(verdict, scene.style)
 
     @classmethod
     def load(cls, folder: Path) -> Judge:
-        """Read one from its folder, as fp32, in evaluation mode."""
+        """Read a judge from its folder, in fp32 and in evaluation mode."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
         judge.load_state_dict(load_file(folder / "judge.safetensors"))
         return judge.eval()

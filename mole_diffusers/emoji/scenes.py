@@ -1,4 +1,4 @@
-"""What a picture shows, how it is said, and where its subjects stand."""
+"""What a picture shows, its caption, and where its subjects stand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from mole_diffusers.emoji.words import BACKGROUNDS, STYLES, SUBJECTS
 
-SIDE = 64  # pixels: the side of the square that one subject is given
-ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands to the others
+SIDE = 64  # pixels: the side of the square for one subject
+ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands relative to the others
 RELATIONS = ACROSS + UPRIGHT
-FIRST = ("left of", "above")  # where the order of naming is that of places
-Box = tuple[int, int, int]  # size, x, y in pixels: a square and its upper left corner
+FIRST = ("left of", "above")  # with these, the order of naming is the order of places
+Box = tuple[int, int, int]  # a square: its size, and x and y of its upper left corner, in pixels
 
 
 def article(word: str) -> str:
@@ -26,9 +26,9 @@ class Scene:
     """One to four subjects in one style on one background.
 
     Attributes:
-        subjects: in the order of naming, which does not tell where they stand.
-        relation: where the first subject stands to the others, one of RELATIONS; None leaves all places free.
-        upright: does the canvas of two subjects stand on its short side? A relation decides for itself.
+        subjects: the subjects in the order in which they are named. It does not say where they stand.
+        relation: where the first subject stands relative to the others, one of RELATIONS; None leaves all places free.
+        upright: whether the canvas of two subjects stands on its short side. It is ignored if there is a relation.
     """
 
     subjects: tuple[str, ...]
@@ -53,7 +53,7 @@ class Scene:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the canvas in pixels: each subject has 50 to 58."""
+        """Width and height of the canvas in pixels. Subjects are 50 to 58 pixels large."""
         count = len(self.subjects)
         if count == 2:
             upright = self.relation in UPRIGHT if self.relation else self.upright
@@ -66,9 +66,10 @@ _NAMED = re.compile(rf"\b({'|'.join(sorted(SUBJECTS, key=len, reverse=True))})(?
 
 
 def scene_in(prompt: str) -> Scene | None:
-    """What a prompt asks for, in the words of the world: up to four subjects, a style (else noto's), background and place.
+    """The scene that a prompt describes, or None if it names no subject.
 
-    None where it names no subject. Every word of the world counts wherever it stands; a plural is one subject.
+    It has up to four subjects, a style ("noto" if the prompt has none), a background and a relation. The world's words count
+    anywhere in the prompt. A plural is one subject.
     """
     text = " ".join(re.findall("[a-z]+", prompt.lower()))
     subjects = tuple(dict.fromkeys(_NAMED.findall(text)))[:4]
@@ -81,24 +82,24 @@ def scene_in(prompt: str) -> Scene | None:
 
 
 def canvas(prompt: str) -> tuple[int, int]:
-    """Width and height in pixels that the base draws a prompt on: by the number of subjects that it names."""
+    """Width and height in pixels at which the base draws a prompt, by the number of subjects that it names."""
     scene = scene_in(prompt)
     return scene.size if scene else (SIDE, SIDE)
 
 
 def composition_scene(concepts: Sequence[str]) -> Scene:
-    """What a composition asks for: its subjects in its style, or in noto's where it names none."""
+    """The scene of a composition: its subjects in its style, or in noto if it has none."""
     styles = [c for c in concepts if c in STYLES]
     return Scene(tuple(c for c in concepts if c not in STYLES), styles[0] if styles else "noto")
 
 
 def places(scene: Scene) -> list[Box]:
-    """A box per subject, none over another: size 54 in the middle of its square, in the order named."""
+    """A box per subject, in the order named: 54 pixels large, near the middle of its square. They do not overlap."""
     return [(54, x + 5, y + 5) for x, y in squares(scene)]
 
 
 def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
-    """The upper left corner of each subject's square, in pixels; `order` permutes those that nothing decides."""
+    """The upper left corner of each subject's square, in pixels. `order` permutes the places that are free."""
     width, height = scene.size
     if len(scene.subjects) != 3:
         whole = [(x, y) for y in range(0, height, SIDE) for x in range(0, width, SIDE)]
@@ -108,7 +109,7 @@ def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> lis
     turned = order(4)
     relation = scene.relation or RELATIONS[int(turned[0])]
     others = [int(i) for i in turned if i < 2]
-    near, far = (0, SIDE) if relation in FIRST else (SIDE, 0)  # of the first subject and of the others
+    near, far = (0, SIDE) if relation in FIRST else (SIDE, 0)  # coordinate of the first subject, and of the others
     if relation in ACROSS:
         return [(near, SIDE // 2), *((far, i * SIDE) for i in others)]
     return [(SIDE // 2, near), *((i * SIDE, far) for i in others)]

@@ -1,4 +1,4 @@
-"""The words of the emoji world: its subjects, styles and backgrounds, and which of them the base has never seen."""
+"""The words of the emoji world: subjects, styles and backgrounds, and which of them the base has never seen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE_STYLES = (
     "violet", "watercolour",
 )  # fmt: skip
 HELD_OUT_STYLES = ("aurora", "relief", "duotone", "thermal", "blueprint")
-OTHER_STYLES = ("chalk", "joy", "glossy", "flat", "ink")  # as OTHER_SUBJECTS; the last four are drawn anew for each subject
+OTHER_STYLES = ("chalk", "joy", "glossy", "flat", "ink")  # unknown, like OTHER_SUBJECTS; artists drew the last four
 STYLES = BASE_STYLES + HELD_OUT_STYLES + OTHER_STYLES
 
 BASE_SUBJECTS = (
@@ -62,7 +62,7 @@ OTHER_SUBJECTS = (  # unknown to the base and to all LoRAs of the world: materia
 )  # fmt: skip
 SUBJECTS = BASE_SUBJECTS + HELD_OUT_SUBJECTS + OTHER_SUBJECTS
 
-# Defaults and grids are chosen on the validation concepts; the test concepts and their prompts decide nothing.
+# Defaults and grids are chosen on the validation concepts. No choice is made on the test concepts or their prompts.
 VALIDATION_SUBJECTS = ("fox", "octopus", "koala", "tomato")
 VALIDATION_STYLES = ("relief", "duotone")
 TEST_SUBJECTS = tuple(s for s in HELD_OUT_SUBJECTS if s not in VALIDATION_SUBJECTS)

@@ -15,12 +15,12 @@ from mole_diffusers.emoji.judge import Judge
 
 @dataclass(frozen=True)
 class EmojiWorld:
-    """A small but real Stable Diffusion with a ground truth for composition; `emoji.canvas` has the sizes of its pictures.
+    """A small but real Stable Diffusion with a ground truth for composition. `emoji.canvas` gives the sizes of its pictures.
 
     Attributes:
-        pipe: the base, a StableDiffusionPipeline; knows `emoji.words.BASE_SUBJECTS` in `emoji.words.BASE_STYLES`.
+        pipe: the base, a StableDiffusionPipeline. It knows `emoji.words.BASE_SUBJECTS` in `emoji.words.BASE_STYLES`.
         loras: concept -> LoRA file, for every held-out subject and style.
-        gates: "fox+relief" -> folder of gates trained for these experts.
+        gates: composition, such as "fox+relief" -> folder of gates trained for these experts.
         drawings: the artists' drawings.
         folder: the world's files.
     """
@@ -32,7 +32,7 @@ class EmojiWorld:
     folder: Path
 
     def judge(self) -> Judge:
-        """The evaluator, which nothing in this world was trained with."""
+        """The evaluator. Nothing in this world was trained with it."""
         return Judge.load(self.folder / "judge")
 
 
@@ -42,7 +42,7 @@ def concept_files() -> dict[str, Path]:
 
 
 def gate_folders() -> dict[str, Path]:
-    """The world's trained gates by composition, "fox+relief"."""
+    """The world's trained gates by composition, such as "fox+relief"."""
     return {p.name.replace("_", " "): p for p in sorted((emoji.default_folder() / "gates").glob("*")) if p.is_dir()}
 
 

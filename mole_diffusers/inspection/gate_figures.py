@@ -91,7 +91,7 @@ def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str
     for name, values in zip(found.experts, maps, strict=True):
         pictures[f"{name}: {h} x {w} tokens"] = _laid_over(image, _rgb(shades[name])[None, None], values.numpy())
     most, table = maps.argmax(0).numpy(), np.stack([_rgb(shades[name]) for name in found.experts])
-    pictures[f"who acts most: {h} x {w} tokens"] = _laid_over(image, table[most], np.full((h, w), 1.0))
+    pictures[f"strongest LoRA: {h} x {w} tokens"] = _laid_over(image, table[most], np.full((h, w), 1.0))
     return pictures
 
 

@@ -19,7 +19,7 @@ Lift = Callable[[], AbstractContextManager[None]]  # the original pipeline while
 ON_THE_ORIGINAL = (
     "save_pretrained", "load_lora_adapter", "load_adapter", "add_adapter", "set_adapters", "set_default_attn_processor"
 )  # fmt: skip
-FUSED = "q, k and v of a pipeline with a mixture cannot be fused, its experts are beside each; detach first"
+FUSED = "q, k and v of a pipeline with a mixture cannot be fused: each has experts of its own; detach first"
 MERGED = (
     "LoRAs cannot be fused under a mixture, whose gated experts would be off in the layers; fuse them before attach, or "
     "use mixture.collapsed() or mixture.export_lora() for the experts"

@@ -12,8 +12,11 @@ from mole_diffusers.studio.weight_syntax import plain_text
 
 
 def as_code(recipe: Recipe) -> str:
-    """A script for a completed recipe. LoRA files and trained gates have their names here, without folders, but for those of
-    the embedded world; so have the pictures that it draws over, "image.png" and "mask.png"."""
+    """A script for a completed recipe.
+
+    It reads LoRA files and trained gates from the current folder, by their names in the catalog. Those of the embedded
+    world come with the package. A picture to draw over is read from "image.png", its mask from "mask.png".
+    """
     size = f"{recipe.width}, {recipe.height}"
     lines = [*_pipeline(recipe), ""]
     if recipe.image or recipe.hires > 1:
@@ -55,14 +58,14 @@ def _pipeline(recipe: Recipe) -> list[str]:
 
 
 def _drawing_over(recipe: Recipe, size: str, call: list[str], strength: float, *, masked: bool) -> list[str]:
-    """Lines that draw over a picture, which `call` names."""
+    """Lines that draw over a picture, which the arguments in `call` name."""
     steps = f"steps_drawn(over, {recipe.steps}, {strength!r})"
     call = [*call, f"strength={strength!r}", f"**size_arguments(over, {size})"]
     return [f"over = drawing_over(pipe, masked={masked})", *_pass(recipe, "over", call, steps)]
 
 
 def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
-    """Lines that attach the LoRAs to a pipeline and call it, with `steps` steps in which it draws."""
+    """Lines that attach the LoRAs to a pipeline and call it. `steps`: code for the number of steps that it draws."""
     kind, about = recipe.arm_and_name
     lines, within, callback, tiling = list[str](), list[str](), "", ""
     if recipe.clip_skip > 1:
@@ -123,7 +126,7 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
 
 
 def _tiling(recipe: Recipe, pipe: str) -> str:
-    """The block that says whether pictures are drawn in tiles, as code; "" where that is up to the mixture."""
+    """Code of the `with` item that says whether pictures are drawn in tiles; "" if the mixture decides."""
     bound = recipe.binding_of_pass(over=pipe == "over")
     if bound in ("none", BOUND):
         return ", mixture.tiled(0)" if bound == BOUND else ""
@@ -136,7 +139,7 @@ def _tiling(recipe: Recipe, pipe: str) -> str:
 
 
 def _binding(recipe: Recipe, names: list[str]) -> str:
-    """What `attach` takes as the binding, as code; masks are in it."""
+    """Code of the binding that `attach` takes, with the masks in it."""
     bound = []
     for name, given in recipe.tag_bindings().items():
         painted = isinstance(given, tuple) and isinstance(given[1], Image.Image)

@@ -1,4 +1,4 @@
-"""`open_base`: a model as a user names it (a checkpoint file, a folder, a hub id) -> a pipeline on this machine."""
+"""`open_base`: load a base model from a checkpoint file, a folder or a hub id, and put it on this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.names import by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
 
-WORLD = "emoji"  # as a base: the embedded world
+WORLD = "emoji"  # the name of the embedded world as a base
 INDEX = "model_index.json"
 PLACES = [f"{root}{place}" for root in ("models/", "") for place in ("Stable-diffusion", "checkpoints", "diffusers")]
-KINDS = {  # diffusers' name for what a checkpoint is -> pipeline class
+KINDS = {  # diffusers' name for the kind of a checkpoint -> pipeline class
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
     "xl_base": "StableDiffusionXLPipeline",
@@ -32,10 +32,10 @@ KINDS = {  # diffusers' name for what a checkpoint is -> pipeline class
     "flux-schnell": "FluxPipeline",
 }
 T5 = "text_encoders.t5xxl.transformer.shared.weight"
-DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of one begin
+DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
 
 
-GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # how the name of a pipeline class begins -> its usual guidance
+GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # start of a pipeline class's name -> its usual guidance
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Base:
     """An open base model.
 
     Attributes:
-        name: as it was asked for; a file in a models folder is named by its path.
+        name: the name that it was opened by; for a file in a models folder, its path.
         memory: how the pipeline was put on this machine.
     """
 
@@ -59,16 +59,17 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
     """Load a base model.
 
     Args:
-        base: "emoji", the embedded world; a .safetensors checkpoint; a folder that diffusers saved; a models folder of
-            A1111, Forge or ComfyUI, or one followed by the name of a checkpoint in it ("ComfyUI/models/dreamshaper", in
-            any case); else a hub id.
-        config: for a checkpoint, which has weights alone: a folder that diffusers saved for the same kind of model (its
-            weights are not needed) or a hub id. By default the one in a Forge folder that the checkpoint is in, else the
-            official one on the hub, which is downloaded once.
-        memory: how to put it on this machine; by default what fits.
+        base: "emoji" for the embedded world, a .safetensors checkpoint, a folder that diffusers saved, or a hub id. A
+            models folder of A1111, Forge or ComfyUI also works if it has only one model. Otherwise add the name of a
+            checkpoint in it, in any case: "ComfyUI/models/dreamshaper".
+        config: only for checkpoints, which hold weights but no config: a hub id, or a folder that diffusers saved for the
+            same kind of model (its weights are not needed). By default this is Forge's copy, if the checkpoint is in a
+            Forge folder, and otherwise the official config on the hub, which is downloaded once.
+        memory: how to put it on this machine; by default, whatever fits.
 
     Raises:
-        ValueError: a pickle, a file that is no checkpoint or lacks parts, an unknown name; the message says what is there.
+        ValueError: for a pickle, a file that is not a checkpoint or lacks parts, or an unknown name. The message lists the
+            names that are there.
     """
     memory = memory or Memory()
     memory.check_device()
@@ -93,7 +94,7 @@ def usual_guidance(pipe: Any, name: str) -> float:
 
 
 def usual_size(pipe: Any, name: str, prompt: str) -> tuple[int, int]:
-    """Width and height in pixels that a base model usually draws a prompt at, with or without tags.
+    """The width and height in pixels at which a base model usually draws a prompt; the prompt may have tags.
 
     In the embedded world they grow with the number of subjects.
     """
@@ -110,7 +111,8 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     """The base models of a models folder by name: checkpoint files, and folders that diffusers saved.
 
     Args:
-        folder: the models folder of A1111, Forge or ComfyUI, the folder of the whole program, or any with checkpoints.
+        folder: a models folder of A1111, Forge or ComfyUI, the folder of the whole program, or any folder with
+            checkpoints.
     """
     folder = Path(folder)
     known = [folder / place for place in PLACES if (folder / place).is_dir()]
@@ -123,7 +125,7 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
 
 
 def _is_lora(path: Path) -> bool:
-    """Whether a file has the keys of a LoRA; by its header alone."""
+    """Whether a file has the keys of a LoRA. Only its header is read."""
     try:
         shapes, _ = read_header(path)
         return bool(shapes) and bool(parse_key(next(iter(shapes))))
@@ -132,9 +134,9 @@ def _is_lora(path: Path) -> bool:
 
 
 def bases_of(given: Sequence[str]) -> dict[str, str]:
-    """{name: what `open_base` takes} of all base models that are meant, in this order; a models folder means all in it.
+    """{name: what `open_base` takes} for these base models, in this order. A models folder stands for all models in it.
 
-    Raises ValueError as `find_base` does.
+    Raises ValueError like `find_base`.
     """
     found: list[str] = []
     for base in given:
@@ -148,7 +150,7 @@ def bases_of(given: Sequence[str]) -> dict[str, str]:
 def find_base(base: str) -> Path | str:
     """The file or folder of a base model, or the text itself if it can only be a hub id.
 
-    Raises ValueError for a models folder with several models or none, and for a name that is not in one.
+    Raises ValueError for a models folder with several models or none, and for a name that is not in its models folder.
     """
     path = Path(base)
     if path.is_file() or (path / INDEX).is_file():
@@ -172,7 +174,7 @@ def find_base(base: str) -> Path | str:
 
 
 def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    """diffusers' name for what a checkpoint with tensors of these shapes is, a key of KINDS.
+    """The kind of a checkpoint with tensors of these shapes: a key of KINDS, which are diffusers' names.
 
     Raises ValueError for anything else.
     """
@@ -198,8 +200,8 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
         loading = getattr(diffusers, KINDS[kind]).from_single_file
         pipe = loading(str(path), config=str(source), torch_dtype=memory.torch_dtype, **parts)
         for part in (each for each in pipe.components.values() if isinstance(each, torch.nn.Module)):
-            part.eval()  # diffusers leaves T5 in training, whose dropout would change every picture
-            if tie := getattr(part, "tie_weights", None):  # T5 has one matrix under two names, of which a file has one
+            part.eval()  # diffusers leaves T5 in training mode, and its dropout would change every picture
+            if tie := getattr(part, "tie_weights", None):  # T5 has one matrix under two names; a file has only one of them
                 tie()  # type: ignore[operator]
         return pipe, memory
     except diffusers.loaders.single_file_utils.SingleFileComponentError as error:
@@ -208,7 +210,7 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
             f"{path.name} lacks the {lacking[1] if lacking else 'text encoders or the VAE'}: "
             "take a checkpoint with text encoders and VAE inside, or a folder that diffusers saved"
         ) from error
-    except OSError as error:  # of the hub, too
+    except OSError as error:  # also raised if the hub cannot be reached
         raise ValueError(
             f"{path.name} has weights alone, and the config of its kind, {source}, cannot be read here: give --base-config, "
             "a folder that diffusers saved for the same kind of model (its weights are not needed), as Forge has them in "
@@ -217,7 +219,7 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
 
 
 def _forge_config(path: Path, official: str) -> Path | None:
-    """The folder of Forge, which a checkpoint may be in, with the official config."""
+    """The folder with the official config in Forge, if the checkpoint is in a Forge folder."""
     name = official.rpartition("/")[2]
     hits = (hit for up in path.resolve().parents for hit in up.glob(f"backend/huggingface/*/{name}/{INDEX}"))
     return next((hit.parent for hit in hits), None)
@@ -228,7 +230,7 @@ def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:
     try:
         index = diffusers.DiffusionPipeline.load_config(source)
         memory = memory.completed(index["_class_name"])
-        lacking = {name: None for name, kind in index.items() if kind == [None, None]}  # as SD 3 without T5
+        lacking = {name: None for name, kind in index.items() if kind == [None, None]}  # for example SD 3 without T5
         loading = diffusers.DiffusionPipeline.from_pretrained
         return loading(source, torch_dtype=memory.torch_dtype, use_safetensors=True, **lacking), memory
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Block weights: the part `lbw=` of a LoRA tag -> one weight per block of the UNet.
+"""Block weights: the argument `lbw=` of a LoRA tag -> one weight per block of the UNet.
 
-Blocks are named as the sd-webui-lora-block-weight extension names them: IN00.. in the order in which the UNet goes down,
-M00, OUT00.. going up, and BASE for the text encoder and everything outside the blocks.
+Blocks have the names of the sd-webui-lora-block-weight extension: IN00, IN01, ... for the way down, M00 for the middle,
+OUT00, OUT01, ... for the way up, and BASE for the text encoder and everything outside the blocks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def layouts(unet: Any) -> tuple[list[str], list[str]]:
     return [BASE, *(label for label in every if label in attention)], [BASE, *every]
 
 
-# Slices of the attention blocks going down and up, and whether the middle: what each preset of the extension leaves at 1.
+# The blocks that each preset of the extension leaves at 1: attention blocks going down, the middle or not, those going up.
 PRESETS: dict[str, tuple[slice, bool, slice]] = {
     "ALL": (slice(None), True, slice(None)),
     "NONE": (slice(0, 0), False, slice(0, 0)),
@@ -61,14 +61,14 @@ PRESETS: dict[str, tuple[slice, bool, slice]] = {
 
 
 def block_weights(lbw: str, unet: Any) -> dict[str, float]:
-    """{block name: weight} for block weights as typed; a block that is not named keeps 1.
+    """{block name: weight} for block weights as typed. Blocks that are not in it keep weight 1.
 
     Args:
-        lbw: a preset of `PRESETS` (with a factor as in "ALL0.5"), one number for every block, or a number per block in one
-            of the two `layouts`, separated by commas; "" is 1 everywhere.
+        lbw: a preset of `PRESETS`, which may have a factor ("ALL0.5"); one number for all blocks; or one number per block,
+            separated by commas, for one of the two `layouts`. "" means 1 everywhere.
 
     Raises:
-        ValueError: anything else; the message names the presets and the blocks.
+        ValueError: for anything else. The message names the presets and the blocks.
     """
     if not lbw:
         return {}

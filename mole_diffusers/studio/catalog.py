@@ -17,18 +17,18 @@ from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.studio.names import by_name, files_below, known_names, matching
 
 UNTRAINED = ("sum", "mean")  # families that need no training
-PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # ends of names of pictures beside LoRA files
+PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
 
 
 class Catalog:
     """The LoRAs and gates that can be used by name. LoRA files are read on first use, then cached.
 
-    Threads may share it: `loras` and `gates` are replaced and not changed, so that one may be walked through meanwhile.
+    Threads may share it: `loras` and `gates` are replaced, never changed in place, so you can iterate over them meanwhile.
 
     Attributes:
         loras: name -> file.
         gates: name -> folder of trained gates.
-        examples: names of gates that are taken where they are named, and not by themselves for the LoRAs that they fit.
+        examples: names of gates that are used only if you name them. "auto" never picks them, even for LoRAs that they fit.
     """
 
     def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path], *, examples: Iterable[str] = ()):
@@ -48,14 +48,16 @@ class Catalog:
         return self._experts[name]
 
     def name(self, name: str) -> str:
-        """A LoRA's name as it is written here, for one in any case, with _ for a space. Raises ValueError for others."""
+        """The catalog's name of a LoRA, given in any case and with _ for spaces. Raises ValueError if it is unknown."""
         found = matching(name, self.loras) or matching(name.replace("_", " "), self.loras)
         if found is None:
             raise ValueError(f"there is no LoRA {name!r}; {known_names(name, self.loras)}")
         return found
 
     def family(self, name: str) -> str:
-        """The model family that a LoRA is made for, as `Expert.base`; by its file's header, so that hundreds take seconds.
+        """The model family that a LoRA is made for, like `Expert.base`.
+
+        It reads only the file's header, so hundreds of files take seconds.
 
         Raises ValueError for an unknown name, and what `read_header` raises.
         """
@@ -65,7 +67,7 @@ class Catalog:
         return self._families[name]
 
     def add_lora(self, name: str, path: Path) -> Expert:
-        """Add a file; it is read at once, and refused if it is bad or the name is taken."""
+        """Add a file. It is read at once, and refused if it is not a good LoRA or the name is taken."""
         expert = read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
@@ -74,7 +76,10 @@ class Catalog:
         return expert
 
     def find_loras(self, folders: Iterable[Path]) -> list[str]:
-        """Add the LoRA files of folders that are not here; their names, with as much of the folder as tells them apart."""
+        """Add the LoRA files of folders that are not here yet.
+
+        Returns their names, with as much of the folder as tells them apart.
+        """
         added: dict[str, Path] = {}
         known = {file.absolute() for file in self.loras.values()}
         for path in sorted(path for folder in set(folders) for path in folder.glob("[!.]*.safetensors")):
@@ -85,9 +90,9 @@ class Catalog:
         return list(added)
 
     def local_name(self, name: str, sha256: str) -> str:
-        """The name that a recipe's LoRA has here: found by hash, or by name if the recipe has no hash.
+        """The name of a recipe's LoRA in this catalog, found by its hash, or by its name if the recipe has no hash.
 
-        A hash may be cut to its first digits, as in pictures of other tools. Raises ValueError if the LoRA is not here.
+        A hash may be cut to its first digits, as other tools write it. Raises ValueError if the LoRA is not here.
         """
         if not sha256:
             return self.name(name)
@@ -105,7 +110,7 @@ class Catalog:
     # ---- gates
 
     def gates_source(self, name: str) -> str | Path:
-        """What `attach` takes for the name of a family or of trained gates; ValueError for an unknown name."""
+        """The `gates` argument of `attach` for the name of a family or of trained gates; ValueError for an unknown name."""
         if name in UNTRAINED:
             return name
         if name not in self.gates:
@@ -115,7 +120,7 @@ class Catalog:
     def gates_for(self, experts: Iterable[str]) -> str:
         """The first gates trained with exactly these files, else with LoRAs of these names, else "sum".
 
-        No examples, and none that cannot be read: these are passed over with a warning.
+        Examples are never taken. Gates that cannot be read are skipped with a warning.
         """
         wanted = {name: self.expert(name).sha256 for name in experts}
         names = [name for name in self.gates if name not in self.examples]
@@ -125,7 +130,7 @@ class Catalog:
         return next(iter(same_files + same_names), "sum")
 
     def other_files(self, gates: str, experts: Iterable[str]) -> list[str]:
-        """Those of the LoRAs whose file is not the one the gates were trained with."""
+        """The LoRAs whose file is not the one that the gates were trained with."""
         if gates not in self.gates:
             return []
         saved = checkpoint.load(self.gates[gates])
@@ -133,7 +138,7 @@ class Catalog:
         return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
 
     def add_gates(self, name: str, folder: Path) -> None:
-        """Add trained gates, replacing any of the same name; ValueError if it is a family's name."""
+        """Add trained gates, replacing any of the same name. Raises ValueError if the name is a family's."""
         if name in FAMILIES:
             raise ValueError(f"{name!r} is the name of a family; choose another")
         self.examples.discard(name)
@@ -141,7 +146,7 @@ class Catalog:
         self.gates = self.gates | {name: folder}
 
     def _trained_with(self, name: str) -> dict[str, str]:
-        """{LoRA that gates were trained with: its hash}, read once; {} for gates that cannot be read, which is warned of."""
+        """{LoRA that gates were trained with: its hash}, read once; {} and a warning for gates that cannot be read."""
         if name not in self._trained:
             try:
                 experts = checkpoint.load(self.gates[name]).experts
@@ -153,8 +158,11 @@ class Catalog:
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:
-    """{name: path} of the safetensors files below a folder: a file's own name, or where two have the same one, with the
-    folder that each is in ("people/fox"). Raises ValueError for what is no folder, or one without."""
+    """{name: path} of the safetensors files below a folder.
+
+    A file's name is its own, or if two are the same, with the folder that it is in ("people/fox"). Raises ValueError if this
+    is not a folder or has no such files.
+    """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is {'a file' if Path(folder).exists() else 'not there'}; give the folder of LoRA files")
     found = by_name((file for file in files_below(Path(folder)) if file.suffix == ".safetensors"), Path(folder))
@@ -164,19 +172,19 @@ def folder_loras(folder: str | Path) -> dict[str, Path]:
 
 
 def preview(path: Path) -> Path | None:
-    """The picture that A1111, Forge or ComfyUI put beside a LoRA file, "fox.preview.png" or "fox.png", say; None without."""
+    """The preview next to a LoRA file, as A1111, Forge and ComfyUI write them ("fox.preview.png", "fox.png"), or None."""
     names = (path.with_suffix(f"{middle}{end}") for end in PREVIEWS for middle in (".preview", ""))
     return next((name for name in names if name.is_file()), None)
 
 
 def family_of_file(path: Path) -> str:
-    """The model family of a LoRA file by its header alone, as `read_expert` finds it. Raises what `read_header` raises."""
+    """The model family of a LoRA file, as `read_expert` finds it, but from the header. Raises what `read_header` raises."""
     shapes, metadata = read_header(path)
     layers: dict[str, dict[str, LoraWeights]] = {}
     for name, shape in shapes.items():
         try:
             key = parse_key(name)
-        except ValueError:  # said when the file is read
+        except ValueError:  # `read_expert` reports it
             continue
         if key.role in ("down", "hada_w1_b"):
             down = torch.empty(shape, device="meta")
@@ -185,7 +193,7 @@ def family_of_file(path: Path) -> str:
 
 
 def tensors_hash(path: Path) -> str:
-    """sha256 of the bytes after a safetensors file's header, which is `Expert.sha256`; "" for another file, or none."""
+    """sha256 of the bytes after a safetensors file's header, the same as `Expert.sha256`; "" if there is no such file."""
     if not path.is_file():  # a broken link
         return ""
     digest, size = hashlib.sha256(), path.stat().st_size
@@ -200,7 +208,7 @@ def tensors_hash(path: Path) -> str:
 
 
 def folder_gates(folder: str | Path) -> dict[str, Path]:
-    """{name: folder} of the gates saved in a folder, those too whose replacing was broken off."""
+    """{name: folder} of the gates saved in a folder. If replacing gates was interrupted, the old ones are found."""
     configs = sorted(Path(folder).glob(f"[!.]*/{checkpoint.CONFIG}"))
     aside = {path.name[1:-4]: path for path in sorted(Path(folder).glob(".*.old")) if (path / checkpoint.CONFIG).is_file()}
     return aside | {config.parent.name: config.parent for config in configs}

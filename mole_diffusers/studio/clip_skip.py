@@ -1,6 +1,6 @@
 """Clip skip as in A1111: the text encoder stops before its last layers. Many checkpoints for drawings want 2.
 
-The argument of diffusers counts one less, and does not change the negative prompt.
+The argument `clip_skip` of diffusers counts one less, and does not change the negative prompt.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from mole_diffusers.studio.prompt_weights import text_encoders
 
 
 def has_clip_skip(pipe: Any) -> bool:
-    """Whether a pipeline can be drawn with clip skip, as Stable Diffusion 1.x and 2.x can. Models with several text encoders
-    read fixed layers."""
+    """Whether a pipeline supports clip skip. Stable Diffusion 1.x and 2.x do; models with several text encoders read fixed
+    layers."""
     return [type(encoder) for encoder in text_encoders(pipe)] == [CLIPTextModel]
 
 
 @contextmanager
 def clip_skip(pipe: Any, count: int) -> Iterator[None]:
-    """While the block runs, the text encoder ends with its `count`-th layer from the last; its final norm follows that one.
+    """While the block runs, the text encoder stops after its `count`-th layer from the end; its final norm comes next.
 
-    Attach LoRAs outside of the block: they need all layers. Raises ValueError if no layer would be left.
+    Attach LoRAs outside the block, since they need all layers. Raises ValueError if no layer would be left.
     """
     if count == 1:
         yield

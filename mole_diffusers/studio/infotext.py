@@ -1,4 +1,4 @@
-"""Recipes inside PNG files: as A1111's `parameters` text, which other tools read, and as our own complete JSON."""
+"""Recipes in PNG files, in two forms: A1111's `parameters` text, which other tools read, and our own complete JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  
 NEGATIVE = "Negative prompt: "
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
 NOT_NEEDED = ("Model", "Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
-SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # names of settings, beside what commas in values leave
-PLAIN = ("Uniform", "Normal", "Simple")  # schedules that are a sampler's own here
-BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose schedule is Karras in A1111 where it is "Automatic"
-EXPONENTIAL = ("DPM++ 2M SDE",)  # and those whose schedule then is Exponential, which is not here
-MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20  # of a file, of its picture, and characters of a text
+SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
+PLAIN = ("Uniform", "Normal", "Simple")  # schedules that mean the sampler's own here
+BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # "Automatic" in A1111 means Karras for these samplers
+EXPONENTIAL = ("DPM++ 2M SDE",)  # and Exponential for these; we do not have that one
+MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20  # of a file, picture, text
 
 
 def parameters(recipe: Recipe) -> str:
-    """The text that A1111, Forge and Civitai read: prompt with tags, negative prompt, one line of settings.
+    """The text that A1111, Forge and Civitai read: the prompt with tags, the negative prompt, and a line of settings.
 
     `Lora hashes` are the first 12 digits of sha256 over the tensors, as A1111 and kohya compute them.
     """
@@ -62,9 +62,9 @@ def _quoted(value: str) -> str:
 
 
 def read_parameters(text: str, where: str = "the text") -> Contents:
-    """A recipe from the text of A1111 or Forge, which is incomplete: hashes are cut to 12 digits, and there are no gates.
+    """A recipe from the text of A1111 or Forge. It is incomplete: hashes are cut to 12 digits, and there are no gates.
 
-    Raises ValueError if the last line has fewer than three settings, or one is out of range.
+    Raises ValueError if the last line has fewer than three settings, lacks steps or seed, or has a value out of range.
     """
     if len(text) > MAX_TEXT:
         raise ValueError(f"{where} has more text than a recipe: {len(text)} characters, at most {MAX_TEXT}")
@@ -104,15 +104,15 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
 
 
 def _times_larger(resized: str, size: str) -> str:
-    """How many times as large a picture is made that is given a target size, of which one side may be open, with 0; "" for
-    no size."""
+    """The factor that makes a picture of a size as large as the target size, in which one side may be open (0); "" if there
+    is no target."""
     target, own = (re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) for text in (resized, size))
     sides = zip(map(int, target.groups()), map(int, own.groups()), strict=True) if target and own else ()
     return next((f"{larger / side:.6g}" for larger, side in sides if larger and side), "")
 
 
 def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
-    """A recipe's sampler for A1111's sampler and schedule, which newer versions write apart; and what it lacks of them."""
+    """A recipe's sampler for A1111's sampler and schedule (newer versions write them apart), and what of them is lost."""
     if name == "Default":
         return "", []
     known = {each.casefold(): each for each in SAMPLERS}
@@ -128,7 +128,7 @@ def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
 
 
 def _settings(line: str) -> dict[str, str]:
-    """`Steps: 20, Lora hashes: "a: 1, b: 2"` -> its keys and values, in one pass from left to right."""
+    """The keys and values of a line like `Steps: 20, Lora hashes: "a: 1, b: 2"`, read from left to right."""
     found, at = {}, 0
     while (colon := line.find(":", at)) >= 0:
         key = line[at:colon].rpartition(",")[2].strip()
@@ -149,7 +149,7 @@ def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Map
     """Write a PNG with its recipe inside, in both forms.
 
     Args:
-        sheet: what a sheet of pictures shows, as plain data: its axes as typed, or the labels of its columns.
+        sheet: for a sheet of pictures, what it shows, as plain data: its axes as typed, or the labels of its columns.
     """
     texts = {SHEET: json.dumps(sheet)} if sheet else {}
     if recipe is not None:
@@ -162,11 +162,11 @@ def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Map
 
 @dataclass(frozen=True)
 class Contents:
-    """What a picture or a recipe file has inside.
+    """What a picture or a recipe file contains.
 
     Attributes:
-        left_out: one sentence on the settings of A1111's text that the recipe lacks; "" where there are none.
-        sheet: what a sheet of pictures shows, as `save` was given it; {} for any other file.
+        left_out: one sentence about the settings in A1111's text that the recipe lacks; "" if there are none.
+        sheet: the argument `sheet` of `save`; {} if the file is not a sheet of pictures.
     """
 
     recipe: Recipe
@@ -175,22 +175,22 @@ class Contents:
 
     @property
     def axes(self) -> list[str]:
-        """Of a grid, across and down; [] where it is none."""
+        """The axes of a grid, across and down; [] if this is not a grid."""
         x, y = self.sheet.get("x"), self.sheet.get("y")
         return [x, y] if isinstance(x, str) and isinstance(y, str) else []
 
 
 def read(path: str | Path) -> Recipe:
-    """The recipe in a file. Raises as `contents`."""
+    """The recipe in a file. Raises what `contents` raises."""
     return contents(path).recipe
 
 
 def contents(path: str | Path) -> Contents:
-    """What is in a PNG, our own recipe if there is one, else A1111's text; or in a JSON file (by the suffix).
+    """What a PNG contains: our own recipe if there is one, else A1111's text. A file named *.json is read as a recipe.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a PNG, too large, or without a recipe.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a PNG, too large, or has no recipe.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -211,13 +211,13 @@ def contents(path: str | Path) -> Contents:
 def _sheet(text: str, where: str) -> dict[str, Any]:
     try:
         sheet = parse_json(text, where)
-    except RefusedFileError:  # of another program: the recipe can be read all the same
+    except RefusedFileError:  # another program wrote it; the recipe is still good
         return {}
     return sheet if isinstance(sheet, dict) else {}
 
 
 def _texts(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG; those after its pixels, which are unpacked for that, only where none before has a recipe."""
+    """The text chunks of a PNG. Those after the pixels are read only if none before has a recipe: it unpacks the picture."""
     try:
         with Image.open(path, formats=["PNG"]) as opened:
             image: Any = opened

@@ -1,4 +1,4 @@
-"""How a pipeline is put on a machine: device, precision, and what saves memory or time."""
+"""Put a pipeline on a machine: its device, its precision, and options that save memory or time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
-ROOM = 2 << 30  # bytes beside the weights that a picture takes, with its VAE on tiles
-UNTILED = 6 << 30  # and with its VAE on the whole
+ROOM = 2 << 30  # bytes that a picture takes besides the weights, with a tiled VAE
+UNTILED = 6 << 30  # the same without tiling
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How a pipeline is put on a machine; what is None is chosen for it by `completed`.
+    """How a pipeline is put on a machine. `completed` and `fitted` choose what is None.
 
     Attributes:
-        device: "cpu", "cuda", "cuda:1", "mps", ...; by default a GPU where there is one.
-        dtype: one of DTYPES; by default float32 on a CPU, on a GPU float16, or bfloat16 for Flux and SD 3.
-        offload: one of OFFLOADS: what is in main memory while it is not used. "model": whole models; "sequential": single
-            layers, slowly. By default the first that fits the GPU's free memory.
-        slicing: attention is computed one head after the other, which takes less memory and more time.
-        tiling: the VAE works on tiles of large pictures; by default on where the GPU's memory is short.
-        compiled: the denoiser is compiled at the first picture, which takes minutes, and is faster from then on.
+        device: "cpu", "cuda", "cuda:1", "mps", ...; by default a GPU if there is one.
+        dtype: one of DTYPES. The default is float32 on a CPU; on a GPU it is bfloat16 for Flux and SD 3, and otherwise
+            float16.
+        offload: one of OFFLOADS: what waits in main memory until it is used. "model" moves whole models; "sequential" moves
+            single layers, which is slow. The default is the first that fits into the GPU's free memory.
+        slicing: compute attention one head at a time. This takes less memory and more time.
+        tiling: let the VAE work on large pictures in tiles; by default on if the GPU's memory is short.
+        compiled: compile the denoiser at the first picture. This takes minutes, and later pictures are faster.
     """
 
     device: str | None = None
@@ -40,10 +41,10 @@ class Memory:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
     def completed(self, kind: str, *, gpu: str | None = None) -> Memory:
-        """With the device and the precision for a pipeline class of this name.
+        """The same with device and precision filled in, for a pipeline class of this name.
 
         Args:
-            gpu: the device of this machine's GPU; None: what torch finds.
+            gpu: the device of this machine's GPU; None takes the one that torch finds.
 
         Raises ValueError for offloading without a GPU.
         """
@@ -52,24 +53,24 @@ class Memory:
             raise ValueError(
                 f"offload {self.offload!r} keeps what is not used off the GPU, and there is none: device is cpu"
             )
-        wide = kind.startswith(("Flux", "StableDiffusion3"))  # whose activations float16 cannot hold
+        wide = kind.startswith(("Flux", "StableDiffusion3"))  # float16 cannot hold their activations
         dtype = "float32" if device == "cpu" else "bfloat16" if wide else "float16"
         return replace(self, device=device, dtype=self.dtype or dtype)
 
     def check_device(self) -> None:
-        """Raises ValueError where this machine does not have the device."""
+        """Raises ValueError if this machine does not have the device."""
         try:
             torch.empty(0, device=self.device or "cpu")
-        except (RuntimeError, AssertionError) as error:  # both are torch's
+        except (RuntimeError, AssertionError) as error:  # torch raises both
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"this machine has no device {self.device!r}: {first}") from error
 
     def fitted(self, sizes: dict[str, int], free: int | None) -> Memory:
-        """With the offloading and tiling that weights of these sizes need.
+        """The same with the offloading and tiling that weights of these sizes need.
 
         Args:
             sizes: model -> bytes.
-            free: bytes on the GPU; None where that is not known, as on a CPU.
+            free: free bytes on the GPU; None if that is not known, as on a CPU.
         """
         left = None if free is None else free - sum(sizes.values())
         if left is None or left >= ROOM:
@@ -82,7 +83,7 @@ class Memory:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The precision, as torch has it."""
+        """The precision as a torch dtype."""
         return getattr(torch, self.dtype or "float32")
 
     def __str__(self) -> str:
@@ -92,7 +93,7 @@ class Memory:
 
 
 def place(pipe: Any, memory: Memory) -> Memory:
-    """Put a loaded pipeline on its device as `memory`, completed, says; what was chosen in the end."""
+    """Put a loaded pipeline on its device. `memory` must be completed. Returns the settings that were used in the end."""
     models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
     sizes = {name: sum(p.nbytes for p in (*model.parameters(), *model.buffers())) for name, model in models.items()}
     device = memory.device or "cpu"
@@ -114,8 +115,8 @@ def place(pipe: Any, memory: Memory) -> Memory:
 
 
 def release(pipe: Any) -> None:
-    """Let go of a pipeline's weights. It draws no more; shapes, configs and tokenizers can still be read."""
-    pipe.remove_all_hooks()  # of offloading
+    """Free a pipeline's weights. It cannot draw any more, but shapes, configs and tokenizers can still be read."""
+    pipe.remove_all_hooks()  # they move the weights when offloading
     for model in pipe.components.values():
         if isinstance(model, torch.nn.Module):
             model.to("meta")

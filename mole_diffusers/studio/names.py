@@ -1,4 +1,4 @@
-"""Names of files in folders, and finding one of them as people type it."""
+"""Names for the files in folders, and finding a file by a name as people type it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-FOLDER = "#"  # before the hash of a folder, see `shared_name`
-FEW = 8  # so many names are listed in a message; of more, only the closest
+FOLDER = "#"  # precedes the hash of a folder, see `shared_name`
+FEW = 8  # a message lists up to this many names; if there are more, only the closest
 
 
 def by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
-    """{name: path}, in the order of the names: the file's or folder's own, or where two are alike ("fox"), with the folder
-    that each is in ("people/fox", "animals/fox")."""
+    """{name: path}, sorted by name.
+
+    The name is that of the file or folder ("fox"). If two are the same, each gets its folder ("people/fox", "animals/fox").
+    """
     inside = {path: path.relative_to(folder).with_name(own_name(path)).as_posix() for path in paths}
     return dict(sorted(short_names({path: own_name(path) for path in inside}, inside).items()))
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders, also of those that are links; of each folder once, whatever links to it."""
+    """The files of a folder and its subfolders. Links to folders are followed, but each folder is read once."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:
@@ -35,25 +37,29 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def own_name(path: Path) -> str:
-    """The name of a folder, and of a safetensors file without its suffix."""
+    """The name of a folder or file, without the suffix of a safetensors file."""
     return path.name.removesuffix(".safetensors")
 
 
 def is_hub_id(base: str) -> bool:
-    """Whether this can only be OWNER/NAME on the hub, and no file or folder."""
+    """Whether this can only be OWNER/NAME on the hub, not a file or folder."""
     path = Path(base)
     is_path = path.is_absolute() or path.suffix in (".safetensors", ".ckpt") or os.path.exists(base)
     return base.count("/") == 1 and not is_path and not base.startswith(FOLDER)
 
 
 def model_name(base: str) -> str:
-    """A base model's name without where it lies: a hub id as it is, of a file or a folder its own name."""
+    """A base model's name without its path: the name of a file or folder; a hub id is left as it is."""
     return base if is_hub_id(base) else own_name(Path(base))
 
 
 def shared_name(base: str) -> str:
-    """What a picture says of its base model: a hub id as it is; of a file or a folder its name after a hash of where it
-    lies, which tells nobody else the folder, and tells two files of one name on a machine apart. Twice is as once."""
+    """The name of a base model that is saved in pictures: a hub id as it is, or the name of a file or folder after a hash of
+    the folder that it is in.
+
+    The hash tells apart two files of the same name on a machine, and does not show others your folders. A name that is
+    already shared stays as it is.
+    """
     path = Path(base)
     if base == path.name or base.startswith(FOLDER) or is_hub_id(base):
         return base
@@ -61,13 +67,13 @@ def shared_name(base: str) -> str:
 
 
 def short_names(short: Mapping[T, str], long: Mapping[T, str]) -> dict[str, T]:
-    """{name: thing}: the short name of each, or its long one where another's is alike in any case."""
+    """{name: thing}: the short name of each thing, or its long name if two short names are the same in any case."""
     count = Counter(name.casefold() for name in short.values())
     return {name if count[name.casefold()] == 1 else long[thing]: thing for thing, name in short.items()}
 
 
 def matching(name: str, known: Collection[str]) -> str | None:
-    """The known name that is meant: this one, or the only one that differs from it in case alone; None if there is none."""
+    """The known name that equals this one, or the only one that differs just in upper and lower case, or None."""
     if name in known:
         return name
     alike = [each for each in known if each.casefold() == name.casefold()]
@@ -75,7 +81,7 @@ def matching(name: str, known: Collection[str]) -> str | None:
 
 
 def known_names(name: str, known: Collection[str]) -> str:
-    """What a message says about the names that are known: all of a few, or of more the closest to `name` and the count."""
+    """The part of a message that lists the known names: all if they are few, else the closest to `name` and the count."""
     if len(known) <= FEW:
         return f"known: {', '.join(known) or 'none'}"
     by_lower = {each.casefold(): each for each in known}

@@ -13,16 +13,16 @@ from typing import Any
 import diffusers
 from PIL import Image, ImageOps
 
-LONGEST = 2048  # pixels of the longer side of a picture that is drawn over at its own size
+LONGEST = 2048  # pixels; larger pictures are made smaller before they are drawn over, see `own_size`
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures to draw over
 
 DRAWN_OVER = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
 
 def drawing_over(pipe: Any, *, masked: bool) -> Any:
-    """A pipeline over the same models that draws over a picture, or over the part of one that a mask shows.
+    """A pipeline with the same models that draws over a picture (img2img), or over the masked part of one (inpainting).
 
-    Raises ValueError for a pipeline class that has none.
+    Raises ValueError if there is no such pipeline for this class.
     """
     own = next((cls.__name__ for cls in type(pipe).__mro__ if cls.__name__ in DRAWN_OVER), None)
     if own is None:
@@ -37,7 +37,7 @@ def drawing_over(pipe: Any, *, masked: bool) -> Any:
 
 
 def _any_channels(kind: Any) -> Any:
-    """An inpainting class for UNets that read latents alone, whatever their channels: diffusers knows those with four."""
+    """An inpainting class for UNets that read nothing but latents, with any number of channels. diffusers expects four."""
 
     class Inpaint(kind):  # type: ignore[misc]
         @functools.wraps(kind.__call__)
@@ -55,9 +55,9 @@ def _any_channels(kind: Any) -> Any:
 
 
 def steps_drawn(pipe: Any, steps: int, strength: float) -> int:
-    """How many of `steps` a picture is drawn over with at this strength, as diffusers counts them.
+    """The number of steps, out of `steps`, that draw over a picture at this strength, as diffusers counts them.
 
-    Raises ValueError if that is none.
+    Raises ValueError if it is 0.
     """
     is_flow = hasattr(pipe, "transformer")
     drawn = steps - int(steps - steps * strength) if is_flow else int(steps * strength)
@@ -67,20 +67,20 @@ def steps_drawn(pipe: Any, steps: int, strength: float) -> int:
 
 
 def drawable(pipe: Any, width: int, height: int) -> tuple[int, int]:
-    """The size that a pipeline can draw which is nearest to this one, in pixels."""
+    """The nearest size in pixels that a pipeline can draw."""
     unit = max(8, pipe.vae_scale_factor * (2 if hasattr(pipe, "transformer") else 1))
     rounded = [max(16, unit, round(side / unit) * unit) for side in (width, height)]
     return rounded[0], rounded[1]
 
 
 def own_size(image: Image.Image) -> tuple[int, int]:
-    """The size at which a picture is drawn over where none is asked for: its own, or smaller where that is too large."""
+    """The size at which a picture is drawn over by default: its own, or a smaller one if that is too large."""
     scale = min(1.0, LONGEST / max(image.size))
     return max(16, round(image.width * scale)), max(16, round(image.height * scale))
 
 
 def size_arguments(pipe: Any, width: int, height: int) -> dict[str, int]:
-    """The arguments for the size of a picture; none for a pipeline that takes it from the picture that it draws over."""
+    """The size as arguments of the pipeline; {} if the pipeline takes it from the picture that it draws over."""
     takes = "height" in inspect.signature(type(pipe).__call__).parameters
     return {"width": width, "height": height} if takes else {}
 
@@ -94,18 +94,18 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture in this size, its edges cut where its proportions differ."""
+    """The picture in this size, with its edges cut off if its proportions differ."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Image:
-    """The picture in a file, upright as its camera was held.
+    """The picture in a file, turned upright as its EXIF data say.
 
     Args:
-        what: names the file in errors.
-        most: so many pixels it may have; by default as many as Pillow unpacks.
+        what: the name of the file in error messages.
+        most: the largest number of pixels; by default as many as Pillow unpacks.
 
-    Raises ValueError for anything else, and for one too large to unpack.
+    Raises ValueError if the file is not a picture or has too many pixels.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:

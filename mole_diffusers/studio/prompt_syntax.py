@@ -1,4 +1,4 @@
-"""Prompt text -> the prompt without tags, and what each `<lora:...>` tag asks for, by component, block and step."""
+"""Parse a prompt into its text and its `<lora:...>` tags, whose strengths may vary by component, block and step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
 MAX_PROMPT = 5000  # characters
-PAINTED = "painted"  # a region that is a mask picture beside the prompt
+PAINTED = "painted"  # a region given as a mask picture next to the prompt
 ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step", "word", "region")
 
 
@@ -20,8 +20,8 @@ ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step", "word", "region")
 class Curve:
     """A strength over the steps: (point, value) pairs, linear in between, constant before the first and after the last.
 
-    As sd-webui-loractl reads `value@point`: a point up to 1 is a fraction of the run, where 1 is the last step; a larger
-    one is a step, counted from 0.
+    Points are read as sd-webui-loractl reads `value@point`. A point up to 1 is a fraction of the run, and 1 is the last
+    step. A larger point is a step, counted from 0.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -51,11 +51,11 @@ class LoraTag:
 
     Attributes:
         name: the LoRA.
-        te, unet: strength in the text encoders and in the denoiser. Text encoders run once, before the first step.
-        lbw: block weights as typed, a preset's name or numbers; "" leaves every block at 1. See `block_weights`.
-        start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None is the end.
-        word: phrases of the prompt that are its own, separated by |; "" leaves those of its file.
-        region: where it acts, see `binding.config.parse_region`, or "painted"; "" finds that from attention.
+        te, unet: the strength in the text encoders and in the denoiser. Text encoders run once, before the first step.
+        lbw: block weights as typed: a preset's name or numbers, see `block_weights`. "" leaves every block at 1.
+        start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None means to the end.
+        word: phrases of the prompt that the LoRA is bound to, separated by |. "" takes those in its file.
+        region: where the LoRA acts, see `binding.config.parse_region`, or "painted". "" finds the place from attention.
     """
 
     name: str
@@ -76,7 +76,7 @@ class LoraTag:
 
     @property
     def binding(self) -> Any:
-        """What `Mixture.bind` takes for it; None where the tag says nothing."""
+        """What `Mixture.bind` takes for this LoRA; None if the tag has neither word nor region."""
         if not self.word and not self.region:
             return None
         if self.region == EVERYWHERE and not self.word:
@@ -104,15 +104,16 @@ class Parsed:
 def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
     """Separate a prompt from its tags.
 
-    `<lora:NAME[:TE[:UNET]]>` as in A1111, with the named arguments te=, unet=, lbw=, start=, stop=, step=A-B, word=,
-    region=. A strength is a number or a list "0@0,1@0.4" (also with ; and ~). TE defaults to 1, UNET to TE.
+    Tags look like `<lora:NAME[:TE[:UNET]]>`, as in A1111. They can also have the named arguments te=, unet=, lbw=, start=,
+    stop=, step=A-B, word= and region=. A strength is a number or a list such as "0@0,1@0.4" (; and ~ work, too). TE is 1 by
+    default, UNET the same as TE.
 
     Args:
         known: names of LoRAs; needed for names that contain ":".
 
     Raises:
-        ValueError: more than `MAX_PROMPT` characters, another kind of tag, an unknown argument, a value that is not a
-            number, one name twice.
+        ValueError: for more than `MAX_PROMPT` characters, another kind of tag, an unknown argument, a value that is not a
+            number, or two tags with the same name.
     """
     if len(prompt) > MAX_PROMPT:
         raise ValueError(f"a prompt has at most {MAX_PROMPT} characters, got {len(prompt)}")
@@ -179,7 +180,7 @@ def _curve(text: str, where: str) -> Curve:
 
 
 def number(text: str, where: str) -> float:
-    """Raises ValueError for what is no finite number."""
+    """Parse a number. Raises ValueError if it is not a finite one."""
     try:
         value = float(text)
     except ValueError:

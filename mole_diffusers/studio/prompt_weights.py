@@ -1,7 +1,7 @@
-"""Prompts with weights (`weight_syntax`), and of any length -> arguments of a pipeline call.
+"""Prompts with weights (see `weight_syntax`) and of any length -> arguments of a pipeline call.
 
-What a weight does to the states of its words is compel's (https://github.com/damian0815/compel). A prompt that is longer
-than the text encoder reads is encoded in chunks.
+compel (https://github.com/damian0815/compel) applies the weights to the states of the words. A prompt that is too long for
+the text encoder is encoded in chunks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from mole_diffusers.binding.parts import Part
 from mole_diffusers.studio.weight_syntax import NOTHING, Chunk, parse_weights
 
-BACK = 20  # tokens that may move to the next chunk, so that it begins after a comma or with a whole word
+BACK = 20  # most tokens that move to the next chunk, to cut after a comma or between words
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 STATES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # as encoded
 
 
 class Weighted(NamedTuple):
-    """States of a text encoder's layers that pipelines read, with the weights in them, [1, T, C] each.
+    """Weighted states of the text encoder layers that pipelines read, [1, T, C] each.
 
-    `before_last` is None where no pipeline reads it.
+    `before_last` is None if no pipeline reads that layer.
     """
 
     last: torch.Tensor
@@ -40,7 +40,7 @@ class TokenCount(NamedTuple):
 
     Attributes:
         encoder: "tokenizer", "tokenizer_2", ..., as the pipeline names them.
-        limit: tokens that it reads, without the marks of begin and end.
+        limit: the number of tokens that it reads, without the marks for begin and end.
         cut: the end of the prompt that it does not read.
     """
 
@@ -50,15 +50,15 @@ class TokenCount(NamedTuple):
 
 
 def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
-    """The chunks of a prompt, each short enough for the text encoder that makes the states that are read."""
+    """The chunks of a prompt. Each is short enough for the main text encoder, see `_main_tokenizer`."""
     tokenizer = _main_tokenizer(pipe)
     limit = _limit(pipe, tokenizer)
     return [part for chunk in parse_weights(prompt) for part in _short(chunk, tokenizer, limit)]
 
 
 def prompts_read(pipe: Any) -> set[str]:
-    """Which of the prompts that not every pipeline reads this one does: "negative_prompt", and with a second text encoder
-    beside the first "prompt_2" and "negative_prompt_2"."""
+    """The optional prompts that this pipeline reads: "negative_prompt" and, if it has a first and a second text encoder,
+    "prompt_2" and "negative_prompt_2"."""
     given = inspect.signature(pipe.encode_prompt).parameters
     several = all(getattr(pipe, name, None) is not None for name in TOKENIZERS[:2])
     names = ["negative_prompt", *(["prompt_2", "negative_prompt_2"] if several else [])]
@@ -75,8 +75,10 @@ def unread(pipe: Any, *, negative: str, prompt_2: str, negative_2: str) -> list[
 
 
 def token_counts(pipe: Any, prompt: str, prompt_2: str = "") -> list[TokenCount]:
-    """What each text encoder reads of a prompt, the second of another one where that is given, and what it does not. Raises
-    as `parse_weights`."""
+    """What each text encoder reads of a prompt, and what is cut. The second encoder reads `prompt_2` if that is given.
+
+    Raises what `parse_weights` raises.
+    """
     counts = []
     for name, tokenizer in _tokenizers(pipe).items():
         is_second = name == "tokenizer_2" and "prompt_2" in prompts_read(pipe)
@@ -90,15 +92,15 @@ def token_counts(pipe: Any, prompt: str, prompt_2: str = "") -> list[TokenCount]
 
 @torch.no_grad()
 def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool = True, **how: Any) -> dict[str, Any]:
-    """What a pipeline is called with for a prompt with weights: the text where it has none and is short, else its states.
+    """The arguments of a pipeline call for a prompt: text if it is short and without weights, else encoded states.
 
-    Call it where the pipeline is called, inside any `with` block of a mixture: text encoders run here. Prompts that the
+    Text encoders run here, so call this inside the same `with` blocks of a mixture as the pipeline. Prompts that the
     pipeline does not read are left out, see `unread`.
 
     Args:
-        prompt_2, negative_2: what the second text encoder reads instead; "" is the same as the first.
+        prompt_2, negative_2: what the second text encoder reads; "" means the same as the first.
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
-        weights: whether brackets are weights; else they are plain text, and a long prompt is cut.
+        weights: whether brackets are weights. If not, they are plain text, and a long prompt is cut.
     """
     chunks = _chunks_asked(pipe, prompt, negative, guided=guided, **how)
     texts = _as_texts(chunks)
@@ -108,7 +110,7 @@ def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool =
 
 
 def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[str, Any]:
-    """The states of prompts, as the pipeline's call takes them."""
+    """The states of prompts, as arguments of the pipeline's call."""
     given = inspect.signature(pipe.encode_prompt).parameters
     has_negative = "negative_prompt" in prompts_read(pipe)
     names = [name for name in STATES if has_negative or not name.startswith("negative")]
@@ -117,10 +119,10 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
     if has_negative:
         options["do_classifier_free_guidance"] = guided
     parts = [dict(zip(chunks, row, strict=True)) for row in zip_longest(*chunks.values(), fillvalue=NOTHING)]
-    weighted = [_weighted(pipe, part) for part in parts]  # before the pipeline encodes, whose runs binding remembers
+    weighted = [_weighted(pipe, part) for part in parts]  # first: binding remembers the runs that `encode_prompt` makes
     made = []
     for part, states in zip(parts, weighted, strict=True):
-        texts = {name: [chunk.words] for name, chunk in part.items()}  # lists, since "" would be taken for the first's
+        texts = {name: [chunk.words] for name, chunk in part.items()}  # lists: a bare "" would mean the same as the first
         with _giving(pipe, states):
             found = pipe.encode_prompt(device=pipe._execution_device, num_images_per_prompt=1, **options | texts)
         made.append(dict(zip(names, found, strict=False)))
@@ -132,8 +134,8 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
 
 
 def plain_texts(pipe: Any, prompt: str, negative: str = "", **how: Any) -> dict[str, str] | None:
-    """The words of the prompts that a call reads, where each is short enough for one chunk; else None. Takes what
-    `call_arguments` does."""
+    """The words of the prompts that a call reads, or None if one is too long for one chunk. Takes the arguments of
+    `call_arguments`."""
     return _as_texts(_chunks_asked(pipe, prompt, negative, **how))
 
 
@@ -158,15 +160,16 @@ def _chunks_asked(
 
 
 def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
-    """The words of prompts of one chunk each; None where one has more."""
+    """The words of prompts with one chunk each; None if one has more."""
     return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
 
 
 def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "", weights: bool = True) -> dict[str, Any]:
-    """What `Mixture.tiled` is given of a prompt with weights: its words, and what encodes a part of them with theirs.
+    """The arguments of `Mixture.tiled` for a prompt with weights: its words, and a function that encodes a part of them
+    with their weights.
 
     Args:
-        prompt_2: of the same call; where the pipeline reads it nothing is given, since tiles would not.
+        prompt_2: the second prompt of the same call. If the pipeline reads it, the result is {}: tiles would ignore it.
         weights: whether brackets are weights, as in `call_arguments`.
     """
     if prompt_2 and "prompt_2" in prompts_read(pipe):
@@ -187,7 +190,7 @@ def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "", weights: bool = 
 
 
 def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted | None]]:
-    """What compel makes of the prompts of a chunk: for each encoder, by its name, of the prompt and of the negative one."""
+    """{tokenizer: weighted states of the prompt and of the negative prompt}, for one chunk of each; None without weights."""
     first = part["prompt"], part.get("negative_prompt", NOTHING)
     second = part.get("prompt_2", first[0]), part.get("negative_prompt_2", first[1])
     return {
@@ -197,12 +200,12 @@ def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted |
 
 
 def text_encoders(pipe: Any) -> list[Any]:
-    """The text encoders that the pipeline has."""
+    """The pipeline's text encoders."""
     return [_encoder(pipe, name) for name in _tokenizers(pipe)]
 
 
 def _tokenizers(pipe: Any) -> dict[str, Any]:
-    """Those of the text encoders that the pipeline has, by their names there."""
+    """The tokenizers of the pipeline's text encoders, by their names in the pipeline."""
     return {name: getattr(pipe, name) for name in TOKENIZERS if _encoder(pipe, name) is not None}
 
 
@@ -212,9 +215,9 @@ def _encoder(pipe: Any, tokenizer: str) -> Any:
 
 @contextmanager
 def _giving(pipe: Any, weighted: Mapping[str, Sequence[Weighted | None]]) -> Iterator[None]:
-    """Have the text encoders give these states in the place of their own while the block runs, the next at each run.
+    """While the block runs, the text encoders return these states instead of their own, the next ones at each run.
 
-    It happens in the encoders, before anyone else sees their states, so that binding knows the states again.
+    The states are replaced inside the encoders, before any other hook sees them, so that binding recognises them later.
     """
     with ExitStack() as undo:
         for name, states in weighted.items():
@@ -235,11 +238,11 @@ def _replacing(weighted: Iterator[Weighted | None]) -> Callable[[Any, Any, Any],
 
 
 class _Runs:
-    """A text encoder as compel sees it: on the device where it runs, not where offloading keeps its weights. It reads
-    nothing twice.
+    """A text encoder wrapped for compel. Its device is the one that it runs on, not the one where offloading keeps its
+    weights. It encodes the same tokens only once.
 
     Args:
-        deep: the layer before the last is wanted, too.
+        deep: whether the layer before the last is needed, too.
     """
 
     def __init__(self, encoder: Any, device: torch.device, *, deep: bool):
@@ -258,12 +261,12 @@ def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
     from compel.embeddings_provider import EmbeddingsProvider
 
     tokenizer, encoder, device = getattr(pipe, name), _encoder(pipe, name), pipe._execution_device
-    # Embeddings of several vectors are words of several tokens, as `encode_prompt` reads them.
+    # Textual inversions of several vectors become several tokens, as in `encode_prompt`.
     converts = isinstance(pipe, TextualInversionLoaderMixin)
     read = partial(pipe.maybe_convert_prompt, tokenizer=tokenizer) if converts else str
     fragments = [fragment for fragment in chunk.fragments if tokenizer(fragment.text, add_special_tokens=False).input_ids]
     texts, weights = [read(fragment.text) for fragment in fragments], [fragment.weight for fragment in fragments]
-    has_layers = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)  # of T5 the last layer alone is read
+    has_layers = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)  # only the last layer of T5 is read
     runs = _Runs(encoder, device, deep=has_layers)
 
     def states(layer: ReturnedEmbeddingsType) -> torch.Tensor:
@@ -282,14 +285,14 @@ def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
 
 
 def _main_tokenizer(pipe: Any) -> Any:
-    """That of the encoder whose states decide how long a chunk may be: CLIP, or in Flux T5."""
+    """The tokenizer that decides how long a chunk may be: CLIP's, or T5's in Flux."""
     if "negative_prompt" not in inspect.signature(pipe.encode_prompt).parameters:
         return pipe.tokenizer_2
     return getattr(pipe, "tokenizer", None) or pipe.tokenizer_2
 
 
 def _limit(pipe: Any, tokenizer: Any) -> int:
-    """How many tokens of a chunk one encoder reads, without the marks of begin and end."""
+    """How many tokens of a chunk one encoder reads, without the marks for begin and end."""
     marks = tokenizer.num_special_tokens_to_add()
     if marks == 1:  # T5, which reads as much as the pipeline asks for
         asked = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
@@ -298,7 +301,7 @@ def _limit(pipe: Any, tokenizer: Any) -> int:
 
 
 def _short(chunk: Chunk, tokenizer: Any, limit: int) -> Iterator[Chunk]:
-    """The chunk in parts of at most `limit` tokens, cut after a comma or between words where one is near."""
+    """Split a chunk into parts of at most `limit` tokens, after a comma or between words if either is near."""
     offsets, first = chunk.spans(tokenizer), 0
     begin = 0
     while len(offsets) - first > limit:

@@ -1,4 +1,4 @@
-"""A recipe: everything that determines one picture, as plain data."""
+"""A recipe: everything that determines a picture, as plain data."""
 
 from __future__ import annotations
 
@@ -31,44 +31,48 @@ RANGES = {
     "clip_skip": (1, 12),
 }
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
-OPEN = ("width", "height")  # numbers that may be left open with 0
+OPEN = ("width", "height")  # 0 leaves these numbers open
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
-MAX_MASKS = 512 << 10  # characters of all masks of a recipe; files with more than 1 MB of text are not read
+MAX_MASKS = 512 << 10  # characters of all masks; files with more than 1 MB of text are not read
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines a picture; the same recipe gives the same pixels on the same machine.
+    """Everything that determines a picture: the same recipe gives the same pixels on the same machine.
 
     Attributes:
-        prompt: with a `<lora:...>` tag for every LoRA.
+        prompt: the prompt, with a `<lora:...>` tag for every LoRA.
         negative: the negative prompt.
-        prompt_2, negative_2: what the second text encoder of a base that has two reads instead, without tags; "" is the same
-            as the first.
-        seed: of a generator on the CPU, whatever the device; -1 for a random one, before it is completed.
+        prompt_2, negative_2: what the second text encoder reads, without tags, if the base has two; "" means the same as the
+            first.
+        seed: the seed of a generator on the CPU, whatever the device. -1 means a random one, chosen by `Studio.complete`.
         steps, guidance: arguments of the pipeline call.
-        width, height: in pixels; 0 is what the base model draws such a prompt at, or that of the picture that is drawn over,
-            before it is completed.
-        sampler: a name in `samplers.SAMPLERS`; "" is the pipeline's own.
-        gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto" before it is completed.
-        arm: how the LoRAs are combined: "gates"; for comparison "sum", "base" (no LoRA), "alone NAME", or "merge METHOD"
+        width, height: the size in pixels. 0 means the usual size of the base model for the prompt, or the size of the
+            picture that is drawn over. `Studio.complete` and `render.with_pictures` fill it in.
+        sampler: a name in `samplers.SAMPLERS`; "" means the pipeline's own.
+        gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto", which `Studio.complete` resolves.
+        arm: how the LoRAs are combined: "gates", or for comparison "sum", "base" (no LoRA), "alone NAME" or "merge METHOD"
             (see `merging.merge`).
         locks: gate site -> {LoRA: weight}, used instead of the gate there.
-        experts: LoRA -> sha256 of its tensors, by which a file is found again under any name.
-        gates_sha256: of the trained gates, "" for a family.
-        base: the base pipeline's name; in a file its `shared_name`.
-        binding: "bound", each LoRA on its own words and in its own place; "tiles", and drawn there as a picture of its own
-            at first; "auto", in tiles where each has room for it, see `Mixture.tiled`; or "none".
-        masks: LoRA whose tag says region=painted -> its mask picture as `binding.config.mask_text` writes it.
-        weights: whether brackets in the prompt are weights, see `weight_syntax`; else they are plain text, and a long
+        experts: LoRA -> sha256 of its tensors. A file is found again by it, whatever its name.
+        gates_sha256: the hash of the trained gates; "" for a family.
+        base: the base pipeline's name; in a file, its `shared_name`.
+        binding: how the LoRAs are bound:
+
+            - "bound": each LoRA acts on its own words and in its own place.
+            - "tiles": the same, but the first steps draw each thing as a picture of its own.
+            - "auto": in tiles if each thing has enough room, see `Mixture.tiled`; otherwise bound.
+            - "none": not at all.
+        masks: LoRA whose tag says region=painted -> its mask picture, as `binding.config.mask_text` writes it.
+        weights: whether brackets in the prompt are weights, see `weight_syntax`. If not, they are plain text, and a long
             prompt is cut.
-        image, mask: sha256 of the pixels of a picture that is drawn over, and of the mask, white where it is drawn over;
-            "" for none.
-        strength: how much of that picture is redrawn, in 0..1: so much of the steps.
-        hires: above 1, the picture is made so much larger and drawn over once more, at `hires_strength`.
-        clip_skip: the last layer of the text encoder that is read, counted from the end as A1111 does; 1 is all layers.
+        image, mask: sha256 of the pixels of the picture that is drawn over and of its mask, which is white where the picture
+            is redrawn; "" for none.
+        strength: how much of that picture is redrawn, in 0..1. This is the fraction of the steps that run.
+        hires: a factor. Above 1, the picture is enlarged by it and drawn over again, at `hires_strength`.
+        clip_skip: the last layer of the text encoder that is read, counted from the end as in A1111; 1 means all layers.
     """
 
     prompt: str
@@ -118,7 +122,7 @@ class Recipe:
 
     @property
     def arm_and_name(self) -> tuple[str, str]:
-        """The arm, and the LoRA that is drawn alone or the method of the merge."""
+        """The arm without its argument, and the argument: the LoRA that is drawn alone or the method of the merge."""
         arm, _, name = self.arm.partition(" ")
         return arm, name
 
@@ -134,23 +138,23 @@ class Recipe:
 
     @property
     def plain_text(self) -> str:
-        """The prompt without its tags, and without brackets where they are weights."""
+        """The prompt without its tags and, if brackets are weights, without these."""
         return plain_text(self.text) if self.weights else self.text
 
     def binding_of_pass(self, *, over: bool = False) -> str:
-        """How the LoRAs are bound in a pass, one of `BINDINGS`: "none" without gates, and without tiles `over` a picture."""
+        """How a pass binds the LoRAs, one of `BINDINGS`: "none" without gates, and no tiles if it draws `over` a picture."""
         if self.arm != "gates":
             return "none"
         return BOUND if over and self.binding != "none" else self.binding
 
     @property
     def call(self) -> dict[str, Any]:
-        """The prompts without tags, and how they are read, as `prompt_weights.call_arguments` takes them."""
+        """The prompts without tags and how they are read: the arguments of `prompt_weights.call_arguments`."""
         texts = {name: getattr(self, name) for name in PROMPTS} | {"prompt": self.text}
         return {**texts, "guided": self.guidance > 1, "weights": self.weights}
 
     def constant_strengths(self) -> dict[str, float]:
-        """LoRA -> its one strength. Raises ValueError if a tag varies it over components, blocks or steps."""
+        """LoRA -> its strength. Raises ValueError if a tag varies it over components, blocks or steps."""
         tags = self.tags
         plain = [tag for tag in tags if len(tag.te.points) == len(tag.unet.points) == 1 and tag.te == tag.unet]
         if len(plain) != len(tags) or any(t.lbw or t.start or t.stop is not None for t in tags):
@@ -158,9 +162,9 @@ class Recipe:
         return {tag.name: tag.unet(0, 1) for tag in tags}
 
     def tag_bindings(self) -> dict[str, Any]:
-        """LoRA -> what its tag says about words and region, as `Mixture.bind` takes it.
+        """LoRA -> the words and region in its tag, as `Mixture.bind` takes them.
 
-        Raises ValueError for a painted region without a mask that can be read.
+        Raises ValueError for a painted region if its mask is missing or cannot be read.
         """
         bound = {tag.name: tag.binding for tag in self.tags if tag.binding is not None}
         for tag in self.tags:
@@ -171,12 +175,12 @@ class Recipe:
         return bound
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data with format and version, for a file; the base by its `shared_name`."""
+        """Plain data for a file, with format and version. The base has its `shared_name`."""
         return {"format": FORMAT, "version": VERSION, **asdict(self), "base": shared_name(self.base)}
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "the recipe") -> Recipe:
-        """The inverse of `to_dict`, but for where the base lies.
+        """The inverse of `to_dict`, except that the base keeps its `shared_name`.
 
         Raises ValueError for another format, an unknown or missing field, or a value out of range.
         """
@@ -200,7 +204,7 @@ class Recipe:
             raise ValueError(f"{where}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the recipe as JSON."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
@@ -208,13 +212,15 @@ KINDS = get_type_hints(Recipe)  # field -> its type
 
 
 def load(path: str | Path) -> Recipe:
-    """Read what `Recipe.save` wrote. Raises ValueError naming the file and what is wrong."""
+    """Read a file of `Recipe.save`. Raises ValueError that names the file and what is wrong."""
     return Recipe.from_dict(read_json(path), str(Path(path).name))
 
 
 def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] = ()) -> str:
-    """The prompt with one LoRA at a constant strength; a tag is added if there is none (in any case of letters), its
-    blocks and steps are kept."""
+    """The prompt with one LoRA at a constant strength.
+
+    The LoRA's tag is found in upper or lower case and keeps its blocks and steps. If there is no tag, one is added.
+    """
     parsed = parse(prompt, known)
     tags = {tag.name: tag for tag in parsed.tags}
     name = matching(name, tags) or matching(name.replace("_", " "), tags) or name

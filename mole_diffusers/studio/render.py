@@ -1,4 +1,4 @@
-"""Recipe -> picture, on one pipeline: what the commands, the app and its API call."""
+"""Recipe -> picture, on one pipeline. The commands, the app and its API all call this."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Studio:
     """One pipeline with a catalog of LoRAs and gates for it.
 
     Attributes:
-        lock: held while a picture is drawn; hold it to do anything else with the pipeline.
-        base: the base model that is open; "" where a change has failed and the one before could not be opened again.
+        lock: held while a picture is drawn. Hold it to do anything else with the pipeline.
+        base: the base model that is open; "" if a change failed and the one before could not be opened again.
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str):
@@ -53,19 +53,19 @@ class Studio:
     def _use(self, pipe: Any, base: str) -> None:
         self.pipe, self._own_scheduler = pipe, pipe.scheduler
         self._over: dict[bool, Any] = {}  # pipelines that draw over a picture, without and with a mask
-        self._attached_key: tuple | None = None  # what is attached; None: unknown
-        self.base = base  # last: with it other threads take the rest for there
+        self._attached_key: tuple | None = None  # identifies what is attached; None if that is unknown
+        self.base = base  # last, since other threads see it as a sign that the rest is ready
 
     def change_base(self, base: str, opening: Callable[[str], Base]) -> None:
-        """Put another base model in the place of this one, whose weights are let go first: no two are in memory at once.
+        """Replace the base model. The old weights are freed first, so that two models are never in memory at once.
 
-        Recipes that were completed before are for the base that they name; complete them again.
+        Recipes that were completed before belong to the old base: complete them again.
 
         Args:
-            opening: opens a base by name, as `base_models.open_base` does.
+            opening: opens a base by name, for example `base_models.open_base`.
 
-        Raises what `opening` raises; the base that was there is opened again then. ValueError where that fails, too: then
-        none is open until one is chosen.
+        Raises what `opening` raises, after opening the old base again. If that fails, too, it raises ValueError, and no base
+        is open until you choose one.
         """
         with self.lock.held():
             before = self.base
@@ -76,7 +76,7 @@ class Studio:
             raise failed
 
     def _put(self, base: str, opening: Callable[[str], Base]) -> Exception | None:
-        """Put a base in the place of the one that is open, if one is; the error where that fails."""
+        """Open a base, in place of the open one if there is one. Returns the error if that fails."""
         try:
             if self.base:
                 self.base = ""
@@ -90,12 +90,12 @@ class Studio:
         return None
 
     def check_open(self) -> None:
-        """Raises ValueError where no base model is open."""
+        """Raises ValueError if no base model is open."""
         if not self.base:
             raise ValueError("no base model is open, since the last change failed: choose one")
 
     def check_base(self, recipe: Recipe) -> None:
-        """Raises ValueError for a recipe that was completed for another base than is here now."""
+        """Raises ValueError if a recipe was completed for another base than the one that is open."""
         self.check_open()
         if shared_name(recipe.base) != shared_name(self.base):
             meant, here = (Path(base).name for base in (recipe.base, self.base))
@@ -109,7 +109,7 @@ class Studio:
         return list(samplers_of(self._own_scheduler))
 
     def misfit(self, name: str) -> str:
-        """Why a LoRA cannot be used with this base, in one clause by its file's header; "" if it may fit."""
+        """Why a LoRA cannot be used with this base, in one clause; "" if it may fit. Only the file's header is read."""
         try:
             check_family(self.catalog.family(name), models_of(self.pipe))
         except (ValueError, FileNotFoundError) as error:
@@ -117,11 +117,13 @@ class Studio:
         return ""
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """The recipe with everything chosen: a random seed, a size that can be drawn, "auto" gates; with the LoRAs' names in
-        this catalog, every hash, and the base; without locks of LoRAs that the prompt has not, and clip skip that the base
-        has not.
+        """Fill in everything that a recipe leaves open.
 
-        Raises ValueError if something is not here or does not fit.
+        This chooses a random seed, a size that can be drawn and the gates for "auto". It adds the base, the hashes, and the
+        LoRAs' names in this catalog. It drops locks of LoRAs that are not in the prompt, and clip skip if the base does not
+        support it.
+
+        Raises ValueError if something is missing here or does not fit.
         """
         self.check_open()
         given = parse(recipe.prompt, {*recipe.experts, *self.catalog.loras})
@@ -168,15 +170,17 @@ class Studio:
         )
 
     def warning(self, recipe: Recipe) -> str:
-        """What may be wrong with a completed recipe that can still be drawn, in one sentence; "" if nothing is."""
+        """What may be wrong with a completed recipe, in one sentence, though it can still be drawn; "" if nothing is."""
         others = self.catalog.other_files(recipe.gates, recipe.experts) if recipe.arm == "gates" else []
         names = ", ".join(map(repr, others))
         return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
 
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
-        """What its user should know of a completed recipe: its warning, what was changed, what is cut.
+        """What a user should know about a completed recipe: its warning, what was changed, and what is cut.
 
         Args:
+            asked: the recipe before `complete`.
+            recipe: the completed recipe.
             image: the picture that is drawn over.
         """
         notes = [self.warning(recipe)]
@@ -215,11 +219,11 @@ class Studio:
         """Draw a completed recipe.
 
         Args:
-            image, mask: the pictures of the recipe's hashes, see `with_pictures`.
-            on_step: called after every step of every pass; an exception in it ends the picture.
-            inside: makes a context for the call of the first pass from the mixture, for example its trace.
+            image, mask: the pictures whose hashes are in the recipe, see `with_pictures`.
+            on_step: called after every step of every pass. An exception in it stops the drawing.
+            inside: a function of the mixture whose context surrounds the first pass, for example a trace.
 
-        Raises ValueError for other pictures than the recipe's.
+        Raises ValueError if these are not the recipe's pictures.
         """
         check_pictures(recipe, image, mask)
         self.total_steps(recipe)
@@ -241,7 +245,7 @@ class Studio:
             return drawn
 
     def total_steps(self, recipe: Recipe) -> int:
-        """How often `draw` calls `on_step` for a recipe. Raises ValueError where a strength leaves no step."""
+        """How often `draw` calls `on_step` for a recipe. Raises ValueError if a strength leaves no steps."""
         first = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.strength) if recipe.image else recipe.steps
         second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
         return first + second
@@ -254,7 +258,7 @@ class Studio:
         on_step: OnStep | None,
         inside: Callable[[Mixture], AbstractContextManager] | None,
     ) -> Image.Image:
-        """One call of a pipeline. `over`: the picture that it draws over, the strength and the mask; {} for none."""
+        """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
         with ExitStack() as stack:
@@ -263,7 +267,7 @@ class Studio:
             mixture = self.attach_for(recipe, pipe)
             names, (kind, about) = [] if mixture is None else list(mixture.experts), recipe.arm_and_name
             stack.enter_context(clip_skip(pipe, recipe.clip_skip))
-            # The strengths are in a merge, which has no gates to lock.
+            # A merge already contains the strengths, and has no gates to lock.
             tags, locks = ([LoraTag(name) for name in names], {}) if kind == "merge" else (recipe.tags, recipe.locks)
             schedule = StrengthSchedule(names, tags, unet=denoiser(pipe), steps=steps, locks=locks)
             if mixture is not None:
@@ -291,10 +295,10 @@ class Studio:
         return self._over[masked]
 
     def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
-        """Attach the LoRAs and gates of a completed recipe, unless they already are; None if it has no LoRA.
+        """Attach the LoRAs and gates of a completed recipe, unless they already are. Returns None if it has no LoRA.
 
         Args:
-            pipe: the pipeline whose calls the mixture is to know, one over the same models; by default `self.pipe`.
+            pipe: the pipeline that will be called, with the same models; by default `self.pipe`.
         """
         pipe = self.pipe if pipe is None else pipe
         kind, about = recipe.arm_and_name
@@ -307,7 +311,7 @@ class Studio:
                 mixture.bind(None if binding is None else files_bindings(mixture.experts) | binding)
             return mixture
         self.forget_attached()
-        # In the order of the tags, which a file's name here does not change: the order decides the last bits of a sum.
+        # Keep the order of the tags, which does not depend on file names: the order decides the last bits of a sum.
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         if not experts:
             detach(pipe)
@@ -320,7 +324,7 @@ class Studio:
         return attached(pipe)
 
     def draws_in_tiles(self, recipe: Recipe) -> bool:
-        """Whether a completed recipe would be drawn in tiles, were its binding "auto"."""
+        """Whether a completed recipe would be drawn in tiles with binding "auto"."""
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         bound = bindings(recipe.tag_bindings(), experts, files_bindings(experts))
         texts = plain_texts(self.pipe, **recipe.call)
@@ -328,22 +332,24 @@ class Studio:
         return texts is not None and draws_in_tiles(self.pipe, texts | size, bound, experts)
 
     def forget_attached(self) -> None:
-        """Call this after attaching something else to the pipeline, so that the next picture attaches its own again."""
+        """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""
         self._attached_key = None
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error and of its causes hold: of a model that was half opened, its weights."""
+    """Free what the frames of an error and of its causes hold, such as the weights of a half-opened model."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that a mask shows in white; without them, as it was. A
-    size that is open is the picture's. One that names its pictures goes on naming them: `Studio.draw` takes no others.
+    """The recipe for drawing over a picture, or over the part of it that is white in a mask.
 
-    Raises ValueError for a mask of another size, or without a picture.
+    An open size becomes the picture's. Without pictures the recipe is unchanged. A recipe that already names its pictures
+    keeps their hashes, and `Studio.draw` refuses others.
+
+    Raises ValueError for a mask without a picture or of another size.
     """
     if image is not None and mask is not None and image.size != mask.size:
         sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
@@ -358,16 +364,16 @@ def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.
 
 
 def _hashes(image: Image.Image | None, mask: Image.Image | None) -> tuple[str, str]:
-    """The hashes of a recipe's pictures, "" for none: of the pixels that are drawn over, however their file has them."""
+    """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn over, not of the files."""
     first = "" if image is None else picture_passes.pixels_hash(picture_passes.on_white(image))
     return first, "" if mask is None else picture_passes.pixels_hash(mask.convert("L"))
 
 
 def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
-    """Raises ValueError for other pictures than the recipe's, or without them."""
+    """Raises ValueError if these are not the recipe's pictures, or if they are missing."""
     first, second = _hashes(image, mask)
     for name, given, digest, wanted in (("image", image, first, recipe.image), ("mask", mask, second, recipe.mask)):
-        of_file = "" if given is None else picture_passes.pixels_hash(given)  # in recipes of the command's earlier releases
+        of_file = "" if given is None else picture_passes.pixels_hash(given)  # as earlier releases of the command wrote
         if wanted not in (digest, of_file):
             other = "was made with another picture" if wanted else "was made without a picture"
             missing = "needs the picture that it was made with" if given is None else other
@@ -375,7 +381,7 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
 
 
 def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:
-    """What `Mixture.tiled` is given in a pass that is bound so."""
+    """The arguments of `Mixture.tiled` in a pass with this binding."""
     if binding == BOUND:
         return {"until": 0}
     always = binding == TILES
@@ -384,7 +390,7 @@ def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:
 
 
 def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[Any, int, Any, dict], dict]:
-    """`on_step` as a `callback_on_step_end` of diffusers, once for each step: some samplers evaluate the denoiser twice."""
+    """A `callback_on_step_end` that calls `on_step` once per step, also if a sampler evaluates the denoiser twice in it."""
     told = 0
 
     def callback(pipe: Any, index: int, timestep: Any, kwargs: dict) -> dict:
@@ -392,7 +398,7 @@ def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[A
         done = min(index // pipe.scheduler.order + 1, steps)
         if done > told:
             told, latents = done, kwargs["latents"]
-            if latents.dim() == 3:  # Flux's, as a sequence of patches
+            if latents.dim() == 3:  # Flux has them as a sequence of patches
                 latents = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
             on_step(done, latents)
         return kwargs

@@ -1,4 +1,4 @@
-"""Samplers by the names that people know, as schedulers of diffusers."""
+"""diffusers' schedulers by the sampler names that people know."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and
     "DDPM": ("DDPMScheduler", {}),
     "LCM": ("LCMScheduler", {}),
 }
-PLAIN = ("DDIM", "Euler a", "PLMS", "DDPM", "LCM")  # those without a schedule of Karras'
+PLAIN = ("DDIM", "Euler a", "PLMS", "DDPM", "LCM")  # those without a Karras schedule
 SAMPLERS = {
     f"{name} Karras" if karras else name: (kind, options if name in PLAIN else {"use_karras_sigmas": karras, **options})
     for name, (kind, options) in KINDS.items()
     for karras in ([False] if name in PLAIN else [False, True])
 }
-NEEDED = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler class -> package without which it does not draw
-FLOW: dict[str, tuple[str, dict[str, Any]]] = {"Euler": ("FlowMatchEulerDiscreteScheduler", {})}  # of SD 3 and Flux
+NEEDED = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler class -> package that it needs
+FLOW: dict[str, tuple[str, dict[str, Any]]] = {"Euler": ("FlowMatchEulerDiscreteScheduler", {})}  # for SD 3 and Flux
 
 
 def samplers_of(scheduler: Any) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The samplers that can draw with the model of a scheduler: those of flows for a model that was trained as one, and
-    those whose packages are installed."""
+    """The samplers that can draw with a scheduler's model and whose packages are installed. Models trained with flow
+    matching have their own."""
     return {name: made for name, made in _fitting(scheduler).items() if not _lacking(made[0])}
 
 
 def _fitting(scheduler: Any) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Those that fit the training of the model, installed or not."""
+    """The samplers that fit how the model was trained, whether or not their packages are installed."""
     return FLOW if "FlowMatch" in type(scheduler).__name__ else SAMPLERS
 
 
 def _lacking(kind: str) -> str:
-    """The package that a scheduler class needs and that is not installed; "" if it needs none."""
+    """The package that a scheduler class needs, if it is not installed; else ""."""
     package = NEEDED.get(kind, "")
     return package if package and find_spec(package) is None else ""
 
 
 def sampler(name: str, scheduler: Any, seed: int | Sequence[int] = 0) -> Any:
-    """A scheduler by its sampler's name in any case, for the model of `scheduler`; "" is that one itself.
+    """The scheduler for a sampler's name, in any case, for the model of `scheduler`; "" returns `scheduler` itself.
 
     Args:
-        seed: of the picture, or of each in a batch, for samplers that draw noise of their own, without the generator.
+        seed: the seed of the picture, or of each in a batch. Some samplers draw their own noise, without the generator.
 
-    Raises ValueError for a name that is unknown, that the model cannot be drawn with, or whose package is not installed.
+    Raises ValueError for an unknown name, a sampler that does not fit the model, or one whose package is not installed.
     """
     if not name:
         return scheduler
@@ -71,7 +71,7 @@ def sampler(name: str, scheduler: Any, seed: int | Sequence[int] = 0) -> Any:
 
 
 def sampler_name(name: str, scheduler: Any) -> str:
-    """The name as it is written; raises as `sampler`."""
+    """The sampler's name with its usual upper and lower case. Raises what `sampler` raises."""
     fitting = _fitting(scheduler)
     if (found := matching(name, fitting)) is None:
         raise ValueError(f"unknown sampler {name!r}; known: {', '.join(samplers_of(scheduler))}")

@@ -1,4 +1,4 @@
-"""The LoRA tags of a prompt -> a schedule that a mixture applies: one strength per expert, component, block and step."""
+"""Turn the LoRA tags of a prompt into a schedule for a mixture: a strength per expert, component, block and step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from mole_diffusers.studio.prompt_syntax import LoraTag
 
 
 class StrengthSchedule:
-    """What `Mixture.planned` takes, for a set of tags. `step` is the current step; the callback of `on_step` advances it.
+    """The schedule of a set of tags, for `Mixture.planned`.
+
+    `step` is the current step; the callback of `on_step` advances it.
 
     Args:
-        experts: names in the order of the mixture; one without a tag is absent.
+        experts: names in the order of the mixture; an expert without a tag has strength 0.
         tags: the tags.
         unet: the pipeline's denoiser; block weights need a UNet.
         steps: number of sampling steps.
-        locks: gate site -> {expert: weight}, used instead of the gate there; 0 for experts not named.
+        locks: gate site -> {expert: weight}, used instead of the gate there. Experts that are not named get 0.
 
-    Raises ValueError for a tag whose expert is not in the mixture, or block weights that do not fit the UNet.
+    Raises ValueError for a tag whose expert is not in the mixture, and for block weights that do not fit the UNet.
     """
 
     def __init__(
@@ -61,8 +63,8 @@ class StrengthSchedule:
     def on_step(self, then: Callable[[Any, int, Any, dict], dict] | None = None) -> Callable[..., dict]:
         """A `callback_on_step_end` that advances `step` and then calls `then`, another such callback.
 
-        Callbacks count evaluations of the denoiser: samplers of second order, Heun say, have two in a step, and PLMS has one
-        more than steps.
+        diffusers counts evaluations of the denoiser: samplers of second order such as Heun evaluate twice per step, and PLMS
+        once more than there are steps.
         """
 
         def advance(pipe: Any, index: int, timestep: Any, kwargs: dict) -> dict:

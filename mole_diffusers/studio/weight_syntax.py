@@ -1,7 +1,7 @@
-"""Weights inside a prompt, `(fox:1.3)` -> its words, the weight of each of their characters, and where chunks end.
+"""Parse weights in a prompt, such as `(fox:1.3)`, into words, a weight for each character, and chunks.
 
-They are written as in A1111: ( ) multiply by 1.1, [ ] divide by it, (words:1.3) by the number, a backslash makes a bracket
-plain text, and BREAK begins a new chunk.
+The syntax is A1111's: (words) multiplies by 1.1, [words] divides by 1.1, and (words:1.3) multiplies by 1.3. A backslash
+makes a bracket plain text, and BREAK begins a new chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BREAK = "\0"
 
 
 class Fragment(NamedTuple):
-    """Words of one weight in a chunk, and where they begin there."""
+    """Words in a chunk that have the same weight, and where they begin in it."""
 
     text: str
     weight: float
@@ -29,7 +29,7 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a prompt that is encoded by itself, and the weight of each of its characters."""
+    """A part of a prompt that is encoded on its own, and the weight of each character."""
 
     text: str
     weights: tuple[float, ...]
@@ -40,7 +40,7 @@ class Chunk:
 
     @property
     def fragments(self) -> list[Fragment]:
-        """From the first to the last."""
+        """The fragments in order."""
         found, start = [], 0
         for weight, run in groupby(self.weights):
             text = self.text[start : (end := start + len(list(run)))]
@@ -51,11 +51,11 @@ class Chunk:
 
     @property
     def words(self) -> str:
-        """The text as compel reads it, in which a fragment begins with a new word."""
+        """The text as compel reads it: each fragment begins a new word."""
         return " ".join(fragment.text for fragment in self.fragments) if self.has_weights else self.text
 
     def spans(self, tokenizer: Any) -> list[tuple[int, int]]:
-        """Where each token that is read of it begins and ends in the text."""
+        """Where each of its tokens begins and ends in the text."""
         found = []
         for fragment in self.fragments:
             read = tokenizer(fragment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -72,10 +72,10 @@ NOTHING = Chunk("", ())
 
 
 def parse_weights(prompt: str) -> list[Chunk]:
-    """The chunks that a prompt asks for, at least one.
+    """Split a prompt into its chunks, at least one.
 
-    Raises ValueError for a bracket that is not closed or not opened, for a weight beyond MOST_WEIGHT, and for what else
-    A1111 has in square brackets.
+    Raises ValueError for a bracket that is not closed or not opened, for a weight beyond MOST_WEIGHT, and for the other
+    things that A1111 allows in square brackets.
     """
     characters: list[str] = []
     weights: list[float] = []
@@ -108,7 +108,7 @@ def parse_weights(prompt: str) -> list[Chunk]:
 
 
 def plain_text(prompt: str) -> str:
-    """The words of a prompt without weights and breaks. Raises as `parse_weights`."""
+    """The words of a prompt without weights and breaks. Raises what `parse_weights` raises."""
     return " ".join(chunk.text for chunk in parse_weights(prompt) if chunk.text)
 
 

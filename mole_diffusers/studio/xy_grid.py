@@ -16,12 +16,12 @@ from mole_diffusers.studio.recipe import Recipe, with_strength
 
 KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "binding": str, "sampler": str,
          "weight": float, "strength": float, "hires": float, "hires_strength": float, "clip_skip": int}  # fmt: skip
-MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # of a grid, and of the cells of its sheet
+MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # limits of a grid, and of its sheet
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What varies along one side of a grid."""
+    """One axis of a grid: what varies along it."""
 
     varies: str  # "seed", "weight fox", ...
     labels: Sequence[str]
@@ -29,10 +29,10 @@ class Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """Parse `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, guidance, gates, binding, sampler,
-    strength, hires, hires_strength and clip_skip.
+    """Parse an axis such as `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`.
 
-    Raises ValueError naming the kinds.
+    The other kinds are steps, guidance, gates, binding, sampler, strength, hires, hires_strength and clip_skip. Raises
+    ValueError that names the kinds.
     """
     left, equals, right = text.partition("=")
     kind, _, about = left.strip().partition(" ")
@@ -58,9 +58,9 @@ def _changed(recipe: Recipe, *, kind: str, about: str, value: Any) -> Recipe:
 
 
 def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
-    """A recipe per cell, row by row.
+    """The recipes of all cells, row by row.
 
-    Raises ValueError for two axes of one kind, more than MAX_CELLS, and strengths that would change nothing.
+    Raises ValueError for two axes of the same kind, more than MAX_CELLS cells, and strengths that would change nothing.
     """
     if x.varies.casefold() == y.varies.casefold():
         raise ValueError(f"both axes vary {x.varies!r}, and a cell has only one; vary something else along one of them")
@@ -76,9 +76,9 @@ def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
 
 
 def sheet(pictures: Sequence[Sequence[Image.Image | None]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """Rows of pictures as one, with a label over each column and before each row; cells that were not drawn are grey.
+    """One picture of all cells, with a label above each column and next to each row. Cells that were not drawn are grey.
 
-    Cells are made as small as a file takes that `infotext.read` reads.
+    Cells are made small enough that `infotext.read` can read the file.
     """
     sizes = [image.size for row in pictures for image in row if image] or [(64, 64)]
     size = max(width for width, _ in sizes), max(height for _, height in sizes)

@@ -124,7 +124,7 @@ def test_what_the_gates_did(client):
     assert found["weights"]["M00"] == pytest.approx([0.2, 0.5])  # what was set by hand, times the tag's strength
     assert all(row == pytest.approx([0.8, 1.0]) for block, row in found["weights"].items() if block != "M00")
     assert found["pictures"][:2] == ["heat", "shares"]
-    assert found["pictures"][2:] == ["fox: 8 x 8 tokens", "ink: 8 x 8 tokens", "who acts most: 8 x 8 tokens"]
+    assert found["pictures"][2:] == ["fox: 8 x 8 tokens", "ink: 8 x 8 tokens", "strongest LoRA: 8 x 8 tokens"]
     assert all(pixels(file).size for file in files)
 
 

@@ -44,7 +44,7 @@ def test_every_model_shows_where_which_lora_acted(actions):
     assert len(report.labels) > 1
     assert all(row == [0.5, 1.0] for row in report.weights.values())
     assert all(row == [1.0, 1.0] for row in report.gates.values())
-    assert [label.partition(":")[0] for label in report.places] == ["fox", "ink", "who acts most"]
+    assert [label.partition(":")[0] for label in report.places] == ["fox", "ink", "strongest LoRA"]
     assert np.array_equal(pixels(report.picture), pixels(actions.compose(RECIPE, 1)(ignore).pictures[0].path))
 
 

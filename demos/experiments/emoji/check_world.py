@@ -1,10 +1,10 @@
-"""Is the emoji world fit to tell composers apart? Measures every row of its gate and says which are met.
+"""Is the emoji world fit to tell composers apart? This measures every row of its acceptance table, and says which pass.
 
     python demos/experiments/emoji/check_world.py [--rows judge base loras joint] [--pictures 96]
 
-Writes work/gate.json after every row, prints the table as Markdown, and puts sheets of samples, each over its true drawing,
-into work/sheets/. Joint LoRAs, one trained on all concepts of a composition but on no picture of them together, are kept in
-work/joint/.
+It writes work/gate.json after every row, prints the table as Markdown, and puts sheets of samples into work/sheets/, each
+sample above its true drawing. Joint LoRAs are kept in work/joint/. A joint LoRA is trained on all concepts of a composition,
+but on no picture of them together.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from mole_diffusers.evaluation.emoji_protocol import scene_of
 from mole_diffusers.training.lora_adapter import save_lora
 
 GATE = WORK / "gate.json"
-JOINT = make_loras.Recipe(rank=16)  # and as many updates for each concept as one LoRA has
-JOINT_ROWS = {  # kind -> share asked for
+JOINT = make_loras.Recipe(rank=16)  # with as many updates per concept as a single LoRA
+JOINT_ROWS = {  # kind -> required share
     "subject x style": 0.85,
     "two subjects": 0.95,
     "two subjects + style": 0.75,
@@ -42,7 +42,7 @@ JOINT_ROWS = {  # kind -> share asked for
 
 @dataclass
 class World:
-    """What is measured: the base as it stands, the drawings and the judge."""
+    """What is measured: the latest base, the drawings and the judge."""
 
     pipe: object
     drawings: Drawings
@@ -51,11 +51,11 @@ class World:
     def look(
         self, name: str, scenes: list[Scene], *, concepts: Collection[str] | None = None, batched: bool = True
     ) -> Share:
-        """The share of pictures of these scenes that are right; a sheet of the first 24 is kept.
+        """The share of pictures of these scenes that are right. A sheet of the first 24 is saved.
 
         Args:
-            concepts: what has to be there; None: all that the scenes are of.
-            batched: draw several prompts in one call, which tiles cannot.
+            concepts: the style counts only if it is one of these; None means that it always counts.
+            batched: draw several prompts in one call. Tiles cannot do that.
         """
         if batched:
             pictures = generate(self.pipe, scenes)
@@ -75,7 +75,7 @@ class World:
 
 
 def keep(row: str, share: Share, wanted: float) -> None:
-    """Add a row to work/gate.json and say it."""
+    """Add a row to work/gate.json and print it."""
     table = json.loads(GATE.read_text()) if GATE.exists() else {}
     low, high = share.interval
     table[row] = {"share": round(share.share, 4), "low": round(low, 3), "high": round(high, 3), "of": share.count}
@@ -86,7 +86,7 @@ def keep(row: str, share: Share, wanted: float) -> None:
 
 
 def judge_rows(world: World, pictures: int) -> None:
-    """True drawings, clean, in arrangements that the judge was not trained on."""
+    """The judge on clean, true drawings, in arrangements that it was not trained on."""
     of_style: list[bool] = []
     for count, wanted in ((1, 0.99), (2, 0.98), (3, 0.95)):
         subjects, style, _ = read_right(world.drawings, world.judge, count, pictures=pictures).tolist()
@@ -96,14 +96,14 @@ def judge_rows(world: World, pictures: int) -> None:
 
 
 def base_scenes(count: int, number: int, allowed: Callable[[str, str], bool]) -> list[Scene]:
-    """Random scenes of base words, all of whose cells are allowed."""
+    """Random scenes of base words. All their cells (subject and style) are allowed."""
     rng = np.random.default_rng([7, count])
     styles = [y for y in words.BASE_STYLES if sum(allowed(s, y) for s in words.BASE_SUBJECTS) >= count]
     return [draw_scene(words.BASE_SUBJECTS, styles, rng, count=count, allowed=allowed) for _ in range(number)]
 
 
 def base_rows(world: World, pictures: int) -> None:
-    """Cells that the base was trained on, and cells that it never saw."""
+    """The base on cells that it was trained on, and on cells that it never saw."""
     for count, seen, unseen in ((1, 0.97, 0.90), (2, 0.95, 0.85)):
         name = f"{count} subject{'s' * (count > 1)}"
         scenes = base_scenes(count, pictures, lambda s, y: not is_unseen(s, y))
@@ -128,13 +128,13 @@ def lora_rows(world: World, pictures: int) -> None:
 
 
 def joint_file(concepts: tuple[str, ...]) -> Path:
-    """Where the LoRA of a composition's concepts is kept."""
+    """The file of the joint LoRA for these concepts."""
     return WORK / "joint" / f"{'+'.join(concepts).replace(' ', '_')}.safetensors"
 
 
 def joint_rows(world: World, pictures: int, per_kind: int) -> None:
-    """One LoRA trained on all concepts of a composition, no picture of them together: everywhere, and bound to its words, in
-    tiles."""
+    """Joint LoRAs, trained on all concepts of a composition but on no picture of them together: acting everywhere, and bound
+    to their words, in tiles."""
     for kind, wanted in JOINT_ROWS.items():
         hits = {"joint": 0, "joint, in tiles": 0}
         count = 0
@@ -171,7 +171,7 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="*", choices=("judge", "base", "loras", "joint"), default=["judge", "base", "loras"])
-    parser.add_argument("--pictures", type=int, default=96, help="pictures a row; the judge's rows have ten times as many")
+    parser.add_argument("--pictures", type=int, default=96, help="pictures per row; the judge's rows have ten times as many")
     parser.add_argument("--per-kind", type=int, default=4, help="compositions of each kind with a joint LoRA")
     args = parser.parse_args()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""How well LoRAs are composed without training: the sum, binding part by part, what others do, and one LoRA trained on all.
+"""Measure how well LoRAs compose without training: the sum, parts of binding, other methods, and one LoRA trained on all.
 
     python demos/experiments/emoji/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
     python demos/experiments/emoji/compose.py --split larger --per-kind 8
@@ -7,11 +7,12 @@
     python demos/experiments/emoji/compose.py --split validation --pack
     python demos/experiments/emoji/compose.py --search --seeds 2
 
-Rows are appended below work/compose/, so a cut-off run goes on. "larger" are compositions of three and four of the test's
-subjects. `--concepts` composes drawn subjects and styles that are in no split, once `make_loras.py` has made their LoRAs.
-Trained gates are drawn where `train_gates.py --to work/gates` has made some, the joint LoRA where `check_world.py --rows
-joint` has. `--search` finds the strengths of the arm "grid search" on validation compositions. `--pack` writes every verdict
-to docs/results/, which docs/make_results.py makes the documents' tables from.
+Rows are appended below work/compose/, so you can continue an interrupted run. The split "larger" has compositions of three
+and four test subjects. `--concepts` composes subjects and styles that are in no split; first make their LoRAs with
+`make_loras.py`. Trained gates are included if `train_gates.py --to work/gates` has made them, and the joint LoRA if
+`check_world.py --rows joint` has made it. `--search` finds the strengths of the arm "grid search" on validation
+compositions. `--pack` writes all verdicts to docs/results/, from which docs/make_results.py makes the tables in the
+documents.
 """
 
 import argparse
@@ -46,15 +47,15 @@ from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.training.losses import cells
 
 DOCS = Path(__file__).parents[3] / "docs"
-STRENGTHS = DOCS / "results" / "strengths.json"  # of a grid search: by kind, the best of validation
+STRENGTHS = DOCS / "results" / "strengths.json"  # from a grid search: the best on validation, by kind
 GRID = (0.6, 0.8, 1.0, 1.2)
 SPLITS = {"test": TEST, "validation": VALIDATION}
-# The first of each split's; "other" are concepts of no split.
+# The first seed of each split; "other" means concepts of no split.
 SEEDS = {"test": 1000, "validation": 3000, "larger": 1000, "other": 5000}
 
 
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
-    """A subject's place as a user would say it, with its own words or with every word."""
+    """A place for each subject as a user would give it, with its own words or (`words`) with every word."""
     subjects = arms.subjects_of(setup, case)
     boxes = dict(zip(subjects, cells(len(subjects), *case.size), strict=True)) if len(subjects) > 1 else {}
     if words:
@@ -63,14 +64,14 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
 
 
 def parts(setup: Setup, case: Case) -> dict[str, Part]:
-    """A prompt that names a subject alone and its square, for each subject."""
+    """For each subject: a prompt that names only this one, and its square."""
     scene = scene_in(case.prompt)
     boxes = zip(scene.subjects, cells(len(scene.subjects), *case.size), strict=True)
     return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in boxes}
 
 
 def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) -> Arm:
-    """One ordinary LoRA of all concepts of a case, where its file is there; `by_words` binds it to each: tiles are drawn."""
+    """One ordinary LoRA for all concepts of a case, if its file exists. `by_words` binds it to each, to draw in tiles."""
 
     def draws(setup: Setup, case: Case) -> AbstractContextManager[Mixture]:
         binding = {name: list(case.concepts)} if by_words else None
@@ -115,17 +116,17 @@ OF_BINDING = (
 def measured(
     setup: Setup, drawn: Sequence[Arm], found: Sequence[tuple[Case, Scene]], judge: Judge, *, seeds: range, rows: Rows
 ) -> list[Row]:
-    """A row per picture of these compositions by these arms, drawn where it is not there yet."""
+    """A row per picture of these compositions by these arms. Missing pictures are drawn."""
     metrics = emoji_protocol.JudgeMetrics(judge, found)
     with small_attention(), mixed_precision():
         return evaluate(setup, drawn, [case for case, _ in found], metrics, seeds=seeds, rows=rows)
 
 
 def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tuple[dict[str, Image.Image], str]:
-    """A composition of the test at its first seed, in several ways and as it is drawn; and its name.
+    """A test composition at its first seed, in several ways and as the true drawing; and its name.
 
     Args:
-        joint: by the one LoRA of all its concepts.
+        joint: use the joint LoRA, which was trained on all its concepts, instead of a LoRA per concept.
     """
     concepts = (TEST | LARGER)[kind][index]
     experts = {"joint": joint_file(concepts)} if joint else {name: world.loras[name] for name in concepts}
@@ -152,7 +153,7 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
     return pictures, " +\n".join(concepts)
 
 
-FIGURES = {  # what is in each: compositions by kind and index, and columns
+FIGURES = {  # figure -> its compositions by kind and index, and its columns
     "bind": (
         (("two subjects", 0), ("two subjects", 2), ("two subjects", 4)),  # drawn on wide canvases
         ("plain sum", "bound", "regions", "true drawing"),
@@ -169,16 +170,16 @@ FIGURES = {  # what is in each: compositions by kind and index, and columns
 
 
 def figure(world: EmojiWorld, name: str, path: Path) -> None:
-    """One of FIGURES."""
+    """Draw one of FIGURES."""
     found, columns = FIGURES[name]
     rows = [side_by_side(world, *each, joint=name == "joint") for each in found]
     cells = [[pictures[column] for column in columns] for pictures, _ in rows]
     page = image_grid(cells, columns, [label for _, label in rows], cell=256)
-    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # which keeps it small
+    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # to keep the file small
 
 
 def pack(split: str) -> None:
-    """Write the verdicts on all pictures of a split to docs/results/SPLIT.csv.gz."""
+    """Write the verdicts for all pictures of a split to docs/results/SPLIT.csv.gz."""
     columns = ["kind", "concepts", "arm", "seed", "success"]
     rows = [row | {"concepts": "+".join(row["concepts"])} for row in Rows(WORK / "compose" / split).read()]
     table = pd.DataFrame(rows)[columns]
@@ -195,14 +196,14 @@ def pack(split: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SEEDS, default="validation")
-    parser.add_argument("--concepts", nargs="+", metavar="NAME", help='compose these instead: split "other"')
-    parser.add_argument("--kinds", nargs="*", choices=TEST | LARGER, help="default: all of the split")
+    parser.add_argument("--concepts", nargs="+", metavar="NAME", help='compose these instead, as split "other"')
+    parser.add_argument("--kinds", nargs="*", choices=TEST | LARGER, help="default: all in the split")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", choices=FIGURES, help="draw that picture of docs/ instead")
     parser.add_argument("--pack", action="store_true", help="write the split's verdicts to docs/results/ instead")
-    parser.add_argument("--search", action="store_true", help="find each kind's best strengths of the sum on validation")
+    parser.add_argument("--search", action="store_true", help="find the sum's best strengths for each kind, on validation")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
     if args.pack:

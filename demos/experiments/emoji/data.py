@@ -1,9 +1,9 @@
-"""Render the open emoji sets into one lossless atlas of every subject of the world.
+"""Render open emoji sets into one lossless atlas with every subject of the world.
 
     python demos/experiments/emoji/data.py
 
-Fetches the sets with `npm pack`, renders each icon at 96 x 96 RGBA and writes `atlas.webp` (lossless), `atlas.json`
-(subjects, styles, layout) and `LICENSES.md` beside it.
+This fetches the sets with `npm pack`, renders each icon at 96 x 96 RGBA, and writes `atlas.webp` (lossless), `atlas.json`
+(subjects, styles, layout) and `LICENSES.md`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mole_diffusers.emoji import words
 
 ASSETS = Path(__file__).parents[2] / "emoji" / "assets"
-SIZE, COLUMNS = 96, 36  # more pixels than any picture gives a subject, so that every size is drawn sharp
+SIZE, COLUMNS = 96, 36  # more pixels than a subject has in any picture, so that all sizes are sharp
 SETS = {  # style word: (npm package, version, licence, authors)
     "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0", "Google Inc., Noto Emoji"),
     "twemoji": ("@iconify-json/twemoji", "1.2.5", "CC BY 4.0", "Twitter, Twemoji"),
@@ -43,7 +43,7 @@ def fetch(package: str, version: str, folder: Path) -> dict:
 
 
 def render(icons: dict, name: str) -> Image.Image:
-    """One icon as SIZE x SIZE RGBA; raises KeyError where the set lacks it."""
+    """One icon as SIZE x SIZE RGBA. Raises KeyError if the set does not have it."""
     name = icons.get("aliases", {}).get(name, {}).get("parent", name)
     icon = icons["icons"][name]
     width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))

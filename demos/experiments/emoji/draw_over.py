@@ -1,9 +1,9 @@
-"""Whether things keep their places in a picture that is drawn over: found in the picture, and from attention.
+"""Do things keep their places when LoRAs draw over a picture? Places are found in the picture, and from attention.
 
     python demos/experiments/emoji/draw_over.py [--split validation] [--per-kind 6] [--seeds 2]
 
-Drawn over are true drawings of two subjects, at three strengths, whoever is named first. Right is a layout in which each
-subject has the place where it stands. Layouts are all that is looked at, so a few steps suffice.
+The pictures are true drawings of two subjects. They are drawn over at three strengths, with either subject named first. A
+layout is right if each subject has the place where it stands. Only layouts are measured, so a few steps are enough.
 """
 
 import argparse
@@ -33,7 +33,7 @@ WAYS: dict[str, AbstractContextManager] = {
 
 
 def kept(world: EmojiWorld, pipe: StableDiffusionImg2ImgPipeline, scene: Scene, seeds: range) -> Iterator[bool]:
-    """Of each drawing over a scene's picture, whether the layout has each subject where it stands."""
+    """For each drawing over a scene's picture: whether the layout has each subject where it stands."""
     picture = world.drawings.picture(scene)
     boxes = dict(zip(scene.subjects, cells(len(scene.subjects), *scene.size), strict=True))
     mixture = attach(pipe, {name: world.loras[name] for name in scene.subjects})
@@ -46,7 +46,7 @@ def kept(world: EmojiWorld, pipe: StableDiffusionImg2ImgPipeline, scene: Scene, 
 
 
 def _share(region: torch.Tensor, box: tuple[float, float, float, float]) -> float:
-    """How much of a box (left, top, right, bottom, in shares of the picture) a region [H, W] has."""
+    """How much of a box a region [H, W] covers. The box is left, top, right, bottom, in shares of the picture."""
     height, width = region.shape
     left, top, right, bottom = box
     return region[round(top * height) : round(bottom * height), round(left * width) : round(right * width)].mean().item()

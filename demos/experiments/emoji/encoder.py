@@ -1,8 +1,8 @@
 """The emoji world's encoder: the principal components of 4 x 4 pixels, written into a diffusers AutoencoderKL.
 
-Nothing of it is trained. Each place of the latents holds the 20 components that vary most among the world's 4 x 4 patches,
-the strong ones drawn nearer to the weak ones. Latents are thus known from the start, a linear function of the picture, and
-a decoder can be trained, and trained again, without any of them changing.
+Nothing in it is trained. Each place of the latents holds the 20 components that vary most among the world's 4 x 4 patches.
+Strong components are scaled down more, so that they are closer to the weak ones. Latents are a linear function of the
+picture and known from the start. You can train the decoder, even several times, without changing them.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings
 
 CHANNELS, PATCH = 20, 4
-EVENING = 0.3  # a component of standard deviation s is divided by s ** EVENING; more, and fine detail drowns the shapes
-CONSTANT = 30.0  # held beside the signal in each norm group, so large that the norm divides by a constant
-LOG_VARIANCE = -12.0  # the encoder is sure
+EVENING = 0.3  # component of standard deviation s is divided by s ** EVENING; if larger, fine detail drowns shapes
+CONSTANT = 30.0  # put next to the signal in each norm group; so large that the norm divides by a constant
+LOG_VARIANCE = -12.0  # the encoder is certain
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A linear map of pixel patches to latents of variance 1 in the mean over channels: weight [C, 48], bias [C]."""
+    """A linear map from pixel patches to latents, with weight [C, 48] and bias [C]. Latents have a mean variance of 1."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -39,9 +39,9 @@ class Patches:
 
 
 def patches(drawings: Drawings, pictures: int = 1500) -> Patches:
-    """The principal components of the world's pictures; found once and kept beside the drawings.
+    """The principal components of the world's pictures. They are computed once and kept next to the drawings.
 
-    Near-equal components turn with the machine's rounding, so base and decoder must share the file.
+    Nearly equal components depend on a machine's rounding, so the base and the decoder must share the file.
     """
     path = drawings.folder / "patches.safetensors"
     if not path.exists():
@@ -60,9 +60,9 @@ def patches(drawings: Drawings, pictures: int = 1500) -> Patches:
 
 @torch.no_grad()
 def write(autoencoder: AutoencoderKL, linear: Patches) -> None:
-    """Set encoder and both quantising layers to `linear`, exact but for what the norm's constants leave (about 1 in 1000).
+    """Set the encoder and both quantising layers to `linear`, exactly but for the norm's constants (about 1 in 1000).
 
-    Residual branches are silent; two strided convolutions gather the 4 x 4 pixels, the last layers hand them on.
+    Residual branches are zero. Two strided convolutions gather the 4 x 4 pixels, and the last layers pass them on.
     """
     for module in autoencoder.encoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -75,7 +75,7 @@ def write(autoencoder: AutoencoderKL, linear: Patches) -> None:
 
 
 def _gather(encoder: nn.Module, linear: Patches) -> None:
-    """The first strided convolution lays 2 x 2 pixels side by side as 4 colour + number; the second applies `linear`."""
+    """The first strided convolution puts 2 x 2 pixels into channels 4 * colour + number; the second applies `linear`."""
     _carry(encoder.conv_in, 3)
     first, second = (block.downsamplers[0].conv for block in encoder.down_blocks[:2])
     weight = linear.weight.reshape(CHANNELS, 3, 2, 2, 2, 2)  # [C, colour, outer y, inner y, outer x, inner x]
@@ -88,9 +88,9 @@ def _gather(encoder: nn.Module, linear: Patches) -> None:
 
 
 def _through_the_norm(encoder: nn.Module, groups: int) -> None:
-    """Before the last norm each component stands as x and -x, since silu(x) - silu(-x) = x, beside large constants.
+    """Carry the components through the last norm: as x and -x, since silu(x) - silu(-x) = x, next to large constants.
 
-    A group has the mean zero, and a spread that the constants alone decide: the norm's own weight undoes it.
+    A group has mean zero, and only the constants decide its spread. The norm's weight undoes that.
     """
     shortcut, norm, out = encoder.down_blocks[2].resnets[0].conv_shortcut, encoder.conv_norm_out, encoder.conv_out
     width = norm.num_channels // groups
@@ -102,14 +102,14 @@ def _through_the_norm(encoder: nn.Module, groups: int) -> None:
         constant[slot : slot + 2] = False
     signs = torch.tensor([-CONSTANT, CONSTANT]).repeat(norm.num_channels // 2)
     shortcut.bias.copy_(torch.where(constant, signs, 0.0))
-    share = constant.reshape(groups, width).float().mean(1)  # of a group's channels
+    share = constant.reshape(groups, width).float().mean(1)  # of a group's channels, those with constants
     norm.weight.copy_((CONSTANT * share.sqrt()).repeat_interleave(width))
     norm.bias.zero_()
     out.bias[CHANNELS:] = LOG_VARIANCE
 
 
 def _carry(layer: nn.Conv2d, channels: int) -> None:
-    """A convolution that hands on its first channels as they are."""
+    """Make a convolution pass its first channels on unchanged."""
     layer.weight.zero_()
     layer.bias.zero_()
     middle = layer.kernel_size[0] // 2

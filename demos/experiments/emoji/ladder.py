@@ -1,11 +1,12 @@
-"""Where is the limit? From one weight per LoRA to the LoRAs' own matrices, more and more is free to learn to compose.
+"""Where is the limit? More and more is free to learn composing, from one weight per LoRA to the LoRAs' own matrices.
 
     python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 4] [--seeds 4] [--rungs ...] [--updates 60 240]
     python demos/experiments/emoji/ladder.py --figure docs/ladder.png
 
-Every rung begins as bound LoRAs and learns from prompts alone, by one objective: collages of a composition's subjects, each
-drawn by itself, under the composition's prompt, with each LoRA in the place of its drawing. What is trained is kept in
-work/ladder/RUNG/UPDATES, and rows are appended below work/ladder/rows, so a cut-off run goes on.
+Every rung begins as bound LoRAs and learns from prompts alone, with one objective: to draw collages of a composition's
+subjects, each drawn by itself, under the composition's prompt and with each LoRA in the place of its drawing. Trained rungs
+are kept in work/ladder/RUNG/UPDATES, and rows are appended below work/ladder/rows, so you can continue an
+interrupted run.
 """
 
 import argparse
@@ -48,7 +49,7 @@ UPDATES = (60, 240)
 
 
 class Mixer(nn.Module):
-    """D [R, R] of y = W x + B (g * ((I + D) (A x))), which mixes the ranks of all LoRAs. It is zero at first."""
+    """The matrix D [R, R] in y = W x + B (g * ((I + D) (A x))). It mixes the ranks of all LoRAs, and is zero at first."""
 
     def __init__(self, down: nn.Module):
         super().__init__()
@@ -76,10 +77,10 @@ def free_both(layer: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Rung:
-    """What learns: gates of a family, or what `frees` gives of each layer with LoRAs.
+    """What learns: gates of a family, or what `frees` returns for each layer with LoRAs.
 
     Attributes:
-        lr: None is what suits each gate.
+        lr: the learning rate; None takes the one that suits each gate.
     """
 
     gates: str | GateConfig = "sum"
@@ -100,7 +101,7 @@ RUNGS = {
 
 
 def layers(pipe: Any) -> Iterator[tuple[str, str, Any]]:
-    """(part, name in it, peft's layer) of each layer that an attached LoRA changes; A and B there are those of all LoRAs."""
+    """(part, name in it, peft's layer) of each layer that attached LoRAs change. A and B in it are those of all LoRAs."""
     for part in ("unet", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules():
             if ADAPTER in getattr(module, "lora_A", {}):
@@ -108,7 +109,7 @@ def layers(pipe: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
-    """Put what a rung frees among the mixture's gates, which are what is trained and saved. It ends with `detach`."""
+    """Add what a rung frees to the mixture's gates, so that it is trained and saved. `detach` undoes this."""
     if rung.frees is not None:
         mixture.banks["layers"] = GateBank({f"{part}.{name}": rung.frees(layer) for part, name, layer in layers(pipe)})
 
@@ -119,19 +120,19 @@ def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
 def train(
     pipe: Any, experts: Mapping[str, Expert], rung: Rung, data: TrainingData, folder: Path, *, config: GateTraining
 ) -> list[dict]:
-    """Train a rung on bound experts and write it to `folder`; returns the log. The pipeline is given back as it was."""
+    """Train a rung on bound experts, write it to `folder` and return the log. The pipeline is left as it was."""
     mixture = attach(pipe, experts, rung.gates)
     try:
         set_free(pipe, mixture, rung)
         log = train_gates(pipe, mixture, data, config=replace(config, lr=rung.lr))
-        mixture.save_pretrained(folder)  # last of all: where its config is, all is there
+        mixture.save_pretrained(folder)  # last: if its config is there, everything is
     finally:
         detach(pipe)
     return log
 
 
 def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each term's mean over the last tenth of the updates."""
+    """The mean of each term over the last tenth of the updates."""
     last = log[-max(1, len(log) // 10) :]
     return {name: round(sum(row[name] for row in last) / len(last), 3) for name in log[0] if name != "step"}
 
@@ -140,7 +141,7 @@ def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def kept(name: str, updates: int) -> Callable[[Case], Path]:
-    """Where a rung of a case is kept."""
+    """The folder of a trained rung, for a case."""
     return arms.gates_of(WORK / "ladder" / name / str(updates))
 
 
@@ -163,7 +164,7 @@ def bound(name: str, updates: int) -> Arm:
 
 
 def placed(rows: Sequence[Row]) -> Iterator[Row]:
-    """Rows where the figure has them: by rung, a line for each number of updates; what is not trained is at every rung."""
+    """Rows for the figure: by rung, with a line per number of updates. Untrained arms are at every rung."""
     rungs = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in rows if " @ " in row["arm"])
     for row in rows:
         rung, _, updates = row["arm"].partition(" @ ")

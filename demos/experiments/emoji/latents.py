@@ -1,4 +1,4 @@
-"""The base's training pictures as latents, encoded once and kept: a pool that grows while the base trains."""
+"""The base's training pictures as latents: a pool that is encoded once, kept, and grows while the base trains."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings
 from mole_diffusers.emoji.scenes import Scene
 
-SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64}  # canvas -> pictures in a chunk
+SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64}  # canvas -> pictures per chunk
 FOLDER = WORK / "latents"
 
 
 def draw_shape(shape: str, rng: np.random.Generator, placed: float) -> Scene:
-    """A random scene of a canvas out of the cells that the base may see; a share of `placed` says places."""
+    """A random scene on a canvas, from the cells that the base may see. In a share of `placed`, the caption says places."""
     count = {"one": 1, "wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}[shape]
     while True:
         scene = draw_scene(
@@ -36,14 +36,14 @@ def draw_shape(shape: str, rng: np.random.Generator, placed: float) -> Scene:
 
 @dataclass
 class Pool:
-    """Latents by canvas. Chunk k holds the same pictures in every run, so that a resumed run reads what it had."""
+    """Latents by canvas. Chunk k has the same pictures in every run, so a resumed run reads the same ones."""
 
     drawings: Drawings
     latents: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {shape: [] for shape in SHAPES})
     captions: dict[str, list[list[str]]] = field(default_factory=lambda: {shape: [] for shape in SHAPES})
 
     def grow(self, chunks: int, shapes: Iterable[str] = SHAPES) -> None:
-        """Hold `chunks` chunks of each of these canvases."""
+        """Grow to `chunks` chunks of each of these canvases."""
         FOLDER.mkdir(parents=True, exist_ok=True)
         for shape in shapes:
             for k in range(len(self.latents[shape]), chunks):
@@ -56,8 +56,8 @@ class Pool:
 
     def _encoded(self, shape: str, k: int) -> dict:
         rng = np.random.default_rng([k, list(SHAPES).index(shape)])
-        scenes = [draw_shape(shape, rng, placed=0.4) for _ in range(SHAPES[shape])]  # places help to tell subjects apart
-        freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner where places hardly vary
+        scenes = [draw_shape(shape, rng, placed=0.4) for _ in range(SHAPES[shape])]  # places help tell subjects apart
+        freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner if places hardly vary
         pictures = to_tensor([random_picture(self.drawings, s, rng, freedom) for s in scenes])
         return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}
 

@@ -1,4 +1,4 @@
-"""What the training scripts of the emoji world share: a loop that outlives interruptions, and small helpers."""
+"""Shared by the training scripts of the emoji world: a training loop that survives interruptions, and small helpers."""
 
 import json
 import math
@@ -24,35 +24,35 @@ def device() -> torch.device:
 
 
 def small_attention() -> AbstractContextManager:
-    """On a CPU the plain kernel trains a fifth faster than the fused one at this world's token counts."""
+    """Use the plain kernel on a CPU: at this world's token counts it trains a fifth faster than the fused one."""
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()
 
 
 def multiplies_bf16() -> bool:
-    """Is bfloat16 the faster type here? A CPU that only stores it is three times slower in it than in float32."""
+    """Whether bfloat16 is faster here. A CPU that can only store it is three times slower with it than with float32."""
     able = torch.cpu.get_capabilities()
     return device().type != "cpu" or bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
 def mixed_precision() -> AbstractContextManager:
-    """bfloat16 autocast where that is the faster type."""
+    """bfloat16 autocast, if that is faster here."""
     return torch.autocast(device().type, torch.bfloat16) if multiplies_bf16() else nullcontext()
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB pictures of one size as [B, 3, H, W] in -1..1."""
+    """RGB pictures of the same size as [B, 3, H, W] in -1..1."""
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def save_whole(state: object, path: Path) -> None:
-    """Write beside, then rename: a reader or an interruption never meets half a file."""
+    """Write a temporary file, then rename it, so that there is never half a file, even after an interruption."""
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
     os.replace(beside, path)
 
 
 class Ema:
-    """Exponential moving average of parameters; early steps average over what there is."""
+    """Exponential moving average of parameters. Early steps average over the few there are."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
@@ -72,13 +72,13 @@ class Ema:
 def constant_then_decay(step: int, *, steps: int, warmup: int, decay: int) -> float:
     """Share of the peak rate: a linear warm-up, the peak, and a linear descent to zero over the last `decay` steps.
 
-    A run that stops before the descent can be given more `steps` later and goes on at the peak.
+    A run that stopped before the descent can be continued at the peak, with more `steps`.
     """
     return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / decay))
 
 
 def cosine(step: int, *, steps: int, warmup: int) -> float:
-    """Share of the peak rate: a linear warm-up and half a cosine down to a hundredth."""
+    """Share of the peak rate: a linear warm-up, then half a cosine down to one hundredth."""
     return min(1.0, (step + 1) / warmup) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
 
 
@@ -94,10 +94,10 @@ def fit(
     generator: torch.Generator | None = None,
     optimizer: torch.optim.Optimizer | MuonAndAdamW | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Train `module` on `loss_at(step)` at `lr * share(step)`, with AdamW or `optimizer`; returns the averaged weights.
+    """Train `module` on `loss_at(step)` at `lr * share(step)`, with AdamW or `optimizer`. Returns the averaged weights.
 
-    work/NAME.pt is written every five minutes and at the end, and picked up again by the next run, with the optimiser and
-    the random state of `generator`. A line every half minute goes to standard output and to work/NAME.log.
+    Every five minutes and at the end, this writes work/NAME.pt, with the optimiser and the random state of `generator`. The
+    next run continues from it. Every half minute, a line goes to standard output and to work/NAME.log.
     """
     WORK.mkdir(exist_ok=True)
     path = WORK / f"{name}.pt"
@@ -148,12 +148,12 @@ def averaged(name: str) -> dict[str, torch.Tensor]:
 
 
 def updates(name: str) -> int:
-    """How many updates the last checkpoint of a run has had."""
+    """The number of updates in the last checkpoint of a run."""
     return torch.load(WORK / f"{name}.pt", weights_only=True, map_location="cpu")["step"]
 
 
 def note(name: str, **facts: object) -> None:
-    """What a run found or took, kept in work/took.json and printed."""
+    """Print facts about a run, such as its results or its time, and keep them in work/took.json."""
     path = WORK / "took.json"
     took = json.loads(path.read_text()) if path.exists() else {}
     took[name] = facts

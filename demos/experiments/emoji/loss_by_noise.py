@@ -1,9 +1,10 @@
-"""The base's v loss at fixed noise levels, on scenes that it does not train on: what it makes of texts and noisy pictures.
+"""The base's v loss at fixed noise levels, on scenes that it does not train on.
 
     python demos/experiments/emoji/loss_by_noise.py [CHECKPOINT ...]
 
-A checkpoint is a `work/base.pt`; without one, the saved base. First comes the least loss that is
-possible at t = 999, where only the text tells: the variance of what one caption may show.
+This shows how well it uses texts and noisy pictures. A checkpoint is a file like `work/base.pt`; the default is the saved
+base. The first line is the least possible loss at t = 999, where only the text gives information: the variance among the
+pictures that one caption may describe.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from mole_diffusers.emoji.scenes import Scene
 
 LEVELS = (999, 930, 850, 700, 400)  # of 1000
 SCENES = {"one": 96, "wide": 48, "tall": 48}
-CAPTIONS, PICTURES = 150, 16  # for the least loss: pictures of each caption
+CAPTIONS, PICTURES = 150, 16  # for the least loss: captions, and pictures of each
 
 
 def scenes_of(shape: str, count: int) -> tuple[list[Scene], np.random.Generator]:
@@ -31,19 +32,19 @@ def scenes_of(shape: str, count: int) -> tuple[list[Scene], np.random.Generator]
 
 
 def latents_of(drawings: Drawings, scenes: list[Scene], rng: np.random.Generator) -> torch.Tensor:
-    """[B, C, H / 4, W / 4]"""
+    """Latents [B, C, H / 4, W / 4] of random pictures of these scenes."""
     return patches(drawings)(to_tensor([random_picture(drawings, s, rng) for s in scenes]))
 
 
 def least_loss(drawings: Drawings, shape: str) -> float:
-    """The mean variance of latents under one caption."""
+    """The mean variance of latents that have the same caption."""
     scenes, rng = scenes_of(shape, CAPTIONS)
     return float(np.mean([latents_of(drawings, [s] * PICTURES, rng).var(0).mean() for s in scenes]))
 
 
 @torch.no_grad()
 def losses(both: torch.nn.ModuleDict, x: torch.Tensor, captions: list[str]) -> list[float]:
-    """At each of `LEVELS`, with noise of that seed."""
+    """The loss at each of `LEVELS`, with the level as the seed of the noise."""
     tokenizer, scheduler = train_base.load_tokenizer(), train_base.build_scheduler()
     ids = tokenizer(captions, padding="max_length", max_length=train_base.TOKENS, return_tensors="pt").input_ids
     found = []

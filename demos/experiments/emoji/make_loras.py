@@ -1,10 +1,10 @@
-"""Teach the base what it has never seen: a LoRA per held-out subject and style, or of any other drawn subject by name.
+"""Teach the base new concepts: a LoRA per held-out subject and style, or for any other drawn concept by name.
 
     python demos/experiments/emoji/make_loras.py [NAME ...]
 
-A subject is shown in every base style, alone and beside base subjects on wide and tall canvases; a style over the base
-subjects. No LoRA sees a held-out subject in a held-out style. Ranks 4, 8 and 16 and two sets of layers are mixed; two files
-are in kohya's format with alpha != rank. Files that exist are kept, so an interrupted run goes on.
+A subject is shown in every base style, alone and next to base subjects on wide and tall canvases. A style is shown on the
+base subjects. No LoRA sees a held-out subject in a held-out style. The LoRAs have ranks 4, 8 and 16 and two sets of layers,
+and two files are in kohya's format with alpha != rank. Existing files are kept, so you can continue an interrupted run.
 """
 
 import argparse
@@ -28,25 +28,25 @@ from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
 from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
-PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded per canvas
-BATCH = {"one": 16, "wide": 8, "tall": 8}  # per update
-TURNS = ("wide", "tall", "one", "wide", "tall")  # four fifths pairs: else a LoRA colours its neighbour
+PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded pictures per canvas
+BATCH = {"one": 16, "wide": 8, "tall": 8}  # pictures per update
+TURNS = ("wide", "tall", "one", "wide", "tall")  # four fifths are pairs; with fewer, a LoRA colours its neighbour
 KOHYA = ("octopus", "duotone")
-WIDE = ("attention", "feed-forward")  # of the attention layers alone a LoRA stays soft
+WIDE = ("attention", "feed-forward")  # with only attention layers, a LoRA stays soft
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one concept is taught; alpha is rank, or half of it where the file is in kohya's format."""
+    """How a concept is taught. Alpha is the rank, or half of it if the file is in kohya's format."""
 
     rank: int = 8
     layers: tuple[str, ...] = WIDE
     steps: int = 400
     lr: float = 6e-3
-    text_lr: float = 0.0  # a subject LoRA's part in the text encoder pushes the style word away
+    text_lr: float = 0.0  # a subject LoRA in the text encoder pushes the style word away
 
 
-RECIPES = {  # ranks and layers mixed as artists' files are
+RECIPES = {  # ranks and layers are mixed, like in artists' files
     "sunflower": Recipe(rank=16),
     "doughnut": Recipe(rank=4),
     "tiger": Recipe(rank=16, layers=(*WIDE, "convolution")),
@@ -62,7 +62,7 @@ def recipe(concept: str) -> Recipe:
 
 
 def concept_scene(concept: str, shape: str, rng: np.random.Generator) -> Scene:
-    """One training scene: a style over base subjects, or a subject in a base style, alone or beside a base subject."""
+    """A training scene: a style on base subjects, or a subject in a base style, alone or next to a base subject."""
     while True:
         count = 1 if shape == "one" else 2
         if concept in words.STYLES:
@@ -78,7 +78,7 @@ def concept_scene(concept: str, shape: str, rng: np.random.Generator) -> Scene:
 
 
 def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict[str, Samples]:
-    """Pictures of the concepts, each by itself, as latents with captions, by canvas."""
+    """Pictures of each concept by itself, as latents with captions, by canvas."""
     rng = np.random.default_rng([sum(map(ord, c)) for c in concepts])
     found = {}
     for shape, count in PICTURES.items():
@@ -88,7 +88,7 @@ def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict
 
 
 def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> dict[str, torch.Tensor]:
-    """Tensors of a LoRA trained on the canvases in turn; the pipeline is given back as it was."""
+    """Tensors of a LoRA trained on the canvases in turn. The pipeline is left as it was."""
     config = LoraTraining(
         rank=chosen.rank, alpha=alpha, layers=chosen.layers, steps=chosen.steps, lr=chosen.lr, text_lr=chosen.text_lr
     )

@@ -1,4 +1,4 @@
-"""Muon for the matrices and convolutions of a network, AdamW for the rest."""
+"""Muon for the matrices and convolutions of a network, and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.optim import AdamW, Muon
 
 
 class MuonAndAdamW:
-    """One rate for both: Muon's step is as long as AdamW's.
+    """Muon and AdamW with a common learning rate: Muon's steps are as long as AdamW's.
 
-    Muon (Jordan et al. 2024) steps along the orthogonalised momentum of each hidden layer's weight, a convolution's as a
-    matrix [outputs, inputs x height x width]. The length is that of Liu et al. 2025, section 2.2.
+    Muon (Jordan et al. 2024) steps along the orthogonalised momentum of each hidden layer's weight. For a convolution, this
+    is a matrix [outputs, inputs x height x width]. The step length follows Liu et al. 2025, section 2.2.
 
     Args:
-        ends: parts of the names of layers that are not hidden: the first, the last, and embeddings.
+        ends: parts of the names of layers that are not hidden: the first, the last and embeddings.
     """
 
     def __init__(self, module: nn.Module, lr: float, ends: Sequence[str]):

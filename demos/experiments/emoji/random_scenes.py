@@ -1,4 +1,4 @@
-"""The random scenes that all training here learns from: what they show and where, and what is kept from the base."""
+"""The random scenes for all training here: what they show and where, and what the base must not see."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from mole_diffusers.emoji.scenes import RELATIONS, SIDE, Box, Scene, squares
 from mole_diffusers.emoji.words import BACKGROUNDS
 
 SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
-SHIFT = 1  # pixels, at most, that a subject stands off the middle of its square: what no caption says is blurred at first
+SHIFT = 1  # most pixels that a subject is off the middle of its square: what captions do not say is blurred at first
 UNSEEN_SHARE = 0.15
 
 
 def is_unseen(subject: str, style: str) -> bool:
-    """Is this base subject in this base style kept from the base, to tell whether it composes?
+    """Whether the base must not see this base subject in this base style, so that we can test if it composes.
 
-    A hash of the two words decides, so the choice stays when words are added. Noto is always seen: each subject then has
-    one drawing that says what it is.
+    A hash of the two words decides, so the choice does not change when words are added. Noto is always seen, so that each
+    subject has a drawing that says what it is.
     """
     if style == "noto":
         return False
@@ -35,11 +35,11 @@ def draw_scene(
     allowed: Callable[[str, str], bool] | None = None,
     placed: float = 0.2,
 ) -> Scene:
-    """A random scene of `count` different subjects; a third have a coloured background.
+    """A random scene of `count` different subjects. A third of scenes have a coloured background.
 
     Args:
         allowed: allowed(subject, style) says which cells may be drawn; None allows all.
-        placed: the share of two or three subjects whose places are said.
+        placed: the share of scenes with two or three subjects whose caption says places.
     """
     style = str(rng.choice(styles))
     open_to = [s for s in subjects if allowed is None or allowed(s, style)]
@@ -50,22 +50,22 @@ def draw_scene(
 
 
 def random_picture(drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> Image.Image:
-    """The scene as RGB of `scene.size`, with random sizes and places; see `scattered`."""
+    """The scene as RGB, `scene.size` large, with random sizes and places, see `scattered`."""
     return drawings.picture(scene, scattered(scene, rng, freedom))
 
 
 def scattered(scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> list[Box]:
-    """A box per subject, none over another: its square is random where nothing decides it.
+    """A box per subject. They do not overlap, and squares that the scene does not decide are random.
 
     Args:
-        freedom: 0..1, how far sizes and places within a square may be from those of `mole_diffusers.emoji.scenes.places`.
+        freedom: how far sizes and places in a square may be from `mole_diffusers.emoji.scenes.places`, in 0..1.
     """
     corners = squares(scene, rng.permutation)
     return [(size, x + dx, y + dy) for x, y in corners for size, dx, dy in [_within_square(rng, freedom)]]
 
 
 def _within_square(rng: np.random.Generator, freedom: float) -> Box:
-    """A box near the middle of a square of SIDE pixels: a UNet knows where it is by its padding alone."""
+    """A box near the middle of a square of SIDE pixels: a UNet knows places only from its padding."""
     size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
     x, y = (round((SIDE - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
     return size, x, y

@@ -1,11 +1,12 @@
-"""How far from the conditions of the LoRAs' training composition holds: the sum, bound LoRAs, and tiles along seven axes.
+"""How robust is composition outside the conditions of the LoRAs' training? The sum, binding and tiles along seven axes.
 
     python demos/experiments/emoji/robustness.py [--split validation] [--per-kind 6] [--seeds 4] [--kinds ...] [--axes ...]
     python demos/experiments/emoji/robustness.py --figure docs/robustness.png
 
-Strangers attached, subjects without a LoRA, strength of all LoRAs, guidance, sampler, wording, and size of the picture: one
-moves, the others stay as `compose.py` has them. Beside the LoRAs stands the base on compositions of its own words: what it
-can do there at all. Rows are appended below work/robustness/, so a cut-off run goes on; `--figure` draws the same rows.
+The axes are: further LoRAs attached ("strangers"), subjects without a LoRA, strength of all LoRAs, guidance, sampler,
+wording, and size of the picture. One changes at a time, and the others stay as in `compose.py`. For comparison, the base is
+measured on compositions of its own words, to show what it can do at all. Rows are appended below work/robustness/, so you
+can continue an interrupted run. `--figure` draws the same rows.
 """
 
 import argparse
@@ -32,25 +33,25 @@ from mole_diffusers.evaluation.tables import as_frame, grid_table
 from mole_diffusers.studio.samplers import sampler
 
 PACKED = DOCS / "results" / "robustness.csv.gz"
-ATTACHED = (2, 3, 4, 6, 8)  # LoRAs, of which the prompt names two or three
+ATTACHED = (2, 3, 4, 6, 8)  # number of LoRAs; the prompt names two or three of them
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 GUIDANCES = (2.0, 3.0, 4.0, 5.0, 7.0)
-SAMPLERS = ("DPM++ 2M", "Euler a")  # beside the world's own, DDIM
-SIZES = (1.0, 1.25, 1.5)  # of a side, beside the canvas that the base was trained on
-BESIDE = 2 * words.BASE_SUBJECTS[2::8]  # stand in the place of the LoRAs' subjects
-KNOWN = words.BASE_SUBJECTS[::16], words.BASE_STYLES[2::3]  # what the base is measured on
+SAMPLERS = ("DPM++ 2M", "Euler a")  # compared to the world's own, DDIM
+SIZES = (1.0, 1.25, 1.5)  # factors of a side; 1 is the canvas that the base was trained on
+BESIDE = 2 * words.BASE_SUBJECTS[2::8]  # subjects that replace those of the LoRAs
+KNOWN = words.BASE_SUBJECTS[::16], words.BASE_STYLES[2::3]  # words that the base is measured on
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is drawn at one setting: these arms on these compositions."""
+    """One setting: these arms draw these compositions."""
 
     setup: Setup
     arms: Sequence[Arm]
     found: Sequence[tuple[Case, Scene]]
 
     def worded(self, prompt: Callable[[Scene], str]) -> "Point":
-        """The same compositions in other words."""
+        """The same compositions with another wording."""
         return replace(self, found=[(replace(case, prompt=prompt(scene)), scene) for case, scene in self.found])
 
     def scaled(self, factor: float) -> "Point":
@@ -59,22 +60,22 @@ class Point:
         return replace(self, found=[(replace(c, size=size), s) for (c, s), size in zip(self.found, sizes, strict=True)])
 
     def rows(self, judge: Judge, seeds: range, rows: Rows) -> list[Row]:
-        """A row per picture, drawn where it is not there yet."""
+        """A row per picture. Missing pictures are drawn."""
         return measured(self.setup, self.arms, self.found, judge, seeds=seeds, rows=rows)
 
 
-Axis = Callable[[Point], Mapping[float | str, Point]]  # how a composition is drawn by default -> how at each setting
+Axis = Callable[[Point], Mapping[float | str, Point]]  # the default setting -> the settings along an axis
 
 
 def strangers(point: Point) -> dict[int, Point]:
-    """LoRAs attached that the prompt does not name; the axis is the number of all."""
+    """Attach LoRAs that the prompt does not name. The axis is the number of all LoRAs."""
     cases = add_idle_experts([case for case, _ in point.found], list(point.setup.experts), ATTACHED)
     scenes = {case.prompt: scene for case, scene in point.found}
     return {n: replace(point, found=[(c, scenes[c.prompt]) for c in cases if len(c.experts) == n]) for n in ATTACHED}
 
 
 def base_words(point: Point) -> dict[int, Point]:
-    """So many of the subjects have no LoRA, since the base knows them; something has one."""
+    """This many subjects have no LoRA, since the base knows them. At least one concept still has a LoRA."""
 
     def changed(i: int, count: int, case: Case, scene: Scene) -> tuple[Case, Scene]:
         known = dict(zip(scene.subjects[:count], BESIDE[i:], strict=False))
@@ -105,7 +106,7 @@ def with_its_loras(arm: Arm) -> Arm:
 
 
 def strength(point: Point) -> dict[float, Point]:
-    """Of all LoRAs together."""
+    """The strength of all LoRAs together."""
     strengths = {value: dict.fromkeys(point.setup.experts, value) for value in STRENGTHS}
     return {value: replace(point, setup=replace(point.setup, strengths=found)) for value, found in strengths.items()}
 
@@ -141,7 +142,7 @@ def wording(point: Point) -> dict[str, Point]:
 
 
 def other_words(scene: Scene) -> str:
-    """None of "style", "showing" and "beside" was in a caption."""
+    """A wording with "style", "showing" and "beside", which were in no caption."""
     things = " beside ".join(map(article, scene.subjects))
     return f"a drawing in the style of {scene.style} showing {things} on a {scene.background} background"
 
@@ -155,7 +156,7 @@ def style_last(scene: Scene) -> str:
 
 
 def places_said(scene: Scene) -> str:
-    """As a fifth of the base's captions has it, for the same canvas."""
+    """A caption that says places, as a fifth of the base's captions do, for the same canvas."""
     relation = "above" if scene.size[1] > scene.size[0] else "left of"
     return replace(scene, relation=relation if len(scene.subjects) > 1 else None).caption
 
@@ -179,7 +180,7 @@ AXES: dict[str, Axis] = {
 
 
 def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]:
-    """Compositions of a split by the sum, bound, and in tiles; and as many of words that the base knows, without LoRAs."""
+    """Compositions of a split by the sum, bound and in tiles; and as many of words that the base knows, without LoRAs."""
     known = compositions(*KNOWN, {kind: len(group) for kind, group in split.items()})
     return [
         Point(setup, [arms.summed(), arms.bound(), arms.in_tiles()], emoji_protocol.cases(split)),
@@ -188,7 +189,7 @@ def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]
 
 
 def pack(frame: pd.DataFrame) -> None:
-    """Write the verdicts to docs/results/robustness.csv.gz, in the place of those of the same axes and kinds."""
+    """Write the verdicts to docs/results/robustness.csv.gz, replacing those of the same axes and kinds."""
     columns = ["axis", "setting", "kind", "concepts", "arm", "seed", "success"]
     found = frame.assign(concepts=frame["concepts"].str.join("+"), success=frame["success"].astype(int))[columns]
     if PACKED.exists():

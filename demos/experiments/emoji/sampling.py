@@ -1,4 +1,4 @@
-"""Pictures by a pipeline, and shares of them."""
+"""Draw pictures with a pipeline, and count shares of them."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ STEPS, GUIDANCE, BATCH = 20, 3.0, 16
 
 
 def generate(pipe, scenes: Sequence[Scene], *, seed: int = 0, steps: int = STEPS) -> list[Image.Image]:
-    """A picture of each scene on its own canvas, in the order of the scenes; picture i has the noise of seed + i."""
+    """A picture of each scene on its own canvas, in order. Picture i has the noise of seed + i."""
     out: dict[int, Image.Image] = {}
     for size in sorted({s.size for s in scenes}):
         of_size = [i for i, s in enumerate(scenes) if s.size == size]
@@ -35,7 +35,7 @@ def generate(pipe, scenes: Sequence[Scene], *, seed: int = 0, steps: int = STEPS
 
 @dataclass(frozen=True)
 class Share:
-    """`hits` of `count` pictures, with Wilson's 95 % interval."""
+    """`hits` out of `count` pictures, with Wilson's 95 % interval."""
 
     hits: int
     count: int
@@ -56,7 +56,7 @@ class Share:
 
 
 def sheet(scenes: Sequence[Scene], rows: Sequence[Sequence[Image.Image]], *, columns: int, scale: int = 2) -> Image.Image:
-    """A contact sheet: per scene a column of `rows`' pictures (say a sample over its true drawing), enlarged."""
+    """A contact sheet with a column per scene and a picture of each of `rows`, such as a sample above its true drawing."""
     cell = max(max(s.size) for s in scenes) * scale + 4
     bands = -(-len(scenes) // columns)
     page = Image.new("RGB", (columns * cell, bands * cell * len(rows)), "white")

@@ -1,12 +1,13 @@
-"""Can gates be trained once, for LoRAs that they never saw? On validation compositions, then drawn on those of the test.
+"""Can gates be trained once, for LoRAs that they never saw? They learn on validation and are tested on the test split.
 
     python demos/experiments/emoji/shared_gate.py [--kind "two subjects + style"] [--rounds 2] [--per-kind 8] [--seeds 4]
 
-Two gates, on top of binding. "scores": ten numbers that all layers share weigh an expert by what belongs to no expert: its
-kind, the layer, the noise level, and how large its output is beside the others'. "retrieval": RAMoLE's gate, which compares
-what the experts make of the input. Both begin as the bound sum and learn from each validation composition in turn to draw
-collages of its subjects, each drawn alone by its own LoRAs, under the composed prompt and with each LoRA in its place there.
-What is trained is kept in work/shared/, rows are appended below work/shared/rows.
+There are two gates, on top of binding. "scores" has ten numbers that all layers share. They weigh an expert by things that
+exist for any expert: its kind, the layer, the noise level, and how large its output is compared to the others'. "retrieval"
+is RAMoLE's gate, which compares the experts' outputs for the input. Both begin as the bound sum and learn from the
+validation compositions in turn. The lesson is to draw collages of the subjects, each drawn alone by its own LoRAs, under
+the composed prompt and with each LoRA in its place. Trained gates are kept in work/shared/, and rows are appended below
+work/shared/rows.
 """
 
 import argparse
@@ -43,10 +44,10 @@ from mole_diffusers.training.losses import cells
 Lessons = Sequence[tuple[Case, Scene]]
 FOLDER = WORK / "shared"
 NUMBERS = FOLDER / "numbers.pt"
-SCORES = ("kind", "kind, by noise", "kind, in cross-attention", "kind, on the way up")  # of subjects, then of styles
+SCORES = ("kind", "kind, by noise", "kind, in cross-attention", "kind, on the way up")  # for subjects, then for styles
 OF_SIZE = ("log of the output's size, less the mean of all", "share of the outputs' sizes, less the mean")
-UPDATES = 25  # of a composition, before the next has its turn
-LR = 4e-3  # of the ten numbers; at 2e-2 they walk at random
+UPDATES = 25  # per composition, before the next one's turn
+LR = 4e-3  # of the ten numbers; at 2e-2 they move at random
 TRAINING = GateTraining(terms={"collage": {"batch": 8, "seeds": 8}}, steps=UPDATES, warmup=0)
 
 
@@ -71,7 +72,7 @@ class Clock:
 
 
 class ScoreGate(nn.Module):
-    """Weights exp(scores . numbers) of the experts at one layer, on top of the sum; the numbers are all layers' own."""
+    """Weights exp(scores . numbers) of the experts at one layer, on top of the sum. All layers share the numbers."""
 
     def __init__(self, numbers: nn.Parameter, layer: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
         super().__init__()
@@ -84,17 +85,17 @@ class ScoreGate(nn.Module):
         down.register_forward_hook(lambda _, __, low: self(low))
 
     def forward(self, low: torch.Tensor) -> torch.Tensor:
-        """A x, [B, T, R] or [B, R, H, W] -> the same, weighed."""
+        """A x, [B, T, R] or [B, R, H, W] -> the same, weighted."""
         axis = 1 if low.dim() == 4 else -1
         rows = low.movedim(axis, -1)  # [B, ..., R]
         weights = self.weights(rows)  # [B, ..., N]
         return (rows * weights.index_select(-1, self.segment).to(rows)).movedim(-1, axis)
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., N] of A x [..., R]."""
+        """Weights [..., N] for A x [..., R]."""
         experts = len(self.kinds)
         energy = rows.new_zeros(*rows.shape[:-1], experts, dtype=torch.float32)
-        energy = energy.index_add(-1, self.segment, (rows * self.lengths).float() ** 2)  # |B_k A_k x|^2, columns apart
+        energy = energy.index_add(-1, self.segment, (rows * self.lengths).float() ** 2)  # |B_k A_k x|^2, column by column
         size = 0.5 * (energy + 1e-8).log()  # [..., N]
         of_size = torch.stack([(size - size.mean(-1, keepdim=True)).clamp(-3, 3), size.softmax(-1) - 1 / experts], -1)
         time = self.clock.time.expand(len(rows)) - 0.5  # [B]
@@ -106,7 +107,7 @@ class ScoreGate(nn.Module):
 
 
 def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Collection[str], clock: Clock) -> None:
-    """Score gates at every layer of the denoiser that has experts; they end with `detach`."""
+    """Put score gates at every layer of the denoiser that has experts. `detach` removes them."""
     is_style = torch.tensor([name in styles for name in mixture.experts])
     gates = {
         name: ScoreGate(numbers, layer, name=name, is_style=is_style, clock=clock)
@@ -121,7 +122,8 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Col
 
 @contextmanager
 def taught(setup: Setup, case: Case, scene: Scene, gates: Any) -> Iterator[tuple[Mixture, Callable[..., None]]]:
-    """The LoRAs of a composition attached, each in its place; and what trains their gates, given settings that differ."""
+    """Attach the LoRAs of a composition, each in its place. Gives the mixture, and a function that trains its gates with
+    the given settings."""
     experts = {name: setup.experts[name] for name in case.concepts}
     subjects = arms.subjects_of(setup, case)
     boxes = dict(zip(subjects, cells(len(subjects), *scene.size), strict=True))
@@ -146,7 +148,7 @@ def taught(setup: Setup, case: Case, scene: Scene, gates: Any) -> Iterator[tuple
 
 
 def train_scores(setup: Setup, lessons: Lessons) -> None:
-    """Ten numbers."""
+    """Train the ten numbers of the score gates."""
     numbers, clock = nn.Parameter(torch.zeros(2 * len(SCORES) + len(OF_SIZE))), Clock()
     for turn, (case, scene) in enumerate(lessons):
         with taught(setup, case, scene, "sum") as (mixture, train), clock.of(setup.pipe):
@@ -160,7 +162,7 @@ def train_scores(setup: Setup, lessons: Lessons) -> None:
 
 
 def train_retrieval(setup: Setup, lessons: Lessons) -> None:
-    """Retrieval gates."""
+    """Train the retrieval gates."""
     folder = FOLDER / "retrieval"
     for turn, (case, scene) in enumerate(lessons):
         with taught(setup, case, scene, folder if folder.exists() else "retrieval") as (mixture, train):
@@ -172,7 +174,7 @@ def train_retrieval(setup: Setup, lessons: Lessons) -> None:
 
 
 def by_scores() -> Arm:
-    """Every LoRA on its own words and in its own place, weighed by the shared numbers."""
+    """Every LoRA on its own words and in its own place, weighted by the shared numbers."""
     clock = Clock()
 
     @contextmanager
@@ -190,7 +192,7 @@ def by_scores() -> Arm:
 
 
 def by_retrieval(folder: Path) -> Arm:
-    """The same, weighed by the retrieval gates."""
+    """The same, weighted by the retrieval gates."""
     return arms.weighted("shared retrieval", gates=lambda case: folder, binding=arms.from_files)
 
 
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=SPLITS["test"], default="two subjects + style")
     parser.add_argument("--gates", nargs="*", choices=TRAIN, default=list(TRAIN))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--per-kind", type=int, default=8, help="compositions of the test; all of validation teach")
+    parser.add_argument("--per-kind", type=int, default=8, help="compositions of the test; training uses all of validation")
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args()
     world = emoji_world(device=device().type)

@@ -1,4 +1,4 @@
-"""A sheet of samples, each over its true drawing, and the captions in reading order.
+"""Draw a sheet of samples, each above its true drawing, and print the captions in reading order.
 
 python demos/experiments/emoji/show_world.py OUT.png [--what base|unseen|loras] [--count 24]
 """
@@ -20,7 +20,7 @@ from mole_diffusers.emoji.scenes import Scene
 
 
 def scenes_to_show(count: int, *, unseen: bool) -> list[Scene]:
-    """Half of one subject, the rest of two to four, in cells that the base was shown, or was never shown."""
+    """Half have one subject, the rest two to four, in cells that the base has seen, or (`unseen`) has never seen."""
     rng = np.random.default_rng(21)
     sizes = [1, 1, 2, 1, 2, 3] if not unseen else [1, 1, 1, 2]
     styles = [y for y in words.BASE_STYLES if not unseen or y != "noto"]  # noto is always seen
@@ -37,7 +37,7 @@ def scenes_to_show(count: int, *, unseen: bool) -> list[Scene]:
 
 
 def of_every_lora(pipe) -> tuple[list[Scene], list[Image.Image]]:
-    """A scene and a sample of each LoRA by itself."""
+    """A scene and a sample for each LoRA alone."""
     scenes, samples = [], []
     for i, concept in enumerate((*words.HELD_OUT_SUBJECTS, *words.HELD_OUT_STYLES)):
         scene = make_loras.concept_scene(concept, "one", np.random.default_rng([33, i]))
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--what", choices=("base", "unseen", "loras"), default="base")
-    parser.add_argument("--count", type=int, default=24, help="samples of the base")
+    parser.add_argument("--count", type=int, default=24, help="number of samples of the base")
     args = parser.parse_args()
     pipe, drawings = train_base.trained(), Drawings(default_folder())
     if args.what == "loras":
@@ -62,7 +62,7 @@ def main() -> None:
         samples = generate(pipe, scenes)
     columns = 9 if args.what == "loras" else 6
     page = sheet(scenes, [samples, [drawings.picture(s) for s in scenes]], columns=columns)
-    page.quantize(96, dither=Image.Dither.NONE).save(args.out, optimize=True)  # which keeps it small
+    page.quantize(96, dither=Image.Dither.NONE).save(args.out, optimize=True)  # to keep the file small
     print("\n".join(s.caption for s in scenes))
 
 

@@ -1,11 +1,12 @@
-"""Is a style diluted by the subjects' LoRAs, and do other strengths, or gates by noise level, help?
+"""Do the subjects' LoRAs dilute a style, and do other strengths, or gates by noise level, help?
 
     python demos/experiments/emoji/styles.py [--split validation] [--per-kind 8] [--seeds 4]
     python demos/experiments/emoji/styles.py fox+chalk koala+chalk
 
-The second draws these, of any subjects and styles that `make_loras.py` has made LoRAs of. All LoRAs are bound, subjects in
-tiles where they have room. Beside success, the judge's margins: by how much, in logits, it is surer of the style than of any
-other, and of the least visible subject than of the likeliest that is not there. Trained gates are kept in work/styles.
+The second command draws the named compositions. `make_loras.py` must have made LoRAs for their subjects and styles. All
+LoRAs are bound, and subjects are drawn in tiles if they have room. Besides success, this reports the judge's margins, in
+logits: how much surer it is of the style than of any other, and of the least visible subject than of the likeliest one that
+is not there. Trained gates are kept in work/styles.
 """
 
 import argparse
@@ -37,11 +38,14 @@ MEASURED = ("success", "style", "subject")
 
 @dataclass(frozen=True)
 class Way:
-    """Strengths of the subjects' and the style's LoRAs, before and from a share of the steps on.
+    """Strengths of the subjects' LoRAs and of the style's, in the early and in the late steps.
 
     Attributes:
-        mean, rest: factors of the mean over tokens of what the style's LoRA adds in a layer, and of what is beside the mean.
-        gates: trained ones of each composition, by noise level, beside the strengths.
+        early, late: (subjects, style) strengths.
+        since: the share of the steps after which `late` is used.
+        mean, rest: the style's LoRA adds something to each token in a layer. These are factors of its mean over tokens, and
+            of each token's difference from the mean.
+        gates: gates by noise level, trained for each composition, on top of the strengths.
     """
 
     early: tuple[float, float] = (1, 1)
@@ -74,11 +78,11 @@ WAYS = {
     "what is beside its mean at .7": Way(rest=0.7),
     "trained gates by noise level": Way(gates=GateConfig("static", granularity="matrix", total="linear", bins=4)),
 }
-UPDATES = 60  # of those gates
+UPDATES = 60  # of these gates
 
 
 def parted(down: torch.nn.Module, ranks: torch.Tensor, way: Way) -> None:
-    """Weigh the mean over tokens of some ranks of A x, [B, T, R] or [B, R, H, W], and what is beside it."""
+    """Scale the mean over tokens, and the difference from it, of some ranks of A x, [B, T, R] or [B, R, H, W]."""
 
     def after(_: object, __: object, low: torch.Tensor) -> torch.Tensor:
         own, tokens = (ranks[:, None, None], (2, 3)) if low.dim() == 4 else (ranks, (1,))
@@ -119,7 +123,7 @@ def draw(world: EmojiWorld, case: Case, way: Way, seed: int) -> Image.Image:
 
 
 def margin(logits: torch.Tensor, wanted: list[int]) -> float:
-    """The least of the wanted logits less the greatest of the others."""
+    """The least of the wanted logits, minus the largest of the others."""
     others = torch.ones(len(logits), dtype=torch.bool)
     others[wanted] = False
     return (logits[wanted].min() - logits[others].max()).item()
@@ -146,7 +150,7 @@ def rows(world: EmojiWorld, found: list[tuple[Case, Scene]], ways: Iterable[str]
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Success of each way, and both margins; of the others less those of the first."""
+    """Success and both margins of each way; for the others, as differences from the first."""
     less = differences(frame, "bound", MEASURED)
     body = []
     for name, own in frame.groupby("arm", sort=False):
@@ -158,12 +162,12 @@ def table(frame: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="SUBJECT+STYLE", help="draw these instead of a split's")
+    parser.add_argument("names", nargs="*", metavar="SUBJECT+STYLE", help="draw these instead of a split")
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--per-kind", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="beside bound")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="ways to compare to bound")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)

@@ -2,9 +2,10 @@
 
     python demos/experiments/emoji/train_autoencoder.py [--steps 4000]
 
-It sees every drawing, as Stable Diffusion's own saw far more than its UNet is asked for, with some noise in half of the
-latents, as a UNet's own have. Resumable; latents do not depend on it, so it may be trained after or beside the base. It is
-convolutional, so half the pictures it learns from are 64 x 64 pieces of larger ones. Prints how true reconstructions are.
+The decoder sees every drawing: Stable Diffusion's own decoder saw far more than its UNet is asked to draw, too. Half of the
+latents have some noise, like those of a UNet. The decoder is convolutional, so half of its pictures are 64 x 64 pieces of
+larger ones. Latents do not depend on it, so you can train it after the base or at the same time. Training is resumable. At
+the end, this prints how faithful reconstructions are.
 """
 
 import argparse
@@ -25,7 +26,7 @@ BATCH = 8
 
 
 def build(drawings: Drawings) -> AutoencoderKL:
-    """An autoencoder with the true encoder and a decoder that knows nothing yet."""
+    """An autoencoder with the final encoder and an untrained decoder."""
     autoencoder = AutoencoderKL(
         block_out_channels=(32, 64, 128),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -52,7 +53,7 @@ def pieces(drawings: Drawings, rng: np.random.Generator, count: int) -> torch.Te
 
 
 def loss_of(decoder: torch.nn.Module, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Absolute and squared differences of pixels and absolute ones of their slopes; latents z of pictures x."""
+    """Absolute and squared differences of pixels, and absolute differences of their slopes, for latents z of pictures x."""
     with mixed_precision():
         y = decoder(z)
     y = y.float()
@@ -61,7 +62,7 @@ def loss_of(decoder: torch.nn.Module, x: torch.Tensor, z: torch.Tensor) -> torch
 
 
 def trained() -> AutoencoderKL:
-    """The autoencoder, frozen: as last trained, else the committed one."""
+    """The frozen autoencoder: the one trained last, else the committed one."""
     if (WORK / "decoder.pt").exists():
         autoencoder = build(Drawings(default_folder()))
         autoencoder.decoder.load_state_dict(averaged("decoder"))
@@ -72,7 +73,7 @@ def trained() -> AutoencoderKL:
 
 @torch.no_grad()
 def fidelity(autoencoder: AutoencoderKL, drawings: Drawings, count: int, pictures: int = 128) -> dict[str, float]:
-    """Signal to noise in dB over all pixels, and edge strength as a share of the drawing's, of pictures of `count`."""
+    """Signal to noise in dB over all pixels, and edge strength relative to the drawing, for pictures of `count` subjects."""
     rng = np.random.default_rng(100 + count)
     squared, edges = [], []
     for _ in range(pictures):

@@ -3,11 +3,11 @@
     python demos/experiments/emoji/train_base.py [--steps 40000] [--decay 0]
     python demos/experiments/emoji/train_base.py --save
 
-Resumable: run it again and it goes on from the last checkpoint; it can be stopped at any time. The rate stays at its peak;
-the last `--decay` steps of `--steps` bring it down to nothing, so give `--decay 3000` with the run that is to be the last.
-`--save` writes the averaged weights of the last checkpoint as an ordinary pipeline, `assets/base/` (fp16).
-A run without a checkpoint goes on from that pipeline's weights, and from the first update where there is none. It needs no
-autoencoder; `--save` does.
+You can stop training at any time and run the command again: it continues from the last checkpoint. The learning rate stays
+at its peak, and the last `--decay` steps of `--steps` bring it down to zero. So give `--decay 3000` with the final run.
+`--save` writes the averaged weights of the last checkpoint as an ordinary pipeline, `assets/base/` (fp16). A run without a
+checkpoint continues from that pipeline's weights or, if there is none, starts from scratch. Training needs no autoencoder,
+but `--save` does.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import SIDE
 
-BASE = default_folder() / "base"  # the pipeline as it was saved last
+BASE = default_folder() / "base"  # the pipeline that was saved last
 TOKENS, WIDTH = 32, 128
 TURNS = ("wide", "tall", "one", "wide", "tall", "square", "wide", "one")  # canvases, in turn
 SINGLE = 2500  # updates on single subjects before the others begin
 BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
-RATE, EMPTY = 6e-4, 0.1  # peak rate; share of empty captions
-NOISY, EXTRA = 600, 0.4  # above this step of 1000 shapes are decided; share of pictures noised from there besides
-CHUNKS, GROWN, EVERY = 8, 140, 130  # chunks of the pool at first and at last; updates from one chunk to the next
+RATE, EMPTY = 6e-4, 0.1  # peak learning rate; share of empty captions
+NOISY, EXTRA = 600, 0.4  # above this step of 1000, shapes are decided; share of pictures that are noised there in addition
+CHUNKS, GROWN, EVERY = 8, 140, 130  # chunks of the pool at first and in the end; updates per new chunk
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -54,7 +54,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR: flat backgrounds need the mean colour to be free at the first step."""
+    """v-prediction with zero terminal SNR: for flat backgrounds, the first step must be free to choose the mean colour."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -62,7 +62,7 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-        steps_offset=1,  # as Stable Diffusion has it; trailing steps do without
+        steps_offset=1,  # as in Stable Diffusion; trailing steps do not need it
         clip_sample=False,
     )
 
@@ -70,8 +70,8 @@ def build_scheduler() -> DDIMScheduler:
 def load_tokenizer() -> CLIPTokenizer:
     """The world's tokenizer, which is made once and kept in `assets/base`.
 
-    Which number a word gets is left open by byte-pair training, and weights go with the numbers that they learned. Words
-    that came after it ("aurora", "relief") are several tokens each, as most trigger words are.
+    Byte-pair training does not fix which number a word gets, but the weights depend on it. Words that were added later
+    ("aurora", "relief") are several tokens each, like most trigger words.
     """
     folder = BASE / "tokenizer"
     if not folder.exists():
@@ -80,7 +80,7 @@ def load_tokenizer() -> CLIPTokenizer:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer in which every word of the world's captions is one token."""
+    """A byte-pair tokenizer that makes every word of the world's captions one token."""
     named = [*words.STYLES, *words.BACKGROUNDS, *words.SUBJECTS]
     text = [
         f"{w} drawing of a an and on background left right above below photo picture style the in with {w}" for w in named
@@ -123,10 +123,10 @@ def build_both(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
 
 @torch.no_grad()
 def tell_words_apart(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-    """Give tokens that no caption of the base has vectors like those that were trained.
+    """Give tokens that are in no caption of the base vectors that are like the trained ones.
 
-    They kept the short vectors that they began with, of which the text encoder makes nearly the same for every word. As by
-    `resize_token_embeddings` of transformers, theirs are drawn from a Gaussian with the mean and covariance of known ones.
+    They still have their short initial vectors, which the text encoder can hardly tell apart. The new vectors are drawn
+    from a Gaussian with the mean and covariance of the known ones, like in `resize_token_embeddings` of transformers.
     """
 
     def tokens(names: tuple[str, ...]) -> list[int]:
@@ -148,7 +148,7 @@ def tell_words_apart(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> N
 
 
 def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> StableDiffusionPipeline:
-    """An ordinary pipeline of a run's averaged weights."""
+    """An ordinary pipeline with a run's averaged weights."""
     tokenizer = load_tokenizer()
     both = build_both(tokenizer)
     both.load_state_dict(weights)
@@ -168,20 +168,20 @@ def pipeline(weights: dict[str, torch.Tensor], autoencoder: AutoencoderKL) -> St
 
 
 def saved_weights() -> dict[str, torch.Tensor]:
-    """Weights of both parts in `assets/base`; empty where none was saved."""
+    """Weights of both parts in `assets/base`; empty if none were saved."""
     files = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
     saved = {part: load_file(BASE / part / file) for part, file in files.items() if (BASE / part / file).exists()}
     return {f"{part}.{name}": value.float() for part, weights in saved.items() for name, value in weights.items()}
 
 
 def trained() -> StableDiffusionPipeline:
-    """The base as it stands: the last checkpoint, else what is in `assets/base`."""
+    """The latest base: the last checkpoint, else the pipeline in `assets/base`."""
     weights = averaged("base") if (WORK / "base.pt").exists() else saved_weights()
     return pipeline(weights, train_autoencoder.trained()).to(device())
 
 
 def updates_before() -> int:
-    """How many updates the weights had that this run began with; kept beside its checkpoint."""
+    """How many updates the weights had when this run began. It is kept next to the checkpoint."""
     note, saved = WORK / "began_at.json", BASE / "updates.json"
     if not note.exists() and not (WORK / "base.pt").exists():
         WORK.mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def updates_before() -> int:
 
 
 def train(steps: int, decay: int) -> None:
-    """Plain v loss on the canvases in turn."""
+    """Train with the plain v loss, on the canvases in turn."""
     before = updates_before()
     tokenizer, scheduler = load_tokenizer(), build_scheduler()
     pool = Pool(Drawings(default_folder()))
@@ -228,8 +228,8 @@ def train(steps: int, decay: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40000, help="updates in all, earlier runs included")
-    parser.add_argument("--decay", type=int, default=0, help="of them, those that bring the rate down, the last ones")
+    parser.add_argument("--steps", type=int, default=40000, help="total number of updates, including earlier runs")
+    parser.add_argument("--decay", type=int, default=0, help="how many of the last updates bring the rate down")
     parser.add_argument("--save", action="store_true", help="write the pipeline instead of training")
     args = parser.parse_args()
     torch.manual_seed(0)

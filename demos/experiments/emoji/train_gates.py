@@ -1,9 +1,9 @@
-"""Gates that come with the world, for a few compositions, trained on bound LoRAs from prompts alone.
+"""Train the gates that come with the world, for a few compositions, on bound LoRAs and from prompts alone.
 
     python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--family factors] [--to FOLDER]
 
-Writes `assets/gates/NAME`, or `FOLDER/NAME`: `compose.py` draws with those in work/gates. Gates that exist are kept, so an
-interrupted run goes on.
+This writes `assets/gates/NAME`, or `FOLDER/NAME`. `compose.py` draws with the gates in work/gates. Existing gates are kept,
+so you can continue an interrupted run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TRAINING = GateTraining(terms={"collage": 1.0}, steps=60, batch=6)
 
 
 def lesson(concepts: emoji.Concepts) -> TrainingData:
-    """The composition's prompt, with a prompt of each of its subjects by itself in the same style."""
+    """The composition's prompt, and a prompt for each of its subjects alone, in the same style."""
     scene = emoji.composition_scene(concepts)
     parts = {scene.caption: [emoji.Scene((subject,), scene.style).caption for subject in scene.subjects]}
     styles = [concept for concept in concepts if concept in emoji.words.STYLES]
@@ -32,13 +32,13 @@ def lesson(concepts: emoji.Concepts) -> TrainingData:
 
 
 def recipe(concepts: emoji.Concepts) -> GateTraining:
-    """How gates of a composition are trained: on its own canvas."""
+    """Settings for a composition's gates: they train on its own canvas."""
     width, height = emoji.composition_scene(concepts).size
     return replace(TRAINING, precision="bf16" if multiplies_bf16() else "no", width=width, height=height)
 
 
 def train(world: EmojiWorld, concepts: emoji.Concepts, gates: str | GateConfig, folder: Path, *, updates: int) -> None:
-    """Train gates of bound LoRAs and write them to `folder`, where they are not there yet."""
+    """Train gates of bound LoRAs and write them to `folder`, unless they are already there."""
     if (folder / "config.json").exists():
         return
     start = time.time()
@@ -54,7 +54,7 @@ def train(world: EmojiWorld, concepts: emoji.Concepts, gates: str | GateConfig, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
-    parser.add_argument("--family", default="flow", help="of the gates; the examples' differ from token to token")
+    parser.add_argument("--family", default="flow", help="of the gates; the examples' vary from token to token")
     parser.add_argument("--updates", type=int, default=TRAINING.steps)
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: the world's own gates")
     args = parser.parse_args()

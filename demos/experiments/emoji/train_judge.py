@@ -1,10 +1,11 @@
-"""Train the evaluator: which subjects, which style, which background. It never trains anything else.
+"""Train the evaluator, which tells subjects, style and background. It is never used to train anything else.
 
     python demos/experiments/emoji/train_judge.py [--steps 8000]
 
-Sees true drawings of every subject and style of the world, one to four in a picture, blurred, noised, shifted in colour,
-and a fifth of them through the base's autoencoder, whose softness all generated pictures share. Resumable. A run without a
-checkpoint goes on from the judge in `assets/judge`, where there is one; words that it does not know begin anew.
+It sees true drawings of all subjects and styles of the world, one to four in a picture. They are blurred, noised and
+shifted in colour. A fifth of them goes through the base's autoencoder, since all generated pictures share its softness.
+Training is resumable. A run without a checkpoint continues from the judge in `assets/judge`, if there is one. Words that it
+does not know start from scratch.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.scenes import Scene
 
 BATCH = {1: 40, 2: 20, 3: 10, 4: 10}  # subjects in the picture -> pictures per update
-TURNS = (1, 2, 1, 2, 3, 4)  # subjects in the pictures of an update, in turn
+TURNS = (1, 2, 1, 2, 3, 4)  # subjects per picture in successive updates
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures of one size and what they show; subjects [B, S] of 0 and 1, style and background [B] of indices."""
+    """B pictures of one size, and what they show: subjects [B, S] are 0 or 1, style and background [B] are indices."""
 
     pictures: torch.Tensor
     subjects: torch.Tensor
@@ -43,7 +44,7 @@ class Batch:
 
 
 def begin(judge: Judge, saved: Judge) -> None:
-    """Take over what a saved judge knows: its trunk, and of its heads the words that both have."""
+    """Copy what a saved judge knows: its trunk, and in its heads the words that both have."""
     weights = dict(saved.state_dict())
     for head, now, before in (
         ("subject", judge.subjects, saved.subjects),
@@ -59,7 +60,7 @@ def begin(judge: Judge, saved: Judge) -> None:
 
 
 def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator) -> Batch:
-    """Pictures of scenes that share one canvas, with the judge's indices."""
+    """Pictures of scenes on the same canvas, labelled with the judge's indices."""
     return Batch(
         to_tensor([random_picture(drawings, s, rng) for s in scenes]).to(device()),
         torch.tensor([[float(s in scene.subjects) for s in judge.subjects] for scene in scenes], device=device()),
@@ -69,7 +70,7 @@ def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.rand
 
 
 def scenes_of(count: int, number: int, rng: np.random.Generator) -> list[Scene]:
-    """`number` random scenes of `count` subjects on one canvas; every eighth subject stands there twice."""
+    """`number` random scenes of `count` subjects on one canvas. Every eighth subject stands there twice."""
     upright = bool(rng.integers(2))
     scenes: list[Scene] = []
     while len(scenes) < number:
@@ -82,7 +83,7 @@ def scenes_of(count: int, number: int, rng: np.random.Generator) -> list[Scene]:
 
 
 def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, AutoencoderKL] | None) -> torch.Tensor:
-    """Renderings as a soft model gives them: autoencoder, blur, noise, brightness. [B, 3, H, W] -> the same."""
+    """Make pictures look like those of a soft model: autoencoder, blur, noise, brightness. [B, 3, H, W] -> the same."""
     if coding is not None:
         linear, autoencoder = coding
         with torch.no_grad(), mixed_precision():
@@ -100,10 +101,10 @@ def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, Au
 
 
 def loss_of(judge: Judge, batch: Batch, x: torch.Tensor) -> torch.Tensor:
-    """Every subject on its own, plus style and background."""
+    """The loss of each subject on its own, plus style and background."""
     with mixed_precision():
         logits = judge(x)
-    there = torch.tensor(8.0, device=x.device)  # weight of a subject that is there against one that is not
+    there = torch.tensor(8.0, device=x.device)  # weight of a subject that is there, relative to one that is not
     subjects = F.binary_cross_entropy_with_logits(logits.subjects.float(), batch.subjects, pos_weight=there)
     style = F.cross_entropy(logits.style.float(), batch.style)
     return 20 * subjects + style + 0.5 * F.cross_entropy(logits.background.float(), batch.background)
@@ -111,8 +112,10 @@ def loss_of(judge: Judge, batch: Batch, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def read_right(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 512) -> torch.Tensor:
-    """[3, `pictures` or some more] bool: whether the judge reads subjects, style and background of clean drawings right, of
-    `count` subjects in arrangements that it was not trained on."""
+    """[3, `pictures` or a few more] bool: whether the judge gets subjects, style and background right.
+
+    The pictures are clean drawings of `count` subjects, in arrangements that it was not trained on.
+    """
     rng = np.random.default_rng([99, count])
     hits: list[torch.Tensor] = []
     while sum(found.shape[1] for found in hits) < pictures:
@@ -126,13 +129,13 @@ def read_right(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 
 
 
 def accuracy(drawings: Drawings, judge: Judge, count: int) -> dict[str, float]:
-    """Shares of what is `read_right`."""
+    """The shares that are right, see `read_right`."""
     right = read_right(drawings, judge, count).float().mean(1)
     return {name: round(v, 4) for name, v in zip(("subjects", "style", "background"), right.tolist(), strict=True)}
 
 
 def save(judge: Judge, folder: Path) -> None:
-    """Write what `Judge.load` reads: fp16 weights and the word lists."""
+    """Write the files that `Judge.load` reads: fp16 weights and the word lists."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in judge.state_dict().items()}
     save_file(halves, folder / "judge.safetensors")
