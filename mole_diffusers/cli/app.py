@@ -27,7 +27,7 @@ def app(
     files: options.Files,
     opening: options.Opening,
 ) -> None:
-    """Open the app in the browser: compose, see which LoRA acts where, train gates, keep recipes.
+    """Start the app for your browser: compose, see which LoRA acts where, train gates, keep recipes.
 
     Args:
         base (MODEL): as in the other commands. The app starts with the first one, and you can switch between all. A
