@@ -74,8 +74,8 @@ WAYS = {
     "style after .2": Way(early=(1, 0), since=0.2),
     "the style's mean at 1.3": Way(mean=1.3),
     "the style's mean at .7": Way(mean=0.7),
-    "what is beside its mean at 1.3": Way(rest=1.3),
-    "what is beside its mean at .7": Way(rest=0.7),
+    "the style's deviation at 1.3": Way(rest=1.3),
+    "the style's deviation at .7": Way(rest=0.7),
     "trained gates by noise level": Way(gates=GateConfig("static", granularity="matrix", total="linear", bins=4)),
 }
 UPDATES = 60  # of these gates
