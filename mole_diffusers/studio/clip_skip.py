@@ -14,27 +14,34 @@ from transformers import CLIPTextModel
 from mole_diffusers.studio.prompt_weights import text_encoders
 
 
-def has_clip_skip(pipe: Any) -> bool:
-    """Whether a pipeline supports clip skip. Stable Diffusion 1.x and 2.x do; models with several text encoders read fixed
-    layers."""
-    return [type(encoder) for encoder in text_encoders(pipe)] == [CLIPTextModel]
+def most_clip_skip(pipe: Any) -> int:
+    """The largest clip skip of a pipeline, which is the number of layers of its text encoder.
+
+    It is 1, so there is none, but for Stable Diffusion 1.x and 2.x: models with several text encoders read fixed layers.
+    """
+    return len(_stack(pipe).layers) if [type(each) for each in text_encoders(pipe)] == [CLIPTextModel] else 1
 
 
 @contextmanager
 def clip_skip(pipe: Any, count: int) -> Iterator[None]:
     """While the block runs, the text encoder stops after its `count`-th layer from the end; its final norm comes next.
 
-    Attach LoRAs outside the block, since they need all layers. Raises ValueError if no layer would be left.
+    Attach LoRAs outside the block, since they need all layers.
+
+    Args:
+        count: in 1..`most_clip_skip(pipe)`; 1 is all layers.
     """
     if count == 1:
         yield
         return
-    stack = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder
+    stack = _stack(pipe)
     layers = stack.layers
-    if count > len(layers):
-        raise ValueError(f"clip skip is in 1..{len(layers)} for a text encoder of {len(layers)} layers, got {count}")
     try:
         stack.layers = layers[: len(layers) + 1 - count]
         yield
     finally:
         stack.layers = layers
+
+
+def _stack(pipe: Any) -> Any:
+    return getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder

@@ -23,7 +23,7 @@ from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
-from mole_diffusers.studio.clip_skip import clip_skip, has_clip_skip
+from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
 from mole_diffusers.studio.memory import release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
@@ -150,6 +150,8 @@ class Studio:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
         if kind == "alone" and about not in here:
             raise ValueError(f"the prompt has no LoRA {about!r} to draw alone, but {', '.join(names.values()) or 'none'}")
+        if recipe.clip_skip > (most := most_clip_skip(self.pipe)) > 1:
+            raise ValueError(f"clip skip is in 1..{most} with this base, got {recipe.clip_skip}")
         own = usual_size(self.pipe, self.base, given.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
@@ -159,7 +161,7 @@ class Studio:
             width=width,
             height=height,
             sampler=sampler_name(recipe.sampler, self._own_scheduler) if recipe.sampler else "",
-            clip_skip=recipe.clip_skip if has_clip_skip(self.pipe) else 1,
+            clip_skip=min(recipe.clip_skip, most),
             arm=f"alone {here[about]}" if kind == "alone" else recipe.arm,
             locks={place: row for place, row in rows.items() if row},
             masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},

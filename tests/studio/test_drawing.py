@@ -120,8 +120,8 @@ def test_clip_skip_ends_the_text_encoder_earlier(studio):
     assert far(studio.draw(dataclasses.replace(recipe, clip_skip=1)), image) > 1
     weighted = dataclasses.replace(recipe, prompt=recipe.prompt.replace("a fox", "a (fox:1.001)"))
     assert far(studio.draw(weighted), image) <= 2
-    with pytest.raises(ValueError, match=r"clip skip is in 1..2 for a text encoder of 2 layers, got 3"):
-        studio.draw(dataclasses.replace(recipe, clip_skip=3))
+    with pytest.raises(ValueError, match=r"clip skip is in 1..2 with this base, got 3"):  # before anything is drawn
+        studio.complete(dataclasses.replace(recipe, clip_skip=3))
     assert studio.pipe.text_encoder.encoder.layers is layers
     assert len(layers) == 2
 
