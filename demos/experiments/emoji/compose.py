@@ -223,6 +223,8 @@ def main() -> None:
         parser.error("split other needs --concepts")
     else:
         split = {**SPLITS, "larger": LARGER}[args.split]
+    if others := set(args.kinds or ()) - set(split):
+        parser.error(f"split {args.split} has no {sorted(others)}, but {list(split)}")
     found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds or split})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)

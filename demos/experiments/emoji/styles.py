@@ -43,8 +43,8 @@ class Way:
     Attributes:
         early, late: (subjects, style) strengths.
         since: the share of the steps after which `late` is used.
-        mean, rest: the style's LoRA adds something to each token in a layer. These are factors of its mean over tokens, and
-            of each token's difference from the mean.
+        mean, deviation: the style's LoRA adds something to each token in a layer. These are factors of its mean over tokens,
+            and of each token's difference from the mean.
         gates: gates by noise level, trained for each composition, on top of the strengths.
     """
 
@@ -52,7 +52,7 @@ class Way:
     late: tuple[float, float] = (1, 1)
     since: float = 0
     mean: float = 1
-    rest: float = 1
+    deviation: float = 1
     gates: GateConfig | None = None
 
     def at(self, step: int) -> tuple[float, float]:
@@ -74,8 +74,8 @@ WAYS = {
     "style after .2": Way(early=(1, 0), since=0.2),
     "the style's mean at 1.3": Way(mean=1.3),
     "the style's mean at .7": Way(mean=0.7),
-    "the style's deviation at 1.3": Way(rest=1.3),
-    "the style's deviation at .7": Way(rest=0.7),
+    "the style's deviation at 1.3": Way(deviation=1.3),
+    "the style's deviation at .7": Way(deviation=0.7),
     "trained gates by noise level": Way(gates=GateConfig("static", granularity="matrix", total="linear", bins=4)),
 }
 UPDATES = 60  # of these gates
@@ -87,7 +87,7 @@ def parted(down: torch.nn.Module, ranks: torch.Tensor, way: Way) -> None:
     def after(_: object, __: object, low: torch.Tensor) -> torch.Tensor:
         own, tokens = (ranks[:, None, None], (2, 3)) if low.dim() == 4 else (ranks, (1,))
         mean = low.mean(tokens, keepdim=True)
-        return torch.where(own, way.mean * mean + way.rest * (low - mean), low)
+        return torch.where(own, way.mean * mean + way.deviation * (low - mean), low)
 
     down.register_forward_hook(after)
 
@@ -98,7 +98,7 @@ def draw(world: EmojiWorld, case: Case, way: Way, seed: int) -> Image.Image:
     if way.gates is not None:
         train_gates.train(world, case.concepts, way.gates, folder, updates=UPDATES)
     mixture = attach(world.pipe, experts, "sum" if way.gates is None else folder)
-    if (way.mean, way.rest) != (1, 1):  # the hooks end with `detach`
+    if (way.mean, way.deviation) != (1, 1):  # the hooks end with `detach`
         style = [name in words.STYLES for name in mixture.experts].index(True)
         for part, _, layer in layers(world.pipe):
             if part == "unet":
