@@ -144,8 +144,11 @@ def path_inside(folder: str | Path, name: Any) -> Path:
     root = Path(folder).resolve()
     try:
         path = (root / pure).resolve()
-    except (OSError, RuntimeError):  # a loop of links
-        raise RefusedFileError(f"{about} cannot be followed") from None
+        is_loop = path.is_symlink()  # from Python 3.13 on, resolving leaves a loop of links as it is
+    except (OSError, RuntimeError):
+        is_loop = True
+    if is_loop:
+        raise RefusedFileError(f"{about} cannot be followed")
     if not path.is_relative_to(root):
         raise RefusedFileError(f"{about} is a link that leads out of the folder")
     return path
