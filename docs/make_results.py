@@ -6,28 +6,52 @@ A table follows a line that says what is in it:
 `<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` or `; where ARM` may be added: less what that arm
 has on the same compositions and seeds; on the compositions alone that it has.
 `<!-- robustness: KIND; AXIS, AXIS, ... -->`
+`<!-- ladder: N, N, ... updates -->`
+`<!-- styles: SPLIT; KIND -->`, to which `; of CONCEPT / CONCEPT / ...` may be added: the compositions with one of these.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from mole_diffusers.emoji.compositions import LARGER, TEST
-from mole_diffusers.evaluation.tables import grid_table, paired_table, success_table
+from mole_diffusers.evaluation.tables import differences, grid_table, interval, markdown, paired_table, success_table
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-TABLE = re.compile(r"<!-- (success|robustness): (.+?) -->\n\n((?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (success|robustness|ladder|styles): (.+?) -->\n\n((?:\|.*\n)*)")
+RUNGS = {  # arm of the ladder -> what is free to learn
+    "sum": "",
+    "bound": "",
+    "mole": "gates: a weight per LoRA and block",
+    "static": "gates: a constant per LoRA and layer",
+    "flow": "gates: a weight per LoRA, block and token",
+    "rank": "gates: a weight per rank and token",
+    "factors": "gates: a constant per rank",
+    "mixer": "a matrix between down and up",
+    "A": "the LoRAs' down matrices",
+    "A+B": "all matrices of the LoRAs",
+    "tiles": "",
+}
+MARGINS = {"style margin": "style", "subject margin": "subject"}  # column of the ways for styles -> its name in a table
 
 
 def verdicts(name: str) -> pd.DataFrame:
     """A row per picture, as `tables.as_frame` gives them."""
     rows = pd.read_csv(HERE / "results" / f"{name}.csv.gz", dtype={"setting": str}, keep_default_na=False)
-    case = rows["concepts"]
-    return rows.assign(case=case, prompt=case, concepts=case.str.split("+"), composer=rows["arm"], group=rows["kind"])
+    case, group = rows["concepts"], rows["split" if "split" in rows else "kind"]
+    return rows.assign(case=case, prompt=case, concepts=case.str.split("+"), composer=rows["arm"], group=group)
+
+
+def in_order(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
+    """Rows by kind, by arm in the given order, by composition and by seed."""
+    kinds, arms = [*TEST, *LARGER], list(arms)
+    rows = rows.sort_values(["case", "seed"])
+    return rows.sort_values(["kind", "arm"], key=lambda column: column.map([*kinds, *arms].index), kind="stable")
 
 
 def success(asked: str) -> str:
@@ -44,6 +68,7 @@ def success(asked: str) -> str:
     if "where" in options:
         rows = rows[rows["case"].isin(rows.loc[rows["arm"] == options["where"], "case"])]
     rows = rows.sort_values(["kind", "arm"], key=lambda column: column.map([*TEST, *LARGER, *arms].index), kind="stable")
+    rows = in_order(rows, arms)
     return paired_table(rows, against) if against else success_table(rows)
 
 
@@ -56,9 +81,39 @@ def robustness(asked: str) -> str:
     return grid_table(rows[(rows["kind"] == kind) & rows["axis"].isin(axes.split(", "))], ["axis", "setting"], "arm")
 
 
+def ladder(asked: str) -> str:
+    """By what is free to learn, a column per number of updates."""
+    rows, columns = verdicts("ladder"), ["0", *asked.removesuffix(" updates").split(", ")]
+    name = rows["arm"].str.partition(" @ ")
+    rows = in_order(rows.assign(arm=name[0], updates=name[2].replace("", "0")), RUNGS)
+    body = [
+        [arm, RUNGS[arm], *(interval(own[own["updates"] == count], "success") for count in columns)]
+        for arm, own in rows.groupby("arm", sort=False)
+    ]
+    return markdown(["arm", "free to learn", "untrained", *(f"{count} updates" for count in columns[1:])], body)
+
+
+def styles(asked: str) -> str:
+    """Of the ways that were tried for styles: success, the judge's margins, and both less those of bound LoRAs."""
+    split, kind, *of = asked.split("; ")
+    rows = verdicts("styles")
+    rows = rows[(rows["split"] == split) & (rows["kind"] == kind)]
+    if of:
+        concepts = set(of[0].removeprefix("of ").split(" / "))
+        rows = rows[[bool(concepts & set(names)) for names in rows["concepts"]]]
+    rows = in_order(rows, rows["arm"].unique())
+    less = differences(rows, "bound", list(MARGINS))
+    body = []
+    for name, own in rows.groupby("arm", sort=False):
+        means = [f"{own[margin].mean():.1f}" for margin in MARGINS]
+        changes = ["" if name == "bound" else interval(less[less["arm"] == name], margin, digits=1) for margin in MARGINS]
+        body.append([name, interval(own, "success"), *means, *changes])
+    return markdown(["way", "success", *MARGINS.values(), *(f"{name}, less bound" for name in MARGINS.values())], body)
+
+
 def page(text: str) -> str:
     """A document with its tables made anew."""
-    tables = {"success": success, "robustness": robustness}
+    tables = {"success": success, "robustness": robustness, "ladder": ladder, "styles": styles}
     return TABLE.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->\n\n{tables[found[1]](found[2])}\n", text)
 
 

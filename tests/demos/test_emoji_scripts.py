@@ -64,41 +64,82 @@ def test_what_is_drawn_over_is_right_where_its_things_stand(script, monkeypatch)
     assert found[1] != [True, True]
 
 
-def test_strengths_change_while_a_picture_is_drawn_and_margins_are_those_written_out(script, monkeypatch):
-    import torch
+def test_strengths_change_while_a_picture_is_drawn_as_if_they_were_set_after_that_step(script, monkeypatch):
+    import numpy as np
 
     import mole_diffusers as mole
     from mole_diffusers.evaluation import emoji_protocol
+    from mole_diffusers.inspection.compare import sample
 
     styles, world = script("styles"), mole.emoji_world()
     monkeypatch.setattr(styles, "STEPS", 4)
+    monkeypatch.setitem(styles.WAYS, "late", styles.Way(style=styles.later(1.2, 0.5, first=0.5)))
+    setup = emoji_protocol.setup(world, {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"})
     ((case, _),) = emoji_protocol.cases({"subject x style": (("koala", "relief"),)})
-    bound, silent, late = styles.Way(), styles.Way(late=(1, 0)), styles.Way(early=(1, 0), since=0.5)
-    assert [late.at(step) for step in range(4)] == [(1, 0), (1, 0), (1, 1), (1, 1)]
-    pictures = [styles.draw(world, case, way, 0).tobytes() for way in (bound, silent, late, bound)]
-    assert pictures[0] == pictures[3]
-    assert len(set(pictures)) == 3
-    assert styles.margin(torch.tensor([4.0, 1.0, 3.0, 2.5]), [0, 2]) == 0.5
-    assert styles.margin(torch.tensor([4.0, 1.0, 3.0, 2.5]), [1]) == -3.0
+
+    def draw(**options):
+        return sample(setup.pipe, case.prompt, [0], **setup.call_of(case), **options)[0]
+
+    pictures = {}
+    for name in ("bound", "late"):
+        with styles.arm(name).draws(setup, case):
+            pictures[name] = draw()
+    mixture = mole.attach(setup.pipe, {name: setup.experts[name] for name in case.concepts})
+    mixture.strength("relief", 0.5)
+
+    def after_step(pipe, step, timestep, state):
+        mixture.strength("relief", 0.5 if step + 1 < 2 else 1.2)
+        return state
+
+    by_hand = draw(callback_on_step_end=after_step)
+    mole.detach(setup.pipe)
+    np.testing.assert_allclose(pictures["late"], by_hand, atol=1e-4)
+    assert np.abs(pictures["bound"] - by_hand).max() > 0.05
 
 
-def test_packed_verdicts_are_those_of_the_rows_and_of_one_world_only(script, tmp_path, monkeypatch):
+@pytest.mark.thorough
+def test_ways_for_styles_are_drawn_and_packed(script, tmp_path, monkeypatch, capsys):
     import pandas as pd
 
-    compose = script("compose")
-    monkeypatch.setattr(compose, "WORK", tmp_path)
-    monkeypatch.setattr(compose, "DOCS", tmp_path)
-    (tmp_path / "results").mkdir()
-    row = {"case": "fox+ink 64x64", "kind": "subject x style", "concepts": ["fox", "ink"], "arm": "sum", "prompt": "a fox"}
-    rows = [row | {"seed": seed, "settings": {"base": "one"}, "success": seed == 2} for seed in (2, 1)]
-    kept = compose.Rows(tmp_path / "compose" / "test")
-    kept.append(rows)
-    compose.pack("test")
-    packed = pd.read_csv(tmp_path / "results" / "test.csv.gz")
-    assert packed[["concepts", "seed", "success"]].values.tolist() == [["fox+ink", 1, 0], ["fox+ink", 2, 1]]
-    kept.append([rows[0] | {"settings": {"base": "another"}}])
-    with pytest.raises(ValueError, match="rows of several worlds"):
-        compose.pack("test")
+    styles = script("styles")
+    monkeypatch.setattr(styles, "WORK", tmp_path)
+    monkeypatch.setattr(styles, "STEPS", 1)
+    monkeypatch.setattr(script("packing"), "FOLDER", tmp_path)
+    options = ["koala+relief", "--seeds", "1", "--ways", "style at 1.2", "the style's mean at .7", "--pack"]
+    monkeypatch.setattr("sys.argv", ["styles.py", *options])
+    styles.main()
+    packed = pd.read_csv(tmp_path / "styles.csv.gz")
+    assert packed["arm"].tolist() == ["bound", "style at 1.2", "the style's mean at .7"]
+    assert packed["style margin"].nunique() == 3
+    assert capsys.readouterr().out.count("| style at 1.2 |") == 2  # as it is, and less bound
+
+
+def test_margins_are_those_written_out(script):
+    import torch
+
+    margin = script("styles").margin
+    assert margin(torch.tensor([4.0, 1.0, 3.0, 2.5]), [0, 2]) == 0.5
+    assert margin(torch.tensor([4.0, 1.0, 3.0, 2.5]), [1]) == -3.0
+
+
+def test_packed_rows_replace_those_of_the_same_request_and_keep_the_others(script, tmp_path, monkeypatch):
+    import pandas as pd
+
+    packing = script("packing")
+    monkeypatch.setattr(packing, "FOLDER", tmp_path)
+    row = {"setting": "1", "concepts": ["fox", "koala"], "arm": "sum", "prompt": "a fox and a koala"}
+
+    def pack(*found):
+        rows = pd.DataFrame([row | {"setting": setting, "success": success} for setting, success in found])
+        packing.pack("size", rows, ["setting", "concepts", "arm"])
+
+    pack(("1", True), ("1.5", True))
+    pack(("1", False), ("2", True))
+    packed = pd.read_csv(tmp_path / "size.csv.gz", dtype={"setting": str})
+    assert list(packed.columns) == ["setting", "concepts", "arm", "success"]
+    assert packed[["setting", "concepts", "success"]].values.tolist() == [
+        ["1.5", "fox+koala", 1], ["1", "fox+koala", 0], ["2", "fox+koala", 1],
+    ]  # fmt: skip
 
 
 def test_gates_of_a_composition_are_trained_as_asked_and_kept_once(script, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from tiers import thorough
@@ -142,6 +143,7 @@ def test_a_run_trains_draws_and_goes_on(ladder, script, tmp_path, monkeypatch, c
     pytest.importorskip("matplotlib")
     for module in (ladder, script("loop")):
         monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(script("packing"), "FOLDER", tmp_path)
     monkeypatch.setattr(ladder, "STEPS", 1)
     monkeypatch.setattr(ladder, "recipe", lambda concepts: CONFIG)
     options = ["--kinds", "subject x style", "--per-kind", "1", "--seeds", "1", "--rungs", "mixer", "--updates", "1"]
@@ -153,8 +155,10 @@ def test_a_run_trains_draws_and_goes_on(ladder, script, tmp_path, monkeypatch, c
     assert [name.split()[1] for name in took] == ["mixer"]
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
     assert len(files) == 2  # the mixers, rows
-    monkeypatch.setattr(sys, "argv", ["ladder.py", *options, "--figure", str(tmp_path / "ladder.png")])
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *options, "--pack", "--figure", str(tmp_path / "ladder.png")])
     ladder.main()
     assert capsys.readouterr().out.partition("| arm")[2] == table
     assert {path: path.read_bytes() for path in files} == files
     assert (tmp_path / "ladder.png").exists()
+    packed = pd.read_csv(tmp_path / "ladder.csv.gz")
+    assert packed["arm"].tolist() == ["sum", "bound", "tiles", "mixer @ 1"]

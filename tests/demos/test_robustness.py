@@ -79,34 +79,12 @@ def test_another_sampler_draws_and_the_pipelines_own_comes_back(robustness, star
     assert pipe.scheduler is own
 
 
-def test_packed_verdicts_are_replaced_by_axis_and_kind(robustness, tmp_path, monkeypatch):
-    monkeypatch.setattr(robustness, "PACKED", tmp_path / "robustness.csv.gz")
-
-    def rows(axis, setting, success):
-        one = {
-            "axis": axis,
-            "setting": setting,
-            "kind": "two subjects",
-            "concepts": ["fox", "koala"],
-            "arm": "sum",
-            "seed": 1,
-        }
-        return pd.DataFrame([one | {"success": success}])
-
-    robustness.pack(pd.concat([rows("size", "1", True), rows("samplers", "DDIM", True)]))
-    robustness.pack(pd.concat([rows("size", "1", False), rows("size", "1.5", True)]))
-    packed = pd.read_csv(robustness.PACKED, dtype={"setting": str})
-    found = [(row.axis, row.setting, row.concepts, row.success) for row in packed.itertuples()]
-    assert found == [
-        ("samplers", "DDIM", "fox+koala", 1), ("size", "1", "fox+koala", 0), ("size", "1.5", "fox+koala", 1),
-    ]  # fmt: skip
-
-
 @pytest.mark.thorough
 def test_a_run_prints_a_table_and_draws_curves_and_a_second_one_draws_nothing_anew(
-    robustness, tmp_path, monkeypatch, capsys
+    robustness, script, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(script("packing"), "FOLDER", tmp_path)
     monkeypatch.setattr(robustness, "WORK", tmp_path)
     monkeypatch.setattr(robustness, "STEPS", 1)
     monkeypatch.setattr(robustness, "SAMPLERS", ("Euler a",))
@@ -121,8 +99,10 @@ def test_a_run_prints_a_table_and_draws_curves_and_a_second_one_draws_nothing_an
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
         ["| samplers", "DDIM"], ["| samplers", "Euler a"], ["| strength", "1"],
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["robustness.py", *options, "--figure", str(tmp_path / "curves.png")])
+    monkeypatch.setattr(sys, "argv", ["robustness.py", *options, "--pack", "--figure", str(tmp_path / "curves.png")])
     robustness.main()
     assert capsys.readouterr().out == table
     assert rows.read_text() == drawn
     assert (tmp_path / "curves.png").exists()
+    packed = pd.read_csv(tmp_path / "robustness.csv.gz", dtype={"setting": str})
+    assert list(packed["setting"].unique()) == ["DDIM", "Euler a", "1"]

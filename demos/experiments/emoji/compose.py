@@ -4,14 +4,13 @@
     python demos/experiments/emoji/compose.py --split larger --per-kind 8
     python demos/experiments/emoji/compose.py --concepts dragon violin bus rose aurora
     python demos/experiments/emoji/compose.py --figure tiles
-    python demos/experiments/emoji/compose.py --split validation --pack
     python demos/experiments/emoji/compose.py --search --seeds 2
 
 Rows are appended below work/compose/, so you can continue an interrupted run. The split "larger" has compositions of three
 and four test subjects. `--concepts` composes subjects and styles that are in no split; first make their LoRAs with
 `make_loras.py`. Trained gates are included if `train_gates.py --to work/gates` has made them, and the joint LoRA if
 `check_world.py --rows joint` has made it. `--search` finds the strengths of the arm "grid search" on validation
-compositions. `--pack` writes all verdicts to docs/results/, from which docs/make_results.py makes the tables in the
+compositions. `--pack` also writes the verdicts to docs/results/, from which docs/make_results.py makes the tables in the
 documents.
 """
 
@@ -23,9 +22,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 from check_world import joint_file
 from loop import WORK, device, mixed_precision, small_attention
+from packing import pack
 from PIL import Image
 from sampling import GUIDANCE, STEPS
 
@@ -33,13 +32,12 @@ from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in, words
 from mole_diffusers.emoji.compositions import LARGER, compositions
-from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import bars
 from mole_diffusers.evaluation.regional_composers import Part
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
-from mole_diffusers.evaluation.runner import Arm, Case, Setup, evaluate
+from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup, evaluate
 from mole_diffusers.evaluation.strength_search import best_weights, read_weights, search_arms
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
@@ -114,10 +112,9 @@ OF_BINDING = (
 
 
 def measured(
-    setup: Setup, drawn: Sequence[Arm], found: Sequence[tuple[Case, Scene]], judge: Judge, *, seeds: range, rows: Rows
+    setup: Setup, drawn: Sequence[Arm], found: Sequence[tuple[Case, Scene]], metrics: Metrics, *, seeds: range, rows: Rows
 ) -> list[Row]:
     """A row per picture of these compositions by these arms. Missing pictures are drawn."""
-    metrics = emoji_protocol.JudgeMetrics(judge, found)
     with small_attention(), mixed_precision():
         return evaluate(setup, drawn, [case for case, _ in found], metrics, seeds=seeds, rows=rows)
 
@@ -178,21 +175,6 @@ def figure(world: EmojiWorld, name: str, path: Path) -> None:
     page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # to keep the file small
 
 
-def pack(split: str) -> None:
-    """Write the verdicts for all pictures of a split to docs/results/SPLIT.csv.gz."""
-    columns = ["kind", "concepts", "arm", "seed", "success"]
-    rows = [row | {"concepts": "+".join(row["concepts"])} for row in Rows(WORK / "compose" / split).read()]
-    table = pd.DataFrame(rows)[columns]
-    again = table[table.duplicated(columns[:-1])]
-    if len(again):
-        raise ValueError(
-            f"rows of several worlds are below {WORK / 'compose' / split}: {again.iloc[0].to_dict()} is there twice"
-        )
-    table["success"] = table["success"].astype(int)
-    packed = DOCS / "results" / f"{split}.csv.gz"
-    table.sort_values(columns).to_csv(packed, index=False, compression={"method": "gzip", "mtime": 0})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SEEDS, default="validation")
@@ -202,13 +184,10 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", choices=FIGURES, help="draw that picture of docs/ instead")
-    parser.add_argument("--pack", action="store_true", help="write the split's verdicts to docs/results/ instead")
+    parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
     parser.add_argument("--search", action="store_true", help="find the sum's best strengths for each kind, on validation")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
-    if args.pack:
-        pack(args.split)
-        return
     world = emoji_world(device=device().type)
     if args.figure:
         figure(world, args.figure, DOCS / f"{args.figure}.png")
@@ -229,12 +208,15 @@ def main() -> None:
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
     drawn = search_arms(setup, GRID) if args.search else [ARMS[name]() for name in args.arms]
-    verdicts = measured(setup, drawn, found, world.judge(), seeds=seeds, rows=rows)
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
+    verdicts = measured(setup, drawn, found, metrics, seeds=seeds, rows=rows)
     table = as_frame(verdicts)
     print(success_table(table))
     if args.search:
         STRENGTHS.write_text(json.dumps(best_weights(verdicts), indent=1) + "\n")
         return
+    if args.pack:
+        pack(args.split, table, ["kind", "concepts", "arm", "seed"])
     if args.chart:
         bars(table, args.chart)
     if "sum" in args.arms and len(args.arms) > 1:

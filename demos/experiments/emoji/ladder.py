@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from compose import ARMS, SEEDS, measured
 from loop import WORK, device, note, small_attention
+from packing import pack
 from sampling import GUIDANCE, STEPS
 from torch import nn
 from train_gates import lesson, recipe
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rungs", nargs="*", choices=RUNGS, default=list(RUNGS))
     parser.add_argument("--updates", nargs="*", type=int, default=UPDATES)
+    parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
@@ -196,10 +198,13 @@ def main() -> None:
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
     drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles")), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
-    rows = measured(setup, drawn, found, world.judge(), seeds=seeds, rows=Rows(WORK / "ladder" / "rows"))
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
+    rows = measured(setup, drawn, found, metrics, seeds=seeds, rows=Rows(WORK / "ladder" / "rows"))
     table = as_frame(rows)
     print(success_table(table))
     print(paired_table(table, "bound"))
+    if args.pack:
+        pack("ladder", table, ["kind", "concepts", "arm", "seed"])
     if args.figure:
         curves(as_frame(placed(rows)), args.figure, at="setting", line="line", panel="panel")
 

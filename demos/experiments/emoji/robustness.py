@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
-from compose import DOCS, SEEDS, SPLITS, measured
+from compose import SEEDS, SPLITS, measured
 from loop import WORK, device
+from packing import pack
 from sampling import GUIDANCE, STEPS
 
 from mole_diffusers.emoji import TEST, Scene, words
@@ -32,7 +32,6 @@ from mole_diffusers.evaluation.runner import Arm, Case, Setup, add_idle_experts
 from mole_diffusers.evaluation.tables import as_frame, grid_table
 from mole_diffusers.studio.samplers import sampler
 
-PACKED = DOCS / "results" / "robustness.csv.gz"
 ATTACHED = (2, 3, 4, 6, 8)  # number of LoRAs; the prompt names two or three of them
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 GUIDANCES = (2.0, 3.0, 4.0, 5.0, 7.0)
@@ -61,7 +60,9 @@ class Point:
 
     def rows(self, judge: Judge, seeds: range, rows: Rows) -> list[Row]:
         """A row per picture. Missing pictures are drawn."""
-        return measured(self.setup, self.arms, self.found, judge, seeds=seeds, rows=rows)
+        return measured(
+            self.setup, self.arms, self.found, emoji_protocol.JudgeMetrics(judge, self.found), seeds=seeds, rows=rows
+        )
 
 
 Axis = Callable[[Point], Mapping[float | str, Point]]  # the default setting -> the settings along an axis
@@ -188,17 +189,6 @@ def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]
     ]
 
 
-def pack(frame: pd.DataFrame) -> None:
-    """Write the verdicts to docs/results/robustness.csv.gz, replacing those of the same axes and kinds."""
-    columns = ["axis", "setting", "kind", "concepts", "arm", "seed", "success"]
-    found = frame.assign(concepts=frame["concepts"].str.join("+"), success=frame["success"].astype(int))[columns]
-    if PACKED.exists():
-        before = pd.read_csv(PACKED, dtype={"setting": str}, keep_default_na=False)
-        again = set(zip(found["axis"], found["kind"], strict=True))
-        found = pd.concat([before[[each not in again for each in zip(before["axis"], before["kind"], strict=True)]], found])
-    found.to_csv(PACKED, index=False, compression={"method": "gzip", "mtime": 0})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SPLITS, default="validation")
@@ -222,7 +212,7 @@ def main() -> None:
     named = frame.assign(setting=frame["setting"].astype(str).str.removesuffix(".0"))
     print(grid_table(named, ["axis", "setting"], "line"))
     if args.pack:
-        pack(named)
+        pack("robustness", named, ["axis", "setting", "kind", "concepts", "arm", "seed"])
     if args.figure:
         curves(frame, args.figure, at="setting", line="line", panel="axis")
 

@@ -22,6 +22,7 @@ import ladder
 import torch
 from compose import ARMS, SEEDS, SPLITS, measured
 from loop import WORK, device, multiplies_bf16, note, small_attention
+from packing import pack
 from sampling import GUIDANCE, STEPS
 from torch import nn
 
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--per-kind", type=int, default=8, help="compositions of the test; training uses all of validation")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
@@ -219,8 +221,11 @@ def main() -> None:
     for split, found in cases.items():
         drawn = [ARMS["bound"](), *(DRAWN[name]() for name in args.gates)]
         seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
-        table = as_frame(measured(setup, drawn, found, world.judge(), seeds=seeds, rows=rows))
+        metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
+        table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
         print(split, success_table(table), paired_table(table, "bound"), sep="\n", flush=True)
+        if args.pack:
+            pack("shared", table.assign(split=split), ["split", "kind", "concepts", "arm", "seed"])
 
 
 if __name__ == "__main__":

@@ -1,77 +1,82 @@
 """Do the subjects' LoRAs dilute a style, and do other strengths, or gates by noise level, help?
 
-    python demos/experiments/emoji/styles.py [--split validation] [--per-kind 8] [--seeds 4]
+    python demos/experiments/emoji/styles.py [--split validation] [--per-kind 8] [--seeds 4] [--ways ...]
     python demos/experiments/emoji/styles.py fox+chalk koala+chalk
 
 The second command draws the named compositions. `make_loras.py` must have made LoRAs for their subjects and styles. All
 LoRAs are bound, and subjects are drawn in tiles if they have room. Besides success, this reports the judge's margins, in
 logits: how much surer it is of the style than of any other, and of the least visible subject than of the likeliest one that
-is not there. Trained gates are kept in work/styles.
+is not there. Trained gates and rows are kept in work/styles, so you can continue an interrupted run. `--pack` also writes
+the rows to docs/results/.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-import pandas as pd
 import torch
 import train_gates
-from compose import SEEDS, SPLITS
+from compose import SEEDS, SPLITS, measured
 from ladder import layers
-from loop import WORK, device, mixed_precision, small_attention
+from loop import WORK, device
+from packing import pack
 from PIL import Image
 from sampling import GUIDANCE, STEPS
 
-from mole_diffusers import GateConfig, attach, detach
-from mole_diffusers.emoji import Scene, words
-from mole_diffusers.emoji.judge import Judge, Verdict
-from mole_diffusers.emoji.world import EmojiWorld, emoji_world
-from mole_diffusers.evaluation import emoji_protocol
-from mole_diffusers.evaluation.runner import Case
-from mole_diffusers.evaluation.tables import differences, interval, markdown
-from mole_diffusers.inspection.compare import sample
+from mole_diffusers import GateConfig, Mixture
+from mole_diffusers.emoji.world import emoji_world
+from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.rows import Row, Rows
+from mole_diffusers.evaluation.runner import Arm, Case, Setup
+from mole_diffusers.evaluation.sampling_composers import StepCounter
+from mole_diffusers.evaluation.tables import as_frame, by_kind, differences, score_table
 from mole_diffusers.patching.gated_linear import ADAPTER
+from mole_diffusers.patching.undo import Undo
+from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
 KINDS = ("subject x style", "two subjects + style")
-MEASURED = ("success", "style", "subject")
+MARGINS = ("style margin", "subject margin")
 
 
 @dataclass(frozen=True)
 class Way:
-    """Strengths of the subjects' LoRAs and of the style's, in the early and in the late steps.
+    """How strong the LoRAs are, as in their tags in a prompt: <lora:NAME:1@0,1@0.4,1.2@0.4>.
 
     Attributes:
-        early, late: (subjects, style) strengths.
-        since: the share of the steps after which `late` is used.
+        subjects, style: what such a tag says after the name.
         mean, deviation: the style's LoRA adds something to each token in a layer. These are factors of its mean over tokens,
             and of each token's difference from the mean.
         gates: gates by noise level, trained for each composition, on top of the strengths.
     """
 
-    early: tuple[float, float] = (1, 1)
-    late: tuple[float, float] = (1, 1)
-    since: float = 0
+    subjects: str = "1"
+    style: str = "1"
     mean: float = 1
     deviation: float = 1
     gates: GateConfig | None = None
 
-    def at(self, step: int) -> tuple[float, float]:
-        return self.late if step >= self.since * STEPS else self.early
+
+def later(strength: float, since: float, *, first: float = 1) -> str:
+    """Another strength from a share of the steps on."""
+    return f"{first}@0,{first}@{since},{strength}@{since}"
 
 
 WAYS = {
     "bound": Way(),
-    "subjects at .8": Way(late=(0.8, 1)),
-    "subjects at .7 after .4 of the steps": Way(late=(0.7, 1), since=0.4),
-    "subjects at .6 after .4": Way(late=(0.6, 1), since=0.4),
-    "subjects at .5 after .5": Way(late=(0.5, 1), since=0.5),
-    "style at 1.2": Way(late=(1, 1.2)),
-    "style at 1.2 after .4": Way(late=(1, 1.2), since=0.4),
-    "style at 1.4 after .6": Way(late=(1, 1.4), since=0.6),
-    "subjects at 1.2 until .4": Way(early=(1.2, 1), since=0.4),
-    "subjects at 1.2 until .4, then style at 1.2": Way(early=(1.2, 1), late=(1, 1.2), since=0.4),
-    "subjects at 1.2 until .3, then style at 1.3": Way(early=(1.2, 1), late=(1, 1.3), since=0.3),
-    "style after .2": Way(early=(1, 0), since=0.2),
+    "subjects at .8": Way("0.8"),
+    "subjects at .7 after .4 of the steps": Way(later(0.7, 0.4)),
+    "subjects at .6 after .4": Way(later(0.6, 0.4)),
+    "subjects at .5 after .5": Way(later(0.5, 0.5)),
+    "style at 1.2": Way(style="1.2"),
+    "style at 1.2 after .4": Way(style=later(1.2, 0.4)),
+    "style at 1.4 after .6": Way(style=later(1.4, 0.6)),
+    "subjects at 1.2 until .4": Way(later(1, 0.4, first=1.2)),
+    "subjects at 1.2 until .4, then style at 1.2": Way(later(1, 0.4, first=1.2), later(1.2, 0.4)),
+    "subjects at 1.2 until .3, then style at 1.3": Way(later(1, 0.3, first=1.2), later(1.3, 0.3)),
+    "style after .2": Way(style=later(1, 0.2, first=0)),
     "the style's mean at 1.3": Way(mean=1.3),
     "the style's mean at .7": Way(mean=0.7),
     "the style's deviation at 1.3": Way(deviation=1.3),
@@ -81,8 +86,41 @@ WAYS = {
 UPDATES = 60  # of these gates
 
 
-def parted(down: torch.nn.Module, ranks: torch.Tensor, way: Way) -> None:
-    """Scale the mean over tokens, and the difference from it, of some ranks of A x, [B, T, R] or [B, R, H, W]."""
+def kept(case: Case) -> Path:
+    """The folder of a case's trained gates."""
+    return WORK / "styles" / case.name
+
+
+def arm(name: str) -> Arm:
+    """One of `WAYS`. Subjects are drawn in tiles if they have room."""
+    way = WAYS[name]
+
+    @contextmanager
+    def context(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
+        tags = [f"<lora:{name}:{way.style if name in setup.styles else way.subjects}>" for name in mixture.experts]
+        schedule = StrengthSchedule(list(mixture.experts), parse("".join(tags)).tags, unet=setup.pipe.unet, steps=STEPS)
+        steps = StepCounter(setup.pipe.unet)
+
+        def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            schedule.step = steps.at(args, kwargs)
+
+        for part, _, layer in layers(setup.pipe):
+            if part == "unet" and (way.mean, way.deviation) != (1, 1):
+                parted(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way)
+        with Undo() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
+            undo.before_forward(setup.pipe.unet, before, with_kwargs=True)
+            yield
+
+    strengths = {"subjects": way.subjects, "style": way.style, "mean": way.mean, "deviation": way.deviation}
+    return arms.weighted(name, gates=kept if way.gates else "sum", binding=arms.from_files, context=context, **strengths)
+
+
+def parted(down: torch.nn.Module, is_style: Sequence[bool], way: Way) -> None:
+    """Scale the mean over tokens, and the difference from it, of a style's ranks of A x, [B, T, R] or [B, R, H, W].
+
+    The hook ends with `detach`.
+    """
+    ranks = torch.tensor(is_style)[down.segment]  # [R]
 
     def after(_: object, __: object, low: torch.Tensor) -> torch.Tensor:
         own, tokens = (ranks[:, None, None], (2, 3)) if low.dim() == 4 else (ranks, (1,))
@@ -92,72 +130,24 @@ def parted(down: torch.nn.Module, ranks: torch.Tensor, way: Way) -> None:
     down.register_forward_hook(after)
 
 
-def draw(world: EmojiWorld, case: Case, way: Way, seed: int) -> Image.Image:
-    """A picture of a case in one of these ways."""
-    experts, folder = {name: world.loras[name] for name in case.concepts}, WORK / "styles" / case.name
-    if way.gates is not None:
-        train_gates.train(world, case.concepts, way.gates, folder, updates=UPDATES)
-    mixture = attach(world.pipe, experts, "sum" if way.gates is None else folder)
-    if (way.mean, way.deviation) != (1, 1):  # the hooks end with `detach`
-        style = [name in words.STYLES for name in mixture.experts].index(True)
-        for part, _, layer in layers(world.pipe):
-            if part == "unet":
-                down = layer.lora_A[ADAPTER]
-                parted(down, down.segment == style, way)
-
-    def put(step: int) -> None:
-        for name in case.concepts:
-            mixture.strength(name, way.at(step)[name in words.STYLES])
-
-    def after_step(pipe: object, step: int, timestep: torch.Tensor, state: dict) -> dict:
-        put(step + 1)
-        return state
-
-    put(0)
-    width, height = case.size
-    call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": width, "height": height}
-    with small_attention(), mixed_precision():
-        (picture,) = sample(world.pipe, case.prompt, [seed], callback_on_step_end=after_step, **call)
-    detach(world.pipe)
-    return picture
-
-
 def margin(logits: torch.Tensor, wanted: list[int]) -> float:
-    """The least of the wanted logits, minus the largest of the others."""
+    """The least of the wanted logits [C], minus the largest of the others."""
     others = torch.ones(len(logits), dtype=torch.bool)
     others[wanted] = False
     return (logits[wanted].min() - logits[others].max()).item()
 
 
-def measured(judge: Judge, verdict: Verdict, scene: Scene) -> dict[str, float]:
-    style, subjects = judge.styles.index(scene.style), [judge.subjects.index(name) for name in scene.subjects]
-    return {
-        "success": float(judge.is_right(verdict, scene)),
-        "style": margin(verdict.style[0], [style]),
-        "subject": margin(verdict.subjects[0], subjects),
-    }
+class Margins(emoji_protocol.JudgeMetrics):
+    """Success, and `MARGINS`."""
 
-
-def rows(world: EmojiWorld, found: list[tuple[Case, Scene]], ways: Iterable[str], seeds: range) -> Iterator[dict]:
-    judge = world.judge()
-    for case, scene in found:
-        for name in ways:
-            for seed in seeds:
-                verdict = judge.verdict([draw(world, case, WAYS[name], seed)])
-                about = {"arm": name, "case": case.name, "prompt": case.prompt, "seed": seed, "concepts": case.concepts}
-                yield about | {"group": case.kind} | measured(judge, verdict, scene)
-        print(case.name, flush=True)
-
-
-def table(frame: pd.DataFrame) -> str:
-    """Success and both margins of each way; for the others, as differences from the first."""
-    less = differences(frame, "bound", MEASURED)
-    body = []
-    for name, own in frame.groupby("arm", sort=False):
-        of_way = less[less["arm"] == name]
-        changes = ["" if of_way.empty else interval(of_way, value, digits=1) for value in MEASURED[1:]]
-        body.append([name, interval(own, "success"), f"{own['style'].mean():.1f}", f"{own['subject'].mean():.1f}", *changes])
-    return markdown(["way", "success", "style", "subject", "style, less bound", "subject, less bound"], body)
+    def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
+        scene, verdict = self.scenes[case.prompt, case.size], self.judge.verdict(images)
+        styles = [self.judge.styles.index(scene.style)]
+        subjects = [self.judge.subjects.index(name) for name in scene.subjects]
+        of_style = [margin(logits, styles) for logits in verdict.style]
+        of_subjects = [margin(logits, subjects) for logits in verdict.subjects]
+        found = zip(super().__call__(case, images), of_style, of_subjects, strict=True)
+        return [row | dict(zip(MARGINS, margins, strict=True)) for row, *margins in found]
 
 
 def main() -> None:
@@ -168,16 +158,27 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="ways to compare to bound")
+    parser.add_argument("--pack", action="store_true", help="write the rows to docs/results/, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
-    seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)
-    chosen = {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}
+    split = {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}
     if args.names:
-        chosen = {"subject x style": [tuple(name.split("+")) for name in args.names]}
-    for kind, group in chosen.items():
-        found, ways = emoji_protocol.cases({kind: group}), dict.fromkeys(["bound", *args.ways])
-        frame = pd.DataFrame(rows(world, found, ways, seeds))
-        print(f"{kind}, {len(found)} compositions, {args.seeds} seeds:\n\n{table(frame)}\n")
+        args.split, split = "other", {"subject x style": [tuple(name.split("+")) for name in args.names]}
+    found, ways = emoji_protocol.cases(split), dict.fromkeys(["bound", *args.ways])
+    for way in (WAYS[name] for name in ways):
+        for case, _ in found:
+            if way.gates is not None:
+                train_gates.train(world, case.concepts, way.gates, kept(case), updates=UPDATES)
+    setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
+    seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "styles" / "rows" / args.split)
+    metrics = Margins(world.judge(), found)
+    table = as_frame(measured(setup, [arm(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
+    columns = ("success", *MARGINS)
+    print(by_kind(table, lambda own: score_table(own, columns, head="way", digits=2)))
+    print(by_kind(differences(table, "bound", columns), lambda own: score_table(own, columns, head="way, less bound")))
+    if args.pack:
+        request = ["split", "kind", "concepts", "arm", "seed"]
+        pack("styles", table.assign(split=args.split).round(dict.fromkeys(MARGINS, 2)), request, measured=columns)
 
 
 if __name__ == "__main__":
