@@ -64,6 +64,9 @@ def later(strength: float, since: float, *, first: float = 1) -> str:
     return f"{first}@0,{first}@{since},{strength}@{since}"
 
 
+# Block weights of the world's UNet: BASE, IN03, IN05, M00, OUT00, OUT01, OUT02, OUT03. It has half the size in IN03, OUT02
+# and OUT03, and a quarter of it in between.
+DEEP, LAST = "1,1,{0},{0},{0},{0},1,1", "1,1,1,1,1,1,{0},{0}"
 WAYS = {
     "bound": Way(),
     "subjects at .8": Way("0.8"),
@@ -77,6 +80,10 @@ WAYS = {
     "subjects at 1.2 until .4, then style at 1.2": Way(later(1, 0.4, first=1.2), later(1.2, 0.4)),
     "subjects at 1.2 until .3, then style at 1.3": Way(later(1, 0.3, first=1.2), later(1.3, 0.3)),
     "style after .2": Way(style=later(1, 0.2, first=0)),
+    "subjects at .6 in the last blocks": Way(f"1:lbw={LAST.format(0.6)}"),
+    "style at 1.3 in the last blocks": Way(style=f"1:lbw={LAST.format(1.3)}"),
+    "subjects at .6 in the deep blocks": Way(f"1:lbw={DEEP.format(0.6)}"),
+    "style at 1.3 in the deep blocks": Way(style=f"1:lbw={DEEP.format(1.3)}"),
     "the style's mean at 1.3": Way(mean=1.3),
     "the style's mean at .7": Way(mean=0.7),
     "the style's deviation at 1.3": Way(deviation=1.3),
