@@ -33,8 +33,6 @@ KINDS = {  # diffusers' name for the kind of a checkpoint -> pipeline class
 }
 T5 = "text_encoders.t5xxl.transformer.shared.weight"
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
-
-
 GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # start of a pipeline class's name -> its usual guidance
 
 

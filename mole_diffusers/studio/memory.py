@@ -40,15 +40,12 @@ class Memory:
             if value not in (None, *known):
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
-    def completed(self, kind: str, *, gpu: str | None = None) -> Memory:
+    def completed(self, kind: str) -> Memory:
         """The same with device and precision filled in, for a pipeline class of this name.
-
-        Args:
-            gpu: the device of this machine's GPU; None takes the one that torch finds.
 
         Raises ValueError for offloading without a GPU.
         """
-        device = self.device or gpu or _gpu() or "cpu"
+        device = self.device or _gpu() or "cpu"
         if device == "cpu" and self.offload not in (None, "none"):
             raise ValueError(
                 f"offload {self.offload!r} keeps what is not used off the GPU, and there is none: device is cpu"
