@@ -99,21 +99,27 @@ def _adding(page: Page) -> None:
             upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload")
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
     why = gr.Markdown("", elem_id="why", elem_classes="status")
+    check_fit = page.actions.studio.check_fit
 
     @told(why)
     def chosen(name: str | None, *now: Any) -> Values:
-        return page.edited(_fitting(page, [name] if name else []), *now) | {page.add: None}
+        names = [name] if name else []
+        check_fit(names)
+        return page.edited(names, *now) | {page.add: None}
 
     @told(why)
     def found(text: str) -> Any:
         hits = page.actions.find(text)
+        names = [hit.name for hit in hits]
+        check_fit(names)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
-        return _fitting(page, [hit.name for hit in hits]), words or "The prompt asks for none of the LoRAs here."
+        return names, words or "The prompt asks for none of the LoRAs here."
 
     @told(why)
     def uploaded(path: str) -> Any:
         name = page.actions.add_lora(Path(path))
-        return _fitting(page, [name]), f"added **{markdown(name)}**"
+        check_fit([name])
+        return [name], f"added **{markdown(name)}**"
 
     def looked_again() -> str:
         return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
@@ -134,14 +140,6 @@ def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **option
 
     known = event(find, given, [names, why], **options)
     return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
-
-
-def _fitting(page: Page, names: list[str]) -> list[str]:
-    """Returns the names. Raises ValueError for a LoRA that cannot be used with this base."""
-    for name in names:
-        if why_not := page.actions.studio.misfit(name):
-            raise ValueError(f"the LoRA {name!r} cannot be used here: {why_not}")
-    return names
 
 
 def _settings(page: Page) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,12 @@ class Studio:
             return str(error)
         return ""
 
+    def check_fit(self, names: Iterable[str]) -> None:
+        """Raises ValueError for a LoRA that cannot be used with this base."""
+        for name in names:
+            if why := self.misfit(name):
+                raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
+
     def complete(self, recipe: Recipe) -> Recipe:
         """Fill in everything that a recipe leaves open.
 
@@ -130,9 +136,7 @@ class Studio:
         names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in given.tags}
         if len(set(names.values())) < len(names):
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
-        for name in names.values():
-            if why := self.misfit(name):
-                raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
+        self.check_fit(names.values())
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
         here = names | {name: name for name in names.values()}
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
@@ -171,21 +175,17 @@ class Studio:
             base=self.base,
         )
 
-    def warning(self, recipe: Recipe) -> str:
-        """What may be wrong with a completed recipe, in one sentence, though it can still be drawn; "" if nothing is."""
-        others = self.catalog.other_files(recipe.gates, recipe.experts) if recipe.arm == "gates" else []
-        names = ", ".join(map(repr, others))
-        return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
-
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
-        """What a user should know about a completed recipe: its warning, what was changed, and what is cut.
+        """What a user should know about a completed recipe: what may be wrong with it, what was changed, and what is cut.
 
         Args:
             asked: the recipe before `complete`.
             recipe: the completed recipe.
             image: the picture that is drawn over.
         """
-        notes = [self.warning(recipe)]
+        notes = []
+        if recipe.arm == "gates" and (others := self.catalog.other_files(recipe.gates, recipe.experts)):
+            notes.append(f"the gates {recipe.gates!r} were trained with another file of {', '.join(map(repr, others))}")
         size = asked.width or recipe.width, asked.height or recipe.height
         drawn = f"{recipe.width} x {recipe.height} pixels"
         if image is not None and image.size != size:
@@ -204,8 +204,7 @@ class Studio:
         if recipe.weights:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
-        notes += unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
-        return [note for note in notes if note]
+        return notes + unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
 
     # ---- drawing
 
