@@ -9,7 +9,7 @@ import gradio as gr
 
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, gallery
+from mole_diffusers.app.style import clicked, gallery, gallery_items
 
 AT_ONCE = 60  # pictures shown at first; "Show more" adds as many
 
@@ -39,7 +39,7 @@ def build(page: Page) -> None:
         shown, is_cut = found[:most], len(found) > most
         said = f"{words}{len(found)} picture{'' if len(found) == 1 else 's'}"
         return {
-            pictures: gr.update(value=[(str(entry.path), entry.label) for entry in shown], selected_index=None),
+            pictures: gr.update(value=gallery_items(shown), selected_index=None),
             count: most,
             more: gr.update(visible=is_cut),
             chosen: "",
@@ -75,7 +75,7 @@ def build(page: Page) -> None:
     @told(status)
     def throw(name: str, *asked: Any) -> Values:
         kept.trash(_the_chosen(name))
-        return search(*asked, words="moved to the folder trash beside the pictures; ")
+        return search(*asked, words="moved to the gallery's trash folder; ")
 
     outputs = [pictures, count, more, chosen, status]
     # Search while typing, not when the field loses focus: clicking a picture does that, and the click would be lost.

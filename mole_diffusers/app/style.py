@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.actions import Picture
+from mole_diffusers.app.gallery import Entry
 from mole_diffusers.inspection.gate_figures import COLOURS
 
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; without Gradio's "share", which would send them to the network
@@ -41,7 +42,7 @@ def row(*fields: Any) -> None:
             field.render()
 
 
-def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+def gallery_items(pictures: Sequence[Picture | Entry]) -> list[tuple[str, str]]:
     """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
     return [(str(picture.path), picture.label) for picture in pictures]
 

@@ -102,7 +102,7 @@ def _fields(page: Page) -> None:
         own = bindings({tag.name: (parse_phrases(tag.word), AUTO) for tag in parsed.tags}, experts, {})
         singles, found, silent = suggested(text, own, [*styles, *everywhere], way)
         names = ", ".join(f"**{markdown(name)}**" for name in found if name not in styles)
-        words = [f"said of the whole picture, so taken as a style: {names}"] if names else []
+        words = [f"added to Styles, which act on the whole picture: {names}"] if names else []
         words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
         return {
             fields["name"]: "+".join(sorted(experts)),
