@@ -125,10 +125,10 @@ class TrainingProgress:
     def __str__(self) -> str:
         if self.verdict:
             return f"done: {self.verdict}"
-        if self.rows and not self.doing:
-            return f"update {self.rows[-1]['step'] + 1} of {self.request.steps}, loss {self.rows[-1]['loss']:.4f}"
         if self.doing:
             return self.doing
+        if self.rows:
+            return f"update {self.rows[-1]['step'] + 1} of {self.request.steps}, loss {self.rows[-1]['loss']:.4f}"
         count, calls = self.request.teachers()
         return f"drawing the teachers' pictures, {min(self.called * count // calls, count)} of {count}"
 

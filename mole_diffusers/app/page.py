@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app import draw_over
-from mole_diffusers.app.actions import Actions, Picture
+from mole_diffusers.app.actions import MAX_COUNT, Actions, Picture
 from mole_diffusers.app.fields import CONTROLS, TRAINING
 from mole_diffusers.app.jobs import Job, Jobs
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
@@ -102,7 +102,7 @@ class Page:
         self.over_panel = panel("Draw over a picture, or larger", elem_id="over")
         self.second = panel("Another prompt for the second text encoder", elem_id="second", visible="hidden")
         self.count = gr.Slider(
-            1, 16, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
+            1, MAX_COUNT, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
         )
         text = partial(gr.Textbox, max_length=500, render=False)
         across = text("arm=base,sum,gates", label="Across", elem_id="axis-x")
