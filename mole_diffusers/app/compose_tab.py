@@ -14,8 +14,8 @@ from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, figure, gallery_items, row
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import clicked, figure, gallery_items, row, status_line
 from mole_diffusers.studio.recipe import Recipe
 
 
@@ -30,7 +30,7 @@ def build(page: Page) -> None:
     with gr.Row(elem_classes="buttons"):
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
-    status = gr.Markdown("", elem_id="status", elem_classes="status")
+    status = status_line(elem_id="status")
     offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
@@ -48,7 +48,7 @@ def build(page: Page) -> None:
         now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
         return {page.pictures: gallery_items(pictures)} | ({} if now is None else {preview: now})
 
-    @told(page.line)
+    @errors_to(page.line)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
         return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
@@ -77,11 +77,11 @@ def _use_picture(page: Page, status: Any) -> None:
             raise ValueError("compose a picture first")
         return next((each for each in pictures if each.path.name == chosen), pictures[-1])
 
-    @told(status)
+    @errors_to(status)
     def draw_over_it(request: gr.Request, chosen: str) -> Values:
         return page.put_over(picture(request, chosen).path)
 
-    @told(status)
+    @errors_to(status)
     def use_seed(request: gr.Request, chosen: str) -> Values:
         return {page.controls["seed"]: picture(request, chosen).recipe.seed}
 
@@ -98,16 +98,16 @@ def _adding(page: Page) -> None:
             find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
             upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload")
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
-    why = gr.Markdown("", elem_id="why", elem_classes="status")
+    why = status_line(elem_id="why")
     check_fit = page.actions.studio.check_fit
 
-    @told(why)
+    @errors_to(why)
     def chosen(name: str | None, *now: Any) -> Values:
         names = [name] if name else []
         check_fit(names)
         return page.edited(names, *now) | {page.add: None}
 
-    @told(why)
+    @errors_to(why)
     def found(text: str) -> Any:
         hits = page.actions.find(text)
         names = [hit.name for hit in hits]
@@ -115,7 +115,7 @@ def _adding(page: Page) -> None:
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
         return names, words or "The prompt asks for none of the LoRAs here."
 
-    @told(why)
+    @errors_to(why)
     def uploaded(path: str) -> Any:
         name = page.actions.add_lora(Path(path))
         check_fit([name])

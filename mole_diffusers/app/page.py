@@ -19,7 +19,7 @@ from mole_diffusers.app.actions import MAX_COUNT, Actions, Picture
 from mole_diffusers.app.fields import CONTROLS, TRAINING
 from mole_diffusers.app.jobs import Job, Jobs
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
-from mole_diffusers.app.style import gallery
+from mole_diffusers.app.style import gallery, status_line
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.prompt_weights import prompts_read
@@ -111,7 +111,7 @@ class Page:
         self.trained = field("trained", gr.Dropdown, value=None, label="Gates", elem_id="which-gates")
         named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
         self.choices = {named[name]: choices for name, choices in known.items()}
-        self.line = gr.Markdown("", elem_id="problem", elem_classes="status", render=False)
+        self.line = status_line(elem_id="problem", render=False)
         self.pictures = gallery(label="Pictures", columns=2, elem_id="pictures", render=False)
         self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)

@@ -12,8 +12,8 @@ from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import COLOUR, OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, shades
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import figure
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import figure, status_line
 from mole_diffusers.binding.config import mask_text, parse_region, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import as_grey, overlay
@@ -34,7 +34,7 @@ def build(page: Page) -> None:
         editor = draw_over.editor(label="Paint where it acts", sources=(), elem_id="paint", **square)
         edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
         use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
-        status = gr.Markdown("", elem_id="paint-status", elem_classes="status")
+        status = status_line(elem_id="paint-status")
 
     def last(request: gr.Request) -> Picture | None:
         """The last picture of this page."""
@@ -51,7 +51,7 @@ def build(page: Page) -> None:
         with Image.open(picture.path) as image:
             return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
-    @told(status)
+    @errors_to(status)
     def start(
         request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: int | None, height: int | None
     ) -> Values:
@@ -60,7 +60,7 @@ def build(page: Page) -> None:
         region = current_region(parse(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
         return {editor: canvas(picture, width or own[0], height or own[1], region)}
 
-    @told(status)
+    @errors_to(status)
     def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")

@@ -17,6 +17,7 @@ figure = partial(gr.Image, format="png", interactive=False, buttons=BUTTONS, ele
 gallery = partial(  # of PNG files; small ones are shown with visible pixels
     gr.Gallery, format="png", height="auto", object_fit="contain", buttons=BUTTONS, interactive=False, elem_classes="pixel"
 )
+status_line = partial(gr.Markdown, "", elem_classes="status")  # takes no room while it says nothing
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
 
 
