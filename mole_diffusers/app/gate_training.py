@@ -88,6 +88,7 @@ class TrainingRequest:
             return len(self.composed) * subjects * term.seeds, len(self.composed) * subjects * term.steps
         one: Any = terms["single"]
         counts = [max(one.seeds, len(prompts)) for prompts in self.singles.values()]
+        # A step of a single prompt calls it with and without its LoRA, one of a composed prompt with each and with none.
         return sum(counts) + max(one.seeds, len(self.composed)), one.steps * (2 * n + 1 + n)
 
     def data(self) -> TrainingData:
