@@ -22,7 +22,7 @@ from mole_diffusers.studio.recipe import Recipe
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
     prompt = page.controls["prompt"].render()
-    page.line.render()
+    page.problem.render()
     page.controls["negative"].render()
     with page.second.render():
         for name in ("prompt_2", "negative_2"):
@@ -48,7 +48,7 @@ def build(page: Page) -> None:
         now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
         return {page.pictures: gallery_items(pictures)} | ({} if now is None else {preview: now})
 
-    @errors_to(page.line)
+    @errors_to(page.problem)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
         return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
@@ -56,7 +56,7 @@ def build(page: Page) -> None:
     starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
     connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count], offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
-    shown = [page.cards, page.shown, page.rewrites, page.line]
+    shown = [page.cards, page.shown, page.rewrites, page.problem]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
 
 

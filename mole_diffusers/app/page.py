@@ -61,7 +61,7 @@ class Page:
         axes: the two axes of a grid, across and down.
         second: the panel with the prompts of the second text encoder.
         add, trained: the choice of a LoRA to add, and of gates to download.
-        line: the line below the prompt that says what is wrong with it.
+        problem: the line below the prompt that says what is wrong with it.
         pictures: the gallery of composed pictures.
         tabs, tab: all tabs, and the one that is being laid out.
         choices: field -> function that lists its choices now, if these change with the base model, LoRAs and gates.
@@ -111,7 +111,7 @@ class Page:
         self.trained = field("trained", gr.Dropdown, value=None, label="Gates", elem_id="which-gates")
         named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
         self.choices = {named[name]: choices for name, choices in known.items()}
-        self.line = status_line(elem_id="problem", render=False)
+        self.problem = status_line(elem_id="problem", render=False)
         self.pictures = gallery(label="Pictures", columns=2, elem_id="pictures", render=False)
         self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)

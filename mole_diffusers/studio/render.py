@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from mole_diffusers.studio.weight_syntax import parse_weights
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
+Inside = Callable[[Mixture], AbstractContextManager]
 
 
 class Studio:
@@ -215,7 +216,7 @@ class Studio:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         on_step: OnStep | None = None,
-        inside: Callable[[Mixture], AbstractContextManager] | None = None,
+        inside: Inside = nullcontext,
     ) -> Image.Image:
         """Draw a completed recipe.
 
@@ -242,7 +243,7 @@ class Studio:
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
-                drawn = self._pass(recipe, larger, over, on_step, None)
+                drawn = self._pass(recipe, larger, over, on_step, nullcontext)
             return drawn
 
     def total_steps(self, recipe: Recipe) -> int:
@@ -257,7 +258,7 @@ class Studio:
         size: tuple[int, int],
         over: dict[str, Any],
         on_step: OnStep | None,
-        inside: Callable[[Mixture], AbstractContextManager] | None,
+        inside: Inside,
     ) -> Image.Image:
         """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
@@ -278,8 +279,7 @@ class Studio:
                 stack.enter_context(mixture.planned(schedule))
                 if (binding := recipe.binding_of_pass(over=bool(over))) != "none":
                     stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, binding)))
-                if inside is not None:
-                    stack.enter_context(inside(mixture))
+                stack.enter_context(inside(mixture))
             return pipe(
                 **call_arguments(pipe, **recipe.call),
                 **picture_passes.size_arguments(pipe, *size),
