@@ -174,10 +174,11 @@ class Actions:
         Args:
             asked: the base's name in `bases` or in a recipe. A base that is not in `bases` is recognised by its file name.
         """
-        wanted, here = (shared_name(base) for base in (self.bases.get(asked or "", asked or ""), self.studio.base))
+        asked = asked or ""
+        wanted, here = shared_name(self.bases.get(asked, asked)), shared_name(self.studio.base)
         known = next((name for name, source in self.bases.items() if shared_name(source) == wanted), None)
-        file = Path(wanted).name
-        return None if wanted == here or (known is None and file == Path(here).name) else known or file
+        is_open = wanted == here or (known is None and Path(wanted).name == Path(here).name)
+        return None if is_open else known or Path(wanted).name
 
     def check_base(self, asked: str | None, mend: str) -> None:
         """Raises ValueError if settings are for another base model than the open one; `mend` says what to do about it."""
