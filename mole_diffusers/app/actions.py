@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import Studio, check_pictures, with_pictures
+from mole_diffusers.studio.render import Inside, Studio, check_pictures, with_pictures
 from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES = 400  # kept in the app's own folder; the browser has copies
@@ -47,7 +47,6 @@ MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 
 
 Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
 NOTHING: Over = {}
-Inside = Callable[[Mixture], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Actions:
         folder: temporary files, deleted when the app ends.
         downloads: gates as files for visitors.
         uploads: LoRAs that visitors have uploaded. They are still here after a restart if `home` is set.
-        own: pictures that are not kept, namely those of comparisons and grids. The gallery keeps a sheet of them.
+        unkept: pictures that are not kept, namely those of comparisons and grids. The gallery keeps a sheet of them.
         bases: name -> argument of `opening`, for the base models that can be chosen.
 
     Args:
@@ -133,7 +132,7 @@ class Actions:
         self.home = home or self.folder / "gates"
         self.downloads, self.uploads = self.folder / "downloads", self.home / ".loras"  # gates cannot have this name
         studio.catalog.find_loras([self.uploads])
-        self.own = Gallery(self.folder / "drawn", most=MAX_PICTURES)
+        self.unkept = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
         self._preview = PreviewDecoder()
         self._adding = threading.Lock()
@@ -175,10 +174,11 @@ class Actions:
         Args:
             asked: the base's name in `bases` or in a recipe. A base that is not in `bases` is recognised by its file name.
         """
-        wanted, here = (shared_name(base) for base in (self.bases.get(asked or "", asked or ""), self.studio.base))
+        asked = asked or ""
+        wanted, here = shared_name(self.bases.get(asked, asked)), shared_name(self.studio.base)
         known = next((name for name, source in self.bases.items() if shared_name(source) == wanted), None)
-        file = Path(wanted).name
-        return None if wanted == here or (known is None and file == Path(here).name) else known or file
+        is_open = wanted == here or (known is None and Path(wanted).name == Path(here).name)
+        return None if is_open else known or Path(wanted).name
 
     def check_base(self, asked: str | None, mend: str) -> None:
         """Raises ValueError if settings are for another base model than the open one; `mend` says what to do about it."""
@@ -350,7 +350,7 @@ class Actions:
                     noting = partial(_noting, recipe, layouts, said, inside)
                     image = self.studio.draw(recipe, **over, on_step=on_step, inside=noting)
                     state.warnings = list(dict.fromkeys([*state.warnings, *said]))
-                    path = (gallery or self.own).add(image, recipe)
+                    path = (gallery or self.unkept).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
                     report(replace(state))
             finally:

@@ -16,7 +16,7 @@ from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.own_pages import OwnPagesOnly
 from mole_diffusers.app.page import OF_BASE, ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import follow
-from mole_diffusers.app.style import CARDS, theme
+from mole_diffusers.app.style import CARDS, status_line, theme
 from mole_diffusers.studio.recipe import Recipe
 
 TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
@@ -43,7 +43,7 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
 def _base(page: Page) -> None:
     """The choice of the base model, if the app has several."""
     page.base.render()
-    status = gr.Markdown("", elem_id="base-status", elem_classes="status")
+    status = status_line(elem_id="base-status")
     sizes = [page.controls[name] for name in OF_BASE]
 
     def show(job: Job) -> Values:

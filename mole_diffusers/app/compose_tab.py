@@ -14,15 +14,15 @@ from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, figure, gallery_items, row
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import clicked, figure, gallery_items, row, status_line
 from mole_diffusers.studio.recipe import Recipe
 
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
     prompt = page.controls["prompt"].render()
-    page.line.render()
+    page.problem.render()
     page.controls["negative"].render()
     with page.second.render():
         for name in ("prompt_2", "negative_2"):
@@ -30,7 +30,7 @@ def build(page: Page) -> None:
     with gr.Row(elem_classes="buttons"):
         compose = gr.Button("Compose", variant="primary", elem_id="compose")
         cancel = gr.Button("Cancel", elem_id="cancel")
-    status = gr.Markdown("", elem_id="status", elem_classes="status")
+    status = status_line(elem_id="status")
     offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
@@ -48,7 +48,7 @@ def build(page: Page) -> None:
         now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
         return {page.pictures: gallery_items(pictures)} | ({} if now is None else {preview: now})
 
-    @told(page.line)
+    @errors_to(page.problem)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
         new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
         return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
@@ -56,7 +56,7 @@ def build(page: Page) -> None:
     starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
     connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count], offer=offer)
     connect_cancel(page, cancel, status, ["compose"])
-    shown = [page.cards, page.shown, page.rewrites, page.line]
+    shown = [page.cards, page.shown, page.rewrites, page.problem]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
 
 
@@ -77,11 +77,11 @@ def _use_picture(page: Page, status: Any) -> None:
             raise ValueError("compose a picture first")
         return next((each for each in pictures if each.path.name == chosen), pictures[-1])
 
-    @told(status)
+    @errors_to(status)
     def draw_over_it(request: gr.Request, chosen: str) -> Values:
         return page.put_over(picture(request, chosen).path)
 
-    @told(status)
+    @errors_to(status)
     def use_seed(request: gr.Request, chosen: str) -> Values:
         return {page.controls["seed"]: picture(request, chosen).recipe.seed}
 
@@ -98,22 +98,28 @@ def _adding(page: Page) -> None:
             find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
             upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload")
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
-    why = gr.Markdown("", elem_id="why", elem_classes="status")
+    why = status_line(elem_id="why")
+    check_fit = page.actions.studio.check_fit
 
-    @told(why)
+    @errors_to(why)
     def chosen(name: str | None, *now: Any) -> Values:
-        return page.edited(_fitting(page, [name] if name else []), *now) | {page.add: None}
+        names = [name] if name else []
+        check_fit(names)
+        return page.edited(names, *now) | {page.add: None}
 
-    @told(why)
+    @errors_to(why)
     def found(text: str) -> Any:
         hits = page.actions.find(text)
+        names = [hit.name for hit in hits]
+        check_fit(names)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
-        return _fitting(page, [hit.name for hit in hits]), words or "The prompt asks for none of the LoRAs here."
+        return names, words or "The prompt asks for none of the LoRAs here."
 
-    @told(why)
+    @errors_to(why)
     def uploaded(path: str) -> Any:
         name = page.actions.add_lora(Path(path))
-        return _fitting(page, [name]), f"added **{markdown(name)}**"
+        check_fit([name])
+        return [name], f"added **{markdown(name)}**"
 
     def looked_again() -> str:
         return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
@@ -134,14 +140,6 @@ def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **option
 
     known = event(find, given, [names, why], **options)
     return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
-
-
-def _fitting(page: Page, names: list[str]) -> list[str]:
-    """Returns the names. Raises ValueError for a LoRA that cannot be used with this base."""
-    for name in names:
-        if why_not := page.actions.studio.misfit(name):
-            raise ValueError(f"the LoRA {name!r} cannot be used here: {why_not}")
-    return names
 
 
 def _settings(page: Page) -> None:

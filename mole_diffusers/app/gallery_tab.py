@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import clicked, gallery
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import clicked, gallery, gallery_items, status_line
 
 AT_ONCE = 60  # pictures shown at first; "Show more" adds as many
 
@@ -21,7 +21,7 @@ def build(page: Page) -> None:
         text = gr.Textbox(label="Search", info="words of the prompt, comparison, grid", max_length=500, elem_id="find-text")
         lora = gr.Textbox(label="With the LoRA", max_length=200, elem_id="find-lora")
         starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
-    status = gr.Markdown("", elem_id="gallery-status", elem_classes="status")
+    status = status_line(elem_id="gallery-status")
     pictures = gallery(label="Gallery", columns=4, elem_id="gallery")
     more = gr.Button("Show more", size="sm", visible=False, elem_id="gallery-more")
     with gr.Row():
@@ -39,7 +39,7 @@ def build(page: Page) -> None:
         shown, is_cut = found[:most], len(found) > most
         said = f"{words}{len(found)} picture{'' if len(found) == 1 else 's'}"
         return {
-            pictures: gr.update(value=[(str(entry.path), entry.label) for entry in shown], selected_index=None),
+            pictures: gr.update(value=gallery_items(shown), selected_index=None),
             count: most,
             more: gr.update(visible=is_cut),
             chosen: "",
@@ -52,7 +52,7 @@ def build(page: Page) -> None:
     def choose(event: gr.SelectData) -> Any:
         return clicked(event), f"chosen: {markdown(clicked(event))}"
 
-    @told(status)
+    @errors_to(status)
     def reuse(name: str) -> Values:
         entry = kept.entry(_the_chosen(name))
         _, values, notes = page.filled(entry.contents)
@@ -60,22 +60,22 @@ def build(page: Page) -> None:
         words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
         return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
 
-    @told(status)
+    @errors_to(status)
     def draw_over_it(name: str) -> Values:
         put = page.put_over(kept.entry(_the_chosen(name)).path)
         return put | {page.tabs: gr.update(selected="Compose"), status: 'it is in "Draw over a picture"'}
 
-    @told(status)
+    @errors_to(status)
     def favour(name: str, *asked: Any) -> Values:
         on = not kept.entry(_the_chosen(name)).favourite
         kept.favour(name, on)
         found = search(*asked, words="marked; " if on else "no longer marked; ")
         return found | {chosen: name if name in [Path(file).name for file, _ in found[pictures]["value"]] else ""}
 
-    @told(status)
+    @errors_to(status)
     def throw(name: str, *asked: Any) -> Values:
         kept.trash(_the_chosen(name))
-        return search(*asked, words="moved to the folder trash beside the pictures; ")
+        return search(*asked, words="moved to the gallery's trash folder; ")
 
     outputs = [pictures, count, more, chosen, status]
     # Search while typing, not when the field loses focus: clicking a picture does that, and the click would be lost.

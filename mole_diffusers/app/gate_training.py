@@ -20,6 +20,7 @@ from mole_diffusers.options import check_options
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
+from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.studio.picture_passes import drawable
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -87,6 +88,7 @@ class TrainingRequest:
             return len(self.composed) * subjects * term.seeds, len(self.composed) * subjects * term.steps
         one: Any = terms["single"]
         counts = [max(one.seeds, len(prompts)) for prompts in self.singles.values()]
+        # A step of a single prompt calls it with and without its LoRA, one of a composed prompt with each and with none.
         return sum(counts) + max(one.seeds, len(self.composed)), one.steps * (2 * n + 1 + n)
 
     def data(self) -> TrainingData:
@@ -124,10 +126,10 @@ class TrainingProgress:
     def __str__(self) -> str:
         if self.verdict:
             return f"done: {self.verdict}"
-        if self.rows and not self.doing:
-            return f"update {self.rows[-1]['step'] + 1} of {self.request.steps}, loss {self.rows[-1]['loss']:.4f}"
         if self.doing:
             return self.doing
+        if self.rows:
+            return f"update {self.rows[-1]['step'] + 1} of {self.request.steps}, loss {self.rows[-1]['loss']:.4f}"
         count, calls = self.request.teachers()
         return f"drawing the teachers' pictures, {min(self.called * count // calls, count)} of {count}"
 
@@ -135,9 +137,9 @@ class TrainingProgress:
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
     """Train gates for the LoRAs of a recipe. Afterwards they are in `home / name` and in the catalog.
 
-    Training uses the strengths, words and regions of the recipe's tags, and its size. If the size is open, it is the usual
-    one for the prompts with all LoRAs. The work reports a TrainingProgress. A run that was stopped continues if you start it
-    again with the same name and settings.
+    Training uses the strengths, words and regions of the recipe's tags, its clip skip, and its size. If the size is open, it
+    is the usual one for the prompts with all LoRAs. The work reports a TrainingProgress. A run that was stopped continues if
+    you start it again with the same name and settings.
 
     Args:
         again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
@@ -152,6 +154,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     config = replace(request.config(), width=width, height=height)
     settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
     settings |= {"width": width, "height": height} | ({"masks": recipe.masks} if recipe.masks else {})
+    settings |= {"clip_skip": recipe.clip_skip} if recipe.clip_skip > 1 else {}  # earlier runs have none, and continue
     recipe.tag_bindings()  # raises ValueError if a painted region has no mask
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
@@ -204,11 +207,10 @@ def _train(
             show(f"after {row['step'] + 1} updates", recipe.seed)
         report(progress)
 
-    with Undo() as undo:
+    experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
+    mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=recipe.tag_bindings())
+    with Undo() as undo, clip_skip(pipe, recipe.clip_skip):
         undo.before_forward(pipe.unet, on_call)
-        experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
-        studio.forget_attached()
-        mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=recipe.tag_bindings())
         progress.doing = "drawing on seeds that the training will not see, before it"
         show("before, seed {}", *seeds)
         losses = held_out.losses(pipe, mixture, request.data(), config)

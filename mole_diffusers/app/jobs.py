@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Jobs:
         while (job := self._next()) is not None:
             state = "failed"
             try:
-                job.event, state = job.work(lambda event, job=job: self._report(job, event)), "done"  # type: ignore[misc]
+                job.event, state = job.work(partial(self._report, job)), "done"
             except StoppedError:
                 state = "stopped"
             except Exception as error:

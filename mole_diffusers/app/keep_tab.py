@@ -11,8 +11,8 @@ from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import figure, row
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import figure, row, status_line
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.recipe import Recipe
@@ -33,9 +33,9 @@ def _loading(page: Page) -> None:
     dropped = gr.File(
         label="Drop a picture or a recipe: it fills every field", file_types=[".png", ".json"], elem_id="dropped"
     )
-    status = gr.Markdown("", elem_id="dropped-status", elem_classes="status")
+    status = status_line(elem_id="dropped-status")
 
-    @told(status)
+    @errors_to(status)
     def load(path: str) -> Values:
         with uploaded(Path(path)) as file:
             found = infotext.contents(file)
@@ -54,21 +54,21 @@ def _saving(page: Page) -> None:
         export = gr.Button("Export to one LoRA", elem_id="export")
     rank = gr.Number(0, label="Rank of the LoRA", info="0: the sum of all ranks, without loss", precision=0, minimum=0)
     file = gr.File(label="File", interactive=False, elem_id="files")
-    status = gr.Markdown("", elem_id="keep-status", elem_classes="status")
+    status = status_line(elem_id="keep-status")
     text = gr.Code(label="Code", language="python", interactive=False, elem_id="code-text", buttons=["copy"])
 
     def completed(*values: Any) -> Recipe:
         recipe, over = page.asked(*values)
         return page.actions.studio.complete(with_pictures(recipe, **over))
 
-    @told(status)
+    @errors_to(status)
     def recipe_file(*values: Any) -> Values:
         recipe = completed(*values)
         path = page.actions.folder / f"recipe-{recipe.seed}.json"
         recipe.save(path)
         return {file: str(path)}
 
-    @told(status)
+    @errors_to(status)
     def script(*values: Any) -> Values:
         return {text: as_code(completed(*values))}
 
@@ -91,7 +91,7 @@ def _grid(page: Page) -> None:
     with gr.Row():
         make = gr.Button("Make the grid", variant="primary", elem_id="grid")
         cancel = gr.Button("Cancel", elem_id="grid-cancel")
-    status = gr.Markdown("", elem_id="grid-status", elem_classes="status")
+    status = status_line(elem_id="grid-status")
     sheet = figure(label="Grid", elem_id="sheet")
 
     def show(job: Job) -> Values:

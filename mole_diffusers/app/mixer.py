@@ -9,7 +9,7 @@ import gradio as gr
 from mole_diffusers.app.fields import CARD
 from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, triggers_in, with_tag, with_triggers
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.sentences import markdown, told
+from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure
 
 LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
@@ -95,7 +95,7 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
 
     seen = gr.State(shows(card))  # the values that this card shows
 
-    @told(page.line)
+    @errors_to(page.problem)
     def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
@@ -116,23 +116,23 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
     events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region"))]
     for key in ("unet", "te", "start", "stop"):
         events += [parts[key].submit, parts[key].blur]
-    gr.on(events, write, [*now, *parts.values()], [*now, *parts.values(), page.line], **LAST)
+    gr.on(events, write, [*now, *parts.values()], [*now, *parts.values(), page.problem], **LAST)
 
 
 def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:
     """Let removing the card and switching trigger words change the prompt."""
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @told(page.line)
+    @errors_to(page.problem)
     def removed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
         left = [other for other in cards if other["name"] != name]
         rewritten = page.rewrite(text, with_tag(newest(text, rewrites), name, None, catalog.loras), rewrites)
         return rewritten | page.redraw(left)
 
-    @told(page.line)
+    @errors_to(page.problem)
     def switched(before: list[str], chosen: list[str], text: str, rewrites: list[str]) -> Values:
         new = with_triggers(newest(text, rewrites), before, chosen, catalog.loras)
         return page.rewrite(text, new, rewrites) | {ticked: chosen}
 
-    chips.input(switched, [ticked, chips, prompt, page.rewrites], [prompt, page.rewrites, ticked, page.line], **LAST)
-    remove.click(removed, page.written, [*page.written, page.shown, page.line], **LAST)
+    chips.input(switched, [ticked, chips, prompt, page.rewrites], [prompt, page.rewrites, ticked, page.problem], **LAST)
+    remove.click(removed, page.written, [*page.written, page.shown, page.problem], **LAST)

@@ -15,11 +15,11 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app import draw_over
-from mole_diffusers.app.actions import Actions, Picture
+from mole_diffusers.app.actions import MAX_COUNT, Actions, Picture
 from mole_diffusers.app.fields import CONTROLS, TRAINING
 from mole_diffusers.app.jobs import Job, Jobs
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
-from mole_diffusers.app.style import gallery
+from mole_diffusers.app.style import gallery, status_line
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.prompt_weights import prompts_read
@@ -61,7 +61,7 @@ class Page:
         axes: the two axes of a grid, across and down.
         second: the panel with the prompts of the second text encoder.
         add, trained: the choice of a LoRA to add, and of gates to download.
-        line: the line below the prompt that says what is wrong with it.
+        problem: the line below the prompt that says what is wrong with it.
         pictures: the gallery of composed pictures.
         tabs, tab: all tabs, and the one that is being laid out.
         choices: field -> function that lists its choices now, if these change with the base model, LoRAs and gates.
@@ -102,7 +102,7 @@ class Page:
         self.over_panel = panel("Draw over a picture, or larger", elem_id="over")
         self.second = panel("Another prompt for the second text encoder", elem_id="second", visible="hidden")
         self.count = gr.Slider(
-            1, 16, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
+            1, MAX_COUNT, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
         )
         text = partial(gr.Textbox, max_length=500, render=False)
         across = text("arm=base,sum,gates", label="Across", elem_id="axis-x")
@@ -111,7 +111,7 @@ class Page:
         self.trained = field("trained", gr.Dropdown, value=None, label="Gates", elem_id="which-gates")
         named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
         self.choices = {named[name]: choices for name, choices in known.items()}
-        self.line = gr.Markdown("", elem_id="problem", elem_classes="status", render=False)
+        self.problem = status_line(elem_id="problem", render=False)
         self.pictures = gallery(label="Pictures", columns=2, elem_id="pictures", render=False)
         self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)

@@ -16,6 +16,7 @@ from mole_diffusers.app.actions import Over, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.page import Page, Values, session
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
+from mole_diffusers.app.style import status_line
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.studio.recipe import Recipe
@@ -37,7 +38,7 @@ class Offer:
     def __init__(self, page: Page, kind: str, again: str, describe: Callable[..., str]):
         self.page, self.kind, self._describe = page, kind, describe
         with gr.Row(visible=False, elem_id=f"{kind}-interrupted", elem_classes="interrupted") as self.row:
-            self.said = gr.Markdown("", elem_classes="status")
+            self.said = status_line()
             self.start = gr.Button(again, size="sm", min_width=100)
             forget = gr.Button("Forget it", size="sm", min_width=100)
         self.offered = gr.Textbox("", visible=False)  # the file's name; another page may have taken the job since

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image, ImageFilter
 
 from mole_diffusers.app import draw_over
@@ -13,11 +12,11 @@ from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import COLOUR, OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, shades
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import figure
-from mole_diffusers.binding.config import mask_text, read_mask
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import figure, status_line
+from mole_diffusers.binding.config import mask_text, parse_region, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
-from mole_diffusers.inspection.layout_figure import overlay
+from mole_diffusers.inspection.layout_figure import as_grey, overlay
 from mole_diffusers.studio.prompt_syntax import PAINTED, parse
 
 CANVAS, MASK_SIDE = 512, 128  # longer side in pixels
@@ -35,7 +34,7 @@ def build(page: Page) -> None:
         editor = draw_over.editor(label="Paint where it acts", sources=(), elem_id="paint", **square)
         edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
         use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
-        status = gr.Markdown("", elem_id="paint-status", elem_classes="status")
+        status = status_line(elem_id="paint-status")
 
     def last(request: gr.Request) -> Picture | None:
         """The last picture of this page."""
@@ -52,7 +51,7 @@ def build(page: Page) -> None:
         with Image.open(picture.path) as image:
             return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
 
-    @told(status)
+    @errors_to(status)
     def start(
         request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: int | None, height: int | None
     ) -> Values:
@@ -61,7 +60,7 @@ def build(page: Page) -> None:
         region = current_region(parse(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
         return {editor: canvas(picture, width or own[0], height or own[1], region)}
 
-    @told(status)
+    @errors_to(status)
     def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
         if not name:
             raise ValueError("choose the LoRA whose region this is")
@@ -95,14 +94,13 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
 
 def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
     """The current region of a LoRA, in grey: painted, a box, or found in the last picture; None if it has none."""
-    region = next((tag.region for tag in tags if tag.name == name), "")
+    region = parse_region(next((tag.region for tag in tags if tag.name == name), ""))
     if region == PAINTED and name in masks:
         return read_mask(masks[name])
-    bound = next((tag.binding for tag in tags if tag.name == name), None)
-    if isinstance(bound, tuple) and (bound[1] in BOXES or isinstance(bound[1], tuple)):
-        return _grey(region_mask(bound[1], MASK_SIDE, MASK_SIDE).numpy())
+    if region in BOXES or isinstance(region, tuple):
+        return as_grey(region_mask(region, MASK_SIDE, MASK_SIDE))
     if picture is not None and picture.layout is not None and name in picture.layout.regions:
-        return _grey(picture.layout.regions[name].numpy())
+        return as_grey(picture.layout.regions[name])
     return None
 
 
@@ -129,7 +127,3 @@ def _fitted(width: int, height: int, side: int) -> tuple[int, int]:
     """The size with the same proportions whose longer side is `side`."""
     scale = side / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _grey(shares: np.ndarray) -> Image.Image:
-    return Image.fromarray((shares * 255).round().astype(np.uint8))

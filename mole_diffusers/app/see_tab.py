@@ -12,8 +12,8 @@ from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, shades
 from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
-from mole_diffusers.app.sentences import told
-from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items
+from mole_diffusers.app.sentences import errors_to
+from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items, status_line
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
@@ -28,7 +28,7 @@ def build(page: Page) -> None:
         compare = gr.Button("Compare at this seed", variant="primary", elem_id="compare")
         look = gr.Button("Watch the gates", variant="primary", elem_id="look")
         cancel = gr.Button("Cancel", elem_id="see-cancel")
-    status = gr.Markdown("", elem_id="see-status", elem_classes="status")
+    status = status_line(elem_id="see-status")
     with gr.Row(elem_classes="phone-column"):
         _comparison(page, compare, status)
         _gate_report(page, look, status)
@@ -111,10 +111,10 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             lock = gr.Button("Set the block", size="sm", elem_id="lock")
             free = gr.Button("Free all", size="sm", elem_id="free")
         locked = gr.Textbox(NO_LOCKS, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
-        why = gr.Markdown("", elem_id="by-hand-status", elem_classes="status")
+        why = status_line(elem_id="by-hand-status")
     catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
 
-    @told(why)
+    @errors_to(why)
     def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Values:
         if block not in sites:
             raise ValueError("watch the gates first, then choose a block")

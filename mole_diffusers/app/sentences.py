@@ -27,7 +27,7 @@ def without_folders(text: str) -> str:
     return re.sub(rf"{re.escape(gettempdir())}/(?:[^\s/'\"]+/)*", "", text)
 
 
-def told(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def errors_to(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator for event functions of the page. `status` must be one of their outputs.
 
     If the function raises an error of bad input, `status` shows it and the other outputs stay as they are. Otherwise

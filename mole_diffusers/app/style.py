@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusers.app.actions import Picture
+from mole_diffusers.app.gallery import Entry
 from mole_diffusers.inspection.gate_figures import COLOURS
 
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; without Gradio's "share", which would send them to the network
@@ -16,6 +17,7 @@ figure = partial(gr.Image, format="png", interactive=False, buttons=BUTTONS, ele
 gallery = partial(  # of PNG files; small ones are shown with visible pixels
     gr.Gallery, format="png", height="auto", object_fit="contain", buttons=BUTTONS, interactive=False, elem_classes="pixel"
 )
+status_line = partial(gr.Markdown, "", elem_classes="status")  # takes no room while it says nothing
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))
 
 
@@ -41,7 +43,7 @@ def row(*fields: Any) -> None:
             field.render()
 
 
-def gallery_items(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+def gallery_items(pictures: Sequence[Picture | Entry]) -> list[tuple[str, str]]:
     """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
     return [(str(picture.path), picture.label) for picture in pictures]
 

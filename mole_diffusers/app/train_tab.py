@@ -14,8 +14,8 @@ from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
-from mole_diffusers.app.sentences import markdown, told
-from mole_diffusers.app.style import figure, gallery, row
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import figure, gallery, row, status_line
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.config import Bound, bindings, parse_phrases
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
@@ -40,7 +40,7 @@ def build(page: Page) -> None:
             with gr.Row(visible=False, elem_id="again") as asked:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
-            status = gr.Markdown("", elem_id="train-status", elem_classes="status")
+            status = status_line(elem_id="train-status")
             offer = Offer(page, "train", "Go on", lambda recipe, name, *_: f"The training **{markdown(name)}**")
         with gr.Column():
             loss = figure(label="Loss", elem_id="loss")
@@ -92,9 +92,9 @@ def _fields(page: Page) -> None:
         fields[name].render()
     row(fields["family"], fields["way"])
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")
-    why = gr.Markdown("", elem_id="suggest-status", elem_classes="status")
+    why = status_line(elem_id="suggest-status")
 
-    @told(why)
+    @errors_to(why)
     def suggestion(text: str, styles: Sequence[str], way: str) -> Values:
         parsed = parse(text, catalog.loras)
         experts = {tag.name: catalog.expert(tag.name) for tag in parsed.tags}
@@ -102,7 +102,7 @@ def _fields(page: Page) -> None:
         own = bindings({tag.name: (parse_phrases(tag.word), AUTO) for tag in parsed.tags}, experts, {})
         singles, found, silent = suggested(text, own, [*styles, *everywhere], way)
         names = ", ".join(f"**{markdown(name)}**" for name in found if name not in styles)
-        words = [f"said of the whole picture, so taken as a style: {names}"] if names else []
+        words = [f"added to Styles, which act on the whole picture: {names}"] if names else []
         words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
         return {
             fields["name"]: "+".join(sorted(experts)),
@@ -190,13 +190,13 @@ def _gate_files(page: Page) -> None:
             name = gr.Textbox(label="Their name here", info="empty: the LoRAs' names", max_length=60, elem_id="new-name")
             two: dict[str, Any] = {"file_types": list(GATES), "file_count": "multiple"}
             upload = gr.UploadButton("Upload gates: .safetensors and .json", size="sm", elem_id="gates-in", **two)
-        status = gr.Markdown("", elem_id="gates-told", elem_classes="status")
+        status = status_line(elem_id="gates-told")
 
-    @told(status)
+    @errors_to(status)
     def downloaded(name: str | None) -> Values:
         return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)]}
 
-    @told(status)
+    @errors_to(status)
     def uploaded(paths: list[str], name: str) -> Values:
         found = page.actions.add_gates([Path(path) for path in paths], name or "")
         words = f"{found['family']} gates **{markdown(found['name'])}** for {markdown(', '.join(found['experts']))}"

@@ -52,8 +52,8 @@ class Run:
         """Raises GatesExistError if `again` must say what to do, and ValueError if that cannot be done."""
         if again not in ("", *AGAIN):
             raise ValueError(f"again is one of {', '.join(AGAIN)}, got {again!r}")
-        known = self.catalog.gates
-        if self._saved_settings() == self.settings or not (self.name in known or self._saved_settings()):
+        saved = self._saved_settings()
+        if saved == self.settings or not (saved or self.name in self.catalog.gates):
             return
         if not again:
             raise GatesExistError(f"there are gates {self.name!r} with other settings: continue from them, or overwrite?")

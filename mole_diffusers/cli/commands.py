@@ -23,7 +23,7 @@ ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULT
 T = TypeVar("T")
 
 
-class Said(NamedTuple):
+class Result(NamedTuple):
     """The result of a command: as data for --json, in words, and the exit status."""
 
     facts: Any
@@ -69,17 +69,17 @@ class Console(Verbose):
     as_json: Annotated[bool, Option("--json")] = False
 
 
-def as_command(command: Callable[..., Said | None]) -> Callable[..., int]:
+def as_command(command: Callable[..., Result | None]) -> Callable[..., int]:
     """The function that typer turns into a command. It prints what `command` returns, and returns the exit status."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {"console": Verbose if signature.return_annotation is None else Console}
-    options, said = [], _said(command)
+    options, entries = [], _entries(command)
     for name, parameter in signature.parameters.items():
         kind = parameter.annotation
         if isinstance(kind, type) and issubclass(kind, Group):
             groups[name] = kind
         else:
-            options.append(_option(name, kind, parameter.default, said.get(name)))
+            options.append(_option(name, kind, parameter.default, entries.get(name)))
     options += [option for group in groups.values() for option in _options(group)]
 
     def run(**given: Any) -> int:
@@ -121,21 +121,21 @@ def _options(group: type[Group]) -> list[inspect.Parameter]:
     """The options of base classes come first; each has the panel of its own class."""
     kinds, options = get_type_hints(group, include_extras=True), []
     for each in reversed(group.__mro__[:-2]):
-        said, panel = _said(each), vars(each).get("panel")
+        entries, panel = _entries(each), vars(each).get("panel")
         for name in inspect.get_annotations(each):
             default = getattr(group, name, inspect.Parameter.empty)
-            options.append(_option(group.prefix + name, kinds[name], default, said.get(name), panel))
+            options.append(_option(group.prefix + name, kinds[name], default, entries.get(name), panel))
     return options
 
 
 def _option(
-    name: str, kind: Any, default: Any, said: tuple[str | None, str] | None, panel: str | None = None
+    name: str, kind: Any, default: Any, entry: tuple[str | None, str] | None, panel: str | None = None
 ) -> inspect.Parameter:
     kind, *given = get_args(kind) if get_origin(kind) is Annotated else [kind]
     is_argument = not given and default is inspect.Parameter.empty
     flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # only --name, no --no-name
     info: Any = copy(given[0]) if given else Argument() if is_argument else Option(*flag)
-    info.metavar, info.help = said or (info.metavar, info.help)
+    info.metavar, info.help = entry or (info.metavar, info.help)
     info.rich_help_panel = panel
     if get_origin(kind) is Sequence:  # typer only knows lists
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
@@ -146,7 +146,7 @@ def _option(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _said(thing: Any) -> dict[str, tuple[str | None, str]]:
+def _entries(thing: Any) -> dict[str, tuple[str | None, str]]:
     """Name -> (metavar, help) from the Args or Attributes of a docstring."""
     entries = ENTRY.findall(inspect.getdoc(thing) or "")
     return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}

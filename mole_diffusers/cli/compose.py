@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, opened, target
 from mole_diffusers.cli.options import WORLD
 
@@ -40,7 +40,7 @@ def compose(
     unbound: bool = False,
     *,
     sheet: Sheet,
-) -> Said:
+) -> Result:
     """Draw a prompt with several LoRAs, next to the base, each LoRA alone and the plain sum.
 
     Each LoRA acts on its own words of the prompt and in its own place. If every place has room for a picture of the size
@@ -84,7 +84,7 @@ def compose(
         page.columns["true drawing"] = [drawing] * sheet.rows
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     facts = page.save(path, experts=list(hashes), sha256=hashes, gates=mixture.config.to_dict(), bind=bind)
-    return Said(facts, f"{prompt}: {path}")
+    return Result(facts, f"{prompt}: {path}")
 
 
 def _true_drawing(prompt: str) -> Any:

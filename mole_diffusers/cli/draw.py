@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
 from mole_diffusers.cli.console import note
 
@@ -55,7 +55,7 @@ class Settings(options.Drawing, Over):
     clip_skip: options.AtLeastOne = 1
 
 
-def draw(prompt: str, *, files: options.Studio, settings: Settings, output: options.Output) -> Said:
+def draw(prompt: str, *, files: options.Studio, settings: Settings, output: options.Output) -> Result:
     """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
 
     Args:
@@ -65,7 +65,7 @@ def draw(prompt: str, *, files: options.Studio, settings: Settings, output: opti
     return draw_recipe(*open_recipe(prompt, files, settings), path)
 
 
-def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, output: options.Output) -> Said:
+def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, output: options.Output) -> Result:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
     LoRAs are found by their hash, whatever their files are called here. If the picture was drawn over another one, pass
@@ -99,7 +99,7 @@ def grid(
     files: options.Studio,
     settings: Settings,
     output: options.Output,
-) -> Said:
+) -> Result:
     """Draw a grid of pictures that changes along two axes.
 
     An axis is one of weight NAME, seed, arm, gates, binding, steps, guidance, sampler, clip_skip, hires or hires_strength,
@@ -131,7 +131,7 @@ def grid(
                 bar.update()
     axes = {"x": x, "y": y}
     infotext.save(sheet(drawn, across.labels, down.labels), path, first, axes)
-    return Said({"out": str(path), **axes, **first.to_dict()}, f"{len(rows)} x {len(rows[0])} pictures: {path}")
+    return Result({"out": str(path), **axes, **first.to_dict()}, f"{len(rows)} x {len(rows[0])} pictures: {path}")
 
 
 def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:
@@ -170,11 +170,11 @@ def open_pictures(given: options.Pictures) -> dict[str, Any]:
     return {name: read_picture(path, f"--{name} {path}") for name, path in paths.items() if path is not None}
 
 
-def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path) -> Said:
+def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path) -> Result:
     """Draw a recipe, and write a PNG that holds it."""
     from mole_diffusers.studio import infotext
 
     recipe = completed(studio, asked, pictures.get("image"))
     infotext.save(studio.draw(recipe, **pictures), path, recipe)
     seed = "" if asked.seed == recipe.seed else f", seed {recipe.seed}"
-    return Said({"out": str(path), **recipe.to_dict()}, f"{recipe.prompt}{seed}: {path}")
+    return Result({"out": str(path), **recipe.to_dict()}, f"{recipe.prompt}{seed}: {path}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Group, Said
+from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import experts_for, grouped_values, named_values, opened
 from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import WORLD
@@ -86,7 +86,7 @@ def evaluate(
     wanted: Cases,
     own: Own,
     machine: options.Machine,
-) -> Said | None:
+) -> Result | None:
     """Compare ways to compose LoRAs on many prompts and seeds, with intervals.
 
     An interrupted run continues where it stopped. `accelerate launch` and `torchrun` divide it over processes.
@@ -108,7 +108,7 @@ def evaluate(
     from mole_diffusers.evaluation.strength_search import best_weights, search_arms
 
     if judged:
-        return Said(judging_sheet.votes(out), judging_sheet.count_answers(out))
+        return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
     if wanted.search:
         _check_search(base, wanted)
     check_names(wanted.arm)
@@ -140,7 +140,7 @@ def evaluate(
     else:
         _figures(out, rows, report, attached=bool(wanted.attached), share=bool(wanted.share))
         _heat_map(out / "gates.png", setup, arms, cases)
-    return Said(rows, text)
+    return Result(rows, text)
 
 
 def _check_search(base: str, wanted: Cases) -> None:

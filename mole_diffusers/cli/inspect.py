@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import opened
 from mole_diffusers.cli.options import Machine
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
 
 
-def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine) -> Said:
+def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine) -> Result:
     """Show what is in LoRA files: format, base model, trigger words, and what cannot be used.
 
     Args:
@@ -37,7 +37,7 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
             failed = True
             reports.append({"file": str(path), "error": str(error)})
     words = ["\n".join(f"{key:>9}  {printable(str(value))}" for key, value in report.items()) for report in reports]
-    return Said(reports, "\n\n".join(words), status=int(failed))
+    return Result(reports, "\n\n".join(words), status=int(failed))
 
 
 def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Group, Said
+from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import opened, target
 from mole_diffusers.cli.compose import PromptSheet, Sheet
 
@@ -44,7 +44,7 @@ class Search(Group):
     encoder: Encoder = None
 
 
-def index(library: Path, encoder: Encoder = None, base: options.Base = options.WORLD, *, machine: options.Machine) -> Said:
+def index(library: Path, encoder: Encoder = None, base: options.Base = options.WORLD, *, machine: options.Machine) -> Result:
     """Index a folder of LoRAs as a library, so that prompts can find the LoRAs they need.
 
     Args:
@@ -55,10 +55,10 @@ def index(library: Path, encoder: Encoder = None, base: options.Base = options.W
 
     made = LoraLibrary.index(library, text_encoder_for(opened(base, machine).pipe, encoder))
     words = [f"{library}: {len(made.entries)} LoRAs", *(f"left out {file}: {why}" for file, why in made.skipped.items())]
-    return Said({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
+    return Result({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
 
 
-def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search, machine: options.Machine) -> Said:
+def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search, machine: options.Machine) -> Result:
     """Show which LoRAs of a library fit a prompt, and why.
 
     Args:
@@ -69,10 +69,10 @@ def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search,
     pipe = opened(base, machine).pipe
     library = open_library(search, pipe)
     found = retrieve_for(library, pipe, prompt, k=search.k, threshold=search.threshold)
-    return Said(report(library, found), in_words(found, library))
+    return Result(report(library, found), in_words(found, library))
 
 
-def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: Sheet) -> Said:
+def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: Sheet) -> Result:
     """Find the LoRAs for a prompt in a library, and draw it without and with them.
 
     The LoRAs are bound, and drawn in tiles if there is room, as in mole draw.
@@ -100,7 +100,7 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
     found, weights = composition.found[0], composition.sets[0]
     facts = page.save(path, found=report(library, found), weights=weights, mode=mode, gates=gates)
     shares = ", ".join(f"{name} x {weight:.3g}" for name, weight in weights.items()) or "the base alone"
-    return Said(facts, f"{in_words(found, library)}\ndrawn with {shares}, {mode}: {path}")
+    return Result(facts, f"{in_words(found, library)}\ndrawn with {shares}, {mode}: {path}")
 
 
 def open_library(search: Search, pipe: Any) -> LoraLibrary:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal
 
-from mole_diffusers.cli.commands import Said
+from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, opened, parse_file, read_experts, target
 from mole_diffusers.cli.console import busy
 from mole_diffusers.cli.options import Machine, Output
@@ -28,7 +28,7 @@ def merge(
     *,
     machine: Machine,
     output: Output,
-) -> Said:
+) -> Result:
     """Merge several LoRA files into one ordinary LoRA file, without training.
 
     Args:
@@ -60,7 +60,7 @@ def merge(
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)
     save_expert(merged, out, format=format)
     facts = {"file": str(out), "ranks": list(merged.ranks), "triggers": list(merged.triggers), **merged.metadata}
-    return Said(facts, "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))
+    return Result(facts, "\n".join(f"{key:>17}  {value}" for key, value in facts.items()))
 
 
 def by_name(texts: Sequence[str]) -> dict[str, str]:

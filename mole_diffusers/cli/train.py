@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Group, Said, settings_of
+from mole_diffusers.cli.commands import Group, Result, settings_of
 from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, opened
 from mole_diffusers.cli.console import note
 from mole_diffusers.cli.options import WORLD
@@ -133,7 +133,7 @@ def is_main_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said]) -> Said | None:
+def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result]) -> Result | None:
     """Train with these settings, or write them for --write-config: as JSON if the file's name says so, else as YAML.
 
     If Ctrl-C interrupts it, a note on stderr says which checkpoint there is and how to continue.
@@ -148,8 +148,8 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Said])
     if run.out is None:
         raise ValueError("--out is needed: the folder for the result, checkpoints and log")
     try:
-        said = fit(run.out)
-        return said if is_main_process() else None
+        result = fit(run.out)
+        return result if is_main_process() else None
     except KeyboardInterrupt:
         from mole_diffusers.training.engine import checkpoints
 
@@ -253,7 +253,7 @@ def train(
     lesson: Lesson,
     training: GateUpdates,
     gates: Gates,
-) -> Said | None:
+) -> Result | None:
     """Train gates for a set of LoRAs: how much each one acts, where and when.
 
     You only need prompts: the LoRAs themselves are the teachers. Without --expert, mole takes the LoRAs of the emoji
@@ -299,7 +299,7 @@ def _term(text: str) -> tuple[str, Any]:
     }
 
 
-def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path) -> Said:
+def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path) -> Result:
     from mole_diffusers.gates import GateConfig, checkpoint, hub
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
@@ -327,7 +327,7 @@ def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path
         (out / hub.CARD).write_text(card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
-    return Said({"out": str(out), **log[-1]}, f"{out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
+    return Result({"out": str(out), **log[-1]}, f"{out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
 
 
 def _own_terms(data: Any) -> list[str]:
@@ -417,7 +417,7 @@ def train_lora(
     concept: Concept,
     prior: Prior,
     training: LoraUpdates,
-) -> Said | None:
+) -> Result | None:
     """Teach a base one concept from pictures. The result is an ordinary LoRA file, named after the folder --out.
 
     `accelerate launch -m mole_diffusers train-lora` divides the work over GPUs.
@@ -434,7 +434,7 @@ def train_lora(
     return carried_out(run, asked, partial(_train_lora, asked, config, run))
 
 
-def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Said:
+def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
     from mole_diffusers.training import train_lora as fit
 
     concept = asked["concept"]
@@ -452,7 +452,7 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
     facts = {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
-    return Said(facts, f"{path}: trigger {trigger!r}")
+    return Result(facts, f"{path}: trigger {trigger!r}")
 
 
 def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:

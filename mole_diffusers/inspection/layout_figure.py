@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from mole_diffusers.inspection.gate_figures import colours
@@ -29,7 +30,7 @@ def overlay(
     names = []
     for name, region in layout.regions.items():
         colour = ImageColor.getrgb(shades[name])[:3]
-        grey = Image.fromarray((region.numpy() * 255).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        grey = as_grey(region).resize(size, Image.Resampling.NEAREST)
         image = Image.composite(Image.blend(image, Image.new("RGB", size, colour), TINT), image, grey)
         inside = np.asarray(grey) > 127
         image = _outlined(image, inside, colour)
@@ -38,6 +39,11 @@ def overlay(
     for name, at, colour in names:
         draw.text(at, name, "white", font, anchor="ma", stroke_width=3, stroke_fill=colour)
     return image
+
+
+def as_grey(region: torch.Tensor) -> Image.Image:
+    """A region, the share of each place that it covers, as a grey picture."""
+    return Image.fromarray((region.numpy() * 255).round().astype(np.uint8))
 
 
 def _name_places(inside: np.ndarray) -> list[tuple[int, int]]:

@@ -33,8 +33,6 @@ KINDS = {  # diffusers' name for the kind of a checkpoint -> pipeline class
 }
 T5 = "text_encoders.t5xxl.transformer.shared.weight"
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
-
-
 GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # start of a pipeline class's name -> its usual guidance
 
 
@@ -193,9 +191,8 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
     memory = memory.completed(KINDS[kind])
     official = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     source = config or _forge_config(path, official) or official
-    parts = (
-        {} if T5 in shapes or KINDS[kind] != "StableDiffusion3Pipeline" else {"text_encoder_3": None, "tokenizer_3": None}
-    )
+    lacks_t5 = KINDS[kind] == "StableDiffusion3Pipeline" and T5 not in shapes
+    parts = {"text_encoder_3": None, "tokenizer_3": None} if lacks_t5 else {}
     try:
         loading = getattr(diffusers, KINDS[kind]).from_single_file
         pipe = loading(str(path), config=str(source), torch_dtype=memory.torch_dtype, **parts)

@@ -26,9 +26,8 @@ def block_names(unet: Any) -> dict[str, str]:
         label, number = "IN" if side == "down" else "OUT", start
         for i, block in enumerate(getattr(unet, f"{side}_blocks")):
             for j in range(len(block.resnets)):
-                names |= dict.fromkeys(
-                    (f"{side}_blocks.{i}.resnets.{j}", f"{side}_blocks.{i}.attentions.{j}"), f"{label}{number:02}"
-                )
+                for kind in ("resnets", "attentions"):
+                    names[f"{side}_blocks.{i}.{kind}.{j}"] = f"{label}{number:02}"
                 number += 1
             if getattr(block, sampler, None):  # going down, the sampler is a block of its own
                 names[f"{side}_blocks.{i}.{sampler}.0"] = f"{label}{number - (side == 'up'):02}"

@@ -66,14 +66,13 @@ class Catalog:
             self._families[name] = self._experts[name].base if name in self._experts else family_of_file(self.loras[name])
         return self._families[name]
 
-    def add_lora(self, name: str, path: Path) -> Expert:
+    def add_lora(self, name: str, path: Path) -> None:
         """Add a file. It is read at once, and refused if it is not a good LoRA or the name is taken."""
         expert = read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
         self._experts[name] = expert
         self.loras = self.loras | {name: path}
-        return expert
 
     def find_loras(self, folders: Iterable[Path]) -> list[str]:
         """Add the LoRA files of folders that are not here yet.

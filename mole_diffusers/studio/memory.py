@@ -40,15 +40,13 @@ class Memory:
             if value not in (None, *known):
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
-    def completed(self, kind: str, *, gpu: str | None = None) -> Memory:
+    def completed(self, kind: str) -> Memory:
         """The same with device and precision filled in, for a pipeline class of this name.
-
-        Args:
-            gpu: the device of this machine's GPU; None takes the one that torch finds.
 
         Raises ValueError for offloading without a GPU.
         """
-        device = self.device or gpu or _gpu() or "cpu"
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = self.device or found
         if device == "cpu" and self.offload not in (None, "none"):
             raise ValueError(
                 f"offload {self.offload!r} keeps what is not used off the GPU, and there is none: device is cpu"
@@ -122,9 +120,3 @@ def release(pipe: Any) -> None:
             model.to("meta")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _gpu() -> str | None:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else None

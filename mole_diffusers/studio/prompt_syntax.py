@@ -170,7 +170,7 @@ def _steps(given: dict[str, str], where: str) -> tuple[int, int | None]:
 def _curve(text: str, where: str) -> Curve:
     points = []
     for item in re.split("[,;]", text):
-        value, _, point = re.sub("~", "@", item).partition("@")
+        value, _, point = item.replace("~", "@").partition("@")
         points.append((number(point, where) if point else 0.0, number(value, where)))
     if len(points) > 1 and ("@" not in text and "~" not in text or points != sorted(points, key=lambda pair: pair[0])):
         raise ValueError(f"{where}: {text!r} is not a list of STRENGTH@POINT in the order of their points")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -194,8 +194,8 @@ class Recipe:
             given["weights"] = False
         if values["version"] <= 3 and given.get("binding", AUTO) == AUTO:  # before tiles
             given["binding"] = BOUND
-        if unknown := set(given) - {f.name for f in fields(cls)}:
-            raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
+        if unknown := given.keys() - KINDS.keys():
+            raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {list(KINDS)}")
         if "prompt" not in given:
             raise ValueError(f"{where} has no prompt")
         try:

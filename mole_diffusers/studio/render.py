@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from mole_diffusers.studio.weight_syntax import parse_weights
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
+Inside = Callable[[Mixture], AbstractContextManager]
 
 
 class Studio:
@@ -116,6 +117,12 @@ class Studio:
             return str(error)
         return ""
 
+    def check_fit(self, names: Iterable[str]) -> None:
+        """Raises ValueError for a LoRA that cannot be used with this base."""
+        for name in names:
+            if why := self.misfit(name):
+                raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
+
     def complete(self, recipe: Recipe) -> Recipe:
         """Fill in everything that a recipe leaves open.
 
@@ -130,9 +137,7 @@ class Studio:
         names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in given.tags}
         if len(set(names.values())) < len(names):
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
-        for name in names.values():
-            if why := self.misfit(name):
-                raise ValueError(f"the LoRA {name!r} cannot be used here: {why}")
+        self.check_fit(names.values())
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
         here = names | {name: name for name in names.values()}
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
@@ -171,21 +176,17 @@ class Studio:
             base=self.base,
         )
 
-    def warning(self, recipe: Recipe) -> str:
-        """What may be wrong with a completed recipe, in one sentence, though it can still be drawn; "" if nothing is."""
-        others = self.catalog.other_files(recipe.gates, recipe.experts) if recipe.arm == "gates" else []
-        names = ", ".join(map(repr, others))
-        return f"the gates {recipe.gates!r} were trained with another file of {names}" if others else ""
-
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
-        """What a user should know about a completed recipe: its warning, what was changed, and what is cut.
+        """What a user should know about a completed recipe: what may be wrong with it, what was changed, and what is cut.
 
         Args:
             asked: the recipe before `complete`.
             recipe: the completed recipe.
             image: the picture that is drawn over.
         """
-        notes = [self.warning(recipe)]
+        notes = []
+        if recipe.arm == "gates" and (others := self.catalog.other_files(recipe.gates, recipe.experts)):
+            notes.append(f"the gates {recipe.gates!r} were trained with another file of {', '.join(map(repr, others))}")
         size = asked.width or recipe.width, asked.height or recipe.height
         drawn = f"{recipe.width} x {recipe.height} pixels"
         if image is not None and image.size != size:
@@ -204,8 +205,7 @@ class Studio:
         if recipe.weights:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
-        notes += unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
-        return [note for note in notes if note]
+        return notes + unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
 
     # ---- drawing
 
@@ -216,7 +216,7 @@ class Studio:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         on_step: OnStep | None = None,
-        inside: Callable[[Mixture], AbstractContextManager] | None = None,
+        inside: Inside = nullcontext,
     ) -> Image.Image:
         """Draw a completed recipe.
 
@@ -243,7 +243,7 @@ class Studio:
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
-                drawn = self._pass(recipe, larger, over, on_step, None)
+                drawn = self._pass(recipe, larger, over, on_step, nullcontext)
             return drawn
 
     def total_steps(self, recipe: Recipe) -> int:
@@ -258,7 +258,7 @@ class Studio:
         size: tuple[int, int],
         over: dict[str, Any],
         on_step: OnStep | None,
-        inside: Callable[[Mixture], AbstractContextManager] | None,
+        inside: Inside,
     ) -> Image.Image:
         """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
@@ -279,8 +279,7 @@ class Studio:
                 stack.enter_context(mixture.planned(schedule))
                 if (binding := recipe.binding_of_pass(over=bool(over))) != "none":
                     stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, binding)))
-                if inside is not None:
-                    stack.enter_context(inside(mixture))
+                stack.enter_context(inside(mixture))
             return pipe(
                 **call_arguments(pipe, **recipe.call),
                 **picture_passes.size_arguments(pipe, *size),

@@ -25,7 +25,7 @@ pytest.importorskip("gradio")
 def test_nothing_from_a_file_becomes_html():
     import gradio
 
-    from mole_diffusers.app.sentences import markdown, problem, told
+    from mole_diffusers.app.sentences import errors_to, markdown, problem
 
     evil = '<img src="http://x/y.png" onerror=alert(1)>'
     assert problem(ValueError(evil)) == f"**{markdown(evil)}**"
@@ -33,7 +33,7 @@ def test_nothing_from_a_file_becomes_html():
 
     status = gradio.Markdown(render=False)
 
-    @told(status)
+    @errors_to(status)
     def fails():
         raise ValueError(evil)
 

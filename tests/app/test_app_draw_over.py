@@ -133,7 +133,7 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
         assert words in str(work(ignore))
     sheet = actions.grid(RECIPE, "arm=gates", "seed=3", over)(ignore).sheet
     assert infotext.read(sheet).mask == whole.recipe.mask
-    cells = [path for path in actions.own.folder.glob("*.png") if infotext.read(path).arm == "gates"]
+    cells = [path for path in actions.unkept.folder.glob("*.png") if infotext.read(path).arm == "gates"]
     assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
 
 

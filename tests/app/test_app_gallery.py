@@ -193,7 +193,8 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     found = functions["favour"](files[3], *everything, 4)  # and goes on showing them
     _, most, _, chosen, status = found
     assert (names(found), most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
-    assert names(functions["throw"](files[0], *everything, 4)) == files[1:]
+    found = functions["throw"](files[0], *everything, 4)
+    assert (names(found), found[-1]) == (files[1:], "moved to the gallery's trash folder; 4 pictures")
     found = functions["search"]("owl4", "", False)  # a new search begins anew
     assert (names(found), found[1]) == ([], 2)
 

@@ -112,9 +112,10 @@ def test_what_the_gates_were_not_trained_with_is_said(trained, loras, tmp_path):
     files = {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", rank=2), "ink": loras["ink"]}
     studio = Studio(pipe, Catalog(files, {"mine": trained}), "tiny")
     recipe = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
-    assert studio.warning(recipe) == "the gates 'mine' were trained with another file of 'fox'"
-    assert Studio(pipe, Catalog(loras, {"mine": trained}), "tiny").warning(recipe) == ""
-    assert studio.warning(studio.complete(Recipe(PROMPT, gates="sum"))) == ""
+    assert studio.notes(recipe, recipe) == ["the gates 'mine' were trained with another file of 'fox'"]
+    assert Studio(pipe, Catalog(loras, {"mine": trained}), "tiny").notes(recipe, recipe) == []
+    summed = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="sum"))
+    assert studio.notes(summed, summed) == []
 
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.jobs import ignore

@@ -175,6 +175,18 @@ def test_loras_that_are_found_are_added_to_the_prompt_as_it_is_by_then(drawn):
     assert visit.do(visit.send(add, shown=typed)) == "a red hat"  # once
 
 
+def test_a_lora_for_another_base_is_not_added(drawn, monkeypatch):
+    from mole_diffusers.studio.render import Studio
+
+    visit = Visit(drawn)
+    chosen, found = visit.event("chosen"), visit.event("found")
+    monkeypatch.setattr(Studio, "misfit", lambda studio, name: "it is made for Flux")
+    for sent in (visit.send(chosen, shown={chosen.inputs[0]: "hat"}), visit.send(found, shown={visit.prompt: "a hat"})):
+        answer = visit.answer(sent)
+        assert answer[-1][1] == "**the LoRA 'hat' cannot be used here\\: it is made for Flux**"
+        assert not any(isinstance(value, str) for _, value in answer[:-1])
+
+
 def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
     """Also the drawing of the cards; and what is changed while an event of the same kind is on its way is sent then."""
     visit, (renderable,) = Visit(drawn), drawn[3].default_config.renderables

@@ -162,6 +162,21 @@ def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
         run(studio, tmp_path, wanted)
 
 
+def test_the_text_encoder_is_read_as_far_as_in_the_picture(studio, tmp_path):
+    """Clip skip was left out, so gates were trained on texts that no picture was drawn with."""
+    ran, last = [], studio.pipe.text_encoder.encoder.layers[-1]
+    last.register_forward_pre_hook(lambda *_: ran.append(last))
+    wanted = request(steps=1)
+    assert train(studio, replace(RECIPE, clip_skip=2), wanted, home=tmp_path)(ignore).verdict
+    assert not ran
+    with pytest.raises(GatesExistError):
+        train(studio, RECIPE, wanted, home=tmp_path)
+    studio.draw(studio.complete(replace(RECIPE, clip_skip=2)))
+    assert not ran
+    studio.draw(studio.complete(RECIPE))
+    assert ran
+
+
 def test_an_open_size_is_that_of_what_is_trained(studio, tmp_path, monkeypatch):
     """Of the largest composed prompt; pictures before and after have the size of their own."""
     sizes = {"a fox": (32, 32), "fox in ink": (32, 48), "ink and a fox": (48, 32)}
@@ -255,7 +270,7 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     prompt = "(ink:1.2) drawing of a fox <lora:fox:1> <lora:ink:1> <lora:hat:1>"
     name, singles, composed, styles, said = plain(event)(prompt, [], "collage")
     assert (name, singles, composed) == ("fox+hat+ink", "fox=ink drawing of a fox", "ink drawing of a fox")
-    assert (styles, said) == (["ink", "hat"], "said of the whole picture, so taken as a style: **ink**, **hat**")
+    assert (styles, said) == (["ink", "hat"], "added to Styles, which act on the whole picture: **ink**, **hat**")
     _, singles, _, styles, said = plain(event)("a fox and a hat <lora:fox:1> <lora:hat:1:region=everywhere>", [], "collage")
     assert (singles, styles) == ("fox=a fox and a hat", ["hat"])
     tags = "<lora:fox:1:word=red beast:region=painted> <lora:hat:1:region=left>"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import typer
 
-from mole_diffusers.cli.commands import Group, Said, as_command, help_of, settings_of
+from mole_diffusers.cli.commands import Group, Result, as_command, help_of, settings_of
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Cooking(Group):
     oven: str | None = None
 
 
-def bake(what: str, times: Sequence[int] = (), hot: bool = False, *, how: Cooking) -> Said:
+def bake(what: str, times: Sequence[int] = (), hot: bool = False, *, how: Cooking) -> Result:
     """Bake something
     in the oven.
 
@@ -47,7 +47,7 @@ def bake(what: str, times: Sequence[int] = (), hot: bool = False, *, how: Cookin
         times (N): how often.
         hot: serve it at once.
     """
-    return Said({"what": what, "times": list(times), "hot": hot, **vars(how)}, f"a {what}", status=len(times))
+    return Result({"what": what, "times": list(times), "hot": hot, **vars(how)}, f"a {what}", status=len(times))
 
 
 def command():

@@ -231,16 +231,16 @@ def test_a_checkpoint_of_another_kind_is_named():
 
 def test_memory_is_chosen_by_what_the_machine_has():
     sizes = {"unet": 5 * GB, "text_encoder": 2 * GB, "vae": GB}
-    asked = Memory().completed("StableDiffusionXLPipeline", gpu="cuda")
+    asked = Memory("cuda").completed("StableDiffusionXLPipeline")
     assert [str(asked.fitted(sizes, free * GB)) for free in (14, 12, 8, 4)] == [
         "cuda, float16",
         "cuda, float16, VAE tiling",
         "cuda, float16, model offload, VAE tiling",
         "cuda, float16, sequential offload, VAE tiling",
     ]
-    assert str(Memory().completed("FluxPipeline", gpu="cuda").fitted(sizes, None)) == "cuda, bfloat16"
-    own = Memory(dtype="bfloat16", offload="model", tiling=False, slicing=True, compiled=True)
-    own = own.completed("StableDiffusionPipeline", gpu="cuda")
+    assert str(Memory("cuda").completed("FluxPipeline").fitted(sizes, None)) == "cuda, bfloat16"
+    own = Memory("cuda", dtype="bfloat16", offload="model", tiling=False, slicing=True, compiled=True)
+    own = own.completed("StableDiffusionPipeline")
     assert str(own.fitted(sizes, 80 * GB)) == "cuda, bfloat16, model offload, attention slicing, compiled"
     assert str(Memory(device="cpu").completed("FluxPipeline").fitted(sizes, None)) == "cpu, float32"
     with pytest.raises(ValueError, match="unknown dtype 'int8'; known: float32, float16, bfloat16"):
