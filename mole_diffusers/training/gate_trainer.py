@@ -97,8 +97,8 @@ class GateTrainer:
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
-        self.looks = list(config.validation.prompts or self.data.composed)  # the prompts that validation draws
-        if config.validation.every and not self.looks:
+        self.validation_prompts = list(config.validation.prompts or self.data.composed)
+        if config.validation.every and not self.validation_prompts:
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         _ = context.composed_shape  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
@@ -238,7 +238,7 @@ class GateTrainer:
         how, images, shares = self.config.validation, [], []
         call: dict[str, Any] = {"width": self.config.width, "height": self.config.height}
         call |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
-        for prompt in self.looks:
+        for prompt in self.validation_prompts:
             noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
                 drawn = self.pipe([prompt] * how.seeds, generator=noise, **call).images
