@@ -89,7 +89,7 @@ def iteris(
 def _iterated(pairs: list[Pair], own: list[torch.Tensor], now: list[torch.Tensor], ridge: float) -> Pair:
     if len(pairs) == 1:
         return pairs[0]
-    weights = [_sized(p.delta()) / _sized(x @ p.down.T @ p.up.T).clamp_min(1e-30) for p, x in zip(pairs, own, strict=True)]
+    weights = [_energy(p.delta()) / _energy(x @ p.down.T @ p.up.T).clamp_min(1e-30) for p, x in zip(pairs, own, strict=True)]
     cross = [_ridged(w * x.T @ y, ridge) for w, x, y in zip(weights, own, now, strict=True)]
     squares = [_ridged(w * _squares(y), ridge) for w, y in zip(weights, now, strict=True)]
     return concatenated(pairs)._replace(down=least_squares([p.down for p in pairs], cross, squares))
@@ -171,8 +171,8 @@ def relative_loss(layer: Layer, inputs: Sequence[torch.Tensor | None], merged: P
     lost = whole = 0.0
     for pair, x in zip(*_known(layer, inputs), strict=True):
         want = x @ pair.down.T @ pair.up.T
-        lost += _sized(x @ merged.down.T @ (merged.scale * merged.up.T) - want).item()
-        whole += _sized(want).item()
+        lost += _energy(x @ merged.down.T @ (merged.scale * merged.up.T) - want).item()
+        whole += _energy(want).item()
     return lost / whole if whole else 0.0
 
 
@@ -194,7 +194,7 @@ def _squares(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x
 
 
-def _sized(x: torch.Tensor) -> torch.Tensor:
+def _energy(x: torch.Tensor) -> torch.Tensor:
     return x.square().sum()
 
 
